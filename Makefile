@@ -1,0 +1,45 @@
+# Every target works as the first command after a clone; only Python >= 3.11 is needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: help demo test test-slow check clean
+
+help:
+	@echo "make demo       install into .venv and train the quickstart (minutes on a laptop CPU)"
+	@echo "make test       install with the test tools; ruff, mypy, pytest"
+	@echo "make test-slow  the longer tests too"
+	@echo "make clean      remove .venv and the caches; runs/ and data/ stay"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("restomod needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into .venv (a few hundred megabytes the first time) ..."
+	@$(PIP) -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+# A second demo gets a folder of its own: quickstart, quickstart-2, ...
+demo: .venv/installed
+	@run=runs/quickstart; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/quickstart-$$n; done; \
+	$(BIN)/restomod train quickstart --out $$run
+
+check: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest
+
+test-slow: .venv/installed-test
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+"""restomod: GPT-2 rebuilt with modern parts.
+
+    config = restomod.preset("quickstart")
+    restomod.train.loop.train(config, Path("runs/mine"))
+    restomod.generate.sample(Path("runs/mine"), "def ", 3, config.sampling, seed=1)
+
+The names below can be used from here. Nothing imports torch before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it
+    "RunConfig": "restomod.config",
+    "ModelConfig": "restomod.config",
+    "DataConfig": "restomod.config",
+    "OptimConfig": "restomod.config",
+    "SamplingConfig": "restomod.config",
+    "UserError": "restomod.errors",
+    "preset": "restomod.presets",
+    "prepare": "restomod.data.prepare",
+    "Batches": "restomod.data.batches",
+    "gpt2_tokenizer": "restomod.data.tokenizer",
+    "GPT": "restomod.model.gpt",
+    "build_model": "restomod.model.gpt",
+    "load_model": "restomod.model.pretrained",
+    "save_model": "restomod.model.pretrained",
+    "heldout_loss": "restomod.evals.heldout",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'restomod' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,174 @@
+"""The command line: each verb parses its flags and calls one function, imported when it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from restomod import __version__
+from restomod.config import Device, Precision, RunConfig, SamplingConfig
+from restomod.errors import UserError, did_you_mean
+from restomod.presets import PRESETS, preset, summary
+
+EXIT_USER_ERROR = 2
+EXIT_ABORTED = 130
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeArguments:
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(ResumeArguments):
+    out: str
+    """Folder of the run; it must not exist yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleArguments:
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder (its newest checkpoint is used), or the folder of one checkpoint."""
+    prompt: str = ""
+    """Text to continue; empty starts a new document."""
+    num_samples: int = 3
+    """How many continuations."""
+    max_tokens: int = 100
+    """Length of each, in tokens."""
+    temperature: float = 0.8
+    """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Sample among this many likeliest tokens (0: all)."""
+    seed: int = 1337
+    """The same seed gives the same text."""
+    device: Device = "auto"
+    """Where to compute. auto: CUDA, else MPS, else CPU."""
+    precision: Precision = "auto"
+    """Of the matrix products."""
+
+
+def train(arguments: list[str]) -> int:
+    """Train a preset, or go on with a run."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, PRESETS))
+        print("usage: restomod train PRESET [FLAGS]          start a run in runs/PRESET (or --out FOLDER)")
+        print("       restomod train --resume RUN [FLAGS]    go on with a run from its newest checkpoint")
+        print("       restomod train PRESET --help           every flag, with the preset's values\n")
+        print("presets:")
+        for name in PRESETS:
+            print(f"  {name:<{width}}  {summary(name)}")
+        return 0 if arguments else EXIT_USER_ERROR
+
+    if "--resume" in arguments:
+        at = arguments.index("--resume")
+        if at + 1 == len(arguments):
+            raise UserError("--resume needs the folder of a run, for example --resume runs/quickstart")
+        folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+        if rest and not rest[0].startswith("-"):
+            raise UserError(f"--resume takes the preset from the run; leave {rest[0]!r} out")
+        from restomod.train.run import read_config
+
+        resumed = ResumeArguments(read_config(folder))
+        config = _parse(ResumeArguments, resumed, rest, f"restomod train --resume {folder}").config
+    else:
+        name, rest = arguments[0], arguments[1:]
+        if name.startswith("-"):
+            raise UserError(f"name a preset first: restomod train PRESET {' '.join(arguments)} (restomod train --help)")
+        fresh = TrainArguments(preset(name), out=f"runs/{name}")
+        parsed = _parse(TrainArguments, fresh, rest, f"restomod train {name}")
+        config, folder = parsed.config, Path(parsed.out)
+
+    from restomod.train.loop import train as run
+
+    return run(config, folder, resume="--resume" in arguments)
+
+
+def sample(arguments: list[str]) -> int:
+    """Let a run's model, or any checkpoint, continue a text."""
+    parsed = _parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
+    if parsed.num_samples < 1:
+        raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
+    settings = SamplingConfig(max_tokens=parsed.max_tokens, temperature=parsed.temperature, top_k=parsed.top_k)
+
+    from restomod.generate import sample as run
+
+    texts = run(
+        Path(parsed.run),
+        parsed.prompt,
+        parsed.num_samples,
+        settings,
+        parsed.seed,
+        parsed.device,
+        parsed.precision,
+    )
+    for i, text in enumerate(texts, 1):
+        print(f"--- {i} of {len(texts)} ---\n{parsed.prompt}{text}")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+
+
+def _parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:
+    """Fill ``cls`` from flags; what tyro finds wrong becomes one line."""
+    problem = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(problem):
+            return tyro.cli(cls, default=default, args=arguments, prog=program, description="")
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(problem.getvalue())} ({program} --help lists the flags)") from None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's boxed error, and its nearest suggestion, as one line."""
+    rows = [re.sub(r"^│ ?| ?│$", "", row).rstrip() for row in box.splitlines()[1:-1]]
+    rule = [i for i, row in enumerate(rows) if set(row) == {"─"}]
+    message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
+    message = message.removeprefix("Error parsing ")
+    suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
+    return f"{message}; did you mean {suggested[1]}?" if suggested else message
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 2 with one line on stderr for whatever the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
+            for name, verb in VERBS.items():
+                print(f"  {name:<8}  {verb.__doc__}")
+            print("\n  --version   print the version\n  --debug     show the traceback of an error")
+            return 0 if arguments else EXIT_USER_ERROR
+        if arguments[0] == "--version":
+            print(f"restomod {__version__}")
+            return 0
+        if arguments[0] not in VERBS:
+            raise UserError(f"unknown verb {arguments[0]!r}{did_you_mean(arguments[0], VERBS)}")
+        return VERBS[arguments[0]](arguments[1:])
+    except BrokenPipeError:  # the reader of a pipe has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as e:
+        if debug:
+            raise
+        message = str(e) if isinstance(e, UserError) else f"{e.filename or 'input/output'}: {e.strerror or e}"
+        print(f"restomod: error: {' '.join(message.split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("restomod: stopped", file=sys.stderr)
+        return EXIT_ABORTED

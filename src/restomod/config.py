@@ -1,0 +1,298 @@
+"""What a run is: frozen dataclasses, checked when they are made, and their way to JSON and back.
+
+The docstring under each field is also its help text on the command line. Nothing here imports more than the
+standard library, so that `restomod --help` is instant and a report can read a run without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from restomod.errors import UserError, did_you_mean
+
+VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
+
+Source = Literal["python-stdlib", "text", "tinyshakespeare"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT-2."""
+
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block; divides n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_positions: int = 1024
+    """Longest context the position embeddings cover, in tokens."""
+    vocab_size: int = VOCAB_SIZE
+    """Tokens in the vocabulary; 50257 for GPT-2's."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.n_embd % self.n_head == 0,
+            f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
+            f"try model.n_head {_nearest_divisor(self.n_embd, self.n_head)}",
+        )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix in memory: the vocabulary, rounded up to a multiple of 64 (50304)."""
+        return 64 * math.ceil(self.vocab_size / 64)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    source: Source = "python-stdlib"
+    """python-stdlib: the running Python's own library; text: your UTF-8 file or folder; tinyshakespeare."""
+    path: str | None = None
+    """File or folder to read. Needed by `text`; for `tinyshakespeare` it replaces the download."""
+    glob: str = "**/*"
+    """Which files of a folder to read; each file is one document. Hidden files are left out."""
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation (0: none). A single document is cut by position."""
+    split_seed: int = 0
+    """Chooses which documents are held out."""
+    cache: str = "data"
+    """Folder where prepared token shards are kept and found again."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.val_fraction < 1,
+            f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1",
+        )
+        _require(
+            self.source != "python-stdlib" or self.path is None,
+            "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then a cosine down to a fraction of the maximum."""
+
+    lr: float = 6e-4
+    """Maximum learning rate."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this fraction of lr."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0 to lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's running means of the gradient and its square."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices and embeddings only."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; longer gradients are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be above 0")
+        _require(
+            0 <= self.min_lr_ratio <= 1,
+            f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie between 0 and 1",
+        )
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas are {self.betas}; each must be at least 0 and below 1",
+        )
+        _require(self.eps > 0, f"optim.eps is {self.eps}; it must be above 0")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
+        _require(self.grad_clip > 0, f"optim.grad_clip is {self.grad_clip}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The samples that a run writes while it trains."""
+
+    prompts: tuple[str, ...] = ("",)
+    """Texts to continue; an empty one starts a new document."""
+    max_tokens: int = 64
+    """Length of each continuation, in tokens."""
+    temperature: float = 0.8
+    """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Sample among this many likeliest tokens (0: all)."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
+        _require(self.temperature >= 0, f"sampling.temperature is {self.temperature}; it must be 0 or more")
+        _require(self.top_k >= 0, f"sampling.top_k is {self.top_k}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete training run."""
+
+    steps: int
+    """Optimizer steps."""
+    batch_tokens: int
+    """Tokens per optimizer step, whatever the micro-batch and the number of processes."""
+    sequence_length: int
+    """Tokens per training window (T)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    micro_batch: int | None = None
+    """Sequences per forward pass (B); gradients are accumulated up to batch_tokens. None: chosen by device."""
+    target_loss: float | None = None
+    """Stop as soon as a step's training loss is at or below this."""
+    eval_every: int = 250
+    """Steps between validations; one more follows the last step."""
+    eval_tokens: int | None = None
+    """Validate on at most this many tokens, always the same ones. None: the whole validation split."""
+    sample_every: int = 250
+    """Steps between samples; one more follows the last step."""
+    save_every: int = 250
+    """Steps between checkpoints; one more follows the last step."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep (0: all)."""
+    seed: int = 1337
+    """Decides the initial weights, the order of the data, and the samples."""
+    device: Device = "auto"
+    """Where to compute. auto: CUDA, else MPS, else CPU."""
+    precision: Precision = "auto"
+    """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it."""
+    compile: bool = False
+    """Compile the model with torch.compile before training (needs a C++ compiler on CPU)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.keep_checkpoints >= 0, f"keep_checkpoints is {self.keep_checkpoints}; it must be 0 or more")
+        T = self.sequence_length
+        _require(
+            self.model.n_positions >= T,
+            f"sequence_length {T} is longer than model.n_positions {self.model.n_positions}; "
+            f"lower the first or raise the second",
+        )
+        _require(
+            self.batch_tokens % T == 0,
+            f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {T}; "
+            f"the nearest that are: {_neighbours(self.batch_tokens, T)}",
+        )
+        if self.micro_batch is not None:
+            B = self.micro_batch
+            _require(B >= 1, f"micro_batch is {B}; it must be at least 1")
+            _require(
+                self.batch_sequences % B == 0,
+                f"micro_batch {B} does not divide the {self.batch_sequences} sequences of a step "
+                f"(batch_tokens / sequence_length); "
+                f"the nearest that does is {_nearest_divisor(self.batch_sequences, B)}",
+            )
+        if self.eval_tokens is not None:
+            _require(
+                self.eval_tokens >= T,
+                f"eval_tokens {self.eval_tokens} is less than one window of sequence_length {T} tokens",
+            )
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences per optimizer step, over all micro-batches and processes."""
+        return self.batch_tokens // self.sequence_length
+
+
+def _nearest_divisor(n: int, to: int) -> int:
+    """The divisor of ``n`` nearest to ``to`` (the smaller one where two are equally near)."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - to), d))
+
+
+def _neighbours(n: int, multiple: int) -> str:
+    """The multiples of ``multiple`` on either side of ``n``, as text for an error message."""
+    below = n // multiple * multiple
+    return f"{below} and {below + multiple}" if below else f"{multiple}"
+
+
+def nearest_divisor_below(n: int, limit: int) -> int:
+    """The largest divisor of ``n`` that is at most ``limit`` (and at least 1)."""
+    return max(d for d in range(1, max(1, min(n, limit)) + 1) if n % d == 0)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values: nested dataclasses become objects, tuples become lists."""
+    return {
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for f in dataclasses.fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def from_dict(values: Any, cls: type[Any] = RunConfig, where: str = "config.json", prefix: str = "") -> Any:
+    """Build ``cls`` from what `to_dict` made, refusing what it does not know.
+
+    Args:
+        values: JSON object with the fields of ``cls``; absent fields take their defaults.
+        cls: the dataclass to build.
+        where: the file's name, for messages.
+        prefix: dotted path of ``values`` inside the file, for messages.
+
+    Raises:
+        UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
+    """
+    _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        _require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
+    known = {name: _typed(values[name], hints[name], where, f"{prefix}{name}") for name in names if name in values}
+    try:
+        return cls(**known)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except TypeError:  # a field without a default is absent
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
+        missing = ", ".join(sorted(prefix + name for name in required - known.keys()))
+        raise UserError(f"{where}: missing {missing}") from None
+
+
+def _typed(value: Any, hint: Any, where: str, key: str) -> Any:
+    """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, typing.cast(type, hint), where, f"{key}.")
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _typed(value, hint, where, key)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise UserError(f"{where}: {key} is {value!r}{did_you_mean(str(value), arguments)}")
+    if origin is tuple:
+        _require(isinstance(value, list), f"{where}: {key} should be a list, not {value!r}")
+        element = arguments[0]
+        right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
+        _require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
+        return tuple(_typed(v, element, where, key) for v in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,163 @@
+"""Token shards in llm.c's `.bin` layout, and the manifest that vouches for them.
+
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then the
+tokens as little-endian uint16: the layout in which pre-tokenized FineWeb is published. `manifest.json` is written
+last; it names every shard with its token count and SHA-256, and the tokenizer that made them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from restomod.errors import UserError
+from restomod.files import fsync_path, read_json, sha256_file
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+SHARD_TOKENS = 100_000_000
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "restomod-tokens-1"
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
+    """Write ``tokens`` (n,) to ``path`` and return its manifest entry: file, tokens, sha256."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with open(path, "wb") as f:
+        f.write(header.tobytes())
+        f.write(tokens.astype("<u2", copy=False).tobytes())
+    fsync_path(path)
+    return {"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)}
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Map a shard's tokens, shape (n,), uint16, without reading them.
+
+    Raises:
+        UserError: the file is missing, is no such shard, or its size does not fit its header.
+    """
+    try:
+        with open(path, "rb") as f:
+            header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
+            size = f.seek(0, 2)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {_MEND}") from None
+    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {_MEND}")
+    n = int(header[2])
+    if size != HEADER_BYTES + 2 * n:
+        raise UserError(
+            f"{path} is damaged: its header says {n:,} tokens ({HEADER_BYTES + 2 * n:,} bytes), "
+            f"but the file has {size:,} bytes; {_MEND}"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
+
+
+_MEND = "delete the folder and run the same command again to prepare it anew"
+
+
+class ShardWriter:
+    """Cut a stream of token arrays into shards `PREFIX_000000.bin`, `PREFIX_000001.bin`, … in a folder."""
+
+    def __init__(self, folder: Path, prefix: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.tokens = 0
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append ``tokens`` (n,) to the stream, writing each shard as soon as it is full."""
+        self.tokens += len(tokens)
+        while self._pending_tokens + len(tokens) >= self.shard_tokens:
+            room = self.shard_tokens - self._pending_tokens
+            self._pending.append(tokens[:room])
+            self._write()
+            tokens = tokens[room:]
+        self._pending.append(tokens)
+        self._pending_tokens += len(tokens)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Write what is left and return the manifest entries of all shards."""
+        if self._pending_tokens:
+            self._write()
+        return self.shards
+
+    def _write(self) -> None:
+        path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
+        self.shards.append(write_shard(path, np.concatenate(self._pending)))
+        self._pending, self._pending_tokens = [], 0
+
+
+class TokenStream:
+    """The shards of one split as a single array of tokens, read where asked."""
+
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(s) for s in shards])  # (n_shards + 1,)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length), shape (length,), uint16; a read may cross from shard to shard."""
+        if not 0 <= start <= start + length <= len(self):
+            raise IndexError(f"tokens [{start}, {start + length}) of a stream of {len(self)}")
+        parts = []
+        i = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while length > 0:
+            offset = start - int(self._starts[i])
+            part = self._shards[i][offset : offset + length]
+            parts.append(part)
+            start, length, i = start + len(part), length - len(part), i + 1
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared folder: its manifest, and its splits as streams of tokens."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    train: TokenStream
+    val: TokenStream
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the text, the tokenizer and the split: equal fingerprints mean equal tokens."""
+        return str(self.manifest["fingerprint"])
+
+
+def open_dataset(folder: Path, tokenizer_sha256: str) -> Dataset:
+    """Open a prepared folder and check every shard against the manifest.
+
+    Raises:
+        UserError: the manifest is missing, damaged or made with another tokenizer; a shard is missing or altered.
+    """
+    manifest = read_json(folder / MANIFEST, "manifest of token shards")
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"{folder / MANIFEST} is not a manifest of format {MANIFEST_FORMAT!r}; {_MEND}")
+    try:
+        made_with = manifest["tokenizer"]["sha256"]
+        if made_with != tokenizer_sha256:
+            raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {_MEND}")
+        train, val = (_open_split(folder, manifest["splits"][split]["shards"]) for split in ("train", "val"))
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{folder / MANIFEST} is damaged: {e.args[0]!r} is missing or wrong; {_MEND}") from None
+    return Dataset(folder, manifest, train, val)
+
+
+def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
+    shards = []
+    for entry in entries:
+        path = folder / entry["file"]
+        tokens = open_shard(path)
+        if len(tokens) != entry["tokens"] or sha256_file(path) != entry["sha256"]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {_MEND}")
+        shards.append(tokens)
+    return TokenStream(shards)

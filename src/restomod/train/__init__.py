@@ -1,0 +1,1 @@
+"""The training step and all around it: loss, schedule, optimizer, checkpoints, metrics, the loop."""

@@ -1,0 +1,155 @@
+"""Checkpoints that are whole or absent.
+
+    checkpoints/step_000500/
+        config.json  model.safetensors  vocab.json  merges.txt  …   a model folder for `from_pretrained`
+        training_state/                                             the optimizer's tensors and the step
+        COMPLETE                                                    every file's size and SHA-256, written last
+
+A checkpoint is written to a temporary folder, synced to disk, and renamed. Tensors are safetensors throughout: no
+pickle is ever written or loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.optim import Optimizer
+
+from restomod.errors import UserError
+from restomod.files import fsync_path, read_json, sha256_file
+from restomod.model.gpt import GPT
+from restomod.model.pretrained import load_weights, save_model
+from restomod.train.optimizer import load_optimizer_tensors, optimizer_tensors
+
+COMPLETE = "COMPLETE"
+STATE = "training_state"
+FORMAT = "restomod-checkpoint-1"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest step first."""
+    folders = (run / "checkpoints").glob("step_*")
+    return sorted((f for f in folders if re.fullmatch(r"step_\d+", f.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def find_checkpoint(where: Path) -> Path:
+    """The newest checkpoint of a run folder, or ``where`` itself if it is a checkpoint.
+
+    Raises:
+        UserError: neither is the case.
+    """
+    if not where.is_dir():
+        raise UserError(f"{where}: no such run or checkpoint folder")
+    if (where / COMPLETE).exists():
+        return where
+    found = list_checkpoints(where)
+    if not found:
+        raise UserError(f"{where} holds no checkpoint yet; go on training with `restomod train --resume {where}`")
+    return found[-1]
+
+
+def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, keep: int) -> Path:
+    """Write the checkpoint of ``step`` updates, then drop all but the ``keep`` newest ones (0: drop none).
+
+    Raises:
+        UserError: the disk is full or refuses; older checkpoints are untouched.
+    """
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / STATE).mkdir(parents=True)
+        save_model(model, temporary)
+        if step > 0:  # before the first step an optimizer has no state
+            _save_optimizer(model, optimizer, temporary / STATE)
+        state = {"format": FORMAT, "step": step}
+        (temporary / STATE / "state.json").write_text(json.dumps(state) + "\n")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        record = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in files
+        }
+        (temporary / COMPLETE).write_text(json.dumps({"format": FORMAT, "files": record}, indent=2) + "\n")
+        for path in [*files, temporary / COMPLETE, temporary / STATE, temporary]:
+            fsync_path(path)
+        if folder.exists():  # left by an earlier attempt at this step
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        fsync_path(folder.parent)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot save {folder}: {e.strerror or e}; older checkpoints are whole: "
+            f"mend it, then go on with `restomod train --resume {run}`"
+        ) from None
+    for old in list_checkpoints(run)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return folder
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check every file of a checkpoint against `COMPLETE`.
+
+    Raises:
+        UserError: a file is missing or altered; the message names it.
+    """
+    mend = f"delete {folder} to fall back on the checkpoint before it"
+    record = read_json(folder / COMPLETE, "record of a finished checkpoint")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{folder / COMPLETE} is damaged: its format is not {FORMAT!r}; {mend}")
+    for name, expected in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing from the checkpoint; {mend}")
+        if path.stat().st_size != expected["bytes"]:
+            raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {expected['bytes']:,}; {mend}")
+        if sha256_file(path) != expected["sha256"]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
+
+
+def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizer) -> int:
+    """Verify a checkpoint and put its weights and optimizer state back; return its step.
+
+    Raises:
+        UserError: it is damaged, or is of another model.
+    """
+    verify_checkpoint(folder)
+    load_weights(model, folder)
+    state = read_json(folder / STATE / "state.json", "training state")
+    step = int(state["step"])
+    if step > 0:
+        _load_optimizer(model, optimizer, folder / STATE)
+    return step
+
+
+@contextlib.contextmanager
+def _single_process() -> Iterator[None]:
+    """Silence torch's note that it works in one process, which is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _save_optimizer(model: GPT, optimizer: Optimizer, folder: Path) -> None:
+    with _single_process():
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(optimizer_tensors(model, optimizer), storage_writer=writer, no_dist=True)
+
+
+def _load_optimizer(model: GPT, optimizer: Optimizer, folder: Path) -> None:
+    with _single_process():
+        tensors = optimizer_tensors(model, optimizer)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    load_optimizer_tensors(model, optimizer, tensors)

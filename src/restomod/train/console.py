@@ -1,0 +1,114 @@
+"""What a run prints: a table, then a progress bar in a terminal or a line per step anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from restomod.train.metrics import read_jsonl
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 3 min 20 s, 5 h 07 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def numbers(record: dict[str, Any]) -> str:
+    """One train record of `metrics.jsonl` as text."""
+    mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+        f"{record['ms']:.0f} ms/step  {record['tokens_per_second']:,.0f} tok/s{mfu}"
+    )
+
+
+def closing_lines(folder: Path, checkpoint: Path, seconds: float, finished: bool) -> list[str]:
+    """What stands at the end of a run: its losses, where it is, and what to do next."""
+    if not finished:
+        return [f"stopped with a checkpoint; go on with: restomod train --resume {folder}"]
+    records = read_jsonl(folder / "metrics.jsonl")
+    lines = [f"finished in {duration(seconds)}"]
+    for kind, name in (("train", "training loss"), ("val", "validation loss")):
+        losses = [record["loss"] for record in records if record["kind"] == kind]
+        if losses:
+            lines.append(f"  {name:<15}  {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end")
+    return [
+        *lines,
+        f"everything is in {folder}; next:",
+        f'  restomod sample {folder} --prompt "..."     # let it write',
+        f"  restomod train --resume {folder} --steps N   # go on to step N",
+        f"  AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})   # use it elsewhere",
+    ]
+
+
+class Display:
+    """Prints a run. ``interactive`` decides between the progress bar and plain lines."""
+
+    def __init__(self, interactive: bool | None = None) -> None:
+        self.interactive = sys.stdout.isatty() if interactive is None else interactive
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """Two columns, what and its value."""
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.console.print(Text(f"{name:<{width}}  ", style="dim") + Text(value))
+        self.flush()
+
+    def line(self, text: str, style: str = "") -> None:
+        """One line, above the progress bar if there is one."""
+        self.console.print(Text(text, style=style))
+        self.flush()
+
+    def lines(self, texts: list[str]) -> None:
+        """Several lines."""
+        for text in texts:
+            self.line(text)
+
+    def start(self, first: int, steps: int) -> None:
+        """Begin to show progress from step ``first`` of ``steps``."""
+        self._steps = steps
+        if self.interactive:
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(24),
+                TextColumn("{task.description}"),
+            )
+            self._progress = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._task = self._progress.add_task("", total=steps, completed=first)
+            self._progress.start()
+
+    def step(self, record: dict[str, Any], seconds_left: float) -> None:
+        """Show one train record."""
+        text = f"{numbers(record)}  eta {duration(seconds_left)}"
+        if self._progress:
+            self._progress.update(self._task, completed=record["step"] + 1, description=text)
+        else:
+            print(f"step {record['step'] + 1}/{self._steps}  {text}", flush=True)
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Show a sample, its prompt in bold, indented."""
+        shown = Text(prompt, style="bold") + Text(text)
+        for row in shown.split("\n"):
+            self.console.print(Text("  │ ", style="dim") + row)
+        self.flush()
+
+    def stop(self) -> None:
+        """Take the progress bar down."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def flush(self) -> None:
+        self.console.file.flush()

@@ -1,0 +1,176 @@
+"""The training loop: evaluate, sample, save, step, log.
+
+At step s the weights have been updated s times. Whatever is random follows from (seed, step), so a run that was
+killed and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from restomod.config import RunConfig
+from restomod.errors import UserError
+from restomod.evals.heldout import heldout_loss
+from restomod.generate import continuations
+from restomod.model.flops import mfu
+from restomod.train.checkpoint import list_checkpoints, save_checkpoint
+from restomod.train.console import Display, closing_lines
+from restomod.train.run import refuse_existing
+from restomod.train.sanity import initial_loss_verdict
+from restomod.train.schedule import learning_rate
+from restomod.train.setup import Training, set_up, summary
+from restomod.train.step import train_step
+
+EXIT_FINISHED = 0
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint; the run can go on
+
+
+def train(config: RunConfig, folder: Path, resume: bool = False, display: Display | None = None) -> int:
+    """Train a run from its start, or from its newest checkpoint.
+
+    Args:
+        config: the complete run.
+        folder: the run's folder: a new one, or with ``resume`` an existing one.
+        resume: go on with the run in ``folder``.
+        display: where to print; by default a progress bar in a terminal and plain lines elsewhere.
+
+    Returns:
+        0 when the run is finished, 75 when SIGINT or SIGTERM stopped it (after a checkpoint).
+
+    Raises:
+        UserError: something is not as it should be and the user can mend it; the message says what and how.
+    """
+    display = display or Display()
+    if not resume:
+        refuse_existing(folder)
+    display.line("preparing the data and the model …", style="dim")
+    training = set_up(config, folder, resume)
+    display.table(summary(training))
+    if training.first_step == 0:
+        display.line(initial_loss_verdict(training.look.loss, config.model.vocab_size))
+    elif training.first_step < config.steps:
+        display.line(f"going on from step {training.first_step}")
+    else:
+        display.line(f"this run has made its {config.steps} steps already; --steps N goes on to step N")
+        return EXIT_FINISHED
+
+    started = time.perf_counter()
+    with StopSignal(display) as stop:
+        display.start(training.first_step, config.steps)
+        try:
+            finished = _loop(training, display, stop)
+        finally:
+            display.stop()
+    newest = list_checkpoints(folder)[-1]
+    display.lines(closing_lines(folder, newest, time.perf_counter() - started, finished))
+    return EXIT_FINISHED if finished else EXIT_INTERRUPTED
+
+
+def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
+    """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
+    run, config, first = training.run, training.config, training.first_step
+    model, optimizer, compute = training.model, training.optimizer, training.compute
+    started = time.perf_counter()
+    reached_target = False
+
+    for step in range(first, config.steps + 1):
+        finished = reached_target or step == config.steps
+        resumed_here = step == first and step > 0  # its evaluation, samples and checkpoint exist already
+
+        if not resumed_here and (finished or step % config.eval_every == 0):
+            evaluate(training, step, display)
+        if not resumed_here and step > 0 and (finished or step % config.sample_every == 0):
+            write_samples(training, step, display)
+        if not resumed_here and step > 0 and (finished or stop.requested or step % config.save_every == 0):
+            save_checkpoint(run.folder, step, model, optimizer, config.keep_checkpoints)
+        if finished or stop.requested:
+            return finished
+
+        start = time.perf_counter()
+        loss, grad_norm = train_step(model, optimizer, training.batches, config, step, compute)
+        seconds = time.perf_counter() - start
+
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(
+                f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so nothing was updated; "
+                f"lower --optim.lr or raise --optim.warmup-steps in a new run (the last checkpoint here is whole)"
+            )
+        speed = config.batch_tokens / seconds
+        record = run.log(
+            "train",
+            step,
+            loss=loss,
+            lr=learning_rate(config.optim, step, config.steps),
+            grad_norm=grad_norm,
+            ms=1000 * seconds,
+            tokens_per_second=speed,
+            mfu=mfu(speed, training.flops_per_token, training.peak_flops),
+        )
+        seconds_per_step = (time.perf_counter() - started) / (step + 1 - first)
+        display.step(record, seconds_left=(config.steps - step - 1) * seconds_per_step)
+        reached_target = config.target_loss is not None and loss <= config.target_loss
+        if reached_target:
+            display.line(f"step {step}  training loss {loss:.4f} is at or below the target {config.target_loss}")
+    raise AssertionError("the last step returns")
+
+
+def evaluate(training: Training, step: int, display: Display) -> None:
+    """Log and show the loss on the validation split, if there is one."""
+    if len(training.dataset.val):
+        T, compute = training.config.sequence_length, training.compute
+        loss, tokens = heldout_loss(
+            training.model,
+            training.dataset.val,
+            T,
+            compute.device,
+            compute.dtype,
+            training.config.eval_tokens,
+        )
+        training.run.log("val", step, loss=loss, tokens=tokens)
+        display.line(f"step {step}  validation loss {loss:.4f}", style="bold cyan")
+
+
+def write_samples(training: Training, step: int, display: Display) -> None:
+    """Log and show one continuation of each prompt."""
+    sampling = training.config.sampling
+    display.line(f"step {step}  samples", style="bold cyan")
+    for prompt in sampling.prompts:
+        (text,) = continuations(
+            training.model,
+            training.tokenizer,
+            prompt,
+            1,
+            sampling,
+            training.config.seed + step,
+            training.compute.dtype,
+        )
+        training.run.log_sample(step, prompt, text)
+        display.sample(prompt, text)
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the present step; a second one acts as usual."""
+
+    def __init__(self, display: Display) -> None:
+        self.requested = False
+        self._display = display
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        self._display.line("stopping after this step, with a checkpoint (once more: stop at once)", style="yellow")

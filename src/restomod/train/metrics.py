@@ -1,0 +1,38 @@
+"""A run's numbers, one JSON object per line, on disk as soon as they are known.
+
+`metrics.jsonl` holds two kinds of records: "train" (step s: the loss under the weights after s updates, before update
+s is applied) and "val" (step s: the held-out loss under those same weights).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from restomod.files import write_text_atomically
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Add one record to the end of a `.jsonl` file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a `.jsonl` file; none if there is no file, and without a last line that a crash cut short."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a `.jsonl` file with only the records that ``keep`` wants."""
+    if path.exists():
+        records = [record for record in read_jsonl(path) if keep(record)]
+        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,165 @@
+"""A run's folder: all that is known about a run, in files that need nothing of ours to be read.
+
+runs/NAME/
+    config.json        the complete configuration
+    environment.json   versions, machine and command of the start and of every resumption
+    data.json          the manifest of the token shards that were trained on
+    metrics.jsonl      losses, learning rate, gradient norm, speed
+    samples.jsonl      what the model wrote along the way
+    checkpoints/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import restomod
+from restomod.config import RunConfig, from_dict, to_dict
+from restomod.data.shards import Dataset
+from restomod.errors import UserError
+from restomod.files import read_json, write_json_atomically
+from restomod.train.metrics import append_jsonl, keep_records
+
+MAY_CHANGE_ON_RESUME = {
+    "steps",
+    "target_loss",
+    "micro_batch",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "sampling",
+    "save_every",
+    "keep_checkpoints",
+    "device",
+    "precision",
+    "compile",
+    "data",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder and its configuration."""
+
+    folder: Path
+    config: RunConfig
+
+    def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """Append a record to `metrics.jsonl` and return it."""
+        record = {"kind": kind, "step": step, **values}
+        append_jsonl(self.folder / "metrics.jsonl", record)
+        return record
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        """Append a sample to `samples.jsonl`."""
+        append_jsonl(self.folder / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after the checkpoint of ``step``: it is about to happen again."""
+        keep_records(
+            self.folder / "metrics.jsonl",
+            lambda r: r["step"] < step or (r["step"] == step and r["kind"] == "val"),
+        )
+        keep_records(self.folder / "samples.jsonl", lambda r: r["step"] <= step)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise UserError if there is anything at ``folder``."""
+    if folder.exists():
+        how = f"go on with it by `restomod train --resume {folder}`, or " if (folder / "config.json").exists() else ""
+        raise UserError(f"{folder} exists already; {how}choose another folder with --out")
+
+
+def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: dict[str, Any]) -> Run:
+    """Make a new run folder.
+
+    Raises:
+        UserError: there is one already, or it cannot be made.
+    """
+    refuse_existing(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot make the run's folder ({e.strerror})") from None
+    write_json_atomically(folder / "data.json", dataset.manifest)
+    write_json_atomically(folder / "environment.json", [environment])
+    write_json_atomically(folder / "config.json", to_dict(config))  # last: it makes the folder a run
+    return Run(folder, config)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of an existing run.
+
+    Raises:
+        UserError: ``folder`` is no run, or its configuration is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a run: it has no config.json; start one with `restomod train PRESET`")
+    config = from_dict(read_json(path, "run's configuration"), RunConfig, str(path))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def reopen_run(folder: Path, config: RunConfig, dataset: Dataset, environment: dict[str, Any]) -> Run:
+    """Open an existing run to go on with it under ``config``, which may differ in what does not change its meaning.
+
+    Raises:
+        UserError: a setting has changed that must not, or the data is not what the run was trained on.
+    """
+    old = read_config(folder)
+    for field in dataclasses.fields(RunConfig):
+        before, now = getattr(old, field.name), getattr(config, field.name)
+        if before != now and field.name not in MAY_CHANGE_ON_RESUME:
+            raise UserError(f"{field.name} cannot change when a run goes on: it was {before}, now {now}")
+    trained_on = read_json(folder / "data.json", "manifest of the run's data")["fingerprint"]
+    if dataset.fingerprint != trained_on:
+        raise UserError(
+            f"{dataset.folder} holds other tokens than {folder} was trained on (fingerprint "
+            f"{dataset.fingerprint[:12]}, not {trained_on[:12]}): bring the text back as it was, or start a new run"
+        )
+    starts = read_json(folder / "environment.json", "record of the run's environments")
+    write_json_atomically(folder / "environment.json", [*starts, environment])
+    if config != old:
+        write_json_atomically(folder / "config.json", to_dict(config))
+    return Run(folder, config)
+
+
+def environment(device: str, precision: str) -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    return {
+        "restomod": restomod.__version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the source tree that this package runs from, "+changes" if it is not clean; None outside one."""
+    tree = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    revision = git("rev-parse", "HEAD") if tracked else None
+    return f"{revision}+changes" if revision and git("status", "--porcelain") else revision

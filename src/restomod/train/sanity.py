@@ -1,0 +1,46 @@
+"""What is checked and measured on the first micro-batch, before the first step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(vocab_size) within which GPT-2's initialisation lies
+REPEAT_BELOW_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What one micro-batch shows: the loss under the present weights, and how long it takes."""
+
+    loss: float
+    seconds: float
+
+
+def first_look(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -> FirstLook:
+    """Run one micro-batch forward and backward, twice if it is quick (the first time warms up), and change nothing."""
+    for attempt in range(2):
+        start = time.perf_counter()
+        loss = micro_batch_loss()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        value = loss.item()
+        seconds = time.perf_counter() - start
+        if attempt == 0 and seconds > REPEAT_BELOW_SECONDS:
+            break
+    return FirstLook(value, seconds)
+
+
+def initial_loss_verdict(loss: float, vocab_size: int) -> str:
+    """One line: is the loss of untrained weights that of guessing evenly among the vocabulary, ln(V)?"""
+    expected = math.log(vocab_size)
+    if abs(loss - expected) <= INITIAL_LOSS_TOLERANCE:
+        return f"initial loss {loss:.2f} ≈ ln({vocab_size}) = {expected:.2f}: as it should be for random weights"
+    return (
+        f"warning: initial loss {loss:.2f}, but random weights should give ln({vocab_size}) = {expected:.2f} "
+        f"(± {INITIAL_LOSS_TOLERANCE}): the model's initialisation or the data is unusual"
+    )

@@ -1,0 +1,131 @@
+"""From a configuration to everything a training loop needs, ready at its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from restomod.config import RunConfig
+from restomod.data.batches import Batches
+from restomod.data.prepare import prepare
+from restomod.data.shards import Dataset
+from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
+from restomod.device import choose_device, choose_dtype, describe_device, dtype_name
+from restomod.model.flops import flops_per_token, parameter_count, peak_flops
+from restomod.model.gpt import GPT, build_model
+from restomod.train.checkpoint import list_checkpoints, load_checkpoint
+from restomod.train.console import duration
+from restomod.train.optimizer import build_optimizer
+from restomod.train.run import Run, create_run, environment, reopen_run
+from restomod.train.sanity import FirstLook, first_look
+from restomod.train.step import Compute, batch_loss, choose_micro_batch
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run in memory."""
+
+    run: Run
+    dataset: Dataset
+    tokenizer: Tokenizer
+    batches: Batches
+    model: GPT
+    optimizer: Optimizer
+    compute: Compute
+    first_step: int
+    """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
+    look: FirstLook
+    """The loss of the first micro-batch, and the time it took."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @property
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.config.model, self.config.sequence_length)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The device's peak, if it is known; see `restomod.model.flops`."""
+        return peak_flops(describe_device(self.compute.device))
+
+
+def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
+    """Prepare data, model and optimizer, and make or reopen the run's folder.
+
+    Nothing is written before the data and the configuration have been found good. A resumed run starts from its
+    newest checkpoint, or from the beginning if it was stopped before its first.
+
+    Raises:
+        UserError: the data, the device, the folder or the checkpoint is not usable.
+    """
+    data = config.data
+    path = str(Path(data.path).absolute()) if data.path else None  # a run can be resumed from anywhere
+    data = dataclasses.replace(data, path=path, cache=str(Path(data.cache).absolute()))
+    config = dataclasses.replace(config, data=data)
+
+    device = choose_device(config.device)
+    compute = Compute(device, choose_dtype(config.precision, device), choose_micro_batch(config, device))
+    tokenizer = gpt2_tokenizer()
+    dataset = prepare(data, tokenizer)
+    batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed, "training")
+    if len(dataset.val):
+        Batches(dataset.val, config.sequence_length, 1, 0, "validation")  # refused now rather than at the first use
+    model = build_model(config.model, config.seed, device)
+    optimizer = build_optimizer(model, config.optim)
+
+    first_step = 0
+    here = environment(describe_device(device), dtype_name(compute.dtype))
+    if resume:
+        run = reopen_run(folder, config, dataset, here)
+        checkpoints = list_checkpoints(folder)
+        if checkpoints:
+            first_step = load_checkpoint(checkpoints[-1], model, optimizer)
+        run.rewind(first_step)
+    else:
+        run = create_run(folder, config, dataset, here)
+    if config.compile:
+        model.transformer.compile()
+
+    tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
+    look = first_look(model, lambda: batch_loss(model, tokens, targets, compute))
+    return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, look)
+
+
+def summary(training: Training) -> list[tuple[str, str]]:
+    """The table that stands at the head of a run."""
+    config, m, compute, manifest = (
+        training.config,
+        training.config.model,
+        training.compute,
+        training.dataset.manifest,
+    )
+    train, val = len(training.dataset.train), len(training.dataset.val)
+    accumulation = config.batch_sequences // compute.micro_batch
+    steps_left = config.steps - training.first_step
+    epochs = config.steps * config.batch_tokens / (training.batches.n_windows * config.sequence_length)
+    precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
+    split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
+    documents = "1 document" if manifest["documents"] == 1 else f"{manifest['documents']:,} documents"
+    return [
+        ("run", str(training.run.folder)),
+        ("model", f"GPT-2, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, {m.n_positions} positions"),
+        ("parameters", f"{parameter_count(m):,}"),
+        ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens in {documents}; {split}"),
+        (
+            "tokens per step",
+            f"{config.batch_tokens:,} = {accumulation} × {compute.micro_batch} sequences "
+            f"× {config.sequence_length} tokens",
+        ),
+        ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {epochs:.2g} epochs)"),
+        ("device", describe_device(compute.device)),
+        ("precision", precision + (", compiled" if config.compile else "")),
+        (
+            "estimated time",
+            f"{duration(training.look.seconds * accumulation * steps_left)}, from timing one micro-batch",
+        ),
+    ]
