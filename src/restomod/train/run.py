@@ -63,10 +63,10 @@ class Run:
         append_jsonl(self.folder / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after the checkpoint of ``step``: it is about to happen again."""
+        """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
         keep_records(
             self.folder / "metrics.jsonl",
-            lambda r: r["step"] < step or (r["step"] == step and r["kind"] == "val"),
+            lambda r: r["step"] < step or (r["step"] == step > 0 and r["kind"] == "val"),
         )
         keep_records(self.folder / "samples.jsonl", lambda r: r["step"] <= step)
 
@@ -109,8 +109,8 @@ def read_config(folder: Path) -> RunConfig:
     return config
 
 
-def reopen_run(folder: Path, config: RunConfig, dataset: Dataset, environment: dict[str, Any]) -> Run:
-    """Open an existing run to go on with it under ``config``, which may differ in what does not change its meaning.
+def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
+    """See that an existing run can go on under ``config``, which may differ in what does not change its meaning.
 
     Raises:
         UserError: a setting has changed that must not, or the data is not what the run was trained on.
@@ -120,17 +120,22 @@ def reopen_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
         before, now = getattr(old, field.name), getattr(config, field.name)
         if before != now and field.name not in MAY_CHANGE_ON_RESUME:
             raise UserError(f"{field.name} cannot change when a run goes on: it was {before}, now {now}")
-    trained_on = read_json(folder / "data.json", "manifest of the run's data")["fingerprint"]
+    trained_on = read_json(folder / "data.json", "manifest of the run's data").get("fingerprint", "")
     if dataset.fingerprint != trained_on:
         raise UserError(
             f"{dataset.folder} holds other tokens than {folder} was trained on (fingerprint "
             f"{dataset.fingerprint[:12]}, not {trained_on[:12]}): bring the text back as it was, or start a new run"
         )
+
+
+def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
+    """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
     starts = read_json(folder / "environment.json", "record of the run's environments")
     write_json_atomically(folder / "environment.json", [*starts, environment])
-    if config != old:
-        write_json_atomically(folder / "config.json", to_dict(config))
-    return Run(folder, config)
+    write_json_atomically(folder / "config.json", to_dict(config))
+    run = Run(folder, config)
+    run.rewind(step)
+    return run
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.optim import Optimizer
 
 from restomod.config import RunConfig
@@ -14,12 +15,13 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, describe_device, dtype_name
+from restomod.errors import UserError
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.train.checkpoint import list_checkpoints, load_checkpoint
 from restomod.train.console import duration
 from restomod.train.optimizer import build_optimizer
-from restomod.train.run import Run, create_run, environment, reopen_run
+from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import FirstLook, first_look
 from restomod.train.step import Compute, batch_loss, choose_micro_batch
 
@@ -75,24 +77,30 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed, "training")
     if len(dataset.val):
         Batches(dataset.val, config.sequence_length, 1, 0, "validation")  # refused now rather than at the first use
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the data's vocabulary: "
+            f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens"
+        )
     model = build_model(config.model, config.seed, device)
     optimizer = build_optimizer(model, config.optim)
 
     first_step = 0
-    here = environment(describe_device(device), dtype_name(compute.dtype))
     if resume:
-        run = reopen_run(folder, config, dataset, here)
+        check_resumable(folder, config, dataset)
         checkpoints = list_checkpoints(folder)
-        if checkpoints:
-            first_step = load_checkpoint(checkpoints[-1], model, optimizer)
-        run.rewind(first_step)
-    else:
-        run = create_run(folder, config, dataset, here)
+        first_step = load_checkpoint(checkpoints[-1], model, optimizer) if checkpoints else 0
     if config.compile:
         model.transformer.compile()
-
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
-    look = first_look(model, lambda: batch_loss(model, tokens, targets, compute))
+    try:
+        look = first_look(model, lambda: batch_loss(model, tokens, targets, compute))
+    except torch._dynamo.exc.TorchDynamoException as e:
+        reason = next(line for line in str(e).splitlines() if line.strip())
+        raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e
+
+    here = environment(describe_device(device), dtype_name(compute.dtype))
+    run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
     return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, look)
 
 

@@ -1,0 +1,112 @@
+"""A text, a model and a run small enough to train in a second."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "runs",
+    "sleeps",
+    "eats",
+    "sees",
+    "green",
+    "old",
+    "quickly",
+    "never",
+    "and",
+    "or",
+    "but",
+    "with",
+    "under",
+    "over",
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of eight documents of about 900 tokens each."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    chance = random.Random(0)
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(" ".join(chance.choices(WORDS, k=800)))
+    return folder
+
+
+@pytest.fixture
+def tiny(text: Path, tmp_path: Path) -> RunConfig:
+    """Twelve steps of a two-layer GPT-2 in fp32."""
+    return RunConfig(
+        steps=12,
+        batch_tokens=128,
+        sequence_length=32,
+        micro_batch=2,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),
+        data=DataConfig(source="text", path=str(text), val_fraction=0.2, cache=str(tmp_path / "data")),
+        optim=OptimConfig(lr=3e-3, warmup_steps=3),
+        sampling=SamplingConfig(prompts=("the cat",), max_tokens=8),
+        eval_every=5,
+        sample_every=5,
+        save_every=4,
+        device="cpu",
+        precision="fp32",
+    )
+
+
+def flags(config: RunConfig) -> list[str]:
+    """The flags that turn the quickstart preset into ``config``."""
+    m, d, o = config.model, config.data, config.optim
+    values = {
+        "steps": config.steps,
+        "batch-tokens": config.batch_tokens,
+        "sequence-length": config.sequence_length,
+        "micro-batch": config.micro_batch,
+        "model.n-layer": m.n_layer,
+        "model.n-head": m.n_head,
+        "model.n-embd": m.n_embd,
+        "model.n-positions": m.n_positions,
+        "data.source": d.source,
+        "data.path": d.path,
+        "data.val-fraction": d.val_fraction,
+        "data.cache": d.cache,
+        "optim.lr": o.lr,
+        "optim.warmup-steps": o.warmup_steps,
+        "sampling.prompts": config.sampling.prompts[0],
+        "sampling.max-tokens": config.sampling.max_tokens,
+        "eval-every": config.eval_every,
+        "sample-every": config.sample_every,
+        "save-every": config.save_every,
+        "device": config.device,
+        "precision": config.precision,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def restomod(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts the command line as a process of its own, in ``tmp_path``."""
+
+    def start(*arguments: str, program: tuple[str, ...] = ("-m", "restomod")) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

@@ -1,0 +1,166 @@
+"""A run that was killed and resumed is, bit for bit, the run that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from restomod.config import RunConfig
+from restomod.errors import UserError
+from restomod.train.console import Display
+from restomod.train.loop import EXIT_INTERRUPTED, train
+from restomod.train.metrics import read_jsonl
+
+from .conftest import flags
+
+QUIET = Display(interactive=False)
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def same_checkpoint(a: Path, b: Path, step: int) -> bool:
+    """Are the weights and the optimizer's state of two runs equal to the last bit?"""
+    for name in ("model.safetensors", "training_state/shard-00001-model-00001-of-00001.safetensors"):
+        tensors, others = (load_file(run / "checkpoints" / f"step_{step:06d}" / name) for run in (a, b))
+        assert len(tensors) > 20
+        if tensors.keys() != others.keys() or not all(torch.equal(tensors[k], others[k]) for k in tensors):
+            return False
+    return True
+
+
+def kill_when(run: Path, records: int, delay: float, process: subprocess.Popen[str]) -> None:
+    """SIGKILL ``process`` a moment after it has logged its ``records``-th line."""
+    deadline = time.monotonic() + 60
+    while len(read_jsonl(run / "metrics.jsonl")) < records and process.poll() is None:
+        assert time.monotonic() < deadline, "the run logged nothing"
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+
+
+def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, seed: int) -> None:
+    reference, killed = tmp_path / "runs/reference", tmp_path / "runs/killed"
+    train(tiny, reference, display=QUIET)
+    chance = random.Random(seed)
+    for attempt in range(kills):
+        verb = ("--resume", str(killed)) if attempt else ("quickstart", "--out", str(killed), *flags(tiny))
+        wanted = chance.randrange(1, 2 * tiny.steps // 3)
+        kill_when(killed, wanted, chance.uniform(0, 0.05), restomod("train", *verb))
+    output, error = restomod("train", "--resume", str(killed)).communicate(timeout=120)
+    assert "finished" in output or "already" in output, error
+    assert losses(killed) == losses(reference)
+    assert same_checkpoint(killed, reference, tiny.steps)
+    assert read_jsonl(killed / "samples.jsonl") == read_jsonl(reference / "samples.jsonl")
+
+
+def test_sigkill_at_a_random_moment_changes_nothing(tiny: RunConfig, tmp_path: Path, restomod: Start) -> None:
+    seed = random.randrange(1000)
+    print(f"seed {seed}")
+    check_kills(tiny, tmp_path, restomod, kills=1, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_several_kills_change_nothing(tiny: RunConfig, tmp_path: Path, restomod: Start, seed: int) -> None:
+    check_kills(tiny, tmp_path, restomod, kills=4, seed=seed)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(
+    tiny: RunConfig, tmp_path: Path, restomod: Start
+) -> None:
+    reference, killed = tmp_path / "runs/reference", tmp_path / "runs/killed"
+    train(tiny, reference, display=QUIET)
+    die_before_second_rename = """
+import os, pathlib, signal, sys
+rename, calls = pathlib.Path.rename, []
+def deadly(self, target):
+    calls.append(target)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+pathlib.Path.rename = deadly
+from restomod.cli import main
+sys.exit(main())
+"""
+    process = restomod(
+        "train", "quickstart", "--out", str(killed), *flags(tiny), program=("-c", die_before_second_rename)
+    )
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert [p.name for p in sorted((killed / "checkpoints").iterdir())] == [".step_000008.tmp", "step_000004"]
+
+    assert train(tiny, killed, resume=True, display=QUIET) == 0
+    assert losses(killed) == losses(reference)
+    assert same_checkpoint(killed, reference, tiny.steps)
+    assert not list((killed / "checkpoints").glob(".*")), "the unfinished checkpoint was left behind"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    tiny: RunConfig, tmp_path: Path, restomod: Start, sent: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    config = dataclasses.replace(tiny, steps=100_000, eval_every=100_000, sample_every=100_000, save_every=100_000)
+    process = restomod("train", "quickstart", "--out", str(run), *flags(config))
+    while len(read_jsonl(run / "metrics.jsonl")) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sent)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, error
+    assert f"restomod train --resume {run}" in output
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    trained = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert checkpoint.name == f"step_{len(trained):06d}"
+
+
+def test_a_resumed_run_may_take_more_steps_but_not_another_seed(tiny: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(tiny, steps=2), run, display=QUIET)
+    with pytest.raises(UserError, match="seed cannot change"):
+        train(dataclasses.replace(tiny, steps=4, seed=1), run, resume=True, display=QUIET)
+    assert train(dataclasses.replace(tiny, steps=4), run, resume=True, display=QUIET) == 0
+    assert [step for kind, step, _ in losses(run) if kind == "train"] == [0, 1, 2, 3]
+
+
+def test_a_finished_run_says_so(tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, config = tmp_path / "run", dataclasses.replace(tiny, steps=2)
+    train(config, run, display=QUIET)
+    assert train(config, run, resume=True) == 0
+    assert "already" in capsys.readouterr().out
+    assert [step for kind, step, _ in losses(run) if kind == "train"] == [0, 1]
+
+
+def test_resume_refuses_changed_text(tiny: RunConfig, tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(tiny, steps=2), run, display=QUIET)
+    (text / "0.txt").write_text("another story " * 300)
+    with pytest.raises(UserError, match="other tokens than"):
+        train(tiny, run, resume=True, display=QUIET)
+
+
+def test_resume_refuses_a_checkpoint_with_a_flipped_byte(tiny: RunConfig, tmp_path: Path, restomod: Start) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(tiny, steps=2), run, display=QUIET)
+    weights = run / "checkpoints/step_000002/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    for verb in (("train", "--resume", str(run), "--steps", "4"), ("sample", str(run))):
+        process = restomod(*verb)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert error.count("\n") == 1
+        assert "model.safetensors is damaged" in error

@@ -1,0 +1,166 @@
+"""Whole runs of a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from restomod.config import RunConfig, from_dict
+from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.errors import UserError
+from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.train.console import Display
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+
+QUIET = Display(interactive=False)
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    return [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == kind]
+
+
+def weights(run: Path) -> bytes:
+    return (list_checkpoints(run)[-1] / "model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = dataclasses.replace(tiny, steps=60)
+    assert train(config, run, display=QUIET) == 0
+    names = {p.name for p in run.iterdir()}
+    assert names == {"config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
+    assert from_dict(json.loads((run / "config.json").read_text())).steps == 60
+    train_losses = [r["loss"] for r in records(run, "train")]
+    assert [r["step"] for r in records(run, "train")] == list(range(60))
+    assert abs(train_losses[0] - math.log(50257)) < 0.3
+    # the text is drawn evenly from 20 words, so ln(20) = 3.0 is the best a model can do
+    assert math.log(20) - 0.2 < records(run, "val")[-1]["loss"] < 6
+    assert [r["step"] for r in records(run, "val")] == [*range(0, 60, 5), 60]
+    assert [r["step"] for r in read_jsonl(run / "samples.jsonl")] == [*range(5, 60, 5), 60]
+    assert [p.name for p in list_checkpoints(run)] == ["step_000056", "step_000060"]
+    verify_checkpoint(list_checkpoints(run)[-1])
+
+
+def test_looking_at_a_run_does_not_change_it(tiny: RunConfig, tmp_path: Path) -> None:
+    rarely = dataclasses.replace(tiny, eval_every=1000, sample_every=1000, save_every=1000)
+    often = dataclasses.replace(tiny, eval_every=1, sample_every=1, save_every=1)
+    train(rarely, tmp_path / "rarely", display=QUIET)
+    torch.manual_seed(99)  # a run must not depend on the process's own random state either
+    train(often, tmp_path / "often", display=QUIET)
+    assert weights(tmp_path / "rarely") == weights(tmp_path / "often")
+
+
+@pytest.mark.slow
+def test_looking_at_a_compiled_run_does_not_change_it(tiny: RunConfig, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    rarely = dataclasses.replace(tiny, compile=True, eval_every=1000, sample_every=1000, save_every=1000)
+    often = dataclasses.replace(tiny, compile=True, eval_every=1, sample_every=1, save_every=1)
+    train(rarely, tmp_path / "rarely", display=QUIET)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(often, tmp_path / "often", display=QUIET)
+    assert weights(tmp_path / "rarely") == weights(tmp_path / "often")
+    train(tiny, tmp_path / "eager", display=QUIET)
+    eager, compiled = (records(tmp_path / name, "train") for name in ("eager", "often"))
+    assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in eager], rel=1e-4)
+
+
+def test_the_micro_batch_does_not_change_the_losses(tiny: RunConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny, steps=20)
+    curves = []
+    for micro_batch in (1, 2, 4):
+        run = tmp_path / str(micro_batch)
+        train(dataclasses.replace(config, micro_batch=micro_batch), run, display=QUIET)
+        curves.append([r["loss"] for r in records(run, "train")])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[2], rel=1e-4)
+
+
+def test_target_loss_stops_with_a_checkpoint_and_a_last_evaluation(tiny: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(dataclasses.replace(tiny, steps=500, target_loss=9.0), run, display=QUIET) == 0
+    trained = records(run, "train")
+    assert trained[-1]["loss"] <= 9.0 < min(r["loss"] for r in trained[:-1])
+    assert records(run, "val")[-1]["step"] == len(trained)
+    assert list_checkpoints(run)[-1].name == f"step_{len(trained):06d}"
+
+
+def test_without_validation_text_none_is_measured(tiny: RunConfig, tmp_path: Path) -> None:
+    data = dataclasses.replace(tiny.data, val_fraction=0.0)
+    train(dataclasses.replace(tiny, data=data, steps=2), tmp_path / "run", display=QUIET)
+    assert records(tmp_path / "run", "val") == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import restomod.train.step as step_module
+
+    run = tmp_path / "run"
+    calls = []
+
+    def poisoned(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        loss = original(*arguments)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) > 2 * 6 else loss
+
+    original = step_module.batch_loss
+    monkeypatch.setattr(step_module, "batch_loss", poisoned)
+    with pytest.raises(UserError, match="step 6: the loss is nan"):
+        train(tiny, run, display=QUIET)
+    monkeypatch.undo()
+    assert [p.name for p in list_checkpoints(run)] == ["step_000004"]
+    assert train(tiny, run, resume=True, display=QUIET) == 0
+
+
+def test_bad_text_leaves_no_run_folder(tiny: RunConfig, tmp_path: Path, text: Path) -> None:
+    (text / "bad.txt").write_bytes(b"good so far \xff")
+    with pytest.raises(UserError, match="offset 12"):
+        train(tiny, tmp_path / "runs/bad", display=QUIET)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_head_of_a_run_states_what_will_happen(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny, tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    tokens = sum(len(gpt2_tokenizer().encode(p.read_text())) + 1 for p in Path(tiny.data.path or "").iterdir())
+    assert any(f"{tokens:,} tokens in 8 documents" in line for line in lines)
+    assert any("128 = 2 × 2 sequences × 32 tokens" in line for line in lines)
+    assert any("≈ ln(50257) = 10.82" in line for line in lines)
+    assert sum(line.startswith("step ") and "tok/s" in line for line in lines) == tiny.steps
+    assert any("restomod sample" in line for line in lines)
+
+
+def test_a_terminal_gets_a_progress_bar(tiny: RunConfig, tmp_path: Path) -> None:
+    display = Display(interactive=True)
+    display.console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    assert train(dataclasses.replace(tiny, steps=3), tmp_path / "run", display=display) == 0
+    output = display.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 3/3" in output
+    assert "tok/s" in output
+
+
+def test_compiling_without_a_compiler_is_one_line(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(UserError, match="leave --compile out"):
+        train(dataclasses.replace(tiny, compile=True), tmp_path / "run", display=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path) -> None:
+    model = dataclasses.replace(tiny.model, vocab_size=256)
+    with pytest.raises(UserError, match="smaller than the data's vocabulary"):
+        train(dataclasses.replace(tiny, model=model), tmp_path / "run", display=QUIET)
