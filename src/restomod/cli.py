@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from restomod import __version__
-from restomod.config import Device, Precision, RunConfig, SamplingConfig
+from restomod.config import Device, Precision, RunConfig, SamplingConfig, require_seed
 from restomod.errors import UserError, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
@@ -60,6 +60,7 @@ class SampleArguments:
 
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, PRESETS))
         print("usage: restomod train PRESET [FLAGS]          start a run in runs/PRESET (or --out FOLDER)")
@@ -99,6 +100,7 @@ def sample(arguments: list[str]) -> int:
     parsed = _parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
+    require_seed("--seed", parsed.seed)
     settings = SamplingConfig(max_tokens=parsed.max_tokens, temperature=parsed.temperature, top_k=parsed.top_k)
 
     from restomod.generate import sample as run
@@ -123,6 +125,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample
 def _parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:
     """Fill ``cls`` from flags; what tyro finds wrong becomes one line."""
     problem = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(arguments):
+        os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
     try:
         with contextlib.redirect_stderr(problem):
             return tyro.cli(cls, default=default, args=arguments, prog=program, description="")
@@ -130,16 +135,37 @@ def _parse(cls: type[Arguments], default: Any, arguments: list[str], program: st
         if e.code in (0, None):
             raise
         raise UserError(f"{_one_line(problem.getvalue())} ({program} --help lists the flags)") from None
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def _one_line(box: str) -> str:
     """The message of tyro's boxed error, and its nearest suggestion, as one line."""
-    rows = [re.sub(r"^│ ?| ?│$", "", row).rstrip() for row in box.splitlines()[1:-1]]
-    rule = [i for i, row in enumerate(rows) if set(row) == {"─"}]
+    rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
+    if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
+        rows = rows[1:]
+    rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
     message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
     message = message.removeprefix("Error parsing ")
     suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
     return f"{message}; did you mean {suggested[1]}?" if suggested else message
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
+        for name, verb in VERBS.items():
+            print(f"  {name:<8}  {verb.__doc__}")
+        print("\n  --version   print the version\n  --debug     show the traceback of an error")
+        return 0 if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(f"restomod {__version__}")
+        return 0
+    if arguments[0] not in VERBS:
+        raise UserError(f"unknown verb {arguments[0]!r}{did_you_mean(arguments[0], VERBS)}")
+    return VERBS[arguments[0]](arguments[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,19 +173,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
-            for name, verb in VERBS.items():
-                print(f"  {name:<8}  {verb.__doc__}")
-            print("\n  --version   print the version\n  --debug     show the traceback of an error")
-            return 0 if arguments else EXIT_USER_ERROR
-        if arguments[0] == "--version":
-            print(f"restomod {__version__}")
-            return 0
-        if arguments[0] not in VERBS:
-            raise UserError(f"unknown verb {arguments[0]!r}{did_you_mean(arguments[0], VERBS)}")
-        return VERBS[arguments[0]](arguments[1:])
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # a reader that has left is noticed here and not when Python exits
     except BrokenPipeError:  # the reader of a pipe has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

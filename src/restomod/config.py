@@ -27,6 +27,11 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_seed(name: str, seed: int) -> None:
+    """Raise UserError unless ``seed`` is one that every random generator takes."""
+    _require(0 <= seed < 2**32, f"{name} is {seed}; it must be at least 0 and below 2**32")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT-2."""
@@ -45,11 +50,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
-            self.n_embd % self.n_head == 0,
-            f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
-            f"try model.n_head {_nearest_divisor(self.n_embd, self.n_head)}",
-        )
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
+                f"try model.n_head {_nearest_divisor(self.n_embd, self.n_head)}"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -79,6 +84,7 @@ class DataConfig:
             0 <= self.val_fraction < 1,
             f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1",
         )
+        require_seed("data.split_seed", self.split_seed)
         _require(
             self.source != "python-stdlib" or self.path is None,
             "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
@@ -105,7 +111,7 @@ class OptimConfig:
     """Largest global gradient norm; longer gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be above 0")
+        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be above 0")
         _require(
             0 <= self.min_lr_ratio <= 1,
             f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie between 0 and 1",
@@ -115,9 +121,9 @@ class OptimConfig:
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas are {self.betas}; each must be at least 0 and below 1",
         )
-        _require(self.eps > 0, f"optim.eps is {self.eps}; it must be above 0")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
-        _require(self.grad_clip > 0, f"optim.grad_clip is {self.grad_clip}; it must be above 0")
+        _require(0 < self.eps < math.inf, f"optim.eps is {self.eps}; it must be above 0")
+        _require(0 <= self.weight_decay < math.inf, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
+        _require(0 < self.grad_clip < math.inf, f"optim.grad_clip is {self.grad_clip}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
-        _require(self.temperature >= 0, f"sampling.temperature is {self.temperature}; it must be 0 or more")
+        _require(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}; it must be 0 or more")
         _require(self.top_k >= 0, f"sampling.top_k is {self.top_k}; it must be 0 or more")
 
 
@@ -179,6 +185,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_seed("seed", self.seed)
         _require(self.keep_checkpoints >= 0, f"keep_checkpoints is {self.keep_checkpoints}; it must be 0 or more")
         T = self.sequence_length
         _require(
@@ -191,15 +198,15 @@ class RunConfig:
             f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {T}; "
             f"the nearest that are: {_neighbours(self.batch_tokens, T)}",
         )
-        if self.micro_batch is not None:
-            B = self.micro_batch
-            _require(B >= 1, f"micro_batch is {B}; it must be at least 1")
-            _require(
-                self.batch_sequences % B == 0,
+        B = self.micro_batch
+        if B is not None and (B < 1 or self.batch_sequences % B):
+            raise UserError(
                 f"micro_batch {B} does not divide the {self.batch_sequences} sequences of a step "
                 f"(batch_tokens / sequence_length); "
-                f"the nearest that does is {_nearest_divisor(self.batch_sequences, B)}",
+                f"the nearest that does is {_nearest_divisor(self.batch_sequences, B)}"
             )
+        target = self.target_loss
+        _require(target is None or math.isfinite(target), f"target_loss is {target}; it must be a number")
         if self.eval_tokens is not None:
             _require(
                 self.eval_tokens >= T,

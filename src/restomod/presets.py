@@ -9,13 +9,12 @@ from restomod.errors import UserError, did_you_mean
 
 
 def quickstart() -> RunConfig:
-    """A 16M-parameter GPT-2 on the source code of your Python's standard library: minutes on a laptop CPU."""
+    """A small GPT-2 (7.7M parameters) on the source code of your Python's standard library: minutes on a laptop CPU."""
     return RunConfig(
-        model=ModelConfig(n_layer=4, n_head=4, n_embd=256, n_positions=256),
-        data=DataConfig(source="python-stdlib"),
-        optim=OptimConfig(lr=3e-3, warmup_steps=20),
+        model=ModelConfig(n_layer=6, n_head=4, n_embd=128, n_positions=256),
+        optim=OptimConfig(lr=4e-3, warmup_steps=20),
         steps=300,
-        batch_tokens=4096,  # 16 sequences * 256 tokens
+        batch_tokens=2048,  # 8 sequences * 256 tokens
         sequence_length=256,
         eval_every=100,
         eval_tokens=32_768,

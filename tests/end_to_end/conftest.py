@@ -12,28 +12,7 @@ import pytest
 
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "house",
-    "tree",
-    "runs",
-    "sleeps",
-    "eats",
-    "sees",
-    "green",
-    "old",
-    "quickly",
-    "never",
-    "and",
-    "or",
-    "but",
-    "with",
-    "under",
-    "over",
-]
+WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never and or but with under over"
 
 
 @pytest.fixture
@@ -43,7 +22,7 @@ def text(tmp_path: Path) -> Path:
     folder.mkdir()
     chance = random.Random(0)
     for i in range(8):
-        (folder / f"{i}.txt").write_text(" ".join(chance.choices(WORDS, k=800)))
+        (folder / f"{i}.txt").write_text(" ".join(chance.choices(WORDS.split(), k=800)))
     return folder
 
 

@@ -160,7 +160,8 @@ def test_compiling_without_a_compiler_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path) -> None:
-    model = dataclasses.replace(tiny.model, vocab_size=256)
-    with pytest.raises(UserError, match="smaller than the data's vocabulary"):
+@pytest.mark.parametrize("vocab_size", [256, 50304])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path, vocab_size: int) -> None:
+    model = dataclasses.replace(tiny.model, vocab_size=vocab_size)
+    with pytest.raises(UserError, match="tokenizer has 50257 tokens"):
         train(dataclasses.replace(tiny, model=model), tmp_path / "run", display=QUIET)

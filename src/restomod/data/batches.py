@@ -96,7 +96,15 @@ class Batches:
 
         The ranks' shares are consecutive slices of the global batch, so together they are that batch whatever their
         number.
+
+        Raises:
+            UserError: the batch cannot be shared out so evenly.
         """
         share = self.batch_sequences // world_size
+        if share * world_size != self.batch_sequences or share % micro_batch:
+            raise UserError(
+                f"a batch of {self.batch_sequences} sequences cannot be cut into micro-batches of {micro_batch} "
+                f"on {world_size} processes; choose numbers that divide it"
+            )
         mine = self.windows(step)[rank * share : (rank + 1) * share]
         return [self.load(mine[i : i + micro_batch]) for i in range(0, share, micro_batch)]

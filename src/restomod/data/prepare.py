@@ -39,12 +39,14 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     folder = Path(config.cache) / f"{source_name(config)}-{fingerprint[:12]}"
     if not (folder / MANIFEST).exists():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same id
         temporary.mkdir(parents=True)
         try:
             _write(config, tokenizer, temporary, hashes, fingerprint, shard_tokens)
-            shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
-            os.rename(temporary, folder)
-            fsync_path(folder.parent)
+            if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
+                shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
+                os.rename(temporary, folder)
+                fsync_path(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return open_dataset(folder, tokenizer.sha256)

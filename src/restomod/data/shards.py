@@ -43,10 +43,11 @@ def open_shard(path: Path) -> np.ndarray:
     """
     try:
         with open(path, "rb") as f:
-            header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
+            start = f.read(HEADER_BYTES)
             size = f.seek(0, 2)
     except OSError as e:
         raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {_MEND}") from None
+    header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {_MEND}")
     n = int(header[2])
@@ -143,6 +144,8 @@ def open_dataset(folder: Path, tokenizer_sha256: str) -> Dataset:
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(f"{folder / MANIFEST} is not a manifest of format {MANIFEST_FORMAT!r}; {_MEND}")
     try:
+        for key in ("name", "fingerprint", "documents", "tokens"):
+            manifest[key]
         made_with = manifest["tokenizer"]["sha256"]
         if made_with != tokenizer_sha256:
             raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {_MEND}")

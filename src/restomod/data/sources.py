@@ -55,8 +55,12 @@ def _text(path: Path, glob: str) -> Iterator[Document]:
         return
     if glob.startswith("/"):
         raise UserError(f"data.glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
+    try:
+        files = sorted(path.glob(glob))
+    except ValueError as e:  # before Python 3.13, "**" can only stand alone between slashes
+        raise UserError(f"data.glob {glob!r} is not a pattern ({e}); for example '**/*.txt'") from None
     found = empty = 0
-    for file in sorted(path.glob(glob)):
+    for file in files:
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if hidden or not file.is_file():
             continue
@@ -118,7 +122,9 @@ def _download_tinyshakespeare(folder: Path) -> Path:
         name = "tinyshakespeare.txt"
         return Path(pooch.retrieve(TINYSHAKESPEARE_URL, f"sha256:{TINYSHAKESPEARE_SHA256}", name, folder))
     except (requests.RequestException, OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
+        reason = (
+            "no connection" if isinstance(e, requests.ConnectionError) else (str(e) or type(e).__name__).splitlines()[0]
+        )
         raise UserError(
             f"cannot download {TINYSHAKESPEARE_URL}: {reason}; "
             f"fetch it by other means and pass it with --data.path FILE"

@@ -77,10 +77,10 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed, "training")
     if len(dataset.val):
         Batches(dataset.val, config.sequence_length, 1, 0, "validation")  # refused now rather than at the first use
-    if config.model.vocab_size < tokenizer.vocab_size:
+    if config.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the data's vocabulary: "
-            f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens"
+            f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
+            f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
         )
     model = build_model(config.model, config.seed, device)
     optimizer = build_optimizer(model, config.optim)

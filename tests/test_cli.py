@@ -1,0 +1,375 @@
+"""The command line: every mistake is one line, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from restomod import __version__, cli
+from restomod.cli import main
+from restomod.errors import UserError
+from restomod.presets import PRESETS
+
+SMALL = (
+    *("--data.source", "text", "--data.path", "text.txt", "--sequence-length", "64", "--batch-tokens", "256"),
+    *("--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32", "--steps", "1"),
+    *("--device", "cpu", "--precision", "fp32", "--sampling.max-tokens", "2", "--eval-tokens", "64"),
+)
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, but for a text that is long enough to train on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A text that is long enough to be trained on.\n" * 200)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run the command line on a mistake; return its one line without the beginning that all have."""
+
+    def run(*arguments: str, encoding: str = "utf-8") -> str:
+        before = set(os.listdir(here))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+            assert main(list(arguments)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("restomod: error: ")
+        assert error.endswith("\n")
+        assert error.count("\n") == 1
+        assert set(os.listdir(here)) - before <= {"data"}, "a run's folder was left behind"
+        return error.removeprefix("restomod: error: ").rstrip("\n")
+
+    return run
+
+
+# where standard output is not UTF-8, tyro draws its boxes from other characters
+ENCODINGS = pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+
+
+# --- mistakes in the text -----------------------------------------------------------------------------------
+
+
+def test_a_missing_file(refused: Refused) -> None:
+    said = refused("train", "quickstart", *SMALL, "--data.path", "nowhere.txt")
+    assert said.endswith("nowhere.txt: no such file or folder; give an existing one with --data.path")
+
+
+def test_an_empty_file(here: Path, refused: Refused) -> None:
+    (here / "text.txt").write_text("")
+    assert refused("train", "quickstart", *SMALL) == f"{here / 'text.txt'} is empty: there is nothing to train on"
+
+
+def test_a_file_that_is_not_utf8(here: Path, refused: Refused) -> None:
+    (here / "text.txt").write_bytes(b"caf\xe9 au lait")
+    assert "text.txt is not UTF-8 text: byte 0xe9 at offset 3" in refused("train", "quickstart", *SMALL)
+
+
+def test_a_text_shorter_than_a_window(here: Path, refused: Refused) -> None:
+    (here / "text.txt").write_text("Too short.")  # 3 tokens
+    said = refused("train", "quickstart", *SMALL, "--data.val-fraction", "0")
+    assert said.startswith("the training text has 3 tokens, fewer than a window of 64 and its target")
+
+
+def test_a_validation_text_shorter_than_a_window(refused: Refused) -> None:
+    said = refused("train", "quickstart", *SMALL, "--data.val-fraction", "0.001")
+    assert said.startswith("the validation text has 2 tokens, fewer than a window of 64 and its target")
+
+
+def test_no_text_at_all(refused: Refused) -> None:
+    assert refused("train", "gpt2-124m") == "no text to read: add --data.path FILE_OR_FOLDER"
+
+
+def test_a_folder_in_which_nothing_matches(here: Path, refused: Refused) -> None:
+    said = refused("train", "quickstart", *SMALL, "--data.path", str(here), "--data.glob", "*.md")
+    assert said == f"{here} holds no text: no file matches data.glob '*.md'"
+
+
+def test_a_pattern_that_is_none(here: Path, refused: Refused) -> None:
+    assert "data.glob ''" in refused("train", "quickstart", *SMALL, "--data.path", str(here), "--data.glob", "")
+
+
+def test_a_folder_that_cannot_be_written(here: Path, refused: Refused) -> None:
+    (here / "taken").write_text("a file, where the cache should go")
+    assert "taken" in refused("train", "quickstart", *SMALL, "--data.cache", "taken")
+
+
+# --- mistakes in the command --------------------------------------------------------------------------------
+
+
+def test_an_unknown_verb(refused: Refused) -> None:
+    assert refused("trian") == "unknown verb 'trian'; did you mean 'train'?"
+
+
+def test_an_unknown_preset(refused: Refused) -> None:
+    assert refused("train", "quikstart") == "unknown preset 'quikstart'; did you mean 'quickstart'?"
+
+
+@ENCODINGS
+def test_an_unknown_flag(refused: Refused, encoding: str) -> None:
+    said = refused("train", "quickstart", "--stepps", "3", encoding=encoding)
+    assert said.startswith("Unrecognized options: --stepps, 3; did you mean --steps?")
+    assert said.endswith("(restomod train quickstart --help lists the flags)")
+
+
+@ENCODINGS
+def test_an_unknown_nested_flag(refused: Refused, encoding: str) -> None:
+    said = refused("train", "quickstart", "--model.n-layers", "3", encoding=encoding)
+    assert said.startswith("Unrecognized options: --model.n-layers, 3; did you mean --model.n-layer?")
+
+
+@ENCODINGS
+def test_a_number_that_is_none(refused: Refused, encoding: str) -> None:
+    said = refused("train", "quickstart", "--steps", "many", encoding=encoding)
+    assert said.startswith("--steps: ")
+    assert "'many'" in said
+
+
+@ENCODINGS
+def test_a_choice_that_is_none(refused: Refused, encoding: str) -> None:
+    said = refused("train", "quickstart", "--data.source", "txt", encoding=encoding)
+    assert said.startswith("invalid choice 'txt' for argument '--data.source'")
+    assert "python-stdlib" in said
+
+
+@ENCODINGS
+def test_a_flag_without_its_value(refused: Refused, encoding: str) -> None:
+    said = refused("train", "quickstart", "--optim.betas", "0.9", encoding=encoding)
+    assert said.startswith("Missing value for argument '--optim.betas'")
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_long_message_is_one_line_in_a_narrow_terminal(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    said = refused("train", "quickstart", "--optim.warmup-stepps", "3")
+    assert said.startswith("Unrecognized options: --optim.warmup-stepps, 3; did you mean --optim.warmup-steps?")
+
+
+@ENCODINGS
+def test_progress_on_an_output_without_some_characters(refused: Refused, encoding: str) -> None:
+    said = refused("train", "quickstart", *SMALL, "--data.path", "nowhere.txt", encoding=encoding)
+    assert "no such file" in said
+
+
+def test_a_value_out_of_range(refused: Refused) -> None:
+    assert refused("train", "quickstart", "--steps", "0") == "steps is 0; it must be at least 1"
+
+
+def test_a_batch_that_is_not_whole_sequences(refused: Refused) -> None:
+    said = refused("train", "quickstart", *SMALL, "--batch-tokens", "100")
+    assert said == "batch_tokens 100 is not a multiple of sequence_length 64; the nearest that are: 64 and 128"
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--data.split-seed"])
+@pytest.mark.parametrize("value", ["-99999999999999999999", "99999999999999999999"])
+def test_a_seed_that_no_generator_takes(refused: Refused, flag: str, value: str) -> None:
+    assert flag.removeprefix("--").replace("-", "_") in refused("train", "quickstart", *SMALL, flag, value)
+
+
+def test_a_negative_seed(refused: Refused) -> None:
+    assert refused("train", "quickstart", *SMALL, "--seed", "-1").startswith("seed is -1")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(refused: Refused) -> None:
+    assert "vocab_size" in refused("train", "quickstart", *SMALL, "--model.vocab-size", "100")
+
+
+def test_a_device_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = refused("train", "quickstart", *SMALL, "--device", "cuda")
+    assert said.startswith("device 'cuda' is not available here")
+
+
+def test_flags_without_a_preset(refused: Refused) -> None:
+    assert refused("train", "--steps", "3").startswith("name a preset first: restomod train PRESET --steps 3")
+
+
+@ENCODINGS
+def test_a_second_word_after_the_preset(refused: Refused, encoding: str) -> None:
+    assert refused("train", "quickstart", "again", encoding=encoding).startswith("Unrecognized options: again")
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"]])
+def test_a_command_that_is_not_finished_shows_its_usage(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().out.startswith(" ".join(["usage: restomod", *arguments]))
+
+
+# --- mistakes about runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_exists(here: Path, refused: Refused) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "notes.txt").write_text("keep me")
+    said = refused("train", "quickstart", *SMALL, "--out", "mine")
+    assert said == "mine exists already; choose another folder with --out"
+    assert os.listdir(here / "mine") == ["notes.txt"]
+
+
+def test_a_run_folder_that_can_be_resumed(here: Path, refused: Refused) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "config.json").write_text("{}")
+    said = refused("train", "quickstart", *SMALL, "--out", "mine")
+    assert "go on with it by `restomod train --resume mine`" in said
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_resuming_what_is_no_run(here: Path, refused: Refused, folder: str) -> None:
+    (here / "empty").mkdir()
+    assert refused("train", "--resume", folder).startswith(f"{folder} is not a run: it has no config.json")
+
+
+def test_resuming_nothing(refused: Refused) -> None:
+    assert refused("train", "--resume").startswith("--resume needs the folder of a run")
+
+
+def test_resuming_with_a_preset(refused: Refused) -> None:
+    assert refused("train", "quickstart", "--resume", "x").startswith("--resume takes the preset from the run")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "is damaged: the run's configuration is not valid JSON"),
+        ('{"steps": 1}', ": missing batch_tokens, sequence_length"),
+        ('{"stepps": 1}', ": unknown key stepps; did you mean 'steps'?"),
+    ],
+)
+def test_resuming_a_run_with_a_damaged_configuration(here: Path, refused: Refused, config: str, said: str) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "config.json").write_text(config)
+    error = refused("train", "--resume", "mine")
+    assert error.startswith(os.path.join("mine", "config.json"))
+    assert said in error
+
+
+def test_sampling_a_run_that_is_missing(refused: Refused) -> None:
+    assert refused("sample", "nowhere") == "nowhere: no such run or checkpoint folder"
+
+
+def test_sampling_a_run_that_has_no_checkpoint(here: Path, refused: Refused) -> None:
+    (here / "mine").mkdir()
+    assert refused("sample", "mine").startswith("mine holds no checkpoint yet")
+
+
+@ENCODINGS
+def test_sampling_nothing(refused: Refused, encoding: str) -> None:
+    assert refused("sample", encoding=encoding).startswith("Missing from restomod sample: RUN")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--num-samples", "0"), "--num-samples is 0; it must be at least 1"),
+        (("--max-tokens", "0"), "sampling.max_tokens is 0; it must be at least 1"),
+        (("--temperature", "-1"), "sampling.temperature is -1.0; it must be 0 or more"),
+        (("--top-k", "-1"), "sampling.top_k is -1; it must be 0 or more"),
+    ],
+)
+def test_sampling_settings_out_of_range(refused: Refused, flags: tuple[str, ...], said: str) -> None:
+    assert refused("sample", "mine", *flags) == said
+
+
+# --- what works ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], *(["train", name] for name in PRESETS), ["sample"]])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str) -> None:
+    try:
+        code = main([*arguments, flag])
+    except SystemExit as e:
+        code = e.code or 0
+    shown = capsys.readouterr()
+    assert (code, shown.err) == (0, "")
+    assert shown.out.startswith(" ".join(["usage: restomod", *arguments]))
+
+
+def test_help_names_every_verb_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*cli.VERBS, *PRESETS))
+
+
+def test_help_of_a_preset_shows_what_flags_mean_and_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "gpt2-124m", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Optimizer steps. (default: 19073)" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"restomod {__version__}\n"
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    with pytest.raises(UserError, match="unknown preset"):
+        main(["train", "quikstart", "--debug"])
+
+
+def test_an_error_of_the_operating_system_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setitem(cli.VERBS, "train", fail)
+    assert refused("train") == "there: Permission denied"
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "train", interrupt)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "restomod: stopped\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "quickstart", "--help"]])
+def test_a_reader_that_has_left_is_no_error(arguments: list[str], unbuffered: str) -> None:
+    """As in `restomod --help | head -1`; without buffering the break shows at once, with it at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "restomod", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_can_be_trained_and_sampled(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "quickstart", *SMALL, "--out", "mine"]) == 0
+    capsys.readouterr()
+    sample = ["sample", "mine", "--prompt", "A text", "--num-samples", "2", "--max-tokens", "2", "--device", "cpu"]
+    assert main(sample) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("--- 1 of 2 ---\nA text")
+    assert "\n--- 2 of 2 ---\nA text" in shown
+
+
+def test_a_run_is_named_after_its_preset(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+
+    def train(config: object, folder: Path, resume: bool) -> int:
+        folders.append((folder, resume))
+        return 0
+
+    monkeypatch.setattr("restomod.train.loop.train", train)
+    assert main(["train", "quickstart"]) == 0
+    assert main(["train", "quickstart", "--out", "mine"]) == 0
+    assert folders == [(Path("runs/quickstart"), False), (Path("mine"), False)]

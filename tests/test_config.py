@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from restomod.config import (
+    DataConfig,
+    Device,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    RunConfig,
+    SamplingConfig,
+    Source,
+    from_dict,
+    nearest_divisor_below,
+    to_dict,
+)
+from restomod.errors import UserError
+from restomod.presets import PRESETS, preset
+
+MINIMAL = {"steps": 1, "batch_tokens": 64, "sequence_length": 64}
+
+
+def run_config(**values: Any) -> RunConfig:
+    return RunConfig(**{**MINIMAL, **values})
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+def through_json(config: RunConfig) -> RunConfig:
+    return from_dict(json.loads(json.dumps(to_dict(config))))
+
+
+counts = st.integers(1, 10**6)
+fractions = st.floats(0, 1, exclude_max=True)
+positive = st.floats(0, 1e300, exclude_min=True)
+
+
+@st.composite
+def run_configs(draw: st.DrawFn) -> RunConfig:
+    T = draw(st.integers(1, 2048))
+    B = draw(st.integers(1, 64))
+    n_head = draw(st.integers(1, 16))
+    source = draw(st.sampled_from(get_args(Source)))
+    return RunConfig(
+        steps=draw(counts),
+        batch_tokens=T * B * draw(st.integers(1, 64)),
+        sequence_length=T,
+        model=ModelConfig(
+            n_layer=draw(counts),
+            n_head=n_head,
+            n_embd=n_head * draw(st.integers(1, 99)),
+            n_positions=T + draw(st.integers(0, 99)),
+            vocab_size=draw(counts),
+        ),
+        data=DataConfig(
+            source=source,
+            path=None if source == "python-stdlib" else draw(st.none() | st.text()),
+            glob=draw(st.text()),
+            val_fraction=draw(fractions),
+            split_seed=draw(st.integers(0, 2**31)),
+            cache=draw(st.text()),
+        ),
+        optim=OptimConfig(
+            lr=draw(positive),
+            min_lr_ratio=draw(st.floats(0, 1)),
+            warmup_steps=draw(st.integers(0, 10**6)),
+            betas=draw(st.tuples(fractions, fractions)),
+            eps=draw(positive),
+            weight_decay=draw(st.floats(0, 1e300)),
+            grad_clip=draw(positive),
+        ),
+        sampling=SamplingConfig(
+            prompts=tuple(draw(st.lists(st.text()))),
+            max_tokens=draw(counts),
+            temperature=draw(st.floats(0, 1e300)),
+            top_k=draw(st.integers(0, 99)),
+        ),
+        micro_batch=draw(st.none() | st.just(B)),
+        target_loss=draw(st.none() | st.floats(-1e300, 1e300)),
+        eval_every=draw(counts),
+        eval_tokens=draw(st.none() | st.integers(T, 10**9)),
+        sample_every=draw(counts),
+        save_every=draw(counts),
+        keep_checkpoints=draw(st.integers(0, 99)),
+        seed=draw(st.integers(0, 2**31)),
+        device=draw(st.sampled_from(get_args(Device))),
+        precision=draw(st.sampled_from(get_args(Precision))),
+        compile=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name: str) -> None:
+    assert through_json(preset(name)) == preset(name)
+
+
+@given(run_configs())
+def test_every_config_survives_json(config: RunConfig) -> None:
+    assert through_json(config) == config
+
+
+def test_json_holds_every_field_by_name() -> None:
+    values = to_dict(run_config())
+    assert list(values) == [f.name for f in dataclasses.fields(RunConfig)]
+    assert values["optim"]["betas"] == [0.9, 0.95]
+    assert values["data"]["source"] == "python-stdlib"
+
+
+def test_absent_fields_take_their_defaults() -> None:
+    assert from_dict({**MINIMAL, "optim": {"lr": 0.5}}) == run_config(optim=OptimConfig(lr=0.5))
+
+
+def test_a_whole_number_is_a_fine_float() -> None:
+    lr = from_dict({**MINIMAL, "optim": {"lr": 1}}).optim.lr
+    assert (lr, type(lr)) == (1.0, float)
+
+
+def message(values: Any) -> str:
+    """What `from_dict` says against ``values``, which it must refuse by the file's name."""
+    with pytest.raises(UserError) as caught:
+        from_dict(values, where="runs/mine/config.json")
+    assert str(caught.value).startswith("runs/mine/config.json: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix("runs/mine/config.json: ")
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A minimal file, but for ``value`` under the dotted ``key``."""
+    *above, name = key.split(".")
+    return {**MINIMAL, **({above[0]: {name: value}} if above else {name: value})}
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("stepss", "unknown key stepss; did you mean 'steps'?"),
+        ("optim.lrr", "unknown key optim.lrr; did you mean 'lr'?"),
+        ("model.n_heads", "unknown key model.n_heads; did you mean 'n_head'?"),
+        ("sampling.xyzzy", "unknown key sampling.xyzzy; known: max_tokens, prompts, temperature, top_k"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key: str, said: str) -> None:
+    assert message(nested(key, 1)) == said
+
+
+@pytest.mark.parametrize("key", MINIMAL)
+def test_a_missing_key_is_named(key: str) -> None:
+    assert message({k: v for k, v in MINIMAL.items() if k != key}) == f"missing {key}"
+
+
+def test_all_missing_keys_are_named() -> None:
+    assert message({"steps": 1}) == "missing batch_tokens, sequence_length"
+
+
+@dataclass(frozen=True)
+class Inner:
+    needed: int
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+
+
+def test_a_missing_nested_key_is_named_with_its_dots() -> None:
+    with pytest.raises(UserError, match=r"a\.json: missing inner\.needed"):
+        from_dict({"inner": {}}, Outer, "a.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("steps", "3", "steps should be int, not '3'"),
+        ("steps", 3.0, "steps should be int, not 3.0"),
+        ("steps", True, "steps should be int, not True"),
+        ("steps", None, "steps should be int, not None"),
+        ("target_loss", "low", "target_loss should be float, not 'low'"),
+        ("micro_batch", 1.5, "micro_batch should be int, not 1.5"),
+        ("compile", 1, "compile should be bool, not 1"),
+        ("device", "cdua", "device is 'cdua'; did you mean 'cuda'?"),
+        ("device", ["cpu"], "device is ['cpu']"),
+        ("model", 12, "model. should be an object, not 12"),
+        ("model.n_layer", None, "model.n_layer should be int, not None"),
+        ("data.source", "txt", "data.source is 'txt'; did you mean 'text'?"),
+        ("data.path", 3, "data.path should be str, not 3"),
+        ("optim.lr", "x", "optim.lr should be float, not 'x'"),
+        ("optim.lr", True, "optim.lr should be float, not True"),
+        ("optim.betas", 0.9, "optim.betas should be a list, not 0.9"),
+        ("optim.betas", [0.9], "optim.betas should hold 2 values, not 1"),
+        ("optim.betas", [0.9, 0.9, 0.9], "optim.betas should hold 2 values, not 3"),
+        ("optim.betas", [0.9, "x"], "optim.betas should be float, not 'x'"),
+        ("sampling.prompts", "hello", "sampling.prompts should be a list, not 'hello'"),
+        ("sampling.prompts", ["hello", 1], "sampling.prompts should be str, not 1"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_its_dotted_key(key: str, value: Any, said: str) -> None:
+    assert message(nested(key, value)).startswith(said)
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "text"])
+def test_a_file_that_is_no_object_is_refused(value: Any) -> None:
+    assert message(value) == f"the file should be an object, not {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("steps", 0, "steps is 0; it must be at least 1"), ("optim.lr", -1.0, "optim.lr is -1.0; it must be above 0")],
+)
+def test_a_value_out_of_range_is_refused_by_the_files_name_too(key: str, value: Any, said: str) -> None:
+    assert message(nested(key, value)) == said
+
+
+# --- ranges -------------------------------------------------------------------------------------------------
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "sampling": SamplingConfig}
+NAN = float("nan")
+
+
+def build(key: str, value: Any) -> Any:
+    section, _, name = key.rpartition(".")
+    return SECTIONS[section](**{name: value}) if section else run_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("steps", "batch_tokens", "sequence_length") for value in (0, -64)),
+        *((key, value) for key in ("eval_every", "sample_every", "save_every", "micro_batch") for value in (0, -1)),
+        ("keep_checkpoints", -1),
+        ("eval_tokens", 63),
+        *((f"model.{f.name}", value) for f in dataclasses.fields(ModelConfig) for value in (0, -1)),
+        *(("data.val_fraction", value) for value in (-0.1, 1.0, 1.5, NAN)),
+        *(("optim.lr", value) for value in (0.0, -1.0, NAN)),
+        *(("optim.min_lr_ratio", value) for value in (-0.1, 1.1, NAN)),
+        ("optim.warmup_steps", -1),
+        *(("optim.betas", value) for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, -0.1), (NAN, 0.9))),
+        *(("optim.eps", value) for value in (0.0, -1.0, NAN)),
+        *(("optim.weight_decay", value) for value in (-0.1, NAN)),
+        *(("optim.grad_clip", value) for value in (0.0, -1.0, NAN)),
+        *(("sampling.max_tokens", value) for value in (0, -1)),
+        *(("sampling.temperature", value) for value in (-0.1, NAN)),
+        ("sampling.top_k", -1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_dotted_key(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(key)} .*{re.escape(str(value))}"):
+        build(key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("keep_checkpoints", 0),
+        ("eval_tokens", 64),
+        ("micro_batch", 1),
+        *((f"model.{name}", 1) for name in ("n_layer", "n_head", "n_positions", "vocab_size")),
+        ("data.val_fraction", 0.0),
+        ("optim.min_lr_ratio", 0.0),
+        ("optim.min_lr_ratio", 1.0),
+        ("optim.warmup_steps", 0),
+        ("optim.betas", (0.0, 0.0)),
+        ("optim.weight_decay", 0.0),
+        ("sampling.max_tokens", 1),
+        ("sampling.temperature", 0.0),
+        ("sampling.top_k", 0),
+    ],
+)
+def test_the_ends_of_the_ranges_are_accepted(key: str, value: Any) -> None:
+    build(key, value)
+
+
+def test_a_window_longer_than_the_positions_is_refused() -> None:
+    with pytest.raises(UserError, match=r"sequence_length 64 is longer than model\.n_positions 63"):
+        run_config(model=ModelConfig(n_positions=63))
+    run_config(model=ModelConfig(n_positions=64))
+
+
+def test_a_path_for_the_standard_library_is_refused() -> None:
+    with pytest.raises(UserError, match=r"add --data\.source text"):
+        DataConfig(path="book.txt")
+
+
+# --- proposals ----------------------------------------------------------------------------------------------
+
+
+def numbers_after(text: str, error: UserError) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", str(error).split(text)[1])]
+
+
+@given(st.integers(1, 10**7), st.integers(2, 1024))
+def test_proposed_batch_tokens_are_accepted_and_are_the_nearest(batch_tokens: int, T: int) -> None:
+    batch_tokens += batch_tokens % T == 0
+    with pytest.raises(UserError, match="is not a multiple of sequence_length") as caught:
+        run_config(batch_tokens=batch_tokens, sequence_length=T)
+    proposed = numbers_after("nearest that are: ", caught.value)
+    for value in proposed:
+        run_config(batch_tokens=value, sequence_length=T)
+    assert proposed == [n for n in range(max(1, batch_tokens - T + 1), batch_tokens + T) if n % T == 0]
+
+
+def nearest_divisors(n: int, to: int) -> list[int]:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return [d for d in divisors if abs(d - to) == min(abs(other - to) for other in divisors)]
+
+
+@given(st.integers(1, 300), st.integers(2, 400))
+def test_a_proposed_micro_batch_is_accepted_and_is_the_nearest(sequences: int, B: int) -> None:
+    B += sequences % B == 0
+    if sequences % B == 0:
+        return
+    with pytest.raises(UserError, match=r"micro_batch \d+ does not divide") as caught:
+        run_config(batch_tokens=64 * sequences, micro_batch=B)
+    (proposed,) = numbers_after("the nearest that does is ", caught.value)
+    assert run_config(batch_tokens=64 * sequences, micro_batch=proposed).micro_batch == proposed
+    assert proposed in nearest_divisors(sequences, B)
+
+
+@given(st.integers(1, 300), st.integers(2, 400))
+def test_a_proposed_number_of_heads_is_accepted_and_is_the_nearest(n_embd: int, n_head: int) -> None:
+    n_head += n_embd % n_head == 0
+    if n_embd % n_head == 0:
+        return
+    with pytest.raises(UserError, match=r"is not a multiple of model\.n_head") as caught:
+        ModelConfig(n_embd=n_embd, n_head=n_head)
+    (proposed,) = numbers_after("try model.n_head ", caught.value)
+    assert ModelConfig(n_embd=n_embd, n_head=proposed).n_head == proposed
+    assert proposed in nearest_divisors(n_embd, n_head)
+
+
+# --- what follows from a config -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "padded"), [(50257, 50304), (1, 64), (63, 64), (64, 64), (65, 128), (50304, 50304)]
+)
+def test_the_vocabulary_is_padded_to_a_multiple_of_64(vocab_size: int, padded: int) -> None:
+    assert ModelConfig(vocab_size=vocab_size).padded_vocab_size == padded
+
+
+def test_sequences_of_a_step() -> None:
+    assert run_config(batch_tokens=640).batch_sequences == 10
+
+
+@given(st.integers(1, 500), st.integers(-2, 600))
+def test_nearest_divisor_below(n: int, limit: int) -> None:
+    assert nearest_divisor_below(n, limit) == max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, limit))
+
+
+def test_a_config_cannot_be_changed_in_place_but_copied_with_a_change_that_is_checked() -> None:
+    config = run_config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 2  # type: ignore[misc]
+    with pytest.raises(UserError, match="steps is 0"):
+        replace(config, steps=0)

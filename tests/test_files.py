@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from restomod.errors import UserError
+from restomod.files import fsync_path, read_json, sha256_file, write_json_atomically, write_text_atomically
+
+
+def test_sha256_of_the_standards_own_example(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert sha256_file(tmp_path / "abc") == expected
+
+
+def test_text_is_written_as_utf8_and_nothing_else_is_left(tmp_path: Path) -> None:
+    write_text_atomically(tmp_path / "a.txt", "é\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa9\n"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_old_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a much longer old text")
+    write_text_atomically(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.txt").write_text("old")
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_text_atomically(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_the_text_is_on_the_disk_before_it_gets_its_name_and_the_name_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(fd: int) -> None:
+        fsync(fd)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        calls.append(("fsync", path, Path(path).read_text() if os.path.isfile(path) else "folder"))
+
+    def recording_replace(a: Path, b: Path) -> None:
+        replace(a, b)
+        calls.append(("replace", str(a), str(b)))
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc to see which file is synced")
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    write_text_atomically(tmp_path / "a.txt", "new")
+    temporary = str(tmp_path / ".a.txt.tmp")
+    assert calls == [
+        ("fsync", temporary, "new"),
+        ("replace", temporary, str(tmp_path / "a.txt")),
+        ("fsync", str(tmp_path), "folder"),
+    ]
+
+
+def test_fsync_takes_files_and_folders_and_closes_them(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    fsync_path(tmp_path / "a")
+    fsync_path(tmp_path)
+    again = os.open(tmp_path, os.O_RDONLY)
+    os.close(again)
+    assert again == free
+
+
+def test_json_comes_back_and_ends_with_a_line_end(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, True], "b": {"c": "é"}}
+    write_json_atomically(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", "thing") == value
+    assert (tmp_path / "a.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"{'a': 1}"])
+def test_damaged_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: the manifest is not valid JSON") as caught:
+        read_json(path, "manifest")
+    assert str(path) in str(caught.value)
+
+
+def test_missing_json_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing: there is no manifest here") as caught:
+        read_json(tmp_path / "a.json", "manifest")
+    assert str(tmp_path / "a.json") in str(caught.value)
+
+
+def test_json_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the manifest: Is a directory") as caught:
+        read_json(tmp_path, "manifest")
+    assert str(tmp_path) in str(caught.value)
