@@ -34,9 +34,11 @@ def next_tokens(logits: Tensor, temperature: float, top_k: int, generator: torch
     logits = logits.float().cpu()
     if temperature == 0:
         return logits.argmax(-1)
-    values, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k)
-    choice = torch.multinomial(torch.softmax(values / temperature, -1), 1, generator=generator)  # (B, 1)
-    return ids.gather(-1, choice).squeeze(-1)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = torch.softmax(logits / temperature, -1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
 @torch.no_grad()

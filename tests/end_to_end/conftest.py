@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -77,12 +78,15 @@ def flags(config: RunConfig) -> list[str]:
 
 @pytest.fixture
 def restomod(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the command line as a process of its own, in ``tmp_path``."""
+    """Starts the command line as a process of its own, in ``tmp_path``, on one thread as the tests are."""
 
-    def start(*arguments: str, program: tuple[str, ...] = ("-m", "restomod")) -> subprocess.Popen[str]:
+    def start(
+        *arguments: str, program: tuple[str, ...] = ("-m", "restomod"), threads: int = 1
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, *program, *arguments],
             cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

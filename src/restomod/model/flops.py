@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from restomod.config import ModelConfig
 
 
@@ -29,6 +31,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "L40S": 362e12,
@@ -38,8 +41,10 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU by name, or None where it is not known."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    """Peak dense bf16 FLOP/s of a whole desktop or server GPU by name, or None where it is not known."""
+    if re.search(r"Laptop|Max-Q|MIG", device_name):
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:

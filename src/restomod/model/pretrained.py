@@ -24,6 +24,16 @@ from restomod.model.gpt import GPT
 WEIGHTS = "model.safetensors"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
+# what a GPT-2 config.json may also say, and the only values that this model computes
+GPT2_ONLY: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "n_inner": (None,),
+}
+
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` with which `transformers` builds the same model."""
@@ -54,10 +64,13 @@ def model_config(values: dict[str, Any], where: Path) -> ModelConfig:
     Raises:
         UserError: it describes another kind of model, or lacks a field.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is damaged: it should be an object, not {values!r:.40}")
     if values.get("model_type") != "gpt2":
         raise UserError(f"{where}: model_type is {values.get('model_type')!r}; only 'gpt2' can be loaded")
-    if values.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UserError(f"{where}: activation_function {values['activation_function']!r} is not GPT-2's tanh-GELU")
+    for key, allowed in GPT2_ONLY.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{where}: {key} is {values[key]!r}; GPT-2 has {allowed[0]!r}, and so has this model")
     try:
         return ModelConfig(**{k: int(values[k]) for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")})
     except (KeyError, TypeError, ValueError) as e:

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from restomod.errors import UserError
@@ -69,7 +71,8 @@ def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, keep
     folder = run / "checkpoints" / f"step_{step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.parent.glob(".step_*.tmp"):  # of a save or a deletion that was killed
+            shutil.rmtree(leftover)
         (temporary / STATE).mkdir(parents=True)
         save_model(model, temporary)
         if step > 0:  # before the first step an optimizer has no state
@@ -88,15 +91,22 @@ def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, keep
             shutil.rmtree(folder)
         temporary.rename(folder)
         fsync_path(folder.parent)
-    except OSError as e:
+        for old in list_checkpoints(run)[:-keep] if keep else []:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))  # renamed first: never seen half deleted
+    except (OSError, SafetensorError, CheckpointException) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot save {folder}: {e.strerror or e}; older checkpoints are whole: "
+            f"cannot save {folder}: {_reason(e)}; older checkpoints are whole: "
             f"mend it, then go on with `restomod train --resume {run}`"
         ) from None
-    for old in list_checkpoints(run)[:-keep] if keep else []:
-        shutil.rmtree(old)
     return folder
+
+
+def _reason(e: BaseException) -> str:
+    """Why a save failed, in one line; torch wraps what its writer met, for each process."""
+    if isinstance(e, CheckpointException):
+        e = next(iter(e.failures.values()))[0]
+    return getattr(e, "strerror", None) or str(e).partition("\n")[0]
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -109,13 +119,16 @@ def verify_checkpoint(folder: Path) -> None:
     record = read_json(folder / COMPLETE, "record of a finished checkpoint")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{folder / COMPLETE} is damaged: its format is not {FORMAT!r}; {mend}")
-    for name, expected in record["files"].items():
-        path = folder / name
+    try:
+        expected_files = [(folder / name, int(e["bytes"]), str(e["sha256"])) for name, e in record["files"].items()]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{folder / COMPLETE} is damaged: {e!r}; {mend}") from None
+    for path, size, sha256 in expected_files:
         if not path.is_file():
             raise UserError(f"{path} is missing from the checkpoint; {mend}")
-        if path.stat().st_size != expected["bytes"]:
-            raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {expected['bytes']:,}; {mend}")
-        if sha256_file(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {size:,}; {mend}")
+        if sha256_file(path) != sha256:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
 
 

@@ -6,6 +6,7 @@ s is applied) and "val" (step s: the held-out loss under those same weights).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +22,11 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a `.jsonl` file; none if there is no file, and without a last line that a crash cut short."""
+    """The records of a `.jsonl` file; none if there is no file, and without a line that a crash cut short."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records
 
 

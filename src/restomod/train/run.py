@@ -120,7 +120,8 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         before, now = getattr(old, field.name), getattr(config, field.name)
         if before != now and field.name not in MAY_CHANGE_ON_RESUME:
             raise UserError(f"{field.name} cannot change when a run goes on: it was {before}, now {now}")
-    trained_on = read_json(folder / "data.json", "manifest of the run's data").get("fingerprint", "")
+    manifest = read_json(folder / "data.json", "manifest of the run's data")
+    trained_on = manifest.get("fingerprint", "") if isinstance(manifest, dict) else ""
     if dataset.fingerprint != trained_on:
         raise UserError(
             f"{dataset.folder} holds other tokens than {folder} was trained on (fingerprint "

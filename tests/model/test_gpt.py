@@ -1,0 +1,182 @@
+"""The model against `transformers`' GPT-2, and against what the paper and the training loop ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from restomod.config import ModelConfig, OptimConfig
+from restomod.model.gpt import GPT, KVCache, build_model
+from restomod.train.optimizer import build_optimizer
+from restomod.train.step import Compute, batch_loss
+from tests.models import CPU, paired, random_model, random_tokens, to_transformers
+
+FP32 = Compute(CPU, torch.float32, micro_batch=1)
+TINY = ModelConfig(n_layer=3, n_head=4, n_embd=48, n_positions=24, vocab_size=211)  # padded to 256 rows
+
+
+# --- against transformers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        ModelConfig(n_layer=2, n_head=12, n_embd=768, n_positions=1024, vocab_size=1031),
+    ],
+    ids=["tiny", "layers of GPT-2 124M"],
+)
+def test_logits_equal_those_of_transformers_over_the_whole_context(config: ModelConfig) -> None:
+    model = random_model(config)
+    tokens = random_tokens(config, 2 if config.n_embd < 768 else 1, config.n_positions)
+    with torch.no_grad():
+        ours, theirs = model(tokens), to_transformers(model)(tokens).logits
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_loss_equals_that_of_transformers() -> None:
+    model = random_model(TINY)
+    tokens = random_tokens(TINY, 3, TINY.n_positions)
+    ours = batch_loss(model, tokens[:, :-1], tokens[:, 1:], FP32)
+    theirs = to_transformers(model)(tokens, labels=tokens).loss
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+
+
+def test_every_gradient_equals_that_of_transformers() -> None:
+    model = random_model(TINY)
+    reference = to_transformers(model)
+    tokens = random_tokens(TINY, 3, TINY.n_positions)
+    batch_loss(model, tokens[:, :-1], tokens[:, 1:], FP32).backward()
+    reference(tokens, labels=tokens).loss.backward()
+    for name, ours, theirs, transposed in paired(model, reference):
+        gradient = (ours.grad.t() if transposed else ours.grad)[: len(theirs)]
+        torch.testing.assert_close(gradient, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- causality -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [0, 1, 11, 23])
+def test_a_token_changes_its_own_and_all_later_logits_and_none_before(t: int) -> None:
+    model = random_model(TINY)
+    tokens = random_tokens(TINY, 1, TINY.n_positions)
+    changed = tokens.clone()
+    changed[0, t] = (changed[0, t] + 1) % TINY.vocab_size
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed))[0].abs().amax(-1)  # (T,)
+    assert difference[:t].sum() < 1e-6
+    assert difference[t:].min() > 1e-4
+
+
+# --- initialisation ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fresh() -> GPT:
+    """GPT-2's width and vocabulary, two layers, as initialised."""
+    return build_model(ModelConfig(n_layer=2, n_positions=64), 1337, CPU)
+
+
+def test_untrained_model_guesses_evenly_among_the_vocabulary(fresh: GPT) -> None:
+    tokens = random_tokens(fresh.config, 2, 64)
+    with torch.no_grad():
+        loss = F.cross_entropy(fresh(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss - math.log(50257)) < 0.3
+
+
+def test_matrices_and_embeddings_start_with_standard_deviation_0_02(fresh: GPT) -> None:
+    for name, parameter in fresh.named_parameters():
+        if parameter.ndim == 2 and "c_proj" not in name:
+            assert parameter[:50257].std().item() == pytest.approx(0.02, rel=0.02), name
+            assert abs(parameter[:50257].mean().item()) < 0.001, name
+
+
+def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_their_number(fresh: GPT) -> None:
+    projections = [(name, p) for name, p in fresh.named_parameters() if name.endswith("c_proj.weight")]
+    assert len(projections) == 4
+    for name, parameter in projections:
+        assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.02), name
+
+
+def test_biases_start_at_0_and_norms_at_the_identity(fresh: GPT) -> None:
+    for name, parameter in fresh.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
+
+
+def test_same_seed_gives_the_same_weights() -> None:
+    first, second = (build_model(TINY, 7, CPU).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_other_weights_everywhere() -> None:
+    first, second = (build_model(TINY, seed, CPU).state_dict() for seed in (7, 8))
+    assert all(not torch.equal(first[name], second[name]) for name in first if first[name].ndim == 2)
+
+
+def test_building_a_model_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    build_model(TINY, 7, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- the padded vocabulary -----------------------------------------------------------------------------------
+
+
+def test_gpt2s_vocabulary_is_padded_to_50304_rows_of_zeros(fresh: GPT) -> None:
+    assert fresh.head.shape == (50304, 768)
+    assert (fresh.head[50257:] == 0).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(64, 64), (65, 128), (129, 192)])
+def test_the_vocabulary_is_padded_to_the_next_multiple_of_64(vocab_size: int, rows: int) -> None:
+    config = dataclasses.replace(TINY, vocab_size=vocab_size)
+    assert build_model(config, 0, CPU).head.shape == (rows, 48)
+
+
+def test_logits_have_a_column_per_real_token_only() -> None:
+    assert random_model(TINY)(random_tokens(TINY, 2, 5)).shape == (2, 5, 211)
+
+
+def test_padded_rows_get_a_gradient_of_exactly_zero() -> None:
+    model = random_model(TINY)
+    tokens = random_tokens(TINY, 2, 9)
+    batch_loss(model, tokens[:, :-1], tokens[:, 1:], FP32).backward()
+    assert (model.head.grad[211:] == 0).all()
+    assert (model.head.grad[:211] != 0).all()
+
+
+def test_padded_rows_are_exactly_zero_after_optimizer_steps() -> None:
+    model = build_model(TINY, 0, CPU)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
+    for step in range(5):
+        tokens = random_tokens(TINY, 2, 9, seed=step)
+        batch_loss(model, tokens[:, :-1], tokens[:, 1:], FP32).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model.head[211:] == 0).all()
+
+
+# --- the cache of keys and values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [[24], [1] * 24, [7] + [1] * 17, [5, 4, 1, 12, 2]],
+    ids=["all at once", "one by one", "prefill, then one by one", "prefill, then several at a time"],
+)
+def test_logits_with_a_cache_equal_the_full_forward_pass(passes: list[int]) -> None:
+    model = random_model(TINY)
+    tokens = random_tokens(TINY, 2, 24)
+    cache = KVCache(TINY, 2, CPU, torch.float32)
+    logits = []
+    with torch.no_grad():
+        for part in tokens.split(passes, dim=1):
+            logits.append(model(part, cache))
+            cache.length += part.shape[1]
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), atol=1e-5, rtol=0)

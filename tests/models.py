@@ -1,0 +1,61 @@
+"""What tests of models share: random weights, and the same model built by `transformers`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from restomod.config import ModelConfig
+from restomod.model.gpt import GPT, build_model
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def random_model(config: ModelConfig, seed: int = 0) -> GPT:
+    """A model in which every number is random: a bias of 0 or a norm of 1 would hide its absence."""
+    model = build_model(config, seed, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * config.n_embd**-0.5)
+        if ".ln_" in name and name.endswith("weight"):
+            parameter.add_(1.0)
+    model.head[config.vocab_size :] = 0.0
+    return model
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids, (batch, length) int64."""
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def paired(ours: GPT, theirs: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
+    """Name, our parameter, theirs, and whether theirs is transposed, for every parameter of either."""
+    parameters = dict(ours.named_parameters())
+    for path, module in theirs.named_modules():
+        if path != "lm_head":  # tied to the token embedding
+            for name, parameter in module.named_parameters(recurse=False):
+                transposed = isinstance(module, Conv1D) and name == "weight"
+                yield f"{path}.{name}", parameters.pop(f"{path}.{name}"), parameter, transposed
+    assert not parameters, "parameters that transformers' GPT-2 lacks"
+
+
+@torch.no_grad()
+def to_transformers(model: GPT) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with our weights."""
+    c = model.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            n_positions=c.n_positions,
+            vocab_size=c.vocab_size,
+            attn_implementation="eager",
+        )
+    )
+    for _, ours, parameter, transposed in paired(model, theirs):
+        parameter.copy_((ours.t() if transposed else ours)[: len(parameter)])
+    return theirs.eval()

@@ -1,0 +1,341 @@
+"""Checkpoints: whole or absent, never a pickle, and the training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from restomod.config import ModelConfig
+from restomod.errors import UserError
+from restomod.train import checkpoint as module
+from restomod.train.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from tests.models import random_tokens
+from tests.train.trainee import Trainee, assert_identical, make_trainee
+
+FILES = [
+    "COMPLETE",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors",
+    "tokenizer_config.json",
+    "training_state/*.safetensors",
+    "training_state/state.json",
+    "vocab.json",
+]
+
+
+def save(trainee: Trainee, run: Path, step: int, keep: int = 0) -> Path:
+    return save_checkpoint(run, step, trainee.model, trainee.optimizer, keep)
+
+
+def load(trainee: Trainee, folder: Path) -> int:
+    return load_checkpoint(folder, trainee.model, trainee.optimizer)
+
+
+def names(run: Path) -> list[str]:
+    """Everything in the folder of checkpoints."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainee, Path]:
+    """A run after three steps, and its checkpoint, which is not to be changed."""
+    trainee = make_trainee()
+    trainee.train(0, 3)
+    return trainee, save(trainee, tmp_path_factory.mktemp("run"), 3)
+
+
+@pytest.fixture
+def folder(saved: tuple[Trainee, Path], tmp_path: Path) -> Path:
+    """A copy of that checkpoint, to be damaged."""
+    return shutil.copytree(saved[1], tmp_path / "checkpoints" / "step_000003")
+
+
+# --- there and back ------------------------------------------------------------------------------------------
+
+
+def test_weights_and_optimizer_come_back_bit_for_bit(saved: tuple[Trainee, Path]) -> None:
+    old, new = saved[0], make_trainee(seed=2)
+    assert load(new, saved[1]) == 3
+    assert_identical(new.tensors(), old.tensors())
+
+
+def test_next_steps_after_loading_are_those_without(tmp_path: Path) -> None:
+    through, resumed = make_trainee(seed=1), make_trainee(seed=1)
+    through.train(0, 3)
+    load(resumed, save(through, tmp_path, 3))
+    assert resumed.train(3, 6) == through.train(3, 6)
+    assert_identical(resumed.tensors(), through.tensors())
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 3)
+    before, random_state = trainee.tensors(), torch.get_rng_state()
+    save(trainee, tmp_path, 3)
+    assert_identical(trainee.tensors(), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_loading_puts_the_optimizer_back_where_it_had_gone_on(folder: Path) -> None:
+    ahead, fresh = make_trainee(), make_trainee()
+    ahead.train(0, 6)
+    load(ahead, folder)
+    load(fresh, folder)
+    assert_identical(ahead.tensors(), fresh.tensors())
+
+
+def test_a_checkpoint_of_step_0_starts_from_scratch(tmp_path: Path) -> None:
+    old, new = make_trainee(seed=1), make_trainee(seed=2)
+    assert load(new, save(old, tmp_path, 0)) == 0
+    assert_identical(new.tensors(), old.tensors())
+
+
+def test_transformers_loads_a_checkpoint_folder(saved: tuple[Trainee, Path]) -> None:
+    model = saved[0].model
+    theirs, report = AutoModelForCausalLM.from_pretrained(saved[1], output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = random_tokens(model.config, 2, 16)
+    with torch.no_grad():
+        assert (theirs.eval()(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+def test_another_models_checkpoint_is_refused(folder: Path) -> None:
+    other = make_trainee(model=ModelConfig(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97))
+    with pytest.raises(UserError, match=r"missing transformer\.h\.2"):
+        load(other, folder)
+
+
+# --- damage --------------------------------------------------------------------------------------------------
+
+
+def test_the_files_below_are_all_there_are(saved: tuple[Trainee, Path]) -> None:
+    found = {path for pattern in FILES for path in saved[1].glob(pattern)}
+    assert found == {path for path in saved[1].rglob("*") if path.is_file()}
+
+
+@pytest.fixture(params=FILES)
+def file(request: pytest.FixtureRequest, folder: Path) -> Path:
+    """Each file of a checkpoint in turn."""
+    (file,) = folder.glob(request.param)
+    return file
+
+
+def assert_refused(folder: Path, file: Path) -> None:
+    trainee = make_trainee(seed=2)
+    before = trainee.tensors()
+    with pytest.raises(UserError, match=re.escape(str(file))) as caught:
+        load(trainee, folder)
+    assert "\n" not in str(caught.value)
+    assert_identical(trainee.tensors(), before)
+
+
+def test_a_missing_file_is_named(folder: Path, file: Path) -> None:
+    file.unlink()
+    assert_refused(folder, file)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5])
+def test_a_truncated_file_is_named(folder: Path, file: Path, left: float) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(left * len(content))])
+    assert_refused(folder, file)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.02, 0.999])
+def test_a_file_with_one_flipped_bit_is_named(folder: Path, file: Path, where: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= 1
+    file.write_bytes(content)
+    assert_refused(folder, file)
+
+
+def test_a_file_with_one_byte_more_is_named(folder: Path) -> None:
+    with open(folder / "vocab.json", "ab") as f:
+        f.write(b"\n")
+    assert_refused(folder, folder / "vocab.json")
+
+
+def test_a_record_with_any_one_bit_flipped_is_refused(folder: Path) -> None:
+    content = (folder / "COMPLETE").read_bytes()
+    for i in range(0, len(content), 5):  # in keys, names, numbers and hashes
+        (folder / "COMPLETE").write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(UserError, match=re.escape(str(folder))):
+            verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {},
+        {"format": "restomod-checkpoint-1"},
+        {"format": "restomod-checkpoint-1", "files": []},
+        {"format": "restomod-checkpoint-1", "files": {"config.json": {}}},
+        {"format": "restomod-checkpoint-1", "files": {"config.json": None}},
+        {"format": "restomod-checkpoint-2", "files": {}},
+    ],
+)
+def test_a_record_of_another_shape_is_named(folder: Path, record: Any) -> None:
+    (folder / "COMPLETE").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="COMPLETE"):
+        verify_checkpoint(folder)
+
+
+# --- no pickles ----------------------------------------------------------------------------------------------
+
+
+def test_all_tensors_are_in_safetensors_and_the_rest_is_text(saved: tuple[Trainee, Path]) -> None:
+    tensors = 0
+    for path in saved[1].rglob("*"):
+        if path.suffix == ".safetensors":
+            tensors += sum(value.numel() for value in load_file(path).values())
+        elif path.is_file():
+            path.read_text(encoding="utf-8")
+    weights = sum(p.numel() for p in saved[0].model.parameters())
+    padding = (128 - 97) * 32
+    assert tensors == 3 * weights - padding + len(list(saved[0].model.parameters()))  # + a step count for each
+
+
+def test_nothing_is_pickled_or_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a pickle")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    load(make_trainee(seed=2), save(trainee, tmp_path, 1))
+
+
+# --- which checkpoints there are -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3]), (1, [3]), (2, [2, 3]), (5, [1, 2, 3])])
+def test_the_newest_checkpoints_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
+    trainee = make_trainee()
+    for step in (1, 2, 3):
+        trainee.train(step - 1, step)
+        save(trainee, tmp_path, step, keep)
+    assert names(tmp_path) == [f"step_{step:06d}" for step in left]
+
+
+def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> None:
+    for name in ("step_1000000", "step_999999", "step_000010", ".step_000020.tmp", "step_x", "step_30.old", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000010", "step_999999", "step_1000000"]
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_the_newest_checkpoint_of_a_run_is_found(folder: Path, tmp_path: Path) -> None:
+    newer = shutil.copytree(folder, folder.with_name("step_000012"))
+    assert find_checkpoint(tmp_path) == newer
+
+
+def test_a_checkpoint_itself_is_found(folder: Path) -> None:
+    assert find_checkpoint(folder) == folder
+
+
+def test_finding_a_checkpoint_where_there_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such run"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_finding_a_checkpoint_before_the_first_says_how_to_go_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no checkpoint yet.*--resume"):
+        find_checkpoint(tmp_path)
+
+
+# --- saving that fails ---------------------------------------------------------------------------------------
+
+
+def no_space(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["save_model", "fsync_path", "sha256_file", "_save_optimizer"])
+def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(
+    at: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, at, no_space)
+        with pytest.raises(UserError, match=r"cannot save .*step_000004: No space left on device"):
+            save(trainee, tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step_000003"]
+    assert load(make_trainee(), folder) == 3
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Lets the system refuse to write beyond ``size`` bytes of a file, much as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "limit", [500_000, 1_000_000, 1_500_000], ids=["model.safetensors", "vocab.json", "optimizer state"]
+)
+def test_a_file_that_cannot_be_written_whole_is_a_users_error(limit: int, tmp_path: Path) -> None:
+    # 0.9 MB of weights, 1.0 MB of vocabulary, 1.7 MB of optimizer state
+    trainee = make_trainee(model=ModelConfig(n_layer=1, n_head=2, n_embd=128, n_positions=16, vocab_size=97))
+    trainee.train(0, 1)
+    older = save(trainee, tmp_path, 1)
+    with file_size_limit(limit), pytest.raises(UserError, match=r"cannot save .*step_000002") as caught:
+        save(trainee, tmp_path, 2)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["step_000001"]
+    verify_checkpoint(older)
+
+
+def test_what_a_killed_save_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+    stale = folder.with_name(".step_000004.tmp")
+    (stale / "training_state").mkdir(parents=True)
+    (stale / "training_state" / "stale.safetensors").write_bytes(b"half a file")
+    assert list_checkpoints(tmp_path) == [folder]
+    trainee = make_trainee()
+    trainee.train(0, 4)
+    saved = save(trainee, tmp_path, 4)
+    assert names(tmp_path) == ["step_000003", "step_000004"]
+    assert not (saved / "training_state" / "stale.safetensors").exists()
+    assert load(make_trainee(), saved) == 4
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    trainee = make_trainee(seed=2)
+    trainee.train(0, 3)
+    save(trainee, tmp_path, 3)
+    other = make_trainee()
+    load(other, folder)
+    assert_identical(other.tensors(), trainee.tensors())

@@ -1,0 +1,208 @@
+"""The chunked cross-entropy against `torch.nn.functional.cross_entropy` on logits made all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from restomod.train import loss as module
+from restomod.train.loss import linear_cross_entropy
+
+FP32 = torch.float32
+
+
+def problem(N: int, D: int, V: int, padded: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, an output matrix whose padded rows are large and not zero, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator)
+    weight = torch.randn(padded, D, generator=generator)
+    weight[V:] *= 50
+    targets = torch.randint(V, (N,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and both gradients in fp64, from all logits at once."""
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(h @ w[:V].t(), targets)
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(module, "CPU_SOFTMAX_TOKENS", 3)
+
+
+# --- values --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("N", [1, 2, 3, 7, 8, 9, 16, 30])
+def test_loss_and_gradients_are_those_of_full_logits_at_any_length(N: int) -> None:
+    hidden, weight, targets = problem(N, D=12, V=50, padded=64)
+    loss = linear_cross_entropy(hidden, weight, targets, 50, FP32)
+    loss.backward()
+    for ours, exact in zip((loss, hidden.grad, weight.grad), reference(hidden, weight, targets, 50), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("N", [1024, 1500])
+def test_loss_and_gradients_are_those_of_full_logits_in_chunks_of_the_usual_size(N: int) -> None:
+    hidden, weight, targets = problem(N, D=8, V=50, padded=64)
+    loss = linear_cross_entropy(hidden, weight, targets, 50, FP32)
+    loss.backward()
+    for ours, exact in zip((loss, hidden.grad, weight.grad), reference(hidden, weight, targets, 50), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=1e-5)
+
+
+def test_padded_rows_take_no_part_even_where_they_are_not_zero() -> None:
+    hidden, weight, targets = problem(20, D=12, V=50, padded=64)
+    losses = []
+    for scale in (0.0, 1.0, 1000.0):
+        with torch.no_grad():
+            changed = torch.cat([weight[:50], scale * weight[50:]])
+        losses.append(linear_cross_entropy(hidden, changed, targets, 50, FP32).item())
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_gradient_of_padded_rows_is_exactly_zero() -> None:
+    hidden, weight, targets = problem(20, D=12, V=50, padded=64)
+    linear_cross_entropy(hidden, weight, targets, 50, FP32).backward()
+    assert (weight.grad[50:] == 0).all()
+
+
+def test_an_unpadded_vocabulary_works_too() -> None:
+    hidden, weight, targets = problem(20, D=12, V=64, padded=64)
+    loss = linear_cross_entropy(hidden, weight, targets, 64, FP32)
+    assert loss.item() == pytest.approx(reference(hidden, weight, targets, 64)[0].item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("which", [0, 1], ids=["hidden", "weight"])
+def test_gradient_is_the_slope_of_the_loss(which: int) -> None:
+    hidden, weight, targets = problem(11, D=6, V=20, padded=64)
+    linear_cross_entropy(hidden, weight, targets, 20, FP32).backward()
+
+    def loss(shift: Tensor) -> float:
+        inputs = [hidden.detach(), weight.detach()]
+        inputs[which] = inputs[which] + shift
+        return linear_cross_entropy(*inputs, targets, 20, FP32).item()
+
+    generator, h = torch.Generator().manual_seed(1), 3e-3
+    gradient = (hidden.grad, weight.grad)[which]
+    for _ in range(5):
+        direction = torch.randn(gradient.shape, generator=generator)
+        slope = (loss(h * direction) - loss(-h * direction)) / (2 * h)
+        assert slope == pytest.approx((gradient * direction).sum().item(), abs=1e-3)
+
+
+def test_upstream_gradient_scales_both_gradients() -> None:
+    whole, half = problem(20, D=12, V=50, padded=64), problem(20, D=12, V=50, padded=64)
+    linear_cross_entropy(*whole, 50, FP32).backward()
+    (linear_cross_entropy(*half, 50, FP32) / 2).backward()
+    torch.testing.assert_close(half[0].grad, whole[0].grad / 2)
+    torch.testing.assert_close(half[1].grad, whole[1].grad / 2)
+
+
+def test_loss_is_fp32_and_gradients_have_their_tensors_types() -> None:
+    hidden, weight, targets = problem(20, D=12, V=50, padded=64)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, 50, torch.bfloat16)
+    loss.backward()
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (FP32, torch.bfloat16, FP32)
+
+
+# --- precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_a_loss_of_hundreds_of_nats_is_exact_and_its_gradient_finite(dtype: torch.dtype) -> None:
+    # Token 0 is certain by 512 nats, and the target is token 1: all numbers are exact in bf16.
+    hidden, weight = torch.tensor([[512.0]], requires_grad=True), torch.zeros(64, 1)
+    weight[0] = 1.0
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1]), 50, dtype)
+    loss.backward()
+    assert loss.item() == 512.0
+    assert hidden.grad.item() == 1.0
+    assert weight.grad[:2, 0].tolist() == [512.0, -512.0]
+    assert (weight.grad[2:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_logits_give_neither_infinity_nor_nan(dtype: torch.dtype, sign: int) -> None:
+    hidden, weight, targets = problem(20, D=12, V=50, padded=64)
+    huge = (sign * 1e4 * hidden.detach()).requires_grad_()
+    loss = linear_cross_entropy(huge, weight, targets, 50, dtype)
+    loss.backward()
+    assert loss > 1000
+    assert all(torch.isfinite(x).all() for x in (loss, huge.grad, weight.grad))
+
+
+def test_extreme_logits_give_the_exact_loss_in_fp32() -> None:
+    hidden, weight, targets = problem(20, D=12, V=50, padded=64)
+    huge = 1e4 * hidden.detach()
+    exact = reference(huge, weight, targets, 50)[0].item()
+    assert linear_cross_entropy(huge, weight, targets, 50, FP32).item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_bf16_products_stay_within_half_a_percent_of_fp64() -> None:
+    # bf16 carries 8 bits, so one product is wrong by up to 0.4%; the loss is a mean over many.
+    hidden, weight, targets = problem(256, D=64, V=1000, padded=1024)
+    with torch.no_grad():
+        weight *= 0.1
+    loss = linear_cross_entropy(hidden, weight, targets, 1000, torch.bfloat16)
+    loss.backward()
+    exact, d_hidden, d_weight = reference(hidden, weight, targets, 1000)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert (hidden.grad - d_hidden).norm() < 0.005 * d_hidden.norm()
+    assert (weight.grad - d_weight).norm() < 0.005 * d_weight.norm()
+
+
+# --- memory and work -----------------------------------------------------------------------------------------
+
+
+class Sizes(TorchDispatchMode):
+    """Records the operation and the number of elements of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = f(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.seen.append((str(f), result.numel()))
+        return result
+
+
+def test_logits_of_all_positions_never_exist_at_once() -> None:
+    N, D, V = 4096, 4, 256
+    hidden, weight, targets = problem(N, D, V, padded=V)
+    with Sizes() as sizes:
+        linear_cross_entropy(hidden, weight, targets, V, FP32).backward()
+    assert max(numel for _, numel in sizes.seen) == module.CHUNK_TOKENS * V == N * V // 4
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_no_grad_gives_the_same_loss() -> None:
+    hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, targets, 50, FP32)
+    assert not without.requires_grad
+    assert without.item() == linear_cross_entropy(hidden, weight, targets, 50, FP32).item()
+
+
+def test_no_grad_does_not_compute_gradients() -> None:
+    # Two of the three large products are for the gradients; held-out losses need only one.
+    hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+    with torch.no_grad(), Sizes() as sizes:
+        linear_cross_entropy(hidden, weight, targets, 50, FP32)
+    assert sum(name.startswith("aten.mm") for name, _ in sizes.seen) == 1

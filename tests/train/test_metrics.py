@@ -1,0 +1,69 @@
+"""`.jsonl` files: what goes in comes out, and a crash costs at most the last line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
+
+RECORDS = [{"step": 0, "loss": 10.82}, {"step": 1, "loss": 9.5}, {"step": 2, "loss": 8.25}]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.jsonl"
+    for record in RECORDS:
+        append_jsonl(path, record)
+    return path
+
+
+def test_records_come_back_in_order(path: Path) -> None:
+    assert read_jsonl(path) == RECORDS
+
+
+def test_each_record_is_one_line(path: Path) -> None:
+    assert path.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\u2028 \x85 \x0c \r", "naïve 猫 🐈", '"quoted" \\', "\x00\ufffd", ""])
+def test_any_text_comes_back(text: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        append_jsonl(tmp_path / "samples.jsonl", {"step": step, "text": text})
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1, "text": text}, {"step": 2, "text": text}]
+
+
+def test_a_file_that_is_not_there_holds_no_records(tmp_path: Path) -> None:
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_last_line_cut_anywhere_costs_only_itself(path: Path) -> None:
+    content = path.read_bytes()
+    last = len(content) - content[:-1].rindex(b"\n") - 1  # its bytes, with the line's end
+    for cut in range(2, last):
+        path.write_bytes(content[:-cut])
+        assert read_jsonl(path) == RECORDS[:2]
+
+
+def test_a_last_line_that_lacks_only_its_end_counts(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_jsonl(path) == RECORDS
+
+
+def test_only_wanted_records_are_kept(path: Path) -> None:
+    keep_records(path, lambda record: record["step"] != 1)
+    assert read_jsonl(path) == [RECORDS[0], RECORDS[2]]
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_after_keeping_records_a_cut_line_is_mended_and_more_can_be_appended(path: Path, cut: int) -> None:
+    path.write_bytes(path.read_bytes()[:-cut])
+    keep_records(path, lambda record: record["step"] < 2)
+    append_jsonl(path, RECORDS[2])
+    assert read_jsonl(path) == RECORDS
+
+
+def test_keeping_records_makes_no_file_where_there_is_none(tmp_path: Path) -> None:
+    keep_records(tmp_path / "metrics.jsonl", lambda _: True)
+    assert list(tmp_path.iterdir()) == []

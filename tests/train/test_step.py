@@ -1,0 +1,143 @@
+"""A training step: the same whatever the micro-batch, able to learn, and harmless where the numbers are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from restomod.config import ModelConfig, OptimConfig
+from restomod.train.step import choose_micro_batch
+from tests.models import CPU
+from tests.train.trainee import assert_identical, make_trainee
+
+# --- micro-batches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_losses_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
+    whole, split = make_trainee(), make_trainee()
+    expected, losses = whole.train(0, 20, micro_batch=8), split.train(0, 20, micro_batch=micro_batch)
+    assert torch.tensor(losses).allclose(torch.tensor(expected), rtol=1e-4)  # the losses and the norms
+    assert expected[-1][0] < expected[0][0] - 0.1  # they have trained
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_weights_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
+    whole, split = make_trainee(), make_trainee()
+    whole.train(0, 20, micro_batch=8)
+    split.train(0, 20, micro_batch=micro_batch)
+    for (name, a), b in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
+        if name.endswith("c_attn.bias"):
+            # Softmax ignores what is added to all keys alike, so the true gradient of the key bias is 0. AdamW makes
+            # whole steps of its rounding errors, and no output depends on them.
+            D = len(a) // 3
+            a, b = (torch.cat([x[:D], x[2 * D :]]) for x in (a, b))
+        assert (a - b).norm() <= 1e-4 * a.norm(), name
+
+
+# --- learning ------------------------------------------------------------------------------------------------
+
+
+def test_learns_one_batch_by_heart() -> None:
+    trainee = make_trainee(
+        steps=100,
+        batch_tokens=64,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=16, vocab_size=97),
+        optim=OptimConfig(lr=1e-2, warmup_steps=5, weight_decay=0.0),
+    )
+    trainee.batches.n_windows = 4  # the same four windows in every step
+    losses = [loss for loss, _ in trainee.train(0, 100)]
+    assert losses[0] == pytest.approx(math.log(97), abs=0.3)
+    assert losses[-1] < 0.05
+
+
+def test_uses_the_learning_rate_of_the_step() -> None:
+    trainee = make_trainee(steps=20, optim=OptimConfig(lr=1.0, warmup_steps=10))
+    trainee.train(4, 5)
+    assert [group["lr"] for group in trainee.optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_returns_the_loss_before_the_update_and_the_norm_before_clipping() -> None:
+    trainee, twin = make_trainee(optim=OptimConfig(grad_clip=1e-3)), make_trainee()
+    tokens, targets = twin.batches.load(twin.batches.windows(0))
+    expected = F.cross_entropy(twin.model(tokens).flatten(0, 1), targets.flatten())
+    expected.backward()
+    norm = sum(p.grad.square().sum() for p in twin.model.parameters()).sqrt()
+    ((loss, grad_norm),) = trainee.train(0, 1, micro_batch=2)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_clips_the_gradient_before_the_update() -> None:
+    trainee = make_trainee(optim=OptimConfig(grad_clip=1e-3, betas=(0.0, 0.95)))
+    trainee.train(0, 1)
+    means = [state["exp_avg"].norm() for state in trainee.optimizer.state.values()]  # beta 0: the gradient itself
+    assert torch.stack(means).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_leaves_no_gradients() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    assert all(p.grad is None for p in trainee.model.parameters())
+
+
+# --- numbers that are not finite -----------------------------------------------------------------------------
+
+
+def test_a_nan_among_the_weights_updates_nothing() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 2)
+    with torch.no_grad():
+        trainee.model.transformer.h[0].mlp.c_fc.weight[3, 4] = math.nan
+    before = trainee.tensors()
+    ((loss, norm),) = trainee.train(2, 3)
+    assert math.isnan(loss)
+    assert math.isnan(norm)
+    assert_identical(trainee.tensors(), before)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_updates_nothing(value: float) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 2)
+    before = trainee.tensors()
+    hook = trainee.model.transformer.ln_f.bias.register_hook(lambda gradient: torch.full_like(gradient, value))
+    ((loss, norm),) = trainee.train(2, 3)
+    hook.remove()
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert_identical(trainee.tensors(), before)
+
+
+def test_training_goes_on_after_a_skipped_update() -> None:
+    hit, spared = make_trainee(), make_trainee()
+    hit.train(0, 2)
+    spared.train(0, 2)
+    hook = hit.model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
+    hit.train(2, 3)
+    hook.remove()
+    assert hit.train(2, 3) == spared.train(2, 3)
+    assert_identical(hit.tensors(), spared.tensors())
+
+
+# --- the size of a micro-batch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 7, 12, 60, 97, 512])
+@pytest.mark.parametrize("length", [16, 300, 1024, 8192])
+def test_chosen_micro_batch_divides_the_batch_and_fits(sequences: int, length: int) -> None:
+    config = make_trainee().config
+    model = dataclasses.replace(config.model, n_positions=length)
+    config = dataclasses.replace(config, model=model, sequence_length=length, batch_tokens=sequences * length)
+    chosen = choose_micro_batch(config, CPU)
+    assert sequences % chosen == 0
+    assert chosen == 1 or chosen * length <= 4096
+
+
+def test_configured_micro_batch_is_used() -> None:
+    config = dataclasses.replace(make_trainee().config, micro_batch=4)
+    assert choose_micro_batch(config, CPU) == 4

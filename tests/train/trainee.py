@@ -1,0 +1,67 @@
+"""A run in memory that trains in milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from restomod.config import ModelConfig, OptimConfig, RunConfig
+from restomod.data.batches import Batches
+from restomod.data.shards import TokenStream
+from restomod.model.gpt import GPT, build_model
+from restomod.train.optimizer import build_optimizer
+from restomod.train.step import Compute, train_step
+from tests.models import CPU
+
+
+@dataclasses.dataclass
+class Trainee:
+    """A run in memory, without a folder."""
+
+    config: RunConfig
+    batches: Batches
+    model: GPT
+    optimizer: Optimizer
+
+    def train(self, first: int, end: int, micro_batch: int | None = None) -> list[tuple[float, float]]:
+        """Make steps [first, end); return the loss and gradient norm of each."""
+        compute = Compute(CPU, torch.float32, micro_batch or self.config.batch_sequences)
+        return [
+            train_step(self.model, self.optimizer, self.batches, self.config, step, compute)
+            for step in range(first, end)
+        ]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of all weights and of all of the optimizer's state."""
+        copies = {}
+        for name, parameter in self.model.named_parameters():
+            copies[name] = parameter.detach().clone()
+            for key, value in self.optimizer.state[parameter].items():
+                copies[f"{name} {key}"] = value.clone()
+        return copies
+
+
+def make_trainee(seed: int = 1, **changes: object) -> Trainee:
+    """A two-layer GPT-2 over 97 tokens, eight sequences of 16 to a batch, on random text of 512 tokens."""
+    config = RunConfig(
+        steps=20,
+        batch_tokens=128,
+        sequence_length=16,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97),
+        optim=OptimConfig(lr=3e-3, warmup_steps=3),
+    )
+    config = dataclasses.replace(config, seed=seed, **changes)
+    text = np.random.default_rng(0).integers(config.model.vocab_size, size=512).astype(np.uint16)
+    batches = Batches(TokenStream([text]), config.sequence_length, config.batch_sequences, seed)
+    model = build_model(config.model, seed, CPU)
+    return Trainee(config, batches, model, build_optimizer(model, config.optim))
+
+
+def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Equal in every name and every bit."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)), name
