@@ -12,15 +12,15 @@ def quickstart() -> RunConfig:
     """A small GPT-2 (7.7M parameters) on the source code of your Python's standard library: minutes on a laptop CPU."""
     return RunConfig(
         model=ModelConfig(n_layer=6, n_head=4, n_embd=128, n_positions=256),
-        optim=OptimConfig(lr=4e-3, warmup_steps=20),
-        steps=300,
-        batch_tokens=2048,  # 8 sequences * 256 tokens
+        optim=OptimConfig(lr=2e-3, warmup_steps=45),
+        steps=900,
+        batch_tokens=512,  # 2 sequences * 256 tokens: with so few tokens in all, many small steps learn the most
         sequence_length=256,
-        eval_every=100,
+        eval_every=300,
         eval_tokens=32_768,
-        sample_every=100,
-        save_every=100,
-        sampling=SamplingConfig(prompts=("def ", "class ", "import "), max_tokens=48),
+        sample_every=300,
+        save_every=300,
+        sampling=SamplingConfig(prompts=("def read(self", "class", "import"), max_tokens=64),
     )
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import platform
 import socket
 import sysconfig
 import threading
+import tokenize
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -53,13 +55,39 @@ def test_the_library_of_this_python_is_read_in_order_and_alone() -> None:
     assert parts.isdisjoint({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-def test_the_librarys_text_is_that_of_its_files() -> None:
-    text = next(document.text for document in documents(STDLIB) if document.name == "string.py")
-    assert text == (Path(sysconfig.get_paths()["stdlib"]) / "string.py").read_text(encoding="utf-8")
+def words(source: str) -> list[str]:
+    """The tokens of Python source that mean something, but for strings, which may span lines and hold indentation."""
+    layout = {tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.NEWLINE, tokenize.STRING}
+    return [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
+
+
+def test_the_librarys_text_is_that_of_its_files_but_for_indentation() -> None:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    some = [document for document in documents(STDLIB) if document.name[0] in "acs"]
+    assert len(some) > 50
+    for document in some:
+        with tokenize.open(root / document.name) as f:
+            original = f.read()
+        assert words(document.text) == words(original), document.name
+        assert [line.strip() for line in document.text.split("\n")] == [line.strip() for line in original.split("\n")]
+
+
+def test_the_library_is_indented_by_one_space_a_level(library: Path) -> None:
+    write(library, a__py="if a:\n    if b:\n        c = [1,\n             2]  # a    b\n")
+    assert [document.text for document in documents(STDLIB)] == ["if a:\n if b:\n  c = [1,\n    2]  # a    b\n"]
 
 
 def test_what_is_not_the_librarys_own_source_is_left_out(library: Path) -> None:
-    left_out = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+    left_out = (
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "__pycache__",
+        "encodings",
+        "pydoc_data",
+    )
     for folder in ("", "json", *left_out, *(f"json/{name}" for name in left_out)):
         (library / folder).mkdir(exist_ok=True)
         (library / folder / "a.py").write_text("a = 1\n")

@@ -132,6 +132,25 @@ def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert checkpoint.name == f"step_{len(trained):06d}"
 
 
+def test_a_stop_before_the_first_step_can_be_resumed_too(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import restomod.train.loop as loop_module
+
+    def interrupted(*arguments: object) -> None:
+        evaluate(*arguments)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)
+
+    evaluate = loop_module.evaluate
+    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    assert train(tiny, tmp_path / "stopped", display=QUIET) == EXIT_INTERRUPTED
+    monkeypatch.undo()
+    assert train(tiny, tmp_path / "stopped", resume=True, display=QUIET) == 0
+    train(tiny, tmp_path / "reference", display=QUIET)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "reference")
+    assert same_checkpoint(tmp_path / "stopped", tmp_path / "reference", tiny.steps)
+
+
 def test_a_resumed_run_may_take_more_steps_but_not_another_seed(tiny: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(dataclasses.replace(tiny, steps=2), run, display=QUIET)

@@ -7,10 +7,13 @@ killed and resumed is the run that was not.
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from restomod.config import RunConfig
 from restomod.errors import UserError
@@ -59,7 +62,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         return EXIT_FINISHED
 
     started = time.perf_counter()
-    with StopSignal(display) as stop:
+    with StopSignal() as stop:
         display.start(training.first_step, config.steps)
         try:
             finished = _loop(training, display, stop)
@@ -85,7 +88,7 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
             evaluate(training, step, display)
         if not resumed_here and step > 0 and (finished or step % config.sample_every == 0):
             write_samples(training, step, display)
-        if not resumed_here and step > 0 and (finished or stop.requested or step % config.save_every == 0):
+        if not resumed_here and (finished or stop.requested or (step > 0 and step % config.save_every == 0)):
             save_checkpoint(run.folder, step, model, optimizer, config.keep_checkpoints)
         if finished or stop.requested:
             return finished
@@ -138,14 +141,14 @@ def write_samples(training: Training, step: int, display: Display) -> None:
     """Log and show one continuation of each prompt."""
     sampling = training.config.sampling
     display.line(f"step {step}  samples", style="bold cyan")
-    for prompt in sampling.prompts:
+    for i, prompt in enumerate(sampling.prompts):
         (text,) = continuations(
             training.model,
             training.tokenizer,
             prompt,
             1,
             sampling,
-            training.config.seed + step,
+            training.config.seed + step + i,
             training.compute.dtype,
         )
         training.run.log_sample(step, prompt, text)
@@ -155,12 +158,13 @@ def write_samples(training: Training, step: int, display: Display) -> None:
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request to stop after the present step; a second one acts as usual."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._display = display
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,4 +177,5 @@ class StopSignal:
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        self._display.line("stopping after this step, with a checkpoint (once more: stop at once)", style="yellow")
+        # not print: the signal may have interrupted one
+        os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(vocab_size) within which GPT-2's initialisation lies
-REPEAT_BELOW_SECONDS = 2.0
+REPEAT_BELOW_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
