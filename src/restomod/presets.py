@@ -20,7 +20,9 @@ def quickstart() -> RunConfig:
         eval_tokens=32_768,
         sample_every=300,
         save_every=300,
-        sampling=SamplingConfig(prompts=("def read(self", "class", "import"), max_tokens=64),
+        sampling=SamplingConfig(
+            prompts=("def read(self", "class Error(Exception):\n", "import os\nimport sys\n"), max_tokens=64
+        ),
     )
 
 
