@@ -214,7 +214,10 @@ def test_a_file_that_is_no_object_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
-    [("steps", 0, "steps is 0; it must be at least 1"), ("optim.lr", -1.0, "optim.lr is -1.0; it must be above 0")],
+    [
+        ("steps", 0, "steps is 0; it must be at least 1"),
+        ("optim.lr", -1.0, "optim.lr is -1.0; it must be a finite number above 0"),
+    ],
 )
 def test_a_value_out_of_range_is_refused_by_the_files_name_too(key: str, value: Any, said: str) -> None:
     assert message(nested(key, value)) == said

@@ -73,7 +73,7 @@ def train(arguments: list[str]) -> int:
 
     if "--resume" in arguments:
         at = arguments.index("--resume")
-        if at + 1 == len(arguments):
+        if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
             raise UserError("--resume needs the folder of a run, for example --resume runs/quickstart")
         folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
         if rest and not rest[0].startswith("-"):

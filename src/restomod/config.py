@@ -111,7 +111,7 @@ class OptimConfig:
     """Largest global gradient norm; longer gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be above 0")
+        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be a finite number above 0")
         _require(
             0 <= self.min_lr_ratio <= 1,
             f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie between 0 and 1",
@@ -121,9 +121,11 @@ class OptimConfig:
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas are {self.betas}; each must be at least 0 and below 1",
         )
-        _require(0 < self.eps < math.inf, f"optim.eps is {self.eps}; it must be above 0")
+        _require(0 < self.eps < math.inf, f"optim.eps is {self.eps}; it must be a finite number above 0")
         _require(0 <= self.weight_decay < math.inf, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
-        _require(0 < self.grad_clip < math.inf, f"optim.grad_clip is {self.grad_clip}; it must be above 0")
+        _require(
+            0 < self.grad_clip < math.inf, f"optim.grad_clip is {self.grad_clip}; it must be a finite number above 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,14 @@ class RunConfig:
         return self.batch_tokens // self.sequence_length
 
 
+def _divisors(n: int) -> set[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return {*small, *(n // d for d in small)}
+
+
 def _nearest_divisor(n: int, to: int) -> int:
     """The divisor of ``n`` nearest to ``to`` (the smaller one where two are equally near)."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - to), d))
+    return min(_divisors(n), key=lambda d: (abs(d - to), d))
 
 
 def _neighbours(n: int, multiple: int) -> str:
@@ -232,7 +239,7 @@ def _neighbours(n: int, multiple: int) -> str:
 
 def nearest_divisor_below(n: int, limit: int) -> int:
     """The largest divisor of ``n`` that is at most ``limit`` (and at least 1)."""
-    return max(d for d in range(1, max(1, min(n, limit)) + 1) if n % d == 0)
+    return max(d for d in _divisors(n) if d <= max(1, limit))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------

@@ -54,5 +54,5 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path} is missing: there is no {what} here") from None
     except OSError as e:
         raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; absurd nesting
         raise UserError(f"{path} is damaged: the {what} is not valid JSON ({e})") from None

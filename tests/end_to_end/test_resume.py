@@ -19,6 +19,7 @@ from restomod.errors import UserError
 from restomod.train.console import Display
 from restomod.train.loop import EXIT_INTERRUPTED, train
 from restomod.train.metrics import read_jsonl
+from restomod.train.run import read_config
 
 from .conftest import flags
 
@@ -189,3 +190,42 @@ def test_resume_refuses_a_checkpoint_with_a_flipped_byte(tiny: RunConfig, tmp_pa
         assert process.returncode == 2
         assert error.count("\n") == 1
         assert "model.safetensors is damaged" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("metrics.jsonl", b"5\n\xff\xfe{"),
+        ("samples.jsonl", b"[]\n{"),
+        ("environment.json", b"garbage"),
+        ("data.json", b"garbage"),
+        ("config.json", b"["),
+    ],
+)
+def test_a_damaged_record_costs_a_line_or_is_refused_in_one(
+    tiny: RunConfig, tmp_path: Path, name: str, damage: bytes
+) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(tiny, steps=2), run, display=QUIET)
+    with open(run / name, "ab") as f:
+        f.write(damage)
+    if name.endswith(".jsonl"):
+        assert train(dataclasses.replace(tiny, steps=4), run, resume=True, display=QUIET) == 0
+        assert [step for kind, step, _ in losses(run) if kind == "train"] == [0, 1, 2, 3]
+    else:
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            train(read_config(run), run, resume=True, display=QUIET)
+
+
+def test_when_the_reader_of_the_output_leaves_the_run_stops_with_a_checkpoint(
+    tiny: RunConfig, tmp_path: Path, restomod: Start
+) -> None:
+    run = tmp_path / "run"
+    process = restomod("train", "quickstart", "--out", str(run), *flags(dataclasses.replace(tiny, steps=100_000)))
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == EXIT_INTERRUPTED
+    assert f"restomod train --resume {run}" in process.stderr.read()
+    assert len(list((run / "checkpoints").iterdir())) == 1

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -140,13 +141,17 @@ def test_the_head_of_a_run_states_what_will_happen(
     assert any("restomod sample" in line for line in lines)
 
 
-def test_a_terminal_gets_a_progress_bar(tiny: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_gets_a_progress_bar_that_fits(tiny: RunConfig, tmp_path: Path, width: int) -> None:
     display = Display(interactive=True)
-    display.console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    output = io.StringIO()
+    display.console = Console(file=output, force_terminal=True, width=width, color_system=None)
     assert train(dataclasses.replace(tiny, steps=3), tmp_path / "run", display=display) == 0
-    output = display.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "step 3/3" in output
-    assert "tok/s" in output
+    bar = [line for line in re.split(r"[\r\n]", output.getvalue()) if "step 3/3" in line][-1]
+    assert "━" in bar
+    assert re.search(r"eta 0 s +loss \d+\.\d{4}", bar)
+    assert "tok/s" in bar
+    assert "…" not in bar
 
 
 def test_compiling_without_a_compiler_is_one_line(

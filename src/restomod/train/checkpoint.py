@@ -18,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, read_json, sha256_file
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import load_weights, save_model
+from restomod.model.pretrained import WEIGHTS, load_weights, save_model
 from restomod.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 COMPLETE = "COMPLETE"
@@ -58,7 +59,9 @@ def find_checkpoint(where: Path) -> Path:
         return where
     found = list_checkpoints(where)
     if not found:
-        raise UserError(f"{where} holds no checkpoint yet; go on training with `restomod train --resume {where}`")
+        raise UserError(
+            f"{where} holds no checkpoint yet; go on training with `restomod train --resume {quote(str(where))}`"
+        )
     return found[-1]
 
 
@@ -97,7 +100,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, keep
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot save {folder}: {_reason(e)}; older checkpoints are whole: "
-            f"mend it, then go on with `restomod train --resume {run}`"
+            f"mend it, then go on with `restomod train --resume {quote(str(run))}`"
         ) from None
     return folder
 
@@ -116,6 +119,8 @@ def verify_checkpoint(folder: Path) -> None:
         UserError: a file is missing or altered; the message names it.
     """
     mend = f"delete {folder} to fall back on the checkpoint before it"
+    if not (folder / COMPLETE).exists():
+        raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {mend}")
     record = read_json(folder / COMPLETE, "record of a finished checkpoint")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{folder / COMPLETE} is damaged: its format is not {FORMAT!r}; {mend}")
@@ -123,6 +128,10 @@ def verify_checkpoint(folder: Path) -> None:
         expected_files = [(folder / name, int(e["bytes"]), str(e["sha256"])) for name, e in record["files"].items()]
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{folder / COMPLETE} is damaged: {e!r}; {mend}") from None
+    listed = {path for path, _, _ in expected_files}
+    for needed in (WEIGHTS, "config.json", f"{STATE}/state.json"):
+        if folder / needed not in listed:
+            raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {mend}")
     for path, size, sha256 in expected_files:
         if not path.is_file():
             raise UserError(f"{path} is missing from the checkpoint; {mend}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import textwrap
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from restomod.train.metrics import read_jsonl
@@ -34,42 +38,64 @@ def numbers(record: dict[str, Any]) -> str:
 
 def closing_lines(folder: Path, checkpoint: Path, seconds: float, finished: bool) -> list[str]:
     """What stands at the end of a run: its losses, where it is, and what to do next."""
+    run = quote(str(folder))
     if not finished:
-        return [f"stopped with a checkpoint; go on with: restomod train --resume {folder}"]
+        return [f"stopped with a checkpoint; go on with: restomod train --resume {run}"]
     records = read_jsonl(folder / "metrics.jsonl")
     lines = [f"finished in {duration(seconds)}"]
     for kind, name in (("train", "training loss"), ("val", "validation loss")):
-        losses = [record["loss"] for record in records if record["kind"] == kind]
+        losses = [record["loss"] for record in records if record.get("kind") == kind and "loss" in record]
         if losses:
             lines.append(f"  {name:<15}  {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end")
     return [
         *lines,
         f"everything is in {folder}; next:",
-        f'  restomod sample {folder} --prompt "..."     # let it write',
-        f"  restomod train --resume {folder} --steps N   # go on to step N",
+        f'  restomod sample {run} --prompt "..."     # let it write',
+        f"  restomod train --resume {run} --steps N   # go on to step N",
         f"  AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})   # use it elsewhere",
     ]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the program; `Display` has better to do
+
+
 class Display:
-    """Prints a run. ``interactive`` decides between the progress bar and plain lines."""
+    """Prints a run. ``interactive`` decides between the progress bar and plain lines.
+
+    When the reader of standard output has left, ``closed`` becomes true and all further output is dropped.
+    """
 
     def __init__(self, interactive: bool | None = None) -> None:
         self.interactive = sys.stdout.isatty() if interactive is None else interactive
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console: Console = _Console(highlight=False, soft_wrap=True)
+        self.closed = False
         self._progress: Progress | None = None
 
+    def _print(self, text: Text) -> None:
+        if self.closed:
+            return
+        try:
+            self.console.print(text)
+            self.console.file.flush()
+        except BrokenPipeError:
+            self.closed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own last flush succeeds
+
     def table(self, rows: list[tuple[str, str]]) -> None:
-        """Two columns, what and its value."""
+        """Two columns, what and its value, which is wrapped in a terminal."""
         width = max(len(name) for name, _ in rows)
+        room = max(20, self.console.width - width - 2) if self.interactive else 10_000
         for name, value in rows:
-            self.console.print(Text(f"{name:<{width}}  ", style="dim") + Text(value))
-        self.flush()
+            first, *more = textwrap.wrap(value, room, break_long_words=False)
+            self._print(Text(f"{name:<{width}}  ", style="dim") + Text(first))
+            for line in more:
+                self._print(Text(" " * (width + 2) + line))
 
     def line(self, text: str, style: str = "") -> None:
         """One line, above the progress bar if there is one."""
-        self.console.print(Text(text, style=style))
-        self.flush()
+        self._print(Text(text, style=style))
 
     def lines(self, texts: list[str]) -> None:
         """Several lines."""
@@ -80,9 +106,10 @@ class Display:
         """Begin to show progress from step ``first`` of ``steps``."""
         self._steps = steps
         if self.interactive:
+            whole = Column(no_wrap=True, min_width=len(f"step {steps}/{steps}"))
             columns = (
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(24),
+                TextColumn("step {task.completed}/{task.total}", table_column=whole),
+                BarColumn(12),
                 TextColumn("{task.description}"),
             )
             self._progress = Progress(*columns, console=self.console, refresh_per_second=4)
@@ -90,25 +117,23 @@ class Display:
             self._progress.start()
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
-        """Show one train record."""
-        text = f"{numbers(record)}  eta {duration(seconds_left)}"
-        if self._progress:
-            self._progress.update(self._task, completed=record["step"] + 1, description=text)
-        else:
-            print(f"step {record['step'] + 1}/{self._steps}  {text}", flush=True)
+        """Show one train record; in a narrow terminal only what fits."""
+        eta = f"eta {duration(seconds_left)}"
+        if self._progress is None:
+            self._print(Text(f"step {record['step'] + 1}/{self._steps}  {numbers(record)}  {eta}"))
+            return
+        short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
+        text = f"{eta}  {numbers(record) if self.console.width >= 120 else short}"
+        self._progress.update(self._task, completed=record["step"] + 1, description=text)
 
     def sample(self, prompt: str, text: str) -> None:
-        """Show a sample, its prompt in bold, indented."""
+        """Show a sample, its prompt in bold, marked at its beginning."""
         shown = Text(prompt, style="bold") + Text(text)
-        for row in shown.split("\n"):
-            self.console.print(Text("  │ ", style="dim") + row)
-        self.flush()
+        for i, row in enumerate(shown.split("\n")):
+            self._print(Text("  ▸ " if i == 0 else "    ", style="dim") + row)
 
     def stop(self) -> None:
         """Take the progress bar down."""
         if self._progress:
             self._progress.stop()
             self._progress = None
-
-    def flush(self) -> None:
-        self.console.file.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -52,14 +53,14 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         refuse_existing(folder)
     display.line("preparing the data and the model …", style="dim")
     training = set_up(config, folder, resume)
+    if training.first_step >= config.steps:
+        display.line(f"{folder} has made its {config.steps} steps already; --steps N goes on to step N")
+        return EXIT_FINISHED
     display.table(summary(training))
     if training.first_step == 0:
         display.line(initial_loss_verdict(training.look.loss, config.model.vocab_size))
-    elif training.first_step < config.steps:
-        display.line(f"going on from step {training.first_step}")
     else:
-        display.line(f"this run has made its {config.steps} steps already; --steps N goes on to step N")
-        return EXIT_FINISHED
+        display.line(f"going on from step {training.first_step}")
 
     started = time.perf_counter()
     with StopSignal() as stop:
@@ -69,7 +70,10 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         finally:
             display.stop()
     newest = list_checkpoints(folder)[-1]
-    display.lines(closing_lines(folder, newest, time.perf_counter() - started, finished))
+    closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
+    if display.closed:
+        print("\n".join(["standard output was closed", *closing]), file=sys.stderr)
+    display.lines(closing)
     return EXIT_FINISHED if finished else EXIT_INTERRUPTED
 
 
@@ -82,15 +86,16 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
 
     for step in range(first, config.steps + 1):
         finished = reached_target or step == config.steps
+        stopping = stop.requested or display.closed  # its reader has left: `restomod train ... | head`
         resumed_here = step == first and step > 0  # its evaluation, samples and checkpoint exist already
 
         if not resumed_here and (finished or step % config.eval_every == 0):
             evaluate(training, step, display)
         if not resumed_here and step > 0 and (finished or step % config.sample_every == 0):
             write_samples(training, step, display)
-        if not resumed_here and (finished or stop.requested or (step > 0 and step % config.save_every == 0)):
+        if not resumed_here and (finished or stopping or (step > 0 and step % config.save_every == 0)):
             save_checkpoint(run.folder, step, model, optimizer, config.keep_checkpoints)
-        if finished or stop.requested:
+        if finished or stopping:
             return finished
 
         start = time.perf_counter()
@@ -100,7 +105,7 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
         if not math.isfinite(loss + grad_norm):
             raise UserError(
                 f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so nothing was updated; "
-                f"lower --optim.lr or raise --optim.warmup-steps in a new run (the last checkpoint here is whole)"
+                f"lower --optim.lr or raise --optim.warmup-steps in a new run (the checkpoints saved so far are whole)"
             )
         speed = config.batch_tokens / seconds
         record = run.log(

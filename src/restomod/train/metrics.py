@@ -22,11 +22,13 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a `.jsonl` file; none if there is no file, and without a line that a crash cut short."""
+    """The records of a `.jsonl` file; none if there is no file, and without a line that a crash has damaged."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # not JSON, not UTF-8
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -64,17 +65,23 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
-        keep_records(
-            self.folder / "metrics.jsonl",
-            lambda r: r["step"] < step or (r["step"] == step > 0 and r["kind"] == "val"),
-        )
-        keep_records(self.folder / "samples.jsonl", lambda r: r["step"] <= step)
+
+        def keep(record: dict[str, Any]) -> bool:
+            at = record.get("step")
+            return isinstance(at, int) and (at < step or (at == step > 0 and record.get("kind") != "train"))
+
+        keep_records(self.folder / "metrics.jsonl", keep)
+        keep_records(self.folder / "samples.jsonl", keep)
 
 
 def refuse_existing(folder: Path) -> None:
     """Raise UserError if there is anything at ``folder``."""
     if folder.exists():
-        how = f"go on with it by `restomod train --resume {folder}`, or " if (folder / "config.json").exists() else ""
+        how = (
+            f"go on with it by `restomod train --resume {quote(str(folder))}`, or "
+            if (folder / "config.json").exists()
+            else ""
+        )
         raise UserError(f"{folder} exists already; {how}choose another folder with --out")
 
 
@@ -121,7 +128,7 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         if before != now and field.name not in MAY_CHANGE_ON_RESUME:
             raise UserError(f"{field.name} cannot change when a run goes on: it was {before}, now {now}")
     manifest = read_json(folder / "data.json", "manifest of the run's data")
-    trained_on = manifest.get("fingerprint", "") if isinstance(manifest, dict) else ""
+    trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"
     if dataset.fingerprint != trained_on:
         raise UserError(
             f"{dataset.folder} holds other tokens than {folder} was trained on (fingerprint "
@@ -131,8 +138,9 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
 
 def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
     """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
-    starts = read_json(folder / "environment.json", "record of the run's environments")
-    write_json_atomically(folder / "environment.json", [*starts, environment])
+    log = folder / "environment.json"
+    starts = read_json(log, "record of the run's environments") if log.exists() else []
+    write_json_atomically(log, [*(starts if isinstance(starts, list) else [starts]), environment])
     write_json_atomically(folder / "config.json", to_dict(config))
     run = Run(folder, config)
     run.rewind(step)

@@ -82,7 +82,11 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
             f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
             f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
         )
-    model = build_model(config.model, config.seed, device)
+    try:
+        model = build_model(config.model, config.seed, device)
+    except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
+        parameters = parameter_count(config.model)
+        raise UserError(f"a model of {parameters:,} parameters does not fit here ({str(e).splitlines()[0]})") from e
     optimizer = build_optimizer(model, config.optim)
 
     first_step = 0
@@ -114,7 +118,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
     )
     train, val = len(training.dataset.train), len(training.dataset.val)
     accumulation = config.batch_sequences // compute.micro_batch
-    steps_left = config.steps - training.first_step
+    seconds = training.look.seconds * accumulation * (config.steps - training.first_step)
     epochs = config.steps * config.batch_tokens / (training.batches.n_windows * config.sequence_length)
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
@@ -132,8 +136,5 @@ def summary(training: Training) -> list[tuple[str, str]]:
         ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {epochs:.2g} epochs)"),
         ("device", describe_device(compute.device)),
         ("precision", precision + (", compiled" if config.compile else "")),
-        (
-            "estimated time",
-            f"{duration(training.look.seconds * accumulation * steps_left)}, from timing one micro-batch",
-        ),
+        ("estimated time", f"{duration(seconds)} for the steps alone, from timing one micro-batch"),
     ]
