@@ -80,7 +80,7 @@ def test_text_is_shown_as_it_is_even_where_it_looks_like_markup(capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert "tokens per step  [bold]4,096[/bold]" in lines
     assert "  ▸ def [x](self):" in lines
-    assert "  │     pass" in lines
+    assert "        pass" in lines
     assert "everything is in [runs/a]" in lines
 
 

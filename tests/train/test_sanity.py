@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from restomod.train import sanity
-from restomod.train.sanity import first_look, initial_loss_verdict
+from restomod.train.sanity import initial_loss_verdict, time_micro_batch
 from restomod.train.step import Compute, batch_loss
 from tests.models import CPU
 from tests.train.trainee import assert_identical, make_trainee
@@ -35,21 +35,20 @@ def test_the_verdict_knows_the_size_of_the_vocabulary() -> None:
     assert "warning" in initial_loss_verdict(math.log(97), 50257)
 
 
-def test_first_look_measures_the_loss_and_changes_nothing() -> None:
+def test_timing_a_micro_batch_changes_nothing() -> None:
     trainee = make_trainee()
     tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
     before, random_state = trainee.tensors(), torch.get_rng_state()
     compute = Compute(CPU, torch.float32, 2)
-    look = first_look(trainee.model, lambda: batch_loss(trainee.model, tokens, targets, compute))
-    assert look.loss == pytest.approx(math.log(97), abs=0.3)
-    assert 0 < look.seconds < 60
+    seconds = time_micro_batch(trainee.model, lambda: batch_loss(trainee.model, tokens, targets, compute))
+    assert 0 < seconds < 60
     assert all(p.grad is None for p in trainee.model.parameters())
     assert_identical(trainee.tensors(), before)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.parametrize(("quick_below", "looks"), [(60.0, 2), (0.0, 1)])
-def test_a_quick_first_look_is_taken_twice(quick_below: float, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_micro_batch_is_timed_twice(quick_below: float, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanity, "REPEAT_BELOW_SECONDS", quick_below)
     model, calls = torch.nn.Linear(2, 1), []
 
@@ -57,5 +56,5 @@ def test_a_quick_first_look_is_taken_twice(quick_below: float, looks: int, monke
         calls.append(1)
         return model(torch.ones(2)).sum()
 
-    first_look(model, loss)
+    time_micro_batch(model, loss)
     assert len(calls) == looks

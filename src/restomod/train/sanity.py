@@ -5,34 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(vocab_size) within which GPT-2's initialisation lies
+INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
 REPEAT_BELOW_SECONDS = 20.0
 
 
-@dataclass(frozen=True)
-class FirstLook:
-    """What one micro-batch shows: the loss under the present weights, and how long it takes."""
-
-    loss: float
-    seconds: float
-
-
-def first_look(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -> FirstLook:
-    """Run one micro-batch forward and backward, twice if it is quick (the first time warms up), and change nothing."""
+def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -> float:
+    """Seconds of one micro-batch forward and backward; a quick one runs twice, to warm up. Changes nothing."""
     for attempt in range(2):
         start = time.perf_counter()
         loss = micro_batch_loss()
         loss.backward()
         model.zero_grad(set_to_none=True)
-        value = loss.item()
+        loss.item()  # waits for the device
         seconds = time.perf_counter() - start
         if attempt == 0 and seconds > REPEAT_BELOW_SECONDS:
             break
-    return FirstLook(value, seconds)
+    return seconds
 
 
 def initial_loss_verdict(loss: float, vocab_size: int) -> str:

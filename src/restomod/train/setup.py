@@ -22,7 +22,7 @@ from restomod.train.checkpoint import list_checkpoints, load_checkpoint
 from restomod.train.console import duration
 from restomod.train.optimizer import build_optimizer
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
-from restomod.train.sanity import FirstLook, first_look
+from restomod.train.sanity import time_micro_batch
 from restomod.train.step import Compute, batch_loss, choose_micro_batch
 
 
@@ -39,8 +39,8 @@ class Training:
     compute: Compute
     first_step: int
     """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
-    look: FirstLook
-    """The loss of the first micro-batch, and the time it took."""
+    micro_batch_seconds: float
+    """How long the first micro-batch took, forward and backward."""
 
     @property
     def config(self) -> RunConfig:
@@ -98,14 +98,14 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
         model.transformer.compile()
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
     try:
-        look = first_look(model, lambda: batch_loss(model, tokens, targets, compute))
+        seconds = time_micro_batch(model, lambda: batch_loss(model, tokens, targets, compute))
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = next(line for line in str(e).splitlines() if line.strip())
         raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e
 
     here = environment(describe_device(device), dtype_name(compute.dtype))
     run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
-    return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, look)
+    return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, seconds)
 
 
 def summary(training: Training) -> list[tuple[str, str]]:
@@ -118,7 +118,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
     )
     train, val = len(training.dataset.train), len(training.dataset.val)
     accumulation = config.batch_sequences // compute.micro_batch
-    seconds = training.look.seconds * accumulation * (config.steps - training.first_step)
+    seconds = training.micro_batch_seconds * accumulation * (config.steps - training.first_step)
     epochs = config.steps * config.batch_tokens / (training.batches.n_windows * config.sequence_length)
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
