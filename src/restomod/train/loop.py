@@ -81,7 +81,7 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
     """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
     run, config, first = training.run, training.config, training.first_step
     model, optimizer, compute = training.model, training.optimizer, training.compute
-    started = time.perf_counter()
+    seconds_in_steps = 0.0
     reached_target = False
 
     for step in range(first, config.steps + 1):
@@ -118,8 +118,8 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
             tokens_per_second=speed,
             mfu=mfu(speed, training.flops_per_token, training.peak_flops),
         )
-        seconds_per_step = (time.perf_counter() - started) / (step + 1 - first)
-        display.step(record, seconds_left=(config.steps - step - 1) * seconds_per_step)
+        seconds_in_steps += seconds
+        display.step(record, seconds_left=(config.steps - step - 1) * seconds_in_steps / (step + 1 - first))
         reached_target = config.target_loss is not None and loss <= config.target_loss
         if reached_target:
             display.line(f"step {step}  training loss {loss:.4f} is at or below the target {config.target_loss}")
