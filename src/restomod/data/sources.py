@@ -116,7 +116,7 @@ def _indented_by_one(text: str) -> str:
     """Python source indented by one space a level instead of four.
 
     GPT-2's encoding spends a token on nearly every space, so that two tokens in five of the library as written are
-    indentation. One space a level costs next to nothing: a token may begin with one.
+    single spaces. One space a level costs next to nothing: a token may begin with one.
     """
     return re.sub(r"^(?: {4})+", lambda spaces: " " * (len(spaces[0]) // 4), text, flags=re.MULTILINE)
 

@@ -81,6 +81,7 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
     """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
     run, config, first = training.run, training.config, training.first_step
     model, optimizer, compute = training.model, training.optimizer, training.compute
+    flops, peak = training.flops_per_token, training.peak_flops
     seconds_in_steps = 0.0
     reached_target = False
 
@@ -116,7 +117,7 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
             grad_norm=grad_norm,
             ms=1000 * seconds,
             tokens_per_second=speed,
-            mfu=mfu(speed, training.flops_per_token, training.peak_flops),
+            mfu=mfu(speed, flops, peak),
         )
         seconds_in_steps += seconds
         display.step(record, seconds_left=(config.steps - step - 1) * seconds_in_steps / (step + 1 - first))
