@@ -257,17 +257,25 @@ def test_resuming_a_run_with_a_damaged_configuration(here: Path, refused: Refuse
 
 
 def test_sampling_a_run_that_is_missing(refused: Refused) -> None:
-    assert refused("sample", "nowhere") == "nowhere: no such run or checkpoint folder"
+    assert refused("sample", "nowhere") == (
+        "nowhere: no such run or model folder; known: gpt2, gpt2-large, gpt2-medium, gpt2-xl"
+    )
 
 
 def test_sampling_a_run_that_has_no_checkpoint(here: Path, refused: Refused) -> None:
     (here / "mine").mkdir()
+    (here / "mine" / "config.json").write_text('{"steps": 9}')
     assert refused("sample", "mine").startswith("mine holds no checkpoint yet")
+
+
+def test_sampling_a_folder_of_something_else(here: Path, refused: Refused) -> None:
+    (here / "mine").mkdir()
+    assert refused("sample", "mine").startswith("mine is neither a run nor a model folder")
 
 
 @ENCODINGS
 def test_sampling_nothing(refused: Refused, encoding: str) -> None:
-    assert refused("sample", encoding=encoding).startswith("Missing from restomod sample: RUN")
+    assert refused("sample", encoding=encoding).startswith("Missing from restomod sample: MODEL")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ LAYERS = (
     ("restomod.model",),
     ("restomod.train",),  # loss, schedule, optimizer, checkpoint, metrics, console, run, sanity, step
     ("restomod.evals",),
-    ("restomod.generate",),
+    ("restomod.generate", "restomod.inspection"),
     ("restomod.train.setup", "restomod.train.loop"),
     ("restomod.experiments", "restomod.course"),
     ("restomod.cli", "restomod.__main__"),

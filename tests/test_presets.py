@@ -75,7 +75,9 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
 
 
 def test_a_preset_like_none_lists_all() -> None:
-    with pytest.raises(UserError, match="known: gpt2-124m, quickstart, tinyshakespeare"):
+    with pytest.raises(
+        UserError, match="known: gpt2-124m, gpt2-1558m, gpt2-355m, gpt2-774m, quickstart, tinyshakespeare"
+    ):
         preset("xyzzy")
 
 

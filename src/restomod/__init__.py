@@ -2,7 +2,7 @@
 
     config = restomod.preset("quickstart")
     restomod.train.loop.train(config, Path("runs/mine"))
-    restomod.generate.sample(Path("runs/mine"), "def ", 3, config.sampling, seed=1)
+    restomod.generate.sample("runs/mine", "def ", 3, config.sampling, seed=1)
 
 The names below can be used from here. Nothing imports torch before it is used.
 """
@@ -28,6 +28,8 @@ _HOME = {  # public name -> module that defines it
     "GPT": "restomod.model.gpt",
     "build_model": "restomod.model.gpt",
     "load_model": "restomod.model.pretrained",
+    "open_model": "restomod.train.find",
+    "find_model": "restomod.train.find",
     "save_model": "restomod.model.pretrained",
     "heldout_loss": "restomod.evals.heldout",
 }

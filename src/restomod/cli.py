@@ -19,8 +19,11 @@ from restomod.config import Device, Precision, RunConfig, SamplingConfig, requir
 from restomod.errors import UserError, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
+EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_ABORTED = 130
+
+STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
 
 Arguments = TypeVar("Arguments")
 
@@ -38,8 +41,8 @@ class TrainArguments(ResumeArguments):
 
 @dataclasses.dataclass(frozen=True)
 class SampleArguments:
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used), or the folder of one checkpoint."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
     prompt: str = ""
     """Text to continue; empty starts a new document."""
     num_samples: int = 3
@@ -52,6 +55,30 @@ class SampleArguments:
     """Sample among this many likeliest tokens (0: all)."""
     seed: int = 1337
     """The same seed gives the same text."""
+    device: Device = "auto"
+    """Where to compute. auto: CUDA, else MPS, else CPU."""
+    precision: Precision = "auto"
+    """Of the matrix products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectArguments:
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run, a model folder, a name on the Hugging Face hub, such as gpt2, or a preset (its initial weights)."""
+    plots: str | None = None
+    """Draw the weights into this folder as PNG files."""
+    diff: str | None = None
+    """Compare with this model instead, tensor by tensor; named like MODEL."""
+    seed: int = 1337
+    """Of a preset's initial weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckArguments:
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2-124m"
+    """A preset (its initial weights), a run, a model folder, or a name on the Hugging Face hub, such as gpt2."""
+    seed: int = 1337
+    """Of a preset's initial weights."""
     device: Device = "auto"
     """Where to compute. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
@@ -96,7 +123,7 @@ def train(arguments: list[str]) -> int:
 
 
 def sample(arguments: list[str]) -> int:
-    """Let a run's model, or any checkpoint, continue a text."""
+    """Let a run's model, or any GPT-2, continue a text."""
     parsed = _parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
@@ -106,7 +133,7 @@ def sample(arguments: list[str]) -> int:
     from restomod.generate import sample as run
 
     texts = run(
-        Path(parsed.run),
+        parsed.model,
         parsed.prompt,
         parsed.num_samples,
         settings,
@@ -119,7 +146,43 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+def inspect(arguments: list[str]) -> int:
+    """Show a model's weights in numbers and pictures, or compare two models."""
+    parsed = _parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
+    require_seed("--seed", parsed.seed)
+    if parsed.plots is not None and parsed.diff is not None:
+        raise UserError("--plots draws one model and --diff compares two: give one of them")
+
+    from restomod.inspection import compare
+    from restomod.inspection import inspect as run
+
+    if parsed.diff is not None:
+        lines = compare(parsed.model, parsed.diff, parsed.seed)
+    else:
+        lines = run(parsed.model, parsed.seed, Path(parsed.plots) if parsed.plots is not None else None)
+    for line in lines:
+        print(line)
+    return 0
+
+
+def check(arguments: list[str]) -> int:
+    """Check that a preset or a model is a sound GPT-2 that can learn."""
+    parsed = _parse(CheckArguments, tyro.MISSING_NONPROP, arguments, "restomod check")
+    require_seed("--seed", parsed.seed)
+
+    from restomod.train.check import check as run
+    from restomod.train.console import Display
+
+    display, statuses = Display(), []
+    for verdict in run(parsed.model, parsed.seed, parsed.device, parsed.precision):
+        display.verdict(verdict)
+        statuses.append(verdict.status)
+    counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
+    display.line(f"{parsed.model}: {', '.join(counts)}")
+    return EXIT_CHECK_FAILED if "fail" in statuses else 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample, "inspect": inspect, "check": check}
 
 
 def _parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:

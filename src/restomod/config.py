@@ -175,6 +175,10 @@ class RunConfig:
     """Steps between checkpoints; one more follows the last step."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep (0: all)."""
+    init: str | None = None
+    """Start from these weights: a name on the hub (gpt2), a model folder, or a run. None: random ones."""
+    sanity_checks: bool = True
+    """Check before the first step that the model can learn, and stop if it cannot (`restomod check` does more)."""
     seed: int = 1337
     """Decides the initial weights, the order of the data, and the samples."""
     device: Device = "auto"

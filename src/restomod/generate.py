@@ -6,7 +6,6 @@ Shapes: B = samples, T = tokens of a pass, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from restomod.config import Device, Precision, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import autocast, choose_device, choose_dtype
 from restomod.model.gpt import GPT, KVCache
-from restomod.model.pretrained import load_model
-from restomod.train.checkpoint import find_checkpoint, verify_checkpoint
+from restomod.train.find import open_model
 
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -92,7 +90,7 @@ def continuations(
 
 
 def sample(
-    where: Path,
+    where: str,
     prompt: str,
     n_samples: int,
     sampling: SamplingConfig,
@@ -100,13 +98,11 @@ def sample(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> list[str]:
-    """Continue ``prompt`` with the model of a run or checkpoint folder; see `continuations`.
+    """Continue ``prompt`` with the model that ``where`` names: a run, a model folder, or a name on the hub.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: there is no such model, or it is damaged.
     """
-    folder = find_checkpoint(where)
-    verify_checkpoint(folder)
     target = choose_device(device)
-    model = load_model(folder, target)
+    model = open_model(where, target)
     return continuations(model, gpt2_tokenizer(), prompt, n_samples, sampling, seed, choose_dtype(precision, target))

@@ -41,11 +41,32 @@ def tinyshakespeare() -> RunConfig:
 
 def gpt2_124m() -> RunConfig:
     """GPT-2 124M with the batch size, learning rate and schedule of the GPT-3 paper, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(), lr=6e-4, batch_tokens=2**19)  # 19,073 steps, of which 715 warm up
+
+
+def gpt2_355m() -> RunConfig:
+    """GPT-2 medium with GPT-3 Medium's batch size and learning rate, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(n_layer=24, n_head=16, n_embd=1024), lr=3e-4, batch_tokens=2**19)
+
+
+def gpt2_774m() -> RunConfig:
+    """GPT-2 large with GPT-3 Large's batch size and learning rate, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(n_layer=36, n_head=20, n_embd=1280), lr=2.5e-4, batch_tokens=2**19)
+
+
+def gpt2_1558m() -> RunConfig:
+    """GPT-2 XL with the batch size and learning rate of GPT-3 XL, the nearest, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, batch_tokens=2**20)
+
+
+def _gpt2(model: ModelConfig, lr: float, batch_tokens: int) -> RunConfig:
+    """A GPT-2 on 10 billion tokens, trained as Brown et al., 2020, table 2.1 and appendix B say."""
     return RunConfig(
+        model=model,
         data=DataConfig(source="text", val_fraction=0.01),
-        optim=OptimConfig(lr=6e-4, warmup_steps=715),  # 375M tokens / 524,288
-        steps=19_073,  # 10e9 tokens / 524,288
-        batch_tokens=524_288,  # 512 sequences * 1024 tokens
+        optim=OptimConfig(lr=lr, warmup_steps=375 * 10**6 // batch_tokens),
+        steps=10**10 // batch_tokens,
+        batch_tokens=batch_tokens,  # "0.5M" and "1M": 512 and 1024 sequences * 1024 tokens
         sequence_length=1024,
         eval_tokens=10_485_760,
         sampling=SamplingConfig(prompts=("Hello, I'm a language model,",)),
@@ -56,6 +77,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "quickstart": quickstart,
     "tinyshakespeare": tinyshakespeare,
     "gpt2-124m": gpt2_124m,
+    "gpt2-355m": gpt2_355m,
+    "gpt2-774m": gpt2_774m,
+    "gpt2-1558m": gpt2_1558m,
 }
 
 

@@ -21,7 +21,6 @@ from restomod.config import ModelConfig
 from restomod.errors import UserError
 from restomod.train import checkpoint as module
 from restomod.train.checkpoint import (
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -249,25 +248,6 @@ def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> N
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
-
-
-def test_the_newest_checkpoint_of_a_run_is_found(folder: Path, tmp_path: Path) -> None:
-    newer = shutil.copytree(folder, folder.with_name("step_000012"))
-    assert find_checkpoint(tmp_path) == newer
-
-
-def test_a_checkpoint_itself_is_found(folder: Path) -> None:
-    assert find_checkpoint(folder) == folder
-
-
-def test_finding_a_checkpoint_where_there_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such run"):
-        find_checkpoint(tmp_path / "nowhere")
-
-
-def test_finding_a_checkpoint_before_the_first_says_how_to_go_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no checkpoint yet.*--resume"):
-        find_checkpoint(tmp_path)
 
 
 # --- saving that fails ---------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ def test_the_environment_names_what_a_result_depends_on() -> None:
 
 MUST_STAY = {
     "seed": 1,
+    "init": "gpt2",
     "batch_tokens": 512,
     "sequence_length": 8,
     "model": dataclasses.replace(CONFIG.model, n_layer=3),
@@ -98,6 +99,7 @@ MAY_CHANGE = {
     "device": "cpu",
     "precision": "fp32",
     "compile": True,
+    "sanity_checks": False,
     "data": DataConfig(cache="elsewhere"),
 }
 

@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, read_json, sha256_file
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import WEIGHTS, load_weights, save_model
+from restomod.model.pretrained import load_weights, save_model
+from restomod.model.storage import WEIGHTS
 from restomod.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 COMPLETE = "COMPLETE"
@@ -45,24 +46,6 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def find_checkpoint(where: Path) -> Path:
-    """The newest checkpoint of a run folder, or ``where`` itself if it is a checkpoint.
-
-    Raises:
-        UserError: neither is the case.
-    """
-    if not where.is_dir():
-        raise UserError(f"{where}: no such run or checkpoint folder")
-    if (where / COMPLETE).exists():
-        return where
-    found = list_checkpoints(where)
-    if not found:
-        raise UserError(
-            f"{where} holds no checkpoint yet; go on training with `restomod train --resume {quote(str(where))}`"
-        )
-    return found[-1]
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, keep: int) -> Path:

@@ -15,6 +15,9 @@ from rich.table import Column
 from rich.text import Text
 
 from restomod.train.metrics import read_jsonl
+from restomod.train.sanity import Status, Verdict
+
+STATUS_STYLE: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
 def duration(seconds: float) -> str:
@@ -56,6 +59,17 @@ def closing_lines(folder: Path, checkpoint: Path, seconds: float, finished: bool
     ]
 
 
+def sanity_lines(verdicts: list[Verdict]) -> list[str]:
+    """The sanity checks in a few lines, for the head of a run: the first in full, the others by name, and warnings."""
+    if not verdicts:
+        return []
+    first, *others = verdicts
+    passed = [verdict.check for verdict in others if verdict.status == "pass"]
+    warnings = [f"warning: {v.check}: {v.reason}" for v in verdicts if v.status == "warn"]
+    head = [f"{first.check} {first.reason}"] if first.status == "pass" else []
+    return [*head, f"checked too: {', '.join(passed)}", *warnings]
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would end the program; `Display` has better to do
@@ -92,6 +106,11 @@ class Display:
             self._print(Text(f"{name:<{width}}  ", style="dim") + Text(first))
             for line in more:
                 self._print(Text(" " * (width + 2) + line))
+
+    def verdict(self, verdict: Verdict) -> None:
+        """One sanity check."""
+        status = Text(f"{verdict.status}  ", style=STATUS_STYLE[verdict.status])
+        self._print(status + Text(f"{verdict.check:<16}  {verdict.reason}"))
 
     def line(self, text: str, style: str = "") -> None:
         """One line, above the progress bar if there is one."""

@@ -22,9 +22,8 @@ from restomod.evals.heldout import heldout_loss
 from restomod.generate import continuations
 from restomod.model.flops import mfu
 from restomod.train.checkpoint import list_checkpoints, save_checkpoint
-from restomod.train.console import Display, closing_lines
+from restomod.train.console import Display, closing_lines, sanity_lines
 from restomod.train.run import refuse_existing
-from restomod.train.sanity import INITIAL_LOSS_TOKENS, initial_loss_verdict
 from restomod.train.schedule import learning_rate
 from restomod.train.setup import Training, set_up, summary
 from restomod.train.step import train_step
@@ -57,10 +56,9 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         display.line(f"{folder} has made its {config.steps} steps already; --steps N goes on to step N")
         return EXIT_FINISHED
     display.table(summary(training))
-    if training.first_step == 0:
-        display.line(initial_loss_verdict(initial_loss(training), config.model.vocab_size))
-    else:
+    if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")
+    display.lines(sanity_lines(training.verdicts))
 
     started = time.perf_counter()
     with StopSignal() as stop:
@@ -125,13 +123,6 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
         if reached_target:
             display.line(f"step {step}  training loss {loss:.4f} is at or below the target {config.target_loss}")
     raise AssertionError("the last step returns")
-
-
-def initial_loss(training: Training) -> float:
-    """Loss on a spread of the training text, enough tokens for the mean to be told from ln(V)."""
-    T, compute = training.config.sequence_length, training.compute
-    tokens = max(T, INITIAL_LOSS_TOKENS)
-    return heldout_loss(training.model, training.dataset.train, T, compute.device, compute.dtype, tokens)[0]
 
 
 def evaluate(training: Training, step: int, display: Display) -> None:

@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "precision",
     "compile",
+    "sanity_checks",
     "data",
 }
 

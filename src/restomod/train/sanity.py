@@ -1,16 +1,220 @@
-"""What is checked and measured on the first micro-batch, before the first step."""
+"""Is this a GPT-2 that can learn? What is checked in seconds, before the first step of every new run.
+
+Each check takes a `Subject`, leaves it as it was, and returns a `Verdict`. The slower ones are in
+`restomod.train.check`. Most come from Karpathy, "A Recipe for Training Neural Networks", 2019.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(vocab_size) within which GPT-2's initialisation lies
+from restomod.data.batches import Batches
+from restomod.model.flops import parameter_count
+from restomod.model.gpt import GPT
+from restomod.train.step import Compute, batch_loss
+
+INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
+WRONG_INITIAL_LOSS = 1.5  # nats off, which no text explains
 INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
 REPEAT_BELOW_SECONDS = 20.0
+FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
+LOSS_TOLERANCE = 1e-3  # nats between two ways to the same fp32 loss; a wrong target moves it a hundred times more
+
+Status = Literal["pass", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found."""
+
+    check: str
+    status: Status
+    """fail: this is no GPT-2 that can learn. warn: unusual, or slow. skip: does not apply, or cannot run here."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, text to try it on, and how it is to be trained."""
+
+    model: GPT
+    batches: Batches
+    compute: Compute
+    optimizer: Optimizer
+    fresh: bool
+    """Whether the weights are still those of the initialisation."""
+
+    def few_tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of the start of two windows of the text, (2, n) each, n at most `FEW_TOKENS`."""
+        last = self.batches.n_windows - 1
+        tokens, targets = self.batches.load(np.array([0, last]))
+        return tokens[:, :FEW_TOKENS], targets[:, :FEW_TOKENS]
+
+    @property
+    def fp32(self) -> Compute:
+        return Compute(self.compute.device, torch.float32, self.compute.micro_batch)
+
+
+def quick_checks(subject: Subject) -> list[Verdict]:
+    """Run all checks of this file."""
+    return [check(subject) for check in QUICK]
+
+
+@torch.no_grad()
+def initial_loss(subject: Subject) -> Verdict:
+    """Untrained weights guess evenly among the vocabulary, so their loss is ln(V)."""
+    batches, compute = subject.batches, subject.compute
+    windows = min(batches.n_windows, max(1, INITIAL_LOSS_TOKENS // batches.T))
+    spread = np.arange(windows) * batches.n_windows // windows
+    total = 0.0
+    for start in range(0, windows, compute.micro_batch):
+        tokens, targets = batches.load(spread[start : start + compute.micro_batch])
+        total += batch_loss(subject.model, tokens, targets, compute).item() * len(tokens)
+    loss, V = total / windows, subject.model.config.vocab_size
+    guessing = f"ln({V}) = {math.log(V):.2f}"
+    if not subject.fresh:
+        if loss < math.log(V):
+            return Verdict("loss", "pass", f"{loss:.2f} before training here; guessing evenly gives {guessing}")
+        return Verdict("loss", "warn", f"{loss:.2f} is worse than guessing evenly, {guessing}: another tokenizer?")
+    off = loss - math.log(V)
+    # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that
+    if -INITIAL_LOSS_TOLERANCE <= off <= INITIAL_LOSS_TOLERANCE + subject.model.config.n_embd * 0.02**2 / 2:
+        return Verdict("initial loss", "pass", f"{loss:.2f} ≈ {guessing}, as it should be for random weights")
+    status: Status = "warn" if abs(off) <= WRONG_INITIAL_LOSS else "fail"
+    why = "the text is unusual" if status == "warn" else "the initialisation is wrong"
+    return Verdict("initial loss", status, f"{loss:.2f}, but random weights should give {guessing}: {why}")
+
+
+@torch.no_grad()
+def next_token_targets(subject: Subject) -> Verdict:
+    """The targets are the next tokens of the text, and the loss is their cross-entropy and nothing else."""
+    name, model = "targets", subject.model
+    T = subject.batches.T
+    tokens, targets = subject.batches.load(np.array([0]))
+    text = torch.from_numpy(subject.batches.stream.read(0, T + 1).astype(np.int64))
+    for what, row, expected in (("tokens", tokens[0], text[:-1]), ("targets", targets[0], text[1:])):
+        if not torch.equal(row, expected):
+            ahead = [k for k in (-1, 0, 2) if what == "targets" and _is_shift(row, text, k)]
+            found = f"each is the token {ahead[0]} ahead of its input, not 1" if ahead else "they are not the text"
+            return Verdict(name, "fail", f"the {what} of the first window are wrong: {found}")
+    tokens, targets = subject.few_tokens()
+    ours = batch_loss(model, tokens, targets, subject.fp32).item()
+    logits = model(tokens.to(subject.compute.device)).float()  # (2, n, V)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten()).item()
+    if not abs(ours - plain) <= LOSS_TOLERANCE:
+        return Verdict(name, "fail", f"the training loss {ours:.4f} is not the next tokens' cross-entropy {plain:.4f}")
+    return Verdict(name, "pass", "the token at t + 1 for every t, and the loss is their cross-entropy")
+
+
+def _is_shift(row: Tensor, text: Tensor, ahead: int) -> bool:
+    """Whether ``row`` (T,) is ``text`` (T + 1,) from ``ahead`` tokens on, as far as both reach."""
+    first, end = max(0, -ahead), min(len(row), len(text) - ahead)
+    return bool(end > first) and torch.equal(row[first:end], text[first + ahead : end + ahead])
+
+
+@torch.no_grad()
+def causality(subject: Subject) -> Verdict:
+    """Changing a token changes the logits from its position on, and none before it."""
+    tokens = subject.few_tokens()[0].to(subject.compute.device)
+    n = tokens.shape[1]
+    if n < 2:
+        return Verdict("causality", "skip", "a context of one token has nothing before it")
+    t = n // 2
+    changed = tokens.clone()
+    changed[:, t] = (changed[:, t] + 1) % subject.model.config.vocab_size
+    difference = (subject.model(changed) - subject.model(tokens)).abs().amax((0, 2))  # (n,)
+    before, after = difference[:t].max().item(), difference[t:].max().item()
+    if not before <= 1e-3 * after:
+        return Verdict(
+            "causality", "fail", f"changing token {t} changes logits before it (by {before:.2g}): it sees ahead"
+        )
+    return Verdict("causality", "pass", f"changing token {t} of {n} changes no logit before it")
+
+
+def gradients(subject: Subject) -> Verdict:
+    """A backward pass gives every parameter a gradient, and the optimizer holds every parameter."""
+    model = subject.model
+    training, recorded = model.training, [p.grad for p in model.parameters()]
+    batch_loss(model, *subject.few_tokens(), subject.compute).backward()
+    held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
+    problems, squares = [], 0.0
+    for name, p in model.named_parameters():
+        norm = 0.0 if p.grad is None else p.grad.norm().item()
+        squares += norm**2
+        if not p.requires_grad:
+            problems.append(f"{name} is frozen")
+        elif not math.isfinite(norm):
+            problems.append(f"that of {name} is {norm}")
+        elif norm == 0:
+            problems.append(f"none reaches {name}")
+        elif id(p) not in held:
+            problems.append(f"the optimizer does not update {name}")
+    model.train(training)
+    for p, gradient in zip(model.parameters(), recorded, strict=True):
+        p.grad = gradient
+    if problems:
+        more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+        return Verdict("gradients", "fail", "; ".join(problems[:2]) + more)
+    return Verdict("gradients", "pass", f"reach all {len(recorded)} parameters, norm {math.sqrt(squares):.2f}")
+
+
+def tied_head(subject: Subject) -> Verdict:
+    """The head is the token embedding itself, so the model has the parameters that GPT-2 has."""
+    model, config = subject.model, subject.model.config
+    embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    count, expected = sum(p.numel() for p in model.parameters()) - padding, parameter_count(config)
+    if model.head.data_ptr() != embedding.data_ptr():
+        return Verdict(
+            "tied head", "fail", f"the head is not the token embedding: {count:,} parameters, not {expected:,}"
+        )
+    if count != expected:
+        return Verdict(
+            "tied head", "fail", f"the model has {count:,} parameters, and a GPT-2 of its shape {expected:,}"
+        )
+    return Verdict("tied head", "pass", f"saves {saved:,} parameters; there are {expected:,}")
+
+
+def kernel_shapes(subject: Subject) -> Verdict:
+    """Matrix products are fastest where every dimension is a multiple of 64."""
+    config, T = subject.model.config, subject.batches.T
+    K = config.n_embd // config.n_head
+    odd = [
+        f"{name} {size} is no multiple of {of}"
+        for name, size, of in (
+            ("n_embd", config.n_embd, 64),
+            ("the embedding's rows", subject.model.transformer.wte.weight.shape[0], 64),
+            ("tokens of a micro-batch", subject.compute.micro_batch * T, 64),
+            ("n_embd / n_head", K, 8),  # what fused attention kernels ask for
+        )
+        if size % of
+    ]
+    if odd:
+        return Verdict("kernel shapes", "warn", "; ".join(odd) + ": it works, but slower than it could")
+    rows = config.padded_vocab_size
+    return Verdict(
+        "kernel shapes", "pass", f"multiples of 64: {config.n_embd} wide, {rows:,} embedding rows, heads of {K}"
+    )
+
+
+QUICK: tuple[Callable[[Subject], Verdict], ...] = (
+    initial_loss,
+    next_token_targets,
+    causality,
+    gradients,
+    tied_head,
+    kernel_shapes,
+)
 
 
 def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -> float:
@@ -25,14 +229,3 @@ def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -
         if attempt == 0 and seconds > REPEAT_BELOW_SECONDS:
             break
     return seconds
-
-
-def initial_loss_verdict(loss: float, vocab_size: int) -> str:
-    """One line: is the loss of untrained weights that of guessing evenly among the vocabulary, ln(V)?"""
-    expected = math.log(vocab_size)
-    if abs(loss - expected) <= INITIAL_LOSS_TOLERANCE:
-        return f"initial loss {loss:.2f} ≈ ln({vocab_size}) = {expected:.2f}: as it should be for random weights"
-    return (
-        f"warning: initial loss {loss:.2f}, but random weights should give ln({vocab_size}) = {expected:.2f} "
-        f"(± {INITIAL_LOSS_TOLERANCE}): the model's initialisation or the data is unusual"
-    )

@@ -18,11 +18,13 @@ from restomod.device import choose_device, choose_dtype, describe_device, dtype_
 from restomod.errors import UserError
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
+from restomod.model.pretrained import load_model, read_model_config
 from restomod.train.checkpoint import list_checkpoints, load_checkpoint
 from restomod.train.console import duration
+from restomod.train.find import find_model
 from restomod.train.optimizer import build_optimizer
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
-from restomod.train.sanity import time_micro_batch
+from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
 from restomod.train.step import Compute, batch_loss, choose_micro_batch
 
 
@@ -39,6 +41,8 @@ class Training:
     compute: Compute
     first_step: int
     """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
+    verdicts: list[Verdict]
+    """What the sanity checks found; empty for a run that goes on, or that does without them."""
     micro_batch_seconds: float
     """How long the first micro-batch took, forward and backward."""
 
@@ -65,15 +69,11 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     Raises:
         UserError: the data, the device, the folder or the checkpoint is not usable.
     """
-    data = config.data
-    path = str(Path(data.path).absolute()) if data.path else None  # a run can be resumed from anywhere
-    data = dataclasses.replace(data, path=path, cache=str(Path(data.cache).absolute()))
-    config = dataclasses.replace(config, data=data)
-
+    config = _with_absolute_paths(config)
     device = choose_device(config.device)
     compute = Compute(device, choose_dtype(config.precision, device), choose_micro_batch(config, device))
     tokenizer = gpt2_tokenizer()
-    dataset = prepare(data, tokenizer)
+    dataset = prepare(config.data, tokenizer)
     batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed, "training")
     if len(dataset.val):
         Batches(dataset.val, config.sequence_length, 1, 0, "validation")  # refused now rather than at the first use
@@ -82,18 +82,23 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
             f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
             f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
         )
-    try:
-        model = build_model(config.model, config.seed, device)
-    except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
-        parameters = parameter_count(config.model)
-        raise UserError(f"a model of {parameters:,} parameters does not fit here ({str(e).splitlines()[0]})") from e
+    checkpoints = list_checkpoints(folder) if resume else []
+    model = _initial_model(config if not checkpoints else dataclasses.replace(config, init=None), device)
     optimizer = build_optimizer(model, config.optim)
 
     first_step = 0
     if resume:
         check_resumable(folder, config, dataset)
-        checkpoints = list_checkpoints(folder)
         first_step = load_checkpoint(checkpoints[-1], model, optimizer) if checkpoints else 0
+    verdicts = []
+    if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
+        verdicts = quick_checks(Subject(model, batches, compute, optimizer, fresh=config.init is None))
+        for verdict in verdicts:
+            if verdict.status == "fail":
+                raise UserError(
+                    f"sanity check {verdict.check!r} failed: {verdict.reason} "
+                    f"(`restomod check` shows all checks; --no-sanity-checks trains all the same)"
+                )
     if config.compile:
         model.transformer.compile()
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
@@ -105,7 +110,39 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
 
     here = environment(describe_device(device), dtype_name(compute.dtype))
     run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
-    return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, seconds)
+    return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, verdicts, seconds)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, fit to be resumed from any folder; initial weights are pinned to one checkpoint of their run."""
+    data = config.data
+    path = str(Path(data.path).absolute()) if data.path else None
+    data = dataclasses.replace(data, path=path, cache=str(Path(data.cache).absolute()))
+    init = config.init
+    if init is not None and Path(init).is_dir():
+        init = str(find_model(init).absolute())
+    return dataclasses.replace(config, data=data, init=init)
+
+
+def _initial_model(config: RunConfig, device: torch.device) -> GPT:
+    """The model of step 0."""
+    shape = config.model
+    try:
+        if config.init is None:
+            return build_model(shape, config.seed, device)
+        folder = find_model(config.init)
+        saved = read_model_config(folder)
+        if saved != shape:
+            flags = [
+                f"--model.{field.name.replace('_', '-')} {getattr(saved, field.name)}"
+                for field in dataclasses.fields(saved)
+                if getattr(saved, field.name) != getattr(shape, field.name)
+            ]
+            raise UserError(f"{config.init} has another shape than the run's model; add {' '.join(flags)}")
+        return load_model(folder, device).train()
+    except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
+        parameters = parameter_count(shape)
+        raise UserError(f"a model of {parameters:,} parameters does not fit here ({str(e).splitlines()[0]})") from e
 
 
 def summary(training: Training) -> list[tuple[str, str]]:
@@ -126,7 +163,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
     return [
         ("run", str(training.run.folder)),
         ("model", f"GPT-2, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, {m.n_positions} positions"),
-        ("parameters", f"{parameter_count(m):,}"),
+        ("parameters", f"{parameter_count(m):,}, " + (f"from {config.init}" if config.init else "random at the start")),
         ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens in {documents}; {split}"),
         (
             "tokens per step",

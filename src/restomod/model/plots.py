@@ -1,0 +1,162 @@
+"""Pictures of a model's weights: what a trained model has that a fresh one lacks.
+
+Source of the first two: Karpathy, "Let's reproduce GPT-2 (124M)", 2024, which looks at the position embeddings of
+OpenAI's checkpoint and finds waves, and noise upon them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from restomod.errors import UserError
+from restomod.model.inspect import POSITIONS, roughness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = {  # the matrices of a block, with what they do
+    "attn.c_attn": "attention, to queries, keys and values",
+    "attn.c_proj": "attention, back to the residual stream",
+    "mlp.c_fc": "MLP, to its hidden units",
+    "mlp.c_proj": "MLP, back to the residual stream",
+}
+CHANNELS = (150, 200, 250)
+BINS = 200
+INK, PAPER, GRID = "#222222", "#ffffff", "#dddddd"
+
+
+def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
+    """Draw a model into ``folder`` (made if need be): four PNG files, whose paths are returned.
+
+    Args:
+        tensors: a GPT-2 as `restomod.model.pretrained.hf_tensors` gives it.
+        title: the model's name.
+
+    Raises:
+        UserError: matplotlib is missing, or the folder cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as e:
+        raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    pictures = {
+        "position_embeddings.png": position_matrix,
+        "position_channels.png": position_channels,
+        "weight_histograms.png": weight_histograms,
+        "singular_values.png": singular_values,
+    }
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            figure = picture(tensors)
+            figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13)
+            FigureCanvasAgg(figure)
+            figure.savefig(folder / name, dpi=120, facecolor=PAPER)
+            paths.append(folder / name)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write pictures there ({e.strerror or e})") from None
+    return paths
+
+
+def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
+    """The position embeddings as an image: a row per position, a column per channel."""
+    wpe = tensors[POSITIONS]  # (n_positions, D)
+    figure = _figure("position embeddings", 9, 6.5)
+    axes = figure.subplots()
+    limit = 3 * wpe.std().item() or 1.0
+    image = axes.imshow(wpe, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="weight", fraction=0.04)
+    axes.set_xlabel("channel")
+    axes.set_ylabel("position")
+    return figure
+
+
+def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
+    """Three channels of the position embeddings over position: smooth waves after long training, noise before."""
+    wpe = tensors[POSITIONS]
+    D = wpe.shape[1]
+    channels = CHANNELS if max(CHANNELS) < D else (D // 4, D // 2, 3 * D // 4)
+    figure = _figure(f"position embeddings, roughness {roughness(wpe):.2f} (1: noise, 0: smooth)", 9, 5)
+    axes = figure.subplots()
+    for channel in dict.fromkeys(channels):
+        axes.plot(wpe[:, channel], linewidth=0.9, label=f"channel {channel}")
+    axes.set_xlabel("position")
+    axes.set_ylabel("weight")
+    axes.legend(frameon=False)
+    _quiet(axes)
+    return figure
+
+
+def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
+    """For each kind of matrix, how its weights are distributed, a line per layer."""
+    figure = _figure("weights, by layer", 11, 8)
+    layers = _layers(tensors)
+    for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
+        weights = [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(layers)]
+        widest = max(4 * w.double().std().item() for w in weights) or 1.0
+        for layer, weight in enumerate(weights):
+            counts = torch.histc(weight.float(), bins=BINS, min=-widest, max=widest)
+            density = counts * BINS / (2 * widest * weight.numel())
+            axes.plot(torch.linspace(-widest, widest, BINS), density, color=_colour(layer, layers), linewidth=0.9)
+        axes.set_title(f"{kind}: {does}", fontsize=10)
+        axes.set_xlabel("weight")
+        axes.set_ylabel("density")
+        _quiet(axes)
+    _layer_scale(figure, layers)
+    return figure
+
+
+def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
+    """For each kind of matrix, its singular values from the largest to the smallest, a line per layer."""
+    figure = _figure("singular values, by layer", 11, 8)
+    layers = _layers(tensors)
+    for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
+        for layer in range(layers):
+            spectrum = torch.linalg.svdvals(tensors[f"transformer.h.{layer}.{kind}.weight"].float())
+            axes.plot(spectrum.clamp(min=1e-6), color=_colour(layer, layers), linewidth=0.9)
+        axes.set_title(f"{kind}: {does}", fontsize=10)
+        axes.set_yscale("log")
+        axes.set_xlabel("rank")
+        axes.set_ylabel("singular value")
+        _quiet(axes)
+    _layer_scale(figure, layers)
+    return figure
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(name.endswith("ln_1.weight") for name in tensors)
+
+
+def _figure(subject: str, width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(subject)
+    return figure
+
+
+def _colour(layer: int, layers: int) -> tuple[float, ...]:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * layer / max(1, layers - 1))  # the lightest yellow is unreadable on white
+
+
+def _layer_scale(figure: Figure, layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ListedColormap([_colour(layer, layers) for layer in range(layers)])
+    scale = ScalarMappable(Normalize(-0.5, layers - 0.5), colours)
+    figure.colorbar(scale, ax=figure.axes, label="layer", fraction=0.025, ticks=range(0, layers, max(1, layers // 12)))
+
+
+def _quiet(axes: Axes) -> None:
+    axes.grid(color=GRID, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

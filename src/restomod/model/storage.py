@@ -1,0 +1,101 @@
+"""The tensors of a model folder, in whichever of the ecosystem's four ways they were saved.
+
+One safetensors file, several with an index, or the same as pickles (`pytorch_model.bin`). A pickle is read with
+`weights_only=True`: it can bring tensors and nothing that runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from restomod.errors import UserError
+from restomod.files import read_json
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both
+INDEX_SUFFIX = ".index.json"
+
+
+def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
+    """The files that hold a model's tensors, or None where there are none.
+
+    Args:
+        get: gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
+
+    Raises:
+        UserError: an index is damaged, or a file that it names is absent.
+    """
+    for name in WEIGHTS_NAMES:
+        whole = get(name)
+        if whole is not None:
+            return [whole]
+        index = get(name + INDEX_SUFFIX)
+        if index is not None:
+            found = {shard: get(shard) for shard in _shards(index)}
+            absent = [shard for shard, path in found.items() if path is None]
+            if absent:
+                raise UserError(f"{index} names {absent[0]}, which is missing beside it")
+            return [path for path in found.values() if path is not None]
+    return None
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names in an index's map from tensors to files."""
+    values = read_json(index, "index of the weights")
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} is damaged: its weight_map should map tensors to files")
+    shards = sorted(set(names.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{index} is damaged: {shard!r} is not the name of a file beside it")
+    return shards
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a model folder by name, on the CPU and mapped from the disk where the format allows it.
+
+    Returns:
+        The tensors, and the path to name when something about them is wrong.
+
+    Raises:
+        UserError: the weights are missing or damaged, or two files hold a tensor of the same name.
+    """
+    files = weights_files(lambda name: folder / name if (folder / name).is_file() else None)
+    if files is None:
+        raise UserError(f"{folder / WEIGHTS} is missing: {folder} is not a model folder")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        read = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        twice = sorted(tensors.keys() & read.keys())
+        if twice:
+            raise UserError(f"{path} repeats {twice[0]}, which another file of {folder} holds too")
+        tensors.update(read)
+    return tensors, files[0] if len(files) == 1 else folder
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        reason = str(e).partition("Please file an issue")[0].splitlines()[0]
+        raise UserError(f"{path} is refused: it is damaged, or holds more than tensors ({reason:.200})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise UserError(f"{path} is damaged: {str(e).partition(chr(10))[0] or type(e).__name__}") from None
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise UserError(f"{path} is not a model's weights: it should be a dictionary of tensors")
+    return values

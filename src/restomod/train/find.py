@@ -1,0 +1,80 @@
+"""From what a user calls a model to a folder that holds one.
+
+A run (its newest checkpoint), one checkpoint, any Hugging Face model folder, or a name on the hub.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+
+import torch
+
+from restomod.errors import UserError, did_you_mean
+from restomod.files import read_json
+from restomod.model.gpt import GPT, build_model
+from restomod.model.hub import OPENAI, download_model, hub_name
+from restomod.model.pretrained import load_model
+from restomod.presets import PRESETS, preset
+from restomod.train.checkpoint import COMPLETE, STATE, list_checkpoints, verify_checkpoint
+
+
+def find_model(name: str) -> Path:
+    """The model folder that ``name`` stands for: verified if it is a checkpoint, downloaded if it is on the hub.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return _from_hub(name)
+    if (path / COMPLETE).exists() or (path / STATE).exists():
+        verify_checkpoint(path)
+        return path
+    checkpoints = list_checkpoints(path)
+    if checkpoints:
+        verify_checkpoint(checkpoints[-1])
+        return checkpoints[-1]
+    if _is_run(path):
+        raise UserError(f"{path} holds no checkpoint yet; go on training with `restomod train --resume {quote(name)}`")
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} is neither a run nor a model folder: it has no config.json")
+    return path
+
+
+def open_model(name: str, device: torch.device) -> GPT:
+    """The model that ``name`` stands for (see `find_model`), on ``device``, ready to evaluate."""
+    return load_model(find_model(name), device)
+
+
+def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool]:
+    """The model of a preset, with the initial weights of ``seed``, or one that `open_model` opens; whether it is fresh.
+
+    Raises:
+        UserError: ``name`` is neither.
+    """
+    if name in PRESETS and not Path(name).is_dir():
+        return build_model(preset(name).model, seed, device).eval(), True
+    if Path(name).name == name and not Path(name).exists() and name not in OPENAI:
+        raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
+    return open_model(name, device), False
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder's `config.json` is that of a run, and not of a model."""
+    path = folder / "config.json"
+    values = read_json(path, "configuration") if path.exists() else None
+    return isinstance(values, dict) and "model_type" not in values and "steps" in values
+
+
+def _from_hub(name: str) -> Path:
+    path = Path(name)
+    if path.exists():
+        raise UserError(f"{path} is a file; give the folder of a run or a model")
+    repository = hub_name(name)
+    meant_here = path.parent != Path() and path.parent.exists()  # a slip in a path is not sent to the hub
+    if repository is None or meant_here:
+        near = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        known = near if meant_here else [*OPENAI, *near]
+        raise UserError(f"{name}: no such run or model folder{did_you_mean(path.name, known) if known else ''}")
+    return download_model(repository)
