@@ -12,6 +12,7 @@ import tiktoken
 
 from restomod.config import DataConfig
 from restomod.data import prepare as module
+from restomod.data.bulk import BulkEncoder
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset, TokenStream
 from restomod.data.sources import Document
@@ -255,7 +256,7 @@ def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
 ) -> None:
     first = prepare(book, tokenizer)
     before = state(Path(book.cache))
-    monkeypatch.setattr(tokenizer, "encode", fail)
+    monkeypatch.setattr(BulkEncoder, "encode", fail)
     second = prepare(book, tokenizer)
     assert state(Path(book.cache)) == before
     assert second.manifest == first.manifest
@@ -314,15 +315,16 @@ def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: Dat
 def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
     book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_document: int
 ) -> None:
-    calls = iter(range(100))
+    calls, encode = iter(range(100)), BulkEncoder.encode
 
-    def encode(text: str) -> np.ndarray:
+    def fail_at(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
         if next(calls) == at_document:
             fail()
-        return Tokenizer.encode(tokenizer, text)
+        return encode(encoder, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "encode", encode)
+        patch.setattr(module, "BATCH_CHARACTERS", 1)  # each document by itself
+        patch.setattr(BulkEncoder, "encode", fail_at)
         with pytest.raises(RuntimeError):
             prepare(book, tokenizer, shard_tokens=10)
     assert folders(book) == []
@@ -335,7 +337,7 @@ def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
     """A killed process cleans nothing up, and in a container the next one often has the same process id."""
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        patch.setattr(tokenizer, "encode", fail)
+        patch.setattr(BulkEncoder, "encode", fail)
         with pytest.raises(RuntimeError):
             prepare(book, tokenizer)
     assert prepare(book, tokenizer).manifest["documents"] == 6
@@ -377,15 +379,17 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
     others: list[Dataset] = []
     finished = {}
 
-    def encode(text: str) -> np.ndarray:
-        monkeypatch.setattr(tokenizer, "encode", lambda text: Tokenizer.encode(tokenizer, text))
+    encode = BulkEncoder.encode
+
+    def overtaken(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
+        monkeypatch.setattr(BulkEncoder, "encode", encode)
         monkeypatch.setattr(os, "getpid", lambda: 2)
         others.append(prepare(book, tokenizer))
         finished.update(state(others[0].folder))
-        return Tokenizer.encode(tokenizer, text)
+        return encode(encoder, texts)
 
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    monkeypatch.setattr(tokenizer, "encode", encode)
+    monkeypatch.setattr(BulkEncoder, "encode", overtaken)
     mine = prepare(book, tokenizer)
     assert mine.manifest == others[0].manifest
     assert folders(book) == [mine.folder.name]
