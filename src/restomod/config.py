@@ -67,11 +67,13 @@ class DataConfig:
     """What the model reads."""
 
     source: Source = "python-stdlib"
-    """python-stdlib: the running Python's own library; text: your UTF-8 file or folder; tinyshakespeare."""
+    """python-stdlib: the running Python's own library; text: your file or folder; tinyshakespeare."""
     path: str | None = None
-    """File or folder to read. Needed by `text`; for `tinyshakespeare` it replaces the download."""
+    """File or folder to read: text, .jsonl or .parquet, also .gz, .xz, .zst. For tinyshakespeare: no download."""
     glob: str = "**/*"
-    """Which files of a folder to read; each file is one document. Hidden files are left out."""
+    """Which files of a folder to read. Hidden files are left out."""
+    text_column: str = "text"
+    """The field of JSON lines, or column of Parquet files, that holds the text."""
     val_fraction: float = 0.05
     """Share of the documents held out for validation (0: none). A single document is cut by position."""
     split_seed: int = 0

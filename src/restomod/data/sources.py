@@ -7,10 +7,10 @@ import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.config import DataConfig
+from restomod.data.readers import Document, read_documents
 from restomod.errors import UserError
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -18,14 +18,6 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 GENERATED = {"encodings", "pydoc_data"}  # character tables and the manual as a dictionary: a quarter of all tokens
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it came from."""
-
-    name: str
-    text: str
 
 
 def source_name(config: DataConfig) -> str:
@@ -44,16 +36,16 @@ def documents(config: DataConfig) -> Iterator[Document]:
     if config.source == "python-stdlib":
         yield from _python_stdlib()
     elif config.source == "tinyshakespeare":
-        yield _document(Path(config.path) if config.path else _download_tinyshakespeare(Path(config.cache)))
+        yield from read_documents(Path(config.path) if config.path else _download_tinyshakespeare(Path(config.cache)))
     elif config.path is None:
         raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
     else:
-        yield from _text(Path(config.path), config.glob)
+        yield from _text(Path(config.path), config.glob, config.text_column)
 
 
-def _text(path: Path, glob: str) -> Iterator[Document]:
+def _text(path: Path, glob: str, text_column: str) -> Iterator[Document]:
     if not path.is_dir():
-        yield _document(path)
+        yield from read_documents(path, text_column)
         return
     if glob.startswith("/"):
         raise UserError(f"data.glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
@@ -70,29 +62,10 @@ def _text(path: Path, glob: str) -> Iterator[Document]:
         if file.stat().st_size == 0:
             empty += 1
             continue
-        yield _document(file)
+        yield from read_documents(file, text_column)
     if found == empty:
         what = f"its {empty} files are all empty" if empty else f"no file matches data.glob {glob!r}"
         raise UserError(f"{path} holds no text: {what}")
-
-
-def _document(path: Path) -> Document:
-    """Read one UTF-8 file, byte for byte (line ends as they are)."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file or folder; give an existing one with --data.path") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot read it ({e.strerror})") from None
-    if not content:
-        raise UserError(f"{path} is empty: there is nothing to train on")
-    try:
-        return Document(str(path), content.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{content[e.start]:02x} at offset {e.start} ({e.reason}); "
-            f"convert it, or leave it out with --data.glob"
-        ) from None
 
 
 def _python_stdlib() -> Iterator[Document]:
