@@ -7,6 +7,7 @@ last; it names every shard with its token count and SHA-256, and the tokenizer t
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from restomod.errors import UserError
-from restomod.files import fsync_path, read_json, sha256_file
+from restomod.files import read_json, sha256_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -26,13 +27,39 @@ MANIFEST_FORMAT = "restomod-tokens-1"
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
     """Write ``tokens`` (n,) to ``path`` and return its manifest entry: file, tokens, sha256."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    with open(path, "wb") as f:
-        f.write(header.tobytes())
-        f.write(tokens.astype("<u2", copy=False).tobytes())
-    fsync_path(path)
-    return {"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)}
+    shard = _OpenShard(path)
+    shard.append(tokens)
+    return shard.close()
+
+
+class _OpenShard:
+    """A shard that grows. It has its name only when it is whole and on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tokens = path, 0
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115: closed by `close` or `discard`
+        self._file.write(bytes(HEADER_BYTES))
+
+    def append(self, tokens: np.ndarray) -> None:
+        self._file.write(tokens.astype("<u2", copy=False).tobytes())
+        self.tokens += len(tokens)
+
+    def close(self) -> dict[str, Any]:
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = MAGIC, VERSION, self.tokens
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        sha256 = sha256_file(self._temporary)
+        os.replace(self._temporary, self.path)
+        return {"file": self.path.name, "tokens": self.tokens, "sha256": sha256}
+
+    def discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -69,30 +96,36 @@ class ShardWriter:
         self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
         self.shards: list[dict[str, Any]] = []
         self.tokens = 0
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
+        self._open: _OpenShard | None = None
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append ``tokens`` (n,) to the stream, writing each shard as soon as it is full."""
+        """Append ``tokens`` (n,) to the stream; they go to the disk at once."""
         self.tokens += len(tokens)
-        while self._pending_tokens + len(tokens) >= self.shard_tokens:
-            room = self.shard_tokens - self._pending_tokens
-            self._pending.append(tokens[:room])
-            self._write()
+        while len(tokens):
+            if self._open is None:
+                self._open = _OpenShard(self.folder / f"{self.prefix}_{len(self.shards):06d}.bin")
+            room = self.shard_tokens - self._open.tokens
+            self._open.append(tokens[:room])
             tokens = tokens[room:]
-        self._pending.append(tokens)
-        self._pending_tokens += len(tokens)
+            if self._open.tokens == self.shard_tokens:
+                self._finish()
 
     def close(self) -> list[dict[str, Any]]:
-        """Write what is left and return the manifest entries of all shards."""
-        if self._pending_tokens:
-            self._write()
+        """Finish the last shard and return the manifest entries of all."""
+        if self._open is not None:
+            self._finish()
         return self.shards
 
-    def _write(self) -> None:
-        path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
-        self.shards.append(write_shard(path, np.concatenate(self._pending)))
-        self._pending, self._pending_tokens = [], 0
+    def discard(self) -> None:
+        """Drop the shard that is being written, after an error."""
+        if self._open is not None:
+            self._open.discard()
+            self._open = None
+
+    def _finish(self) -> None:
+        assert self._open is not None
+        self.shards.append(self._open.close())
+        self._open = None
 
 
 class TokenStream:
