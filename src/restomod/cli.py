@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from restomod import __version__
-from restomod.config import Device, Precision, RunConfig, SamplingConfig, require_seed
+from restomod.config import Device, Precision, PrepareConfig, RunConfig, SamplingConfig, require_seed
 from restomod.errors import UserError, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
@@ -85,6 +86,26 @@ class CheckArguments:
     """Of the matrix products."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PrepareArguments:
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
+    """Text to read, in this order: files and folders (text, .jsonl or .parquet, also .gz, .xz or .zst),
+    python-stdlib, tinyshakespeare."""
+    config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
+    out: str
+    """Folder of the token shards; what an interrupted run left there is gone on with."""
+    workers: int = 0
+    """Files to work on at once, each in a process of its own (0: one per processor)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataArguments:
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """A folder that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
+    verify: bool = False
+    """Read every byte and compare its SHA-256 with the manifest."""
+
+
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
@@ -146,6 +167,34 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def prepare(arguments: list[str]) -> int:
+    """Turn text into a verified folder of token shards."""
+    parsed = _parse(PrepareArguments, tyro.MISSING_NONPROP, arguments, "restomod prepare")
+    if not parsed.sources:
+        raise UserError("name what to prepare: restomod prepare SOURCE --out DIR (restomod prepare --help)")
+    if parsed.workers < 0:
+        raise UserError(f"--workers is {parsed.workers}; it must be 0 or more")
+
+    from restomod.data.pipeline import prepare_and_report
+
+    workers = parsed.workers or os.cpu_count() or 1
+    prepare_and_report(
+        parsed.sources, parsed.config, Path(parsed.out), workers, report=functools.partial(print, flush=True)
+    )
+    return 0
+
+
+def data(arguments: list[str]) -> int:
+    """Show what is in a folder of token shards."""
+    parsed = _parse(DataArguments, tyro.MISSING_NONPROP, arguments, "restomod data")
+
+    from restomod.data.overview import overview
+
+    for line in overview(Path(parsed.folder), parsed.verify):
+        print(line)
+    return 0
+
+
 def inspect(arguments: list[str]) -> int:
     """Show a model's weights in numbers and pictures, or compare two models."""
     parsed = _parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
@@ -182,7 +231,14 @@ def check(arguments: list[str]) -> int:
     return EXIT_CHECK_FAILED if "fail" in statuses else 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample, "inspect": inspect, "check": check}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": prepare,
+    "data": data,
+    "train": train,
+    "sample": sample,
+    "inspect": inspect,
+    "check": check,
+}
 
 
 def _parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:

@@ -17,7 +17,7 @@ from restomod.errors import UserError, did_you_mean
 
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
 
-Source = Literal["python-stdlib", "text", "tinyshakespeare"]
+Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -67,7 +67,8 @@ class DataConfig:
     """What the model reads."""
 
     source: Source = "python-stdlib"
-    """python-stdlib: the running Python's own library; text: your file or folder; tinyshakespeare."""
+    """python-stdlib: the running Python's own library; text: your file or folder; tinyshakespeare; tokens: a folder
+    that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
     path: str | None = None
     """File or folder to read: text, .jsonl or .parquet, also .gz, .xz, .zst. For tinyshakespeare: no download."""
     glob: str = "**/*"
@@ -91,6 +92,31 @@ class DataConfig:
             self.source != "python-stdlib" or self.path is None,
             "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
         )
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How `restomod prepare` reads text and cuts it into splits and shards."""
+
+    glob: str = "**/*"
+    """Which files of a folder to read. Hidden files are left out."""
+    text_column: str = "text"
+    """The field of JSON lines, or column of Parquet files, that holds the text."""
+    val_fraction: float = 0.01
+    """Share of the documents held out for validation, chosen by their hash (0: none)."""
+    split_seed: int = 0
+    """Chooses which documents are held out."""
+    dedup: bool = False
+    """Leave out documents whose text has occurred before."""
+    shard_tokens: int = 100_000_000
+    """Tokens per shard file, at most."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1")
+        if self.shard_tokens < 1:
+            raise UserError(f"--shard-tokens is {self.shard_tokens}; it must be at least 1")
+        require_seed("--split-seed", self.split_seed)
 
 
 @dataclass(frozen=True)

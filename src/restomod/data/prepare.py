@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from restomod.data.shards import (
     Dataset,
     ShardWriter,
     open_dataset,
+    open_published,
 )
 from restomod.data.sources import Document, documents, source_name
-from restomod.data.tokenizer import Tokenizer
+from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, write_json_atomically
 
@@ -38,7 +39,11 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     Raises:
         UserError: from the source, or because a cached folder is damaged.
     """
-    hashes = [_split_hash(document.text, config.split_seed) for document in documents(config)]
+    if config.source == "tokens":
+        if config.path is None:
+            raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
+        return open_tokens(Path(config.path))
+    hashes = [split_hash(document.text, config.split_seed) for document in documents(config)]
     fingerprint = _fingerprint(config, tokenizer, hashes)
     folder = Path(config.cache) / f"{source_name(config)}-{fingerprint[:12]}"
     if not (folder / MANIFEST).exists():
@@ -56,7 +61,24 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     return open_dataset(folder, tokenizer.sha256)
 
 
-def _split_hash(text: str, seed: int) -> int:
+def open_tokens(folder: Path, verify: bool = True) -> Dataset:
+    """Open a folder of token shards: one with a manifest, or shards as others publish them.
+
+    Args:
+        folder: from `restomod prepare`, or holding `*train*.bin` and `*val*.bin` (llm.c) or `.npy` (build-nanogpt).
+        verify: compare every shard's SHA-256 with the manifest's.
+
+    Raises:
+        UserError: there are no shards, or they are damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of token shards; `restomod prepare SOURCE --out {folder}` makes one")
+    if (folder / MANIFEST).exists():
+        return open_dataset(folder, gpt2_tokenizer().sha256, verify)
+    return open_published(folder)
+
+
+def split_hash(text: str, seed: int) -> int:
     """A 64-bit hash of one document: the same text always lands in the same split, whatever else is there."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little", signed=True))
     return int.from_bytes(digest.digest(), "little")
@@ -78,12 +100,12 @@ def _fingerprint(config: DataConfig, tokenizer: Tokenizer, hashes: list[int]) ->
     return digest.hexdigest()
 
 
-def _batches(documents: Iterator[tuple[Document, int]]) -> Iterator[list[tuple[Document, int]]]:
-    """Documents and their hashes in groups of about `BATCH_CHARACTERS`."""
-    batch: list[tuple[Document, int]] = []
+def document_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of about `BATCH_CHARACTERS`."""
+    batch: list[Document] = []
     size = 0
-    for document, h in documents:
-        batch.append((document, h))
+    for document in documents:
+        batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
@@ -106,21 +128,23 @@ def _write(
     counts = {split: {"documents": 0, "text_bytes": 0} for split in writers}
     separator = np.array([tokenizer.end_of_text], dtype=np.uint16)
     encoder = BulkEncoder(tokenizer)
-    for batch in _batches(zip(documents(config), hashes, strict=True)):
-        for document, expected in batch:
-            if _split_hash(document.text, config.split_seed) != expected:
+    known = iter(hashes)
+    for batch in document_batches(documents(config)):
+        for document, tokens in zip(batch, encoder.encode([document.text for document in batch]), strict=True):
+            h = split_hash(document.text, config.split_seed)
+            if h != next(known, None):
                 raise UserError(f"{document.name} changed while it was being prepared; run the same command again")
-        for (_, expected), tokens in zip(batch, encoder.encode([d.text for d, _ in batch]), strict=True):
             if len(hashes) == 1:
                 cut = len(tokens) - int(config.val_fraction * len(tokens))
                 parts = {"train": tokens[:cut], "val": tokens[cut:]}
             else:
-                split = "val" if expected in held_out else "train"
-                parts = {split: np.concatenate([separator, tokens])}
+                parts = {"val" if h in held_out else "train": np.concatenate([separator, tokens])}
             for split, part in parts.items():
                 writers[split].add(part)
                 counts[split]["documents"] += 1 if len(part) else 0
                 counts[split]["text_bytes"] += tokenizer.byte_length(part)
+    if next(known, None) is not None:
+        raise UserError("documents disappeared while the text was being prepared; run the same command again")
     write_json_atomically(
         folder / MANIFEST,
         {

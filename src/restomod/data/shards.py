@@ -7,6 +7,7 @@ last; it names every shard with its token count and SHA-256, and the tokenizer t
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
+SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
 
@@ -38,7 +40,7 @@ class _OpenShard:
     def __init__(self, path: Path) -> None:
         self.path, self.tokens = path, 0
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115: closed by `close` or `discard`
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - `close` and `discard` close it
         self._file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: np.ndarray) -> None:
@@ -167,8 +169,8 @@ class Dataset:
         return str(self.manifest["fingerprint"])
 
 
-def open_dataset(folder: Path, tokenizer_sha256: str) -> Dataset:
-    """Open a prepared folder and check every shard against the manifest.
+def open_dataset(folder: Path, tokenizer_sha256: str, verify: bool = True) -> Dataset:
+    """Open a prepared folder and check every shard against the manifest: its size, and with ``verify`` every byte.
 
     Raises:
         UserError: the manifest is missing, damaged or made with another tokenizer; a shard is missing or altered.
@@ -182,18 +184,66 @@ def open_dataset(folder: Path, tokenizer_sha256: str) -> Dataset:
         made_with = manifest["tokenizer"]["sha256"]
         if made_with != tokenizer_sha256:
             raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {_MEND}")
-        train, val = (_open_split(folder, manifest["splits"][split]["shards"]) for split in ("train", "val"))
+        train, val = (_open_split(folder, manifest["splits"][split]["shards"], verify) for split in SPLITS)
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / MANIFEST} is damaged: {e.args[0]!r} is missing or wrong; {_MEND}") from None
     return Dataset(folder, manifest, train, val)
 
 
-def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
+def _open_split(folder: Path, entries: list[dict[str, Any]], verify: bool) -> TokenStream:
     shards = []
     for entry in entries:
         path = folder / entry["file"]
         tokens = open_shard(path)
-        if len(tokens) != entry["tokens"] or sha256_file(path) != entry["sha256"]:
+        if len(tokens) != entry["tokens"] or (verify and sha256_file(path) != entry["sha256"]):
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {_MEND}")
         shards.append(tokens)
     return TokenStream(shards)
+
+
+def open_published(folder: Path) -> Dataset:
+    """Open shards that others have published, in place: llm.c's `*_train_*.bin`, build-nanogpt's `*_train_*.npy`.
+
+    Their fingerprint is made of names, sizes and beginnings, as they bring no hashes.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
+    paths = {split: [path for path in files if split in path.stem.split("_")] for split in SPLITS}
+    if not paths["train"]:
+        raise UserError(
+            f"{folder} holds no token shards: no {MANIFEST}, and no files such as fineweb_train_000001.bin "
+            f"or edufineweb_train_000001.npy"
+        )
+    digest = hashlib.sha256()
+    splits: dict[str, dict[str, Any]] = {}
+    streams: dict[str, TokenStream] = {}
+    for split, found in paths.items():
+        shards = [open_shard(path) if path.suffix == ".bin" else _open_npy(path) for path in found]
+        streams[split] = TokenStream(shards)
+        entries = [{"file": path.name, "tokens": len(shard)} for path, shard in zip(found, shards, strict=True)]
+        splits[split] = {"tokens": len(streams[split]), "shards": entries}
+        for entry, shard in zip(entries, shards, strict=True):
+            digest.update(f"{entry} {shard[:4096].tobytes().hex()}".encode())
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "name": folder.name,
+        "fingerprint": digest.hexdigest(),
+        "tokenizer": {"name": "gpt2"},
+        "documents": None,
+        "tokens": sum(split["tokens"] for split in splits.values()),
+        "splits": splits,
+    }
+    return Dataset(folder, manifest, streams["train"], streams["val"])
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    """Map a shard that is a one-dimensional array of uint16."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise UserError(f"{path} is damaged: {e}; get it again") from None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, not a row of uint16 tokens")
+    return tokens

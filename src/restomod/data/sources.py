@@ -44,8 +44,18 @@ def documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _text(path: Path, glob: str, text_column: str) -> Iterator[Document]:
+    for file in files_of(path, glob):
+        yield from read_documents(file, text_column)
+
+
+def files_of(path: Path, glob: str) -> Iterator[Path]:
+    """The files of a folder that match ``glob``, sorted, hidden and empty ones left out; a file is itself.
+
+    Raises:
+        UserError: there is none, or ``glob`` is no pattern.
+    """
     if not path.is_dir():
-        yield from read_documents(path, text_column)
+        yield path
         return
     if glob.startswith("/"):
         raise UserError(f"data.glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
@@ -62,7 +72,7 @@ def _text(path: Path, glob: str, text_column: str) -> Iterator[Document]:
         if file.stat().st_size == 0:
             empty += 1
             continue
-        yield from read_documents(file, text_column)
+        yield file
     if found == empty:
         what = f"its {empty} files are all empty" if empty else f"no file matches data.glob {glob!r}"
         raise UserError(f"{path} holds no text: {what}")

@@ -159,12 +159,13 @@ def summary(training: Training) -> list[tuple[str, str]]:
     epochs = config.steps * config.batch_tokens / (training.batches.n_windows * config.sequence_length)
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
-    documents = "1 document" if manifest["documents"] == 1 else f"{manifest['documents']:,} documents"
+    count = manifest["documents"]  # not known of published shards
+    documents = f" in {count:,} document{'' if count == 1 else 's'}" if count is not None else ""
     return [
         ("run", str(training.run.folder)),
         ("model", f"GPT-2, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, {m.n_positions} positions"),
         ("parameters", f"{parameter_count(m):,}, " + (f"from {config.init}" if config.init else "random at the start")),
-        ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens in {documents}; {split}"),
+        ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
         (
             "tokens per step",
             f"{config.batch_tokens:,} = {accumulation} × {compute.micro_batch} sequences "

@@ -1,0 +1,92 @@
+"""The verb `data`: what is in a folder of token shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from restomod.data.prepare import open_tokens
+from restomod.data.shards import Dataset, TokenStream
+from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+
+SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
+READ_TOKENS = 1_000_000
+MOST_COMMON = 20
+WINDOW_TOKENS = 64
+BAR = 40
+
+
+def overview(folder: Path, verify: bool) -> Iterator[str]:
+    """Lines about a folder: its splits, the lengths of its documents, its commonest tokens, three windows.
+
+    Args:
+        folder: as prepared, or pre-tokenized shards without a manifest.
+        verify: read every byte and compare its SHA-256 with the manifest.
+
+    Raises:
+        UserError: the folder does not hold whole token shards.
+    """
+    tokenizer = gpt2_tokenizer()
+    dataset = open_tokens(folder, verify)
+    manifest = dataset.manifest
+    vocabulary = manifest["tokenizer"]["name"]
+    yield f"{folder}: {manifest['name']}, {manifest['tokens']:,} tokens of the {vocabulary} vocabulary"
+    for name, stream in (("train", dataset.train), ("val", dataset.val)):
+        yield _split_line(dataset, name, stream)
+    if manifest.get("duplicates"):
+        yield f"{manifest['duplicates']:,} duplicate documents were left out"
+    if len(dataset.train):
+        yield from _statistics(dataset.train, tokenizer)
+        yield from _windows(dataset.train, tokenizer)
+    yield "every shard has the SHA-256 of the manifest" if verify else "sizes are right; --verify compares every byte"
+
+
+def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
+    split = dataset.manifest["splits"][name]
+    documents, text_bytes = split.get("documents"), split.get("text_bytes")
+    parts = [f"{len(stream):,} tokens", f"{len(split['shards']):,} shards"]
+    if documents is not None:
+        parts.append(f"{documents:,} documents")
+    if text_bytes and len(stream):
+        parts.append(f"{text_bytes:,} bytes of text, {text_bytes / len(stream):.2f} per token")
+    return f"{name:<6}{', '.join(parts)}"
+
+
+def _statistics(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
+    """Lengths of documents and commonest tokens, over the first `SAMPLE_TOKENS` of a split."""
+    n = min(len(stream), SAMPLE_TOKENS)
+    counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
+    for start in range(0, n, READ_TOKENS):
+        tokens = stream.read(start, min(READ_TOKENS, n - start))
+        counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
+        ends.append(start + np.flatnonzero(tokens == END_OF_TEXT))
+    of = "" if n == len(stream) else f", of the first {n:,} tokens"
+    lengths = np.diff(np.concatenate([*ends, [n]])) - 1
+    lengths = lengths[lengths > 0]
+    if len(lengths):
+        low, middle, high = np.percentile(lengths, [5, 50, 95])
+        yield f"document lengths in tokens{of}: 5 % up to {low:,.0f}, half up to {middle:,.0f}, 95 % up to {high:,.0f}"
+        yield from _histogram(lengths)
+    yield f"most common tokens{of}:"
+    for token in np.argsort(counts)[::-1][:MOST_COMMON]:
+        if counts[token]:
+            yield f"  {counts[token] / n:6.2%}  {token:>5}  {tokenizer.decode([int(token)])!r}"
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    """A bar per power of two."""
+    powers = np.floor(np.log2(lengths)).astype(int)
+    counts = np.bincount(powers)
+    for power in range(int(powers.min()), len(counts)):
+        bar = "█" * round(BAR * counts[power] / counts.max())
+        yield f"  {2**power:>9,} to {2 ** (power + 1) - 1:>9,}  {counts[power]:>9,}  {bar}"
+
+
+def _windows(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
+    """Three decoded windows: from the beginning, the middle and the end."""
+    length = min(WINDOW_TOKENS, len(stream))
+    for start in dict.fromkeys([0, (len(stream) - length) // 2, len(stream) - length]):
+        yield f"tokens {start:,} to {start + length - 1:,}:"
+        yield f"  {tokenizer.decode(stream.read(start, length).tolist())!r}"

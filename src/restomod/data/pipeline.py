@@ -1,0 +1,295 @@
+"""Prepare any amount of text: units of work on datatrove's executors, shards and a record per unit, a manifest at last.
+
+    DIR/.prepare/plan.json              what was begun; another plan is refused
+    DIR/.prepare/unit_00012.json        unit 12 is finished: its documents, tokens, shards with their SHA-256
+    DIR/train_00012_000000.bin          its shards
+    DIR/manifest.json                   written last: the folder is whole
+
+Interrupted anywhere, the same command goes on: finished units are kept, and the others are a pure function of their
+files, so the bytes are those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from restomod.config import PrepareConfig
+from restomod.data.bulk import BulkEncoder
+from restomod.data.plan import Unit, describe, plan, unit_documents
+from restomod.data.prepare import document_batches, split_hash
+from restomod.data.readers import Document
+from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, Dataset, ShardWriter, open_dataset
+from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
+from restomod.errors import UserError
+from restomod.files import read_json, write_json_atomically
+
+WORK = ".prepare"
+SPLITS = ("train", "val")
+
+
+def prepare_folder(
+    sources: tuple[str, ...],
+    config: PrepareConfig,
+    out: Path,
+    workers: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """Turn text into a verified folder of token shards.
+
+    Args:
+        sources: files, folders or built-in sources, in the order in which they are to be written.
+        config: how to read and cut them.
+        out: the folder; it is made, or gone on with if the same was begun in it.
+        workers: how many units to work on at once.
+        report: told what is going on, a line at a time.
+
+    Raises:
+        UserError: the sources cannot be read, or ``out`` holds something else.
+    """
+    tokenizer = gpt2_tokenizer()
+    units = plan(sources, config)
+    description = describe(sources, config, units, tokenizer.sha256)
+    if (out / MANIFEST).exists():
+        return _finished(out, description, tokenizer)
+    _begin(out, description)
+    left = [i for i in range(len(units)) if not _record(out, i).exists()]
+    if len(left) < len(units):
+        report(f"going on: {len(units) - len(left)} of {len(units)} units are finished")
+    if config.dedup:
+        _run(HashUnit(config, units, out), len(units), workers, out)
+        _choose_first_occurrences(out, len(units))
+    _run(PrepareUnit(config, units, out), len(units), workers, out)
+    _finish(out, description, tokenizer, len(units))
+    return open_dataset(out, tokenizer.sha256)
+
+
+def prepare_and_report(
+    sources: tuple[str, ...], config: PrepareConfig, out: Path, workers: int, report: Callable[[str], None]
+) -> None:
+    """`prepare_folder`, and then report what came of it and how fast."""
+    there = (out / MANIFEST).exists()
+    start = time.perf_counter()
+    dataset = prepare_folder(sources, config, out, workers, report)
+    seconds, manifest = time.perf_counter() - start, dataset.manifest
+    duplicates = f", {manifest['duplicates']:,} duplicates left out" if manifest["duplicates"] else ""
+    report(f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens{duplicates}")
+    for split, part in manifest["splits"].items():
+        shards = f"{len(part['shards']):,} shard{'' if len(part['shards']) == 1 else 's'}"
+        report(f"  {split:<6}{part['tokens']:,} tokens in {shards}")
+    if there:
+        report("it was prepared already; every shard has the SHA-256 of the manifest")
+    else:
+        text_bytes = sum(split["text_bytes"] for split in manifest["splits"].values())
+        report(
+            f"{seconds:.1f} s: {text_bytes / seconds / 1e6:,.1f} MB/s of text, "
+            f"{manifest['tokens'] / seconds:,.0f} tokens/s, {manifest['documents'] / seconds:,.0f} documents/s"
+        )
+    report(f"train on it: restomod train PRESET --data.source tokens --data.path {quote(str(out))}")
+
+
+def _finished(out: Path, description: dict[str, Any], tokenizer: Tokenizer) -> Dataset:
+    dataset = open_dataset(out, tokenizer.sha256)
+    if dataset.manifest.get("plan") != description:
+        raise UserError(f"{out} holds other data already (other text or settings); choose another folder with --out")
+    return dataset
+
+
+def _begin(out: Path, description: dict[str, Any]) -> None:
+    begun = out / WORK / "plan.json"
+    if begun.exists():
+        if read_json(begun, "plan of this folder") != description:
+            raise UserError(
+                f"{out} was begun with other text or settings; give those again to go on, or choose another --out"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
+    try:
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(begun, description)
+    except OSError as e:
+        raise UserError(f"{out}: cannot make this folder ({e.strerror})") from None
+
+
+def _record(out: Path, unit: int) -> Path:
+    return out / WORK / f"unit_{unit:05d}.json"
+
+
+def _run(step: UnitStep, units: int, workers: int, out: Path) -> None:
+    """Run a step for every unit on datatrove's local processes."""
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    quiet_datatrove()
+    LocalPipelineExecutor(
+        pipeline=[step],
+        tasks=units,
+        workers=min(workers, units),
+        logging_dir=str(out / WORK / "datatrove"),
+        skip_completed=False,  # a unit's own record, written with its shards, says whether it is finished
+    ).run()
+
+
+def quiet_datatrove() -> None:
+    """Keep datatrove's log off the terminal; errors are reported as ours."""
+    from loguru import logger
+
+    logger.disable("datatrove")
+
+
+class UnitStep:
+    """A step of a datatrove pipeline: called as (data, rank, world_size), it works on unit ``rank``."""
+
+    def __init__(self, config: PrepareConfig, units: list[Unit], out: Path) -> None:
+        self.config, self.units, self.out = config, units, out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        quiet_datatrove()  # in a worker, before its first message
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> Iterable[Document]:
+        self.work(rank)
+        return []
+
+    def work(self, unit: int) -> None:
+        raise NotImplementedError
+
+
+class HashUnit(UnitStep):
+    """Write the hashes of a unit's documents, from which duplicates are told."""
+
+    def work(self, unit: int) -> None:
+        path = _hashes(self.out, unit)
+        if path.exists():
+            return
+        hashes = [split_hash(d.text, self.config.split_seed) for d in unit_documents(self.units[unit], self.config)]
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as f:
+            np.save(f, np.array(hashes, dtype=np.uint64))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+
+
+def _hashes(out: Path, unit: int) -> Path:
+    return out / WORK / f"hashes_{unit:05d}.npy"
+
+
+def _keep(out: Path, unit: int) -> Path:
+    return out / WORK / f"keep_{unit:05d}.npy"
+
+
+def _choose_first_occurrences(out: Path, units: int) -> None:
+    """Write for every unit which of its documents are the first of their text, in the order of the units."""
+    hashes = [np.load(_hashes(out, unit)) for unit in range(units)]
+    first = np.zeros(sum(map(len, hashes)), dtype=bool)
+    first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
+    for unit, keep in enumerate(np.split(first, np.cumsum([len(h) for h in hashes])[:-1])):
+        np.save(_keep(out, unit), keep)
+
+
+class PrepareUnit(UnitStep):
+    """Tokenize a unit's documents into its shards, and write its record."""
+
+    def work(self, unit: int) -> None:
+        if _record(self.out, unit).exists():
+            return
+        writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
+        try:
+            counts = self._write(unit, writers)
+            splits = {
+                split: {"tokens": writer.tokens, **counts[split], "shards": writer.close()}
+                for split, writer in writers.items()
+            }
+        except BaseException as e:
+            for writer in writers.values():
+                writer.discard()
+            if isinstance(e, OSError):
+                raise UserError(
+                    f"{self.out}: cannot write ({e.strerror or e}); what is finished stays: "
+                    f"mend it and run the same command again"
+                ) from None
+            raise
+        write_json_atomically(
+            _record(self.out, unit), {"splits": splits, "duplicates": counts["duplicates"]["documents"]}
+        )
+
+    def _write(self, unit: int, writers: dict[str, ShardWriter]) -> dict[str, dict[str, int]]:
+        """Write the documents; return the numbers of documents and bytes of text of each split, and of duplicates."""
+        config, tokenizer = self.config, gpt2_tokenizer()
+        encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
+        counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates")}
+        documents = unit_documents(self.units[unit], config)
+        if len(self.units) == 1:
+            head = list(islice(documents, 2))
+            if len(head) == 1:  # nothing to delimit: written bare, and validation is its tail
+                tokens = encoder.encode([head[0].text])[0]
+                cut = len(tokens) - int(config.val_fraction * len(tokens))
+                for split, part in zip(SPLITS, (tokens[:cut], tokens[cut:]), strict=True):
+                    writers[split].add(part)
+                    counts[split] = {"documents": int(len(part) > 0), "text_bytes": tokenizer.byte_length(part)}
+                return counts
+            documents = (document for part in (head, documents) for document in part)
+        keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
+        held_out = config.val_fraction * 2**64
+        for batch in document_batches(documents):
+            encoded = encoder.encode([document.text for document in batch])
+            for document, tokens in zip(batch, encoded, strict=True):
+                split = "val" if split_hash(document.text, config.split_seed) < held_out else "train"
+                if keep is not None and not keep[sum(c["documents"] for c in counts.values())]:
+                    split = "duplicates"
+                else:
+                    writers[split].add(separator)
+                    writers[split].add(tokens)
+                counts[split]["documents"] += 1
+                counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
+        return counts
+
+
+def _finish(out: Path, description: dict[str, Any], tokenizer: Tokenizer, units: int) -> None:
+    """Write the manifest from the units' records, then drop what was only needed on the way."""
+    records = [read_json(_record(out, unit), "record of a finished unit") for unit in range(units)]
+    splits = {}
+    for split in SPLITS:
+        parts = [record["splits"][split] for record in records]
+        splits[split] = {
+            **{key: sum(part[key] for part in parts) for key in ("tokens", "documents", "text_bytes")},
+            "shards": [shard for part in parts for shard in part["shards"]],
+        }
+    documents = sum(split["documents"] for split in splits.values())
+    if documents == 0:
+        raise UserError("the sources hold no text: every document is empty")
+    digest = hashlib.sha256(tokenizer.sha256.encode())
+    for split in SPLITS:
+        for shard in splits[split]["shards"]:
+            digest.update(f"{split} {shard['sha256']}".encode())
+    write_json_atomically(
+        out / MANIFEST,
+        {
+            "format": MANIFEST_FORMAT,
+            "name": description["name"],
+            "fingerprint": digest.hexdigest(),
+            "tokenizer": {
+                "name": tokenizer.name,
+                "vocab_size": tokenizer.vocab_size,
+                "sha256": tokenizer.sha256,
+            },
+            "documents": documents,
+            "duplicates": sum(record["duplicates"] for record in records),
+            "tokens": sum(split["tokens"] for split in splits.values()),
+            "splits": splits,
+            "plan": description,
+        },
+    )
+    shutil.rmtree(out / WORK)
+    for leftover in out.glob(".*.tmp"):  # of a worker that was killed
+        leftover.unlink()
