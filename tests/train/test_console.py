@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from restomod.train.console import Display, closing_lines, duration, numbers
+from restomod.train.console import Display, closing_lines, duration, numbers, sanity_lines
 from restomod.train.metrics import append_jsonl
+from restomod.train.sanity import Status, Verdict
 
 RECORD: dict[str, Any] = {
     "kind": "train",
@@ -99,6 +100,19 @@ def test_in_a_terminal_there_is_a_progress_bar() -> None:
     assert "validation loss 3.0000" in terminal.getvalue()
 
 
+def test_only_what_is_meant_is_styled() -> None:
+    display = Display(interactive=True)
+    terminal = io.StringIO()
+    display.console = Console(file=terminal, force_terminal=True, color_system="standard", width=80, highlight=False)
+    display.table([("model", "GPT-2")])
+    display.sample("the", " cat\nsat")
+    assert terminal.getvalue().splitlines() == [
+        "\x1b[2mmodel  \x1b[0mGPT-2",
+        "\x1b[2m  ▸ \x1b[0m\x1b[1mthe\x1b[0m cat",
+        "\x1b[2m    \x1b[0msat",
+    ]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_decides_about_the_progress_bar(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
@@ -107,6 +121,54 @@ def test_a_terminal_decides_about_the_progress_bar(terminal: bool, monkeypatch: 
 
 def test_a_display_that_was_never_started_can_be_stopped() -> None:
     Display(interactive=True).stop()
+
+
+# --- sanity checks ------------------------------------------------------------------------------------------
+
+LOSS = Verdict("initial loss", "pass", "10.80 ≈ ln(50257) = 10.82")
+CAUSAL = Verdict("causality", "pass", "changing token 32 changes none before it")
+NARROW = Verdict("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "lines"),
+    [
+        ([], []),
+        ([LOSS], ["initial loss 10.80 ≈ ln(50257) = 10.82"]),
+        (
+            [LOSS, CAUSAL, Verdict("tied head", "pass", "")],
+            ["initial loss 10.80 ≈ ln(50257) = 10.82", "checked too: causality, tied head"],
+        ),
+        (
+            [LOSS, CAUSAL, NARROW],
+            [
+                "initial loss 10.80 ≈ ln(50257) = 10.82",
+                "checked too: causality",
+                "warning: kernel shapes: n_embd 32 is no multiple of 64",
+            ],
+        ),
+        (
+            [Verdict("loss", "warn", "11.00 is worse than guessing"), CAUSAL, Verdict("gradients", "skip", "")],
+            ["checked too: causality", "warning: loss: 11.00 is worse than guessing"],
+        ),
+    ],
+)
+def test_the_head_of_a_run_says_what_was_checked(verdicts: list[Verdict], lines: list[str]) -> None:
+    assert sanity_lines(verdicts) == lines
+
+
+@pytest.mark.parametrize(("status", "colour"), [("pass", "32"), ("warn", "33"), ("fail", "1;31"), ("skip", "2")])
+def test_a_verdict_is_one_line_in_columns_and_its_status_in_colour(status: Status, colour: str) -> None:
+    display = Display(interactive=True)
+    output = io.StringIO()
+    display.console = Console(file=output, force_terminal=True, color_system="standard", width=200, highlight=False)
+    display.verdict(Verdict("kernel shapes", status, "[64] of 64"))
+    assert output.getvalue() == f"\x1b[{colour}m{status}  \x1b[0mkernel shapes     [64] of 64\n"
+
+
+def test_a_verdict_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    Display(interactive=False).verdict(Verdict("bf16", "skip", "a reason " * 30))
+    assert capsys.readouterr().out == f"skip  bf16              {'a reason ' * 30}\n"
 
 
 # --- the end -------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def sanity_lines(verdicts: list[Verdict]) -> list[str]:
     passed = [verdict.check for verdict in others if verdict.status == "pass"]
     warnings = [f"warning: {v.check}: {v.reason}" for v in verdicts if v.status == "warn"]
     head = [f"{first.check} {first.reason}"] if first.status == "pass" else []
-    return [*head, f"checked too: {', '.join(passed)}", *warnings]
+    too = [f"checked too: {', '.join(passed)}"] if passed else []
+    return [*head, *too, *warnings]
 
 
 class _Console(Console):
@@ -103,14 +104,14 @@ class Display:
         room = max(20, self.console.width - width - 2) if self.interactive else 10_000
         for name, value in rows:
             first, *more = textwrap.wrap(value, room, break_long_words=False)
-            self._print(Text(f"{name:<{width}}  ", style="dim") + Text(first))
+            self._print(Text.assemble((f"{name:<{width}}  ", "dim"), first))
             for line in more:
                 self._print(Text(" " * (width + 2) + line))
 
     def verdict(self, verdict: Verdict) -> None:
         """One sanity check."""
-        status = Text(f"{verdict.status}  ", style=STATUS_STYLE[verdict.status])
-        self._print(status + Text(f"{verdict.check:<16}  {verdict.reason}"))
+        status = f"{verdict.status}  ", STATUS_STYLE[verdict.status]
+        self._print(Text.assemble(status, f"{verdict.check:<16}  {verdict.reason}"))
 
     def line(self, text: str, style: str = "") -> None:
         """One line, above the progress bar if there is one."""
@@ -147,9 +148,9 @@ class Display:
 
     def sample(self, prompt: str, text: str) -> None:
         """Show a sample, its prompt in bold, marked at its beginning."""
-        shown = Text(prompt, style="bold") + Text(text)
+        shown = Text.assemble((prompt, "bold"), text)
         for i, row in enumerate(shown.split("\n")):
-            self._print(Text("  ▸ " if i == 0 else "    ", style="dim") + row)
+            self._print(Text.assemble(("  ▸ " if i == 0 else "    ", "dim"), row))
 
     def stop(self) -> None:
         """Take the progress bar down."""
