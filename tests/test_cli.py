@@ -13,8 +13,10 @@ import pytest
 
 from restomod import __version__, cli
 from restomod.cli import main
+from restomod.config import ModelConfig, RunConfig
 from restomod.errors import UserError
 from restomod.presets import PRESETS
+from tests.train.faults import QUICK_FAULTS
 
 SMALL = (
     *("--data.source", "text", "--data.path", "text.txt", "--sequence-length", "64", "--batch-tokens", "256"),
@@ -291,10 +293,32 @@ def test_sampling_settings_out_of_range(refused: Refused, flags: tuple[str, ...]
     assert refused("sample", "mine", *flags) == said
 
 
+def test_checking_what_is_no_model(refused: Refused) -> None:
+    assert refused("check", "gpt2-124") == "gpt2-124: no such preset, run or model; did you mean 'gpt2-124m'?"
+    assert refused("check", "qickstart").endswith("did you mean 'quickstart'?")
+
+
+def test_checking_a_folder_that_is_missing(refused: Refused) -> None:
+    assert refused("check", "runs/nowhere").startswith("runs/nowhere: ")
+
+
+def test_checking_a_file(refused: Refused) -> None:
+    assert refused("check", "text.txt") == "text.txt is a file; give the folder of a run or a model"
+
+
+def test_checking_with_a_seed_that_no_generator_takes(refused: Refused) -> None:
+    assert refused("check", "quickstart", "--seed", "-1") == "--seed is -1; it must be at least 0 and below 2**32"
+
+
+def test_checking_on_a_device_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert refused("check", "quickstart", "--device", "cuda").startswith("device 'cuda' is not available here")
+
+
 # --- what works ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], *(["train", name] for name in PRESETS), ["sample"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], *(["train", name] for name in PRESETS), ["sample"], ["check"]])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str) -> None:
     try:
@@ -323,6 +347,58 @@ def test_help_of_a_preset_shows_what_flags_mean_and_the_presets_values(capsys: p
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"restomod {__version__}\n"
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset that is checked in a moment, and a compiler that leaves everything as it is."""
+    config = RunConfig(1, 64, 64, ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=64, vocab_size=499))
+    monkeypatch.setitem(PRESETS, "tiny", lambda: config)
+    monkeypatch.setattr("torch.compile", lambda module: module.forward)
+
+
+CHECK_NAMES = [
+    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
+    *("initial weights", "activations", "bf16", "compiled", "overfitting"),
+]
+
+
+def test_check_prints_a_line_for_each_check_and_a_sum(tiny_preset: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "tiny", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    *lines, total = shown.out.splitlines()
+    assert [line[:24] for line in lines] == [f"pass  {name:<18}" for name in CHECK_NAMES]
+    assert (total, shown.err) == ("tiny: 11 passed", "")
+
+
+def test_a_warning_and_a_skipped_check_do_not_count_as_failures(
+    tiny_preset: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(n_layer=1, n_head=2, n_embd=30, n_positions=1, vocab_size=97)
+    monkeypatch.setitem(PRESETS, "tiny", lambda: RunConfig(1, 1, 1, model))
+    assert main(["check", "tiny", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tiny: 9 passed, 1 to look at, 1 skipped"
+
+
+def test_a_check_that_fails_is_exit_code_1(
+    tiny_preset: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    QUICK_FAULTS["a mask that hides nothing"][0](monkeypatch)
+    assert main(["check", "tiny", "--device", "cpu"]) == 1
+    shown = capsys.readouterr()
+    *lines, total = shown.out.splitlines()
+    (failed,) = [line for line in lines if not line.startswith("pass  ")]
+    assert failed.startswith("fail  causality         changing token 32 changes logits before it")
+    assert len(lines) == len(CHECK_NAMES), "the checks after the one that failed are missing"
+    assert (total, shown.err) == ("tiny: 10 passed, 1 failed", "")
+
+
+def test_check_passes_its_flags_on_and_checks_gpt2_124m_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr("restomod.train.check.check", lambda *arguments: seen.append(arguments) or [])
+    assert main(["check"]) == 0
+    assert main(["check", "mine", "--seed", "3", "--device", "cpu", "--precision", "bf16"]) == 0
+    assert seen == [("gpt2-124m", 1337, "auto", "auto"), ("mine", 3, "cpu", "bf16")]
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:

@@ -38,26 +38,42 @@ def test_parameters_are_those_of_transformers_gpt2_and_of_the_formula(name: str)
     assert ours(config) == theirs(config) == parameter_count(config)
 
 
-@pytest.mark.parametrize("name", ["gpt2-124m", "tinyshakespeare"])
+# n_layer, n_head, n_embd and parameters of OpenAI's four models; tokens per step and learning rate of the GPT-3 of that
+# name (Small, Medium, Large, XL) in Brown et al., 2020, table 2.1
+GPT2_SIZES = {
+    "gpt2-124m": (12, 12, 768, 124_439_808, "0.5M", 6.0e-4),
+    "gpt2-355m": (24, 16, 1024, 354_823_168, "0.5M", 3.0e-4),
+    "gpt2-774m": (36, 20, 1280, 774_030_080, "0.5M", 2.5e-4),
+    "gpt2-1558m": (48, 25, 1600, 1_557_611_200, "1M", 2.0e-4),
+}
+
+
+@pytest.mark.parametrize("name", [*GPT2_SIZES, "tinyshakespeare"])
 def test_gpt2_has_the_published_number_of_parameters(name: str) -> None:
-    assert ours(preset(name).model) == 124_439_808
+    parameters = GPT2_SIZES["gpt2-124m" if name == "tinyshakespeare" else name][3]
+    assert ours(preset(name).model) == parameters
 
 
-@pytest.mark.parametrize("name", ["gpt2-124m", "tinyshakespeare"])
-def test_gpt2_has_the_published_shape(name: str) -> None:
-    shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257)
-    assert preset(name).model == shape
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_the_four_sizes_have_the_published_shapes(name: str) -> None:
+    n_layer, n_head, n_embd, _, _, _ = GPT2_SIZES[name]
+    assert preset(name).model == ModelConfig(n_layer, n_head, n_embd, n_positions=1024, vocab_size=50257)
 
 
-def test_gpt2_124m_is_trained_as_in_the_gpt3_paper() -> None:
-    config = preset("gpt2-124m")
-    assert config.batch_tokens == 2**19  # "0.5M", table 2.1
-    assert config.sequence_length == 1024
-    assert config.optim.lr == 6e-4  # table 2.1
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_the_four_sizes_are_trained_as_in_the_gpt3_paper(name: str) -> None:
+    config = preset(name)
+    _, _, _, _, batch, lr = GPT2_SIZES[name]
+    assert (config.batch_tokens, config.optim.lr) == ({"0.5M": 2**19, "1M": 2**20}[batch], lr)
+    assert config.steps * config.batch_tokens == pytest.approx(10e9, rel=1e-3)
+    assert config.optim.warmup_steps * config.batch_tokens == pytest.approx(375e6, rel=5e-3)  # appendix B
     assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.95), 1e-8, 0.1)  # appendix B
     assert (config.optim.grad_clip, config.optim.min_lr_ratio) == (1.0, 0.1)  # appendix B
-    assert config.steps == 10**10 // config.batch_tokens
-    assert config.optim.warmup_steps == 375 * 10**6 // config.batch_tokens  # appendix B
+    assert (config.data.source, config.sequence_length) == ("text", 1024)
+
+
+def test_tinyshakespeare_is_learned_by_gpt2_124m() -> None:
+    assert preset("tinyshakespeare").model == preset("gpt2-124m").model
 
 
 def test_tinyshakespeare_trains_on_all_of_its_text() -> None:

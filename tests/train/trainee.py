@@ -13,6 +13,7 @@ from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
 from restomod.model.gpt import GPT, build_model
 from restomod.train.optimizer import build_optimizer
+from restomod.train.sanity import Subject
 from restomod.train.step import Compute, train_step
 from tests.models import CPU
 
@@ -58,6 +59,34 @@ def make_trainee(seed: int = 1, **changes: object) -> Trainee:
     batches = Batches(TokenStream([text]), config.sequence_length, config.batch_sequences, seed)
     model = build_model(config.model, seed, CPU)
     return Trainee(config, batches, model, build_optimizer(model, config.optim))
+
+
+def make_subject(
+    fresh: bool = True, dtype: torch.dtype = torch.float32, text: np.ndarray | None = None, **changes: object
+) -> Subject:
+    """A trainee for the sanity checks, in micro-batches of two; ``text`` (n,) replaces its random tokens."""
+    trainee = make_trainee(**changes)
+    batches = trainee.batches
+    if text is not None:
+        batches = Batches(TokenStream([text.astype(np.uint16)]), batches.T, batches.batch_sequences, batches.seed)
+    return Subject(trainee.model, batches, Compute(CPU, dtype, 2), trainee.optimizer, fresh)
+
+
+def state_of(model: GPT) -> dict[str, object]:
+    """All that a check could leave behind in a model, and the random state, to be compared by ==."""
+    modules = list(model.modules())
+    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in modules]
+    state: dict[str, object] = {
+        "training": [m.training for m in modules],
+        "hooks": [len(kind) for module in hooks for kind in module],
+        "random": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index, union-attr]
+        "grad mode": torch.is_grad_enabled(),
+    }
+    for name, p in model.named_parameters():
+        bits = [x.detach().clone().view(torch.int32) for x in (p, p.grad) if x is not None]
+        state[name] = (id(p), p.data_ptr(), id(p.grad), p.requires_grad, [x.flatten().tolist() for x in bits])
+    return state
 
 
 def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

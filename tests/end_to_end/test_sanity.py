@@ -1,0 +1,103 @@
+"""A run checks its model before its first step, and the checks leave no trace in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from restomod.cli import main
+from restomod.config import RunConfig
+from restomod.errors import UserError
+from restomod.train.console import Display
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+from tests.train.faults import QUICK_FAULTS, Plant
+
+from .conftest import flags
+
+QUIET = Display(interactive=False)
+NOTHING_IS_MASKED: Plant = QUICK_FAULTS["a mask that hides nothing"][0]
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def test_the_checks_change_not_one_bit_of_a_run(tiny: RunConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny, steps=4)
+    train(config, tmp_path / "with", display=QUIET)
+    train(dataclasses.replace(config, sanity_checks=False), tmp_path / "without", display=QUIET)
+    assert len(losses(tmp_path / "with")) == 4 + 2
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    for name in ("model.safetensors", "training_state/shard-00001-model-00001-of-00001.safetensors"):
+        a, b = (load_file(tmp_path / run / "checkpoints/step_000004" / name) for run in ("with", "without"))
+        assert len(a) > 20
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key].view(torch.int32), b[key].view(torch.int32)) for key in a)
+
+
+def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    first_step = next(i for i, line in enumerate(lines) if line.startswith("step "))
+    (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss 1")]
+    assert lines[initial + 1 : first_step] == [
+        "checked too: targets, causality, gradients, tied head",
+        "warning: kernel shapes: n_embd 32 is no multiple of 64: it works, but slower than it could",
+    ]
+    train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)
+    assert "initial loss" not in (out := capsys.readouterr().out)
+    assert "checked" not in out
+
+
+def test_a_run_from_another_models_weights_tells_their_loss(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tiny, steps=3), tmp_path / "first", display=QUIET)
+    capsys.readouterr()
+    train(dataclasses.replace(tiny, steps=1, init=str(tmp_path / "first")), tmp_path / "second")
+    assert "before training here; guessing evenly gives ln(50257) = 10.82" in capsys.readouterr().out
+
+
+def test_a_planted_fault_stops_a_run_before_it_leaves_anything(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    NOTHING_IS_MASKED(monkeypatch)
+    run = tmp_path / "runs" / "mine"
+    assert main(["train", "quickstart", "--out", str(run), *flags(tiny)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("restomod: error: sanity check 'causality' failed: changing token 16 changes logits before")
+    assert "`restomod check` shows all checks; --no-sanity-checks trains all the same" in error
+    assert error.count("\n") == 1
+    assert not run.parent.exists()
+
+
+def test_who_insists_can_train_without_the_checks(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    NOTHING_IS_MASKED(monkeypatch)
+    run, config = tmp_path / "run", dataclasses.replace(tiny, steps=1)
+    assert main(["train", "quickstart", "--out", str(run), *flags(config), "--no-sanity-checks"]) == 0
+    assert len(losses(run)) == 1 + 2
+    assert "check" not in capsys.readouterr().out.replace(str(run), "").replace("checkpoint", "")
+
+
+def test_a_run_that_goes_on_from_before_its_first_step_is_checked(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("restomod.train.loop.evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, tmp_path / "run", display=QUIET)
+    NOTHING_IS_MASKED(monkeypatch)
+    with pytest.raises(UserError, match="sanity check 'causality' failed"):
+        train(tiny, tmp_path / "run", resume=True, display=QUIET)
