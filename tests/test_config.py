@@ -19,10 +19,9 @@ from restomod.config import (
     RunConfig,
     SamplingConfig,
     Source,
-    from_dict,
     nearest_divisor_below,
-    to_dict,
 )
+from restomod.config_json import from_dict, to_dict
 from restomod.errors import UserError
 from restomod.presets import PRESETS, preset
 

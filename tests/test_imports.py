@@ -21,7 +21,7 @@ MAX_LINES = 350
 LAYERS = (
     ("restomod",),
     ("restomod.errors", "restomod.files"),
-    ("restomod.config", "restomod.presets", "restomod.device"),
+    ("restomod.hub", "restomod.config", "restomod.config_json", "restomod.presets", "restomod.device"),
     ("restomod.data",),
     ("restomod.model",),
     ("restomod.train",),  # loss, schedule, optimizer, checkpoint, metrics, console, run, sanity, step

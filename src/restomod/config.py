@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, checked when they are made, and their way to JSON and back.
+"""What a run is: frozen dataclasses, checked when they are made.
 
 The docstring under each field is also its help text on the command line. Nothing here imports more than the
 standard library, so that `restomod --help` is instant and a report can read a run without torch.
@@ -6,14 +6,11 @@ standard library, so that `restomod --help` is instant and a report can read a r
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from restomod.errors import UserError, did_you_mean
+from restomod.errors import UserError
 
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
 
@@ -106,6 +103,14 @@ class PrepareConfig:
     """Share of the documents held out for validation, chosen by their hash (0: none)."""
     split_seed: int = 0
     """Chooses which documents are held out."""
+    hub_config: str | None = None
+    """Configuration of a dataset on the hub; for fineweb-edu sample-10BT if none is named."""
+    hub_split: str = "train"
+    """Split of a dataset on the hub. Validation documents are taken from it by hash."""
+    hub_revision: str = "main"
+    """Branch, tag or commit of a dataset on the hub."""
+    keep_downloads: bool = False
+    """Keep what is downloaded from the hub in its client's cache; else it is deleted as soon as it is tokenized."""
     dedup: bool = False
     """Leave out documents whose text has occurred before."""
     shard_tokens: int = 100_000_000
@@ -272,73 +277,3 @@ def _neighbours(n: int, multiple: int) -> str:
 def nearest_divisor_below(n: int, limit: int) -> int:
     """The largest divisor of ``n`` that is at most ``limit`` (and at least 1)."""
     return max(d for d in _divisors(n) if d <= max(1, limit))
-
-
-# --- JSON ---------------------------------------------------------------------------------------------------
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values: nested dataclasses become objects, tuples become lists."""
-    return {
-        f.name: to_dict(value)
-        if dataclasses.is_dataclass(value)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for f in dataclasses.fields(config)
-        for value in [getattr(config, f.name)]
-    }
-
-
-def from_dict(values: Any, cls: type[Any] = RunConfig, where: str = "config.json", prefix: str = "") -> Any:
-    """Build ``cls`` from what `to_dict` made, refusing what it does not know.
-
-    Args:
-        values: JSON object with the fields of ``cls``; absent fields take their defaults.
-        cls: the dataclass to build.
-        where: the file's name, for messages.
-        prefix: dotted path of ``values`` inside the file, for messages.
-
-    Raises:
-        UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
-    """
-    _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {values!r}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        _require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
-    known = {name: _typed(values[name], hints[name], where, f"{prefix}{name}") for name in names if name in values}
-    try:
-        return cls(**known)
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
-    except TypeError:  # a field without a default is absent
-        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
-        missing = ", ".join(sorted(prefix + name for name in required - known.keys()))
-        raise UserError(f"{where}: missing {missing}") from None
-
-
-def _typed(value: Any, hint: Any, where: str, key: str) -> Any:
-    """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, typing.cast(type, hint), where, f"{key}.")
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return _typed(value, hint, where, key)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise UserError(f"{where}: {key} is {value!r}{did_you_mean(str(value), arguments)}")
-    if origin is tuple:
-        _require(isinstance(value, list), f"{where}: {key} should be a list, not {value!r}")
-        element = arguments[0]
-        right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
-        _require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
-        return tuple(_typed(v, element, where, key) for v in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {value!r}")
-    return value

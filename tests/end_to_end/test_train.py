@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from restomod.config import RunConfig, from_dict
+from restomod.config import RunConfig
+from restomod.config_json import from_dict
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint

@@ -57,7 +57,7 @@ def prepare_folder(
         UserError: the sources cannot be read, or ``out`` holds something else.
     """
     tokenizer = gpt2_tokenizer()
-    units = plan(sources, config)
+    units = plan(sources, config, _begun(out))
     description = describe(sources, config, units, tokenizer.sha256)
     if (out / MANIFEST).exists():
         return _finished(out, description, tokenizer)
@@ -102,6 +102,17 @@ def _finished(out: Path, description: dict[str, Any], tokenizer: Tokenizer) -> D
     if dataset.manifest.get("plan") != description:
         raise UserError(f"{out} holds other data already (other text or settings); choose another folder with --out")
     return dataset
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """The plan that was begun, or finished, in a folder; None where there is none."""
+    if (out / MANIFEST).exists():
+        manifest = read_json(out / MANIFEST, "manifest of token shards")
+        found = manifest.get("plan") if isinstance(manifest, dict) else None
+    else:
+        path = out / WORK / "plan.json"
+        found = read_json(path, "plan of this folder") if path.exists() else None
+    return found if isinstance(found, dict) and isinstance(found.get("datasets"), dict) else None
 
 
 def _begin(out: Path, description: dict[str, Any]) -> None:
@@ -163,6 +174,10 @@ class UnitStep:
     def work(self, unit: int) -> None:
         raise NotImplementedError
 
+    def downloads(self, unit: int) -> Path | None:
+        """Where a unit's downloads go: into a folder of its own, or to stay into the hub client's cache."""
+        return None if self.config.keep_downloads else _downloads(self.out, unit)
+
 
 class HashUnit(UnitStep):
     """Write the hashes of a unit's documents, from which duplicates are told."""
@@ -171,7 +186,8 @@ class HashUnit(UnitStep):
         path = _hashes(self.out, unit)
         if path.exists():
             return
-        hashes = [split_hash(d.text, self.config.split_seed) for d in unit_documents(self.units[unit], self.config)]
+        documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
+        hashes = [split_hash(document.text, self.config.split_seed) for document in documents]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
             np.save(f, np.array(hashes, dtype=np.uint64))
@@ -182,6 +198,10 @@ class HashUnit(UnitStep):
 
 def _hashes(out: Path, unit: int) -> Path:
     return out / WORK / f"hashes_{unit:05d}.npy"
+
+
+def _downloads(out: Path, unit: int) -> Path:
+    return out / WORK / f"downloads_{unit:05d}"
 
 
 def _keep(out: Path, unit: int) -> Path:
@@ -219,16 +239,16 @@ class PrepareUnit(UnitStep):
                     f"mend it and run the same command again"
                 ) from None
             raise
-        write_json_atomically(
-            _record(self.out, unit), {"splits": splits, "duplicates": counts["duplicates"]["documents"]}
-        )
+        duplicates = counts["duplicates"]["documents"]
+        write_json_atomically(_record(self.out, unit), {"splits": splits, "duplicates": duplicates})
+        shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
 
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> dict[str, dict[str, int]]:
         """Write the documents; return the numbers of documents and bytes of text of each split, and of duplicates."""
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
         counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates")}
-        documents = unit_documents(self.units[unit], config)
+        documents = unit_documents(self.units[unit], config, self.downloads(unit))
         if len(self.units) == 1:
             head = list(islice(documents, 2))
             if len(head) == 1:  # nothing to delimit: written bare, and validation is its tail

@@ -13,38 +13,56 @@ from pathlib import Path
 from typing import Any
 
 from restomod.config import DataConfig, PrepareConfig
+from restomod.data.hub_datasets import SCHEME, dataset_files, fetch
 from restomod.data.readers import Document, read_documents
 from restomod.data.sources import documents, files_of
-from restomod.errors import UserError
+from restomod.errors import UserError, did_you_mean
 
 UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself
 BUILT_IN = ("python-stdlib", "tinyshakespeare")
+HUB = "hf:"
+DATASETS = {  # short names: repository on the hub, its default configuration
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Files that one task turns into shards, or a built-in source."""
+    """Files that one task turns into shards, or a source by its name."""
 
     files: tuple[str, ...]
     bytes: int
     """Size of the files as stored."""
-    built_in: str | None = None
+    source: str | None = None
+    """The name of a built-in source or a dataset on the hub; None for local files."""
 
 
-def plan(sources: tuple[str, ...], config: PrepareConfig) -> list[Unit]:
+def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] | None = None) -> list[Unit]:
     """Cut the sources into units, in order.
+
+    Args:
+        sources: files, folders, built-in sources or datasets on the hub.
+        config: how to read them.
+        begun: an earlier description of the same; datasets on the hub then stay at the commit that they had.
 
     Raises:
         UserError: a source does not exist or holds no file with anything in it.
     """
+    pinned = begun["datasets"] if begun and begun.get("settings") == dataclasses.asdict(config) else {}
     units: list[Unit] = []
     for source in sources:
         if source in BUILT_IN and not Path(source).exists():
             units.append(Unit((), 0, source))
             continue
+        if source.startswith(HUB) or source in DATASETS:
+            found = pinned.get(source) or _dataset(source, config)
+            units += [Unit((address,), size, source) for address, size in found]
+            continue
         path = Path(source)
         if not path.exists():
-            raise UserError(f"{source}: no such file or folder, and no built-in source ({', '.join(BUILT_IN)})")
+            known = [*BUILT_IN, *DATASETS]
+            raise UserError(f"{source}: no such file, folder or source{did_you_mean(source, known)}")
         group: list[str] = []
         size = 0
         for file in files_of(path.absolute(), config.glob):
@@ -58,6 +76,13 @@ def plan(sources: tuple[str, ...], config: PrepareConfig) -> list[Unit]:
     return units
 
 
+def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
+    """The addresses and sizes of a dataset's files."""
+    repository, default = DATASETS.get(source, (source.removeprefix(HUB), None))
+    files = dataset_files(repository, config.hub_config or default, config.hub_split, config.hub_revision)
+    return [[str(file), file.bytes] for file in files]
+
+
 def describe(
     sources: tuple[str, ...], config: PrepareConfig, units: list[Unit], tokenizer_sha256: str
 ) -> dict[str, Any]:
@@ -66,16 +91,28 @@ def describe(
     return {
         "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
         "settings": dataclasses.asdict(config),
+        "datasets": {
+            source: [[unit.files[0], unit.bytes] for unit in units if unit.source == source]
+            for source in sources
+            if source.startswith(HUB) or source in DATASETS
+        },
         "units": [dataclasses.asdict(unit) | {"files": list(unit.files)} for unit in units],
         "tokenizer": tokenizer_sha256,
     }
 
 
-def unit_documents(unit: Unit, config: PrepareConfig) -> Iterator[Document]:
-    """The documents of a unit, in order."""
-    if unit.built_in == "tinyshakespeare":
+def unit_documents(unit: Unit, config: PrepareConfig, downloads: Path | None) -> Iterator[Document]:
+    """The documents of a unit, in order.
+
+    Args:
+        unit: what to read.
+        config: how.
+        downloads: folder for what comes from the hub; None: the hub client's cache.
+    """
+    if unit.source == "tinyshakespeare":
         yield from documents(DataConfig(source="tinyshakespeare"))
-    elif unit.built_in == "python-stdlib":
+    elif unit.source == "python-stdlib":
         yield from documents(DataConfig(source="python-stdlib"))
     for file in unit.files:
-        yield from read_documents(Path(file), config.text_column)
+        path = fetch(file, downloads) if file.startswith(SCHEME) else Path(file)
+        yield from read_documents(path, config.text_column)

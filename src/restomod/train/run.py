@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import restomod
-from restomod.config import RunConfig, from_dict, to_dict
+from restomod.config import RunConfig
+from restomod.config_json import from_dict, to_dict
 from restomod.data.shards import Dataset
 from restomod.errors import UserError
 from restomod.files import read_json, write_json_atomically
