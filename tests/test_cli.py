@@ -10,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from restomod import __version__, cli
 from restomod.cli import main
 from restomod.config import ModelConfig, RunConfig
 from restomod.errors import UserError
+from restomod.model.pretrained import save_model
 from restomod.presets import PRESETS
+from tests.models import random_model
 from tests.train.faults import QUICK_FAULTS
 
 SMALL = (
@@ -315,10 +319,78 @@ def test_checking_on_a_device_that_is_not_there(refused: Refused, monkeypatch: p
     assert refused("check", "quickstart", "--device", "cuda").startswith("device 'cuda' is not available here")
 
 
+# --- mistakes about models ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(here: Path) -> str:
+    """A model folder with GPT-2's vocabulary; the hub must not be asked for one that has a folder."""
+    (here / "model").mkdir()
+    save_model(random_model(ModelConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8)), here / "model")
+    return "model"
+
+
+@pytest.mark.parametrize("verb", ["sample", "inspect"])
+def test_a_slip_in_the_path_of_a_run(here: Path, refused: Refused, verb: str) -> None:
+    (here / "runs" / "quickstart").mkdir(parents=True)
+    said = refused(verb, "runs/quikstart")
+    assert said == "runs/quikstart: no such run or model folder; did you mean 'quickstart'?"
+
+
+def test_inspecting_what_is_nothing(refused: Refused) -> None:
+    assert refused("inspect", "gtp2") == "gtp2: no such preset, run or model; did you mean 'gpt2'?"
+
+
+def test_inspecting_nothing(refused: Refused) -> None:
+    assert refused("inspect").startswith("Missing from restomod inspect: MODEL")
+
+
+def test_inspecting_with_a_seed_that_no_generator_takes(refused: Refused) -> None:
+    assert refused("inspect", "quickstart", "--seed", "-1").startswith("--seed is -1")
+
+
+def test_pictures_of_a_difference(refused: Refused) -> None:
+    said = refused("inspect", "gpt2", "--plots", "here", "--diff", "gpt2-medium")
+    assert said == "--plots draws one model and --diff compares two: give one of them"
+
+
+def test_comparing_with_what_is_nothing(model: str, refused: Refused) -> None:
+    assert refused("inspect", model, "--diff", "mdel").startswith("mdel: no such preset, run or model")
+
+
+def test_pictures_where_a_file_is(here: Path, model: str, refused: Refused) -> None:
+    assert refused("inspect", model, "--plots", "text.txt") == "text.txt: cannot write pictures there (File exists)"
+
+
+def test_a_name_in_a_damaged_file_does_not_steer_the_terminal(here: Path, model: str, refused: Refused) -> None:
+    tensors = load_file(here / model / "model.safetensors")
+    save_file(tensors | {"\x1b[2J\x07a\nb": torch.zeros(1)}, here / model / "model.safetensors")
+    assert refused("inspect", model).endswith("unexpected \\x1b[2J\\x07a b")
+
+
+@pytest.mark.parametrize("vocab_size", [97, 50256, 50258])
+def test_sampling_a_model_with_another_vocabulary(here: Path, refused: Refused, vocab_size: int) -> None:
+    (here / "other").mkdir()
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8, vocab_size=vocab_size)
+    save_model(random_model(config), here / "other")
+    said = refused("sample", "other", "--prompt", "the cat")
+    assert said.startswith(f"other has a vocabulary of {vocab_size:,} tokens, ")
+    assert "50,257" in said
+
+
+@pytest.mark.parametrize("init", ["nowhere", "runs/quikstart", "text.txt", "empty"])
+def test_starting_from_what_is_no_model(here: Path, refused: Refused, init: str) -> None:
+    (here / "runs").mkdir()
+    (here / "empty").mkdir()
+    assert init in refused("train", "quickstart", *SMALL, "--init", init)
+
+
 # --- what works ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], *(["train", name] for name in PRESETS), ["sample"], ["check"]])
+@pytest.mark.parametrize(
+    "arguments", [[], *([verb] for verb in cli.VERBS), *(["train", name] for name in PRESETS)], ids=" ".join
+)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str) -> None:
     try:
@@ -457,3 +529,26 @@ def test_a_run_is_named_after_its_preset(here: Path, monkeypatch: pytest.MonkeyP
     assert main(["train", "quickstart"]) == 0
     assert main(["train", "quickstart", "--out", "mine"]) == 0
     assert folders == [(Path("runs/quickstart"), False), (Path("mine"), False)]
+
+
+def test_a_model_folder_can_be_sampled_and_inspected(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ("sample", model, "--prompt", "The", "--num-samples", "1", "--max-tokens", "20", "--device", "cpu")
+    assert main([*sample]) == 0
+    assert capsys.readouterr().out.startswith("--- 1 of 1 ---\nThe")
+    assert main(["inspect", model]) == 0
+    shown = capsys.readouterr().out
+    assert "transformer.wte.weight" in shown
+    assert "50257 × 4" in shown
+
+
+def test_models_are_compared(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", model, "--diff", model]) == 0
+    assert capsys.readouterr().out.endswith("\nall 16 tensors are identical\n")
+
+
+def test_pictures_are_drawn_into_the_folder_that_is_named(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restomod.model.plots.draw", lambda tensors, title, folder: [folder / "a.png"])
+    assert main(["inspect", model, "--plots", "pictures"]) == 0
+    assert capsys.readouterr().out.endswith(f"drawn               {Path('pictures/a.png')}\n")

@@ -272,6 +272,11 @@ def _one_line(box: str) -> str:
     return f"{message}; did you mean {suggested[1]}?" if suggested else message
 
 
+def _printable(message: str) -> str:
+    """Without control characters: a name that a downloaded file holds must not steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
@@ -306,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         message = str(e) if isinstance(e, UserError) else f"{e.filename or 'input/output'}: {e.strerror or e}"
-        print(f"restomod: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("restomod: stopped", file=sys.stderr)

@@ -13,6 +13,7 @@ from torch import Tensor
 from restomod.config import Device, Precision, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import autocast, choose_device, choose_dtype
+from restomod.errors import UserError
 from restomod.model.gpt import GPT, KVCache
 from restomod.train.find import open_model
 
@@ -101,8 +102,13 @@ def sample(
     """Continue ``prompt`` with the model that ``where`` names: a run, a model folder, or a name on the hub.
 
     Raises:
-        UserError: there is no such model, or it is damaged.
+        UserError: there is no such model, it is damaged, or its vocabulary is not GPT-2's.
     """
-    target = choose_device(device)
+    target, tokenizer = choose_device(device), gpt2_tokenizer()
     model = open_model(where, target)
-    return continuations(model, gpt2_tokenizer(), prompt, n_samples, sampling, seed, choose_dtype(precision, target))
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{where} has a vocabulary of {model.config.vocab_size:,} tokens, and text is read and written with "
+            f"GPT-2's {tokenizer.vocab_size:,}: it cannot be sampled here"
+        )
+    return continuations(model, tokenizer, prompt, n_samples, sampling, seed, choose_dtype(precision, target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
     yield ""
     for label, value in totals(config):
         yield f"{label:<19} {value}"
-    if config.n_positions > 1:
-        rough = roughness(tensors[POSITIONS])
+    rough = roughness(tensors[POSITIONS])
+    if not math.isnan(rough):
         yield f"{'positions':<19} roughness {rough:.2f} (1: noise, as at initialisation; 0: smooth)"
     if plots is not None:
         from restomod.model.plots import draw

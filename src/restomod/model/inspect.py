@@ -48,12 +48,12 @@ def roughness(series: Tensor) -> float:
     "Distribution of the Ratio of the Mean Square Successive Difference to the Variance", 1941.
 
     Args:
-        series: (n, channels), n >= 2. Channels that do not vary are left out; if none does, the result is NaN.
+        series: (n, channels). Channels that do not vary are left out; if none does, the result is NaN.
     """
     x = series.double()
     jumps = x.diff(dim=0).square().sum(0)  # (channels,)
     spread = (x - x.mean(0)).square().sum(0)
-    varies = spread > 0
+    varies = jumps > 0
     return (jumps[varies] / (2 * spread[varies])).mean().item()
 
 

@@ -6,6 +6,7 @@ OpenAI's checkpoint and finds waves, and noise upon them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +40,15 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
         title: the model's name.
 
     Raises:
-        UserError: matplotlib is missing, or the folder cannot be written.
+        UserError: matplotlib is missing, a number is not finite, or the folder cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as e:
         raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{title} cannot be drawn: {name} holds numbers that are not finite")
     pictures = {
         "position_embeddings.png": position_matrix,
         "position_channels.png": position_channels,
@@ -56,7 +60,7 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             figure = picture(tensors)
-            figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13)
+            figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
             FigureCanvasAgg(figure)
             figure.savefig(folder / name, dpi=120, facecolor=PAPER)
             paths.append(folder / name)
@@ -70,8 +74,8 @@ def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
     wpe = tensors[POSITIONS]  # (n_positions, D)
     figure = _figure("position embeddings", 9, 6.5)
     axes = figure.subplots()
-    limit = 3 * wpe.std().item() or 1.0
-    image = axes.imshow(wpe, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    limit = 3 * wpe.std(correction=0).item() or 1.0
+    image = axes.imshow(wpe.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="weight", fraction=0.04)
     axes.set_xlabel("channel")
     axes.set_ylabel("position")
@@ -83,7 +87,9 @@ def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
     wpe = tensors[POSITIONS]
     D = wpe.shape[1]
     channels = CHANNELS if max(CHANNELS) < D else (D // 4, D // 2, 3 * D // 4)
-    figure = _figure(f"position embeddings, roughness {roughness(wpe):.2f} (1: noise, 0: smooth)", 9, 5)
+    rough = roughness(wpe)
+    measure = "" if math.isnan(rough) else f", roughness {rough:.2f} (1: noise, 0: smooth)"
+    figure = _figure(f"position embeddings{measure}", 9, 5)
     axes = figure.subplots()
     for channel in dict.fromkeys(channels):
         axes.plot(wpe[:, channel], linewidth=0.9, label=f"channel {channel}")
@@ -100,11 +106,12 @@ def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
     layers = _layers(tensors)
     for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
         weights = [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(layers)]
-        widest = max(4 * w.double().std().item() for w in weights) or 1.0
+        widest = max(4 * w.double().std(correction=0).item() for w in weights) or 1.0
         for layer, weight in enumerate(weights):
             counts = torch.histc(weight.float(), bins=BINS, min=-widest, max=widest)
-            density = counts * BINS / (2 * widest * weight.numel())
-            axes.plot(torch.linspace(-widest, widest, BINS), density, color=_colour(layer, layers), linewidth=0.9)
+            width = 2 * widest / BINS
+            centres = (torch.arange(BINS) + 0.5) * width - widest
+            axes.plot(centres, counts / (width * weight.numel()), color=_colour(layer, layers), linewidth=0.9)
         axes.set_title(f"{kind}: {does}", fontsize=10)
         axes.set_xlabel("weight")
         axes.set_ylabel("density")

@@ -26,6 +26,7 @@ from restomod.model.storage import WEIGHTS, read_tensors
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # what a GPT-2 config.json may also say, and the only values that this model computes
@@ -117,16 +118,31 @@ def load_tensors(model: GPT, tensors: dict[str, Tensor], where: Path) -> None:
     Raises:
         UserError: tensors are missing, extra, or of another shape or kind, named one by one.
     """
+    _fill(model, _fitting(model, tensors, where))
+
+
+def _fill(model: GPT, values: dict[str, Tensor]) -> None:
+    for name, target in _targets(model).items():
+        target.copy_(values[name])
+
+
+def _targets(model: GPT) -> dict[str, Tensor]:
+    """The parameters that a file fills, without the embedding's padding."""
+    return {
+        name: parameter[: model.config.vocab_size] if name == "transformer.wte.weight" else parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors of a GPT-2 checkpoint in our names and layout, found to fit ``model``, which may be on `meta`."""
     tensors = canonical_names(tensors)
     problems = []
     head = tensors.pop(HEAD, None)
     embedding = tensors.get("transformer.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         problems.append(f"{HEAD} differs from transformer.wte.weight, to which GPT-2's head is tied")
-    targets = {
-        name: parameter[: model.config.vocab_size] if name == "transformer.wte.weight" else parameter
-        for name, parameter in model.named_parameters()
-    }
+    targets = _targets(model)
     problems += [f"missing {name}" for name in targets.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - targets.keys()]
     values = {name: _our_layout(name, value) for name, value in tensors.items() if name in targets}
@@ -134,13 +150,12 @@ def load_tensors(model: GPT, tensors: dict[str, Tensor], where: Path) -> None:
         if targets[name].shape != value.shape:
             expected = tuple(_our_layout(name, targets[name]).shape)
             problems.append(f"{name} has shape {tuple(tensors[name].shape)} and not {expected}")
-        elif not value.is_floating_point():
-            problems.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers")
+        elif value.dtype not in FLOATING_POINT:
+            problems.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}, not floats of 16 bits or more")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{where} does not fit its config.json: {'; '.join(sorted(problems)[:3])}{more}")
-    for name, value in values.items():
-        targets[name].copy_(value)
+    return values
 
 
 def _our_layout(name: str, value: Tensor) -> Tensor:
@@ -180,8 +195,10 @@ def load_model(folder: Path, device: torch.device) -> GPT:
     config = read_model_config(folder)
     with torch.device("meta"):
         model = GPT(config)
+    tensors, where = read_tensors(folder)
+    values = _fitting(model, tensors, where)  # before memory is taken: a config may say anything
     model = model.to_empty(device=device)
     with torch.no_grad():
         model.head[config.vocab_size :] = 0.0
-    load_weights(model, folder)
+        _fill(model, values)
     return model.eval()

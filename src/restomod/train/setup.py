@@ -69,7 +69,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     Raises:
         UserError: the data, the device, the folder or the checkpoint is not usable.
     """
-    config = _with_absolute_paths(config)
+    checkpoints = list_checkpoints(folder) if resume else []
+    config = _with_absolute_paths(config, needs_init=not checkpoints)
     device = choose_device(config.device)
     compute = Compute(device, choose_dtype(config.precision, device), choose_micro_batch(config, device))
     tokenizer = gpt2_tokenizer()
@@ -82,14 +83,14 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
             f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
             f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
         )
-    checkpoints = list_checkpoints(folder) if resume else []
+    if resume:
+        check_resumable(folder, config, dataset)
     model = _initial_model(config if not checkpoints else dataclasses.replace(config, init=None), device)
     optimizer = build_optimizer(model, config.optim)
 
     first_step = 0
-    if resume:
-        check_resumable(folder, config, dataset)
-        first_step = load_checkpoint(checkpoints[-1], model, optimizer) if checkpoints else 0
+    if checkpoints:
+        first_step = load_checkpoint(checkpoints[-1], model, optimizer)
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
         verdicts = quick_checks(Subject(model, batches, compute, optimizer, fresh=config.init is None))
@@ -113,13 +114,17 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, verdicts, seconds)
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run, fit to be resumed from any folder; initial weights are pinned to one checkpoint of their run."""
+def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
+    """The same run, fit to be resumed from any folder; initial weights are pinned to one checkpoint of their run.
+
+    Args:
+        needs_init: whether the initial weights are still to be read. A run with a checkpoint goes on without them.
+    """
     data = config.data
     path = str(Path(data.path).absolute()) if data.path else None
     data = dataclasses.replace(data, path=path, cache=str(Path(data.cache).absolute()))
     init = config.init
-    if init is not None and Path(init).is_dir():
+    if init is not None and needs_init and Path(init).is_dir():
         init = str(find_model(init).absolute())
     return dataclasses.replace(config, data=data, init=init)
 
