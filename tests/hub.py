@@ -13,14 +13,20 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 METHODS = ("HEAD", "GET")
-LFS = (".safetensors", ".bin")
+LFS = (".safetensors", ".bin", ".parquet", ".xz", ".npy")
+DATASETS = "datasets/"  # before the id of a repository that is one
 
 
 class Request(NamedTuple):
@@ -52,6 +58,7 @@ class Hub:
         self.repos = repos or {}
         self.moved = {"gpt2": "openai-community/gpt2"}  # old names, redirected
         self.gated: set[str] = set()
+        self.cards: dict[str, dict[str, Any]] = {}  # front matter of a dataset's README
         self.requests: list[Request] = []
         self.mend()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -93,6 +100,23 @@ class Hub:
         files = sorted((name, etag(name, content)) for name, content in self.repos[repo].items())
         return hashlib.sha1(json.dumps(files).encode()).hexdigest()
 
+    def adopt_client(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Turn the client of this process to this hub, with its cache in ``home`` and without its waiting."""
+        for name, value in self.environment(home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("restomod.hub.SECONDS_BETWEEN_ATTEMPTS", 0.0)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        huggingface_hub.close_session()
+
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a process that downloads from here into ``home``; the client reads it at import."""
         mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
@@ -105,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.hub
-        if self.path.startswith("/api/"):  # telemetry: neither logged nor hit by faults
+        listing = re.fullmatch(r"/api/datasets/([^/]+/[^/?]+)(?:/revision/([^/?]+))?(?:\?.*)?", self.path)
+        if self.path.startswith("/api/") and not listing:  # telemetry: neither logged nor hit by faults
             return self._empty(404)
         hub.requests.append(Request(self.command, self.path, self.headers["Range"]))
         if error := next(hub.answers.get(self.command, iter(())), None):
@@ -113,7 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         if blob := re.fullmatch(r"/cdn/(\w{64})", self.path):
             files = [file for repo in hub.repos.values() for file in repo.items()]
             return self._serve(*next(file for file in files if etag(*file) == blob[1]))
-        asked = re.fullmatch(r"/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", self.path)
+        if listing:
+            return self._list(DATASETS + listing[1], listing[2] or "main")
+        asked = re.fullmatch(r"/((?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", self.path)
         repo, revision, name = asked.groups() if asked else ("", "", "")
         if repo in hub.moved:
             return self._empty(307, Location=f"/{hub.moved[repo]}/resolve/{revision}/{name}")
@@ -134,6 +161,27 @@ class _Handler(BaseHTTPRequestHandler):
         return self._empty(302, Location=f"http://localhost:{hub.port}/cdn/{sha256}", **linked)
 
     do_HEAD = do_GET
+
+    def _list(self, repo: str, revision: str) -> None:
+        """What the hub says of a dataset: its commit, its card's front matter, its files with their sizes."""
+        hub = self.hub
+        if repo in hub.gated:
+            return self._empty(401, "GatedRepo", f"Access to dataset {repo} is restricted. Please log in.")
+        if repo not in hub.repos:
+            return self._empty(401, "RepoNotFound", "Invalid username or password.")
+        commit = hub.commit(repo)
+        if revision not in ("main", commit):
+            return self._empty(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.repos[repo].items()]
+        answer = {
+            "id": repo.removeprefix(DATASETS),
+            "sha": commit,
+            "siblings": siblings,
+            "cardData": hub.cards.get(repo),
+        }
+        body = json.dumps(answer).encode()
+        self._start(200, len(body), {"Content-Type": "application/json"})
+        self.wfile.write(body)
 
     def _start(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -71,6 +71,13 @@ def dataset_files(repository: str, config: str | None, split: str, revision: str
     return [HubFile(repository, info.sha, path, sizes[path]) for path in found]
 
 
+def repository_files(repository: str, revision: str, suffixes: tuple[str, ...]) -> list[HubFile]:
+    """All files of a dataset repository with one of ``suffixes``, sorted by path; raises as `dataset_files`."""
+    info = _info(repository, revision)
+    found = sorted((s.rfilename, s.size or 0) for s in info.siblings or [] if s.rfilename.endswith(suffixes))
+    return [HubFile(repository, info.sha, path, size) for path, size in found]
+
+
 def _info(repository: str, revision: str) -> Any:
     import huggingface_hub as hub
     from huggingface_hub.errors import (

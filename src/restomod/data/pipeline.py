@@ -25,8 +25,9 @@ import numpy as np
 
 from restomod.config import PrepareConfig
 from restomod.data.bulk import BulkEncoder
-from restomod.data.plan import Unit, describe, plan, unit_documents
+from restomod.data.plan import PRETOKENIZED, Unit, describe, plan, unit_documents
 from restomod.data.prepare import document_batches, split_hash
+from restomod.data.pretokenized import fetch_shard
 from restomod.data.readers import Document
 from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, Dataset, ShardWriter, open_dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
@@ -222,6 +223,13 @@ class PrepareUnit(UnitStep):
 
     def work(self, unit: int) -> None:
         if _record(self.out, unit).exists():
+            return
+        source = self.units[unit].source
+        if source and source.startswith(PRETOKENIZED):
+            address = self.units[unit].files[0]
+            splits = fetch_shard(address, self.out, self.downloads(unit), gpt2_tokenizer())
+            write_json_atomically(_record(self.out, unit), {"splits": splits, "duplicates": 0})
+            shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
             return
         writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
         try:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from restomod.config import DataConfig, PrepareConfig
-from restomod.data.hub_datasets import SCHEME, dataset_files, fetch
+from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
+from restomod.data.pretokenized import SUFFIXES, split_of
 from restomod.data.readers import Document, read_documents
 from restomod.data.sources import documents, files_of
 from restomod.errors import UserError, did_you_mean
@@ -21,6 +22,7 @@ from restomod.errors import UserError, did_you_mean
 UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself
 BUILT_IN = ("python-stdlib", "tinyshakespeare")
 HUB = "hf:"
+PRETOKENIZED = "pretokenized:"
 DATASETS = {  # short names: repository on the hub, its default configuration
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
@@ -55,7 +57,7 @@ def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] 
         if source in BUILT_IN and not Path(source).exists():
             units.append(Unit((), 0, source))
             continue
-        if source.startswith(HUB) or source in DATASETS:
+        if _on_hub(source):
             found = pinned.get(source) or _dataset(source, config)
             units += [Unit((address,), size, source) for address, size in found]
             continue
@@ -76,8 +78,18 @@ def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] 
     return units
 
 
+def _on_hub(source: str) -> bool:
+    return source.startswith((HUB, PRETOKENIZED)) or source in DATASETS
+
+
 def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
     """The addresses and sizes of a dataset's files."""
+    if source.startswith(PRETOKENIZED):
+        shards = repository_files(source.removeprefix(PRETOKENIZED), config.hub_revision, SUFFIXES)
+        shards = [file for file in shards if split_of(file.path)]
+        if not shards:
+            raise UserError(f"{source}: no shards there such as fineweb_train_000001.bin")
+        return [[str(file), file.bytes] for file in shards]
     repository, default = DATASETS.get(source, (source.removeprefix(HUB), None))
     files = dataset_files(repository, config.hub_config or default, config.hub_split, config.hub_revision)
     return [[str(file), file.bytes] for file in files]
@@ -94,7 +106,7 @@ def describe(
         "datasets": {
             source: [[unit.files[0], unit.bytes] for unit in units if unit.source == source]
             for source in sources
-            if source.startswith(HUB) or source in DATASETS
+            if _on_hub(source)
         },
         "units": [dataclasses.asdict(unit) | {"files": list(unit.files)} for unit in units],
         "tokenizer": tokenizer_sha256,

@@ -65,11 +65,13 @@ class _OpenShard:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Map a shard's tokens, shape (n,), uint16, without reading them.
+    """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
 
     Raises:
         UserError: the file is missing, is no such shard, or its size does not fit its header.
     """
+    if path.suffix == ".npy":
+        return _open_npy(path)
     try:
         with open(path, "rb") as f:
             start = f.read(HEADER_BYTES)
@@ -220,7 +222,7 @@ def open_published(folder: Path) -> Dataset:
     splits: dict[str, dict[str, Any]] = {}
     streams: dict[str, TokenStream] = {}
     for split, found in paths.items():
-        shards = [open_shard(path) if path.suffix == ".bin" else _open_npy(path) for path in found]
+        shards = [open_shard(path) for path in found]
         streams[split] = TokenStream(shards)
         entries = [{"file": path.name, "tokens": len(shard)} for path, shard in zip(found, shards, strict=True)]
         splits[split] = {"tokens": len(streams[split]), "shards": entries}
