@@ -8,9 +8,11 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -178,10 +180,32 @@ def prepare(arguments: list[str]) -> int:
     from restomod.data.pipeline import prepare_and_report
 
     workers = parsed.workers or os.cpu_count() or 1
-    prepare_and_report(
-        parsed.sources, parsed.config, Path(parsed.out), workers, report=functools.partial(print, flush=True)
-    )
+    with _stopped_by_signals():
+        prepare_and_report(
+            parsed.sources, parsed.config, Path(parsed.out), workers, report=functools.partial(print, flush=True)
+        )
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, and what breaks because other processes got the signal too is no error of its own."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Exception:
+        if received:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def data(arguments: list[str]) -> int:

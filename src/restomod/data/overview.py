@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from restomod.data.prepare import open_tokens
-from restomod.data.shards import Dataset, TokenStream
+from restomod.data.shards import MANIFEST, Dataset, TokenStream
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from restomod.errors import UserError
 
 SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
 READ_TOKENS = 1_000_000
@@ -36,30 +37,44 @@ def overview(folder: Path, verify: bool) -> Iterator[str]:
     for name, stream in (("train", dataset.train), ("val", dataset.val)):
         yield _split_line(dataset, name, stream)
     if manifest.get("duplicates"):
-        yield f"{manifest['duplicates']:,} duplicate documents were left out"
+        yield f"{_counted(manifest['duplicates'], 'duplicate document')} left out"
     if len(dataset.train):
-        yield from _statistics(dataset.train, tokenizer)
+        yield from _statistics(folder, dataset.train, tokenizer)
         yield from _windows(dataset.train, tokenizer)
-    yield "every shard has the SHA-256 of the manifest" if verify else "sizes are right; --verify compares every byte"
+    if not (folder / MANIFEST).exists():
+        yield "sizes are right; these shards came without hashes to compare"
+    else:
+        yield (
+            "every shard has the SHA-256 of the manifest" if verify else "sizes are right; --verify compares every byte"
+        )
 
 
 def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
     split = dataset.manifest["splits"][name]
     documents, text_bytes = split.get("documents"), split.get("text_bytes")
-    parts = [f"{len(stream):,} tokens", f"{len(split['shards']):,} shards"]
+    parts = [_counted(len(stream), "token"), _counted(len(split["shards"]), "shard")]
     if documents is not None:
-        parts.append(f"{documents:,} documents")
+        parts.append(_counted(documents, "document"))
     if text_bytes and len(stream):
         parts.append(f"{text_bytes:,} bytes of text, {text_bytes / len(stream):.2f} per token")
     return f"{name:<6}{', '.join(parts)}"
 
 
-def _statistics(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
     """Lengths of documents and commonest tokens, over the first `SAMPLE_TOKENS` of a split."""
     n = min(len(stream), SAMPLE_TOKENS)
     counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
     for start in range(0, n, READ_TOKENS):
         tokens = stream.read(start, min(READ_TOKENS, n - start))
+        if tokens.max() >= tokenizer.vocab_size:
+            raise UserError(
+                f"{folder} holds the token {tokens.max()}, and GPT-2's vocabulary ends at {tokenizer.vocab_size - 1}: "
+                f"these shards are damaged or of another tokenizer"
+            )
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
         ends.append(start + np.flatnonzero(tokens == END_OF_TEXT))
     of = "" if n == len(stream) else f", of the first {n:,} tokens"

@@ -32,10 +32,11 @@ from restomod.data.readers import Document
 from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, Dataset, ShardWriter, open_dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.files import read_json, write_json_atomically
+from restomod.files import fsync_path, read_json, write_json_atomically
 
 WORK = ".prepare"
 SPLITS = ("train", "val")
+_ANEW = "choose another folder with --out, or delete this one and run the same command again"
 
 
 def prepare_folder(
@@ -58,6 +59,9 @@ def prepare_folder(
         UserError: the sources cannot be read, or ``out`` holds something else.
     """
     tokenizer = gpt2_tokenizer()
+    for source in sources:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"{out} lies in {source}, where it would be read as text; choose another folder with --out")
     units = plan(sources, config, _begun(out))
     description = describe(sources, config, units, tokenizer.sha256)
     if (out / MANIFEST).exists():
@@ -66,10 +70,13 @@ def prepare_folder(
     left = [i for i in range(len(units)) if not _record(out, i).exists()]
     if len(left) < len(units):
         report(f"going on: {len(units) - len(left)} of {len(units)} units are finished")
-    if config.dedup:
-        _run(HashUnit(config, units, out), len(units), workers, out)
-        _choose_first_occurrences(out, len(units))
-    _run(PrepareUnit(config, units, out), len(units), workers, out)
+    try:
+        if config.dedup:
+            _run(HashUnit(config, units, out), len(units), workers, out)
+            _choose_first_occurrences(out, len(units))
+        _run(PrepareUnit(config, units, out), len(units), workers, out)
+    finally:
+        _drop_temporaries(out)  # of workers that were stopped because another one failed
     _finish(out, description, tokenizer, len(units))
     return open_dataset(out, tokenizer.sha256)
 
@@ -102,6 +109,7 @@ def _finished(out: Path, description: dict[str, Any], tokenizer: Tokenizer) -> D
     dataset = open_dataset(out, tokenizer.sha256)
     if dataset.manifest.get("plan") != description:
         raise UserError(f"{out} holds other data already (other text or settings); choose another folder with --out")
+    _clean(out)  # after a kill between the manifest and this
     return dataset
 
 
@@ -119,18 +127,48 @@ def _begun(out: Path) -> dict[str, Any] | None:
 def _begin(out: Path, description: dict[str, Any]) -> None:
     begun = out / WORK / "plan.json"
     if begun.exists():
-        if read_json(begun, "plan of this folder") != description:
-            raise UserError(
-                f"{out} was begun with other text or settings; give those again to go on, or choose another --out"
-            )
+        before = read_json(begun, "plan of this folder")
+        if before != description:
+            _drop_changed_units(out, before, description)
+            write_json_atomically(begun, description)
+        _drop_temporaries(out)
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != WORK for path in out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
     try:
         begun.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(begun, description)
     except OSError as e:
         raise UserError(f"{out}: cannot make this folder ({e.strerror})") from None
+
+
+def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Let a setting or a file be mended on the way: forget what was begun of units that have changed.
+
+    Without a finished unit everything may change.
+
+    Raises:
+        UserError: the settings or a finished unit have changed, or finished units depend on the changed ones.
+    """
+    a, b = before["units"], now["units"]
+    finished = {i for i in range(len(a)) if _record(out, i).exists()}
+    if not finished:
+        shutil.rmtree(out / WORK)
+        for shard in out.glob("*.bin"):
+            shard.unlink()
+        (out / WORK).mkdir()
+        return
+    changed = {i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]}
+    entangled = bool(finished) and (now["settings"]["dedup"] or 1 in (len(a), len(b)))
+    if before | {"units": b} != now or finished & changed or entangled:
+        raise UserError(
+            f"{out} was begun with other text or settings; give those again to go on, or choose another --out"
+        )
+    for i in changed:
+        _hashes(out, i).unlink(missing_ok=True)
+        for split in SPLITS:
+            for shard in out.glob(f"{split}_{i:05d}_*.bin"):
+                shard.unlink()
 
 
 def _record(out: Path, unit: int) -> Path:
@@ -142,13 +180,17 @@ def _run(step: UnitStep, units: int, workers: int, out: Path) -> None:
     from datatrove.executor.local import LocalPipelineExecutor
 
     quiet_datatrove()
-    LocalPipelineExecutor(
+    executor = LocalPipelineExecutor(
         pipeline=[step],
         tasks=units,
         workers=min(workers, units),
         logging_dir=str(out / WORK / "datatrove"),
         skip_completed=False,  # a unit's own record, written with its shards, says whether it is finished
-    ).run()
+    )
+    try:
+        executor.run()
+    except (ConnectionError, EOFError):
+        raise UserError("a process of this preparation was killed; run the same command again to go on") from None
 
 
 def quiet_datatrove() -> None:
@@ -247,6 +289,7 @@ class PrepareUnit(UnitStep):
                     f"mend it and run the same command again"
                 ) from None
             raise
+        fsync_path(self.out)  # the shards' names are on the disk before a record speaks of them
         duplicates = counts["duplicates"]["documents"]
         write_json_atomically(_record(self.out, unit), {"splits": splits, "duplicates": duplicates})
         shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
@@ -268,23 +311,31 @@ class PrepareUnit(UnitStep):
                 return counts
             documents = (document for part in (head, documents) for document in part)
         keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
+        hashes = np.load(_hashes(self.out, unit)).tolist() if config.dedup else None
+        place = 0
         held_out = config.val_fraction * 2**64
         for batch in document_batches(documents):
             encoded = encoder.encode([document.text for document in batch])
             for document, tokens in zip(batch, encoded, strict=True):
-                split = "val" if split_hash(document.text, config.split_seed) < held_out else "train"
-                if keep is not None and not keep[sum(c["documents"] for c in counts.values())]:
+                h = split_hash(document.text, config.split_seed)
+                if hashes is not None and hashes[place : place + 1] != [h]:
+                    raise UserError(f"{document.name} has changed since it was searched for duplicates; {_ANEW}")
+                split = "val" if h < held_out else "train"
+                if keep is not None and not keep[place]:
                     split = "duplicates"
                 else:
                     writers[split].add(separator)
                     writers[split].add(tokens)
                 counts[split]["documents"] += 1
                 counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
+                place += 1
+        if hashes is not None and place < len(hashes):
+            raise UserError(f"documents have disappeared since they were searched for duplicates; {_ANEW}")
         return counts
 
 
 def _finish(out: Path, description: dict[str, Any], tokenizer: Tokenizer, units: int) -> None:
-    """Write the manifest from the units' records, then drop what was only needed on the way."""
+    """Write the manifest from the units' records."""
     records = [read_json(_record(out, unit), "record of a finished unit") for unit in range(units)]
     splits = {}
     for split in SPLITS:
@@ -318,6 +369,16 @@ def _finish(out: Path, description: dict[str, Any], tokenizer: Tokenizer, units:
             "plan": description,
         },
     )
-    shutil.rmtree(out / WORK)
-    for leftover in out.glob(".*.tmp"):  # of a worker that was killed
-        leftover.unlink()
+    _clean(out)
+
+
+def _clean(out: Path) -> None:
+    """Drop what was only needed on the way."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    _drop_temporaries(out)
+
+
+def _drop_temporaries(out: Path) -> None:
+    """Drop the half-written files of workers that were killed."""
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ function of its files. So any number of workers, killed and started again at any
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def describe(
     sources: tuple[str, ...], config: PrepareConfig, units: list[Unit], tokenizer_sha256: str
 ) -> dict[str, Any]:
     """The plan as JSON values: equal plans make equal shards."""
-    names = [Path(source).name for source in sources]
+    names = [Path(os.path.abspath(source)).name for source in sources]
     return {
         "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
         "settings": dataclasses.asdict(config),

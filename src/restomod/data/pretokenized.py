@@ -33,7 +33,7 @@ def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Toke
     """
     name = Path(parse(address)[2]).name
     path = fetch(address, downloads)
-    tokens = open_shard(path)
+    tokens = open_shard(path, "get it again")
     documents = text_bytes = 0
     for start in range(0, len(tokens), READ_TOKENS):
         part = np.asarray(tokens[start : start + READ_TOKENS])

@@ -7,6 +7,7 @@ last; it names every shard with its token count and SHA-256, and the tokenizer t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -60,12 +61,20 @@ class _OpenShard:
         return {"file": self.path.name, "tokens": self.tokens, "sha256": sha256}
 
     def discard(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # on a full disk: closing writes what is still in memory
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
-def open_shard(path: Path) -> np.ndarray:
+_MEND = "delete the folder and run the same command again to prepare it anew"
+
+
+def open_shard(path: Path, mend: str = _MEND) -> np.ndarray:
     """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
+
+    Args:
+        path: of the shard.
+        mend: what to do about a bad one, for messages.
 
     Raises:
         UserError: the file is missing, is no such shard, or its size does not fit its header.
@@ -77,20 +86,17 @@ def open_shard(path: Path) -> np.ndarray:
             start = f.read(HEADER_BYTES)
             size = f.seek(0, 2)
     except OSError as e:
-        raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {_MEND}") from None
+        raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {mend}") from None
     header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {_MEND}")
+        raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {mend}")
     n = int(header[2])
     if size != HEADER_BYTES + 2 * n:
         raise UserError(
             f"{path} is damaged: its header says {n:,} tokens ({HEADER_BYTES + 2 * n:,} bytes), "
-            f"but the file has {size:,} bytes; {_MEND}"
+            f"but the file has {size:,} bytes; {mend}"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
-
-
-_MEND = "delete the folder and run the same command again to prepare it anew"
 
 
 class ShardWriter:
@@ -222,7 +228,7 @@ def open_published(folder: Path) -> Dataset:
     splits: dict[str, dict[str, Any]] = {}
     streams: dict[str, TokenStream] = {}
     for split, found in paths.items():
-        shards = [open_shard(path) for path in found]
+        shards = [open_shard(path, "get it again") for path in found]
         streams[split] = TokenStream(shards)
         entries = [{"file": path.name, "tokens": len(shard)} for path, shard in zip(found, shards, strict=True)]
         splits[split] = {"tokens": len(streams[split]), "shards": entries}
@@ -246,6 +252,9 @@ def _open_npy(path: Path) -> np.ndarray:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
         raise UserError(f"{path} is damaged: {e}; get it again") from None
+    if not isinstance(tokens, np.ndarray):
+        tokens.close()
+        raise UserError(f"{path} is an archive of arrays (.npz), not one row of uint16 tokens")
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, not a row of uint16 tokens")
     return tokens
