@@ -1,0 +1,127 @@
+"""Sources become units of work in an order and a size that only the settings, names and sizes decide."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from restomod.config import PrepareConfig
+from restomod.data import plan as module
+from restomod.data.plan import Unit, describe, plan, unit_documents
+from restomod.errors import UserError
+
+CONFIG = PrepareConfig()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of files of 1, 2, … 9 bytes."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(1, 10):
+        (folder / f"{i}.txt").write_text("x" * i)
+    return folder
+
+
+def sizes_of(units: list[Unit]) -> list[list[int]]:
+    return [[Path(file).stat().st_size for file in unit.files] for unit in units]
+
+
+@pytest.mark.parametrize(
+    ("unit_bytes", "expected"),
+    [
+        (1, [[1], [2], [3], [4], [5], [6], [7], [8], [9]]),
+        (6, [[1, 2, 3], [4, 5], [6], [7], [8], [9]]),
+        (10, [[1, 2, 3, 4], [5, 6], [7, 8], [9]]),
+        (44, [[1, 2, 3, 4, 5, 6, 7, 8, 9]]),
+        (46, [[1, 2, 3, 4, 5, 6, 7, 8, 9]]),
+    ],
+)
+def test_files_are_put_together_until_a_unit_is_large_enough(
+    text: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, expected: list[list[int]]
+) -> None:
+    monkeypatch.setattr(module, "UNIT_BYTES", unit_bytes)
+    units = plan((str(text),), CONFIG)
+    assert sizes_of(units) == expected
+    assert [unit.bytes for unit in units] == [sum(sizes) for sizes in expected]
+
+
+def test_no_unit_holds_files_of_two_sources_and_sources_keep_their_order(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first in the alphabet, second in the command")
+    units = plan((str(text), str(tmp_path / "a.txt"), str(text)), CONFIG)
+    assert [len(unit.files) for unit in units] == [9, 1, 9]
+    assert units[0] == units[2]
+
+
+def test_files_are_sorted_and_hidden_and_empty_ones_left_out(tmp_path: Path) -> None:
+    names = ["b/2.txt", "a.txt", "b/1.txt", "c.jsonl", "B.txt"]
+    random.Random(0).shuffle(names)
+    for name in [*names, ".hidden.txt", ".git/x.txt", "empty.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "empty.txt" else "text")
+    (unit,) = plan((str(tmp_path),), CONFIG)
+    assert [str(Path(file).relative_to(tmp_path)) for file in unit.files] == [
+        *("B.txt", "a.txt", "b/1.txt", "b/2.txt", "c.jsonl")
+    ]
+    (unit,) = plan((str(tmp_path),), PrepareConfig(glob="*.txt"))
+    assert [Path(file).name for file in unit.files] == ["B.txt", "a.txt"]
+
+
+def test_a_relative_source_makes_the_plan_of_the_absolute_one(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = plan((str(text),), CONFIG)
+    described = describe((str(text),), CONFIG, absolute, "f" * 64)
+    for folder, source in ((tmp_path, "text"), (tmp_path, "./text/"), (text, ".")):
+        monkeypatch.chdir(folder)
+        assert plan((source,), CONFIG) == absolute
+        assert describe((source,), CONFIG, plan((source,), CONFIG), "f" * 64) == described
+
+
+@pytest.mark.parametrize(
+    ("sources", "name"),
+    [
+        (("a",), "a"),
+        (("/x/a.jsonl", "b/"), "a.jsonl+b"),
+        (("a", "b", "c"), "a+b+c"),
+        (("a", "b", "c", "d"), "a+3 more"),
+    ],
+)
+def test_the_data_is_named_after_its_sources(sources: tuple[str, ...], name: str) -> None:
+    assert describe(sources, CONFIG, [], "f" * 64)["name"] == name
+
+
+def test_a_description_survives_json(text: Path) -> None:
+    description = describe((str(text),), CONFIG, plan((str(text), "python-stdlib"), CONFIG), "f" * 64)
+    assert json.loads(json.dumps(description)) == description
+
+
+@pytest.mark.parametrize("built_in", module.BUILT_IN)
+def test_a_built_in_source_is_a_unit_unless_a_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_in: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plan((built_in,), CONFIG) == [Unit((), 0, built_in)]
+    Path(built_in).write_text("mine")
+    assert plan((built_in,), CONFIG) == [Unit((str(tmp_path / built_in),), 4)]
+
+
+def test_the_standard_library_is_read_file_by_file() -> None:
+    document = next(iter(unit_documents(Unit((), 0, "python-stdlib"), CONFIG)))
+    assert document.name.endswith(".py")
+
+
+def test_a_missing_source_is_refused() -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder, and no built-in source \(python-stdlib, "):
+        plan(("nowhere",), CONFIG)
+
+
+@pytest.mark.parametrize("files", [{}, {"empty.txt": ""}, {".hidden": "text"}])
+def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="holds no text"):
+        plan((str(tmp_path),), CONFIG)
