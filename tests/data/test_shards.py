@@ -3,8 +3,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import pickle
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_shard, write_shard
+from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_published, open_shard, write_shard
 from restomod.errors import UserError
 
 VOCABULARY = "f" * 64
@@ -257,4 +260,149 @@ def test_a_manifest_with_a_value_of_the_wrong_type_is_refused(folder: Path, key:
     path = folder / "manifest.json"
     manifest = edited(json.loads(path.read_text()), key, lambda holder, last: holder.__setitem__(last, value))
     path.write_text(json.dumps(manifest))
+    refusal(path, open_dataset, folder, VOCABULARY)
+
+
+# --- a shard that grows -------------------------------------------------------------------------------------
+
+
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", 4)
+    writer.add(np.array([1, 2, 3], dtype=np.uint16))
+    (temporary,) = tmp_path.iterdir()
+    assert temporary.name == f".train_000000.bin.{os.getpid()}.tmp"
+    writer.add(np.array([4, 5], dtype=np.uint16))
+    assert (tmp_path / "train_000000.bin").read_bytes() == llm_c([1, 2, 3, 4])
+    writer.close()
+    assert (tmp_path / "train_000001.bin").read_bytes() == llm_c([5])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_dropped_shard_leaves_those_before_it(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", 4)
+    writer.add(np.arange(6, dtype=np.uint16))
+    writer.discard()
+    writer.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+
+
+def test_a_writer_without_tokens_writes_no_file(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "val", 4)
+    writer.add(np.empty(0, dtype=np.uint16))
+    assert writer.close() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"fsync {os.fstat(fd).st_size}"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"name {Path(b).name}"), replace(a, b)))
+    write_shard(tmp_path / "a.bin", np.array([1, 2], dtype=np.uint16))
+    assert calls == ["fsync 1028", "name a.bin"]
+
+
+# --- shards that others have published ----------------------------------------------------------------------
+
+
+def save_npy(path: Path, tokens: Any) -> None:
+    """As build-nanogpt's fineweb.py does."""
+    np.save(path, np.array(tokens, dtype=np.uint16))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".npy"])
+def test_published_shards_are_read_in_place_in_the_order_of_their_names(tmp_path: Path, suffix: str) -> None:
+    shards = {
+        f"fineweb_train_000002{suffix}": [7, 8],
+        f"fineweb_train_000010{suffix}": [9],
+        f"fineweb_train_000001{suffix}": [4, 5, 6],
+        f"fineweb_val_000000{suffix}": [1, 2, 3],
+        f"retrain_notes{suffix}": [99],
+    }
+    for name, tokens in shards.items():
+        if suffix == ".npy":
+            save_npy(tmp_path / name, tokens)
+        else:
+            (tmp_path / name).write_bytes(llm_c(tokens))
+    (tmp_path / "train.txt").write_text("not a shard")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    dataset = open_published(tmp_path)
+    assert dataset.train.read(0, 6).tolist() == [4, 5, 6, 7, 8, 9]
+    assert dataset.val.read(0, 3).tolist() == [1, 2, 3]
+    assert (len(dataset.train), len(dataset.val), dataset.manifest["tokens"]) == (6, 3, 9)
+    assert [entry["file"][-10:-4] for entry in dataset.manifest["splits"]["train"]["shards"]] == [
+        *("000001", "000002", "000010")
+    ]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_published_shards_without_validation_are_read(tmp_path: Path) -> None:
+    (tmp_path / "tiny_shakespeare_train.bin").write_bytes(llm_c([1, 2]))
+    dataset = open_published(tmp_path)
+    assert (len(dataset.train), len(dataset.val)) == (2, 0)
+
+
+def test_published_shards_are_known_again_and_told_apart(tmp_path: Path) -> None:
+    prints = set()
+    for name, tokens in (("a_train_1", [1, 2]), ("a_train_1", [1, 3]), ("a_train_1", [1, 2, 3]), ("a_train_2", [1, 2])):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / f"{name}.bin").write_bytes(llm_c(tokens))
+        assert open_published(folder).fingerprint == open_published(folder).fingerprint
+        prints.add(open_published(folder).fingerprint)
+    assert len(prints) == 4
+
+
+def as_npz(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), tokens=np.array([1, 2], dtype=np.uint16))
+    path.with_suffix(".npz").rename(path)
+
+
+BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
+    "signed": (lambda path: np.save(path, np.array([1, 2], dtype=np.int16)), "holds int16 of shape (2,), not a row"),
+    "wide": (lambda path: np.save(path, np.array([1, 2], dtype=np.uint32)), "holds uint32 of shape (2,), not a row"),
+    "big-endian": (lambda path: np.save(path, np.array([1, 2], dtype=">u2")), "holds >u2 of shape (2,), not a row"),
+    "two-dimensional": (lambda path: save_npy(path, [[1, 2]]), "holds uint16 of shape (1, 2), not a row"),
+    "a number": (lambda path: save_npy(path, 3), "holds uint16 of shape (), not a row"),
+    "objects": (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "is damaged: "),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps([1, 2])), "is damaged: "),
+    "an archive": (as_npz, "is an archive of arrays"),
+    "truncated": (lambda path: (save_npy(path, [1] * 99), os.truncate(path, 200)), "is damaged: "),
+    "empty": (lambda path: path.write_bytes(b""), "is damaged: "),
+    "a folder": (lambda path: path.mkdir(), "is damaged: "),
+}
+
+
+@pytest.mark.parametrize("what", BAD_NPY)
+def test_a_bad_npy_shard_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    make, said = BAD_NPY[what]
+    path = tmp_path / "x_train_000001.npy"
+    make(path)
+    assert refusal(path, open_published, tmp_path).startswith(f"{path} {said}")
+
+
+@pytest.mark.parametrize("what", BAD_SHARDS)
+def test_a_bad_published_shard_is_refused_by_name_and_is_not_to_be_prepared(tmp_path: Path, what: str) -> None:
+    content, said = BAD_SHARDS[what]
+    path = tmp_path / "x_train_000001.bin"
+    path.write_bytes(content)
+    message = refusal(path, open_published, tmp_path)
+    assert message.startswith(f"{path} {said}")
+    assert message.endswith("; get it again")
+
+
+@pytest.mark.parametrize("names", [[], ["x_val_0.bin"], ["xtrain.bin"], ["train.txt"]])
+def test_a_folder_without_training_shards_is_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(llm_c([1]))
+    assert "holds no token shards: no manifest.json, and no files such as" in refusal(
+        tmp_path, open_published, tmp_path
+    )
+
+
+def test_verify_is_what_reads_the_bytes(folder: Path) -> None:
+    path = folder / "train_000000.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    open_dataset(folder, VOCABULARY, verify=False)
     refusal(path, open_dataset, folder, VOCABULARY)

@@ -123,6 +123,7 @@ def _doubtful() -> np.ndarray:
     return doubtful
 
 
+@functools.cache
 def _tokie() -> Any:
     """tokie with GPT-2's vocabulary and no special tokens, or None where it is not installed in the tested release."""
     try:
