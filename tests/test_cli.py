@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from restomod import __version__, cli
 from restomod.cli import main
-from restomod.config import ModelConfig, RunConfig
+from restomod.config import ModelConfig, PrepareConfig, RunConfig
 from restomod.errors import UserError
 from restomod.model.pretrained import save_model
 from restomod.presets import PRESETS
@@ -385,6 +385,64 @@ def test_starting_from_what_is_no_model(here: Path, refused: Refused, init: str)
     assert init in refused("train", "quickstart", *SMALL, "--init", init)
 
 
+# --- mistakes about data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Missing from restomod prepare: --out"),
+        (("--out", "o"), "name what to prepare: restomod prepare SOURCE --out DIR"),
+        (("text.txt",), "Missing from restomod prepare: --out"),
+        (("nowhere", "--out", "o"), "nowhere: no such file or folder, and no built-in source (python-stdlib, "),
+        (("text.txt", "--out", "text.txt"), "text.txt: Not a directory"),
+        (("text.txt", "--out", "o", "--workers", "-1"), "--workers is -1; it must be 0 or more"),
+        (("text.txt", "--out", "o", "--val-fraction", "1"), "--val-fraction is 1.0; it must be at least 0 and below 1"),
+        (("text.txt", "--out", "o", "--val-fraction", "nan"), "--val-fraction is nan; it must be"),
+        (("text.txt", "--out", "o", "--shard-tokens", "0"), "--shard-tokens is 0; it must be at least 1"),
+        (("text.txt", "--out", "o", "--split-seed", "-1"), "--split-seed is -1; it must be"),
+        (("text.txt", "--out", "o", "--shard-token", "5"), "Unrecognized options: --shard-token, 5"),
+    ],
+)
+def test_preparing_wrongly(refused: Refused, arguments: tuple[str, ...], said: str) -> None:
+    assert refused("prepare", *arguments).startswith(said)
+
+
+def test_preparing_an_empty_file(here: Path, refused: Refused) -> None:
+    (here / "empty.txt").write_text("")
+    (here / "data").mkdir()  # where something may be left
+    assert refused("prepare", "empty.txt", "--out", "data/o").endswith(
+        "empty.txt is empty: there is nothing to train on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Missing from restomod data: DIR"),
+        (("nowhere",), "nowhere: no such folder of token shards"),
+        (("text.txt",), "text.txt: no such folder of token shards"),
+        ((".",), ". holds no token shards: no manifest.json"),
+    ],
+)
+def test_looking_at_what_is_no_data(refused: Refused, arguments: tuple[str, ...], said: str) -> None:
+    assert refused("data", *arguments).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "no tokens to read: add --data.path FOLDER"),
+        (
+            ("--data.path", "nowhere"),
+            "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere`",
+        ),
+    ],
+)
+def test_training_on_missing_tokens(refused: Refused, flags: tuple[str, ...], said: str) -> None:
+    assert refused("train", "quickstart", *SMALL[4:], "--data.source", "tokens", *flags).startswith(said)
+
+
 # --- what works ---------------------------------------------------------------------------------------------
 
 
@@ -516,6 +574,27 @@ def test_a_run_can_be_trained_and_sampled(here: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert shown.startswith("--- 1 of 2 ---\nA text")
     assert "\n--- 2 of 2 ---\nA text" in shown
+
+
+def test_text_can_be_prepared_looked_at_and_trained_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "text.txt", "--out", "tokens", "--val-fraction", "0.1", "--workers", "1"]) == 0
+    assert "train on it: restomod train PRESET --data.source tokens --data.path tokens\n" in capsys.readouterr().out
+    assert main(["data", "tokens", "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("every shard has the SHA-256 of the manifest\n")
+    arguments = [*SMALL[4:], "--data.source", "tokens", "--data.path", "tokens"]
+    assert main(["train", "quickstart", *arguments, "--out", "mine"]) == 0
+
+
+@pytest.mark.parametrize("workers", [None, 0, 3])
+def test_the_workers_are_as_many_as_processors_unless_said(
+    here: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None
+) -> None:
+    given = []
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    monkeypatch.setattr("restomod.data.pipeline.prepare_and_report", lambda *a, report: given.append(a))
+    flags = [] if workers is None else ["--workers", str(workers)]
+    assert main(["prepare", "a", "b", "--out", "o", "--dedup", *flags]) == 0
+    assert given == [(("a", "b"), PrepareConfig(dedup=True), Path("o"), workers or 7)]
 
 
 def test_a_run_is_named_after_its_preset(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from restomod.config import (
     ModelConfig,
     OptimConfig,
     Precision,
+    PrepareConfig,
     RunConfig,
     SamplingConfig,
     Source,
@@ -364,3 +365,25 @@ def test_a_config_cannot_be_changed_in_place_but_copied_with_a_change_that_is_ch
         config.steps = 2  # type: ignore[misc]
     with pytest.raises(UserError, match="steps is 0"):
         replace(config, steps=0)
+
+
+# --- preparing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [{"val_fraction": 0.0}, {"val_fraction": 0.999}, {"shard_tokens": 1}])
+def test_prepare_settings_at_their_limits_are_taken(values: dict[str, Any]) -> None:
+    assert dataclasses.asdict(PrepareConfig(**values)) == dataclasses.asdict(PrepareConfig()) | values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"val_fraction": value} for value in (-0.1, 1.0, float("nan"), float("inf"))),
+        *({"shard_tokens": value} for value in (0, -1)),
+        *({"split_seed": value} for value in (-1, 2**32)),
+    ],
+)
+def test_prepare_settings_out_of_range_are_refused_by_their_flag(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is "):
+        PrepareConfig(**values)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiktoken
 
-from restomod.config import DataConfig
+from restomod.config import DataConfig, PrepareConfig
 from restomod.data import prepare as module
 from restomod.data.bulk import BulkEncoder
-from restomod.data.prepare import prepare
+from restomod.data.pipeline import prepare_folder
+from restomod.data.prepare import open_tokens, prepare
 from restomod.data.shards import Dataset, TokenStream
 from restomod.data.sources import Document
 from restomod.data.tokenizer import Tokenizer
@@ -394,3 +395,44 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
     assert mine.manifest == others[0].manifest
     assert folders(book) == [mine.folder.name]
     assert state(mine.folder) == finished
+
+
+# --- tokens that are there already --------------------------------------------------------------------------
+
+
+def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_documents(tmp_path, numbered(9))
+    made = prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0.3), tmp_path / "out", workers=1)
+    opened = prepare(DataConfig(source="tokens", path=str(tmp_path / "out"), cache=str(tmp_path / "cache")), tokenizer)
+    assert opened.manifest == made.manifest
+    assert all_tokens(opened.train) == all_tokens(made.train)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_of_published_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    np.save(tmp_path / "x_train_0.npy", np.array([5, 6, 7], dtype=np.uint16))
+    np.save(tmp_path / "x_val_0.npy", np.array([8], dtype=np.uint16))
+    opened = prepare(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
+    assert (all_tokens(opened.train), all_tokens(opened.val)) == ([5, 6, 7], [8])
+
+
+def test_an_altered_folder_of_tokens_is_refused_unless_it_is_not_to_be_verified(tmp_path: Path) -> None:
+    write_documents(tmp_path, numbered(9))
+    prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0), tmp_path / "out", workers=1)
+    shard = tmp_path / "out" / "train_00000_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UserError, match=r"train_00000_000000\.bin is damaged: its SHA-256"):
+        open_tokens(tmp_path / "out")
+    assert open_tokens(tmp_path / "out", verify=False).manifest["documents"] == 9
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (None, "no tokens to read: add --data.path FOLDER"),
+        ("nowhere", "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere` makes one"),
+    ],
+)
+def test_missing_tokens_are_refused(tokenizer: Tokenizer, path: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare(DataConfig(source="tokens", path=path), tokenizer)

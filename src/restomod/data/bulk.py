@@ -123,15 +123,19 @@ def _doubtful() -> np.ndarray:
     return doubtful
 
 
-@functools.cache
 def _tokie() -> Any:
     """tokie with GPT-2's vocabulary and no special tokens, or None where it is not installed in the tested release."""
     try:
-        if importlib.metadata.version("tokie") != TOKIE:
-            return None
-        import tokie
+        return _load_tokie() if importlib.metadata.version("tokie") == TOKIE else None
     except ImportError:  # PackageNotFoundError is one
         return None
+
+
+@functools.cache
+def _load_tokie() -> Any:
+    """tokie's tokenizer, built once per process (about 0.3 s)."""
+    import tokie
+
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     merges = vocabulary_file("vocab.bpe").decode().split("\n")[1:-1]  # after the version, before the last line's end
     description: dict[str, Any] = {
