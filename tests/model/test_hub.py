@@ -167,6 +167,19 @@ def test_pickles_are_fetched_only_where_there_is_nothing_safer(hub: Hub) -> None
     assert contents(download_model(REPO)) == {"config.json": CONFIG, "pytorch_model.bin": b"pickle"}
 
 
+def test_what_the_hub_lacks_is_asked_for_once_and_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    hub.repos[REPO] = {"config.json": CONFIG, "pytorch_model.bin": b"pickle"}
+    folder = download_model(REPO)
+    absent = [request.path for request in hub.requests if "model.safetensors" in request.path]
+    assert [path.rpartition("/")[2] for path in absent] == ["model.safetensors", "model.safetensors.index.json"]
+    assert pauses == []
+    hub.requests.clear()
+    assert download_model(REPO) == folder
+    assert [request.method for request in hub.requests] == ["HEAD"]
+
+
 def test_a_renamed_repository_is_followed(hub: Hub) -> None:
     hub.moved["old/name"] = REPO
     assert contents(download_model("old/name")) == FILES
@@ -448,9 +461,12 @@ def test_what_another_program_downloaded_is_found(hub: Hub, monkeypatch: pytest.
     assert contents(download_model(REPO)) == {"config.json": CONFIG, "pytorch_model.bin": WEIGHTS}
 
 
-def test_without_a_connection_a_spoiled_file_is_refused(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_without_a_connection_a_spoiled_file_is_refused(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     download_model(REPO)
-    blobs(cache)[etag("model.safetensors", WEIGHTS)].write_bytes(b"spoiled")
+    blobs(cache)[etag(name, FILES[name])].write_bytes(b"spoiled")
     offline(hub, "HF_HUB_OFFLINE", monkeypatch)
     assert "the model is not in its cache" in refusal()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -118,6 +118,7 @@ def test_layers_differ_in_colour_and_the_scale_counts_them(
     for axes in panels(drawn):
         assert len({tuple(line.get_color()) for line in axes.get_lines()}) == CONFIG.n_layer
     assert list(drawn.axes[4].get_yticks()) == [0, 1, 2]
+    assert drawn.axes[4].get_ylim() == (-0.5, 2.5)
     assert drawn.axes[4].get_ylabel() == "layer"
 
 
@@ -144,7 +145,7 @@ def is_drawn(path: Path) -> bool:
 def test_four_pictures_are_written_into_a_new_folder(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "new" / "pictures"
     before = dict(rcParams)
-    paths = draw(tensors, "runs/a $x_{ model", folder)  # what would be a broken formula
+    paths = draw(tensors, "runs/a $x_{$ model", folder)  # what would be a broken formula
     assert paths == [folder / name for name in SIZES]
     assert sorted(path.name for path in folder.iterdir()) == sorted(SIZES)
     for path in paths:
@@ -189,6 +190,10 @@ def test_weights_that_are_all_zero_can_be_drawn(
     drawn = figure({name: torch.zeros_like(value) for name, value in tensors.items()})
     assert "nan" not in drawn.get_suptitle()
     assert all(np.isfinite(y).all() for axes in panels(drawn) for _, y in lines(axes))
+    if figure is singular_values:  # on a logarithmic axis
+        assert all((y > 0).all() for axes in panels(drawn) for _, y in lines(axes))
+    if figure is position_matrix:
+        assert drawn.axes[0].get_images()[0].get_clim() == (-1, 1)
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(tensors: dict[str, Tensor], tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_transformers_finds_the_tokenizer_of_a_saved_model(folder: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("Hello, I'm a language model,").input_ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.eos_token_id == 50256
+    assert tokenizer.model_max_length == CONFIG.n_positions
 
 
 def test_the_file_holds_the_real_vocabulary_only(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,6 +115,12 @@ def test_a_checkpoint_that_lacks_a_file_is_refused_and_not_taken_for_a_model_fol
     assert str(folder / gone) in refusal(str(folder))
 
 
+def test_a_checkpoint_without_its_training_state_is_none_either(trainee: Trainee) -> None:
+    folder = save(trainee, "mine", 5)
+    shutil.rmtree(folder / "training_state")
+    assert "is missing from the checkpoint" in refusal(str(folder))
+
+
 def test_a_run_without_a_checkpoint_says_how_to_go_on() -> None:
     Path("my run").mkdir()
     Path("my run/config.json").write_text(json.dumps({"steps": 9, "model": {}}))
@@ -132,6 +139,13 @@ def test_a_plain_model_folder_is_itself() -> None:
     opened = open_model("theirs", CPU)
     assert not opened.training
     assert same_weights(opened, model)
+
+
+def test_a_model_folder_that_speaks_of_steps_is_no_run() -> None:
+    to_transformers(random_model(CONFIG)).save_pretrained("theirs")
+    path = Path("theirs/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 9}))
+    assert find_model("theirs") == Path("theirs")
 
 
 def test_a_folder_of_neither_is_refused() -> None:
