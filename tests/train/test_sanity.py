@@ -131,8 +131,8 @@ def loss_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         (0.0, "pass"),
         (-0.29, "pass"),
         (-0.31, "warn"),
-        (0.3 + 16 * 0.02**2 - 0.01, "pass"),  # 32 wide: the variance of the logits is 32 * 0.02^2
-        (0.3 + 16 * 0.02**2 + 0.01, "warn"),
+        (0.3 + 48 * 0.02**2 - 0.01, "pass"),  # 96 wide: the variance of the logits is 96 * 0.02^2
+        (0.3 + 48 * 0.02**2 + 0.01, "warn"),
         (-1.49, "warn"),
         (-1.51, "fail"),
         (1.49, "warn"),
@@ -146,7 +146,7 @@ def test_random_weights_have_a_loss_near_that_of_guessing(
     off: float, status: Status, loss_is: Callable[[float], None]
 ) -> None:
     loss_is(LN_V + off)
-    verdict = initial_loss(make_subject())
+    verdict = initial_loss(make_subject(model=WIDE))
     assert (verdict.check, verdict.status) == ("initial loss", status)
     assert f"{LN_V + off:.2f}" in verdict.reason
     assert "ln(97) = 4.57" in verdict.reason
@@ -216,6 +216,13 @@ def test_padding_in_the_softmax_is_found_even_in_gpt2s_vocabulary(monkeypatch: p
     assert said in verdict.reason
 
 
+def test_where_nothing_can_be_compared_no_shift_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In windows of one token, a target two ahead of its input lies beyond the window."""
+    QUICK_FAULTS["a loader with targets 2 ahead"][0](monkeypatch)
+    verdict = next_token_targets(make_subject(sequence_length=1, batch_tokens=8, text=np.arange(60)))
+    assert verdict.reason == "the targets of the first window are wrong: they are not the text"
+
+
 def test_few_tokens_are_the_start_of_the_first_and_the_last_window() -> None:
     text = np.random.default_rng(0).integers(97, size=16 * 5 + 9)
     tokens, targets = make_subject(text=text).few_tokens()
@@ -265,6 +272,26 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     assert gradients(subject).reason.startswith("that of transformer.ln_f.bias is ")
 
 
+def test_gradients_are_looked_at_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Compute] = []
+    monkeypatch.setattr(sanity, "batch_loss", lambda *a: (seen.append(a[-1]), batch_loss(*a))[1])
+    gradients(make_subject(dtype=torch.bfloat16))
+    assert [compute.dtype for compute in seen] == [torch.bfloat16]
+
+
+def test_only_the_check_of_gradients_computes_any() -> None:
+    subject = make_subject()
+    seen: set[str] = set()
+    for check in QUICK:
+        norm = subject.model.transformer.ln_f
+        hook = norm.register_forward_hook(
+            lambda *_, name=check.__name__: seen.add(name) if torch.is_grad_enabled() else None
+        )
+        check(subject)
+        hook.remove()
+    assert seen == {"gradients"}
+
+
 def test_loss_gradients_are_those_of_backward() -> None:
     trainee = make_trainee()
     tokens, targets = trainee.batches.load(np.array([0, 3]))
@@ -289,10 +316,20 @@ def test_causality_is_tried_in_the_middle(n: int) -> None:
 
 
 def test_a_leak_through_a_narrow_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight wide and 12 deep, attention at the start moves a logit by less than a thousandth of what a token does."""
-    QUICK_FAULTS["a mask that hides nothing"][0](monkeypatch)
+    """Eight wide, attention at the start moves a logit by less than a thousandth of what a token itself does."""
+    QUICK_FAULTS["a mask that is off by one"][0](monkeypatch)
     model = ModelConfig(n_layer=12, n_head=1, n_embd=8, n_positions=64, vocab_size=97)
     assert causality(make_subject(model=model, sequence_length=64, batch_tokens=64)).status == "fail"
+
+
+def test_the_last_token_of_a_vocabulary_is_changed_into_the_first() -> None:
+    assert causality(make_subject(model=shape(vocab_size=128), text=np.full(100, 127))).status == "pass"
+
+
+def test_logits_that_are_not_numbers_are_not_said_to_leak() -> None:
+    subject = make_subject()
+    subject.model.transformer.ln_f.bias.data[0] = math.nan
+    assert causality(subject).reason == "the logits are not finite"
 
 
 def test_the_tied_head_saves_the_embeddings_parameters() -> None:

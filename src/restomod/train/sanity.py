@@ -29,7 +29,6 @@ INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
 REPEAT_BELOW_SECONDS = 20.0
 FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
 LOSS_TOLERANCE = 1e-4  # nats between two ways to the same fp32 loss; padding in the softmax would add 9e-4
-
 SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little through, and rounding differs by 1e-7
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -139,9 +138,11 @@ def causality(subject: Subject) -> Verdict:
     changed[:, t] = (changed[:, t] + 1) % subject.model.config.vocab_size
     difference = (subject.model(changed) - subject.model(tokens)).abs().amax((0, 2))  # (n,)
     before, after = difference[:t].max().item(), difference[t:].max().item()
-    if not after > 0:
+    if not math.isfinite(before + after):
+        return Verdict(name, "fail", "the logits are not finite")
+    if after == 0:
         return Verdict(name, "fail", f"changing token {t} changes no logit at all")
-    if not before <= SEES_AHEAD * after:
+    if before > SEES_AHEAD * after:
         return Verdict(name, "fail", f"changing token {t} changes logits before it (by {before:.2g}): it sees ahead")
     return Verdict(name, "pass", f"changing token {t} of {n} changes no logit before it")
 
