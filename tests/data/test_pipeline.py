@@ -28,6 +28,7 @@ from restomod.cli import main
 from restomod.config import PrepareConfig
 from restomod.data import pipeline
 from restomod.data import plan as plan_module
+from restomod.data import shards as shards_module
 from restomod.data.pipeline import prepare_folder
 from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
@@ -562,13 +563,13 @@ def test_with_dedup_text_that_changes_between_the_passes_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[str]], list[str]],
 ) -> None:
-    choose = pipeline._choose_first_occurrences
+    choose = pipeline.choose_first_occurrences
 
     def choose_then_change(out: Path, units: int) -> None:
         choose(out, units)
         write_jsonl(tmp_path / "text" / "2.jsonl", change(text["2.jsonl"]))
 
-    monkeypatch.setattr(pipeline, "_choose_first_occurrences", choose_then_change)
+    monkeypatch.setattr(pipeline, "choose_first_occurrences", choose_then_change)
     assert "since" in refused(tmp_path, dedup=True)
 
 
@@ -662,7 +663,7 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
     at: int,
 ) -> None:
     prepared(tmp_path, "reference", val_fraction=0.2)
-    shard = pipeline.ShardWriter.__init__.__globals__["_OpenShard"]
+    shard = shards_module._OpenShard
     real, calls = getattr(shard, call), iter(range(1, 10_000))
 
     def full(self: Any, *arguments: Any) -> Any:

@@ -110,12 +110,12 @@ def test_a_built_in_source_is_a_unit_unless_a_file_has_its_name(
 
 
 def test_the_standard_library_is_read_file_by_file() -> None:
-    document = next(iter(unit_documents(Unit((), 0, "python-stdlib"), CONFIG)))
+    document = next(iter(unit_documents(Unit((), 0, "python-stdlib"), CONFIG, None)))
     assert document.name.endswith(".py")
 
 
 def test_a_missing_source_is_refused() -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such file or folder, and no built-in source \(python-stdlib, "):
+    with pytest.raises(UserError, match=r"nowhere: no such file, folder or source; known: .*python-stdlib"):
         plan(("nowhere",), CONFIG)
 
 

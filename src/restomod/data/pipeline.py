@@ -12,31 +12,29 @@ files, so the bytes are those of an undisturbed run.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import numpy as np
-
 from restomod.config import PrepareConfig
-from restomod.data.bulk import BulkEncoder
-from restomod.data.plan import PRETOKENIZED, Unit, describe, plan, unit_documents
-from restomod.data.prepare import document_batches, split_hash
-from restomod.data.pretokenized import fetch_shard
-from restomod.data.readers import Document
-from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, Dataset, ShardWriter, open_dataset
+from restomod.data.plan import describe, plan
+from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, open_dataset
+from restomod.data.steps import (
+    WORK,
+    HashUnit,
+    PrepareUnit,
+    UnitStep,
+    choose_first_occurrences,
+    hashes_path,
+    quiet_datatrove,
+    record_path,
+)
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.files import fsync_path, read_json, write_json_atomically
-
-WORK = ".prepare"
-SPLITS = ("train", "val")
-_ANEW = "choose another folder with --out, or delete this one and run the same command again"
+from restomod.files import read_json, write_json_atomically
 
 
 def prepare_folder(
@@ -67,13 +65,13 @@ def prepare_folder(
     if (out / MANIFEST).exists():
         return _finished(out, description, tokenizer)
     _begin(out, description)
-    left = [i for i in range(len(units)) if not _record(out, i).exists()]
+    left = [i for i in range(len(units)) if not record_path(out, i).exists()]
     if len(left) < len(units):
         report(f"going on: {len(units) - len(left)} of {len(units)} units are finished")
     try:
         if config.dedup:
             _run(HashUnit(config, units, out), len(units), workers, out)
-            _choose_first_occurrences(out, len(units))
+            choose_first_occurrences(out, len(units))
         _run(PrepareUnit(config, units, out), len(units), workers, out)
     finally:
         _drop_temporaries(out)  # of workers that were stopped because another one failed
@@ -151,7 +149,7 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
         UserError: the settings or a finished unit have changed, or finished units depend on the changed ones.
     """
     a, b = before["units"], now["units"]
-    finished = {i for i in range(len(a)) if _record(out, i).exists()}
+    finished = {i for i in range(len(a)) if record_path(out, i).exists()}
     if not finished:
         shutil.rmtree(out / WORK)
         for shard in out.glob("*.bin"):
@@ -165,14 +163,10 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
             f"{out} was begun with other text or settings; give those again to go on, or choose another --out"
         )
     for i in changed:
-        _hashes(out, i).unlink(missing_ok=True)
+        hashes_path(out, i).unlink(missing_ok=True)
         for split in SPLITS:
             for shard in out.glob(f"{split}_{i:05d}_*.bin"):
                 shard.unlink()
-
-
-def _record(out: Path, unit: int) -> Path:
-    return out / WORK / f"unit_{unit:05d}.json"
 
 
 def _run(step: UnitStep, units: int, workers: int, out: Path) -> None:
@@ -193,150 +187,9 @@ def _run(step: UnitStep, units: int, workers: int, out: Path) -> None:
         raise UserError("a process of this preparation was killed; run the same command again to go on") from None
 
 
-def quiet_datatrove() -> None:
-    """Keep datatrove's log off the terminal; errors are reported as ours."""
-    from loguru import logger
-
-    logger.disable("datatrove")
-
-
-class UnitStep:
-    """A step of a datatrove pipeline: called as (data, rank, world_size), it works on unit ``rank``."""
-
-    def __init__(self, config: PrepareConfig, units: list[Unit], out: Path) -> None:
-        self.config, self.units, self.out = config, units, out
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        quiet_datatrove()  # in a worker, before its first message
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> Iterable[Document]:
-        self.work(rank)
-        return []
-
-    def work(self, unit: int) -> None:
-        raise NotImplementedError
-
-    def downloads(self, unit: int) -> Path | None:
-        """Where a unit's downloads go: into a folder of its own, or to stay into the hub client's cache."""
-        return None if self.config.keep_downloads else _downloads(self.out, unit)
-
-
-class HashUnit(UnitStep):
-    """Write the hashes of a unit's documents, from which duplicates are told."""
-
-    def work(self, unit: int) -> None:
-        path = _hashes(self.out, unit)
-        if path.exists():
-            return
-        documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
-        hashes = [split_hash(document.text, self.config.split_seed) for document in documents]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as f:
-            np.save(f, np.array(hashes, dtype=np.uint64))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-
-
-def _hashes(out: Path, unit: int) -> Path:
-    return out / WORK / f"hashes_{unit:05d}.npy"
-
-
-def _downloads(out: Path, unit: int) -> Path:
-    return out / WORK / f"downloads_{unit:05d}"
-
-
-def _keep(out: Path, unit: int) -> Path:
-    return out / WORK / f"keep_{unit:05d}.npy"
-
-
-def _choose_first_occurrences(out: Path, units: int) -> None:
-    """Write for every unit which of its documents are the first of their text, in the order of the units."""
-    hashes = [np.load(_hashes(out, unit)) for unit in range(units)]
-    first = np.zeros(sum(map(len, hashes)), dtype=bool)
-    first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
-    for unit, keep in enumerate(np.split(first, np.cumsum([len(h) for h in hashes])[:-1])):
-        np.save(_keep(out, unit), keep)
-
-
-class PrepareUnit(UnitStep):
-    """Tokenize a unit's documents into its shards, and write its record."""
-
-    def work(self, unit: int) -> None:
-        if _record(self.out, unit).exists():
-            return
-        source = self.units[unit].source
-        if source and source.startswith(PRETOKENIZED):
-            address = self.units[unit].files[0]
-            splits = fetch_shard(address, self.out, self.downloads(unit), gpt2_tokenizer())
-            write_json_atomically(_record(self.out, unit), {"splits": splits, "duplicates": 0})
-            shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
-            return
-        writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
-        try:
-            counts = self._write(unit, writers)
-            splits = {
-                split: {"tokens": writer.tokens, **counts[split], "shards": writer.close()}
-                for split, writer in writers.items()
-            }
-        except BaseException as e:
-            for writer in writers.values():
-                writer.discard()
-            if isinstance(e, OSError):
-                raise UserError(
-                    f"{self.out}: cannot write ({e.strerror or e}); what is finished stays: "
-                    f"mend it and run the same command again"
-                ) from None
-            raise
-        fsync_path(self.out)  # the shards' names are on the disk before a record speaks of them
-        duplicates = counts["duplicates"]["documents"]
-        write_json_atomically(_record(self.out, unit), {"splits": splits, "duplicates": duplicates})
-        shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
-
-    def _write(self, unit: int, writers: dict[str, ShardWriter]) -> dict[str, dict[str, int]]:
-        """Write the documents; return the numbers of documents and bytes of text of each split, and of duplicates."""
-        config, tokenizer = self.config, gpt2_tokenizer()
-        encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
-        counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates")}
-        documents = unit_documents(self.units[unit], config, self.downloads(unit))
-        if len(self.units) == 1:
-            head = list(islice(documents, 2))
-            if len(head) == 1:  # nothing to delimit: written bare, and validation is its tail
-                tokens = encoder.encode([head[0].text])[0]
-                cut = len(tokens) - int(config.val_fraction * len(tokens))
-                for split, part in zip(SPLITS, (tokens[:cut], tokens[cut:]), strict=True):
-                    writers[split].add(part)
-                    counts[split] = {"documents": int(len(part) > 0), "text_bytes": tokenizer.byte_length(part)}
-                return counts
-            documents = (document for part in (head, documents) for document in part)
-        keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
-        hashes = np.load(_hashes(self.out, unit)).tolist() if config.dedup else None
-        place = 0
-        held_out = config.val_fraction * 2**64
-        for batch in document_batches(documents):
-            encoded = encoder.encode([document.text for document in batch])
-            for document, tokens in zip(batch, encoded, strict=True):
-                h = split_hash(document.text, config.split_seed)
-                if hashes is not None and hashes[place : place + 1] != [h]:
-                    raise UserError(f"{document.name} has changed since it was searched for duplicates; {_ANEW}")
-                split = "val" if h < held_out else "train"
-                if keep is not None and not keep[place]:
-                    split = "duplicates"
-                else:
-                    writers[split].add(separator)
-                    writers[split].add(tokens)
-                counts[split]["documents"] += 1
-                counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
-                place += 1
-        if hashes is not None and place < len(hashes):
-            raise UserError(f"documents have disappeared since they were searched for duplicates; {_ANEW}")
-        return counts
-
-
 def _finish(out: Path, description: dict[str, Any], tokenizer: Tokenizer, units: int) -> None:
     """Write the manifest from the units' records."""
-    records = [read_json(_record(out, unit), "record of a finished unit") for unit in range(units)]
+    records = [read_json(record_path(out, unit), "record of a finished unit") for unit in range(units)]
     splits = {}
     for split in SPLITS:
         parts = [record["splits"][split] for record in records]
