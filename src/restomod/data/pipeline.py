@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +176,8 @@ def _run(step: UnitStep, units: int, workers: int, out: Path) -> None:
     from datatrove.executor.local import LocalPipelineExecutor
 
     quiet_datatrove()
+    if min(workers, units) > 1:
+        _start_fork_server()
     executor = LocalPipelineExecutor(
         pipeline=[step],
         tasks=units,
@@ -185,6 +189,18 @@ def _run(step: UnitStep, units: int, workers: int, out: Path) -> None:
         executor.run()
     except (ConnectionError, EOFError):
         raise UserError("a process of this preparation was killed; run the same command again to go on") from None
+
+
+def _start_fork_server() -> None:
+    """Start the process that workers are forked from, so that they ignore Ctrl-C: their parent ends them."""
+    import multiprocess.forkserver
+
+    if threading.current_thread() is threading.main_thread():  # signals can be set in no other
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            multiprocess.forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _finish(out: Path, description: dict[str, Any], tokenizer: Tokenizer, units: int) -> None:
