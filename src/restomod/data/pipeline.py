@@ -11,18 +11,19 @@ files, so the bytes are those of an undisturbed run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from restomod.config import PrepareConfig
-from restomod.data.plan import describe, plan
+from restomod.data.plan import describe, kinds_of, plan
 from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, open_dataset
 from restomod.data.steps import (
     WORK,
@@ -37,6 +38,9 @@ from restomod.data.steps import (
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import read_json, write_json_atomically
+
+PROGRESS_SECONDS = 2.0
+FEW_VAL_TOKENS = 10_000
 
 
 def prepare_folder(
@@ -70,11 +74,17 @@ def prepare_folder(
     left = [i for i in range(len(units)) if not record_path(out, i).exists()]
     if len(left) < len(units):
         report(f"going on: {len(units) - len(left)} of {len(units)} units are finished")
+    report(f"reading {kinds_of(units)}, in {len(units):,} unit{'' if len(units) == 1 else 's'}")
     try:
         if config.dedup:
+            report("looking for duplicates …")
             _run(HashUnit(config, units, out), len(units), workers, out)
             choose_first_occurrences(out, len(units))
-        _run(PrepareUnit(config, units, out), len(units), workers, out)
+        with _progress(out, len(units), report):
+            _run(PrepareUnit(config, units, out), len(units), workers, out)
+    except KeyboardInterrupt:
+        report("finished units stay; the same command goes on with the others")
+        raise
     finally:
         _drop_temporaries(out)  # of workers that were stopped because another one failed
     _finish(out, description, tokenizer, len(units))
@@ -86,6 +96,7 @@ def prepare_and_report(
 ) -> None:
     """`prepare_folder`, and then report what came of it and how fast."""
     there = (out / MANIFEST).exists()
+    before = sum(_tokens(out, len(list((out / WORK).glob("unit_*.json"))))) if (out / WORK).is_dir() else 0
     start = time.perf_counter()
     dataset = prepare_folder(sources, config, out, workers, report)
     seconds, manifest = time.perf_counter() - start, dataset.manifest
@@ -94,6 +105,9 @@ def prepare_and_report(
     for split, part in manifest["splits"].items():
         shards = f"{len(part['shards']):,} shard{'' if len(part['shards']) == 1 else 's'}"
         report(f"  {split:<6}{part['tokens']:,} tokens in {shards}")
+    val = manifest["splits"]["val"]["tokens"]
+    if config.val_fraction and val < FEW_VAL_TOKENS and not sources[0].startswith("pretokenized:"):
+        report(f"warning: {val:,} tokens are few for validation; raise --val-fraction, which is {config.val_fraction}")
     if there:
         report("it was prepared already; every shard has the SHA-256 of the manifest")
     else:
@@ -103,6 +117,37 @@ def prepare_and_report(
             f"{manifest['tokens'] / seconds:,.0f} tokens/s, {manifest['documents'] / seconds:,.0f} documents/s"
         )
     report(f"train on it: restomod train PRESET --data.source tokens --data.path {quote(str(out))}")
+
+
+@contextlib.contextmanager
+def _progress(out: Path, units: int, report: Callable[[str], None]) -> Iterator[None]:
+    """Report finished units while they come, from a thread that looks for their records."""
+    over = threading.Event()
+    start, before = time.perf_counter(), _tokens(out, units)
+
+    def watch() -> None:
+        seen = len(before)
+        while not over.wait(PROGRESS_SECONDS):
+            now = _tokens(out, units)
+            if seen < len(now) < units:
+                seen, tokens = len(now), sum(now) - sum(before)
+                speed = tokens / (time.perf_counter() - start)
+                report(f"{seen:,} of {units:,} units, {sum(now):,} tokens, {speed:,.0f} tokens/s")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _tokens(out: Path, units: int) -> list[int]:
+    """The tokens of each finished unit."""
+    paths = (record_path(out, unit) for unit in range(units))
+    records = [read_json(path, "record of a finished unit") for path in paths if path.exists()]
+    return [sum(split["tokens"] for split in record["splits"].values()) for record in records]
 
 
 def _finished(out: Path, description: dict[str, Any], tokenizer: Tokenizer) -> Dataset:
@@ -213,7 +258,7 @@ def _finish(out: Path, description: dict[str, Any], tokenizer: Tokenizer, units:
             **{key: sum(part[key] for part in parts) for key in ("tokens", "documents", "text_bytes")},
             "shards": [shard for part in parts for shard in part["shards"]],
         }
-    documents = sum(split["documents"] for split in splits.values())
+    documents = sum(record["documents"] for record in records)
     if documents == 0:
         raise UserError("the sources hold no text: every document is empty")
     digest = hashlib.sha256(tokenizer.sha256.encode())
