@@ -332,7 +332,7 @@ def model(here: Path) -> str:
 
 @pytest.mark.parametrize("verb", ["sample", "inspect"])
 def test_a_slip_in_the_path_of_a_run(here: Path, refused: Refused, verb: str) -> None:
-    (here / "runs" / "quickstart").mkdir(parents=True)
+    (here / "runs" / "quickstart" / "checkpoints").mkdir(parents=True)
     said = refused(verb, "runs/quikstart")
     assert said == "runs/quikstart: no such run or model folder; did you mean 'quickstart'?"
 
@@ -359,7 +359,7 @@ def test_comparing_with_what_is_nothing(model: str, refused: Refused) -> None:
 
 
 def test_pictures_where_a_file_is(here: Path, model: str, refused: Refused) -> None:
-    assert refused("inspect", model, "--plots", "text.txt") == "text.txt: cannot write pictures there (File exists)"
+    assert refused("inspect", model, "--plots", "text.txt") == "text.txt is a file; name a folder for the pictures"
 
 
 def test_a_name_in_a_damaged_file_does_not_steer_the_terminal(here: Path, model: str, refused: Refused) -> None:
@@ -394,7 +394,7 @@ def test_starting_from_what_is_no_model(here: Path, refused: Refused, init: str)
         ((), "Missing from restomod prepare: --out"),
         (("--out", "o"), "name what to prepare: restomod prepare SOURCE --out DIR"),
         (("text.txt",), "Missing from restomod prepare: --out"),
-        (("nowhere", "--out", "o"), "nowhere: no such file or folder, and no built-in source (python-stdlib, "),
+        (("nowhere", "--out", "o"), "nowhere: no such file, folder or source; known: "),
         (("text.txt", "--out", "text.txt"), "text.txt: Not a directory"),
         (("text.txt", "--out", "o", "--workers", "-1"), "--workers is -1; it must be 0 or more"),
         (("text.txt", "--out", "o", "--val-fraction", "1"), "--val-fraction is 1.0; it must be at least 0 and below 1"),

@@ -91,8 +91,8 @@ class CheckArguments:
 @dataclasses.dataclass(frozen=True)
 class PrepareArguments:
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    """Text to read, in this order: files and folders (text, .jsonl or .parquet, also .gz, .xz or .zst),
-    python-stdlib, tinyshakespeare."""
+    """Text to read, in this order: files and folders (text, .jsonl or .parquet, also .gz, .xz or .zst); on the hub
+    fineweb-edu, fineweb, hf:OWNER/NAME, or token shards pretokenized:OWNER/NAME; python-stdlib; tinyshakespeare."""
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
     out: str
     """Folder of the token shards; what an interrupted run left there is gone on with."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from restomod.config import ModelConfig
 from restomod.model.inspect import POSITIONS, Difference, differences, roughness, tensor_statistics, totals
+from restomod.model.plots import make_folder
 from restomod.model.pretrained import hf_tensors
 from restomod.train.find import open_or_build
 
@@ -22,6 +23,8 @@ def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
         name: a preset (its initial weights), a run, a model folder, or a name on the hub.
         seed: of a preset's initial weights.
     """
+    if plots is not None:
+        make_folder(plots)  # refused now rather than after the table
     config, tensors = _open(name, seed)
     rows = tensor_statistics(tensors)
     width = max(len(row.name) for row in rows)
@@ -45,7 +48,8 @@ def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
 
 def compare(first: str, second: str, seed: int) -> Iterator[str]:
     """Lines that compare two models tensor by tensor, each named as for `inspect`."""
-    rows = differences(_open(first, seed)[1], _open(second, seed)[1])
+    (config, a), (other, b) = _open(first, seed), _open(second, seed)
+    rows = differences(a, b)
     width = max(len(row.name) for row in rows)
     yield f"{'tensor':<{width}}  {'largest':>9}  {'relative':>9}  {'cosine':>8}"
     for row in rows:
@@ -53,6 +57,16 @@ def compare(first: str, second: str, seed: int) -> Iterator[str]:
     same = sum(row.identical for row in rows)
     yield ""
     yield f"{same} of {len(rows)} tensors are identical" if same < len(rows) else f"all {same} tensors are identical"
+    if config != other:
+        yield f"the shapes differ: {_shape(config)}, and {_shape(other)}"
+    compared = [row for row in rows if not row.remark]
+    if same < len(rows) and compared:
+        most = max(compared, key=lambda row: row.relative)
+        yield f"the largest relative change is {most.relative:.2e}, of {most.name}"
+
+
+def _shape(config: ModelConfig) -> str:
+    return f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.n_positions} positions"
 
 
 def _cells(row: Difference) -> str:

@@ -306,7 +306,10 @@ def test_what_is_reported(
     monkeypatch.chdir(tmp_path)
     arguments = ["prepare", "text", "text/0.jsonl", "--out", "my out", "--val-fraction", "0.5", "--dedup"]
     assert main([*arguments, "--workers", "1"]) == 0
-    first, train, val, speed, how = capsys.readouterr().out.splitlines()
+    reading, searching, first, train, val, warning, speed, how = capsys.readouterr().out.splitlines()
+    assert reading == f"reading {len(list(Path('text').iterdir())) + 1} .jsonl files, in 2 units"
+    assert searching == "looking for duplicates …"
+    assert "are few for validation; raise --val-fraction, which is 0.5" in warning
     manifest = json.loads(Path("my out/manifest.json").read_text())
     assert first == f"my out: {manifest['documents']} documents, {manifest['tokens']:,} tokens, 20 duplicates left out"
     part = manifest["splits"]["train"]
@@ -642,7 +645,8 @@ def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
     assert error.startswith("restomod: error: ")
     assert error.count("\n") == 1
     assert said in error
-    assert (tmp_path / "stdout").read_text() == ""
+    assert (tmp_path / "stdout").read_text().startswith("reading ")
+    assert (tmp_path / "stdout").read_text().count("\n") == 1
     assert not list((tmp_path / "out").glob(".*.tmp"))
     write_jsonl(tmp_path / "text" / "bad.jsonl", ["mended"])
     prepared(tmp_path)

@@ -207,7 +207,9 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tensors: dict[str, Tens
 
 def test_a_folder_that_cannot_be_made_is_one_line(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    for folder in (tmp_path / "taken", tmp_path / "taken" / "deeper"):
+    with pytest.raises(UserError, match="taken is a file; name a folder for the pictures"):
+        draw(tensors, "mine", tmp_path / "taken")
+    for folder in (tmp_path / "taken" / "deeper",):
         with pytest.raises(UserError) as caught:
             draw(tensors, "mine", folder)
         assert str(caught.value).startswith(f"{folder}: cannot write pictures there (")

@@ -184,7 +184,8 @@ def test_a_folder_is_preferred_to_the_hub() -> None:
 
 
 def test_a_slip_in_a_path_is_not_sent_to_the_hub() -> None:
-    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/checkpoints").mkdir(parents=True)
+    Path("runs/no run").mkdir()
     Path("runs/notes.txt").write_text("no folder")
     assert refusal("runs/quikstart") == "runs/quikstart: no such run or model folder; did you mean 'quickstart'?"
     assert refusal("runs/zzz") == "runs/zzz: no such run or model folder; known: quickstart"
@@ -202,8 +203,13 @@ def test_what_can_only_be_a_path_is_not_sent_to_the_hub(name: str) -> None:
 
 def test_a_slip_in_a_name_suggests_openais_and_the_folders_here() -> None:
     Path("mine-2").mkdir()
+    Path("mine-2/config.json").write_text("{}")
     assert refusal("gpt2-midium").endswith("; did you mean 'gpt2-medium'?")
     assert refusal("mine2").endswith("; did you mean 'mine-2'?")
+
+
+def test_a_preset_is_not_a_model_but_can_become_one() -> None:
+    assert refusal("quickstart").startswith("quickstart is a preset: `restomod train quickstart` makes a run of it")
 
 
 # --- presets ---------------------------------------------------------------------------------------------------

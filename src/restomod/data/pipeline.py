@@ -96,7 +96,7 @@ def prepare_and_report(
 ) -> None:
     """`prepare_folder`, and then report what came of it and how fast."""
     there = (out / MANIFEST).exists()
-    before = sum(_tokens(out, len(list((out / WORK).glob("unit_*.json"))))) if (out / WORK).is_dir() else 0
+    gone_on = any((out / WORK).glob("unit_*.json"))  # then the time is not that of all of it
     start = time.perf_counter()
     dataset = prepare_folder(sources, config, out, workers, report)
     seconds, manifest = time.perf_counter() - start, dataset.manifest
@@ -110,7 +110,7 @@ def prepare_and_report(
         report(f"warning: {val:,} tokens are few for validation; raise --val-fraction, which is {config.val_fraction}")
     if there:
         report("it was prepared already; every shard has the SHA-256 of the manifest")
-    else:
+    elif not gone_on:
         text_bytes = sum(split["text_bytes"] for split in manifest["splits"].values())
         report(
             f"{seconds:.1f} s: {text_bytes / seconds / 1e6:,.1f} MB/s of text, "

@@ -6,6 +6,7 @@ function of its files. So any number of workers, killed and started again at any
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -94,6 +95,14 @@ def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
     repository, default = DATASETS.get(source, (source.removeprefix(HUB), None))
     files = dataset_files(repository, config.hub_config or default, config.hub_split, config.hub_revision)
     return [[str(file), file.bytes] for file in files]
+
+
+def kinds_of(units: list[Unit]) -> str:
+    """What a plan reads, for people: how many files of which ending, and named sources."""
+    files = [file for unit in units for file in unit.files]
+    endings = collections.Counter("".join(Path(file).suffixes[-2:]).lower() or "plain" for file in files)
+    counted = [f"{n:,} {ending} file{'' if n == 1 else 's'}" for ending, n in sorted(endings.items())]
+    return ", ".join([*counted, *(unit.source for unit in units if unit.source in BUILT_IN)])
 
 
 def describe(

@@ -44,6 +44,8 @@ def documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _text(path: Path, glob: str, text_column: str) -> Iterator[Document]:
+    if (path / "manifest.json").exists():
+        raise UserError(f"{path} holds prepared tokens, not text: add --data.source tokens")
     for file in files_of(path, glob):
         yield from read_documents(file, text_column)
 

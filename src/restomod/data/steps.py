@@ -111,7 +111,9 @@ class PrepareUnit(UnitStep):
         if source and source.startswith(PRETOKENIZED):
             address = self.units[unit].files[0]
             splits = fetch_shard(address, self.out, self.downloads(unit), gpt2_tokenizer())
-            write_json_atomically(record_path(self.out, unit), {"splits": splits, "duplicates": 0})
+            documents = sum(part["documents"] for part in splits.values())
+            record = {"splits": splits, "documents": documents, "duplicates": 0}
+            write_json_atomically(record_path(self.out, unit), record)
             shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
             return
         writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
@@ -131,15 +133,19 @@ class PrepareUnit(UnitStep):
                 ) from None
             raise
         fsync_path(self.out)  # the shards' names are on the disk before a record speaks of them
-        duplicates = counts["duplicates"]["documents"]
-        write_json_atomically(record_path(self.out, unit), {"splits": splits, "duplicates": duplicates})
+        record = {
+            "splits": splits,
+            "documents": counts["all"]["documents"],
+            "duplicates": counts["duplicates"]["documents"],
+        }
+        write_json_atomically(record_path(self.out, unit), record)
         shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
 
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> dict[str, dict[str, int]]:
         """Write the documents; return the numbers of documents and bytes of text of each split, and of duplicates."""
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
-        counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates")}
+        counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates", "all")}
         documents = unit_documents(self.units[unit], config, self.downloads(unit))
         if len(self.units) == 1:
             head = list(islice(documents, 2))
@@ -149,6 +155,7 @@ class PrepareUnit(UnitStep):
                 for split, part in zip(SPLITS, (tokens[:cut], tokens[cut:]), strict=True):
                     writers[split].add(part)
                     counts[split] = {"documents": int(len(part) > 0), "text_bytes": tokenizer.byte_length(part)}
+                counts["all"]["documents"] = 1  # a part of it in each split
                 return counts
             documents = (document for part in (head, documents) for document in part)
         keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
@@ -168,6 +175,7 @@ class PrepareUnit(UnitStep):
                     writers[split].add(separator)
                     writers[split].add(tokens)
                 counts[split]["documents"] += 1
+                counts["all"]["documents"] += split != "duplicates"
                 counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
                 place += 1
         if hashes is not None and place < len(hashes):

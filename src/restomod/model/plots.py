@@ -56,8 +56,8 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
         "singular_values.png": singular_values,
     }
     paths = []
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             figure = picture(tensors)
             figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
@@ -67,6 +67,16 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
     except OSError as e:
         raise UserError(f"{folder}: cannot write pictures there ({e.strerror or e})") from None
     return paths
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for pictures, if need be; raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder} is a file; name a folder for the pictures") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write pictures there ({e.strerror or e})") from None
 
 
 def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:

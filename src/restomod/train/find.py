@@ -74,7 +74,12 @@ def _from_hub(name: str) -> Path:
     repository = hub_name(name)
     meant_here = path.parent != Path() and path.parent.exists()  # a slip in a path is not sent to the hub
     if repository is None or meant_here:
-        near = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        if name in PRESETS:
+            raise UserError(f"{name} is a preset: `restomod train {name}` makes a run of it, runs/{name}")
+        there = path.parent.iterdir() if path.parent.is_dir() else []
+        near = [
+            entry.name for entry in there if any((entry / made).exists() for made in ("checkpoints", "config.json"))
+        ]
         known = near if meant_here else [*OPENAI, *near]
         raise UserError(f"{name}: no such run or model folder{did_you_mean(path.name, known) if known else ''}")
     return download_model(repository)
