@@ -257,3 +257,12 @@ def test_a_short_name_of_the_hub_is_no_preset(asked: list[str], monkeypatch: pyt
     for name in ("gpt2", "a/b"):
         assert not open_or_build(name, CPU, seed=0)[1]
     assert asked == ["openai-community/gpt2", "a/b"]
+
+
+def test_a_preset_that_is_too_large_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: object) -> NoReturn:
+        raise RuntimeError("can't allocate memory\nand more")
+
+    monkeypatch.setattr("restomod.train.find.build_model", too_large)
+    with pytest.raises(UserError, match=r"^quickstart does not fit into memory here \(can't allocate memory\)$"):
+        open_or_build("quickstart", CPU, seed=3)

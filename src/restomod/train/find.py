@@ -54,7 +54,10 @@ def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool
         UserError: ``name`` is neither.
     """
     if name in PRESETS and not Path(name).is_dir():
-        return build_model(preset(name).model, seed, device).eval(), True
+        try:
+            return build_model(preset(name).model, seed, device).eval(), True
+        except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
+            raise UserError(f"{name} does not fit into memory here ({str(e).splitlines()[0]})") from e
     if Path(name).name == name and not Path(name).exists() and name not in OPENAI:
         raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
     return open_model(name, device), False
