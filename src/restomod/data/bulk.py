@@ -40,33 +40,46 @@ class BulkEncoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of every text, each (n,) uint16; the same as `Tokenizer.encode` gives."""
         fast: list[bytes] = []
-        plans: list[list[str | None]] = []  # of each text, piece by piece: None is the next of `fast`
+        plans: list[list[int | str]] = []  # of each text, in order: so many of `fast`, or what tiktoken is to encode
         for text in texts:
             pieces = _pieces(text) if self._fast is not None else []
-            safe = bool(pieces) and agrees(text)
-            plan: list[str | None] = [] if pieces else [text]
+            if pieces and agrees(text):
+                fast += pieces
+                plans.append([len(pieces)])
+                continue
+            plan: list[int | str] = []
+            if not pieces:
+                plan.append(text)
             for piece in pieces:
-                if safe or agrees(piece.decode()):
+                part = piece.decode()
+                if agrees(part):
                     fast.append(piece)
-                    plan.append(None)
+                    plan.append(1)
                 else:
-                    plan.append(piece.decode())
+                    plan.append(part)
             plans.append(plan)
-        ready = iter(self._encode_pieces(fast))
-        return [
-            np.concatenate([next(ready) if part is None else self.tokenizer.encode(part) for part in plan])
-            for plan in plans
-        ]
+        ids, ends = self._encode_pieces(fast)
+        done, encoded = 0, []
+        for plan in plans:
+            parts = []
+            for item in plan:
+                if isinstance(item, str):
+                    parts.append(self.tokenizer.encode(item))
+                else:
+                    parts.append(ids[ends[done] : ends[done + item]])
+                    done += item
+            encoded.append(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return encoded
 
-    def _encode_pieces(self, pieces: list[bytes]) -> list[np.ndarray]:
-        """Ids of each piece, (n,) uint16."""
+    def _encode_pieces(self, pieces: list[bytes]) -> tuple[np.ndarray, list[int]]:
+        """Ids of all pieces, (n,) uint16, and where each ends, beginning with 0."""
         if not pieces:
-            return []
+            return np.empty(0, dtype=np.uint16), [0]
         with _memory_file(SEPARATOR.join(pieces)) as path:
             ids, ends = self._fast.encode_files([path], separator=SEPARATOR, add_special_tokens=False)
         if len(ends) != len(pieces) + 1:
             raise AssertionError(f"tokie encoded {len(ends) - 1} pieces of {len(pieces)}")
-        return np.split(ids.astype(np.uint16), ends[1:-1].astype(np.int64))
+        return ids.astype(np.uint16), ends.tolist()
 
 
 def agrees(text: str) -> bool:
