@@ -94,7 +94,7 @@ def test_what_cannot_be_had_is_one_line_and_what_is_no_name_is_not_asked_for(hub
     hub.gated = {"owner/gated"}
     hub.repos["owner/empty"] = {"config.json": b"{}"}
     hub.repos["owner/llama"] = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
-    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "checkpoints").mkdir(parents=True)
     expected = {
         "runs/quikstart": "runs/quikstart: no such run or model folder; did you mean 'quickstart'?",
         "./gpt2": "./gpt2: no such run or model folder; did you mean 'gpt2'?",
