@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from restomod.data.bulk import BulkEncoder
-from restomod.data.prepare import BATCH_CHARACTERS
+from restomod.data.prepare import document_batches
+from restomod.data.readers import Document
 from restomod.data.shards import write_shard
 from restomod.data.tokenizer import gpt2_tokenizer
 
@@ -48,14 +49,8 @@ def main() -> None:
         return [tokenizer.encode(text) for text in texts]
 
     def ours() -> list[np.ndarray]:
-        encoded, batch, size = [], [], 0
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH_CHARACTERS:
-                encoded += bulk.encode(batch)
-                batch, size = [], 0
-        return encoded + bulk.encode(batch)
+        batches = document_batches(Document("", text) for text in texts)
+        return [tokens for batch in batches for tokens in bulk.encode([document.text for document in batch])]
 
     ways: dict[str, Callable[[], list[np.ndarray]]] = {"tiktoken": tiktoken, "ours": ours}
     seconds: dict[str, list[float]] = {name: [] for name in ways}

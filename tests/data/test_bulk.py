@@ -86,6 +86,13 @@ def test_half_a_surrogate_pair_encodes_as_tiktoken_does(encoder: BulkEncoder, ti
     assert_tiktokens(encoder, ["a \ud800 b", "plain"], tiktoken_gpt2)
 
 
+def test_a_system_without_files_in_memory_encodes_the_same(
+    encoder: BulkEncoder, tiktoken_gpt2: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(bulk.os, "memfd_create", raising=False)
+    assert_tiktokens(encoder, ["some text", "", "more of it 中"], tiktoken_gpt2)
+
+
 def test_empty_texts_have_no_tokens(encoder: BulkEncoder) -> None:
     assert [len(tokens) for tokens in encoder.encode(["", "a", ""])] == [0, 1, 0]
     assert encoder.encode([]) == []

@@ -385,6 +385,12 @@ def test_a_published_shard_that_is_wrong_is_refused(hub: Hub, tmp_path: Path, co
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_published_shards_cannot_be_searched_for_duplicates(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="published shards are taken as they are; leave --dedup out"):
+        prepare_folder((f"pretokenized:{POOL}",), PrepareConfig(dedup=True), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_repository_without_shards_is_refused(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no shards there such as fineweb_train_000001\.bin"):
         prepare_folder((f"pretokenized:{REPO}",), PrepareConfig(), tmp_path / "out", workers=1)

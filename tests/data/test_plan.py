@@ -10,7 +10,7 @@ import pytest
 
 from restomod.config import PrepareConfig
 from restomod.data import plan as module
-from restomod.data.plan import Unit, describe, plan, unit_documents
+from restomod.data.plan import Unit, describe, kinds_of, plan, unit_documents
 from restomod.errors import UserError
 
 CONFIG = PrepareConfig()
@@ -125,3 +125,9 @@ def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str])
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="holds no text"):
         plan((str(tmp_path),), CONFIG)
+
+
+def test_what_is_read_is_told_by_its_endings() -> None:
+    files = ("a/v1.2.txt", "b.TXT", "c.d.jsonl.xz", "Makefile", "hf://datasets/o/n@0/x.y.parquet")
+    told = kinds_of([Unit(files, 9), Unit((), 0, "python-stdlib")])
+    assert told == "1 .jsonl.xz file, 1 .parquet file, 2 .txt files, 1 plain file, python-stdlib"

@@ -40,7 +40,7 @@ from restomod.train.sanity import QUICK, Status, Subject, Verdict
 from restomod.train.step import Compute
 from tests.models import CPU, to_transformers
 from tests.train.faults import QUICK_FAULTS, SLOW_FAULTS
-from tests.train.trainee import make_subject, state_of
+from tests.train.trainee import assert_leaves_no_trace, make_subject, state_of
 
 NAMES = [
     *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
@@ -216,16 +216,7 @@ def test_a_planted_fault_is_found(fault: str, checked: Checked, monkeypatch: pyt
 def test_a_check_leaves_the_model_as_it_was(
     one: Callable[[Subject], Verdict], training: bool, uncompiled: None
 ) -> None:
-    subject = make_subject()
-    model = subject.model.train(training)
-    model.transformer.h[0].train(not training)
-    model.transformer.wpe.weight.requires_grad_(False)
-    for i, p in enumerate(model.parameters()):
-        p.grad = torch.full_like(p, i) if i % 2 else None
-    before = state_of(model)
-    one(subject)
-    assert state_of(model) == before
-    assert not subject.optimizer.state
+    assert_leaves_no_trace(one, training)
 
 
 def test_only_the_last_check_changes_the_weights() -> None:

@@ -32,7 +32,7 @@ from restomod.train.sanity import (
 from restomod.train.step import Compute, batch_loss
 from tests.models import CPU, to_transformers
 from tests.train.faults import QUICK_FAULTS
-from tests.train.trainee import assert_identical, make_subject, make_trainee, state_of
+from tests.train.trainee import assert_identical, assert_leaves_no_trace, make_subject, make_trainee
 
 LN_V = math.log(97)
 WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=96, n_positions=16, vocab_size=97)
@@ -104,16 +104,7 @@ def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them() -> N
 @pytest.mark.parametrize("check", QUICK)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_check_leaves_the_model_as_it_was(check: Callable[[Subject], Verdict], training: bool) -> None:
-    subject = make_subject()
-    model = subject.model.train(training)
-    model.transformer.h[0].train(not training)
-    model.transformer.wpe.weight.requires_grad_(False)
-    for i, p in enumerate(model.parameters()):
-        p.grad = torch.full_like(p, i) if i % 2 else None
-    before = state_of(model)
-    check(subject)
-    assert state_of(model) == before
-    assert not subject.optimizer.state
+    assert_leaves_no_trace(check, training)
 
 
 # --- initial loss ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
 from restomod.model.gpt import GPT, build_model
 from restomod.train.optimizer import build_optimizer
-from restomod.train.sanity import Subject
+from restomod.train.sanity import Subject, Verdict
 from restomod.train.step import Compute, train_step
 from tests.models import CPU
 
@@ -94,3 +95,17 @@ def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)), name
+
+
+def assert_leaves_no_trace(check: Callable[[Subject], Verdict], training: bool) -> None:
+    """Weights, gradients, modes and what is frozen are after a check what they were before."""
+    subject = make_subject()
+    model = subject.model.train(training)
+    model.transformer.h[0].train(not training)
+    model.transformer.wpe.weight.requires_grad_(False)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i) if i % 2 else None
+    before = state_of(model)
+    check(subject)
+    assert state_of(model) == before
+    assert not subject.optimizer.state

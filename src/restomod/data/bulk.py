@@ -8,6 +8,7 @@ and more, which it cuts for its threads in the wrong places. So texts are cut he
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,26 +179,16 @@ def _load_tokie() -> Any:
         return tokie.Tokenizer.from_json(str(path))
 
 
-class _memory_file:
-    """A file with the given content, in memory where the system has such files; its path, while in use."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def __enter__(self) -> str:
-        if hasattr(os, "memfd_create"):
-            self._file: Any = os.fdopen(os.memfd_create("documents"), "wb")
-            path = f"/proc/self/fd/{self._file.fileno()}"
-        else:
-            self._file = tempfile.NamedTemporaryFile(delete=False)
-            path = self._file.name
-        self._file.write(self._content)
-        self._file.flush()
-        if not hasattr(os, "memfd_create"):
-            self._file.close()  # Windows opens a file once
-        return path
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if not hasattr(os, "memfd_create"):
-            os.unlink(self._file.name)
+@contextlib.contextmanager
+def _memory_file(content: bytes) -> Iterator[str]:
+    """The path of a file with this content, in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("documents"), "wb") as f:
+            f.write(content)
+            f.flush()
+            yield f"/proc/self/fd/{f.fileno()}"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "documents"
+            path.write_bytes(content)
+            yield str(path)

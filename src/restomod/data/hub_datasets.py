@@ -17,7 +17,6 @@ from restomod.errors import UserError, did_you_mean
 from restomod.hub import hub_file, one_line
 
 READABLE = (".parquet", ".txt", ".md", *JSON_LINES)
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SCHEME = "hf://datasets/"
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from restomod.config import DataConfig, PrepareConfig
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
-from restomod.data.pretokenized import SUFFIXES, split_of
-from restomod.data.readers import Document, read_documents
+from restomod.data.pretokenized import SUFFIXES
+from restomod.data.readers import DECOMPRESSORS, Document, read_documents
+from restomod.data.shards import split_of
 from restomod.data.sources import documents, files_of
 from restomod.errors import UserError, did_you_mean
 
@@ -87,6 +88,8 @@ def _on_hub(source: str) -> bool:
 def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
     """The addresses and sizes of a dataset's files."""
     if source.startswith(PRETOKENIZED):
+        if config.dedup:
+            raise UserError(f"{source}: published shards are taken as they are; leave --dedup out")
         shards = repository_files(source.removeprefix(PRETOKENIZED), config.hub_revision, SUFFIXES)
         shards = [file for file in shards if split_of(file.path)]
         if not shards:
@@ -100,9 +103,15 @@ def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
 def kinds_of(units: list[Unit]) -> str:
     """What a plan reads, for people: how many files of which ending, and named sources."""
     files = [file for unit in units for file in unit.files]
-    endings = collections.Counter("".join(Path(file).suffixes[-2:]).lower() or "plain" for file in files)
+    endings = collections.Counter(_ending(Path(file)) for file in files)
     counted = [f"{n:,} {ending} file{'' if n == 1 else 's'}" for ending, n in sorted(endings.items())]
     return ", ".join([*counted, *(unit.source for unit in units if unit.source in BUILT_IN)])
+
+
+def _ending(path: Path) -> str:
+    """`.jsonl.xz` of `a.b.jsonl.xz`, `.txt` of `v1.2.txt`."""
+    inner = Path(path.stem).suffix if path.suffix.lower() in DECOMPRESSORS else ""
+    return (inner + path.suffix).lower() or "plain"
 
 
 def describe(

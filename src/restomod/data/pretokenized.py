@@ -10,19 +10,13 @@ from typing import Any
 import numpy as np
 
 from restomod.data.hub_datasets import fetch, parse
-from restomod.data.shards import SPLITS, open_shard
+from restomod.data.shards import SPLITS, open_shard, split_of
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, sha256_file
 
 SUFFIXES = (".bin", ".npy")
 READ_TOKENS = 1_000_000
-
-
-def split_of(name: str) -> str | None:
-    """The split that a shard's name says it belongs to, as in `fineweb_train_000001.bin`."""
-    words = Path(name).stem.split("_")
-    return next((split for split in SPLITS if split in words), None)
 
 
 def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Tokenizer) -> dict[str, Any]:

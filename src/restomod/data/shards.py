@@ -209,6 +209,12 @@ def _open_split(folder: Path, entries: list[dict[str, Any]], verify: bool) -> To
     return TokenStream(shards)
 
 
+def split_of(name: str) -> str | None:
+    """The split that a published shard's name says it belongs to, as in `fineweb_train_000001.bin`."""
+    words = Path(name).stem.split("_")
+    return next((split for split in SPLITS if split in words), None)
+
+
 def open_published(folder: Path) -> Dataset:
     """Open shards that others have published, in place: llm.c's `*_train_*.bin`, build-nanogpt's `*_train_*.npy`.
 
@@ -218,7 +224,7 @@ def open_published(folder: Path) -> Dataset:
         UserError: there are none, or one is damaged.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
-    paths = {split: [path for path in files if split in path.stem.split("_")] for split in SPLITS}
+    paths = {split: [path for path in files if split_of(path.name) == split] for split in SPLITS}
     if not paths["train"]:
         raise UserError(
             f"{folder} holds no token shards: no {MANIFEST}, and no files such as fineweb_train_000001.bin "

@@ -111,11 +111,7 @@ class PrepareUnit(UnitStep):
         if source and source.startswith(PRETOKENIZED):
             address = self.units[unit].files[0]
             splits = fetch_shard(address, self.out, self.downloads(unit), gpt2_tokenizer())
-            documents = sum(part["documents"] for part in splits.values())
-            record = {"splits": splits, "documents": documents, "duplicates": 0}
-            write_json_atomically(record_path(self.out, unit), record)
-            shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
-            return
+            return self._finish(unit, splits, sum(part["documents"] for part in splits.values()), duplicates=0)
         writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
         try:
             counts = self._write(unit, writers)
@@ -132,12 +128,12 @@ class PrepareUnit(UnitStep):
                     f"mend it and run the same command again"
                 ) from None
             raise
+        self._finish(unit, splits, counts["all"]["documents"], counts["duplicates"]["documents"])
+
+    def _finish(self, unit: int, splits: dict[str, Any], documents: int, duplicates: int) -> None:
+        """Write the record of a unit whose shards are written, and drop what it downloaded."""
         fsync_path(self.out)  # the shards' names are on the disk before a record speaks of them
-        record = {
-            "splits": splits,
-            "documents": counts["all"]["documents"],
-            "duplicates": counts["duplicates"]["documents"],
-        }
+        record = {"splits": splits, "documents": documents, "duplicates": duplicates}
         write_json_atomically(record_path(self.out, unit), record)
         shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
 

@@ -7,7 +7,7 @@ OpenAI's checkpoint and finds waves, and noise upon them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,18 +114,15 @@ def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
     """For each kind of matrix, how its weights are distributed, a line per layer."""
     figure = _figure("weights, by layer", 11, 8)
     layers = _layers(tensors)
-    for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
-        weights = [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(layers)]
+    for axes, weights in _panels(figure, tensors):
         widest = max(4 * w.double().std(correction=0).item() for w in weights) or 1.0
         for layer, weight in enumerate(weights):
             counts = torch.histc(weight.float(), bins=BINS, min=-widest, max=widest)
             width = 2 * widest / BINS
             centres = (torch.arange(BINS) + 0.5) * width - widest
             axes.plot(centres, counts / (width * weight.numel()), color=_colour(layer, layers), linewidth=0.9)
-        axes.set_title(f"{kind}: {does}", fontsize=10)
         axes.set_xlabel("weight")
         axes.set_ylabel("density")
-        _quiet(axes)
     _layer_scale(figure, layers)
     return figure
 
@@ -134,17 +131,23 @@ def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
     """For each kind of matrix, its singular values from the largest to the smallest, a line per layer."""
     figure = _figure("singular values, by layer", 11, 8)
     layers = _layers(tensors)
-    for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
-        for layer in range(layers):
-            spectrum = torch.linalg.svdvals(tensors[f"transformer.h.{layer}.{kind}.weight"].float())
+    for axes, weights in _panels(figure, tensors):
+        for layer, weight in enumerate(weights):
+            spectrum = torch.linalg.svdvals(weight.float())
             axes.plot(spectrum.clamp(min=1e-6), color=_colour(layer, layers), linewidth=0.9)
-        axes.set_title(f"{kind}: {does}", fontsize=10)
         axes.set_yscale("log")
         axes.set_xlabel("rank")
         axes.set_ylabel("singular value")
-        _quiet(axes)
     _layer_scale(figure, layers)
     return figure
+
+
+def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axes, list[Tensor]]]:
+    """A quarter of the figure for each kind of matrix, and its weights, layer by layer."""
+    for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
+        axes.set_title(f"{kind}: {does}", fontsize=10)
+        _quiet(axes)
+        yield axes, [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(_layers(tensors))]
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> int:
