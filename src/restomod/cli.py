@@ -111,6 +111,7 @@ class DataArguments:
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
+    arguments = [re.sub(r"^--mix(?==|$)", "--data.mix", a) for a in arguments]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, PRESETS))
         print("usage: restomod train PRESET [FLAGS]          start a run in runs/PRESET (or --out FOLDER)")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from restomod.errors import UserError
 
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
+MIX_PRECISION = 10**6  # shares of a mix are multiples of about this part of 1
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -68,6 +70,9 @@ class DataConfig:
     that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
     path: str | None = None
     """File or folder to read: text, .jsonl or .parquet, also .gz, .xz, .zst. For tinyshakespeare: no download."""
+    mix: str | None = None
+    """Several folders of tokens and their weights, FOLDER:WEIGHT,FOLDER:WEIGHT, in place of source and path. Every
+    step has its share of each, whatever their sizes; a small folder is repeated more often."""
     glob: str = "**/*"
     """Which files of a folder to read. Hidden files are left out."""
     text_column: str = "text"
@@ -89,6 +94,33 @@ class DataConfig:
             self.source != "python-stdlib" or self.path is None,
             "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
         )
+        if self.mix is not None:
+            _require(self.path is None, "data.mix names the folders of tokens itself; leave data.path out")
+            self.mixed()
+
+    def mixed(self) -> list[tuple[str, Fraction]]:
+        """The folders of `mix` and their shares, which add up to 1.
+
+        Raises:
+            UserError: ``mix`` is not of the form FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights.
+        """
+        parts = []
+        for item in (self.mix or "").split(","):
+            folder, _, weight = item.strip().rpartition(":")
+            try:
+                parts.append((folder, float(weight)))
+            except ValueError:
+                parts.append((folder, math.nan))
+            _require(
+                bool(folder) and 0 < parts[-1][1] < math.inf,
+                f"data.mix: {item.strip()!r} is not FOLDER:WEIGHT with a weight above 0; for example web:0.7,books:0.3",
+            )
+        folders = [folder for folder, _ in parts]
+        _require(len(set(folders)) == len(folders), f"data.mix names a folder twice: {self.mix}")
+        total = sum(weight for _, weight in parts)
+        millionths = [round(MIX_PRECISION * weight / total) for _, weight in parts]
+        _require(min(millionths) > 0, f"data.mix: a weight is less than a millionth of the whole: {self.mix}")
+        return [(folder, Fraction(part, sum(millionths))) for folder, part in zip(folders, millionths, strict=True)]
 
 
 @dataclass(frozen=True)

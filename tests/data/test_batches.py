@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import tracemalloc
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data.batches import Batches, permute
+from restomod.data.batches import Batches, deal, document_ids, permute
 from restomod.data.shards import TokenStream
 from restomod.errors import UserError
 
@@ -146,8 +149,15 @@ def test_windows_are_consecutive_tokens_and_their_targets_one_ahead() -> None:
 
 
 def test_large_token_ids_stay_positive() -> None:
-    x, y = Batches(TokenStream([np.array([50256, 65535], dtype=np.uint16)]), 1, 1, seed=1).load(np.array([0]))
-    assert (x.item(), y.item()) == (50256, 65535)
+    x, y = Batches(TokenStream([np.array([50256, 32768], dtype=np.uint16)]), 1, 1, seed=1).load(np.array([0]))
+    assert (x.item(), y.item()) == (50256, 32768)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused() -> None:
+    batches = Batches(TokenStream([np.array([1, 2, 50257, 3, 4, 5], dtype=np.uint16)]), 1, 1, seed=1)
+    batches.load(np.array([3]))
+    with pytest.raises(UserError, match="the token 50257, and GPT-2's vocabulary ends at 50256"):
+        batches.load(np.array([0, 1]))
 
 
 def starts(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
@@ -172,3 +182,104 @@ def test_the_ranks_together_are_the_batch_in_order(world_size: int, micro_batch:
     shares = [starts(batches.micro_batches(2, micro_batch, rank, world_size)) for rank in range(world_size)]
     assert [len(share) for share in shares] == [12 // world_size] * world_size
     assert [window for share in shares for window in share] == batches.windows(2).tolist()
+
+
+def test_four_ranks_over_two_epochs_see_every_window_twice() -> None:
+    batches = Batches(counting(97), 4, 8, seed=3)  # 24 windows, 3 steps an epoch
+    seen = [w for step in range(6) for rank in range(4) for w in starts(batches.micro_batches(step, 2, rank, 4))]
+    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24))
+
+
+def test_the_order_of_ten_billion_tokens_takes_little_memory() -> None:
+    class Long(TokenStream):
+        def __len__(self) -> int:
+            return 10**13
+
+    batches = Batches(Long([]), 1024, 512, seed=1)
+    tracemalloc.start()
+    batches.windows(9_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+
+
+# --- mixes --------------------------------------------------------------------------------------------------
+
+weights = st.lists(st.integers(1, 1000), min_size=1, max_size=5)
+
+
+def shares_of(parts: list[int]) -> list[Fraction]:
+    return [Fraction(part, sum(parts)) for part in parts]
+
+
+@given(parts=weights, n=st.integers(1, 400), start=st.integers(0, 10**12))
+def test_after_any_number_of_sequences_each_source_has_had_its_share(parts: list[int], n: int, start: int) -> None:
+    shares = shares_of(parts)
+    source, index = deal(np.arange(start, start + n), shares)
+    for k, share in enumerate(shares):
+        mine = index[source == k].tolist()
+        assert mine == list(range(mine[0], mine[0] + len(mine))) if mine else True
+        if mine:
+            given_after = mine[-1] + 1
+            last = start + int(np.flatnonzero(source == k)[-1]) + 1
+            assert abs(given_after - share * last) < len(parts)
+
+
+@given(parts=weights)
+def test_dealing_begins_at_the_first_sequence_of_every_source(parts: list[int]) -> None:
+    source, index = deal(np.arange(3 * sum(parts)), shares_of(parts))
+    assert np.bincount(source, minlength=len(parts)).tolist() == [3 * part for part in parts]
+    for k in range(len(parts)):
+        assert index[source == k].tolist() == list(range(3 * parts[k]))
+
+
+def test_one_source_is_dealt_everything() -> None:
+    source, index = deal(np.arange(7, 12), [Fraction(1)])
+    assert (source.tolist(), index.tolist()) == ([0] * 5, [7, 8, 9, 10, 11])
+
+
+@given(windows=st.lists(st.integers(1, 20), min_size=2, max_size=3), seed=seeds, data=st.data())
+def test_each_source_of_a_mix_is_visited_in_epochs_of_its_own(
+    windows: list[int], seed: int, data: st.DataObject
+) -> None:
+    parts = data.draw(st.lists(st.integers(1, 9), min_size=len(windows), max_size=len(windows)))
+    streams = [counting(n * 4 + 1) for n in windows]
+    batches = Batches(streams, 4, 6, seed, shares=shares_of(parts))
+    seen = np.concatenate([batches.windows(step) for step in range(40)])
+    first = np.cumsum([0, *windows])
+    for k, n in enumerate(windows):
+        mine = (seen[(seen >= first[k]) & (seen < first[k + 1])] - first[k]).tolist()
+        for epoch in range(len(mine) // n):
+            assert sorted(mine[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_a_mix_loads_each_window_from_its_source() -> None:
+    a, b = (TokenStream([np.arange(n, n + 21, dtype=np.uint16)]) for n in (1000, 2000))
+    batches = Batches([a, b], 4, 10, seed=1, shares=[Fraction(7, 10), Fraction(3, 10)])
+    assert batches.n_windows == 10
+    x, y = batches.load(np.array([0, 4, 5, 9]))
+    assert x[:, 0].tolist() == [1000, 1016, 2000, 2016]
+    assert y[:, 3].tolist() == [1004, 1020, 2004, 2020]
+    for step in range(5):
+        x, _ = batches.load(batches.windows(step))
+        assert (x < 2000).all(dim=1).sum() == 7
+
+
+def test_sources_of_equal_length_have_orders_of_their_own() -> None:
+    batches = Batches([counting(401), counting(401)], 4, 200, seed=1, shares=[Fraction(1, 2)] * 2)
+    windows = batches.windows(0)
+    assert windows[windows < 100].tolist() != (windows[windows >= 100] - 100).tolist()
+
+
+def test_a_source_of_a_mix_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(UserError, match="has 4 tokens, fewer than a window of 4"):
+        Batches([counting(9), counting(4)], 4, 2, seed=1, shares=[Fraction(1, 2)] * 2)
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+def test_document_ids_change_at_every_separator() -> None:
+    tokens = torch.tensor([[5, 50256, 7, 8, 50256, 50256], [50256, 1, 2, 3, 4, 5]])
+    assert document_ids(tokens).tolist() == [[0, 1, 1, 1, 2, 3], [1, 1, 1, 1, 1, 1]]
+    assert document_ids(tokens).dtype == torch.int32

@@ -15,7 +15,7 @@ import tiktoken
 
 from restomod.config import PrepareConfig
 from restomod.data import overview as module
-from restomod.data import shards
+from restomod.data import verified
 from restomod.data.overview import overview
 from restomod.data.pipeline import prepare_folder
 from restomod.errors import UserError
@@ -49,7 +49,7 @@ def write_bin(path: Path, tokens: list[int]) -> None:
 def test_the_splits_are_counted(folder: Path) -> None:
     train, val = tokens_of(folder, "train*"), tokens_of(folder, "val*")
     splits = json.loads((folder / "manifest.json").read_text())["splits"]
-    first, about_train, about_val, duplicates, *_ = lines(folder)
+    first, about_train, about_val, origin, duplicates, *_ = lines(folder)
     assert first == f"{folder}: a.jsonl, {len(train) + len(val):,} tokens of the gpt2 vocabulary"
     assert (train == END).sum() + (val == END).sum() == 60
     for name, said, tokens in (("train", about_train, train), ("val", about_val, val)):
@@ -59,6 +59,9 @@ def test_the_splits_are_counted(folder: Path) -> None:
             f"{text_bytes:,} bytes of text, {text_bytes / len(tokens):.2f} per token"
         )
     assert len(list(folder.glob("train*"))) > 1
+    assert re.fullmatch(
+        r"made of /.*/a\.jsonl \(1 file\) with --dedup --shard-tokens 600 --val-fraction 0\.2", origin
+    )
     assert duplicates == "1 duplicate document left out"
 
 
@@ -127,13 +130,13 @@ def test_verify_finds_a_flipped_byte_that_is_not_read_without_it(folder: Path) -
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_only_verify_hashes(folder: Path, verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, real = [], shards.sha256_file
+    read, real = [], verified.sha256_file
 
     def recording(path: Path) -> str:
         read.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(shards, "sha256_file", recording)
+    monkeypatch.setattr(verified, "sha256_file", recording)
     last = lines(folder, verify)[-1]
     assert sorted(read) == (sorted(path.name for path in folder.glob("*.bin")) if verify else [])
     assert last.startswith("every shard has the SHA-256" if verify else "sizes are right")

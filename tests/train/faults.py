@@ -114,7 +114,7 @@ def _load(tokens_ahead: int, targets_ahead: int) -> Plant:
     """A loader whose tokens and targets begin elsewhere in their window."""
 
     def load(self: Batches, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        text = self.stream.read(0, len(self.stream)).astype(np.int64)
+        text = self.streams[0].read(0, len(self.streams[0])).astype(np.int64)
 
         def rows(ahead: int) -> Tensor:
             at = windows[:, None] * self.T + np.arange(self.T)[None, :] + ahead

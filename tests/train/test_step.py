@@ -49,7 +49,7 @@ def test_learns_one_batch_by_heart() -> None:
         model=ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=16, vocab_size=97),
         optim=OptimConfig(lr=1e-2, warmup_steps=5, weight_decay=0.0),
     )
-    trainee.batches.n_windows = 4  # the same four windows in every step
+    trainee.batches.source_windows = [4]  # the same four windows in every step
     losses = [loss for loss, _ in trainee.train(0, 100)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.3)
     assert losses[-1] < 0.05

@@ -32,7 +32,14 @@ class Trainee:
         """Make steps [first, end); return the loss and gradient norm of each."""
         compute = Compute(CPU, torch.float32, micro_batch or self.config.batch_sequences)
         return [
-            train_step(self.model, self.optimizer, self.batches, self.config, step, compute)
+            train_step(
+                self.model,
+                self.optimizer,
+                self.batches.micro_batches(step, compute.micro_batch),
+                self.config,
+                step,
+                compute,
+            )
             for step in range(first, end)
         ]
 

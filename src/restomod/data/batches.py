@@ -1,24 +1,32 @@
 """Which tokens a step sees: a pure function of (seed, step).
 
-A split of n tokens holds (n - 1) // T windows; window i is tokens [i*T, i*T + T], the last one only a target. Every
+A source of n tokens holds (n - 1) // T windows; window i is tokens [i*T, i*T + T], the last one only a target. Every
 epoch visits all windows once, in an order drawn from (seed, epoch). Steps take `batch_sequences` windows each,
 running on from one epoch into the next. To resume at step k is to ask for step k: nothing is skipped or stored.
+
+Where several sources are mixed, each has its own windows and epochs, and the sequences of a run are dealt out among
+the sources evenly: after any number of sequences each source has had its share of them, to within one or two.
 
 Shapes: B = sequences, T = sequence_length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 import torch
 
+from restomod.config import VOCAB_SIZE
 from restomod.data.shards import TokenStream
+from restomod.data.tokenizer import END_OF_TEXT
 from restomod.errors import UserError
 
 FEISTEL_ROUNDS = 8
 
 
-def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+def permute(index: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
     """Where a seeded permutation of range(n) sends each index, in memory that does not grow with n.
 
     A balanced Feistel network over the smallest 4^k >= n, whose results outside range(n) are sent through again until
@@ -27,14 +35,14 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     Args:
         index: shape (m,), values in [0, n).
         n: size of the permuted range.
-        seed, epoch: choose the permutation.
+        seed, epoch, source: choose the permutation.
 
     Returns:
         Shape (m,), int64, values in [0, n); distinct for distinct indices.
     """
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(FEISTEL_ROUNDS, np.uint64)
+    keys = np.random.SeedSequence([seed, epoch, source]).generate_state(FEISTEL_ROUNDS, np.uint64)
     x = index.astype(np.uint64)
     outside = np.ones(len(x), dtype=bool)
     while outside.any():
@@ -53,39 +61,99 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def deal(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
+    """Which source each sequence of a run is taken from, and how many that source has given before it.
+
+    The first source gets sequence p where floor(p * share) rises, the second likewise among those that are left, and
+    so on. So both answers are known for any p without those before it.
+
+    Args:
+        position: shape (m,), int64: which sequences of the run.
+        shares: of the sources; they add up to 1, and their denominators are small enough for 64-bit products.
+
+    Returns:
+        Two arrays (m,), int64: the source, and the index within it.
+    """
+    source, index = np.full(len(position), len(shares) - 1), np.empty(len(position), dtype=np.int64)
+    left, rest = np.arange(len(position)), Fraction(1)
+    for k, share in enumerate(shares[:-1]):
+        part = share / rest
+        before = position * part.numerator // part.denominator
+        here = (position + 1) * part.numerator // part.denominator > before
+        source[left[here]], index[left[here]] = k, before[here]
+        left, position, rest = left[~here], (position - before)[~here], rest - share
+    index[left] = position
+    return source, index
+
+
 class Batches:
     """The batches of a run, by step."""
 
     def __init__(
         self,
-        stream: TokenStream,
+        streams: TokenStream | Sequence[TokenStream],
         sequence_length: int,
         batch_sequences: int,
         seed: int,
         split: str = "training",
+        shares: Sequence[Fraction] = (Fraction(1),),
     ) -> None:
-        """Raises UserError where ``stream``, called ``split`` in messages, is shorter than a window and its target."""
-        self.stream, self.T, self.batch_sequences, self.seed = stream, sequence_length, batch_sequences, seed
-        self.n_windows = (len(stream) - 1) // sequence_length if len(stream) else 0
-        if self.n_windows < 1:
-            raise UserError(
-                f"the {split} text has {len(stream)} tokens, fewer than a window of {sequence_length} and its target; "
-                f"give more text, lower --sequence-length, or change --data.val-fraction"
-            )
+        """Raises UserError where a stream, of a ``split`` for messages, is shorter than a window and its target.
+
+        Args:
+            streams: the tokens of one source, or of several.
+            sequence_length: T.
+            batch_sequences: sequences of a step, over all processes.
+            seed: chooses the order.
+            split: what to call the tokens in messages.
+            shares: of the sequences of a run, for each source; they add up to 1.
+        """
+        self.streams = [streams] if isinstance(streams, TokenStream) else list(streams)
+        self.T, self.batch_sequences, self.seed, self.shares = sequence_length, batch_sequences, seed, tuple(shares)
+        self.source_windows = [max(0, len(stream) - 1) // sequence_length for stream in self.streams]
+        for stream, n_windows in zip(self.streams, self.source_windows, strict=True):
+            if n_windows < 1:
+                raise UserError(
+                    f"the {split} text has {len(stream)} tokens, fewer than a window of {sequence_length} and its "
+                    f"target; give more text, lower --sequence-length, or change --data.val-fraction"
+                )
+        self._first_windows = np.cumsum([0, *self.source_windows])  # of each source, and the number of all
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of all sources together."""
+        return int(self._first_windows[-1])
 
     def windows(self, step: int) -> np.ndarray:
-        """The windows of step ``step``'s global batch, shape (batch_sequences,), int64."""
+        """The windows of step ``step``'s global batch, shape (batch_sequences,), int64.
+
+        The windows of all sources are numbered one source after the other.
+        """
         position = np.arange(step * self.batch_sequences, (step + 1) * self.batch_sequences)
-        epoch, within = np.divmod(position, self.n_windows)
-        windows = np.empty_like(within)
-        for e in np.unique(epoch):  # a batch may end one epoch and begin the next
-            here = epoch == e
-            windows[here] = permute(within[here], self.n_windows, self.seed, int(e))
+        source, index = deal(position, self.shares)
+        windows = np.empty_like(index)
+        for k, n in enumerate(self.source_windows):
+            epoch, within = np.divmod(index, n)
+            for e in np.unique(epoch[source == k]):  # a batch may end one epoch and begin the next
+                here = (source == k) & (epoch == e)
+                windows[here] = self._first_windows[k] + permute(within[here], n, self.seed, int(e), k)
         return windows
 
     def load(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets of ``windows`` (B,): two int64 tensors (B, T), the second one token ahead."""
-        rows = np.stack([self.stream.read(int(w) * self.T, self.T + 1) for w in windows])  # (B, T + 1)
+        """Tokens and targets of ``windows`` (B,): two int64 tensors (B, T), the second one token ahead.
+
+        Raises:
+            UserError: the shards hold a token that GPT-2's vocabulary lacks.
+        """
+        source = np.searchsorted(self._first_windows, windows, side="right") - 1
+        starts = (windows - self._first_windows[source]) * self.T
+        reads = zip(source.tolist(), starts.tolist(), strict=True)
+        rows = np.stack([self.streams[k].read(start, self.T + 1) for k, start in reads])  # (B, T + 1)
+        if rows.max() >= VOCAB_SIZE:
+            raise UserError(
+                f"the shards hold the token {rows.max()}, and GPT-2's vocabulary ends at {VOCAB_SIZE - 1}: "
+                f"they are damaged or of another tokenizer"
+            )
         batch = torch.from_numpy(rows.astype(np.int64))
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
@@ -108,3 +176,16 @@ class Batches:
             )
         mine = self.windows(step)[rank * share : (rank + 1) * share]
         return [self.load(mine[i : i + micro_batch]) for i in range(0, share, micro_batch)]
+
+
+def document_ids(tokens: torch.Tensor) -> torch.Tensor:
+    """Which document of its window each token belongs to, for attention that stays within documents.
+
+    Args:
+        tokens: (B, T), from shards, where ``<|endoftext|>`` stands before every document.
+
+    Returns:
+        (B, T), int32: 0 for what is left of the document in which the window begins, then 1, 2, …; the separator is
+        the first token of its document.
+    """
+    return (tokens == END_OF_TEXT).cumsum(dim=1, dtype=torch.int32)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from restomod.config import PrepareConfig
+from restomod.data.plan import BUILT_IN
 from restomod.data.prepare import open_tokens
 from restomod.data.shards import MANIFEST, Dataset, TokenStream
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
@@ -30,12 +34,13 @@ def overview(folder: Path, verify: bool) -> Iterator[str]:
         UserError: the folder does not hold whole token shards.
     """
     tokenizer = gpt2_tokenizer()
-    dataset = open_tokens(folder, verify)
+    dataset = open_tokens(folder, "all" if verify else "sizes")
     manifest = dataset.manifest
     vocabulary = manifest["tokenizer"]["name"]
     yield f"{folder}: {manifest['name']}, {manifest['tokens']:,} tokens of the {vocabulary} vocabulary"
     for name, stream in (("train", dataset.train), ("val", dataset.val)):
         yield _split_line(dataset, name, stream)
+    yield from _origin(manifest)
     if manifest.get("duplicates"):
         yield f"{_counted(manifest['duplicates'], 'duplicate document')} left out"
     if len(dataset.train):
@@ -58,6 +63,21 @@ def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
     if text_bytes and len(stream):
         parts.append(f"{text_bytes:,} bytes of text, {text_bytes / len(stream):.2f} per token")
     return f"{name:<6}{', '.join(parts)}"
+
+
+def _origin(manifest: dict[str, Any]) -> Iterator[str]:
+    """What `restomod prepare` was told, as far as the manifest says it."""
+    plan = manifest.get("plan")
+    if not plan:
+        return
+    files = list(dict.fromkeys(file for unit in plan["units"] for file in unit["files"]))
+    defaults = dataclasses.asdict(PrepareConfig())
+    changed = {key: value for key, value in plan["settings"].items() if value != defaults.get(key)}
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in sorted(changed.items())]
+    named = [*plan["datasets"], *sorted({u["source"] for u in plan["units"] if u["source"] in BUILT_IN})]
+    origin = ", ".join(named) or f"{files[0]}{' …' if len(files) > 1 else ''}"
+    counted = f" ({_counted(len(files), 'file')})" if files else ""
+    yield f"made of {origin}{counted}" + (f" with {' '.join(flags)}" if flags else "")
 
 
 def _counted(n: int, noun: str) -> str:

@@ -12,12 +12,14 @@ import numpy as np
 
 from restomod.config import DataConfig
 from restomod.data.bulk import BulkEncoder
+from restomod.data.mix import mix
 from restomod.data.shards import (
     MANIFEST,
     MANIFEST_FORMAT,
     SHARD_TOKENS,
     Dataset,
     ShardWriter,
+    Verify,
     open_dataset,
     open_published,
 )
@@ -39,6 +41,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     Raises:
         UserError: from the source, or because a cached folder is damaged.
     """
+    if config.mix is not None:
+        return mix([(open_tokens(Path(folder)), share) for folder, share in config.mixed()])
     if config.source == "tokens":
         if config.path is None:
             raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
@@ -61,12 +65,12 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     return open_dataset(folder, tokenizer.sha256)
 
 
-def open_tokens(folder: Path, verify: bool = True) -> Dataset:
+def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
     """Open a folder of token shards: one with a manifest, or shards as others publish them.
 
     Args:
         folder: from `restomod prepare`, or holding `*train*.bin` and `*val*.bin` (llm.c) or `.npy` (build-nanogpt).
-        verify: compare every shard's SHA-256 with the manifest's.
+        verify: how much to compare with the manifest; see `open_dataset`.
 
     Raises:
         UserError: there are no shards, or they are damaged.

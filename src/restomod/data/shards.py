@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from restomod.data.verified import changed_file
 from restomod.errors import UserError
 from restomod.files import read_json, sha256_file
 
@@ -26,6 +29,8 @@ SHARD_TOKENS = 100_000_000
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
+
+Verify = Literal["sizes", "changed", "all"]
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
@@ -66,7 +71,7 @@ class _OpenShard:
         self._temporary.unlink(missing_ok=True)
 
 
-_MEND = "delete the folder and run the same command again to prepare it anew"
+_MEND = "delete the folder and prepare it anew"
 
 
 def open_shard(path: Path, mend: str = _MEND) -> np.ndarray:
@@ -145,6 +150,11 @@ class TokenStream:
         self._shards = shards
         self._starts = np.cumsum([0] + [len(s) for s in shards])  # (n_shards + 1,)
 
+    @classmethod
+    def joined(cls, streams: Sequence[TokenStream]) -> TokenStream:
+        """Several streams, one after the other, as one."""
+        return cls([shard for stream in streams for shard in stream._shards])
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -171,14 +181,38 @@ class Dataset:
     train: TokenStream
     val: TokenStream
 
+    parts: tuple[Part, ...] = ()
+    """The sources of a mix."""
+
     @property
     def fingerprint(self) -> str:
         """Hash of the text, the tokenizer and the split: equal fingerprints mean equal tokens."""
         return str(self.manifest["fingerprint"])
 
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        """What to train on, and how much of it: a dataset that is no mix is its only source."""
+        return self.parts or (Part(str(self.manifest["name"]), self, Fraction(1)),)
 
-def open_dataset(folder: Path, tokenizer_sha256: str, verify: bool = True) -> Dataset:
-    """Open a prepared folder and check every shard against the manifest: its size, and with ``verify`` every byte.
+
+@dataclass(frozen=True)
+class Part:
+    """A source of a mix."""
+
+    name: str
+    dataset: Dataset
+    share: Fraction
+    """Of the sequences of a run."""
+
+
+def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed") -> Dataset:
+    """Open a prepared folder and check every shard against the manifest.
+
+    Args:
+        folder: with a manifest.
+        tokenizer_sha256: of the vocabulary that the tokens are to be of.
+        verify: compare only sizes, or the SHA-256 of every shard, or only of those that the file system says have
+            changed since they were last compared.
 
     Raises:
         UserError: the manifest is missing, damaged or made with another tokenizer; a shard is missing or altered.
@@ -192,19 +226,25 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: bool = True) -> Da
         made_with = manifest["tokenizer"]["sha256"]
         if made_with != tokenizer_sha256:
             raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {_MEND}")
-        train, val = (_open_split(folder, manifest["splits"][split]["shards"], verify) for split in SPLITS)
+        entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
+        hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
+        train, val = (_open_split(folder, entries[split]) for split in SPLITS)
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / MANIFEST} is damaged: {e.args[0]!r} is missing or wrong; {_MEND}") from None
+    if verify != "sizes":
+        changed = changed_file(folder, hashes, remember=verify == "changed")
+        if changed:
+            raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {_MEND}")
     return Dataset(folder, manifest, train, val)
 
 
-def _open_split(folder: Path, entries: list[dict[str, Any]], verify: bool) -> TokenStream:
+def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
     shards = []
     for entry in entries:
         path = folder / entry["file"]
         tokens = open_shard(path)
-        if len(tokens) != entry["tokens"] or (verify and sha256_file(path) != entry["sha256"]):
-            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {_MEND}")
+        if len(tokens) != entry["tokens"]:
+            raise UserError(f"{path} is damaged: it has not the number of tokens in {MANIFEST}; {_MEND}")
         shards.append(tokens)
     return TokenStream(shards)
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from restomod.config import RunConfig
+from restomod.data.prefetch import Prefetch
 from restomod.errors import UserError
 from restomod.evals.heldout import heldout_loss
 from restomod.generate import continuations
@@ -61,10 +62,14 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     display.lines(sanity_lines(training.verdicts))
 
     started = time.perf_counter()
-    with StopSignal() as stop:
+    pin_memory = training.compute.device.type == "cuda"
+    with (
+        StopSignal() as stop,
+        Prefetch(training.batches, training.compute.micro_batch, config.steps, pin_memory=pin_memory) as data,
+    ):
         display.start(training.first_step, config.steps)
         try:
-            finished = _loop(training, display, stop)
+            finished = _loop(training, data, display, stop)
         finally:
             display.stop()
     newest = list_checkpoints(folder)[-1]
@@ -75,7 +80,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     return EXIT_FINISHED if finished else EXIT_INTERRUPTED
 
 
-def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
+def _loop(training: Training, data: Prefetch, display: Display, stop: StopSignal) -> bool:
     """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
     run, config, first = training.run, training.config, training.first_step
     model, optimizer, compute = training.model, training.optimizer, training.compute
@@ -98,7 +103,8 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
             return finished
 
         start = time.perf_counter()
-        loss, grad_norm = train_step(model, optimizer, training.batches, config, step, compute)
+        micro_batches, waited = data.get(step)
+        loss, grad_norm = train_step(model, optimizer, micro_batches, config, step, compute)
         seconds = time.perf_counter() - start
 
         if not math.isfinite(loss + grad_norm):
@@ -114,6 +120,7 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
             lr=learning_rate(config.optim, step, config.steps),
             grad_norm=grad_norm,
             ms=1000 * seconds,
+            data_ms=1000 * waited,
             tokens_per_second=speed,
             mfu=mfu(speed, flops, peak),
         )
@@ -126,19 +133,26 @@ def _loop(training: Training, display: Display, stop: StopSignal) -> bool:
 
 
 def evaluate(training: Training, step: int, display: Display) -> None:
-    """Log and show the loss on the validation split, if there is one."""
-    if len(training.dataset.val):
-        T, compute = training.config.sequence_length, training.compute
-        loss, tokens = heldout_loss(
-            training.model,
-            training.dataset.val,
-            T,
-            compute.device,
-            compute.dtype,
-            training.config.eval_tokens,
+    """Log and show the loss on the validation split, if there is one; of a mix, the mean by share, and that of each."""
+    config, compute = training.config, training.compute
+    sources = [source for source in training.dataset.sources if len(source.dataset.val)]
+    if not sources:
+        return
+    shares, losses, tokens = [], {}, 0
+    for source in sources:
+        shares.append(float(source.share / sum(s.share for s in sources)))
+        limit = (
+            None if config.eval_tokens is None else max(config.sequence_length, int(shares[-1] * config.eval_tokens))
         )
-        training.run.log("val", step, loss=loss, tokens=tokens)
-        display.line(f"step {step}  validation loss {loss:.4f}", style="bold cyan")
+        losses[source.name], n = heldout_loss(
+            training.model, source.dataset.val, config.sequence_length, compute.device, compute.dtype, limit
+        )
+        tokens += n
+    loss = sum(share * part for share, part in zip(shares, losses.values(), strict=True))
+    parts = {"sources": losses} if training.dataset.parts else {}
+    training.run.log("val", step, loss=loss, tokens=tokens, **parts)
+    of = ", ".join(f"{name} {part:.4f}" for name, part in losses.items()) if parts else ""
+    display.line(f"step {step}  validation loss {loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
 
 
 def write_samples(training: Training, step: int, display: Display) -> None:

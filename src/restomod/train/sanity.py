@@ -104,7 +104,7 @@ def next_token_targets(subject: Subject) -> Verdict:
     name, model = "targets", subject.model
     T = subject.batches.T
     tokens, targets = subject.batches.load(np.array([0]))
-    text = torch.from_numpy(subject.batches.stream.read(0, T + 1).astype(np.int64))
+    text = torch.from_numpy(subject.batches.streams[0].read(0, T + 1).astype(np.int64))
     for what, row, expected in (("tokens", tokens[0], text[:-1]), ("targets", targets[0], text[1:])):
         if not torch.equal(row, expected):
             ahead = [k for k in (-1, 0, 2) if what == "targets" and _is_shift(row, text, k)]

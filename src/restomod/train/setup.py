@@ -75,9 +75,18 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     compute = Compute(device, choose_dtype(config.precision, device), choose_micro_batch(config, device))
     tokenizer = gpt2_tokenizer()
     dataset = prepare(config.data, tokenizer)
-    batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed, "training")
-    if len(dataset.val):
-        Batches(dataset.val, config.sequence_length, 1, 0, "validation")  # refused now rather than at the first use
+    sources = dataset.sources
+    batches = Batches(
+        [source.dataset.train for source in sources],
+        config.sequence_length,
+        config.batch_sequences,
+        config.seed,
+        "training",
+        [source.share for source in sources],
+    )
+    for source in sources:
+        if len(source.dataset.val):  # refused now rather than at the first use
+            Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
     if config.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
@@ -122,7 +131,10 @@ def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
     """
     data = config.data
     path = str(Path(data.path).absolute()) if data.path else None
-    data = dataclasses.replace(data, path=path, cache=str(Path(data.cache).absolute()))
+    mix = (
+        ",".join(f"{Path(folder).absolute()}:{float(share):g}" for folder, share in data.mixed()) if data.mix else None
+    )
+    data = dataclasses.replace(data, path=path, mix=mix, cache=str(Path(data.cache).absolute()))
     init = config.init
     if init is not None and needs_init and Path(init).is_dir():
         init = str(find_model(init).absolute())
@@ -161,7 +173,9 @@ def summary(training: Training) -> list[tuple[str, str]]:
     train, val = len(training.dataset.train), len(training.dataset.val)
     accumulation = config.batch_sequences // compute.micro_batch
     seconds = training.micro_batch_seconds * accumulation * (config.steps - training.first_step)
-    epochs = config.steps * config.batch_tokens / (training.batches.n_windows * config.sequence_length)
+    sources = zip(training.dataset.sources, training.batches.source_windows, strict=True)
+    epochs = {s.name: config.steps * config.batch_sequences * float(s.share) / n for s, n in sources}
+    in_epochs = ", ".join(f"{n:.2g} epochs" + (f" of {name}" if len(epochs) > 1 else "") for name, n in epochs.items())
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
     count = manifest["documents"]  # not known of published shards
@@ -176,7 +190,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
             f"{config.batch_tokens:,} = {accumulation} × {compute.micro_batch} sequences "
             f"× {config.sequence_length} tokens",
         ),
-        ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {epochs:.2g} epochs)"),
+        ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
         ("device", describe_device(compute.device)),
         ("precision", precision + (", compiled" if config.compile else "")),
         ("estimated time", f"{duration(seconds)} for the steps alone, from timing one micro-batch"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from restomod.config import RunConfig, nearest_divisor_below
-from restomod.data.batches import Batches
+from restomod.data.prefetch import MicroBatches
 from restomod.device import autocast
 from restomod.model.gpt import GPT
 from restomod.train.loss import linear_cross_entropy
@@ -37,20 +37,27 @@ class Compute:
 def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
     """Mean cross-entropy of ``targets`` (B, T) given ``tokens`` (B, T): a scalar, in nats."""
     with autocast(compute.device, compute.dtype):
-        hidden = model.transformer(tokens.to(compute.device))  # (B, T, D)
-    targets = targets.to(compute.device).flatten()
+        hidden = model.transformer(tokens.to(compute.device, non_blocking=True))  # (B, T, D)
+    targets = targets.to(compute.device, non_blocking=True).flatten()
     return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets, model.config.vocab_size, compute.dtype)
 
 
 def train_step(
-    model: GPT, optimizer: Optimizer, batches: Batches, config: RunConfig, step: int, compute: Compute
+    model: GPT, optimizer: Optimizer, micro_batches: MicroBatches, config: RunConfig, step: int, compute: Compute
 ) -> tuple[float, float]:
-    """Update ``model`` once, on the batch of step ``step``.
+    """Update ``model`` once.
+
+    Args:
+        model: to train.
+        optimizer: of its parameters.
+        micro_batches: tokens and targets, (B, T) each, that together are the batch of step ``step``.
+        config: of the run.
+        step: how many updates the weights have had.
+        compute: where and how precisely to compute.
 
     Returns:
         The loss (nats) and the gradient's norm before clipping. If either is not finite, nothing is updated.
     """
-    micro_batches = batches.micro_batches(step, compute.micro_batch)
     loss = torch.zeros((), device=compute.device)
     for tokens, targets in micro_batches:
         micro_loss = batch_loss(model, tokens, targets, compute) / len(micro_batches)

@@ -1,0 +1,59 @@
+"""Which shards have their hash, without reading again what has not changed since it was last read.
+
+`.verified.json` in a folder of shards says of each file what the file system said of it (inode, size, time of the last
+change of its contents or attributes) when its SHA-256 was found to be that of the manifest. A file of which it now
+says the same is taken for the same; damage that the disk itself does unseen is found by `restomod data --verify`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from restomod.errors import UserError
+from restomod.files import read_json, sha256_file, write_json_atomically
+
+VERIFIED = ".verified.json"
+SETTLED_SECONDS = 2.0  # a file that changed later than so long ago may change again unseen: clocks tick in steps
+
+Seen = list[int | str]
+
+
+def changed_file(folder: Path, hashes: dict[str, str], remember: bool = True) -> str | None:
+    """The first file of a folder that has another hash than it should; None where all are right.
+
+    Args:
+        folder: where the files are.
+        hashes: SHA-256 by file name.
+        remember: pass over files that were right before and have not changed since.
+    """
+    before = _read(folder) if remember else {}
+    now = {name: _seen(folder / name, sha256) for name, sha256 in hashes.items()}
+    unsure = [name for name in hashes if before.get(name) != now[name]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases Python's lock
+        for name, sha256 in zip(unsure, pool.map(lambda name: sha256_file(folder / name), unsure), strict=True):
+            if sha256 != hashes[name]:
+                pool.shutdown(wait=False, cancel_futures=True)
+                return name
+    settled = (time.time() - SETTLED_SECONDS) * 1e9
+    right = {name: seen for name, seen in now.items() if int(seen[2]) < settled}
+    if right != before:
+        with contextlib.suppress(OSError):  # a folder that cannot be written is read again each time
+            write_json_atomically(folder / VERIFIED, right)
+    return None
+
+
+def _seen(path: Path, sha256: str) -> Seen:
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_ctime_ns, sha256]
+
+
+def _read(folder: Path) -> dict[str, Seen]:
+    with contextlib.suppress(UserError):  # absent or damaged: nothing is known
+        found = read_json(folder / VERIFIED, "record of verified shards")
+        if isinstance(found, dict):
+            return found
+    return {}
