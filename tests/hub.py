@@ -61,6 +61,7 @@ class Hub:
         self.cards: dict[str, dict[str, Any]] = {}  # front matter of a dataset's README
         self.requests: list[Request] = []
         self.mend()
+        self.pause = time.sleep  # the real one: `adopt_client` takes it from this process
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -81,6 +82,9 @@ class Hub:
         """Take all faults back."""
         self.cuts: Iterator[int] = iter(())
         self.flips: Iterator[int] = iter(())
+        self.stalls: Iterator[float] = iter(())
+        self.hidden: set[str] = set()  # files that are listed and not found
+        self.bytes_per_second = 0.0
         self.answers: dict[str, Iterator[tuple[int, str]]] = {}
 
     def cut(self, after: int, times: int | None = 1) -> None:
@@ -90,6 +94,10 @@ class Hub:
     def flip(self, bit: int = 0, times: int | None = 1) -> None:
         """Serve a file with one bit (-1: the last) other than its ETag says."""
         self.flips = _times(bit, times)
+
+    def stall(self, seconds: float, times: int | None = 1) -> None:
+        """Stop for so long in the middle of a body."""
+        self.stalls = _times(seconds, times)
 
     def answer(self, status: int, code: str = "", times: int | None = 1, methods: Sequence[str] = METHODS) -> None:
         """Answer with an error, such as 503, or 404 with the X-Error-Code RepoNotFound."""
@@ -151,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = hub.commit(repo)
         if revision not in ("main", commit):
             return self._empty(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if name not in hub.repos[repo]:
+        if name not in hub.repos[repo] or name in hub.hidden:
             return self._empty(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit)
         content = hub.repos[repo][name]
         if not name.endswith(LFS):
@@ -209,7 +217,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._start(206 if asked else 200, len(body), headers)
         if self.command == "GET":
             with contextlib.suppress(ConnectionError):  # a client may hang up
-                self.wfile.write(body[: next(self.hub.cuts, None)])
+                self._send(body[: next(self.hub.cuts, None)])
+
+    def _send(self, body: bytes) -> None:
+        pause, half = next(self.hub.stalls, 0.0), len(body) // 2
+        if self.hub.bytes_per_second:
+            for start in range(0, len(body), 1000):
+                self.wfile.write(body[start : start + 1000])
+                self.hub.pause(1000 / self.hub.bytes_per_second)
+        elif pause:
+            self.wfile.write(body[:half])
+            self.wfile.flush()
+            self.hub.pause(pause)
+            self.wfile.write(body[half:])
+        else:
+            self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass

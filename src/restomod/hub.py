@@ -53,8 +53,10 @@ def hub_file(
     reason: BaseException | str = ""
     for attempt in range(ATTEMPTS):
         cached = hub.try_to_load_from_cache(repository, name, **where)
-        if cached is not None and not isinstance(cached, str):
-            return None  # remembered to be absent
+        if cached is not None and not isinstance(cached, str):  # remembered to be absent
+            if kind == "model":
+                return None
+            cached = None  # a dataset's file was listed, so it must come some time
         if cached is None and cached_only:
             return None
         try:

@@ -59,9 +59,7 @@ def test_the_splits_are_counted(folder: Path) -> None:
             f"{text_bytes:,} bytes of text, {text_bytes / len(tokens):.2f} per token"
         )
     assert len(list(folder.glob("train*"))) > 1
-    assert re.fullmatch(
-        r"made of /.*/a\.jsonl \(1 file\) with --dedup --shard-tokens 600 --val-fraction 0\.2", origin
-    )
+    assert re.fullmatch(r"made of /.*/a\.jsonl \(1 file\) with --dedup --shard-tokens 600 --val-fraction 0\.2", origin)
     assert duplicates == "1 duplicate document left out"
 
 
