@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, get_args
 
 import pytest
@@ -387,3 +388,39 @@ def test_prepare_settings_out_of_range_are_refused_by_their_flag(values: dict[st
     (name,) = values
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is "):
         PrepareConfig(**values)
+
+
+# --- mixes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        ("web:0.7,books:0.3", [("web", Fraction(7, 10)), ("books", Fraction(3, 10))]),
+        ("web:2, a/b c:1,x:1", [("web", Fraction(1, 2)), ("a/b c", Fraction(1, 4)), ("x", Fraction(1, 4))]),
+        ("C:/data:1", [("C:/data", Fraction(1))]),
+        ("a:1,b:2", [("a", Fraction(333333, 1000000)), ("b", Fraction(666667, 1000000))]),
+    ],
+)
+def test_a_mix_names_folders_and_shares(mix: str, expected: list[tuple[str, Fraction]]) -> None:
+    assert DataConfig(source="tokens", mix=mix).mixed() == expected
+    assert sum(share for _, share in expected) == 1
+
+
+@pytest.mark.parametrize("mix", ["", "web", "web:", ":0.5", "web:0.5,", "web:-1", "web:0", "web:nan", "web:inf", "a:x"])
+def test_what_is_no_mix_is_refused(mix: str) -> None:
+    with pytest.raises(UserError, match="is not FOLDER:WEIGHT"):
+        DataConfig(source="tokens", mix=mix)
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"), [("a:1,a:2", "names a folder twice"), ("a:1,b:1e-9", "less than a millionth")]
+)
+def test_a_mix_that_makes_no_sense_is_refused(mix: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        DataConfig(source="tokens", mix=mix)
+
+
+def test_a_mix_stands_in_place_of_a_path() -> None:
+    with pytest.raises(UserError, match=r"leave data\.path out"):
+        DataConfig(source="tokens", path="x", mix="a:1,b:1")

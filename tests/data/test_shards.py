@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 import tempfile
 from collections.abc import Callable
@@ -406,3 +407,18 @@ def test_verify_is_what_reads_the_bytes(folder: Path) -> None:
     path.write_bytes(content)
     open_dataset(folder, VOCABULARY, verify="sizes")
     refusal(path, open_dataset, folder, VOCABULARY)
+
+
+def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: Path) -> None:
+    tokens = np.arange(50_000, dtype=np.uint16)
+    write_shard(tmp_path / "a.bin", tokens[:30_000])
+    np.save(tmp_path / "b.npy", tokens[30_000:])
+    stream = TokenStream([open_shard(tmp_path / "a.bin"), open_shard(tmp_path / "b.npy"), tokens[:10]])
+    stream.expect_random_reads()
+    assert stream.read(0, 50_010).tolist() == [*range(50_000), *range(10)]
+    if Path("/proc/self/smaps").exists():  # "rr": random reads
+        maps = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+        for name in ("a.bin", "b.npy"):
+            flags = [m for m in maps if str(tmp_path / name) in m]
+            assert flags
+            assert all(re.search(r"VmFlags:.* rr ", m + " ") for m in flags)

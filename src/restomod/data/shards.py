@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,6 +155,17 @@ class TokenStream:
     def joined(cls, streams: Sequence[TokenStream]) -> TokenStream:
         """Several streams, one after the other, as one."""
         return cls([shard for stream in streams for shard in stream._shards])
+
+    def expect_random_reads(self) -> None:
+        """Let the system read what is asked for and nothing around it.
+
+        By default it reads ahead at every page that it has not got, megabytes on some machines, for the two kilobytes
+        of a window.
+        """
+        for shard in self._shards:
+            mapped = getattr(shard, "_mmap", None)  # numpy's memmap has no public way to it
+            if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+                mapped.madvise(mmap.MADV_RANDOM)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -132,8 +132,9 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     manifest = read_json(folder / "data.json", "manifest of the run's data")
     trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"
     if dataset.fingerprint != trained_on:
+        data = "this mix" if dataset.parts else dataset.folder
         raise UserError(
-            f"{dataset.folder} holds other tokens than {folder} was trained on (fingerprint "
+            f"{data} holds other tokens than {folder} was trained on (fingerprint "
             f"{dataset.fingerprint[:12]}, not {trained_on[:12]}): bring the text back as it was, or start a new run"
         )
 

@@ -85,6 +85,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
         [source.share for source in sources],
     )
     for source in sources:
+        source.dataset.train.expect_random_reads()
         if len(source.dataset.val):  # refused now rather than at the first use
             Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
     if config.model.vocab_size != tokenizer.vocab_size:

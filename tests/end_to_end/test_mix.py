@@ -1,0 +1,104 @@
+"""A run on a mix of token folders sees its share of each in every step, and can be stopped and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from restomod.config import DataConfig, RunConfig
+from restomod.data.prepare import open_tokens
+from restomod.data.shards import write_shard
+from restomod.errors import UserError
+from restomod.evals.heldout import heldout_loss
+from restomod.train.console import Display
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+from restomod.train.setup import set_up, summary
+
+QUIET = Display(interactive=False)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Two folders of tokens: one long and of low ids, the other short and of high ids."""
+    chance = np.random.default_rng(0)
+    for name, low, high, n in (("web", 0, 100, 6_000), ("books", 200, 300, 700)):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "x_train_000000.bin", chance.integers(low, high, n).astype(np.uint16))
+        write_shard(tmp_path / name / "x_val_000000.bin", chance.integers(low, high, 200).astype(np.uint16))
+    return [tmp_path / "web", tmp_path / "books"]
+
+
+@pytest.fixture
+def mixed(tiny: RunConfig, folders: list[Path]) -> RunConfig:
+    data = DataConfig(source="tokens", mix=f"{folders[0]}:3,{folders[1]}:1", cache=tiny.data.cache)
+    return dataclasses.replace(tiny, data=data, steps=8, save_every=4, eval_every=4, sanity_checks=False)
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Path) -> None:
+    training = set_up(mixed, tmp_path / "run", resume=False)
+    for step in range(30):  # 4 sequences a step, one of them from the short folder: beyond its epoch
+        ((x, _),) = training.batches.micro_batches(step, 4)
+        assert ((x >= 200).all(dim=1).sum().item(), (x < 100).all(dim=1).sum().item()) == (1, 3)
+    table = dict(summary(training))
+    assert table["data"].startswith("0.75 web + 0.25 books: 7,100 tokens; 6,700 for training, 400 for validation")
+    assert table["steps"] == "8 (1,024 tokens, 0.13 epochs of web, 0.38 epochs of books)"
+
+
+def test_validation_is_told_of_each_and_its_mean_goes_by_share(
+    mixed: RunConfig, folders: list[Path], tmp_path: Path
+) -> None:
+    assert train(mixed, tmp_path / "run", display=QUIET) == 0
+    last = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "val"][-1]
+    training = set_up(dataclasses.replace(mixed), tmp_path / "run", resume=True)
+    for folder in folders:
+        loss, _ = heldout_loss(
+            training.model, open_tokens(folder).val, 32, training.compute.device, training.compute.dtype
+        )
+        assert last["sources"][folder.name] == pytest.approx(loss, rel=1e-6)
+    assert last["loss"] == pytest.approx(0.75 * last["sources"]["web"] + 0.25 * last["sources"]["books"], rel=1e-9)
+    assert last["tokens"] == 2 * 192
+
+
+def test_a_run_on_a_mix_that_was_stopped_is_the_run_that_was_not(mixed: RunConfig, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(mixed, whole, display=QUIET) == 0
+    assert train(dataclasses.replace(mixed, steps=8), parts, display=QUIET) == 0
+    for newest in sorted((parts / "checkpoints").iterdir())[1:]:  # back to the checkpoint of step 4
+        for path in sorted(newest.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        newest.rmdir()
+    from restomod.train.run import read_config
+
+    assert train(read_config(parts), parts, resume=True, display=QUIET) == 0
+    assert losses(parts) == losses(whole)
+
+
+def test_a_resumed_run_refuses_another_mix(mixed: RunConfig, folders: list[Path], tmp_path: Path) -> None:
+    assert train(mixed, tmp_path / "run", display=QUIET) == 0
+    other = dataclasses.replace(mixed.data, mix=f"{folders[0]}:1,{folders[1]}:1")
+    with pytest.raises(UserError, match="this mix holds other tokens than"):
+        train(dataclasses.replace(mixed, data=other, steps=9), tmp_path / "run", resume=True, display=QUIET)
+
+
+def test_mix_is_a_flag_of_train(restomod: Callable, folders: list[Path], tmp_path: Path) -> None:
+    shape = "--model.n-layer 1 --model.n-head 1 --model.n-embd 16 --sequence-length 32 --batch-tokens 128 --steps 2"
+    process = restomod("train", "quickstart", "--mix", "web:0.5,books:0.5", "--out", "run", *shape.split())
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "0.5 web + 0.5 books" in out
+    assert "validation loss" in out
+    assert "(web " in out
+    process = restomod("train", "quickstart", "--mix=web:0.5,book:0.5", "--out", "run2", *shape.split())
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith(f"restomod: error: {tmp_path}/book: no such folder of token shards")
+    assert err.count("\n") == 1
