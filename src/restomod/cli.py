@@ -19,7 +19,7 @@ import tyro
 
 from restomod import __version__
 from restomod.config import Device, Precision, PrepareConfig, RunConfig, SamplingConfig, require_seed
-from restomod.errors import UserError, did_you_mean
+from restomod.errors import ReportedElsewhere, UserError, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
 EXIT_CHECK_FAILED = 1
@@ -110,6 +110,23 @@ class DataArguments:
 
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run."""
+    try:
+        parsed = _train_arguments(arguments)
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise ReportedElsewhere from e  # torchrun starts every process with the same arguments
+    if isinstance(parsed, int):
+        return parsed
+    config, folder, resume = parsed
+
+    from restomod.train.loop import train as run
+
+    return run(config, folder, resume)
+
+
+def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int:
+    """Configuration, folder, and whether to resume; an exit code where only help was asked for."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
     arguments = [re.sub(r"^--mix(?==|$)", "--data.mix", a) for a in arguments]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -140,10 +157,7 @@ def train(arguments: list[str]) -> int:
         fresh = TrainArguments(preset(name), out=f"runs/{name}")
         parsed = _parse(TrainArguments, fresh, rest, f"restomod train {name}")
         config, folder = parsed.config, Path(parsed.out)
-
-    from restomod.train.loop import train as run
-
-    return run(config, folder, resume="--resume" in arguments)
+    return config, folder, "--resume" in arguments
 
 
 def sample(arguments: list[str]) -> int:
@@ -332,6 +346,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ReportedElsewhere:
+        return EXIT_USER_ERROR
     except (UserError, OSError) as e:
         if debug:
             raise

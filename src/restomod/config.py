@@ -19,6 +19,7 @@ MIX_PRECISION = 10**6  # shares of a mix are multiples of about this part of 1
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -250,6 +251,8 @@ class RunConfig:
     """Where to compute. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
     """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it."""
+    parallel: Parallel = "ddp"
+    """How several processes (torchrun) share a model. ddp: each has all of it; fsdp: each a part, for large ones."""
     compile: bool = False
     """Compile the model with torch.compile before training (needs a C++ compiler on CPU)."""
 
@@ -298,6 +301,12 @@ def _divisors(n: int) -> set[int]:
 def _nearest_divisor(n: int, to: int) -> int:
     """The divisor of ``n`` nearest to ``to`` (the smaller one where two are equally near)."""
     return min(_divisors(n), key=lambda d: (abs(d - to), d))
+
+
+def divisors_near(n: int, to: int) -> str:
+    """The divisors of ``n`` on either side of ``to``, as text for an error message."""
+    below, above = [d for d in _divisors(n) if d < to], [d for d in _divisors(n) if d > to]
+    return " or ".join(str(d) for d in (*sorted(below)[-1:], *sorted(above)[:1]))
 
 
 def _neighbours(n: int, multiple: int) -> str:

@@ -15,3 +15,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     choices = list(known)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(choices))}"
+
+
+class ReportedElsewhere(UserError):
+    """Another process of the same run has reported what went wrong."""

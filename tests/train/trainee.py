@@ -13,9 +13,10 @@ from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
 from restomod.model.gpt import GPT, build_model
+from restomod.train.distributed import SINGLE
 from restomod.train.optimizer import build_optimizer
 from restomod.train.sanity import Subject, Verdict
-from restomod.train.step import Compute, train_step
+from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
 
 
@@ -33,12 +34,12 @@ class Trainee:
         compute = Compute(CPU, torch.float32, micro_batch or self.config.batch_sequences)
         return [
             train_step(
-                self.model,
+                BatchLoss(self.model, compute),
                 self.optimizer,
                 self.batches.micro_batches(step, compute.micro_batch),
                 self.config,
                 step,
-                compute,
+                SINGLE,
             )
             for step in range(first, end)
         ]

@@ -9,6 +9,7 @@ from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
 from restomod.device import autocast
 from restomod.model.gpt import GPT
+from restomod.train.distributed import SINGLE, Processes
 from restomod.train.loss import linear_cross_entropy
 
 TOKENS_PER_FORWARD = 8192
@@ -29,6 +30,7 @@ def heldout_loss(
     dtype: torch.dtype,
     max_tokens: int | None = None,
     batch: int | None = None,
+    processes: Processes = SINGLE,
 ) -> tuple[float, int]:
     """Mean cross-entropy per token over a split.
 
@@ -39,6 +41,7 @@ def heldout_loss(
         device, dtype: where and in which type to compute.
         max_tokens: evaluate about this many tokens (None: all windows of the split).
         batch: windows per forward pass; changes the speed, not the result.
+        processes: that share the windows; all have to call this.
 
     Returns:
         Loss in nats, and the number of tokens it is the mean of.
@@ -47,8 +50,9 @@ def heldout_loss(
     windows = heldout_windows(batches.n_windows, sequence_length, max_tokens)
     batch = batch or max(1, TOKENS_PER_FORWARD // sequence_length)
     total = 0.0
-    for start in range(0, len(windows), batch):
-        tokens, targets = batches.load(windows[start : start + batch])  # (B, T) each
+    mine = windows[processes.rank :: processes.count]
+    for start in range(0, len(mine), batch):
+        tokens, targets = batches.load(mine[start : start + batch])  # (B, T) each
         with autocast(device, dtype):
             hidden = model.transformer.forward(tokens.to(device))  # (B, T, D)
         loss = linear_cross_entropy(
@@ -56,4 +60,4 @@ def heldout_loss(
         )
         total += loss.item() * targets.numel()
     n_tokens = len(windows) * sequence_length
-    return total / n_tokens, n_tokens
+    return processes.sum(total)[0] / n_tokens, n_tokens

@@ -22,6 +22,7 @@ from shlex import quote
 
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
@@ -31,6 +32,7 @@ from restomod.files import fsync_path, read_json, sha256_file
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS
+from restomod.train.distributed import SINGLE, Processes, whole
 from restomod.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 COMPLETE = "COMPLETE"
@@ -48,21 +50,35 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, keep: int) -> Path:
+def save_checkpoint(
+    run: Path, step: int, model: GPT, optimizer: Optimizer, keep: int, processes: Processes = SINGLE
+) -> Path:
     """Write the checkpoint of ``step`` updates, then drop all but the ``keep`` newest ones (0: drop none).
+
+    All processes have to call this; the main one writes.
 
     Raises:
         UserError: the disk is full or refuses; older checkpoints are untouched.
     """
-    folder = run / "checkpoints" / f"step_{step:06d}"
+    weights = whole(model)
+    state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
+    return processes.together(lambda: _write(run, step, weights, state, keep) if processes.main else _folder(run, step))
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def _write(run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], keep: int) -> Path:
+    folder = _folder(run, step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         for leftover in folder.parent.glob(".step_*.tmp"):  # of a save or a deletion that was killed
             shutil.rmtree(leftover)
         (temporary / STATE).mkdir(parents=True)
         save_model(model, temporary)
-        if step > 0:  # before the first step an optimizer has no state
-            _save_optimizer(model, optimizer, temporary / STATE)
+        if optimizer_state:
+            _save_optimizer(optimizer_state, temporary / STATE)
         state = {"format": FORMAT, "step": step}
         (temporary / STATE / "state.json").write_text(json.dumps(state) + "\n")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -124,6 +140,20 @@ def verify_checkpoint(folder: Path) -> None:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
 
 
+def checkpoint_step(folder: Path) -> int:
+    """How many updates the weights of a checkpoint have had."""
+    return int(read_json(folder / STATE / "state.json", "training state")["step"])
+
+
+def load_optimizer(folder: Path, model: GPT, optimizer: Optimizer) -> None:
+    """Put the optimizer's state of a verified checkpoint back; ``model`` is the one it optimizes."""
+    if checkpoint_step(folder) > 0:
+        with _single_process():
+            tensors = optimizer_tensors(model, optimizer)
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / STATE)), no_dist=True)
+        load_optimizer_tensors(model, optimizer, tensors)
+
+
 def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizer) -> int:
     """Verify a checkpoint and put its weights and optimizer state back; return its step.
 
@@ -132,11 +162,8 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizer) -> int:
     """
     verify_checkpoint(folder)
     load_weights(model, folder)
-    state = read_json(folder / STATE / "state.json", "training state")
-    step = int(state["step"])
-    if step > 0:
-        _load_optimizer(model, optimizer, folder / STATE)
-    return step
+    load_optimizer(folder, model, optimizer)
+    return checkpoint_step(folder)
 
 
 @contextlib.contextmanager
@@ -147,14 +174,7 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def _save_optimizer(model: GPT, optimizer: Optimizer, folder: Path) -> None:
+def _save_optimizer(tensors: dict[str, Tensor], folder: Path) -> None:
     with _single_process():
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(optimizer_tensors(model, optimizer), storage_writer=writer, no_dist=True)
-
-
-def _load_optimizer(model: GPT, optimizer: Optimizer, folder: Path) -> None:
-    with _single_process():
-        tensors = optimizer_tensors(model, optimizer)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    load_optimizer_tensors(model, optimizer, tensors)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)

@@ -77,19 +77,20 @@ class _Console(Console):
 
 
 class Display:
-    """Prints a run. ``interactive`` decides between the progress bar and plain lines.
+    """Prints a run. ``interactive`` decides between the progress bar and plain lines; ``muted`` prints nothing.
 
     When the reader of standard output has left, ``closed`` becomes true and all further output is dropped.
     """
 
-    def __init__(self, interactive: bool | None = None) -> None:
-        self.interactive = sys.stdout.isatty() if interactive is None else interactive
+    def __init__(self, interactive: bool | None = None, muted: bool = False) -> None:
+        self.interactive = (sys.stdout.isatty() if interactive is None else interactive) and not muted
+        self.muted = muted
         self.console: Console = _Console(highlight=False, soft_wrap=True)
         self.closed = False
         self._progress: Progress | None = None
 
     def _print(self, text: Text) -> None:
-        if self.closed:
+        if self.closed or self.muted:
             return
         try:
             self.console.print(text)

@@ -18,12 +18,12 @@ from typing import Any
 
 from restomod.config import RunConfig
 from restomod.data.prefetch import Prefetch
-from restomod.errors import UserError
 from restomod.evals.heldout import heldout_loss
 from restomod.generate import continuations
 from restomod.model.flops import mfu
 from restomod.train.checkpoint import list_checkpoints, save_checkpoint
 from restomod.train.console import Display, closing_lines, sanity_lines
+from restomod.train.distributed import Processes, joined, whole
 from restomod.train.run import refuse_existing
 from restomod.train.schedule import learning_rate
 from restomod.train.setup import Training, set_up, summary
@@ -48,11 +48,17 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.
     """
-    display = display or Display()
+    with joined() as processes:
+        return _train(config, folder, resume, display or Display(muted=not processes.main), processes)
+
+
+def _train(config: RunConfig, folder: Path, resume: bool, display: Display, processes: Processes) -> int:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
+        resume = resume or (folder / "config.json").exists()
     if not resume:
-        refuse_existing(folder)
+        processes.together(lambda: refuse_existing(folder))
     display.line("preparing the data and the model …", style="dim")
-    training = set_up(config, folder, resume)
+    training = processes.together(lambda: set_up(config, folder, resume, processes))
     if training.first_step >= config.steps:
         display.line(f"{folder} has made its {config.steps} steps already; --steps N goes on to step N")
         return EXIT_FINISHED
@@ -63,34 +69,37 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
 
     started = time.perf_counter()
     pin_memory = training.compute.device.type == "cuda"
+    micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.count
     with (
         StopSignal() as stop,
-        Prefetch(training.batches, training.compute.micro_batch, config.steps, pin_memory=pin_memory) as data,
+        Prefetch(training.batches, micro_batch, config.steps, rank, count, pin_memory) as data,
     ):
         display.start(training.first_step, config.steps)
         try:
             finished = _loop(training, data, display, stop)
         finally:
             display.stop()
-    newest = list_checkpoints(folder)[-1]
-    closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
-    if display.closed:
-        print("\n".join(["standard output was closed", *closing]), file=sys.stderr)
-    display.lines(closing)
+    if processes.main:
+        newest = list_checkpoints(folder)[-1]
+        closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
+        if display.closed:
+            print("\n".join(["standard output was closed", *closing]), file=sys.stderr)
+        display.lines(closing)
     return EXIT_FINISHED if finished else EXIT_INTERRUPTED
 
 
 def _loop(training: Training, data: Prefetch, display: Display, stop: StopSignal) -> bool:
     """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
     run, config, first = training.run, training.config, training.first_step
-    model, optimizer, compute = training.model, training.optimizer, training.compute
+    model, optimizer, processes = training.model, training.optimizer, training.processes
     flops, peak = training.flops_per_token, training.peak_flops
     seconds_in_steps = 0.0
     reached_target = False
 
     for step in range(first, config.steps + 1):
         finished = reached_target or step == config.steps
-        stopping = stop.requested or display.closed  # its reader has left: `restomod train ... | head`
+        # display.closed: its reader has left, as in `restomod train ... | head`
+        stopping = processes.any(stop.requested or display.closed)
         resumed_here = step == first and step > 0  # its evaluation, samples and checkpoint exist already
 
         if not resumed_here and (finished or step % config.eval_every == 0):
@@ -98,17 +107,17 @@ def _loop(training: Training, data: Prefetch, display: Display, stop: StopSignal
         if not resumed_here and step > 0 and (finished or step % config.sample_every == 0):
             write_samples(training, step, display)
         if not resumed_here and (finished or stopping or (step > 0 and step % config.save_every == 0)):
-            save_checkpoint(run.folder, step, model, optimizer, config.keep_checkpoints)
+            save_checkpoint(run.folder, step, model, optimizer, config.keep_checkpoints, processes)
         if finished or stopping:
             return finished
 
         start = time.perf_counter()
         micro_batches, waited = data.get(step)
-        loss, grad_norm = train_step(model, optimizer, micro_batches, config, step, compute)
+        loss, grad_norm = train_step(training.loss_of, optimizer, micro_batches, config, step, processes)
         seconds = time.perf_counter() - start
 
         if not math.isfinite(loss + grad_norm):
-            raise UserError(
+            raise processes.error(
                 f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so nothing was updated; "
                 f"lower --optim.lr or raise --optim.warmup-steps in a new run (the checkpoints saved so far are whole)"
             )
@@ -134,10 +143,11 @@ def _loop(training: Training, data: Prefetch, display: Display, stop: StopSignal
 
 def evaluate(training: Training, step: int, display: Display) -> None:
     """Log and show the loss on the validation split, if there is one; of a mix, the mean by share, and that of each."""
-    config, compute = training.config, training.compute
+    config, compute, processes = training.config, training.compute, training.processes
     sources = [source for source in training.dataset.sources if len(source.dataset.val)]
     if not sources:
         return
+    model = whole(training.model)
     shares, losses, tokens = [], {}, 0
     for source in sources:
         shares.append(float(source.share / sum(s.share for s in sources)))
@@ -145,7 +155,13 @@ def evaluate(training: Training, step: int, display: Display) -> None:
             None if config.eval_tokens is None else max(config.sequence_length, int(shares[-1] * config.eval_tokens))
         )
         losses[source.name], n = heldout_loss(
-            training.model, source.dataset.val, config.sequence_length, compute.device, compute.dtype, limit
+            model,
+            source.dataset.val,
+            config.sequence_length,
+            compute.device,
+            compute.dtype,
+            limit,
+            processes=processes,
         )
         tokens += n
     loss = sum(share * part for share, part in zip(shares, losses.values(), strict=True))
@@ -157,11 +173,13 @@ def evaluate(training: Training, step: int, display: Display) -> None:
 
 def write_samples(training: Training, step: int, display: Display) -> None:
     """Log and show one continuation of each prompt."""
-    sampling = training.config.sampling
+    sampling, model = training.config.sampling, whole(training.model)
+    if not training.processes.main:
+        return
     display.line(f"step {step}  samples", style="bold cyan")
     for i, prompt in enumerate(sampling.prompts):
         (text,) = continuations(
-            training.model,
+            model,
             training.tokenizer,
             prompt,
             1,

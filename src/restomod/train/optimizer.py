@@ -11,11 +11,16 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from restomod.config import OptimConfig
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+def _options(model: nn.Module) -> StateDictOptions:
+    """Names with dots; of a model that processes share, the whole tensors."""
+    shared = any(isinstance(p, DTensor) for p in model.parameters())
+    return StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=shared)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -42,19 +47,21 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     """The optimizer's state by parameter name (``state.transformer.wte.weight.exp_avg``), sharing its memory.
 
     Its hyperparameters are left out: they are functions of the configuration and the step. An optimizer that has not
-    stepped yet gets its state made first.
+    stepped yet gets its state made first. Of a model that processes share, the tensors are whole copies, and all
+    processes have to call this.
     """
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FLAT))
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_options(model)))
     return {name: value for name, value in flat.items() if name.startswith("state.")}
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FLAT))
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_options(model)))
     flat.update(tensors)
-    set_optimizer_state_dict(model, optimizer, flat, options=_FLAT)
+    set_optimizer_state_dict(model, optimizer, flat, options=_options(model))
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients down together so that their global norm is at most ``limit``; return the norm before."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = {
     "keep_checkpoints",
     "device",
     "precision",
+    "parallel",
     "compile",
     "sanity_checks",
     "data",
@@ -54,10 +55,14 @@ class Run:
 
     folder: Path
     config: RunConfig
+    writes: bool = True
+    """False in all processes but the main one."""
 
     def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Append a record to `metrics.jsonl` and return it."""
         record = {"kind": kind, "step": step, **values}
+        if not self.writes:
+            return record
         append_jsonl(self.folder / "metrics.jsonl", record)
         return record
 

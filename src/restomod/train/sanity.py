@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from restomod.data.batches import Batches
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
+from restomod.train.distributed import SINGLE, Processes
 from restomod.train.step import Compute, batch_loss
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
@@ -226,7 +227,7 @@ QUICK: tuple[Callable[[Subject], Verdict], ...] = (
 )
 
 
-def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -> float:
+def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor], processes: Processes = SINGLE) -> float:
     """Seconds of one micro-batch forward and backward; a quick one runs twice, to warm up. Changes nothing."""
     for attempt in range(2):
         start = time.perf_counter()
@@ -235,6 +236,6 @@ def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor]) -
         model.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-        if attempt == 0 and seconds > REPEAT_BELOW_SECONDS:
+        if attempt == 0 and processes.any(seconds > REPEAT_BELOW_SECONDS):
             break
     return seconds

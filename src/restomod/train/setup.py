@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from restomod.config import RunConfig
@@ -18,14 +19,15 @@ from restomod.device import choose_device, choose_dtype, describe_device, dtype_
 from restomod.errors import UserError
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
-from restomod.model.pretrained import load_model, read_model_config
-from restomod.train.checkpoint import list_checkpoints, load_checkpoint
+from restomod.model.pretrained import load_model, load_weights, read_model_config
+from restomod.train.checkpoint import checkpoint_step, list_checkpoints, load_optimizer, verify_checkpoint
 from restomod.train.console import duration
+from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.optimizer import build_optimizer
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
-from restomod.train.step import Compute, batch_loss, choose_micro_batch
+from restomod.train.step import BatchLoss, Compute, choose_micro_batch
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Training:
     tokenizer: Tokenizer
     batches: Batches
     model: GPT
+    loss_of: nn.Module
+    """What is called with tokens and targets to train; the model is in it."""
     optimizer: Optimizer
     compute: Compute
+    processes: Processes
     first_step: int
     """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
     verdicts: list[Verdict]
@@ -56,11 +61,12 @@ class Training:
 
     @property
     def peak_flops(self) -> float | None:
-        """The device's peak, if it is known; see `restomod.model.flops`."""
-        return peak_flops(describe_device(self.compute.device))
+        """The peak of all devices together, if it is known; see `restomod.model.flops`."""
+        peak = peak_flops(describe_device(self.compute.device))
+        return None if peak is None else peak * self.processes.count
 
 
-def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
+def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes = SINGLE) -> Training:
     """Prepare data, model and optimizer, and make or reopen the run's folder.
 
     Nothing is written before the data and the configuration have been found good. A resumed run starts from its
@@ -71,10 +77,11 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
     """
     checkpoints = list_checkpoints(folder) if resume else []
     config = _with_absolute_paths(config, needs_init=not checkpoints)
-    device = choose_device(config.device)
-    compute = Compute(device, choose_dtype(config.precision, device), choose_micro_batch(config, device))
+    device = device_of(choose_device(config.device), processes)
+    micro_batch = choose_micro_batch(config, device, processes.count)
+    compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
     tokenizer = gpt2_tokenizer()
-    dataset = prepare(config.data, tokenizer)
+    dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
     sources = dataset.sources
     batches = Batches(
         [source.dataset.train for source in sources],
@@ -95,15 +102,17 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
         )
     if resume:
         check_resumable(folder, config, dataset)
-    model = _initial_model(config if not checkpoints else dataclasses.replace(config, init=None), device)
-    optimizer = build_optimizer(model, config.optim)
-
+    fresh = config if not checkpoints else dataclasses.replace(config, init=None)
+    model = processes.together(lambda: _initial_model(fresh, device))
     first_step = 0
     if checkpoints:
-        first_step = load_checkpoint(checkpoints[-1], model, optimizer)
+        verify_checkpoint(checkpoints[-1])
+        load_weights(model, checkpoints[-1])
+        first_step = checkpoint_step(checkpoints[-1])
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
-        verdicts = quick_checks(Subject(model, batches, compute, optimizer, fresh=config.init is None))
+        trial = build_optimizer(model, config.optim)
+        verdicts = quick_checks(Subject(model, batches, compute, trial, fresh=config.init is None))
         for verdict in verdicts:
             if verdict.status == "fail":
                 raise UserError(
@@ -112,16 +121,24 @@ def set_up(config: RunConfig, folder: Path, resume: bool) -> Training:
                 )
     if config.compile:
         model.transformer.compile()
+    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
+    optimizer = build_optimizer(model, config.optim)
+    if checkpoints:
+        load_optimizer(checkpoints[-1], model, optimizer)
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
     try:
-        seconds = time_micro_batch(model, lambda: batch_loss(model, tokens, targets, compute))
+        seconds = time_micro_batch(model, lambda: loss_of(tokens, targets), processes)
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = next(line for line in str(e).splitlines() if line.strip())
         raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e
 
-    here = environment(describe_device(device), dtype_name(compute.dtype))
-    run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
-    return Training(run, dataset, tokenizer, batches, model, optimizer, compute, first_step, verdicts, seconds)
+    run = Run(folder, config, writes=False)
+    if processes.main:
+        here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.count}
+        run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
+    return Training(
+        run, dataset, tokenizer, batches, model, loss_of, optimizer, compute, processes, first_step, verdicts, seconds
+    )
 
 
 def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
@@ -172,7 +189,8 @@ def summary(training: Training) -> list[tuple[str, str]]:
         training.dataset.manifest,
     )
     train, val = len(training.dataset.train), len(training.dataset.val)
-    accumulation = config.batch_sequences // compute.micro_batch
+    processes = training.processes.count
+    accumulation = config.batch_sequences // compute.micro_batch // processes
     seconds = training.micro_batch_seconds * accumulation * (config.steps - training.first_step)
     sources = zip(training.dataset.sources, training.batches.source_windows, strict=True)
     epochs = {s.name: config.steps * config.batch_sequences * float(s.share) / n for s, n in sources}
@@ -188,8 +206,8 @@ def summary(training: Training) -> list[tuple[str, str]]:
         ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
         (
             "tokens per step",
-            f"{config.batch_tokens:,} = {accumulation} × {compute.micro_batch} sequences "
-            f"× {config.sequence_length} tokens",
+            f"{config.batch_tokens:,} = {f'{processes} processes × ' if processes > 1 else ''}"
+            f"{accumulation} × {compute.micro_batch} sequences × {config.sequence_length} tokens",
         ),
         ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
         ("device", describe_device(compute.device)),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restomod.config import RunConfig, nearest_divisor_below
+from restomod.config import RunConfig, divisors_near, nearest_divisor_below
 from restomod.data.prefetch import MicroBatches
 from restomod.device import autocast
+from restomod.errors import UserError
 from restomod.model.gpt import GPT
+from restomod.train.distributed import Processes, synchronised
 from restomod.train.loss import linear_cross_entropy
 from restomod.train.optimizer import clip_gradients, set_learning_rate
 from restomod.train.schedule import learning_rate
@@ -19,10 +21,28 @@ from restomod.train.schedule import learning_rate
 MICRO_BATCH_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 65_536}
 
 
-def choose_micro_batch(config: RunConfig, device: torch.device) -> int:
-    """Sequences per forward pass: what is configured, or what fits comfortably on this kind of device."""
-    fits = MICRO_BATCH_TOKENS[device.type] // config.sequence_length
-    return config.micro_batch or nearest_divisor_below(config.batch_sequences, fits)
+def choose_micro_batch(config: RunConfig, device: torch.device, processes: int = 1) -> int:
+    """Sequences per forward pass: what is configured, or what fits comfortably on this kind of device.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+    """
+    sequences = config.batch_sequences
+    if sequences % processes:
+        T = config.sequence_length
+        below = sequences // processes * processes
+        tokens = " or ".join(str(T * n) for n in (below, below + processes) if n)
+        raise UserError(
+            f"the {sequences} sequences of a step cannot be shared evenly by {processes} processes; "
+            f"choose --batch-tokens {tokens}, or start {divisors_near(sequences, processes)} processes"
+        )
+    share = sequences // processes
+    if config.micro_batch and share % config.micro_batch:
+        raise UserError(
+            f"micro_batch {config.micro_batch} does not divide the {share} sequences of a step that each process "
+            f"has; choose --micro-batch {divisors_near(share, config.micro_batch)}"
+        )
+    return config.micro_batch or nearest_divisor_below(share, MICRO_BATCH_TOKENS[device.type] // config.sequence_length)
 
 
 @dataclass(frozen=True)
@@ -42,28 +62,46 @@ def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) ->
     return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets, model.config.vocab_size, compute.dtype)
 
 
+class BatchLoss(nn.Module):
+    """`batch_loss` as a module, so that its gradients can be synchronised."""
+
+    def __init__(self, model: GPT, compute: Compute) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return batch_loss(self.model, tokens, targets, self.compute)
+
+
 def train_step(
-    model: GPT, optimizer: Optimizer, micro_batches: MicroBatches, config: RunConfig, step: int, compute: Compute
+    loss_of: nn.Module,
+    optimizer: Optimizer,
+    micro_batches: MicroBatches,
+    config: RunConfig,
+    step: int,
+    processes: Processes,
 ) -> tuple[float, float]:
-    """Update ``model`` once.
+    """Update a model once.
 
     Args:
-        model: to train.
-        optimizer: of its parameters.
-        micro_batches: tokens and targets, (B, T) each, that together are the batch of step ``step``.
+        loss_of: `BatchLoss`, or what `distribute` made of it.
+        optimizer: of the model's parameters.
+        micro_batches: tokens and targets, (B, T) each: this process's share of the batch of step ``step``.
         config: of the run.
         step: how many updates the weights have had.
-        compute: where and how precisely to compute.
+        processes: that share the batch.
 
     Returns:
         The loss (nats) and the gradient's norm before clipping. If either is not finite, nothing is updated.
     """
-    loss = torch.zeros((), device=compute.device)
-    for tokens, targets in micro_batches:
-        micro_loss = batch_loss(model, tokens, targets, compute) / len(micro_batches)
-        micro_loss.backward()
-        loss += micro_loss.detach()
-    grad_norm = clip_gradients(model, config.optim.grad_clip)
+    losses = []
+    for i, (tokens, targets) in enumerate(micro_batches):
+        with synchronised(loss_of, last=i + 1 == len(micro_batches)):
+            loss = loss_of(tokens, targets) / len(micro_batches)
+            loss.backward()
+        losses.append(loss.detach())
+    loss = processes.mean(torch.stack(losses).sum())
+    grad_norm = clip_gradients(loss_of, config.optim.grad_clip)
     if torch.isfinite(loss + grad_norm):
         set_learning_rate(optimizer, learning_rate(config.optim, step, config.steps))
         optimizer.step()

@@ -1,0 +1,202 @@
+"""Several processes that train one model, as torchrun starts them. One process is a world of one: callers never branch.
+
+Every process computes its slice of the global batch and the gradients are averaged after the last micro-batch, so
+the numbers of a run do not depend on how many processes there are. DistributedDataParallel keeps the whole model in
+each process; FSDP2 (`fully_shard`) keeps a part of every tensor in each.
+
+    torchrun --nproc-per-node 8 -m restomod train gpt2-124m ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from restomod.config import Parallel
+from restomod.errors import ReportedElsewhere, UserError
+from restomod.model.gpt import GPT
+
+PATIENCE = datetime.timedelta(minutes=30)  # others wait so long for one that prepares data or saves
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    """Among those on the same machine."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over all processes, the same in each."""
+        if self.count > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of numbers over all processes, the same in each."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in one of the processes."""
+        return self.sum(flag)[0] > 0
+
+    def together(self, work: Callable[[], Result], one_first: bool = False) -> Result:
+        """Do the same in every process, and fail in all if one fails.
+
+        Args:
+            work: what to do.
+            one_first: the first process of each machine does it before the others; for what leaves files behind.
+
+        Raises:
+            UserError: in the first process that fails; in the others `ReportedElsewhere`, which is not printed.
+        """
+        if self.count == 1:
+            return work()
+        result: list[Result] = []
+        problem: UserError | None = None
+        for turn in (self.local_rank == 0, self.local_rank > 0) if one_first else (True, False):
+            if turn and problem is None:
+                try:
+                    result.append(work())
+                except ReportedElsewhere:  # in a `together` within this one: all know
+                    raise
+                except UserError as e:
+                    problem = e
+            failed: list[bool] = [False] * self.count
+            dist.all_gather_object(failed, problem is not None)
+            if any(failed):
+                raise problem if problem is not None and failed.index(True) == self.rank else ReportedElsewhere()
+        return result[0]
+
+    def error(self, message: str) -> UserError:
+        """What to raise where all processes meet the same problem: one of them reports it."""
+        return UserError(message) if self.main else ReportedElsewhere(message)
+
+
+SINGLE = Processes()
+
+
+def device_of(device: torch.device, processes: Processes) -> torch.device:
+    """The device of one process: its own GPU of those that the machine has."""
+    if device.type != "cuda" or processes.count == 1:
+        return device
+    if processes.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{processes.local_rank + 1} processes or more on a machine with {torch.cuda.device_count()} GPUs; "
+            f"start one per GPU: torchrun --nproc-per-node {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", processes.local_rank)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that torchrun has started, if it has; leave them at the end."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    processes = Processes(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # after a restart torchrun's store still holds the addresses of the processes before
+    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    try:
+        yield processes
+    except dist.DistError as e:
+        raise UserError(_lost(e)) from e
+    except RuntimeError as e:
+        if "gloo" in str(e) or "NCCL" in str(e):
+            raise UserError(_lost(e)) from e
+        raise
+    finally:
+        with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
+            dist.destroy_process_group()
+
+
+def _lost(e: BaseException) -> str:
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+    return f"another process of this run is gone ({reason}); go on with `restomod train --resume RUN`"
+
+
+def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes) -> nn.Module:
+    """Make a module that computes the loss of one process's tokens synchronise its gradients with the others.
+
+    Args:
+        loss: called with tokens and targets; holds ``model``.
+        model: the language model within it.
+        parallel: ddp or fsdp.
+        processes: with one, nothing is done for ddp.
+
+    Returns:
+        The module to call in place of ``loss``.
+    """
+    if parallel == "fsdp":
+        if not dist.is_initialized():
+            raise UserError("--parallel fsdp shares a model among processes: start them with torchrun")
+        for block in model.transformer.h:
+            fully_shard(block)
+        fully_shard(loss)  # in place
+        return loss
+    if processes.count == 1:
+        return loss
+    device = model.head.device
+    return DistributedDataParallel(
+        loss, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+@contextlib.contextmanager
+def synchronised(loss: nn.Module, last: bool) -> Iterator[None]:
+    """Within, a backward pass averages the gradients over the processes only if it is the ``last`` of its step."""
+    if isinstance(loss, FSDPModule):
+        loss.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(loss, DistributedDataParallel) and not last:
+        with loss.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(model: GPT) -> GPT:
+    """The model with all its weights in this process: itself, or a copy where they are shared out.
+
+    All processes have to call it.
+    """
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return model
+    tensors: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    return copy.requires_grad_(False)
