@@ -98,6 +98,7 @@ MAY_CHANGE = {
     "keep_checkpoints": 0,
     "device": "cpu",
     "precision": "fp32",
+    "parallel": "fsdp",
     "compile": True,
     "sanity_checks": False,
     "data": DataConfig(cache="elsewhere"),
