@@ -324,7 +324,7 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_unit(
 
 
 def test_a_missing_column_lists_those_there_are(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"000_00000\.parquet has no column 'txt'; did you mean 'text'\?"):
+    with pytest.raises(UserError, match=r"000_00000\.parquet has no column 'txt'; it has: .*text.*; name the one"):
         prepared(tmp_path / "out", text_column="txt")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,12 +14,13 @@ import tiktoken
 from restomod.config import DataConfig, PrepareConfig
 from restomod.data import prepare as module
 from restomod.data.bulk import BulkEncoder
+from restomod.data.documents import Document
 from restomod.data.pipeline import prepare_folder
 from restomod.data.prepare import open_tokens, prepare
 from restomod.data.shards import Dataset, TokenStream
-from restomod.data.sources import Document
 from restomod.data.tokenizer import Tokenizer
 from restomod.errors import UserError
+from tests.data.pieces import tiny_pieces
 
 END = 50256  # <|endoftext|>
 
@@ -154,6 +156,29 @@ def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, toke
     config = DataConfig(source="tinyshakespeare", path=str(play), val_fraction=0.0, cache=str(tmp_path))
     dataset = prepare(config, tokenizer)
     assert (len(dataset.train), len(dataset.val)) == (338_025, 0)
+
+
+# --- long texts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("n", [1, 12])
+def test_long_texts_become_the_bytes_that_short_ones_do(
+    tmp_path: Path, tokenizer: Tokenizer, n: int, val_fraction: float
+) -> None:
+    words = "some words,\r\n   and 1 more. " * 40
+    texts = [f"Document {i} — naïve café 🔥: {words * i}end" for i in range(1, n + 1)]
+    write_documents(tmp_path, texts)
+    (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "0000.txt.gz")
+    (tmp_path / "text" / "0000.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
+    config = text_config(tmp_path, val_fraction)
+    first = prepare(config, tokenizer, shard_tokens=1000)
+    expected = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    shutil.rmtree(config.cache)
+    with tiny_pieces():
+        again = prepare(config, tokenizer, shard_tokens=1000)
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == expected
+    assert len(expected) > (2 if n > 1 else 1)
 
 
 # --- the split ----------------------------------------------------------------------------------------------
@@ -368,7 +393,7 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(
         yield Document("b.txt", next(reads))
 
     monkeypatch.setattr(module, "documents", documents)
-    with pytest.raises(UserError, match=r"b\.txt changed while it was being prepared"):
+    with pytest.raises(UserError, match=r"b\.txt has changed since it was first read; run the same command again"):
         prepare(book, tokenizer)
     assert folders(book) == []
 

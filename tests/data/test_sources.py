@@ -169,7 +169,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert refusal(text(tmp_path)) == f"{tmp_path} holds no text: no file matches data.glob '**/*'"
+    assert refusal(text(tmp_path)) == f"{tmp_path} holds no text: no file matches the glob '**/*'"
 
 
 def test_a_folder_of_empty_files_is_refused(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_a_folder_of_empty_files_is_refused(tmp_path: Path) -> None:
 
 def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     write(tmp_path, a__txt="a")
-    assert refusal(text(tmp_path, "*.md")) == f"{tmp_path} holds no text: no file matches data.glob '*.md'"
+    assert refusal(text(tmp_path, "*.md")) == f"{tmp_path} holds no text: no file matches the glob '*.md'"
 
 
 @pytest.mark.parametrize("glob", ["/*.txt", "", "**.txt/a", "a/**b"])
 def test_a_glob_that_is_none_is_refused(tmp_path: Path, glob: str) -> None:
     write(tmp_path, a__md="a")
-    assert f"data.glob {glob!r}" in refusal(text(tmp_path, glob))
+    assert f"the glob {glob!r}" in refusal(text(tmp_path, glob))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_page_that_is_gone_is_refused(server: Library, tmp_path: Path) -> None
     server.status = 404
     said = refusal(tinyshakespeare(tmp_path))
     assert said.startswith(f"cannot download {sources.TINYSHAKESPEARE_URL}: 404")
-    assert said.endswith("pass it with --data.path FILE")
+    assert said.endswith("name that file (of `train`: --data.path FILE)")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restomod.data.readers import DECOMPRESSORS, JSON_LINES
+from restomod.data.readers import JSON_LINES, PARQUET
+from restomod.data.streams import DECOMPRESSORS
 from restomod.errors import UserError, did_you_mean
 from restomod.hub import hub_file, one_line
 
-READABLE = (".parquet", ".txt", ".md", *JSON_LINES)
+READABLE = (PARQUET, ".txt", ".md", *JSON_LINES)
 SCHEME = "hf://datasets/"
 
 

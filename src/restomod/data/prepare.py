@@ -5,30 +5,34 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from restomod.config import DataConfig
 from restomod.data.bulk import BulkEncoder
+from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, SplitHash, pieces, split_hash
 from restomod.data.mix import mix
 from restomod.data.shards import (
     MANIFEST,
     MANIFEST_FORMAT,
     SHARD_TOKENS,
+    SPLITS,
     Dataset,
     ShardWriter,
     Verify,
     open_dataset,
     open_published,
 )
-from restomod.data.sources import Document, documents, source_name
+from restomod.data.sources import documents, source_name
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, write_json_atomically
 
 BATCH_CHARACTERS = 4_000_000  # of text encoded at once: fast, and little memory
+COPY_TOKENS = 1_000_000  # at once, from one file to another
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
@@ -47,7 +51,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
         if config.path is None:
             raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
         return open_tokens(Path(config.path))
-    hashes = [split_hash(document.text, config.split_seed) for document in documents(config)]
+    hashes = [split_hash(document.parts(), config.split_seed) for document in documents(config)]
     fingerprint = _fingerprint(config, tokenizer, hashes)
     folder = Path(config.cache) / f"{source_name(config)}-{fingerprint[:12]}"
     if not (folder / MANIFEST).exists():
@@ -82,12 +86,6 @@ def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
     return open_published(folder)
 
 
-def split_hash(text: str, seed: int) -> int:
-    """A 64-bit hash of one document: the same text always lands in the same split, whatever else is there."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little", signed=True))
-    return int.from_bytes(digest.digest(), "little")
-
-
 def _held_out(hashes: list[int], val_fraction: float) -> set[int]:
     """The document hashes that go to validation: at least one where a fraction is asked, never all."""
     if val_fraction == 0 or len(set(hashes)) < 2:
@@ -104,18 +102,93 @@ def _fingerprint(config: DataConfig, tokenizer: Tokenizer, hashes: list[int]) ->
     return digest.hexdigest()
 
 
-def document_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of about `BATCH_CHARACTERS`."""
-    batch: list[Document] = []
+def document_batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
+    """Documents in groups of about `BATCH_CHARACTERS`; one that is to be encoded in pieces comes by itself."""
+    batch: list[AnyDocument] = []
     size = 0
     for document in documents:
-        batch.append(document)
-        size += len(document.text)
+        if not isinstance(document, Document) or len(document.text) > PIECE_CHARACTERS:
+            if batch:
+                yield batch
+            batch, size = [document], BATCH_CHARACTERS
+        else:
+            batch.append(document)
+            size += len(document.text)
+        del document  # a long one is not to be held while the next is read
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def encoded(
+    documents: Iterable[AnyDocument],
+    encoder: BulkEncoder,
+    seed: int,
+    known: Sequence[int] | None = None,
+    mend: str = "run the same command again",
+) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """The `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next document.
+
+    Args:
+        documents: read as they are asked for. Short ones are encoded many at once, a long one piece by piece.
+        encoder: encodes them.
+        seed: of the hash.
+        known: the hashes that they are to have.
+        mend: what to do if they have others.
+
+    Raises:
+        UserError: a document has changed since its hash became known, or while it was encoded.
+    """
+    hashes = iter(known or [])
+    for batch in document_batches(documents):
+        alone = len(batch) == 1  # to be encoded in pieces; a short one has only one
+        tokens = iter([] if alone else encoder.encode([d.text for d in batch if isinstance(d, Document)]))
+        batch.reverse()
+        while batch:
+            document = batch.pop()
+            h = next(hashes, -1) if known is not None else split_hash(document.parts(), seed)
+            if known is not None and isinstance(document, Document) and h != split_hash(document.parts(), seed):
+                raise UserError(f"{document.name} has changed since it was first read; {mend}")
+            parts = _encoded_pieces(document, encoder, seed, h, mend) if alone else iter([next(tokens)])
+            del document
+            yield h, parts
+    if next(hashes, None) is not None:
+        raise UserError(f"documents have disappeared since they were first read; {mend}")
+
+
+def _encoded_pieces(
+    document: AnyDocument, encoder: BulkEncoder, seed: int, expected: int, mend: str
+) -> Iterator[np.ndarray]:
+    """The tokens of a document piece by piece; raises UserError if what was read has another hash in the end."""
+    hashed = SplitHash(seed)
+    for piece in pieces(document.name, map(hashed.pass_on, document.parts())):
+        yield encoder.encode([piece])[0]
+    if hashed.value() != expected:
+        raise UserError(f"{document.name} has changed since it was first read; {mend}")
+
+
+def write_by_position(
+    parts: Iterable[np.ndarray], val_fraction: float, writers: dict[str, ShardWriter], tokenizer: Tokenizer
+) -> dict[str, dict[str, int]]:
+    """Write the tokens of the one document that there is, bare, its tail for validation; return counts by split."""
+    counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
+    with tempfile.TemporaryFile(dir=writers["train"].folder) as held:  # where to cut is known at the end
+        total = 0
+        for part in parts:
+            held.write(part.astype("<u2", copy=False).tobytes())
+            total += len(part)
+        held.seek(0)
+        val = int(val_fraction * total)
+        for split, left in (("train", total - val), ("val", val)):
+            counts[split]["documents"] = int(left > 0)
+            while left:
+                tokens = np.frombuffer(held.read(2 * min(left, COPY_TOKENS)), dtype="<u2")
+                writers[split].add(tokens)
+                counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
+                left -= len(tokens)
+    return counts
 
 
 def _write(
@@ -128,27 +201,19 @@ def _write(
 ) -> None:
     """Tokenize every document into ``folder`` and write the manifest last."""
     held_out = _held_out(hashes, config.val_fraction)
-    writers = {split: ShardWriter(folder, split, shard_tokens) for split in ("train", "val")}
-    counts = {split: {"documents": 0, "text_bytes": 0} for split in writers}
+    writers = {split: ShardWriter(folder, split, shard_tokens) for split in SPLITS}
+    counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
     separator = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    encoder = BulkEncoder(tokenizer)
-    known = iter(hashes)
-    for batch in document_batches(documents(config)):
-        for document, tokens in zip(batch, encoder.encode([document.text for document in batch]), strict=True):
-            h = split_hash(document.text, config.split_seed)
-            if h != next(known, None):
-                raise UserError(f"{document.name} changed while it was being prepared; run the same command again")
-            if len(hashes) == 1:
-                cut = len(tokens) - int(config.val_fraction * len(tokens))
-                parts = {"train": tokens[:cut], "val": tokens[cut:]}
-            else:
-                parts = {"val" if h in held_out else "train": np.concatenate([separator, tokens])}
-            for split, part in parts.items():
-                writers[split].add(part)
-                counts[split]["documents"] += 1 if len(part) else 0
-                counts[split]["text_bytes"] += tokenizer.byte_length(part)
-    if next(known, None) is not None:
-        raise UserError("documents disappeared while the text was being prepared; run the same command again")
+    for h, parts in encoded(documents(config), BulkEncoder(tokenizer), config.split_seed, hashes):
+        if len(hashes) == 1:
+            counts = write_by_position(parts, config.val_fraction, writers, tokenizer)
+            continue
+        split = "val" if h in held_out else "train"
+        writers[split].add(separator)
+        for part in parts:
+            writers[split].add(part)
+            counts[split]["text_bytes"] += tokenizer.byte_length(part)
+        counts[split]["documents"] += 1
     write_json_atomically(
         folder / MANIFEST,
         {

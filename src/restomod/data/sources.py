@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from restomod.config import DataConfig
-from restomod.data.readers import Document, read_documents
+from restomod.data.documents import AnyDocument, Document
+from restomod.data.readers import read_documents
 from restomod.errors import UserError
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -27,7 +28,7 @@ def source_name(config: DataConfig) -> str:
     return config.source
 
 
-def documents(config: DataConfig) -> Iterator[Document]:
+def documents(config: DataConfig) -> Iterator[AnyDocument]:
     """Yield the documents of ``config``'s source, empty ones left out, sorted by path.
 
     Raises:
@@ -43,7 +44,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
         yield from _text(Path(config.path), config.glob, config.text_column)
 
 
-def _text(path: Path, glob: str, text_column: str) -> Iterator[Document]:
+def _text(path: Path, glob: str, text_column: str) -> Iterator[AnyDocument]:
     if (path / "manifest.json").exists():
         raise UserError(f"{path} holds prepared tokens, not text: add --data.source tokens")
     for file in files_of(path, glob):
@@ -60,11 +61,11 @@ def files_of(path: Path, glob: str) -> Iterator[Path]:
         yield path
         return
     if glob.startswith("/"):
-        raise UserError(f"data.glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
+        raise UserError(f"the glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
     try:
         files = sorted(path.glob(glob))
     except ValueError as e:  # before Python 3.13, "**" can only stand alone between slashes
-        raise UserError(f"data.glob {glob!r} is not a pattern ({e}); for example '**/*.txt'") from None
+        raise UserError(f"the glob {glob!r} is not a pattern ({e}); for example '**/*.txt'") from None
     found = empty = 0
     for file in files:
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
@@ -76,7 +77,7 @@ def files_of(path: Path, glob: str) -> Iterator[Path]:
             continue
         yield file
     if found == empty:
-        what = f"its {empty} files are all empty" if empty else f"no file matches data.glob {glob!r}"
+        what = f"its {empty} files are all empty" if empty else f"no file matches the glob {glob!r}"
         raise UserError(f"{path} holds no text: {what}")
 
 
@@ -90,7 +91,7 @@ def _python_stdlib() -> Iterator[Document]:
     if not files:
         raise UserError(
             f"{root} holds no .py files: this Python came without its library's source; "
-            f"train on your own text with --data.source text --data.path FILE_OR_FOLDER"
+            f"take text of your own (of `train`: --data.source text --data.path FILE_OR_FOLDER)"
         )
     for path in files:
         with tokenize.open(path) as f:  # a few files declare another encoding than UTF-8
@@ -123,5 +124,5 @@ def _download_tinyshakespeare(folder: Path) -> Path:
         )
         raise UserError(
             f"cannot download {TINYSHAKESPEARE_URL}: {reason}; "
-            f"fetch it by other means and pass it with --data.path FILE"
+            f"fetch it by other means and name that file (of `train`: --data.path FILE)"
         ) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from restomod.config import PrepareConfig
 from restomod.data.bulk import BulkEncoder
+from restomod.data.documents import AnyDocument, split_hash
 from restomod.data.plan import PRETOKENIZED, Unit, unit_documents
-from restomod.data.prepare import document_batches, split_hash
+from restomod.data.prepare import encoded, write_by_position
 from restomod.data.pretokenized import fetch_shard
-from restomod.data.readers import Document
 from restomod.data.shards import SPLITS, ShardWriter
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
@@ -51,7 +51,7 @@ class UnitStep:
         self.__dict__.update(state)
         quiet_datatrove()  # in a worker, before its first message
 
-    def __call__(self, data: Any, rank: int, world_size: int) -> Iterable[Document]:
+    def __call__(self, data: Any, rank: int, world_size: int) -> Iterable[AnyDocument]:
         self.work(rank)
         return []
 
@@ -71,7 +71,7 @@ class HashUnit(UnitStep):
         if path.exists():
             return
         documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
-        hashes = [split_hash(document.text, self.config.split_seed) for document in documents]
+        hashes = [split_hash(document.parts(), self.config.split_seed) for document in documents]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
             np.save(f, np.array(hashes, dtype=np.uint64))
@@ -143,37 +143,27 @@ class PrepareUnit(UnitStep):
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
         counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates", "all")}
         documents = unit_documents(self.units[unit], config, self.downloads(unit))
+        hashes = np.load(hashes_path(self.out, unit)).tolist() if config.dedup else None
         if len(self.units) == 1:
             head = list(islice(documents, 2))
             if len(head) == 1:  # nothing to delimit: written bare, and validation is its tail
-                tokens = encoder.encode([head[0].text])[0]
-                cut = len(tokens) - int(config.val_fraction * len(tokens))
-                for split, part in zip(SPLITS, (tokens[:cut], tokens[cut:]), strict=True):
-                    writers[split].add(part)
-                    counts[split] = {"documents": int(len(part) > 0), "text_bytes": tokenizer.byte_length(part)}
+                for _, parts in encoded(head, encoder, config.split_seed, hashes, ANEW):
+                    counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
                 counts["all"]["documents"] = 1  # a part of it in each split
                 return counts
-            documents = (document for part in (head, documents) for document in part)
+            documents = chain(head, documents)
         keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
-        hashes = np.load(hashes_path(self.out, unit)).tolist() if config.dedup else None
-        place = 0
         held_out = config.val_fraction * 2**64
-        for batch in document_batches(documents):
-            encoded = encoder.encode([document.text for document in batch])
-            for document, tokens in zip(batch, encoded, strict=True):
-                h = split_hash(document.text, config.split_seed)
-                if hashes is not None and hashes[place : place + 1] != [h]:
-                    raise UserError(f"{document.name} has changed since it was searched for duplicates; {ANEW}")
-                split = "val" if h < held_out else "train"
-                if keep is not None and not keep[place]:
-                    split = "duplicates"
-                else:
-                    writers[split].add(separator)
-                    writers[split].add(tokens)
-                counts[split]["documents"] += 1
-                counts["all"]["documents"] += split != "duplicates"
-                counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
-                place += 1
-        if hashes is not None and place < len(hashes):
-            raise UserError(f"documents have disappeared since they were searched for duplicates; {ANEW}")
+        for place, (h, parts) in enumerate(encoded(documents, encoder, config.split_seed, hashes, ANEW)):
+            split = "val" if h < held_out else "train"
+            if keep is not None and not keep[place]:
+                split = "duplicates"
+            else:
+                writers[split].add(separator)
+            for part in parts:
+                if split != "duplicates":
+                    writers[split].add(part)
+                counts[split]["text_bytes"] += tokenizer.byte_length(part)
+            counts[split]["documents"] += 1
+            counts["all"]["documents"] += split != "duplicates"
         return counts

@@ -55,7 +55,8 @@ def check(name: str, seed: int, device: Device, precision: Precision) -> Iterato
 def own_source(vocab_size: int) -> TokenStream:
     """This package's own source code as tokens: a text that lies beside every installation."""
     config = DataConfig(source="text", path=str(Path(__file__).parent.parent), glob="**/*.py")
-    tokens = np.concatenate([gpt2_tokenizer().encode(document.text) for document in documents(config)])
+    texts = ("".join(document.parts()) for document in documents(config))
+    tokens = np.concatenate([gpt2_tokenizer().encode(text) for text in texts])
     return TokenStream([tokens % vocab_size if vocab_size < 2**16 else tokens])
 
 

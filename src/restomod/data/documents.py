@@ -1,0 +1,142 @@
+"""Documents of any length: held in memory or read anew in parts, and cut into pieces that are encoded one by one.
+
+GPT-2's pattern splits text into words before anything else, looks back at nothing, and ahead only to see whether white
+space goes on. Between two characters that no word of the pattern can hold side by side, where the first is not white
+space, a word therefore ends whatever stands around them. Text that is cut there has the tokens that it has as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from restomod.data.streams import refuse_zeros
+from restomod.errors import UserError
+
+PIECE_CHARACTERS = 1_000_000  # of a long text, encoded at once
+LONGEST_RUN = 2_000_000  # characters without a place to cut; to encode one takes up to 150 bytes
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    name: str
+    text: str
+
+    def parts(self) -> Iterator[str]:
+        """The text in parts of any length."""
+        for start in range(0, len(self.text), PIECE_CHARACTERS):
+            yield self.text[start : start + PIECE_CHARACTERS]
+
+
+@dataclass(frozen=True)
+class LongDocument:
+    """A text too long to be held in memory, and where it comes from."""
+
+    name: str
+    parts: Callable[[], Iterator[str]] = field(compare=False)
+    """Reads the text from its beginning, in parts of any length."""
+
+
+AnyDocument = Document | LongDocument
+
+
+class SplitHash:
+    """A 64-bit hash of one document's text: the same text always lands in the same split, whatever else is there."""
+
+    def __init__(self, seed: int) -> None:
+        self._digest = hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "little", signed=True))
+
+    def pass_on(self, part: str) -> str:
+        """Take the next part of the text, and return it."""
+        self._digest.update(part.encode())
+        return part
+
+    def value(self) -> int:
+        return int.from_bytes(self._digest.digest(), "little")
+
+
+def split_hash(parts: Iterable[str], seed: int) -> int:
+    """The `SplitHash` of a document, given its text in parts."""
+    digest = SplitHash(seed)
+    for part in parts:
+        digest.pass_on(part)
+    return digest.value()
+
+
+def pieces(name: str, parts: Iterable[str]) -> Iterator[str]:
+    """Text in pieces of `PIECE_CHARACTERS` or somewhat more, whose tokens one after the other are those of the whole.
+
+    Args:
+        name: of the document, for messages.
+        parts: its text, in order.
+
+    Raises:
+        UserError: there is no place to cut in `LONGEST_RUN` characters. Such a run has to be encoded as one, for which
+            memory would have no bound.
+    """
+    held: list[str] = []  # what is not yet given away
+    size = given = 0
+    for part in filter(None, parts):
+        joined = (held[-1][-1:] if held else "") + part  # a cut may stand between two parts
+        cut = last_cut(joined) if size + len(part) >= PIECE_CHARACTERS else 0
+        if cut:
+            shared = len(joined) - len(part)
+            piece = "".join([*held, part[: cut - shared]])
+            given += len(piece)
+            yield piece
+            held, size = [part[cut - shared :]], len(joined) - cut
+        else:
+            held.append(part)
+            size += len(part)
+        if size > LONGEST_RUN + PIECE_CHARACTERS:
+            _refuse_run(name, "".join(held), given)
+    if size:
+        yield "".join(held)
+
+
+def _refuse_run(name: str, run: str, at: int) -> None:
+    refuse_zeros(name, run.count("\0"), len(run))
+    raise UserError(
+        f"{name}: more than {LONGEST_RUN:,} characters after the first {at:,} have no end of a word among them; "
+        f"this is no text: break it into lines, or leave it out"
+    )
+
+
+def last_cut(text: str) -> int:
+    """Where the last place to cut in ``text`` stands: before this character, which is not the first; 0: nowhere."""
+    for i in range(len(text) - 1, 0, -1):
+        if can_cut(text[i - 1], text[i]):
+            return i
+    return 0
+
+
+def can_cut(before: str, after: str) -> bool:
+    """Whether GPT-2's pattern ends a word between these two characters in any text.
+
+    Its words are a contraction (an apostrophe and letters), an optional space with letters, with numbers or with other
+    characters that are not white space, and white space.
+    """
+    a, b = kind(before), kind(after)
+    return a is not None and b is not None and a != b and a != "space" and not (before == "'" and b == "letter")
+
+
+@functools.lru_cache(maxsize=100_000)
+def kind(character: str) -> str | None:
+    """Whether a character is a "space", "letter", "number" or "other" to GPT-2's pattern; None: not certain.
+
+    Certain is what has kept its class since Unicode 3.2: then it does not matter whose tables are how old. Of white
+    space and of control characters only the plainest are told.
+    """
+    if character in " \t\n\r":
+        return "space"
+    category = unicodedata.category(character)
+    if character == "\0":
+        return "other"
+    if category != unicodedata.ucd_3_2_0.category(character) or category[0] in "ZC":
+        return None
+    return {"L": "letter", "N": "number"}.get(category[0], "other")
