@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 from pathlib import Path
 
@@ -131,3 +132,96 @@ def test_what_is_read_is_told_by_its_endings() -> None:
     files = ("a/v1.2.txt", "b.TXT", "c.d.jsonl.xz", "Makefile", "hf://datasets/o/n@0/x.y.parquet")
     told = kinds_of([Unit(files, 9), Unit((), 0, "python-stdlib")])
     assert told == "1 .jsonl.xz file, 1 .parquet file, 2 .txt files, 1 plain file, python-stdlib"
+
+
+# --- large files are cut ------------------------------------------------------------------------------------
+
+
+def spans_of(units: list[Unit]) -> list[tuple[int, int, int]]:
+    return [(unit.span.start, unit.span.stop, unit.span.of) for unit in units if unit.span]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".JSONL", ".parquet"])
+@pytest.mark.parametrize(
+    ("span_bytes", "expected"),
+    [
+        (100, []),
+        (99, [(0, 50, 100), (50, 100, 100)]),
+        (50, [(0, 50, 100), (50, 100, 100)]),
+        (33, [(0, 25, 100), (25, 50, 100), (50, 75, 100), (75, 100, 100)]),
+    ],
+)
+def test_a_large_file_is_cut_into_units_of_about_equal_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, span_bytes: int, expected: list[tuple[int, int, int]]
+) -> None:
+    file = tmp_path / f"large{ending}"
+    file.write_bytes(b"x" * 100)
+    monkeypatch.setattr(module, "SPAN_BYTES", span_bytes)
+    units = plan((str(file),), CONFIG)
+    assert spans_of(units) == expected
+    assert sum(unit.bytes for unit in units) == 100
+    assert all(unit.files == (str(file),) for unit in units)
+    assert plan((str(file),), CONFIG) == units
+    assert kinds_of(units) == f"1 {ending.lower()} file"
+
+
+@pytest.mark.parametrize("name", ["large.txt", "large.jsonl.xz", "large.parquet.gz", "jsonl"])
+def test_what_can_only_be_read_from_its_beginning_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x" * 100)
+    monkeypatch.setattr(module, "SPAN_BYTES", 10)
+    assert plan((str(tmp_path / name),), CONFIG) == [Unit((str(tmp_path / name),), 100)]
+
+
+def test_a_large_file_among_small_ones_keeps_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"a.txt": 5, "b.txt": 5, "c.jsonl": 100, "d.jsonl": 5, "e.txt": 200, "f.txt": 5}.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    monkeypatch.setattr(module, "SPAN_BYTES", 60)
+    units = plan((str(tmp_path),), CONFIG)
+    assert [[Path(file).name for file in unit.files] for unit in units] == [
+        ["a.txt", "b.txt"],
+        ["c.jsonl"],
+        ["c.jsonl"],
+        ["d.jsonl", "e.txt", "f.txt"],
+    ]
+    assert [unit.bytes for unit in units] == [10, 50, 50, 210]
+
+
+def test_a_description_of_spans_survives_json_and_that_of_whole_files_is_as_it_was(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"x" * 100)
+    monkeypatch.setattr(module, "SPAN_BYTES", 60)
+    sources = (str(text), str(tmp_path / "a.jsonl"))
+    description = describe(sources, CONFIG, plan(sources, CONFIG), "f" * 64)
+    assert json.loads(json.dumps(description)) == description
+    assert [set(unit) for unit in description["units"]] == [
+        {"files", "bytes", "source"},
+        *[{"files", "bytes", "source", "span"}] * 2,
+    ]
+
+
+def test_another_size_of_a_file_is_another_plan_of_each_of_its_spans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a finished unit would be taken for one of the file as it is now."""
+    monkeypatch.setattr(module, "SPAN_BYTES", 60)
+    units = []
+    for size in (100, 101):
+        (tmp_path / "a.jsonl").write_bytes(b"x" * size)
+        units.append(plan((str(tmp_path),), CONFIG))
+    assert len(units[0]) == len(units[1]) == 2
+    assert units[0][0].bytes == units[1][0].bytes
+    assert units[0][0] != units[1][0]
+
+
+def test_the_plan_of_the_standard_library_names_the_python_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described() -> dict[str, object]:
+        return describe(("python-stdlib",), CONFIG, plan(("python-stdlib",), CONFIG), "f" * 64)
+
+    mine = described()
+    assert mine == described()
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    assert described() != mine
+    assert "python" not in describe(("a",), CONFIG, [Unit(("a",), 1)], "f" * 64)

@@ -9,20 +9,24 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from restomod.config import DataConfig, PrepareConfig
+from restomod.data.documents import AnyDocument
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
 from restomod.data.pretokenized import SUFFIXES
-from restomod.data.readers import DECOMPRESSORS, Document, read_documents
+from restomod.data.readers import Span, can_span, read_documents
 from restomod.data.shards import split_of
 from restomod.data.sources import documents, files_of
+from restomod.data.streams import DECOMPRESSORS
 from restomod.errors import UserError, did_you_mean
 
-UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself
+UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself, or several
+SPAN_BYTES = 64_000_000  # a larger file is cut into spans of at most this size, if it can be
 BUILT_IN = ("python-stdlib", "tinyshakespeare")
 HUB = "hf:"
 PRETOKENIZED = "pretokenized:"
@@ -41,10 +45,15 @@ class Unit:
     """Size of the files as stored."""
     source: str | None = None
     """The name of a built-in source or a dataset on the hub; None for local files."""
+    span: Span | None = None
+    """Which part of its one file; None for whole files. ``bytes`` is the part's size."""
 
 
 def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] | None = None) -> list[Unit]:
     """Cut the sources into units, in order.
+
+    A large file of JSON lines or Parquet becomes several units if it is not compressed. Any other large file is one,
+    and so is one of the hub: who works on a part of it would have to download all of it.
 
     Args:
         sources: files, folders, built-in sources or datasets on the hub.
@@ -71,14 +80,29 @@ def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] 
         group: list[str] = []
         size = 0
         for file in files_of(path.absolute(), config.glob):
+            file_size = file.stat().st_size
+            if file_size > SPAN_BYTES and can_span(file):
+                if group:
+                    units.append(Unit(tuple(group), size))
+                    group, size = [], 0
+                units += _spans(file, file_size)
+                continue
             group.append(str(file))
-            size += file.stat().st_size
+            size += file_size
             if size >= UNIT_BYTES:
                 units.append(Unit(tuple(group), size))
                 group, size = [], 0
         if group:
             units.append(Unit(tuple(group), size))
     return units
+
+
+def _spans(file: Path, size: int) -> Iterator[Unit]:
+    """Units of about equal size that are together one large file."""
+    n = -(-size // SPAN_BYTES)
+    for i in range(n):
+        span = Span(i * size // n, (i + 1) * size // n, of=size)
+        yield Unit((str(file),), span.stop - span.start, span=span)
 
 
 def _on_hub(source: str) -> bool:
@@ -102,7 +126,7 @@ def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
 
 def kinds_of(units: list[Unit]) -> str:
     """What a plan reads, for people: how many files of which ending, and named sources."""
-    files = [file for unit in units for file in unit.files]
+    files = [file for unit in units for file in unit.files if not unit.span or unit.span.start == 0]
     endings = collections.Counter(_ending(Path(file)) for file in files)
     counted = [f"{n:,} {ending} file{'' if n == 1 else 's'}" for ending, n in sorted(endings.items())]
     return ", ".join([*counted, *(unit.source for unit in units if unit.source in BUILT_IN)])
@@ -127,12 +151,20 @@ def describe(
             for source in sources
             if _on_hub(source)
         },
-        "units": [dataclasses.asdict(unit) | {"files": list(unit.files)} for unit in units],
+        "units": [_described(unit) for unit in units],
         "tokenizer": tokenizer_sha256,
+        **({"python": platform.python_version()} if any(u.source == "python-stdlib" for u in units) else {}),
     }
 
 
-def unit_documents(unit: Unit, config: PrepareConfig, downloads: Path | None) -> Iterator[Document]:
+def _described(unit: Unit) -> dict[str, Any]:
+    values = dataclasses.asdict(unit) | {"files": list(unit.files)}
+    if unit.span is None:
+        del values["span"]
+    return values
+
+
+def unit_documents(unit: Unit, config: PrepareConfig, downloads: Path | None) -> Iterator[AnyDocument]:
     """The documents of a unit, in order.
 
     Args:
@@ -146,4 +178,4 @@ def unit_documents(unit: Unit, config: PrepareConfig, downloads: Path | None) ->
         yield from documents(DataConfig(source="python-stdlib"))
     for file in unit.files:
         path = fetch(file, downloads) if file.startswith(SCHEME) else Path(file)
-        yield from read_documents(path, config.text_column)
+        yield from read_documents(path, config.text_column, unit.span)
