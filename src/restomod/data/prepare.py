@@ -148,8 +148,9 @@ def encoded(
         batch.reverse()
         while batch:
             document = batch.pop()
-            h = next(hashes, -1) if known is not None else split_hash(document.parts(), seed)
-            if known is not None and isinstance(document, Document) and h != split_hash(document.parts(), seed):
+            h = next(hashes, None) if known is not None else split_hash(document.parts(), seed)
+            in_memory = known is not None and isinstance(document, Document)  # else compared once it is encoded
+            if h is None or (in_memory and h != split_hash(document.parts(), seed)):
                 raise UserError(f"{document.name} has changed since it was first read; {mend}")
             parts = _encoded_pieces(document, encoder, seed, h, mend) if alone else iter([next(tokens)])
             del document

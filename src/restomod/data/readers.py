@@ -31,7 +31,7 @@ from restomod.data.streams import (
 from restomod.errors import UserError
 
 LONG_TEXT = 8_000_000  # bytes: a plain file that is longer is not held in memory
-LONGEST_RECORD = 32_000_000  # bytes of a line, characters of a row: to parse a line may take 14 times its size
+LONGEST_RECORD = 32_000_000  # bytes of a line or a row; one character beyond U+FFFF makes Python hold four times that
 PARQUET_ROWS = 256  # read at once, at most,
 PARQUET_BYTES = 16_000_000  # and as many as have this size on average
 JSON_LINES = (".jsonl", ".ndjson")
@@ -205,7 +205,8 @@ def _parquet(path: Path, column: str, span: Span | None) -> Iterator[Document]:
                         if text:
                             yield Document(f"{path}, row {number}", text)
     except (pyarrow.ArrowException, OSError, EOFError) as e:
-        raise UserError(f"{path} is damaged: {str(e).splitlines()[0] or 'not a Parquet file'}; get it again") from None
+        said = str(e).split("\n")[0].rstrip(".")
+        raise UserError(f"{path} is damaged: {said or 'not a Parquet file'}; get it again") from None
 
 
 def _seekable(path: Path) -> IO[bytes]:

@@ -77,7 +77,8 @@ def files_of(path: Path, glob: str) -> Iterator[Path]:
             continue
         yield file
     if found == empty:
-        what = f"its {empty} files are all empty" if empty else f"no file matches the glob {glob!r}"
+        all_empty = "its only file is empty" if empty == 1 else f"its {empty} files are all empty"
+        what = all_empty if empty else f"no file matches the glob {glob!r}"
         raise UserError(f"{path} holds no text: {what}")
 
 

@@ -122,7 +122,9 @@ def decode_line(path: Path, content: bytes, line: Callable[[], int]) -> str:
 def refuse_zeros(where: str, zeros: int, size: int) -> None:
     """Refuse text of ``size`` bytes if more than half of them are NUL."""
     if zeros > size // 2:
-        raise UserError(f"{where} is filled with NUL bytes: it is not text, or was not wholly written")
+        raise UserError(
+            f"{where} is filled with NUL bytes: it is not text, or was not wholly written; get it again or leave it out"
+        )
 
 
 def _not_utf8(path: Path, e: UnicodeDecodeError, offset: int, where: str = "") -> UserError:
