@@ -145,7 +145,7 @@ sys.exit(code)
 
 
 def peak_memory(folder: Path, *arguments: str) -> int:
-    """Of a command of one process, in bytes."""
+    """Of a command of one process, in bytes; at least that of this one, from which Linux lets it begin to count."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=True
     )
@@ -167,7 +167,7 @@ def test_a_text_of_a_gigabyte_is_prepared_in_little_memory(tmp_path: Path, compr
     with lzma.open(tmp_path / "a.txt.xz", "wb", preset=0) if compressed else open(tmp_path / "a.txt", "wb") as f:
         for _ in range(30 if compressed else 100):
             f.write(block)
-    assert peak_memory(tmp_path, "prepare", f"a.txt{'.xz' * compressed}", "--out", "out", "--workers", "1") < 2**28
+    assert peak_memory(tmp_path, "prepare", f"a.txt{'.xz' * compressed}", "--out", "out", "--workers", "1") < 2**29
 
 
 @pytest.mark.slow
