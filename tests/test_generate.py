@@ -14,9 +14,9 @@ from restomod.data.tokenizer import END_OF_TEXT, Tokenizer
 from restomod.errors import UserError
 from restomod.generate import continuations, generate, next_tokens, sample
 from restomod.model.gpt import GPT, build_model
-from restomod.train.checkpoint import save_checkpoint
 from restomod.train.optimizer import build_optimizer
 from tests.models import CPU, random_model, to_transformers
+from tests.train.trainee import save_checkpoint
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=97)
 PROMPTS = [[5], [96, 0, 41], [7] * 10, list(range(20, 36))]
@@ -225,7 +225,7 @@ def test_sampling_from_a_run_uses_its_newest_checkpoint(tokenizer: Tokenizer, tm
         optimizer = build_optimizer(model, OptimConfig())
         sum(p.sum() for p in model.parameters()).backward()
         optimizer.step()
-        save_checkpoint(tmp_path, step, model, optimizer, keep=0)
+        save_checkpoint(tmp_path, step, model, optimizer)
     expected = continuations(model, tokenizer, "def ", 2, sampling, 3, torch.float32)
     assert sample(tmp_path, "def ", 2, sampling, 3, "cpu", "fp32") == expected
     assert sample(tmp_path / "checkpoints" / "step_000000", "def ", 2, sampling, 3, "cpu", "fp32") != expected
@@ -233,7 +233,7 @@ def test_sampling_from_a_run_uses_its_newest_checkpoint(tokenizer: Tokenizer, tm
 
 def test_sampling_from_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     model = random_model(CONFIG)
-    folder = save_checkpoint(tmp_path, 0, model, build_optimizer(model, OptimConfig()), keep=0)
+    folder = save_checkpoint(tmp_path, 0, model, build_optimizer(model, OptimConfig()))
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # still a safetensors file
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):

@@ -20,6 +20,8 @@ Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
+OnSpike = Literal["stop", "skip", "rollback"]
+OnSaveError = Literal["stop", "continue"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -239,8 +241,24 @@ class RunConfig:
     """Steps between samples; one more follows the last step."""
     save_every: int = 250
     """Steps between checkpoints; one more follows the last step."""
+    save_every_minutes: float | None = None
+    """Save as soon as so many minutes have passed since the last checkpoint, too."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep (0: all)."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss, too."""
+    keep_every: int = 0
+    """Keep the checkpoints at multiples of so many steps, too (0: none)."""
+    keep_gb: float | None = None
+    """Keep no more than so many gigabytes of them; the newest is kept in any case."""
+    on_save_error: OnSaveError = "stop"
+    """What to do where a checkpoint cannot be written, as on a full disk: stop, or continue and try at the next."""
+    on_spike: OnSpike = "rollback"
+    """What to do about a loss that is not finite or far above the last ones. Its update is never made. stop: the run
+    ends; skip: it goes on, and ends after 10 in a row; rollback: after 3 in a row it goes back to the newest
+    checkpoint and passes over the data that followed it."""
+    spike_sigmas: float = 10.0
+    """How many standard deviations above the mean of the last 128 a loss is a spike (0: only what is not finite)."""
     init: str | None = None
     """Start from these weights: a name on the hub (gpt2), a model folder, or a run. None: random ones."""
     sanity_checks: bool = True
@@ -260,7 +278,12 @@ class RunConfig:
         for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         require_seed("seed", self.seed)
-        _require(self.keep_checkpoints >= 0, f"keep_checkpoints is {self.keep_checkpoints}; it must be 0 or more")
+        for name in ("keep_checkpoints", "keep_every"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(0 <= self.spike_sigmas < math.inf, f"spike_sigmas is {self.spike_sigmas}; it must be 0 or more")
+        for name in ("save_every_minutes", "keep_gb"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be above 0")
         T = self.sequence_length
         _require(
             self.model.n_positions >= T,

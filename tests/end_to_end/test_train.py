@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     original = step_module.batch_loss
     monkeypatch.setattr(step_module, "batch_loss", poisoned)
     with pytest.raises(UserError, match="step 6: the loss is nan"):
-        train(tiny, run, display=QUIET)
+        train(dataclasses.replace(tiny, on_spike="stop"), run, display=QUIET)
     monkeypatch.undo()
     assert [p.name for p in list_checkpoints(run)] == ["step_000004"]
     assert train(tiny, run, resume=True, display=QUIET) == 0

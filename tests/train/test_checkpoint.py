@@ -23,11 +23,14 @@ from restomod.train import checkpoint as module
 from restomod.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
+    newest_whole,
+    progress,
     verify_checkpoint,
+    write_checkpoint,
 )
+from restomod.train.optimizer import optimizer_tensors
 from tests.models import random_tokens
-from tests.train.trainee import Trainee, assert_identical, make_trainee
+from tests.train.trainee import Trainee, assert_identical, make_trainee, save_checkpoint
 
 FILES = [
     "COMPLETE",
@@ -42,8 +45,8 @@ FILES = [
 ]
 
 
-def save(trainee: Trainee, run: Path, step: int, keep: int = 0) -> Path:
-    return save_checkpoint(run, step, trainee.model, trainee.optimizer, keep)
+def save(trainee: Trainee, run: Path, step: int) -> Path:
+    return save_checkpoint(run, step, trainee.model, trainee.optimizer)
 
 
 def load(trainee: Trainee, folder: Path) -> int:
@@ -231,15 +234,6 @@ def test_nothing_is_pickled_or_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_pa
 # --- which checkpoints there are -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3]), (1, [3]), (2, [2, 3]), (5, [1, 2, 3])])
-def test_the_newest_checkpoints_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
-    trainee = make_trainee()
-    for step in (1, 2, 3):
-        trainee.train(step - 1, step)
-        save(trainee, tmp_path, step, keep)
-    assert names(tmp_path) == [f"step_{step:06d}" for step in left]
-
-
 def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> None:
     for name in ("step_1000000", "step_999999", "step_000010", ".step_000020.tmp", "step_x", "step_30.old", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -266,7 +260,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(module, at, no_space)
         with pytest.raises(UserError, match=r"cannot save .*step_000004: No space left on device"):
-            save(trainee, tmp_path, 4, keep=1)
+            save(trainee, tmp_path, 4)
     assert names(tmp_path) == ["step_000003"]
     assert load(make_trainee(), folder) == 3
 
@@ -319,3 +313,60 @@ def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path, tmp_path: Path)
     other = make_trainee()
     load(other, folder)
     assert_identical(other.tensors(), trainee.tensors())
+
+
+# --- the newest that is whole --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 1, 2 and 3."""
+    trainee = make_trainee()
+    for step in (1, 2, 3):
+        trainee.train(step - 1, step)
+        save(trainee, tmp_path, step)
+    return tmp_path
+
+
+def spoil(run: Path, step: int) -> None:
+    path = run / "checkpoints" / f"step_{step:06d}" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_is_taken_where_it_is_whole(three: Path) -> None:
+    spoil(three, 1)
+    assert newest_whole(three) == (three / "checkpoints/step_000003", [])
+    assert names(three) == ["step_000001", "step_000002", "step_000003"]
+
+
+def test_damaged_ones_are_set_aside_and_told_of(three: Path) -> None:
+    spoil(three, 3)
+    (three / "checkpoints/step_000002/COMPLETE").unlink()
+    folder, problems = newest_whole(three)
+    assert folder == three / "checkpoints/step_000001"
+    first, second = problems
+    assert "step_000003/model.safetensors is damaged: its SHA-256" in first
+    assert "step_000002/COMPLETE is missing" in second
+    assert names(three) == ["step_000001", "step_000002.damaged", "step_000003.damaged"]
+    assert newest_whole(three) == (folder, [])
+
+
+def test_where_none_is_whole_nothing_is_touched(three: Path) -> None:
+    for step in (1, 2, 3):
+        spoil(three, step)
+    with pytest.raises(UserError, match=r"none of the 3 checkpoints of .* is whole: .*step_000003.*delete"):
+        newest_whole(three)
+    assert names(three) == ["step_000001", "step_000002", "step_000003"]
+
+
+def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path) == (None, [])
+
+
+def test_how_many_batches_were_passed_over_is_remembered(tmp_path: Path) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    tensors = optimizer_tensors(trainee.model, trainee.optimizer)
+    assert progress(write_checkpoint(tmp_path, 1, trainee.model, tensors, data_offset=7)) == (1, 7)

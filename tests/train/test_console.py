@@ -177,7 +177,7 @@ def test_a_verdict_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str
 def test_a_finished_run_tells_its_losses_and_what_to_do_next(tmp_path: Path) -> None:
     for kind, step, loss in [("val", 0, 10.9), ("train", 0, 10.8), ("train", 1, 9.0), ("val", 2, 8.5)]:
         append_jsonl(tmp_path / "metrics.jsonl", {"kind": kind, "step": step, "loss": loss})
-    text = "\n".join(closing_lines(tmp_path, tmp_path / "checkpoints" / "step_000002", 61, finished=True))
+    text = "\n".join(closing_lines(tmp_path, [tmp_path / "checkpoints" / "step_000002"], 61, finished=True))
     assert "finished in 1 min 01 s" in text
     assert "10.8000 at the start, 9.0000 at the end" in text
     assert "10.9000 at the start, 8.5000 at the end" in text
@@ -187,11 +187,11 @@ def test_a_finished_run_tells_its_losses_and_what_to_do_next(tmp_path: Path) -> 
 
 def test_a_run_without_validation_tells_only_its_training_loss(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": 0, "loss": 10.8})
-    text = "\n".join(closing_lines(tmp_path, tmp_path, 1, finished=True))
+    text = "\n".join(closing_lines(tmp_path, [tmp_path], 1, finished=True))
     assert "training loss" in text
     assert "validation loss" not in text
 
 
 def test_a_stopped_run_tells_how_to_go_on(tmp_path: Path) -> None:
-    (line,) = closing_lines(tmp_path, tmp_path, 1, finished=False)
+    (line,) = closing_lines(tmp_path, [tmp_path], 1, finished=False)
     assert f"restomod train --resume {tmp_path}" in line

@@ -15,10 +15,9 @@ from restomod.errors import UserError
 from restomod.model.gpt import GPT, build_model
 from restomod.presets import PRESETS, preset
 from restomod.train import find as module
-from restomod.train.checkpoint import save_checkpoint
 from restomod.train.find import find_model, open_model, open_or_build
 from tests.models import CPU, random_model, to_transformers
-from tests.train.trainee import Trainee, make_trainee
+from tests.train.trainee import Trainee, make_trainee, save_checkpoint
 
 CONFIG = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=4, vocab_size=97)
 
@@ -56,7 +55,7 @@ def trainee() -> Trainee:
 
 
 def save(trainee: Trainee, run: str, step: int) -> Path:
-    return save_checkpoint(Path(run), step, trainee.model, trainee.optimizer, keep=0)
+    return save_checkpoint(Path(run), step, trainee.model, trainee.optimizer)
 
 
 def refusal(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
 from restomod.model.gpt import GPT, build_model
+from restomod.train.checkpoint import write_checkpoint
 from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import build_optimizer
+from restomod.train.guard import Guard
+from restomod.train.optimizer import build_optimizer, optimizer_tensors
 from restomod.train.sanity import Subject, Verdict
 from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
@@ -40,7 +43,8 @@ class Trainee:
                 self.config,
                 step,
                 SINGLE,
-            )
+                Guard(self.config).problem,
+            )[:2]
             for step in range(first, end)
         ]
 
@@ -68,6 +72,11 @@ def make_trainee(seed: int = 1, **changes: object) -> Trainee:
     batches = Batches(TokenStream([text]), config.sequence_length, config.batch_sequences, seed)
     model = build_model(config.model, seed, CPU)
     return Trainee(config, batches, model, build_optimizer(model, config.optim))
+
+
+def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer) -> Path:
+    """Write a checkpoint, and wait for it."""
+    return write_checkpoint(run, step, model, optimizer_tensors(model, optimizer) if step > 0 else {})
 
 
 def make_subject(

@@ -48,7 +48,7 @@ class Prefetch:
             UserError: as loading does.
         """
         start = time.perf_counter()
-        for ahead in range(step, min(step + 1 + STEPS_AHEAD, self.steps)):
+        for ahead in range(step, max(step + 1, min(step + 1 + STEPS_AHEAD, self.steps))):
             if ahead not in self._loading:
                 self._loading[ahead] = self._thread.submit(self._load, ahead)
         micro_batches = self._loading.pop(step).result()

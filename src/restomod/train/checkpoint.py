@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
@@ -30,9 +31,9 @@ from torch.optim import Optimizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, read_json, sha256_file
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import load_weights, save_model
+from restomod.model.pretrained import load_model, load_weights, save_model
 from restomod.model.storage import WEIGHTS
-from restomod.train.distributed import SINGLE, Processes, whole
+from restomod.train.distributed import fill, is_shared
 from restomod.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 COMPLETE = "COMPLETE"
@@ -43,34 +44,57 @@ FORMAT = "restomod-checkpoint-1"
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest step first."""
     folders = (run / "checkpoints").glob("step_*")
-    return sorted((f for f in folders if re.fullmatch(r"step_\d+", f.name)), key=_step)
+    return sorted((f for f in folders if re.fullmatch(r"step_\d+", f.name)), key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
     return int(folder.name.removeprefix("step_"))
 
 
-def save_checkpoint(
-    run: Path, step: int, model: GPT, optimizer: Optimizer, keep: int, processes: Processes = SINGLE
-) -> Path:
-    """Write the checkpoint of ``step`` updates, then drop all but the ``keep`` newest ones (0: drop none).
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that is whole, and what is wrong with those after it, which are set aside.
 
-    All processes have to call this; the main one writes.
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    problems: list[str] = []
+    folders = list_checkpoints(run)[::-1]
+    for folder in folders:
+        try:
+            verify_checkpoint(folder)
+        except UserError as e:
+            problems.append(str(e).partition("; ")[0])
+            continue
+        for damaged in folders[: len(problems)]:
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+        return folder, problems
+    if problems:
+        raise UserError(
+            f"none of the {len(folders)} checkpoints of {run} is whole: {problems[0]}; "
+            f"delete {run / 'checkpoints'} to begin the run anew"
+        )
+    return None, []
+
+
+def write_checkpoint(
+    run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], data_offset: int = 0
+) -> Path:
+    """Write the checkpoint of ``step`` updates.
+
+    Args:
+        run: its folder.
+        step: how many updates the weights have had.
+        model: with all its weights in this process.
+        optimizer_state: from `optimizer_tensors`; empty before the first step.
+        data_offset: how many batches have been passed over.
 
     Raises:
         UserError: the disk is full or refuses; older checkpoints are untouched.
     """
-    weights = whole(model)
-    state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
-    return processes.together(lambda: _write(run, step, weights, state, keep) if processes.main else _folder(run, step))
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:06d}"
-
-
-def _write(run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], keep: int) -> Path:
-    folder = _folder(run, step)
+    folder = run / "checkpoints" / f"step_{step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         for leftover in folder.parent.glob(".step_*.tmp"):  # of a save or a deletion that was killed
@@ -79,7 +103,7 @@ def _write(run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor],
         save_model(model, temporary)
         if optimizer_state:
             _save_optimizer(optimizer_state, temporary / STATE)
-        state = {"format": FORMAT, "step": step}
+        state = {"format": FORMAT, "step": step, "data_offset": data_offset}
         (temporary / STATE / "state.json").write_text(json.dumps(state) + "\n")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         record = {
@@ -93,8 +117,6 @@ def _write(run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor],
             shutil.rmtree(folder)
         temporary.rename(folder)
         fsync_path(folder.parent)
-        for old in list_checkpoints(run)[:-keep] if keep else []:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))  # renamed first: never seen half deleted
     except (OSError, SafetensorError, CheckpointException) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -140,14 +162,15 @@ def verify_checkpoint(folder: Path) -> None:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
 
 
-def checkpoint_step(folder: Path) -> int:
-    """How many updates the weights of a checkpoint have had."""
-    return int(read_json(folder / STATE / "state.json", "training state")["step"])
+def progress(folder: Path) -> tuple[int, int]:
+    """Of a checkpoint: how many updates its weights have had, and how many batches were passed over."""
+    state = read_json(folder / STATE / "state.json", "training state")
+    return int(state["step"]), int(state.get("data_offset", 0))
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizer) -> None:
     """Put the optimizer's state of a verified checkpoint back; ``model`` is the one it optimizes."""
-    if checkpoint_step(folder) > 0:
+    if progress(folder)[0] > 0:
         with _single_process():
             tensors = optimizer_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / STATE)), no_dist=True)
@@ -161,9 +184,12 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizer) -> int:
         UserError: it is damaged, or is of another model.
     """
     verify_checkpoint(folder)
-    load_weights(model, folder)
+    if is_shared(model):
+        fill(model, load_model(folder, torch.device("cpu")))
+    else:
+        load_weights(model, folder)
     load_optimizer(folder, model, optimizer)
-    return checkpoint_step(folder)
+    return progress(folder)[0]
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def numbers(record: dict[str, Any]) -> str:
     )
 
 
-def closing_lines(folder: Path, checkpoint: Path, seconds: float, finished: bool) -> list[str]:
+def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finished: bool) -> list[str]:
     """What stands at the end of a run: its losses, where it is, and what to do next."""
     run = quote(str(folder))
     if not finished:
@@ -47,7 +47,7 @@ def closing_lines(folder: Path, checkpoint: Path, seconds: float, finished: bool
     records = read_jsonl(folder / "metrics.jsonl")
     lines = [f"finished in {duration(seconds)}"]
     for kind, name in (("train", "training loss"), ("val", "validation loss")):
-        losses = [record["loss"] for record in records if record.get("kind") == kind and "loss" in record]
+        losses = [r["loss"] for r in records if r.get("kind") == kind and r.get("loss") is not None]
         if losses:
             lines.append(f"  {name:<15}  {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end")
     return [
@@ -55,7 +55,7 @@ def closing_lines(folder: Path, checkpoint: Path, seconds: float, finished: bool
         f"everything is in {folder}; next:",
         f'  restomod sample {run} --prompt "..."     # let it write',
         f"  restomod train --resume {run} --steps N   # go on to step N",
-        f"  AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})   # use it elsewhere",
+        *(f"  AutoModelForCausalLM.from_pretrained({str(path)!r})   # use it elsewhere" for path in checkpoints),
     ]
 
 

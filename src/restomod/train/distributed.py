@@ -14,13 +14,14 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
@@ -62,9 +63,9 @@ class Processes:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in one of the processes."""
-        return self.sum(flag)[0] > 0
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set in one of the processes."""
+        return [n > 0 for n in self.sum(*flags)]
 
     def together(self, work: Callable[[], Result], one_first: bool = False) -> Result:
         """Do the same in every process, and fail in all if one fails.
@@ -93,6 +94,17 @@ class Processes:
             if any(failed):
                 raise problem if problem is not None and failed.index(True) == self.rank else ReportedElsewhere()
         return result[0]
+
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns in the main process, which alone does it.
+
+        Raises:
+            UserError: as ``work`` does; in the other processes `ReportedElsewhere`.
+        """
+        result = [self.together(lambda: work() if self.main else None)]
+        if self.count > 1:
+            dist.broadcast_object_list(result)
+        return cast(Result, result[0])
 
     def error(self, message: str) -> UserError:
         """What to raise where all processes meet the same problem: one of them reports it."""
@@ -188,12 +200,23 @@ def synchronised(loss: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether each process holds only a part of the model's weights."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def fill(model: GPT, source: GPT) -> None:
+    """Put the weights of ``source``, all of them in each process, into a model that processes share."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, source.state_dict(), options=options)
+
+
 def whole(model: GPT) -> GPT:
     """The model with all its weights in this process: itself, or a copy where they are shared out.
 
     All processes have to call it.
     """
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if not is_shared(model):
         return model
     tensors: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.device("meta"):

@@ -39,7 +39,14 @@ MAY_CHANGE_ON_RESUME = {
     "sample_every",
     "sampling",
     "save_every",
+    "save_every_minutes",
     "keep_checkpoints",
+    "keep_best",
+    "keep_every",
+    "keep_gb",
+    "on_save_error",
+    "on_spike",
+    "spike_sigmas",
     "device",
     "precision",
     "parallel",
@@ -75,7 +82,8 @@ class Run:
 
         def keep(record: dict[str, Any]) -> bool:
             at = record.get("step")
-            return isinstance(at, int) and (at < step or (at == step > 0 and record.get("kind") != "train"))
+            before = record.get("kind") in ("train", "rollback")  # which come after the checkpoint of their step
+            return isinstance(at, int) and (at < step or (at == step > 0 and not before))
 
         keep_records(self.folder / "metrics.jsonl", keep)
         keep_records(self.folder / "samples.jsonl", keep)

@@ -236,6 +236,6 @@ def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor], p
         model.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-        if attempt == 0 and processes.any(seconds > REPEAT_BELOW_SECONDS):
+        if attempt == 0 and processes.any(seconds > REPEAT_BELOW_SECONDS)[0]:
             break
     return seconds

@@ -20,7 +20,7 @@ from restomod.errors import UserError
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, load_weights, read_model_config
-from restomod.train.checkpoint import checkpoint_step, list_checkpoints, load_optimizer, verify_checkpoint
+from restomod.train.checkpoint import load_optimizer, newest_whole, progress
 from restomod.train.console import duration
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
@@ -46,6 +46,10 @@ class Training:
     processes: Processes
     first_step: int
     """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
+    data_offset: int
+    """How many batches have been passed over: step s trains on batch s + data_offset."""
+    damaged: list[str]
+    """What is wrong with newer checkpoints, which were set aside."""
     verdicts: list[Verdict]
     """What the sanity checks found; empty for a run that goes on, or that does without them."""
     micro_batch_seconds: float
@@ -75,8 +79,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     Raises:
         UserError: the data, the device, the folder or the checkpoint is not usable.
     """
-    checkpoints = list_checkpoints(folder) if resume else []
-    config = _with_absolute_paths(config, needs_init=not checkpoints)
+    checkpoint, damaged = processes.from_main(lambda: newest_whole(folder)) if resume else (None, [])
+    config = _with_absolute_paths(config, needs_init=checkpoint is None)
     device = device_of(choose_device(config.device), processes)
     micro_batch = choose_micro_batch(config, device, processes.count)
     compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
@@ -102,13 +106,12 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         )
     if resume:
         check_resumable(folder, config, dataset)
-    fresh = config if not checkpoints else dataclasses.replace(config, init=None)
+    fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
     model = processes.together(lambda: _initial_model(fresh, device))
-    first_step = 0
-    if checkpoints:
-        verify_checkpoint(checkpoints[-1])
-        load_weights(model, checkpoints[-1])
-        first_step = checkpoint_step(checkpoints[-1])
+    first_step = data_offset = 0
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+        first_step, data_offset = progress(checkpoint)
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
         trial = build_optimizer(model, config.optim)
@@ -123,8 +126,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         model.transformer.compile()
     loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
     optimizer = build_optimizer(model, config.optim)
-    if checkpoints:
-        load_optimizer(checkpoints[-1], model, optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer)
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
     try:
         seconds = time_micro_batch(model, lambda: loss_of(tokens, targets), processes)
@@ -137,7 +140,20 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.count}
         run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
     return Training(
-        run, dataset, tokenizer, batches, model, loss_of, optimizer, compute, processes, first_step, verdicts, seconds
+        run,
+        dataset,
+        tokenizer,
+        batches,
+        model,
+        loss_of,
+        optimizer,
+        compute,
+        processes,
+        first_step,
+        data_offset,
+        damaged,
+        verdicts,
+        seconds,
     )
 
 

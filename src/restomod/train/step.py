@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,8 @@ def train_step(
     config: RunConfig,
     step: int,
     processes: Processes,
-) -> tuple[float, float]:
+    refuse: Callable[[float, float], str | None],
+) -> tuple[float, float, str | None]:
     """Update a model once.
 
     Args:
@@ -90,9 +92,10 @@ def train_step(
         config: of the run.
         step: how many updates the weights have had.
         processes: that share the batch.
+        refuse: from the loss and the norm, why they must not lead to an update; None: they may.
 
     Returns:
-        The loss (nats) and the gradient's norm before clipping. If either is not finite, nothing is updated.
+        The loss (nats), the gradient's norm before clipping, and why there was no update.
     """
     losses = []
     for i, (tokens, targets) in enumerate(micro_batches):
@@ -102,8 +105,9 @@ def train_step(
         losses.append(loss.detach())
     loss = processes.mean(torch.stack(losses).sum())
     grad_norm = clip_gradients(loss_of, config.optim.grad_clip)
-    if torch.isfinite(loss + grad_norm):
+    problem = refuse(loss.item(), grad_norm.item())
+    if problem is None:
         set_learning_rate(optimizer, learning_rate(config.optim, step, config.steps))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item(), grad_norm.item()
+    return loss.item(), grad_norm.item(), problem

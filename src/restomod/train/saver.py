@@ -1,0 +1,151 @@
+"""Saves checkpoints while training goes on, and keeps those that are worth their room.
+
+The step loop stands still only while the tensors are copied; a thread then writes the copy. The copy's memory is used
+again for the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from restomod.config import RunConfig
+from restomod.errors import UserError
+from restomod.model.gpt import GPT
+from restomod.train.checkpoint import list_checkpoints, step_of, write_checkpoint
+from restomod.train.distributed import SINGLE, Processes, whole
+from restomod.train.metrics import read_jsonl
+from restomod.train.optimizer import optimizer_tensors
+
+
+class Saver:
+    """Writes the checkpoints of a run from its main process; the others take part in gathering what is saved."""
+
+    def __init__(self, run: Path, config: RunConfig, processes: Processes = SINGLE) -> None:
+        self.run, self.config, self.processes = run, config, processes
+        self._model: GPT | None = None  # copies, on the CPU
+        self._state: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._writing: Future[None] | None = None
+        self._failure: UserError | None = None
+
+    def save(self, step: int, model: GPT, optimizer: Optimizer, data_offset: int = 0) -> None:
+        """Begin to save the checkpoint of ``step`` updates, once the one before it is written. All processes call this.
+
+        Raises:
+            UserError: the one before could not be written, and the run is to stop then.
+        """
+        state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
+        model = whole(model)
+        self.finish()
+        if self.processes.main:
+            self._copy(model, state)
+            assert self._model is not None
+            self._writing = self._thread.submit(self._write, step, self._model, dict(self._state), data_offset)
+
+    @torch.no_grad()
+    def _copy(self, model: GPT, state: dict[str, Tensor]) -> None:
+        if self._model is None:
+            with torch.device("meta"):
+                self._model = GPT(model.config)
+            self._model.to_empty(device="cpu")
+        for copy, parameter in zip(self._model.parameters(), model.parameters(), strict=True):
+            copy.copy_(parameter, non_blocking=True)
+        self._state = {name: self._state[name] for name in state if name in self._state}
+        for name, value in state.items():
+            if name not in self._state:
+                self._state[name] = torch.empty_like(value, device="cpu")
+            self._state[name].copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _write(self, step: int, model: GPT, state: dict[str, Tensor], data_offset: int) -> None:
+        write_checkpoint(self.run, step, model, state, data_offset)
+        drop_others(self.run, self.config)
+
+    def failure(self) -> UserError | None:
+        """What kept the last checkpoint from being written, told once; None if nothing did, or it is being written."""
+        if self._writing is not None and self._writing.done():
+            self._wait()
+        failure, self._failure = self._failure, None
+        return failure
+
+    def finish(self) -> None:
+        """Wait until everything is written. All processes call this.
+
+        Raises:
+            UserError: it could not be, and the run is to stop then.
+        """
+        self.processes.together(self._finish)
+
+    def _finish(self) -> None:
+        self._wait()
+        if self._failure is not None and self.config.on_save_error == "stop":
+            raise self._failure
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except UserError as e:
+                self._failure = e
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True)
+
+
+def drop_others(run: Path, config: RunConfig) -> None:
+    """Delete the checkpoints of a run that its configuration does not ask to be kept."""
+    folders = {step_of(folder): folder for folder in list_checkpoints(run)}
+    sizes = {step: _size(folder) for step, folder in folders.items()} if config.keep_gb is not None else {}
+    losses = {
+        record["step"]: record["loss"]
+        for record in read_jsonl(run / "metrics.jsonl")
+        if record.get("kind") == "val" and record.get("step") in folders and record.get("loss") is not None
+    }
+    for step in folders.keys() - kept(list(folders), losses, sizes, config):
+        with contextlib.suppress(OSError):  # it is tried again after the next save
+            folder = folders[step]
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))  # never seen half deleted
+
+
+def kept(steps: list[int], losses: dict[int, float], sizes: dict[int, int], config: RunConfig) -> set[int]:
+    """Which checkpoints to keep.
+
+    Args:
+        steps: of all checkpoints.
+        losses: on validation, of those that have one.
+        sizes: in bytes; needed only with ``keep_gb``.
+        config: the newest, the best, then ``keep_checkpoints`` newest, then one every ``keep_every`` steps, as far as
+            ``keep_gb`` goes. The newest is kept in any case.
+    """
+    newest = sorted(steps, reverse=True)
+    best = [min(losses, key=lambda step: (losses[step], -step))] if losses and config.keep_best else []
+    periodic = [step for step in newest if config.keep_every and step % config.keep_every == 0]
+    last = newest[: config.keep_checkpoints] if config.keep_checkpoints else newest
+    wanted = dict.fromkeys([*newest[:1], *best, *last, *periodic])
+    if config.keep_gb is None:
+        return set(wanted)
+    room, keep = config.keep_gb * 1e9, set[int]()
+    for step in wanted:
+        if not keep or sizes[step] <= room:
+            keep.add(step)
+            room -= sizes[step]
+    return keep
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,260 @@
+"""A run among losses that are not finite, spikes, damaged checkpoints and full disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import restomod.train.step as step_module
+from restomod.config import RunConfig
+from restomod.data.batches import Batches
+from restomod.errors import UserError
+from restomod.train import guard as guard_module
+from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.train.console import Display
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+
+QUIET = Display(interactive=False)
+
+
+@pytest.fixture
+def quick(tiny: RunConfig) -> RunConfig:
+    return dataclasses.replace(tiny, sanity_checks=False, eval_every=100, sample_every=100, keep_checkpoints=0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """By batch, what the loss of its micro-batches is multiplied with."""
+    factors: dict[int, float] = {}
+    current = [-1]
+    load, loss_of = Batches.micro_batches, step_module.batch_loss
+
+    class Marked(list):  # type: ignore[type-arg]
+        step = -1
+
+    def micro_batches(self: Batches, step: int, *arguments: Any) -> Any:
+        marked = Marked(load(self, step, *arguments))
+        marked.step = step
+        return marked
+
+    def batch_loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor, compute: Any) -> torch.Tensor:
+        return loss_of(model, tokens, targets, compute) * factors.get(current[0], 1.0)
+
+    step = step_module.train_step
+
+    def train_step(loss: Any, optimizer: Any, batches: Any, *rest: Any) -> Any:
+        current[0] = batches.step
+        return step(loss, optimizer, batches, *rest)
+
+    monkeypatch.setattr(Batches, "micro_batches", micro_batches)
+    monkeypatch.setattr(step_module, "batch_loss", batch_loss)
+    monkeypatch.setattr("restomod.train.loop.train_step", train_step)
+    return factors
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == kind]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run)[-1] / "model.safetensors")
+
+
+def finite(run: Path) -> bool:
+    return all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_step_that_is_not_finite_is_passed_over(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], policy: Any
+) -> None:
+    poisoned[5] = float("nan")
+    poisoned[9] = float("inf")
+    run = tmp_path / "run"
+    assert train(dataclasses.replace(quick, on_spike=policy), run, display=QUIET) == 0
+    log = records(run, "train")
+    assert [record["step"] for record in log] == list(range(12))
+    assert [record["step"] for record in log if "skipped" in record] == [5, 9]
+    assert (log[5]["loss"], log[5]["grad_norm"]) == (None, None)
+    assert "the loss is nan" in log[5]["skipped"]
+    assert "the loss is inf" in log[9]["skipped"]
+    assert finite(run)
+    state = load_file(next((list_checkpoints(run)[-1] / "training_state").glob("*.safetensors")))
+    assert state["state.transformer.ln_f.bias.step"].item() == 10  # updates that were made
+
+
+def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned.update(dict.fromkeys((6, 7, 8), float("nan")))
+    run = tmp_path / "run"
+    assert train(quick, run, display=Display(interactive=False)) == 0
+    said = capsys.readouterr().out
+    assert "step 8  the loss is nan" in said
+    assert "back to step 4, past the data of 5 steps" in said
+    assert records(run, "rollback") == [{"kind": "rollback", "step": 4, "failed_step": 8, "data_offset": 5}]
+    log = records(run, "train")
+    assert [record["step"] for record in log] == list(range(12))
+    assert not any("skipped" in record for record in log)
+    # from step 4 on it is the run that has seen batches 0 to 3, and then 9 to 16
+    order = [*range(4), *range(9, 17)]
+    load = Batches.micro_batches
+    other = tmp_path / "other"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Batches, "micro_batches", lambda self, step, *a: load(self, order[step] if step < 12 else step, *a)
+        )
+        assert train(quick, other, display=QUIET) == 0
+    assert [r["loss"] for r in records(other, "train")] == [r["loss"] for r in log]
+    assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(other).values(), strict=True))
+
+
+def test_a_run_that_went_back_and_is_stopped_goes_on_as_if_it_had_not_been(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
+) -> None:
+    poisoned.update(dict.fromkeys((6, 7, 8), float("nan")))
+    assert train(quick, tmp_path / "whole", display=QUIET) == 0
+    assert train(dataclasses.replace(quick, steps=12), tmp_path / "parts", display=QUIET) == 0
+    for later in list_checkpoints(tmp_path / "parts")[2:]:  # back to step 8, after the rollback
+        subprocess.run(["rm", "-r", str(later)], check=True)
+    assert train(quick, tmp_path / "parts", resume=True, display=QUIET) == 0
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "parts").values(), strict=True)
+    )
+    assert records(tmp_path / "parts", "rollback") == records(tmp_path / "whole", "rollback")
+
+
+def test_what_does_not_get_better_ends_the_run(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
+    poisoned.update(dict.fromkeys(range(6, 100), float("nan")))
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="going back to step 4 has not helped"):
+        train(quick, run, display=QUIET)
+    assert [folder.name for folder in list_checkpoints(run)] == ["step_000004"]
+    assert finite(run)
+    poisoned.clear()
+    assert train(quick, run, resume=True, display=QUIET) == 0
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
+) -> None:
+    poisoned.update(dict.fromkeys((0, 1, 2), float("nan")))
+    with pytest.raises(UserError, match="no checkpoint to go back to"):
+        train(quick, tmp_path / "run", display=QUIET)
+
+
+def test_a_spike_never_reaches_the_weights(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "ENOUGH", 4)
+    poisoned[9] = 3.0
+    config = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, lr=1e-5))
+    assert train(config, tmp_path / "run", display=QUIET) == 0
+    (skipped,) = [r for r in records(tmp_path / "run", "train") if "skipped" in r]
+    assert skipped["step"] == 9
+    assert skipped["loss"] > 30
+    assert "standard deviations above the mean" in skipped["skipped"]
+    with pytest.raises(UserError, match="step 9: the loss is 3"):
+        train(dataclasses.replace(config, on_spike="stop"), tmp_path / "stopped", display=QUIET)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
+    quick: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(quick, whole, display=QUIET) == 0
+    assert train(dataclasses.replace(quick, steps=12), run, display=QUIET) == 0
+    subprocess.run(["rm", "-r", str(run / "checkpoints/step_000012")], check=True)
+    path = run / "checkpoints/step_000008/training_state"
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    capsys.readouterr()
+    assert train(quick, run, resume=True, display=Display(interactive=False)) == 0
+    said = capsys.readouterr().out
+    assert "warning: set aside: " in said
+    assert "step_000008" in said
+    assert "going on from step 4" in said
+    assert (run / "checkpoints/step_000008.damaged").is_dir()
+    assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(whole).values(), strict=True))
+    verify_checkpoint(run / "checkpoints/step_000008")
+
+
+def test_minutes_save_too(quick: RunConfig, tmp_path: Path) -> None:
+    often = dataclasses.replace(quick, save_every=100, save_every_minutes=1e-6)
+    assert train(often, tmp_path / "run", display=QUIET) == 0
+    assert len(list_checkpoints(tmp_path / "run")) == 12  # after every step
+    never = dataclasses.replace(quick, save_every=100, save_every_minutes=60.0)
+    assert train(never, tmp_path / "other", display=QUIET) == 0
+    assert len(list_checkpoints(tmp_path / "other")) == 1
+
+
+def test_the_best_is_kept_with_the_newest(quick: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spoiling = dataclasses.replace(quick.optim, lr=0.5, warmup_steps=8)  # the later, the worse
+    config = dataclasses.replace(quick, optim=spoiling, eval_every=4, keep_checkpoints=1, on_spike="skip")
+    assert train(config, run, display=QUIET) == 0
+    losses = {record["step"]: record["loss"] for record in records(run, "val") if record["step"]}
+    best = min(losses, key=losses.__getitem__)
+    assert [folder.name for folder in list_checkpoints(run)] == [f"step_{s:06d}" for s in sorted({best, 12})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_costs_no_checkpoint(
+    quick: RunConfig, tmp_path: Path, policy: str, restomod: Callable, text: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=46m", "tmpfs", str(disk)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted only by root on Linux")
+    try:  # a checkpoint takes 21 MB
+        from tests.end_to_end.conftest import flags
+
+        out = disk / "run"
+        process = restomod(
+            "train",
+            "quickstart",
+            "--out",
+            str(out),
+            *flags(quick),
+            "--keep-checkpoints",
+            "0",
+            "--on-save-error",
+            policy,
+        )
+        printed, errors = process.communicate(timeout=120)
+        if policy == "stop":
+            assert process.returncode == 2
+            assert errors.startswith("restomod: error: cannot save ")
+            assert errors.count("\n") == 1
+        else:
+            assert process.returncode == 0, errors
+            assert "warning: cannot save" in printed
+            assert "No space left on device" in printed
+            assert len(records(out, "train")) == 12
+        whole = list_checkpoints(out)
+        assert whole
+        for folder in whole:
+            verify_checkpoint(folder)
+        assert not list((out / "checkpoints").glob(".*"))
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        process = restomod("train", "--resume", str(out), "--steps", "14")
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert len(records(out, "train")) == 14
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
