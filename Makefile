@@ -25,6 +25,10 @@ $(BIN)/python:
 	@$(PIP) -e '.[test]'
 	@touch $@
 
+.venv/installed-test-slow: .venv/installed-test-slow
+	@$(PIP) -e '.[test,ray]'
+	@touch $@
+
 # A second demo gets a folder of its own: quickstart, quickstart-2, ...
 demo: .venv/installed
 	@run=runs/quickstart; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/quickstart-$$n; done; \
@@ -38,7 +42,7 @@ check: .venv/installed-test
 test: check
 	$(BIN)/pytest
 
-test-slow: .venv/installed-test
+test-slow: .venv/installed-test-slow
 	$(BIN)/pytest -m slow
 
 clean:

@@ -591,10 +591,12 @@ def test_the_workers_are_as_many_as_processors_unless_said(
 ) -> None:
     given = []
     monkeypatch.setattr("os.cpu_count", lambda: 7)
-    monkeypatch.setattr("restomod.data.pipeline.prepare_and_report", lambda *a, report: given.append(a))
+    monkeypatch.setattr("restomod.data.pipeline.prepare_and_report", lambda *a: given.append(a))
     flags = [] if workers is None else ["--workers", str(workers)]
     assert main(["prepare", "a", "b", "--out", "o", "--dedup", *flags]) == 0
-    assert given == [(("a", "b"), PrepareConfig(dedup=True), Path("o"), workers or 7)]
+    assert [(*a[:4], a[5]) for a in given] == [
+        (("a", "b"), PrepareConfig(dedup=True), Path("o"), workers or 7, "local")
+    ]
 
 
 def test_a_run_is_named_after_its_preset(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

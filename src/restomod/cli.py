@@ -8,17 +8,24 @@ import functools
 import io
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from restomod import __version__
-from restomod.config import Device, Precision, PrepareConfig, RunConfig, SamplingConfig, require_seed
+from restomod.config import (
+    Device,
+    Engine,
+    Precision,
+    PrepareConfig,
+    RunConfig,
+    SamplingConfig,
+    SlurmConfig,
+    require_seed,
+)
 from restomod.errors import ReportedElsewhere, UserError, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
@@ -97,7 +104,11 @@ class PrepareArguments:
     out: str
     """Folder of the token shards; what an interrupted run left there is gone on with."""
     workers: int = 0
-    """Files to work on at once, each in a process of its own (0: one per processor)."""
+    """Files to work on at once, each in a process of its own (0: one per processor; on a cluster, as it has room)."""
+    engine: Engine = "local"
+    """Where to work: processes of this machine, a Ray cluster (RAY_ADDRESS, or one that runs here, or else a new one),
+    or jobs of Slurm. The bytes are the same. Clusters need the files and the folder on all their machines."""
+    slurm: Annotated[SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SlurmConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,35 +203,15 @@ def prepare(arguments: list[str]) -> int:
     if parsed.workers < 0:
         raise UserError(f"--workers is {parsed.workers}; it must be 0 or more")
 
-    from restomod.data.pipeline import prepare_and_report
+    from restomod.data.pipeline import prepare_and_report, stopped_by_signals
 
-    workers = parsed.workers or os.cpu_count() or 1
-    with _stopped_by_signals():
-        prepare_and_report(
-            parsed.sources, parsed.config, Path(parsed.out), workers, report=functools.partial(print, flush=True)
-        )
+    workers, out = parsed.workers, Path(parsed.out)
+    if parsed.engine == "local":
+        workers = workers or os.cpu_count() or 1
+    report = functools.partial(print, flush=True)
+    with stopped_by_signals():
+        prepare_and_report(parsed.sources, parsed.config, out, workers, report, parsed.engine, parsed.slurm)
     return 0
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, and what breaks because other processes got the signal too is no error of its own."""
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except Exception:
-        if received:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def data(arguments: list[str]) -> int:

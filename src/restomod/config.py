@@ -22,6 +22,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
 OnSpike = Literal["stop", "skip", "rollback"]
 OnSaveError = Literal["stop", "continue"]
+Engine = Literal["local", "ray", "slurm"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -157,6 +158,21 @@ class PrepareConfig:
         if self.shard_tokens < 1:
             raise UserError(f"--shard-tokens is {self.shard_tokens}; it must be at least 1")
         require_seed("--split-seed", self.split_seed)
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """What `restomod prepare --engine slurm` asks of the cluster, for each unit of work."""
+
+    slurm_partition: str | None = None
+    """With --engine slurm: the partition; without one, the cluster's default."""
+    slurm_time: str | None = None
+    """With --engine slurm: time limit of a unit of work, such as 2:00:00; without one, the partition's."""
+    slurm_mem_gb: int = 2
+    """With --engine slurm: memory for a unit of work, in GB."""
+
+    def __post_init__(self) -> None:
+        _require(self.slurm_mem_gb >= 1, f"--slurm-mem-gb is {self.slurm_mem_gb}; it must be at least 1")
 
 
 @dataclass(frozen=True)

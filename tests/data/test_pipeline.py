@@ -26,6 +26,7 @@ import tiktoken
 
 from restomod.cli import main
 from restomod.config import PrepareConfig
+from restomod.data import folder as folder_module
 from restomod.data import pipeline
 from restomod.data import plan as plan_module
 from restomod.data import shards as shards_module
@@ -295,7 +296,7 @@ def test_a_finished_folder_is_found_and_nothing_written(
 ) -> None:
     first = prepared(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(pipeline, "_run", fail)
+    monkeypatch.setattr(pipeline, "begin", fail)
     assert prepared(tmp_path).manifest == first.manifest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -452,7 +453,7 @@ def test_a_kill_right_after_the_manifest_leaves_nothing_once_it_is_run_again(
     tmp_path: Path, text: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_clean", fail)
+        patch.setattr(folder_module, "clean", fail)
         with pytest.raises(RuntimeError):
             prepared(tmp_path)
     assert (tmp_path / "out" / ".prepare").exists()

@@ -27,11 +27,17 @@ from restomod.errors import UserError
 from restomod.files import fsync_path, write_json_atomically
 
 WORK = ".prepare"
+SLURM = "slurm.json"  # there: jobs of Slurm have been submitted for the folder
 ANEW = "choose another folder with --out, or delete this one and run the same command again"
 
 
 def record_path(out: Path, unit: int) -> Path:
     return out / WORK / f"unit_{unit:05d}.json"
+
+
+def failure_path(out: Path, unit: int) -> Path:
+    """Where a job of Slurm leaves why it could not prepare a unit."""
+    return out / WORK / f"failed_{unit:05d}.json"
 
 
 def quiet_datatrove() -> None:
