@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -14,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,32 +32,11 @@ from restomod.data import shards as shards_module
 from restomod.data.pipeline import prepare_folder
 from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
+from tests.data.preparing import Command, alive, finished, hashes, nothing_but_the_shards, texts_of, write_jsonl
 
 END = 50256  # <|endoftext|>
-WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never naïve café 中 and 🔥 <|endoftext|>"
 
-# the command line with units of a given size: what the variable says holds for the workers' parent, who makes the plan
-PROGRAM = """
-import sys
-import restomod.data.plan
-if __name__ == "__main__":
-    restomod.data.plan.UNIT_BYTES = int(sys.argv.pop(1))
-    from restomod.cli import main
-    sys.exit(main())
-"""
-
-
-def texts_of(n: int, seed: int, length: int = 30) -> list[str]:
-    chance = random.Random(seed)
-    return [" ".join(chance.choices(WORDS.split(), k=chance.randrange(1, length))) for _ in range(n)]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-
-
-# the same where no file may grow beyond 30,000 bytes, except those that the tokenizer needs to begin with
+# the command line where no file may grow beyond 30,000 bytes, except those that the tokenizer needs to begin with
 PROGRAM_ON_A_FULL_DISK = """
 import resource, sys
 import restomod.data.plan, restomod.data.prepare
@@ -94,15 +72,6 @@ def prepared(folder: Path, out: str = "out", workers: int = 1, **values: Any) ->
 
 def all_tokens(stream: TokenStream) -> list[int]:
     return stream.read(0, len(stream)).tolist()
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
@@ -220,55 +189,6 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_where_they_are(tmp_path: Pa
 # --- whatever the workers, the folder, the language ---------------------------------------------------------
 
 
-Command = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def restomod(tmp_path: Path) -> Iterator[Command]:
-    """Starts `restomod prepare` with small units in a group of its own; whatever is left of it is ended afterwards."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(
-        *arguments: str, unit_bytes: int = 1, cwd: Path = tmp_path, program: str = PROGRAM, **env: str
-    ) -> subprocess.Popen[str]:
-        script = tmp_path / "small_units.py"
-        script.write_text(program)
-        with open(tmp_path / "stdout", "w") as out, open(tmp_path / "stderr", "w") as err:  # not a pipe: see below
-            process = subprocess.Popen(
-                [sys.executable, str(script), str(unit_bytes), "prepare", *arguments],
-                cwd=cwd,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-                stdout=out,
-                stderr=err,
-                text=True,
-                start_new_session=True,
-            )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:  # a killed parent leaves datatrove's manager, which would hold a pipe open
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def alive(group: int) -> list[str]:
-    """The command lines of the living processes of a group."""
-    listed = subprocess.run(
-        ["ps", "-e", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    fields = [line.split(None, 2) for line in listed]
-    return [args for pgid, stat, args in fields if int(pgid) == group and not stat.startswith("Z")]
-
-
-def finished(process: subprocess.Popen[str], folder: Path) -> str:
-    """Wait for a command to end well; what it printed."""
-    code = process.wait(timeout=120)
-    assert (code, (folder / "stderr").read_text()) == (0, "")
-    return (folder / "stdout").read_text()
-
-
 def test_two_and_three_workers_elsewhere_and_in_another_language_write_the_same_bytes(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, restomod: Command
 ) -> None:
@@ -328,12 +248,6 @@ def test_what_is_reported(
 
 def fail(*_: object) -> NoReturn:
     raise RuntimeError("this was not to be called")
-
-
-def nothing_but_the_shards(out: Path) -> bool:
-    manifest = json.loads((out / "manifest.json").read_text())
-    shards = {entry["file"] for split in manifest["splits"].values() for entry in split["shards"]}
-    return set(os.listdir(out)) == shards | {"manifest.json"}
 
 
 def check_kills(

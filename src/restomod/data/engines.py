@@ -7,7 +7,6 @@ that was killed, and the one for Ray drops the error of a unit that failed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import multiprocessing
@@ -16,7 +15,7 @@ import os
 import pickle
 import queue
 import signal
-import subprocess
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,9 +30,10 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 
 from restomod.config import Engine
-from restomod.data.steps import SLURM, WORK, UnitStep, quiet_datatrove
+from restomod.data.steps import WORK, UnitStep, quiet_datatrove
 from restomod.errors import UserError
 
+RAY_LAST = Path("/tmp/ray/ray_current_cluster")  # `ray start` leaves its address there, and `ray.init` looks there
 GO_ON = "what is finished stays, and the same command goes on with the rest"
 
 
@@ -272,15 +272,28 @@ def _connect_to_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it announces a change to come
     import ray
 
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address and not _answers(address):  # Ray would try for minutes
+        raise UserError(f"the Ray cluster at {address} (RAY_ADDRESS) does not answer; without one, set it to local")
+    if address is None and RAY_LAST.exists() and not _answers(RAY_LAST.read_text().strip()):
+        address = "local"  # a cluster that ran here and is gone
     try:
         with _sigterm_kept():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as e:
-        address = os.environ.get("RAY_ADDRESS", "")
-        raise UserError(
-            f"cannot connect to the Ray cluster{f' at {address}' if address else ''} ({' '.join(str(e).split())}); "
-            f"set RAY_ADDRESS to one that runs, or to local"
-        ) from None
+        raise UserError(f"cannot connect to a Ray cluster ({' '.join(str(e).split())})") from None
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens at an address; True of what is no host and port."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -294,46 +307,3 @@ def _sigterm_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# --- Slurm's queue ------------------------------------------------------------------------------------------
-
-
-def slurm_jobs(out: Path) -> list[str]:
-    """The states of the jobs that are in Slurm's queue for a folder, such as RUNNING or PENDING; none once all ended.
-
-    Raises:
-        UserError: Slurm cannot be asked.
-    """
-    name = job_name(out)
-    try:
-        asked = subprocess.run(
-            ["squeue", "--noheader", "--array", f"--name={name}", "--format=%T"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"jobs of Slurm were submitted for {out}, and there is no squeue here to ask whether they have ended; "
-            f"run this on the cluster"
-        ) from None
-    if asked.returncode:
-        raise UserError(f"squeue cannot tell whether jobs are at work on {out}: {' '.join(asked.stderr.split())}")
-    return asked.stdout.split()
-
-
-def job_name(out: Path) -> str:
-    """The name of the jobs for a folder, by which they are found again."""
-    return f"restomod-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
-
-
-def require_no_jobs(out: Path) -> None:
-    """Refuse a folder on which jobs of Slurm are at work.
-
-    Raises:
-        UserError: there are some, or Slurm cannot be asked.
-    """
-    if jobs := slurm_jobs(out):
-        raise UserError(
-            f"{len(jobs)} jobs of Slurm are at work on {out}; let them finish, or stop them: "
-            f"scancel --name={job_name(out)}"
-        )
-    (out / WORK / SLURM).unlink(missing_ok=True)

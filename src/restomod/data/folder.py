@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,7 @@ def begin(work: Work) -> None:
     """
     out, description = work.out, work.description
     if (out / WORK / SLURM).exists():
-        from restomod.data.engines import require_no_jobs
-
-        require_no_jobs(out)
+        _require_no_jobs(out)
     begun = out / WORK / "plan.json"
     before = read_json(begun, "plan of this folder") if begun.exists() else None
     if before is not None and before != description:
@@ -224,3 +223,43 @@ def drop_temporaries(out: Path) -> None:
     """Drop the half-written files of workers that were killed."""
     for leftover in out.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def slurm_jobs(out: Path) -> list[str]:
+    """The states of the jobs that are in Slurm's queue for a folder, such as RUNNING or PENDING; none once all ended.
+
+    Raises:
+        UserError: Slurm cannot be asked.
+    """
+    name = job_name(out)
+    try:
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--array", f"--name={name}", "--format=%T"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"jobs of Slurm were submitted for {out}, and there is no squeue here to ask whether they have ended; "
+            f"run this on the cluster"
+        ) from None
+    if asked.returncode:
+        raise UserError(f"squeue cannot tell whether jobs are at work on {out}: {' '.join(asked.stderr.split())}")
+    return asked.stdout.split()
+
+
+def job_name(out: Path) -> str:
+    """The name of the jobs for a folder, by which they are found again."""
+    return f"restomod-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
+
+
+def _require_no_jobs(out: Path) -> None:
+    """Refuse a folder on which jobs of Slurm are at work.
+
+    Raises:
+        UserError: there are some, or Slurm cannot be asked.
+    """
+    if jobs := slurm_jobs(out):
+        raise UserError(
+            f"{len(jobs)} jobs of Slurm are at work on {out}; let them finish, or stop them: "
+            f"scancel --name={job_name(out)}"
+        )
+    (out / WORK / SLURM).unlink(missing_ok=True)

@@ -25,8 +25,8 @@ from typing import Any
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from restomod.config import PrepareConfig, SlurmConfig
-from restomod.data.engines import ChosenUnits, job_name, slurm_jobs
-from restomod.data.folder import Work, begin, clean, finish, finished, locked, planned, unfinished
+from restomod.data.engines import ChosenUnits
+from restomod.data.folder import Work, begin, clean, finish, finished, job_name, locked, planned, slurm_jobs, unfinished
 from restomod.data.shards import Dataset
 from restomod.data.steps import (
     SLURM,

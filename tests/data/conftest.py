@@ -1,0 +1,5 @@
+"""Fixtures that the tests of data share."""
+
+from tests.data.preparing import restomod
+
+__all__ = ["restomod"]
