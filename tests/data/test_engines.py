@@ -324,13 +324,13 @@ def cluster() -> Iterator[str]:
         flags = (f"--port={port}", "--num-cpus=3", f"--temp-dir={folder}", "--include-dashboard=false")
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *flags],
-            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         yield f"127.0.0.1:{port}"
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGKILL)  # told to end, it takes half a minute
         process.wait(timeout=60)
 
 
@@ -338,7 +338,9 @@ def cluster() -> Iterator[str]:
 @pytest.mark.slow
 def test_a_running_cluster_is_used_and_stays(tmp_path: Path, text: Path, restomod: Command, cluster: str) -> None:
     for out in ("one", "two"):
-        said = finished(restomod("text", "--out", out, "--engine", "ray", RAY_ADDRESS=cluster), tmp_path)
+        said = finished(
+            restomod("text", "--out", out, "--engine", "ray", RAY_ADDRESS=cluster, RAY_AUTH_MODE="disabled"), tmp_path
+        )
         assert "on Ray: 3 processors of 1 machine\n" in said
         assert hashes(tmp_path / out) == hashes(tmp_path / "reference")
 

@@ -16,6 +16,8 @@ import pickle
 import queue
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ from itertools import islice
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
@@ -278,7 +280,7 @@ def _connect_to_ray() -> None:
     if address is None and RAY_LAST.exists() and not _answers(RAY_LAST.read_text().strip()):
         address = "local"  # a cluster that ran here and is gone
     try:
-        with _sigterm_kept():
+        with _sigterm_kept(), standard_error_aside():  # where Ray's core writes while it tries
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot connect to a Ray cluster ({' '.join(str(e).split())})") from None
@@ -307,3 +309,17 @@ def _sigterm_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def standard_error_aside() -> Iterator[IO[str]]:
+    """What is written to the process's standard error, by other languages and programs too, goes to the file given."""
+    with tempfile.TemporaryFile("w+") as said:
+        sys.stderr.flush()
+        terminal = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
@@ -25,7 +23,7 @@ from typing import Any
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from restomod.config import PrepareConfig, SlurmConfig
-from restomod.data.engines import ChosenUnits
+from restomod.data.engines import ChosenUnits, standard_error_aside
 from restomod.data.folder import Work, begin, clean, finish, finished, job_name, locked, planned, slurm_jobs, unfinished
 from restomod.data.shards import Dataset
 from restomod.data.steps import (
@@ -216,16 +214,10 @@ def _refusal_in_one_line(before: str | None) -> Iterator[None]:
     Raises:
         UserError: sbatch refuses, or is not to be understood.
     """
-    with tempfile.TemporaryFile("w+") as said:
-        sys.stderr.flush()
-        terminal = os.dup(2)
-        os.dup2(said.fileno(), 2)
+    with standard_error_aside() as said:
         try:
             yield
         except (subprocess.CalledProcessError, IndexError):
             said.seek(0)
             stays = f"; job {before} stays in the queue" if before else ""
             raise UserError(f"sbatch refuses the job: {' '.join(said.read().split())}{stays}") from None
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
