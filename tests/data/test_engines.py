@@ -350,3 +350,25 @@ def test_a_running_cluster_is_used_and_stays(tmp_path: Path, text: Path, restomo
 def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path, text: Path, restomod: Command) -> None:
     said = error_of(restomod(*RAY, RAY_ADDRESS="127.0.0.1:9"), tmp_path)
     assert said.startswith("the Ray cluster at 127.0.0.1:9 (RAY_ADDRESS) does not answer")
+
+
+@ray_is_there
+@pytest.mark.slow
+def test_a_cluster_is_left_as_it_was_found(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shut down where this package started it, and kept where its caller did."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(plan_module, "UNIT_BYTES", 1)
+    before = signal.getsignal(signal.SIGTERM)
+    prepare_folder((str(text),), PrepareConfig(), tmp_path / "one", 0, engine="ray")
+    assert not ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) == before
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        prepare_folder((str(text),), PrepareConfig(), tmp_path / "two", 0, engine="ray")
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two") == hashes(tmp_path / "reference")

@@ -163,6 +163,8 @@ def test_jobs_write_the_same_bytes_and_the_manifest(
     assert lines[0] == "reading 4 .jsonl files, in 4 units"
     stages = ["hash 4 units", "choose", "prepare 4 units", "finish"] if flags else ["prepare 4 units", "finish"]
     assert lines[1:-1] == [f"submitted job {101 + i}: {stage}" for i, stage in enumerate(stages)]
+    for job in cluster.jobs():
+        assert job["options"]["output"].startswith(f"{tmp_path}/my out/.prepare/slurm/")
     name = cluster.jobs()[0]["options"]["job-name"]
     assert lines[-1] == (
         f"how far it is: the same command again; the queue: squeue --name={name}; to stop it: scancel --name={name}"
