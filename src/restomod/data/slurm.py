@@ -129,7 +129,8 @@ def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, repor
         with _refusal_in_one_line(before):
             executor.launch_job()
         before = str(executor.job_id)
-        report(f"submitted job {before}: {name}{f' {tasks:,} units' if isinstance(step, ChosenUnits) else ''}")
+        units = f" {tasks:,} unit{'' if tasks == 1 else 's'}" if isinstance(step, ChosenUnits) else ""
+        report(f"submitted job {before}: {name}{units}")
 
 
 class Choose:
