@@ -25,7 +25,7 @@ $(BIN)/python:
 	@$(PIP) -e '.[test]'
 	@touch $@
 
-.venv/installed-test-slow: .venv/installed-test-slow
+.venv/installed-test-slow: .venv/installed-test
 	@$(PIP) -e '.[test,ray]'
 	@touch $@
 
