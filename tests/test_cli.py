@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from restomod import __version__, cli
 from restomod.cli import main
-from restomod.config import ModelConfig, PrepareConfig, RunConfig
+from restomod.config import ModelConfig, RunConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.errors import UserError
 from restomod.model.pretrained import save_model
 from restomod.presets import PRESETS

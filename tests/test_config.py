@@ -17,13 +17,13 @@ from restomod.config import (
     ModelConfig,
     OptimConfig,
     Precision,
-    PrepareConfig,
     RunConfig,
     SamplingConfig,
     Source,
     nearest_divisor_below,
 )
 from restomod.config_json import from_dict, to_dict
+from restomod.config_prepare import PrepareConfig
 from restomod.errors import UserError
 from restomod.presets import PRESETS, preset
 

@@ -21,7 +21,14 @@ MAX_LINES = 350
 LAYERS = (
     ("restomod",),
     ("restomod.errors", "restomod.files"),
-    ("restomod.hub", "restomod.config", "restomod.config_json", "restomod.presets", "restomod.device"),
+    (
+        "restomod.hub",
+        "restomod.config",
+        "restomod.config_json",
+        "restomod.config_prepare",
+        "restomod.presets",
+        "restomod.device",
+    ),
     ("restomod.data",),
     ("restomod.model",),
     ("restomod.train",),  # loss, schedule, optimizer, checkpoint, metrics, console, run, sanity, step
@@ -29,7 +36,7 @@ LAYERS = (
     ("restomod.generate", "restomod.inspection"),
     ("restomod.train.setup", "restomod.train.loop"),
     ("restomod.experiments", "restomod.course"),
-    ("restomod.cli", "restomod.__main__"),
+    ("restomod.arguments", "restomod.cli", "restomod.__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data import engines
 from restomod.data import plan as plan_module
 from restomod.data.engines import LocalExecutor

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data.hub_datasets import HubFile, _matches, dataset_files, parse
 from restomod.data.pipeline import prepare_folder
 from restomod.data.shards import HEADER_BYTES, MAGIC

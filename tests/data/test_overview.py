@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data import overview as module
 from restomod.data import verified
 from restomod.data.overview import overview

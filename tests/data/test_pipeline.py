@@ -24,7 +24,7 @@ import pytest
 import tiktoken
 
 from restomod.cli import main
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data import folder as folder_module
 from restomod.data import pipeline
 from restomod.data import plan as plan_module

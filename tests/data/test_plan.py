@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data import plan as module
 from restomod.data.plan import Unit, describe, kinds_of, plan, unit_documents
 from restomod.errors import UserError

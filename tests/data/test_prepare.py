@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-from restomod.config import DataConfig, PrepareConfig
+from restomod.config import DataConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data import prepare as module
 from restomod.data.bulk import BulkEncoder
 from restomod.data.documents import Document

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from restomod.config import DataConfig, PrepareConfig, RunConfig
+from restomod.config import DataConfig, RunConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data.batches import Batches, permute
 from restomod.data.pipeline import prepare_folder
 from restomod.data.prepare import open_tokens

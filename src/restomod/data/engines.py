@@ -31,7 +31,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 
-from restomod.config import Engine
+from restomod.config_prepare import Engine
 from restomod.data.steps import WORK, UnitStep, quiet_datatrove
 from restomod.errors import UserError
 

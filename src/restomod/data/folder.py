@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data.plan import Unit, describe, kinds_of, plan
 from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, open_dataset
 from restomod.data.steps import SLURM, WORK, failure_path, hashes_path, record_path
@@ -97,7 +97,7 @@ def finished(work: Work) -> Dataset | None:
     """
     if not (work.out / MANIFEST).exists():
         return None
-    dataset = open_dataset(work.out, work.description["tokenizer"])
+    dataset = open_dataset(work.out, work.description["tokenizer"], verify="all")
     if dataset.manifest.get("plan") != work.description:
         raise UserError(
             f"{work.out} holds other data already (other text or settings); choose another folder with --out"
@@ -210,7 +210,7 @@ def finish(work: Work) -> Dataset:
         },
     )
     clean(out)
-    return open_dataset(out, tokenizer.sha256)
+    return open_dataset(out, tokenizer.sha256, verify="all")
 
 
 def clean(out: Path) -> None:

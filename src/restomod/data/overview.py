@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data.plan import BUILT_IN
 from restomod.data.prepare import open_tokens
 from restomod.data.shards import MANIFEST, Dataset, TokenStream

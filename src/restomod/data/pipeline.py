@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 from types import FrameType
 
-from restomod.config import Engine, PrepareConfig, SlurmConfig
+from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.data.folder import begin, drop_temporaries, finish, finished, locked, planned, unfinished
 from restomod.data.shards import MANIFEST, Dataset
 from restomod.data.steps import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restomod.config import DataConfig, PrepareConfig
+from restomod.config import DataConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data.documents import AnyDocument
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
 from restomod.data.pretokenized import SUFFIXES

@@ -22,7 +22,7 @@ from typing import Any
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
-from restomod.config import PrepareConfig, SlurmConfig
+from restomod.config_prepare import PrepareConfig, SlurmConfig
 from restomod.data.engines import ChosenUnits, standard_error_aside
 from restomod.data.folder import Work, begin, clean, finish, finished, job_name, locked, planned, slurm_jobs, unfinished
 from restomod.data.shards import Dataset

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from restomod.config import PrepareConfig
+from restomod.config_prepare import PrepareConfig
 from restomod.data.bulk import BulkEncoder
 from restomod.data.documents import AnyDocument, split_hash
 from restomod.data.plan import PRETOKENIZED, Unit, unit_documents

@@ -28,7 +28,7 @@ def changed_file(folder: Path, hashes: dict[str, str], remember: bool = True) ->
     Args:
         folder: where the files are.
         hashes: SHA-256 by file name.
-        remember: pass over files that were right before and have not changed since.
+        remember: pass over files that were right before and have not changed since, and note which are right now.
     """
     before = _read(folder) if remember else {}
     now = {name: _seen(folder / name, sha256) for name, sha256 in hashes.items()}
@@ -38,6 +38,8 @@ def changed_file(folder: Path, hashes: dict[str, str], remember: bool = True) ->
             if sha256 != hashes[name]:
                 pool.shutdown(wait=False, cancel_futures=True)
                 return name
+    if not remember:
+        return None
     settled = (time.time() - SETTLED_SECONDS) * 1e9
     right = {name: seen for name, seen in now.items() if int(seen[2]) < settled}
     if right != before:
