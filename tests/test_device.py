@@ -71,7 +71,9 @@ def test_auto_is_bf16_on_gpus_that_compute_it(
 @pytest.mark.parametrize(
     ("cpuinfo", "expected"),
     [
-        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n", torch.bfloat16),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n", torch.bfloat16),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16\n", torch.float32),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16\n", torch.bfloat16),
         ("processor : 0\nflags\t\t: fpu amx_bf16 amx_tile\n", torch.bfloat16),
         ("processor : 0\nflags\t\t: fpu avx2 avx512f\n", torch.float32),
         ("processor : 0\nBogoMIPS : 48.00\n", torch.float32),
