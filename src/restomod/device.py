@@ -56,8 +56,8 @@ def _has_bf16(device: torch.device) -> bool:
 def _cpu() -> dict[str, str]:
     """What Linux says of the first processor; nothing on other systems."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        lines = (line.split(":", 1) for line in f.read().split("\n\n")[0].splitlines() if ":" in line)
-        return {key.strip(): value.strip() for key, value in lines}
+        lines = [line.split(":", 1) for line in f if ":" in line]
+        return {key.strip(): value.strip() for key, value in reversed(lines)}
     return {}
 
 
