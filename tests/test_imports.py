@@ -34,7 +34,7 @@ LAYERS = (
     ("restomod.train",),  # loss, schedule, optimizer, checkpoint, metrics, console, run, sanity, step
     ("restomod.evals",),
     ("restomod.generate", "restomod.inspection"),
-    ("restomod.train.setup", "restomod.train.loop"),
+    ("restomod.train.setup", "restomod.train.observe", "restomod.train.recover", "restomod.train.loop"),
     ("restomod.experiments", "restomod.course"),
     ("restomod.arguments", "restomod.cli", "restomod.__main__"),
 )

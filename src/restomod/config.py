@@ -197,7 +197,8 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     micro_batch: int | None = None
-    """Sequences per forward pass (B); gradients are accumulated up to batch_tokens. None: chosen by device."""
+    """Sequences per forward pass (B); gradients are accumulated up to batch_tokens. None: as many as are fast and fit.
+    Where memory runs out on the way, they become fewer."""
     target_loss: float | None = None
     """Stop as soon as a step's training loss is at or below this."""
     eval_every: int = 250
@@ -238,6 +239,10 @@ class RunConfig:
     """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it."""
     parallel: Parallel = "ddp"
     """How several processes (torchrun) share a model. ddp: each has all of it; fsdp: each a part, for large ones."""
+    recompute: bool = False
+    """Compute a block's activations anew in the backward pass instead of keeping them: less memory, a third slower."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits every time. On a CPU they do so anyway; on a GPU it costs speed."""
     compile: bool = False
     """Compile the model with torch.compile before training (needs a C++ compiler on CPU)."""
 

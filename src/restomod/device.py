@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from typing import Any
 
@@ -74,3 +75,10 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = _cpu().get("model name") or platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+
+
+def compute_deterministically() -> None:
+    """Use only kernels that give the same bits every time; to be called before the GPU is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import restomod.train.step as step_module
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
+from restomod.data.prefetch import Prefetch
 from restomod.errors import UserError
 from restomod.train import guard as guard_module
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
@@ -36,28 +37,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """By batch, what the loss of its micro-batches is multiplied with."""
     factors: dict[int, float] = {}
     current = [-1]
-    load, loss_of = Batches.micro_batches, step_module.batch_loss
+    get, loss_of = Prefetch.get, step_module.batch_loss
 
-    class Marked(list):  # type: ignore[type-arg]
-        step = -1
-
-    def micro_batches(self: Batches, step: int, *arguments: Any) -> Any:
-        marked = Marked(load(self, step, *arguments))
-        marked.step = step
-        return marked
+    def noting(self: Prefetch, step: int) -> Any:
+        current[0] = step
+        return get(self, step)
 
     def batch_loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor, compute: Any) -> torch.Tensor:
         return loss_of(model, tokens, targets, compute) * factors.get(current[0], 1.0)
 
-    step = step_module.train_step
-
-    def train_step(loss: Any, optimizer: Any, batches: Any, *rest: Any) -> Any:
-        current[0] = batches.step
-        return step(loss, optimizer, batches, *rest)
-
-    monkeypatch.setattr(Batches, "micro_batches", micro_batches)
+    monkeypatch.setattr(Prefetch, "get", noting)
     monkeypatch.setattr(step_module, "batch_loss", batch_loss)
-    monkeypatch.setattr("restomod.train.loop.train_step", train_step)
     return factors
 
 
@@ -109,6 +99,7 @@ def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
     order = [*range(4), *range(9, 17)]
     load = Batches.micro_batches
     other = tmp_path / "other"
+    poisoned.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Batches, "micro_batches", lambda self, step, *a: load(self, order[step] if step < 12 else step, *a)
@@ -258,3 +249,66 @@ def test_a_full_disk_costs_no_checkpoint(
         assert len(records(out, "train")) == 14
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
+    quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: list[int] = []
+    loss_of = step_module.batch_loss
+
+    def limited(model: Any, tokens: torch.Tensor, targets: torch.Tensor, compute: Any) -> torch.Tensor:
+        if len(sizes) >= 20 and len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        sizes.append(len(tokens))
+        return loss_of(model, tokens, targets, compute)
+
+    config = dataclasses.replace(quick, micro_batch=4, batch_tokens=256)
+    assert train(config, tmp_path / "whole", display=QUIET) == 0
+    monkeypatch.setattr(step_module, "batch_loss", limited)
+    assert train(config, tmp_path / "run", display=Display(interactive=False)) == 0
+    said = capsys.readouterr().out
+    assert said.count("out of memory") == 2
+    assert "out of memory: 2 sequences at once from here on" in said
+    assert "out of memory: 1 sequences at once from here on" in said
+    assert sizes[:20] == [4] * 20
+    assert set(sizes[20:]) == {1}
+    for ours, theirs in zip(records(tmp_path / "run", "train"), records(tmp_path / "whole", "train"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_where_not_one_sequence_fits_the_run_ends_in_one_line(
+    quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss_of, calls = step_module.batch_loss, []
+
+    def limited(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(step_module, "batch_loss", limited)
+    with pytest.raises(UserError, match=r"step 0: out of memory with 1 sequences at once .*--recompute") as caught:
+        train(quick, tmp_path / "run", display=QUIET)
+    assert "\n" not in str(caught.value)
+
+
+def test_recomputing_changes_no_number(quick: RunConfig, tmp_path: Path) -> None:
+    for name, recompute in (("kept", False), ("anew", True)):
+        assert train(dataclasses.replace(quick, recompute=recompute), tmp_path / name, display=QUIET) == 0
+    assert [r["loss"] for r in records(tmp_path / "kept", "train")] == [
+        r["loss"] for r in records(tmp_path / "anew", "train")
+    ]
+
+
+def test_deterministic_asks_torch_for_it(quick: RunConfig, tmp_path: Path) -> None:
+    try:
+        assert train(dataclasses.replace(quick, deterministic=True), tmp_path / "run", display=QUIET) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

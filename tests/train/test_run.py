@@ -106,6 +106,8 @@ MAY_CHANGE = {
     "device": "cpu",
     "precision": "fp32",
     "parallel": "fsdp",
+    "recompute": True,
+    "deterministic": True,
     "compile": True,
     "sanity_checks": False,
     "data": DataConfig(cache="elsewhere"),

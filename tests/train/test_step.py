@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from restomod.config import ModelConfig, OptimConfig
-from restomod.train.step import choose_micro_batch
+from restomod.train.memory import choose_micro_batch
 from tests.models import CPU
 from tests.train.trainee import assert_identical, make_trainee
 

@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from restomod.config import ModelConfig
 
@@ -90,13 +91,17 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.recompute = False  # keep no activations of a block for the backward pass
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         for block in self.h:
-            x = block(x, cache)
+            if self.recompute and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         return self.ln_f(x)
 
 

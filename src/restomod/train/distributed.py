@@ -63,6 +63,14 @@ class Processes:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def least(self, value: int) -> int:
+        """The smallest of the values in the processes."""
+        if self.count > 1:
+            least = torch.tensor(value)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            value = int(least)
+        return value
+
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is set in one of the processes."""
         return [n > 0 for n in self.sum(*flags)]

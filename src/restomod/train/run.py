@@ -50,6 +50,8 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "precision",
     "parallel",
+    "recompute",
+    "deterministic",
     "compile",
     "sanity_checks",
     "data",

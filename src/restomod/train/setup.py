@@ -15,7 +15,7 @@ from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, describe_device, dtype_name
+from restomod.device import choose_device, choose_dtype, compute_deterministically, describe_device, dtype_name
 from restomod.errors import UserError
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
@@ -24,10 +24,11 @@ from restomod.train.checkpoint import load_optimizer, newest_whole, progress
 from restomod.train.console import duration
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
+from restomod.train.memory import choose_micro_batch, fitting_micro_batch
 from restomod.train.optimizer import build_optimizer
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
-from restomod.train.step import BatchLoss, Compute, choose_micro_batch
+from restomod.train.step import BatchLoss, Compute
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     """
     checkpoint, damaged = processes.from_main(lambda: newest_whole(folder)) if resume else (None, [])
     config = _with_absolute_paths(config, needs_init=checkpoint is None)
+    if config.deterministic:
+        compute_deterministically()
     device = device_of(choose_device(config.device), processes)
     micro_batch = choose_micro_batch(config, device, processes.count)
     compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
@@ -122,6 +125,11 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
                     f"sanity check {verdict.check!r} failed: {verdict.reason} "
                     f"(`restomod check` shows all checks; --no-sanity-checks trains all the same)"
                 )
+    model.transformer.recompute = config.recompute
+    if config.micro_batch is None and device.type == "cuda":  # before torch.compile, which would compile for each size
+        compute = dataclasses.replace(
+            compute, micro_batch=processes.least(fitting_micro_batch(model, batches, compute))
+        )
     if config.compile:
         model.transformer.compile()
     loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)

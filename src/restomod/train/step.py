@@ -9,41 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restomod.config import RunConfig, divisors_near, nearest_divisor_below
+from restomod.config import RunConfig
 from restomod.data.prefetch import MicroBatches
 from restomod.device import autocast
-from restomod.errors import UserError
 from restomod.model.gpt import GPT
 from restomod.train.distributed import Processes, synchronised
 from restomod.train.loss import linear_cross_entropy
 from restomod.train.optimizer import clip_gradients, set_learning_rate
 from restomod.train.schedule import learning_rate
-
-MICRO_BATCH_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 65_536}
-
-
-def choose_micro_batch(config: RunConfig, device: torch.device, processes: int = 1) -> int:
-    """Sequences per forward pass: what is configured, or what fits comfortably on this kind of device.
-
-    Raises:
-        UserError: the batch cannot be shared out evenly.
-    """
-    sequences = config.batch_sequences
-    if sequences % processes:
-        T = config.sequence_length
-        below = sequences // processes * processes
-        tokens = " or ".join(str(T * n) for n in (below, below + processes) if n)
-        raise UserError(
-            f"the {sequences} sequences of a step cannot be shared evenly by {processes} processes; "
-            f"choose --batch-tokens {tokens}, or start {divisors_near(sequences, processes)} processes"
-        )
-    share = sequences // processes
-    if config.micro_batch and share % config.micro_batch:
-        raise UserError(
-            f"micro_batch {config.micro_batch} does not divide the {share} sequences of a step that each process "
-            f"has; choose --micro-batch {divisors_near(share, config.micro_batch)}"
-        )
-    return config.micro_batch or nearest_divisor_below(share, MICRO_BATCH_TOKENS[device.type] // config.sequence_length)
 
 
 @dataclass(frozen=True)

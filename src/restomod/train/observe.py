@@ -1,0 +1,84 @@
+"""What is written down of a run along the way: its steps, its validation loss, its samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from restomod.evals.heldout import heldout_loss
+from restomod.generate import continuations
+from restomod.model.flops import mfu
+from restomod.train.console import Display
+from restomod.train.distributed import whole
+from restomod.train.schedule import learning_rate
+from restomod.train.setup import Training
+
+
+def log_step(
+    training: Training, step: int, loss: float, grad_norm: float, problem: str | None, seconds: float, waited: float
+) -> dict[str, Any]:
+    """Log a step, with what it took; what is not finite as null."""
+    config = training.config
+    speed = config.batch_tokens / seconds
+    return training.run.log(
+        "train",
+        step,
+        loss=loss if math.isfinite(loss) else None,
+        lr=learning_rate(config.optim, step, config.steps),
+        grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+        ms=1000 * seconds,
+        data_ms=1000 * waited,
+        tokens_per_second=speed,
+        mfu=mfu(speed, training.flops_per_token, training.peak_flops),
+        **({"skipped": problem} if problem is not None else {}),
+    )
+
+
+def evaluate(training: Training, step: int, display: Display) -> None:
+    """Log and show the loss on the validation split, if there is one; of a mix, the mean by share, and that of each."""
+    config, compute, processes = training.config, training.compute, training.processes
+    sources = [source for source in training.dataset.sources if len(source.dataset.val)]
+    if not sources:
+        return
+    model = whole(training.model)
+    shares, losses, tokens = [], {}, 0
+    for source in sources:
+        shares.append(float(source.share / sum(s.share for s in sources)))
+        limit = (
+            None if config.eval_tokens is None else max(config.sequence_length, int(shares[-1] * config.eval_tokens))
+        )
+        losses[source.name], n = heldout_loss(
+            model,
+            source.dataset.val,
+            config.sequence_length,
+            compute.device,
+            compute.dtype,
+            limit,
+            processes=processes,
+        )
+        tokens += n
+    loss = sum(share * part for share, part in zip(shares, losses.values(), strict=True))
+    parts = {"sources": losses} if training.dataset.parts else {}
+    training.run.log("val", step, loss=loss, tokens=tokens, **parts)
+    of = ", ".join(f"{name} {part:.4f}" for name, part in losses.items()) if parts else ""
+    display.line(f"step {step}  validation loss {loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
+
+
+def write_samples(training: Training, step: int, display: Display) -> None:
+    """Log and show one continuation of each prompt."""
+    sampling, model = training.config.sampling, whole(training.model)
+    if not training.processes.main:
+        return
+    display.line(f"step {step}  samples", style="bold cyan")
+    for i, prompt in enumerate(sampling.prompts):
+        (text,) = continuations(
+            model,
+            training.tokenizer,
+            prompt,
+            1,
+            sampling,
+            training.config.seed + step + i,
+            training.compute.dtype,
+        )
+        training.run.log_sample(step, prompt, text)
+        display.sample(prompt, text)

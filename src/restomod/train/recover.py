@@ -1,0 +1,93 @@
+"""What a run does about bad luck: goes back to a checkpoint, or takes fewer sequences at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from restomod.data.prefetch import MicroBatches
+from restomod.errors import UserError
+from restomod.train.checkpoint import load_checkpoint, newest_whole
+from restomod.train.console import Display
+from restomod.train.guard import Guard
+from restomod.train.memory import cut, smaller
+from restomod.train.metrics import read_jsonl
+from restomod.train.saver import Saver
+from restomod.train.setup import Training
+from restomod.train.step import train_step
+
+
+def roll_back(
+    training: Training, saver: Saver, guard: Guard, step: int, offset: int, display: Display
+) -> tuple[int, int]:
+    """Go back to the newest checkpoint. Returns its step, and the offset at which the data goes on after ``step``.
+
+    Raises:
+        UserError: there is none, or it has been gone back to too often.
+    """
+    run, processes = training.run, training.processes
+    saver.finish()
+    checkpoint, _ = processes.from_main(lambda: newest_whole(run.folder))
+    if checkpoint is None:
+        raise processes.error(f"step {step}: no checkpoint to go back to; lower --optim.lr in a new run")
+    back = load_checkpoint(checkpoint, training.model, training.optimizer)
+    records = read_jsonl(run.folder / "metrics.jsonl")
+    if not guard.rolled_back(back, (record for record in records if record["step"] < back)):
+        raise processes.error(
+            f"step {step}: going back to step {back} has not helped; lower --optim.lr in a new run "
+            f"(the checkpoints saved so far are whole)"
+        )
+    if run.writes:
+        run.rewind(back)
+    run.log("rollback", back, failed_step=step, data_offset=offset + step + 1 - back)
+    display.line(f"back to step {back}, past the data of {step + 1 - back} steps", style="bold yellow")
+    return back, offset + step + 1 - back
+
+
+def step_that_fits(
+    training: Training,
+    step: int,
+    micro_batches: MicroBatches,
+    sequences: int,
+    refuse: Callable[[float, float], str | None],
+    display: Display,
+) -> tuple[tuple[float, float, str | None], int]:
+    """Make a step, with fewer sequences at once where memory runs out.
+
+    Args:
+        training: the run.
+        step: how many updates the weights have had.
+        micro_batches: this process's share of the batch.
+        sequences: at most so many go through the model at once.
+        refuse: see `train_step`.
+        display: told of it.
+
+    Returns:
+        What `train_step` returns, and how many sequences at once it took.
+
+    Raises:
+        UserError: one sequence does not fit, or other processes wait for this one in the middle of the step.
+    """
+    loss_of, optimizer, processes = training.loss_of, training.optimizer, training.processes
+    while True:
+        parts = cut(micro_batches, sequences)
+        try:
+            return train_step(loss_of, optimizer, parts, training.config, step, processes, refuse), sequences
+        except torch.OutOfMemoryError as e:
+            if sequences == 1 or processes.count > 1:
+                raise UserError(
+                    f"step {step}: out of memory with {sequences} sequences at once ({str(e).splitlines()[0]}); "
+                    f"go on with a smaller --micro-batch, or with --recompute"
+                ) from e
+        optimizer.zero_grad(set_to_none=True)  # outside of `except`, which holds on to the tensors of the step
+        if training.compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+        sequences = smaller(sequences)
+        display.line(f"step {step}  out of memory: {sequences} sequences at once from here on", style="bold yellow")
+
+
+def warn(display: Display, failure: UserError | None) -> None:
+    """Tell of a checkpoint that could not be written."""
+    if failure is not None:
+        display.line(f"warning: {failure}", style="bold yellow")

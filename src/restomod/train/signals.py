@@ -1,0 +1,35 @@
+"""Ctrl-C and the signals of schedulers: the step is finished and saved before the run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the present step; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        # not print: the signal may have interrupted one
+        os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
