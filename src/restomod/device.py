@@ -73,3 +73,11 @@ def describe_device(device: torch.device) -> str:
         models = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
         name = models[0] if models else name
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
