@@ -28,8 +28,9 @@ LAYERS = (
     ("restomod.evals",),
     ("restomod.generate", "restomod.inspection"),
     ("restomod.train.setup", "restomod.train.loop"),
+    ("restomod.bench", "restomod.doctor"),
     ("restomod.experiments", "restomod.course"),
-    ("restomod.cli", "restomod.__main__"),
+    ("restomod.arguments", "restomod.cli", "restomod.__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

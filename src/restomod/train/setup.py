@@ -26,6 +26,7 @@ from restomod.train.console import duration
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.optimizer import build_optimizer
+from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
 from restomod.train.step import BatchLoss, Compute, choose_micro_batch
@@ -90,6 +91,13 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     if resume:
         check_resumable(folder, config, dataset)
     fresh = config if not checkpoints else dataclasses.replace(config, init=None)
+    if config.sanity_checks and device.type in CHECKED_BEFORE_TRAINING:
+        parity = device_parity(device, compute.dtype)
+        if parity.status == "fail":
+            raise UserError(
+                f"this device computes wrongly: {parity.reason} (`restomod doctor` examines it; "
+                f"--no-sanity-checks trains all the same)"
+            )
     model = processes.together(lambda: initial_model(fresh, device))
     first_step = 0
     if checkpoints:
