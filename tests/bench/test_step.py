@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from restomod.bench.measure import PHASES, PhaseClock, Steps, measure, peak_memo
 from restomod.cli import main
 from restomod.data.prefetch import Prefetch
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.train.distributed import SINGLE
+from restomod.train.distributed import SINGLE, Processes
 from restomod.train.step import BatchLoss, Compute
 from tests.models import CPU
 from tests.train.trainee import Trainee, assert_identical, make_trainee
@@ -274,6 +275,19 @@ def test_another_error_of_torch_is_not_taken_for_one_of_memory(monkeypatch: pyte
         bench_step()
 
 
+def test_a_process_has_its_own_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from the second of two processes, with no other there."""
+    monkeypatch.setattr(Processes, "together", lambda self, work, one_first=False: work())
+    monkeypatch.setattr(Processes, "any", lambda self, flag: flag)
+    monkeypatch.setattr(bench, "distribute", lambda loss, *_: loss)
+    config = dataclasses.replace(make_trainee().config, micro_batch=2, device="cpu", precision="fp32")
+    steps, _ = bench._steps(config, "synthetic", 3, Processes(rank=1, count=2, local_rank=1))
+    with steps.data as data:
+        mine, _ = data.get(0)
+    whole = [tokens for tokens, _ in data.batches.micro_batches(0, 2)]
+    assert [tokens.tolist() for tokens, _ in mine] == [tokens.tolist() for tokens in whole[2:]]
+
+
 def test_two_processes_share_a_step_and_one_prints(here: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "restomod"]
     arguments = ["bench", "step", "quickstart", *SMALL, "--json", "r.json", "--trace", "t.json"]
@@ -287,3 +301,4 @@ def test_two_processes_share_a_step_and_one_prints(here: Path) -> None:
     assert read["environment"]["processes"] == 2
     assert 256e3 / read["step_ms"]["max"] == pytest.approx(read["tokens_per_second"]["min"])  # of both together
     assert json.loads((here / "t.json").read_text())["traceEvents"]
+    assert "profiler" not in done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import sys
 import time
@@ -76,6 +77,7 @@ class Steps:
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.compute.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library else reports its own start and end on stderr
         with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function("training step"):
             self.whole(step)
         profile.export_chrome_trace(str(file))
