@@ -11,6 +11,7 @@ from restomod.device import dtype_name
 from restomod.doctor.machine import Machine, device, disk, memory, no_device, threads, versions
 from restomod.doctor.speed import memory_bandwidth
 from restomod.doctor.tools import allocator, compiler, processes
+from restomod.errors import UserError
 from restomod.train.parity import device_parity
 from restomod.train.sanity import Verdict
 
@@ -48,7 +49,7 @@ def judge(check: Check, machine: Machine) -> Verdict:
     except Exception as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         reason = f"{lines[0]:.200}" if lines else "no reason given"
-        kind = "" if missing is not None else f"{type(e).__name__}: "
+        kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
         return Verdict(name, "fail", f"{kind}{reason}")
 
 
