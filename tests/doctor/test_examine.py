@@ -129,6 +129,7 @@ def test_versions_of_this_installation() -> None:
     [
         (["torch>=99"], "fail", f"torch is {importlib.metadata.version('torch')}; pip install 'torch>=99'"),
         (["no-such-package>=2"], "fail", "no-such-package is missing; pip install 'no-such-package>=2'"),
+        (["no-such-package"], "fail", "no-such-package is missing; pip install 'no-such-package'"),
         (["tokie==9.9"], "warn", "tokenized by tiktoken instead, 4 times slower; pip install 'tokie==9.9'"),
         (["torch>=99", "tokie==9.9"], "fail", "pip install 'torch>=99' 'tokie==9.9'"),
         (["no-such-package; extra == 'test'", "torch>=2"], "pass", "all 1 packages"),
