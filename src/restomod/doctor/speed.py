@@ -39,14 +39,9 @@ def matmul_rates(device: torch.device, product_seconds: Product | None = None) -
     for size in (PROBE, *SIZES):
         for name, dtype in TYPES.items():
             known = rates[name]
-            if not known or (max(known) == _before(size) and 2 * size**3 / known[max(known)] <= LONGEST_PRODUCT):
+            if not known or 2 * size**3 / known[max(known)] <= LONGEST_PRODUCT:
                 known[size] = 2 * size**3 / seconds(device, dtype, size)
     return Rates(rates)
-
-
-def _before(size: int) -> int:
-    sizes = (PROBE, *SIZES)
-    return sizes[max(0, sizes.index(size) - 1)]
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
