@@ -2,8 +2,8 @@
 
     python benchmarks/step_peers.py --peer build-nanogpt=PATH --peer nanogpt=PATH [--batch 16] [--length 64]
 
-Every contender is a process of its own and does the same: forward, backward, clip to 1, AdamW, on the same B x T tokens,
-vocabulary 50,304. The peers' classes and optimizers are taken from their files as shipped; the lines of their loops are
+Every contender is a process of its own and does the same: forward, backward, clip to 1, AdamW, on the same tokens, with
+50,304 embeddings. The peers' classes and optimizers are taken from their files as shipped; the lines of their loops are
 repeated here (bf16 autocast in build-nanogpt's; fp32 on a CPU in nanoGPT's). Ours is `--precision auto`.
 """
 

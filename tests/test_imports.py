@@ -35,6 +35,7 @@ LAYERS = (
     ("restomod.evals",),
     ("restomod.generate", "restomod.inspection"),
     ("restomod.train.setup", "restomod.train.observe", "restomod.train.recover", "restomod.train.loop"),
+    ("restomod.bench", "restomod.doctor"),
     ("restomod.experiments", "restomod.course"),
     ("restomod.arguments", "restomod.cli", "restomod.__main__"),
 )

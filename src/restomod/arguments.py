@@ -1,28 +1,35 @@
-"""What each verb takes: dataclasses from which tyro makes its flags. The docstring under a field is its help text."""
+"""The flags of every verb: a dataclass each, of which tyro makes flags. A field's docstring is its help text."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated
+import contextlib
+import io
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from restomod.config import Device, Precision, RunConfig
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
+from restomod.errors import UserError
+
+Arguments = TypeVar("Arguments")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ResumeArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainArguments(ResumeArguments):
     out: str
     """Folder of the run; it must not exist yet."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SampleArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
@@ -44,7 +51,7 @@ class SampleArguments:
     """Of the matrix products."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class InspectArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run, a model folder, a name on the Hugging Face hub, such as gpt2, or a preset (its initial weights)."""
@@ -56,7 +63,7 @@ class InspectArguments:
     """Of a preset's initial weights."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class CheckArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2-124m"
     """A preset (its initial weights), a run, a model folder, or a name on the Hugging Face hub, such as gpt2."""
@@ -68,7 +75,7 @@ class CheckArguments:
     """Of the matrix products."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PrepareArguments:
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
     """Text to read, in this order: files and folders (text, .jsonl or .parquet, also .gz, .xz or .zst); on the hub
@@ -81,12 +88,79 @@ class PrepareArguments:
     engine: Engine = "local"
     """Where to work: processes of this machine, a Ray cluster (RAY_ADDRESS, or one that runs here, or else a new one),
     or jobs of Slurm. The bytes are the same. Clusters need the files and the folder on all their machines."""
-    slurm: Annotated[SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SlurmConfig)
+    slurm: Annotated[SlurmConfig, tyro.conf.arg(name="")] = field(default_factory=SlurmConfig)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class DataArguments:
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """A folder that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
     verify: bool = False
     """Read every byte and compare its SHA-256 with the manifest."""
+
+
+@dataclass(frozen=True)
+class BenchArguments(ResumeArguments):
+    tokens: Literal["synthetic", "real"] = "synthetic"
+    """synthetic: random tokens, nothing to prepare; real: those of the run's data."""
+    warmup: int = 3
+    """Steps before the first one that counts."""
+    timed: int = 10
+    """Steps to time as a whole, and as many again by phase, in turns."""
+    json: str | None = None
+    """Write all results, the configuration and the environment to this file."""
+    trace: str | None = None
+    """Write a Chrome trace of one more step to this file (open it in ui.perfetto.dev)."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    device: Device = "auto"
+    """The device to examine. auto: CUDA, else MPS, else CPU."""
+    precision: Precision = "auto"
+    """Of the matrix products that are compared with exact ones."""
+    preset: str = "gpt2-124m"
+    """Is there disk and memory for this one?"""
+    out: str = "runs"
+    """Folder where runs are to go."""
+
+
+def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:
+    """Fill ``cls`` from flags.
+
+    Args:
+        cls: a dataclass of this file.
+        default: an instance with the values of flags that are not given, or tyro.MISSING_NONPROP.
+        arguments: the flags.
+        program: how the command begins, for help and messages.
+
+    Raises:
+        UserError: a flag is wrong; tyro's box has become one line.
+    """
+    problem = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(arguments):
+        os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
+    try:
+        with contextlib.redirect_stderr(problem):
+            return tyro.cli(cls, default=default, args=arguments, prog=program, description="")
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(problem.getvalue())} ({program} --help lists the flags)") from None
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's boxed error, and its nearest suggestion, as one line."""
+    rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
+    if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
+        rows = rows[1:]
+    rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
+    message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
+    message = message.removeprefix("Error parsing ")
+    suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
+    return f"{message}; did you mean {suggested[1]}?" if suggested else message

@@ -8,25 +8,32 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
 import tyro
 
 from restomod import __version__
 from restomod.arguments import (
+    BenchArguments,
     CheckArguments,
     DataArguments,
+    DoctorArguments,
     InspectArguments,
     PrepareArguments,
     ResumeArguments,
     SampleArguments,
     TrainArguments,
+    parse,
 )
 from restomod.config import RunConfig, SamplingConfig, require_seed
 from restomod.errors import ReportedElsewhere, UserError, did_you_mean
 from restomod.presets import PRESETS, preset, summary
+
+if TYPE_CHECKING:  # torch is imported when a verb needs it
+    from restomod.train.console import Display
+    from restomod.train.sanity import Verdict
 
 EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -35,17 +42,10 @@ EXIT_ABORTED = 130
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
 
 
-Arguments = TypeVar("Arguments")
-
-
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run."""
-    try:
+    with _reported_once():
         parsed = _train_arguments(arguments)
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        raise ReportedElsewhere from e  # torchrun starts every process with the same arguments
     if isinstance(parsed, int):
         return parsed
     config, folder, resume = parsed
@@ -53,6 +53,17 @@ def train(arguments: list[str]) -> int:
     from restomod.train.loop import train as run
 
     return run(config, folder, resume)
+
+
+@contextlib.contextmanager
+def _reported_once() -> Iterator[None]:
+    """What is wrong with the arguments is said by one process: torchrun starts all with the same."""
+    try:
+        yield
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise ReportedElsewhere from e
 
 
 def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int:
@@ -79,20 +90,20 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         from restomod.train.run import read_config
 
         resumed = ResumeArguments(read_config(folder))
-        config = _parse(ResumeArguments, resumed, rest, f"restomod train --resume {folder}").config
+        config = parse(ResumeArguments, resumed, rest, f"restomod train --resume {folder}").config
     else:
         name, rest = arguments[0], arguments[1:]
         if name.startswith("-"):
             raise UserError(f"name a preset first: restomod train PRESET {' '.join(arguments)} (restomod train --help)")
         fresh = TrainArguments(preset(name), out=f"runs/{name}")
-        parsed = _parse(TrainArguments, fresh, rest, f"restomod train {name}")
+        parsed = parse(TrainArguments, fresh, rest, f"restomod train {name}")
         config, folder = parsed.config, Path(parsed.out)
     return config, folder, "--resume" in arguments
 
 
 def sample(arguments: list[str]) -> int:
     """Let a run's model, or any GPT-2, continue a text."""
-    parsed = _parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
+    parsed = parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
     require_seed("--seed", parsed.seed)
@@ -116,7 +127,7 @@ def sample(arguments: list[str]) -> int:
 
 def prepare(arguments: list[str]) -> int:
     """Turn text into a verified folder of token shards."""
-    parsed = _parse(PrepareArguments, tyro.MISSING_NONPROP, arguments, "restomod prepare")
+    parsed = parse(PrepareArguments, tyro.MISSING_NONPROP, arguments, "restomod prepare")
     if not parsed.sources:
         raise UserError("name what to prepare: restomod prepare SOURCE --out DIR (restomod prepare --help)")
     if parsed.workers < 0:
@@ -135,7 +146,7 @@ def prepare(arguments: list[str]) -> int:
 
 def data(arguments: list[str]) -> int:
     """Show what is in a folder of token shards."""
-    parsed = _parse(DataArguments, tyro.MISSING_NONPROP, arguments, "restomod data")
+    parsed = parse(DataArguments, tyro.MISSING_NONPROP, arguments, "restomod data")
 
     from restomod.data.overview import overview
 
@@ -146,7 +157,7 @@ def data(arguments: list[str]) -> int:
 
 def inspect(arguments: list[str]) -> int:
     """Show a model's weights in numbers and pictures, or compare two models."""
-    parsed = _parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
+    parsed = parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
     require_seed("--seed", parsed.seed)
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
@@ -165,19 +176,68 @@ def inspect(arguments: list[str]) -> int:
 
 def check(arguments: list[str]) -> int:
     """Check that a preset or a model is a sound GPT-2 that can learn."""
-    parsed = _parse(CheckArguments, tyro.MISSING_NONPROP, arguments, "restomod check")
+    parsed = parse(CheckArguments, tyro.MISSING_NONPROP, arguments, "restomod check")
     require_seed("--seed", parsed.seed)
 
     from restomod.train.check import check as run
     from restomod.train.console import Display
 
-    display, statuses = Display(), []
-    for verdict in run(parsed.model, parsed.seed, parsed.device, parsed.precision):
+    display = Display()
+    return _show(run(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
+
+
+def _show(verdicts: Iterable[Verdict], of: str, display: Display) -> int:
+    """Print verdicts as they come, and their sum. Returns the exit code."""
+    statuses = []
+    for verdict in verdicts:
         display.verdict(verdict)
         statuses.append(verdict.status)
     counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
-    display.line(f"{parsed.model}: {', '.join(counts)}")
+    display.line(f"{of}: {', '.join(counts)}")
     return EXIT_CHECK_FAILED if "fail" in statuses else 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """Examine this machine: is it fit to train, and how fast is it?"""
+    parsed = parse(DoctorArguments, tyro.MISSING_NONPROP, arguments, "restomod doctor")
+    config = preset(parsed.preset)
+
+    from restomod.doctor.examine import examine
+    from restomod.train.console import Display
+
+    verdicts = examine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
+    return _show(verdicts, "this machine", Display())
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure the speed of a training step: tokens/s, its phases, memory, MFU."""
+    with _reported_once():
+        parsed = _bench_arguments(arguments)
+    if isinstance(parsed, int):
+        return parsed
+    name, given = parsed
+
+    from restomod.bench.step import bench_step
+
+    return bench_step(given.config, name, given.tokens, given.warmup, given.timed, given.json, given.trace)
+
+
+def _bench_arguments(arguments: list[str]) -> tuple[str, BenchArguments] | int:
+    """The preset's name and all flags; an exit code where only help was asked for."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: restomod bench step [PRESET] [FLAGS]    measure a training step (default: quickstart)")
+        print("       restomod bench step PRESET --help       every flag; those of `restomod train` count too")
+        return 0 if arguments else EXIT_USER_ERROR
+    if arguments[0] != "step":
+        raise UserError(f"unknown benchmark {arguments[0]!r}{did_you_mean(arguments[0], ['step'])}")
+    name, rest = "quickstart", arguments[1:]
+    if rest and not rest[0].startswith("-"):
+        name, rest = rest[0], rest[1:]
+    given = parse(BenchArguments, BenchArguments(preset(name)), rest, f"restomod bench step {name}")
+    for flag, value, least in (("--warmup", given.warmup, 0), ("--timed", given.timed, 1)):
+        if value < least:
+            raise UserError(f"{flag} is {value}; it must be {least} or more")
+    return name, given
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -187,38 +247,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "sample": sample,
     "inspect": inspect,
     "check": check,
+    "doctor": doctor,
+    "bench": bench,
 }
-
-
-def _parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:
-    """Fill ``cls`` from flags; what tyro finds wrong becomes one line."""
-    problem = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(arguments):
-        os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
-    try:
-        with contextlib.redirect_stderr(problem):
-            return tyro.cli(cls, default=default, args=arguments, prog=program, description="")
-    except SystemExit as e:
-        if e.code in (0, None):
-            raise
-        raise UserError(f"{_one_line(problem.getvalue())} ({program} --help lists the flags)") from None
-    finally:
-        os.environ.pop("COLUMNS", None)
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-
-
-def _one_line(box: str) -> str:
-    """The message of tyro's boxed error, and its nearest suggestion, as one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
-    if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
-        rows = rows[1:]
-    rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
-    message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
-    message = message.removeprefix("Error parsing ")
-    suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
-    return f"{message}; did you mean {suggested[1]}?" if suggested else message
 
 
 def _printable(message: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restomod.config import RunConfig
@@ -26,6 +27,7 @@ from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import choose_micro_batch, fitting_micro_batch
 from restomod.train.optimizer import build_optimizer
+from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
 from restomod.train.step import BatchLoss, Compute
@@ -89,28 +91,21 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
     tokenizer = gpt2_tokenizer()
     dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
-    sources = dataset.sources
-    batches = Batches(
-        [source.dataset.train for source in sources],
-        config.sequence_length,
-        config.batch_sequences,
-        config.seed,
-        "training",
-        [source.share for source in sources],
-    )
-    for source in sources:
-        source.dataset.train.expect_random_reads()
+    batches = training_batches(config, dataset, tokenizer)
+    for source in dataset.sources:
         if len(source.dataset.val):  # refused now rather than at the first use
             Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
-    if config.model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
-            f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
-        )
     if resume:
         check_resumable(folder, config, dataset)
     fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
-    model = processes.together(lambda: _initial_model(fresh, device))
+    if config.sanity_checks and device.type in CHECKED_BEFORE_TRAINING:
+        parity = device_parity(device, compute.dtype)
+        if parity.status == "fail":
+            raise UserError(
+                f"this device computes wrongly: {parity.reason} (`restomod doctor` examines it; "
+                f"--no-sanity-checks trains all the same)"
+            )
+    model = processes.together(lambda: initial_model(fresh, device))
     first_step = data_offset = 0
     if checkpoint is not None:
         load_weights(model, checkpoint)
@@ -137,11 +132,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer)
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
-    try:
-        seconds = time_micro_batch(model, lambda: loss_of(tokens, targets), processes)
-    except torch._dynamo.exc.TorchDynamoException as e:
-        reason = next(line for line in str(e).splitlines() if line.strip())
-        raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e
+    seconds = first_micro_batch(model, lambda: loss_of(tokens, targets), processes)
 
     run = Run(folder, config, writes=False)
     if processes.main:
@@ -165,6 +156,44 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     )
 
 
+def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> Batches:
+    """The batches of a run.
+
+    Raises:
+        UserError: a source is shorter than a window, or the model is for another vocabulary.
+    """
+    sources = dataset.sources
+    batches = Batches(
+        [source.dataset.train for source in sources],
+        config.sequence_length,
+        config.batch_sequences,
+        config.seed,
+        "training",
+        [source.share for source in sources],
+    )
+    for source in sources:
+        source.dataset.train.expect_random_reads()
+    if config.model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
+            f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
+        )
+    return batches
+
+
+def first_micro_batch(model: GPT, micro_batch_loss: Callable[[], Tensor], processes: Processes) -> float:
+    """Seconds of a micro-batch forward and backward, the first of a process: torch.compile compiles in it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        return time_micro_batch(model, micro_batch_loss, processes)
+    except torch._dynamo.exc.TorchDynamoException as e:
+        reason = next(line for line in str(e).splitlines() if line.strip())
+        raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e
+
+
 def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
     """The same run, fit to be resumed from any folder; initial weights are pinned to one checkpoint of their run.
 
@@ -183,7 +212,7 @@ def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
     return dataclasses.replace(config, data=data, init=init)
 
 
-def _initial_model(config: RunConfig, device: torch.device) -> GPT:
+def initial_model(config: RunConfig, device: torch.device) -> GPT:
     """The model of step 0."""
     shape = config.model
     try:

@@ -1,0 +1,186 @@
+"""Times training steps: whole ones as training makes them, and others with a mark at the end of every phase.
+
+A mark waits for the device, which keeps it from working ahead. So whole steps are timed without marks, in turns with
+the marked ones, and only the whole ones count for the speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restomod.config import RunConfig
+from restomod.data.prefetch import MicroBatches, Prefetch
+from restomod.device import synchronize
+from restomod.train.distributed import Processes
+from restomod.train.guard import Guard
+from restomod.train.step import Compute, train_step
+
+PHASES = ("data", "forward", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is needed to make training steps, without a run."""
+
+    config: RunConfig
+    data: Prefetch
+    loss_of: nn.Module
+    optimizer: Optimizer
+    compute: Compute
+    processes: Processes
+
+    def whole(self, step: int) -> float:
+        """Make a step; return its seconds.
+
+        Raises:
+            UserError: its loss is not finite, so that nothing was updated and its time says nothing.
+        """
+        start = time.perf_counter()
+        micro_batches, _ = self.data.get(step)
+        self._make(micro_batches, step, self.processes)
+        synchronize(self.compute.device)
+        return time.perf_counter() - start
+
+    def by_phase(self, step: int) -> dict[str, float]:
+        """Make a step; return the seconds of each of `PHASES`, which together are all of it.
+
+        data: waiting for the batch. forward: copying it to the device and computing the loss, and the loss's own
+        gradient, which is computed along with it. backward: the rest of the gradients, and averaging them over
+        processes. update: clipping and the optimizer.
+        """
+        clock = PhaseClock(lambda: synchronize(self.compute.device))
+        micro_batches, _ = self.data.get(step)
+        clock.mark("data")
+        processes = _MarkingProcesses(self.processes.rank, self.processes.count, self.processes.local_rank, clock)
+        with clock.marks_forward(self.loss_of):
+            self._make(micro_batches, step, processes)
+        clock.mark("update")
+        return clock.seconds
+
+    def traced(self, step: int, file: Path) -> None:
+        """Make a step; the main process writes what it did as a Chrome trace."""
+        if not self.processes.main:
+            self.whole(step)
+            return
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self.compute.device.type == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library else reports its own start and end on stderr
+        with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function("training step"):
+            self.whole(step)
+        profile.export_chrome_trace(str(file))
+
+    def _make(self, micro_batches: MicroBatches, step: int, processes: Processes) -> None:
+        loss, _, problem = train_step(
+            self.loss_of, self.optimizer, micro_batches, self.config, step, processes, Guard(self.config).problem
+        )
+        if problem is not None:
+            raise self.processes.error(
+                f"a step's loss is {loss}, so its time says nothing; lower --optim.lr, or try --tokens real"
+            )
+
+
+class PhaseClock:
+    """Adds up the seconds of a step by phase. No moment between two marks is lost or counted twice."""
+
+    def __init__(self, wait: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
+        """Starts the first phase.
+
+        Args:
+            wait: for the device to have done all it was given.
+            now: the time in seconds.
+        """
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._wait, self._now = wait, now
+        self._last = now()
+        self._computed = False  # whether a micro-batch has gone forward, and backward is what follows
+
+    def mark(self, phase: str) -> None:
+        """Count the time since the last mark as ``phase``."""
+        self._wait()
+        now = self._now()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    @contextlib.contextmanager
+    def marks_forward(self, loss_of: nn.Module) -> Iterator[None]:
+        """Within, calls of ``loss_of`` are forward, and what lies between two of them is backward."""
+
+        def before(module: nn.Module, inputs: Any) -> None:
+            if self._computed:
+                self.mark("backward")
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.mark("forward")
+            self._computed = True
+
+        hooks = loss_of.register_forward_pre_hook(before, prepend=True), loss_of.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True)
+class _MarkingProcesses(Processes):
+    """Processes that mark the end of backward: a step's first common act after it is to average the loss."""
+
+    clock: PhaseClock = field(default_factory=lambda: PhaseClock(lambda: None))
+
+    def mean(self, value: Tensor) -> Tensor:
+        self.clock.mark("backward")
+        return super().mean(value)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, in the order in which they were measured."""
+
+    whole: list[float]
+    phases: list[dict[str, float]]
+    peak_bytes: int | None
+    """Of the process that needed most; None where the system does not tell."""
+
+
+def measure(steps: Steps, warmup: int, timed: int) -> Timings:
+    """Make ``warmup`` steps, then ``timed`` whole ones in turns with as many by phase."""
+    device, processes = steps.compute.device, steps.processes
+    for step in range(warmup):
+        steps.whole(step)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    whole, phases = [], []
+    for i in range(timed):
+        whole.append(steps.whole(warmup + 2 * i))
+        phases.append(steps.by_phase(warmup + 2 * i + 1))
+    mine = peak_memory(device)
+    everyone = processes.sum(*(float(mine or 0) if r == processes.rank else 0.0 for r in range(processes.count)))
+    return Timings(whole, phases, None if mine is None else int(max(everyone)))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes in use so far: CUDA's allocations since their last reset; elsewhere this process's own memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # not getrusage on Linux: it starts from the parent's peak
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,128 @@
+"""What the timings of a benchmark mean: arithmetic, a table, JSON. Needs no device."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from restomod.bench.measure import PHASES, Timings
+from restomod.config import RunConfig
+from restomod.config_json import to_dict
+from restomod.model.flops import flops_per_token, mfu, parameter_count
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one number."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def to_dict(self) -> dict[str, float]:
+        return {"median": self.median, "min": self.low, "max": self.high}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of `restomod bench step`."""
+
+    preset: str
+    config: RunConfig
+    tokens: str
+    """synthetic or real."""
+    micro_batch: int
+    warmup: int
+    timings: Timings
+    environment: dict[str, Any]
+    """See `restomod.train.run.environment`; with the number of processes."""
+    device_type: str
+    peak_flops: float | None
+    """FLOP/s that all devices together can do at best; None where that is not known."""
+
+    @property
+    def step_ms(self) -> Spread:
+        return Spread.of([1000 * seconds for seconds in self.timings.whole])
+
+    @property
+    def tokens_per_second(self) -> Spread:
+        """Over all processes."""
+        return Spread.of([self.config.batch_tokens / seconds for seconds in self.timings.whole])
+
+    @property
+    def phases_ms(self) -> dict[str, Spread]:
+        return {phase: Spread.of([1000 * step[phase] for step in self.timings.phases]) for phase in PHASES}
+
+    @property
+    def phased_step_ms(self) -> Spread:
+        """Whole steps that were measured by phase."""
+        return Spread.of([1000 * sum(step.values()) for step in self.timings.phases])
+
+    @property
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.config.model, self.config.sequence_length)
+
+    @property
+    def mfu(self) -> float | None:
+        return mfu(self.tokens_per_second.median, self.flops_per_token, self.peak_flops)
+
+    @property
+    def memory_is(self) -> str:
+        return {"cuda": "allocated on the GPU", "mps": "memory of the process"}.get(
+            self.device_type, "resident memory of the process"
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The results for people, as the rows of a table."""
+        speed, step, phased = self.tokens_per_second, self.step_ms, self.phased_step_ms
+        processes = self.environment["processes"]
+        rows = [
+            ("tokens/s", f"{speed.median:,.0f} ({speed.low:,.0f} to {speed.high:,.0f})"),
+            ("step", f"{_ms(step)}, median and range of {len(self.timings.whole)}"),
+        ]
+        total = sum(spread.median for spread in self.phases_ms.values())
+        for phase, spread in self.phases_ms.items():
+            rows.append((f"  {phase}", f"{_ms(spread)}, {spread.median / total:.0%}"))
+        rows.append(("  together", f"{_ms(phased)}, in steps that wait for the device after every phase"))
+        most = f" of {processes}, the one that needs most" if processes > 1 else ""
+        peak = self.timings.peak_bytes
+        rows.append(("peak memory", f"{peak / 2**20:,.0f} MiB, {self.memory_is}{most}" if peak else "unknown"))
+        achieved = speed.median * self.flops_per_token
+        rows.append(("compute", f"{achieved / 1e12:,.2f} TFLOP/s at {self.flops_per_token / 1e6:,.1f} MFLOP a token"))
+        share = "unknown: no data sheet for this device is at hand" if self.mfu is None else f"{self.mfu:.1%}"
+        return [*rows, ("MFU", share)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results for programs: what JSON can hold."""
+        return {
+            "benchmark": "step",
+            "preset": self.preset,
+            "tokens": self.tokens,
+            "parameters": parameter_count(self.config.model),
+            "tokens_per_step": self.config.batch_tokens,
+            "micro_batch": self.micro_batch,
+            "warmup_steps": self.warmup,
+            "timed_steps": len(self.timings.whole),
+            "tokens_per_second": self.tokens_per_second.to_dict(),
+            "step_ms": self.step_ms.to_dict() | {"all": [1000 * seconds for seconds in self.timings.whole]},
+            "phases_ms": {phase: spread.to_dict() for phase, spread in self.phases_ms.items()},
+            "phased_step_ms": self.phased_step_ms.to_dict(),
+            "peak_memory_bytes": self.timings.peak_bytes,
+            "peak_memory_is": self.memory_is,
+            "flops_per_token": self.flops_per_token,
+            "peak_flops": self.peak_flops,
+            "mfu": self.mfu,
+            "environment": self.environment,
+            "config": to_dict(self.config),
+        }
+
+
+def _ms(spread: Spread) -> str:
+    digits = 1 if spread.median < 1000 else 0
+    return f"{spread.median:,.{digits}f} ms ({spread.low:,.{digits}f} to {spread.high:,.{digits}f})"

@@ -1,0 +1,187 @@
+"""The verb `bench step`: the training step of a run, without the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from restomod.bench.measure import Steps, measure
+from restomod.bench.report import Report
+from restomod.config import VOCAB_SIZE, RunConfig
+from restomod.data.batches import Batches
+from restomod.data.prefetch import Prefetch
+from restomod.data.prepare import prepare
+from restomod.data.shards import TokenStream
+from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.device import choose_device, choose_dtype, describe_device, dtype_name
+from restomod.errors import UserError
+from restomod.files import write_json_atomically
+from restomod.model.flops import parameter_count, peak_flops
+from restomod.train.console import Display, duration
+from restomod.train.distributed import Processes, device_of, distribute, joined
+from restomod.train.memory import choose_micro_batch, fitting_micro_batch
+from restomod.train.optimizer import build_optimizer
+from restomod.train.run import environment
+from restomod.train.setup import first_micro_batch, initial_model, training_batches
+from restomod.train.step import BatchLoss, Compute
+
+SYNTHETIC_TOKENS = 2**20
+
+
+def bench_step(
+    config: RunConfig,
+    preset: str,
+    tokens: str,
+    warmup: int,
+    timed: int,
+    json: str | None = None,
+    trace: str | None = None,
+    display: Display | None = None,
+) -> int:
+    """Measure the training step of ``config`` and print what was found.
+
+    Args:
+        config: a complete run. Where the model comes from, how it is computed and the size of a step count.
+        preset: what to call it.
+        tokens: synthetic for random ones; real for those of ``config.data``.
+        warmup: steps to make before any is timed.
+        timed: steps to time as a whole, and as many again by phase.
+        json, trace: files to write results and a Chrome trace to.
+        display: where to print.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: the device, the data, the memory or a file to write is not usable.
+    """
+    with joined() as processes:
+        display = display or Display(muted=not processes.main)
+        try:
+            processes.together(lambda: _refuse_files(json, trace))
+            _bench(config, preset, tokens, warmup, timed, json, trace, display, processes)
+        except (RuntimeError, MemoryError) as e:
+            # MemoryError: of the system; the others: of CUDA, and of torch's allocator on the CPU
+            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+                reason = next(iter(str(e).splitlines()), "no more is there")
+                raise UserError(f"out of memory ({reason:.120}); lower --micro-batch") from e
+            raise
+    return 0
+
+
+def _bench(
+    config: RunConfig,
+    preset: str,
+    tokens: str,
+    warmup: int,
+    timed: int,
+    json: str | None,
+    trace: str | None,
+    display: Display,
+    processes: Processes,
+) -> None:
+    count = warmup + 2 * timed + 1  # the last is the traced one
+    config = dataclasses.replace(config, steps=max(config.steps, count))
+    display.line("preparing the data and the model …", style="dim")
+    steps, seconds = processes.together(lambda: _steps(config, tokens, count, processes))
+    accumulation = config.batch_sequences // steps.compute.micro_batch // processes.count
+    display.table(_head(steps, preset, tokens, warmup, timed, accumulation, seconds))
+    with steps.data:
+        timings = measure(steps, warmup, timed)
+        if trace is not None:
+            steps.traced(count - 1, Path(trace))
+    if not processes.main:
+        return
+    device = describe_device(steps.compute.device)
+    peak = peak_flops(device)
+    report = Report(
+        preset,
+        config,
+        tokens,
+        steps.compute.micro_batch,
+        warmup,
+        timings,
+        environment(device, dtype_name(steps.compute.dtype)) | {"processes": processes.count},
+        steps.compute.device.type,
+        None if peak is None else peak * processes.count,
+    )
+    display.line("")
+    display.table(report.rows())
+    if json is not None:
+        write_json_atomically(Path(json), report.to_dict())
+    for what, file in (("results", json), ("trace", trace)):
+        if file is not None:
+            display.line(f"{what} written to {file}")
+
+
+def _refuse_files(*names: str | None) -> None:
+    """Raise UserError where a file could not be written after minutes of measuring."""
+    for file in (Path(name) for name in names if name is not None):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name a file")
+        if not file.parent.is_dir():
+            raise UserError(f"{file}: there is no folder {file.parent}; make it first")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise UserError(f"{file} cannot be written; name another file")
+
+
+def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float]:
+    """Everything as training sets it up, and the seconds of a micro-batch."""
+    device = device_of(choose_device(config.device), processes)
+    micro_batch = choose_micro_batch(config, device, processes.count)
+    compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
+    if tokens == "real":
+        tokenizer = gpt2_tokenizer()
+        dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
+        batches = training_batches(config, dataset, tokenizer)
+    else:
+        stream = synthetic_tokens(config.model.vocab_size, config.sequence_length, config.seed)
+        batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
+    model = processes.together(lambda: initial_model(config, device))
+    model.transformer.recompute = config.recompute
+    if config.micro_batch is None and device.type == "cuda":
+        fits = processes.least(fitting_micro_batch(model, batches, compute))
+        compute = dataclasses.replace(compute, micro_batch=fits)
+    if config.compile:
+        model.transformer.compile()
+    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
+    optimizer = build_optimizer(model, config.optim)
+    first, targets = batches.load(batches.windows(0)[: compute.micro_batch])
+    seconds = first_micro_batch(model, lambda: loss_of(first, targets), processes)
+    pin_memory = device.type == "cuda"
+    data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.count, pin_memory)
+    return Steps(config, data, loss_of, optimizer, compute, processes), seconds
+
+
+def synthetic_tokens(vocab_size: int, sequence_length: int, seed: int) -> TokenStream:
+    """Random tokens of a vocabulary, at least a window and its target. The speed of a step does not depend on them."""
+    n = max(SYNTHETIC_TOKENS, sequence_length + 1)
+    drawn = np.random.default_rng(seed).integers(min(vocab_size, VOCAB_SIZE), size=n)
+    return TokenStream([drawn.astype(np.uint16)])
+
+
+def _head(
+    steps: Steps, preset: str, tokens: str, warmup: int, timed: int, accumulation: int, seconds: float
+) -> list[tuple[str, str]]:
+    config, compute, processes = steps.config, steps.compute, steps.processes.count
+    m = config.model
+    among = f"{processes} processes × " if processes > 1 else ""
+    precision = f"{dtype_name(compute.dtype)} products, fp32 weights" + (", compiled" if config.compile else "")
+    estimate = duration(seconds * accumulation * (warmup + 2 * timed))
+    return [
+        ("benchmark", f"training step of {preset}"),
+        ("model", f"GPT-2, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide; {parameter_count(m):,} parameters"),
+        (
+            "tokens per step",
+            f"{config.batch_tokens:,} = {among}{accumulation} × {compute.micro_batch} sequences × "
+            f"{config.sequence_length} tokens, {tokens}",
+        ),
+        ("device", describe_device(compute.device)),
+        ("precision", precision + (f", {config.parallel}" if processes > 1 else "")),
+        ("steps", f"{warmup} to warm up, {timed} timed whole and {timed} by phase, in turns"),
+        ("estimated time", f"{estimate}; fewer --batch-tokens give shorter steps"),
+    ]

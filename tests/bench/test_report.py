@@ -1,0 +1,78 @@
+"""The arithmetic of a benchmark, against numbers worked out by hand. No device, no clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from restomod.bench.measure import PHASES, Timings
+from restomod.bench.report import Report, Spread
+from restomod.config import RunConfig
+from restomod.config_json import from_dict
+
+WHOLE = [0.5, 0.25, 1.0]  # seconds
+BY_PHASE = [dict(zip(PHASES, seconds, strict=True)) for seconds in ((0.0, 0.2, 0.3, 0.1), (0.1, 0.3, 0.2, 0.2))]
+
+
+def report(processes: int = 1, peak_flops: float | None = None, peak_bytes: int | None = 3 * 2**20) -> Report:
+    """GPT-2 124M, 4,096 tokens a step."""
+    config = RunConfig(steps=9, batch_tokens=4096, sequence_length=1024)
+    timings = Timings(WHOLE, BY_PHASE, peak_bytes)
+    return Report("mine", config, "synthetic", 2, 5, timings, {"processes": processes}, "cpu", peak_flops)
+
+
+def test_speed_is_tokens_of_a_step_over_its_seconds() -> None:
+    assert report().step_ms == Spread(500, 250, 1000)
+    assert report().tokens_per_second == Spread(8192, 4096, 16384)
+
+
+def test_an_even_number_of_steps_has_its_median_between_the_two_in_the_middle() -> None:
+    assert Spread.of([4.0, 1.0, 2.0, 9.0]) == Spread(3.0, 1.0, 9.0)
+
+
+def test_mfu_is_the_share_of_the_peak_that_goes_into_the_model() -> None:
+    # 124,439,808 parameters less 1,024 × 768 positions, 6 each; attention 12 × 12 × 768 × 1,024: "PaLM", appendix B
+    flops = 6 * (124_439_808 - 786_432) + 113_246_208
+    assert report().flops_per_token == flops == 855_166_464
+    assert report(peak_flops=100e12).mfu == pytest.approx(8192 * 855_166_464 / 100e12)  # 7.0 %
+    assert dict(report(peak_flops=100e12).rows())["MFU"] == "7.0%"
+    assert dict(report().rows())["compute"].startswith("7.01 TFLOP/s at 855.2 MFLOP a token")
+
+
+def test_an_unknown_peak_is_an_unknown_mfu() -> None:
+    assert report().mfu is None
+    assert dict(report().rows())["MFU"].startswith("unknown")
+
+
+def test_phases_have_medians_of_their_own_and_shares_of_their_sum() -> None:
+    assert report().phases_ms["forward"] == Spread(pytest.approx(250), 200, pytest.approx(300))
+    assert report().phased_step_ms == Spread(pytest.approx(700), pytest.approx(600), pytest.approx(800))
+    shares = [dict(report().rows())[f"  {phase}"].rpartition(", ")[2] for phase in PHASES]
+    assert shares == ["7%", "36%", "36%", "21%"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "peak_bytes", "said"),
+    [
+        (1, 3 * 2**20, "3 MiB, resident memory of the process"),
+        (2, 3 * 2**20, "3 MiB, resident memory of the process of 2, the one that needs most"),
+        (1, None, "unknown"),
+    ],
+)
+def test_memory(processes: int, peak_bytes: int | None, said: str) -> None:
+    assert dict(report(processes, peak_bytes=peak_bytes).rows())["peak memory"] == said
+
+
+def test_json_holds_all_results_and_the_whole_configuration() -> None:
+    one = report(peak_flops=100e12)
+    read = json.loads(json.dumps(one.to_dict()))
+    assert read["tokens_per_second"] == {"median": 8192, "min": 4096, "max": 16384}
+    assert read["step_ms"] == {"median": 500, "min": 250, "max": 1000, "all": [500, 250, 1000]}
+    assert set(read["phases_ms"]) == set(PHASES)
+    assert (read["warmup_steps"], read["timed_steps"], read["micro_batch"]) == (5, 3, 2)
+    assert (read["mfu"], read["peak_flops"], read["flops_per_token"]) == (one.mfu, 100e12, 855_166_464)
+    assert read["peak_memory_bytes"] == 3 * 2**20
+    assert from_dict(read["config"], RunConfig, "here") == one.config
+    assert dataclasses.replace(one, peak_flops=None).to_dict()["mfu"] is None
