@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import io
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import restomod.device
 from restomod.config import Precision
-from restomod.device import autocast, choose_device, choose_dtype, describe_device, dtype_name
+from restomod.device import autocast, choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
 from restomod.errors import UserError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -119,3 +121,32 @@ def test_a_processor_without_cpuinfo_is_described_by_the_platform(monkeypatch: p
 def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert describe_device(CUDA) == "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_used_again() -> None:
+    program = """
+import resource, torch
+from restomod.device import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(5_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults()
+keep_freed_memory()
+faults()
+print(usual, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert usual > 10_000
+    assert kept < 1_000
+
+
+def test_where_the_c_library_has_no_such_setting_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: None) -> None:
+        raise OSError
+
+    monkeypatch.setattr(restomod.device.ctypes, "CDLL", refuse)
+    keep_freed_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from restomod.config import Device, Precision
 from restomod.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def choose_device(name: Device) -> torch.device:
@@ -90,3 +93,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory be used again, where the C library is glibc, rather than go back to the system.
+
+    By default every large tensor is mapped anew, and the system fills it with zeros page by page as it is first used:
+    6 % of the time of a step of GPT-2 124M on a CPU, and more where the arithmetic is faster.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -43,7 +43,7 @@ def assert_says(verdict: Verdict, status: Status, *said: str) -> None:
 # --- the table ----------------------------------------------------------------------------------------------
 
 NAMES = ["versions", "device", "threads", "disk", "memory", "parity", "matrix products", "bf16", "bandwidth"]
-SLOW_NAMES = ["compiler", "processes", "allocator"]
+SLOW_NAMES = ["compiler", "processes"]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_line_for_each_check_and_a_sum(
     *lines, total = capsys.readouterr().out.splitlines()
     assert [line[6:22].strip() for line in lines] == [*NAMES, *SLOW_NAMES]
     assert all(line.startswith("pass  ") for line in lines), lines
-    assert total == "this machine: 12 passed"
+    assert total == "this machine: 11 passed"
     assert os.listdir(tmp_path) == []
 
 
@@ -427,39 +427,6 @@ def test_a_child_finds_this_package_wherever_it_is_run_from(tmp_path: Path, monk
     done = tools._child(["-c", program], dict(os.environ))
     assert done is not None
     assert done.stdout.split() == [sys.modules["restomod"].__file__, "False"]
-
-
-@pytest.mark.parametrize(
-    ("kept", "status", "said"),
-    [
-        (
-            0.9,
-            "warn",
-            "10% less CPU time where freed memory is kept; export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=",
-        ),
-        (0.96, "pass", "would not make the CPU faster"),
-        (1.2, "pass", "would not make the CPU faster"),
-    ],
-)
-def test_the_allocator_is_mentioned_where_it_pays(
-    monkeypatch: pytest.MonkeyPatch, kept: float, status: Status, said: str
-) -> None:
-    monkeypatch.setattr(tools, "_child", _says(json.dumps({"usual": 1.0, "kept": kept})))
-    assert_says(tools.allocator(this()), status, said)
-
-
-def test_an_allocator_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools, "_child", _says("", code=1))
-    assert tools.allocator(this()).status == "skip"
-    monkeypatch.setattr(Machine, "device", torch.device("cuda"))
-    assert tools.allocator(this()).status == "skip"
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
-def test_the_allocator_is_measured_here(capsys: pytest.CaptureFixture[str]) -> None:
-    done = tools._child(["-m", "restomod.doctor.allocation"], dict(os.environ))
-    assert done is not None
-    assert set(json.loads(done.stdout)) == {"usual", "kept"}
 
 
 def test_a_user_error_in_a_check_is_its_reason() -> None:

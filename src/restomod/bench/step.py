@@ -17,7 +17,7 @@ from restomod.data.prefetch import Prefetch
 from restomod.data.prepare import prepare
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, describe_device, dtype_name
+from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
 from restomod.model.flops import parameter_count, peak_flops
@@ -132,6 +132,8 @@ def _refuse_files(*names: str | None) -> None:
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float]:
     """Everything as training sets it up, and the seconds of a micro-batch."""
     device = device_of(choose_device(config.device), processes)
+    if device.type == "cpu":
+        keep_freed_memory()
     micro_batch = choose_micro_batch(config, device, processes.count)
     compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
     if tokens == "real":

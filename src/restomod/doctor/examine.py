@@ -10,7 +10,7 @@ from restomod.config import Device, Precision, RunConfig
 from restomod.device import dtype_name
 from restomod.doctor.machine import Machine, device, disk, memory, no_device, threads, versions
 from restomod.doctor.speed import memory_bandwidth
-from restomod.doctor.tools import allocator, compiler, processes
+from restomod.doctor.tools import compiler, processes
 from restomod.errors import UserError
 from restomod.train.parity import device_parity
 from restomod.train.sanity import Verdict
@@ -32,10 +32,9 @@ def examine(device_name: Device, precision: Precision, config: RunConfig, preset
     for check in (versions, device, threads, disk, memory, parity, matrix_products, bf16, bandwidth):
         yield judge(check, machine)
     with ThreadPoolExecutor(1) as background:  # these compute in processes of their own while the compiler compiles
-        later = [background.submit(judge, check, machine) for check in (processes, allocator)]
+        later = background.submit(judge, processes, machine)
         yield judge(compiler, machine)
-        for verdict in later:
-            yield verdict.result()
+        yield later.result()
 
 
 def judge(check: Check, machine: Machine) -> Verdict:
@@ -84,4 +83,4 @@ def bandwidth(machine: Machine) -> Verdict:
     return Verdict("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
 
 
-NEED_DEVICE: tuple[Check, ...] = (memory, parity, matrix_products, bf16, bandwidth, compiler, allocator)
+NEED_DEVICE: tuple[Check, ...] = (memory, parity, matrix_products, bf16, bandwidth, compiler)

@@ -1,8 +1,7 @@
-"""Does what training can call upon work here: the compiler, several processes, the allocator? Tried, not looked up."""
+"""Does what training can call upon work here: the compiler, several processes? Tried, not looked up."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -83,23 +82,6 @@ def processes(machine: Machine) -> Verdict:
 
 
 _INTERFACE = "name the network that joins them: export GLOO_SOCKET_IFNAME=lo (on one machine)"
-
-
-def allocator(machine: Machine) -> Verdict:
-    """Whether keeping freed memory, which otherwise goes back to the system and returns page by page, pays."""
-    name = "allocator"
-    if machine.device.type != "cpu":
-        return Verdict(name, "skip", "matters where the CPU computes")
-    done = _child(["-m", "restomod.doctor.allocation"], os.environ | {"OMP_NUM_THREADS": "1"})
-    if done is None or done.returncode:
-        return Verdict(name, "skip", "this system's malloc cannot be set (it can with glibc, on Linux)")
-    seconds = json.loads(done.stdout)
-    gain = 1 - seconds["kept"] / seconds["usual"]
-    found = f"a loss and its gradient take {gain:.0%} less CPU time where freed memory is kept"
-    if gain < WORTH_SAYING:
-        return Verdict(name, "pass", "keeping freed memory would not make the CPU faster here")
-    settings = " ".join(f"{variable}={value}" for variable, value in KEEP_MEMORY.items())
-    return Verdict(name, "warn", f"{found}; export {settings}")
 
 
 def _child(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:

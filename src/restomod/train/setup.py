@@ -16,7 +16,14 @@ from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, compute_deterministically, describe_device, dtype_name
+from restomod.device import (
+    choose_device,
+    choose_dtype,
+    compute_deterministically,
+    describe_device,
+    dtype_name,
+    keep_freed_memory,
+)
 from restomod.errors import UserError
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
@@ -87,6 +94,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     if config.deterministic:
         compute_deterministically()
     device = device_of(choose_device(config.device), processes)
+    if device.type == "cpu":
+        keep_freed_memory()
     micro_batch = choose_micro_batch(config, device, processes.count)
     compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
     tokenizer = gpt2_tokenizer()
