@@ -19,7 +19,7 @@ import tyro
 
 from restomod import __version__
 from restomod.config import Device, Precision, PrepareConfig, RunConfig, SamplingConfig, require_seed
-from restomod.errors import ReportedElsewhere, UserError, did_you_mean
+from restomod.errors import ReportedElsewhere, UserError, describe_os_error, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
 EXIT_CHECK_FAILED = 1
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as e:
         if debug:
             raise
-        message = str(e) if isinstance(e, UserError) else f"{e.filename or 'input/output'}: {e.strerror or e}"
+        message = str(e) if isinstance(e, UserError) else describe_os_error(e)
         print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
