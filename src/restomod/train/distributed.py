@@ -202,7 +202,10 @@ def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Proce
     """
     if parallel == "fsdp":
         if not dist.is_initialized():
-            raise UserError("--parallel fsdp shares a model among processes: start them with torchrun")
+            raise UserError(
+                "--parallel fsdp shares a model among processes: start two or more with torchrun --nproc-per-node, "
+                "or choose --parallel ddp"
+            )
         for block in model.transformer.h:
             fully_shard(block)
         fully_shard(loss)  # in place
