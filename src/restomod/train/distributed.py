@@ -13,6 +13,8 @@ import contextlib
 import datetime
 import gc
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,6 +153,9 @@ def joined() -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as e:
+        if threading.current_thread() is threading.main_thread():
+            # torchrun sends it as soon as the first process has ended, and the line about why is still to be printed
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _drop_locals(e)
         if isinstance(e, UserError) and e.known_to_all:
             raise
