@@ -28,7 +28,7 @@ from restomod.arguments import (
     parse,
 )
 from restomod.config import RunConfig, SamplingConfig, require_seed
-from restomod.errors import ReportedElsewhere, UserError, did_you_mean
+from restomod.errors import ReportedElsewhere, UserError, describe_os_error, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
 if TYPE_CHECKING:  # torch is imported when a verb needs it
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as e:
         if debug:
             raise
-        message = str(e) if isinstance(e, UserError) else f"{e.filename or 'input/output'}: {e.strerror or e}"
+        message = str(e) if isinstance(e, UserError) else describe_os_error(e)
         print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one line and exits with code 2."""
 
+    known_to_all = False
+    """Whether the other processes of the same run, if there are any, have been told."""
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean X?"`` for the nearest known name, or the full list where none is near."""
@@ -17,5 +20,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(choices))}"
 
 
+def describe_os_error(e: OSError) -> str:
+    """What the system refused, in one line."""
+    return f"{e.filename or 'input/output'}: {e.strerror or e}"
+
+
 class ReportedElsewhere(UserError):
     """Another process of the same run has reported what went wrong."""
+
+    known_to_all = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -47,6 +48,14 @@ def tiny(text: Path, tmp_path: Path) -> RunConfig:
     )
 
 
+@pytest.fixture
+def shared(tiny: RunConfig) -> RunConfig:
+    """A run whose eight sequences a step four processes can share."""
+    return dataclasses.replace(
+        tiny, batch_tokens=128, sequence_length=16, micro_batch=1, eval_tokens=256, keep_checkpoints=0
+    )
+
+
 def flags(config: RunConfig) -> list[str]:
     """The flags that turn the quickstart preset into ``config``."""
     m, d, o = config.model, config.data, config.optim
@@ -68,6 +77,8 @@ def flags(config: RunConfig) -> list[str]:
         "sampling.prompts": config.sampling.prompts[0],
         "sampling.max-tokens": config.sampling.max_tokens,
         "eval-every": config.eval_every,
+        "eval-tokens": config.eval_tokens,
+        "keep-checkpoints": config.keep_checkpoints,
         "sample-every": config.sample_every,
         "save-every": config.save_every,
         "device": config.device,

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
+import signal
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -25,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
-from restomod.errors import ReportedElsewhere, UserError
+from restomod.errors import ReportedElsewhere, UserError, describe_os_error
 from restomod.model.gpt import GPT
 
 PATIENCE = datetime.timedelta(minutes=30)  # others wait so long for one that prepares data or saves
@@ -88,19 +92,21 @@ class Processes:
         if self.count == 1:
             return work()
         result: list[Result] = []
-        problem: UserError | None = None
+        problem: UserError | OSError | None = None
         for turn in (self.local_rank == 0, self.local_rank > 0) if one_first else (True, False):
             if turn and problem is None:
                 try:
                     result.append(work())
-                except ReportedElsewhere:  # in a `together` within this one: all know
-                    raise
                 except UserError as e:
+                    if e.known_to_all:  # from a `together` within this one
+                        raise
+                    problem = e
+                except OSError as e:
                     problem = e
             failed: list[bool] = [False] * self.count
             dist.all_gather_object(failed, problem is not None)
             if any(failed):
-                raise problem if problem is not None and failed.index(True) == self.rank else ReportedElsewhere()
+                raise self._shared(problem) if problem and failed.index(True) == self.rank else ReportedElsewhere()
         return result[0]
 
     def from_main(self, work: Callable[[], Result]) -> Result:
@@ -114,9 +120,23 @@ class Processes:
             dist.broadcast_object_list(result)
         return cast(Result, result[0])
 
+    def agree(self) -> None:
+        """Within a `together`: stop here if another process has failed in it.
+
+        To be called before what synchronises the processes by itself, which would wait for the one that has failed.
+        """
+        self.together(lambda: None)
+
     def error(self, message: str) -> UserError:
         """What to raise where all processes meet the same problem: one of them reports it."""
-        return UserError(message) if self.main else ReportedElsewhere(message)
+        return self._shared(UserError(message)) if self.main else ReportedElsewhere(message)
+
+    @staticmethod
+    def _shared(problem: UserError | OSError) -> UserError:
+        """``problem``, marked as one that the other processes know of."""
+        error = problem if isinstance(problem, UserError) else UserError(describe_os_error(problem))
+        error.known_to_all = True
+        return error
 
 
 SINGLE = Processes()
@@ -152,15 +172,40 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
     try:
         yield processes
-    except dist.DistError as e:
-        raise UserError(_lost(e)) from e
-    except RuntimeError as e:
-        if "gloo" in str(e) or "NCCL" in str(e):
+    except BaseException as e:
+        if threading.current_thread() is threading.main_thread():
+            # torchrun sends it as soon as the first process has ended, and the line about why is still to be printed
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _drop_locals(e)
+        if isinstance(e, UserError) and e.known_to_all:
+            raise
+        lost = isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)))
+        if not _speaks_first(store) and (lost or isinstance(e, (UserError, OSError))):
+            raise ReportedElsewhere from e
+        if lost:
             raise UserError(_lost(e)) from e
         raise
     finally:
+        # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
+        # and they may wait for the interpreter's lock, which it holds
+        gc.collect()
         with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
             dist.destroy_process_group()
+
+
+def _speaks_first(store: dist.Store) -> bool:
+    """Whether no other process has said yet why the run ends. The store is torchrun's, which outlives them."""
+    try:
+        return store.add("reported", 1) == 1
+    except (dist.DistError, RuntimeError):  # it is gone too
+        return True
+
+
+def _drop_locals(e: BaseException | None) -> None:
+    """Let go of what the functions held that an exception has left."""
+    while e is not None:
+        traceback.clear_frames(e.__traceback__)
+        e = e.__cause__ or e.__context__
 
 
 def _lost(e: BaseException) -> str:
@@ -182,7 +227,10 @@ def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Proce
     """
     if parallel == "fsdp":
         if not dist.is_initialized():
-            raise UserError("--parallel fsdp shares a model among processes: start them with torchrun")
+            raise UserError(
+                "--parallel fsdp shares a model among processes: start two or more with torchrun --nproc-per-node, "
+                "or choose --parallel ddp"
+            )
         for block in model.transformer.h:
             fully_shard(block)
         fully_shard(loss)  # in place

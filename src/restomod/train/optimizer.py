@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 from restomod.config import OptimConfig
@@ -55,10 +55,15 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_options(model)))
-    flat.update(tensors)
-    set_optimizer_state_dict(model, optimizer, flat, options=_options(model))
+    """Put back what `optimizer_tensors` gave; of tensors that processes share, each takes its part."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)  # torch cannot load whole tensors that are flattened
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=options))
+    for name, value in tensors.items():
+        here = flat.get(name)
+        if isinstance(here, DTensor):
+            value = distribute_tensor(value, here.device_mesh, here.placements, src_data_rank=None)
+        flat[name] = value
+    set_optimizer_state_dict(model, optimizer, flat, options=options)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -103,19 +104,23 @@ def refuse_existing(folder: Path) -> None:
 
 
 def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: dict[str, Any]) -> Run:
-    """Make a new run folder.
+    """Make a new run folder. It appears under its name only when it is whole, so whatever is there can be resumed.
 
     Raises:
         UserError: there is one already, or it cannot be made.
     """
     refuse_existing(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        folder.mkdir(parents=True)
+        if temporary.exists():  # of a start that was killed
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        write_json_atomically(temporary / "data.json", dataset.manifest)
+        write_json_atomically(temporary / "environment.json", [environment])
+        write_json_atomically(temporary / "config.json", to_dict(config))
+        temporary.rename(folder)
     except OSError as e:
         raise UserError(f"{folder}: cannot make the run's folder ({e.strerror})") from None
-    write_json_atomically(folder / "data.json", dataset.manifest)
-    write_json_atomically(folder / "environment.json", [environment])
-    write_json_atomically(folder / "config.json", to_dict(config))  # last: it makes the folder a run
     return Run(folder, config)
 
 

@@ -136,10 +136,12 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         )
     if config.compile:
         model.transformer.compile()
+    processes.agree()
     loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
     optimizer = build_optimizer(model, config.optim)
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer)
+    processes.agree()
     tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
     seconds = first_micro_batch(model, lambda: loss_of(tokens, targets), processes)
 

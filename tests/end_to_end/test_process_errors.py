@@ -1,0 +1,178 @@
+"""What goes wrong in a run of several processes is one line, whether one process meets it or all, and nobody hangs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from restomod.config import RunConfig
+from restomod.data.batches import Batches
+from restomod.data.shards import TokenStream
+from restomod.errors import UserError
+from restomod.train import checkpoint, setup
+from restomod.train import step as step_module
+from restomod.train.sanity import Verdict
+from tests.processes import Ended, error_lines, launch
+
+from .conftest import flags
+from .test_processes import NEVER, command, new_run, succeeded
+
+
+def the_one_error(ended: list[Ended]) -> str:
+    """The one line that all processes together have written to standard error; all have failed."""
+    assert all(e.code == 2 for e in ended), [(e.code, e.error) for e in ended]
+    (line,) = error_lines(ended)
+    assert line.startswith("restomod: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstrt"], "did you mean 'quickstart'?"),
+        (["quickstart", "--optim.lrr", "3"], "--optim.lr"),
+        (["quickstart", "--batch-tokens", "1000"], "768 and 1024"),
+        (["quickstart", "--parallel", "tensor"], "--parallel"),
+        (["--resume", "nowhere"], "nowhere is not a run"),
+        (["quickstart", "--data.source", "text", "--data.path", "nowhere"], "nowhere"),
+        (["quickstart", "--data.source", "tokens", "--data.path", "nowhere"], "nowhere: no such folder"),
+        (["quickstart", "--init", "./nowhere"], "nowhere"),
+        (["quickstart", "--out", "/"], "exists already"),
+    ],
+)
+def test_what_all_processes_find_wrong_is_one_line(arguments: list[str], message: str) -> None:
+    assert message in the_one_error(launch(2, command, *arguments, timeout=30))
+
+
+def test_the_batches_that_a_message_proposes_can_be_shared(shared: RunConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(shared, batch_tokens=16 * 7, steps=1)
+    line = the_one_error(new_run(2, config, tmp_path / "run"))
+    proposed = [int(n) for n in re.findall(r"\d+", line.split("--batch-tokens")[1].split(",")[0])]
+    assert proposed == [16 * 6, 16 * 8]
+    for i, tokens in enumerate(proposed):
+        succeeded(new_run(2, config, tmp_path / f"tokens{i}", "--batch-tokens", str(tokens)))
+    processes = [int(n) for n in re.findall(r"\d+", line.split("or start")[1])]
+    assert processes == [1, 7]
+
+
+def test_the_micro_batches_that_a_message_proposes_fit(shared: RunConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(shared, batch_tokens=16 * 12, micro_batch=4, steps=1)
+    line = the_one_error(new_run(2, config, tmp_path / "run"))
+    assert "micro_batch 4 does not divide the 6 sequences" in line
+    proposed = [int(n) for n in re.findall(r"\d+", line.split("--micro-batch")[1])]
+    assert proposed == [3, 6]
+    for micro_batch in proposed:
+        succeeded(new_run(2, config, tmp_path / f"run{micro_batch}", "--micro-batch", str(micro_batch)))
+
+
+def only_in(rank: int, patch: Callable[[pytest.MonkeyPatch], None], *arguments: str) -> None:
+    """The command line, with something broken in one process."""
+    if os.environ["RANK"] == str(rank):
+        patch(pytest.MonkeyPatch())
+    command(*arguments)
+
+
+def without_gpu(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise UserError("this device is broken")
+
+    patch.setattr(setup, "choose_device", refuse)
+
+
+def without_data(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise UserError("this data is broken")
+
+    patch.setattr(setup, "prepare", refuse)
+
+
+def without_memory(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise RuntimeError("this memory is broken")
+
+    patch.setattr(setup, "build_model", refuse)
+
+
+def insane(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(setup, "quick_checks", lambda _: [Verdict("all", "fail", "this model is broken")])
+
+
+def without_disk(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, "this disk is broken")
+
+    patch.setattr(TokenStream, "read", refuse)
+
+
+def without_disk_later(patch: pytest.MonkeyPatch) -> None:
+    micro_batches = Batches.micro_batches
+
+    def refuse(self: Batches, step: int, *arguments: Any) -> Any:
+        if step == 5:
+            raise UserError("these tokens are broken")
+        return micro_batches(self, step, *arguments)
+
+    patch.setattr(Batches, "micro_batches", refuse)
+
+
+def with_infinite_loss(patch: pytest.MonkeyPatch) -> None:
+    """An infinite loss in one process is one in all, as it is averaged."""
+    patch.setattr(step_module, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * math.inf, raising=True)
+
+
+def unsaveable(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "this disk is broken and full")
+
+    patch.setattr(checkpoint, "save_model", refuse)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "patch",
+    [without_gpu, without_data, without_memory, insane, without_disk, without_disk_later],
+    ids=lambda p: p.__name__,
+)
+def test_what_one_process_finds_wrong_stops_all(
+    shared: RunConfig, tmp_path: Path, rank: int, patch: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ("quickstart", "--out", str(run), *flags(dataclasses.replace(shared, eval_every=NEVER)))
+    assert "broken" in the_one_error(launch(2, only_in, rank, patch, *arguments, timeout=60))
+    assert run.exists() == (patch is without_disk_later)
+
+
+def test_a_full_disk_stops_all_in_one_line(shared: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ("quickstart", "--out", str(run), *flags(shared))
+    line = the_one_error(launch(2, only_in, 0, unsaveable, *arguments, timeout=60))
+    assert "cannot save" in line
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(shared: RunConfig, tmp_path: Path) -> None:
+    arguments = (
+        "quickstart",
+        "--out",
+        str(tmp_path / "run"),
+        *flags(shared),
+        "--no-sanity-checks",
+        "--on-spike",
+        "stop",
+    )
+    line = the_one_error(launch(2, only_in, 1, with_infinite_loss, *arguments, timeout=60))
+    assert "step 0: the loss is" in line
+
+
+def test_an_existing_folder_is_refused_and_left_alone(shared: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("mine")
+    assert "exists already" in the_one_error(new_run(2, shared, tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]

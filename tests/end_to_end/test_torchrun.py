@@ -1,0 +1,179 @@
+"""torchrun itself: it is asked to stop, one of its processes is killed, it starts them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from restomod.config import RunConfig
+from restomod.train.checkpoint import list_checkpoints
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+from tests.processes import results
+
+from .conftest import flags
+from .test_processes import NEVER, resume, same_curve, succeeded, train_quietly
+from .test_resume import QUIET, losses, same_checkpoint
+
+pytestmark = pytest.mark.slow
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Start:
+    """Starts `restomod train` in two processes by torchrun."""
+
+    def start(*arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+        return subprocess.Popen(
+            [sys.executable, *torchrun, "-m", "restomod", "train", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def workers(torchrun: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a torchrun's processes, by rank."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True).stdout
+    by_rank = {}
+    for pid in map(int, listed.split()):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [int(e.removeprefix(b"RANK=")) for e in environment if e.startswith(b"RANK=")]
+        by_rank |= dict.fromkeys(ranks, pid)
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.005)
+
+
+def trained(run: Path) -> int:
+    """How many steps a run has logged."""
+    return sum(r["kind"] == "train" for r in read_jsonl(run / "metrics.jsonl"))
+
+
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("restomod: error:")]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_stops_all_after_the_same_step(
+    shared: RunConfig, tmp_path: Path, torchrun: Start, sent: signal.Signals
+) -> None:
+    """A terminal's Ctrl-C reaches torchrun alone, as its processes are in sessions of their own."""
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    config = dataclasses.replace(shared, steps=40, save_every=NEVER)
+    assert train_two(config, reference)
+    process = torchrun("quickstart", "--out", str(run), *flags(config))
+    wait_for(lambda: trained(run) >= 4, process)
+    process.send_signal(sent)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not errors(error)
+    assert f"go on with: restomod train --resume {run}" in output
+    (checkpoint,) = list_checkpoints(run)
+    assert checkpoint.name == f"step_{trained(run):06d}"
+    assert trained(run) < config.steps
+    succeeded(resume(2, run))
+    assert losses(run) == losses(reference)
+    assert same_checkpoint(run, reference, config.steps)
+
+
+@pytest.mark.parametrize("when", [0, 6], ids=["before the first checkpoint", "after it"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_a_killed_run_again(
+    shared: RunConfig, tmp_path: Path, torchrun: Start, rank: int, when: int
+) -> None:
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    assert train_two(shared, reference)
+    process = torchrun("quickstart", "--out", str(run), *flags(shared), restarts=3)
+    wait_for(lambda: trained(run) >= max(1, when), process)
+    assert bool(list_checkpoints(run)) == (when > 0)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert losses(run) == losses(reference)
+    assert same_checkpoint(run, reference, shared.steps)
+    assert ("going on from step 4" in output) == (when > 0)
+
+
+def train_two(config: RunConfig, run: Path) -> bool:
+    return results(2, train_quietly, config, run) == [0, 0]
+
+
+def test_torchrun_starts_a_run_again_as_often_as_it_is_killed(
+    shared: RunConfig, tmp_path: Path, torchrun: Start
+) -> None:
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    assert train_two(shared, reference)
+    process = torchrun("quickstart", "--out", str(run), *flags(shared), restarts=3)
+    killed: set[int] = set()
+    for at in (1, 5, 9):
+        wait_for(lambda at=at: trained(run) >= at and not killed & set(workers(process)), process)
+        killed.update(workers(process))
+        os.kill(random.choice(workers(process)), signal.SIGKILL)
+        time.sleep(0.5)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert losses(run) == losses(reference)
+    assert same_checkpoint(run, reference, shared.steps)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_restarts_a_kill_ends_in_one_line(
+    shared: RunConfig, tmp_path: Path, torchrun: Start, rank: int
+) -> None:
+    run = tmp_path / "run"
+    process = torchrun("quickstart", "--out", str(run), *flags(dataclasses.replace(shared, steps=NEVER)))
+    wait_for(lambda: trained(run) >= 5, process)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(errors(error)) == 1, error
+    assert "another process of this run is gone" in errors(error)[0]
+    assert error.count("Traceback") == 1, "torchrun's own, which it prints last"
+
+
+def test_an_error_is_one_line_among_torchruns(shared: RunConfig, tmp_path: Path, torchrun: Start) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    process = torchrun("quickstart", "--out", str(run), *flags(shared))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = errors(error)
+    assert "exists already" in line
+
+
+def test_one_process_under_torchrun_is_one_process(shared: RunConfig, tmp_path: Path) -> None:
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    command = ["-m", "torch.distributed.run", "--standalone", "-m", "restomod", "train", "quickstart"]
+    done = subprocess.run([sys.executable, *command, "--out", str(run), *flags(shared)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert train(shared, reference, display=QUIET) == 0
+    same_curve(run, reference)
+
+
+def test_random_kills_change_nothing(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+    done = subprocess.run([sys.executable, str(script), "--kills", "8"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bit for bit" in done.stdout

@@ -1,0 +1,115 @@
+"""Several processes that form one run, as torchrun starts them but in a tenth of its time.
+
+A server process imports torch once and is forked for every process. As under torchrun, the store by which they find
+each other lives outside of them, so it outlives whichever fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["restomod.cli", "restomod.train.loop", "torch._dynamo", "tests.train.trainee", "pytest"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How one process has ended."""
+
+    code: int
+    """Its exit code; negative: the signal that killed it."""
+    result: Any
+    """What the work returned; None where it did not."""
+    output: str
+    error: str
+
+
+def launch(
+    count: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 120,
+    environment: dict[str, str] | None = None,
+) -> list[Ended]:
+    """Do ``work`` (a function of a module, called with ``arguments``) in ``count`` processes, by rank.
+
+    One that has not ended after ``timeout`` seconds is an AssertionError: it hangs.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **(environment or {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(count):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = CONTEXT.Process(target=_run, args=(Path(folder), rank, timeout, own, work, arguments))
+            process.start()
+            processes.append(process)
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        texts = [[_text(Path(folder) / f"{rank}.{kind}") for kind in ("out", "err")] for rank in range(count)]
+        assert not hanging, f"processes {hanging} hang: {texts}"
+        return [
+            Ended(process.exitcode or 0, _result(Path(folder) / f"{rank}.result"), *texts[rank])
+            for rank, process in enumerate(processes)
+        ]
+
+
+def results(count: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """What ``work`` returns in each of ``count`` processes, none of which may fail."""
+    ended = launch(count, work, *arguments, timeout=timeout)
+    assert [e.code for e in ended] == [0] * count, [e.error for e in ended]
+    return [e.result for e in ended]
+
+
+def error_lines(ended: list[Ended]) -> list[str]:
+    """All that was written to standard error, by line."""
+    return [line for e in ended for line in e.error.splitlines()]
+
+
+def _run(
+    folder: Path,
+    rank: int,
+    timeout: float,
+    environment: dict[str, str],
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    faulthandler.dump_traceback_later(timeout - 1)  # where does it hang?
+    os.environ.update(environment)
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    (folder / f"{rank}.result").write_bytes(pickle.dumps(work(*arguments)))
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _result(path: Path) -> Any:
+    return pickle.loads(path.read_bytes()) if path.exists() else None
