@@ -19,11 +19,13 @@ from restomod.data.shards import TokenStream
 from restomod.errors import UserError
 from restomod.train import checkpoint, setup
 from restomod.train import step as step_module
+from restomod.train.loop import train
 from restomod.train.sanity import Verdict
 from tests.processes import Ended, error_lines, launch
 
 from .conftest import flags
 from .test_processes import NEVER, command, new_run, succeeded
+from .test_resume import QUIET
 
 
 def the_one_error(ended: list[Ended]) -> str:
@@ -176,3 +178,18 @@ def test_an_existing_folder_is_refused_and_left_alone(shared: RunConfig, tmp_pat
     (tmp_path / "run/mine.txt").write_text("mine")
     assert "exists already" in the_one_error(new_run(2, shared, tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def without_state(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise UserError("this state is broken")
+
+    patch.setattr(setup, "load_optimizer", refuse)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_optimizer_that_one_process_cannot_load_stops_all(shared: RunConfig, tmp_path: Path, rank: int) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(shared, steps=1), run, display=QUIET)
+    ended = launch(2, only_in, rank, without_state, "--resume", str(run), "--steps", "2", timeout=60)
+    assert "this state is broken" in the_one_error(ended)

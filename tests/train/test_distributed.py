@@ -6,6 +6,8 @@ import dataclasses
 import os
 import signal
 import sys
+import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -309,6 +311,22 @@ def test_where_all_fail_one_speaks(work: Any) -> None:
     assert [e.code for e in ended] == [2, 2, 2]
 
 
+def turns(processes: Processes) -> tuple[float, float]:
+    """When this process began and ended a work of a tenth of a second."""
+
+    def work() -> tuple[float, float]:
+        began = time.monotonic()
+        time.sleep(0.1)
+        return began, time.monotonic()
+
+    return processes.together(work, one_first=True)
+
+
+def test_the_first_process_of_a_machine_works_before_the_others_where_that_is_asked() -> None:
+    (_, ended), *others = results(3, member, turns)
+    assert all(ended <= began for began, _ in others)
+
+
 def killed(processes: Processes) -> None:
     processes.any(True)
     if processes.rank == 1:
@@ -335,19 +353,39 @@ def test_a_bug_in_one_is_a_traceback_in_one() -> None:
     assert [e.code for e in ended] == [2, 1]
 
 
-def error_after_a_collective(processes: Processes) -> None:
-    sys.setswitchinterval(60)  # the main thread keeps the interpreter's lock
-    t = trainee()
-    loss_of = distribute(BatchLoss(t.model, Compute(CPU, torch.float32, 2)), t.model, "ddp", processes)
-    assert loss_of is not t.model
-    raise processes.error(f"after {processes.sum(1.0)}")
+def left_at_the_end(error: bool, cycle: bool) -> bool:
+    """Whether a DistributedDataParallel is still there when the process group is destroyed."""
+    seen: list[weakref.ref[Any]] = []
+    left = []
+    destroy = dist.destroy_process_group
+
+    def training(processes: Processes) -> None:
+        t = trainee()
+        loss_of = distribute(BatchLoss(t.model, Compute(CPU, torch.float32, 2)), t.model, "ddp", processes)
+        seen.append(weakref.ref(loss_of))
+        if cycle:
+            loss_of.itself = [loss_of]  # type: ignore[assignment]
+        if error:
+            raise UserError("an error")
+
+    def observed() -> None:
+        left.append(seen[0]() is not None)
+        destroy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", observed)
+        try:
+            with joined() as processes:
+                training(processes)
+        except UserError:
+            assert error
+    return left != [False]
 
 
-def test_an_error_right_after_a_collective_ends_the_process() -> None:
-    """Torch would wait for a thread that waits for the interpreter."""
-    for _ in range(3):
-        ended = launch(2, member, error_after_a_collective, timeout=20)
-        assert error_lines(ended) == ["error: after [2.0]"]
+@pytest.mark.parametrize(("error", "cycle"), [(False, False), (False, True), (True, False), (True, True)])
+def test_nothing_of_torchs_outlives_the_process_group(error: bool, cycle: bool) -> None:
+    """It would wait for gloo's threads while it holds the interpreter's lock, for which they may wait."""
+    assert results(2, left_at_the_end, error, cycle) == [False, False]
 
 
 # --- what can be known without others ------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from restomod.config import ModelConfig, OptimConfig
+from restomod.errors import UserError
 from restomod.train.memory import choose_micro_batch
 from tests.models import CPU
 from tests.train.trainee import assert_identical, make_trainee
@@ -141,3 +143,32 @@ def test_chosen_micro_batch_divides_the_batch_and_fits(sequences: int, length: i
 def test_configured_micro_batch_is_used() -> None:
     config = dataclasses.replace(make_trainee().config, micro_batch=4)
     assert choose_micro_batch(config, CPU) == 4
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 6])
+@pytest.mark.parametrize("sequences", [1, 5, 12, 60, 97])
+def test_what_is_proposed_for_several_processes_is_valid(sequences: int, processes: int) -> None:
+    config = dataclasses.replace(make_trainee().config, batch_tokens=16 * sequences)
+    if sequences % processes:
+        with pytest.raises(UserError, match="cannot be shared evenly") as caught:
+            choose_micro_batch(config, CPU, processes)
+        batches, counts = (numbers_in(text) for text in str(caught.value).split("--batch-tokens")[1].split("start"))
+        assert batches
+        assert counts
+        for tokens in batches:
+            choose_micro_batch(dataclasses.replace(config, batch_tokens=tokens), CPU, processes)
+        for count in counts:
+            choose_micro_batch(config, CPU, count)
+        return
+    share = sequences // processes
+    for micro_batch in (b for b in range(1, sequences) if sequences % b == 0 and share % b):
+        with pytest.raises(UserError, match="each process has") as caught:
+            choose_micro_batch(dataclasses.replace(config, micro_batch=micro_batch), CPU, processes)
+        proposed = numbers_in(str(caught.value).split("--micro-batch")[1])
+        assert proposed
+        for better in proposed:
+            assert choose_micro_batch(dataclasses.replace(config, micro_batch=better), CPU, processes) == better
+
+
+def numbers_in(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
