@@ -282,7 +282,7 @@ def test_sampling_a_folder_of_something_else(here: Path, refused: Refused) -> No
 
 @ENCODINGS
 def test_sampling_nothing(refused: Refused, encoding: str) -> None:
-    assert refused("sample", encoding=encoding).startswith("Missing from restomod sample: MODEL")
+    assert refused("sample", encoding=encoding).startswith("restomod sample needs MODEL (")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_inspecting_what_is_nothing(refused: Refused) -> None:
 
 
 def test_inspecting_nothing(refused: Refused) -> None:
-    assert refused("inspect").startswith("Missing from restomod inspect: MODEL")
+    assert refused("inspect").startswith("restomod inspect needs MODEL (")
 
 
 def test_inspecting_with_a_seed_that_no_generator_takes(refused: Refused) -> None:
@@ -392,9 +392,9 @@ def test_starting_from_what_is_no_model(here: Path, refused: Refused, init: str)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "Missing from restomod prepare: --out"),
+        ((), "restomod prepare needs --out STR (restomod prepare --help lists the flags)"),
         (("--out", "o"), "name what to prepare: restomod prepare SOURCE --out DIR"),
-        (("text.txt",), "Missing from restomod prepare: --out"),
+        (("text.txt",), "restomod prepare needs --out STR (restomod prepare --help lists the flags)"),
         (("nowhere", "--out", "o"), "nowhere: no such file, folder or source; known: "),
         (("text.txt", "--out", "text.txt"), "text.txt: Not a directory"),
         (("text.txt", "--out", "o", "--workers", "-1"), "--workers is -1; it must be 0 or more"),
@@ -420,7 +420,7 @@ def test_preparing_an_empty_file(here: Path, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "Missing from restomod data: DIR"),
+        ((), "restomod data needs DIR (restomod data --help lists the flags)"),
         (("nowhere",), "nowhere: no such folder of token shards"),
         (("text.txt",), "text.txt: no such folder of token shards"),
         ((".",), ". holds no token shards: no manifest.json"),

@@ -162,5 +162,9 @@ def _one_line(box: str) -> str:
     rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
     message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
     message = message.removeprefix("Error parsing ")
+    if message.startswith("Missing from "):  # and then the help of what is missing
+        program = message.removeprefix("Missing from ").partition(":")[0]
+        missing = [found[0] for row in rows if (found := re.match(r"--[a-z]\S*( [A-Z]+)?|[A-Z]+(?=  |$)", row))]
+        message = f"{program} needs {' and '.join(missing)}" if missing else message
     suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
     return f"{message}; did you mean {suggested[1]}?" if suggested else message
