@@ -95,7 +95,7 @@ import os, pathlib, signal, sys
 rename, calls = pathlib.Path.rename, []
 def deadly(self, target):
     calls.append(target)
-    if len(calls) == 2:
+    if len([name for name in calls if "step_" in str(name)]) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 pathlib.Path.rename = deadly
