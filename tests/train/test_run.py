@@ -13,6 +13,8 @@ import pytest
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
+from restomod.files import write_json_atomically
+from restomod.train import run as run_module
 from restomod.train.metrics import read_jsonl
 from restomod.train.run import Run, check_resumable, create_run, environment, read_config, reopen_run
 
@@ -58,6 +60,27 @@ def test_an_existing_run_is_not_overwritten(folder: Path) -> None:
     assert content(folder) == before
 
 
+def test_a_run_that_is_killed_while_it_is_made_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def killed(path: Path, value: Any) -> None:
+        written.append(path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_json_atomically(path, value)
+
+    monkeypatch.setattr(run_module, "write_json_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1})
+    monkeypatch.undo()
+    assert not (tmp_path / "runs" / "a").exists()
+    folder = create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 2}).folder
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
+    assert json.loads((folder / "environment.json").read_text()) == [{"start": 2}]
+
+
 def test_any_existing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exists already; choose another folder with --out"):
         create_run(tmp_path, CONFIG, dataset(), {})
@@ -98,6 +121,7 @@ MAY_CHANGE = {
     "keep_checkpoints": 0,
     "device": "cpu",
     "precision": "fp32",
+    "parallel": "fsdp",
     "compile": True,
     "sanity_checks": False,
     "data": DataConfig(cache="elsewhere"),
