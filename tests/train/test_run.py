@@ -13,6 +13,8 @@ import pytest
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
+from restomod.files import write_json_atomically
+from restomod.train import run as run_module
 from restomod.train.metrics import read_jsonl
 from restomod.train.run import Run, check_resumable, create_run, environment, read_config, reopen_run
 
@@ -56,6 +58,27 @@ def test_an_existing_run_is_not_overwritten(folder: Path) -> None:
     with pytest.raises(UserError, match=r"exists already.*--resume.*--out"):
         create_run(folder, CONFIG, dataset(), {})
     assert content(folder) == before
+
+
+def test_a_run_that_is_killed_while_it_is_made_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def killed(path: Path, value: Any) -> None:
+        written.append(path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_json_atomically(path, value)
+
+    monkeypatch.setattr(run_module, "write_json_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1})
+    monkeypatch.undo()
+    assert not (tmp_path / "runs" / "a").exists()
+    folder = create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 2}).folder
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
+    assert json.loads((folder / "environment.json").read_text()) == [{"start": 2}]
 
 
 def test_any_existing_folder_is_refused(tmp_path: Path) -> None:

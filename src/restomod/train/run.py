@@ -12,6 +12,7 @@ runs/NAME/
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import shutil
 import subprocess
@@ -118,7 +119,7 @@ def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
         write_json_atomically(temporary / "data.json", dataset.manifest)
         write_json_atomically(temporary / "environment.json", [environment])
         write_json_atomically(temporary / "config.json", to_dict(config))
-        temporary.rename(folder)
+        os.rename(temporary, folder)
     except OSError as e:
         raise UserError(f"{folder}: cannot make the run's folder ({e.strerror})") from None
     return Run(folder, config)
