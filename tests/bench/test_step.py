@@ -227,7 +227,7 @@ def test_synthetic_tokens_are_of_the_vocabulary_and_fill_a_window() -> None:
         (("--timed", "0"), "--timed is 0; it must be 1 or more"),
         (("--tokens", "fake"), "invalid choice 'fake' for argument '--tokens'"),
         (("--micro-batch", "3"), "micro_batch 3 does not divide the 4 sequences"),
-        (("--parallel", "fsdp"), "--parallel fsdp shares a model among processes: start them with torchrun"),
+        (("--parallel", "fsdp"), "--parallel fsdp shares a model among processes: start two or more with torchrun"),
         (("--tokens", "real", "--data.source", "text", "--data.path", "none.txt"), "none.txt: no such file or folder"),
         (("--tokens", "real", "--model.vocab-size", "100"), "model.vocab_size is 100, but the data's"),
         (("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--timed", "9"), "a step's loss is "),
