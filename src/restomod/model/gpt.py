@@ -43,19 +43,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, D = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)  # (B, T, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, K)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            past = cache.length
+        if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-            mask = None  # a single new token sees all there is
-            if T > 1:  # query i sees keys up to past + i
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None and mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -77,8 +71,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -93,15 +87,32 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.recompute = False  # keep no activations of a block for the backward pass
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        past = cache.length if cache is not None else 0
-        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of tokens, (B, T, D).
+
+        Args:
+            tokens: (B, T) int64.
+            cache: keys and values of the P tokens before; extended in place, its length is the caller's to advance.
+            positions: (B, T) or (T,) int64; by default those after the cache's.
+            mask: (B, 1, T, P + T) bool, which key each query sees; by default itself and all before it.
+        """
+        past, T = cache.length if cache is not None else 0, tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(past, past + T, device=tokens.device)
+        if mask is None and cache is not None and T > 1:  # a single new token sees all there is
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=tokens.device).tril(past)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         for block in self.h:
             if self.recompute and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, mask, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x, cache, mask)
         return self.ln_f(x)
 
 
