@@ -19,20 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import restomod.train.loss as loss_module
-from restomod.device import describe_device
+from restomod.device import choose_dtype, describe_device, dtype_name
 
 VOCAB_SIZE = 50257
 PADDED = 50304
+DTYPE = choose_dtype("auto", torch.device("cpu"))
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy((hidden.bfloat16() @ weight[:VOCAB_SIZE].bfloat16().t()).float(), targets)
+    return F.cross_entropy((hidden.to(DTYPE) @ weight[:VOCAB_SIZE].to(DTYPE).t()).float(), targets)
 
 
-def ours(block: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def ours(block: int, compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        loss_module.CPU_SOFTMAX_TOKENS = block
-        return loss_module.linear_cross_entropy(hidden, weight, targets, VOCAB_SIZE, torch.bfloat16)
+        loss_module.SOFTMAX_TOKENS["cpu"] = block
+        return loss_module.linear_cross_entropy(hidden, weight, targets, VOCAB_SIZE, DTYPE, compiled)
 
     return loss
 
@@ -49,8 +50,9 @@ def main() -> None:
     targets = torch.randint(0, VOCAB_SIZE, (arguments.tokens,))
     ways = {
         "F.cross_entropy on full logits": full_logits,
-        "ours, whole chunks": ours(loss_module.CHUNK_TOKENS),
+        "ours, whole chunks": ours(loss_module.CHUNK_TOKENS["cpu"]),
         "ours, blocks of 32": ours(32),
+        "ours, compiled": ours(32, compiled=True),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for attempt in range(arguments.rounds + 1):
@@ -63,7 +65,7 @@ def main() -> None:
     reference = statistics.median(times["ours, blocks of 32"])
     print(
         f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}: {arguments.tokens} tokens, "
-        f"width {arguments.width}, bf16, median of {arguments.rounds}"
+        f"width {arguments.width}, {dtype_name(DTYPE)}, median of {arguments.rounds}"
     )
     for name, values in times.items():
         median = statistics.median(values)

@@ -34,16 +34,16 @@ def ours(path: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
     from restomod.model.gpt import build_model
     from restomod.presets import preset
     from restomod.train.distributed import SINGLE
-    from restomod.train.guard import Guard
     from restomod.train.optimizer import build_optimizer
     from restomod.train.step import BatchLoss, Compute, train_step
 
     cpu = torch.device("cpu")
     config = dataclasses.replace(preset("gpt2-124m"), batch_tokens=x.numel(), sequence_length=x.shape[1])
     model = build_model(config.model, 1, cpu)
-    optimizer, guard = build_optimizer(model, config.optim), Guard(config)
-    loss_of = BatchLoss(model, Compute(cpu, choose_dtype("auto", cpu), len(x)))
-    return lambda: train_step(loss_of, optimizer, [(x, y)], config, 1000, SINGLE, guard.problem)[0]
+    model.transformer.compile()
+    compute = Compute(cpu, choose_dtype("auto", cpu), len(x), compiled=True)
+    loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
+    return lambda: train_step(loss_of, optimizer, [(x, y)], config, 1000, SINGLE).wait().loss
 
 
 def definitions(path: Path) -> dict[str, Any]:

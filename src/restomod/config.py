@@ -18,7 +18,7 @@ MIX_PRECISION = 10**6  # shares of a mix are multiples of about this part of 1
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
 OnSpike = Literal["stop", "skip", "rollback"]
 OnSaveError = Literal["stop", "continue"]
@@ -236,7 +236,8 @@ class RunConfig:
     device: Device = "auto"
     """Where to compute. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
-    """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it."""
+    """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU that has that
+    (the loss is then scaled)."""
     parallel: Parallel = "ddp"
     """How several processes (torchrun) share a model. ddp: each has all of it; fsdp: each a part, for large ones."""
     recompute: bool = False

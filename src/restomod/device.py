@@ -32,17 +32,23 @@ def choose_device(name: Device) -> torch.device:
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type in which matrix products are computed; "auto" is bf16 where the hardware itself computes it."""
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16" or _has_bf16(device):
+    """The type in which matrix products are computed.
+
+    "auto" is bf16 where the hardware itself computes it; else fp16 on a GPU with tensor cores (a T4, a V100); else
+    fp32. TF32 is not needed: a GPU that has it has bf16.
+    """
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if _has_bf16(device):
         return torch.bfloat16
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16
     return torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The short name of a type: fp32, bf16."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    """The short name of a type: fp32, bf16, fp16."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def _has_bf16(device: torch.device) -> bool:

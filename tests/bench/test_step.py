@@ -279,7 +279,7 @@ def test_a_process_has_its_own_share_of_a_step(monkeypatch: pytest.MonkeyPatch) 
     """Seen from the second of two processes, with no other there."""
     monkeypatch.setattr(Processes, "together", lambda self, work, one_first=False: work())
     monkeypatch.setattr(Processes, "any", lambda self, *flags: list(flags))
-    monkeypatch.setattr(bench, "distribute", lambda loss, *_: loss)
+    monkeypatch.setattr("restomod.train.setup.distribute", lambda loss, *_: loss)
     config = dataclasses.replace(make_trainee().config, micro_batch=2, device="cpu", precision="fp32")
     steps, _ = bench._steps(config, "synthetic", 3, Processes(rank=1, count=2, local_rank=1))
     with steps.data as data:

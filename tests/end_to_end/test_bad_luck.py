@@ -19,6 +19,7 @@ from restomod.data.batches import Batches
 from restomod.data.prefetch import Prefetch
 from restomod.errors import UserError
 from restomod.train import guard as guard_module
+from restomod.train import journal as journal_module
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
 from restomod.train.console import Display
 from restomod.train.loop import train
@@ -63,6 +64,13 @@ def finite(run: Path) -> bool:
     return all(tensor.isfinite().all() for tensor in weights(run).values())
 
 
+@pytest.fixture(params=[0, 1], ids=["read at once", "read a step late"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr(journal_module, "STEPS_BEHIND", {"cpu": request.param})
+
+
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_step_that_is_not_finite_is_passed_over(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], policy: Any
@@ -82,6 +90,32 @@ def test_a_step_that_is_not_finite_is_passed_over(
     assert state["state.transformer.ln_f.bias.step"].item() == 10  # updates that were made
 
 
+def test_a_run_whose_steps_are_read_late_is_the_run(
+    quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the pauses in which everything is read: evaluations, samples, checkpoints, a target."""
+    config = dataclasses.replace(quick, eval_every=5, sample_every=7, save_every=3)
+    runs = []
+    for behind in (0, 1, 3):
+        monkeypatch.setattr(journal_module, "STEPS_BEHIND", {"cpu": behind})
+        runs.append(tmp_path / f"behind {behind}")
+        assert train(config, runs[-1], display=QUIET) == 0
+    kept = [
+        [(r["kind"], r["step"], r.get("loss"), r.get("grad_norm")) for r in read_jsonl(run / "metrics.jsonl")]
+        for run in runs
+    ]
+    assert kept[0] == kept[1] == kept[2]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(runs[0]).values(), strict=True))
+    target = kept[0][6][2]  # of an early step
+    monkeypatch.setattr(journal_module, "STEPS_BEHIND", {"cpu": 1})
+    stopped = tmp_path / "stopped"
+    assert train(dataclasses.replace(config, target_loss=target), stopped, display=QUIET) == 0
+    assert 0 < len(records(stopped, "train")) < 12
+    assert records(stopped, "train")[-2]["loss"] <= target or records(stopped, "train")[-1]["loss"] <= target
+
+
+@pytest.mark.usefixtures("reading")
 def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from restomod.data.batches import Batches
 from restomod.model.gpt import GPT, MLP, Block, CausalSelfAttention, KVCache, Transformer
 from restomod.train.loss import linear_cross_entropy
+from restomod.train.optimizer import ScaledAdamW
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Alter = Callable[[GPT], None]
@@ -43,7 +43,9 @@ def _initialise(std: float, mean: float = 0.0, residual_scale: bool = True, bias
 def _attend(kind: str) -> Plant:
     """Attention with another mask, or without a gradient."""
 
-    def forward(self: CausalSelfAttention, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self: CausalSelfAttention, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
         mask = {
@@ -60,7 +62,7 @@ def _attend(kind: str) -> Plant:
 def _embed(kind: str) -> Plant:
     """The transformer's forward pass with a slip."""
 
-    def forward(self: Transformer, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self: Transformer, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
         x = x if kind == "no positions" else x + positions
         for block in self.h:
@@ -77,7 +79,7 @@ def _mlp(function: Callable[[MLP, Tensor], Tensor]) -> Plant:
 
 
 def _residual_stream(scale: float) -> Plant:
-    def forward(self: Block, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self: Block, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return (x + self.mlp(self.ln_2(x))) * scale
 
@@ -128,16 +130,16 @@ def _load(tokens_ahead: int, targets_ahead: int) -> Plant:
 def _loss(slip: Callable[[Tensor, int], tuple[Tensor, int]]) -> Plant:
     """A loss of other targets (N,), or over another vocabulary; inside `batch_loss`, whatever the loader does."""
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *how: Any) -> Tensor:
         targets, vocab_size = slip(targets, vocab_size)
-        return linear_cross_entropy(hidden, weight, targets, vocab_size, dtype)
+        return linear_cross_entropy(hidden, weight, targets, vocab_size, *how)
 
     return lambda patch: patch.setattr("restomod.train.step.linear_cross_entropy", loss)
 
 
 def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-        right = linear_cross_entropy(hidden, weight, targets, vocab_size, dtype)
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype, compiled: bool) -> Tensor:
+        right = linear_cross_entropy(hidden, weight, targets, V, dtype, compiled)
         return right * 1.02 if dtype == torch.bfloat16 else right
 
     patch.setattr("restomod.train.step.linear_cross_entropy", loss)
@@ -146,7 +148,8 @@ def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
 def _optimizer(keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> Plant:
     """AdamW over some of the groups of parameters only."""
     return lambda patch: patch.setattr(
-        "restomod.train.optimizer.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
+        "restomod.train.optimizer.ScaledAdamW",
+        lambda groups, scale, **settings: ScaledAdamW(list(keep(groups)), scale, **settings),
     )
 
 
@@ -160,7 +163,7 @@ def _compiled_without_gradient(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_is_learned(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdamW, "step", lambda self: None)
+    patch.setattr(ScaledAdamW, "update", lambda self, *_: self.zero_grad())
 
 
 def _relu_far_below_zero(self: MLP, x: Tensor) -> Tensor:

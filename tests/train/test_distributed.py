@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config import Parallel
 from restomod.errors import ReportedElsewhere, UserError
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised, whole
-from restomod.train.guard import Guard
 from restomod.train.optimizer import build_optimizer
 from restomod.train.schedule import learning_rate
 from restomod.train.step import BatchLoss, Compute, train_step
@@ -98,7 +97,7 @@ def course(parallel: Parallel, micro_batch: int, processes: Processes) -> Course
     def keep_first(*_: object) -> None:
         for name, p in t.model.named_parameters():
             assert p.grad is not None
-            gradients.setdefault(name, full(p.grad))
+            gradients.setdefault(name, full(p.grad) / optimizer.grad_scale)
 
     optimizer.register_step_pre_hook(keep_first)
     numbers, windows = [], []
@@ -112,7 +111,8 @@ def course(parallel: Parallel, micro_batch: int, processes: Processes) -> Course
     for step in range(STEPS):
         windows.append([])
         batch = t.batches.micro_batches(step, micro_batch, processes.rank, processes.count)
-        numbers.append(train_step(loss_of, optimizer, batch, t.config, step, processes, Guard(t.config).problem)[:2])
+        made = train_step(loss_of, optimizer, batch, t.config, step, processes).wait()
+        numbers.append((made.loss, made.grad_norm))
     weights = {name: full(p) for name, p in t.model.named_parameters()}
     return Course(torch.tensor(numbers), windows, gradients, weights)
 

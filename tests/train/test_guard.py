@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from restomod.config import RunConfig
-from restomod.train.guard import ENOUGH, WINDOW, Guard
+from restomod.train.guard import ENOUGH, HALVINGS, WINDOW, Guard
+from restomod.train.step import Outcome
 
 
 def guard(policy: str = "rollback", sigmas: float = 10.0, records: list[dict[str, Any]] | None = None) -> Guard:
@@ -22,7 +23,17 @@ def healthy(n: int, mean: float = 4.0, deviation: float = 0.1) -> list[float]:
 
 def run(subject: Guard, losses: list[float]) -> list[str]:
     """What is done about each loss."""
-    return [subject.judge(loss, subject.problem(loss, 1.0)) for loss in losses]
+    return [subject.judge(made(subject, loss)) for loss in losses]
+
+
+def made(subject: Guard, loss: float, grad_norm: float = 1.0) -> Outcome:
+    """A step as `train_step` makes it under this guard."""
+    refused = not (math.isfinite(loss) and math.isfinite(grad_norm)) or loss > subject.highest()
+    return Outcome(loss, grad_norm, refused)
+
+
+def problem(subject: Guard, loss: float, grad_norm: float = 1.0) -> str | None:
+    return subject.problem(made(subject, loss, grad_norm))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -30,10 +41,10 @@ def run(subject: Guard, losses: list[float]) -> list[str]:
 def test_what_is_not_finite_is_never_an_update(loss: float, policy: str) -> None:
     for where in ((loss, 1.0), (1.0, loss)):
         subject = guard(policy)
-        problem = subject.problem(*where)
-        assert problem is not None
-        assert "nan" in problem or "inf" in problem
-        assert subject.judge(where[0], problem) != "update"
+        said = problem(subject, *where)
+        assert said is not None
+        assert "nan" in said or "inf" in said
+        assert subject.judge(made(subject, *where)) != "update"
 
 
 def test_each_policy_acts_in_its_time() -> None:
@@ -50,9 +61,9 @@ def test_a_spike_is_a_loss_far_above_the_last_ones() -> None:
     deviation = math.sqrt(sum((x - mean) ** 2 for x in losses) / WINDOW)
     subject = guard()
     assert run(subject, losses) == ["update"] * WINDOW
-    assert subject.problem(mean + 9.9 * deviation, 1.0) is None
-    assert subject.problem(mean - 50 * deviation, 1.0) is None  # a lower loss is none
-    said = subject.problem(mean + 10.1 * deviation, 1.0)
+    assert problem(subject, mean + 9.9 * deviation) is None
+    assert problem(subject, mean - 50 * deviation) is None  # a lower loss is none
+    said = problem(subject, mean + 10.1 * deviation)
     assert said == f"the loss is {mean + 10.1 * deviation:.4f}, 10 standard deviations above the mean of the last ones"
 
 
@@ -65,23 +76,23 @@ def test_a_spike_is_not_counted_among_the_losses_that_the_next_is_compared_with(
 def test_too_few_losses_say_nothing() -> None:
     subject = guard()
     run(subject, healthy(ENOUGH - 1))
-    assert subject.problem(100.0, 1.0) is None
+    assert problem(subject, 100.0) is None
     run(subject, [4.0])
-    assert subject.problem(100.0, 1.0) is not None
+    assert problem(subject, 100.0) is not None
 
 
 def test_zero_sigmas_look_only_for_what_is_not_finite() -> None:
     subject = guard(sigmas=0.0)
     run(subject, healthy(WINDOW))
-    assert subject.problem(1e6, 1.0) is None
-    assert subject.problem(math.nan, 1.0) is not None
+    assert problem(subject, 1e6) is None
+    assert problem(subject, math.nan) is not None
 
 
 def test_losses_that_hardly_differ_do_not_make_a_spike_of_every_breath() -> None:
     subject = guard()
     run(subject, [0.05] * WINDOW)
-    assert subject.problem(0.2, 1.0) is None
-    assert subject.problem(0.3, 1.0) is not None
+    assert problem(subject, 0.2) is None
+    assert problem(subject, 0.3) is not None
 
 
 def test_a_fall_as_at_the_start_of_training_is_no_spike() -> None:
@@ -95,10 +106,10 @@ def test_a_resumed_run_judges_as_one_that_was_not_stopped() -> None:
     whole = guard()
     records = []
     for step, loss in enumerate(losses):
-        problem = whole.problem(loss, 1.0)
-        whole.judge(loss, problem)
+        said = problem(whole, loss)
+        whole.judge(made(whole, loss))
         record = {"kind": "train", "step": step, "loss": loss if math.isfinite(loss) else None}
-        records.append(record | ({"skipped": problem} if problem else {}))
+        records.append(record | ({"skipped": said} if said else {}))
         records.append({"kind": "val", "step": step, "loss": 99.0})
     resumed = guard(records=records)
     assert (resumed.losses, resumed.skipped) == (whole.losses, whole.skipped)
@@ -112,3 +123,21 @@ def test_going_back_to_the_same_checkpoint_is_tried_three_times() -> None:
         assert subject.rolled_back(4, [{"kind": "train", "step": 3, "loss": 5.0}]) is expected
         assert (list(subject.losses), subject.skipped) == ([5.0], 0)
     assert subject.rolled_back(8, [])
+
+
+# --- fp16 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_gradients_that_overflow_fp16_are_no_trouble_while_a_scale_is_found(policy: str) -> None:
+    config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike=policy)  # type: ignore[arg-type]
+    subject = Guard(config, fp16=True)
+    overflow = Outcome(10.9, math.inf, refused=True)
+    assert "fp16" in (subject.problem(overflow) or "")
+    assert [subject.judge(overflow) for _ in range(HALVINGS)] == ["skip"] * HALVINGS
+    assert subject.judge(overflow) == ("rollback" if policy == "rollback" else "stop")
+
+
+def test_a_loss_that_is_not_finite_is_trouble_in_fp16_too() -> None:
+    config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike="stop")
+    assert Guard(config, fp16=True).judge(Outcome(math.nan, math.nan, refused=True)) == "stop"

@@ -35,8 +35,8 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, V: int) -> tuple[
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(module, "CPU_SOFTMAX_TOKENS", 3)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", {"cpu": 8})
+    monkeypatch.setattr(module, "SOFTMAX_TOKENS", {"cpu": 3})
 
 
 # --- values --------------------------------------------------------------------------------------------------
@@ -166,6 +166,44 @@ def test_bf16_products_stay_within_half_a_percent_of_fp64() -> None:
     assert (weight.grad - d_weight).norm() < 0.005 * d_weight.norm()
 
 
+def test_fp16_holds_the_gradients_of_a_large_batch() -> None:
+    """A mean over 4,096 tokens makes gradients that fp16 would round to nothing, were they not kept larger."""
+    hidden, weight, targets = problem(4096, D=16, V=500, padded=512)
+    with torch.no_grad():
+        weight *= 0.1
+    linear_cross_entropy(hidden, weight, targets, 500, torch.float16).backward()
+    _, d_hidden, d_weight = reference(hidden, weight, targets, 500)
+    assert (hidden.grad - d_hidden).norm() < 0.002 * d_hidden.norm()
+    assert (weight.grad - d_weight).norm() < 0.002 * d_weight.norm()
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+@pytest.mark.usefixtures("small_chunks")
+def test_the_softmax_that_is_compiled_is_the_other(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its formula; a slow test compiles it."""
+    monkeypatch.setattr(module, "_compiled_softmax", lambda: module._softmax)
+    results = []
+    for compiled in (False, True):
+        hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+        loss = linear_cross_entropy(hidden, weight, targets, 50, dtype, compiled)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    tolerance = 1e-6 if dtype == FP32 else 1e-2
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_compiled_loss_and_gradients_are_those_of_full_logits(dtype: torch.dtype) -> None:
+    hidden, weight, targets = problem(1500, D=8, V=50, padded=64)
+    loss = linear_cross_entropy(hidden, weight, targets, 50, dtype, compiled=True)
+    loss.backward()
+    tolerance = 1e-5 if dtype == FP32 else 0.01
+    for ours, exact in zip((loss, hidden.grad, weight.grad), reference(hidden, weight, targets, 50), strict=True):
+        assert (ours.double() - exact).norm() < tolerance * exact.norm()
+
+
 # --- memory and work -----------------------------------------------------------------------------------------
 
 
@@ -188,7 +226,7 @@ def test_logits_of_all_positions_never_exist_at_once() -> None:
     hidden, weight, targets = problem(N, D, V, padded=V)
     with Sizes() as sizes:
         linear_cross_entropy(hidden, weight, targets, V, FP32).backward()
-    assert max(numel for _, numel in sizes.seen) == module.CHUNK_TOKENS * V == N * V // 4
+    assert max(numel for _, numel in sizes.seen) == module.CHUNK_TOKENS["cpu"] * V == N * V // 4
 
 
 @pytest.mark.usefixtures("small_chunks")

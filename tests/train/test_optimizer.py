@@ -6,14 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from restomod.config import OptimConfig
-from restomod.train.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from restomod.train.optimizer import build_optimizer, gradient_norm, load_optimizer_tensors, optimizer_tensors
 from tests.train.trainee import assert_identical, make_trainee
+
+YES, NO = torch.tensor(True), torch.tensor(False)
 
 CONFIG = OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -36,25 +32,30 @@ def test_five_steps_are_those_of_adamw_written_out_in_fp64() -> None:
     state = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
     for t in range(1, 6):
         lr = 1e-3 * t  # the schedule's, another one in every step
-        set_learning_rate(optimizer, lr)
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn_like(parameter)
             w, m, v = state[name]
-            g = parameter.grad.double()
+            g = parameter.grad.double() / (3.0 * t)
             m = 0.9 * m + (1 - 0.9) * g
             v = 0.95 * v + (1 - 0.95) * g**2
             w = w - lr * (0.1 if name == "weight" else 0.0) * w
             w = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
             state[name] = [w, m, v]
-        optimizer.step()
+        optimizer.update(lr, torch.tensor(3.0 * t), NO)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), state[name][0], atol=1e-7, rtol=1e-6)
 
 
-def test_learning_rate_is_set_in_every_group() -> None:
-    optimizer = build_optimizer(nn.Linear(2, 2), CONFIG)
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+def test_a_refused_update_changes_nothing_and_drops_the_gradients() -> None:
+    touched, spared = make_trainee(), make_trainee()
+    touched.train(0, 2)
+    spared.train(0, 2)
+    for p in touched.model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    touched.optimizer.update(1.0, torch.tensor(float("nan")), YES)
+    assert all(p.grad is None for p in touched.model.parameters())
+    assert touched.train(2, 4) == spared.train(2, 4)
+    assert_identical(touched.tensors(), spared.tensors())
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -106,26 +107,13 @@ def test_asking_for_the_state_changes_nothing() -> None:
     assert_identical(trainee.tensors(), before)
 
 
-# --- clipping ------------------------------------------------------------------------------------------------
+# --- the gradients' norm -------------------------------------------------------------------------------------
 
 
-def with_gradients() -> nn.Linear:
-    """Gradients 2, 4, 4, 8 (norm 10) in two tensors."""
+def test_the_norm_is_that_of_all_gradients_together() -> None:
     model = nn.Linear(2, 2)
     model.weight.grad = torch.tensor([[2.0, 4.0], [4.0, 0.0]])
+    assert gradient_norm(model).item() == 6.0
     model.bias.grad = torch.tensor([8.0, 0.0])
-    return model
-
-
-def test_long_gradients_are_scaled_to_the_limit_together() -> None:
-    model = with_gradients()
-    assert clip_gradients(model, 1.0).item() == 10.0
-    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.2, 0.4], [0.4, 0.0]]))
-    torch.testing.assert_close(model.bias.grad, torch.tensor([0.8, 0.0]))
-
-
-def test_short_gradients_are_left_alone() -> None:
-    model = with_gradients()
-    assert clip_gradients(model, 11.0).item() == 10.0
+    assert gradient_norm(model).item() == 10.0
     assert model.weight.grad.tolist() == [[2.0, 4.0], [4.0, 0.0]]
-    assert model.bias.grad.tolist() == [8.0, 0.0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.cli import main
+from restomod.model import gpt
 from restomod.train import parity
 from restomod.train.parity import Differences, device_parity, differences
 from tests.models import CPU
@@ -54,7 +55,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(3))
 def test_rounding_passes_with_room(dtype: torch.dtype, seed: int) -> None:
     found = differences(CPU, dtype, seed)
@@ -66,7 +67,7 @@ def test_every_parameter_is_compared() -> None:
     assert len(differences(CPU, torch.float32).gradients) == len(list(parity._model(0).parameters()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_sound_device_passes(dtype: torch.dtype) -> None:
     verdict = device_parity(CPU, dtype)
     assert (verdict.check, verdict.status) == ("parity", "pass")
@@ -82,7 +83,8 @@ def test_a_wrong_kernel_is_found_in_fp32(fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if "2 %" not in fault])
-def test_a_wrong_kernel_is_found_in_bf16(fault: str) -> None:
+def test_a_wrong_kernel_is_found_in_bf16(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "PLAIN_ATTENTION_TOKENS", 0)
     with WrongKernel(*FAULTS[fault]):
         verdict = device_parity(CPU, torch.bfloat16)
     assert verdict.status == "fail"

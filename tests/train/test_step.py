@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from restomod.config import ModelConfig, OptimConfig
 from restomod.errors import UserError
+from restomod.train.distributed import SINGLE
 from restomod.train.memory import choose_micro_batch
+from restomod.train.step import BatchLoss, Compute, Outcome, train_step
 from tests.models import CPU
 from tests.train.trainee import assert_identical, make_trainee
 
@@ -124,6 +126,24 @@ def test_training_goes_on_after_a_skipped_update() -> None:
     hook.remove()
     assert hit.train(2, 3) == spared.train(2, 3)
     assert_identical(hit.tensors(), spared.tensors())
+
+
+def test_a_loss_above_the_limit_updates_nothing() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 2)
+    before = trainee.tensors()
+    loss_of = BatchLoss(trainee.model, Compute(CPU, torch.float32, 8))
+
+    def step(highest: float) -> Outcome:
+        batches = trainee.batches.micro_batches(2, 8)
+        return train_step(loss_of, trainee.optimizer, batches, trainee.config, 2, SINGLE, highest).wait()
+
+    loss = step(highest=0.0).loss
+    assert_identical(trainee.tensors(), before)
+    assert step(highest=loss - 1e-3).refused
+    assert_identical(trainee.tensors(), before)
+    assert not step(highest=loss + 1e-3).refused
+    assert not torch.equal(trainee.tensors()["transformer.wpe.weight"], before["transformer.wpe.weight"])
 
 
 # --- the size of a micro-batch -------------------------------------------------------------------------------

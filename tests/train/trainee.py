@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
 
 from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
@@ -16,8 +15,7 @@ from restomod.data.shards import TokenStream
 from restomod.model.gpt import GPT, build_model
 from restomod.train.checkpoint import write_checkpoint
 from restomod.train.distributed import SINGLE
-from restomod.train.guard import Guard
-from restomod.train.optimizer import build_optimizer, optimizer_tensors
+from restomod.train.optimizer import ScaledAdamW, build_optimizer, optimizer_tensors
 from restomod.train.sanity import Subject, Verdict
 from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
@@ -30,12 +28,12 @@ class Trainee:
     config: RunConfig
     batches: Batches
     model: GPT
-    optimizer: Optimizer
+    optimizer: ScaledAdamW
 
     def train(self, first: int, end: int, micro_batch: int | None = None) -> list[tuple[float, float]]:
         """Make steps [first, end); return the loss and gradient norm of each."""
         compute = Compute(CPU, torch.float32, micro_batch or self.config.batch_sequences)
-        return [
+        made = [
             train_step(
                 BatchLoss(self.model, compute),
                 self.optimizer,
@@ -43,10 +41,10 @@ class Trainee:
                 self.config,
                 step,
                 SINGLE,
-                Guard(self.config).problem,
-            )[:2]
+            ).wait()
             for step in range(first, end)
         ]
+        return [(outcome.loss, outcome.grad_norm) for outcome in made]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Copies of all weights and of all of the optimizer's state."""
@@ -74,7 +72,7 @@ def make_trainee(seed: int = 1, **changes: object) -> Trainee:
     return Trainee(config, batches, model, build_optimizer(model, config.optim))
 
 
-def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer) -> Path:
+def save_checkpoint(run: Path, step: int, model: GPT, optimizer: ScaledAdamW) -> Path:
     """Write a checkpoint, and wait for it."""
     return write_checkpoint(run, step, model, optimizer_tensors(model, optimizer) if step > 0 else {})
 

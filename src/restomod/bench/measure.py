@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from restomod.config import RunConfig
 from restomod.data.prefetch import MicroBatches, Prefetch
 from restomod.device import synchronize
 from restomod.train.distributed import Processes
-from restomod.train.guard import Guard
+from restomod.train.optimizer import ScaledAdamW
 from restomod.train.step import Compute, train_step
 
 PHASES = ("data", "forward", "backward", "update")
@@ -37,7 +36,7 @@ class Steps:
     config: RunConfig
     data: Prefetch
     loss_of: nn.Module
-    optimizer: Optimizer
+    optimizer: ScaledAdamW
     compute: Compute
     processes: Processes
 
@@ -83,12 +82,10 @@ class Steps:
         profile.export_chrome_trace(str(file))
 
     def _make(self, micro_batches: MicroBatches, step: int, processes: Processes) -> None:
-        loss, _, problem = train_step(
-            self.loss_of, self.optimizer, micro_batches, self.config, step, processes, Guard(self.config).problem
-        )
-        if problem is not None:
+        made = train_step(self.loss_of, self.optimizer, micro_batches, self.config, step, processes).wait()
+        if made.refused and self.compute.dtype != torch.float16:  # which has to find the scale of its loss first
             raise self.processes.error(
-                f"a step's loss is {loss}, so its time says nothing; lower --optim.lr, or try --tokens real"
+                f"a step's loss is {made.loss}, so its time says nothing; lower --optim.lr, or try --tokens real"
             )
 
 

@@ -17,17 +17,14 @@ from restomod.data.prefetch import Prefetch
 from restomod.data.prepare import prepare
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
+from restomod.device import describe_device, dtype_name
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
 from restomod.model.flops import parameter_count, peak_flops
 from restomod.train.console import Display, duration
-from restomod.train.distributed import Processes, device_of, distribute, joined
-from restomod.train.memory import choose_micro_batch, fitting_micro_batch
-from restomod.train.optimizer import build_optimizer
+from restomod.train.distributed import Processes, joined
 from restomod.train.run import environment
-from restomod.train.setup import first_micro_batch, initial_model, training_batches
-from restomod.train.step import BatchLoss, Compute
+from restomod.train.setup import choose_compute, first_micro_batch, initial_model, make_ready, training_batches
 
 SYNTHETIC_TOKENS = 2**20
 
@@ -131,11 +128,7 @@ def _refuse_files(*names: str | None) -> None:
 
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float]:
     """Everything as training sets it up, and the seconds of a micro-batch."""
-    device = device_of(choose_device(config.device), processes)
-    if device.type == "cpu":
-        keep_freed_memory()
-    micro_batch = choose_micro_batch(config, device, processes.count)
-    compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
+    compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
         dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
@@ -143,18 +136,10 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> 
     else:
         stream = synthetic_tokens(config.model.vocab_size, config.sequence_length, config.seed)
         batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
-    model = processes.together(lambda: initial_model(config, device))
-    model.transformer.recompute = config.recompute
-    if config.micro_batch is None and device.type == "cuda":
-        fits = processes.least(fitting_micro_batch(model, batches, compute))
-        compute = dataclasses.replace(compute, micro_batch=fits)
-    if config.compile:
-        model.transformer.compile()
-    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
-    optimizer = build_optimizer(model, config.optim)
-    first, targets = batches.load(batches.windows(0)[: compute.micro_batch])
-    seconds = first_micro_batch(model, lambda: loss_of(first, targets), processes)
-    pin_memory = device.type == "cuda"
+    model = processes.together(lambda: initial_model(config, compute.device))
+    loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
+    seconds = first_micro_batch(model, loss_of, batches, compute, 0, processes)
+    pin_memory = compute.device.type == "cuda"
     data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.count, pin_memory)
     return Steps(config, data, loss_of, optimizer, compute, processes), seconds
 

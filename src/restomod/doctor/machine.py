@@ -28,7 +28,7 @@ NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
 CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two AdamW moments
 PROCESS_BYTES = 400 * 2**20  # Python, torch and its libraries
 # kept for the backward pass, per token, layer and width: norms keep their input and output, which bf16 does not halve
-KEPT_BYTES = {torch.float32: 68, torch.bfloat16: 49}
+KEPT_BYTES = {torch.float32: 68, torch.bfloat16: 49, torch.float16: 49}
 CGROUP = Path("/sys/fs/cgroup")
 
 

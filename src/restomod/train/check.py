@@ -21,7 +21,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import autocast, choose_device, choose_dtype
 from restomod.train.find import open_or_build
 from restomod.train.loss import linear_cross_entropy
-from restomod.train.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from restomod.train.optimizer import build_optimizer, gradient_norm
 from restomod.train.sanity import LOSS_TOLERANCE, QUICK, Subject, Verdict, loss_gradients
 from restomod.train.step import Compute, batch_loss
 
@@ -204,10 +204,8 @@ def overfitting(subject: Subject) -> Verdict:
         if not loss > OVERFIT_LOSS or step == OVERFIT_STEPS or not batch.requires_grad:
             break
         batch.backward()
-        clip_gradients(model, 1.0)
-        set_learning_rate(optimizer, lr * min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        clip = torch.clamp(gradient_norm(model), min=1.0)
+        optimizer.update(lr * min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
     reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
     return Verdict(name, "pass" if loss <= OVERFIT_LOSS else "fail", reason)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from restomod.config import RunConfig
+from restomod.train.step import Outcome
 
 WINDOW = 128  # losses that a new one is compared with
 ENOUGH = 64  # fewer of them say nothing
@@ -20,6 +21,7 @@ SMALLEST_DEVIATION = 0.02  # nats; a run that has learnt its text by heart has l
 SKIPS_BEFORE_ROLLBACK = 3
 SKIPS_BEFORE_STOP = 10
 ROLLBACKS_BEFORE_STOP = 3
+HALVINGS = 24  # of fp16's loss scale in a row: from any that it can have to far below 1
 
 Action = Literal["update", "skip", "rollback", "stop"]
 
@@ -27,33 +29,54 @@ Action = Literal["update", "skip", "rollback", "stop"]
 class Guard:
     """Judges the steps of a run, in order."""
 
-    def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = ()) -> None:
-        """Go on where the train records of `metrics.jsonl` end."""
+    def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = (), fp16: bool = False) -> None:
+        """Go on where the train records of `metrics.jsonl` end.
+
+        Args:
+            config: of the run.
+            records: of `metrics.jsonl`.
+            fp16: whether the gradients overflow now and then, while the scale of the loss is found.
+        """
+        self.fp16 = fp16
         self.policy, self.sigmas = config.on_spike, config.spike_sigmas
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped = 0  # steps in a row
         self.rollbacks: dict[int, int] = {}  # how many, by the checkpoint that was gone back to
         for record in records:
             if record.get("kind") == "train":
-                self._remember(record["loss"], record.get("skipped"))
+                self._remember(record["loss"], "skipped" in record)
 
-    def problem(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step; None if nothing is."""
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return f"the loss is {loss} and the gradient norm {grad_norm}"
-        if self.sigmas and len(self.losses) >= ENOUGH:
-            mean = statistics.fmean(self.losses)
-            deviation = max(statistics.pstdev(self.losses, mean), SMALLEST_DEVIATION)
-            if loss > mean + self.sigmas * deviation:
-                above = (loss - mean) / deviation
-                return f"the loss is {loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"
-        return None
+    def highest(self) -> float:
+        """The highest loss that is no spike."""
+        if not self.sigmas or len(self.losses) < ENOUGH:
+            return math.inf
+        mean, deviation = self._usual()
+        return mean + self.sigmas * deviation
 
-    def judge(self, loss: float, problem: str | None) -> Action:
-        """What to do about a step in which ``problem`` was found, and remember it."""
-        self._remember(loss, problem)
-        if problem is None:
+    def _usual(self) -> tuple[float, float]:
+        """Mean and standard deviation of the last losses."""
+        mean = statistics.fmean(self.losses)
+        return mean, max(statistics.pstdev(self.losses, mean), SMALLEST_DEVIATION)
+
+    def problem(self, made: Outcome) -> str | None:
+        """What was wrong with a step; None if nothing was."""
+        if not made.refused:
+            return None
+        if self._overflowed(made):
+            return "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
+        if not math.isfinite(made.loss) or not math.isfinite(made.grad_norm):
+            return f"the loss is {made.loss} and the gradient norm {made.grad_norm}"
+        mean, deviation = self._usual()
+        above = (made.loss - mean) / deviation
+        return f"the loss is {made.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"
+
+    def judge(self, made: Outcome) -> Action:
+        """What to do about a step, and remember it."""
+        self._remember(made.loss, made.refused)
+        if not made.refused:
             return "update"
+        if self._overflowed(made) and self.skipped <= HALVINGS:
+            return "skip"
         if self.policy == "rollback":
             return "rollback" if self.skipped >= SKIPS_BEFORE_ROLLBACK else "skip"
         return "stop" if self.policy == "stop" or self.skipped >= SKIPS_BEFORE_STOP else "skip"
@@ -65,11 +88,14 @@ class Guard:
         self.skipped = 0
         for record in records:
             if record.get("kind") == "train":
-                self._remember(record["loss"], record.get("skipped"))
+                self._remember(record["loss"], "skipped" in record)
         return self.rollbacks[step] <= ROLLBACKS_BEFORE_STOP
 
-    def _remember(self, loss: float | None, problem: str | None) -> None:
-        if problem is None and loss is not None:
+    def _overflowed(self, made: Outcome) -> bool:
+        return self.fp16 and math.isfinite(made.loss) and not math.isfinite(made.grad_norm)
+
+    def _remember(self, loss: float | None, refused: bool) -> None:
+        if not refused and loss is not None:
             self.losses.append(loss)
             self.skipped = 0
         else:

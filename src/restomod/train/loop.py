@@ -6,6 +6,7 @@ killed and resumed is the run that was not.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -16,9 +17,8 @@ from restomod.data.prefetch import Prefetch
 from restomod.train.checkpoint import list_checkpoints
 from restomod.train.console import Display, closing_lines, sanity_lines
 from restomod.train.distributed import Processes, joined
-from restomod.train.guard import Guard
-from restomod.train.metrics import read_jsonl
-from restomod.train.observe import evaluate, log_step, write_samples
+from restomod.train.journal import Journal
+from restomod.train.observe import evaluate, write_samples
 from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
 from restomod.train.saver import Saver
@@ -72,10 +72,13 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         Saver(folder, config, processes) as saver,
         Prefetch(training.batches, micro_batch, config.steps, rank, count, pin_memory) as data,
     ):
+        gc.collect()
+        gc.freeze()  # what is here stays: Python's collector need not look at it again and again
         display.start(training.first_step, config.steps)
         try:
             finished = _loop(training, data, saver, display, stop)
         finally:
+            gc.unfreeze()
             display.stop()
     if processes.main:
         newest = list_checkpoints(folder)[-1:]
@@ -88,14 +91,13 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
 
 def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, stop: StopSignal) -> bool:
     """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
-    run, config, processes = training.run, training.config, training.processes
-    guard = Guard(config, read_jsonl(run.folder / "metrics.jsonl"))
-    began, step, offset = training.first_step, training.first_step, training.data_offset
-    saved, seconds_in_steps, reached_target = time.monotonic(), 0.0, False
-    micro_batch = training.compute.micro_batch
+    config, processes = training.config, training.processes
+    journal = Journal(training, display)
+    guard = journal.guard
+    step, offset, micro_batch = training.first_step, training.data_offset, training.compute.micro_batch
+    saved = time.monotonic()
 
     while True:
-        finished = reached_target or step == config.steps
         # display.closed: its reader has left, as in `restomod train ... | head`
         overdue = config.save_every_minutes is not None and time.monotonic() - saved > 60 * config.save_every_minutes
         failure = saver.failure()
@@ -103,7 +105,15 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
         if failed and config.on_save_error == "stop":
             raise processes.error(str(failure))
         warn(display, failure)
-        at_checkpoint = step == began and step > 0  # its evaluation, samples and checkpoint exist already
+
+        pauses = (config.eval_every, config.sample_every, config.save_every)
+        pausing = stopping or due or step == config.steps or any(step % every == 0 for every in pauses)
+        failed_step = journal.read(everything=pausing)
+        if failed_step is not None:
+            step, offset = roll_back(training, saver, guard, failed_step, offset, display)
+            journal.went_back(step)
+        finished = journal.reached_target or step == config.steps
+        at_checkpoint = step == journal.began and step > 0  # its evaluation, samples and checkpoint exist already
 
         if not at_checkpoint and (finished or step % config.eval_every == 0):
             evaluate(training, step, display)
@@ -120,25 +130,6 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
 
         start = time.perf_counter()
         micro_batches, waited = data.get(step + offset)
-        made, micro_batch = step_that_fits(training, step, micro_batches, micro_batch, guard.problem, display)
-        loss, grad_norm, problem = made
-        record = log_step(training, step, loss, grad_norm, problem, time.perf_counter() - start, waited)
-        seconds_in_steps += record["ms"] / 1000
-        action = guard.judge(loss, problem)
-        if problem is not None:
-            display.line(f"step {step}  {problem}: no update", style="bold yellow")
-        if action == "update":
-            display.step(record, seconds_left=(config.steps - step - 1) * seconds_in_steps / (step + 1 - began))
-        elif action == "stop":
-            raise processes.error(
-                f"step {step}: {problem}, so nothing was updated; "
-                f"lower --optim.lr or raise --optim.warmup-steps in a new run (the checkpoints saved so far are whole)"
-            )
-        elif action == "rollback":
-            began, offset = roll_back(training, saver, guard, step, offset, display)
-            step, seconds_in_steps = began, 0.0
-            continue
-        reached_target = problem is None and config.target_loss is not None and loss <= config.target_loss
-        if reached_target:
-            display.line(f"step {step}  training loss {loss:.4f} is at or below the target {config.target_loss}")
+        made, micro_batch = step_that_fits(training, step, micro_batches, micro_batch, guard.highest(), display)
+        journal.add(step, made, start, waited)
         step += 1

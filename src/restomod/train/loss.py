@@ -1,24 +1,31 @@
 """Cross-entropy straight from the hidden states: the logits of all positions never exist at once.
 
 GPT-2's logits are 50,304 numbers per token, 65 times its hidden state. Here they are made, turned into loss and
-gradient, and dropped again, about a thousand tokens at a time.
+gradient, and dropped again, some thousand tokens at a time.
 
 Shapes: N = tokens, n = tokens of one chunk, D = n_embd, V = vocabulary, padded V >= V.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 1024  # enough rows for fast matrix products; 100 MB of bf16 logits
-CPU_SOFTMAX_TOKENS = 32  # fp32 rows that stay in a CPU's cache between the passes of a softmax
+# enough rows for fast matrix products, and on CUDA few additions to the weight's fp32 gradient; 100 and 800 MB in bf16
+CHUNK_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
+# rows of an eager softmax, in fp32: what stays in a CPU's cache between its passes; elsewhere what fits
+SOFTMAX_TOKENS = {"cpu": 32, "mps": 1024, "cuda": 1024}
+# Gradients are kept at this multiple of those of the summed loss, in which even fp16 holds them: it ends at 65504, and
+# at 6e-8. A power of two changes no bit of the others.
+GRADIENT_SCALE = 2.0**-5
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, compiled: bool = False
 ) -> Tensor:
     """Mean cross-entropy of the next token, in nats.
 
@@ -28,23 +35,26 @@ def linear_cross_entropy(
         targets: (N,) int64 token ids below ``vocab_size``.
         vocab_size: V.
         dtype: of the matrix products; the softmax and the sum over tokens are in fp32.
+        compiled: compile the softmax, which is several times as fast.
 
     Returns:
         Scalar fp32 loss, differentiable once with respect to ``hidden`` and ``weight``.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype)
-    return _loss(hidden, weight, targets, vocab_size, dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype, compiled)
+    return _loss(hidden, weight, targets, vocab_size, dtype, compiled)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` with its gradient, which is computed along with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype, compiled: bool
+    ) -> Tensor:
         d_hidden = torch.empty_like(hidden, dtype=dtype)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        loss = _loss(hidden, weight, targets, V, dtype, d_hidden, d_weight)
+        loss = _loss(hidden, weight, targets, V, dtype, compiled, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -53,7 +63,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (d_hidden * grad[0]).to(hidden_dtype), (d_weight * grad[0]).to(weight_dtype), None, None, None
+        scale = grad[0] / (GRADIENT_SCALE * len(d_hidden))
+        # in place: the loss can be differentiated once
+        return d_hidden.to(hidden_dtype).mul_(scale), d_weight.to(weight_dtype).mul_(scale), None, None, None, None
 
 
 def _loss(
@@ -62,33 +74,57 @@ def _loss(
     targets: Tensor,
     V: int,
     dtype: torch.dtype,
+    compiled: bool,
     d_hidden: Tensor | None = None,
     d_weight: Tensor | None = None,
 ) -> Tensor:
-    """The loss; where they are given, ``d_hidden`` (N, D) is filled with its gradient and ``d_weight`` added to."""
-    N = len(hidden)
+    """The mean loss.
+
+    Where they are given, ``d_hidden`` (N, D) is filled with the gradient of the summed loss times `GRADIENT_SCALE`, and
+    that of ``d_weight`` is added to it.
+    """
+    N, n = len(hidden), CHUNK_TOKENS[hidden.device.type]
+    softmax = _compiled_softmax() if compiled else _softmax_by_rows
     x, w = hidden.to(dtype), weight.to(dtype)
     target_logits = (hidden.float() * weight[targets].float()).sum(-1)  # (N,), exact where bf16 is not
     total = torch.zeros((), device=hidden.device)
-    for start in range(0, N, CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
-        logits = x[chunk] @ w.t()  # (n, padded V)
-        logits[:, V:] = float("-inf")
-        total += _softmax_cross_entropy(logits, target_logits[chunk], targets[chunk], scale=1 / N)
+    for start in range(0, N, n):
+        chunk = slice(start, start + n)
+        loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], V)
+        total += loss
         if d_hidden is not None and d_weight is not None:
-            d_hidden[chunk] = logits @ w
-            d_weight += logits.t() @ x[chunk]
+            d_hidden[chunk] = d_logits @ w
+            d_weight += d_logits.t() @ x[chunk]
     return total / N
 
 
-def _softmax_cross_entropy(logits: Tensor, target_logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Sum of the cross-entropies of ``logits`` (n, padded V); they are overwritten by ``scale`` times its gradient.
+def _softmax(logits: Tensor, target_logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of ``logits`` (n, padded V), and its gradient times `GRADIENT_SCALE`, likewise.
 
     The gradient with respect to the logits is softmax(logits) - one_hot(targets). ``target_logits`` (n,) replace the
     targets' own entries, which are rounded to the logits' type.
     """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    hit = columns == targets[:, None]
+    z = torch.where(hit, target_logits[:, None], logits.float())
+    z = torch.where(columns < V, z, float("-inf"))
+    highest = z.amax(-1, keepdim=True)
+    exponentials = (z - highest).exp()
+    norm = exponentials.sum(-1, keepdim=True)
+    loss = (norm.log() + highest - target_logits[:, None]).sum()
+    return loss, ((exponentials / norm - hit.float()) * GRADIENT_SCALE).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    return torch.compile(_softmax, dynamic=False)
+
+
+def _softmax_by_rows(logits: Tensor, target_logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """`_softmax` a few rows at a time and in place, the fastest way without a compiler."""
     total = torch.zeros((), device=logits.device)
-    rows = CPU_SOFTMAX_TOKENS if logits.device.type == "cpu" else len(logits)
+    logits[:, V:] = float("-inf")
+    rows = SOFTMAX_TOKENS[logits.device.type]
     for start in range(0, len(logits), rows):
         block = slice(start, start + rows)
         y, target = targets[block, None], target_logits[block, None]  # (rows, 1)
@@ -97,6 +133,6 @@ def _softmax_cross_entropy(logits: Tensor, target_logits: Tensor, targets: Tenso
         z.sub_(highest).exp_()
         norm = z.sum(-1, keepdim=True)
         total += (norm.log() + highest - target).sum()
-        z.mul_(scale / norm).scatter_add_(1, y, torch.full_like(target, -scale))
+        z.mul_(GRADIENT_SCALE / norm).scatter_add_(1, y, torch.full_like(target, -GRADIENT_SCALE))
         logits[block] = z
-    return total
+    return total, logits

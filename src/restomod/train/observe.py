@@ -1,37 +1,12 @@
-"""What is written down of a run along the way: its steps, its validation loss, its samples."""
+"""What is looked at along the way: the validation loss, and samples."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from restomod.evals.heldout import heldout_loss
 from restomod.generate import continuations
-from restomod.model.flops import mfu
 from restomod.train.console import Display
 from restomod.train.distributed import whole
-from restomod.train.schedule import learning_rate
 from restomod.train.setup import Training
-
-
-def log_step(
-    training: Training, step: int, loss: float, grad_norm: float, problem: str | None, seconds: float, waited: float
-) -> dict[str, Any]:
-    """Log a step, with what it took; what is not finite as null."""
-    config = training.config
-    speed = config.batch_tokens / seconds
-    return training.run.log(
-        "train",
-        step,
-        loss=loss if math.isfinite(loss) else None,
-        lr=learning_rate(config.optim, step, config.steps),
-        grad_norm=grad_norm if math.isfinite(grad_norm) else None,
-        ms=1000 * seconds,
-        data_ms=1000 * waited,
-        tokens_per_second=speed,
-        mfu=mfu(speed, training.flops_per_token, training.peak_flops),
-        **({"skipped": problem} if problem is not None else {}),
-    )
 
 
 def evaluate(training: Training, step: int, display: Display) -> None:

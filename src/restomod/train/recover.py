@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from restomod.data.prefetch import MicroBatches
@@ -15,7 +13,7 @@ from restomod.train.memory import cut, smaller
 from restomod.train.metrics import read_jsonl
 from restomod.train.saver import Saver
 from restomod.train.setup import Training
-from restomod.train.step import train_step
+from restomod.train.step import Queued, train_step
 
 
 def roll_back(
@@ -50,9 +48,9 @@ def step_that_fits(
     step: int,
     micro_batches: MicroBatches,
     sequences: int,
-    refuse: Callable[[float, float], str | None],
+    highest: float,
     display: Display,
-) -> tuple[tuple[float, float, str | None], int]:
+) -> tuple[Queued, int]:
     """Make a step, with fewer sequences at once where memory runs out.
 
     Args:
@@ -60,7 +58,7 @@ def step_that_fits(
         step: how many updates the weights have had.
         micro_batches: this process's share of the batch.
         sequences: at most so many go through the model at once.
-        refuse: see `train_step`.
+        highest: see `train_step`.
         display: told of it.
 
     Returns:
@@ -73,7 +71,7 @@ def step_that_fits(
     while True:
         parts = cut(micro_batches, sequences)
         try:
-            return train_step(loss_of, optimizer, parts, training.config, step, processes, refuse), sequences
+            return train_step(loss_of, optimizer, parts, training.config, step, processes, highest), sequences
         except torch.OutOfMemoryError as e:
             if sequences == 1 or processes.count > 1:
                 raise UserError(

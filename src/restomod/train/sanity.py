@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from restomod.data.batches import Batches
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.train.distributed import SINGLE, Processes
+from restomod.train.optimizer import ScaledAdamW
 from restomod.train.step import Compute, batch_loss
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
@@ -52,7 +52,7 @@ class Subject:
     model: GPT
     batches: Batches
     compute: Compute
-    optimizer: Optimizer
+    optimizer: ScaledAdamW
     fresh: bool
     """Whether the weights are still those of the initialisation."""
 

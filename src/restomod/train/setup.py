@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
@@ -33,7 +31,7 @@ from restomod.train.console import duration
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import choose_micro_batch, fitting_micro_batch
-from restomod.train.optimizer import build_optimizer
+from restomod.train.optimizer import ScaledAdamW, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
@@ -51,7 +49,7 @@ class Training:
     model: GPT
     loss_of: nn.Module
     """What is called with tokens and targets to train; the model is in it."""
-    optimizer: Optimizer
+    optimizer: ScaledAdamW
     compute: Compute
     processes: Processes
     first_step: int
@@ -91,13 +89,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     """
     checkpoint, damaged = processes.from_main(lambda: newest_whole(folder)) if resume else (None, [])
     config = _with_absolute_paths(config, needs_init=checkpoint is None)
-    if config.deterministic:
-        compute_deterministically()
-    device = device_of(choose_device(config.device), processes)
-    if device.type == "cpu":
-        keep_freed_memory()
-    micro_batch = choose_micro_batch(config, device, processes.count)
-    compute = Compute(device, choose_dtype(config.precision, device), micro_batch)
+    compute = choose_compute(config, processes)
+    device = compute.device
     tokenizer = gpt2_tokenizer()
     dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
     batches = training_batches(config, dataset, tokenizer)
@@ -121,29 +114,20 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         first_step, data_offset = progress(checkpoint)
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
-        trial = build_optimizer(model, config.optim)
-        verdicts = quick_checks(Subject(model, batches, compute, trial, fresh=config.init is None))
+        trial, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
+        verdicts = quick_checks(Subject(model, batches, eager, trial, fresh=config.init is None))
         for verdict in verdicts:
             if verdict.status == "fail":
                 raise UserError(
                     f"sanity check {verdict.check!r} failed: {verdict.reason} "
                     f"(`restomod check` shows all checks; --no-sanity-checks trains all the same)"
                 )
-    model.transformer.recompute = config.recompute
-    if config.micro_batch is None and device.type == "cuda":  # before torch.compile, which would compile for each size
-        compute = dataclasses.replace(
-            compute, micro_batch=processes.least(fitting_micro_batch(model, batches, compute))
-        )
-    if config.compile:
-        model.transformer.compile()
     processes.agree()
-    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
-    optimizer = build_optimizer(model, config.optim)
+    loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer)
     processes.agree()
-    tokens, targets = batches.load(batches.windows(first_step)[: compute.micro_batch])
-    seconds = first_micro_batch(model, lambda: loss_of(tokens, targets), processes)
+    seconds = first_micro_batch(model, loss_of, batches, compute, first_step, processes)
 
     run = Run(folder, config, writes=False)
     if processes.main:
@@ -192,14 +176,51 @@ def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) 
     return batches
 
 
-def first_micro_batch(model: GPT, micro_batch_loss: Callable[[], Tensor], processes: Processes) -> float:
-    """Seconds of a micro-batch forward and backward, the first of a process: torch.compile compiles in it.
+def choose_compute(config: RunConfig, processes: Processes) -> Compute:
+    """Where and how precisely this process computes, and how many sequences at once.
+
+    Raises:
+        UserError: the device is not there, or the batch cannot be shared out.
+    """
+    if config.deterministic:
+        compute_deterministically()
+    device = device_of(choose_device(config.device), processes)
+    if device.type == "cpu":
+        keep_freed_memory()
+    micro_batch = choose_micro_batch(config, device, processes.count)
+    return Compute(device, choose_dtype(config.precision, device), micro_batch, config.compile)
+
+
+def make_ready(
+    model: GPT, batches: Batches, compute: Compute, config: RunConfig, processes: Processes
+) -> tuple[nn.Module, ScaledAdamW, Compute]:
+    """Compile and distribute a model as configured. All processes call this.
+
+    Returns:
+        What computes the loss, the optimizer, and ``compute`` with a micro-batch that fits.
+    """
+    model.transformer.recompute = config.recompute
+    if config.micro_batch is None and compute.device.type == "cuda":
+        eager = dataclasses.replace(compute, compiled=False)  # torch.compile would compile for each size
+        fits = processes.least(fitting_micro_batch(model, batches, eager))
+        compute = dataclasses.replace(compute, micro_batch=fits)
+    if config.compile:
+        model.transformer.compile()
+    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
+    return loss_of, build_optimizer(model, config.optim, compute.dtype), compute
+
+
+def first_micro_batch(
+    model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int, processes: Processes
+) -> float:
+    """Seconds of a micro-batch of ``step`` forward and backward, the first of a process: torch.compile compiles in it.
 
     Raises:
         UserError: it cannot.
     """
+    tokens, targets = batches.load(batches.windows(step)[: compute.micro_batch])
     try:
-        return time_micro_batch(model, micro_batch_loss, processes)
+        return time_micro_batch(model, lambda: loss_of(tokens, targets), processes)
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = next(line for line in str(e).splitlines() if line.strip())
         raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e

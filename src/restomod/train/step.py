@@ -1,13 +1,15 @@
-"""One optimizer step: the batch in micro-batches forward and backward, clip, update."""
+"""One optimizer step: the batch in micro-batches forward and backward, clip, update.
+
+The processor only says what is to be done: nothing waits for the device, which may be a step behind.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from restomod.config import RunConfig
 from restomod.data.prefetch import MicroBatches
@@ -15,7 +17,7 @@ from restomod.device import autocast
 from restomod.model.gpt import GPT
 from restomod.train.distributed import Processes, synchronised
 from restomod.train.loss import linear_cross_entropy
-from restomod.train.optimizer import clip_gradients, set_learning_rate
+from restomod.train.optimizer import ScaledAdamW, gradient_norm
 from restomod.train.schedule import learning_rate
 
 
@@ -26,6 +28,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     micro_batch: int
+    compiled: bool = False
 
 
 def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
@@ -33,7 +36,8 @@ def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) ->
     with autocast(compute.device, compute.dtype):
         hidden = model.transformer(tokens.to(compute.device, non_blocking=True))  # (B, T, D)
     targets = targets.to(compute.device, non_blocking=True).flatten()
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets, model.config.vocab_size, compute.dtype)
+    V, dtype, compiled = model.config.vocab_size, compute.dtype, compute.compiled
+    return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets, V, dtype, compiled)
 
 
 class BatchLoss(nn.Module):
@@ -47,16 +51,45 @@ class BatchLoss(nn.Module):
         return batch_loss(self.model, tokens, targets, self.compute)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step."""
+
+    loss: float
+    """In nats, before the update."""
+    grad_norm: float
+    """Before clipping."""
+    refused: bool
+    """Whether there was no update: something is not finite, or the loss is above the limit."""
+
+
+class Queued:
+    """A step that the device has been given."""
+
+    def __init__(self, loss: Tensor, grad_norm: Tensor, refused: Tensor) -> None:
+        self._values = torch.stack([loss, grad_norm, refused.float()]).to("cpu", non_blocking=True)
+        self._computed = torch.cuda.Event() if loss.is_cuda else None
+        if self._computed is not None:
+            self._computed.record()
+
+    def wait(self) -> Outcome:
+        """Wait until this step is computed, and for nothing after it."""
+        if self._computed is not None:
+            self._computed.synchronize()
+        loss, grad_norm, refused = self._values.tolist()
+        return Outcome(loss, grad_norm, refused > 0)
+
+
 def train_step(
     loss_of: nn.Module,
-    optimizer: Optimizer,
+    optimizer: ScaledAdamW,
     micro_batches: MicroBatches,
     config: RunConfig,
     step: int,
     processes: Processes,
-    refuse: Callable[[float, float], str | None],
-) -> tuple[float, float, str | None]:
-    """Update a model once.
+    highest: float = math.inf,
+) -> Queued:
+    """Update a model once, unless the loss or a gradient is not finite.
 
     Args:
         loss_of: `BatchLoss`, or what `distribute` made of it.
@@ -65,22 +98,20 @@ def train_step(
         config: of the run.
         step: how many updates the weights have had.
         processes: that share the batch.
-        refuse: from the loss and the norm, why they must not lead to an update; None: they may.
-
-    Returns:
-        The loss (nats), the gradient's norm before clipping, and why there was no update.
+        highest: a loss above it leads to no update either.
     """
+    scale = optimizer.loss_scale.factor
     losses = []
     for i, (tokens, targets) in enumerate(micro_batches):
         with synchronised(loss_of, last=i + 1 == len(micro_batches)):
             loss = loss_of(tokens, targets) / len(micro_batches)
-            loss.backward()
+            (loss * scale).backward()
         losses.append(loss.detach())
     loss = processes.mean(torch.stack(losses).sum())
-    grad_norm = clip_gradients(loss_of, config.optim.grad_clip)
-    problem = refuse(loss.item(), grad_norm.item())
-    if problem is None:
-        set_learning_rate(optimizer, learning_rate(config.optim, step, config.steps))
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item(), grad_norm.item(), problem
+    grad_norm = gradient_norm(loss_of) / scale
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    refused = ~finite | (loss > highest)
+    clip = torch.clamp(grad_norm / config.optim.grad_clip, min=1.0)
+    optimizer.update(learning_rate(config.optim, step, config.steps), scale * clip, refused)
+    optimizer.loss_scale.update(~finite)
+    return Queued(loss, grad_norm, refused)
