@@ -186,6 +186,7 @@ def test_without_restarts_a_kill_ends_in_one_line(
     assert process.returncode == 1
     assert len(errors(error)) == 1, error
     assert "another process of this run is gone" in errors(error)[0]
+    assert errors(error)[0].endswith("; go on with `restomod train --resume RUN`")
     assert error.count("Traceback") == 1, "torchrun's own, which it prints last"
 
 

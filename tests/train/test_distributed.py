@@ -341,6 +341,7 @@ def test_where_one_is_killed_one_of_the_others_says_so() -> None:
     ended = launch(3, member, killed, timeout=20)
     (line,) = error_lines(ended)
     assert "another process of this run is gone" in line
+    assert line.endswith("; start all of them again")
     assert [e.code for e in ended] == [2, -signal.SIGKILL, 2]
 
 

@@ -157,8 +157,12 @@ def device_of(device: torch.device, processes: Processes) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """Join the processes that torchrun has started, if it has; leave them at the end."""
+def joined(mend: str = "start all of them again") -> Iterator[Processes]:
+    """Join the processes that torchrun has started, if it has; leave them at the end.
+
+    Args:
+        mend: what the user is to do where one of them is lost.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()  # torchrun, which ends its processes unless it is killed
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -187,7 +191,7 @@ def joined() -> Iterator[Processes]:
         if not _speaks_first(store) and (lost or isinstance(e, (UserError, OSError))):
             raise ReportedElsewhere from e
         if lost:
-            raise UserError(_lost(e)) from e
+            raise UserError(f"another process of this run is gone ({_reason(e)}); {mend}") from e
         raise
     finally:
         # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
@@ -228,9 +232,8 @@ def _drop_locals(e: BaseException | None) -> None:
         e = e.__cause__ or e.__context__
 
 
-def _lost(e: BaseException) -> str:
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-    return f"another process of this run is gone ({reason}); go on with `restomod train --resume RUN`"
+def _reason(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 
 def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes) -> nn.Module:

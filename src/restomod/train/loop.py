@@ -44,7 +44,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.
     """
-    with joined() as processes:
+    with joined("go on with `restomod train --resume RUN`") as processes:
         return _train(config, folder, resume, display or Display(muted=not processes.main), processes)
 
 
@@ -135,7 +135,7 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
                 f"lower --optim.lr or raise --optim.warmup-steps in a new run (the checkpoints saved so far are whole)"
             )
         elif action == "rollback":
-            began, offset = roll_back(training, saver, guard, step, offset, display)
+            began, offset = roll_back(training, saver, guard, step, f"{problem}", offset, display)
             step, seconds_in_steps = began, 0.0
             continue
         reached_target = problem is None and config.target_loss is not None and loss <= config.target_loss
