@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
+# As many tests at once as there are processors, up to four: each needs up to a gigabyte. They compute on one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
 .PHONY: help demo test test-slow check clean
 
 help:
@@ -40,10 +43,10 @@ check: .venv/installed-test
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: .venv/installed-test-slow
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,6 @@ sequences of 1,024 tokens, GPT-2's half a million.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 from restomod.data.batches import Batches
 from restomod.data.prefetch import Prefetch
 from restomod.data.shards import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_shard
+from restomod.memory import peak_resident_bytes
 
 SHARDS, SHARD_TOKENS = 100, 100_000_000
 T, SEQUENCES = 1024, 512
@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
             waited.append(data.get(step)[1])
             time.sleep(0.1)  # a step of 5M tokens/s, faster than any one GPU
     print(f"waited for a batch loaded ahead, steps of 100 ms: {milliseconds(waited[1:])}")
-    print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB, torch included")
+    print(f"peak resident memory {(peak_resident_bytes() or 0) / 2**20:,.0f} MiB, torch included")
 
 
 if __name__ == "__main__":

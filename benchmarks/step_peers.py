@@ -13,7 +13,6 @@ import argparse
 import ast
 import contextlib
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from restomod.memory import peak_resident_bytes
 
 PADDED_VOCABULARY = 50304
 
@@ -107,7 +108,7 @@ def contend(name: str, path: str, batch: int, length: int, threads: int, pipe: C
             start = time.perf_counter()
             loss = step()
             seconds = time.perf_counter() - start
-            pipe.send((seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+            pipe.send((seconds, loss, peak_resident_bytes() or 0))
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from restomod.data.prepare import document_batches
 from restomod.data.readers import Document
 from restomod.data.shards import write_shard
 from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.memory import peak_resident_bytes
 
 ROUNDS = 5
 
@@ -73,7 +73,7 @@ def main() -> None:
             f"({megabytes / max(times):.1f} to {megabytes / min(times):.1f} MB/s)"
         )
     ratio = statistics.median(t / o for t, o in zip(seconds["tiktoken"], seconds["ours"], strict=True))
-    print(f"ratio     {ratio:.2f}   peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
+    print(f"ratio     {ratio:.2f}   peak memory {(peak_resident_bytes() or 0) / 2**20:,.0f} MiB")
 
 
 if __name__ == "__main__":

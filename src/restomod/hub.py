@@ -7,10 +7,14 @@ seen to here.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import logging
 import re
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +25,10 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 2.0
+
+# what the client says on standard error of what it then gets over, or what then ends in one line of ours
+WARNINGS = r"(Not enough free disk space|`huggingface_hub` cache-system uses symlinks)"
+REMARKS = r"Error while downloading|HTTP Error \d+ thrown|'.*' thrown while requesting|Retrying in"
 
 Kind = Literal["model", "dataset"]
 
@@ -60,7 +68,8 @@ def hub_file(
         if cached is None and cached_only:
             return None
         try:
-            path = Path(cached or hub.hf_hub_download(repository, name, **where))
+            with quiet_client():
+                path = Path(cached or hub.hf_hub_download(repository, name, **where))
         except RemoteEntryNotFoundError:
             return None
         except LocalEntryNotFoundError as e:  # the hub does not answer; the client has waited for it already
@@ -81,6 +90,25 @@ def hub_file(
         f"cannot download {name} of {repository}: {one_line(reason)}; "
         f"run the same command again when the connection is better"
     )
+
+
+@contextlib.contextmanager
+def quiet_client() -> Iterator[None]:
+    """Within, the hub's client keeps to itself what it tries again and how full the disk is."""
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return re.match(REMARKS, record.getMessage()) is None
+
+    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    for handler in handlers:
+        handler.addFilter(worth_saying)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=WARNINGS, category=UserWarning)
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(worth_saying)
 
 
 def as_published(path: Path) -> bool:

@@ -80,6 +80,26 @@ def restomod(tmp_path: Path) -> Iterator[Command]:
         process.wait()
 
 
+MEMORY = """
+import sys
+from restomod.cli import main
+from restomod.memory import peak_resident_bytes
+code = main(sys.argv[1:])
+print(peak_resident_bytes())
+sys.exit(code)
+"""
+
+
+def peak_memory(folder: Path, *arguments: str) -> int:
+    """Of a command of one process, in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=True
+    )
+    peak = int(done.stdout.splitlines()[-1])
+    print(f"peak {peak / 2**20:.0f} MiB")
+    return peak
+
+
 def alive(group: int) -> list[str]:
     """The command lines of the living processes of a group."""
     listed = subprocess.run(

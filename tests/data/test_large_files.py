@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import lzma
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from restomod.data import pipeline
 from restomod.data import plan as plan_module
 from restomod.errors import UserError
 from tests.data.pieces import tiny_pieces
+from tests.data.preparing import peak_memory
 from tests.data.test_pipeline import all_tokens, delimited, hashes, prepared, texts_of, write_jsonl
 
 
@@ -134,24 +133,6 @@ def test_spans_are_gone_on_with(tmp_path: Path, spans: None, monkeypatch: pytest
 
 
 # --- memory -------------------------------------------------------------------------------------------------
-
-MEMORY = """
-import resource, sys
-from restomod.cli import main
-code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-sys.exit(code)
-"""
-
-
-def peak_memory(folder: Path, *arguments: str) -> int:
-    """Of a command of one process, in bytes; at least that of this one, from which Linux lets it begin to count."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=True
-    )
-    peak = int(done.stdout.splitlines()[-1])
-    print(f"peak {peak / 2**20:.0f} MiB")
-    return peak
 
 
 def sentences(seed: int, size: int) -> str:

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +30,16 @@ from restomod.data import shards as shards_module
 from restomod.data.pipeline import prepare_folder
 from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
-from tests.data.preparing import Command, alive, finished, hashes, nothing_but_the_shards, texts_of, write_jsonl
+from tests.data.preparing import (
+    Command,
+    alive,
+    finished,
+    hashes,
+    nothing_but_the_shards,
+    peak_memory,
+    texts_of,
+    write_jsonl,
+)
 
 END = 50256  # <|endoftext|>
 
@@ -632,19 +639,7 @@ def test_200_megabytes_are_prepared_within_one_gibibyte(tmp_path: Path) -> None:
         while f.tell() < 200_000_000:
             words = " ".join(f"w{n}" for n in chance.choices(range(100_000), k=500))
             f.write(json.dumps({"text": words}) + "\n")
-    program = """
-import resource, sys
-from restomod.cli import main
-code = main(["prepare", "text.jsonl", "--out", "out", "--workers", "1", "--dedup"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-sys.exit(code)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=250, check=True
-    )
-    peak = int(done.stdout.splitlines()[-1])
-    print(f"peak {peak / 2**20:.0f} MiB")
-    assert peak < 2**30
+    assert peak_memory(tmp_path, "prepare", "text.jsonl", "--out", "out", "--workers", "1", "--dedup") < 2**30
 
 
 def test_numpy_reads_the_shards(tmp_path: Path, text: dict[str, list[str]], tiktoken_gpt2: tiktoken.Encoding) -> None:

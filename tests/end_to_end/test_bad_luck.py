@@ -162,7 +162,7 @@ def test_a_run_that_went_back_and_is_stopped_goes_on_as_if_it_had_not_been(
 def test_what_does_not_get_better_ends_the_run(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
     poisoned.update(dict.fromkeys(range(6, 100), float("nan")))
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="going back to step 4 has not helped"):
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan .*, and going back to step 4 has not helped"):
         train(quick, run, display=QUIET)
     assert [folder.name for folder in list_checkpoints(run)] == ["step_000004"]
     assert finite(run)
@@ -174,7 +174,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
 ) -> None:
     poisoned.update(dict.fromkeys((0, 1, 2), float("nan")))
-    with pytest.raises(UserError, match="no checkpoint to go back to"):
+    with pytest.raises(UserError, match=r"step 2: the loss is nan .*, and there is no checkpoint to go back to"):
         train(quick, tmp_path / "run", display=QUIET)
 
 

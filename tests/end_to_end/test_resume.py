@@ -115,6 +115,33 @@ sys.exit(main())
     assert not list((killed / "checkpoints").glob(".*")), "the unfinished checkpoint was left behind"
 
 
+def test_a_checkpoint_whose_deletion_was_cut_short_is_removed_at_the_next_start(
+    tiny: RunConfig, tmp_path: Path, restomod: Start
+) -> None:
+    run = tmp_path / "run"
+    die_before_deleting = """
+import os, shutil, signal, sys
+rmtree = shutil.rmtree
+def deadly(path, *more, **named):
+    if str(path).endswith(".step_000001.tmp"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rmtree(path, *more, **named)
+shutil.rmtree = deadly
+from restomod.cli import main
+sys.exit(main())
+"""
+    config = dataclasses.replace(tiny, steps=2, save_every=1, keep_checkpoints=1)
+    more = ("--no-keep-best",)
+    process = restomod(
+        "train", "quickstart", "--out", str(run), *flags(config), *more, program=("-c", die_before_deleting)
+    )
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [".step_000001.tmp", "step_000002"]
+    assert train(read_config(run), run, resume=True, display=QUIET) == 0
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000002"]
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
     tiny: RunConfig, tmp_path: Path, restomod: Start, sent: signal.Signals

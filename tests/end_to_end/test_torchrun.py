@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from restomod.config import RunConfig
-from restomod.train.checkpoint import list_checkpoints
+from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
 from restomod.train.loop import train
 from restomod.train.metrics import read_jsonl
 from tests.processes import results
@@ -98,6 +99,41 @@ def test_a_stop_signal_stops_all_after_the_same_step(
     assert same_checkpoint(run, reference, config.steps)
 
 
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
+    shared: RunConfig, tmp_path: Path, torchrun: Start
+) -> None:
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    config = dataclasses.replace(shared, steps=40, save_every=NEVER)
+    assert train_two(config, reference)
+    process = torchrun("quickstart", "--out", str(run), *flags(config))
+    wait_for(lambda: trained(run) >= 4, process)
+    started = workers(process)
+    assert len(started) == 2
+    process.kill()
+    try:
+        output, error = process.communicate(timeout=30)  # to the end of what its processes write
+        assert not any(map(alive, started))
+    finally:
+        for pid in filter(alive, started):
+            os.kill(pid, signal.SIGKILL)
+    assert not errors(error)
+    assert f"go on with: restomod train --resume {run}" in output
+    (checkpoint,) = list_checkpoints(run)
+    verify_checkpoint(checkpoint)
+    assert checkpoint.name == f"step_{trained(run):06d}"
+    assert trained(run) < config.steps
+    succeeded(resume(2, run))
+    assert losses(run) == losses(reference)
+    assert same_checkpoint(run, reference, config.steps)
+
+
 @pytest.mark.parametrize("when", [0, 6], ids=["before the first checkpoint", "after it"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_starts_a_killed_run_again(
@@ -150,6 +186,7 @@ def test_without_restarts_a_kill_ends_in_one_line(
     assert process.returncode == 1
     assert len(errors(error)) == 1, error
     assert "another process of this run is gone" in errors(error)[0]
+    assert errors(error)[0].endswith("; go on with `restomod train --resume RUN`")
     assert error.count("Traceback") == 1, "torchrun's own, which it prints last"
 
 

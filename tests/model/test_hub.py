@@ -7,7 +7,10 @@ runs the command line.
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,6 +231,29 @@ def test_a_server_that_always_fails_is_one_line_after_a_few_attempts(hub: Hub) -
     hub.answer(503, times=None, methods=("GET",))
     assert "503" in refusal()
     assert len(gets(hub)) == module.ATTEMPTS
+
+
+@pytest.mark.parametrize("fault", ["a drop", "an error", "a disk that looks full"])
+def test_what_is_got_over_is_not_talked_of(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, fault: str
+) -> None:
+    said = io.StringIO()
+    handler, logger = logging.StreamHandler(said), logging.getLogger("huggingface_hub")
+    logger.addHandler(handler)
+    if fault == "a drop":
+        hub.cut(after=10)
+    elif fault == "an error":
+        hub.answers = {"HEAD": iter([(), (503, ""), (503, "")])}  # the client itself asks again
+    else:
+        full = shutil.disk_usage("/")._replace(free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    try:
+        assert contents(download_model(REPO)) == FILES
+        assert (said.getvalue(), [str(w.message) for w in recwarn]) == ("", [])
+        logger.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+    finally:
+        logger.removeHandler(handler)
+    assert said.getvalue().startswith("Rate limited")
 
 
 def test_between_attempts_there_is_a_pause(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

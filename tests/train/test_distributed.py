@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import signal
+import socket
 import sys
 import time
 import weakref
@@ -22,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
 from restomod.errors import ReportedElsewhere, UserError
+from restomod.train import distributed
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised, whole
 from restomod.train.optimizer import build_optimizer
 from restomod.train.schedule import learning_rate
@@ -338,6 +341,7 @@ def test_where_one_is_killed_one_of_the_others_says_so() -> None:
     ended = launch(3, member, killed, timeout=20)
     (line,) = error_lines(ended)
     assert "another process of this run is gone" in line
+    assert line.endswith("; start all of them again")
     assert [e.code for e in ended] == [2, -signal.SIGKILL, 2]
 
 
@@ -389,6 +393,20 @@ def test_nothing_of_torchs_outlives_the_process_group(error: bool, cycle: bool) 
 
 
 # --- what can be known without others ------------------------------------------------------------------------
+
+
+def test_where_torchrun_is_gone_its_processes_do_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        port = str(nobody.getsockname()[1])
+        environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "CONNECTING", datetime.timedelta(seconds=1))
+        began = time.monotonic()
+        with pytest.raises(UserError, match=f"nobody answers at 127.0.0.1:{port}"), joined():
+            pass
+    assert time.monotonic() - began < 30
 
 
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from restomod.config import RunConfig
 from restomod.data.prefetch import MicroBatches, Prefetch
 from restomod.device import synchronize
+from restomod.memory import peak_resident_bytes
 from restomod.train.distributed import Processes
 from restomod.train.optimizer import ScaledAdamW
 from restomod.train.step import Compute, train_step
@@ -172,12 +171,4 @@ def peak_memory(device: torch.device) -> int | None:
     """The most bytes in use so far: CUDA's allocations since their last reset; elsewhere this process's own memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # not getrusage on Linux: it starts from the parent's peak
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident_bytes()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from restomod.errors import UserError
-from restomod.hub import hub_file, one_line
+from restomod.hub import hub_file, one_line, quiet_client
 from restomod.model.storage import weights_files
 
 OPENAI = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -50,7 +50,7 @@ def _remember(repository: str, commit: str) -> None:
 
     cached = hub.try_to_load_from_cache(repository, "config.json")
     if not isinstance(cached, str) or Path(cached).parent.name != commit:
-        with contextlib.suppress(Exception):  # all that is lost is going on without a connection
+        with contextlib.suppress(Exception), quiet_client():  # all that is lost is going on without a connection
             hub.hf_hub_download(repository, "config.json")
 
 
@@ -65,7 +65,8 @@ def _newest_commit(repository: str) -> tuple[str | None, str]:
     )
 
     try:
-        commit = hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json")).commit_hash
+        with quiet_client():
+            commit = hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json")).commit_hash
         if commit:
             return commit, ""
         obstacle = "its answer names no commit"

@@ -54,9 +54,13 @@ def step_of(folder: Path) -> int:
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run that is whole, and what is wrong with those after it, which are set aside.
 
+    Not to be called while a checkpoint is being written: what a killed process has half written or deleted is removed.
+
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
+    with contextlib.suppress(OSError):  # the next save will say what is the matter
+        _remove_leftovers(run)
     problems: list[str] = []
     folders = list_checkpoints(run)[::-1]
     for folder in folders:
@@ -78,6 +82,12 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def _remove_leftovers(run: Path) -> None:
+    """Remove what a save, or the deletion of an old checkpoint, has left when it was killed."""
+    for leftover in (run / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+
+
 def write_checkpoint(
     run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], data_offset: int = 0
 ) -> Path:
@@ -96,8 +106,7 @@ def write_checkpoint(
     folder = run / "checkpoints" / f"step_{step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        for leftover in folder.parent.glob(".step_*.tmp"):  # of a save or a deletion that was killed
-            shutil.rmtree(leftover)
+        _remove_leftovers(run)
         (temporary / STATE).mkdir(parents=True)
         save_model(model, temporary)
         if optimizer_state:

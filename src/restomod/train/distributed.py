@@ -31,8 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config import Parallel
 from restomod.errors import ReportedElsewhere, UserError, describe_os_error
 from restomod.model.gpt import GPT
+from restomod.train.signals import stop_with_parent
 
 PATIENCE = datetime.timedelta(minutes=30)  # others wait so long for one that prepares data or saves
+CONNECTING = datetime.timedelta(minutes=1)  # to torchrun's store, which is there before the processes are
 
 Result = TypeVar("Result")
 
@@ -155,8 +157,14 @@ def device_of(device: torch.device, processes: Processes) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """Join the processes that torchrun has started, if it has; leave them at the end."""
+def joined(mend: str = "start all of them again") -> Iterator[Processes]:
+    """Join the processes that torchrun has started, if it has; leave them at the end.
+
+    Args:
+        mend: what the user is to do where one of them is lost.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()  # torchrun, which ends its processes unless it is killed
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()
@@ -166,7 +174,7 @@ def joined() -> Iterator[Processes]:
     if torch.cuda.is_available():
         torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank = _store()
     # after a restart torchrun's store still holds the addresses of the processes before
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
@@ -183,7 +191,7 @@ def joined() -> Iterator[Processes]:
         if not _speaks_first(store) and (lost or isinstance(e, (UserError, OSError))):
             raise ReportedElsewhere from e
         if lost:
-            raise UserError(_lost(e)) from e
+            raise UserError(f"another process of this run is gone ({_reason(e)}); {mend}") from e
         raise
     finally:
         # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
@@ -191,6 +199,22 @@ def joined() -> Iterator[Processes]:
         gc.collect()
         with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
             dist.destroy_process_group()
+
+
+def _store() -> tuple[dist.Store, int]:
+    """Where the processes find each other, and the number of this one.
+
+    Raises:
+        UserError: nobody answers there.
+    """
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else that of the main process
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=CONNECTING if of_torchrun else PATIENCE))
+    except dist.DistError as e:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"nobody answers at {address}, where the processes are to meet: start all of them again") from e
+    store.set_timeout(PATIENCE)
+    return store, rank
 
 
 def _speaks_first(store: dist.Store) -> bool:
@@ -208,9 +232,8 @@ def _drop_locals(e: BaseException | None) -> None:
         e = e.__cause__ or e.__context__
 
 
-def _lost(e: BaseException) -> str:
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-    return f"another process of this run is gone ({reason}); go on with `restomod train --resume RUN`"
+def _reason(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 
 def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes) -> nn.Module:

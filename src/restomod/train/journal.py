@@ -53,28 +53,30 @@ class Journal:
         """Take a step that the device has been given."""
         self._entries.append(_Entry(step, made, started, waited))
 
-    def read(self, everything: bool) -> int | None:
+    def read(self, everything: bool) -> tuple[int, str] | None:
         """Read the steps that are computed; ``everything``: wait for the newest too.
 
         Returns:
-            A step whose failure sends the run back to a checkpoint; what came after it is forgotten.
+            The step whose failure sends the run back to a checkpoint, and what was wrong with it; what came after it
+            is forgotten.
 
         Raises:
             UserError: a step failed, and the run is to stop then.
         """
         while len(self._entries) > (0 if everything or self.reached_target else self._behind):
             entry = self._entries.popleft()
-            if self._settle(entry, entry.made.wait()):
+            problem = self._settle(entry, entry.made.wait())
+            if problem is not None:
                 self._entries.clear()
-                return entry.step
+                return entry.step, problem
         return None
 
     def went_back(self, step: int) -> None:
         """Go on from an earlier step."""
         self.began, self._seconds = step, 0.0
 
-    def _settle(self, entry: _Entry, made: Outcome) -> bool:
-        """Whether the run has to go back."""
+    def _settle(self, entry: _Entry, made: Outcome) -> str | None:
+        """What was wrong with a step for which the run has to go back."""
         config, step, display = self.training.config, entry.step, self.display
         now = time.perf_counter()
         seconds, self._read = now - max(entry.started, self._read), now
@@ -97,7 +99,7 @@ class Journal:
                 display.line(
                     f"step {step}  training loss {made.loss:.4f} is at or below the target {config.target_loss}"
                 )
-        return action == "rollback"
+        return problem if action == "rollback" else None
 
     def _log(self, entry: _Entry, made: Outcome, problem: str | None, seconds: float) -> dict[str, object]:
         """Log a step, with what it took; what is not finite as null."""

@@ -44,7 +44,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.
     """
-    with joined() as processes:
+    with joined("go on with `restomod train --resume RUN`") as processes:
         return _train(config, folder, resume, display or Display(muted=not processes.main), processes)
 
 
@@ -108,9 +108,9 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
 
         pauses = (config.eval_every, config.sample_every, config.save_every)
         pausing = stopping or due or step == config.steps or any(step % every == 0 for every in pauses)
-        failed_step = journal.read(everything=pausing)
-        if failed_step is not None:
-            step, offset = roll_back(training, saver, guard, failed_step, offset, display)
+        failure_at = journal.read(everything=pausing)
+        if failure_at is not None:
+            step, offset = roll_back(training, saver, guard, *failure_at, offset, display)
             journal.went_back(step)
         finished = journal.reached_target or step == config.steps
         at_checkpoint = step == journal.began and step > 0  # its evaluation, samples and checkpoint exist already

@@ -17,9 +17,18 @@ from restomod.train.step import Queued, train_step
 
 
 def roll_back(
-    training: Training, saver: Saver, guard: Guard, step: int, offset: int, display: Display
+    training: Training, saver: Saver, guard: Guard, step: int, problem: str, offset: int, display: Display
 ) -> tuple[int, int]:
     """Go back to the newest checkpoint. Returns its step, and the offset at which the data goes on after ``step``.
+
+    Args:
+        training: the run.
+        saver: of its checkpoints.
+        guard: has judged ``step``.
+        step: the last of the bad ones.
+        problem: what was wrong with it.
+        offset: how many batches have been passed over before.
+        display: told of it.
 
     Raises:
         UserError: there is none, or it has been gone back to too often.
@@ -28,12 +37,14 @@ def roll_back(
     saver.finish()
     checkpoint, _ = processes.from_main(lambda: newest_whole(run.folder))
     if checkpoint is None:
-        raise processes.error(f"step {step}: no checkpoint to go back to; lower --optim.lr in a new run")
+        raise processes.error(
+            f"step {step}: {problem}, and there is no checkpoint to go back to; lower --optim.lr in a new run"
+        )
     back = load_checkpoint(checkpoint, training.model, training.optimizer)
     records = read_jsonl(run.folder / "metrics.jsonl")
     if not guard.rolled_back(back, (record for record in records if record["step"] < back)):
         raise processes.error(
-            f"step {step}: going back to step {back} has not helped; lower --optim.lr in a new run "
+            f"step {step}: {problem}, and going back to step {back} has not helped; lower --optim.lr in a new run "
             f"(the checkpoints saved so far are whole)"
         )
     if run.writes:

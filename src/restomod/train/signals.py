@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # Linux's prctl.h
+
+
+def stop_with_parent() -> None:
+    """Have the system send this process SIGTERM when the one that started it dies, however it does; on Linux only."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it has died meanwhile, and nothing will be sent
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopSignal:
