@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from world import world
 
 from restomod.cli import main as restomod
 from restomod.errors import UserError
@@ -61,18 +62,9 @@ def process(environment: dict[str, str], arguments: list[str], log: Path) -> Non
 
 def start(count: int, arguments: list[str], log: Path) -> tuple[list[BaseProcess], dist.Store | None]:
     """Start the command in ``count`` processes; the store by which they find each other is to be kept meanwhile."""
-    store, shared = None, {}
-    if count > 1:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        shared = {
-            "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+    store, environments = world(count) if count > 1 else (None, [{}])
     started: list[BaseProcess] = []
-    for rank in range(count):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+    for own in environments:
         started.append(CONTEXT.Process(target=process, args=(own, arguments, log)))
         started[-1].start()
     return started, store

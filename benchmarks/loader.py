@@ -10,13 +10,12 @@ sequences of 1,024 tokens, GPT-2's half a million.
 from __future__ import annotations
 
 import statistics
-import sys
-import tempfile
 import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
+from folder import in_folder
 
 from restomod.data.batches import Batches
 from restomod.data.prefetch import Prefetch
@@ -85,8 +84,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary))
+    in_folder(main)

@@ -8,12 +8,11 @@ The first save takes memory for the copy, the others use it again.
 from __future__ import annotations
 
 import dataclasses
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+from folder import in_folder
 
 from restomod.config import OptimConfig
 from restomod.device import choose_device
@@ -49,8 +48,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary))
+    in_folder(main)

@@ -10,22 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from restomod.config import ModelConfig
-from restomod.model.gpt import GPT, build_model
+from restomod.model.gpt import GPT
 
 CPU = torch.device("cpu")
-
-
-@torch.no_grad()
-def random_model(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model in which every number is random: a bias of 0 or a norm of 1 would hide its absence."""
-    model = build_model(config, seed, CPU)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * config.n_embd**-0.5)
-        if ".ln_" in name and name.endswith("weight"):
-            parameter.add_(1.0)
-    model.head[config.vocab_size :] = 0.0
-    return model
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> Tensor:

@@ -1,7 +1,6 @@
 """Several processes that form one run, as torchrun starts them but in a tenth of its time.
 
-A server process imports torch once and is forked for every process. As under torchrun, the store by which they find
-each other lives outside of them, so it outlives whichever fails.
+A server process imports torch once and is forked for every process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from benchmarks.world import world
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -49,18 +49,11 @@ def launch(
 
     One that has not ended after ``timeout`` seconds is an AssertionError: it hangs.
     """
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        **(environment or {}),
-    }
+    _store, environments = world(count)  # the store is kept until all have ended
     with tempfile.TemporaryDirectory() as folder:
         processes = []
-        for rank in range(count):
-            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank, own in enumerate(environments):
+            own |= environment or {}
             process = CONTEXT.Process(target=_run, args=(Path(folder), rank, timeout, own, work, arguments))
             process.start()
             processes.append(process)

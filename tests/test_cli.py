@@ -20,7 +20,7 @@ from restomod.config_prepare import PrepareConfig
 from restomod.errors import UserError
 from restomod.model.pretrained import save_model
 from restomod.presets import PRESETS
-from tests.models import random_model
+from restomod.train.parity import random_model
 from tests.train.faults import QUICK_FAULTS
 
 SMALL = (

@@ -15,7 +15,8 @@ from restomod.errors import UserError
 from restomod.generate import continuations, generate, next_tokens, sample
 from restomod.model.gpt import GPT, build_model
 from restomod.train.optimizer import build_optimizer
-from tests.models import CPU, random_model, to_transformers
+from restomod.train.parity import random_model
+from tests.models import CPU, to_transformers
 from tests.train.trainee import save_checkpoint
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=97)

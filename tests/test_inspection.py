@@ -12,7 +12,8 @@ from transformers import GPT2LMHeadModel
 from restomod.config import ModelConfig
 from restomod.errors import UserError
 from restomod.inspection import compare, inspect
-from tests.models import random_model, to_transformers
+from restomod.train.parity import random_model
+from tests.models import to_transformers
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=97)
 WPE, BIAS = "transformer.wpe.weight", "transformer.h.1.mlp.c_fc.bias"

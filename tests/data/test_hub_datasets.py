@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import huggingface_hub
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from restomod.config_prepare import PrepareConfig
@@ -20,11 +17,9 @@ from restomod.data.hub_datasets import HubFile, _matches, dataset_files, parse
 from restomod.data.pipeline import prepare_folder
 from restomod.data.shards import HEADER_BYTES, MAGIC
 from restomod.errors import UserError
+from tests.fineweb import KEY, REPO, parquet
 from tests.hub import DATASETS, Hub
 
-REPO = "HuggingFaceFW/fineweb-edu"
-KEY = DATASETS + REPO
-WORDS = ["the", "a", "cat", "dog", "house", "tree", "runs", "sleeps", "eats", "sees", "green", "old"]
 CARD = {  # as FineWeb-Edu's
     "configs": [
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
@@ -34,29 +29,14 @@ CARD = {  # as FineWeb-Edu's
 }
 
 
-def parquet(seed: int, documents: int = 40) -> bytes:
-    """A file in FineWeb-Edu's schema."""
-    chance = random.Random(seed)
-    texts = [" ".join(chance.choices(WORDS, k=chance.randrange(5, 60))) for _ in range(documents)]
-    columns = {
-        "text": texts,
-        "id": [f"<urn:uuid:{seed}-{i}>" for i in range(documents)],
-        "dump": ["CC-MAIN-2013-20"] * documents,
-        "url": ["http://example.org"] * documents,
-        "language_score": [0.9] * documents,
-        "token_count": [len(text) for text in texts],
-        "score": [3.2] * documents,
-        "int_score": [3] * documents,
-    }
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
+def small_file(seed: int) -> bytes:
+    return parquet(seed, documents=40, longest=60)
 
 
 FILES = {
-    **{f"sample/10BT/{i:03d}_00000.parquet": parquet(i) for i in (2, 0, 1)},
-    "data/CC-MAIN-2013-20/train-00000-of-00001.parquet": parquet(10),
-    "data/CC-MAIN-2024-10/train-00000-of-00001.parquet": parquet(11),
+    **{f"sample/10BT/{i:03d}_00000.parquet": small_file(i) for i in (2, 0, 1)},
+    "data/CC-MAIN-2013-20/train-00000-of-00001.parquet": small_file(10),
+    "data/CC-MAIN-2024-10/train-00000-of-00001.parquet": small_file(11),
     "README.md": b"---\n---\n",
     "eval/results.csv": b"a,b\n",
 }

@@ -193,13 +193,19 @@ def test_while_jobs_are_in_the_queue_nothing_is_submitted_and_other_engines_are_
     assert hashes(Path("my out")) == before
 
 
-def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
-    tmp_path: Path, text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def good(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> bytes:
+    """What should stand in one of the files; the jobs have met with something that is not UTF-8 there."""
     good = (text / "2.jsonl").read_bytes()
     (text / "2.jsonl").write_bytes(b'{"text": "\xff"}\n')
     said(capfd)
     cluster.run()
+    return good
+
+
+def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
+    tmp_path: Path, text: Path, cluster: Cluster, good: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert cluster.states() == [{"COMPLETED", "FAILED"}, {"CANCELLED"}]
     assert "2.jsonl is not UTF-8 text: byte 0xff at offset 10 of line 1" in refusal(capfd)
     (text / "2.jsonl").write_bytes(good)
@@ -212,12 +218,8 @@ def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
 
 @pytest.mark.slow
 def test_a_file_mended_before_the_failure_was_told_is_submitted_at_once(
-    tmp_path: Path, text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, cluster: Cluster, good: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    good = (text / "2.jsonl").read_bytes()
-    (text / "2.jsonl").write_bytes(b"nonsense")
-    said(capfd)
-    cluster.run()
     (text / "2.jsonl").write_bytes(good)
     said(capfd)
     cluster.run()

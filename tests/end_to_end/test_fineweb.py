@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from tests.hub import DATASETS, Hub
+from tests.fineweb import KEY, parquet
+from tests.hub import Hub
 
-KEY = DATASETS + "HuggingFaceFW/fineweb-edu"
-WORDS = ["the", "a", "cat", "dog", "house", "tree", "runs", "sleeps", "eats", "sees", "green", "old"]
 CARD = {"configs": [{"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]}
 
 
-def parquet(seed: int) -> bytes:
-    """A file in FineWeb-Edu's schema."""
-    chance, n = random.Random(seed), 300
-    texts = [" ".join(chance.choices(WORDS, k=chance.randrange(5, 120))) for _ in range(n)]
-    columns = {
-        "text": texts,
-        "id": [f"<urn:uuid:{seed}-{i}>" for i in range(n)],
-        "dump": ["CC-MAIN-2013-20"] * n,
-        "url": ["http://example.org"] * n,
-        "file_path": ["s3://commoncrawl/x.warc.gz"] * n,
-        "language": ["en"] * n,
-        "language_score": [0.9] * n,
-        "token_count": [len(text) for text in texts],
-        "score": [3.2] * n,
-        "int_score": [3] * n,
-    }
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
-
-
-FILES = {f"sample/10BT/{i:03d}_00000.parquet": parquet(i) for i in range(3)}
+FILES = {f"sample/10BT/{i:03d}_00000.parquet": parquet(i, documents=300, longest=120) for i in range(3)}
 
 
 @pytest.fixture

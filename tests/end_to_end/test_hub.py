@@ -17,8 +17,8 @@ import pytest
 from restomod.config import ModelConfig, RunConfig, SamplingConfig
 from restomod.model.pretrained import save_model
 from restomod.train.metrics import read_jsonl
+from restomod.train.parity import random_model
 from tests.hub import Hub
-from tests.models import random_model
 
 from .conftest import flags
 

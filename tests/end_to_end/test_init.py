@@ -25,8 +25,9 @@ from restomod.train.checkpoint import list_checkpoints
 from restomod.train.console import Display
 from restomod.train.loop import train
 from restomod.train.metrics import read_jsonl
+from restomod.train.parity import random_model
 from restomod.train.run import read_config
-from tests.models import random_model, to_transformers
+from tests.models import to_transformers
 
 from .conftest import WORDS, flags
 

@@ -13,7 +13,8 @@ from restomod.config import ModelConfig
 from restomod.data.shards import TokenStream
 from restomod.evals.heldout import heldout_loss, heldout_windows
 from restomod.model.gpt import GPT
-from tests.models import CPU, random_model
+from restomod.train.parity import random_model
+from tests.models import CPU
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
 T = 16

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from restomod.config import ModelConfig, OptimConfig
 from restomod.model.gpt import GPT, KVCache, build_model
 from restomod.train.optimizer import build_optimizer
+from restomod.train.parity import random_model
 from restomod.train.step import Compute, batch_loss
-from tests.models import CPU, paired, random_model, random_tokens, to_transformers
+from tests.models import CPU, paired, random_tokens, to_transformers
 
 FP32 = Compute(CPU, torch.float32, micro_batch=1)
 TINY = ModelConfig(n_layer=3, n_head=4, n_embd=48, n_positions=24, vocab_size=211)  # padded to 256 rows

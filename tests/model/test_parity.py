@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from restomod.config import ModelConfig
 from restomod.generate import generate
 from restomod.model.gpt import GPT
+from restomod.train.parity import random_model
 from restomod.train.step import Compute, batch_loss
-from tests.models import CPU, paired, random_model, random_tokens, to_transformers
+from tests.models import CPU, paired, random_tokens, to_transformers
 
 FP32 = Compute(CPU, torch.float32, micro_batch=1)
 GPT2 = ModelConfig()  # 12 x 768, 12 heads, 1024 positions, 50257 tokens

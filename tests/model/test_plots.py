@@ -29,7 +29,7 @@ from restomod.model.plots import (
     weight_histograms,
 )
 from restomod.model.pretrained import hf_tensors
-from tests.models import random_model
+from restomod.train.parity import random_model
 
 CONFIG = ModelConfig(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=97)
 SIZES = {  # inches of the figures * 120 dots

@@ -27,7 +27,8 @@ from restomod.model.pretrained import (
     read_model_config,
     save_model,
 )
-from tests.models import CPU, random_model, random_tokens, to_transformers
+from restomod.train.parity import random_model
+from tests.models import CPU, random_tokens, to_transformers
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12)
 

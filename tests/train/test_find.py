@@ -16,7 +16,8 @@ from restomod.model.gpt import GPT, build_model
 from restomod.presets import PRESETS, preset
 from restomod.train import find as module
 from restomod.train.find import find_model, open_model, open_or_build
-from tests.models import CPU, random_model, to_transformers
+from restomod.train.parity import random_model
+from tests.models import CPU, to_transformers
 from tests.train.trainee import Trainee, make_trainee, save_checkpoint
 
 CONFIG = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=4, vocab_size=97)

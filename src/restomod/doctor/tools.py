@@ -15,8 +15,6 @@ from restomod.train.sanity import Verdict
 
 COMPILED_TOLERANCE = 1e-5
 PATIENCE = 60.0  # seconds for a child process
-WORTH_SAYING = 0.05  # share of a step
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def compiler(machine: Machine) -> Verdict:

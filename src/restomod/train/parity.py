@@ -65,7 +65,7 @@ def device_parity(device: torch.device, dtype: torch.dtype) -> Verdict:
 
 def differences(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> Differences:
     """Compare one device and precision with the exact arithmetic."""
-    model = _model(seed)
+    model = random_model(SHAPE, seed)
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(SHAPE.vocab_size, (SEQUENCES, SHAPE.n_positions + 1), generator=generator)
     tokens, targets = text[:, :-1], text[:, 1:]
@@ -80,16 +80,16 @@ def differences(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> D
     )
 
 
-def _model(seed: int) -> GPT:
+def random_model(config: ModelConfig, seed: int = SEED) -> GPT:
     """Weights large enough that attention looks somewhere, and no bias or norm that could be left out unnoticed."""
-    model = build_model(SHAPE, seed, torch.device("cpu"))
+    model = build_model(config, seed, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * SHAPE.n_embd**-0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * config.n_embd**-0.5)
             if ".ln_" in name and name.endswith("weight"):
                 parameter.add_(1.0)
-        model.head[SHAPE.vocab_size :] = 0.0
+        model.head[config.vocab_size :] = 0.0
     return model
 
 
