@@ -41,6 +41,8 @@ class RowCache(KVCache):
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, capacity: int
     ) -> None:
         super().__init__(config, batch, device, dtype, capacity)
+        self.keys.zero_()  # a hidden value has weight 0 in attention, and 0 times what is not a number is not one
+        self.values.zero_()
         self.lengths = [0] * batch
 
     def fill(self, row: int, source: KVCache, source_row: int, length: int) -> None:
