@@ -2,9 +2,10 @@
 
     python benchmarks/generation.py [--preset gpt2-124m] [--prompt 16] [--tokens 256] [--rows 1] [--precision fp32]
 
-Greedy, from random weights. "without cache" passes the whole context for every token, and only its last position through
-the head. `transformers` runs the same weights, with its cache, in the same precision (bf16: all weights converted).
-Prints the median tokens/s of the rounds, which all three make of the same prompt, and whether the tokens are equal.
+Greedy, from random weights. "without cache" passes the whole context for every token, and only its last position
+through the head. `transformers` runs the same weights, with its cache, in the same precision (bf16: all weights
+converted). Prints the median tokens/s of the rounds, in which all continue the same prompts, and whether the tokens
+are equal.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def main() -> None:
         "transformers, with cache": lambda: transformers(theirs, prompts, sampling),
     }
     print(
-        f"{describe_device(CPU)}, torch {torch.__version__}: {a.preset}, {a.rows} row(s), prompts of {a.prompt} tokens, "
-        f"{a.tokens} new ones, {a.precision}, median (range) of {a.rounds} rounds"
+        f"{describe_device(CPU)}, torch {torch.__version__}: {a.preset}, rows: {a.rows}, "
+        f"prompts of {a.prompt} tokens, {a.tokens} new ones, {a.precision}, median (range) of {a.rounds} rounds"
     )
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     texts = {}
