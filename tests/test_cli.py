@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -291,11 +292,44 @@ def test_sampling_nothing(refused: Refused, encoding: str) -> None:
         (("--num-samples", "0"), "--num-samples is 0; it must be at least 1"),
         (("--max-tokens", "0"), "sampling.max_tokens is 0; it must be at least 1"),
         (("--temperature", "-1"), "sampling.temperature is -1.0; it must be 0 or more"),
+        (("--temperature", "nan"), "sampling.temperature is nan; it must be 0 or more"),
         (("--top-k", "-1"), "sampling.top_k is -1; it must be 0 or more"),
+        (("--top-p", "0"), "sampling.top_p is 0.0; it must be above 0 and at most 1"),
+        (("--top-p", "1.1"), "sampling.top_p is 1.1; it must be above 0 and at most 1"),
+        (("--top-p", "nan"), "sampling.top_p is nan; it must be above 0 and at most 1"),
+        (("--seed", "-1"), "--seed is -1; it must be at least 0 and below 2**32"),
+        (("--prompt", "a", "--prompt-file", "b"), "--prompt and --prompt-file both name prompts: give one of them"),
+        (
+            ("--prompt-file", "b"),
+            "--prompt-file b: No such file or directory; it should be a text file, a prompt per line",
+        ),
+        (("--prompt-file", "."), "--prompt-file .: Is a directory; it should be a text file, a prompt per line"),
+        (("--prompt-file", "empty"), "--prompt-file empty holds no prompt: write one per line"),
+        (
+            ("--prompt-file", "latin"),
+            "--prompt-file latin is not UTF-8 text: byte 0xe9 at offset 3 (unexpected end of data)",
+        ),
     ],
 )
-def test_sampling_settings_out_of_range(refused: Refused, flags: tuple[str, ...], said: str) -> None:
-    assert refused("sample", "mine", *flags) == said
+@pytest.mark.parametrize("verb", [("sample", "mine"), ("compare-samples", "mine", "yours")])
+def test_sampling_settings_out_of_range(
+    here: Path, refused: Refused, verb: tuple[str, ...], flags: tuple[str, ...], said: str
+) -> None:
+    (here / "empty").write_text("\n")
+    (here / "latin").write_bytes(b"caf\xe9")
+    if flags[0] != "--num-samples" or verb[0] == "sample":
+        assert refused(*verb, *flags) == said
+
+
+@pytest.mark.parametrize("out", ["samples.txt", "nowhere/samples.md"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_models_are_looked_for(
+    refused: Refused, out: str
+) -> None:
+    assert refused("compare-samples", "mine", "yours", "--out", out).startswith(f"--out {out}: ")
+
+
+def test_comparing_samples_of_one_model(refused: Refused) -> None:
+    assert refused("compare-samples", "mine").startswith("restomod compare-samples needs B (")
 
 
 def test_checking_what_is_no_model(refused: Refused) -> None:
@@ -634,3 +668,72 @@ def test_pictures_are_drawn_into_the_folder_that_is_named(
     monkeypatch.setattr("restomod.model.plots.draw", lambda tensors, title, folder: [folder / "a.png"])
     assert main(["inspect", model, "--plots", "pictures"]) == 0
     assert capsys.readouterr().out.endswith(f"drawn               {Path('pictures/a.png')}\n")
+
+
+class Terminal(io.StringIO):
+    """A standard output that is one, and remembers each piece that was written before the next was flushed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        self.flushed.append(self.getvalue())
+
+
+def texts(shown: str) -> list[str]:
+    """The texts that `sample` printed."""
+    return [part.partition("\n")[2].rstrip("\n") for part in re.split(r"(?m)^--- (?=\d+ of )", shown)[1:]]
+
+
+def test_prompts_are_continued_in_the_order_of_the_flags_or_of_the_file(
+    here: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "prompts.txt").write_text("One\n\nAnother\n")
+    flags = ("--num-samples", "2", "--max-tokens", "4", "--device", "cpu", "--precision", "fp32")
+    assert main(["sample", model, "--prompt-file", "prompts.txt", *flags]) == 0
+    of_file = capsys.readouterr().out
+    assert [text[:3] for text in texts(of_file)] == ["One", "One", "Ano", "Ano"]
+    assert main(["sample", model, "--prompt", "One", "--prompt", "Another", *flags]) == 0
+    assert capsys.readouterr().out == of_file
+    assert main(["sample", model, "--prompt", "Another", *flags, "--stream"]) == 0
+    assert texts(capsys.readouterr().out) == texts(of_file)[2:]
+
+
+def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--device", "cpu"]) == 0
+    start = "--- 1 of 1 ---\nThe"
+    assert sys.stdout.flushed[:4] == [start, start + "one", start + "one␛[2J", start + "one␛[2Jtwo"]
+
+
+def test_several_texts_in_a_terminal_are_made_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restomod.samples.stream", lambda *a: pytest.fail("streamed"))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert main(["sample", model, "--num-samples", "2", "--max-tokens", "2", "--device", "cpu"]) == 0
+    assert len(texts(sys.stdout.getvalue())) == 2
+
+
+def test_a_model_of_another_vocabulary_cannot_be_compared(here: Path, model: str, refused: Refused) -> None:
+    (here / "other").mkdir()
+    save_model(random_model(ModelConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8, vocab_size=99)), here / "other")
+    assert refused("compare-samples", model, "other").startswith("other has a vocabulary of 99 tokens")
+
+
+@pytest.mark.parametrize("out", ["samples.md", "samples.html"])
+def test_samples_are_compared_in_the_terminal_and_in_a_file(
+    here: Path, model: str, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    arguments = ["--prompt", "A first", "--prompt", "A second", "--max-tokens", "3", "--device", "cpu", "--out", out]
+    assert main(["compare-samples", model, model, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "1. A first" in shown
+    assert "2. A second" in shown
+    assert "3 tokens, temperature 0.8, top-k 50, top-p 1, seed 1337" in shown
+    assert "A second" in (here / out).read_text()

@@ -85,6 +85,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
             max_tokens=draw(counts),
             temperature=draw(st.floats(0, 1e300)),
             top_k=draw(st.integers(0, 99)),
+            top_p=draw(st.floats(0, 1, exclude_min=True)),
         ),
         micro_batch=draw(st.none() | st.just(B)),
         target_loss=draw(st.none() | st.floats(-1e300, 1e300)),
@@ -121,6 +122,11 @@ def test_absent_fields_take_their_defaults() -> None:
     assert from_dict({**MINIMAL, "optim": {"lr": 0.5}}) == run_config(optim=OptimConfig(lr=0.5))
 
 
+def test_a_run_from_before_top_p_is_read() -> None:
+    sampling = {"prompts": ["a"], "max_tokens": 5, "temperature": 0.5, "top_k": 3}
+    assert from_dict({**MINIMAL, "sampling": sampling}).sampling == SamplingConfig(("a",), 5, 0.5, 3, top_p=1.0)
+
+
 def test_a_whole_number_is_a_fine_float() -> None:
     lr = from_dict({**MINIMAL, "optim": {"lr": 1}}).optim.lr
     assert (lr, type(lr)) == (1.0, float)
@@ -147,7 +153,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
         ("stepss", "unknown key stepss; did you mean 'steps'?"),
         ("optim.lrr", "unknown key optim.lrr; did you mean 'lr'?"),
         ("model.n_heads", "unknown key model.n_heads; did you mean 'n_head'?"),
-        ("sampling.xyzzy", "unknown key sampling.xyzzy; known: max_tokens, prompts, temperature, top_k"),
+        ("sampling.xyzzy", "unknown key sampling.xyzzy; known: max_tokens, prompts, temperature, top_k, top_p"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, said: str) -> None:

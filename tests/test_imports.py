@@ -33,7 +33,7 @@ LAYERS = (
     ("restomod.model",),
     ("restomod.train",),  # loss, schedule, optimizer, checkpoint, metrics, console, run, sanity, step
     ("restomod.evals",),
-    ("restomod.generate", "restomod.inspection"),
+    ("restomod.draw", "restomod.generate", "restomod.samples", "restomod.compare_samples", "restomod.inspection"),
     ("restomod.train.setup", "restomod.train.observe", "restomod.train.recover", "restomod.train.loop"),
     ("restomod.bench", "restomod.doctor"),
     ("restomod.experiments", "restomod.course"),

@@ -2,7 +2,7 @@
 
     config = restomod.preset("quickstart")
     restomod.train.loop.train(config, Path("runs/mine"))
-    restomod.generate.sample("runs/mine", "def ", 3, config.sampling, seed=1)
+    restomod.samples.sample("runs/mine", ["def "], 3, config.sampling, seed=1)
 
 The names below can be used from here. Nothing imports torch before it is used.
 """

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from restomod.config import Device, Precision, RunConfig
+from restomod.config import Device, Precision, RunConfig, SamplingConfig, require_seed
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.errors import UserError
 
@@ -29,26 +29,57 @@ class TrainArguments(ResumeArguments):
     """Folder of the run; it must not exist yet."""
 
 
-@dataclass(frozen=True)
-class SampleArguments:
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
-    prompt: str = ""
-    """Text to continue; empty starts a new document."""
-    num_samples: int = 3
-    """How many continuations."""
+@dataclass(frozen=True, kw_only=True)
+class _WritingArguments:
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; may be given several times."""
+    prompt_file: str | None = None
+    """Continue every line of this file instead; blank ones are left out."""
     max_tokens: int = 100
-    """Length of each, in tokens."""
+    """Length of each continuation, in tokens."""
     temperature: float = 0.8
     """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
     top_k: int = 50
     """Sample among this many likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
     seed: int = 1337
-    """The same seed gives the same text."""
+    """The same seed gives the same text of a prompt, whatever the other prompts are."""
     device: Device = "auto"
     """Where to compute. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
     """Of the matrix products."""
+
+    def settings(self) -> SamplingConfig:
+        """How to sample.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        require_seed("--seed", self.seed)
+        return SamplingConfig(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(_WritingArguments):
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
+    num_samples: int = 3
+    """How many continuations of each prompt. Without a prompt they start new documents."""
+    stream: bool = False
+    """Print texts as they are made, one after the other. A single one in a terminal always is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSamplesArguments(_WritingArguments):
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """The other one."""
+    out: str | None = None
+    """Write them into this file too: Markdown (.md) or a page for the browser (.html)."""
 
 
 @dataclass(frozen=True)

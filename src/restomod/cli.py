@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from restomod import __version__
 from restomod.arguments import (
     BenchArguments,
     CheckArguments,
+    CompareSamplesArguments,
     DataArguments,
     DoctorArguments,
     InspectArguments,
@@ -27,7 +29,7 @@ from restomod.arguments import (
     TrainArguments,
     parse,
 )
-from restomod.config import RunConfig, SamplingConfig, require_seed
+from restomod.config import RunConfig, require_seed
 from restomod.errors import ReportedElsewhere, UserError, describe_os_error, did_you_mean
 from restomod.presets import PRESETS, preset, summary
 
@@ -102,26 +104,44 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
 
 
 def sample(arguments: list[str]) -> int:
-    """Let a run's model, or any GPT-2, continue a text."""
+    """Let a run's model, or any GPT-2, continue texts."""
     parsed = parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
-    require_seed("--seed", parsed.seed)
-    settings = SamplingConfig(max_tokens=parsed.max_tokens, temperature=parsed.temperature, top_k=parsed.top_k)
+    settings, n = parsed.settings(), parsed.num_samples
 
-    from restomod.generate import sample as run
+    from restomod.samples import choose_prompts, streamed, visible
+    from restomod.samples import sample as run
 
-    texts = run(
-        parsed.model,
-        parsed.prompt,
-        parsed.num_samples,
-        settings,
-        parsed.seed,
-        parsed.device,
-        parsed.precision,
-    )
-    for i, text in enumerate(texts, 1):
-        print(f"--- {i} of {len(texts)} ---\n{parsed.prompt}{text}")
+    prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
+    terminal, count = sys.stdout.isatty(), len(prompts) * n
+    how = parsed.model, prompts, n, settings, parsed.seed, parsed.device, parsed.precision
+    pieces: Iterable[Iterable[str]]
+    if parsed.stream or (terminal and count == 1):
+        pieces = streamed(*how)
+    else:
+        pieces = ([text] for texts in run(*how) for text in texts)
+    for i, text in enumerate(pieces):
+        print(f"--- {i + 1} of {count} ---")
+        for piece in itertools.chain([prompts[i // n]], text):
+            print(visible(piece) if terminal else piece, end="", flush=True)
+        print()
+    return 0
+
+
+def compare_samples(arguments: list[str]) -> int:
+    """Show two models' continuations of the same texts side by side."""
+    parsed = parse(CompareSamplesArguments, tyro.MISSING_NONPROP, arguments, "restomod compare-samples")
+    settings = parsed.settings()
+
+    from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
+    from restomod.samples import choose_prompts
+
+    write = report_writer(parsed.out)
+    prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
+    compared = compare(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
+    print(as_table(compared), end="")
+    write(compared)
     return 0
 
 
@@ -245,6 +265,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "train": train,
     "sample": sample,
+    "compare-samples": compare_samples,
     "inspect": inspect,
     "check": check,
     "doctor": doctor,
@@ -260,8 +281,9 @@ def _printable(message: str) -> str:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
+        width = max(map(len, VERBS))
         for name, verb in VERBS.items():
-            print(f"  {name:<8}  {verb.__doc__}")
+            print(f"  {name:<{width}}  {verb.__doc__}")
         print("\n  --version   print the version\n  --debug     show the traceback of an error")
         return 0 if arguments else EXIT_USER_ERROR
     if arguments[0] == "--version":

@@ -175,11 +175,14 @@ class SamplingConfig:
     """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
     top_k: int = 50
     """Sample among this many likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
         _require(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}; it must be 0 or more")
         _require(self.top_k >= 0, f"sampling.top_k is {self.top_k}; it must be 0 or more")
+        _require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)

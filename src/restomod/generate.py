@@ -1,114 +1,187 @@
-"""Sampling: `prefill` reads the prompt, then every new token costs one forward pass over one position.
+"""Generation: `read` puts contexts into a key/value cache, then every new token costs a pass over one position.
 
-Shapes: B = samples, T = tokens of a pass, V = vocabulary.
+The rows of a batch have lengths of their own. Each keeps its keys and values from place 0 of its row on, so that a
+token's place is its position, no row is padded on the left, and what lies behind a row's length is hidden by a mask.
+
+Shapes: B = rows that go on, n = contexts read together, T = tokens of the longest of these, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from restomod.config import Device, Precision, SamplingConfig
-from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from restomod.device import autocast, choose_device, choose_dtype
-from restomod.errors import UserError
+from restomod.config import ModelConfig, SamplingConfig
+from restomod.data.tokenizer import END_OF_TEXT
+from restomod.device import autocast
+from restomod.draw import next_tokens
 from restomod.model.gpt import GPT, KVCache
-from restomod.train.find import open_model
+
+CACHE_BYTES = 2**30  # of keys and values; what needs more is generated in several batches
 
 
-def next_tokens(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """Draw one token per row.
+class Request(NamedTuple):
+    """One text to generate."""
 
-    Args:
-        logits: (B, V).
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens (0: all).
-        generator: on the CPU, so that a seed gives the same text on every device.
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    number: int
+    """Which sample of this prompt: others are drawn from other random numbers."""
 
-    Returns:
-        (B,) int64.
-    """
-    logits = logits.float().cpu()
-    if temperature == 0:
-        return logits.argmax(-1)
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = torch.softmax(logits / temperature, -1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+class RowCache(KVCache):
+    """A cache whose row i holds ``lengths[i]`` tokens; only the first ``len(lengths)`` rows are in use."""
+
+    def __init__(
+        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, capacity: int
+    ) -> None:
+        super().__init__(config, batch, device, dtype, capacity)
+        self.keys.zero_()  # a hidden value has weight 0 in attention, and 0 times what is not a number is not one
+        self.values.zero_()
+        self.lengths = [0] * batch
+
+    def fill(self, row: int, source: KVCache, source_row: int, length: int) -> None:
+        """Make ``row`` hold the first ``length`` tokens of another row."""
+        self.keys[:, row, :, :length] = source.keys[:, source_row, :, :length]
+        self.values[:, row, :, :length] = source.values[:, source_row, :, :length]
+        self.lengths[row] = length
+
+    def drop(self, row: int) -> None:
+        """Give up a row; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.fill(row, self, last, self.lengths[last])
+        self.lengths.pop()
+
+    def begin_step(self) -> tuple[Tensor, Tensor | None]:
+        """Get ready for one more token per row: its position, (B, 1), and which keys it sees, (B, 1, 1, places)."""
+        device = self.keys.device
+        self._rows = torch.arange(len(self.lengths), device=device)
+        self._places = torch.tensor(self.lengths, device=device)
+        self._end = max(self.lengths) + 1
+        positions = self._places[:, None]
+        if min(self.lengths) == max(self.lengths):
+            return positions, None  # every row sees all there is
+        return positions, (torch.arange(self._end, device=device) <= positions)[:, None, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add each row's (B, H, 1, K) new key and value behind its own; return those of all, (B, H, places, K)."""
+        keys, values = (whole[layer, : len(self.lengths)] for whole in (self.keys, self.values))
+        keys[self._rows, :, self._places] = k.squeeze(2)
+        values[self._rows, :, self._places] = v.squeeze(2)
+        return keys[:, :, : self._end], values[:, :, : self._end]
+
+
+class Decoder:
+    """A model ready to generate: what autocast would cast for every token anew is cast once."""
+
+    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+        self.config, self.dtype, self.device = model.config, dtype, model.head.device
+        self.head = model.head[: model.config.vocab_size].to(dtype)  # without the padded rows: never drawn
+        self.transformer = (model if dtype == torch.float32 else _cast_linear(model, dtype)).transformer
+
+    def read(self, contexts: Sequence[Sequence[int]], cache: RowCache, rows: Sequence[int]) -> None:
+        """Fill ``rows`` of the cache with ``contexts``; equal ones are computed once. No logits are computed."""
+        distinct = {tuple(context): i for i, context in enumerate(dict.fromkeys(map(tuple, contexts)))}
+        T = max(map(len, distinct))
+        # padded on the right, where no token before can see it
+        tokens = torch.tensor([[*context, *[0] * (T - len(context))] for context in distinct], device=self.device)
+        filled = KVCache(self.config, len(distinct), self.device, self.dtype, T)
+        with autocast(self.device, self.dtype):
+            self.transformer.forward(tokens, filled)  # (n, T); .forward: see GPT.forward
+        for row, context in zip(rows, contexts, strict=True):
+            cache.fill(row, filled, distinct[tuple(context)], len(context))
+
+    def step(self, tokens: list[int], cache: RowCache) -> Tensor:
+        """Logits of the next token, (B, V), after one more token of each row."""
+        positions, mask = cache.begin_step()
+        with autocast(self.device, self.dtype):
+            new = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
+            hidden = self.transformer.forward(new, cache, positions, mask)  # (B, 1, D)
+            logits = F.linear(hidden[:, 0], self.head)
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return logits
+
+
+def _cast_linear(model: GPT, dtype: torch.dtype) -> GPT:
+    """A copy whose linear layers are in ``dtype``, as autocast makes them; it shares everything else."""
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tensors = {
+        name: tensor.detach().to(dtype) if name.rpartition(".")[0] in linear else tensor.detach()
+        for name, tensor in model.named_parameters()
+    }
+    copy.load_state_dict(tensors, assign=True)
+    return copy
+
+
+def random_numbers(seed: int, request: Request) -> np.random.Generator:
+    """The random numbers of one text: they follow from the seed, its prompt and its number, and from nothing else."""
+    return np.random.default_rng([seed, request.number, *request.prompt])
 
 
 @torch.no_grad()
 def generate(
     model: GPT,
-    prompt: list[int],
-    n_samples: int,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
     seed: int,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[Tensor]:
-    """Yield the next token of each sample, (B,) int64 on the CPU, ``max_tokens`` times.
+    stop: int | None = END_OF_TEXT,
+) -> Iterator[dict[int, int]]:
+    """Yield ``sampling.max_tokens`` times the next token of every text that goes on, by its index in ``requests``.
 
-    A context that has filled the model's positions is cut to its newest half and read again. Nothing in the model
-    changes, and no random state but ``seed``'s own is touched.
-    """
-    device = model.head.device
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.tensor([prompt] * n_samples)  # (B, T)
-    new, cache = context, None
-    for _ in range(max_tokens):
-        if cache is None or cache.length + new.shape[1] > model.config.n_positions:
-            if context.shape[1] > model.config.n_positions:
-                context = context[:, -max(1, model.config.n_positions // 2) :]
-            new, cache = context, KVCache(model.config, n_samples, device, dtype)
-        with autocast(device, dtype):
-            logits = model(new.to(device), cache)[:, -1]  # (B, V)
-        cache.length += new.shape[1]
-        tokens = next_tokens(logits, temperature, top_k, generator)
-        yield tokens
-        new = tokens[:, None]
-        context = torch.cat([context, new], dim=1)
+    A context that is longer than the model's positions is cut to its newest half of them and read again, at the
+    beginning or on the way. A text does not depend on the others of its batch, but for the rounding of products whose
+    shapes differ. Nothing in the model changes, and no random state is touched.
 
-
-def continuations(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    n_samples: int,
-    sampling: SamplingConfig,
-    seed: int,
-    dtype: torch.dtype,
-) -> list[str]:
-    """Continue ``prompt`` ``n_samples`` times, each up to ``<|endoftext|>``; an empty prompt starts a document."""
-    ids = tokenizer.encode(prompt).tolist() or [END_OF_TEXT]
-    steps = generate(model, ids, n_samples, sampling.max_tokens, sampling.temperature, sampling.top_k, seed, dtype)
-    rows = torch.stack(list(steps), dim=1).tolist()  # B lists of max_tokens ids
-    return [tokenizer.decode(row[: row.index(END_OF_TEXT)] if END_OF_TEXT in row else row) for row in rows]
-
-
-def sample(
-    where: str,
-    prompt: str,
-    n_samples: int,
-    sampling: SamplingConfig,
-    seed: int,
-    device: Device = "auto",
-    precision: Precision = "auto",
-) -> list[str]:
-    """Continue ``prompt`` with the model that ``where`` names: a run, a model folder, or a name on the hub.
+    Args:
+        model: computes as it is; a compiled transformer is run uncompiled.
+        requests: B texts, of any lengths.
+        sampling: how many tokens, and how they are drawn.
+        seed: at least 0.
+        dtype: of the matrix products.
+        stop: a text ends with this token (None: with none). When all have ended, so does the generation.
 
     Raises:
-        UserError: there is no such model, it is damaged, or its vocabulary is not GPT-2's.
+        UserError: the model computes what is not a number.
     """
-    target, tokenizer = choose_device(device), gpt2_tokenizer()
-    model = open_model(where, target)
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{where} has a vocabulary of {model.config.vocab_size:,} tokens, and text is read and written with "
-            f"GPT-2's {tokenizer.vocab_size:,}: it cannot be sampled here"
-        )
-    return continuations(model, tokenizer, prompt, n_samples, sampling, seed, choose_dtype(precision, target))
+    window = model.config.n_positions
+    contexts = [list(request.prompt) for request in requests]
+    chances = [random_numbers(seed, request) for request in requests]
+    decoder = Decoder(model, dtype)
+    capacity = min(window, max(map(len, contexts)) + sampling.max_tokens)
+    cache = RowCache(model.config, len(contexts), decoder.device, dtype, capacity)
+    going = list(range(len(contexts)))  # the text in each row of the cache
+    for _ in range(sampling.max_tokens):
+        for row, text in enumerate(going):
+            if len(contexts[text]) > window:
+                contexts[text] = contexts[text][-max(1, window // 2) :]
+                cache.lengths[row] = 0
+        unread = [row for row, text in enumerate(going) if cache.lengths[row] < len(contexts[text]) - 1]
+        if unread:
+            decoder.read([contexts[going[row]][:-1] for row in unread], cache, unread)
+        logits = decoder.step([contexts[text][-1] for text in going], cache)
+        drawn = next_tokens(logits, sampling, [chances[text].random() for text in going]).tolist()
+        yield dict(zip(going, drawn, strict=True))
+        for text, token in zip(going, drawn, strict=True):
+            contexts[text].append(token)
+        for row in reversed(range(len(going))):
+            if drawn[row] == stop:
+                cache.drop(row)
+                going[row] = going[-1]
+                going.pop()
+        if not going:
+            return
+
+
+def rows_at_once(config: ModelConfig, longest_prompt: int, max_tokens: int, dtype: torch.dtype) -> int:
+    """How many texts, of prompts up to so many tokens, have their keys and values in `CACHE_BYTES`; at least 1."""
+    tokens = min(config.n_positions, longest_prompt + max_tokens)
+    return max(1, CACHE_BYTES // (2 * config.n_layer * config.n_embd * tokens * dtype.itemsize))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from restomod.config import ModelConfig
-from restomod.generate import generate
+from restomod.config import ModelConfig, SamplingConfig
+from restomod.generate import Request, generate
 from restomod.model.gpt import GPT
 from restomod.train.parity import random_model
 from restomod.train.step import Compute, batch_loss
@@ -165,8 +165,8 @@ def test_greedy_continuations_are_those_of_transformers_token_for_token(config: 
     reference.generation_config.eos_token_id = None
     for i in range(20):
         prompt = random_tokens(config, 1, 1 + 3 * i, seed=i)
-        steps = generate(model, prompt[0].tolist(), 1, 64, temperature=0.0, top_k=0, seed=0)
-        ours = torch.cat(list(steps)).tolist()
+        greedy = SamplingConfig(max_tokens=64, temperature=0.0)
+        ours = [new[0] for new in generate(model, [Request(prompt[0].tolist(), 0)], greedy, seed=0, stop=None)]
         theirs = reference.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

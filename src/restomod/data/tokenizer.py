@@ -88,6 +88,10 @@ class Tokenizer:
         """Text of token ids; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self._encoding.decode(tokens)
 
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The bytes that token ids stand for; a token may end in the middle of a UTF-8 character."""
+        return self._encoding.decode_bytes(tokens)
+
     def byte_length(self, tokens: np.ndarray) -> int:
         """UTF-8 bytes of text that ``tokens`` (n,) stand for; ``<|endoftext|>`` stands for none."""
         return int(self._byte_lengths[tokens].sum())

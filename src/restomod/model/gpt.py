@@ -23,9 +23,11 @@ PLAIN_ATTENTION_TOKENS = 256
 class KVCache:
     """The keys and values of the tokens seen so far, so that each new token is computed alone."""
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> None:
         K = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, config.n_head, config.n_positions, K)
+        shape = (config.n_layer, batch, config.n_head, capacity or config.n_positions, K)  # capacity: tokens of a row
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held; the caller advances it after each forward pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from restomod.evals.heldout import heldout_loss
-from restomod.generate import continuations
+from restomod.samples import continuations
 from restomod.train.console import Display
 from restomod.train.distributed import whole
 from restomod.train.setup import Training
@@ -45,15 +45,8 @@ def write_samples(training: Training, step: int, display: Display) -> None:
     if not training.processes.main:
         return
     display.line(f"step {step}  samples", style="bold cyan")
-    for i, prompt in enumerate(sampling.prompts):
-        (text,) = continuations(
-            model,
-            training.tokenizer,
-            prompt,
-            1,
-            sampling,
-            training.config.seed + step + i,
-            training.compute.dtype,
-        )
+    seed, dtype = training.config.seed + step, training.compute.dtype
+    texts = continuations(model, training.tokenizer, sampling.prompts, 1, sampling, seed, dtype)
+    for prompt, (text,) in zip(sampling.prompts, texts, strict=True):
         training.run.log_sample(step, prompt, text)
         display.sample(prompt, text)

@@ -1,0 +1,158 @@
+"""Texts that continue prompts: all at once in batches, or one piece by piece as it is made."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from restomod.config import Device, Precision, SamplingConfig
+from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from restomod.device import choose_device, choose_dtype
+from restomod.errors import UserError, describe_os_error
+from restomod.generate import Request, generate, rows_at_once
+from restomod.model.gpt import GPT
+from restomod.model.pretrained import load_model, read_model_config
+from restomod.train.find import find_model
+
+
+def continuations(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    n_samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+    dtype: torch.dtype,
+) -> list[list[str]]:
+    """Continue each prompt ``n_samples`` times, each up to ``<|endoftext|>``.
+
+    The texts of a prompt follow from the model, the prompt and the seed, whatever the other prompts are.
+
+    Returns:
+        A list per prompt.
+    """
+    requests = [Request(prompt_tokens(tokenizer, prompt), i) for prompt in prompts for i in range(n_samples)]
+    longest = max((len(request.prompt) for request in requests), default=0)
+    at_once = rows_at_once(model.config, longest, sampling.max_tokens, dtype)
+    texts: list[list[int]] = [[] for _ in requests]
+    for start in range(0, len(requests), at_once):
+        for new in generate(model, requests[start : start + at_once], sampling, seed, dtype):
+            for i, token in new.items():
+                texts[start + i].append(token)
+    decoded = [tokenizer.decode([token for token in text if token != END_OF_TEXT]) for text in texts]
+    return [decoded[start : start + n_samples] for start in range(0, len(decoded), n_samples)]
+
+
+def stream(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    number: int,
+    sampling: SamplingConfig,
+    seed: int,
+    dtype: torch.dtype,
+) -> Iterator[str]:
+    """Sample ``number`` of a prompt in pieces, as soon as they are made; a character comes when its bytes are whole.
+
+    Together the pieces are what `continuations` returns.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for new in generate(model, [Request(prompt_tokens(tokenizer, prompt), number)], sampling, seed, dtype):
+        if new[0] != END_OF_TEXT:
+            yield decoder.decode(tokenizer.decode_bytes([new[0]]))
+    yield decoder.decode(b"", final=True)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt; an empty one starts a new document."""
+    return tokenizer.encode(prompt).tolist() or [END_OF_TEXT]
+
+
+def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The prompts that a command names: those given, or the lines of a file that are not blank, or ``default``.
+
+    Raises:
+        UserError: both are named, or the file cannot be read, is not UTF-8, or holds no prompt.
+    """
+    if file is None:
+        return prompts or default
+    if prompts:
+        raise UserError("--prompt and --prompt-file both name prompts: give one of them")
+    path = Path(file)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"--prompt-file {path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} at offset {e.start} ({e.reason})"
+        ) from None
+    except OSError as e:
+        raise UserError(f"--prompt-file {describe_os_error(e)}; it should be a text file, a prompt per line") from None
+    found = tuple(line for line in lines if line.strip())
+    if not found:
+        raise UserError(f"--prompt-file {path} holds no prompt: write one per line")
+    return found
+
+
+def find_writer(where: str, tokenizer: Tokenizer) -> Path:
+    """The folder of the model that ``where`` names: a run, a model folder, or a name on the hub.
+
+    Raises:
+        UserError: there is none, it is damaged, or its vocabulary is not the tokenizer's.
+    """
+    folder = find_model(where)
+    vocab_size = read_model_config(folder).vocab_size
+    if vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{where} has a vocabulary of {vocab_size:,} tokens, and text is read and written with "
+            f"GPT-2's {tokenizer.vocab_size:,}: it cannot be sampled here"
+        )
+    return folder
+
+
+def sample(
+    where: str,
+    prompts: Sequence[str],
+    n_samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    folder: Path | None = None,
+) -> list[list[str]]:
+    """Continue each prompt ``n_samples`` times with the model that ``where`` names (see `find_writer`).
+
+    Args:
+        folder: of the model, where `find_writer` has been asked already.
+
+    Returns:
+        A list of texts per prompt.
+    """
+    target, tokenizer = choose_device(device), gpt2_tokenizer()
+    model = load_model(folder or find_writer(where, tokenizer), target)
+    return continuations(model, tokenizer, prompts, n_samples, sampling, seed, choose_dtype(precision, target))
+
+
+def streamed(
+    where: str,
+    prompts: Sequence[str],
+    n_samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> Iterator[Iterator[str]]:
+    """The texts of `sample`, one after the other, each in the pieces of `stream`."""
+    target, tokenizer = choose_device(device), gpt2_tokenizer()
+    model, dtype = load_model(find_writer(where, tokenizer), target), choose_dtype(precision, target)
+    for prompt in prompts:
+        for number in range(n_samples):
+            yield stream(model, tokenizer, prompt, number, sampling, seed, dtype)
+
+
+def visible(text: str) -> str:
+    """``text`` with a picture for every control character but line feed and tab: it cannot steer a terminal."""
+    pictures = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}
+    return text.translate(pictures | dict.fromkeys(range(128, 160), 0xFFFD))
