@@ -34,7 +34,13 @@ LAYERS = (
     ("restomod.train",),  # loss, schedule, optimizer, checkpoint, metrics, console, run, sanity, step
     ("restomod.evals",),
     ("restomod.draw", "restomod.generate", "restomod.samples", "restomod.compare_samples", "restomod.inspection"),
-    ("restomod.train.setup", "restomod.train.observe", "restomod.train.recover", "restomod.train.loop"),
+    (
+        "restomod.train.setup",
+        "restomod.train.journal",
+        "restomod.train.observe",
+        "restomod.train.recover",
+        "restomod.train.loop",
+    ),
     ("restomod.bench", "restomod.doctor"),
     ("restomod.experiments", "restomod.course"),
     ("restomod.arguments", "restomod.cli", "restomod.__main__"),
