@@ -38,7 +38,7 @@ def comparison(*texts: str) -> Comparison:
 def shown(text: str) -> str:
     """As a reader sees it: control characters as pictures."""
     return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]",
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]",
         lambda m: "�" if m[0] > "\x7f" else "␡" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])),
         text,
     )

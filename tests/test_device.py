@@ -61,9 +61,14 @@ def test_a_precision_that_is_asked_for_is_used(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],  # Turing; Ampere; Hopper
+    [
+        ((6, 1), torch.float32),  # Pascal
+        ((7, 5), torch.float16),  # Turing
+        ((8, 0), torch.bfloat16),  # Ampere
+        ((9, 0), torch.bfloat16),  # Hopper
+    ],
 )
-def test_auto_is_bf16_on_gpus_that_compute_it(
+def test_auto_is_what_a_gpu_computes_fast(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -60,6 +60,8 @@ def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     kept = {p: (ours(logits, drawing(top_p=p)) > 0).sum().item() for p in (0.4, 0.5, 0.51, 0.75, 0.8, 1.0)}
     assert kept == {0.4: 1, 0.5: 1, 0.51: 2, 0.75: 2, 0.8: 3, 1.0: 4}
+    even = torch.zeros(1, 4)  # of which each has exactly a quarter
+    assert [(ours(even, drawing(top_p=p)) > 0).sum().item() for p in (0.25, 0.5, 0.75)] == [1, 2, 3]
 
 
 def test_tokens_that_equal_the_last_of_the_top_k_are_all_kept_as_by_transformers() -> None:
@@ -95,12 +97,18 @@ def test_the_least_and_the_greatest_uniform_number_draw_what_may_be_drawn(sampli
         assert possible[next_tokens(torch.tensor([LOGITS]), sampling, [uniform])]
 
 
+def test_a_token_without_weight_is_never_drawn() -> None:
+    never = float("-inf")
+    logits = torch.tensor([[never, 0.0, never, 0.0]] * 2)
+    assert next_tokens(logits, drawing(), [0.0, 0.5]).tolist() == [1, 3]
+
+
 def test_temperature_0_takes_the_likeliest() -> None:
     assert draws(drawing(0.0), n=10).tolist() == [0, 0, 10, 0, 0, 0, 0, 0]
 
 
 def test_a_tiny_temperature_is_as_good_as_0() -> None:
-    assert draws(drawing(1e-300), n=10).tolist() == [0, 0, 10, 0, 0, 0, 0, 0]
+    assert draws(drawing(1e-320), n=10).tolist() == [0, 0, 10, 0, 0, 0, 0, 0]
 
 
 def test_each_row_is_drawn_from_its_own_logits_and_number() -> None:

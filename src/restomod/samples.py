@@ -153,6 +153,10 @@ def streamed(
 
 
 def visible(text: str) -> str:
-    """``text`` with a picture for every control character but line feed and tab: it cannot steer a terminal."""
+    """``text`` with a picture for each control character but line feed and tab: it can steer no terminal.
+
+    What has no picture, among it the controls that reverse the direction of writing, becomes U+FFFD.
+    """
     pictures = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}
-    return text.translate(pictures | dict.fromkeys(range(128, 160), 0xFFFD))
+    others = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    return text.translate(pictures | dict.fromkeys(others, 0xFFFD))

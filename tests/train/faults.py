@@ -43,9 +43,7 @@ def _initialise(std: float, mean: float = 0.0, residual_scale: bool = True, bias
 def _attend(kind: str) -> Plant:
     """Attention with another mask, or without a gradient."""
 
-    def forward(
-        self: CausalSelfAttention, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self: CausalSelfAttention, x: Tensor, cache: KVCache | None, given: Tensor | None) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
         mask = {
@@ -79,8 +77,8 @@ def _mlp(function: Callable[[MLP, Tensor], Tensor]) -> Plant:
 
 
 def _residual_stream(scale: float) -> Plant:
-    def forward(self: Block, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self: Block, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return (x + self.mlp(self.ln_2(x))) * scale
 
     return lambda patch: patch.setattr(Block, "forward", forward)

@@ -1,0 +1,79 @@
+"""A run that is evaluated and sampled along the way is the run that is not, compiled or eager."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from restomod.config import RunConfig, SamplingConfig
+from restomod.train.console import Display
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+
+from .test_resume import same_checkpoint
+
+QUIET = Display(interactive=False)
+SAMPLING = SamplingConfig(prompts=("the cat", "", "a dog runs under the old tree and"), max_tokens=40, top_p=0.9)
+
+
+def runs(tiny: RunConfig, folder: Path, **values: Any) -> tuple[Path, Path]:
+    """Two runs: one evaluated and sampled every 5 steps and at the end, the other at the end only."""
+    config = dataclasses.replace(tiny, sampling=SAMPLING, sanity_checks=False, **values)
+    watched, alone = folder / "watched", folder / "alone"
+    train(dataclasses.replace(config, eval_every=5, sample_every=5), watched, display=QUIET)
+    train(dataclasses.replace(config, eval_every=1000, sample_every=1000), alone, display=QUIET)
+    assert [r["step"] for r in read_jsonl(watched / "metrics.jsonl") if r["kind"] == "val"] == [0, 5, 10, 12]
+    assert [r["step"] for r in read_jsonl(watched / "samples.jsonl")] == [
+        step for step in (5, 10, 12) for _ in range(3)
+    ]
+    assert {r["step"] for r in read_jsonl(alone / "samples.jsonl")} == {12}
+    return watched, alone
+
+
+def training_losses(run: Path) -> list[float]:
+    return [r["loss"] for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def check_equal(watched: Path, alone: Path, steps: int) -> None:
+    assert training_losses(watched) == training_losses(alone)
+    assert same_checkpoint(watched, alone, steps)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluating_and_sampling_change_nothing(tiny: RunConfig, tmp_path: Path, precision: str) -> None:
+    check_equal(*runs(tiny, tmp_path, precision=precision), tiny.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluating_and_sampling_change_nothing_in_a_compiled_run(
+    tiny: RunConfig, tmp_path: Path, precision: str
+) -> None:
+    torch.compiler.reset()
+    check_equal(*runs(tiny, tmp_path, precision=precision, compile=True), tiny.steps)
+
+
+def graphs(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many graphs a compiled run hands to its backend, those of recompilations included."""
+    torch.compiler.reset()
+    counter, compile = CompileCounter(), torch.nn.Module.compile
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend=counter))
+        train(dataclasses.replace(config, compile=True, sanity_checks=False), folder, display=QUIET)
+    torch.compiler.reset()
+    return counter.frame_count
+
+
+def test_evaluating_and_sampling_compile_nothing(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, sampling=SAMPLING)
+    watched = graphs(config, tmp_path / "watched", monkeypatch)
+    monkeypatch.setattr("restomod.train.loop.evaluate", lambda *a: None)
+    monkeypatch.setattr("restomod.train.loop.write_samples", lambda *a: None)
+    assert watched == graphs(config, tmp_path / "alone", monkeypatch) == 1
