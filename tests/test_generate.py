@@ -38,14 +38,14 @@ def generated(
     numbers: list[int] | None = None,
     stop: int | None = None,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **how: Any,
 ) -> list[list[int]]:
-    """New tokens of each prompt; greedy and without an end unless told otherwise."""
+    """New tokens of each prompt; greedy, without an end and in the model's precision unless told otherwise."""
     sampling = SamplingConfig(max_tokens=max_tokens, **{"temperature": 0.0, "top_k": 0, **how})
     requests = [Request(prompt, number) for prompt, number in zip(prompts, numbers or [0] * len(prompts), strict=True)]
     texts: list[list[int]] = [[] for _ in prompts]
-    for new in generate(model, requests, sampling, seed, dtype, stop):
+    for new in generate(model, requests, sampling, seed, dtype or model.head.dtype, stop):
         for i, token in new.items():
             texts[i].append(token)
     return texts
@@ -53,26 +53,29 @@ def generated(
 
 @torch.no_grad()
 def by_full_passes(
-    model: GPT, prompt: list[int], max_tokens: int, stop: int | None = None, dtype: torch.dtype = torch.float32
+    model: GPT, prompt: list[int], max_tokens: int, stop: int | None = None, dtype: torch.dtype | None = None
 ) -> list[int]:
     """Greedy, without a cache: a context that is longer than the positions is cut to its newest half."""
     context, new = list(prompt), []
     while len(new) < max_tokens and (not new or new[-1] != stop):
         if len(context) > model.config.n_positions:
             context = context[-(model.config.n_positions // 2) :]
-        with autocast(CPU, dtype):
+        with autocast(CPU, dtype or model.head.dtype):
             new.append(int(model(torch.tensor([context]))[0, -1].argmax()))
         context.append(new[-1])
     return new
 
 
 def lively(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model whose blocks outweigh its embedding: a small random one only repeats its last token."""
+    """A model whose blocks outweigh its embedding: a small random one only repeats its last token.
+
+    In fp64, where no two logits are so near each other that the order of a sum decides between them.
+    """
     model = random_model(config, seed)
     with torch.no_grad():
         for parameter in model.transformer.h.parameters():
             parameter.mul_(4.0)
-    return model
+    return model.double()
 
 
 # --- greedy --------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def check_against_transformers(config: ModelConfig, lengths: list[int], max_toke
     ours = generated(model, prompts, max_tokens)
     assert len(set(ours[0])) > max_tokens // 4, "it goes round in circles"
     save_model(model, folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     theirs.generation_config.eos_token_id = None
     longest = max(lengths)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])

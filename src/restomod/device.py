@@ -72,8 +72,8 @@ def _cpu() -> dict[str, str]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Compute matrix products in ``dtype``; in fp32 this does nothing."""
-    if dtype == torch.float32:
+    """Compute matrix products in ``dtype``; in fp32 and fp64 this does nothing."""
+    if dtype in (torch.float32, torch.float64):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 

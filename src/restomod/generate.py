@@ -83,7 +83,7 @@ class Decoder:
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         self.config, self.dtype, self.device = model.config, dtype, model.head.device
         self.head = model.head[: model.config.vocab_size].to(dtype)  # without the padded rows: never drawn
-        self.transformer = (model if dtype == torch.float32 else _cast_linear(model, dtype)).transformer
+        self.transformer = (model if dtype == model.head.dtype else _cast_linear(model, dtype)).transformer
 
     def read(self, contexts: Sequence[Sequence[int]], cache: RowCache, rows: Sequence[int]) -> None:
         """Fill ``rows`` of the cache with ``contexts``; equal ones are computed once. No logits are computed."""

@@ -43,7 +43,7 @@ class KVCache:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(K)) v, (B, H, T, K); ``causal``: each query sees itself and what is before it."""
     T, K = q.shape[-2:]
-    if causal and q.device.type == "cpu" and q.dtype != torch.float32 and T <= PLAIN_ATTENTION_TOKENS:
+    if causal and q.device.type == "cpu" and q.dtype.itemsize == 2 and T <= PLAIN_ATTENTION_TOKENS:
         # the backward pass of torch's fused kernel takes twice to four times as long as these products
         later = torch.ones(T, T, dtype=torch.bool).triu(1)
         scores = (q * K**-0.5) @ k.mT  # (B, H, T, T)

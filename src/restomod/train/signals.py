@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
+ONE_REQUEST = 1.0  # seconds; a parent's death is told once for each of its threads, Slurm tells a job and its step
 
 
 def stop_with_parent() -> None:
@@ -24,10 +26,11 @@ def stop_with_parent() -> None:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the present step; a second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the present step; a later one acts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -43,7 +46,10 @@ class StopSignal:
             signal.signal(s, handler)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-        # not print: the signal may have interrupted one
-        os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+            # not print: the signal may have interrupted one
+            os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
+        elif time.monotonic() > self._since + ONE_REQUEST:
+            self._restore()
+            signal.raise_signal(signum)
