@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from restomod.errors import UserError
 from restomod.presets import preset
 from restomod.train import parity
 from restomod.train.sanity import Status, Verdict
+from restomod.train.saver import kept
 from tests.models import CPU
 from tests.train.test_parity import FAULTS, WrongKernel
 
@@ -162,12 +164,19 @@ def test_a_gpu_that_lies_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 # --- disk, memory, threads ----------------------------------------------------------------------------------
 
 
-def test_room_for_checkpoints_is_that_of_those_kept_and_one_more(
+def test_room_for_checkpoints_is_that_of_those_kept_the_best_and_one_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = 3 * 12 * 7_655_552
+    config = preset("quickstart")
+    saved = range(0, config.steps + 1, config.save_every)
+    kept_at_most = max(
+        len(kept(list(saved[: n + 1]), {step: float(step != best) for step in saved[: n + 1]}, {}, config))
+        for n in range(len(saved))
+        for best in saved
+    )
+    needed = (kept_at_most + 1) * 12 * 7_655_552
     monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=needed))
-    assert_says(machine.disk(this(tmp_path / "runs" / "x")), "pass", "0.3 GB", "2 checkpoints of 0.1 GB")
+    assert_says(machine.disk(this(tmp_path / "runs" / "x")), "pass", "0.4 GB", "3 checkpoints of 0.1 GB")
     monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=needed - 1))
     assert_says(machine.disk(this(tmp_path / "runs" / "x")), "fail", f"free in {tmp_path}", "--out on another disk")
 
@@ -370,6 +379,15 @@ def test_a_compiler_that_fails(tmp_path: Path, message: str, said: str) -> None:
 @pytest.mark.slow
 def test_a_compiler_that_works() -> None:
     assert_says(compiler_verdict(os.environ["PATH"]), "pass", "torch.compile compiles a module here")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path) -> None:
+    refuses = "case \"$*\" in *-mavx512*|*-mamx*) echo 'g++: error: unrecognized option' >&2; exit 1;; esac"
+    (tmp_path / "g++").write_text(f'#!/bin/sh\n{refuses}\nexec {shutil.which("g++")} "$@"\n')
+    (tmp_path / "g++").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert_says(compiler_verdict(path), "pass", "torch.compile compiles a module here")
 
 
 def test_a_compiler_that_compiles_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,8 @@ def disk(machine: Machine) -> Verdict:
     if not there.is_dir() or not os.access(there, os.W_OK):
         return Verdict("disk", "fail", f"{there} cannot be written to; train with --out in another folder")
     free = shutil.disk_usage(there).free
-    each, kept = CHECKPOINT_BYTES * parameter_count(machine.config.model), machine.config.keep_checkpoints
+    each = CHECKPOINT_BYTES * parameter_count(machine.config.model)
+    kept = machine.config.keep_checkpoints + machine.config.keep_best  # the best may be older than those
     needed = each * (kept + 1)
     what = f"{machine.preset} needs {_gb(needed)} ({kept} checkpoints of {_gb(each)} and one being written)"
     if free < needed:

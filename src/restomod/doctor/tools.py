@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from restomod.doctor.machine import Machine
 from restomod.train.sanity import Verdict
@@ -19,25 +20,43 @@ PATIENCE = 60.0  # seconds for a child process
 
 def compiler(machine: Machine) -> Verdict:
     """torch.compile compiles, anew, a module of a few lines, and it computes the same."""
-    import torch._inductor.config
-    from torch._inductor.utils import fresh_cache
-
     name, device = "compiler", machine.device
     module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).to(device)
     x = torch.randn(8, 64, device=device)
-    expected = module(x)
-    torch._dynamo.reset()
-    # precompiled headers pay from the second kernel on
-    with fresh_cache(), torch._inductor.config.patch(cpp_cache_precompile_headers=False), torch.no_grad():
-        try:
-            found = torch.compile(module)(x)
-        except torch._dynamo.exc.TorchDynamoException as e:
-            why, fix = _compiler_problem(str(e))
-            return Verdict(name, "warn", f"torch.compile does not work ({why}); train without --compile, or {fix}")
+    expected = module(x).detach()
+    try:
+        found = _compiled_anew(module, x)
+    except torch._dynamo.exc.TorchDynamoException as e:
+        why, fix = _compiler_problem(str(e))
+        return Verdict(name, "warn", f"torch.compile does not work ({why}); train without --compile, or {fix}")
     off = (found - expected).abs().max().item()
     if not off <= COMPILED_TOLERANCE:
         return Verdict(name, "fail", f"a compiled module is off by {off:.1e}; train without --compile")
     return Verdict(name, "pass", "torch.compile compiles a module here, which computes the same")
+
+
+def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module computes, compiled without torch's caches.
+
+    torch by itself would first compile, load and try a program for each kind of vector instructions that the processor
+    has, which takes longer than all the rest. So the best of them are used untried. A compiler may be too old for them,
+    and torch would go without; so that is the second attempt.
+    """
+    import torch._inductor.config
+    from torch._inductor.utils import fresh_cache
+
+    # precompiled headers pay from the second kernel on
+    options = {"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
+    problem: BaseException | None = None
+    for more in ({}, {"cpp.simdlen": 1}):
+        with fresh_cache(), torch._inductor.config.patch(options | more), torch.no_grad():
+            torch._dynamo.reset()
+            try:
+                return torch.compile(module)(x)
+            except torch._dynamo.exc.TorchDynamoException as e:  # not out of `fresh_cache`, which would keep its folder
+                problem = e
+    assert problem is not None
+    raise problem
 
 
 def _compiler_problem(message: str) -> tuple[str, str]:
