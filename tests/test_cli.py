@@ -730,7 +730,18 @@ def test_a_model_of_another_vocabulary_cannot_be_compared(here: Path, model: str
 def test_samples_are_compared_in_the_terminal_and_in_a_file(
     here: Path, model: str, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
-    arguments = ["--prompt", "A first", "--prompt", "A second", "--max-tokens", "3", "--device", "cpu", "--out", out]
+    arguments = [
+        "--prompt",
+        "A first",
+        "--prompt",
+        "A second\udcff",
+        "--max-tokens",
+        "3",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
     assert main(["compare-samples", model, model, *arguments]) == 0
     shown = capsys.readouterr().out
     assert "1. A first" in shown

@@ -143,7 +143,7 @@ def test_streamed_texts_are_those_of_a_batch(model: GPT, tmp_path: Path) -> None
 
 
 def test_control_characters_become_visible() -> None:
-    assert visible("a\x1b[31m\tb\r\n\x00\x7f\x9b é \u202eb\u2066") == "a␛[31m\tb␍\n␀␡� é �b�"
+    assert visible("a\x1b[31m\tb\r\n\x00\x7f\x9b é \u202eb\u2066\udcff") == "a␛[31m\tb␍\n␀␡� é �b��"
 
 
 # --- prompts and models --------------------------------------------------------------------------------------
