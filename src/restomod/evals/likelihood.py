@@ -7,7 +7,8 @@ one forward pass does what a row per continuation would, and the context is comp
 The rules are those of lm-evaluation-harness 0.4 (EleutherAI): how text is split into the tokens of a context and of a
 continuation (`encode_pair`), and what is cut away where the two are too long for the model (`_fit`).
 
-Shapes: B = rows, T = tokens of the longest, N = positions that predict, M = predicted tokens, D = n_embd, V = vocabulary.
+Shapes: B = rows, T = tokens of the longest, N = positions that predict, M = predicted tokens, D = n_embd,
+V = vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from restomod.errors import UserError
+from restomod.model.gpt import GPT
 from restomod.train.distributed import SINGLE, Processes
 
 HEAD_POSITIONS = 1024  # of which logits exist at once
@@ -260,7 +262,7 @@ def _mask(branches: Tensor) -> Tensor:
 def log_probs_of(
     logits_of: Callable[[slice], Tensor], n: int, which: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normaliser, logit and rank of predicted tokens, from logits that never exist all at once.
+    """Normaliser, logit and rank of predicted tokens, from logits that need not exist all at once.
 
     Args:
         logits_of: logits, (at most `HEAD_POSITIONS`, V), of a slice of the positions; they may be overwritten.
@@ -285,3 +287,25 @@ def log_probs_of(
             highest[block] = z.amax(-1)
             norms[block] = z.sub_(highest[block, None]).exp_().sum(-1).log_() + highest[block]
     return norms[which], chosen, chosen >= highest[which]
+
+
+def gpt_log_probs(
+    model: GPT, hidden: Tensor, which: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens from the hidden states that predict them.
+
+    Args:
+        model: its output matrix is used, its padding is not.
+        hidden: (N, D).
+        which: (M,), the hidden state that predicts each target.
+        targets: (M,).
+        dtype: of the matrix products; the softmax, and the targets' own logits, are in fp32.
+
+    Returns:
+        (M,) fp32, and whether no other token was likelier, (M,) bool.
+    """
+    x, w = hidden.to(dtype), model.head[: model.config.vocab_size].to(dtype)
+    norm, chosen, best = log_probs_of(lambda part: x[part] @ w.t(), len(x), which, targets)
+    if dtype != torch.float32:  # what bf16 has rounded, once more
+        chosen = (hidden[which].float() * model.head[targets].float()).sum(-1)
+    return chosen - norm, best

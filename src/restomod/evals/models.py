@@ -13,7 +13,7 @@ from torch import Tensor
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import autocast
 from restomod.errors import UserError
-from restomod.evals.likelihood import Batch, LanguageModel, Request, log_likelihoods, log_probs_of
+from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.files import read_json
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model
@@ -52,18 +52,13 @@ class ScoredGPT:
         return [int(token) for token in self.tokenizer.encode(text)]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        device, V = self.model.head.device, self.model.config.vocab_size
-        which, targets = batch.which.to(device), batch.targets.to(device)
+        device = self.model.head.device
         positions = None if batch.positions is None else batch.positions.to(device)
         mask = None if batch.mask is None else batch.mask.to(device)
         with autocast(device, self.dtype):
             hidden = self.model.transformer.forward(batch.tokens.to(device), positions=positions, mask=mask)
         hidden = hidden.flatten(0, 1)[batch.at.to(device)]  # (N, D)
-        x, w = hidden.to(self.dtype), self.model.head[:V].to(self.dtype)
-        norm, chosen, best = log_probs_of(lambda part: x[part] @ w.t(), len(x), which, targets)
-        if self.dtype != torch.float32:  # what bf16 has rounded, once more
-            chosen = (hidden[which].float() * self.model.head[targets].float()).sum(-1)
-        return chosen - norm, best
+        return gpt_log_probs(self.model, hidden, batch.which.to(device), batch.targets.to(device), self.dtype)
 
 
 class ScoredTransformers:
@@ -126,7 +121,8 @@ class ScoredTransformers:
         if len(results) < 2:
             return False
         tolerance = SAME if self.model.dtype == torch.float32 else 100 * SAME
-        return bool(torch.allclose(*map(torch.tensor, results), atol=tolerance, rtol=tolerance))
+        apart, shared = map(torch.tensor, results)
+        return bool(torch.allclose(apart, shared, atol=tolerance, rtol=tolerance))
 
 
 def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -151,7 +147,7 @@ def _from_transformers(name: str, folder: Path, device: torch.device, dtype: tor
         raise UserError(f"{name} is not a GPT-2 and needs transformers: pip install transformers") from None
     local = Path(name).is_dir()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         # of a model of the hub only config and weights are here
         tokenizer = AutoTokenizer.from_pretrained(folder if local else name, revision=None if local else folder.name)
     except Exception as e:  # of any kind: the files say what is run
