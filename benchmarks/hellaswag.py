@@ -3,9 +3,9 @@
     python benchmarks/hellaswag.py hellaswag_val.jsonl [--examples 500] [--rounds 5] [--model FOLDER] [--threads N]
 
 The loop is the method of build-nanogpt's `hellaswag.py`, written anew: context and ending of all four choices as rows
-of equal length, `transformers`' GPT-2, logits of all positions, cross-entropy, and the endings' part of it. Both run
-alternately over the same examples, in fp32, with the same weights: random ones unless --model names a folder. Their
-choices are compared, too.
+of equal length, `transformers`' GPT-2, logits of all positions, cross-entropy, and the endings' part of it. It runs in
+fp32, as that script does, and in bf16, as that project's training does for its evaluations. All run alternately over
+the same examples with the same weights: random ones unless --model names a folder. Choices are compared, too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import describe_device, keep_freed_memory
+from restomod.device import autocast, describe_device, keep_freed_memory
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import ACCURACIES, evaluate
-from restomod.evals.tasks import TASKS
+from restomod.evals.scoring import evaluate
+from restomod.evals.tasks import LoadedTask, load_task
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, save_model
 from restomod.presets import preset
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def four_rows(model: GPT2LMHeadModel, records: list[dict[str, object]]) -> list[tuple[int, int]]:
+def four_rows(model: GPT2LMHeadModel, records: list[dict[str, Any]], dtype: torch.dtype) -> list[tuple[int, int]]:
     """The choice of each example by summed and by mean log-probability, one example at a time."""
     encode = gpt2_tokenizer().encode
     choices = []
@@ -47,7 +48,8 @@ def four_rows(model: GPT2LMHeadModel, records: list[dict[str, object]]) -> list[
         for i, ending in enumerate(endings):
             tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
             mask[i, len(context) : len(context) + len(ending)] = 1
-        logits = model(tokens).logits[:, :-1].contiguous()  # (4, T - 1, V)
+        with autocast(CPU, dtype):
+            logits = model(tokens).logits[:, :-1].contiguous()  # (4, T - 1, V)
         losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1), reduction="none")
         summed = (losses.view(4, -1) * mask[:, 1:]).sum(1)
         choices.append((int(summed.argmin()), int((summed / mask[:, 1:].sum(1)).argmin())))
@@ -70,33 +72,36 @@ def main() -> None:
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     with open(given.file, encoding="utf-8") as f:
         records = [json.loads(line) for _, line in zip(range(given.examples), f, strict=False)]
-    examples = TASKS["hellaswag"].read(given.file)[: given.examples]
+    loaded = load_task(f"hellaswag={given.file}", Path(), given.examples)
     scored = ScoredGPT(ours)
+    loops = {"four rows, fp32": torch.float32, "four rows, bf16": torch.bfloat16}
 
     part = -(-given.examples // given.rounds)
-    times: list[tuple[float, float]] = []
+    times: dict[str, list[float]] = {name: [] for name in ("restomod, fp32", *loops)}
     agreed = 0
     for start in range(0, given.examples, part):
+        chunk = slice(start, start + part)
+        n = len(records[chunk])
         began = time.perf_counter()
-        result = evaluate(scored, examples[start : start + part])
-        middle = time.perf_counter()
-        expected = four_rows(theirs, records[start : start + part])
-        times.append((middle - began, time.perf_counter() - middle))
-        agreed += sum(a == b for a, b in zip(zip(result.choices["acc"], result.choices["acc_token"]), expected))
-        n = len(expected)
-        print(f"{n} examples: {n / times[-1][0]:.2f} and {n / times[-1][1]:.2f} examples/s", flush=True)
-    a, b = (sum(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(theirs / ours for ours, theirs in times)
-    print(f"{describe_device(CPU)}, torch {torch.__version__}, fp32, {given.examples} examples in {len(times)} rounds")
-    print(
-        f"restomod           {given.examples / a:6.2f} examples/s; {FULL:,} would take {FULL * a / given.examples / 60:.1f} min"
-    )
-    print(
-        f"four rows, in turn {given.examples / b:6.2f} examples/s; {FULL:,} would take {FULL * b / given.examples / 60:.1f} min"
-    )
-    print(
-        f"{ratio:.2f} times as fast (median of the rounds); {agreed} of {given.examples} choose alike, by {len(ACCURACIES)} accuracies"
-    )
+        result = evaluate(scored, LoadedTask(loaded.task, loaded.examples[chunk]))
+        times["restomod, fp32"].append((time.perf_counter() - began) / n)
+        ours_chose = list(zip(result.choices["acc"], result.choices["acc_token"], strict=True))
+        for name, dtype in loops.items():
+            began = time.perf_counter()
+            theirs_chose = four_rows(theirs, records[chunk], dtype)
+            times[name].append((time.perf_counter() - began) / n)
+            if dtype == torch.float32:
+                agreed += sum(a == b for a, b in zip(ours_chose, theirs_chose, strict=True))
+        print(f"{n} examples:", ", ".join(f"{name} {1 / t[-1]:.2f}/s" for name, t in times.items()), flush=True)
+    print(f"{describe_device(CPU)}, torch {torch.__version__}, {given.examples} examples in {len(times[name])} rounds")
+    for name, seconds in times.items():
+        mean = statistics.mean(seconds)
+        ratio = statistics.median(s / o for s, o in zip(seconds, times["restomod, fp32"], strict=True))
+        print(
+            f"{name:<16} {1 / mean:6.2f} examples/s, {FULL:,} like these would take {FULL * mean / 60:.0f} min; "
+            f"{ratio:.2f} times our time (median of the rounds)"
+        )
+    print(f"choices by acc and acc_token that are those of four rows in fp32: {agreed} of {given.examples}")
 
 
 if __name__ == "__main__":

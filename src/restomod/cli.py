@@ -20,6 +20,7 @@ from restomod.arguments import (
     CheckArguments,
     DataArguments,
     DoctorArguments,
+    EvalArguments,
     InspectArguments,
     PrepareArguments,
     ResumeArguments,
@@ -123,6 +124,32 @@ def sample(arguments: list[str]) -> int:
     for i, text in enumerate(texts, 1):
         print(f"--- {i} of {len(texts)} ---\n{parsed.prompt}{text}")
     return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a model: held-out loss, HellaSwag, LAMBADA, ARC, PIQA, Winograd, your own questions."""
+    with _reported_once():
+        parsed = parse(EvalArguments, tyro.MISSING_NONPROP, arguments, "restomod eval")
+        for flag in ("limit", "context", "batch"):
+            value = getattr(parsed, flag)
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} is {value}; it must be at least 1")
+    tasks = [*(parsed.tasks.split(",") if parsed.tasks else []), *([parsed.task] if parsed.task else [])]
+
+    from restomod.evals.suite import evaluate_model
+
+    return evaluate_model(
+        parsed.model,
+        tasks or None,
+        parsed.limit,
+        parsed.data,
+        parsed.context,
+        parsed.batch,
+        parsed.device,
+        parsed.precision,
+        Path(parsed.json) if parsed.json else None,
+        Path(parsed.cache),
+    )
 
 
 def prepare(arguments: list[str]) -> int:
@@ -245,6 +272,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "train": train,
     "sample": sample,
+    "eval": evaluate,
     "inspect": inspect,
     "check": check,
     "doctor": doctor,

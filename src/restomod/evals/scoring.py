@@ -156,5 +156,5 @@ def headline(loaded: LoadedTask, result: Result) -> str:
 def shown(estimate: Estimate) -> str:
     """A number and its standard error; a share below 1 with four digits, anything else with as many in all."""
     digits = 4 if estimate.value < 10 else 2
-    error = "" if estimate.stderr is None else f" ± {estimate.stderr:.{digits}f}"
+    error = "" if estimate.stderr is None else f" ± {estimate.stderr:,.{digits}f}"
     return f"{estimate.value:,.{digits}f}{error}"
