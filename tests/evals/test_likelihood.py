@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data.tokenizer import Tokenizer
+from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.evals.likelihood import Request, Score, encode_pair, log_likelihoods
 from restomod.evals.models import ScoredGPT
@@ -184,7 +184,7 @@ TEXT = st.text(st.sampled_from("aA1 e.'s\n\té中 "), max_size=12)
 
 @given(context=TEXT, continuation=TEXT.filter(bool))
 def test_text_is_split_as_the_harness_splits_it(context: str, continuation: str) -> None:
-    tokenizer = Tokenizer()
+    tokenizer = gpt2_tokenizer()
     before, after = harness_split(tokenizer, context, continuation)
     encode = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
     if not after:  # where the harness ends with an assertion
