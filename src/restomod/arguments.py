@@ -83,6 +83,34 @@ class CompareSamplesArguments(_WritingArguments):
 
 
 @dataclass(frozen=True)
+class EvalArguments:
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2. Models
+    other than GPT-2 are run by transformers."""
+    tasks: str | None = None
+    """Names, with commas between: heldout, hellaswag, hellaswag-harness, arc-easy, arc-challenge, piqa, winograd,
+    lambada. NAME=FILE takes a task's data from a file. Default: heldout (where there is data) and hellaswag."""
+    task: str | None = None
+    """Your own questions: a .jsonl file with query (or ctx), choices (or endings) and gold (or label) in every line."""
+    limit: int | None = None
+    """Ask only the first so many examples of each task."""
+    data: str | None = None
+    """Folder of tokens for the held-out loss. Default: the validation split of the run's data."""
+    context: int | None = None
+    """Tokens of the windows of the held-out loss. Default: as many as the run trained on."""
+    batch: int | None = None
+    """Contexts (windows) per forward pass. It changes the speed and no result. Default: what is fast."""
+    json: str | None = None
+    """Write all results to this file. Those of a run's model are written into its folder evals/ as well."""
+    cache: str = "data"
+    """Folder for HellaSwag's file; other data sets go into the cache of the hub's client."""
+    device: Device = "auto"
+    """Where to compute. auto: CUDA, else MPS, else CPU."""
+    precision: Precision = "auto"
+    """Of the matrix products."""
+
+
+@dataclass(frozen=True)
 class InspectArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run, a model folder, a name on the Hugging Face hub, such as gpt2, or a preset (its initial weights)."""

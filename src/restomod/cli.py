@@ -22,6 +22,7 @@ from restomod.arguments import (
     CompareSamplesArguments,
     DataArguments,
     DoctorArguments,
+    EvalArguments,
     InspectArguments,
     PrepareArguments,
     ResumeArguments,
@@ -145,6 +146,32 @@ def compare_samples(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(arguments: list[str]) -> int:
+    """Measure a model: held-out loss, HellaSwag, LAMBADA, ARC, PIQA, Winograd, your own questions."""
+    with _reported_once():
+        parsed = parse(EvalArguments, tyro.MISSING_NONPROP, arguments, "restomod eval")
+        for flag in ("limit", "context", "batch"):
+            value = getattr(parsed, flag)
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} is {value}; it must be at least 1")
+    tasks = [*(parsed.tasks.split(",") if parsed.tasks else []), *([parsed.task] if parsed.task else [])]
+
+    from restomod.evals.suite import evaluate_model
+
+    return evaluate_model(
+        parsed.model,
+        tasks or None,
+        parsed.limit,
+        parsed.data,
+        parsed.context,
+        parsed.batch,
+        parsed.device,
+        parsed.precision,
+        Path(parsed.json) if parsed.json else None,
+        Path(parsed.cache),
+    )
+
+
 def prepare(arguments: list[str]) -> int:
     """Turn text into a verified folder of token shards."""
     parsed = parse(PrepareArguments, tyro.MISSING_NONPROP, arguments, "restomod prepare")
@@ -266,6 +293,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "compare-samples": compare_samples,
+    "eval": evaluate,
     "inspect": inspect,
     "check": check,
     "doctor": doctor,

@@ -208,6 +208,10 @@ class RunConfig:
     """Steps between validations; one more follows the last step."""
     eval_tokens: int | None = None
     """Validate on at most this many tokens, always the same ones. None: the whole validation split."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks that every validation asks too, such as hellaswag or lambada=FILE (`restomod eval --help` lists them)."""
+    eval_limit: int | None = None
+    """Ask only the first so many examples of each task. None: all."""
     sample_every: int = 250
     """Steps between samples; one more follows the last step."""
     save_every: int = 250
@@ -280,6 +284,8 @@ class RunConfig:
             )
         target = self.target_loss
         _require(target is None or math.isfinite(target), f"target_loss is {target}; it must be a number")
+        limit = self.eval_limit
+        _require(limit is None or limit >= 1, f"eval_limit is {limit}; it must be at least 1")
         if self.eval_tokens is not None:
             _require(
                 self.eval_tokens >= T,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import subprocess
@@ -46,6 +47,19 @@ def tiny(text: Path, tmp_path: Path) -> RunConfig:
         device="cpu",
         precision="fp32",
     )
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Five questions of one's own; their contexts have different lengths, and the last is too long for `tiny`."""
+    path = tmp_path / "questions.jsonl"
+    records = [
+        {"query": " ".join(WORDS.split()[: 3 * i + 1]), "choices": ["cat sleeps", "dog"], "gold": i % 2}
+        for i in range(4)
+    ]
+    records.append({"query": "the cat " * 20, "choices": ["sees", "eats a house"], "gold": 1})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 @pytest.fixture

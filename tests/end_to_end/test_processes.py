@@ -122,7 +122,10 @@ def test_a_run_of_several_processes_is_that_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_looking_at_a_run_changes_nothing(shared: RunConfig, tmp_path: Path, parallel: Parallel) -> None:
+def test_looking_at_a_run_changes_nothing(
+    shared: RunConfig, questions: Path, tmp_path: Path, parallel: Parallel
+) -> None:
+    shared = dataclasses.replace(shared, eval_tasks=(str(questions),))
     for name, often in (("seldom", NEVER), ("often", 2)):
         config = dataclasses.replace(shared, eval_every=often, sample_every=often, save_every=NEVER, parallel=parallel)
         results(2, train_quietly, config, tmp_path / name)
@@ -134,6 +137,14 @@ def test_looking_at_a_run_changes_nothing(shared: RunConfig, tmp_path: Path, par
     train(one, tmp_path / "one", display=QUIET)
     same_curve(often, tmp_path / "one")
     assert read_jsonl(often / "samples.jsonl") == read_jsonl(tmp_path / "one/samples.jsonl")
+    assert tasks(often) == tasks(tmp_path / "one")
+
+
+def tasks(run: Path) -> list[dict[str, Any]]:
+    """What a run logged of its tasks, but for the time that they took."""
+    kept = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "task"]
+    assert len(kept) > 2
+    return [{key: value for key, value in r.items() if key != "seconds"} for r in kept]
 
 
 def train_quietly(config: RunConfig, run: Path, resume: bool = False) -> int:

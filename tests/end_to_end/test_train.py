@@ -51,9 +51,9 @@ def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) 
     verify_checkpoint(list_checkpoints(run)[-1])
 
 
-def test_looking_at_a_run_does_not_change_it(tiny: RunConfig, tmp_path: Path) -> None:
+def test_looking_at_a_run_does_not_change_it(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
     rarely = dataclasses.replace(tiny, eval_every=1000, sample_every=1000, save_every=1000)
-    often = dataclasses.replace(tiny, eval_every=1, sample_every=1, save_every=1)
+    often = dataclasses.replace(tiny, eval_every=1, sample_every=1, save_every=1, eval_tasks=(str(questions),))
     train(rarely, tmp_path / "rarely", display=QUIET)
     torch.manual_seed(99)  # a run must not depend on the process's own random state either
     train(often, tmp_path / "often", display=QUIET)
@@ -61,10 +61,11 @@ def test_looking_at_a_run_does_not_change_it(tiny: RunConfig, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_looking_at_a_compiled_run_does_not_change_it(tiny: RunConfig, tmp_path: Path) -> None:
+def test_looking_at_a_compiled_run_does_not_change_it(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
     rarely = dataclasses.replace(tiny, compile=True, eval_every=1000, sample_every=1000, save_every=1000)
     often = dataclasses.replace(tiny, compile=True, eval_every=1, sample_every=1, save_every=1)
+    often = dataclasses.replace(often, eval_tasks=(str(questions),))
     train(rarely, tmp_path / "rarely", display=QUIET)
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(often, tmp_path / "often", display=QUIET)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.config import ModelConfig
-from restomod.data.shards import TokenStream
-from restomod.evals.heldout import heldout_loss, heldout_windows
+from restomod.data.shards import Dataset, Part, TokenStream
+from restomod.data.tokenizer import Tokenizer
+from restomod.evals.heldout import Heldout, dataset_loss, heldout_loss, heldout_windows
 from restomod.model.gpt import GPT
+from restomod.train.distributed import joined
 from restomod.train.parity import random_model
 from tests.models import CPU
+from tests.processes import results
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
 T = 16
@@ -29,7 +36,7 @@ def model() -> GPT:
 
 @torch.no_grad()
 def plain_loss(model: GPT, windows: list[int]) -> float:
-    """Window by window, from all logits."""
+    """Window by window, from all logits; window 10 is the rest."""
     losses = []
     for w in windows:
         tokens = torch.from_numpy(TEXT[w * T : w * T + T + 1].astype(np.int64))
@@ -38,21 +45,83 @@ def plain_loss(model: GPT, windows: list[int]) -> float:
 
 
 def test_equals_cross_entropy_over_all_windows(model: GPT) -> None:
-    loss, tokens = heldout_loss(model, STREAM, T, CPU, torch.float32)
-    assert loss == pytest.approx(plain_loss(model, list(range(10))), rel=1e-6)
-    assert tokens == 10 * T
+    held = heldout_loss(model, STREAM, T, CPU, torch.float32)
+    assert held.loss == pytest.approx(plain_loss(model, list(range(11))), rel=1e-6)
+    assert held.tokens == 10 * T + 6
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 10, 100])
 def test_does_not_depend_on_the_batch(batch: int, model: GPT) -> None:
-    loss, tokens = heldout_loss(model, STREAM, T, CPU, torch.float32, batch=batch)
-    assert loss == pytest.approx(heldout_loss(model, STREAM, T, CPU, torch.float32)[0], rel=1e-6)
-    assert tokens == 10 * T
+    held = heldout_loss(model, STREAM, T, CPU, torch.float32, batch=batch)
+    assert held.loss == pytest.approx(heldout_loss(model, STREAM, T, CPU, torch.float32).loss, rel=1e-6)
+    assert held.tokens == 10 * T + 6
 
 
 def test_bf16_products_come_close(model: GPT) -> None:
-    loss, _ = heldout_loss(model, STREAM, T, CPU, torch.bfloat16)
-    assert loss == pytest.approx(plain_loss(model, list(range(10))), rel=0.01)
+    held = heldout_loss(model, STREAM, T, CPU, torch.bfloat16)
+    assert held.loss == pytest.approx(plain_loss(model, list(range(11))), rel=0.01)
+
+
+def by_three(batch: int) -> Heldout:
+    with joined() as processes:
+        return heldout_loss(random_model(CONFIG), STREAM, T, CPU, torch.float32, batch=batch, processes=processes)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_number_of_processes_changes_no_bit(count: int, model: GPT) -> None:
+    alone = heldout_loss(model, STREAM, T, CPU, torch.float32, batch=2)
+    assert results(count, by_three, 2) == [alone] * count
+
+
+@pytest.mark.parametrize("context", [1, 5, 8])
+@torch.no_grad()
+def test_other_contexts_cover_every_token_too(context: int, model: GPT) -> None:
+    held = heldout_loss(model, STREAM, context, CPU, torch.float32)
+    tokens, losses = torch.from_numpy(TEXT.astype(np.int64)), []
+    for start in range(0, len(TEXT) - 1, context):
+        x = tokens[start : start + context][: len(TEXT) - 1 - start]
+        y = tokens[start + 1 : start + 1 + len(x)]
+        losses.append(F.cross_entropy(model(x[None])[0], y, reduction="none").double().tolist())
+    assert held.tokens == len(TEXT) - 1 == sum(map(len, losses))
+    assert held.loss == pytest.approx(sum(map(sum, losses)) / held.tokens, rel=1e-6)
+    expected = [np.mean([row[t] for row in losses if t < len(row)]) for t in range(context)]
+    assert held.by_position == pytest.approx(expected, rel=1e-6)
+
+
+def test_perplexity_and_bits_per_byte_follow_from_the_loss(model: GPT, tokenizer: Tokenizer) -> None:
+    held = heldout_loss(model, STREAM, T, CPU, torch.float32, tokenizer=tokenizer)
+    text = tokenizer._encoding.decode_bytes(TEXT[1:].tolist())  # what is predicted
+    assert held.bytes == len(text)
+    assert held.perplexity == pytest.approx(np.exp(held.loss))
+    assert held.bits_per_byte == pytest.approx(held.loss * (len(TEXT) - 1) / np.log(2) / len(text))
+    assert heldout_loss(model, STREAM, T, CPU, torch.float32).bits_per_byte is None
+
+
+def test_what_is_not_a_number_is_not_left_out() -> None:
+    model = random_model(CONFIG)
+    with torch.no_grad():
+        model.head[3, 3] = torch.nan
+    assert np.isnan(heldout_loss(model, STREAM, T, CPU, torch.float32).loss)
+
+
+def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
+    streams = {"a": STREAM, "b": TokenStream([TEXT[:40]]), "none": TokenStream([TEXT[:0]])}
+    parts = tuple(
+        Part(name, cast(Dataset, SimpleNamespace(val=stream)), Fraction(n, 8))
+        for (name, stream), n in zip(streams.items(), (1, 3, 4), strict=True)
+    )
+    mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
+    a, b = (heldout_loss(model, streams[name], T, CPU, torch.float32) for name in "ab")
+    held = dataset_loss(model, mixed, T, CPU, torch.float32)
+    assert held is not None
+    assert held.sources == {"a": a.loss, "b": b.loss}
+    assert held.loss == pytest.approx(a.loss / 4 + b.loss * 3 / 4)
+    assert held.by_position[3] == pytest.approx(a.by_position[3] / 4 + b.by_position[3] * 3 / 4)
+    assert held.tokens == a.tokens + b.tokens
+    assert dataset_loss(model, cast(Dataset, SimpleNamespace(sources=parts[2:])), T, CPU, torch.float32) is None
+    few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=8 * T)
+    assert few is not None
+    assert few.tokens == (2 + 2) * T  # of 8 windows 2 and 6, of which there are 2
 
 
 # --- a part of the split -------------------------------------------------------------------------------------
@@ -71,9 +140,9 @@ def test_bf16_products_come_close(model: GPT) -> None:
 def test_max_tokens_takes_whole_windows_from_all_over_the_split(
     max_tokens: int, windows: list[int], model: GPT
 ) -> None:
-    loss, tokens = heldout_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
-    assert loss == pytest.approx(plain_loss(model, windows), rel=1e-6)
-    assert tokens == len(windows) * T
+    held = heldout_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
+    assert held.loss == pytest.approx(plain_loss(model, windows), rel=1e-6)
+    assert held.tokens == len(windows) * T
 
 
 @given(n=st.integers(1, 100_000), T=st.integers(1, 1024), extra=st.integers(0, 10_000_000))

@@ -115,6 +115,8 @@ MAY_CHANGE = {
     "micro_batch": 4,
     "eval_every": 7,
     "eval_tokens": 160,
+    "eval_tasks": ("hellaswag",),
+    "eval_limit": 9,
     "sample_every": 7,
     "sampling": SamplingConfig(prompts=("b",)),
     "save_every": 7,

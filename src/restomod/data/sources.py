@@ -109,7 +109,16 @@ def _indented_by_one(text: str) -> str:
 
 
 def _download_tinyshakespeare(folder: Path) -> Path:
-    """Fetch the file once: to a temporary name, checked against its SHA-256, then renamed into place."""
+    instead = "fetch it by other means and name that file (of `train`: --data.path FILE)"
+    return download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256, "tinyshakespeare.txt", folder, instead)
+
+
+def download(url: str, sha256: str, name: str, folder: Path, instead: str) -> Path:
+    """Fetch a file once into ``folder``: to a temporary name, checked against its SHA-256, then renamed to ``name``.
+
+    Raises:
+        UserError: it cannot be had, or is another; the message ends with what to do ``instead``.
+    """
     import logging
 
     import pooch
@@ -117,13 +126,9 @@ def _download_tinyshakespeare(folder: Path) -> Path:
 
     pooch.get_logger().setLevel(logging.WARNING)
     try:
-        name = "tinyshakespeare.txt"
-        return Path(pooch.retrieve(TINYSHAKESPEARE_URL, f"sha256:{TINYSHAKESPEARE_SHA256}", name, folder))
+        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, folder))
     except (requests.RequestException, OSError, ValueError) as e:
         reason = (
             "no connection" if isinstance(e, requests.ConnectionError) else (str(e) or type(e).__name__).splitlines()[0]
         )
-        raise UserError(
-            f"cannot download {TINYSHAKESPEARE_URL}: {reason}; "
-            f"fetch it by other means and name that file (of `train`: --data.path FILE)"
-        ) from None
+        raise UserError(f"cannot download {url}: {reason}; {instead}") from None

@@ -1,18 +1,70 @@
-"""Loss on held-out tokens: always the same tokens, whatever the batch size."""
+"""Loss on held-out tokens: always the same tokens, added up to the same number by any number of processes.
+
+Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from restomod.data.batches import Batches
-from restomod.data.shards import TokenStream
+from restomod.data.shards import Dataset, TokenStream
+from restomod.data.tokenizer import Tokenizer
 from restomod.device import autocast
+from restomod.evals.likelihood import gpt_log_probs
 from restomod.model.gpt import GPT
 from restomod.train.distributed import SINGLE, Processes
-from restomod.train.loss import linear_cross_entropy
 
 TOKENS_PER_FORWARD = 8192
+UNIT = 2**32  # losses are added up as whole numbers of this part of a nat: those have the same sum in any order
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The loss on a split, or the mean over the sources of a mix by their shares."""
+
+    loss: float
+    """Mean cross-entropy per token, in nats."""
+    tokens: int
+    """How many it is the mean of."""
+    bytes: int
+    """Of the text that these tokens stand for."""
+    by_position: list[float]
+    """T mean losses: of the first token of a window, which follows one other, of the second, …"""
+    sources: dict[str, float]
+    """Loss of each source of a mix; empty for a split."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Loss of all tokens in bits, by the bytes of their text; None where they stand for none.
+
+        `<|endoftext|>` has no bytes, and its loss counts.
+        """
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "sources": self.sources,
+            "by_position": self.by_position,
+        }
 
 
 def heldout_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:
@@ -31,7 +83,8 @@ def heldout_loss(
     max_tokens: int | None = None,
     batch: int | None = None,
     processes: Processes = SINGLE,
-) -> tuple[float, int]:
+    tokenizer: Tokenizer | None = None,
+) -> Heldout:
     """Mean cross-entropy per token over a split.
 
     Args:
@@ -39,25 +92,85 @@ def heldout_loss(
         stream: the split's tokens.
         sequence_length: T; every window is evaluated without context from the one before.
         device, dtype: where and in which type to compute.
-        max_tokens: evaluate about this many tokens (None: all windows of the split).
-        batch: windows per forward pass; changes the speed, not the result.
-        processes: that share the windows; all have to call this.
-
-    Returns:
-        Loss in nats, and the number of tokens it is the mean of.
+        max_tokens: evaluate about this many tokens, in whole windows (None: every token of the split but the first,
+            the last ones in a shorter window).
+        batch: windows per forward pass; changes the speed, and the result by no more than matrix products' rounding.
+        processes: that share the windows; all have to call this. Their number does not change the result.
+        tokenizer: counts the bytes; None: they are not counted.
     """
-    batches = Batches(stream, sequence_length, 1, seed=0)
-    windows = heldout_windows(batches.n_windows, sequence_length, max_tokens)
-    batch = batch or max(1, TOKENS_PER_FORWARD // sequence_length)
-    total = 0.0
-    mine = windows[processes.rank :: processes.count]
-    for start in range(0, len(mine), batch):
-        tokens, targets = batches.load(mine[start : start + batch])  # (B, T) each
-        with autocast(device, dtype):
-            hidden = model.transformer.forward(tokens.to(device))  # (B, T, D)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), model.head, targets.to(device).flatten(), model.config.vocab_size, dtype
+    T = sequence_length
+    batch = batch or max(1, TOKENS_PER_FORWARD // T)
+    total, tokens, n_bytes, finite = torch.zeros(T, dtype=torch.int64), 0, 0, True
+    for i, (x, y) in enumerate(_inputs(stream, T, max_tokens, batch)):
+        tokens += y.numel()
+        n_bytes += tokenizer.byte_length(y.numpy().ravel()) if tokenizer else 0
+        if i % processes.count == processes.rank:
+            losses = _losses(model, x, y, device, dtype)
+            finite = finite and bool(losses.isfinite().all())
+            total[: y.shape[1]] += (losses.nan_to_num(0, 0, 0).double() * UNIT).round().long().sum(0)
+    parts = processes.gather((total.tolist(), finite))
+    sums = [sum(column) for column in zip(*(part for part, _ in parts), strict=True)]
+    n_windows, rest = divmod(tokens, T)
+    by_position = [s / UNIT / (n_windows + (t < rest)) for t, s in enumerate(sums)]
+    if not all(finite for _, finite in parts):
+        return Heldout(math.nan, tokens, n_bytes, [math.nan] * T, {})
+    return Heldout(sum(sums) / UNIT / tokens, tokens, n_bytes, by_position, {})
+
+
+def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and targets, (B, T) each; where all is asked for, the rest behind the windows comes last."""
+    batches = Batches(stream, T, 1, seed=0, split="validation")
+    windows = heldout_windows(batches.n_windows, T, max_tokens)
+    for start in range(0, len(windows), batch):
+        yield batches.load(windows[start : start + batch])
+    rest = (len(stream) - 1) % T
+    if max_tokens is None and rest:
+        tail = torch.from_numpy(stream.read(len(stream) - 1 - rest, rest + 1).astype(np.int64))[None]
+        yield tail[:, :-1].contiguous(), tail[:, 1:].contiguous()
+
+
+def _losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cross-entropy of each target, (B, T) fp32, on the CPU."""
+    with autocast(device, dtype):
+        hidden = model.transformer.forward(tokens.to(device)).flatten(0, 1)  # (N, D)
+    which = torch.arange(len(hidden), device=device)
+    log_probs, _ = gpt_log_probs(model, hidden, which, targets.to(device).flatten(), dtype)
+    return -log_probs.view(targets.shape).cpu()
+
+
+def dataset_loss(
+    model: GPT,
+    dataset: Dataset,
+    sequence_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int | None = None,
+    batch: int | None = None,
+    processes: Processes = SINGLE,
+    tokenizer: Tokenizer | None = None,
+) -> Heldout | None:
+    """`heldout_loss` of a dataset's validation split; of a mix, the mean by share, and that of each source.
+
+    None where nothing is held out. Of ``max_tokens`` each source has its share, but a window at least.
+    """
+    sources = [source for source in dataset.sources if len(source.dataset.val)]
+    if not sources:
+        return None
+    whole = sum(source.share for source in sources)
+    shares = [float(source.share / whole) for source in sources]
+    parts = []
+    for source, share in zip(sources, shares, strict=True):
+        limit = None if max_tokens is None else max(sequence_length, int(share * max_tokens))
+        parts.append(
+            heldout_loss(model, source.dataset.val, sequence_length, device, dtype, limit, batch, processes, tokenizer)
         )
-        total += loss.item() * targets.numel()
-    n_tokens = len(windows) * sequence_length
-    return processes.sum(total)[0] / n_tokens, n_tokens
+    return Heldout(
+        sum(share * part.loss for share, part in zip(shares, parts, strict=True)),
+        sum(part.tokens for part in parts),
+        sum(part.bytes for part in parts),
+        [
+            sum(share * loss for share, loss in zip(shares, losses, strict=True))
+            for losses in zip(*(part.by_position for part in parts), strict=True)
+        ],
+        {s.name: part.loss for s, part in zip(sources, parts, strict=True)} if dataset.parts else {},
+    )

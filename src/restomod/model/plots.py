@@ -82,7 +82,7 @@ def make_folder(folder: Path) -> None:
 def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
     """The position embeddings as an image: a row per position, a column per channel."""
     wpe = tensors[POSITIONS]  # (n_positions, D)
-    figure = _figure("position embeddings", 9, 6.5)
+    figure = new_figure("position embeddings", 9, 6.5)
     axes = figure.subplots()
     limit = 3 * wpe.std(correction=0).item() or 1.0
     image = axes.imshow(wpe.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
@@ -99,20 +99,20 @@ def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
     channels = CHANNELS if max(CHANNELS) < D else (D // 4, D // 2, 3 * D // 4)
     rough = roughness(wpe)
     measure = "" if math.isnan(rough) else f", roughness {rough:.2f} (1: noise, 0: smooth)"
-    figure = _figure(f"position embeddings{measure}", 9, 5)
+    figure = new_figure(f"position embeddings{measure}", 9, 5)
     axes = figure.subplots()
     for channel in dict.fromkeys(channels):
         axes.plot(wpe[:, channel], linewidth=0.9, label=f"channel {channel}")
     axes.set_xlabel("position")
     axes.set_ylabel("weight")
     axes.legend(frameon=False)
-    _quiet(axes)
+    quiet(axes)
     return figure
 
 
 def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
     """For each kind of matrix, how its weights are distributed, a line per layer."""
-    figure = _figure("weights, by layer", 11, 8)
+    figure = new_figure("weights, by layer", 11, 8)
     layers = _layers(tensors)
     for axes, weights in _panels(figure, tensors):
         widest = max(4 * w.double().std(correction=0).item() for w in weights) or 1.0
@@ -129,7 +129,7 @@ def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
 
 def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
     """For each kind of matrix, its singular values from the largest to the smallest, a line per layer."""
-    figure = _figure("singular values, by layer", 11, 8)
+    figure = new_figure("singular values, by layer", 11, 8)
     layers = _layers(tensors)
     for axes, weights in _panels(figure, tensors):
         for layer, weight in enumerate(weights):
@@ -146,7 +146,7 @@ def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axe
     """A quarter of the figure for each kind of matrix, and its weights, layer by layer."""
     for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
         axes.set_title(f"{kind}: {does}", fontsize=10)
-        _quiet(axes)
+        quiet(axes)
         yield axes, [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(_layers(tensors))]
 
 
@@ -154,7 +154,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> int:
     return sum(name.endswith("ln_1.weight") for name in tensors)
 
 
-def _figure(subject: str, width: float, height: float) -> Figure:
+def new_figure(subject: str, width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -177,6 +177,6 @@ def _layer_scale(figure: Figure, layers: int) -> None:
     figure.colorbar(scale, ax=figure.axes, label="layer", fraction=0.025, ticks=range(0, layers, max(1, layers // 12)))
 
 
-def _quiet(axes: Axes) -> None:
+def quiet(axes: Axes) -> None:
     axes.grid(color=GRID, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

@@ -38,12 +38,13 @@ from restomod.train.optimizer import ScaledAdamW, load_optimizer_tensors, optimi
 COMPLETE = "COMPLETE"
 STATE = "training_state"
 FORMAT = "restomod-checkpoint-1"
+STEP_FOLDER = re.compile(r"step_\d+")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest step first."""
     folders = (run / "checkpoints").glob("step_*")
-    return sorted((f for f in folders if re.fullmatch(r"step_\d+", f.name)), key=step_of)
+    return sorted((f for f in folders if STEP_FOLDER.fullmatch(f.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:

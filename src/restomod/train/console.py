@@ -9,9 +9,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from restomod.train.metrics import read_jsonl
@@ -89,11 +89,11 @@ class Display:
         self.closed = False
         self._progress: Progress | None = None
 
-    def _print(self, text: Text) -> None:
+    def _print(self, text: RenderableType, soft_wrap: bool = True) -> None:
         if self.closed or self.muted:
             return
         try:
-            self.console.print(text)
+            self.console.print(text, soft_wrap=soft_wrap)
             self.console.file.flush()
         except BrokenPipeError:
             self.closed = True
@@ -108,6 +108,17 @@ class Display:
             self._print(Text.assemble((f"{name:<{width}}  ", "dim"), first))
             for line in more:
                 self._print(Text(" " * (width + 2) + line))
+
+    def grid(self, headings: list[str], rows: list[list[str]]) -> None:
+        """A table with headings, its width that of the terminal; elsewhere what it needs."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for i, heading in enumerate(headings):
+            table.add_column(heading, overflow="fold", no_wrap=0 < i < len(headings) - 1)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        if not self.interactive:
+            self.console.width = 200
+        self._print(table, soft_wrap=False)
 
     def verdict(self, verdict: Verdict) -> None:
         """One sanity check."""

@@ -69,6 +69,14 @@ class Processes:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all processes, by rank, the same in each."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
     def least(self, value: int) -> int:
         """The smallest of the values in the processes."""
         if self.count > 1:

@@ -35,7 +35,7 @@ def find_model(name: str) -> Path:
     if checkpoints:
         verify_checkpoint(checkpoints[-1])
         return checkpoints[-1]
-    if _is_run(path):
+    if is_run(path):
         raise UserError(f"{path} holds no checkpoint yet; go on training with `restomod train --resume {quote(name)}`")
     if not (path / "config.json").exists():
         raise UserError(f"{path} is neither a run nor a model folder: it has no config.json")
@@ -63,7 +63,7 @@ def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool
     return open_model(name, device), False
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether a folder's `config.json` is that of a run, and not of a model."""
     path = folder / "config.json"
     values = read_json(path, "configuration") if path.exists() else None

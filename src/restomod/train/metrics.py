@@ -1,7 +1,8 @@
 """A run's numbers, one JSON object per line, on disk as soon as they are known.
 
-`metrics.jsonl` holds two kinds of records: "train" (step s: the loss under the weights after s updates, before update
-s is applied) and "val" (step s: the held-out loss under those same weights).
+`metrics.jsonl` holds these kinds of records: "train" (step s: the loss under the weights after s updates, before update
+s is applied), "val" (step s: the held-out loss under those same weights), "task" (the same, of a task that was asked),
+and "rollback" (step s: the run goes back).
 """
 
 from __future__ import annotations

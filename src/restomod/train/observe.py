@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from restomod.evals.heldout import heldout_loss
+from restomod.evals.heldout import dataset_loss
+from restomod.evals.models import ScoredGPT
+from restomod.evals.scoring import evaluate as evaluate_task
+from restomod.evals.scoring import headline
 from restomod.samples import continuations
 from restomod.train.console import Display
 from restomod.train.distributed import whole
@@ -10,33 +13,31 @@ from restomod.train.setup import Training
 
 
 def evaluate(training: Training, step: int, display: Display) -> None:
-    """Log and show the loss on the validation split, if there is one; of a mix, the mean by share, and that of each."""
+    """Log and show the loss on the validation split, if there is one, and how well the run's tasks are done."""
     config, compute, processes = training.config, training.compute, training.processes
-    sources = [source for source in training.dataset.sources if len(source.dataset.val)]
-    if not sources:
-        return
     model = whole(training.model)
-    shares, losses, tokens = [], {}, 0
-    for source in sources:
-        shares.append(float(source.share / sum(s.share for s in sources)))
-        limit = (
-            None if config.eval_tokens is None else max(config.sequence_length, int(shares[-1] * config.eval_tokens))
+    heldout = dataset_loss(
+        model,
+        training.dataset,
+        config.sequence_length,
+        compute.device,
+        compute.dtype,
+        config.eval_tokens,
+        processes=processes,
+    )
+    if heldout is not None:
+        parts = {"sources": heldout.sources} if heldout.sources else {}
+        training.run.log("val", step, loss=heldout.loss, tokens=heldout.tokens, **parts)
+        of = ", ".join(f"{name} {part:.4f}" for name, part in heldout.sources.items())
+        display.line(f"step {step}  validation loss {heldout.loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
+    for loaded in training.tasks:
+        result = evaluate_task(ScoredGPT(model, compute.dtype), loaded, processes=processes)
+        metrics = {name: estimate.value for name, estimate in result.metrics.items()}
+        errors = {f"{name}_stderr": estimate.stderr for name, estimate in result.metrics.items()}
+        training.run.log(
+            "task", step, task=loaded.task.name, examples=len(result.gold), seconds=result.seconds, **metrics, **errors
         )
-        losses[source.name], n = heldout_loss(
-            model,
-            source.dataset.val,
-            config.sequence_length,
-            compute.device,
-            compute.dtype,
-            limit,
-            processes=processes,
-        )
-        tokens += n
-    loss = sum(share * part for share, part in zip(shares, losses.values(), strict=True))
-    parts = {"sources": losses} if training.dataset.parts else {}
-    training.run.log("val", step, loss=loss, tokens=tokens, **parts)
-    of = ", ".join(f"{name} {part:.4f}" for name, part in losses.items()) if parts else ""
-    display.line(f"step {step}  validation loss {loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
+        display.line(f"step {step}  {loaded.task.name} {headline(loaded, result)}", style="bold cyan")
 
 
 def write_samples(training: Training, step: int, display: Display) -> None:

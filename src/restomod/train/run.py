@@ -38,6 +38,8 @@ MAY_CHANGE_ON_RESUME = {
     "micro_batch",
     "eval_every",
     "eval_tokens",
+    "eval_tasks",
+    "eval_limit",
     "sample_every",
     "sampling",
     "save_every",

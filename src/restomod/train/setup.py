@@ -23,6 +23,7 @@ from restomod.device import (
     keep_freed_memory,
 )
 from restomod.errors import UserError
+from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, load_weights, read_model_config
@@ -56,6 +57,8 @@ class Training:
     """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
     data_offset: int
     """How many batches have been passed over: step s trains on batch s + data_offset."""
+    tasks: list[LoadedTask]
+    """What every validation asks besides the held-out loss."""
     damaged: list[str]
     """What is wrong with newer checkpoints, which were set aside."""
     verdicts: list[Verdict]
@@ -97,6 +100,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     for source in dataset.sources:
         if len(source.dataset.val):  # refused now rather than at the first use
             Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
+    cache, limit = Path(config.data.cache), config.eval_limit
+    tasks = processes.together(lambda: [load_task(name, cache, limit) for name in config.eval_tasks], one_first=True)
     if resume:
         check_resumable(folder, config, dataset)
     fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
@@ -145,6 +150,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         processes,
         first_step,
         data_offset,
+        tasks,
         damaged,
         verdicts,
         seconds,
@@ -238,10 +244,11 @@ def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
         ",".join(f"{Path(folder).absolute()}:{float(share):g}" for folder, share in data.mixed()) if data.mix else None
     )
     data = dataclasses.replace(data, path=path, mix=mix, cache=str(Path(data.cache).absolute()))
+    tasks = tuple(with_absolute_path(task) for task in config.eval_tasks)
     init = config.init
     if init is not None and needs_init and Path(init).is_dir():
         init = str(find_model(init).absolute())
-    return dataclasses.replace(config, data=data, init=init)
+    return dataclasses.replace(config, data=data, init=init, eval_tasks=tasks)
 
 
 def initial_model(config: RunConfig, device: torch.device) -> GPT:

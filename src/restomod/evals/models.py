@@ -1,0 +1,156 @@
+"""Models that can be scored: ours, and any causal language model of `transformers`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from restomod.device import autocast
+from restomod.errors import UserError
+from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
+from restomod.files import read_json
+from restomod.model.gpt import GPT
+from restomod.model.pretrained import load_model
+from restomod.train.find import find_model
+
+TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 32768}
+SAME = 1e-3  # nats by which two ways to compute one log-likelihood may differ in fp32
+NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
+
+
+class ScoredGPT:
+    """Our GPT-2 as a `LanguageModel`. A compiled transformer is run uncompiled: rows have many lengths."""
+
+    shares_contexts = True
+    prefix = END_OF_TEXT
+
+    def __init__(self, model: GPT, dtype: torch.dtype = torch.float32) -> None:
+        """Args:
+            model: its vocabulary is GPT-2's.
+            dtype: of the matrix products; log-probabilities are in fp32.
+
+        Raises:
+            UserError: the vocabulary is another.
+        """
+        self.model, self.dtype = model, dtype
+        self.tokenizer: Tokenizer = gpt2_tokenizer()
+        if model.config.vocab_size != self.tokenizer.vocab_size:
+            raise UserError(
+                f"the model has a vocabulary of {model.config.vocab_size:,} tokens, and the tasks' text is read with "
+                f"GPT-2's {self.tokenizer.vocab_size:,}: it cannot be evaluated on text"
+            )
+        self.max_length = model.config.n_positions
+        self.tokens_per_forward = TOKENS_PER_FORWARD[model.head.device.type]
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer.encode(text)]
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = self.model.head.device
+        positions = None if batch.positions is None else batch.positions.to(device)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        with autocast(device, self.dtype):
+            hidden = self.model.transformer.forward(batch.tokens.to(device), positions=positions, mask=mask)
+        hidden = hidden.flatten(0, 1)[batch.at.to(device)]  # (N, D)
+        return gpt_log_probs(self.model, hidden, batch.which.to(device), batch.targets.to(device), self.dtype)
+
+
+class ScoredTransformers:
+    """A causal language model of `transformers` as a `LanguageModel`.
+
+    Whether it takes positions and a mask of four dimensions, so that continuations can share a row, is found out by
+    trying: where the result differs from that of whole rows, or the model attends to a part of its window only, every
+    continuation gets a row of its own.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """Args:
+        model: an `AutoModelForCausalLM`; its own type and device are used.
+        tokenizer: its `AutoTokenizer`.
+        """
+        self.model, self.tokenizer = model.eval(), tokenizer
+        config = model.config.get_text_config()
+        names = ("n_positions", "max_position_embeddings", "n_ctx")
+        self.max_length = next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.prefix = 0 if prefix is None else int(prefix)
+        # logits are computed for all positions from the first that is needed on: fewer tokens at once
+        self.tokens_per_forward = TOKENS_PER_FORWARD[model.device.type] // 2
+        parameters = inspect.signature(model.forward).parameters
+        self.keeps_logits = "logits_to_keep" in parameters
+        self.shares_contexts = "position_ids" in parameters and getattr(config, "sliding_window", None) is None
+        self.shares_contexts = self.shares_contexts and self._sharing_is_exact()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device, (_, T) = self.model.device, batch.tokens.shape
+        first = int((batch.at % T).min())  # no logits are needed before
+        given: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
+        if self.keeps_logits:
+            given["logits_to_keep"] = T - first
+        if batch.mask is not None and batch.positions is not None:
+            kind = self.model.dtype
+            hidden = torch.zeros(batch.mask.shape, dtype=kind).masked_fill(~batch.mask, torch.finfo(kind).min)
+            given |= {"attention_mask": hidden.to(device), "position_ids": batch.positions.to(device)}
+        logits = self.model(**given).logits  # (B, T - first or T, V)
+        logits = logits if self.keeps_logits else logits[:, first:]
+        at = batch.at.to(device)
+        at = at // T * (T - first) + at % T - first
+        flat = logits.flatten(0, 1)
+        norm, chosen, best = log_probs_of(
+            lambda part: flat[at[part]], len(at), batch.which.to(device), batch.targets.to(device)
+        )
+        return chosen - norm, best
+
+    def _sharing_is_exact(self) -> bool:
+        """Whether continuations that share a row get the log-likelihoods that they get in rows of their own."""
+        context = tuple(range(1, 9))
+        requests = [Request(context[:n], (n, *range(9, 9 + n), k)) for n in (5, 8) for k in (1, 2, 3)]
+        results: list[list[float]] = []
+        for self.shares_contexts in (False, True):
+            with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):  # masks that it does not take
+                results.append([score.log_likelihood for score in log_likelihoods(self, requests)])
+        if len(results) < 2:
+            return False
+        tolerance = SAME if self.model.dtype == torch.float32 else 100 * SAME
+        apart, shared = map(torch.tensor, results)
+        return bool(torch.allclose(apart, shared, atol=tolerance, rtol=tolerance))
+
+
+def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """The model that ``name`` stands for, as `restomod.train.find.find_model` says, ready to be scored.
+
+    GPT-2's are run by this package, all others by `transformers`.
+
+    Raises:
+        UserError: there is none, it is damaged, or `transformers` is needed and missing or cannot load it.
+    """
+    folder = find_model(name)
+    config = read_json(folder / "config.json", "model's config")
+    if not isinstance(config, dict) or config.get("model_type") == "gpt2":
+        return ScoredGPT(load_model(folder, device), dtype)
+    return _from_transformers(name, folder, device, dtype)
+
+
+def _from_transformers(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError(f"{name} is not a GPT-2 and needs transformers: pip install transformers") from None
+    local = Path(name).is_dir()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        # of a model of the hub only config and weights are here
+        tokenizer = AutoTokenizer.from_pretrained(folder if local else name, revision=None if local else folder.name)
+    except Exception as e:  # of any kind: the files say what is run
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UserError(f"{name}: transformers cannot load it ({reason})") from None
+    return ScoredTransformers(model.to(device), tokenizer)

@@ -1,0 +1,51 @@
+"""A picture of the held-out loss by position in the window."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from restomod.errors import UserError
+from restomod.evals.heldout import Heldout
+from restomod.model.plots import INK, PAPER, new_figure, quiet
+
+POINTS = 60  # means over ranges of positions, each longer than the one before
+
+
+def position_means(by_position: list[float]) -> tuple[list[float], list[float]]:
+    """Centres of ranges of positions, which grow in proportion to the position, and the mean loss in each."""
+    T = len(by_position)
+    edges = np.unique(np.geomspace(1, T + 1, POINTS).round().astype(int))
+    ranges = [(a, b) for a, b in itertools.pairwise(edges)]
+    return [(a + b - 1) / 2 for a, b in ranges], [float(np.mean(by_position[a - 1 : b - 1])) for a, b in ranges]
+
+
+def draw_positions(heldout: Heldout, title: str, path: Path) -> None:
+    """Draw the loss by position as a PNG file; the position is the number of tokens that are seen.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as e:
+        raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    figure = new_figure("held-out loss by position", 9, 5)
+    figure.suptitle(f"{title}: held-out loss by position in the window", color=INK, fontsize=13, parse_math=False)
+    axes = figure.subplots()
+    positions = np.arange(1, len(heldout.by_position) + 1)
+    axes.plot(positions, heldout.by_position, ".", color="#bbbbbb", markersize=2, label="each position")
+    axes.plot(*position_means(heldout.by_position), color="#2a6fbb", label="mean over neighbours")
+    axes.axhline(heldout.loss, color=INK, linewidth=0.7, linestyle="--", label=f"mean {heldout.loss:.4f}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(frameon=False)
+    quiet(axes)
+    FigureCanvasAgg(figure)
+    try:
+        figure.savefig(path, dpi=120, facecolor=PAPER)
+    except OSError as e:
+        raise UserError(f"{path}: cannot write the picture ({e.strerror or e})") from None

@@ -1,0 +1,160 @@
+"""What a task's answers are worth: accuracies and perplexity, each with its standard error."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from restomod.errors import UserError
+from restomod.evals.examples import Example
+from restomod.evals.likelihood import LanguageModel, Request, Score, encode_pair, log_likelihoods
+from restomod.evals.tasks import LoadedTask
+from restomod.train.distributed import SINGLE, Processes
+
+ACCURACIES = {
+    "acc": "the choice of the highest log-probability",
+    "acc_norm": "… per character of the choice (lm-evaluation-harness's acc_norm)",
+    "acc_bytes": "… per byte of the choice",
+    "acc_token": "… per token (build-nanogpt's, and the GPT-3 paper's)",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number from a sample of questions."""
+
+    value: float
+    stderr: float | None
+    """One standard error; None for a single question."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model's answers to a task."""
+
+    metrics: dict[str, Estimate]
+    choices: dict[str, list[int]]
+    """By accuracy, what was chosen for each example; of last words, 1 where the word is what would be written."""
+    gold: list[int]
+    truncated: int
+    """Examples of which a context did not fit into the model's window and lost its beginning."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        metrics = {name: {"value": e.value, "stderr": e.stderr} for name, e in self.metrics.items()}
+        return {
+            "examples": len(self.gold),
+            "truncated": self.truncated,
+            "metrics": metrics,
+            "seconds": self.seconds,
+            "gold": self.gold,
+            "choices": self.choices,
+        }
+
+
+def evaluate(
+    model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
+) -> Result:
+    """Ask a model all examples of a task.
+
+    Args:
+        model: what to ask.
+        loaded: the task and its examples.
+        batch: contexts per forward pass; changes the speed, not the result.
+        processes: that share the work; all have to call this, and get the same.
+
+    Raises:
+        UserError: an example cannot be scored, or the model's output is no number.
+    """
+    began = time.perf_counter()
+    examples = loaded.examples
+    requests = [_requests(model, example) for example in examples]
+    flat = log_likelihoods(model, [request for part in requests for request in part], batch, processes)
+    answers = iter(flat)
+    scores = [[next(answers) for _ in part] for part in requests]
+    for example, part in zip(examples, scores, strict=True):
+        if any(math.isnan(score.log_likelihood) for score in part):
+            raise UserError(f"{example.where}: the model's output is not a number; its weights are damaged")
+    truncated = sum(any(score.truncated for score in part) for part in scores)
+    measure = _last_words if loaded.task.kind == "last-word" else _multiple_choice
+    metrics, choices = measure(examples, scores)
+    gold = [example.gold for example in examples]
+    return Result(metrics, choices, gold, truncated, time.perf_counter() - began)
+
+
+def _requests(model: LanguageModel, example: Example) -> list[Request]:
+    pairs = zip(example.contexts, example.continuations, strict=True)
+    try:
+        requests = [encode_pair(model.encode, model.prefix, *pair) for pair in pairs]
+    except UserError as e:
+        raise UserError(f"{example.where}: {e}") from None
+    longest = max(len(request.continuation) for request in requests)
+    if longest > model.max_length:
+        raise UserError(
+            f"{example.where}: a choice of {longest:,} tokens is longer than the model's window of "
+            f"{model.max_length:,}; shorten it, or leave it out"
+        )
+    return requests
+
+
+def _multiple_choice(
+    examples: Sequence[Example], scores: Sequence[Sequence[Score]]
+) -> tuple[dict[str, Estimate], dict[str, list[int]]]:
+    """The four accuracies; of choices that are equally good the first counts, as in lm-evaluation-harness."""
+    choices: dict[str, list[int]] = {name: [] for name in ACCURACIES}
+    for example, part in zip(examples, scores, strict=True):
+        summed = np.array([score.log_likelihood for score in part])
+        divisors = {
+            "acc": np.ones(len(part)),
+            "acc_norm": np.array([len(choice) for choice in example.choices]),
+            "acc_bytes": np.array([len(choice.encode()) for choice in example.choices]),
+            "acc_token": np.array([score.tokens for score in part]),
+        }
+        for name, divisor in divisors.items():
+            choices[name].append(int(np.argmax(summed / divisor)))
+    gold = [example.gold for example in examples]
+    metrics = {
+        name: proportion([a == b for a, b in zip(chosen, gold, strict=True)]) for name, chosen in choices.items()
+    }
+    return metrics, choices
+
+
+def _last_words(
+    examples: Sequence[Example], scores: Sequence[Sequence[Score]]
+) -> tuple[dict[str, Estimate], dict[str, list[int]]]:
+    """How often greedy decoding writes the word, and exp of the mean negative log-probability of the whole word."""
+    greedy = [part[0].greedy for part in scores]
+    losses = [-part[0].log_likelihood for part in scores]
+    mean = math.fsum(losses) / len(losses)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    error = None
+    if len(losses) > 1:  # of the mean, carried through exp to first order
+        variance = math.fsum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)
+        error = perplexity * math.sqrt(variance / len(losses))
+    return {"acc": proportion(greedy), "perplexity": Estimate(perplexity, error)}, {"acc": [int(g) for g in greedy]}
+
+
+def proportion(hits: Sequence[bool]) -> Estimate:
+    """A share p of n, with the standard error sqrt(p (1 - p) / (n - 1)) of a sample's mean."""
+    n = len(hits)
+    p = sum(hits) / n
+    return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None)
+
+
+def headline(loaded: LoadedTask, result: Result) -> str:
+    """The commonly quoted accuracy, with its standard error and the number of examples."""
+    name = loaded.task.headline
+    return f"{name} {shown(result.metrics[name])} ({len(result.gold):,} examples)"
+
+
+def shown(estimate: Estimate) -> str:
+    """A number and its standard error; a share below 1 with four digits, anything else with as many in all."""
+    digits = 4 if estimate.value < 10 else 2
+    error = "" if estimate.stderr is None else f" ± {estimate.stderr:,.{digits}f}"
+    return f"{estimate.value:,.{digits}f}{error}"

@@ -1,0 +1,253 @@
+"""`restomod eval` on a run, a model folder and several processes; tasks that a run asks along the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from restomod.cli import main
+from restomod.config import RunConfig
+from restomod.data.prepare import prepare
+from restomod.data.tokenizer import Tokenizer
+from restomod.evals.references import REFERENCES, references
+from restomod.evals.scoring import ACCURACIES
+from restomod.evals.suite import HELDOUT, evaluate_model
+from restomod.evals.tasks import TASKS
+from restomod.model.pretrained import save_model
+from restomod.train.console import Display
+from restomod.train.loop import train
+from restomod.train.metrics import read_jsonl
+from restomod.train.parity import random_model
+from tests.evals.plainly import SMALL, plain_score
+from tests.processes import results
+
+QUIET = Display(muted=True)
+
+
+@pytest.fixture
+def run(tiny: RunConfig, questions: Path, tmp_path: Path) -> Path:
+    config = dataclasses.replace(tiny, eval_tasks=(str(questions),), eval_limit=3)
+    assert train(config, tmp_path / "run", display=QUIET) == 0
+    return tmp_path / "run"
+
+
+def tasks(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "task"]
+
+
+def accuracy(folder: Path, questions: Path, tokenizer: Tokenizer, n: int, window: int) -> tuple[float, list[int]]:
+    """Of the first questions, by `transformers`: the share that is right by summed log-probability, and the choices."""
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    records = [json.loads(line) for line in questions.read_text().splitlines()][:n]
+    choices = []
+    for record in records:
+        context = tokenizer.encode(record["query"].rstrip()).tolist()
+        space = " " * (len(record["query"]) - len(record["query"].rstrip()))
+        endings = [tokenizer.encode(f"{space} {choice}").tolist() for choice in record["choices"]]
+        scores = [plain_score(model, context[-(window + 1 - len(end)) :], end)[0] for end in endings]
+        choices.append(scores.index(max(scores)))
+    return sum(c == r["gold"] for c, r in zip(choices, records, strict=True)) / n, choices
+
+
+def test_a_run_asks_its_tasks_at_every_validation(run: Path, questions: Path, tokenizer: Tokenizer) -> None:
+    assert [(record["step"], record["task"], record["examples"]) for record in tasks(run)] == [
+        (step, "questions", 3) for step in (0, 5, 10, 12)
+    ]
+    expected, _ = accuracy(run / "checkpoints" / "step_000012", questions, tokenizer, 3, window=32)
+    last = tasks(run)[-1]
+    assert last["acc"] == pytest.approx(expected)
+    assert last["acc_stderr"] == pytest.approx(math.sqrt(expected * (1 - expected) / 2))
+    assert set(ACCURACIES) < last.keys()
+
+
+def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
+    from restomod.train.run import read_config
+
+    asking = dataclasses.replace(tiny, eval_tasks=(f"hellaswag={tmp_path}/none", str(questions)))
+    from restomod.errors import UserError
+
+    with pytest.raises(UserError, match="none: no such file"):
+        train(asking, tmp_path / "run", display=QUIET)
+    assert not (tmp_path / "run").exists()
+    asking = dataclasses.replace(tiny, eval_tasks=(str(questions),), steps=10)
+    train(asking, tmp_path / "run", display=QUIET)
+    again = dataclasses.replace(read_config(tmp_path / "run"), steps=12)
+    train(again, tmp_path / "run", resume=True, display=QUIET)
+    assert [record["step"] for record in tasks(tmp_path / "run")] == [0, 5, 10, 12]
+
+
+def test_a_runs_results_are_written_into_it(
+    run: Path, questions: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", precision="fp32") == 0
+    shown = capsys.readouterr().out
+    assert sorted(path.name for path in (run / "evals").iterdir()) == [
+        "step_000012-heldout.json",
+        "step_000012-heldout.png",
+        "step_000012-questions.json",
+    ]
+    result = json.loads((run / "evals" / "step_000012-questions.json").read_text())
+    expected, choices = accuracy(run / "checkpoints" / "step_000012", questions, tokenizer, 5, window=32)
+    assert result["metrics"]["acc"]["value"] == pytest.approx(expected)
+    assert result["choices"]["acc"] == choices
+    assert (result["examples"], result["truncated"], result["step"]) == (5, 1, 12)
+    assert result["environment"]["precision"] == "fp32"
+    assert "warning: questions: 1 of 5 examples do not fit into the model's 32 tokens" in shown
+    heldout = json.loads((run / "evals" / "step_000012-heldout.json").read_text())
+    last = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "val"][-1]
+    assert heldout["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert f"{heldout['loss']:.4f}" in shown
+    assert "3.292" in shown  # GPT-2's, beside it
+
+
+def test_a_limited_result_does_not_replace_a_whole_one(run: Path, questions: Path) -> None:
+    evaluate_model(str(run), [str(questions)], limit=2, device="cpu", display=QUIET)
+    assert [path.name for path in (run / "evals").iterdir()] == ["step_000012-questions-first2.json"]
+
+
+def test_a_checkpoint_is_of_its_run(run: Path, questions: Path) -> None:
+    evaluate_model(str(run / "checkpoints" / "step_000008"), [str(questions)], device="cpu", display=QUIET)
+    assert [path.name for path in (run / "evals").iterdir()] == ["step_000008-questions.json"]
+
+
+def test_the_context_can_be_chosen(run: Path, tiny: RunConfig, tokenizer: Tokenizer) -> None:
+    evaluate_model(str(run), [HELDOUT], context=5, device="cpu", precision="fp32", display=QUIET)
+    held = json.loads((run / "evals" / "step_000012-heldout.json").read_text())
+    model = GPT2LMHeadModel.from_pretrained(run / "checkpoints" / "step_000012").eval()
+    stream = prepare(tiny.data, tokenizer).val
+    text = stream.read(0, len(stream)).tolist()
+    scores = [plain_score(model, text[at : at + 1], text[at + 1 : at + 6])[0] for at in range(0, len(text) - 1, 5)]
+    assert held["tokens"] == len(text) - 1
+    assert held["loss"] == pytest.approx(-sum(scores) / held["tokens"], rel=1e-5)
+    assert len(held["by_position"]) == 5
+    first = [plain_score(model, text[at : at + 1], text[at + 1 : at + 2])[0] for at in range(0, len(text) - 1, 5)]
+    assert held["by_position"][0] == pytest.approx(-sum(first) / len(first), rel=1e-5)
+
+
+def evaluate_quietly(run: str, tasks: list[str], file: Path) -> int:
+    return evaluate_model(run, tasks, device="cpu", precision="fp32", json_file=file, display=QUIET)
+
+
+def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_path: Path) -> None:
+    wanted = [HELDOUT, str(questions)]
+    evaluate_quietly(str(run), wanted, tmp_path / "one.json")
+    assert results(2, evaluate_quietly, str(run), wanted, tmp_path / "two.json") == [0, 0]
+    one, two = (json.loads((tmp_path / name).read_text())["results"] for name in ("one.json", "two.json"))
+    for result in (*one.values(), *two.values()):
+        result.pop("seconds", None)
+    assert one == two
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of no run, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model"
+    path.mkdir()
+    save_model(random_model(SMALL), path)
+    return path
+
+
+def test_a_model_folder_is_evaluated_and_left_as_it_was(
+    folder: Path, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main(["eval", "model", "--task", "questions.jsonl", "--json", "out.json", "--device", "cpu"]) == 0
+    assert sorted(folder.rglob("*")) == before
+    result = json.loads(Path("out.json").read_text())["results"]["questions"]
+    assert (result["examples"], result["truncated"]) == (5, 0)
+    shown = capsys.readouterr().out
+    for name in ("acc", "acc_norm", "acc_token"):
+        estimate = result["metrics"][name]
+        assert f"{estimate['value']:.4f} ± {estimate['stderr']:.4f}" in shown
+
+
+def test_published_numbers_stand_below(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"activity_label": "a", "ctx": "A man", "endings": ["sits.", "flies.", "is.", "was."], "label": 0}
+    (tmp_path / "swag.jsonl").write_text((json.dumps(record) + "\n") * 3)
+    assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl", "--limit", "2", "--batch", "1"]) == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert "0.2955" in rows["GPT-2 124M"]
+    assert "0.337" in rows["GPT-3 125M"]
+    assert "0.3089" in rows["reproduction, lr 1.2e-3"]
+    assert "first" in rows["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
+        (["--tasks", "heldout"], "model is not of a run, and has no data of its own: name a folder of tokens with"),
+        (["--tasks", "heldout", "--data", "nowhere"], "nowhere: no such folder of token shards"),
+        (["--task", "none.jsonl"], "none.jsonl: no such file"),
+        (["--task", "questions.jsonl", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--task", "questions.jsonl", "--batch", "-1"], "--batch is -1; it must be at least 1"),
+        (["--task", "questions.jsonl", "--json", "no/out.json"], "no/out.json: there is no folder no"),
+        (["--task", "bad.jsonl"], "bad.jsonl, line 1: not JSON"),
+        (["--tsks", "hellaswag"], "did you mean --task"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], said: str, folder: Path, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bad.jsonl").write_text("no\n")
+    assert main(["eval", "model", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("restomod: error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_context_beyond_the_positions_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run), "--tasks", "heldout", "--context", "33"]) == 2
+    assert "--context 33 is longer than the model's 32 positions" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates_with_two_processes(run: Path, questions: Path, restomod: Callable, tmp_path: Path) -> None:
+    program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "restomod")
+    flags = ("--tasks", "heldout", "--task", str(questions), "--device", "cpu", "--precision", "fp32")
+    process = restomod("eval", str(run), *flags, "--json", "two.json", program=program)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("warning: questions") == 1
+    assert json.loads((tmp_path / "two.json").read_text())["environment"]["processes"] == 2
+
+
+# --- published numbers --------------------------------------------------------------------------------------
+
+
+def test_published_numbers_are_of_tasks_and_numbers_that_there_are() -> None:
+    names = {"loss", "perplexity", *ACCURACIES}
+    assert {r.task for r in REFERENCES} <= {HELDOUT, *TASKS}
+    assert {r.metric for r in REFERENCES} <= names
+    assert all(0.2 < r.value < 0.7 for r in REFERENCES if r.metric.startswith("acc"))
+    assert all(r.convention for r in REFERENCES)
+    assert {(r.model, r.metric, r.value) for r in references("hellaswag")} >= {
+        ("GPT-2 124M", "acc_token", 0.2955),  # 10042 acc_norm: 0.2955, build-nanogpt
+        ("GPT-3 125M", "acc_token", 0.337),
+    }
+
+
+def test_the_default_tasks_of_a_model_without_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(name: str, *_: Any) -> None:
+        asked.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("restomod.evals.suite.load_task", refuse)
+    assert main(["eval", "model"]) == 130
+    assert asked == ["hellaswag"]
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,170 @@
+"""Records of every task, and what is wrong with a file: by its name and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from restomod.errors import UserError
+from restomod.evals.examples import (
+    Example,
+    Record,
+    arc,
+    hellaswag,
+    hellaswag_harness,
+    lambada,
+    own,
+    piqa,
+    read_examples,
+    winograd,
+)
+
+WIKIHOW = {
+    "activity_label": "Home and Garden",
+    "ctx_a": "[header] How to mow [title] Wait. [step] Mow  dry grass.",
+    "ctx_b": "then mow",
+    "ctx": "[header] How to mow [title] Wait. [step] Mow  dry grass. then mow",
+    "endings": ["it [substeps] again.", "the  cat."],
+    "label": "1",
+}
+ARC = {
+    "question": "What is wet?",
+    "choices": {"text": ["fire", "water", "air"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+WSC = {
+    "text": "The trophy does not fit in the case because it is too big.",
+    "pronoun": "it",
+    "pronoun_loc": 44,
+    "options": ["The trophy", "The case"],
+    "label": 0,
+}
+GOOD = {"query": "One and one is", "choices": ["two", "three"], "gold": 0}
+
+
+def texts(example: Example) -> list[tuple[str, str]]:
+    return list(zip(example.contexts, example.continuations, strict=True))
+
+
+def test_hellaswag_is_scored_as_it_stands_or_as_the_harness_writes_it() -> None:
+    plain = hellaswag(WIKIHOW, "")
+    assert texts(plain) == [(WIKIHOW["ctx"], " it [substeps] again."), (WIKIHOW["ctx"], " the  cat.")]
+    assert (plain.gold, plain.choices) == (1, ("it [substeps] again.", "the  cat."))
+    # by hand, from lm-evaluation-harness's tasks/hellaswag/utils.py
+    context = "Home and Garden:  How to mow. Wait. Mow dry grass. Then mow".replace(":  ", ": ")
+    assert texts(hellaswag_harness(WIKIHOW, "")) == [(context, " it again."), (context, " the cat.")]
+    without_parts = {k: v for k, v in WIKIHOW.items() if k not in ("ctx_a", "ctx_b")}
+    assert hellaswag_harness(without_parts, "").contexts[0].endswith("grass. then mow")
+
+
+def test_arc_and_piqa_ask_a_question() -> None:
+    example = arc(ARC, "")
+    assert texts(example)[1] == ("Question: What is wet?\nAnswer:", " water")
+    assert (example.gold, len(example.choices)) == (1, 3)
+    example = piqa({"goal": "Open it", "sol1": "Push.", "sol2": "Wait.", "label": 1}, "")
+    assert texts(example) == [("Question: Open it\nAnswer:", " Push."), ("Question: Open it\nAnswer:", " Wait.")]
+    assert example.gold == 1
+
+
+def test_a_winograd_schema_asks_how_likely_the_rest_is_after_each_candidate() -> None:
+    before = "The trophy does not fit in the case because "
+    assert texts(winograd(WSC, "")) == [
+        (f"{before}the trophy", " is too big."),
+        (f"{before}the case", " is too big."),
+    ]
+    his = {"text": "Joe paid Sam. His money was gone.", "pronoun": "His", "pronoun_loc": 14, "options": ["Joe", "Sam"]}
+    example = winograd(his | {"label": 0}, "")
+    assert example.contexts == ("Joe paid Sam. Joe's", "Joe paid Sam. Sam's")
+    started = {"text": "A saw B. It fell.", "pronoun": "It", "pronoun_loc": 9, "options": ["The A", "The B"]}
+    assert winograd(started | {"label": 0}, "").contexts[0] == "A saw B. The A"
+
+
+def test_lambada_asks_for_the_last_word() -> None:
+    expected = [("I don't care about", " signs")]
+    assert texts(lambada({"text": "I don't care about signs"}, "")) == expected
+    assert texts(lambada({"context": "I don't care about", "continuation": "signs"}, "")) == expected
+    assert texts(lambada({"context": "I don't care about", "continuation": " signs"}, "")) == expected
+
+
+def test_own_questions_have_either_names() -> None:
+    assert own(GOOD, "") == own({"ctx": "One and one is", "endings": ["two", "three"], "label": 0}, "")
+    assert texts(own(GOOD, "")) == [("One and one is", " two"), ("One and one is", " three")]
+
+
+def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
+    other = GOOD | {"gold": 1}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(other)}\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, other]), tmp_path / "a.parquet")
+    lines, rows = (read_examples(tmp_path / name, own) for name in ("a.jsonl", "a.parquet"))
+    assert [example.where for example in lines] == [f"{tmp_path}/a.jsonl, line {n}" for n in (1, 3)]
+    assert [(texts(e), e.gold) for e in lines] == [(texts(e), e.gold) for e in rows]
+    assert [example.gold for example in lines] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("example", "record", "said"),
+    [
+        (own, GOOD | {"gold": 2}, "the right choice is 2, but the 2 choices are numbered 0 to 1"),
+        (own, GOOD | {"gold": -1}, "the right choice is -1"),
+        (own, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
+        (own, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
+        (own, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
+        (own, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
+        (own, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
+        (own, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
+        (own, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),
+        (own, GOOD | {"choices": ["two", 3]}, "choice 1 should be text, not 3"),
+        (own, GOOD | {"query": 3}, "'query' should be text, not 3"),
+        (own, {"query": "a", "gold": 0}, "has no 'choices' or 'endings'; it has 'query', 'gold'"),
+        (own, {}, "has no 'query' or 'ctx'; it has no fields"),
+        (hellaswag, GOOD, "has no 'ctx'; it has 'query', 'choices', 'gold'"),
+        (arc, ARC | {"answerKey": "D"}, "the answer 'D' is none of the choices' labels ['A', 'B', 'C']"),
+        (winograd, WSC | {"pronoun_loc": 3}, "the pronoun 'it' does not stand at character 3 of the text"),
+        (lambada, {"text": "word"}, "has no word before its last one"),
+        (lambada, {"text": "two words "}, "choice 0 is empty"),
+    ],
+)
+def test_a_wrong_record_is_named_by_file_and_line(
+    example: Callable[[Record, str], Example], record: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{json.dumps(record)}\n")
+    with pytest.raises(UserError) as caught:
+        read_examples(path, example)
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not JSON\n", ", line 1: not JSON (Expecting value"),
+        (b"\xff\n", ", line 1: not JSON ("),
+        (b"[1]\n", ", line 1: should be an object such as"),
+        (b"\n\n", " is empty: it holds no examples"),
+        (b"[" * 100_000, ", line 1: not JSON ("),
+    ],
+)
+def test_a_wrong_file_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_examples(path, own)
+    assert str(caught.value).startswith(f"{path}{said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
+        read_examples(tmp_path / "a.jsonl", own)
+    with pytest.raises(UserError, match="cannot read it"):
+        read_examples(tmp_path, own)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a\.parquet: cannot read it"):
+        read_examples(tmp_path / "a.parquet", own)
