@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.world import world
+from restomod.errors import ReportedElsewhere, UserError
+from restomod.train.distributed import joined
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -106,3 +109,15 @@ def _text(path: Path) -> str:
 
 def _result(path: Path) -> Any:
     return pickle.loads(path.read_bytes()) if path.exists() else None
+
+
+def member(work: Any, *arguments: Any) -> Any:
+    """Do ``work`` as one of several processes, and report errors as the command line does."""
+    try:
+        with joined() as processes:
+            return work(processes, *arguments)
+    except ReportedElsewhere:
+        sys.exit(2)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -234,6 +234,7 @@ def test_a_value_out_of_range_is_refused_by_the_files_name_too(key: str, value: 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "sampling": SamplingConfig}
 NAN = float("nan")
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim")
 
 
 def build(key: str, value: Any) -> Any:
@@ -248,14 +249,18 @@ def build(key: str, value: Any) -> Any:
         *((key, value) for key in ("eval_every", "sample_every", "save_every", "micro_batch") for value in (0, -1)),
         ("keep_checkpoints", -1),
         ("eval_tokens", 63),
-        *((f"model.{f.name}", value) for f in dataclasses.fields(ModelConfig) for value in (0, -1)),
+        *((f"model.{name}", value) for name in SIZES for value in (0, -1)),
+        *(("model.rope_theta", value) for value in (0.0, -1.0, NAN)),
         *(("data.val_fraction", value) for value in (-0.1, 1.0, 1.5, NAN)),
         *(("optim.lr", value) for value in (0.0, -1.0, NAN)),
+        *(("optim.muon_lr", value) for value in (0.0, -1.0, NAN)),
+        *(("optim.muon_momentum", value) for value in (-0.1, 1.0, NAN)),
+        *(("optim.cooldown", value) for value in (0.0, 1.1, NAN)),
         *(("optim.min_lr_ratio", value) for value in (-0.1, 1.1, NAN)),
         ("optim.warmup_steps", -1),
         *(("optim.betas", value) for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, -0.1), (NAN, 0.9))),
         *(("optim.eps", value) for value in (0.0, -1.0, NAN)),
-        *(("optim.weight_decay", value) for value in (-0.1, NAN)),
+        *((f"optim.{name}", value) for name in ("weight_decay", "muon_weight_decay") for value in (-0.1, NAN)),
         *(("optim.grad_clip", value) for value in (0.0, -1.0, NAN)),
         *(("sampling.max_tokens", value) for value in (0, -1)),
         *(("sampling.temperature", value) for value in (-0.1, NAN)),

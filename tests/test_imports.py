@@ -23,6 +23,7 @@ LAYERS = (
     ("restomod.errors", "restomod.files", "restomod.memory"),
     (
         "restomod.hub",
+        "restomod.config_model",
         "restomod.config",
         "restomod.config_json",
         "restomod.config_prepare",

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
+from restomod.config_model import ModelConfig, nearest_divisor, neighbours, require
 from restomod.errors import UserError
 
-VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
 MIX_PRECISION = 10**6  # shares of a mix are multiples of about this part of 1
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
+Optimizer = Literal["adamw", "muon"]
+Decay = Literal["cosine", "linear", "wsd", "1-sqrt"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
@@ -24,44 +26,9 @@ OnSpike = Literal["stop", "skip", "rollback"]
 OnSaveError = Literal["stop", "continue"]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def require_seed(name: str, seed: int) -> None:
     """Raise UserError unless ``seed`` is one that every random generator takes."""
-    _require(0 <= seed < 2**32, f"{name} is {seed}; it must be at least 0 and below 2**32")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a GPT-2."""
-
-    n_layer: int = 12
-    """Number of transformer blocks."""
-    n_head: int = 12
-    """Attention heads per block; divides n_embd."""
-    n_embd: int = 768
-    """Width of the residual stream."""
-    n_positions: int = 1024
-    """Longest context the position embeddings cover, in tokens."""
-    vocab_size: int = VOCAB_SIZE
-    """Tokens in the vocabulary; 50257 for GPT-2's."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
-                f"try model.n_head {_nearest_divisor(self.n_embd, self.n_head)}"
-            )
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix in memory: the vocabulary, rounded up to a multiple of 64 (50304)."""
-        return 64 * math.ceil(self.vocab_size / 64)
+    require(0 <= seed < 2**32, f"{name} is {seed}; it must be at least 0 and below 2**32")
 
 
 @dataclass(frozen=True)
@@ -88,17 +55,17 @@ class DataConfig:
     """Folder where prepared token shards are kept and found again."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.val_fraction < 1,
             f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1",
         )
         require_seed("data.split_seed", self.split_seed)
-        _require(
+        require(
             self.source != "python-stdlib" or self.path is None,
             "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
         )
         if self.mix is not None:
-            _require(self.path is None, "data.mix names the folders of tokens itself; leave data.path out")
+            require(self.path is None, "data.mix names the folders of tokens itself; leave data.path out")
             self.mixed()
 
     def mixed(self) -> list[tuple[str, Fraction]]:
@@ -114,51 +81,72 @@ class DataConfig:
                 parts.append((folder, float(weight)))
             except ValueError:
                 parts.append((folder, math.nan))
-            _require(
+            require(
                 bool(folder) and 0 < parts[-1][1] < math.inf,
                 f"data.mix: {item.strip()!r} is not FOLDER:WEIGHT with a weight above 0; for example web:0.7,books:0.3",
             )
         folders = [folder for folder, _ in parts]
-        _require(len(set(folders)) == len(folders), f"data.mix names a folder twice: {self.mix}")
+        require(len(set(folders)) == len(folders), f"data.mix names a folder twice: {self.mix}")
         total = sum(weight for _, weight in parts)
         millionths = [round(MIX_PRECISION * weight / total) for _, weight in parts]
-        _require(min(millionths) > 0, f"data.mix: a weight is less than a millionth of the whole: {self.mix}")
+        require(min(millionths) > 0, f"data.mix: a weight is less than a millionth of the whole: {self.mix}")
         return [(folder, Fraction(part, sum(millionths))) for folder, part in zip(folders, millionths, strict=True)]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule: linear warm-up, then a cosine down to a fraction of the maximum."""
+    """The optimizer and its schedule: linear warm-up, then down to a fraction of the maximum."""
 
+    optimizer: Optimizer = "adamw"
+    """adamw: for all parameters; muon: for the matrices of the blocks, and AdamW for all others."""
     lr: float = 6e-4
-    """Maximum learning rate."""
+    """Maximum learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Maximum learning rate of Muon."""
+    decay: Decay = "cosine"
+    """How the rates go down. cosine: half a cosine; linear: evenly; wsd: evenly in the last part, cooldown, and not at
+    all before (warm-up, stable, decay); 1-sqrt: like wsd, by 1 - sqrt(progress)."""
+    cooldown: float = 0.4
+    """The part of the steps after the warm-up in which wsd and 1-sqrt go down."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this fraction of lr."""
+    """The rates end at this fraction of their maximum."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0 to lr."""
+    """Steps of linear warm-up from 0 to the maximum."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's running means of the gradient and its square."""
     eps: float = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices and embeddings only."""
+    """AdamW's decoupled weight decay, on matrices and embeddings only."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's running sum of the gradient."""
+    muon_weight_decay: float = 0.0
+    """Muon's decoupled weight decay."""
     grad_clip: float = 1.0
     """Largest global gradient norm; longer gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be a finite number above 0")
-        _require(
+        require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be a finite number above 0")
+        require(
             0 <= self.min_lr_ratio <= 1,
             f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie between 0 and 1",
         )
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
-        _require(
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas are {self.betas}; each must be at least 0 and below 1",
         )
-        _require(0 < self.eps < math.inf, f"optim.eps is {self.eps}; it must be a finite number above 0")
-        _require(0 <= self.weight_decay < math.inf, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
-        _require(
+        require(0 < self.muon_lr < math.inf, f"optim.muon_lr is {self.muon_lr}; it must be a finite number above 0")
+        require(0 < self.cooldown <= 1, f"optim.cooldown is {self.cooldown}; it must be above 0 and at most 1")
+        require(
+            0 <= self.muon_momentum < 1,
+            f"optim.muon_momentum is {self.muon_momentum}; it must be at least 0 and below 1",
+        )
+        for name in ("weight_decay", "muon_weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be 0 or more")
+        require(0 < self.eps < math.inf, f"optim.eps is {self.eps}; it must be a finite number above 0")
+        require(
             0 < self.grad_clip < math.inf, f"optim.grad_clip is {self.grad_clip}; it must be a finite number above 0"
         )
 
@@ -179,10 +167,10 @@ class SamplingConfig:
     """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
-        _require(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}; it must be 0 or more")
-        _require(self.top_k >= 0, f"sampling.top_k is {self.top_k}; it must be 0 or more")
-        _require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
+        require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
+        require(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}; it must be 0 or more")
+        require(self.top_k >= 0, f"sampling.top_k is {self.top_k}; it must be 0 or more")
+        require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -245,6 +233,8 @@ class RunConfig:
     precision: Precision = "auto"
     """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU that has that
     (the loss is then scaled)."""
+    document_mask: bool = False
+    """In training, let a token see only its own document of a window, not those before."""
     parallel: Parallel = "ddp"
     """How several processes (torchrun) share a model. ddp: each has all of it; fsdp: each a part, for large ones."""
     recompute: bool = False
@@ -256,38 +246,38 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         require_seed("seed", self.seed)
         for name in ("keep_checkpoints", "keep_every"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
-        _require(0 <= self.spike_sigmas < math.inf, f"spike_sigmas is {self.spike_sigmas}; it must be 0 or more")
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        require(0 <= self.spike_sigmas < math.inf, f"spike_sigmas is {self.spike_sigmas}; it must be 0 or more")
         for name in ("save_every_minutes", "keep_gb"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be above 0")
+            require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be above 0")
         T = self.sequence_length
-        _require(
+        require(
             self.model.n_positions >= T,
             f"sequence_length {T} is longer than model.n_positions {self.model.n_positions}; "
             f"lower the first or raise the second",
         )
-        _require(
+        require(
             self.batch_tokens % T == 0,
             f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {T}; "
-            f"the nearest that are: {_neighbours(self.batch_tokens, T)}",
+            f"the nearest that are: {neighbours(self.batch_tokens, T)}",
         )
         B = self.micro_batch
         if B is not None and (B < 1 or self.batch_sequences % B):
             raise UserError(
                 f"micro_batch {B} does not divide the {self.batch_sequences} sequences of a step "
                 f"(batch_tokens / sequence_length); "
-                f"the nearest that does is {_nearest_divisor(self.batch_sequences, B)}"
+                f"the nearest that does is {nearest_divisor(self.batch_sequences, B)}"
             )
         target = self.target_loss
-        _require(target is None or math.isfinite(target), f"target_loss is {target}; it must be a number")
+        require(target is None or math.isfinite(target), f"target_loss is {target}; it must be a number")
         limit = self.eval_limit
-        _require(limit is None or limit >= 1, f"eval_limit is {limit}; it must be at least 1")
+        require(limit is None or limit >= 1, f"eval_limit is {limit}; it must be at least 1")
         if self.eval_tokens is not None:
-            _require(
+            require(
                 self.eval_tokens >= T,
                 f"eval_tokens {self.eval_tokens} is less than one window of sequence_length {T} tokens",
             )
@@ -296,30 +286,3 @@ class RunConfig:
     def batch_sequences(self) -> int:
         """Sequences per optimizer step, over all micro-batches and processes."""
         return self.batch_tokens // self.sequence_length
-
-
-def _divisors(n: int) -> set[int]:
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return {*small, *(n // d for d in small)}
-
-
-def _nearest_divisor(n: int, to: int) -> int:
-    """The divisor of ``n`` nearest to ``to`` (the smaller one where two are equally near)."""
-    return min(_divisors(n), key=lambda d: (abs(d - to), d))
-
-
-def divisors_near(n: int, to: int) -> str:
-    """The divisors of ``n`` on either side of ``to``, as text for an error message."""
-    below, above = [d for d in _divisors(n) if d < to], [d for d in _divisors(n) if d > to]
-    return " or ".join(str(d) for d in (*sorted(below)[-1:], *sorted(above)[:1]))
-
-
-def _neighbours(n: int, multiple: int) -> str:
-    """The multiples of ``multiple`` on either side of ``n``, as text for an error message."""
-    below = n // multiple * multiple
-    return f"{below} and {below + multiple}" if below else f"{multiple}"
-
-
-def nearest_divisor_below(n: int, limit: int) -> int:
-    """The largest divisor of ``n`` that is at most ``limit`` (and at least 1)."""
-    return max(d for d in _divisors(n) if d <= max(1, limit))

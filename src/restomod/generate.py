@@ -184,4 +184,5 @@ def generate(
 def rows_at_once(config: ModelConfig, longest_prompt: int, max_tokens: int, dtype: torch.dtype) -> int:
     """How many texts, of prompts up to so many tokens, have their keys and values in `CACHE_BYTES`; at least 1."""
     tokens = min(config.n_positions, longest_prompt + max_tokens)
-    return max(1, CACHE_BYTES // (2 * config.n_layer * config.n_embd * tokens * dtype.itemsize))
+    row = 2 * config.n_layer * config.n_head * config.head_size * tokens * dtype.itemsize
+    return max(1, CACHE_BYTES // row)

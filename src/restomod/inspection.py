@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from restomod.config import ModelConfig
+from restomod.model.families import family_of, named_views
 from restomod.model.inspect import POSITIONS, Difference, differences, roughness, tensor_statistics, totals
 from restomod.model.plots import make_folder
 from restomod.model.pretrained import hf_tensors
@@ -36,7 +37,7 @@ def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
     yield ""
     for label, value in totals(config):
         yield f"{label:<19} {value}"
-    rough = roughness(tensors[POSITIONS])
+    rough = roughness(tensors[POSITIONS]) if POSITIONS in tensors else math.nan
     if not math.isnan(rough):
         yield f"{'positions':<19} roughness {rough:.2f} (1: noise, as at initialisation; 0: smooth)"
     if plots is not None:
@@ -79,4 +80,6 @@ def _cells(row: Difference) -> str:
 
 def _open(name: str, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
     model, _ = open_or_build(name, torch.device("cpu"), seed)
-    return model.config, hf_tensors(model)
+    if family_of(model.config).model_type == "gpt2":
+        return model.config, hf_tensors(model)
+    return model.config, {name: view.detach() for name, view in named_views(model).items()}

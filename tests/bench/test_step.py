@@ -102,7 +102,7 @@ class _SlowLoss(BatchLoss):
 def test_every_second_of_a_step_is_counted_in_its_phase(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     trainee = make_trainee()
     steps = steps_of(trainee, _SlowLoss(trainee, clock))
-    get, update = steps.data.get, trainee.optimizer.step
+    get, update = steps.data.get, trainee.optimizer.parts[0].step
 
     def slow_get(step: int) -> object:
         clock[0] += 2
@@ -113,7 +113,7 @@ def test_every_second_of_a_step_is_counted_in_its_phase(clock: list[float], monk
         update()
 
     monkeypatch.setattr(steps.data, "get", slow_get)
-    monkeypatch.setattr(trainee.optimizer, "step", slow_update)
+    monkeypatch.setattr(trainee.optimizer.parts[0], "step", slow_update)
     with steps.data:
         seconds = steps.by_phase(0)
     assert seconds == {"data": 2, "forward": 4 * 3, "backward": 4 * 5, "update": 7}

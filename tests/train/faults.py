@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from restomod.data.batches import Batches
 from restomod.model.gpt import GPT, MLP, Block, CausalSelfAttention, KVCache, Transformer
 from restomod.train.loss import linear_cross_entropy
-from restomod.train.optimizer import ScaledAdamW
+from restomod.train.optimizer import AdamW, Optimizers
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Alter = Callable[[GPT], None]
@@ -43,9 +43,9 @@ def _initialise(std: float, mean: float = 0.0, residual_scale: bool = True, bias
 def _attend(kind: str) -> Plant:
     """Attention with another mask, or without a gradient."""
 
-    def forward(self: CausalSelfAttention, x: Tensor, cache: KVCache | None, given: Tensor | None) -> Tensor:
+    def forward(self: CausalSelfAttention, x: Tensor, *_: object) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = {
             "all": torch.ones(T, T, dtype=torch.bool),
             "one ahead": torch.ones(T, T, dtype=torch.bool).tril(1),
@@ -77,8 +77,8 @@ def _mlp(function: Callable[[MLP, Tensor], Tensor]) -> Plant:
 
 
 def _residual_stream(scale: float) -> Plant:
-    def forward(self: Block, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def forward(self: Block, x: Tensor, *others: Any) -> Tensor:
+        x = x + self.attn(self.ln_1(x), *others)
         return (x + self.mlp(self.ln_2(x))) * scale
 
     return lambda patch: patch.setattr(Block, "forward", forward)
@@ -89,10 +89,10 @@ def _untied(patch: pytest.MonkeyPatch) -> None:
 
     def __init__(self: GPT, config: Any) -> None:
         sound_init(self, config)
-        self.lm_head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.own_head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
 
     patch.setattr(GPT, "__init__", __init__)
-    patch.setattr(GPT, "head", property(lambda self: self.lm_head))
+    patch.setattr(GPT, "head", property(lambda self: self.own_head))
 
 
 def _head(head: Callable[[Tensor], Tensor]) -> Plant:
@@ -146,8 +146,7 @@ def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
 def _optimizer(keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> Plant:
     """AdamW over some of the groups of parameters only."""
     return lambda patch: patch.setattr(
-        "restomod.train.optimizer.ScaledAdamW",
-        lambda groups, scale, **settings: ScaledAdamW(list(keep(groups)), scale, **settings),
+        "restomod.train.optimizer.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
     )
 
 
@@ -161,7 +160,7 @@ def _compiled_without_gradient(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_is_learned(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ScaledAdamW, "update", lambda self, *_: self.zero_grad())
+    patch.setattr(Optimizers, "update", lambda self, *_: self.zero_grad())
 
 
 def _relu_far_below_zero(self: MLP, x: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ QUICK_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "a mask that is off by one": (_attend("one ahead"), "causality", "it sees ahead"),
     "a mask that is upside down": (_attend("backwards"), "causality", "it sees ahead"),
     "logits that do not depend on the tokens": (_embed("ignores its input"), "causality", "no logit at all"),
-    "a head with its own weights": (_untied, "tied head", "parameters, and a GPT-2 of its shape"),
+    "a head with its own weights": (_untied, "tied head", "parameters, and a model of its shape"),
     "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied head", "a copy"),
     "a head that is detached": (_head(torch.Tensor.detach), "tied head", "gets no gradient"),
     "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied head", "parameters, and"),

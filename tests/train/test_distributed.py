@@ -7,7 +7,6 @@ import datetime
 import os
 import signal
 import socket
-import sys
 import time
 import weakref
 from typing import Any
@@ -23,14 +22,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
-from restomod.errors import ReportedElsewhere, UserError
+from restomod.errors import UserError
 from restomod.train import distributed
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised, whole
 from restomod.train.optimizer import build_optimizer
 from restomod.train.schedule import learning_rate
 from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
-from tests.processes import error_lines, launch, results
+from tests.processes import error_lines, launch, member, results
 from tests.train.trainee import Trainee, assert_identical, make_trainee
 
 STEPS = 20
@@ -100,9 +99,9 @@ def course(parallel: Parallel, micro_batch: int, processes: Processes) -> Course
     def keep_first(*_: object) -> None:
         for name, p in t.model.named_parameters():
             assert p.grad is not None
-            gradients.setdefault(name, full(p.grad) / optimizer.grad_scale)
+            gradients.setdefault(name, full(p.grad) / optimizer.parts[0].grad_scale)
 
-    optimizer.register_step_pre_hook(keep_first)
+    optimizer.parts[0].register_step_pre_hook(keep_first)
     numbers, windows = [], []
     load = t.batches.load
 
@@ -283,18 +282,6 @@ def outside(processes: Processes, rank: int) -> None:
 
 def outside_everywhere(processes: Processes, rank: int) -> None:
     raise UserError("rank 0 cannot, nor the others")
-
-
-def member(work: Any, *arguments: Any) -> Any:
-    """Do ``work`` as one of several processes, and report errors as the command line does."""
-    try:
-        with joined() as processes:
-            return work(processes, *arguments)
-    except ReportedElsewhere:
-        sys.exit(2)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 @pytest.mark.parametrize("work", [alone, in_its_turn, nested, thrice_nested, before_agreeing, system_refuses, outside])

@@ -41,7 +41,7 @@ def test_five_steps_are_those_of_adamw_written_out_in_fp64() -> None:
             w = w - lr * (0.1 if name == "weight" else 0.0) * w
             w = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
             state[name] = [w, m, v]
-        optimizer.update(lr, torch.tensor(3.0 * t), NO)
+        optimizer.update(t, torch.tensor(3.0 * t), NO)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), state[name][0], atol=1e-7, rtol=1e-6)
 

@@ -108,6 +108,7 @@ MUST_STAY = {
     "sequence_length": 8,
     "model": dataclasses.replace(CONFIG.model, n_layer=3),
     "optim": dataclasses.replace(CONFIG.optim, lr=2e-3),
+    "document_mask": True,
 }
 MAY_CHANGE = {
     "steps": 200,

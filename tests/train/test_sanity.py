@@ -334,8 +334,12 @@ def test_the_tied_head_saves_the_embeddings_parameters() -> None:
         (shape(64), 32, "multiples of 64: 64 wide, 128 embedding rows, heads of 32"),
         (shape(48), 32, "n_embd 48 is no multiple of 64: "),
         (shape(64), 33, "tokens of a micro-batch 66 is no multiple of 64: "),
-        (shape(64, n_head=16), 32, "n_embd / n_head 4 is no multiple of 8: "),
-        (shape(20), 16, "n_embd 20 is no multiple of 64; tokens of a micro-batch 32 is no multiple of 64; n_embd / "),
+        (shape(64, n_head=16), 32, "the width of a head 4 is no multiple of 8: "),
+        (
+            shape(20),
+            16,
+            "n_embd 20 is no multiple of 64; tokens of a micro-batch 32 is no multiple of 64; the width of ",
+        ),
     ],
 )
 def test_shapes_that_are_slow_are_warned_of(model: ModelConfig, T: int, said: str) -> None:

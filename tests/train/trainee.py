@@ -15,7 +15,7 @@ from restomod.data.shards import TokenStream
 from restomod.model.gpt import GPT, build_model
 from restomod.train.checkpoint import write_checkpoint
 from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import ScaledAdamW, build_optimizer, optimizer_tensors
+from restomod.train.optimizer import Optimizers, build_optimizer, optimizer_tensors
 from restomod.train.sanity import Subject, Verdict
 from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
@@ -28,7 +28,7 @@ class Trainee:
     config: RunConfig
     batches: Batches
     model: GPT
-    optimizer: ScaledAdamW
+    optimizer: Optimizers
 
     def train(self, first: int, end: int, micro_batch: int | None = None) -> list[tuple[float, float]]:
         """Make steps [first, end); return the loss and gradient norm of each."""
@@ -51,8 +51,9 @@ class Trainee:
         copies = {}
         for name, parameter in self.model.named_parameters():
             copies[name] = parameter.detach().clone()
-            for key, value in self.optimizer.state[parameter].items():
-                copies[f"{name} {key}"] = value.clone()
+            for part in self.optimizer.parts:
+                for key, value in part.state.get(parameter, {}).items():
+                    copies[f"{name} {key}"] = value.clone()
         return copies
 
 
@@ -72,7 +73,7 @@ def make_trainee(seed: int = 1, **changes: object) -> Trainee:
     return Trainee(config, batches, model, build_optimizer(model, config.optim))
 
 
-def save_checkpoint(run: Path, step: int, model: GPT, optimizer: ScaledAdamW) -> Path:
+def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizers) -> Path:
     """Write a checkpoint, and wait for it."""
     return write_checkpoint(run, step, model, optimizer_tensors(model, optimizer) if step > 0 else {})
 
@@ -123,4 +124,4 @@ def assert_leaves_no_trace(check: Callable[[Subject], Verdict], training: bool) 
     before = state_of(model)
     check(subject)
     assert state_of(model) == before
-    assert not subject.optimizer.state
+    assert not any(part.state for part in subject.optimizer.parts)

@@ -22,7 +22,7 @@ from restomod.data.prefetch import MicroBatches, Prefetch
 from restomod.device import synchronize
 from restomod.memory import peak_resident_bytes
 from restomod.train.distributed import Processes
-from restomod.train.optimizer import ScaledAdamW
+from restomod.train.optimizer import Optimizers
 from restomod.train.step import Compute, train_step
 
 PHASES = ("data", "forward", "backward", "update")
@@ -35,7 +35,7 @@ class Steps:
     config: RunConfig
     data: Prefetch
     loss_of: nn.Module
-    optimizer: ScaledAdamW
+    optimizer: Optimizers
     compute: Compute
     processes: Processes
 

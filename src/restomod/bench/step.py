@@ -11,7 +11,8 @@ import torch
 
 from restomod.bench.measure import Steps, measure
 from restomod.bench.report import Report
-from restomod.config import VOCAB_SIZE, RunConfig
+from restomod.config import RunConfig
+from restomod.config_model import VOCAB_SIZE
 from restomod.data.batches import Batches
 from restomod.data.prefetch import Prefetch
 from restomod.data.prepare import prepare
@@ -20,6 +21,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import describe_device, dtype_name
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
+from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops
 from restomod.train.console import Display, duration
 from restomod.train.distributed import Processes, joined
@@ -161,7 +163,7 @@ def _head(
     estimate = duration(seconds * accumulation * (warmup + 2 * timed))
     return [
         ("benchmark", f"training step of {preset}"),
-        ("model", f"GPT-2, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide; {parameter_count(m):,} parameters"),
+        ("model", f"{describe_shape(m)}; {parameter_count(m):,} parameters"),
         (
             "tokens per step",
             f"{config.batch_tokens:,} = {among}{accumulation} × {compute.micro_batch} sequences × "

@@ -18,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from restomod.config import VOCAB_SIZE
+from restomod.config_model import VOCAB_SIZE
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.errors import UserError

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restomod.config_model import VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import autocast
 from restomod.errors import UserError
 from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.files import read_json
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import load_model
+from restomod.model.pretrained import load_model, read_model_config
 from restomod.train.find import find_model
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 32768}
@@ -128,16 +129,26 @@ class ScoredTransformers:
 def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model that ``name`` stands for, as `restomod.train.find.find_model` says, ready to be scored.
 
-    GPT-2's are run by this package, all others by `transformers`.
+    What this package can express is run by it, all others by `transformers`.
 
     Raises:
         UserError: there is none, it is damaged, or `transformers` is needed and missing or cannot load it.
     """
     folder = find_model(name)
-    config = read_json(folder / "config.json", "model's config")
-    if not isinstance(config, dict) or config.get("model_type") == "gpt2":
+    if _is_ours(folder):
         return ScoredGPT(load_model(folder, device), dtype)
     return _from_transformers(name, folder, device, dtype)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this package runs the model of a folder: a GPT-2, or one of its other kinds with GPT-2's vocabulary."""
+    config = read_json(folder / "config.json", "model's config")
+    if not isinstance(config, dict) or config.get("model_type") in ("gpt2", "restomod"):
+        return True
+    try:
+        return read_model_config(folder).vocab_size == VOCAB_SIZE
+    except UserError:
+        return False
 
 
 def _from_transformers(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> LanguageModel:

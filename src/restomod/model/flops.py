@@ -8,23 +8,33 @@ from restomod.config import ModelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a GPT-2, the tied head counted once and padding not at all (124,439,808 for the smallest)."""
-    D = config.n_embd
-    attention = D * 3 * D + 3 * D + D * D + D
-    mlp = D * 4 * D + 4 * D + 4 * D * D + D
-    block = 2 * D + attention + 2 * D + mlp
-    return (config.vocab_size + config.n_positions) * D + config.n_layer * block + 2 * D
+    """Parameters of a model, a tied head counted once and padding not at all (124,439,808 for the smallest GPT-2)."""
+    D, width, bias = config.n_embd, config.n_head * config.head_size, int(config.bias)
+    units = config.inner_size * (2 if config.mlp == "swiglu" else 1)
+    norm = D * (2 if config.norm == "layernorm" and config.bias else 1)
+    attention = (D + bias) * 3 * width + (width + bias) * D + (2 * config.head_size if config.qk_norm else 0)
+    mlp = (D + bias) * units + (config.inner_size + bias) * D
+    block = norm + attention + norm + mlp
+    return embedding_parameters(config) + config.n_layer * block + norm
+
+
+def embedding_parameters(config: ModelConfig) -> int:
+    """Parameters of the embeddings and the head, without padding."""
+    vocabularies = 1 if config.tied else 2
+    positions = config.n_positions if config.positions == "learned" else 0
+    return (vocabularies * config.vocab_size + positions) * config.n_embd
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of a forward and backward pass, per token.
 
-    6 per parameter that takes part in a product (the position embeddings do not; the token embeddings do, as the
-    tied head), and 12 * n_layer * n_embd * T for attention's two products, counted over the full square. Source:
-    Chowdhery et al., "PaLM", 2022, appendix B. GPT-2 124M at T = 1024: 855 MFLOP.
+    6 per parameter that takes part in a product (embeddings do not; a tied one does, as the head), and 12 * n_layer *
+    n_head * head_size * T for attention's two products, counted over the full square. Source: Chowdhery et al.,
+    "PaLM", 2022, appendix B. GPT-2 124M at T = 1024: 855 MFLOP.
     """
-    in_products = parameter_count(config) - config.n_positions * config.n_embd
-    return 6 * in_products + 12 * config.n_layer * config.n_embd * sequence_length
+    head = config.vocab_size * config.n_embd
+    in_products = parameter_count(config) - embedding_parameters(config) + head
+    return 6 * in_products + 12 * config.n_layer * config.n_head * config.head_size * sequence_length
 
 
 # dense bf16 peaks in FLOP/s, from the makers' data sheets, by a part of the name that the driver reports

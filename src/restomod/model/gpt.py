@@ -1,14 +1,21 @@
 """GPT-2, exactly: pre-norm blocks, learned positions, tanh-GELU, biases, and a head tied to the token embedding.
+Every one of these parts can be exchanged for a modern one when a model is made (`ModelConfig` says which).
 
-Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3. Parameter names are
-those of `transformers`' GPT2LMHeadModel; shapes too, but for the linear weights, which are (out, in) here.
+Sources: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3 (GPT-2); Su et al.,
+"RoFormer", 2021 (rotary positions); Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; Shazeer, "GLU
+Variants Improve Transformer", 2020 (SwiGLU); So et al., "Primer", 2021 (squared ReLU); Dehghani et al., "Scaling
+Vision Transformers to 22 Billion Parameters", 2023 (norms of queries and keys).
 
-Shapes: B = sequences, T = tokens of each, D = n_embd, H = n_head, K = D / H, V = vocab_size.
+Parameter names are those of `transformers`' GPT2LMHeadModel; shapes too, but for the linear weights, which are
+(out, in) here.
+
+Shapes: B = sequences, T = tokens of each, D = n_embd, H = n_head, K = head_size, I = n_inner, V = vocab_size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from restomod.config import ModelConfig
 
 PLAIN_ATTENTION_TOKENS = 256
+NORM_EPS = 1e-6  # of RMS norms, as in `transformers`' Llama and Qwen3; layer norms have torch's 1e-5, as GPT-2's
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of a position's angles, (T, K / 2) or (B, 1, T, K / 2)."""
 
 
 class KVCache:
@@ -26,8 +37,8 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
     ) -> None:
-        K = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, config.n_head, capacity or config.n_positions, K)  # capacity: tokens of a row
+        places = capacity or config.n_positions  # tokens of a row
+        shape = (config.n_layer, batch, config.n_head, places, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held; the caller advances it after each forward pass
@@ -51,43 +62,95 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
+def rotation(positions: Tensor, head_size: int, theta: float) -> Rotation:
+    """The angles p * theta^(-2i / K) by which position p turns pair i of a query's or key's numbers, in fp32."""
+    frequencies = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)  # (K / 2,)
+    angles = positions[..., None] * frequencies  # (T, K / 2) or (B, T, K / 2)
+    angles = angles if positions.ndim == 1 else angles[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Turn the pairs (x[i], x[i + K / 2]) of (B, H, T, K) queries or keys."""
+    (cos, sin), (a, b) = by, x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.layer, self.head_size = layer, config.head_size
+        width = config.n_head * config.head_size
+        self.c_attn = nn.Linear(config.n_embd, 3 * width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)  # (B, T, 3, H, K)
+    def forward(
+        self, x: Tensor, turn: Rotation | None = None, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (3, -1, self.head_size))  # (B, T, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, K)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        q, k = q.type_as(v), k.type_as(v)  # norms and angles are in fp32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = attention(q, k, v, causal=cache is None and mask is None, mask=mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's, by the hyperbolic tangent."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)²"""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Of (…, 2 I) the first half, through SiLU, times the second."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * config.inner_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.inner_size, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """What the residual stream, (B, T, D), goes through before every part and at the end."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, NORM_EPS)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def forward(
+        self, x: Tensor, turn: Rotation | None = None, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), turn, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -96,10 +159,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.head_size, self.rope_theta = config.head_size, config.rope_theta
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = build_norm(config)
         self.recompute = False  # keep no activations of a block for the backward pass
 
     def forward(
@@ -122,19 +186,23 @@ class Transformer(nn.Module):
             positions = torch.arange(past, past + T, device=tokens.device)
         if mask is None and cache is not None and T > 1:  # a single new token sees all there is
             mask = torch.ones(T, past + T, dtype=torch.bool, device=tokens.device).tril(past)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
+        x, turn = self.wte(tokens), None  # (B, T, D)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            turn = rotation(positions, self.head_size, self.rope_theta)
         for block in self.h:
             if self.recompute and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, mask, use_reentrant=False)
+                x = checkpoint(block, x, turn, None, mask, use_reentrant=False)
             else:
-                x = block(x, cache, mask)
+                x = block(x, turn, cache, mask)
         return self.ln_f(x)
 
 
 class GPT(nn.Module):
-    """A GPT-2 language model.
+    """A language model: GPT-2, or one with other parts.
 
-    The embedding matrix has `padded_vocab_size` rows in memory (50304 for 50257), because matrix products are faster
+    Embedding and head have `padded_vocab_size` rows in memory (50304 for 50257), because matrix products are faster
     at multiples of 64. The extra rows are zero, get no gradient, and never take part in logits or loss.
     """
 
@@ -142,11 +210,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
 
     @property
     def head(self) -> Tensor:
         """The output matrix, (padded V, D): GPT-2's is the token embedding itself."""
-        return self.transformer.wte.weight
+        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def vocabulary_matrices(self) -> list[Tensor]:
+        """The parameters that have a row per token, and padding."""
+        return [self.transformer.wte.weight, *([] if self.lm_head is None else [self.lm_head.weight])]
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position.
@@ -163,23 +236,37 @@ class GPT(nn.Module):
         return F.linear(hidden, self.head[: self.config.vocab_size])
 
 
+def stacked_matrices(config: ModelConfig, name: str) -> int:
+    """How many matrices stand above each other in the weight ``name``: queries, keys, values; SwiGLU's two."""
+    if name.endswith("attn.c_attn.weight"):
+        return 3
+    return 2 if name.endswith("mlp.c_fc.weight") and config.mlp == "swiglu" else 1
+
+
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Set GPT-2's initial weights, the same on every device.
-
-    Matrices and embeddings: normal, standard deviation 0.02. The two projections of each block that add to the
-    residual stream: 0.02 / sqrt(2 * n_layer), so that its variance does not grow with depth (the paper, section 2.3).
-    Biases 0, layer norms the identity, padded vocabulary rows 0.
-    """
+    """Set the initial weights, GPT-2's unless the configuration says otherwise, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    residual_std = 0.02 / math.sqrt(2 * model.config.n_layer)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            std = residual_std if name.endswith("c_proj.weight") else 0.02
+            std = initial_std(model.config, name)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    model.transformer.wte.weight[model.config.vocab_size :] = 0.0
+    for matrix in model.vocabulary_matrices():
+        matrix[model.config.vocab_size :] = 0.0
+
+
+def initial_std(config: ModelConfig, name: str) -> float:
+    """The standard deviation with which the matrix ``name`` is drawn.
+
+    0.02; of the two projections of each block that add to the residual stream 0.02 / sqrt(2 * n_layer), so that its
+    variance does not grow with depth (GPT-2's paper, section 2.3), or 0 where ``zero_init_projections`` is set.
+    Biases are 0, norms the identity, padded vocabulary rows 0.
+    """
+    if name.endswith("c_proj.weight"):
+        return 0.0 if config.zero_init_projections else 0.02 / math.sqrt(2 * config.n_layer)
+    return 0.02
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device) -> GPT:

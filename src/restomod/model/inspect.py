@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from restomod.config import ModelConfig
-from restomod.model.flops import flops_per_token, parameter_count
+from restomod.model.flops import embedding_parameters, flops_per_token, parameter_count
 
 POSITIONS = "transformer.wpe.weight"
 FP32_BYTES = 4
@@ -60,14 +60,15 @@ def roughness(series: Tensor) -> float:
 def totals(config: ModelConfig) -> list[tuple[str, str]]:
     """Parameters, FLOPs and memory of a GPT-2 of this shape, as a table of two columns."""
     parameters, head = parameter_count(config), config.vocab_size * config.n_embd
-    embeddings = head + config.n_positions * config.n_embd
     T = config.n_positions
-    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd * (1 if config.tied else 2)
     weights = FP32_BYTES * (parameters + padding)
     return [
         ("parameters", f"{parameters:,}"),
-        ("without embeddings", f"{parameters - embeddings:,}"),
-        ("tied head", f"saves {head:,}: one matrix is the token embedding and the head"),
+        ("without embeddings", f"{parameters - embedding_parameters(config):,}"),
+        ("tied head", f"saves {head:,}: one matrix is the token embedding and the head")
+        if config.tied
+        else ("head", f"{head:,}, apart from the token embedding"),
         (
             "FLOPs per token",
             f"{flops_per_token(config, T) / 1e6:,.0f} million, forward and backward, at {T:,} positions",

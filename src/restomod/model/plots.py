@@ -33,10 +33,10 @@ INK, PAPER, GRID = "#222222", "#ffffff", "#dddddd"
 
 
 def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
-    """Draw a model into ``folder`` (made if need be): four PNG files, whose paths are returned.
+    """Draw a model into ``folder`` (made if need be): PNG files, whose paths are returned.
 
     Args:
-        tensors: a GPT-2 as `restomod.model.pretrained.hf_tensors` gives it.
+        tensors: weights by our own names; without position embeddings there are two pictures fewer.
         title: the model's name.
 
     Raises:
@@ -50,8 +50,11 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
         if not torch.isfinite(value).all():
             raise UserError(f"{title} cannot be drawn: {name} holds numbers that are not finite")
     pictures = {
-        "position_embeddings.png": position_matrix,
-        "position_channels.png": position_channels,
+        **(
+            {"position_embeddings.png": position_matrix, "position_channels.png": position_channels}
+            if POSITIONS in tensors
+            else {}
+        ),
         "weight_histograms.png": weight_histograms,
         "singular_values.png": singular_values,
     }

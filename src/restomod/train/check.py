@@ -19,6 +19,7 @@ from restomod.data.shards import TokenStream
 from restomod.data.sources import documents
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import autocast, choose_device, choose_dtype
+from restomod.model.gpt import initial_std
 from restomod.train.find import open_or_build
 from restomod.train.loss import linear_cross_entropy
 from restomod.train.optimizer import build_optimizer, gradient_norm
@@ -34,6 +35,7 @@ DEAD_STD = 1e-3
 DEAD_UNITS = 0.01  # share of the hidden units that may give nothing after initialisation
 TRAINING_BYTES = 16  # per parameter: fp32 weight, gradient and two AdamW moments
 CONTEXT = 1024
+VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with padding
 
 
 def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[Verdict]:
@@ -66,7 +68,6 @@ def initial_weights(subject: Subject) -> Verdict:
     name, config = "initial weights", subject.model.config
     if not subject.fresh:
         return Verdict(name, "skip", "these weights are trained")
-    residual_std = 0.02 / math.sqrt(2 * config.n_layer)
     problems = []
     for parameter, value in subject.model.named_parameters():
         if value.ndim < 2:
@@ -74,8 +75,12 @@ def initial_weights(subject: Subject) -> Verdict:
             if not bool((value == constant).all()):
                 problems.append(f"{parameter} is not all {constant:.0f}")
             continue
-        real = value[: config.vocab_size] if parameter == "transformer.wte.weight" else value
-        expected = residual_std if parameter.endswith("c_proj.weight") else 0.02
+        real = value[: config.vocab_size] if parameter in VOCABULARY else value
+        expected = initial_std(config, parameter)
+        if expected == 0:
+            if bool((value != 0).any()):
+                problems.append(f"{parameter} is not all 0")
+            continue
         std, mean, n = real.std(correction=0).item(), real.mean().item(), real.numel()
         if not abs(std / expected - 1) < 0.02 + 4 / math.sqrt(2 * n):  # four standard errors
             problems.append(f"{parameter} has standard deviation {std:.4f}, not {expected:.4f}")
@@ -84,7 +89,8 @@ def initial_weights(subject: Subject) -> Verdict:
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         return Verdict(name, "fail", problems[0] + more)
-    scale = f"0.02 / √{2 * config.n_layer} = {residual_std:.4f}"
+    scale = f"0.02 / √{2 * config.n_layer} = {0.02 / math.sqrt(2 * config.n_layer):.4f}"
+    scale = "0" if config.zero_init_projections else scale
     return Verdict(name, "pass", f"standard deviation 0.02, and {scale} where a block adds to the residual stream")
 
 
@@ -104,6 +110,8 @@ def activations(subject: Subject) -> Verdict:
     if max(stds) > LARGEST_STD or min(stds) < DEAD_STD or dead > DEAD_UNITS:
         what = "exploding" if max(stds) > LARGEST_STD else "dead"
         return Verdict(name, "fail", f"{what}: {found}; {dead:.1%} of the MLPs' units give nothing")
+    if model.config.zero_init_projections:
+        return Verdict(name, "pass", found)
     depth = 2 * model.config.n_layer
     unscaled = residual_stds(subject, projection_scale=math.sqrt(depth))[0][-1]
     return Verdict(name, "pass", f"{found}; without the 1/√{depth} scaling it would end at {unscaled:.2g}")
@@ -205,7 +213,7 @@ def overfitting(subject: Subject) -> Verdict:
             break
         batch.backward()
         clip = torch.clamp(gradient_norm(model), min=1.0)
-        optimizer.update(lr * min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
+        optimizer.update(min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
     reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
     return Verdict(name, "pass" if loss <= OVERFIT_LOSS else "fail", reason)
 

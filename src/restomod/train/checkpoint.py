@@ -33,7 +33,7 @@ from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model, load_weights, save_model
 from restomod.model.storage import WEIGHTS
 from restomod.train.distributed import fill, is_shared
-from restomod.train.optimizer import ScaledAdamW, load_optimizer_tensors, optimizer_tensors
+from restomod.train.optimizer import Optimizers, load_optimizer_tensors, optimizer_tensors
 
 COMPLETE = "COMPLETE"
 STATE = "training_state"
@@ -177,7 +177,7 @@ def progress(folder: Path) -> tuple[int, int]:
     return int(state["step"]), int(state.get("data_offset", 0))
 
 
-def load_optimizer(folder: Path, model: GPT, optimizer: ScaledAdamW) -> None:
+def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers) -> None:
     """Put the optimizer's state of a verified checkpoint back; ``model`` is the one it optimizes."""
     if progress(folder)[0] > 0:
         with _single_process():
@@ -186,7 +186,7 @@ def load_optimizer(folder: Path, model: GPT, optimizer: ScaledAdamW) -> None:
         load_optimizer_tensors(model, optimizer, tensors)
 
 
-def load_checkpoint(folder: Path, model: GPT, optimizer: ScaledAdamW) -> int:
+def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers) -> int:
     """Verify a checkpoint and put its weights and optimizer state back; return its step.
 
     Raises:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from restomod.config import RunConfig, divisors_near, nearest_divisor_below
+from restomod.config import RunConfig
+from restomod.config_model import divisors_near, nearest_divisor_below
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches
 from restomod.errors import UserError

@@ -1,4 +1,4 @@
-"""AdamW as GPT-2 is trained with it, and its state as named tensors."""
+"""AdamW as GPT-2 is trained with it, Muon beside it if asked for, and their state as named tensors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 
 from restomod.config import OptimConfig
+from restomod.model.gpt import GPT, stacked_matrices
+from restomod.train.distributed import SINGLE, Processes
+from restomod.train.muon import Muon
 from restomod.train.scale import LossScale
 
 
@@ -24,62 +27,94 @@ def _options(model: nn.Module) -> StateDictOptions:
     return StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=shared)
 
 
-class ScaledAdamW(AdamW):
-    """AdamW, fused into one kernel, for gradients of a scaled loss."""
+class Optimizers:
+    """The optimizers of a model, each with the parameters that it suits, for gradients of a scaled loss."""
 
-    def __init__(self, groups: list[dict[str, Any]], loss_scale: LossScale, **settings: Any) -> None:
-        super().__init__(groups, fused=True, **settings)
-        self.loss_scale = loss_scale
+    def __init__(self, parts: list[AdamW | Muon], loss_scale: LossScale) -> None:
+        """Args:
+        parts: all their groups have the learning rate that is their maximum.
+        loss_scale: what the loss is multiplied with.
+        """
+        self.parts, self.loss_scale = parts, loss_scale
+        for group in self.param_groups:
+            group["max_lr"] = group["lr"]
 
-    def update(self, lr: float, divisor: Tensor, refused: Tensor) -> None:
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def update(self, rate_factor: float, divisor: Tensor, refused: Tensor) -> None:
         """Make an update, or none, and drop the gradients. Nothing is read from the device.
 
         Args:
-            lr: learning rate.
+            rate_factor: fraction of the maximum learning rates.
             divisor: scalar; the gradients are divided by it, in the same kernel.
             refused: scalar bool; whether nothing must change.
         """
         for group in self.param_groups:
-            group["lr"] = lr
-        self.grad_scale, self.found_inf = divisor, refused.float()  # what torch calls them; it reads them if they exist
-        self.step()
-        self.zero_grad(set_to_none=True)
+            group["lr"] = rate_factor * group["max_lr"]
+        for part in self.parts:
+            # what torch calls them; its fused kernels read them if they exist
+            part.grad_scale, part.found_inf = divisor, refused.float()  # type: ignore[union-attr]
+            part.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> ScaledAdamW:
-    """AdamW over ``model``'s parameters, computed in ``dtype``.
+def build_optimizer(
+    model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32, processes: Processes = SINGLE
+) -> Optimizers:
+    """What `config` asks for over ``model``'s parameters, computed in ``dtype``.
 
     Weight decay applies to what has two dimensions (matrices and embeddings), not to biases and norms. Source: Brown
-    et al., 2020, appendix B (betas 0.9 and 0.95, eps 1e-8, decay 0.1).
+    et al., 2020, appendix B (betas 0.9 and 0.95, eps 1e-8, decay 0.1). Muon takes the matrices of the blocks, queries,
+    keys and values (and the two of SwiGLU) each for itself.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = (
+        [name for name, p in named.items() if p.ndim == 2 and ".h." in name] if config.optimizer == "muon" else []
+    )
+    rest = [p for name, p in named.items() if name not in matrices]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    loss_scale = LossScale(dtype, next(model.parameters()).device)
-    return ScaledAdamW(groups, loss_scale, lr=config.lr, betas=config.betas, eps=config.eps)
+    parts: list[AdamW | Muon] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+    if matrices:
+        by_parts: dict[int, list[Tensor]] = {}
+        for name in matrices:
+            by_parts.setdefault(stacked_matrices(model.config, name), []).append(named[name])
+        muon_groups = [{"params": ps, "parts": n} for n, ps in by_parts.items()]
+        precise = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
+        shared = processes.count > 1 and not any(isinstance(p, DTensor) for p in named.values())
+        parts.append(Muon(muon_groups, config.muon_lr, config.muon_momentum, config.muon_weight_decay, precise, shared))
+    return Optimizers(parts, LossScale(dtype, next(model.parameters()).device))
 
 
-def optimizer_tensors(model: nn.Module, optimizer: ScaledAdamW) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """The optimizer's state by parameter name (``state.transformer.wte.weight.exp_avg``), sharing its memory.
 
     Its hyperparameters are left out: they are functions of the configuration and the step. An optimizer that has not
     stepped yet gets its state made first. Of a model that processes share, the tensors are whole copies, and all
     processes have to call this.
     """
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_options(model)))
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer.parts, options=_options(model)))
     tensors = {name: value for name, value in flat.items() if name.startswith("state.")}
     return tensors | optimizer.loss_scale.tensors()
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: ScaledAdamW, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave; of tensors that processes share, each takes its part."""
     scale = optimizer.loss_scale.tensors()  # of these two, in place
     for name, factor in scale.items():
         factor.copy_(tensors[name])
     options = StateDictOptions(flatten_optimizer_state_dict=True)  # torch cannot load whole tensors that are flattened
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=options))
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer.parts, options=options))
     for name, value in tensors.items():
         if name in scale:
             continue
@@ -87,7 +122,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: ScaledAdamW, tensors: di
         if isinstance(here, DTensor):
             value = distribute_tensor(value, here.device_mesh, here.placements, src_data_rank=None)
         flat[name] = value
-    set_optimizer_state_dict(model, optimizer, flat, options=options)
+    set_optimizer_state_dict(model, optimizer.parts, flat, options=options)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -87,9 +87,10 @@ def random_model(config: ModelConfig, seed: int = SEED) -> GPT:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * config.n_embd**-0.5)
-            if ".ln_" in name and name.endswith("weight"):
+            if parameter.ndim == 1 and name.endswith("weight"):  # norms
                 parameter.add_(1.0)
-        model.head[config.vocab_size :] = 0.0
+        for matrix in model.vocabulary_matrices():
+            matrix[config.vocab_size :] = 0.0
     return model
 
 

@@ -89,7 +89,7 @@ def step_that_fits(
                     f"step {step}: out of memory with {sequences} sequences at once ({str(e).splitlines()[0]}); "
                     f"go on with a smaller --micro-batch, or with --recompute"
                 ) from e
-        optimizer.zero_grad(set_to_none=True)  # outside of `except`, which holds on to the tensors of the step
+        optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
         if training.compute.device.type == "cuda":
             torch.cuda.empty_cache()
         sequences = smaller(sequences)

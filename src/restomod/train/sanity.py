@@ -21,7 +21,7 @@ from restomod.data.batches import Batches
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.train.distributed import SINGLE, Processes
-from restomod.train.optimizer import ScaledAdamW
+from restomod.train.optimizer import Optimizers
 from restomod.train.step import Compute, batch_loss
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
@@ -52,7 +52,7 @@ class Subject:
     model: GPT
     batches: Batches
     compute: Compute
-    optimizer: ScaledAdamW
+    optimizer: Optimizers
     fresh: bool
     """Whether the weights are still those of the initialisation."""
 
@@ -161,7 +161,7 @@ def gradients(subject: Subject) -> Verdict:
             problems.append(f"{name} is frozen")
         elif not math.isfinite(norm):
             problems.append(f"that of {name} is {norm}")
-        elif norm == 0:
+        elif norm == 0 and not (subject.fresh and model.config.zero_init_projections and ".h." in name):
             problems.append(f"none reaches {name}")
         elif id(p) not in held:
             problems.append(f"the optimizer does not update {name}")
@@ -184,12 +184,14 @@ def tied_head(subject: Subject) -> Verdict:
     """The head is the token embedding itself, so the model has the parameters that GPT-2 has."""
     model, config = subject.model, subject.model.config
     embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
-    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd * len(model.vocabulary_matrices())
     count, expected = sum(p.numel() for p in model.parameters()) - padding, parameter_count(config)
     if count != expected:
         return Verdict(
-            "tied head", "fail", f"the model has {count:,} parameters, and a GPT-2 of its shape {expected:,}"
+            "tied head", "fail", f"the model has {count:,} parameters, and a model of its shape {expected:,}"
         )
+    if not config.tied:
+        return Verdict("tied head", "skip", f"this model has a head of its own; there are {expected:,} parameters")
     if model.head is not embedding:
         return Verdict("tied head", "fail", "the head is a copy of the token embedding, or gets no gradient")
     return Verdict("tied head", "pass", f"saves {saved:,} parameters; there are {expected:,}")
@@ -198,14 +200,14 @@ def tied_head(subject: Subject) -> Verdict:
 def kernel_shapes(subject: Subject) -> Verdict:
     """Matrix products are fastest where every dimension is a multiple of 64."""
     config, T = subject.model.config, subject.batches.T
-    K = config.n_embd // config.n_head
+    K = config.head_size
     odd = [
         f"{name} {size} is no multiple of {of}"
         for name, size, of in (
             ("n_embd", config.n_embd, 64),
             ("the embedding's rows", subject.model.transformer.wte.weight.shape[0], 64),
             ("tokens of a micro-batch", subject.compute.micro_batch * T, 64),
-            ("n_embd / n_head", K, 8),  # what fused attention kernels ask for
+            ("the width of a head", K, 8),  # what fused attention kernels ask for
         )
         if size % of
     ]

@@ -21,7 +21,7 @@ from restomod.model.gpt import GPT
 from restomod.train.checkpoint import list_checkpoints, step_of, write_checkpoint
 from restomod.train.distributed import SINGLE, Processes, whole
 from restomod.train.metrics import read_jsonl
-from restomod.train.optimizer import ScaledAdamW, optimizer_tensors
+from restomod.train.optimizer import Optimizers, optimizer_tensors
 
 
 class Saver:
@@ -35,7 +35,7 @@ class Saver:
         self._writing: Future[None] | None = None
         self._failure: UserError | None = None
 
-    def save(self, step: int, model: GPT, optimizer: ScaledAdamW, data_offset: int = 0) -> None:
+    def save(self, step: int, model: GPT, optimizer: Optimizers, data_offset: int = 0) -> None:
         """Begin to save the checkpoint of ``step`` updates, once the one before it is written. All processes call this.
 
         Raises:

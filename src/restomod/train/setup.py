@@ -24,6 +24,7 @@ from restomod.device import (
 )
 from restomod.errors import UserError
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
+from restomod.model.families import as_saved, describe_shape
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, load_weights, read_model_config
@@ -32,7 +33,7 @@ from restomod.train.console import duration
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import choose_micro_batch, fitting_micro_batch
-from restomod.train.optimizer import ScaledAdamW, build_optimizer
+from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
@@ -50,7 +51,7 @@ class Training:
     model: GPT
     loss_of: nn.Module
     """What is called with tokens and targets to train; the model is in it."""
-    optimizer: ScaledAdamW
+    optimizer: Optimizers
     compute: Compute
     processes: Processes
     first_step: int
@@ -194,12 +195,13 @@ def choose_compute(config: RunConfig, processes: Processes) -> Compute:
     if device.type == "cpu":
         keep_freed_memory()
     micro_batch = choose_micro_batch(config, device, processes.count)
-    return Compute(device, choose_dtype(config.precision, device), micro_batch, config.compile)
+    dtype = choose_dtype(config.precision, device)
+    return Compute(device, dtype, micro_batch, config.compile, config.document_mask)
 
 
 def make_ready(
     model: GPT, batches: Batches, compute: Compute, config: RunConfig, processes: Processes
-) -> tuple[nn.Module, ScaledAdamW, Compute]:
+) -> tuple[nn.Module, Optimizers, Compute]:
     """Compile and distribute a model as configured. All processes call this.
 
     Returns:
@@ -213,7 +215,7 @@ def make_ready(
     if config.compile:
         model.transformer.compile()
     loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
-    return loss_of, build_optimizer(model, config.optim, compute.dtype), compute
+    return loss_of, build_optimizer(model, config.optim, compute.dtype, processes), compute
 
 
 def first_micro_batch(
@@ -259,11 +261,11 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
             return build_model(shape, config.seed, device)
         folder = find_model(config.init)
         saved = read_model_config(folder)
-        if saved != shape:
+        if saved != as_saved(shape):
             flags = [
                 f"--model.{field.name.replace('_', '-')} {getattr(saved, field.name)}"
                 for field in dataclasses.fields(saved)
-                if getattr(saved, field.name) != getattr(shape, field.name)
+                if getattr(saved, field.name) != getattr(as_saved(shape), field.name)
             ]
             raise UserError(f"{config.init} has another shape than the run's model; add {' '.join(flags)}")
         return load_model(folder, device).train()
@@ -293,7 +295,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
     documents = f" in {count:,} document{'' if count == 1 else 's'}" if count is not None else ""
     return [
         ("run", str(training.run.folder)),
-        ("model", f"GPT-2, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, {m.n_positions} positions"),
+        ("model", describe_shape(m)),
         ("parameters", f"{parameter_count(m):,}, " + (f"from {config.init}" if config.init else "random at the start")),
         ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
         (

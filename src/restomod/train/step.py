@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from restomod.config import RunConfig
+from restomod.data.batches import document_ids
 from restomod.data.prefetch import MicroBatches
 from restomod.device import autocast
 from restomod.model.gpt import GPT
 from restomod.train.distributed import Processes, synchronised
 from restomod.train.loss import linear_cross_entropy
-from restomod.train.optimizer import ScaledAdamW, gradient_norm
-from restomod.train.schedule import learning_rate
+from restomod.train.optimizer import Optimizers, gradient_norm
+from restomod.train.schedule import rate_factor
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,26 @@ class Compute:
     dtype: torch.dtype
     micro_batch: int
     compiled: bool = False
+    document_mask: bool = False
+    """Whether a token sees only its own document."""
 
 
 def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
     """Mean cross-entropy of ``targets`` (B, T) given ``tokens`` (B, T): a scalar, in nats."""
+    tokens = tokens.to(compute.device, non_blocking=True)
+    mask = document_mask(tokens) if compute.document_mask else None
     with autocast(compute.device, compute.dtype):
-        hidden = model.transformer(tokens.to(compute.device, non_blocking=True))  # (B, T, D)
+        hidden = model.transformer(tokens, mask=mask)  # (B, T, D)
     targets = targets.to(compute.device, non_blocking=True).flatten()
     V, dtype, compiled = model.config.vocab_size, compute.dtype, compute.compiled
     return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets, V, dtype, compiled)
+
+
+def document_mask(tokens: Tensor) -> Tensor:
+    """Which token (last) each token of (B, T) windows sees, (B, 1, T, T) bool: those before it in its own document."""
+    T, documents = tokens.shape[1], document_ids(tokens)  # (B, T)
+    same = documents[:, :, None] == documents[:, None, :]
+    return (same & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril())[:, None]
 
 
 class BatchLoss(nn.Module):
@@ -82,7 +94,7 @@ class Queued:
 
 def train_step(
     loss_of: nn.Module,
-    optimizer: ScaledAdamW,
+    optimizer: Optimizers,
     micro_batches: MicroBatches,
     config: RunConfig,
     step: int,
@@ -112,6 +124,6 @@ def train_step(
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
     refused = ~finite | (loss > highest)
     clip = torch.clamp(grad_norm / config.optim.grad_clip, min=1.0)
-    optimizer.update(learning_rate(config.optim, step, config.steps), scale * clip, refused)
+    optimizer.update(rate_factor(config.optim, step, config.steps), scale * clip, refused)
     optimizer.loss_scale.update(~finite)
     return Queued(loss, grad_norm, refused)
