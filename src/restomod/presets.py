@@ -61,7 +61,7 @@ def gpt2_1558m() -> RunConfig:
 
 
 def llama_124m() -> RunConfig:
-    """RoPE, RMSNorm and SwiGLU, as Llama has them, at GPT-2 size, trained like GPT-2, on your own text (--data.path)."""
+    """RoPE, RMSNorm, SwiGLU (Llama's parts) at GPT-2's size, trained like GPT-2, on your own text (--data.path)."""
     return _gpt2(llama_parts(ModelConfig()), lr=6e-4, batch_tokens=2**19)
 
 
