@@ -4,7 +4,7 @@
 
 Every contender is a process of its own and does the same: forward, backward, clip to 1, AdamW, on the same tokens, with
 50,304 embeddings. The peers' classes and optimizers are taken from their files as shipped; the lines of their loops are
-repeated here (bf16 autocast in build-nanogpt's; fp32 on a CPU in nanoGPT's). Ours is `--precision auto`.
+repeated here (bf16 autocast in build-nanogpt's; fp32 on a CPU in nanoGPT's). Ours is `--precision auto --compile`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PADDED_VOCABULARY = 50304
 def ours(path: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
     import dataclasses
 
-    from restomod.device import choose_dtype
+    from restomod.device import choose_dtype, keep_freed_memory
     from restomod.model.gpt import build_model
     from restomod.presets import preset
     from restomod.train.distributed import SINGLE
@@ -39,6 +39,7 @@ def ours(path: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
     from restomod.train.step import BatchLoss, Compute, train_step
 
     cpu = torch.device("cpu")
+    keep_freed_memory()  # as `restomod train` does
     config = dataclasses.replace(preset("gpt2-124m"), batch_tokens=x.numel(), sequence_length=x.shape[1])
     model = build_model(config.model, 1, cpu)
     model.transformer.compile()

@@ -28,7 +28,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:
-    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
+    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl") if "loss" in r]
 
 
 def same_checkpoint(a: Path, b: Path, step: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +20,15 @@ def test_signals_that_come_together_are_one_request(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err.count("stopping after this step") == 1
 
 
+@pytest.fixture
+def usual() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, which who runs the tests may have replaced."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual")
 def test_a_later_signal_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
