@@ -20,9 +20,9 @@ from restomod.config import (
     RunConfig,
     SamplingConfig,
     Source,
-    nearest_divisor_below,
 )
 from restomod.config_json import from_dict, to_dict
+from restomod.config_model import nearest_divisor_below
 from restomod.config_prepare import PrepareConfig
 from restomod.errors import UserError
 from restomod.presets import PRESETS, preset

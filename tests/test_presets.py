@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from restomod.config import ModelConfig
 from restomod.errors import UserError
+from restomod.model.families import family_of
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.presets import PRESETS, preset, summary
@@ -20,20 +21,15 @@ def ours(config: ModelConfig) -> int:
 
 
 def theirs(config: ModelConfig) -> int:
-    """Parameters of the `transformers` model of the same shape."""
-    shape = GPT2Config(
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        n_positions=config.n_positions,
-        vocab_size=config.vocab_size,
-    )
+    """Parameters of the `transformers` model that our `config.json` stands for."""
+    values = family_of(config).to_json(config)
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT2LMHeadModel(shape).parameters())
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameters_are_those_of_transformers_gpt2_and_of_the_formula(name: str) -> None:
+def test_parameters_are_those_of_transformers_and_of_the_formula(name: str) -> None:
     config = preset(name).model
     assert ours(config) == theirs(config) == parameter_count(config)
 
@@ -91,9 +87,7 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
 
 
 def test_a_preset_like_none_lists_all() -> None:
-    with pytest.raises(
-        UserError, match="known: gpt2-124m, gpt2-1558m, gpt2-355m, gpt2-774m, quickstart, tinyshakespeare"
-    ):
+    with pytest.raises(UserError, match=f"known: {', '.join(sorted(PRESETS))}$"):
         preset("xyzzy")
 
 

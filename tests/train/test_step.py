@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from restomod.config import ModelConfig, OptimConfig
+from restomod.data.tokenizer import END_OF_TEXT
 from restomod.errors import UserError
 from restomod.train.distributed import SINGLE
 from restomod.train.memory import choose_micro_batch
-from restomod.train.step import BatchLoss, Compute, Outcome, train_step
+from restomod.train.parity import random_model
+from restomod.train.step import BatchLoss, Compute, Outcome, batch_loss, train_step
 from tests.models import CPU
 from tests.train.trainee import assert_identical, make_trainee
 
@@ -194,3 +196,24 @@ def test_what_is_proposed_for_several_processes_is_valid(sequences: int, process
 
 def numbers_in(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
+
+
+# --- documents -----------------------------------------------------------------------------------------------
+
+
+def test_a_token_sees_its_own_document_only() -> None:
+    """Positions are relative, so that a document's losses are those that it has alone in a window."""
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, norm="rmsnorm", positions="rope")
+    model = random_model(config)
+    first, second = (torch.randint(50256, (n,), generator=torch.Generator().manual_seed(n)) for n in (11, 20))
+    end = torch.tensor([END_OF_TEXT])
+    window = torch.cat([first, end, second])[None]
+    sums = []
+    for tokens, masked in ((window, True), (window, False), (first[None], False), (window[:, 11:], False)):
+        compute = Compute(CPU, torch.float32, 1, document_mask=masked)
+        sums.append(batch_loss(model, tokens[:, :-1], tokens[:, 1:], compute).item() * (tokens.shape[1] - 1))
+    whole, unmasked, *apart = sums
+    with torch.no_grad():  # the separator is predicted from the first document
+        to_the_end = F.cross_entropy(model(first[None])[0, -1:], end).item()
+    assert whole == pytest.approx(sum(apart) + to_the_end, rel=1e-5)
+    assert whole != pytest.approx(unmasked, rel=1e-4)
