@@ -30,6 +30,12 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden.to(DTYPE) @ weight[:VOCAB_SIZE].to(DTYPE).t()).float(), targets)
 
 
+def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's own, in chunks as it chooses them. Its softmax is in the type of the products."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden.to(DTYPE), weight[:VOCAB_SIZE].to(DTYPE), targets, options=options)
+
+
 def ours(block: int, compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         loss_module.SOFTMAX_TOKENS["cpu"] = block
@@ -50,6 +56,7 @@ def main() -> None:
     targets = torch.randint(0, VOCAB_SIZE, (arguments.tokens,))
     ways = {
         "F.cross_entropy on full logits": full_logits,
+        "F.linear_cross_entropy, chunked": torchs,
         "ours, whole chunks": ours(loss_module.CHUNK_TOKENS["cpu"]),
         "ours, blocks of 32": ours(32),
         "ours, compiled": ours(32, compiled=True),

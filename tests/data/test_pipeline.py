@@ -567,8 +567,9 @@ def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
     assert error.startswith("restomod: error: ")
     assert error.count("\n") == 1
     assert said in error
-    assert (tmp_path / "stdout").read_text().startswith("reading ")
-    assert (tmp_path / "stdout").read_text().count("\n") == 1
+    first, *progress = (tmp_path / "stdout").read_text().splitlines()
+    assert first.startswith("reading ")
+    assert all(" of 7 units, " in line for line in progress)  # written each few seconds: a slow machine shows some
     assert not list((tmp_path / "out").glob(".*.tmp"))
     write_jsonl(tmp_path / "text" / "bad.jsonl", ["mended"])
     prepared(tmp_path)

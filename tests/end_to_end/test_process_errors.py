@@ -50,7 +50,9 @@ def the_one_error(ended: list[Ended]) -> str:
         (["quickstart", "--out", "/"], "exists already"),
     ],
 )
-def test_what_all_processes_find_wrong_is_one_line(arguments: list[str], message: str) -> None:
+def test_what_all_processes_find_wrong_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    if not {"--out", "--resume"} & set(arguments):
+        arguments = [*arguments, "--out", str(tmp_path / "run")]
     assert message in the_one_error(launch(2, command, *arguments, timeout=30))
 
 

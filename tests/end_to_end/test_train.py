@@ -160,9 +160,9 @@ def test_compiling_without_a_compiler_is_one_line(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(UserError, match="leave --compile out"):
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with torch._inductor.config.patch(broken), pytest.raises(UserError, match="leave --compile out"):
         train(dataclasses.replace(tiny, compile=True), tmp_path / "run", display=QUIET)
     assert not (tmp_path / "run").exists()
 
