@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import itertools
 import json
 import statistics
@@ -57,7 +58,7 @@ MODERN: Overrides = LLAMA | {
 }
 
 
-def base(layers: int, width: int, context: int, batch_tokens: int, tokens: int) -> RunConfig:
+def base(layers: int, width: int, context: int, batch_tokens: int, tokens: int, compile: bool) -> RunConfig:
     """GPT-2's recipe at another scale."""
     steps = tokens // batch_tokens
     return RunConfig(
@@ -66,6 +67,7 @@ def base(layers: int, width: int, context: int, batch_tokens: int, tokens: int) 
         steps=steps,
         batch_tokens=batch_tokens,
         sequence_length=context,
+        compile=compile,
     )
 
 
@@ -86,11 +88,13 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
     device = choose_device("auto")
     if device.type == "cpu":
         keep_freed_memory()
-    compute = Compute(device, choose_dtype(config.precision, device), config.micro_batch or config.batch_sequences)
+    compute = Compute(device, choose_dtype(config.precision, device), config.micro_batch or config.batch_sequences, config.compile)
     model = build_model(config.model, config.seed, device)
+    if config.compile:
+        model.transformer.compile(dynamic=False)
     batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed)
     loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
-    curve, seconds = [], 0.0
+    curve, seconds = [], []
     for step in range(config.steps + 1):
         if step == config.steps or step % max(1, config.steps // looks) == 0:
             held = dataset_loss(model, dataset, config.sequence_length, device, compute.dtype, eval_tokens)
@@ -100,8 +104,22 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
             began = time.perf_counter()
             micro = batches.micro_batches(step, compute.micro_batch)
             train_step(loss_of, optimizer, micro, config, step, SINGLE).wait()
-            seconds += time.perf_counter() - began
-    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0], "seconds": seconds}
+            seconds.append(time.perf_counter() - began)
+    # the median: the first steps compile, and machines are shared
+    speed = config.batch_tokens / statistics.median(seconds)
+    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0], "tokens_per_second": speed}
+
+
+def add_row(out: Path, row: dict[str, Any]) -> None:
+    """Write down a finished trial; several processes may share the file."""
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_text_atomically(out, json.dumps([*rows_of(out), row]) + "\n")
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """The finished trials."""
+    return json.loads(out.read_text()) if out.exists() else []
 
 
 def tokens_to(curve: list[list[float]], loss: float) -> float | None:
@@ -126,28 +144,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=BASE,key=value,...")
     parser.add_argument("--only", default="")
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     recipes: dict[str, Overrides] = {BASELINE: {}, "llama": LLAMA, "modern": MODERN}
     for extra in given.set:
         name, _, changes = extra.partition("=")
         start, *pairs = changes.split(",")
         recipes[name] = recipes[start] | {k: json.loads(v) for k, v in (pair.split("=") for pair in pairs)}
-    config = base(given.layers, given.width, given.context, given.batch_tokens, given.tokens)
+    config = base(given.layers, given.width, given.context, given.batch_tokens, given.tokens, given.compile)
     dataset = prepare(DataConfig(source="tokens", path=str(given.data)), gpt2_tokenizer())
-    results = json.loads(given.out.read_text()) if given.out.exists() else []
     wanted = given.only.split(",") if given.only else list(recipes)
     for seed in range(given.seeds):
         for name in wanted:
             run = dataclasses.replace(changed(config, recipes[name]), seed=seed)
             about = json.loads(json.dumps(dataclasses.asdict(run)))
-            if any(row["config"] == about for row in results):
+            if any(row["config"] == about for row in rows_of(given.out)):
                 continue
             row = {"recipe": name, "seed": seed} | trial(run, dataset, given.looks, given.eval_tokens)
             row |= {"config": about, "device": describe_device(torch.device("cpu")), "threads": torch.get_num_threads()}
-            results.append(row)
-            write_text_atomically(given.out, json.dumps(results) + "\n")
-            print(f"{name} seed {seed}: {row['loss']:.4f} in {row['seconds']:.0f} s", file=sys.stderr, flush=True)
-    table(results)
+            add_row(given.out, row)
+            said = f"{name} seed {seed}: {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+            print(said, file=sys.stderr, flush=True)
+    table(rows_of(given.out))
 
 
 def table(results: list[dict[str, Any]]) -> None:
@@ -160,7 +178,7 @@ def table(results: list[dict[str, Any]]) -> None:
         losses = [row["loss"] for row in rows]
         sd = statistics.stdev(losses) if len(losses) > 1 else float("nan")
         reached = [tokens_to(row["curve"], target) for row in rows] if target else []
-        speed = statistics.median(row["tokens"] / row["seconds"] for row in rows)
+        speed = statistics.median(row["tokens_per_second"] for row in rows)
         when = [r for r in reached if r is not None]
         there = f"{statistics.mean(when):,.0f}" if when and len(when) == len(reached) else "never"
         print(

@@ -56,6 +56,15 @@ class ModelConfig:
     zero_init_projections: bool = False
     """What adds to the residual stream begins at zero, so that every block begins as the identity."""
 
+    softcap: float | None = None
+    """Logits z become softcap * tanh(z / softcap). None: they stay."""
+    embedding_norm: bool = False
+    """Give the embeddings an RMS norm before the first block."""
+    embedding_skip: bool = False
+    """Every block is given the embeddings again, as much of each number as it learns to use."""
+    value_embedding: bool = False
+    """Tokens have a second embedding, of which every block adds to its values as much as it learns to use."""
+
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim"):
             value = getattr(self, name)
@@ -68,6 +77,9 @@ class ModelConfig:
         require(
             self.positions != "rope" or self.head_size % 2 == 0,
             f"heads of {self.head_size} numbers cannot be turned in pairs; model.positions rope needs an even number",
+        )
+        require(
+            self.softcap is None or 0 < self.softcap < math.inf, f"model.softcap is {self.softcap}; it must be above 0"
         )
         require(0 < self.rope_theta < math.inf, f"model.rope_theta is {self.rope_theta}; it must be above 0")
 

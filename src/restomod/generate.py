@@ -20,7 +20,7 @@ from restomod.config import ModelConfig, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.device import autocast
 from restomod.draw import next_tokens
-from restomod.model.gpt import GPT, KVCache
+from restomod.model.gpt import GPT, KVCache, soft_cap
 
 CACHE_BYTES = 2**30  # of keys and values; what needs more is generated in several batches
 
@@ -103,7 +103,7 @@ class Decoder:
         with autocast(self.device, self.dtype):
             new = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
             hidden = self.transformer.forward(new, cache, positions, mask)  # (B, 1, D)
-            logits = F.linear(hidden[:, 0], self.head)
+            logits = soft_cap(F.linear(hidden[:, 0], self.head), self.config.softcap)
         cache.lengths = [length + 1 for length in cache.lengths]
         return logits
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restomod.data.batches import Batches
-from restomod.model.gpt import GPT, MLP, Block, CausalSelfAttention, KVCache, Transformer
+from restomod.model.gpt import GPT, MLP, Beside, Block, CausalSelfAttention, KVCache, Transformer
 from restomod.train.loss import linear_cross_entropy
 from restomod.train.optimizer import AdamW, Optimizers
 
@@ -64,7 +64,7 @@ def _embed(kind: str) -> Plant:
         x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
         x = x if kind == "no positions" else x + positions
         for block in self.h:
-            x = block(x.detach() if kind == "detached" else x, cache)
+            x = block(x.detach() if kind == "detached" else x, Beside(), cache)
         if kind == "ignores its input":
             x = torch.zeros_like(x) + self.wpe(torch.zeros_like(tokens))
         return self.ln_f(x)

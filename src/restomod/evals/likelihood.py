@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from restomod.errors import UserError
-from restomod.model.gpt import GPT
+from restomod.model.gpt import GPT, soft_cap
 from restomod.train.distributed import SINGLE, Processes
 
 HEAD_POSITIONS = 1024  # of which logits exist at once
@@ -305,7 +305,8 @@ def gpt_log_probs(
         (M,) fp32, and whether no other token was likelier, (M,) bool.
     """
     x, w = hidden.to(dtype), model.head[: model.config.vocab_size].to(dtype)
-    norm, chosen, best = log_probs_of(lambda part: x[part] @ w.t(), len(x), which, targets)
+    cap = model.config.softcap
+    norm, chosen, best = log_probs_of(lambda part: soft_cap(x[part] @ w.t(), cap), len(x), which, targets)
     if dtype != torch.float32:  # what bf16 has rounded, once more
-        chosen = (hidden[which].float() * model.head[targets].float()).sum(-1)
+        chosen = soft_cap((hidden[which].float() * model.head[targets].float()).sum(-1), cap)
     return chosen - norm, best

@@ -152,15 +152,19 @@ def _gpt2_views(model: GPT) -> dict[str, Tensor]:
     return {name: view.t() if name.endswith(TRANSPOSED) else view for name, view in named_views(model).items()}
 
 
+def _has_skips_or_caps(config: ModelConfig) -> bool:
+    return config.embedding_norm or config.embedding_skip or config.value_embedding or config.softcap is not None
+
+
 def _is_gpt2(config: ModelConfig) -> bool:
     parts = config.norm, config.positions, config.mlp, config.bias, config.tied, config.qk_norm
     usual = config.inner_size == 4 * config.n_embd and config.head_size * config.n_head == config.n_embd
-    return usual and parts == ("layernorm", "learned", "gelu", True, True, False)
+    return usual and not _has_skips_or_caps(config) and parts == ("layernorm", "learned", "gelu", True, True, False)
 
 
 def _is_llama(config: ModelConfig) -> bool:
     parts = config.norm, config.positions, config.mlp, config.bias, config.qk_norm
-    return parts == ("rmsnorm", "rope", "swiglu", False, False)
+    return not _has_skips_or_caps(config) and parts == ("rmsnorm", "rope", "swiglu", False, False)
 
 
 def _is_qwen3(config: ModelConfig) -> bool:

@@ -14,15 +14,17 @@ def parameter_count(config: ModelConfig) -> int:
     norm = D * (2 if config.norm == "layernorm" and config.bias else 1)
     attention = (D + bias) * 3 * width + (width + bias) * D + (2 * config.head_size if config.qk_norm else 0)
     mlp = (D + bias) * units + (config.inner_size + bias) * D
-    block = norm + attention + norm + mlp
-    return embedding_parameters(config) + config.n_layer * block + norm
+    skips = 2 * (D * config.embedding_skip + width * config.value_embedding)
+    block = norm + attention + norm + mlp + skips
+    return embedding_parameters(config) + D * config.embedding_norm + config.n_layer * block + norm
 
 
 def embedding_parameters(config: ModelConfig) -> int:
     """Parameters of the embeddings and the head, without padding."""
     vocabularies = 1 if config.tied else 2
     positions = config.n_positions if config.positions == "learned" else 0
-    return (vocabularies * config.vocab_size + positions) * config.n_embd
+    values = config.vocab_size * config.n_head * config.head_size if config.value_embedding else 0
+    return (vocabularies * config.vocab_size + positions) * config.n_embd + values
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,17 @@ NORM_EPS = 1e-6  # of RMS norms, as in `transformers`' Llama and Qwen3; layer no
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of a position's angles, (T, K / 2) or (B, 1, T, K / 2)."""
+
+
+class Beside(NamedTuple):
+    """What every block is given beside the residual stream."""
+
+    turn: Rotation | None = None
+    mask: Tensor | None = None
+    embedded: Tensor | None = None
+    """(B, T, D), the stream as it was before the first block."""
+    values: Tensor | None = None
+    """(B, T, H K), the tokens' value embeddings."""
 
 
 class KVCache:
@@ -76,6 +88,31 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap): no logit beyond ± ``cap``. Source: Gemma team, "Gemma 2", 2024, section 2."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class Skip(nn.Module):
+    """weight * x + skip * beside, number by number: x at first, and as much of the other as training finds useful."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.skip = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, beside: Tensor | None) -> Tensor:
+        assert beside is not None
+        return self.weight * x + self.skip * beside
+
+
+class NoSkip(nn.Module):
+    """x"""
+
+    def forward(self, x: Tensor, beside: Tensor | None) -> Tensor:
+        return x
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -85,19 +122,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
+        self.v_skip = Skip(width) if config.value_embedding else NoSkip()
 
-    def forward(
-        self, x: Tensor, turn: Rotation | None = None, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        qkv = self.c_attn(x).unflatten(-1, (3, -1, self.head_size))  # (B, T, 3, H, K)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, K)
+    def forward(self, x: Tensor, beside: Beside, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.c_attn(x).chunk(3, -1)  # each (B, T, H K)
+        v = self.v_skip(v, beside.values).type_as(q)  # learned factors are in fp32
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
         q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        if beside.turn is not None:
+            q, k = rotate(q, beside.turn), rotate(k, beside.turn)
         q, k = q.type_as(v), k.type_as(v)  # norms and angles are in fp32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = attention(q, k, v, causal=cache is None and mask is None, mask=mask)
+        y = attention(q, k, v, causal=cache is None and beside.mask is None, mask=beside.mask)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -142,15 +179,15 @@ def build_norm(config: ModelConfig) -> nn.Module:
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.x_skip = Skip(config.n_embd) if config.embedding_skip else NoSkip()
         self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, turn: Rotation | None = None, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), turn, cache, mask)
+    def forward(self, x: Tensor, beside: Beside, cache: KVCache | None = None) -> Tensor:
+        x = self.x_skip(x, beside.embedded)
+        x = x + self.attn(self.ln_1(x), beside, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -162,6 +199,10 @@ class Transformer(nn.Module):
         self.head_size, self.rope_theta = config.head_size, config.rope_theta
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
+        self.vte = (
+            nn.Embedding(config.padded_vocab_size, config.n_head * config.head_size) if config.value_embedding else None
+        )
+        self.ln_e = nn.RMSNorm(config.n_embd, NORM_EPS) if config.embedding_norm else nn.Identity()
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = build_norm(config)
         self.recompute = False  # keep no activations of a block for the backward pass
@@ -191,11 +232,13 @@ class Transformer(nn.Module):
             x = x + self.wpe(positions)
         else:
             turn = rotation(positions, self.head_size, self.rope_theta)
+        x = self.ln_e(x)
+        beside = Beside(turn, mask, x, self.vte(tokens) if self.vte is not None else None)
         for block in self.h:
             if self.recompute and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, turn, None, mask, use_reentrant=False)
+                x = checkpoint(block, x, beside, use_reentrant=False)
             else:
-                x = block(x, turn, cache, mask)
+                x = block(x, beside, cache)
         return self.ln_f(x)
 
 
@@ -219,7 +262,8 @@ class GPT(nn.Module):
 
     def vocabulary_matrices(self) -> list[Tensor]:
         """The parameters that have a row per token, and padding."""
-        return [self.transformer.wte.weight, *([] if self.lm_head is None else [self.lm_head.weight])]
+        tables = (self.transformer.wte, self.transformer.vte, self.lm_head)
+        return [table.weight for table in tables if table is not None]
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position.
@@ -233,7 +277,7 @@ class GPT(nn.Module):
         """
         # .forward: a compiled transformer is for training's fixed shapes; here any length runs without a recompile
         hidden = self.transformer.forward(tokens, cache)  # (B, T, D)
-        return F.linear(hidden, self.head[: self.config.vocab_size])
+        return soft_cap(F.linear(hidden, self.head[: self.config.vocab_size]), self.config.softcap)
 
 
 def stacked_matrices(config: ModelConfig, name: str) -> int:

@@ -35,7 +35,7 @@ DEAD_STD = 1e-3
 DEAD_UNITS = 0.01  # share of the hidden units that may give nothing after initialisation
 TRAINING_BYTES = 16  # per parameter: fp32 weight, gradient and two AdamW moments
 CONTEXT = 1024
-VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with padding
+VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
 
 def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[Verdict]:
@@ -178,7 +178,14 @@ def compiled_agreement(subject: Subject) -> Verdict:
     def loss_and_norm(transformer: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         tokens, targets = (x.to(subject.compute.device) for x in subject.few_tokens())
         hidden = transformer(tokens).flatten(0, 1)
-        loss = linear_cross_entropy(hidden, model.head, targets.flatten(), model.config.vocab_size, torch.float32)
+        loss = linear_cross_entropy(
+            hidden,
+            model.head,
+            targets.flatten(),
+            model.config.vocab_size,
+            torch.float32,
+            cap=model.config.softcap,
+        )
         gradients = loss_gradients(model, loss).values()
         return loss.item(), math.sqrt(sum(g.norm().item() ** 2 for g in gradients))
 

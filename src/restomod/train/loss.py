@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restomod.model.gpt import soft_cap
+
 # enough rows for fast matrix products, and on CUDA few additions to the weight's fp32 gradient; 100 and 800 MB in bf16
 CHUNK_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
 # rows of an eager softmax, in fp32: what stays in a CPU's cache between its passes; elsewhere what fits
@@ -25,7 +27,13 @@ GRADIENT_SCALE = 2.0**-5
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, compiled: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    cap: float | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the next token, in nats.
 
@@ -36,13 +44,14 @@ def linear_cross_entropy(
         vocab_size: V.
         dtype: of the matrix products; the softmax and the sum over tokens are in fp32.
         compiled: compile the softmax, which is several times as fast.
+        cap: logits z become cap * tanh(z / cap).
 
     Returns:
         Scalar fp32 loss, differentiable once with respect to ``hidden`` and ``weight``.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype, compiled)
-    return _loss(hidden, weight, targets, vocab_size, dtype, compiled)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype, compiled, cap)
+    return _loss(hidden, weight, targets, vocab_size, dtype, compiled, cap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,11 +59,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        V: int,
+        dtype: torch.dtype,
+        compiled: bool,
+        cap: float | None,
     ) -> Tensor:
         d_hidden = torch.empty_like(hidden, dtype=dtype)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        loss = _loss(hidden, weight, targets, V, dtype, compiled, d_hidden, d_weight)
+        loss = _loss(hidden, weight, targets, V, dtype, compiled, cap, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -65,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
         scale = grad[0] / (GRADIENT_SCALE * len(d_hidden))
         # in place: the loss can be differentiated once
-        return d_hidden.to(hidden_dtype).mul_(scale), d_weight.to(weight_dtype).mul_(scale), None, None, None, None
+        nothing = (None,) * 5  # of what is not a tensor
+        return d_hidden.to(hidden_dtype).mul_(scale), d_weight.to(weight_dtype).mul_(scale), *nothing
 
 
 def _loss(
@@ -75,6 +92,7 @@ def _loss(
     V: int,
     dtype: torch.dtype,
     compiled: bool,
+    cap: float | None,
     d_hidden: Tensor | None = None,
     d_weight: Tensor | None = None,
 ) -> Tensor:
@@ -90,7 +108,7 @@ def _loss(
     total = torch.zeros((), device=hidden.device)
     for start in range(0, N, n):
         chunk = slice(start, start + n)
-        loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], V)
+        loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], V, cap)
         total += loss
         if d_hidden is not None and d_weight is not None:
             d_hidden[chunk] = d_logits @ w
@@ -98,7 +116,9 @@ def _loss(
     return total / N
 
 
-def _softmax(logits: Tensor, target_logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def _softmax(
+    logits: Tensor, target_logits: Tensor, targets: Tensor, V: int, cap: float | None
+) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of ``logits`` (n, padded V), and its gradient times `GRADIENT_SCALE`, likewise.
 
     The gradient with respect to the logits is softmax(logits) - one_hot(targets). ``target_logits`` (n,) replace the
@@ -107,12 +127,17 @@ def _softmax(logits: Tensor, target_logits: Tensor, targets: Tensor, V: int) -> 
     columns = torch.arange(logits.shape[1], device=logits.device)
     hit = columns == targets[:, None]
     z = torch.where(hit, target_logits[:, None], logits.float())
+    slope = torch.ones((), device=z.device)
+    if cap is not None:
+        bent = torch.tanh(z / cap)
+        z, slope = cap * bent, 1 - bent.square()
+        target_logits = soft_cap(target_logits, cap)
     z = torch.where(columns < V, z, float("-inf"))
     highest = z.amax(-1, keepdim=True)
     exponentials = (z - highest).exp()
     norm = exponentials.sum(-1, keepdim=True)
     loss = (norm.log() + highest - target_logits[:, None]).sum()
-    return loss, ((exponentials / norm - hit.float()) * GRADIENT_SCALE).to(logits.dtype)
+    return loss, ((exponentials / norm - hit.float()) * slope * GRADIENT_SCALE).to(logits.dtype)
 
 
 @functools.cache
@@ -120,19 +145,27 @@ def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor,
     return torch.compile(_softmax, dynamic=False)
 
 
-def _softmax_by_rows(logits: Tensor, target_logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def _softmax_by_rows(
+    logits: Tensor, target_logits: Tensor, targets: Tensor, V: int, cap: float | None
+) -> tuple[Tensor, Tensor]:
     """`_softmax` a few rows at a time and in place, the fastest way without a compiler."""
     total = torch.zeros((), device=logits.device)
     logits[:, V:] = float("-inf")
-    rows = SOFTMAX_TOKENS[logits.device.type]
+    rows, columns = SOFTMAX_TOKENS[logits.device.type], torch.arange(logits.shape[1], device=logits.device)
     for start in range(0, len(logits), rows):
         block = slice(start, start + rows)
         y, target = targets[block, None], target_logits[block, None]  # (rows, 1)
         z = logits[block].float().scatter_(1, y, target)
+        slope = None
+        if cap is not None:
+            bent = z.div_(cap).tanh_()  # of the padding 1, which is made -inf again
+            slope = 1 - bent.square()
+            z = (cap * bent).masked_fill_(columns >= V, float("-inf"))
+            target = soft_cap(target, cap)
         highest = z.amax(-1, keepdim=True)
         z.sub_(highest).exp_()
         norm = z.sum(-1, keepdim=True)
         total += (norm.log() + highest - target).sum()
         z.mul_(GRADIENT_SCALE / norm).scatter_add_(1, y, torch.full_like(target, -GRADIENT_SCALE))
-        logits[block] = z
+        logits[block] = z if slope is None else z.mul_(slope)
     return total, logits

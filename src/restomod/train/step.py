@@ -41,8 +41,10 @@ def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) ->
     with autocast(compute.device, compute.dtype):
         hidden = model.transformer(tokens, mask=mask)  # (B, T, D)
     targets = targets.to(compute.device, non_blocking=True).flatten()
-    V, dtype, compiled = model.config.vocab_size, compute.dtype, compute.compiled
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets, V, dtype, compiled)
+    config, hidden = model.config, hidden.flatten(0, 1)
+    return linear_cross_entropy(
+        hidden, model.head, targets, config.vocab_size, compute.dtype, compute.compiled, config.softcap
+    )
 
 
 def document_mask(tokens: Tensor) -> Tensor:
