@@ -88,7 +88,9 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
     device = choose_device("auto")
     if device.type == "cpu":
         keep_freed_memory()
-    compute = Compute(device, choose_dtype(config.precision, device), config.micro_batch or config.batch_sequences, config.compile)
+    compute = Compute(
+        device, choose_dtype(config.precision, device), config.micro_batch or config.batch_sequences, config.compile
+    )
     model = build_model(config.model, config.seed, device)
     if config.compile:
         model.transformer.compile(dynamic=False)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -9,7 +11,7 @@ from restomod.errors import UserError
 from restomod.model.families import family_of
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
-from restomod.presets import PRESETS, preset, summary
+from restomod.presets import PRESETS, SIZES, preset, summary
 
 
 def ours(config: ModelConfig) -> int:
@@ -95,3 +97,33 @@ def test_a_preset_like_none_lists_all() -> None:
 def test_every_preset_has_a_one_line_summary(name: str) -> None:
     assert summary(name).endswith(".") or summary(name).endswith(")")
     assert "\n" not in summary(name)
+
+
+# --- any size ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_twelve_layers_are_the_124m_preset(kind: str) -> None:
+    assert preset(f"{kind}-d12") == preset(f"{kind}-124m")
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("layers", [1, 6, 24])
+def test_width_and_heads_follow_the_layers(kind: str, layers: int) -> None:
+    model = preset(f"{kind}-d{layers}").model
+    assert (model.n_layer, model.n_head, model.n_embd, model.head_size) == (layers, layers, 64 * layers, 64)
+    assert dataclasses.replace(model, n_layer=12, n_head=12, n_embd=768) == preset(f"{kind}-124m").model
+
+
+def test_the_rate_of_adamw_goes_down_with_the_width_and_that_of_muon_does_not() -> None:
+    """Table 2.1 of the GPT-3 paper: 6e-4 at a width of 768, 2e-4 at 2048 (here: 2.25e-4)."""
+    for kind in ("gpt2", "llama"):
+        rates = [preset(f"{kind}-d{layers}").optim.lr for layers in (6, 12, 32)]
+        assert rates == pytest.approx([12e-4, 6e-4, 2.25e-4])
+    assert preset("modern-d6").optim == preset("modern-d24").optim == preset("modern-124m").optim
+
+
+@pytest.mark.parametrize("name", ["modern-d0", "modern-d", "modern-d100", "modern-d6.5", "quickstart-d6", "d6"])
+def test_other_sizes_are_unknown_presets(name: str) -> None:
+    with pytest.raises(UserError, match=f"unknown preset '{name}'"):
+        preset(name)

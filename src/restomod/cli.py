@@ -32,7 +32,7 @@ from restomod.arguments import (
 )
 from restomod.config import RunConfig, require_seed
 from restomod.errors import ReportedElsewhere, UserError, describe_os_error, did_you_mean
-from restomod.presets import PRESETS, preset, summary
+from restomod.presets import PRESETS, SIZES, preset, summary
 
 if TYPE_CHECKING:  # torch is imported when a verb needs it
     from restomod.train.console import Display
@@ -81,6 +81,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         print("presets:")
         for name in PRESETS:
             print(f"  {name:<{width}}  {summary(name)}")
+        print(f"  {'|'.join(SIZES)}-dN  the same with N layers, 64 N wide, and the learning rates that belong to it")
         return 0 if arguments else EXIT_USER_ERROR
 
     if "--resume" in arguments:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable
 
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
@@ -42,7 +44,7 @@ def tinyshakespeare() -> RunConfig:
 
 def gpt2_124m() -> RunConfig:
     """GPT-2 124M with the batch size, learning rate and schedule of the GPT-3 paper, on your own text (--data.path)."""
-    return _gpt2(ModelConfig(), lr=6e-4, batch_tokens=2**19)  # 19,073 steps, of which 715 warm up
+    return gpt2_of(12)  # 19,073 steps, of which 715 warm up
 
 
 def gpt2_355m() -> RunConfig:
@@ -62,13 +64,35 @@ def gpt2_1558m() -> RunConfig:
 
 def llama_124m() -> RunConfig:
     """RoPE, RMSNorm, SwiGLU (Llama's parts) at GPT-2's size, trained like GPT-2, on your own text (--data.path)."""
-    return _gpt2(llama_parts(ModelConfig()), lr=6e-4, batch_tokens=2**19)
+    return llama_of(12)
 
 
 def modern_124m() -> RunConfig:
     """Qwen3's parts at GPT-2's size, trained with Muon: less loss per token; on your own text (--data.path)."""
-    model = dataclasses.replace(llama_parts(ModelConfig()), qk_norm=True, zero_init_projections=True)
-    return dataclasses.replace(_gpt2(model, lr=6e-4, batch_tokens=2**19), optim=muon_recipe(warmup_steps=100))
+    return modern_of(12)
+
+
+def shape_of(layers: int) -> ModelConfig:
+    """GPT-2's parts with heads of 64 and 64 of width for each layer: with 12 layers GPT-2 124M."""
+    return ModelConfig(n_layer=layers, n_head=layers, n_embd=64 * layers)
+
+
+def gpt2_of(layers: int) -> RunConfig:
+    """`gpt2-124m` at another size; AdamW's rate goes with 1 / width, as in table 2.1 of the GPT-3 paper."""
+    return _gpt2(shape_of(layers), lr=6e-4 * 12 / layers, batch_tokens=2**19)
+
+
+def llama_of(layers: int) -> RunConfig:
+    """`llama-124m` at another size."""
+    gpt2 = gpt2_of(layers)
+    return dataclasses.replace(gpt2, model=llama_parts(gpt2.model))
+
+
+def modern_of(layers: int) -> RunConfig:
+    """`modern-124m` at another size: Muon's updates, and so the rates, do not depend on the width."""
+    llama = llama_of(layers)
+    model = dataclasses.replace(llama.model, qk_norm=True, zero_init_projections=True)
+    return dataclasses.replace(llama, model=model, optim=muon_recipe(warmup_steps=100))
 
 
 def llama_parts(model: ModelConfig) -> ModelConfig:
@@ -117,15 +141,32 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
+SIZES: dict[str, Callable[[int], RunConfig]] = {"gpt2": gpt2_of, "llama": llama_of, "modern": modern_of}
+"""Presets of any size: ``modern-d6`` has 6 layers, and its width and learning rates follow."""
+
+
 def preset(name: str) -> RunConfig:
-    """Return the preset called ``name``.
+    """Return the preset called ``name``: one of `PRESETS`, or one of `SIZES` with its number of layers.
 
     Raises:
         UserError: there is none of that name; the message suggests the nearest.
     """
-    if name not in PRESETS:
+    made = _maker(name)
+    if made is None:
         raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
-    return PRESETS[name]()
+    return made()
+
+
+def is_preset(name: str) -> bool:
+    """Whether there is a preset called ``name``."""
+    return _maker(name) is not None
+
+
+def _maker(name: str) -> Callable[[], RunConfig] | None:
+    sized = re.fullmatch(r"(\w+)-d([1-9]\d?)", name)
+    if sized and sized[1] in SIZES:
+        return functools.partial(SIZES[sized[1]], int(sized[2]))
+    return PRESETS.get(name)
 
 
 def summary(name: str) -> str:

@@ -26,10 +26,13 @@ def problem(N: int, D: int, V: int, padded: int, seed: int = 0) -> tuple[Tensor,
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, V: int, cap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and both gradients in fp64, from all logits at once."""
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    loss = F.cross_entropy(h @ w[:V].t(), targets)
+    logits = h @ w[:V].t()
+    loss = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets)
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 
@@ -59,6 +62,23 @@ def test_loss_and_gradients_are_those_of_full_logits_in_chunks_of_the_usual_size
     loss.backward()
     for ours, exact in zip((loss, hidden.grad, weight.grad), reference(hidden, weight, targets, 50), strict=True):
         torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cap", [2.0, 15.0])
+def test_loss_and_gradients_are_those_of_capped_logits(cap: float, compiled: bool) -> None:
+    hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+    loss = linear_cross_entropy(hidden, weight, targets, 50, FP32, compiled, cap)
+    loss.backward()
+    exact = reference(hidden, weight, targets, 50, cap)
+    assert (exact[0] - reference(hidden, weight, targets, 50)[0]).abs() > 0.01
+    for ours, theirs in zip((loss, hidden.grad, weight.grad), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-4)
+    assert (weight.grad[50:] == 0).all()
+    with torch.no_grad():
+        again = linear_cross_entropy(hidden, weight, targets, 50, FP32, compiled, cap)
+    torch.testing.assert_close(again, loss.detach())
 
 
 def test_padded_rows_take_no_part_even_where_they_are_not_zero() -> None:

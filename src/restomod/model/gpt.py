@@ -113,6 +113,13 @@ class NoSkip(nn.Module):
         return x
 
 
+class HeadNorm(nn.RMSNorm):
+    """The RMS norm of queries and keys, in their own type: torch's kernel wants that of the weight to be the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -120,8 +127,8 @@ class CausalSelfAttention(nn.Module):
         width = config.n_head * config.head_size
         self.c_attn = nn.Linear(config.n_embd, 3 * width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_size, NORM_EPS) if config.qk_norm else nn.Identity()
         self.v_skip = Skip(width) if config.value_embedding else NoSkip()
 
     def forward(self, x: Tensor, beside: Beside, cache: KVCache | None = None) -> Tensor:
@@ -131,7 +138,7 @@ class CausalSelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if beside.turn is not None:
             q, k = rotate(q, beside.turn), rotate(k, beside.turn)
-        q, k = q.type_as(v), k.type_as(v)  # norms and angles are in fp32
+        q, k = q.type_as(v), k.type_as(v)  # angles are in fp32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = attention(q, k, v, causal=cache is None and beside.mask is None, mask=beside.mask)

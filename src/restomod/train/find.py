@@ -15,7 +15,7 @@ from restomod.files import read_json
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hub import OPENAI, download_model, hub_name
 from restomod.model.pretrained import load_model
-from restomod.presets import PRESETS, preset
+from restomod.presets import PRESETS, is_preset, preset
 from restomod.train.checkpoint import COMPLETE, STATE, list_checkpoints, verify_checkpoint
 
 
@@ -53,7 +53,7 @@ def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool
     Raises:
         UserError: ``name`` is neither.
     """
-    if name in PRESETS and not Path(name).is_dir():
+    if is_preset(name) and not Path(name).is_dir():
         try:
             return build_model(preset(name).model, seed, device).eval(), True
         except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
@@ -77,7 +77,7 @@ def _from_hub(name: str) -> Path:
     repository = hub_name(name)
     meant_here = path.parent != Path() and path.parent.exists()  # a slip in a path is not sent to the hub
     if repository is None or meant_here:
-        if name in PRESETS:
+        if is_preset(name):
             raise UserError(f"{name} is a preset: `restomod train {name}` makes a run of it, runs/{name}")
         there = path.parent.iterdir() if path.parent.is_dir() else []
         near = [

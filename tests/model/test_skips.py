@@ -1,0 +1,195 @@
+"""The parts of models that no class of `transformers` has, against a plain computation written out here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from restomod.config import ModelConfig, SamplingConfig
+from restomod.errors import UserError
+from restomod.evals.likelihood import gpt_log_probs
+from restomod.generate import Decoder, Request, RowCache, generate
+from restomod.model.flops import parameter_count
+from restomod.model.gpt import GPT, KVCache
+from restomod.model.pretrained import load_model, save_model
+from restomod.train.parity import random_model
+from restomod.train.step import Compute, batch_loss
+from tests.models import CPU, random_tokens
+
+PLAIN = ModelConfig(
+    n_layer=3, n_head=2, n_embd=32, n_positions=48, vocab_size=101, norm="rmsnorm", positions="rope", mlp="relu2",
+    bias=False, tied=False,
+)  # fmt: skip
+PARTS = {
+    "softcap": 3.0,
+    "embedding_norm": True,
+    "embedding_skip": True,
+    "value_embedding": True,
+}
+ALL = dataclasses.replace(PLAIN, **PARTS)
+EACH = [dataclasses.replace(PLAIN, **{name: value}) for name, value in PARTS.items()]
+CONFIGS = pytest.mark.parametrize("config", [*EACH, ALL], ids=[*PARTS, "all"])
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
+    """Logits of one sequence, (T, V), head by head and with the whole table of attention, in the weights' type."""
+    c, w, T = model.config, dict(model.named_parameters()), len(tokens)
+    K = c.n_embd // c.n_head
+    x = w["transformer.wte.weight"][tokens]
+    if c.embedding_norm:
+        x = rms(x, w["transformer.ln_e.weight"])
+    first = x
+    angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, K, 2) / K)
+    turn = torch.polar(torch.ones(T, K // 2), angles.float()).to(x.dtype.to_complex())
+    for layer in range(c.n_layer):
+        p = f"transformer.h.{layer}."
+        if c.embedding_skip:
+            x = w[p + "x_skip.weight"] * x + w[p + "x_skip.skip"] * first
+        y = rms(x, w[p + "ln_1.weight"])
+        q, k, v = (y @ part.T for part in w[p + "attn.c_attn.weight"].split(c.n_embd))
+        if c.value_embedding:
+            v = w[p + "attn.v_skip.weight"] * v
+            v = v + w[p + "attn.v_skip.skip"] * w["transformer.vte.weight"][tokens]
+        heads = []
+        for h in range(c.n_head):
+            qh, kh, vh = (z[:, h * K : (h + 1) * K] for z in (q, k, v))
+            qh, kh = (torch.complex(z[:, : K // 2], z[:, K // 2 :]) * turn for z in (qh, kh))
+            scores = (qh @ kh.mH).real / K**0.5
+            scores = scores.masked_fill(torch.ones(T, T).triu(1) > 0, float("-inf"))
+            heads.append(scores.softmax(-1) @ vh)
+        x = x + torch.cat(heads, -1) @ w[p + "attn.c_proj.weight"].T
+        y = rms(x, w[p + "ln_2.weight"]) @ w[p + "mlp.c_fc.weight"].T
+        x = x + (y.clamp(min=0) ** 2) @ w[p + "mlp.c_proj.weight"].T
+    z = rms(x, w["transformer.ln_f.weight"]) @ w["lm_head.weight"][: c.vocab_size].T
+    return z if c.softcap is None else c.softcap * torch.tanh(z / c.softcap)
+
+
+def drawn(config: ModelConfig) -> GPT:
+    """A model whose every part matters: factors of skips are not 0, and logits are large."""
+    model = random_model(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".skip"):
+                p.normal_(generator=generator)
+        assert model.lm_head is not None
+        model.lm_head.weight.mul_(4)
+    return model
+
+
+@CONFIGS
+def test_logits_are_those_of_the_plain_computation(config: ModelConfig) -> None:
+    model, tokens = drawn(config).double(), random_tokens(config, 2, 40)
+    with torch.no_grad():
+        expected = torch.stack([plain_logits(model, row) for row in tokens])
+        assert (model(tokens) - expected).abs().max() < 1e-5 * expected.abs().max()
+        others = [c for c in (PLAIN, *EACH) if c != config]
+        assert all((plain_logits_as(model, c, tokens[0]) - expected[0]).abs().max() > 1e-3 for c in others)
+
+
+def plain_logits_as(model: GPT, config: ModelConfig, tokens: Tensor) -> Tensor:
+    """The plain computation with another model's parts, of the parameters that both have."""
+    other = drawn(config).double()
+    other.load_state_dict(model.state_dict(), strict=False)
+    return plain_logits(other, tokens)
+
+
+@CONFIGS
+def test_loss_is_that_of_the_capped_logits_and_reaches_every_parameter(config: ModelConfig) -> None:
+    model, tokens = drawn(config), random_tokens(config, 2, 40)
+    loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], Compute(CPU, torch.float32, micro_batch=2))
+    expected = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert p.grad.any(), name
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_skips_begin_as_nothing() -> None:
+    """A new model with skips computes what one without computes."""
+    tokens = random_tokens(PLAIN, 1, 40)
+    model = random_model(PLAIN)
+    other = GPT(dataclasses.replace(PLAIN, embedding_skip=True, value_embedding=True))
+    fresh = random_model(other.config)
+    fresh.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, p in fresh.named_parameters():
+            if "_skip" in name:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+        assert torch.equal(fresh(tokens), model(tokens))
+
+
+@CONFIGS
+def test_a_cache_changes_no_logits(config: ModelConfig) -> None:
+    model, tokens = drawn(config).double(), random_tokens(config, 2, 30)
+    cache, parts = KVCache(config, 2, CPU, torch.float64), []
+    with torch.no_grad():
+        for part in tokens.split([7, 1, 1, 21], 1):
+            parts.append(model(part, cache))
+            cache.length += part.shape[1]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
+
+
+@CONFIGS
+def test_generation_follows_the_plain_computation(config: ModelConfig) -> None:
+    model, prompt = drawn(config).double(), random_tokens(config, 1, 6)[0].tolist()
+    sampling = SamplingConfig(max_tokens=12, temperature=0.0)
+    new = [step[0] for step in generate(model, [Request(prompt, 0)], sampling, 0, torch.float64, stop=None)]
+    tokens = list(prompt)
+    for token in new:
+        with torch.no_grad():
+            assert plain_logits(model, torch.tensor(tokens))[-1].argmax().item() == token
+        tokens.append(token)
+
+
+def test_the_logits_that_tokens_are_drawn_from_are_capped() -> None:
+    model, tokens = drawn(ALL).double(), random_tokens(ALL, 1, 8)[0].tolist()
+    decoder, cache = Decoder(model, torch.float64), RowCache(ALL, 1, CPU, torch.float64, 48)
+    with torch.no_grad():
+        decoder.read([tokens[:-1]], cache, [0])
+        torch.testing.assert_close(decoder.step(tokens[-1:], cache)[0], plain_logits(model, torch.tensor(tokens))[-1])
+
+
+def test_log_probabilities_are_of_the_capped_logits() -> None:
+    model, tokens = drawn(ALL), random_tokens(ALL, 1, 30)
+    with torch.no_grad():
+        hidden, which = model.transformer(tokens[:, :-1])[0], torch.arange(29)
+        found, best = gpt_log_probs(model, hidden, which, tokens[0, 1:], torch.float32)
+        expected = plain_logits(model, tokens[0, :-1]).log_softmax(-1)
+    torch.testing.assert_close(found, expected[which, tokens[0, 1:]], atol=1e-4, rtol=1e-4)
+    assert torch.equal(best, expected.argmax(-1) == tokens[0, 1:])
+
+
+@CONFIGS
+def test_saved_and_loaded_it_is_the_same(config: ModelConfig, tmp_path: Path) -> None:
+    model, tokens = drawn(config), random_tokens(config, 1, 30)
+    save_model(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path, CPU)(tokens), model(tokens))
+
+
+@CONFIGS
+def test_parameters_are_counted_without_building_the_model(config: ModelConfig) -> None:
+    model = GPT(config)
+    padding = sum(m.shape[0] - config.vocab_size for m in model.vocabulary_matrices()) * config.n_embd
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters()) - padding
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_cap_that_is_none_is_refused(cap: float) -> None:
+    with pytest.raises(UserError, match=r"model\.softcap is .*; it must be above 0"):
+        dataclasses.replace(PLAIN, softcap=cap)
