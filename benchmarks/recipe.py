@@ -1,11 +1,16 @@
 """What each modern part is worth: the same model size and text, one part at a time, several seeds.
 
-    python benchmarks/recipe.py TOKENS --out results.json [--seeds 3] [--only gpt2,modern] [--table]
+    python benchmarks/recipe.py TOKENS --out results.json [--seeds 3] [--only gpt2,modern] [--budget 0.5]
+    python benchmarks/recipe.py TOKENS --out results.json --only ablations
+    python benchmarks/recipe.py --out results.json --table table.md
 
 TOKENS is a folder that `restomod prepare` made. A trial trains a small model from scratch and writes down its held-out
 loss as it goes; finished trials are in the JSON file and are not repeated, so the same command goes on after an
-interruption and with more seeds. The table says how many tokens a recipe needs to reach the final loss of the
-baseline, GPT-2's own recipe with its learning rate tuned.
+interruption and with more seeds, and several processes can share the file. The table says how many tokens a recipe
+needs to reach the final loss of the baseline, GPT-2's own recipe with its learning rate tuned.
+
+Recipes are `gpt2`, `llama`, `modern` and `speedrun`; `gpt2+PART` has one of modern's parts, `modern-PART` all but one
+(`ablations` stands for all of these), and `--set NAME=BASE,key=value,...` makes more.
 """
 
 from __future__ import annotations
@@ -37,37 +42,47 @@ from restomod.train.optimizer import build_optimizer
 from restomod.train.step import BatchLoss, Compute, train_step
 
 Overrides = dict[str, Any]
+Row = dict[str, Any]
 
 BASELINE = "gpt2"
+PARTS: dict[str, Overrides] = {  # of modern, each as it differs from GPT-2
+    "rmsnorm": {"model.norm": "rmsnorm"},
+    "rope": {"model.positions": "rope"},
+    "swiglu": {"model.mlp": "swiglu"},
+    "no-bias": {"model.bias": False},
+    "qk-norm": {"model.qk_norm": True},
+    "zero-init": {"model.zero_init_projections": True},
+    "muon": {"optim.optimizer": "muon", "optim.muon_lr": 0.02, "optim.lr": 4e-3, "optim.weight_decay": 0.0},
+    "wsd": {"optim.decay": "wsd", "optim.cooldown": 0.5, "optim.min_lr_ratio": 0.0},
+}
 LLAMA: Overrides = {
-    "model.norm": "rmsnorm",
-    "model.positions": "rope",
-    "model.mlp": "swiglu",
-    "model.bias": False,
+    key: value for part in ("rmsnorm", "rope", "swiglu", "no-bias") for key, value in PARTS[part].items()
 }
-MODERN: Overrides = LLAMA | {
-    "model.qk_norm": True,
-    "model.zero_init_projections": True,
-    "optim.optimizer": "muon",
-    "optim.muon_lr": 0.02,
-    "optim.lr": 4e-3,
-    "optim.decay": "wsd",
-    "optim.min_lr_ratio": 0.0,
-    "optim.cooldown": 0.5,
-    "optim.warmup_steps": 10,
+MODERN: Overrides = {key: value for part in PARTS.values() for key, value in part.items()}
+SPEEDRUN: Overrides = MODERN | {
+    "model.mlp": "relu2",
+    "model.tied": False,
+    "model.softcap": 15.0,
+    "model.embedding_norm": True,
+    "model.embedding_skip": True,
+    "model.value_embedding": True,
 }
+ABLATIONS: dict[str, Overrides] = {f"gpt2+{part}": overrides for part, overrides in PARTS.items()} | {
+    f"modern-{part}": {key: value for key, value in MODERN.items() if key not in PARTS[part]} for part in PARTS
+}
+RECIPES: dict[str, Overrides] = {BASELINE: {}, "llama": LLAMA, "modern": MODERN, "speedrun": SPEEDRUN} | ABLATIONS
 
 
-def base(layers: int, width: int, context: int, batch_tokens: int, tokens: int, compile: bool) -> RunConfig:
+def base(given: argparse.Namespace) -> RunConfig:
     """GPT-2's recipe at another scale."""
-    steps = tokens // batch_tokens
+    steps = round(given.budget * given.tokens) // given.batch_tokens
     return RunConfig(
-        model=ModelConfig(n_layer=layers, n_head=max(1, width // 64), n_embd=width, n_positions=context),
-        optim=OptimConfig(lr=2e-3, warmup_steps=max(1, steps // 20)),
+        model=ModelConfig(given.layers, max(1, given.width // 64), given.width, n_positions=given.context),
+        optim=OptimConfig(lr=given.lr, warmup_steps=max(1, steps // 20)),
         steps=steps,
-        batch_tokens=batch_tokens,
-        sequence_length=context,
-        compile=compile,
+        batch_tokens=given.batch_tokens,
+        sequence_length=given.context,
+        compile=given.compile,
     )
 
 
@@ -83,14 +98,13 @@ def changed(config: RunConfig, overrides: Overrides) -> RunConfig:
     )
 
 
-def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> dict[str, Any]:
+def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
     """Train once; held-out losses by tokens, and the time of the steps alone."""
     device = choose_device("auto")
     if device.type == "cpu":
         keep_freed_memory()
-    compute = Compute(
-        device, choose_dtype(config.precision, device), config.micro_batch or config.batch_sequences, config.compile
-    )
+    dtype = choose_dtype(config.precision, device)
+    compute = Compute(device, dtype, config.micro_batch or config.batch_sequences, config.compile)
     model = build_model(config.model, config.seed, device)
     if config.compile:
         model.transformer.compile(dynamic=False)
@@ -112,14 +126,14 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
     return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0], "tokens_per_second": speed}
 
 
-def add_row(out: Path, row: dict[str, Any]) -> None:
+def add_row(out: Path, row: Row) -> None:
     """Write down a finished trial; several processes may share the file."""
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_text_atomically(out, json.dumps([*rows_of(out), row]) + "\n")
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
+def rows_of(out: Path) -> list[Row]:
     """The finished trials."""
     return json.loads(out.read_text()) if out.exists() else []
 
@@ -132,33 +146,58 @@ def tokens_to(curve: list[list[float]], loss: float) -> float | None:
     return None
 
 
+def table(rows: list[Row]) -> str:
+    """A Markdown row for every recipe and number of tokens, the baseline's longest runs first."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["recipe"], row["tokens"]), []).append(row)
+    baseline = max((key for key in groups if key[0] == BASELINE), default=None)
+    target = statistics.mean(row["loss"] for row in groups[baseline]) if baseline else None
+    lines = [
+        "| recipe | tokens | held-out loss, mean ± sd | n | tokens to the baseline's loss | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for (name, tokens), group in sorted(groups.items(), key=lambda item: (item[0] != baseline, item[0])):
+        losses = [row["loss"] for row in group]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        reached = [tokens_to(row["curve"], target) for row in group] if target else []
+        there = [tokens for tokens in reached if tokens is not None]
+        when = f"{statistics.mean(there):,.0f}" if there and len(there) == len(group) else "not reached"
+        speed = statistics.median(row["tokens_per_second"] for row in group)
+        cells = (name, f"{tokens:,}", f"{statistics.mean(losses):.4f}{spread}", len(group), when, f"{speed:,.0f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="what modern parts are worth")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("data", type=Path, nargs="?", help="a folder of tokens")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file of finished trials")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--looks", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="that the baseline is trained on")
+    parser.add_argument("--budget", type=float, default=1.0, help="the part of them that these recipes get")
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's rate in GPT-2's recipe")
+    parser.add_argument("--looks", type=int, default=8, help="evaluations of a trial")
     parser.add_argument("--eval-tokens", type=int, default=32_768)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=BASE,key=value,...")
-    parser.add_argument("--only", default="")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=BASE,key=value,...")
+    parser.add_argument("--only", default="gpt2,llama,modern,speedrun")
+    parser.add_argument("--table", type=Path, help="write the table of all finished trials here")
     given = parser.parse_args()
-    recipes: dict[str, Overrides] = {BASELINE: {}, "llama": LLAMA, "modern": MODERN}
+    recipes = dict(RECIPES)
     for extra in given.set:
         name, _, changes = extra.partition("=")
         start, *pairs = changes.split(",")
         recipes[name] = recipes[start] | {k: json.loads(v) for k, v in (pair.split("=") for pair in pairs)}
-    config = base(given.layers, given.width, given.context, given.batch_tokens, given.tokens, given.compile)
-    dataset = prepare(DataConfig(source="tokens", path=str(given.data)), gpt2_tokenizer())
-    wanted = given.only.split(",") if given.only else list(recipes)
-    for seed in range(given.seeds):
-        for name in wanted:
-            run = dataclasses.replace(changed(config, recipes[name]), seed=seed)
+    if given.data is not None:
+        names = [n for name in given.only.split(",") for n in (ABLATIONS if name == "ablations" else [name])]
+        dataset = prepare(DataConfig(source="tokens", path=str(given.data)), gpt2_tokenizer())
+        for seed, name in itertools.product(range(given.seeds), names):
+            run = dataclasses.replace(changed(base(given), recipes[name]), seed=seed)
             about = json.loads(json.dumps(dataclasses.asdict(run)))
             if any(row["config"] == about for row in rows_of(given.out)):
                 continue
@@ -167,25 +206,10 @@ def main() -> None:
             add_row(given.out, row)
             said = f"{name} seed {seed}: {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
             print(said, file=sys.stderr, flush=True)
-    table(rows_of(given.out))
-
-
-def table(results: list[dict[str, Any]]) -> None:
-    """Print a row per recipe."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in results:
-        by_name.setdefault(row["recipe"], []).append(row)
-    target = statistics.mean(row["loss"] for row in by_name[BASELINE]) if BASELINE in by_name else None
-    for name, rows in by_name.items():
-        losses = [row["loss"] for row in rows]
-        sd = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        reached = [tokens_to(row["curve"], target) for row in rows] if target else []
-        speed = statistics.median(row["tokens_per_second"] for row in rows)
-        when = [r for r in reached if r is not None]
-        there = f"{statistics.mean(when):,.0f}" if when and len(when) == len(reached) else "never"
-        print(
-            f"{name:<24} n {len(rows)}  loss {statistics.mean(losses):.4f} ± {sd:.4f}  {there:>12}  {speed:,.0f} tok/s"
-        )
+    text = table(rows_of(given.out))
+    print(text)
+    if given.table:
+        write_text_atomically(given.table, text)
 
 
 if __name__ == "__main__":

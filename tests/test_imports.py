@@ -44,7 +44,7 @@ LAYERS = (
     ),
     ("restomod.bench", "restomod.doctor"),
     ("restomod.experiments", "restomod.course"),
-    ("restomod.arguments", "restomod.cli", "restomod.__main__"),
+    ("restomod.arguments", "restomod.commands", "restomod.cli", "restomod.__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

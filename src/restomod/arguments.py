@@ -7,7 +7,7 @@ import io
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -156,20 +156,6 @@ class DataArguments:
     """A folder that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
     verify: bool = False
     """Read every byte and compare its SHA-256 with the manifest."""
-
-
-@dataclass(frozen=True)
-class BenchArguments(ResumeArguments):
-    tokens: Literal["synthetic", "real"] = "synthetic"
-    """synthetic: random tokens, nothing to prepare; real: those of the run's data."""
-    warmup: int = 3
-    """Steps before the first one that counts."""
-    timed: int = 10
-    """Steps to time as a whole, and as many again by phase, in turns."""
-    json: str | None = None
-    """Write all results, the configuration and the environment to this file."""
-    trace: str | None = None
-    """Write a Chrome trace of one more step to this file (open it in ui.perfetto.dev)."""
 
 
 @dataclass(frozen=True)

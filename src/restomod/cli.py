@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import io
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ import tyro
 
 from restomod import __version__
 from restomod.arguments import (
-    BenchArguments,
     CheckArguments,
     CompareSamplesArguments,
     DataArguments,
@@ -31,7 +30,14 @@ from restomod.arguments import (
     parse,
 )
 from restomod.config import RunConfig, require_seed
-from restomod.errors import ReportedElsewhere, UserError, describe_os_error, did_you_mean
+from restomod.errors import (
+    EXIT_USER_ERROR,
+    ReportedElsewhere,
+    UserError,
+    describe_os_error,
+    did_you_mean,
+    reported_once,
+)
 from restomod.presets import PRESETS, SIZES, preset, summary
 
 if TYPE_CHECKING:  # torch is imported when a verb needs it
@@ -39,7 +45,6 @@ if TYPE_CHECKING:  # torch is imported when a verb needs it
     from restomod.train.sanity import Verdict
 
 EXIT_CHECK_FAILED = 1
-EXIT_USER_ERROR = 2
 EXIT_ABORTED = 130
 
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
@@ -47,7 +52,7 @@ STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip"
 
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run."""
-    with _reported_once():
+    with reported_once():
         parsed = _train_arguments(arguments)
     if isinstance(parsed, int):
         return parsed
@@ -56,17 +61,6 @@ def train(arguments: list[str]) -> int:
     from restomod.train.loop import train as run
 
     return run(config, folder, resume)
-
-
-@contextlib.contextmanager
-def _reported_once() -> Iterator[None]:
-    """What is wrong with the arguments is said by one process: torchrun starts all with the same."""
-    try:
-        yield
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        raise ReportedElsewhere from e
 
 
 def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int:
@@ -91,7 +85,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
         if rest and not rest[0].startswith("-"):
             raise UserError(f"--resume takes the preset from the run; leave {rest[0]!r} out")
-        from restomod.train.run import read_config
+        from restomod.config_json import read_config
 
         resumed = ResumeArguments(read_config(folder))
         config = parse(ResumeArguments, resumed, rest, f"restomod train --resume {folder}").config
@@ -149,7 +143,7 @@ def compare_samples(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Measure a model: held-out loss, HellaSwag, LAMBADA, ARC, PIQA, Winograd, your own questions."""
-    with _reported_once():
+    with reported_once():
         parsed = parse(EvalArguments, tyro.MISSING_NONPROP, arguments, "restomod eval")
         for flag in ("limit", "context", "batch"):
             value = getattr(parsed, flag)
@@ -257,35 +251,14 @@ def doctor(arguments: list[str]) -> int:
     return _show(verdicts, "this machine", Display())
 
 
-def bench(arguments: list[str]) -> int:
-    """Measure the speed of a training step: tokens/s, its phases, memory, MFU."""
-    with _reported_once():
-        parsed = _bench_arguments(arguments)
-    if isinstance(parsed, int):
-        return parsed
-    name, given = parsed
+def _later(module: str, meaning: str) -> Callable[[list[str]], int]:
+    """A verb whose module, one of `restomod.commands`, is imported when it is called."""
 
-    from restomod.bench.step import bench_step
+    def verb(arguments: list[str]) -> int:
+        return int(importlib.import_module(f"restomod.commands.{module}").run(arguments))
 
-    return bench_step(given.config, name, given.tokens, given.warmup, given.timed, given.json, given.trace)
-
-
-def _bench_arguments(arguments: list[str]) -> tuple[str, BenchArguments] | int:
-    """The preset's name and all flags; an exit code where only help was asked for."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: restomod bench step [PRESET] [FLAGS]    measure a training step (default: quickstart)")
-        print("       restomod bench step PRESET --help       every flag; those of `restomod train` count too")
-        return 0 if arguments else EXIT_USER_ERROR
-    if arguments[0] != "step":
-        raise UserError(f"unknown benchmark {arguments[0]!r}{did_you_mean(arguments[0], ['step'])}")
-    name, rest = "quickstart", arguments[1:]
-    if rest and not rest[0].startswith("-"):
-        name, rest = rest[0], rest[1:]
-    given = parse(BenchArguments, BenchArguments(preset(name)), rest, f"restomod bench step {name}")
-    for flag, value, least in (("--warmup", given.warmup, 0), ("--timed", given.timed, 1)):
-        if value < least:
-            raise UserError(f"{flag} is {value}; it must be {least} or more")
-    return name, given
+    verb.__doc__ = meaning
+    return verb
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -298,7 +271,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "check": check,
     "doctor": doctor,
-    "bench": bench,
+    "bench": _later("bench", "Measure the speed of a training step: tokens/s, its phases, memory, MFU."),
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from restomod.config import RunConfig
 from restomod.errors import UserError, did_you_mean
+from restomod.files import read_json
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,3 +83,17 @@ def _typed(value: Any, hint: Any, where: str, key: str) -> Any:
         return float(value)
     _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {value!r}")
     return value
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of an existing run.
+
+    Raises:
+        UserError: ``folder`` is no run, or its configuration is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a run: it has no config.json; start one with `restomod train PRESET`")
+    config = from_dict(read_json(path, "run's configuration"), RunConfig, str(path))
+    assert isinstance(config, RunConfig)
+    return config

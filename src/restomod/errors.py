@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+
+EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
@@ -29,3 +33,14 @@ class ReportedElsewhere(UserError):
     """Another process of the same run has reported what went wrong."""
 
     known_to_all = True
+
+
+@contextlib.contextmanager
+def reported_once() -> Iterator[None]:
+    """What is wrong with the arguments is said by one process: torchrun starts all with the same."""
+    try:
+        yield
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise ReportedElsewhere from e

@@ -69,7 +69,7 @@ def test_a_run_asks_its_tasks_at_every_validation(run: Path, questions: Path, to
 
 
 def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
-    from restomod.train.run import read_config
+    from restomod.config_json import read_config
 
     asking = dataclasses.replace(tiny, eval_tasks=(f"hellaswag={tmp_path}/none", str(questions)))
     from restomod.errors import UserError

@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel
 
 from restomod.cli import main
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.config_json import read_config
 from restomod.data.prepare import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
@@ -27,7 +28,6 @@ from restomod.train.console import Display
 from restomod.train.loop import train
 from restomod.train.metrics import read_jsonl
 from restomod.train.parity import random_model
-from restomod.train.run import read_config
 from tests.models import to_transformers
 
 from .conftest import WORDS, flags

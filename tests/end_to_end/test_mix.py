@@ -76,7 +76,7 @@ def test_a_run_on_a_mix_that_was_stopped_is_the_run_that_was_not(mixed: RunConfi
         for path in sorted(newest.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         newest.rmdir()
-    from restomod.train.run import read_config
+    from restomod.config_json import read_config
 
     assert train(read_config(parts), parts, resume=True, display=QUIET) == 0
     assert losses(parts) == losses(whole)

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from restomod.config import Precision, RunConfig
+from restomod.config_json import read_config
 from restomod.errors import UserError
 from restomod.train.console import Display
 from restomod.train.loop import EXIT_INTERRUPTED, train
 from restomod.train.metrics import read_jsonl
-from restomod.train.run import read_config
 
 from .conftest import flags
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.config_json import read_config
 from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
 from restomod.train import run as run_module
 from restomod.train.metrics import read_jsonl
-from restomod.train.run import Run, check_resumable, create_run, environment, read_config, reopen_run
+from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 
 CONFIG = RunConfig(
     steps=100,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from restomod.config import DataConfig, Device, Precision, RunConfig
+from restomod.config_json import read_config
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
@@ -27,7 +28,7 @@ from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display, duration
 from restomod.train.distributed import Processes, device_of, joined
 from restomod.train.find import find_model, is_run
-from restomod.train.run import environment, read_config
+from restomod.train.run import environment
 
 HELDOUT = "heldout"
 SHOWN = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")

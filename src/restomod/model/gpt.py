@@ -314,7 +314,12 @@ def initial_std(config: ModelConfig, name: str) -> float:
     0.02; of the two projections of each block that add to the residual stream 0.02 / sqrt(2 * n_layer), so that its
     variance does not grow with depth (GPT-2's paper, section 2.3), or 0 where ``zero_init_projections`` is set.
     Biases are 0, norms the identity, padded vocabulary rows 0.
+
+    Where blocks begin as the identity, a token's normalised embedding meets itself in a tied head, and its own logit is
+    std * D: the embedding is drawn so that this is 1, and not 15 with 768 numbers.
     """
+    if name == "transformer.wte.weight" and config.tied and config.zero_init_projections:
+        return 1.0 / config.n_embd
     if name.endswith("c_proj.weight"):
         return 0.0 if config.zero_init_projections else 0.02 / math.sqrt(2 * config.n_layer)
     return 0.02

@@ -141,7 +141,7 @@ def _softmax(
 
 
 @functools.cache
-def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, int, float | None], tuple[Tensor, Tensor]]:
     return torch.compile(_softmax, dynamic=False)
 
 

@@ -2,7 +2,7 @@
 
 `metrics.jsonl` holds these kinds of records: "train" (step s: the loss under the weights after s updates, before update
 s is applied), "val" (step s: the held-out loss under those same weights), "task" (the same, of a task that was asked),
-and "rollback" (step s: the run goes back).
+and "rollback" (step s: the run goes back). Each says at which time it was known, in seconds since 1970.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ runs/NAME/
     config.json        the complete configuration
     environment.json   versions, machine and command of the start and of every resumption
     data.json          the manifest of the token shards that were trained on
-    metrics.jsonl      losses, learning rate, gradient norm, speed
+    metrics.jsonl      losses, learning rate, gradient norm, speed, and when each was known
     samples.jsonl      what the model wrote along the way
     checkpoints/
 """
@@ -26,7 +26,7 @@ import torch
 
 import restomod
 from restomod.config import RunConfig
-from restomod.config_json import from_dict, to_dict
+from restomod.config_json import read_config, to_dict
 from restomod.data.shards import Dataset
 from restomod.errors import UserError
 from restomod.files import read_json, write_json_atomically
@@ -73,7 +73,7 @@ class Run:
 
     def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Append a record to `metrics.jsonl` and return it."""
-        record = {"kind": kind, "step": step, **values}
+        record = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         if not self.writes:
             return record
         append_jsonl(self.folder / "metrics.jsonl", record)
@@ -125,20 +125,6 @@ def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
     except OSError as e:
         raise UserError(f"{folder}: cannot make the run's folder ({e.strerror})") from None
     return Run(folder, config)
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of an existing run.
-
-    Raises:
-        UserError: ``folder`` is no run, or its configuration is damaged.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} is not a run: it has no config.json; start one with `restomod train PRESET`")
-    config = from_dict(read_json(path, "run's configuration"), RunConfig, str(path))
-    assert isinstance(config, RunConfig)
-    return config
 
 
 def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
