@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from restomod.config import ModelConfig
 from restomod.errors import UserError
 from restomod.model.families import family_of
 from restomod.model.flops import parameter_count
-from restomod.model.gpt import GPT
+from restomod.model.gpt import GPT, build_model
 from restomod.presets import PRESETS, SIZES, preset, summary
+from restomod.train.step import Compute, batch_loss
 
 
 def ours(config: ModelConfig) -> int:
@@ -97,6 +99,17 @@ def test_a_preset_like_none_lists_all() -> None:
 def test_every_preset_has_a_one_line_summary(name: str) -> None:
     assert summary(name).endswith(".") or summary(name).endswith(")")
     assert "\n" not in summary(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "llama-124m", "modern-124m"])
+def test_a_new_model_knows_nothing_of_the_next_token(name: str) -> None:
+    """Its loss is ln(V): no token, not even the one it has just read, is expected."""
+    model = build_model(dataclasses.replace(preset(name).model, n_layer=2), 0, torch.device("cpu"))
+    tokens = torch.randint(50257, (1, 129), generator=torch.Generator().manual_seed(0))
+    compute = Compute(torch.device("cpu"), torch.float32, micro_batch=1)
+    with torch.no_grad():
+        loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], compute)
+    assert abs(loss.item() - math.log(50257)) < 0.3
 
 
 # --- any size ------------------------------------------------------------------------------------------------

@@ -89,9 +89,11 @@ def initial_weights(subject: Subject) -> Verdict:
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         return Verdict(name, "fail", problems[0] + more)
-    scale = f"0.02 / √{2 * config.n_layer} = {0.02 / math.sqrt(2 * config.n_layer):.4f}"
-    scale = "0" if config.zero_init_projections else scale
-    return Verdict(name, "pass", f"standard deviation 0.02, and {scale} where a block adds to the residual stream")
+    added, embedded = (initial_std(config, n) for n in ("transformer.h.0.mlp.c_proj.weight", "transformer.wte.weight"))
+    scale = f"0.02 / √{2 * config.n_layer} = {added:.4f}" if added else "0"
+    found = f"standard deviation 0.02, and {scale} where a block adds to the residual stream"
+    found += f"; {embedded:.4f} in the token embedding" if embedded != 0.02 else ""
+    return Verdict(name, "pass", found)
 
 
 @torch.no_grad()
