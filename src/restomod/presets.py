@@ -72,6 +72,11 @@ def modern_124m() -> RunConfig:
     return modern_of(12)
 
 
+def speedrun_124m() -> RunConfig:
+    """The least loss per token that this model file has, with a second embedding; only this package loads it."""
+    return speedrun_of(12)
+
+
 def shape_of(layers: int) -> ModelConfig:
     """GPT-2's parts with heads of 64 and 64 of width for each layer: with 12 layers GPT-2 124M."""
     return ModelConfig(n_layer=layers, n_head=layers, n_embd=64 * layers)
@@ -93,6 +98,21 @@ def modern_of(layers: int) -> RunConfig:
     llama = llama_of(layers)
     model = dataclasses.replace(llama.model, qk_norm=True, zero_init_projections=True)
     return dataclasses.replace(llama, model=model, optim=muon_recipe(warmup_steps=100))
+
+
+def speedrun_of(layers: int) -> RunConfig:
+    """`speedrun-124m` at another size."""
+    modern = modern_of(layers)
+    model = dataclasses.replace(
+        modern.model,
+        mlp="relu2",
+        tied=False,
+        softcap=15.0,
+        embedding_norm=True,
+        embedding_skip=True,
+        value_embedding=True,
+    )
+    return dataclasses.replace(modern, model=model)
 
 
 def llama_parts(model: ModelConfig) -> ModelConfig:
@@ -138,10 +158,16 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "gpt2-1558m": gpt2_1558m,
     "llama-124m": llama_124m,
     "modern-124m": modern_124m,
+    "speedrun-124m": speedrun_124m,
 }
 
 
-SIZES: dict[str, Callable[[int], RunConfig]] = {"gpt2": gpt2_of, "llama": llama_of, "modern": modern_of}
+SIZES: dict[str, Callable[[int], RunConfig]] = {
+    "gpt2": gpt2_of,
+    "llama": llama_of,
+    "modern": modern_of,
+    "speedrun": speedrun_of,
+}
 """Presets of any size: ``modern-d6`` has 6 layers, and its width and learning rates follow."""
 
 
