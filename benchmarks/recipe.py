@@ -204,6 +204,7 @@ def main() -> None:
             row = {"recipe": name, "seed": seed} | trial(run, dataset, given.looks, given.eval_tokens)
             row |= {"config": about, "device": describe_device(torch.device("cpu")), "threads": torch.get_num_threads()}
             add_row(given.out, row)
+            torch.compiler.reset()  # compiled code holds on to its model
             said = f"{name} seed {seed}: {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
             print(said, file=sys.stderr, flush=True)
     text = table(rows_of(given.out))
