@@ -52,8 +52,8 @@ PARTS: dict[str, Overrides] = {  # of modern, each as it differs from GPT-2
     "no-bias": {"model.bias": False},
     "qk-norm": {"model.qk_norm": True},
     "zero-init": {"model.zero_init_projections": True},
-    "muon": {"optim.optimizer": "muon", "optim.muon_lr": 0.02, "optim.lr": 4e-3, "optim.weight_decay": 0.0},
-    "wsd": {"optim.decay": "wsd", "optim.cooldown": 0.5, "optim.min_lr_ratio": 0.0},
+    "muon": {"optim.optimizer": "muon", "optim.muon_lr": 0.02, "optim.lr": 16e-3, "optim.weight_decay": 0.0},
+    "wsd": {"optim.decay": "wsd", "optim.cooldown": 0.5, "optim.min_lr_ratio": 0.0, "optim.warmup_steps": 10},
 }
 LLAMA: Overrides = {
     key: value for part in ("rmsnorm", "rope", "swiglu", "no-bias") for key, value in PARTS[part].items()
