@@ -39,8 +39,9 @@ def picture(found: Comparison, axes: Sequence[Axis]) -> Figure:
         _draw(found, axis, panel)
     for panel in panels[len(axes) :]:
         panel.set_axis_off()
-    for text in panels[0].legend(frameon=False).get_texts():
-        text.set_parse_math(False)
+    if panels[0].get_legend_handles_labels()[0]:
+        for text in panels[0].legend(frameon=False).get_texts():
+            text.set_parse_math(False)
     return figure
 
 

@@ -36,7 +36,7 @@ def tables(found: Comparison, axis: Axis) -> list[Table]:
 
 def markdown(found: Comparison, axis: Axis, plot: Path | None = None) -> str:
     """All tables as Markdown; with the picture, if there is one."""
-    head = f"# {len(found.groups)} groups of runs: {found.measure}\n\n"
+    head = f"# Runs compared: {found.measure}\n\n"
     picture = f"![{found.measure}](<{plot.name}>)\n" if plot is not None else ""
     return head + "\n".join(table.markdown() for table in tables(found, axis)) + picture
 
@@ -55,7 +55,8 @@ def hours(x: float) -> str:
 
 
 def _names(found: Comparison) -> list[str]:
-    return [f"{group.name}{' (baseline)' if i == found.baseline else ''}" for i, group in enumerate(found.groups)]
+    several = len(found.groups) > 1
+    return [g.name + (" (baseline)" if several and i == found.baseline else "") for i, g in enumerate(found.groups)]
 
 
 def _differences(found: Comparison) -> Table:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+LARGEST = 1e100  # what is larger counts as infinite, and no square of what is not overflows
+LARGEST_STEP = 2**53
 SIGMAS_PER_MAD = 1.4826  # of a normal distribution
 ERROR_OF_TOKEN = 8.0  # nats: losses of tokens differ by 3 to 4, and those of a document are alike
 OUTLIER = 4.0  # standard deviations at which residuals are cut off before repetition is looked for
@@ -53,7 +55,7 @@ def curves(records: Iterable[Mapping[str, Any]]) -> Curves:
     rollbacks = 0
     for record in records:
         step, kind = record.get("step"), record.get("kind")
-        if type(step) is not int or step < 0:
+        if type(step) is not int or not 0 <= step < LARGEST_STEP:
             continue
         if kind == "train":
             train[step] = record
@@ -94,7 +96,7 @@ def curves(records: Iterable[Mapping[str, Any]]) -> Curves:
 
 def _number(record: Mapping[str, Any], key: str) -> float:
     value = record.get(key)
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
 def noise(values: Array) -> float:
