@@ -170,7 +170,7 @@ def test_a_held_out_loss_that_stays_behind() -> None:
 
 
 def test_a_held_out_loss_that_is_higher_from_the_start_is_another_text() -> None:
-    records = changed(quickstart_records(), "val", "loss", lambda s, x: x + 0.5 * (s > 0))
+    records = changed(quickstart_records(), "val", "loss", lambda s, x: x + 1.5 * (s > 0))
     assert found(records)["overfitting"].status == "well"
 
 

@@ -190,8 +190,7 @@ def gradient(config: RunConfig, seen: Curves) -> Finding:
         return _too_short(name, seen, config.optim.warmup_steps + FEWEST_BLOCKS * width)
     levels = np.median(blocks(x, width), axis=1)
     lowest, last = float(levels.min()), float(levels[-1])
-    grew = lowest > 0 and last > GRADIENT_GREW * lowest and last >= 0.8 * levels.max()
-    if not grew:
+    if not last > GRADIENT_GREW * lowest > 0:
         return Finding(name, "well", f"{last:.2f} now, and {lowest:.2f} to {levels.max():.2f} after the warm-up")
     return Finding(
         name, "sick", f"from {lowest:.2f} to {last:.2f}: a divergence may follow; lower --optim.lr or --optim.betas"
