@@ -272,6 +272,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "doctor": doctor,
     "bench": _later("bench", "Measure the speed of a training step: tokens/s, its phases, memory, MFU."),
+    "compare": _later("compare", "Lay runs side by side: curves, seeds, significance, tokens to a target."),
+    "verdict": _later("verdict", "Is a run healthy? Named symptoms, and what to do; exit code 1 if it is not."),
 }
 
 

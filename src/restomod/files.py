@@ -26,6 +26,18 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
+def require_folder(path: Path) -> None:
+    """Refuse a file that cannot be written because its folder is not there, before any work is done for it.
+
+    Raises:
+        UserError: there is no such folder, or ``path`` is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it, or choose another file")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path``, sync it, and rename it into place."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +232,10 @@ def test_a_damaged_configuration_is_named(text: str, folder: Path) -> None:
 
 
 def test_a_logged_record_is_returned_and_written(folder: Path) -> None:
+    before = time.time()
     record = Run(folder, CONFIG).log("train", 3, loss=1.5)
-    assert record == {"kind": "train", "step": 3, "loss": 1.5}
+    assert before - 0.001 <= record["time"] <= time.time() + 0.001, "when it was known, in seconds since 1970"
+    assert record == {"kind": "train", "step": 3, "loss": 1.5, "time": record["time"]}
     assert read_jsonl(folder / "metrics.jsonl") == [record]
 
 

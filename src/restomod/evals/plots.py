@@ -9,7 +9,7 @@ import numpy as np
 
 from restomod.errors import UserError
 from restomod.evals.heldout import Heldout
-from restomod.model.plots import INK, PAPER, new_figure, quiet
+from restomod.figures import INK, PAPER, new_figure, quiet
 
 POINTS = 60  # means over ranges of positions, each longer than the one before
 

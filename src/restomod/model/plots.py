@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from restomod.errors import UserError
+from restomod.figures import INK, PAPER, new_figure, quiet
 from restomod.model.inspect import POSITIONS, roughness
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ KINDS = {  # the matrices of a block, with what they do
 }
 CHANNELS = (150, 200, 250)
 BINS = 200
-INK, PAPER, GRID = "#222222", "#ffffff", "#dddddd"
 
 
 def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
@@ -157,14 +157,6 @@ def _layers(tensors: Mapping[str, Tensor]) -> int:
     return sum(name.endswith("ln_1.weight") for name in tensors)
 
 
-def new_figure(subject: str, width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(subject)
-    return figure
-
-
 def _colour(layer: int, layers: int) -> tuple[float, ...]:
     from matplotlib import colormaps
 
@@ -178,8 +170,3 @@ def _layer_scale(figure: Figure, layers: int) -> None:
     colours = ListedColormap([_colour(layer, layers) for layer in range(layers)])
     scale = ScalarMappable(Normalize(-0.5, layers - 0.5), colours)
     figure.colorbar(scale, ax=figure.axes, label="layer", fraction=0.025, ticks=range(0, layers, max(1, layers // 12)))
-
-
-def quiet(axes: Axes) -> None:
-    axes.grid(color=GRID, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)

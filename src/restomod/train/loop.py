@@ -18,7 +18,7 @@ from restomod.train.checkpoint import list_checkpoints
 from restomod.train.console import Display, closing_lines, sanity_lines
 from restomod.train.distributed import Processes, joined
 from restomod.train.journal import Journal
-from restomod.train.observe import evaluate, write_samples
+from restomod.train.observe import evaluate, verdict_line, warn_of_symptoms, write_samples
 from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
 from restomod.train.saver import Saver
@@ -85,6 +85,8 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
         if display.closed:
             print("\n".join(["standard output was closed", *closing]), file=sys.stderr)
+        if finished:
+            display.line(verdict_line(training))
         display.lines(closing)
     return EXIT_FINISHED if finished else EXIT_INTERRUPTED
 
@@ -117,6 +119,8 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
 
         if not at_checkpoint and (finished or step % config.eval_every == 0):
             evaluate(training, step, display)
+            if step > 0 and not finished:
+                warn_of_symptoms(training, display)
         if not at_checkpoint and step > 0 and (finished or step % config.sample_every == 0):
             write_samples(training, step, display)
         wanted = stopping or (step > 0 and (due or step % config.save_every == 0))

@@ -1,4 +1,4 @@
-"""What is looked at along the way: the validation loss, and samples."""
+"""What is looked at along the way: the validation loss, samples, and whether the run is healthy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from restomod.evals.scoring import headline
 from restomod.samples import continuations
 from restomod.train.console import Display
 from restomod.train.distributed import whole
+from restomod.train.health import Finding, judge, seen_now
+from restomod.train.metrics import read_jsonl
 from restomod.train.setup import Training
 
 
@@ -51,3 +53,23 @@ def write_samples(training: Training, step: int, display: Display) -> None:
     for prompt, (text,) in zip(sampling.prompts, texts, strict=True):
         training.run.log_sample(step, prompt, text)
         display.sample(prompt, text)
+
+
+def warn_of_symptoms(training: Training, display: Display) -> None:
+    """Show what is wrong with the run so far, a line for each symptom that its records show."""
+    for symptom in seen_now(_findings(training)):
+        display.line(f"warning: {symptom.symptom}: {symptom.reason}", style="bold yellow")
+
+
+def verdict_line(training: Training) -> str:
+    """Whether the run has been healthy, in one line."""
+    sick = [symptom.symptom for symptom in seen_now(_findings(training))]
+    if sick:
+        return f"verdict: not healthy: {', '.join(sick)}; `restomod verdict {training.run.folder}` says what to do"
+    return f"verdict: healthy; `restomod verdict {training.run.folder}` says what was looked for"
+
+
+def _findings(training: Training) -> list[Finding]:
+    if not training.processes.main:
+        return []
+    return judge(training.config, read_jsonl(training.run.folder / "metrics.jsonl"))

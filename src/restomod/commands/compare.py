@@ -1,0 +1,87 @@
+"""`restomod compare`: runs side by side."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from restomod.arguments import parse
+from restomod.errors import UserError
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    """Folders of runs, finished or not. Those that differ only in their seed are one group."""
+    baseline: str | None = None
+    """The run whose group the others are measured against. Default: the first."""
+    target_loss: float | None = None
+    """Count the tokens until this loss. Default: what the baseline ended with."""
+    price: float | None = None
+    """Dollars per hour of the machines of one run."""
+    x: Literal["all", "steps", "tokens", "flops", "time", "dollars"] = "all"
+    """What curves are laid over each other by. all: by tokens in the table, by everything in the picture."""
+    json: str | None = None
+    """Write everything, curves too, to this file."""
+    markdown: str | None = None
+    """Write the tables to this file."""
+    plot: str | None = None
+    """Draw the curves as a PNG file."""
+
+
+def run(arguments: list[str]) -> int:
+    """Compare runs: print tables, and write what is asked for. Returns 0."""
+    parsed = parse(CompareArguments, tyro.MISSING_NONPROP, arguments, "restomod compare")
+    if not parsed.runs:
+        raise UserError("name the runs: restomod compare RUN RUN ... (restomod compare --help)")
+    for flag, value in (("--price", parsed.price), ("--target-loss", parsed.target_loss)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value}; it must be a number above 0")
+    if parsed.x == "dollars" and parsed.price is None:
+        raise UserError("--x dollars needs --price, in dollars per hour")
+
+    from restomod.experiments.axes import AXES, Axis
+    from restomod.experiments.compare import compare
+    from restomod.experiments.compare_plot import draw_comparison
+    from restomod.experiments.compare_report import markdown, tables
+    from restomod.experiments.runs import open_run
+    from restomod.experiments.tables import show
+    from restomod.figures import require_matplotlib
+    from restomod.files import require_folder, write_json_atomically, write_text_atomically
+
+    json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
+    for path in (json, report, plot):
+        if path is not None:
+            require_folder(path)
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise UserError(f"{plot}: the picture is a PNG file; name it .png")
+        require_matplotlib()
+    runs = [open_run(folder) for folder in parsed.runs]
+    baseline = None
+    if parsed.baseline is not None:
+        named = Path(parsed.baseline).expanduser().resolve()
+        baseline = next((run for run in runs if run.folder.resolve() == named), None)
+        if baseline is None:
+            baseline = open_run(parsed.baseline)
+            runs.insert(0, baseline)
+    found = compare(runs, baseline, parsed.target_loss, parsed.price)
+    axis: Axis = "tokens" if parsed.x == "all" else parsed.x
+    for table in tables(found, axis):
+        show(table)
+        print()
+    if plot is not None:
+        every = [a for a in AXES if a != "dollars" or found.price is not None]
+        draw_comparison(found, every if parsed.x == "all" else [axis], plot)
+        print(f"drawn: {plot}")
+    if json is not None:
+        write_json_atomically(json, found.to_dict())
+        print(f"written: {json}")
+    if report is not None:
+        write_text_atomically(report, markdown(found, axis, plot))
+        print(f"written: {report}")
+    return 0

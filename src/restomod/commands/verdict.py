@@ -1,0 +1,43 @@
+"""`restomod verdict`: is a run healthy?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from restomod.arguments import parse
+
+EXIT_NOT_HEALTHY = 1
+
+
+@dataclass(frozen=True)
+class VerdictArguments:
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder, whether it is finished, stopped or going on."""
+    weights: bool = True
+    """Look for dead layers in the newest checkpoint too. All else needs no torch."""
+    json: str | None = None
+    """Write what was found to this file, too."""
+
+
+def run(arguments: list[str]) -> int:
+    """Look for every symptom, and print what was found. Returns 0 if the run is healthy, else 1."""
+    parsed = parse(VerdictArguments, tyro.MISSING_NONPROP, arguments, "restomod verdict")
+
+    from restomod.experiments.runs import open_run
+    from restomod.experiments.tables import Table, show
+    from restomod.experiments.verdict import verdict
+    from restomod.files import require_folder, write_json_atomically
+
+    path = Path(parsed.json) if parsed.json is not None else None
+    if path is not None:
+        require_folder(path)
+    found = verdict(open_run(parsed.run), parsed.weights)
+    show(Table("", ["", "symptom", "what was seen"], [[f.status, f.symptom, f.reason] for f in found.findings]))
+    print(found.summary())
+    if path is not None:
+        write_json_atomically(path, found.to_dict())
+    return 0 if found.healthy else EXIT_NOT_HEALTHY
