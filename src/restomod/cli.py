@@ -106,8 +106,9 @@ def sample(arguments: list[str]) -> int:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
     settings, n = parsed.settings(), parsed.num_samples
 
-    from restomod.samples import choose_prompts, streamed, visible
+    from restomod.samples import choose_prompts, streamed
     from restomod.samples import sample as run
+    from restomod.text import visible
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
     terminal, count = sys.stdout.isatty(), len(prompts) * n
