@@ -273,6 +273,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "doctor": doctor,
     "bench": _later("bench", "Measure the speed of a training step: tokens/s, its phases, memory, MFU."),
+    "report": _later("report", "Write a page of runs: curves, evaluations, strengths, samples, settings, cost."),
+    "watch": _later("watch", "Show the page of a run in the browser while it goes on."),
 }
 
 
