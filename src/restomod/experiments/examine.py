@@ -38,7 +38,7 @@ from restomod.train.find import find_model
 PASSAGE = 64  # tokens
 PASSAGES = 5  # of the best, and of the worst
 BEFORE = 24  # tokens that are shown before a passage
-POSITIONS = 200  # ranges at most
+POSITIONS = 30  # ranges at most
 
 KINDS = {
     "word after a space": "a word or its beginning",

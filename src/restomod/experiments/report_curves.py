@@ -50,14 +50,18 @@ def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
     return np.array(sorted(kept))
 
 
-def trailing_mean(y: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each number and the ``width - 1`` before it, NaN left out, shape (n,)."""
-    good = ~np.isnan(y)
+def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
+    """Mean of each number and its neighbours, ``width`` together, NaN left out, shape (n,).
+
+    Near the ends there are as few on one side as there can be on the other, so that the mean does not lag behind.
+    """
+    n, good = len(y), ~np.isnan(y)
     sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(good, y, 0.0), good))
-    end = np.arange(1, len(y) + 1)
-    start = np.maximum(0, end - width)
-    n = counts[end] - counts[start]
-    return np.where(n > 0, (sums[end] - sums[start]) / np.maximum(n, 1), np.nan)
+    at = np.arange(n)
+    half = np.minimum(width // 2, np.minimum(at, n - 1 - at))
+    start, end = at - half, at + half + 1
+    found = counts[end] - counts[start]
+    return np.where(found > 0, (sums[end] - sums[start]) / np.maximum(found, 1), np.nan)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def curves(run: Run) -> dict[str, Any]:
     """All curves of a run for a page: ``train`` metrics, means of noisy ones, ``val`` and ``tasks``; empty ones left
     out.
     """
-    train = [record for record in run.train if isinstance(record["step"], int)]
+    train = run.train
     steps = np.array([record["step"] for record in train], dtype=np.int64)
     clock = Clock.of(train)
     made: dict[str, Any] = {}
@@ -107,11 +111,11 @@ def curves(run: Run) -> dict[str, Any]:
         if not len(y) or np.isnan(y).all():
             continue
         made[name] = curve(steps, y, clock)
-        width = len(y) // 100
+        width = len(y) // 100 | 1
         if name != "lr" and width > 1:
             kept = np.unique(np.linspace(0, len(y) - 1, MEANS).astype(int))
-            made[f"{name}_mean"] = curve(steps[kept], trailing_mean(y, width)[kept], clock) | {"over": width}
-    val = [record for record in run.val if isinstance(record["step"], int)]
+            made[f"{name}_mean"] = curve(steps[kept], centred_mean(y, width)[kept], clock) | {"over": width}
+    val = run.val
     if val:
         at = np.array([record["step"] for record in val], dtype=np.int64)
         made["val"] = curve(at, np.array([number(record.get("loss")) for record in val]), clock)
@@ -125,7 +129,7 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
         run: the run.
         metric_of: the metric to show of each task.
     """
-    clock = Clock.of([record for record in run.train if isinstance(record["step"], int)])
+    clock = Clock.of(run.train)
     found: dict[str, dict[int, tuple[float, float]]] = {}
     for record in [*run.records, *run.evaluations]:
         task, step = record.get("task"), record.get("step")

@@ -13,7 +13,7 @@ from restomod.experiments.runs import Record, Run
 from restomod.files import read_json
 
 HEADLINES = {name: task.headline for name, task in TASKS.items()}
-HELDOUT = ("loss", "perplexity", "bits_per_byte")
+HELDOUT = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
 CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
 
 
@@ -81,7 +81,14 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
             for r in references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
         others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
-        tables.append({"task": task, "columns": columns, "rows": mine + others, "own": len(mine)})
+        tables.append(
+            {
+                "task": task,
+                "columns": [HELDOUT.get(name, name) for name in columns],
+                "rows": mine + others,
+                "own": len(mine),
+            }
+        )
     return tables
 
 

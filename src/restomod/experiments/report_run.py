@@ -82,8 +82,8 @@ def about(run: Run) -> list[list[str]]:
         ["Parameters", f"{parameter_count(run.config.model):,}"],
         ["Data", visible(f"{data}, {tokens:,} tokens" if isinstance(tokens, int) else data)],
         ["Device", visible(", ".join(str(first[key]) for key in ("device", "precision") if first.get(key)))],
-        ["Started", str(first.get("started", "unknown"))],
-        ["Revision", str(first.get("git_revision") or "unknown")],
+        ["Started", visible(str(first.get("started", "unknown")))],
+        ["Revision", visible(str(first.get("git_revision") or "unknown")[:12])],
     ]
 
 

@@ -61,7 +61,7 @@ class Usage:
 
 def usage(run: Run) -> Usage:
     """Add up what a run has used. Steps that a crash has made it do again count once: they are logged once."""
-    steps = max((r["step"] + 1 for r in run.train if isinstance(r["step"], int)), default=0)
+    steps = max((r["step"] + 1 for r in run.train), default=0)
     in_steps = sum(max(0.0, number(r.get("ms"))) for r in run.train if math.isfinite(number(r.get("ms")))) / 1000
     starts = [started(environment) for environment in run.environments]
     times = sorted(at for at in (number(record.get("time")) for record in run.records) if math.isfinite(at))

@@ -8,6 +8,10 @@ const CHARTS = [
   { id: "tokens_per_second", title: "Tokens per second", metric: "tokens_per_second", digits: ",.0f" },
   { id: "mfu", title: "Model FLOP utilisation", metric: "mfu", digits: ".1%", tick: ".0%" },
 ];
+const TASKS = {
+  heldout: "Held-out loss", hellaswag: "HellaSwag", "hellaswag-harness": "HellaSwag, as lm-evaluation-harness asks it", lambada: "LAMBADA",
+  "arc-easy": "ARC, easy", "arc-challenge": "ARC, challenge", piqa: "PIQA", winograd: "Winograd",
+};
 const AXES = { step: "step", tokens: "tokens seen", hours: "hours in steps" };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 
@@ -31,66 +35,80 @@ function look(index, chosen) {
   return { color: colour("other-" + (1 + (place % 4))), dash: DASHES[place % 4] };
 }
 
+/* The chosen run comes last, and lies on top. */
+function inOrder(view) {
+  return view.runs.map((run, index) => [run, index]).sort((a, b) => (a[1] === view.chosen) - (b[1] === view.chosen));
+}
+
 function traces(chart, view) {
   const made = [];
   const several = view.runs.length > 1;
-  view.runs.forEach((run, index) => {
-    const { color, dash } = look(index, view.chosen);
-    const name = plain(run.name);
-    const curves = run.curves;
-    const mean = curves[chart.metric + "_mean"];
-    const raw = curves[chart.metric];
-    const hover = "%{y:" + chart.digits + "}";
+  for (const [run, index] of inOrder(view)) {
+    const { color, dash } = look(index, view.chosen), chosen = index === view.chosen;
+    const name = plain(run.name), curves = run.curves;
+    const mean = curves[chart.metric + "_mean"], raw = curves[chart.metric], val = chart.id === "loss" && curves.val;
     const add = (curve, label, more) => made.push({
-      type: "scatter", x: xs(run, curve, view.axis), y: curve.y, name: label, mode: "lines",
-      line: { color, width: 1.6, dash }, hovertemplate: hover, ...more,
+      type: "scatter", x: xs(run, curve, view.axis), y: curve.y, name: label, mode: "lines", legendrank: index,
+      line: { color, width: 1.7, dash }, hovertemplate: "%{y:" + chart.digits + "}", ...more,
     });
-    const of = (label) => (several ? (label ? name + ", " + label : name) : label || name);
-    const train = chart.id === "loss" ? "training" : "";
+    const label = chart.id === "loss" ? (several ? name + ", training" : "training") : several ? name : chart.title;
     if (raw && mean) {
-      if (index === view.chosen) {
-        add(raw, of(train ? "each step" : "each step"), { line: { color, width: 1 }, opacity: 0.32, hoverinfo: "skip", hovertemplate: null });
+      if (chosen) {
+        add(raw, label, { line: { color, width: 1 }, opacity: 0.3, hoverinfo: "skip", hovertemplate: null, showlegend: false, legendgroup: label });
       }
-      add(mean, of((train ? train + ", " : "") + "mean of " + mean.over), {});
+      add(mean, label, { legendgroup: label });
     } else if (raw) {
-      add(raw, of(train), {});
+      add(raw, label, {});
     }
-    if (chart.id === "loss" && curves.val) {
-      add(curves.val, of("validation"), {
-        mode: "lines+markers", line: { color: index === view.chosen ? colour("ink") : color, width: 1.4, dash: "dot" },
-        marker: { size: 6, color: colour("paper"), line: { width: 1.6, color: index === view.chosen ? colour("ink") : color } },
+    if (val) {
+      const shade = chosen ? colour("ink") : color, few = val.x.length <= 30;
+      add(val, several ? name + ", validation" : "validation", {
+        mode: few ? "lines+markers" : "lines", line: { color: shade, width: 1.5, dash: few ? "dot" : "solid" },
+        marker: { size: 6, color: colour("paper"), line: { width: 1.6, color: shade } },
       });
     }
-  });
+  }
   return made;
 }
 
 function taskTraces(task, view) {
-  return view.runs.flatMap((run, index) => {
+  return inOrder(view).flatMap(([run, index]) => {
     const points = run.tasks[task];
     if (!points) return [];
-    const { color, dash } = look(index, view.chosen);
+    const { color, dash } = look(index, view.chosen), chosen = index === view.chosen, few = points.x.length <= 30;
     return [{
-      type: "scatter", x: xs(run, points, view.axis), y: points.y, name: plain(run.name), mode: "lines+markers",
-      line: { color, width: 1.6, dash }, marker: { size: 6, color },
-      error_y: { type: "data", array: points.error, color, thickness: 1, width: 3 },
-      hovertemplate: "%{y:.2%} ± %{error_y.array:.2%}",
+      type: "scatter", x: xs(run, points, view.axis), y: points.y, name: plain(run.name), mode: few ? "lines+markers" : "lines",
+      legendrank: index, line: { color, width: 1.6, dash }, marker: { size: 6, color },
+      error_y: { type: "data", array: points.error, color: colour("rule"), thickness: few ? 1.5 : 1, width: 0, visible: chosen },
+      customdata: points.error, hovertemplate: "%{y:.2%} ± %{customdata:.2%}",
     }];
   });
+}
+
+/* The range of the second half of all curves: what is left to see once the loss has fallen. */
+function lateRange(data) {
+  const last = Math.max(...data.map((trace) => trace.x[trace.x.length - 1]));
+  const late = data.filter((trace) => trace.showlegend !== false)
+    .flatMap((trace) => trace.y.filter((y, i) => y !== null && trace.x[i] >= last / 2));
+  if (!late.length) return null;
+  const low = Math.min(...late), high = Math.max(...late), room = 0.15 * (high - low) + 0.01;
+  return [low - room, high + room];
 }
 
 function layout(chart, view, data) {
   const ink = colour("ink"), soft = colour("soft"), grid = colour("grid");
   const font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: soft };
-  const log = chart.log || (chart.id === "loss" && view.log);
+  const isLoss = chart.id === "loss";
+  const log = chart.log || (isLoss && view.scale === "log");
+  const range = isLoss && view.scale === "late" ? lateRange(data) : null;
   const lines = (chart.lines || []).map((line) => ({ ...line, at: log ? Math.log10(line.value) : line.value }));
   return {
     font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 52, r: 12, t: 8, b: 40 },
-    uirevision: [chart.id, view.axis, view.log, view.chosen].join(), showlegend: data.length > 1,
+    uirevision: [chart.id, view.axis, view.scale, view.chosen].join(), showlegend: data.filter((trace) => trace.showlegend !== false).length > 1,
     legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", font: { ...font, color: ink }, bgcolor: "rgba(0,0,0,0)" },
     hovermode: "x unified",
-    hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("rule"), font: { ...font, color: ink } },
+    hoverlabel: { namelength: -1, bgcolor: colour("panel"), bordercolor: colour("rule"), font: { ...font, color: ink } },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     xaxis: {
       title: { text: chart.x || AXES[view.axis], standoff: 8 }, gridcolor: grid, zeroline: false, linecolor: colour("rule"), showline: true,
@@ -100,32 +118,37 @@ function layout(chart, view, data) {
     },
     yaxis: {
       gridcolor: grid, zeroline: false, type: log ? "log" : "linear", tickformat: chart.tick || (chart.digits === ",.0f" ? "~s" : "~g"),
-      nticks: 6, automargin: true, ...(log ? { minexponent: 3, dtick: "D2" } : {}),
+      nticks: 6, automargin: true, ...(log ? { dtick: "D2" } : {}), ...(range ? { range } : {}),
+      ...(log && isLoss ? { dtick: undefined, tickvals: [1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12] } : {}),
     },
     shapes: lines.map((line) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: line.value, y1: line.value, line: { color: soft, width: 1, dash: "4px,4px" },
     })),
     annotations: lines.map((line) => ({
-      xref: "paper", x: 1, xanchor: "right", y: line.at, yanchor: "bottom", showarrow: false,
-      text: plain(line.name) + " " + line.label, font: { ...font, color: soft, size: 11 },
+      xref: "paper", x: chart.left ? 0 : 1, xanchor: chart.left ? "left" : "right", y: line.at, yanchor: "bottom", showarrow: false,
+      text: plain(line.name) + " " + line.label, font: { ...font, color: soft, size: 11 }, bgcolor: colour("paper"), opacity: 0.85, borderpad: 1,
     })),
   };
 }
 
 const CONFIG = { displayModeBar: false, responsive: true, showTips: false, doubleClick: "reset" };
 
+function units(chart, view) {
+  const mean = view.runs[view.chosen].curves[chart.metric + "_mean"];
+  return [chart.unit, mean && "faint: each step; line: mean over " + mean.over].filter(Boolean).join("; ");
+}
+
 function allCharts(view) {
   const lines = view.runs[view.chosen].lines;
   const made = CHARTS.filter((chart) => view.runs.some((run) => run.curves[chart.metric] || (chart.id === "loss" && run.curves.val)))
-    .map((chart) => ({ ...chart, traces: () => traces(chart, view),
+    .map((chart) => ({ ...chart, unit: units(chart, view), traces: () => traces(chart, view),
       lines: chart.id === "loss" ? (lines.loss || []).map((line) => ({ ...line, label: line.value.toFixed(2) })) : [] }));
   const tasks = [...new Set(view.runs.flatMap((run) => Object.keys(run.tasks)))];
-  const named = { hellaswag: "HellaSwag", "hellaswag-harness": "HellaSwag, harness" };
   const more = tasks.map((task) => ({
-    id: "task-" + task, title: named[task] || task, digits: ".2%", tick: ".0%",
+    id: "task-" + task, title: TASKS[task] || task, digits: ".2%", tick: ".0%",
     unit: (view.runs.find((run) => run.tasks[task]).tasks[task].metric) + ", ± one standard error",
-    traces: () => taskTraces(task, view),
-    lines: (lines[task] || []).map((line) => ({ ...line, label: (100 * line.value).toFixed(1) + " %" })),
+    left: true, traces: () => taskTraces(task, view),
+    lines: (lines[task] || []).map((line) => ({ ...line, label: Number((100 * line.value).toFixed(2)) + " %" })),
   }));
   return [...made.slice(0, 1), ...more, ...made.slice(1)];
 }

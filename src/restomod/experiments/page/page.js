@@ -1,7 +1,7 @@
 "use strict";
 // The page: plain elements made of the data. All text is set as text; nothing of a run is ever read as markup.
 
-const view = { runs: [], chosen: 0, axis: "step", log: false, sampleStep: null, failures: 0 };
+const view = { runs: [], chosen: 0, axis: "step", scale: "log", sampleStep: null, failures: 0 };
 let page = JSON.parse(document.getElementById("data").textContent);
 let made = [];
 const plots = new Map(); // a chart keeps its element, and with it what the reader has zoomed or switched off
@@ -12,7 +12,7 @@ function el(tag, attributes, ...children) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(9).filter((child) => child !== null && child !== undefined));
   return node;
 }
 
@@ -76,7 +76,7 @@ function training(run) {
   return [el("h2", {}, "Training"),
     el("div", { class: "bar" },
       choice("Against", { step: "Steps", tokens: "Tokens", hours: "Hours" }, view.axis, (axis) => { view.axis = axis; redraw(); }),
-      choice("Loss", { linear: "Linear", log: "Log" }, view.log ? "log" : "linear", (scale) => { view.log = scale === "log"; redraw(); })),
+      choice("Loss", { log: "Log", linear: "Linear", late: "Second half" }, view.scale, (scale) => { view.scale = scale; redraw(); })),
     el("div", { class: "charts" }, charts.map(chartBox)), events(run)];
 }
 
@@ -88,7 +88,7 @@ function events(run) {
 
 function evaluations(run) {
   if (!run.evaluations.length) return [el("h2", {}, "Evaluation"), el("p", { class: "soft" }, "Nothing evaluated yet: restomod eval " + run.folder)];
-  return [el("h2", {}, "Evaluation"), run.evaluations.map((found) => [el("h3", {}, found.task), table(["Model", ...found.columns, ""], found.rows, {
+  return [el("h2", {}, "Evaluation"), run.evaluations.map((found) => [el("h3", {}, TASKS[found.task] || found.task), table(["Model", ...found.columns, ""], found.rows, {
     numeric: found.columns.map((_, i) => i + 1), remark: found.columns.length + 1, rowClass: (r) => (r < found.own ? "own" : null), label: found.task })])];
 }
 
