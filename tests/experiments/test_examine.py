@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,16 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from restomod.cli import main
+from restomod.config import DataConfig
+from restomod.data.mix import mix
+from restomod.data.prepare import prepare
 from restomod.data.tokenizer import Tokenizer
-from restomod.experiments.examine import KINDS, PASSAGE, _pieces, examine, kind_of_token
+from restomod.evals.heldout import heldout_loss
+from restomod.experiments.examine import KINDS, PASSAGE, _examine, _pieces, examine, kind_of_token
 from restomod.experiments.report import page_data
 from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import open_run
+from restomod.model.pretrained import load_model
 
 T = 64
 FLAGS = (
@@ -29,7 +34,7 @@ TEXT = "In 1924 the car, a Bentley, won (again!). Zoë's naïve 東京 text: it 
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on text of many kinds, with a checkpoint."""
     folder = tmp_path_factory.mktemp("examined")
     for i in range(20):
@@ -38,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     source = ("--data.source", "text", "--data.path", str(folder / "texts"), "--data.cache", str(folder / "data"))
     split = ("--data.val-fraction", "0.3", "--out", str(folder / "r"))
     assert main(["train", "quickstart", *FLAGS, *source, *split]) == 0
-    yield folder / "r"
+    return folder / "r"
 
 
 def reference(run: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -121,6 +126,22 @@ def test_data_that_has_changed_is_not_examined(run: Path) -> None:
     examine(open_run(run), 512, "cpu", "fp32", lines.append)
     path.write_text(before)
     assert lines == [f"{run}: not examined: its data has changed since it was trained"]
+
+
+def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = []
+    for name, text in (("words", "the cat sat on the mat " * 300), ("digits", "31 41 59 26 53 " * 300)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        config = DataConfig(source="text", path=str(tmp_path / f"{name}.txt"), val_fraction=0.5, cache=str(tmp_path))
+        parts.append((prepare(config, tokenizer), Fraction(1, 2)))
+    opened, model = open_run(run), load_model(sorted((run / "checkpoints").iterdir())[-1], torch.device("cpu"))
+    found = _examine(opened, model, mix(parts), 10**9, torch.device("cpu"), torch.float32)
+    for source, (dataset, _) in zip(found["sources"], parts, strict=True):
+        windows = (len(dataset.val) - 1) // T
+        held = heldout_loss(model, dataset.val, T, torch.device("cpu"), torch.float32, windows * T)
+        assert source["tokens"] == held.tokens
+        assert source["loss"] == pytest.approx(held.loss, rel=1e-5)
+    assert found["sources"][0]["loss"] != pytest.approx(found["sources"][1]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

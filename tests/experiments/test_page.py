@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from restomod.experiments import watch as watching
 from restomod.experiments.report import report
 from restomod.experiments.runs import open_run
 from tests.experiments.made_runs import HOSTILE, add_examined, add_task, make_run
+from tests.experiments.test_watch import served
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -209,3 +211,29 @@ def test_the_policy_stops_what_is_not_its_own(browser: Any, page_of_two: Path) -
     )
     assert page.evaluate("window.hurt") is None
     page.context.close()
+
+
+def test_a_watched_page_follows_its_run(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "SECONDS", 0.2)
+    monkeypatch.setattr(watching, "REST", 0)
+    folder, wrong = tmp_path / "r", list[str]()
+    page = browser.new_page()
+    page.on("console", lambda message: wrong.append(message.text) if message.type != "log" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    with served(folder) as port:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("html[data-ready]", timeout=LOAD_MS)
+        assert page.locator("#state").text_content() == "waiting for the run to begin"
+        make_run(folder, steps=20)
+        until(page, "document.getElementById('state').textContent", "finished, after 20 steps")
+        page.locator("details.settings").evaluate("node => { node.open = true; }")
+        page.locator("#plot-loss .legendtoggle").first.click(force=True)
+        until(page, "document.getElementById('plot-loss')._fullData[0].visible", "legendonly")
+        with open(folder / "metrics.jsonl", "a") as f:
+            f.write('{"kind": "train", "step": 20, "loss": 2.5, "ms": 1000.0}\n')
+        until(page, "document.getElementById('plot-loss').data[0].y.at(-1)", 2.5)
+        assert page.evaluate("document.getElementById('plot-loss')._fullData[0].visible") == "legendonly"
+        assert page.locator("details.settings").evaluate("node => node.open") is True
+        assert wrong == []
+    until(page, "document.getElementById('state').textContent.startsWith('the watcher has stopped')", True)
+    page.close()

@@ -144,7 +144,7 @@ function details(run) {
     el("h2", {}, "Configuration"),
     el("p", { class: "soft" }, run.changed.length ? "What differs from the preset " + run.preset + ":" : "As the preset " + run.preset + " has it."),
     run.changed.length ? table(["Setting", "This run", "Preset"], run.changed.map(([name, value, other]) => [el("code", {}, name), el("code", {}, value), el("code", { class: "soft" }, other)]), { label: "differences from the preset" }) : null,
-    el("details", {}, el("summary", {}, "All " + run.settings.length + " settings"), table(null, run.settings.map(([name, value]) => [el("code", {}, name), el("code", {}, value)]), { label: "settings" })),
+    el("details", { class: "settings" }, el("summary", {}, "All " + run.settings.length + " settings"), table(null, run.settings.map(([name, value]) => [el("code", {}, name), el("code", {}, value)]), { label: "settings" })),
     el("h2", {}, "Compute and cost"), pairs(run.usage, 2),
     el("h2", {}, "Model, data, machine"), pairs(run.about),
     run.environments.map((rows, i) => el("details", {}, el("summary", {}, run.environments.length > 1 ? "Environment of start " + (i + 1) : "Environment"), pairs(rows))),
