@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def _curve(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
             own["label"] = "validation" if len(runs) == 1 else None
             axes.plot(val["x"], _numbers(val), "o", markersize=4, **own)
     if name == "loss":
-        _lines(axes, runs[0]["lines"].get("loss", []), ".2f")
+        _lines(axes, runs[0]["lines"].get("loss", []), "{:.2f}".format)
 
 
 def _task(axes: Axes, runs: list[dict[str, Any]], task: str) -> None:
@@ -94,14 +95,14 @@ def _task(axes: Axes, runs: list[dict[str, Any]], task: str) -> None:
     for i, run, points in found:
         look = _look(i) | {"marker": "o", "markersize": 4, "label": run["name"]}
         axes.errorbar(points["x"], _numbers(points), yerr=points["error"], **look)
-    _lines(axes, runs[0]["lines"].get(task, []), ".1%")
+    _lines(axes, runs[0]["lines"].get(task, []), lambda share: f"{100 * share:.4g} %")
 
 
-def _lines(axes: Axes, lines: list[dict[str, Any]], digits: str) -> None:
+def _lines(axes: Axes, lines: list[dict[str, Any]], text_of: Callable[[float], str]) -> None:
     for line in lines:
         axes.axhline(line["value"], color=SOFT, linewidth=0.8, linestyle="--")
         where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        text = f"{line['name']} {line['value']:{digits}}"
+        text = f"{line['name']} {text_of(line['value'])}"
         axes.annotate(text, (1, line["value"]), (0, 2), **where, ha="right", va="bottom", color=SOFT, fontsize=8)
 
 

@@ -51,19 +51,20 @@ function traces(chart, view) {
       type: "scatter", x: xs(run, curve, view.axis), y: curve.y, name: label, mode: "lines", legendrank: index,
       line: { color, width: 1.7, dash }, hovertemplate: "%{y:" + chart.digits + "}", ...more,
     });
-    const label = chart.id === "loss" ? (several ? name + ", training" : "training") : several ? name : chart.title;
+    const label = chart.id === "loss" ? (several ? name : "training") : several ? name : chart.title;
     if (raw && mean) {
       if (chosen) {
         add(raw, label, { line: { color, width: 1 }, opacity: 0.3, hoverinfo: "skip", hovertemplate: null, showlegend: false, legendgroup: label });
       }
       add(mean, label, { legendgroup: label });
     } else if (raw) {
-      add(raw, label, {});
+      add(raw, label, { legendgroup: label });
     }
     if (val) {
       const shade = chosen ? colour("ink") : color, few = val.x.length <= 30;
       add(val, several ? name + ", validation" : "validation", {
-        mode: few ? "lines+markers" : "lines", line: { color: shade, width: 1.5, dash: few ? "dot" : "solid" },
+        ...(several && raw ? { showlegend: false, legendgroup: name } : {}), // one entry for a run
+        mode: few ? "lines+markers" : "lines", line: { color: shade, width: 1.5, dash: few || !chosen ? "dot" : "solid" },
         marker: { size: 6, color: colour("paper"), line: { width: 1.6, color: shade } },
       });
     }
@@ -88,7 +89,7 @@ function taskTraces(task, view) {
 /* The range of the second half of all curves: what is left to see once the loss has fallen. */
 function lateRange(data) {
   const last = Math.max(...data.map((trace) => trace.x[trace.x.length - 1]));
-  const late = data.filter((trace) => trace.showlegend !== false)
+  const late = data.filter((trace) => trace.opacity === undefined)
     .flatMap((trace) => trace.y.filter((y, i) => y !== null && trace.x[i] >= last / 2));
   if (!late.length) return null;
   const low = Math.min(...late), high = Math.max(...late), room = 0.15 * (high - low) + 0.01;
@@ -124,8 +125,8 @@ function layout(chart, view, data) {
     shapes: lines.map((line) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: line.value, y1: line.value, line: { color: soft, width: 1, dash: "4px,4px" },
     })),
-    annotations: lines.map((line) => ({
-      xref: "paper", x: chart.left ? 0 : 1, xanchor: chart.left ? "left" : "right", y: line.at, yanchor: "bottom", showarrow: false,
+    annotations: lines.map((line) => ({ // where a rising curve is not: above its beginning, below its end
+      xref: "paper", x: chart.left && line.name !== "chance" ? 0 : 1, xanchor: chart.left && line.name !== "chance" ? "left" : "right", y: line.at, yanchor: "bottom", showarrow: false,
       text: plain(line.name) + " " + line.label, font: { ...font, color: soft, size: 11 }, bgcolor: colour("paper"), opacity: 0.85, borderpad: 1,
     })),
   };
@@ -135,7 +136,8 @@ const CONFIG = { displayModeBar: false, responsive: true, showTips: false, doubl
 
 function units(chart, view) {
   const mean = view.runs[view.chosen].curves[chart.metric + "_mean"];
-  return [chart.unit, mean && "faint: each step; line: mean over " + mean.over].filter(Boolean).join("; ");
+  const val = chart.id === "loss" && view.runs.length > 1 && "validation: " + (view.runs[view.chosen].curves.val ? "dark, of others dotted" : "dotted");
+  return [chart.unit, mean && "faint: each step; line: mean over " + mean.over, val].filter(Boolean).join("; ");
 }
 
 function allCharts(view) {
