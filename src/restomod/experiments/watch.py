@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http
 import http.server
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -86,6 +87,8 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A page that was closed in the middle of an answer is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
