@@ -96,6 +96,14 @@ function lateRange(data) {
   return [low - room, high + room];
 }
 
+/* Round losses to mark on a logarithmic axis, as close to each other as the range allows. */
+function lossTicks(data) {
+  const all = data.flatMap((trace) => trace.y.filter((y) => y !== null && y > 0));
+  const low = Math.min(...all), high = Math.max(...all);
+  if (high / low > 8) return [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50];
+  return [0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20].filter((y) => y > low / 1.5 && y < high * 1.5);
+}
+
 function layout(chart, view, data) {
   const ink = colour("ink"), soft = colour("soft"), grid = colour("grid");
   const font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: soft };
@@ -114,13 +122,14 @@ function layout(chart, view, data) {
     xaxis: {
       title: { text: chart.x || AXES[view.axis], standoff: 8 }, gridcolor: grid, zeroline: false, linecolor: colour("rule"), showline: true,
       tickformat: chart.x ? undefined : view.axis === "hours" ? ".3~g" : ".3~s", hoverformat: view.axis === "hours" ? ".2f" : ",.0f",
-      type: chart.xlog ? "log" : "linear", nticks: 7,
+      type: chart.xlog ? "log" : "linear", nticks: 7, rangemode: "nonnegative",
+      ...(!chart.x && view.axis === "step" && Math.max(...data.flatMap((trace) => trace.x)) < 6 ? { dtick: 1, tickformat: ",.0f" } : {}),
       ...(chart.xlog ? { dtick: Math.log10(4), tickformat: ",.0f" } : {}),
     },
     yaxis: {
       gridcolor: grid, zeroline: false, type: log ? "log" : "linear", tickformat: chart.tick || (chart.digits === ",.0f" ? "~s" : "~g"),
       nticks: 6, automargin: true, ...(log ? { dtick: "D2" } : {}), ...(range ? { range } : {}),
-      ...(log && isLoss ? { dtick: undefined, tickvals: [1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12] } : {}),
+      ...(log && isLoss ? { dtick: undefined, tickvals: lossTicks(data) } : {}),
     },
     shapes: lines.map((line) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: line.value, y1: line.value, line: { color: soft, width: 1, dash: "4px,4px" },
