@@ -29,7 +29,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/installed-test-slow: .venv/installed-test
-	@$(PIP) -e '.[test,ray,lm-eval]'
+	@$(PIP) -e '.[test,ray,lm-eval,browser]'
 	@touch $@
 
 # A second demo gets a folder of its own: quickstart, quickstart-2, ...

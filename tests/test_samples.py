@@ -17,7 +17,7 @@ from restomod.errors import UserError
 from restomod.generate import Request, generate
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import save_model
-from restomod.samples import choose_prompts, continuations, sample, stream, streamed, visible
+from restomod.samples import choose_prompts, continuations, sample, stream, streamed
 from restomod.train.optimizer import build_optimizer
 from restomod.train.parity import random_model
 from tests.models import CPU
@@ -140,10 +140,6 @@ def test_streamed_texts_are_those_of_a_batch(model: GPT, tmp_path: Path) -> None
     how: Any = (str(tmp_path), ["one", ""], 2, SamplingConfig(max_tokens=20, temperature=1.0), 3, "cpu", "fp32")
     whole = [text for texts in sample(*how) for text in texts]
     assert ["".join(text) for text in streamed(*how)] == whole
-
-
-def test_control_characters_become_visible() -> None:
-    assert visible("a\x1b[31m\tb\r\n\x00\x7f\x9b é \u202eb\u2066\udcff") == "a␛[31m\tb␍\n␀␡� é �b��"
 
 
 # --- prompts and models --------------------------------------------------------------------------------------

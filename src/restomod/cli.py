@@ -106,8 +106,9 @@ def sample(arguments: list[str]) -> int:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
     settings, n = parsed.settings(), parsed.num_samples
 
-    from restomod.samples import choose_prompts, streamed, visible
+    from restomod.samples import choose_prompts, streamed
     from restomod.samples import sample as run
+    from restomod.text import visible
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
     terminal, count = sys.stdout.isatty(), len(prompts) * n
@@ -274,6 +275,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "bench": _later("bench", "Measure the speed of a training step: tokens/s, its phases, memory, MFU."),
     "compare": _later("compare", "Lay runs side by side: curves, seeds, significance, tokens to a target."),
     "verdict": _later("verdict", "Is a run healthy? Named symptoms, and what to do; exit code 1 if it is not."),
+    "report": _later("report", "Write a page of runs: curves, evaluations, strengths, samples, settings, cost."),
+    "watch": _later("watch", "Show the page of a run in the browser while it goes on."),
 }
 
 

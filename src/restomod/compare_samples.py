@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import io
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from restomod.config import Device, Precision, SamplingConfig
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import write_text_atomically
-from restomod.samples import find_writer, sample, visible
+from restomod.samples import find_writer, sample
+from restomod.text import markdown_cell, visible
 
 DEFAULT_PROMPTS = ("Hello, I'm a language model,", "Once upon a time", "The capital of France is")
-MARKDOWN_MEANING = re.compile(r"[\\`*_\[\]{}|~#$:@]")  # within a line; < > & become entities
 
 
 @dataclass(frozen=True)
@@ -112,21 +111,14 @@ def as_table(comparison: Comparison, width: int | None = None) -> str:
 def as_markdown(comparison: Comparison) -> str:
     """A table (GitHub's Markdown) with a row per prompt."""
     lines = [
-        f"# {_markdown(' and '.join(comparison.models))}",
+        f"# {markdown_cell(' and '.join(comparison.models))}",
         "",
-        _markdown(comparison.settings),
+        markdown_cell(comparison.settings),
         "",
-        f"| prompt | {' | '.join(map(_markdown, comparison.models))} |",
+        f"| prompt | {' | '.join(map(markdown_cell, comparison.models))} |",
         "|---|---|---|",
     ]
-    return "\n".join([*lines, *(f"| {' | '.join(map(_markdown, row))} |" for row in comparison.rows)]) + "\n"
-
-
-def _markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line and within a cell of a table."""
-    escaped = MARKDOWN_MEANING.sub(r"\\\g<0>", html.escape(visible(text), quote=False).replace("&", "\0"))
-    escaped = re.sub(r"(?m)^ +| {2,}| $|\t", lambda m: "&nbsp;" * len(m[0].expandtabs(4)), escaped)
-    return escaped.replace("\0", "&").replace("\n", "<br>")
+    return "\n".join([*lines, *(f"| {' | '.join(map(markdown_cell, row))} |" for row in comparison.rows)]) + "\n"
 
 
 HTML_PAGE = """<!doctype html>

@@ -17,10 +17,6 @@ from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model, read_model_config
 from restomod.train.find import find_model
 
-CONTROLS = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
-PICTURES = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}  # of ASCII's
-VISIBLE = PICTURES | dict.fromkeys(CONTROLS, 0xFFFD)
-
 
 def continuations(
     model: GPT,
@@ -154,12 +150,3 @@ def streamed(
     for prompt in prompts:
         for number in range(n_samples):
             yield stream(model, tokenizer, prompt, number, sampling, seed, dtype)
-
-
-def visible(text: str) -> str:
-    """``text`` with a picture for each control character but line feed and tab: it can steer no terminal.
-
-    What has no picture becomes U+FFFD: the controls that reverse the direction of writing, and halves of surrogate
-    pairs, which stand for bytes of a command line that are not UTF-8 and cannot be written into a file.
-    """
-    return text.translate(VISIBLE)

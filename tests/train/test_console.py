@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from restomod.train.console import Display, closing_lines, duration, numbers, sanity_lines
+from restomod.train.console import Display, closing_lines, numbers, sanity_lines
 from restomod.train.metrics import append_jsonl
 from restomod.train.sanity import Status, Verdict
 
@@ -23,23 +23,6 @@ RECORD: dict[str, Any] = {
     "tokens_per_second": 98765.4,
     "mfu": None,
 }
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.4, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (200, "3 min 20 s"),
-        (3599.6, "1 h 00 min"),
-        (18420, "5 h 07 min"),
-        (360_000, "100 h 00 min"),
-    ],
-)
-def test_durations_are_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_numbers_of_a_record() -> None:

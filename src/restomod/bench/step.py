@@ -23,7 +23,8 @@ from restomod.errors import UserError
 from restomod.files import write_json_atomically
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops
-from restomod.train.console import Display, duration
+from restomod.text import duration
+from restomod.train.console import Display
 from restomod.train.distributed import Processes, joined
 from restomod.train.run import environment
 from restomod.train.setup import choose_compute, first_micro_batch, initial_model, make_ready, training_batches

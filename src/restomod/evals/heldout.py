@@ -105,7 +105,7 @@ def heldout_loss(
         tokens += y.numel()
         n_bytes += tokenizer.byte_length(y.numpy().ravel()) if tokenizer else 0
         if i % processes.count == processes.rank:
-            losses = _losses(model, x, y, device, dtype)
+            losses = token_losses(model, x, y, device, dtype)
             finite = finite and bool(losses.isfinite().all())
             total[: y.shape[1]] += (losses.nan_to_num(0, 0, 0).double() * UNIT).round().long().sum(0)
     parts = processes.gather((total.tolist(), finite))
@@ -129,7 +129,7 @@ def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> 
         yield tail[:, :-1].contiguous(), tail[:, 1:].contiguous()
 
 
-def _losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Cross-entropy of each target, (B, T) fp32, on the CPU."""
     with autocast(device, dtype):
         hidden = model.transformer.forward(tokens.to(device)).flatten(0, 1)  # (N, D)

@@ -24,8 +24,9 @@ from restomod.evals.references import references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import LoadedTask, load_task
 from restomod.files import write_json_atomically, write_text_atomically
+from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
-from restomod.train.console import Display, duration
+from restomod.train.console import Display
 from restomod.train.distributed import Processes, device_of, joined
 from restomod.train.find import find_model, is_run
 from restomod.train.run import environment

@@ -45,7 +45,10 @@ class Run:
         return self._last("val")
 
     def _last(self, kind: str) -> list[Record]:
-        by_step = {record["step"]: record for record in self.records if record.get("kind") == kind and "step" in record}
+        found = [
+            record for record in self.records if record.get("kind") == kind and isinstance(record.get("step"), int)
+        ]
+        by_step = {record["step"]: record for record in found}
         return [by_step[step] for step in sorted(by_step)]
 
     @property

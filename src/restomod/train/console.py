@@ -14,20 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from restomod.text import duration
 from restomod.train.metrics import read_jsonl
 from restomod.train.sanity import Status, Verdict
 
 STATUS_STYLE: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3 min 20 s, 5 h 07 min."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    return f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
 def numbers(record: dict[str, Any]) -> str:

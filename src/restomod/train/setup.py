@@ -28,8 +28,8 @@ from restomod.model.families import as_saved, describe_shape
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, load_weights, read_model_config
+from restomod.text import duration
 from restomod.train.checkpoint import load_optimizer, newest_whole, progress
-from restomod.train.console import duration
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import choose_micro_batch, fitting_micro_batch

@@ -1,0 +1,37 @@
+"""`restomod watch`: the page of a run while it goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from restomod.arguments import parse
+from restomod.commands.report import PriceArguments
+from restomod.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchArguments(PriceArguments):
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", name="run")]
+    """Folder of a run; it may begin later."""
+    port: int = 8124
+    """Where the page is served (0: any port that is free)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is reached from this machine alone; 0.0.0.0 from all that reach this one."""
+
+
+def run(arguments: list[str]) -> int:
+    """Serve the page of a run until Ctrl-C."""
+    given = parse(WatchArguments, tyro.MISSING_NONPROP, arguments, "restomod watch")
+    if not 0 <= given.port < 2**16:
+        raise UserError(f"--port is {given.port}; it must lie between 0 and {2**16 - 1}")
+    prices = given.prices()
+
+    from restomod.experiments.watch import watch
+
+    watch(Path(os.path.expanduser(given.folder)), given.host, given.port, prices, lambda line: print(line, flush=True))
+    return 0

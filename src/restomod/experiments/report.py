@@ -1,0 +1,94 @@
+"""The verb `report`: runs' folders to one page of HTML, Markdown and pictures. Needs no torch, but to examine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from restomod.errors import UserError, did_you_mean
+from restomod.experiments.report_html import as_page, footer
+from restomod.experiments.report_markdown import as_markdown
+from restomod.experiments.report_png import draw
+from restomod.experiments.report_run import page_run
+from restomod.experiments.report_usage import Prices
+from restomod.experiments.runs import Run, open_run
+from restomod.files import write_text_atomically
+from restomod.text import visible
+
+
+def report(
+    runs: Sequence[Run],
+    out: Path,
+    markdown: Path | None = None,
+    png: Path | None = None,
+    prices: Prices | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write a report of runs.
+
+    Args:
+        runs: one or several.
+        out: the page; what is there is replaced.
+        markdown: a second file.
+        png: folder for pictures.
+        prices: of the machine, if known.
+        say: takes a line per file.
+
+    Raises:
+        UserError: a run's file is damaged, or one cannot be written.
+    """
+    for path, flag in ((out, "--out"), (markdown, "--markdown")):
+        if path is not None:
+            require_writable(path, flag)
+    data = page_data(runs, prices or Prices())
+    page = as_page(data)  # all is made before the first file is written
+    pictures = draw(data["runs"], png) if png is not None else []
+    write_text_atomically(out, page)
+    if markdown is not None:
+        write_text_atomically(markdown, as_markdown(data, pictures, markdown.parent))
+    for path in (out, markdown, *pictures):
+        if path is not None:
+            say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)" if path == out else f"written: {path}")
+
+
+def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
+    """What pages are made of; see `restomod.experiments.report_html.as_page`."""
+    names = labels(runs)
+    made = [page_run(run, name, prices) for run, name in zip(runs, names, strict=True)]
+    title = visible(names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}")
+    return {"title": title, "footer": footer(), "runs": made}
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What to call each run: its folder's name, or its path where two have the same."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
+
+
+def open_runs(folders: Sequence[str]) -> list[Run]:
+    """Read several runs, each once.
+
+    Raises:
+        UserError: there is none; the message suggests the nearest.
+    """
+    unique = list({Path(folder).resolve(): folder for folder in folders}.values())
+    runs = []
+    for folder in unique:
+        path = Path(os.path.expanduser(folder))
+        if not path.is_dir() and path.parent.is_dir():
+            near = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
+            raise UserError(f"{folder}: no such run{did_you_mean(path.name, near) if near else ''}")
+        runs.append(open_run(folder))
+    return runs
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Raise UserError where a file cannot be written, before anything is computed."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: the folder {path.parent} cannot be written to")

@@ -1,0 +1,119 @@
+"""Evaluations of a run as tables: what `restomod eval` measured, beside what is published."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from restomod.evals.references import GPT2, references
+from restomod.evals.tasks import TASKS
+from restomod.experiments.report_curves import number
+from restomod.experiments.runs import Record, Run
+from restomod.files import read_json
+
+HEADLINES = {name: task.headline for name, task in TASKS.items()}
+HELDOUT = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
+
+
+def data_manifest(run: Run) -> Record:
+    """The manifest of a run's tokens; empty where the run has none."""
+    path = run.folder / "data.json"
+    values = read_json(path, "manifest of the run's data") if path.exists() else {}
+    return values if isinstance(values, dict) else {}
+
+
+def is_fineweb_edu(run: Run) -> bool:
+    """Whether a run's tokens are FineWeb-Edu's, so that losses published for it can stand beside its own.
+
+    Told by names: that of the data, of its shards, and of its folder.
+    """
+    manifest = data_manifest(run)
+    if run.config.data.mix is not None:
+        return False
+    splits = manifest.get("splits")
+    held_out = splits.get("val") if isinstance(splits, dict) else None
+    shards = held_out.get("shards") if isinstance(held_out, dict) else None
+    files = [str(shard.get("file")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+    names = [str(manifest.get("name", "")), *files]
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
+    return any("finewebedu" in name or "edufineweb" in name for name in plain) and "+" not in names[0]
+
+
+def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for task, metric in {"heldout": "loss", **HEADLINES}.items():
+        if task == "heldout" and not is_fineweb_edu(run):
+            continue
+        lines = [
+            {"name": r.model, "value": r.value} for r in references(task) if r.model == GPT2 and r.metric == metric
+        ]
+        if task in CHANCE:
+            lines.append({"name": "chance", "value": CHANCE[task]})
+        if lines:
+            found["loss" if task == "heldout" else task] = lines
+    return found
+
+
+def evaluation_tables(run: Run) -> list[dict[str, Any]]:
+    """A table per task: every evaluation of the run, newest step first, then published results.
+
+    Returns:
+        Objects with ``task``, ``columns`` (names of metrics) and ``rows``: a name, a value per column, a remark.
+    """
+    by_task: dict[str, list[Record]] = {}
+    for values in run.evaluations:
+        if isinstance(values.get("task"), str):
+            by_task.setdefault(values["task"], []).append(values)
+    tables = []
+    for task, found in sorted(by_task.items(), key=lambda item: (item[0] != "heldout", item[0])):
+        found.sort(key=lambda values: number(values.get("step")), reverse=True)
+        measured = [_metrics(values) for values in found]
+        columns = list(dict.fromkeys(name for metrics in measured for name in metrics))
+        mine = [
+            [_at(values, run), *(metrics.get(name, "") for name in columns), _asked(values)]
+            for values, metrics in zip(found, measured, strict=True)
+        ]
+        published: dict[tuple[str, str], dict[str, str]] = {}
+        if task != "heldout" or is_fineweb_edu(run):
+            for r in references(task):
+                published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
+        others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
+        tables.append(
+            {
+                "task": task,
+                "columns": [HELDOUT.get(name, name) for name in columns],
+                "rows": mine + others,
+                "own": len(mine),
+            }
+        )
+    return tables
+
+
+def _metrics(values: Record) -> dict[str, str]:
+    """Names and values, with standard errors, as text."""
+    metrics = values.get("metrics")
+    given = metrics if isinstance(metrics, dict) else {name: values.get(name) for name in HELDOUT if name in values}
+    shown = {}
+    for name, metric in given.items():
+        value, error = (metric.get("value"), metric.get("stderr")) if isinstance(metric, dict) else (metric, None)
+        if math.isfinite(number(value)):
+            digits = 4 if abs(number(value)) < 100 else 1
+            plus = f" ± {number(error):,.{digits}f}" if math.isfinite(number(error)) else ""
+            shown[str(name)] = f"{number(value):,.{digits}f}{plus}"
+    return shown
+
+
+def _at(values: Record, run: Run) -> str:
+    step = values.get("step")
+    return f"{run.name}, step {step:,}" if isinstance(step, int) else run.name
+
+
+def _asked(values: Record) -> str:
+    examples, tokens = values.get("examples"), values.get("tokens")
+    parts = [f"{examples:,} examples"] if isinstance(examples, int) else []
+    parts += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
+    parts += [str(values["convention"])] if values.get("convention") else []
+    return "; ".join(parts)

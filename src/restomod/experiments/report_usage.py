@@ -1,0 +1,130 @@
+"""What a run has used: floating-point operations, hours, idle time, energy, money."""
+
+from __future__ import annotations
+
+import calendar
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from restomod.experiments.report_curves import number
+from restomod.experiments.runs import Run
+from restomod.text import duration
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a report may be told of the machine."""
+
+    per_hour: float | None = None
+    """Of the whole machine, in whatever currency."""
+    watts: float | None = None
+    """Mean draw of the whole machine."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run has used."""
+
+    steps: int
+    tokens: int
+    flops: int
+    """Of the model's own arithmetic; see `restomod.model.flops`."""
+    in_steps: float
+    """Seconds in steps that are logged."""
+    wall: float | None
+    """Seconds from the first start to the newest record; None where records do not say when they were made."""
+    stopped: float
+    """Of these, seconds between a session's last record and the next start: the run stood still, or did what was lost
+    and had to be done again."""
+    sessions: int
+
+    @property
+    def idle(self) -> float | None:
+        """Seconds of the wall clock that were not spent in steps."""
+        return None if self.wall is None else max(0.0, self.wall - self.in_steps)
+
+    @property
+    def known(self) -> float:
+        """Seconds to pay for, as far as they are known."""
+        return self.in_steps if self.wall is None else self.wall
+
+    def cost(self, per_hour: float) -> float:
+        """Money for all hours, idle ones included."""
+        return self.known / 3600 * per_hour
+
+    def energy(self, watts: float) -> float:
+        """Kilowatt-hours while a session was going on."""
+        return (self.known - self.stopped) / 3.6e6 * watts
+
+
+def usage(run: Run) -> Usage:
+    """Add up what a run has used. Steps that a crash has made it do again count once: they are logged once."""
+    steps = max((r["step"] + 1 for r in run.train), default=0)
+    in_steps = sum(max(0.0, number(r.get("ms"))) for r in run.train if math.isfinite(number(r.get("ms")))) / 1000
+    starts = [started(environment) for environment in run.environments]
+    times = sorted(at for at in (number(record.get("time")) for record in run.records) if math.isfinite(at))
+    wall, stopped = None, 0.0
+    if starts and starts[0] is not None and times:
+        # the start is known to a second
+        wall = max(times[-1] - starts[0], in_steps)
+        for again in starts[1:]:
+            before = [at for at in times if again is not None and at < again]
+            if again is not None and again < times[-1]:
+                stopped += again - max(before, default=starts[0])
+    return Usage(
+        steps, run.tokens_at(steps), run.flops_at(steps), in_steps, wall, max(0.0, stopped), len(run.environments)
+    )
+
+
+def started(environment: dict[str, Any]) -> float | None:
+    """When a session began, in seconds since 1970, or None where its record does not say so."""
+    try:
+        return float(calendar.timegm(time.strptime(str(environment.get("started")), "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return None
+
+
+def amount(value: float) -> str:
+    """A large number in a few letters: 855M, 10.0B, 8.55e18 beyond that."""
+    for least, unit in ((1e15, None), (1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= least:
+            return f"{value:.3g}" if unit is None else f"{value / least:.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def flops_text(flops: float) -> str:
+    """Floating-point operations as people write them: 8.55 × 10¹⁸."""
+    if flops < 1:
+        return "0"
+    power = math.floor(math.log10(flops))
+    return f"{flops / 10**power:.2f} × 10{str(power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def usage_rows(used: Usage, prices: Prices) -> list[tuple[str, str, str]]:
+    """Name, value and remark of everything that is known."""
+    rows = [
+        ("Compute", f"{flops_text(used.flops)} FLOPs", f"{amount(used.tokens)} tokens in {used.steps:,} steps"),
+        ("Time in steps", duration(used.in_steps), ""),
+    ]
+    sessions = f", {used.sessions} sessions" if used.sessions > 1 else ""
+    if used.wall is None or used.idle is None:
+        rows.append(("Wall clock", "unknown", "the records do not say when they were made"))
+    else:
+        rows.append(("Wall clock", duration(used.wall), f"first start to last record{sessions}"))
+        share = used.idle / used.wall if used.wall else 0.0
+        rows.append(("Not in steps", duration(used.idle), f"{share:.0%}: starting, validating, sampling, saving"))
+        if used.stopped:
+            rows.append(("Of that, stopped", duration(used.stopped), "between sessions, or done again"))
+    least = "at least: only time in steps is known" if used.wall is None else "for the whole wall clock"
+    if prices.per_hour is not None:
+        rows.append(("Cost", f"{used.cost(prices.per_hour):,.2f}", f"at {prices.per_hour:g} an hour, {least}"))
+        if used.idle:
+            rows.append(("Of that, idle", f"{used.idle / 3600 * prices.per_hour:,.2f}", "for time not in steps"))
+    if prices.watts is not None:
+        while_on = least if used.wall is None else "while a session was going on"
+        rows.append(("Energy", f"{used.energy(prices.watts):,.3g} kWh", f"at {prices.watts:g} W, {while_on}"))
+    else:
+        rows.append(("Energy", "unknown", "give the machine's mean draw with --watts"))
+    return rows

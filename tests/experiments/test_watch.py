@@ -1,0 +1,165 @@
+"""A page that follows a run: what the server answers, through all that can happen to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restomod.cli import main
+from restomod.errors import UserError
+from restomod.experiments import watch as watching
+from restomod.experiments.report_usage import Prices
+from tests.experiments.made_runs import HOSTILE, make_run
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[int]:
+    """A server of a run in a thread; its port."""
+    server = watching.open_server(folder, "127.0.0.1", 0, Prices())
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ask(port: int, path: str, host: str | None = None) -> tuple[int, str, bytes]:
+    """Status, type and body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path, headers={"Host": host} if host is not None else {})
+    answer = connection.getresponse()
+    found = answer.status, answer.headers["Content-Type"], answer.read()
+    connection.close()
+    return found
+
+
+def data(port: int) -> Any:
+    return json.loads(ask(port, "/data.json")[2])
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the page again whenever a file has changed, however long that takes."""
+    monkeypatch.setattr(watching, "REST", 0)
+
+
+def test_the_page_and_its_data(tmp_path: Path) -> None:
+    with served(make_run(tmp_path / "r", text=HOSTILE)) as port:
+        status, kind, body = ask(port, "/")
+        assert (status, kind) == (200, "text/html; charset=utf-8")
+        assert b"connect-src 'self'" in body
+        assert b"window.hurt = 1</script>" not in body
+        status, kind, body = ask(port, "/data.json")
+        assert (status, kind) == (200, "application/json; charset=utf-8")
+        found = json.loads(body)
+        assert found["live"] is True
+        assert found["runs"][0]["name"] == "r"
+        assert ask(port, f"/data.json?since={found['version']}")[0] == 204
+        assert ask(port, "/data.json?since=0")[0] == 200
+        assert ask(port, "/../../etc/passwd")[0] == 404
+
+
+def test_new_records_are_seen(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    with served(folder) as port:
+        before = data(port)
+        assert data(port)["version"] == before["version"]
+        with open(folder / "metrics.jsonl", "a") as f:
+            f.write('{"kind": "train", "step": 40, "loss": 2.5, "ms": 1.0}\n{"kind": "train", "step": 4')
+        after = data(port)
+        assert after["version"] != before["version"]
+        assert after["runs"][0]["curves"]["loss"]["y"][-1] == 2.5
+
+
+def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    with served(folder) as port:
+        assert data(port)["waiting"] == "waiting for the run to begin"
+        assert ask(port, "/")[0] == 200
+        folder.mkdir()
+        assert data(port)["runs"] == []
+        folder.rmdir()
+        make_run(folder)
+        assert data(port)["runs"][0]["state"] == "finished"
+        (folder / "environment.json").write_text("{")
+        assert "damaged" in data(port)["waiting"]
+        shutil.rmtree(folder)
+        assert data(port)["waiting"] == "waiting for the run to begin"
+        make_run(folder, steps=7)
+        assert len(data(port)["runs"][0]["curves"]["loss"]["x"]) == 7
+
+
+def test_a_run_is_not_read_again_while_training_needs_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "REST", 1e9)
+    folder = make_run(tmp_path / "r")
+    watched = watching.Watched(folder, Prices())
+    before = watched.data()["version"]
+    (folder / "metrics.jsonl").write_text("")
+    assert watched.data()["version"] == before
+    monkeypatch.setattr(watching, "REST", 0)
+    assert watched.data()["version"] != before
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
+def test_other_names_for_this_machine_are_refused(tmp_path: Path, host: str) -> None:
+    with served(make_run(tmp_path / "r")) as port:
+        assert ask(port, "/data.json", host)[0] == 403
+        assert ask(port, "/data.json", f"localhost:{port}")[0] == 200
+
+
+def test_by_default_only_this_machine_is_listened_to(tmp_path: Path) -> None:
+    server = watching.open_server(tmp_path, "127.0.0.1", 0, Prices())
+    assert server.socket.getsockname()[0] == "127.0.0.1"
+    server.server_close()
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["watch", str(tmp_path / "r"), "--port", str(port)]) == 2
+    expected = f"restomod: error: port {port} of 127.0.0.1 is in use; choose another with --port, or 0 for any\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_other_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        (["--port", "70000", "r"], "--port is 70000; it must lie between 0 and 65535"),
+        ([str(tmp_path / "file")], "is a file; name the folder of a run"),
+        (["--host", "no.such.host.invalid", "r"], "--host no.such.host.invalid: cannot listen there"),
+    ):
+        assert main(["watch", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    with pytest.raises(UserError, match="cannot listen there"):
+        watching.open_server(tmp_path, "192.0.2.1", 0, Prices())
+
+
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "restomod", "watch", str(make_run(tmp_path / "r")), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    port = int(line.split("127.0.0.1:")[1].split("/")[0])
+    assert ask(port, "/")[0] == 200
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (0, "ended; the run goes on by itself\n", "")
