@@ -201,7 +201,7 @@ def test_a_file_where_runs_are_to_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("free", "status", "said"),
-    [(5e9, "pass", "5.0 GB available"), (3.7e9, "warn", "lower --micro-batch"), (2e9, "fail", "train a smaller")],
+    [(6e9, "pass", "6.0 GB available"), (4.5e9, "warn", "lower --micro-batch"), (2e9, "fail", "train a smaller")],
 )
 def test_memory_for_gpt2_124m(monkeypatch: pytest.MonkeyPatch, free: float, status: Status, said: str) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda device: int(free))
