@@ -265,6 +265,7 @@ def _later(module: str, meaning: str) -> Callable[[list[str]], int]:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
     "data": data,
+    "plan": _later("plan", "Say what a run takes before it is paid for: memory, time, cost, final loss."),
     "train": train,
     "sample": sample,
     "compare-samples": compare_samples,

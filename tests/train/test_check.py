@@ -532,11 +532,9 @@ def test_where_the_memory_is_unknown_training_is_tried(monkeypatch: pytest.Monke
 
 
 def test_a_model_too_large_is_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "TRAINING_BYTES", 10**9)
+    monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9)
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: 8 * 10**9)
-    subject = make_subject()
-    parameters = sum(p.numel() for p in subject.model.parameters())
-    assert overfitting(subject).reason == f"training takes {parameters} GB, and this device has 8"
+    assert overfitting(make_subject()).reason == "training takes 9 GB, and this device has 8"
 
 
 def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,15 @@ from restomod.data.prefetch import Prefetch
 from restomod.data.prepare import prepare
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import describe_device, dtype_name
+from restomod.device import choose_device, describe_device, dtype_name
 from restomod.errors import UserError
-from restomod.files import write_json_atomically
+from restomod.files import refuse_unwritable, write_json_atomically
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops
 from restomod.text import duration
 from restomod.train.console import Display
 from restomod.train.distributed import Processes, joined
+from restomod.train.memory import choose_micro_batch
 from restomod.train.run import environment
 from restomod.train.setup import choose_compute, first_micro_batch, initial_model, make_ready, training_batches
 
@@ -59,18 +61,52 @@ def bench_step(
     Raises:
         UserError: the device, the data, the memory or a file to write is not usable.
     """
-    with joined() as processes:
+    with joined() as processes, _memory_errors():
         display = display or Display(muted=not processes.main)
-        try:
-            processes.together(lambda: _refuse_files(json, trace))
-            _bench(config, preset, tokens, warmup, timed, json, trace, display, processes)
-        except (RuntimeError, MemoryError) as e:
-            # MemoryError: of the system; the others: of CUDA, and of torch's allocator on the CPU
-            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
-                reason = next(iter(str(e).splitlines()), "no more is there")
-                raise UserError(f"out of memory ({reason:.120}); lower --micro-batch") from e
-            raise
+        processes.together(lambda: _refuse_files(json, trace))
+        report = _bench(config, preset, tokens, warmup, timed, trace, display, processes)
+        if not processes.main:
+            return 0
+        display.line("")
+        display.table(report.rows())
+        if json is not None:
+            write_json_atomically(Path(json), report.to_dict())
+        for what, file in (("results", json), ("trace", trace)):
+            if file is not None:
+                display.line(f"{what} written to {file}")
     return 0
+
+
+def measure_part(config: RunConfig, preset: str, timed: int, display: Display) -> Report:
+    """Measure steps of a run's own micro-batches, two of them at most, in this process alone.
+
+    Args:
+        config: the run. It is measured with random tokens.
+        preset: what to call it.
+        timed: steps to time as a whole, and as many again by phase.
+        display: where to print.
+
+    Raises:
+        UserError: as `bench_step`.
+    """
+    with _memory_errors():
+        micro_batch = choose_micro_batch(config, choose_device(config.device))
+        count = min(2, config.batch_sequences // micro_batch)
+        part = dataclasses.replace(config, batch_tokens=count * micro_batch * config.sequence_length)
+        return _bench(part, preset, "synthetic", 1, timed, None, display, Processes())
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Within, memory that runs out is something the user can mend."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        # MemoryError: of the system; the others: of CUDA, and of torch's allocator on the CPU
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            reason = next(iter(str(e).splitlines()), "no more is there")
+            raise UserError(f"out of memory ({reason:.120}); lower --micro-batch") from e
+        raise
 
 
 def _bench(
@@ -79,11 +115,10 @@ def _bench(
     tokens: str,
     warmup: int,
     timed: int,
-    json: str | None,
     trace: str | None,
     display: Display,
     processes: Processes,
-) -> None:
+) -> Report:
     count = warmup + 2 * timed + 1  # the last is the traced one
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
@@ -94,11 +129,9 @@ def _bench(
         timings = measure(steps, warmup, timed)
         if trace is not None:
             steps.traced(count - 1, Path(trace))
-    if not processes.main:
-        return
     device = describe_device(steps.compute.device)
     peak = peak_flops(device)
-    report = Report(
+    return Report(
         preset,
         config,
         tokens,
@@ -109,24 +142,13 @@ def _bench(
         steps.compute.device.type,
         None if peak is None else peak * processes.count,
     )
-    display.line("")
-    display.table(report.rows())
-    if json is not None:
-        write_json_atomically(Path(json), report.to_dict())
-    for what, file in (("results", json), ("trace", trace)):
-        if file is not None:
-            display.line(f"{what} written to {file}")
 
 
 def _refuse_files(*names: str | None) -> None:
     """Raise UserError where a file could not be written after minutes of measuring."""
-    for file in (Path(name) for name in names if name is not None):
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; name a file")
-        if not file.parent.is_dir():
-            raise UserError(f"{file}: there is no folder {file.parent}; make it first")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UserError(f"{file} cannot be written; name another file")
+    for name in names:
+        if name is not None:
+            refuse_unwritable(Path(name))
 
 
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float]:

@@ -19,16 +19,13 @@ from restomod.device import choose_device, choose_dtype, describe_device
 from restomod.doctor.speed import Rates, matmul_rates
 from restomod.errors import UserError
 from restomod.model.flops import parameter_count
-from restomod.train.check import TRAINING_BYTES
+from restomod.train.footprint import footprint
 from restomod.train.memory import choose_micro_batch
 from restomod.train.sanity import Verdict
 
 PACKAGE = "restomod"
 NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
 CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two AdamW moments
-PROCESS_BYTES = 400 * 2**20  # Python, torch and its libraries
-# kept for the backward pass, per token, layer and width: norms keep their input and output, which bf16 does not halve
-KEPT_BYTES = {torch.float32: 68, torch.bfloat16: 49, torch.float16: 49}
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -121,24 +118,14 @@ def memory(machine: Machine) -> Verdict:
     if free is None:
         return Verdict(name, "skip", "this system does not tell how much memory is available")
     micro_batch = choose_micro_batch(machine.config, machine.device)
-    needed, least = (training_bytes(machine.config, n, machine.dtype) for n in (micro_batch, 1))
-    if machine.device.type == "cpu":
-        needed, least = needed + PROCESS_BYTES, least + PROCESS_BYTES
+    number, kind = machine.dtype.itemsize, machine.device.type
+    needed, least = (footprint(machine.config, n, number, kind).total for n in (micro_batch, 1))
     found = f"{_gb(free)} available; {machine.preset} needs about {_gb(needed)} with micro-batches of {micro_batch}"
     if free < least:
         return Verdict(name, "fail", f"{found}, {_gb(least)} with 1; train a smaller preset, or close other programs")
     if free < needed:
         return Verdict(name, "warn", f"{found}, {_gb(least)} with 1; lower --micro-batch")
     return Verdict(name, "pass", found)
-
-
-def training_bytes(config: RunConfig, micro_batch: int, dtype: torch.dtype) -> int:
-    """About what training allocates: weights, gradients, moments, and what a micro-batch keeps to go backward."""
-    m, tokens = config.model, micro_batch * config.sequence_length
-    number = torch.finfo(dtype).bits // 8
-    kept = tokens * m.n_layer * m.n_embd * KEPT_BYTES[dtype]
-    loss = min(tokens, 1024) * m.padded_vocab_size * number + 4 * m.padded_vocab_size * m.n_embd
-    return TRAINING_BYTES * parameter_count(m) + kept + loss
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -19,6 +19,13 @@ def parameter_count(config: ModelConfig) -> int:
     return embedding_parameters(config) + D * config.embedding_norm + config.n_layer * block + norm
 
 
+def padded_parameters(config: ModelConfig) -> int:
+    """Parameters as they lie in memory, with the vocabulary's extra rows."""
+    tables = (1 if config.tied else 2) * config.n_embd
+    tables += config.n_head * config.head_size if config.value_embedding else 0
+    return parameter_count(config) + (config.padded_vocab_size - config.vocab_size) * tables
+
+
 def embedding_parameters(config: ModelConfig) -> int:
     """Parameters of the embeddings and the head, without padding."""
     vocabularies = 1 if config.tied else 2
@@ -47,6 +54,7 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
     "L40S": 362e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restomod.config import ModelConfig
+from restomod.model.sizes import PLAIN_ATTENTION_TOKENS
 
-PLAIN_ATTENTION_TOKENS = 256
 NORM_EPS = 1e-6  # of RMS norms, as in `transformers`' Llama and Qwen3; layer norms have torch's 1e-5, as GPT-2's
 
 Rotation = tuple[Tensor, Tensor]

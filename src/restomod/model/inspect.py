@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from restomod.config import ModelConfig
-from restomod.model.flops import embedding_parameters, flops_per_token, parameter_count
+from restomod.model.flops import embedding_parameters, flops_per_token, padded_parameters, parameter_count
 
 POSITIONS = "transformer.wpe.weight"
 FP32_BYTES = 4
@@ -61,8 +61,7 @@ def totals(config: ModelConfig) -> list[tuple[str, str]]:
     """Parameters, FLOPs and memory of a GPT-2 of this shape, as a table of two columns."""
     parameters, head = parameter_count(config), config.vocab_size * config.n_embd
     T = config.n_positions
-    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd * (1 if config.tied else 2)
-    weights = FP32_BYTES * (parameters + padding)
+    weights = FP32_BYTES * padded_parameters(config)
     return [
         ("parameters", f"{parameters:,}"),
         ("without embeddings", f"{parameters - embedding_parameters(config):,}"),

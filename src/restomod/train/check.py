@@ -21,6 +21,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import autocast, choose_device, choose_dtype
 from restomod.model.gpt import initial_std
 from restomod.train.find import open_or_build
+from restomod.train.footprint import state_bytes
 from restomod.train.loss import linear_cross_entropy
 from restomod.train.optimizer import build_optimizer, gradient_norm
 from restomod.train.sanity import LOSS_TOLERANCE, QUICK, Subject, Verdict, loss_gradients
@@ -33,7 +34,6 @@ BF16_TOLERANCE = 0.05  # nats between the bf16 and the fp32 loss
 LARGEST_STD = 10.0  # of the residual stream after initialisation; GPT-2 124M's ends at about 0.3
 DEAD_STD = 1e-3
 DEAD_UNITS = 0.01  # share of the hidden units that may give nothing after initialisation
-TRAINING_BYTES = 16  # per parameter: fp32 weight, gradient and two AdamW moments
 CONTEXT = 1024
 VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
@@ -205,8 +205,7 @@ def compiled_agreement(subject: Subject) -> Verdict:
 def overfitting(subject: Subject) -> Verdict:
     """A model that can learn learns one short text by heart. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
-    parameters = sum(p.numel() for p in model.parameters())
-    needed, there = TRAINING_BYTES * parameters, memory_bytes(subject.compute.device)
+    needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
     if there is not None and needed > there:
         return Verdict(name, "skip", f"training takes {needed / 1e9:.0f} GB, and this device has {there / 1e9:.0f}")
     # plain AdamW learns narrow models fastest at higher rates: 6e-4 at GPT-2's 768

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from restomod.model.gpt import soft_cap
+from restomod.model.sizes import CHUNK_TOKENS, SOFTMAX_TOKENS
 
-# enough rows for fast matrix products, and on CUDA few additions to the weight's fp32 gradient; 100 and 800 MB in bf16
-CHUNK_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
-# rows of an eager softmax, in fp32: what stays in a CPU's cache between its passes; elsewhere what fits
-SOFTMAX_TOKENS = {"cpu": 32, "mps": 1024, "cuda": 1024}
 # Gradients are kept at this multiple of those of the summed loss, in which even fp16 holds them: it ends at 65504, and
 # at 6e-8. A power of two changes no bit of the others.
 GRADIENT_SCALE = 2.0**-5

@@ -210,7 +210,7 @@ def make_ready(
     model.transformer.recompute = config.recompute
     if config.micro_batch is None and compute.device.type == "cuda":
         eager = dataclasses.replace(compute, compiled=False)  # torch.compile would compile for each size
-        fits = processes.least(fitting_micro_batch(model, batches, eager))
+        fits = processes.least(fitting_micro_batch(model, batches, eager, config.optim))
         compute = dataclasses.replace(compute, micro_batch=fits)
     if config.compile:
         model.transformer.compile()

@@ -1,0 +1,126 @@
+"""`restomod plan`: what a run takes, before it is paid for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from restomod.arguments import ResumeArguments, parse
+from restomod.config import RunConfig
+from restomod.errors import EXIT_USER_ERROR, UserError
+from restomod.experiments.hardware import find_gpu
+from restomod.experiments.offers import read_offers
+from restomod.experiments.plan import Measured, Plan
+from restomod.experiments.plan_text import lines
+from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.presets import PRESETS, preset
+
+if TYPE_CHECKING:  # torch is imported for measuring only
+    from restomod.bench.report import Report
+
+TIMED = 2  # steps, whole and by phase
+
+
+@dataclass(frozen=True)
+class PlanArguments(ResumeArguments):
+    gpu: str | None = None
+    """Plan for this GPU: a100, a100-40gb, h100, h200, l40s, rtx3090, rtx3090ti, rtx4090, ..."""
+    gpus: int = 1
+    """How many of them, in one machine."""
+    price: float | None = None
+    """US dollars for one GPU and one hour."""
+    measure: bool = False
+    """Make a few real steps on this machine and plan for it."""
+    offers: str | None = None
+    """A file of offers to compare instead of the ones that come with restomod (TOML; that one explains itself)."""
+    json: str | None = None
+    """Write the plan to this file, too."""
+
+
+def run(arguments: list[str]) -> int:
+    """Say what a run takes."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: restomod plan PRESET [FLAGS]     memory, time, cost and final loss of a run, before it is made")
+        print("       restomod plan PRESET --help      every flag; those of `restomod train` count too")
+        print(f"\npresets: {', '.join(PRESETS)}")
+        return 0 if arguments else EXIT_USER_ERROR
+    name, rest = arguments[0], arguments[1:]
+    if name.startswith("-"):
+        raise UserError(f"name a preset first: restomod plan PRESET {' '.join(arguments)} (restomod plan --help)")
+    given = parse(PlanArguments, PlanArguments(preset(name)), rest, f"restomod plan {name}")
+    _refuse(given)
+    offers = read_offers(Path(given.offers) if given.offers is not None else None)
+    plan = _plan(name, given)
+    print("\n".join(list(lines(plan, offers))))  # all of it, or the one line of an error
+    if given.json is not None:
+        write_json_atomically(Path(given.json), plan.to_dict(offers))
+        print(f"\nwritten to {given.json}")
+    return 0
+
+
+def _refuse(given: PlanArguments) -> None:
+    """Raise UserError where flags make no sense, before anything is measured."""
+    if given.gpus < 1:
+        raise UserError(f"--gpus is {given.gpus}; it must be at least 1")
+    if given.price is not None and not 0 <= given.price < math.inf:
+        raise UserError(f"--price is {given.price}; it must be 0 or more")
+    if given.measure and (given.gpu is not None or given.gpus > 1):
+        raise UserError("--measure plans for one device of this machine; leave --gpu and --gpus out")
+    if given.gpu is None and not given.measure and (given.price is not None or given.gpus > 1):
+        raise UserError("--price and --gpus are of the GPU that --gpu names; add --gpu, for example --gpu a100")
+    if given.gpu is not None and given.config.device in ("cpu", "mps"):
+        raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; leave one out")
+    if given.json is not None:
+        refuse_unwritable(Path(given.json))
+
+
+def _plan(name: str, given: PlanArguments) -> Plan:
+    config = given.config
+    if given.measure:
+        measured = _measure(name, config)
+        kind, precision = measured.device_type, measured.precision
+        return Plan(name, config, None, 1, given.price, measured, precision, kind)  # type: ignore[arg-type]
+    gpu = find_gpu(given.gpu) if given.gpu is not None else None
+    if config.device in ("cpu", "mps"):
+        import torch
+
+        from restomod.device import choose_dtype, dtype_name
+
+        found = dtype_name(choose_dtype(config.precision, torch.device(config.device)))
+        return Plan(name, config, precision=found, device_type=config.device)  # type: ignore[arg-type]
+    half = gpu.half if gpu is not None else "bf16"
+    precision = half if config.precision == "auto" else config.precision
+    return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision)
+
+
+def _measure(name: str, config: RunConfig) -> Measured:
+    from restomod.bench.step import measure_part
+    from restomod.train.console import Display
+
+    display = Display()
+    report = measure_part(config, name, TIMED, display)
+    display.line("")
+    return measured_of(report)
+
+
+def measured_of(report: Report) -> Measured:
+    """The parts of a benchmark from which a run's steps are put together."""
+    from restomod.train.footprint import footprint
+
+    config, phases = report.config, report.phases_ms
+    count = config.batch_sequences // report.micro_batch
+    repeated = sum(phases[phase].median for phase in ("data", "forward", "backward"))
+    precision, kind = report.environment["precision"], report.device_type
+    predicted = footprint(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
+    return Measured(
+        report.environment["device"],
+        kind,
+        precision,
+        report.micro_batch,
+        repeated / count / 1000,
+        phases["update"].median / 1000,
+        report.timings.peak_bytes,
+        predicted.total,
+    )

@@ -1,0 +1,41 @@
+"""How much is computed at once, by kind of device. Needs no torch, so that a run can be planned without it."""
+
+from __future__ import annotations
+
+from restomod.config import RunConfig
+from restomod.config_model import divisors_near
+from restomod.errors import UserError
+
+FAST_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 65_536}  # more in one forward pass gain nothing
+# of the loss: enough rows for fast matrix products, and on CUDA few additions to the weight's fp32 gradient; 100 and
+# 800 MB of logits in bf16
+CHUNK_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
+# rows of an eager softmax, in fp32: what stays in a CPU's cache between its passes; elsewhere what fits
+SOFTMAX_TOKENS = {"cpu": 32, "mps": 1024, "cuda": 1024}
+# up to so many tokens attention in half precision is plain products on a CPU: the backward pass of torch's fused
+# kernel takes twice to four times as long as these
+PLAIN_ATTENTION_TOKENS = 256
+ROOM = 0.9  # of a GPU's free memory; the rest is lost between allocations
+
+
+def share_of(config: RunConfig, processes: int) -> int:
+    """Sequences of a step for each process.
+
+    Raises:
+        UserError: they cannot be shared out evenly, or not in micro-batches of the size asked for.
+    """
+    sequences, T = config.batch_sequences, config.sequence_length
+    if sequences % processes:
+        below = sequences // processes * processes
+        tokens = " or ".join(str(T * n) for n in (below, below + processes) if n)
+        raise UserError(
+            f"the {sequences} sequences of a step cannot be shared evenly by {processes} processes; "
+            f"choose --batch-tokens {tokens}, or start {divisors_near(sequences, processes)} processes"
+        )
+    share = sequences // processes
+    if config.micro_batch and share % config.micro_batch:
+        raise UserError(
+            f"micro_batch {config.micro_batch} does not divide the {share} sequences of a step that each process "
+            f"has; choose --micro-batch {divisors_near(share, config.micro_batch)}"
+        )
+    return share
