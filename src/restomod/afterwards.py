@@ -60,7 +60,9 @@ def and_then(work: Callable[[], int], command: str | None) -> int:
     started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < restarts
     watcher = None if started_again else _Watcher(command)
     in_main_thread = threading.current_thread() is threading.main_thread()  # Python delivers signals to no other
-    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if in_main_thread else {}
+    if in_main_thread:
+        signal.signal(signal.SIGTERM, _terminate)
     code: int | None = None
     terminated = False
     try:
@@ -68,17 +70,16 @@ def and_then(work: Callable[[], int], command: str | None) -> int:
     except _Terminated:
         terminated = True
     finally:
-        if in_main_thread:
-            for s in (signal.SIGTERM, signal.SIGINT):  # not SIG_IGN, which the command would inherit
-                signal.signal(s, lambda *_: None)
+        for s in before:
+            signal.signal(s, lambda *_: None)  # not SIG_IGN, which the command would inherit
         if code == 0 or not started_again:
             if watcher is not None:
                 watcher.dismiss()
             _run(command)
-        if in_main_thread:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if terminated else before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
     if terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     return 128 + signal.SIGTERM if code is None else code
 

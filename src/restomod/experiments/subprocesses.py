@@ -14,6 +14,7 @@ from pathlib import Path
 
 from restomod.train.signals import stop_with_parent
 
+TRAIN = (sys.executable, "-m", "restomod", "train")
 LINES_KEPT = 40
 ERROR = "restomod: error: "
 
@@ -31,7 +32,7 @@ class TrainingProcess:
         self._log = log
         self._last: deque[str] = deque(maxlen=LINES_KEPT)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "restomod", "train", *arguments],
+            [*TRAIN, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
