@@ -61,6 +61,7 @@ def test_where_every_trial_fails_so_does_the_sweep(tmp_path: Path) -> None:
     assert run(tmp_path / "s", "--grid", f"optim.lr={DIVERGED}", "--steps", "4")[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "space",
     [("--grid", "optim.lr=0.1,0.2", "--seeds", "2"), ("--tpe", "optim.lr=0.01..1", "--trials", "4")],
@@ -121,13 +122,14 @@ def test_two_processes_share_a_sweep_and_run_every_trial_once(tmp_path: Path) ->
     assert [t["state"] for t in trials(folder)] == ["finished"] * 6
 
 
+@pytest.mark.slow
 def test_a_process_takes_over_what_a_killed_one_has_begun(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    arguments = ("--grid", "optim.lr=0.1,0.2,0.3", "--steps", "30")
-    first = start(folder, *arguments, pause=0.1)
+    arguments = ("--grid", "optim.lr=0.1,0.2,0.3", "--steps", "60")
+    first = start(folder, *arguments, pause=0.5)
     metrics = folder / "trials" / "000-optim.lr-0.1" / "metrics.jsonl"
     until(metrics.exists)
-    second = start(folder, *arguments, pause=0.1)
+    second = start(folder, *arguments, pause=0.02)
     until((folder / "trials" / "001-optim.lr-0.2" / "metrics.jsonl").exists)
     first.kill()
     first.communicate()
@@ -136,7 +138,7 @@ def test_a_process_takes_over_what_a_killed_one_has_begun(tmp_path: Path) -> Non
     assert "trial 1 of 3 goes on" in said
     assert [t["state"] for t in trials(folder)] == ["finished"] * 3
     assert starts(folder) == {"000-optim.lr-0.1": 2, "001-optim.lr-0.2": 1, "002-optim.lr-0.3": 1}
-    assert [step for _, step, _ in losses(folder)["000-optim.lr-0.1"]] == list(range(1, 31))
+    assert [step for _, step, _ in losses(folder)["000-optim.lr-0.1"]] == list(range(1, 61))
 
 
 def test_seeds_are_repetitions_with_a_mean_and_a_standard_deviation(tmp_path: Path) -> None:
@@ -155,6 +157,7 @@ def test_seeds_are_repetitions_with_a_mean_and_a_standard_deviation(tmp_path: Pa
         assert f"{row['mean']:.4f} ± {row['sd']:.4f} (standard deviation), 3 seeds" in said
 
 
+@pytest.mark.slow
 def test_a_trial_above_the_median_is_pruned_after_the_warm_up(tmp_path: Path) -> None:
     rates = "0.1,0.11,0.12,0.13,0.14,9"  # the first five are never pruned, and the last is worse at every step
     arguments = ("--grid", f"optim.lr={rates}", "--steps", "12", "--optim.warmup-steps", "4", "--prune", "median")
@@ -166,6 +169,7 @@ def test_a_trial_above_the_median_is_pruned_after_the_warm_up(tmp_path: Path) ->
     assert found[-1]["loss"] == next(loss for _, s, loss in losses(tmp_path / "s")[found[-1]["name"]] if s == 4)
 
 
+@pytest.mark.slow
 def test_no_trial_is_begun_that_would_go_beyond_the_limit(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     arguments = ("--grid", "optim.lr=0.1,0.2,0.3,0.4", "--steps", "10")
