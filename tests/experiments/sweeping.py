@@ -34,7 +34,7 @@ def start(folder: Path, *arguments: str, real: bool = False, pause: float = 0.0)
 def run(folder: Path, *arguments: str, real: bool = False, pause: float = 0.0) -> tuple[int, str]:
     """Exit code and output of a whole sweep."""
     process = start(folder, *arguments, real=real, pause=pause)
-    said, _ = process.communicate(timeout=280)
+    said, _ = process.communicate(timeout=900)
     return process.returncode, said
 
 

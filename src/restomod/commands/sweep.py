@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> int:
     if given.max_dollars is not None and given.price is None:
         raise UserError("--max-dollars needs the price of an hour: add --price DOLLARS")
     if importlib.util.find_spec("optuna") is None:
-        raise UserError("a sweep needs Optuna: pip install 'restomod[sweep]' (in a clone: pip install -e '.[sweep]')")
+        raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
 
     from restomod.experiments.sweep import Limits, sweep
 

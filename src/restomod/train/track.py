@@ -149,7 +149,7 @@ def require_installed(names: Iterable[Tracker]) -> None:
     """Raise UserError if the package of one of the trackers is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--track {name} needs a package that is not installed: pip install {name}")
+            raise UserError(f"--track {name} needs the package {name}: pip install -c constraints.txt -e '.[track]'")
 
 
 class Trackers:
