@@ -144,3 +144,12 @@ def test_it_does_not_wait_for_what_the_work_has_left_behind(tmp_path: Path) -> N
     while not said.exists():
         assert time.monotonic() < began + 15, "the command has not run"
         time.sleep(0.05)
+
+
+def test_it_runs_where_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    process = start("fine", said)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait(60)
+    assert said.read_text() == "the end\n"

@@ -89,7 +89,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _run(command: str) -> None:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # its reader may have left
+        sys.stdout.flush()
     code = subprocess.run(command, shell=True).returncode
     if code != 0:
         print(f"restomod: {FLAG}: {command!r} has ended with exit code {code}", file=sys.stderr)

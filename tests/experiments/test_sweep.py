@@ -250,6 +250,14 @@ def test_a_folder_of_another_sweep_is_left_alone(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "s") == before
 
 
+def test_a_folder_that_is_no_sweep_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, said = run(tmp_path, "--grid", "optim.lr=0.1", "--steps", "2")
+    assert code == 2
+    assert "is not a sweep, and holds other files" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_own_flags_are_told_from_those_of_the_trials() -> None:
     shared = ["--steps", "3", "--data.path", "x", "y", "--compile"]
     own, others = split([*shared[:2], "--grid", "a=1", "b=2", *shared[2:], "--max_hours=2", "--seeds", "3"])

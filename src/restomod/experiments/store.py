@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 Pruning = Literal["none", "median", "hyperband"]
 
+PARTS = "plan.json", "journal.jsonl", "locks", "logs", "trials", "sweep.json"
+OWN_FILES = {*PARTS, *(f"{name}.tmp" for name in PARTS)}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -88,6 +91,8 @@ class Store:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         self._dimensions = [parse_dimension(text, plan.method) for text in plan.space]
+        if folder.exists() and any(path.name.lstrip(".") not in OWN_FILES for path in folder.iterdir()):
+            raise UserError(f"{folder} is not a sweep, and holds other files; choose another folder with --out")
         for part in ("locks", "logs", "trials"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder / "locks" / "sweep")

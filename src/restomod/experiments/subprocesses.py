@@ -81,7 +81,7 @@ class TrainingProcess:
         if said:
             return said[-1]
         if code < 0:
-            name = signal.Signals(-code).name
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             return f"killed by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
         return f"exit code {code}" + (f": {lines[-1].strip()}" if lines else "")
 
