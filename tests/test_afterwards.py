@@ -153,3 +153,18 @@ def test_it_runs_where_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
     process.stdout.close()
     process.wait(60)
     assert said.read_text() == "the end\n"
+
+
+def test_after_sigterm_the_process_itself_runs_it_before_it_ends(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK, "train", "wait", "--then", f"sleep 0.5; echo the end >> '{said}'"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.terminate()
+    assert process.wait(60) == -signal.SIGTERM
+    assert said.read_text() == "the end\n"
