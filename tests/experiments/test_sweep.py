@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
 from restomod.commands.sweep import split
@@ -49,8 +50,7 @@ def test_failing_trials_are_recorded_and_the_others_finish(tmp_path: Path) -> No
     assert found[4]["reason"] == "it has no finite held-out loss"
     for t in (found[0], found[-1]):
         rate = float(t["parameters"]["optim.lr"])
-        expected = 6 + rate + sum(math.sin(1000 * rate + 1337 + s) / s for s in (1, 2, 3, 4))
-        assert (t["loss"], t["step"]) == (pytest.approx(expected), 4)
+        assert (t["loss"], t["step"]) == (pytest.approx(stand_in_loss(rate, 4)), 4)
     best = min((found[0], found[-1]), key=lambda t: t["loss"])
     assert json.loads((tmp_path / "s" / "sweep.json").read_text())["trials"][0] == best
     shown = [line for line in said.splitlines() if line.startswith(("1 ", "2 "))]
@@ -167,6 +167,36 @@ def test_a_trial_above_the_median_is_pruned_after_the_warm_up(tmp_path: Path) ->
     assert [t["state"] for t in found] == ["finished"] * 5 + ["pruned"]
     assert found[-1]["step"] == 4
     assert found[-1]["loss"] == next(loss for _, s, loss in losses(tmp_path / "s")[found[-1]["name"]] if s == 4)
+
+
+def stand_in_loss(rate: float, steps: int) -> float:
+    """What the stand-in's held-out loss is after so many steps."""
+    return 10 - steps + rate + sum(math.sin(1000 * rate + 1337 + s) / s for s in range(1, steps + 1))
+
+
+@pytest.mark.parametrize("method", ["median", "hyperband"])
+def test_pruning_is_that_of_optuna_itself(tmp_path: Path, method: str) -> None:
+    rates = ["0.5", "0.1", "0.9", "0.3", "0.2", "0.8", "0.7", "2", "3"]
+    arguments = ("--steps", "9", "--optim.warmup-steps", "1", "--eval-every", "1", "--prune", method)
+    code, said = run(tmp_path / "s", "--grid", f"optim.lr={','.join(rates)}", *arguments)
+    assert code == 0, said
+
+    def objective(trial: optuna.Trial) -> float:
+        rate = float(rates[trial.number])
+        for step in range(1, 10):
+            trial.report(stand_in_loss(rate, step), step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return stand_in_loss(rate, 9)
+
+    pruners = optuna.pruners
+    pruner = pruners.MedianPruner(n_warmup_steps=1) if method == "median" else pruners.HyperbandPruner(1, 9)
+    study = optuna.create_study(study_name="sweep", pruner=pruner)
+    study.optimize(objective, n_trials=len(rates))
+    expected = [("finished" if t.state.name == "COMPLETE" else "pruned", t.last_step) for t in study.trials]
+    assert {state for state, _ in expected} == {"finished", "pruned"}
+    assert [(t["state"], t["step"]) for t in trials(tmp_path / "s")] == expected
+    assert [t["loss"] for t in trials(tmp_path / "s")] == pytest.approx([t.value for t in study.trials])
 
 
 @pytest.mark.slow
