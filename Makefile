@@ -25,11 +25,11 @@ $(BIN)/python:
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	@$(PIP) -e '.[test]'
+	@$(PIP) -e '.[test,sweep,track]'
 	@touch $@
 
 .venv/installed-test-slow: .venv/installed-test
-	@$(PIP) -e '.[test,ray,lm-eval,browser]'
+	@$(PIP) -e '.[test,ray,sweep,track,lm-eval,browser]'
 	@touch $@
 
 # A second demo gets a folder of its own: quickstart, quickstart-2, ...

@@ -20,7 +20,14 @@ MAX_LINES = 350
 # or an earlier one. The package's own __init__ is the exception: "restomod" stands for it alone.
 LAYERS = (
     ("restomod",),
-    ("restomod.errors", "restomod.files", "restomod.figures", "restomod.memory", "restomod.text"),
+    (
+        "restomod.errors",
+        "restomod.files",
+        "restomod.figures",
+        "restomod.memory",
+        "restomod.text",
+        "restomod.afterwards",
+    ),
     (
         "restomod.hub",
         "restomod.config_model",

@@ -23,8 +23,14 @@ class ResumeArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
-@dataclass(frozen=True)
-class TrainArguments(ResumeArguments):
+@dataclass(frozen=True, kw_only=True)
+class GoOnArguments(ResumeArguments):
+    then: str | None = None
+    """Run this command of the shell at the very end, however it ends (--then "sudo shutdown now")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(GoOnArguments):
     out: str
     """Folder of the run; it must not exist yet."""
 

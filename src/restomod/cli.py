@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 import tyro
 
 from restomod import __version__
+from restomod.afterwards import and_then, take_command
 from restomod.arguments import (
     CheckArguments,
     CompareSamplesArguments,
     DataArguments,
     DoctorArguments,
     EvalArguments,
+    GoOnArguments,
     InspectArguments,
     PrepareArguments,
-    ResumeArguments,
     SampleArguments,
     TrainArguments,
     parse,
@@ -87,8 +88,8 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
             raise UserError(f"--resume takes the preset from the run; leave {rest[0]!r} out")
         from restomod.config_json import read_config
 
-        resumed = ResumeArguments(read_config(folder))
-        config = parse(ResumeArguments, resumed, rest, f"restomod train --resume {folder}").config
+        resumed = GoOnArguments(read_config(folder))
+        config = parse(GoOnArguments, resumed, rest, f"restomod train --resume {folder}").config
     else:
         name, rest = arguments[0], arguments[1:]
         if name.startswith("-"):
@@ -273,6 +274,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "check": check,
     "doctor": doctor,
+    "sweep": _later("sweep", "Train a run for every point of a grid, or for points that a sampler chooses."),
     "bench": _later("bench", "Measure the speed of a training step: tokens/s, its phases, memory, MFU."),
     "compare": _later("compare", "Lay runs side by side: curves, seeds, significance, tokens to a target."),
     "verdict": _later("verdict", "Is a run healthy? Named symptoms, and what to do; exit code 1 if it is not."),
@@ -307,6 +309,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    command = None
+    if arguments[:1] in (["train"], ["sweep"]):
+        arguments, command = take_command(arguments)
+    return and_then(lambda: _guarded(arguments, debug), command)
+
+
+def _guarded(arguments: list[str], debug: bool) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
     try:

@@ -24,6 +24,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
 OnSpike = Literal["stop", "skip", "rollback"]
 OnSaveError = Literal["stop", "continue"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 def require_seed(name: str, seed: int) -> None:
@@ -214,6 +215,9 @@ class RunConfig:
     """Keep the checkpoints at multiples of so many steps, too (0: none)."""
     keep_gb: float | None = None
     """Keep no more than so many gigabytes of them; the newest is kept in any case."""
+    track: tuple[Tracker, ...] = ()
+    """Where to send the numbers of `metrics.jsonl` too; several may be named. tensorboard: RUN/tensorboard; wandb:
+    offline in RUN/wandb unless WANDB_MODE says otherwise; trackio: its local database."""
     on_save_error: OnSaveError = "stop"
     """What to do where a checkpoint cannot be written, as on a full disk: stop, or continue and try at the next."""
     on_spike: OnSpike = "rollback"

@@ -128,6 +128,7 @@ MAY_CHANGE = {
     "keep_best": False,
     "keep_every": 100,
     "keep_gb": 5.0,
+    "track": ("tensorboard",),
     "on_save_error": "continue",
     "on_spike": "stop",
     "spike_sigmas": 0.0,

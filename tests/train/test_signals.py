@@ -43,3 +43,13 @@ def test_handlers_are_put_back() -> None:
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_request_is_taken_where_nobody_reads_the_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(fd: int, text: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(signals.os, "write", broken)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested

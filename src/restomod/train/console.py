@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,7 +16,9 @@ from rich.text import Text
 
 from restomod.text import duration
 from restomod.train.metrics import read_jsonl
-from restomod.train.sanity import Status, Verdict
+
+if TYPE_CHECKING:  # it imports torch, which a table needs not
+    from restomod.train.sanity import Status, Verdict
 
 STATUS_STYLE: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 

@@ -6,6 +6,7 @@ killed and resumed is the run that was not.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import sys
@@ -24,6 +25,7 @@ from restomod.train.run import refuse_existing
 from restomod.train.saver import Saver
 from restomod.train.setup import Training, set_up, summary
 from restomod.train.signals import StopSignal
+from restomod.train.track import Trackers, require_installed
 
 EXIT_FINISHED = 0
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint; the run can go on
@@ -51,6 +53,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
 def _train(config: RunConfig, folder: Path, resume: bool, display: Display, processes: Processes) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
         resume = resume or (folder / "config.json").exists()
+    processes.together(lambda: require_installed(config.track))
     if not resume:
         processes.together(lambda: refuse_existing(folder))
     display.line("preparing the data and the model …", style="dim")
@@ -69,9 +72,11 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
     micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.count
     with (
         StopSignal() as stop,
+        Trackers(folder, config, lambda text: display.line(text, style="bold yellow"), processes.main) as trackers,
         Saver(folder, config, processes) as saver,
         Prefetch(training.batches, micro_batch, config.steps, rank, count, pin_memory) as data,
     ):
+        training = dataclasses.replace(training, run=dataclasses.replace(training.run, trackers=trackers))
         gc.collect()
         gc.freeze()  # what is here stays: Python's collector need not look at it again and again
         display.start(training.first_step, config.steps)

@@ -15,6 +15,8 @@ from typing import Any
 
 from restomod.files import write_text_atomically
 
+Record = dict[str, Any]
+
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add one record to the end of a `.jsonl` file."""

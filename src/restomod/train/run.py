@@ -31,6 +31,7 @@ from restomod.data.shards import Dataset
 from restomod.errors import UserError
 from restomod.files import read_json, write_json_atomically
 from restomod.train.metrics import append_jsonl, keep_records
+from restomod.train.track import Trackers
 
 MAY_CHANGE_ON_RESUME = {
     "steps",
@@ -48,6 +49,7 @@ MAY_CHANGE_ON_RESUME = {
     "keep_best",
     "keep_every",
     "keep_gb",
+    "track",
     "on_save_error",
     "on_spike",
     "spike_sigmas",
@@ -70,6 +72,8 @@ class Run:
     config: RunConfig
     writes: bool = True
     """False in all processes but the main one."""
+    trackers: Trackers | None = None
+    """Where the records of `metrics.jsonl` go too."""
 
     def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Append a record to `metrics.jsonl` and return it."""
@@ -77,6 +81,8 @@ class Run:
         if not self.writes:
             return record
         append_jsonl(self.folder / "metrics.jsonl", record)
+        if self.trackers is not None:
+            self.trackers.put(record)
         return record
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -48,8 +49,9 @@ class StopSignal:
     def _request(self, signum: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
-            # not print: the signal may have interrupted one
-            os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
+            # not print: the signal may have interrupted one; and nobody may read it any more
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
         elif time.monotonic() > self._since + ONE_REQUEST:
             self._restore()
             signal.raise_signal(signum)

@@ -1,0 +1,158 @@
+"""`restomod sweep`: train a run for every point of a grid, or for points that a sampler chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from restomod.arguments import TrainArguments, parse
+from restomod.config import RunConfig, require_seed
+from restomod.errors import EXIT_USER_ERROR, UserError
+from restomod.experiments.space import Method, grid, parse_dimension
+from restomod.experiments.store import Plan, Pruning
+from restomod.presets import preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments:
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE,VALUE: train all combinations of these values of any settings (--grid optim.lr=6e-4,1.2e-3
+    model.n-layer=2,4)."""
+    random: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=LOW..HIGH or NAME=VALUE,VALUE: train --trials configurations drawn at random. A range whose ends are above 0
+    and ten times apart is drawn from evenly in the logarithm; LOW..HIGH:log and LOW..HIGH:linear say so."""
+    tpe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The same, but chosen by Optuna's TPE, which learns from the trials before."""
+    trials: int | None = None
+    """How many configurations --random or --tpe tries."""
+    seeds: int = 1
+    """Train each configuration with so many seeds: that of the run, and the ones that follow it."""
+    search_seed: int = 0
+    """Of --random and --tpe."""
+    prune: Pruning = "none"
+    """Stop trials whose held-out loss is bad along the way: above the median of the trials before at that step (from
+    the sixth trial on, after the warm-up), or by Hyperband."""
+    max_hours: float | None = None
+    """Stop before a trial that would take all trials together, on all machines, beyond so many hours, judged by those
+    that have finished; at the limit, stop the running one with a checkpoint."""
+    max_dollars: float | None = None
+    """The same in dollars; needs --price."""
+    price: float | None = None
+    """Dollars for an hour of a machine."""
+    then: str | None = None
+    """Run this command of the shell at the very end, however it ends (--then "sudo shutdown now")."""
+    out: str
+    """Folder of the sweep. The same command goes on with it, also while other processes work on it."""
+
+
+SPACES = ("--grid", "--random", "--tpe")
+OWN = {field.name for field in dataclasses.fields(SweepArguments)}
+
+
+def run(arguments: list[str]) -> int:
+    """Train the trials of a sweep. Returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: restomod sweep PRESET --grid NAME=VALUE,VALUE [FLAGS]    all combinations")
+        print("       restomod sweep PRESET --random NAME=LOW..HIGH --trials N [FLAGS]    or --tpe: chosen ones")
+        print("       restomod sweep PRESET --help    its own flags; all those of `restomod train PRESET` may be given")
+        return 0 if arguments else EXIT_USER_ERROR
+    name, rest = arguments[0], arguments[1:]
+    if name.startswith("-"):
+        raise UserError(f"name a preset first: restomod sweep PRESET {' '.join(arguments)} (restomod sweep --help)")
+    base = preset(name)
+    own, others = split(rest)
+    given = parse(SweepArguments, SweepArguments(out=f"sweeps/{name}"), own, f"restomod sweep {name}")
+    plan = plan_of(name, base, given, others)
+    for flag in ("max_hours", "max_dollars", "price"):
+        value = getattr(given, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
+    if given.max_dollars is not None and given.price is None:
+        raise UserError("--max-dollars needs the price of an hour: add --price DOLLARS")
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
+
+    from restomod.experiments.sweep import Limits, sweep
+
+    return sweep(plan, Path(given.out), Limits(given.max_hours, given.max_dollars, given.price))
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A sweep's own flags with their values, and all others, which are those of its trials."""
+    own: list[str] = []
+    others: list[str] = []
+    target, again = others, False
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag = argument.lstrip("-").partition("=")[0].replace("-", "_")
+            target = own if flag in {*OWN, "h", "help"} else others
+            target.append(argument)
+        else:  # --grid A B is --grid A --grid B
+            repeated = [own[-2]] if again and target is own and len(own) > 1 and own[-2] in SPACES else []
+            target += [*repeated, argument]
+        again = target is own and not argument.startswith("-")
+    return own, others
+
+
+def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> Plan:
+    """What the flags of a sweep ask for.
+
+    Args:
+        name: the preset's.
+        base: the preset.
+        given: the sweep's own flags.
+        flags: those of all trials.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    methods: dict[Method, tuple[str, ...]] = {"grid": given.grid, "random": given.random, "tpe": given.tpe}
+    asked = [method for method, space in methods.items() if space]
+    if len(asked) != 1:
+        raise UserError("a sweep needs one of --grid, --random and --tpe, as in --grid optim.lr=6e-4,1.2e-3,1.8e-3")
+    method = asked[0]
+    dimensions = [parse_dimension(text, method) for text in methods[method]]
+    swept = [dimension.name for dimension in dimensions]
+    for field in swept:
+        if swept.count(field) > 1:
+            raise UserError(f"{field} is swept twice; give all its values at once")
+        flag = f"--{field.replace('_', '-')}"
+        if any(f.partition("=")[0].replace("_", "-") == flag for f in flags):
+            raise UserError(f"{field} is swept and fixed by {flag}; leave one of them out")
+    if method == "grid":
+        if given.trials is not None:
+            raise UserError("--trials belongs to --random and --tpe; a grid has as many as its values make")
+        trials = len(grid(dimensions))
+    elif given.trials is None or given.trials < 1:
+        raise UserError(f"--{method} needs --trials N, how many configurations to try (1 or more)")
+    else:
+        trials = given.trials
+    if given.seeds < 1:
+        raise UserError(f"--seeds is {given.seeds}; it must be 1 or more")
+    if given.seeds > 1 and "seed" in swept:
+        raise UserError("seed is swept; leave --seeds out")
+    require_seed("--search-seed", given.search_seed)
+    config = parse(TrainArguments, TrainArguments(base, out=""), flags, f"restomod sweep {name}").config
+    require_seed("the last seed", config.seed + given.seeds - 1)
+    data = config.data
+    if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:
+        raise UserError("a sweep compares held-out losses, and nothing is held out; add --data.val-fraction 0.05")
+    return Plan(
+        name,
+        tuple(flags),
+        method,
+        methods[method],
+        trials,
+        given.seeds,
+        config.seed,
+        given.search_seed,
+        given.prune,
+        prune_from=config.optim.warmup_steps,
+        prune_every=config.eval_every,
+        steps=config.steps,
+    )
