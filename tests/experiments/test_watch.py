@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import shutil
@@ -155,11 +156,15 @@ def test_other_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "restomod", "watch", str(make_run(tmp_path / "r")), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    port = int(line.split("127.0.0.1:")[1].split("/")[0])
-    assert ask(port, "/")[0] == 200
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests that run in the background do not
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        port = int(line.split("127.0.0.1:")[1].split("/")[0])
+        assert ask(port, "/")[0] == 200
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, out, error) == (0, "ended; the run goes on by itself\n", "")
