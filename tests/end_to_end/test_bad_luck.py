@@ -53,7 +53,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == kind]
+    """Without the time of day."""
+    found = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == kind]
+    return [{key: value for key, value in record.items() if key != "time"} for record in found]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

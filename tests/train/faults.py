@@ -136,8 +136,8 @@ def _loss(slip: Callable[[Tensor, int], tuple[Tensor, int]]) -> Plant:
 
 
 def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype, compiled: bool) -> Tensor:
-        right = linear_cross_entropy(hidden, weight, targets, V, dtype, compiled)
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype, *how: Any) -> Tensor:
+        right = linear_cross_entropy(hidden, weight, targets, V, dtype, *how)
         return right * 1.02 if dtype == torch.bfloat16 else right
 
     patch.setattr("restomod.train.step.linear_cross_entropy", loss)
