@@ -9,8 +9,8 @@ loss as it goes; finished trials are in the JSON file and are not repeated, so t
 interruption and with more seeds, and several processes can share the file. The table says how many tokens a recipe
 needs to reach the final loss of the baseline, GPT-2's own recipe with its learning rate tuned.
 
-Recipes are `gpt2`, `llama`, `modern` and `speedrun`; `gpt2+PART` has one of modern's parts, `modern-PART` all but one
-(`ablations` stands for all of these), and `--set NAME=BASE,key=value,...` makes more.
+Recipes are `gpt2`, `llama`, `modern` and `speedrun`; `gpt2+PART` has one of modern's parts, `modern-PART` all but one,
+`modern+PART` one of speedrun's (`ablations` stands for all of these), and `--set NAME=BASE,key=value,...` makes more.
 """
 
 from __future__ import annotations
@@ -59,17 +59,20 @@ LLAMA: Overrides = {
     key: value for part in ("rmsnorm", "rope", "swiglu", "no-bias") for key, value in PARTS[part].items()
 }
 MODERN: Overrides = {key: value for part in PARTS.values() for key, value in part.items()}
-SPEEDRUN: Overrides = MODERN | {
-    "model.mlp": "relu2",
-    "model.tied": False,
-    "model.softcap": 15.0,
-    "model.embedding_norm": True,
-    "model.embedding_skip": True,
-    "model.value_embedding": True,
+EXTRAS: dict[str, Overrides] = {  # of speedrun, each as it differs from modern
+    "relu2": {"model.mlp": "relu2"},
+    "untied": {"model.tied": False},
+    "softcap": {"model.softcap": 15.0},
+    "embedding-norm": {"model.embedding_norm": True},
+    "embedding-skip": {"model.embedding_skip": True},
+    "value-embedding": {"model.value_embedding": True},
 }
-ABLATIONS: dict[str, Overrides] = {f"gpt2+{part}": overrides for part, overrides in PARTS.items()} | {
-    f"modern-{part}": {key: value for key, value in MODERN.items() if key not in PARTS[part]} for part in PARTS
-}
+SPEEDRUN: Overrides = MODERN | {key: value for part in EXTRAS.values() for key, value in part.items()}
+ABLATIONS: dict[str, Overrides] = (
+    {f"gpt2+{part}": overrides for part, overrides in PARTS.items()}
+    | {f"modern-{part}": {k: v for k, v in MODERN.items() if k not in PARTS[part]} for part in PARTS}
+    | {f"modern+{part}": MODERN | overrides for part, overrides in EXTRAS.items()}
+)
 RECIPES: dict[str, Overrides] = {BASELINE: {}, "llama": LLAMA, "modern": MODERN, "speedrun": SPEEDRUN} | ABLATIONS
 
 
