@@ -2,12 +2,14 @@
 
     python benchmarks/recipe.py TOKENS --out results.json [--seeds 3] [--only gpt2,modern] [--budget 0.5]
     python benchmarks/recipe.py TOKENS --out results.json --only ablations
+    python benchmarks/recipe.py TOKENS --out results.json --speed 5
     python benchmarks/recipe.py --out results.json --table table.md
 
 TOKENS is a folder that `restomod prepare` made. A trial trains a small model from scratch and writes down its held-out
 loss as it goes; finished trials are in the JSON file and are not repeated, so the same command goes on after an
 interruption and with more seeds, and several processes can share the file. The table says how many tokens a recipe
-needs to reach the final loss of the baseline, GPT-2's own recipe with its learning rate tuned.
+needs to reach the final loss of the baseline, GPT-2's own recipe with its learning rate tuned, and how many times as
+long as there a token takes, if that was measured (`--speed`).
 
 Recipes are `gpt2`, `llama`, `modern` and `speedrun`; `gpt2+PART` has one of modern's parts, `modern-PART` all but one,
 `modern+PART` one of speedrun's (`ablations` stands for all of these), and `--set NAME=BASE,key=value,...` makes more.
@@ -101,32 +103,58 @@ def changed(config: RunConfig, overrides: Overrides) -> RunConfig:
     )
 
 
+class Training:
+    """A model, its optimizer and its data."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+        self.config, self.dataset, self.device = config, dataset, choose_device("auto")
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        dtype = choose_dtype(config.precision, self.device)
+        self.compute = Compute(self.device, dtype, config.micro_batch or config.batch_sequences, config.compile)
+        self.model = build_model(config.model, config.seed, self.device)
+        if config.compile:
+            self.model.transformer.compile(dynamic=False)
+        self.batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed)
+        self.loss_of = BatchLoss(self.model, self.compute)
+        self.optimizer = build_optimizer(self.model, config.optim, dtype)
+
+    def step(self, step: int) -> float:
+        """Make a step; how many seconds it took."""
+        began = time.perf_counter()
+        micro = self.batches.micro_batches(step, self.compute.micro_batch)
+        train_step(self.loss_of, self.optimizer, micro, self.config, step, SINGLE).wait()
+        return time.perf_counter() - began
+
+    def held_out(self, tokens: int) -> float:
+        """The loss on this many held-out tokens."""
+        length = self.config.sequence_length
+        held = dataset_loss(self.model, self.dataset, length, self.device, self.compute.dtype, tokens)
+        assert held is not None
+        return held.loss
+
+
 def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
-    """Train once; held-out losses by tokens, and the time of the steps alone."""
-    device = choose_device("auto")
-    if device.type == "cpu":
-        keep_freed_memory()
-    dtype = choose_dtype(config.precision, device)
-    compute = Compute(device, dtype, config.micro_batch or config.batch_sequences, config.compile)
-    model = build_model(config.model, config.seed, device)
-    if config.compile:
-        model.transformer.compile(dynamic=False)
-    batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed)
-    loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
-    curve, seconds = [], []
+    """Train once; held-out losses by tokens."""
+    training, curve = Training(config, dataset), []
     for step in range(config.steps + 1):
         if step == config.steps or step % max(1, config.steps // looks) == 0:
-            held = dataset_loss(model, dataset, config.sequence_length, device, compute.dtype, eval_tokens)
-            assert held is not None
-            curve.append((step * config.batch_tokens, held.loss))
+            curve.append((step * config.batch_tokens, training.held_out(eval_tokens)))
         if step < config.steps:
-            began = time.perf_counter()
-            micro = batches.micro_batches(step, compute.micro_batch)
-            train_step(loss_of, optimizer, micro, config, step, SINGLE).wait()
-            seconds.append(time.perf_counter() - began)
-    # the median: the first steps compile, and machines are shared
-    speed = config.batch_tokens / statistics.median(seconds)
-    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0], "tokens_per_second": speed}
+            training.step(step)
+    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0]}
+
+
+def speeds(runs: dict[str, RunConfig], dataset: Dataset, rounds: int) -> list[Row]:
+    """Tokens/s of each recipe, a few steps of every one in turns, since other work comes and goes on most machines."""
+    trainings = {name: Training(run, dataset) for name, run in runs.items()}
+    measured: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, training in trainings.items():
+            seconds = [training.step(3 * turn + i) for i in range(3)]
+            if turn:  # the first compiles
+                measured[name].append(training.config.batch_tokens / statistics.median(seconds))
+    return [{"recipe": name, "speeds": speeds} for name, speeds in measured.items()]
 
 
 def add_row(out: Path, row: Row) -> None:
@@ -152,12 +180,14 @@ def tokens_to(curve: list[list[float]], loss: float) -> float | None:
 def table(rows: list[Row]) -> str:
     """A Markdown row for every recipe and number of tokens, the baseline's longest runs first."""
     groups: dict[tuple[str, int], list[Row]] = {}
+    speed = {row["recipe"]: row["speeds"] for row in rows if "speeds" in row}
     for row in rows:
-        groups.setdefault((row["recipe"], row["tokens"]), []).append(row)
+        if "loss" in row:
+            groups.setdefault((row["recipe"], row["tokens"]), []).append(row)
     baseline = max((key for key in groups if key[0] == BASELINE), default=None)
     target = statistics.mean(row["loss"] for row in groups[baseline]) if baseline else None
     lines = [
-        "| recipe | tokens | held-out loss, mean ± sd | n | tokens to the baseline's loss | tokens/s |",
+        "| recipe | tokens | held-out loss, mean ± sd | n | tokens to the baseline's loss | time of a token |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for (name, tokens), group in sorted(groups.items(), key=lambda item: (item[0] != baseline, item[0])):
@@ -166,10 +196,15 @@ def table(rows: list[Row]) -> str:
         reached = [tokens_to(row["curve"], target) for row in group] if target else []
         there = [tokens for tokens in reached if tokens is not None]
         when = f"{statistics.mean(there):,.0f}" if there and len(there) == len(group) else "not reached"
-        speed = statistics.median(row["tokens_per_second"] for row in group)
-        cells = (name, f"{tokens:,}", f"{statistics.mean(losses):.4f}{spread}", len(group), when, f"{speed:,.0f}")
+        cost = "" if name not in speed else f"{slower(speed[BASELINE], speed[name]):.2f}"
+        cells = (name, f"{tokens:,}", f"{statistics.mean(losses):.4f}{spread}", len(group), when, cost)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def slower(baseline: list[float], speeds: list[float]) -> float:
+    """The median over rounds of how many times as long a token takes."""
+    return statistics.median(b / s for b, s in zip(baseline, speeds, strict=True))
 
 
 def main() -> None:
@@ -189,6 +224,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=BASE,key=value,...")
     parser.add_argument("--only", default="gpt2,llama,modern,speedrun")
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="time the recipes in turns instead of training them")
     parser.add_argument("--table", type=Path, help="write the table of all finished trials here")
     given = parser.parse_args()
     recipes = dict(RECIPES)
@@ -199,17 +235,20 @@ def main() -> None:
     if given.data is not None:
         names = [n for name in given.only.split(",") for n in (ABLATIONS if name == "ablations" else [name])]
         dataset = prepare(DataConfig(source="tokens", path=str(given.data)), gpt2_tokenizer())
+        if given.speed:
+            for row in speeds({name: changed(base(given), recipes[name]) for name in names}, dataset, given.speed):
+                add_row(given.out, row)
+            names = []
         for seed, name in itertools.product(range(given.seeds), names):
             run = dataclasses.replace(changed(base(given), recipes[name]), seed=seed)
             about = json.loads(json.dumps(dataclasses.asdict(run)))
-            if any(row["config"] == about for row in rows_of(given.out)):
+            if any(row.get("config") == about for row in rows_of(given.out)):
                 continue
             row = {"recipe": name, "seed": seed} | trial(run, dataset, given.looks, given.eval_tokens)
             row |= {"config": about, "device": describe_device(torch.device("cpu")), "threads": torch.get_num_threads()}
             add_row(given.out, row)
             torch.compiler.reset()  # compiled code holds on to its model
-            said = f"{name} seed {seed}: {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
-            print(said, file=sys.stderr, flush=True)
+            print(f"{name} seed {seed}: {row['loss']:.4f}", file=sys.stderr, flush=True)
     text = table(rows_of(given.out))
     print(text)
     if given.table:
