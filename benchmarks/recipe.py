@@ -224,7 +224,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=BASE,key=value,...")
     parser.add_argument("--only", default="gpt2,llama,modern,speedrun")
-    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="time the recipes in turns instead of training them")
+    parser.add_argument(
+        "--speed", type=int, metavar="ROUNDS", help="time the recipes in turns instead of training them"
+    )
     parser.add_argument("--table", type=Path, help="write the table of all finished trials here")
     given = parser.parse_args()
     recipes = dict(RECIPES)
