@@ -179,7 +179,9 @@ def preset(name: str) -> RunConfig:
     """
     made = _maker(name)
     if made is None:
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
+        raise UserError(
+            f"unknown preset {name!r}{did_you_mean(name, [*PRESETS, *(f'{family}-dN' for family in SIZES)])}"
+        )
     return made()
 
 
