@@ -45,7 +45,7 @@ FLAGS = """
 WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never and or but with under over"
 PATIENCE = 120.0  # seconds for a run to end
 GRACE = 30.0  # seconds after which torchrun kills what it has asked to end
-TIMINGS = ("ms", "data_ms", "tokens_per_second", "mfu")  # all else in metrics.jsonl is to be the same
+TIMINGS = ("time", "ms", "data_ms", "tokens_per_second", "mfu")  # all else in metrics.jsonl is to be the same
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["restomod.cli", "restomod.train.loop", "torch._dynamo"])

@@ -144,7 +144,7 @@ def tasks(run: Path) -> list[dict[str, Any]]:
     """What a run logged of its tasks, but for the time that they took."""
     kept = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "task"]
     assert len(kept) > 2
-    return [{key: value for key, value in r.items() if key != "seconds"} for r in kept]
+    return [{key: value for key, value in r.items() if key not in ("seconds", "time")} for r in kept]
 
 
 def train_quietly(config: RunConfig, run: Path, resume: bool = False) -> int:
