@@ -100,7 +100,8 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
 
 
 def test_a_preset_like_none_lists_all() -> None:
-    with pytest.raises(UserError, match=f"known: {', '.join(sorted(PRESETS))}$"):
+    names = [*PRESETS, "gpt2-dN", "llama-dN", "modern-dN", "speedrun-dN"]
+    with pytest.raises(UserError, match=f"known: {', '.join(sorted(names))}$"):
         preset("xyzzy")
 
 
@@ -137,11 +138,18 @@ def test_width_and_heads_follow_the_layers(kind: str, layers: int) -> None:
     assert dataclasses.replace(model, n_layer=12, n_head=12, n_embd=768) == preset(f"{kind}-124m").model
 
 
+def test_llama_is_trained_as_the_public_run_of_its_parts_was() -> None:
+    llama = preset("llama-124m")
+    assert (llama.steps, llama.batch_tokens) == (38_146, 524_288)
+    assert (llama.optim.lr, llama.optim.warmup_steps) == (pytest.approx(1.8e-3), 285)
+    assert (llama.optim.betas, llama.optim.weight_decay, llama.optim.min_lr_ratio) == ((0.9, 0.95), 0.1, 0.1)
+
+
 def test_the_rate_of_adamw_goes_down_with_the_width_and_that_of_muon_does_not() -> None:
     """Table 2.1 of the GPT-3 paper: 6e-4 at a width of 768, 2e-4 at 2048 (here: 2.25e-4)."""
-    for kind in ("gpt2", "llama"):
+    for kind, times in (("gpt2", 1), ("llama", 3)):
         rates = [preset(f"{kind}-d{layers}").optim.lr for layers in (6, 12, 32)]
-        assert rates == pytest.approx([12e-4, 6e-4, 2.25e-4])
+        assert rates == pytest.approx([times * rate for rate in (12e-4, 6e-4, 2.25e-4)])
     assert preset("speedrun-d6").optim == preset("speedrun-d24").optim
     assert preset("modern-d6").optim == preset("modern-d24").optim == preset("modern-124m").optim
 

@@ -11,7 +11,7 @@ from restomod.config import DataConfig, RunConfig
 from restomod.experiments.curves import expected_loss
 from restomod.presets import preset
 
-GPT2, TINY = preset("gpt2-124m"), preset("tinyshakespeare")
+GPT2, LLAMA, TINY = preset("gpt2-124m"), preset("llama-124m"), preset("tinyshakespeare")
 
 
 def with_rate(config: RunConfig, lr: float) -> RunConfig:
@@ -31,16 +31,20 @@ def test_between_the_rates_it_is_between_the_losses() -> None:
     assert loss == pytest.approx((3.0718 + 3.0438) / 2)
 
 
-def test_two_epochs() -> None:
-    expected = expected_loss(dataclasses.replace(GPT2, steps=2 * GPT2.steps))
+def test_llamas_parts_have_one_published_run_of_two_epochs() -> None:
+    expected = expected_loss(LLAMA)
     assert (expected.loss, expected.low) == (2.99, None)
-    assert "one run" in expected.of
+    assert "one public run" in expected.of
 
 
 @pytest.mark.parametrize(
     ("config", "why"),
     [
         (dataclasses.replace(GPT2, steps=1000), "this one sees 0.524"),
+        (dataclasses.replace(GPT2, steps=2 * GPT2.steps), "this one sees 20"),
+        (dataclasses.replace(LLAMA, steps=GPT2.steps), "two epochs at 1.8e-3"),
+        (with_rate(LLAMA, 6e-4), "two epochs at 1.8e-3"),
+        (dataclasses.replace(LLAMA, data=DataConfig()), "reads FineWeb-Edu"),
         (dataclasses.replace(GPT2, batch_tokens=2**18, steps=38_146), "take 524,288 tokens a step"),
         (with_rate(GPT2, 3e-3), "this is 0.003"),
         (with_rate(GPT2, 1e-4), "this is 0.0001"),

@@ -9,7 +9,6 @@ import pytest
 from restomod.experiments.hardware import (
     GPUS,
     SPEEDS,
-    TOKENS_10B,
     Speed,
     find_gpu,
     not_covered,
@@ -106,9 +105,3 @@ def test_what_measurements_do_not_cover(changed: dict[str, object], gpus: int, w
 
 def test_a_narrow_model_is_not_covered() -> None:
     assert "this one has 128" in (not_covered(preset("quickstart"), GPUS[0], 1) or "")
-
-
-def test_two_epochs_in_11_hours_would_be_beyond_the_peak_of_four_3090s() -> None:
-    one = speed_of("a reproduction on four")
-    assert one.tokens_per_second == pytest.approx(TOKENS_10B / 39_600)
-    assert 2 * one.mfu > 1

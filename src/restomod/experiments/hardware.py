@@ -129,9 +129,9 @@ SPEEDS = (
         "RTX 3090",
         4,
         TOKENS_10B / (11 * 3600),
-        "unknown",
+        "compiled",
         "a reproduction on four",
-        "its README: about 11 h and $7, taken as an epoch of 10B tokens (two would be more than the GPUs' peak)",
+        "PersonalRec/reproduce-gpt2, results/230126: 19,073 steps in about 11 h, $7",
     ),
     Speed(
         "RTX 3090 Ti",
