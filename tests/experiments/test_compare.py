@@ -52,6 +52,21 @@ def test_runs_that_differ_in_their_seed_only_are_a_group(six: list[Run]) -> None
         assert (group.final.n, group.final.mean, group.final.sd) == (3, pytest.approx(mean), pytest.approx(0.1))
 
 
+def test_trials_of_a_sweep_are_called_by_what_they_have_in_common(tmp_path: Path) -> None:
+    def trial(folder: str, number: int, lr: float, seed: int) -> Run:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return run(tmp_path / folder, f"{number:03}-optim.lr-{lr}-seed-{seed}", {0: 10.8, 100: 5.0}, seed, lr=lr)
+
+    trials = [trial("s", 2 * i + seed, lr, seed) for i, lr in enumerate((1e-3, 2e-3)) for seed in (0, 1)]
+    assert [g.name for g in compare(trials).groups] == ["optim.lr-0.001, 2 seeds", "optim.lr-0.002, 2 seeds"]
+    assert [g.name for g in compare(trials[1:]).groups] == ["001-optim.lr-0.001-seed-1", "optim.lr-0.002, 2 seeds"]
+    longer = [trial("t", seed, 1e-3, seed) for seed in (2, 3)]  # of another sweep, where it means something else
+    for other in longer:
+        object.__setattr__(other, "config", dataclasses.replace(other.config, batch_tokens=2 * T))
+    names = [g.name for g in compare([*trials, *longer]).groups]
+    assert names == ["000-optim.lr-0.001-seed-0 +1", "optim.lr-0.002, 2 seeds", "002-optim.lr-0.001-seed-2 +1"]
+
+
 def test_groups_are_tested_against_the_baseline_at_equal_tokens(six: list[Run]) -> None:
     none, b = compare(six).against
     assert none is None
@@ -157,7 +172,8 @@ def test_a_run_twice_is_refused(six: list[Run]) -> None:
 
 
 def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
-    assert "trained on other text" in str(published_differ(six))
+    assert "and every run here trained on other text" in str(published_differ(six))
+    assert "and a0 trained on other text" in str(published_differ(six[:1]))
     config = dataclasses.replace(
         SMALL,
         data=DataConfig(source="tokens", path="fineweb-edu"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from restomod.experiments.runs import Run
 from restomod.experiments.statistics import Summary, Welch, summarize, welch
 
 SEED = "seed"
+TRIAL = re.compile(r"\d+-(.+)-seed-\d+")  # as `restomod sweep` names its runs
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,7 @@ class Group:
     settings: Settings
     curves: list[Curve]
     """By tokens, of each run."""
-
-    @property
-    def name(self) -> str:
-        """That of its first run, and how many others there are."""
-        more = len(self.runs) - 1
-        return self.runs[0].name + (f" +{more}" if more else "")
+    name: str = ""
 
     @property
     def known(self) -> list[Curve]:
@@ -195,7 +193,23 @@ def _grouped(runs: Sequence[Run], measure: Measure) -> list[Group]:
             groups.append(same)
         same.runs.append(run)
         same.curves.append(curve(run, measure))
-    return groups
+    points = [_point(group.runs) for group in groups]
+    return [
+        dataclasses.replace(group, name=point if point and points.count(point) == 1 else _first(group.runs))
+        for group, point in zip(groups, points, strict=True)
+    ]
+
+
+def _first(runs: Sequence[Run]) -> str:
+    """The name of the first run, and how many others there are."""
+    return runs[0].name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
+
+
+def _point(runs: Sequence[Run]) -> str | None:
+    """What the trials of a sweep (`003-optim.lr-1e-3-seed-7`) have in common; None if that is not what the runs are."""
+    found = {match[1] if (match := TRIAL.fullmatch(run.name)) else None for run in runs}
+    point = found.pop()
+    return f"{point}, {len(runs)} seeds" if point and not found and len(runs) > 1 else None
 
 
 def _against(group: Group, base: Group) -> Against | None:

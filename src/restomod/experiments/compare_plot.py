@@ -33,8 +33,10 @@ def draw_comparison(found: Comparison, axes: Sequence[Axis], path: Path) -> None
 
 def picture(found: Comparison, axes: Sequence[Axis]) -> Figure:
     """The figure, not yet written."""
-    figure = new_figure(found.measure, 8 if len(axes) == 1 else 5.2 * min(3, len(axes)), 5 * ((len(axes) + 2) // 3))
-    panels = figure.subplots((len(axes) + 2) // 3, min(3, len(axes)), squeeze=False).flatten()
+    columns = 2 if len(axes) == 4 else min(3, len(axes))
+    rows = -(-len(axes) // columns)
+    figure = new_figure(found.measure, 8 if len(axes) == 1 else 5.2 * columns, 5 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, axis in zip(panels, axes, strict=False):
         _draw(found, axis, panel)
     for panel in panels[len(axes) :]:

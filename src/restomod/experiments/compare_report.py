@@ -37,7 +37,7 @@ def tables(found: Comparison, axis: Axis) -> list[Table]:
 def markdown(found: Comparison, axis: Axis, plot: Path | None = None) -> str:
     """All tables as Markdown; with the picture, if there is one."""
     head = f"# Runs compared: {found.measure}\n\n"
-    picture = f"![{found.measure}](<{plot.name}>)\n" if plot is not None else ""
+    picture = f"\n![{found.measure}](<{plot.name}>)\n" if plot is not None else ""
     return head + "\n".join(table.markdown() for table in tables(found, axis)) + picture
 
 
@@ -159,11 +159,15 @@ def published_differ(runs: Sequence[Run]) -> str | None:
     """Why published held-out losses say nothing about these runs; None if they do."""
     others = [run.name for run in runs if not is_fineweb_edu(run)]
     if others:
-        return f"they are of FineWeb-Edu, and {', '.join(others)} trained on other text"
+        return f"they are of FineWeb-Edu, and {_who(others, runs)} trained on other text"
     shorter = [run.name for run in runs if run.config.sequence_length != PUBLISHED_CONTEXT]
     if shorter:
-        return f"they are of windows of {PUBLISHED_CONTEXT} tokens, and {', '.join(shorter)} has others"
+        return f"they are of windows of {PUBLISHED_CONTEXT} tokens, and {_who(shorter, runs)} has others"
     return None
+
+
+def _who(names: Sequence[str], runs: Sequence[Run]) -> str:
+    return "every run here" if len(names) == len(runs) > 1 else ", ".join(names)
 
 
 def _tasks(found: Comparison) -> list[Table]:

@@ -114,7 +114,9 @@ function layout(chart, view, data) {
   return {
     font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 52, r: 12, t: 8, b: 40 },
-    uirevision: [chart.id, view.axis, view.scale, view.chosen].join(), showlegend: data.filter((trace) => trace.showlegend !== false).length > 1,
+    uirevision: [chart.id, view.axis, view.scale, view.chosen].join(),
+    // many names would leave a small chart no room; those of the wide one hold for all
+    showlegend: data.filter((trace) => trace.showlegend !== false).length > 1 && (chart.wide || view.runs.length <= 4),
     legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", font: { ...font, color: ink }, bgcolor: "rgba(0,0,0,0)" },
     hovermode: "x unified",
     hoverlabel: { namelength: -1, bgcolor: colour("panel"), bordercolor: colour("rule"), font: { ...font, color: ink } },
