@@ -196,6 +196,7 @@ def table(rows: list[Row]) -> str:
         reached = [tokens_to(row["curve"], target) for row in group] if target else []
         there = [tokens for tokens in reached if tokens is not None]
         when = f"{statistics.mean(there):,.0f}" if there and len(there) == len(group) else "not reached"
+        when = f"{tokens:,}" if (name, tokens) == baseline else when  # by definition, as the target is their mean
         cost = "" if name not in speed else f"{slower(speed[BASELINE], speed[name]):.2f}"
         cells = (name, f"{tokens:,}", f"{statistics.mean(losses):.4f}{spread}", len(group), when, cost)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
