@@ -181,7 +181,7 @@ class ShardFile:
             UserError: as `map` does; a bad header in a file of the right size is left for `map` to find.
         """
         with contextlib.suppress(OSError):  # `map` says what is wrong with it
-            if os.stat(os.path.join(self.folder, self.name)).st_size == HEADER_BYTES + 2 * self.tokens:
+            if os.stat(f"{self.folder}/{self.name}").st_size == HEADER_BYTES + 2 * self.tokens:
                 return
         self.map()
 
