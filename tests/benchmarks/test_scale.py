@@ -19,7 +19,7 @@ import scale_network as network
 import scale_steps as steps
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from restomod.data.batches import Batches, permute
@@ -167,6 +167,7 @@ def test_a_fit_finds_the_network_that_made_the_times(rounds: int) -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=20))
+@example(sizes=[100, 300, 299, 1, 300, 2])  # buckets that are just full
 def test_buckets_are_those_of_torch(sizes: list[int]) -> None:
     assigned, _ = dist._compute_bucket_assignment_by_size([torch.empty(size) for size in sizes], [400, 1200])
     theirs = [4 * sum(sizes[i] for i in bucket) for bucket in assigned]

@@ -187,16 +187,21 @@ def test_a_prepared_folder_is_opened(folder: Path) -> None:
 SHARD_FILES = pytest.mark.parametrize("name", ["train_000000.bin", "train_000001.bin", "val_000000.bin"])
 
 
+VERIFY = pytest.mark.parametrize("verify", ["sizes", "changed"])
+
+
 @SHARD_FILES
-def test_a_missing_shard_of_a_folder_is_refused(folder: Path, name: str) -> None:
+@VERIFY
+def test_a_missing_shard_of_a_folder_is_refused(folder: Path, name: str, verify: str) -> None:
     (folder / name).unlink()
-    refusal(folder / name, open_dataset, folder, VOCABULARY)
+    refusal(folder / name, open_dataset, folder, VOCABULARY, verify)
 
 
 @SHARD_FILES
-def test_a_truncated_shard_of_a_folder_is_refused(folder: Path, name: str) -> None:
+@VERIFY
+def test_a_truncated_shard_of_a_folder_is_refused(folder: Path, name: str, verify: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:-2])
-    refusal(folder / name, open_dataset, folder, VOCABULARY)
+    refusal(folder / name, open_dataset, folder, VOCABULARY, verify)
 
 
 @SHARD_FILES

@@ -167,9 +167,7 @@ class ShardFile:
         path = self.folder / self.name
         tokens = open_shard(path)
         if len(tokens) != self.tokens:
-            raise UserError(
-                f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {_MEND}"
-            )
+            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {_MEND}")
         if random_reads:
             _expect_random_reads(tokens)
         return tokens
