@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_published, open_shard, write_shard
+from restomod.data.published import open_published
+from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_shard, write_shard
 from restomod.errors import UserError
 
 VOCABULARY = "f" * 64
