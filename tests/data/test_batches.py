@@ -184,6 +184,23 @@ def test_the_ranks_together_are_the_batch_in_order(world_size: int, micro_batch:
     assert [window for share in shares for window in share] == batches.windows(2).tolist()
 
 
+@given(n_windows=st.integers(1, 50), step=st.integers(0, 60), data=st.data())
+def test_a_part_of_a_batch_is_that_of_the_whole(n_windows: int, step: int, data: st.DataObject) -> None:
+    batches = Batches([counting(n_windows * 4 + 1)] * 2, 4, 12, seed=1, shares=[Fraction(1, 3), Fraction(2, 3)])
+    start = data.draw(st.integers(0, 12))
+    count = data.draw(st.integers(0, 12 - start))
+    assert batches.windows(step, start, count).tolist() == batches.windows(step)[start : start + count].tolist()
+
+
+def test_a_rank_orders_no_windows_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "restomod.data.batches.permute", lambda index, *key: (asked.append(len(index)), permute(index, *key))[1]
+    )
+    Batches(counting(4001), 4, 512, seed=1).micro_batches(0, 1, rank=200, world_size=256)
+    assert asked == [2]
+
+
 def test_four_ranks_over_two_epochs_see_every_window_twice() -> None:
     batches = Batches(counting(97), 4, 8, seed=3)  # 24 windows, 3 steps an epoch
     seen = [w for step in range(6) for rank in range(4) for w in starts(batches.micro_batches(step, 2, rank, 4))]

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_published, open_shard, write_shard
+from restomod.data.published import open_published
+from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_shard, write_shard
 from restomod.errors import UserError
 
 VOCABULARY = "f" * 64
@@ -187,16 +188,21 @@ def test_a_prepared_folder_is_opened(folder: Path) -> None:
 SHARD_FILES = pytest.mark.parametrize("name", ["train_000000.bin", "train_000001.bin", "val_000000.bin"])
 
 
+VERIFY = pytest.mark.parametrize("verify", ["sizes", "changed"])
+
+
 @SHARD_FILES
-def test_a_missing_shard_of_a_folder_is_refused(folder: Path, name: str) -> None:
+@VERIFY
+def test_a_missing_shard_of_a_folder_is_refused(folder: Path, name: str, verify: str) -> None:
     (folder / name).unlink()
-    refusal(folder / name, open_dataset, folder, VOCABULARY)
+    refusal(folder / name, open_dataset, folder, VOCABULARY, verify)
 
 
 @SHARD_FILES
-def test_a_truncated_shard_of_a_folder_is_refused(folder: Path, name: str) -> None:
+@VERIFY
+def test_a_truncated_shard_of_a_folder_is_refused(folder: Path, name: str, verify: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:-2])
-    refusal(folder / name, open_dataset, folder, VOCABULARY)
+    refusal(folder / name, open_dataset, folder, VOCABULARY, verify)
 
 
 @SHARD_FILES
@@ -422,3 +428,39 @@ def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: 
             flags = [m for m in maps if str(tmp_path / name) in m]
             assert flags
             assert all(re.search(r"VmFlags:.* rr ", m + " ") for m in flags)
+
+
+def maps_of(folder: Path) -> list[str]:
+    """What this process has mapped of a folder's files."""
+    maps = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return [m for m in maps if f"{folder}/" in m]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is mapped")
+def test_of_many_shards_few_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restomod.data.shards.MAPPED_AT_ONCE", 3)
+    tokens = np.arange(10_000, dtype=np.uint16)
+    for i, part in enumerate(np.split(tokens, 10)):
+        write_shard(tmp_path / f"a_train_{i:06d}.bin", part)
+    stream = open_published(tmp_path).train
+    stream.expect_random_reads()
+    assert maps_of(tmp_path) == []
+    for start in (9_000, 500, 3_500, 8_990, 0, 6_000):
+        assert stream.read(start, 1_000).tolist() == tokens[start : start + 1_000].tolist()
+        mapped = maps_of(tmp_path)
+        assert 1 <= len(mapped) <= 3
+        assert all(re.search(r"VmFlags:.* rr ", m + " ") for m in mapped)
+
+
+def test_a_bad_header_in_a_shard_of_the_right_size_is_found_when_it_is_read(folder: Path) -> None:
+    path = folder / "train_000001.bin"
+    path.write_bytes(bytes(1024) + path.read_bytes()[1024:])
+    stream = open_dataset(folder, VOCABULARY, verify="sizes").train
+    stream.read(0, 3)
+    assert "is not a token shard" in refusal(path, stream.read, 3, 1)
+
+
+def test_a_shard_that_has_shrunk_since_it_was_opened_is_refused(folder: Path) -> None:
+    stream = open_dataset(folder, VOCABULARY).train
+    (folder / "train_000001.bin").write_bytes(llm_c([4]))
+    assert "it has 1 tokens, not 2" in refusal(folder / "train_000001.bin", stream.read, 3, 2)

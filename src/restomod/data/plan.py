@@ -20,8 +20,8 @@ from restomod.config_prepare import PrepareConfig
 from restomod.data.documents import AnyDocument
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
 from restomod.data.pretokenized import SUFFIXES
+from restomod.data.published import split_of
 from restomod.data.readers import Span, can_span, read_documents
-from restomod.data.shards import split_of
 from restomod.data.sources import documents, files_of
 from restomod.data.streams import DECOMPRESSORS
 from restomod.errors import UserError, did_you_mean

@@ -15,6 +15,7 @@ from restomod.config import DataConfig
 from restomod.data.bulk import BulkEncoder
 from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, SplitHash, pieces, split_hash
 from restomod.data.mix import mix
+from restomod.data.published import open_published
 from restomod.data.shards import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -24,7 +25,6 @@ from restomod.data.shards import (
     ShardWriter,
     Verify,
     open_dataset,
-    open_published,
 )
 from restomod.data.sources import documents, source_name
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer

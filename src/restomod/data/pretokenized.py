@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from restomod.data.hub_datasets import fetch, parse
-from restomod.data.shards import SPLITS, open_shard, split_of
+from restomod.data.published import split_of
+from restomod.data.shards import SPLITS, open_shard
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, sha256_file

@@ -8,7 +8,7 @@ last; it names every shard with its token count and SHA-256, and the tokenizer t
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import mmap
 import os
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ SHARD_TOKENS = 100_000_000
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
+MAPPED_AT_ONCE = 128  # of a stream; each map holds a file descriptor, of which a process has 1,024 by default
 
 Verify = Literal["sizes", "changed", "all"]
 
@@ -144,12 +145,61 @@ class ShardWriter:
         self._open = None
 
 
-class TokenStream:
-    """The shards of one split as a single array of tokens, read where asked."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardFile:
+    """A shard on the disk that is mapped only while it is read."""
 
-    def __init__(self, shards: list[np.ndarray]) -> None:
-        self._shards = shards
+    folder: Path
+    name: str
+    tokens: int
+    """That it is to hold."""
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def map(self, random_reads: bool = False) -> np.ndarray:
+        """Its tokens, shape (n,), uint16, unread.
+
+        Raises:
+            UserError: it is missing, damaged, or has not ``tokens`` tokens.
+        """
+        path = self.folder / self.name
+        tokens = open_shard(path)
+        if len(tokens) != self.tokens:
+            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {_MEND}")
+        if random_reads:
+            _expect_random_reads(tokens)
+        return tokens
+
+    def check(self) -> None:
+        """Look at the size alone, which takes microseconds, and at the header only where it is not the right one.
+
+        Raises:
+            UserError: as `map` does; a bad header in a file of the right size is left for `map` to find.
+        """
+        with contextlib.suppress(OSError):  # `map` says what is wrong with it
+            if os.stat(f"{self.folder}/{self.name}").st_size == HEADER_BYTES + 2 * self.tokens:
+                return
+        self.map()
+
+
+def _expect_random_reads(tokens: np.ndarray) -> None:
+    mapped = getattr(tokens, "_mmap", None)  # numpy's memmap has no public way to it
+    if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+
+
+class TokenStream:
+    """The shards of one split as a single array of tokens, read where asked.
+
+    However many shards on the disk there are, the `MAPPED_AT_ONCE` that were read last are mapped.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray | ShardFile]) -> None:
+        self._shards = list(shards)
         self._starts = np.cumsum([0] + [len(s) for s in shards])  # (n_shards + 1,)
+        self._random_reads = False
+        self._map = functools.lru_cache(MAPPED_AT_ONCE)(ShardFile.map)
 
     @classmethod
     def joined(cls, streams: Sequence[TokenStream]) -> TokenStream:
@@ -162,10 +212,10 @@ class TokenStream:
         By default it reads ahead at every page that it has not got, megabytes on some machines, for the two kilobytes
         of a window.
         """
+        self._random_reads = True
         for shard in self._shards:
-            mapped = getattr(shard, "_mmap", None)  # numpy's memmap has no public way to it
-            if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
-                mapped.madvise(mmap.MADV_RANDOM)
+            if not isinstance(shard, ShardFile):
+                _expect_random_reads(shard)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -178,7 +228,9 @@ class TokenStream:
         i = int(np.searchsorted(self._starts, start, side="right")) - 1
         while length > 0:
             offset = start - int(self._starts[i])
-            part = self._shards[i][offset : offset + length]
+            shard = self._shards[i]
+            tokens = self._map(shard, self._random_reads) if isinstance(shard, ShardFile) else shard
+            part = tokens[offset : offset + length]
             parts.append(part)
             start, length, i = start + len(part), length - len(part), i + 1
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
@@ -251,57 +303,10 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
 
 
 def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
-    shards = []
-    for entry in entries:
-        path = folder / entry["file"]
-        tokens = open_shard(path)
-        if len(tokens) != entry["tokens"]:
-            raise UserError(f"{path} is damaged: it has not the number of tokens in {MANIFEST}; {_MEND}")
-        shards.append(tokens)
+    shards = [ShardFile(folder, entry["file"], entry["tokens"]) for entry in entries]
+    for shard in shards:
+        shard.check()
     return TokenStream(shards)
-
-
-def split_of(name: str) -> str | None:
-    """The split that a published shard's name says it belongs to, as in `fineweb_train_000001.bin`."""
-    words = Path(name).stem.split("_")
-    return next((split for split in SPLITS if split in words), None)
-
-
-def open_published(folder: Path) -> Dataset:
-    """Open shards that others have published, in place: llm.c's `*_train_*.bin`, build-nanogpt's `*_train_*.npy`.
-
-    Their fingerprint is made of names, sizes and beginnings, as they bring no hashes.
-
-    Raises:
-        UserError: there are none, or one is damaged.
-    """
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
-    paths = {split: [path for path in files if split_of(path.name) == split] for split in SPLITS}
-    if not paths["train"]:
-        raise UserError(
-            f"{folder} holds no token shards: no {MANIFEST}, and no files such as fineweb_train_000001.bin "
-            f"or edufineweb_train_000001.npy"
-        )
-    digest = hashlib.sha256()
-    splits: dict[str, dict[str, Any]] = {}
-    streams: dict[str, TokenStream] = {}
-    for split, found in paths.items():
-        shards = [open_shard(path, "get it again") for path in found]
-        streams[split] = TokenStream(shards)
-        entries = [{"file": path.name, "tokens": len(shard)} for path, shard in zip(found, shards, strict=True)]
-        splits[split] = {"tokens": len(streams[split]), "shards": entries}
-        for entry, shard in zip(entries, shards, strict=True):
-            digest.update(f"{entry} {shard[:4096].tobytes().hex()}".encode())
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "name": folder.name,
-        "fingerprint": digest.hexdigest(),
-        "tokenizer": {"name": "gpt2"},
-        "documents": None,
-        "tokens": sum(split["tokens"] for split in splits.values()),
-        "splits": splits,
-    }
-    return Dataset(folder, manifest, streams["train"], streams["val"])
 
 
 def _open_npy(path: Path) -> np.ndarray:

@@ -1,0 +1,224 @@
+"""A simulation of scale: 1,024 ranks that read 10 trillion tokens, and how long their steps would take.
+
+    python benchmarks/scale.py [--part data|steps|all] [--json OUT] [--smoke] [--rounds N] [--folder DIR]
+
+`data`: with the package's own loading code, are the sequences that 1,024 ranks read disjoint and complete, and what
+does a rank need in memory and time to go on in the middle of an epoch? Sparse files stand in for 20 TB
+(`scale_data.py`).
+
+`steps`: a model of a data-parallel step (`scale_network.py`) against real steps of two processes here
+(`scale_steps.py`), and what it predicts for 8, 64 and 1,024 GPUs from published figures (`scale_gpus.py`).
+
+Tables are printed as Markdown. `--smoke` does the same in seconds with small numbers, which say nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scale_gpus
+import scale_steps
+import torch
+from scale_data import Reader, in_fresh_process, numbered_stream, write_sparse_dataset
+
+from restomod.data.batches import Batches
+from restomod.device import describe_device
+from restomod.errors import EXIT_USER_ERROR, UserError, describe_os_error
+from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.presets import preset
+from restomod.train.run import environment
+
+SEED = 1
+AT = (0.0, 0.5, 0.999)  # of an epoch, where a rank goes on
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the simulation of data is."""
+
+    ranks: int
+    share: int
+    """Sequences of a step for each rank."""
+    T: int
+    sizes: tuple[tuple[int, int], ...]
+    """Shards and tokens of a shard; the orders are looked at in the largest."""
+    steps: int
+    """Sampled across an epoch."""
+    windows: int
+    """Looked up."""
+    exhaustive: int
+    """Windows of the data that are read completely."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a step."""
+        return self.ranks * self.share
+
+
+FULL = Scale(
+    ranks=1024,
+    share=4,
+    T=1024,
+    sizes=((100, 10**8), (1000, 10**8), (10_000, 10**8), (100_000, 10**8), (10_000, 10**9)),
+    steps=16,
+    windows=500,
+    exhaustive=41_000,  # ten steps and a part of one
+)
+SMOKE = Scale(ranks=16, share=2, T=16, sizes=((4, 10_000), (40, 10_000)), steps=4, windows=20, exhaustive=500)
+
+
+def examine_data(scale: Scale, folder: Path) -> dict[str, Any]:
+    """All about the data; ``folder`` is to hold the sparse files."""
+    shards, shard_tokens = max(scale.sizes, key=lambda size: size[0] * size[1])
+    batches = Batches(numbered_stream(shards * shard_tokens, shard_tokens, scale.T), scale.T, scale.batch, SEED)
+    reader, n = Reader(batches, scale.ranks), batches.n_windows
+    ends = n // scale.batch  # the step in which the first epoch ends
+    steps = sorted({0, ends - 1, ends, ends + 1, *np.linspace(0, ends, scale.steps, dtype=int).tolist()})
+    say(f"{n:,} windows: {len(steps)} steps of {scale.ranks:,} ranks")
+    sequences, duplicates = reader.duplicates(steps)
+    drawn = np.random.default_rng(SEED).integers(n, size=scale.windows)
+    looked_up = np.concatenate([[0, 1, n - 2, n - 1], drawn])
+    lost = reader.not_found(looked_up)
+    say(f"all of {scale.exhaustive:,} windows")
+    small = numbered_stream(scale.exhaustive * 8 + 1, 1001, 8)
+    missing = Reader(Batches(small, 8, scale.batch, SEED), scale.ranks).missing()
+    return {
+        "ranks": scale.ranks,
+        "sequence_length": scale.T,
+        "batch_sequences": scale.batch,
+        "windows": n,
+        "steps_of_an_epoch": n / scale.batch,
+        "sampled": {"steps": steps, "sequences": sequences, "duplicates": duplicates},
+        "looked_up": {"windows": len(looked_up), "not_found": lost},
+        "exhaustive": {"windows": scale.exhaustive, "not_once": missing},
+        "ranks_measured": [costs(scale, *size, folder) for size in scale.sizes],
+    }
+
+
+def costs(scale: Scale, shards: int, shard_tokens: int, folder: Path) -> dict[str, Any]:
+    """What a rank needs to go on at each of `AT`, in a new process."""
+    say(f"{shards:,} shards of {shard_tokens:,} tokens")
+    data = folder / f"{shards}x{shard_tokens}"
+    write_sparse_dataset(data, shards, shard_tokens)
+    return in_fresh_process(data, scale.T, scale.batch, scale.ranks, AT)
+
+
+def data_lines(found: dict[str, Any]) -> list[str]:
+    sampled, looked_up, exhaustive = found["sampled"], found["looked_up"], found["exhaustive"]
+    lines = [
+        f"{found['ranks']:,} ranks, {found['windows']:,} windows of {found['sequence_length']:,} tokens, "
+        f"{found['steps_of_an_epoch']:,.1f} steps an epoch",
+        f"- {len(sampled['steps'])} steps across an epoch: {sampled['sequences']:,} sequences read, "
+        f"{sampled['duplicates']} of them twice",
+        f"- {looked_up['windows']:,} windows looked up by the inverse permutation: {looked_up['not_found']} not read "
+        f"by the rank and step that it names",
+        f"- an epoch of {exhaustive['windows']:,} windows read completely: {exhaustive['not_once']} not read just once",
+        "",
+        "| tokens | shards | open, s (CPU s) | first batch, ms, at 0, ½, 1 | order, ms | load, ms | a step, kB "
+        "| held, MB | files |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in found["ranks_measured"]:
+        lines.append(
+            f"| {r['tokens']:,} | {r['shards']:,} | {r['open_seconds']:.2f} ({r['open_cpu_seconds']:.2f}) "
+            f"| {', '.join(f'{1e3 * seconds:.1f}' for seconds in r['first_batch_seconds'])} "
+            f"| {1e3 * r['order_seconds']:.2f} | {1e3 * r['load_seconds']:.2f} "
+            f"| {r['step_peak_bytes'] / 1e3:.0f} | {r['opened_bytes'] / 1e6:.1f} "
+            f"| {r['files_open']:.0f} |"
+        )
+    return lines
+
+
+def examine_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
+    """Measured and predicted steps, and predictions for GPUs."""
+    trial = scale_steps.trial(smoke)
+    if rounds is not None:
+        trial = dataclasses.replace(trial, rounds=rounds)
+    say(f"two processes, {trial.rounds} rounds")
+    payloads = {name: scale_steps.payload(preset(name).model) for name in scale_gpus.MODELS}
+    return {
+        "here": scale_steps.compared(trial, scale_steps.measure(trial)),
+        "networks": scale_gpus.stated(),
+        "predictions": scale_gpus.predictions(payloads),
+    }
+
+
+def step_lines(found: dict[str, Any]) -> list[str]:
+    here = found["here"]
+    lines = [
+        f"{kind}: {1e6 * network['latency']:.0f} µs a message, {network['bandwidth'] / 1e9:.2f} GB/s"
+        for kind, network in here["networks"].items()
+    ]
+    lines += [
+        "",
+        "| way | micro-batches | alone, ms | communication, ms | predicted, ms | measured, ms | error |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in here["rows"]:
+        e = r["error_percent"]
+        lines.append(
+            f"| {r['way']} | {r['micro_batches']} | {1e3 * r['alone_seconds']['median']:.0f} "
+            f"| {1e3 * r['predicted_communication_seconds']:.0f} | {1e3 * r['predicted_seconds']['median']:.0f} "
+            f"| {1e3 * r['measured_seconds']['median']:.0f} "
+            f"| {e['median']:+.0f}% ({e['min']:+.0f} to {e['max']:+.0f}) |"
+        )
+    return [*lines, "", *scale_gpus.table(found["predictions"])]
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what} …", file=sys.stderr, flush=True)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        UserError: a file or folder cannot be used.
+    """
+    if given.json:
+        refuse_unwritable(given.json)
+    if given.rounds is not None and given.rounds < 1:
+        raise UserError(f"--rounds is {given.rounds}; it must be at least 1")
+    result: dict[str, Any] = {"environment": environment(describe_device(torch.device("cpu")), "fp32")}
+    result["smoke"] = given.smoke
+    lines: list[str] = []
+    if given.part in ("data", "all"):
+        if given.folder and not given.folder.is_dir():
+            raise UserError(f"{given.folder}: no such folder; make it, or leave --folder out")
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            result["data"] = examine_data(SMOKE if given.smoke else FULL, Path(folder))
+        lines += data_lines(result["data"])
+    if given.part in ("steps", "all"):
+        result["steps"] = examine_steps(given.smoke, given.rounds)
+        lines += ["", *step_lines(result["steps"])]
+    print("\n".join(lines))
+    if given.json:
+        write_json_atomically(given.json, json.loads(json.dumps(result)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="a simulation of scale")
+    parser.add_argument("--part", choices=("data", "steps", "all"), default="all")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here")
+    parser.add_argument("--smoke", action="store_true", help="small numbers, in seconds")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the measured steps (by default 7)")
+    parser.add_argument("--folder", type=Path, help="where to put the sparse files (by default the system's)")
+    try:
+        run(parser.parse_args())
+    except (UserError, OSError) as e:
+        print(f"scale: error: {e if isinstance(e, UserError) else describe_os_error(e)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""What 1,024 ranks read of 10 trillion tokens, and what it takes each of them: the measurements behind `scale.py`.
+
+The code that orders and reads is the package's own (`Batches`, `TokenStream`, `open_dataset`). Two stand-ins take the
+place of 20 TB: shards that make their tokens when they are read, each window telling its own number, so that what a
+rank has read can be known from the tensors it got; and, where files are to be opened, many names of few sparse files.
+
+n = windows of the data, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import re
+import statistics
+import time
+import tracemalloc
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from restomod.data.batches import FEISTEL_ROUNDS, Batches, _mix
+from restomod.data.shards import (
+    HEADER_BYTES,
+    MAGIC,
+    MANIFEST,
+    MANIFEST_FORMAT,
+    VERSION,
+    TokenStream,
+    open_dataset,
+)
+from restomod.data.verified import VERIFIED, _seen
+from restomod.files import sha256_file, write_json_atomically
+
+BASE, DIGITS = 50_000, 3  # a window's number in tokens: up to 1.25e14 windows
+NAMES_PER_FILE = 1000  # file systems allow 65,000 on ext4, fewer elsewhere
+VOCABULARY = "0" * 64  # SHA-256 of no tokenizer
+STEPS_TIMED = 20
+
+
+class NumberedShard:
+    """Tokens [first, first + length) of a text in which every window begins with its own number, made when read."""
+
+    def __init__(self, first: int, length: int, T: int) -> None:
+        self.first, self.length, self.T = first, length, T
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.length)
+        window, place = np.divmod(np.arange(self.first + start, self.first + stop), self.T)
+        digit = window // BASE ** np.minimum(place, DIGITS) % BASE
+        return np.where(place < DIGITS, digit, 0).astype(np.uint16)
+
+
+def numbered_stream(tokens: int, shard_tokens: int, T: int) -> TokenStream:
+    """A stream of ``tokens`` tokens in shards of ``shard_tokens``, windows of T >= 3 telling their numbers."""
+    firsts = range(0, tokens, shard_tokens)
+    return TokenStream([NumberedShard(f, min(shard_tokens, tokens - f), T) for f in firsts])  # type: ignore[misc]
+
+
+def windows_read(micro_batches: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
+    """Which windows of a `numbered_stream` were read, from the tokens alone.
+
+    Raises:
+        AssertionError: targets are not one token ahead, up to the first token of the next window.
+    """
+    found: list[int] = []
+    for x, y in micro_batches:
+        assert (x[:, 1:] == y[:, :-1]).all(), "targets are not the next tokens"
+        numbers = sum(x[:, j] * BASE**j for j in range(DIGITS))
+        assert (y[:, -1] == (numbers + 1) % BASE).all(), "the last target is not the next window's first token"
+        found += numbers.tolist()
+    return found
+
+
+@dataclass(frozen=True)
+class Reader:
+    """All ranks of a run on one set of batches."""
+
+    batches: Batches
+    ranks: int
+
+    @property
+    def share(self) -> int:
+        """Sequences of a step for each rank."""
+        return self.batches.batch_sequences // self.ranks
+
+    def read(self, step: int, rank: int) -> list[int]:
+        """The windows that a rank reads at a step, as a training run reads them."""
+        return windows_read(self.batches.micro_batches(step, self.share, rank, self.ranks))
+
+    def duplicates(self, steps: Iterable[int]) -> tuple[int, int]:
+        """Sequences that all ranks read at ``steps``, and how many of them had been read before in their epoch."""
+        n, size = self.batches.n_windows, self.batches.batch_sequences
+        seen: set[tuple[int, int]] = set()
+        count = 0
+        for step in steps:
+            windows = [w for rank in range(self.ranks) for w in self.read(step, rank)]
+            epochs = ((step * size + i) // n for i in range(size))
+            seen.update(zip(epochs, windows, strict=True))
+            count += len(windows)
+        return count, count - len(seen)
+
+    def missing(self, epoch: int = 0) -> int:
+        """Of all windows, how many no rank reads in an epoch; every step of it is read, by all ranks."""
+        n, size = self.batches.n_windows, self.batches.batch_sequences
+        times = np.zeros(n, dtype=np.int64)
+        for step in range(epoch * n // size, ((epoch + 1) * n - 1) // size + 1):
+            windows = np.array([w for rank in range(self.ranks) for w in self.read(step, rank)])
+            position = step * size + np.arange(size)
+            np.add.at(times, windows[position // n == epoch], 1)
+        return int((times != 1).sum())
+
+    def not_found(self, windows: np.ndarray, epoch: int = 0) -> int:
+        """How many of ``windows`` are not read where the inverse of the permutation says that they are."""
+        b = self.batches
+        positions = epoch * b.n_windows + unpermute(windows, b.n_windows, b.seed, epoch)
+        lost = 0
+        for window, position in zip(windows.tolist(), positions.tolist(), strict=True):
+            step, place = divmod(position, b.batch_sequences)
+            rank, index = divmod(place, self.share)
+            lost += self.read(step, rank)[index] != window
+        return lost
+
+
+def unpermute(window: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
+    """The inverse of `restomod.data.batches.permute`: where in an epoch each window stands, shape (m,), int64.
+
+    A round (L, R) -> (R, L ^ f(R)) is undone by (L', R') -> (R' ^ f(L'), L') whatever f is (Luby and Rackoff, 1988), so
+    the network is a bijection of its whole range; and a walk through it that began inside [0, n) and ended at its
+    first result inside is walked back likewise. That there is an inverse is what makes an epoch complete and disjoint.
+    """
+    half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch, source]).generate_state(FEISTEL_ROUNDS, np.uint64)
+    x = window.astype(np.uint64)
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> half_bits, x[outside] & mask
+        for key in keys[::-1]:
+            left, right = right ^ (_mix(left + key) & mask), left
+        x[outside] = left << half_bits | right
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+def write_sparse_dataset(folder: Path, shards: int, shard_tokens: int) -> None:
+    """A whole prepared folder with ``shards`` training shards, all zeros, that takes next to no room on the disk.
+
+    Its manifest is true, and its record of verified shards is as the first start of a training leaves it.
+    """
+    folder.mkdir(parents=True)
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, shard_tokens
+    names = [f"train_{i:06d}.bin" for i in range(shards)] + ["val_000000.bin"]
+    for i in range(0, len(names), NAMES_PER_FILE):
+        with open(folder / names[i], "wb") as f:
+            f.write(header.tobytes())
+            f.truncate(HEADER_BYTES + 2 * shard_tokens)
+        for name in names[i + 1 : i + NAMES_PER_FILE]:
+            os.link(folder / names[i], folder / name)
+    sha256 = sha256_file(folder / names[0])
+    entries = [{"file": name, "tokens": shard_tokens, "sha256": sha256} for name in names]
+    splits = {"train": entries[:-1], "val": entries[-1:]}
+    write_json_atomically(
+        folder / MANIFEST,
+        {
+            "format": MANIFEST_FORMAT,
+            "name": "sparse",
+            "fingerprint": sha256,
+            "tokenizer": {"name": "none", "vocab_size": 50257, "sha256": VOCABULARY},
+            "documents": 1,
+            "tokens": shard_tokens * len(names),
+            "splits": {k: {"tokens": shard_tokens * len(v), "shards": v} for k, v in splits.items()},
+        },
+    )
+    write_json_atomically(folder / VERIFIED, {name: _seen(folder / name, sha256) for name in names})
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that belongs to no file: what the page cache cannot drop. Linux only."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def rank_cost(folder: Path, T: int, batch_sequences: int, ranks: int, at: Sequence[float]) -> dict[str, Any]:
+    """What one rank takes to go on with a run; to be called in a fresh process.
+
+    Args:
+        folder: of tokens.
+        T, batch_sequences, ranks: of the run.
+        at: where to go on, as fractions of an epoch.
+
+    Returns:
+        Seconds, bytes and counts; of first batches one for each of ``at``.
+    """
+    gc.collect()
+    before, computing, start = anonymous_bytes(), time.process_time(), time.perf_counter()
+    dataset = open_dataset(folder, VOCABULARY)
+    opened, computed = time.perf_counter(), time.process_time() - computing
+    gc.collect()
+    held = anonymous_bytes() - before
+    dataset.train.expect_random_reads()
+    share, rank = batch_sequences // ranks, ranks - 1
+    firsts, order, load = [], [], []
+    for part in at:
+        began = time.perf_counter()
+        batches = Batches(dataset.train, T, batch_sequences, seed=1)
+        step = int(part * batches.n_windows) // batch_sequences
+        batches.micro_batches(step, share, rank, ranks)
+        firsts.append(time.perf_counter() - began)
+        for later in range(step + 1, step + 1 + STEPS_TIMED):
+            began = time.perf_counter()
+            windows = batches.windows(later, rank * share, share)
+            ordered = time.perf_counter()
+            batches.load(windows)
+            order.append(ordered - began)
+            load.append(time.perf_counter() - ordered)
+    grown = anonymous_bytes() - before - held
+    tracemalloc.start()
+    batches.micro_batches(step, share, rank, ranks)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {
+        "tokens": len(dataset.train),
+        "shards": len(dataset.manifest["splits"]["train"]["shards"]),
+        "at": list(at),
+        "open_seconds": opened - start,
+        "open_cpu_seconds": computed,
+        "first_batch_seconds": firsts,
+        "order_seconds": statistics.median(order),
+        "load_seconds": statistics.median(load),
+        "step_peak_bytes": peak,
+        "opened_bytes": held,
+        "grown_bytes": grown,
+        "process_bytes": before + held + grown,
+        "files_open": sum(_is_shard(link) for link in Path("/proc/self/fd").iterdir()),
+    }
+
+
+def _is_shard(link: Path) -> bool:
+    try:
+        return os.readlink(link).endswith(".bin")
+    except OSError:  # that of the listing itself
+        return False
+
+
+def in_fresh_process(*arguments: Any) -> dict[str, Any]:
+    """`rank_cost` in a process of its own, which has opened nothing before: a fork of one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["restomod.data.batches", "restomod.train.step"])
+    with context.Pool(1) as pool:
+        return pool.apply(rank_cost, arguments)
