@@ -102,6 +102,7 @@ class Worker:
     patience: float = PATIENCE
     _process: BaseProcess | None = field(default=None, init=False)
     _pipe: Connection | None = field(default=None, init=False)
+    _ready: bool = field(default=False, init=False)
 
     def start(self) -> None:
         import torch
@@ -112,10 +113,13 @@ class Worker:
         self._process = context.Process(target=_work, args=(self.make, self.arguments, threads, theirs), daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        self._answer()
+        self._ready = False
 
     def round(self) -> Measured:
         assert self._pipe is not None
+        if not self._ready:  # all import and build at once; whoever comes first waits here, in the warm-up
+            self._answer()
+            self._ready = True
         try:
             self._pipe.send(True)
         except OSError:

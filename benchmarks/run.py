@@ -29,19 +29,36 @@ from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from restomod.files import write_text_atomically
 
 MINE = Path(__file__).parent / "results" / "mine"
-MINUTES = {  # what each item may take of a whole run on a CPU; in proportion where there is more or less time
-    "startup": 1.5,
-    "tokenizing": 1.5,
-    "loader": 1.0,
-    "loss": 1.0,
-    "checkpoint": 1.5,
-    "hellaswag": 4.5,
-    "generation": 4.0,
-    "growth": 2.5,
-    "recipe": 3.0,
-    "step": 7.0,
+MINUTES = {  # what each item may take of a whole run; in proportion where there is more or less time, in this order
+    "cpu": {
+        "startup": 1.5,
+        "tokenizing": 1.5,
+        "loader": 1.0,
+        "loss": 1.0,
+        "checkpoint": 1.5,
+        "hellaswag": 4.5,
+        "generation": 4.0,
+        "growth": 2.5,
+        "recipe": 3.0,
+        "step": 7.0,
+        "shakespeare": 600.0,
+    },
+    "cuda": {
+        "step": 3.0,
+        "shakespeare": 2.0,
+        "loss": 0.5,
+        "generation": 0.5,
+        "hellaswag": 0.5,
+        "checkpoint": 0.5,
+        "growth": 0.5,
+        "loader": 0.3,
+        "startup": 0.4,
+        "tokenizing": 0.5,
+        "recipe": 4.0,
+    },
 }
-ON_REQUEST = {"shakespeare": 600.0}  # hours on a CPU
+ITEMS = tuple(MINUTES["cpu"])
+ON_REQUEST = ("shakespeare",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,11 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: list[str]) -> int:
     """Measure what ``arguments`` ask for. Raises UserError for what the user can mend."""
     given = _parser().parse_args(arguments)
-    items = chosen(given.only)
     device = choose_device(given.device).type
-    if device not in ("cpu", "cuda"):
+    if device not in MINUTES:
         device = "cpu"  # nothing here measures MPS
+    items = chosen(given.only, device)
     file = folder_of(given.out) / f"{'gpu' if device == 'cuda' else 'cpu'}.json"
+    if given.smoke:
+        items = dict.fromkeys(items, 1.0)
     finished = records.read(file)
     minutes = given.minutes or sum(items.values())
     failed = []
@@ -93,7 +112,7 @@ def run(arguments: list[str]) -> int:
                 print(f"{name} failed ({reason(e)}); the others go on", file=sys.stderr, flush=True)
                 continue
             finished[name] = item
-            finished = {n: finished[n] for n in [*MINUTES, *ON_REQUEST] if n in finished}
+            finished = {n: finished[n] for n in ITEMS if n in finished}
             write(file, finished)
             print(table.body(item), flush=True)
     print(f"\nwritten: {file}, {file.with_suffix('.md').name}, {file.with_suffix('.png').name}")
@@ -122,15 +141,13 @@ def folder_within(plan: Plan) -> Iterator[Plan]:
         yield dataclasses.replace(plan, scratch=Path(own))
 
 
-def chosen(only: str | None) -> dict[str, float]:
+def chosen(only: str | None, device: str) -> dict[str, float]:
     """The items to measure, with their minutes. Raises UserError for an unknown one."""
-    if only is None:
-        return dict(MINUTES)
-    known = MINUTES | ON_REQUEST
-    for name in only.split(","):
-        if name not in known:
-            raise UserError(f"unknown item {name!r}{did_you_mean(name, known)}")
-    return {name: minutes for name, minutes in known.items() if name in only.split(",")}
+    names = [name for name in ITEMS if name not in ON_REQUEST] if only is None else only.split(",")
+    for name in names:
+        if name not in ITEMS:
+            raise UserError(f"unknown item {name!r}{did_you_mean(name, ITEMS)}")
+    return {name: minutes for name, minutes in MINUTES[device].items() if name in names}
 
 
 def folder_of(out: Path) -> Path:
@@ -151,8 +168,8 @@ def folder_of_data(data: Path | None) -> Path | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    asked = ", ".join(ON_REQUEST)
-    parser.add_argument("--only", help=f"items, separated by commas: {', '.join(MINUTES)}; and on request: {asked}")
+    names = f"{', '.join(ITEMS)} (which are all but, if not asked for, {', '.join(ON_REQUEST)})"
+    parser.add_argument("--only", help=f"items, separated by commas: {names}")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything work?")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"a checkout: {peers.NAMES}")
     parser.add_argument("--data", type=Path, help="folder with corpus/, eval/hellaswag_val.jsonl, tinyshakespeare/")
