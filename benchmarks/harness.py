@@ -43,6 +43,8 @@ class Plan:
     """When the item at work should end, on the clock of `time.monotonic`."""
     command: list[str] = field(default_factory=list)
     """How this measurement was asked for."""
+    out: Path | None = None
+    """Where the results go."""
     say: Callable[[str], None] = print
 
     def pick(self, full: T, smoke: T, gpu: T | None = None) -> T:
@@ -62,7 +64,8 @@ class Plan:
 
     def command_line(self) -> str:
         """The command without what is particular to this machine."""
-        hidden = {str(path): "PATH" for path in self.peers.values()} | ({str(self.data): "DATA"} if self.data else {})
+        hidden = {str(path): "PATH" for path in self.peers.values()}
+        hidden |= {str(path): name for path, name in ((self.data, "DATA"), (self.out, "OUT")) if path is not None}
         words = list(self.command)
         for path in sorted(hidden, key=len, reverse=True):
             words = [word.replace(path, hidden[path]) for word in words]

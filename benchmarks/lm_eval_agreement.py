@@ -1,7 +1,7 @@
 """HellaSwag by restomod, by lm-evaluation-harness and by a plain loop on one model: do all examples agree?
 
     pip install -c constraints.txt -e '.[lm-eval]'
-    python benchmarks/lm_eval_agreement.py MODEL_FOLDER hellaswag_val.jsonl [--examples 500]
+    python -m benchmarks.lm_eval_agreement MODEL_FOLDER hellaswag_val.jsonl [--examples 500]
 
 The harness runs unmodified on the exported folder, with a task that reads the same file, and no network.
 """

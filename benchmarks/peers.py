@@ -179,8 +179,8 @@ def nanogpt(task: Task) -> Step:
 
 def nanochat(task: Task) -> Step:
     """base_train.py: its own architecture (value embeddings, a head of its own) and its own Muon, compiled."""
-    _file(task.path, "nanochat/gpt.py")
-    sys.path.insert(0, str(task.path))
+    file = _file(task.path, "nanochat/gpt.py")
+    sys.path.insert(0, str(file.parents[1].absolute()))
     from nanochat.gpt import GPT, GPTConfig
 
     shape, device = task.shape, task.device
@@ -218,7 +218,7 @@ def parse(peer: str) -> tuple[str, Path]:
         raise UserError(f"unknown peer {name!r}{did_you_mean(name, CHECKOUTS)}")
     if not Path(path).is_dir() or not path:
         raise UserError(f"--peer {peer}: no such folder; clone the project and name its folder: --peer {name}=PATH")
-    return name, Path(path).absolute()
+    return name, Path(path)
 
 
 def definitions(path: Path) -> dict[str, Any]:

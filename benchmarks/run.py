@@ -95,6 +95,7 @@ def run(arguments: list[str]) -> int:
             folder_of_data(given.data),
             given.rounds,
             command=arguments,
+            out=given.out,
             say=lambda text: print(text, flush=True),
         )
         print(f"{table.machine(environment(plan))}; at most about {minutes:g} minutes", flush=True)

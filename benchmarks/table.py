@@ -148,7 +148,8 @@ def in_words(ratio: Ratio) -> str:
 
 def number(x: float) -> str:
     """Three significant digits, or all before the point."""
-    if x == 0 or abs(x) >= 100:
+    if x == 0 or abs(x) >= 99.95:
         return f"{x:,.0f}"
-    digits = 2 if abs(x) >= 1 else 3
-    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.{digits}f}" if abs(x) >= 0.01 else f"{x:.2e}"
+    size = abs(float(f"{x:.3g}"))
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{x:.{digits}f}" if size >= 0.01 else f"{x:.2e}"
