@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from benchmarks.records import Values
 
-PATIENCE = 300.0  # seconds for a start or a round
+PATIENCE = 600.0  # seconds for a start or a round
 PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 
 

@@ -128,7 +128,9 @@ def random_model(plan: Plan) -> GPT:
 def exported(model: GPT, dtype: torch.dtype) -> Any:
     """The same weights in a model of transformers."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder))
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
