@@ -137,14 +137,14 @@ def _rounds(plan: Plan, contenders: list[Contender], rounds: int, warmup: int) -
     absent: dict[str, str] = {}
     try:
         for contender in contenders:
-            _try(contender.start, contender.name, absent)
+            _try(contender, contender.start, absent)
         for number in range(warmup + rounds):
             if plan.late() and len(rows) > 0:
                 break
             measured = {}
             for contender in _in_turn(contenders, number):
                 if contender.name not in absent:
-                    found = _try(contender.round, contender.name, absent)
+                    found = _try(contender, contender.round, absent)
                     if found is not None:
                         measured[contender.name] = found
             if number >= warmup:
@@ -159,11 +159,12 @@ def _in_turn(contenders: list[Contender], number: int) -> Iterator[Contender]:
     return iter(contenders) if number % 2 == 0 else reversed(contenders)
 
 
-def _try(act: Callable[[], T], name: str, absent: dict[str, str]) -> T | None:
+def _try(contender: Contender, act: Callable[[], T], absent: dict[str, str]) -> T | None:
     try:
         return act()
     except Absent as e:
-        absent[name] = str(e)
+        absent[contender.name] = str(e)
+        contender.stop()  # one that hangs would go on computing beside the others
         return None
 
 

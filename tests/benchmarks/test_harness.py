@@ -116,6 +116,24 @@ def test_outputs_are_compared(plan: Plan) -> None:
     assert found.entries[1].agreement == [0.0, 0.0]
 
 
+def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: Plan) -> None:
+    events: list[str] = []
+
+    class Stubborn(Here):
+        def round(self) -> Measured:
+            raise Absent("no answer")
+
+        def stop(self) -> None:
+            events.append("stopped")
+
+    def note() -> Measured:
+        events.append("round")
+        return Measured({"speed": 1.0})
+
+    compare(plan, "x", [Stubborn("A", lambda: note), Here("B", lambda: note)], [SPEED], rounds=2, warmup=0)
+    assert events[:3] == ["stopped", "round", "round"]
+
+
 def test_how_many_fit() -> None:
     assert together(6, 5e9, None) == 6
     assert together(6, 5e9, int(21e9)) == 4
