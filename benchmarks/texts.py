@@ -41,9 +41,18 @@ def texts(plan: Plan, megabytes: float) -> tuple[list[str], str]:
     return found, "prose of --data" if corpus is not None else INSTEAD
 
 
+def written(documents: list[str], file: Path) -> None:
+    """Documents as JSON lines."""
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+
+
 def to_train_on(plan: Plan) -> tuple[DataConfig, str]:
     """Text for a small training run, and what it is."""
     corpus, cache = plan.file(CORPUS), str(plan.scratch / "tokens")
+    if plan.smoke:
+        found, what = texts(plan, 0.3)
+        written(found, small := plan.scratch / "small.jsonl")
+        return DataConfig(source="text", path=str(small), cache=cache), what
     if corpus is None:
         return DataConfig(cache=cache), INSTEAD
     first = next(files_of(corpus, GLOB))

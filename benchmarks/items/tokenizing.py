@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 from benchmarks.contenders import Command, Contender, Measured, Round, Worker
 from benchmarks.harness import Plan, compare
 from benchmarks.records import Comparison, Item, Metric
-from benchmarks.texts import texts
+from benchmarks.texts import texts, written
 from restomod.data.bulk import BulkEncoder
 from restomod.data.prepare import document_batches
 from restomod.data.readers import Document, read_documents
@@ -31,7 +30,7 @@ def measure(plan: Plan) -> Item:
     found, what = texts(plan, plan.pick(40.0, 0.3))
     megabytes = sum(len(text.encode()) for text in found) / 1e6
     file = plan.scratch / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in found), encoding="utf-8")
+    written(found, file)
     note = f"{len(found):,} documents, {megabytes:.1f} MB: {what}"
     return Item("Text to token shards", [in_memory(plan, file), from_file(plan, file, megabytes)], notes=[note])
 
@@ -68,11 +67,11 @@ def rounds(way: str, file: Path, shard: Path) -> Round:
     def one_round() -> Measured:
         start = time.perf_counter()
         tokens = np.concatenate([part for document in encoded() for part in (separator, document)])
-        written = write_shard(shard, tokens)
+        shard_of = write_shard(shard, tokens)
         seconds = time.perf_counter() - start
         values = {"MB/s": size / 1e6 / seconds, "tokens/s": len(tokens) / seconds}
         digest = hashlib.sha256(shard.read_bytes()).hexdigest()
-        assert digest == written["sha256"], "the shard's hash is not that of its bytes"
+        assert digest == shard_of["sha256"], "the shard's hash is not that of its bytes"
         return Measured(values | {"peak memory": (peak_resident_bytes() or 0) / 1e9}, digest)
 
     return one_round
