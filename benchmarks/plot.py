@@ -48,7 +48,8 @@ def draw(items: dict[str, Item], path: Path) -> None:
     if not ratios and not series:
         return
     heights = ([0.6 + 0.24 * len(ratios)] if ratios else []) + [2.2] * len(series)
-    figure = new_figure("restomod, measured", 12, 1 + sum(heights))
+    subject = "restomod: how many times better, median of the rounds and 95 % interval" if ratios else "restomod"
+    figure = new_figure(subject, 12, 1 + sum(heights))
     every = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     if ratios:
         _forest(every[0], ratios)
@@ -63,9 +64,10 @@ def draw(items: dict[str, Item], path: Path) -> None:
 
 def _forest(axes: Axes, ratios: list[tuple[str, Ratio]]) -> None:
     for y, (_, ratio) in enumerate(reversed(ratios)):
-        low = ratio.median if ratio.low is None else ratio.low
-        high = ratio.median if ratio.high is None else ratio.high
-        color = BETTER if low > 1 else WORSE if high < 1 else INK
+        low, high, color = ratio.median, ratio.median, INK
+        if ratio.low is not None and ratio.high is not None:  # of one round nobody knows
+            low, high = ratio.low, ratio.high
+            color = BETTER if low > 1 else WORSE if high < 1 else INK
         axes.plot([low, high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
         axes.plot(ratio.median, y, "o", color=color, markersize=5)
         axes.annotate(number(ratio.median), (high, y), (5, 0), textcoords="offset points", va="center", fontsize=7)
@@ -73,5 +75,5 @@ def _forest(axes: Axes, ratios: list[tuple[str, Ratio]]) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(ratios)), [label for label, _ in reversed(ratios)], fontsize=7, parse_math=False)
     axes.set_ylim(-0.7, len(ratios) - 0.3)
-    axes.set_title("how many times better ours is: median of the rounds, 95 % interval", fontsize=10)
+    axes.xaxis.set_major_formatter("{x:g}")
     quiet(axes)
