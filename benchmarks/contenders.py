@@ -209,7 +209,7 @@ class Command:
         found = json.loads(done.stdout) if done.returncode == 0 else {"code": done.returncode}
         if found["code"]:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-            raise Absent(f"exit code {found['code']}: {last:.160}")
+            raise Absent(f"exit code {found['code']}: {last.replace(sys.executable, 'python'):.160}")
         seconds = found["seconds"]
         return Measured({"seconds": seconds, "peak memory": found["peak_bytes"] / 1e9} | self.also(seconds))
 

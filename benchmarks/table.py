@@ -35,11 +35,11 @@ def _comparison(comparison: Comparison) -> str:
     here = [e for e in comparison.entries if e.absent is None]
     metrics = [m for m in comparison.metrics if any(m.name in e.values for e in here)]
     head = [comparison.case]
+    beside, agreeing = any(e.beside for e in here), any(e.agreement for e in here)
     for metric in metrics:
-        head += [_heading(metric), "ours / theirs"]
-    agreeing = any(e.agreement for e in here)
+        head += [_heading(metric), *(["ours / theirs"] if beside else [])]
     head += ["same output"] if agreeing else []
-    rows = [_row(e, metrics, agreeing) for e in here]
+    rows = [_row(e, metrics, beside, agreeing) for e in here]
     lines = [*_markdown(head, rows)]
     remarks = [f"absent: {e.name}: {e.absent}" for e in comparison.entries if e.absent is not None]
     remarks += comparison.notes
@@ -51,13 +51,13 @@ def _heading(metric: Metric) -> str:
     return f"{metric.name}{unit} ({metric.better} is better)"
 
 
-def _row(entry: Entry, metrics: list[Metric], agreeing: bool) -> list[str]:
+def _row(entry: Entry, metrics: list[Metric], beside: bool, agreeing: bool) -> list[str]:
     cells = [entry.name]
     for metric in metrics:
         values = entry.values.get(metric.name)
         cells.append(spread(values) if values else "–")
         ratio = ratio_of(entry, metric)
-        cells.append(in_words(ratio) if ratio else "")
+        cells += [in_words(ratio) if ratio else ""] if beside else []
     return cells + ([f"{statistics.mean(entry.agreement):.1%}" if entry.agreement else ""] if agreeing else [])
 
 

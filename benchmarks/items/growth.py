@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.contenders import Absent, Command, Contender, Measured
 from benchmarks.harness import Plan, compare
-from benchmarks.items.startup import TINY, training
+from benchmarks.items.startup import TINY, has_step, training
 from benchmarks.records import Comparison, Item, Metric, Series
 from benchmarks.texts import to_train_on
 from restomod.train.metrics import read_jsonl
@@ -27,13 +27,13 @@ def measure(plan: Plan) -> Item:
     often = [f"--{act}-every={max(1, steps // 6)}" for act in ("eval", "sample", "save")]
     run = plan.scratch / "run"
     words = ["train", "quickstart", "--out", str(run), "--steps", str(steps), "--eval-tokens", "4096", *often]
-    memory = watched([*words, *where, *sizes])
+    memory = watched([*words, *where, *sizes], run / "metrics.jsonl")
     times = [(float(r["step"]), float(r["ms"])) for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
     case = f"{steps:,} steps of the quickstart"
     series = [Series(case, "step", "ms a step", times)]
     left_out = []
     if memory:
-        series.append(Series(case, "seconds", "resident memory, GB", memory))
+        series.append(Series(case, "seconds since the first step", "resident memory, GB", memory))
     else:
         left_out.append("memory over time: this system does not tell that of another process")
     comparisons = []
@@ -44,16 +44,22 @@ def measure(plan: Plan) -> Item:
     return Item("Growth", comparisons, series, left_out, [what])
 
 
-def watched(words: list[str]) -> list[tuple[float, float]]:
-    """Make a run to its end; seconds since its start, and the GB that it holds then. Raises Absent where it fails."""
-    memory = []
-    start = time.perf_counter()
+def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:
+    """Make a run to its end; seconds since its first step, and the GB that it held then.
+
+    Raises:
+        Absent: it fails.
+    """
+    memory: list[tuple[float, float]] = []
+    start = 0.0
     with training(words) as process:
         while process.poll() is None:
-            held = resident_bytes(process.pid)
-            if held:
-                memory.append((time.perf_counter() - start, held / 1e9))
             time.sleep(1 / SAMPLES_A_SECOND)
+            if not start and has_step(metrics):
+                start = time.perf_counter()
+            held = resident_bytes(process.pid)
+            if start and held:
+                memory.append((time.perf_counter() - start, held / 1e9))
         if process.returncode:
             raise Absent(f"`restomod train` ended with code {process.returncode}")
     return memory

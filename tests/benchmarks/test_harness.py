@@ -202,10 +202,13 @@ def test_commands_are_timed_and_their_memory_is_their_own(plan: Plan) -> None:
         command("large", "b = bytearray(300_000_000)", also=lambda seconds: {"speed": 1 / seconds}),
         command("failing", "import sys; print('first'); sys.exit('last line')"),
         Command("missing", ["a-program-that-nobody-has"]),
+        Command("no module", [sys.executable, "-m", "a_package_that_nobody_has"]),
         command("hanging", "import time; time.sleep(60)", patience=1.0),
     ]
     metrics = [Metric("seconds", "", "lower"), Metric("peak memory", "GB", "lower"), SPEED]
-    small, large, failing, missing, hanging = compare(plan, "x", contenders, metrics, rounds=1, warmup=0).entries
+    small, large, failing, missing, no_module, hanging = compare(
+        plan, "x", contenders, metrics, rounds=1, warmup=0
+    ).entries
     assert small.values["seconds"][0] >= 0.3
     assert small.values["peak memory"][0] < 0.1, "that of this process, which holds torch, is not inherited"
     assert 0.3 < large.values["peak memory"][0] < 0.45
@@ -213,6 +216,7 @@ def test_commands_are_timed_and_their_memory_is_their_own(plan: Plan) -> None:
     assert failing.absent == "exit code 1: last line"
     assert missing.absent is not None
     assert "exit code 127" in missing.absent
+    assert no_module.absent == "exit code 1: python: No module named a_package_that_nobody_has"
     assert hanging.absent == "no end after 1 s"
 
 

@@ -65,7 +65,7 @@ def test_ours_absent_leaves_others_without_a_ratio() -> None:
     changed = dataclasses.replace(comparison, entries=[ours, dataclasses.replace(other, beside={}), gone])
     text = table.section(dataclasses.replace(step, comparisons=[changed]))
     assert "- absent: restomod: no compiler" in text
-    assert "| other | 105 (100 to 110) |  |" in text
+    assert "| other | 105 (100 to 110) | 4.00 (4.00 to 4.00) | 83.3% |" in text, "no column of empty ratios"
     assert plot.advantages({"step": dataclasses.replace(step, comparisons=[changed])}) == []
 
 
