@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 # As many tests at once as there are processors, up to four: each needs up to a gigabyte. They compute on one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check bench clean
 
 help:
 	@echo "make demo       install into .venv and train the quickstart (minutes on a laptop CPU)"
 	@echo "make test       install with the test tools; ruff, mypy, pytest"
 	@echo "make test-slow  the longer tests too"
+	@echo "make bench      measure speed and memory beside others (at most about 30 minutes; see docs/benchmarks.md)"
 	@echo "make clean      remove .venv and the caches; runs/ and data/ stay"
 
 $(BIN)/python:
@@ -47,6 +48,11 @@ test: check
 
 test-slow: .venv/installed-test-slow
 	$(PYTEST) -m slow
+
+# make bench PEERS="--peer nanogpt=../nanoGPT" DATA=folder OUT=benchmarks/results, then python -m benchmarks.readme
+OUT ?= benchmarks/results/mine
+bench: .venv/installed-test
+	$(BIN)/python -m benchmarks.run --out $(OUT) $(if $(DATA),--data $(DATA)) $(PEERS) $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

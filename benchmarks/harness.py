@@ -1,131 +1,204 @@
-"""HellaSwag by restomod, by lm-evaluation-harness and by a plain loop on one model: do all examples agree?
+"""The one way in which things are compared: in turns, after a warm-up, all on one machine, as long as there is time.
 
-    pip install -c constraints.txt -e '.[lm-eval]'
-    python benchmarks/harness.py MODEL_FOLDER hellaswag_val.jsonl [--examples 500]
-
-The harness runs unmodified on the exported folder, with a task that reads the same file, and no network.
+Rounds alternate between forward and backward order (A B C, C B A, …): a machine that grows slower or faster at a steady
+pace favours nobody, and nobody always follows the same other.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import tempfile
+import functools
+import math
+import shlex
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from transformers import GPT2LMHeadModel
+from benchmarks.contenders import Absent, Contender, Measured
+from benchmarks.records import Comparison, Entry, Metric
 
-from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import evaluate
-from restomod.evals.tasks import load_task
-from restomod.model.pretrained import load_model
-
-TASK = """\
-task: local_hellaswag
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {file}}}}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "{{{{ctx}}}}"
-doc_to_choice: "{{{{endings}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
+T = TypeVar("T")
+Rows = list[dict[str, Measured]]
+Agree = Callable[[Any, Any], float]
 
 
-def by_harness(folder: Path, file: Path, examples: int) -> dict[str, Any]:
-    """What lm-evaluation-harness reports, with its samples."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+@dataclass
+class Plan:
+    """What is to be measured, and with what."""
 
-    with tempfile.TemporaryDirectory() as tasks:
-        (Path(tasks) / "local_hellaswag.yaml").write_text(TASK.format(file=file.absolute()))
-        report = simple_evaluate(
-            model="hf",
-            model_args=f"pretrained={folder},dtype=float32",
-            tasks=["local_hellaswag"],
-            task_manager=TaskManager(include_path=tasks, include_defaults=False),
-            limit=examples,
-            batch_size=8,
-            device="cpu",
-        )
-    assert report is not None
-    return report
+    scratch: Path
+    """A folder that is deleted afterwards."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    smoke: bool = False
+    """Tiny sizes: does everything work? The numbers mean nothing."""
+    peers: dict[str, Path] = field(default_factory=dict)
+    """Checkouts of other projects by name."""
+    data: Path | None = None
+    """A folder with corpus/, eval/ and tinyshakespeare/, any of which may be missing."""
+    rounds: int | None = None
+    """Instead of each item's own number."""
+    deadline: float = math.inf
+    """When the item at work should end, on the clock of `time.monotonic`."""
+    command: list[str] = field(default_factory=list)
+    """How this measurement was asked for."""
+    out: Path | None = None
+    """Where the results go."""
+    say: Callable[[str], None] = print
+
+    def pick(self, full: T, smoke: T, gpu: T | None = None) -> T:
+        """A size: that of a smoke test, else that for a GPU where it differs, else that for a CPU."""
+        if self.smoke:
+            return smoke
+        return gpu if gpu is not None and self.device == "cuda" else full
+
+    def late(self) -> bool:
+        """Whether the item at work has had its time."""
+        return time.monotonic() > self.deadline
+
+    def file(self, name: str) -> Path | None:
+        """A file or folder of the data; None where it is not there."""
+        path = self.data / name if self.data is not None else None
+        return path if path is not None and path.exists() else None
+
+    def command_line(self) -> str:
+        """The command without what is particular to this machine."""
+        hidden = {str(path): "PATH" for path in self.peers.values()}
+        hidden |= {str(path): name for path, name in ((self.data, "DATA"), (self.out, "OUT")) if path is not None}
+        words = list(self.command)
+        for path in sorted(hidden, key=len, reverse=True):
+            words = [word.replace(path, hidden[path]) for word in words]
+        return shlex.join(["python", "-m", "benchmarks.run", *words])
 
 
-@torch.no_grad()
-def plainly(folder: Path, records: list[dict[str, Any]]) -> list[list[tuple[float, int]]]:
-    """Log-probability and number of tokens of each ending: one row at a time, all logits, no batches."""
-    model, encode = GPT2LMHeadModel.from_pretrained(folder).eval(), gpt2_tokenizer().encode
-    scores = []
-    for record in records:
-        context, part = encode(record["ctx"]).tolist(), []
-        for ending in record["endings"]:
-            tokens = encode(" " + ending).tolist()
-            logits = model(torch.tensor([context + tokens])).logits[0].double().log_softmax(-1)
-            at = range(len(context) - 1, len(context) + len(tokens) - 1)
-            part.append((sum(logits[i, t].item() for i, t in zip(at, tokens, strict=True)), len(tokens)))
-        scores.append(part)
-    return scores
+def compare(
+    plan: Plan,
+    case: str,
+    contenders: Sequence[Contender],
+    metrics: list[Metric],
+    rounds: int,
+    warmup: int = 1,
+    together: int | None = None,
+    agree: Agree | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Let contenders do the same in turns.
+
+    Args:
+        plan: its number of rounds counts before ``rounds``; after its deadline no round begins, but the first.
+        case: what they do, in a few words.
+        contenders: ours first.
+        metrics: which of the values of a round to keep.
+        rounds: that count.
+        warmup: rounds before those.
+        together: as many are started at once, ours among them, where memory does not hold all; the others wait for
+            the next group, in which ours takes part anew.
+        agree: which part of an output (second) is that of ours (first).
+        notes: remarks.
+    """
+    ours, others = contenders[0], list(contenders[1:])
+    size = max(1, (together or len(contenders)) - 1)
+    groups = [others[i : i + size] for i in range(0, len(others), size)] or [[]]
+    parts = []
+    for group in groups:
+        members = [ours, *group]
+        rows, absent = _rounds(plan, members, plan.rounds or rounds, warmup)
+        for name, why in absent.items():
+            plan.say(f"  absent: {name}: {why}")
+        parts.append(comparison_of(case, [c.name for c in members], rows, metrics, absent, warmup, agree))
+        if len(rows) < (plan.rounds or rounds):
+            parts[-1].notes.append("the time was up before all rounds were made")
+    first = functools.reduce(_joined, (part.entries[0] for part in parts))
+    remarks = dict.fromkeys([*notes, *(note for part in parts for note in part.notes)])
+    return Comparison(case, metrics, [first, *(e for part in parts for e in part.entries[1:])], warmup, list(remarks))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="HellaSwag by three ways")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--examples", type=int, default=500)
-    given = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+def comparison_of(
+    case: str,
+    names: list[str],
+    rows: Rows,
+    metrics: list[Metric],
+    absent: dict[str, str] | None = None,
+    warmup: int = 0,
+    agree: Agree | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """What rounds have given: ``rows`` has one dictionary a round, by the names of those who are not ``absent``."""
+    absent = absent or {}
+    mine = _entry(names[0], rows, absent, metrics, None, None)
+    entries = [mine, *(_entry(name, rows, absent, metrics, mine, agree) for name in names[1:])]
+    return Comparison(case, metrics, entries, warmup, list(notes))
 
-    model = ScoredGPT(load_model(given.folder, torch.device("cpu")))
-    loaded = load_task(f"hellaswag={given.file}", Path(), given.examples)
-    ours = evaluate(model, loaded)
-    print({name: (e.value, e.stderr) for name, e in ours.metrics.items()}, f"{ours.seconds:.0f} s", flush=True)
-    for batch in (1, 8, 32):
-        same = evaluate(model, loaded, batch).choices == ours.choices
-        print(f"batch {batch}: all choices are {'the same' if same else 'NOT the same'}", flush=True)
 
-    with open(given.file, encoding="utf-8") as f:
-        records = [json.loads(line) for _, line in zip(range(given.examples), f, strict=False)]
-    scores = plainly(given.folder, records)
-    sums = [np.array([p for p, _ in part]) for part in scores]
-    lengths = {
-        "acc": [np.ones(len(r["endings"])) for r in records],
-        "acc_norm": [np.array([len(e) for e in r["endings"]]) for r in records],
-        "acc_bytes": [np.array([len(e.encode()) for e in r["endings"]]) for r in records],
-        "acc_token": [np.array([n for _, n in part]) for part in scores],
+def _rounds(plan: Plan, contenders: list[Contender], rounds: int, warmup: int) -> tuple[Rows, dict[str, str]]:
+    """The timed rounds of those who made all of them, and why the others did not."""
+    rows: Rows = []
+    absent: dict[str, str] = {}
+    try:
+        for contender in contenders:
+            _try(contender, contender.start, absent)
+        for number in range(warmup + rounds):
+            if plan.late() and len(rows) > 0:
+                break
+            measured = {}
+            for contender in _in_turn(contenders, number):
+                if contender.name not in absent:
+                    found = _try(contender, contender.round, absent)
+                    if found is not None:
+                        measured[contender.name] = found
+            if number >= warmup:
+                rows.append(measured)
+    finally:
+        for contender in contenders:
+            contender.stop()
+    return [{name: found for name, found in row.items() if name not in absent} for row in rows], absent
+
+
+def _in_turn(contenders: list[Contender], number: int) -> Iterator[Contender]:
+    return iter(contenders) if number % 2 == 0 else reversed(contenders)
+
+
+def _try(contender: Contender, act: Callable[[], T], absent: dict[str, str]) -> T | None:
+    try:
+        return act()
+    except Absent as e:
+        absent[contender.name] = str(e)
+        contender.stop()  # one that hangs would go on computing beside the others
+        return None
+
+
+def _entry(
+    name: str,
+    rows: Rows,
+    absent: dict[str, str],
+    metrics: list[Metric],
+    mine: Entry | None,
+    agree: Agree | None,
+) -> Entry:
+    """One contender's part of the rounds; ``mine`` is that of ours, where this is another's."""
+    if name in absent:
+        return Entry(name, absent=absent[name])
+    values = {
+        metric.name: [row[name].values[metric.name] for row in rows]
+        for metric in metrics
+        if all(metric.name in row[name].values for row in rows)
     }
-    for name, divisors in lengths.items():
-        plain = [int(np.argmax(s / d)) for s, d in zip(sums, divisors, strict=True)]
-        equal = sum(a == b for a, b in zip(plain, ours.choices[name], strict=True))
-        print(f"one row at a time, {name}: {equal} of {len(plain)} choices are ours", flush=True)
-
-    began = time.perf_counter()
-    report = by_harness(given.folder, given.file, given.examples)
-    samples = sorted(report["samples"]["local_hellaswag"], key=lambda sample: sample["doc_id"])
-    print(f"lm-evaluation-harness: {report['results']['local_hellaswag']}, {time.perf_counter() - began:.0f} s")
-    furthest = max(
-        abs(float(answer[0][0]) - p)
-        for sample, part in zip(samples, sums, strict=True)
-        for answer, p in zip(sample["resps"], part, strict=True)
-    )
-    for name in ("acc", "acc_norm"):
-        hits = [a == b for a, b in zip(ours.choices[name], ours.gold, strict=True)]
-        alike = sum(bool(sample[name]) == hit for sample, hit in zip(samples, hits, strict=True))
-        answers = [np.array([float(answer[0][0]) for answer in sample["resps"]]) for sample in samples]
-        theirs = [int(np.argmax(a / d)) for a, d in zip(answers, lengths[name], strict=True)]
-        equal = sum(a == b for a, b in zip(theirs, ours.choices[name], strict=True))
-        print(f"lm-evaluation-harness, {name}: {alike} of {len(samples)} judged alike, {equal} choices are ours")
-    print(f"largest difference of a log-likelihood: harness and plain loop {furthest:.1e}")
+    if mine is None or mine.absent is not None:
+        return Entry(name, values)
+    beside = {metric: mine.values[metric] for metric in values if metric in mine.values}
+    agreement = [agree(row[mine.name].output, row[name].output) for row in rows] if agree else []
+    return Entry(name, values, beside, agreement)
 
 
-if __name__ == "__main__":
-    main()
+def _joined(first: Entry, more: Entry) -> Entry:
+    """Ours over several groups; absent from one, it is absent."""
+    if first.absent or more.absent:
+        return Entry(more.name, absent=first.absent or more.absent)
+    values = {name: [*first.values.get(name, []), *values] for name, values in more.values.items()}
+    return Entry(more.name, values)
+
+
+def together(contenders: int, each_bytes: float, available: int | None) -> int:
+    """How many of ``contenders``, each of which needs ``each_bytes``, can be held at once: two at least."""
+    return contenders if available is None else max(2, min(contenders, int(available / each_bytes)))

@@ -1,6 +1,6 @@
 """Can a run be lost, or changed, by killing it? Kills tiny runs at random moments until it is known.
 
-    python benchmarks/kills.py [--kills 200] [--processes 1 2] [--seed 0] [--folder DIR]
+    python -m benchmarks.kills [--kills 200] [--processes 1 2] [--seed 0] [--folder DIR]
 
 A run is begun, killed with SIGKILL at a random moment, resumed, killed again, and so on, until it is finished; then
 its last weights, the optimizer's state, the metrics and the samples are compared bit for bit with those of a run that
@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from world import world
 
+from benchmarks.world import world
 from restomod.cli import main as restomod
 from restomod.errors import UserError
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint

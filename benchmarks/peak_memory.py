@@ -1,10 +1,14 @@
-"""Peak memory of the largest process of a command.
+"""Seconds and peak memory of the largest process of a command.
 
-python benchmarks/peak_memory.py restomod prepare big.txt --out tokens --workers 1
+    python -m benchmarks.peak_memory restomod prepare big.txt --out tokens --workers 1
+
+With --json the command's own output goes to standard error and one line of JSON to standard output. The launcher is a
+process of its own, and small: a program inherits the peak of whoever starts it.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -12,11 +16,21 @@ import time
 
 
 def main() -> int:
+    arguments = sys.argv[1:]
+    as_json = arguments[:1] == ["--json"]
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, "-m", *sys.argv[1:]]).returncode
+    try:
+        code = subprocess.run(arguments[as_json:], stdout=sys.stderr if as_json else None).returncode
+    except OSError as e:
+        print(f"{arguments[as_json]}: {e.strerror}", file=sys.stderr)
+        code = 127
+    seconds = time.perf_counter() - start
     # of children it is right on Linux too: they begin with what this process holds, which is next to nothing
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"exit code {code}, {time.perf_counter() - start:.1f} s, largest process {peak / 2**20:,.0f} MiB")
+    if as_json:
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak, "code": code}))
+        return 0
+    print(f"exit code {code}, {seconds:.1f} s, largest process {peak / 2**20:,.0f} MiB")
     return code
 
 

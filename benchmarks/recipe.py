@@ -1,9 +1,9 @@
 """What each modern part is worth: the same model size and text, one part at a time, several seeds.
 
-    python benchmarks/recipe.py TOKENS --out results.json [--seeds 3] [--only gpt2,modern] [--budget 0.5]
-    python benchmarks/recipe.py TOKENS --out results.json --only ablations
-    python benchmarks/recipe.py TOKENS --out results.json --speed 5
-    python benchmarks/recipe.py --out results.json --table table.md
+    python -m benchmarks.recipe TOKENS --out results.json [--seeds 3] [--only gpt2,modern] [--budget 0.5]
+    python -m benchmarks.recipe TOKENS --out results.json --only ablations
+    python -m benchmarks.recipe TOKENS --out results.json --speed 5
+    python -m benchmarks.recipe --out results.json --table table.md
 
 TOKENS is a folder that `restomod prepare` made. A trial trains a small model from scratch and writes down its held-out
 loss as it goes; finished trials are in the JSON file and are not repeated, so the same command goes on after an

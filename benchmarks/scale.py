@@ -1,6 +1,6 @@
 """A simulation of scale: 1,024 ranks that read 10 trillion tokens, and how long their steps would take.
 
-    python benchmarks/scale.py [--part data|steps|all] [--json OUT] [--smoke] [--rounds N] [--folder DIR]
+    python -m benchmarks.scale [--part data|steps|all] [--json OUT] [--smoke] [--rounds N] [--folder DIR]
 
 `data`: with the package's own loading code, are the sequences that 1,024 ranks read disjoint and complete, and what
 does a rank need in memory and time to go on in the middle of an epoch? Sparse files stand in for 20 TB
@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scale_gpus
-import scale_steps
 import torch
-from scale_data import Reader, in_fresh_process, numbered_stream, write_sparse_dataset
 
+from benchmarks import scale_gpus, scale_steps
+from benchmarks.scale_data import Reader, in_fresh_process, numbered_stream, write_sparse_dataset
 from restomod.data.batches import Batches
 from restomod.device import describe_device
 from restomod.errors import EXIT_USER_ERROR, UserError, describe_os_error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from scale_network import Network, Payload, Step, Tree, Work, ddp, fsdp
-
+from benchmarks.scale_network import Network, Payload, Step, Tree, Work, ddp, fsdp
 from restomod.experiments.hardware import SPEEDS, Speed, tokens_per_second
 from restomod.presets import preset
 

@@ -123,7 +123,8 @@ def buckets(sizes: Sequence[int], first: int = FIRST_BUCKET, cap: int = BUCKET) 
 
     A bucket is closed by the tensor with which it reaches its limit; the first one's is lower.
     """
-    found, held = [], 0
+    found: list[int] = []
+    held = 0
     for size in sizes:
         held += size
         if held >= (cap if found else first):

@@ -20,11 +20,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import scale_network as model
 import torch
 import torch.distributed as dist
-from world import world
 
+from benchmarks import scale_network as model
+from benchmarks.world import world
 from restomod.bench.report import Spread
 from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scale
-import scale_data as data
-import scale_gpus as gpus
-import scale_network as network
-import scale_steps as steps
 import torch
 import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks import scale
+from benchmarks import scale_data as data
+from benchmarks import scale_gpus as gpus
+from benchmarks import scale_network as network
+from benchmarks import scale_steps as steps
 from restomod.data.batches import Batches, permute
 from restomod.data.shards import MAPPED_AT_ONCE, open_dataset
 from restomod.model.flops import padded_parameters
@@ -238,14 +238,16 @@ def test_what_the_user_can_mend_is_one_line(
 def test_a_small_simulation_from_end_to_end(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        scale.__file__,
+        "-m",
+        "benchmarks.scale",
         "--smoke",
         "--json",
         str(tmp_path / "out.json"),
         "--folder",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    project = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=project)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

@@ -213,7 +213,7 @@ def test_one_process_under_torchrun_is_one_process(shared: RunConfig, tmp_path: 
 
 
 def test_random_kills_change_nothing(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "kills.py"
-    done = subprocess.run([sys.executable, str(script), "--kills", "8"], capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "8"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bit for bit" in done.stdout

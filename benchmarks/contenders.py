@@ -1,0 +1,217 @@
+"""Whoever takes part in a comparison: a function of this process, one of a process of its own, or a command.
+
+What a contender cannot do is no error of the measurement: `Absent` says why, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from benchmarks.records import Values
+
+PATIENCE = 600.0  # seconds for a start or a round
+PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
+
+
+class Absent(Exception):
+    """Why a contender does not take part, in one line."""
+
+
+class Measured(NamedTuple):
+    """What one round has given."""
+
+    values: Values
+    output: Any = None
+    """What was computed, to be compared with the first contender's."""
+
+
+Round = Callable[[], Measured]
+
+
+class Contender(Protocol):
+    """Is started, makes its rounds when it is its turn, and is stopped. Each may raise `Absent`."""
+
+    name: str
+
+    def start(self) -> None: ...
+
+    def round(self) -> Measured: ...
+
+    def stop(self) -> None: ...
+
+
+def reason(e: BaseException) -> str:
+    """An exception as one short line, without the folders of this machine."""
+    if isinstance(e, Absent):
+        return str(e)
+    if isinstance(e, ImportError):
+        return f"{e.name or e} cannot be imported"
+    if isinstance(e, OSError):  # whose message names a path
+        return f"{type(e).__name__}: {e.strerror or 'refused by the system'}"
+    line = next((line.strip() for line in str(e).splitlines() if line.strip()), "no message")
+    return f"{type(e).__name__}: {line:.160}"
+
+
+@dataclass
+class Here:
+    """A function of this process: ``make`` prepares, and what it returns is a round."""
+
+    name: str
+    make: Callable[[], Round]
+    _round: Round | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        try:
+            self._round = self.make()
+        except Exception as e:
+            raise Absent(reason(e)) from e
+
+    def round(self) -> Measured:
+        assert self._round is not None
+        try:
+            return self._round()
+        except Exception as e:
+            raise Absent(reason(e)) from e
+
+    def stop(self) -> None:
+        self._round = None
+
+
+@dataclass
+class Worker:
+    """The same in a process of its own, whose memory and whose death are its own.
+
+    ``make`` is a function of a module, called there with ``arguments``. The process computes on as many threads as
+    this one. What it prints is dropped, unless an environment variable BENCH_OUTPUT is set.
+    """
+
+    name: str
+    make: Callable[..., Round]
+    arguments: tuple[Any, ...] = ()
+    patience: float = PATIENCE
+    _process: BaseProcess | None = field(default=None, init=False)
+    _pipe: Connection | None = field(default=None, init=False)
+    _ready: bool = field(default=False, init=False)
+
+    def start(self) -> None:
+        import torch
+
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        threads = torch.get_num_threads()
+        self._process = context.Process(target=_work, args=(self.make, self.arguments, threads, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self._ready = False
+
+    def round(self) -> Measured:
+        assert self._pipe is not None
+        if not self._ready:  # all import and build at once; whoever comes first waits here, in the warm-up
+            self._answer()
+            self._ready = True
+        try:
+            self._pipe.send(True)
+        except OSError:
+            raise Absent(self._ended()) from None
+        answer = self._answer()
+        assert isinstance(answer, Measured)
+        return answer
+
+    def _answer(self) -> Measured | None:
+        assert self._pipe is not None
+        try:
+            if not self._pipe.poll(self.patience):
+                raise Absent(f"no answer after {self.patience:g} s")
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise Absent(self._ended()) from None
+        if isinstance(answer, str):
+            raise Absent(answer)
+        return answer
+
+    def _ended(self) -> str:
+        assert self._process is not None
+        self._process.join(10)
+        return f"its process ended with code {self._process.exitcode}"
+
+    def stop(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.join(5)
+            if self._process.is_alive():
+                self._process.kill()
+            self._process.join()
+        self._pipe = self._process = None
+
+
+def _work(make: Callable[..., Round], arguments: tuple[Any, ...], threads: int, pipe: Connection) -> None:
+    """The process of a `Worker`: answers None when it is ready, then every request, or with a reason and ends."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if "BENCH_OUTPUT" not in os.environ:
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
+        try:
+            one_round = make(*arguments)
+            pipe.send(None)
+            while pipe.recv():
+                pipe.send(one_round())
+        except (EOFError, OSError):
+            raise
+        except Exception as e:
+            pipe.send(reason(e))
+
+
+@dataclass
+class Command:
+    """A program that is run anew in every round: its seconds, and the memory of its largest process.
+
+    The metrics are ``seconds`` and ``peak memory`` (GB). ``also`` makes further values of the seconds.
+    """
+
+    name: str
+    command: Sequence[str]
+    also: Callable[[float], Values] = lambda seconds: {}
+    before: Callable[[], None] = lambda: None
+    """Called ahead of every round, outside of the clock."""
+    environment: dict[str, str] = field(default_factory=dict)
+    patience: float = PATIENCE
+
+    def start(self) -> None:
+        pass
+
+    def round(self) -> Measured:
+        try:
+            self.before()
+        except Exception as e:
+            raise Absent(reason(e)) from e
+        launcher = [sys.executable, "-S", str(PEAK_MEMORY), "--json", *self.command]
+        try:
+            done = subprocess.run(
+                launcher, capture_output=True, text=True, timeout=self.patience, env=os.environ | self.environment
+            )
+        except subprocess.TimeoutExpired:
+            raise Absent(f"no end after {self.patience:g} s") from None
+        found = json.loads(done.stdout) if done.returncode == 0 else {"code": done.returncode}
+        if found["code"]:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+            raise Absent(f"exit code {found['code']}: {last.replace(sys.executable, 'python'):.160}")
+        seconds = found["seconds"]
+        return Measured({"seconds": seconds, "peak memory": found["peak_bytes"] / 1e9} | self.also(seconds))
+
+    def stop(self) -> None:
+        pass

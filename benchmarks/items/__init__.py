@@ -1,0 +1,1 @@
+"""One subject each: a function `measure` from a `Plan` to an `Item`."""

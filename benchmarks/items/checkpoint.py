@@ -1,0 +1,112 @@
+"""A checkpoint of GPT-2 124M with AdamW's state: training stands still, the disk has it, it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.harness import Plan, compare
+from benchmarks.items.generation import random_model
+from benchmarks.records import Item, Metric
+from restomod.config import OptimConfig
+from restomod.device import synchronize
+from restomod.model.gpt import GPT
+from restomod.presets import preset
+from restomod.train.checkpoint import list_checkpoints, load_checkpoint
+from restomod.train.optimizer import Optimizers, build_optimizer
+from restomod.train.saver import Saver
+
+METRICS = [
+    Metric("training stands still", "s", "lower"),
+    Metric("until it is on the disk", "s", "lower"),
+    Metric("load", "s", "lower"),
+    Metric("size", "GB", "lower"),
+]
+
+
+def measure(plan: Plan) -> Item:
+    """Beside `torch.save` and `torch.load` of the same tensors, synced to the disk as ours are."""
+    model = random_model(plan).train()
+    config = dataclasses.replace(preset("gpt2-124m"), model=model.config, keep_checkpoints=1)
+    optimizer = build_optimizer(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4)
+    optimizer.update(1.0, torch.ones((), device=plan.device), torch.zeros((), dtype=torch.bool, device=plan.device))
+    contenders: list[Contender] = [
+        Here("restomod", lambda: ours(plan.scratch, Saver(plan.scratch / "run", config), model, optimizer)),
+        Here("torch.save", lambda: plainly(plan.scratch / "plain.pt", model, optimizer)),
+    ]
+    notes = ["loading: restomod compares every byte with its SHA-256 first, torch.load does not"]
+    return Item(
+        "Checkpoints of GPT-2 124M", [compare(plan, "weights and AdamW's state", contenders, METRICS, 3, notes=notes)]
+    )
+
+
+Act = Callable[[], None]
+
+
+def timed(save: Act, finish: Act, load: Act, size: Callable[[], int]) -> Round:
+    """A round: save, wait until that is on the disk, load."""
+
+    def one_round() -> Measured:
+        start = time.perf_counter()
+        save()
+        stall = time.perf_counter() - start
+        finish()
+        whole = time.perf_counter() - start
+        start = time.perf_counter()
+        load()
+        loaded = time.perf_counter() - start
+        values = (stall, whole, loaded, size() / 1e9)
+        return Measured({metric.name: value for metric, value in zip(METRICS, values, strict=True)})
+
+    return one_round
+
+
+def ours(scratch: Path, saver: Saver, model: GPT, optimizer: Optimizers) -> Round:
+    """The loop's own `Saver`: it stands still while the tensors are copied."""
+    run, numbers, device = scratch / "run", itertools.count(1), model.head.device
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+
+    def load() -> None:
+        load_checkpoint(list_checkpoints(run)[-1], model, optimizer)
+        synchronize(device)
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in list_checkpoints(run)[-1].rglob("*") if path.is_file())
+
+    return timed(lambda: saver.save(next(numbers), model, optimizer), saver.finish, load, size)
+
+
+def plainly(file: Path, model: GPT, optimizer: Optimizers) -> Round:
+    """All tensors into one file; training stands still until it is written."""
+    adamw = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        adamw.state[parameter] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    def save() -> None:
+        with open(file, "wb") as f:
+            torch.save({"model": model.state_dict(), "optimizer": adamw.state_dict()}, f)
+            f.flush()
+            os.fsync(f.fileno())
+
+    def load() -> None:
+        saved = torch.load(file, weights_only=True, map_location=model.head.device)
+        model.load_state_dict(saved["model"])
+        adamw.load_state_dict(saved["optimizer"])
+        synchronize(model.head.device)
+
+    return timed(save, lambda: None, load, lambda: file.stat().st_size)

@@ -1,0 +1,136 @@
+"""How fast text is generated: with the key/value cache, without, and by `transformers`.
+
+Greedy, from random weights. "without cache" passes the whole context for every token, and only its last position
+through the head. `transformers` runs the same weights, with its cache, in the same precision (bf16: all weights
+converted).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.harness import Plan, compare
+from benchmarks.records import Comparison, Item, Metric
+from restomod.config import ModelConfig, SamplingConfig
+from restomod.device import autocast, choose_dtype, keep_freed_memory, synchronize
+from restomod.generate import Request, generate
+from restomod.model.gpt import GPT, build_model
+from restomod.model.pretrained import save_model
+from restomod.presets import preset
+
+Tokens = list[list[int]]
+Way = Callable[[Tokens, int], Tokens]
+PROMPT, WARM = 16, 4  # tokens of a prompt; new ones in the warm-up
+
+
+def measure(plan: Plan) -> Item:
+    """256 new tokens of one text, and of eight at once."""
+    device = torch.device(plan.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model, dtype, new = random_model(plan), choose_dtype("auto", device), plan.pick(256, 8)
+    comparisons: list[Comparison] = []
+    left_out: list[str] = []
+    for rows in (1, 8):
+        if plan.late() and comparisons:
+            left_out.append(f"{rows} texts at once: the time was up")
+            continue
+        prompts = torch.randint(50257, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+        ways: dict[str, Callable[[], Way]] = {
+            "restomod": lambda: functools.partial(cached, model, dtype),
+            "transformers, with cache": lambda: by_transformers(exported(model, dtype).to(device)),
+        }
+        if rows == 1 or device.type == "cuda":
+            ways["restomod's model, without cache"] = lambda: functools.partial(uncached, model, dtype)
+        else:
+            left_out.append(f"{rows} texts at once without a cache: minutes a round on a CPU")
+        contenders: list[Contender] = [Here(name, rounds_of(make, prompts, new, device)) for name, make in ways.items()]
+        case = f"{rows} text{'s' if rows > 1 else ''} at once, {new} new tokens each"
+        metric = Metric("tokens/s", "", "higher")
+        comparisons.append(compare(plan, case, contenders, [metric], plan.pick(3, 2, 5), agree=alike))
+    note = f"prompts of {PROMPT} tokens, greedy, random weights; same output: of the texts, token for token"
+    return Item("Generation with GPT-2 124M", comparisons, notes=[note], left_out=left_out)
+
+
+def alike(ours: Tokens, theirs: Tokens) -> float:
+    """Part of the texts that are the same."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def rounds_of(make: Callable[[], Way], prompts: Tokens, new: int, device: torch.device) -> Callable[[], Round]:
+    """A round continues all prompts; the first, which warms up, by a few tokens only."""
+
+    def start() -> Round:
+        way, lengths = make(), iter([WARM])
+
+        def one_round() -> Measured:
+            n = next(lengths, new)
+            began = time.perf_counter()
+            texts = way(prompts, n)
+            synchronize(device)
+            return Measured({"tokens/s": len(prompts) * n / (time.perf_counter() - began)}, texts)
+
+        return one_round
+
+    return start
+
+
+def cached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
+    """Ours, as `restomod sample` does it."""
+    sampling = SamplingConfig(max_tokens=n, temperature=0)
+    steps = list(generate(model, [Request(prompt, 0) for prompt in prompts], sampling, 0, dtype, stop=None))
+    return [[new[i] for new in steps] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def uncached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
+    """The same model without a cache."""
+    device = model.head.device
+    context = torch.tensor(prompts, device=device)
+    for _ in range(n):
+        with autocast(device, dtype):
+            hidden = model.transformer.forward(context)[:, -1]
+            new = F.linear(hidden, model.head[: model.config.vocab_size]).argmax(-1)
+        context = torch.cat([context, new[:, None]], dim=1)
+    return context[:, len(prompts[0]) :].tolist()
+
+
+def by_transformers(model: Any) -> Way:
+    """`generate` of transformers."""
+
+    def way(prompts: Tokens, n: int) -> Tokens:
+        ids = torch.tensor(prompts, device=model.device)
+        how = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n, "pad_token_id": 0}
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        return text[:, len(prompts[0]) :].tolist()
+
+    return way
+
+
+def random_model(plan: Plan) -> GPT:
+    """GPT-2 124M, or a tiny one in a smoke test, with random weights, on the device."""
+    config = preset("gpt2-124m").model
+    config = plan.pick(config, dataclasses.replace(config, n_layer=2, n_head=2, n_embd=64))
+    assert isinstance(config, ModelConfig)
+    return build_model(config, 1, torch.device(plan.device)).eval()
+
+
+def exported(model: GPT, dtype: torch.dtype) -> Any:
+    """The same weights in a model of transformers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -1,0 +1,103 @@
+"""What should not grow: the time of a step and the memory of a run, over its steps. And what two processes bring."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.contenders import Absent, Command, Contender, Measured
+from benchmarks.harness import Plan, compare
+from benchmarks.items.startup import TINY, has_step, training
+from benchmarks.records import Comparison, Item, Metric, Series
+from benchmarks.texts import to_train_on
+from restomod.train.metrics import read_jsonl
+
+SAMPLES_A_SECOND = 4
+
+
+def measure(plan: Plan) -> Item:
+    """The quickstart's own loop, with validation, samples and checkpoints on the way."""
+    data, what = to_train_on(plan)
+    steps = plan.pick(300, 8)
+    where = ["--data.source", data.source, "--data.cache", data.cache]
+    where += ["--data.path", data.path] if data.path else []
+    sizes = ["--device", plan.device, *(TINY if plan.smoke else [])]
+    often = [f"--{act}-every={max(1, steps // 6)}" for act in ("eval", "sample", "save")]
+    run = plan.scratch / "run"
+    words = ["train", "quickstart", "--out", str(run), "--steps", str(steps), "--eval-tokens", "4096", *often]
+    memory = watched([*words, *where, *sizes], run / "metrics.jsonl")
+    times = [(float(r["step"]), float(r["ms"])) for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+    case = f"{steps:,} steps of the quickstart"
+    series = [Series(case, "step", "ms a step", times)]
+    left_out = []
+    if memory:
+        series.append(Series(case, "seconds since the first step", "resident memory, GB", memory))
+    else:
+        left_out.append("memory over time: this system does not tell that of another process")
+    comparisons = []
+    if plan.device == "cpu":
+        comparisons.append(processes(plan))
+    else:
+        left_out.append("two processes: there is one GPU")
+    return Item("Growth", comparisons, series, left_out, [what])
+
+
+def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:
+    """Make a run to its end; seconds since its first step, and the GB that it held then.
+
+    Raises:
+        Absent: it fails.
+    """
+    memory: list[tuple[float, float]] = []
+    start = 0.0
+    with training(words) as process:
+        while process.poll() is None:
+            time.sleep(1 / SAMPLES_A_SECOND)
+            if not start and has_step(metrics):
+                start = time.perf_counter()
+            held = resident_bytes(process.pid)
+            if start and held:
+                memory.append((time.perf_counter() - start, held / 1e9))
+        if process.returncode:
+            raise Absent(f"`restomod train` ended with code {process.returncode}")
+    return memory
+
+
+def resident_bytes(process: int) -> int | None:
+    """What a process holds now; None where the system does not tell, or it has just ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return None
+    held = next((line for line in lines if line.startswith("VmRSS:")), None)
+    return 1024 * int(held.split()[1]) if held else None
+
+
+def processes(plan: Plan) -> Comparison:
+    """The same steps by one process and by two that torchrun starts, on one thread each."""
+    metrics = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
+    sizes = TINY if plan.smoke else ["--batch-tokens", "4096"]
+    contenders: list[Contender] = [
+        Bench(f"{n} process{'es' if n > 1 else ''}, one thread each", n, plan, sizes) for n in (2, 1)
+    ]
+    notes = ["`restomod bench step quickstart` under torchrun, gloo; twice the speed would be perfect"]
+    return compare(plan, "two processes beside one", contenders, metrics, plan.pick(3, 1), warmup=0, notes=notes)
+
+
+class Bench(Command):
+    """`restomod bench step` under torchrun; its tokens/s are those that it reports."""
+
+    def __init__(self, name: str, count: int, plan: Plan, sizes: list[str]) -> None:
+        self.report = plan.scratch / f"bench-{count}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        words = ["-m", "restomod", "bench", "step", "quickstart", "--json", str(self.report), "--micro-batch", "1"]
+        steps = ["--warmup", str(plan.pick(2, 1)), "--steps", str(plan.pick(5, 1))]
+        command = [*launcher, *words, *steps, "--device", "cpu", *sizes]
+        super().__init__(name, command, environment={"OMP_NUM_THREADS": "1"})
+
+    def round(self) -> Measured:
+        found = super().round()
+        speed = json.loads(self.report.read_text())["tokens_per_second"]["median"]
+        return Measured(found.values | {"tokens/s": speed})

@@ -1,0 +1,142 @@
+"""Batches of half a million tokens out of 10 billion: how many a second, and how long until the first of a resumed run.
+
+The shards are sparse files: they take no room on the disk and hold zeros, but are read as any others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.harness import Plan, compare
+from benchmarks.records import Item, Metric
+from restomod.data.batches import Batches
+from restomod.data.shards import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_shard
+
+T, SEQUENCES = 1024, 512
+Fetch = Callable[[], torch.Tensor]
+
+
+def measure(plan: Plan) -> Item:
+    """Beside the ways of nanoGPT's `get_batch` (random windows of one mapped file) and of torch's DataLoader."""
+    shards, tokens = plan.pick(100, 4), plan.pick(100_000_000, 2_000_000)
+    paths = write_sparse(plan.scratch, shards, tokens)
+    middle = shards * tokens // 2 // (T * SEQUENCES)
+    single = plan.scratch / "single.bin"
+    with open(single, "wb") as f:
+        f.truncate(2 * shards * tokens)
+    ways: list[Contender] = [
+        Here("restomod", lambda: drawn(ours(paths, itertools.count(middle)))),
+        Here("random windows of one mapped file", lambda: drawn(random_windows(single))),
+        Here("torch DataLoader, shuffled", lambda: drawn(data_loader(paths, 0))),
+    ]
+    size = f"{T * SEQUENCES:,} tokens out of {shards * tokens / 1e9:.3g} billion"
+    speed = compare(plan, f"batches of {size}", ways, [Metric("batches/s", "", "higher")], plan.pick(5, 2))
+    starts: list[Contender] = [
+        Here("restomod", lambda: begun(lambda: ours(paths, itertools.count(middle)))),
+        Here("torch DataLoader, indices skipped", lambda: begun(lambda: data_loader(paths, middle))),
+    ]
+    note = "the DataLoader's sampler is drawn anew and its indices are passed over, without reading what they stand for"
+    case = f"from nothing to the batch of token {middle * T * SEQUENCES:,}"
+    resumed = compare(plan, case, starts, [Metric("ms", "", "lower")], plan.pick(5, 2), notes=[note])
+    return Item("Batches of 10 billion tokens", [speed, resumed])
+
+
+def write_sparse(folder: Path, shards: int, tokens: int) -> list[Path]:
+    """Empty shards in llm.c's layout."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    paths = [folder / f"sparse_train_{i:06d}.bin" for i in range(shards)]
+    for path in paths:
+        with open(path, "wb") as f:
+            f.write(header.tobytes())
+            f.truncate(HEADER_BYTES + 2 * tokens)
+    return paths
+
+
+def drawn(fetch: Fetch, batches: int = 5) -> Round:
+    """A round of some batches."""
+
+    def one_round() -> Measured:
+        start = time.perf_counter()
+        for _ in range(batches):
+            assert fetch().shape == (SEQUENCES, T)
+        return Measured({"batches/s": batches / (time.perf_counter() - start)})
+
+    return one_round
+
+
+def begun(make: Callable[[], Fetch]) -> Round:
+    """A round that opens everything and takes one batch."""
+
+    def one_round() -> Measured:
+        start = time.perf_counter()
+        assert make()().shape == (SEQUENCES, T)
+        return Measured({"ms": 1000 * (time.perf_counter() - start)})
+
+    return one_round
+
+
+def stream_of(paths: list[Path]) -> TokenStream:
+    stream = TokenStream([open_shard(path) for path in paths])
+    stream.expect_random_reads()
+    return stream
+
+
+def ours(paths: list[Path], steps: Iterator[int]) -> Fetch:
+    batches = Batches(stream_of(paths), T, SEQUENCES, seed=1)
+    return lambda: batches.micro_batches(next(steps), SEQUENCES)[0][0]
+
+
+def random_windows(path: Path) -> Fetch:
+    """The method of nanoGPT's `get_batch`, written anew: windows drawn with replacement, the file mapped every time."""
+    generator = torch.Generator().manual_seed(1)
+
+    def fetch() -> torch.Tensor:
+        data = np.memmap(path, dtype=np.uint16, mode="r")
+        starts = torch.randint(len(data) - T, (SEQUENCES,), generator=generator).tolist()
+        x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
+        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+        return x
+
+    return fetch
+
+
+class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Token windows for torch's DataLoader, over the same shards as ours."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return (len(self.stream) - 1) // T
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.from_numpy(self.stream.read(i * T, T + 1).astype(np.int64))
+        return tokens[:-1], tokens[1:]
+
+
+def data_loader(paths: list[Path], skipped: int) -> Fetch:
+    """A DataLoader in this process, of which the batch sampler has passed over so many batches."""
+    windows = Windows(stream_of(paths))
+    order = torch.utils.data.RandomSampler(windows, generator=torch.Generator().manual_seed(1))
+    every = torch.utils.data.BatchSampler(order, SEQUENCES, drop_last=True)
+    loader = torch.utils.data.DataLoader(windows, batch_sampler=_Rest(every, skipped))
+    batches = iter(loader)
+    return lambda: next(batches)[0]
+
+
+class _Rest(torch.utils.data.Sampler[list[int]]):
+    """What is left of a batch sampler after some batches, as accelerate resumes one."""
+
+    def __init__(self, every: torch.utils.data.BatchSampler, skipped: int) -> None:
+        self.every, self.skipped = every, skipped
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(iter(self.every), self.skipped, None)

@@ -1,0 +1,77 @@
+"""Cross-entropy of the next token and its gradient: ours without a tensor of all logits, beside torch's."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.contenders import Absent, Contender, Measured, Round, Worker
+from benchmarks.harness import Plan, compare
+from benchmarks.records import Item, Metric
+from restomod.bench.measure import peak_memory
+from restomod.config_model import VOCAB_SIZE
+from restomod.device import choose_dtype, keep_freed_memory, synchronize
+from restomod.train.loss import linear_cross_entropy
+
+PADDED = 50304
+METRICS = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
+WAYS = ("restomod", "restomod, compiled", "all logits, F.cross_entropy", "F.linear_cross_entropy, chunked")
+
+
+def measure(plan: Plan) -> Item:
+    """Forward and backward, every contender in a process of its own."""
+    tokens, width = plan.pick(2048, 64, 32_768), plan.pick(768, 32)
+    contenders: list[Contender] = [Worker(way, rounds, (way, tokens, width, plan.device)) for way in WAYS]
+    case = f"{tokens:,} tokens, {width} wide, {VOCAB_SIZE:,} logits, forward and backward"
+    note = f"same output: the loss within {TOLERANCE:g}, relative"
+    return Item("Loss", [compare(plan, case, contenders, METRICS, plan.pick(5, 2), agree=close, notes=[note])])
+
+
+TOLERANCE = 2e-3  # rounding of products in bf16
+
+
+def close(ours: float, theirs: float) -> float:
+    """1 where two losses are the same but for rounding, else 0."""
+    return float(abs(ours - theirs) <= TOLERANCE * abs(ours))
+
+
+def rounds(way: str, tokens: int, width: int, device_type: str) -> Round:
+    """A round is one loss and its gradient; the function of a `Worker`."""
+    device = torch.device(device_type)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = choose_dtype("auto", device)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).to(device).requires_grad_()
+    weight = (0.02 * torch.randn(PADDED, width, generator=generator)).to(device).requires_grad_()
+    targets = torch.randint(0, VOCAB_SIZE, (tokens,), generator=generator).to(device)
+
+    def loss() -> Tensor:
+        if way == WAYS[2]:
+            return F.cross_entropy((hidden.to(dtype) @ weight[:VOCAB_SIZE].to(dtype).t()).float(), targets)
+        if way == WAYS[3]:
+            return torchs(hidden.to(dtype), weight[:VOCAB_SIZE].to(dtype), targets)
+        return linear_cross_entropy(hidden, weight, targets, VOCAB_SIZE, dtype, way == WAYS[1])
+
+    def one_round() -> Measured:
+        hidden.grad = weight.grad = None
+        start = time.perf_counter()
+        value = loss()
+        value.backward()
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        return Measured(
+            {"tokens/s": tokens / seconds, "peak memory": (peak_memory(device) or 0) / 1e9}, float(value.item())
+        )
+
+    return one_round
+
+
+def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's own, in chunks as it chooses them."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Absent(f"torch {torch.__version__} has no F.linear_cross_entropy in chunks")
+    return F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())

@@ -1,0 +1,49 @@
+"""TinyShakespeare by heart: GPT-2 124M until its training loss is below 0.09. Hours on a CPU, minutes on a GPU."""
+
+from __future__ import annotations
+
+import time
+
+from benchmarks.contenders import Absent
+from benchmarks.harness import Plan
+from benchmarks.items.startup import TINY, training
+from benchmarks.records import Comparison, Entry, Item, Metric, Series
+from benchmarks.texts import SHAKESPEARE
+from restomod.train.metrics import read_jsonl
+
+METRICS = [
+    Metric("seconds", "start of the program included", "lower"),
+    Metric("steps", "of 4,096 tokens", "lower"),
+    Metric("training loss", "nats", "lower"),
+]
+
+
+def measure(plan: Plan) -> Item:
+    """One run of `restomod train tinyshakespeare`."""
+    title, text = "TinyShakespeare to a loss of 0.09", plan.file(SHAKESPEARE)
+    if text is None:
+        return Item(title, left_out=[f"all of it: it takes --data with {SHAKESPEARE}"])
+    run = plan.scratch / "run"
+    words = ["train", "tinyshakespeare", "--out", str(run), "--device", plan.device, "--data.path", str(text)]
+    words += ["--data.cache", str(plan.scratch / "tokens")]
+    if plan.smoke:
+        words += [*TINY, "--steps", "3", "--sequence-length", "64"]
+    elif plan.device == "cuda":
+        words.append("--compile")
+    left_out = []
+    start = time.perf_counter()
+    with training(words) as process:
+        while process.poll() is None:
+            if plan.late():
+                left_out.append("the rest of the run: the time was up")
+                break
+            time.sleep(0.1)
+        if process.returncode:
+            raise Absent(f"`restomod train` ended with code {process.returncode}")
+    seconds = time.perf_counter() - start
+    records = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+    if not records:
+        return Item(title, left_out=["all of it: the time was up before its first step"])
+    values = {"seconds": [seconds], "steps": [float(len(records))], "training loss": [float(records[-1]["loss"])]}
+    curve = Series("TinyShakespeare", "step", "training loss, nats", [(r["step"], r["loss"]) for r in records])
+    return Item(title, [Comparison("one run", METRICS, [Entry("restomod", values)], 0)], [curve], left_out)

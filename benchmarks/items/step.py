@@ -1,0 +1,83 @@
+"""A training step of GPT-2 124M: forward, backward, clip to 1, AdamW; tokens a second and peak memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import peers
+from benchmarks.contenders import Contender, Measured, Round, Worker
+from benchmarks.harness import Plan, compare, together
+from benchmarks.peers import Shape, Task
+from benchmarks.records import Comparison, Item, Metric
+from restomod.bench.measure import peak_memory
+from restomod.doctor.machine import Machine, available_bytes
+from restomod.doctor.tools import compiler
+from restomod.presets import preset
+
+METRICS = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
+OURS, EAGER = "restomod, compiled", "restomod, not compiled"
+SMALL = Shape(2, 2, 64, 1024)
+CASES = {"full": [(16, 64), (4, 256), (1, 1024)], "smoke": [(2, 16)], "gpu": [(32, 1024), (128, 256), (512, 64)]}
+NEEDS = 5e9  # bytes of a process on a CPU: weights, gradients, two moments, activations, and what the C library keeps
+
+
+def measure(plan: Plan) -> Item:
+    """Every contender in a process of its own, all on the same random tokens."""
+    notes, left_out = [], [f"{name}: --peer {name}=PATH was not given" for name in peers.CHECKOUTS.keys() - plan.peers]
+    ours = [OURS, EAGER]
+    verdict = compiler(Machine(plan.device, "auto", "gpt2-124m", preset("gpt2-124m"), plan.scratch))  # type: ignore[arg-type]
+    if verdict.status != "pass":
+        ours = [EAGER]
+        left_out.append(f"{OURS}: {verdict.reason}")
+    if "nanochat" in plan.peers:
+        notes.append("nanochat trains its own architecture, which is larger and uses Muon: the same width and depth")
+    names = [*ours, *peers.PACKAGES, *(name for name in peers.CHECKOUTS if name in plan.peers)]
+    shape = plan.pick(Shape(), SMALL)
+    at_once = None
+    if plan.device == "cpu" and not plan.smoke:
+        at_once = together(len(names), NEEDS, available_bytes(torch.device("cpu")))
+    comparisons: list[Comparison] = []
+    for batch, length in plan.pick(CASES["full"], CASES["smoke"], CASES["gpu"]):
+        if plan.late() and comparisons:
+            left_out.append(f"{batch} × {length} tokens: the time was up")
+            continue
+        repeat = 10 if plan.device == "cuda" else 1
+        contenders: list[Contender] = [
+            Worker(name, rounds, (name, plan.peers.get(name), shape, batch, length, plan.device, repeat))
+            for name in names
+        ]
+        case = f"{batch} × {length} tokens a step"
+        comparisons.append(compare(plan, case, contenders, METRICS, plan.pick(4, 2, 8), together=at_once))
+    return Item("Training step of GPT-2 124M", comparisons, notes=notes, left_out=sorted(left_out))
+
+
+def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, device: str, repeat: int) -> Round:
+    """``repeat`` steps a round; the function of a `Worker`.
+
+    On a GPU all contenders hold their weights, but activations only while it is their turn: each gives its cached
+    memory back after its round, and takes it anew in a step before the clock runs.
+    """
+    on_gpu = device == "cuda"
+    tokens = torch.randint(50257, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+    x, y = (part.contiguous().to(device) for part in (tokens[:, :-1], tokens[:, 1:]))
+    task = Task(shape, x, y, path)
+    step = (
+        peers.restomod(task, name == OURS) if name in (OURS, EAGER) else (peers.PACKAGES | peers.CHECKOUTS)[name](task)
+    )
+
+    def one_round() -> Measured:
+        if on_gpu:
+            step()  # which reads its loss, so the device is done
+        start = time.perf_counter()
+        for _ in range(repeat):
+            loss = step()
+        seconds = time.perf_counter() - start
+        peak = peak_memory(x.device) or 0
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return Measured({"tokens/s": repeat * x.numel() / seconds, "peak memory": peak / 1e9, "loss": loss})
+
+    return one_round

@@ -1,0 +1,91 @@
+"""Text becomes token shards: in memory on one core beside tiktoken, and from files with one worker and all."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.contenders import Command, Contender, Measured, Round, Worker
+from benchmarks.harness import Plan, compare
+from benchmarks.records import Comparison, Item, Metric
+from benchmarks.texts import texts, written
+from restomod.data.bulk import BulkEncoder
+from restomod.data.prepare import document_batches
+from restomod.data.readers import Document, read_documents
+from restomod.data.shards import write_shard
+from restomod.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from restomod.memory import peak_resident_bytes
+
+
+def measure(plan: Plan) -> Item:
+    """The text is written to a file first, which every contender reads before the clock runs."""
+    found, what = texts(plan, plan.pick(40.0, 0.3))
+    megabytes = sum(len(text.encode()) for text in found) / 1e6
+    file = plan.scratch / "text.jsonl"
+    written(found, file)
+    note = f"{len(found):,} documents, {megabytes:.1f} MB: {what}"
+    return Item("Text to token shards", [in_memory(plan, file), from_file(plan, file, megabytes)], notes=[note])
+
+
+def in_memory(plan: Plan, file: Path) -> Comparison:
+    """One core, from strings to a shard on the disk."""
+    metrics = [Metric("MB/s", "", "higher"), Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
+    ways: dict[str, Iterable[str]] = {"restomod": ["bulk"], "tiktoken": ["tiktoken"]}
+    contenders: list[Contender] = [
+        Worker(name, rounds, (*way, file, plan.scratch / f"{name}.bin")) for name, way in ways.items()
+    ]
+    case = "one core, from memory to a shard on the disk"
+    return compare(plan, case, contenders, metrics, plan.pick(5, 2), agree=lambda ours, theirs: float(ours == theirs))
+
+
+def rounds(way: str, file: Path, shard: Path) -> Round:
+    """All of the file into one shard, whose SHA-256 is the output; the function of a `Worker`."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    documents = list(read_documents(file))
+    strings = [document.text for document in documents if isinstance(document, Document)]
+    size = sum(len(text.encode()) for text in strings)
+    tokenizer, separator = gpt2_tokenizer(), np.array([END_OF_TEXT], dtype=np.uint16)
+    bulk = BulkEncoder(tokenizer)
+
+    def encoded() -> Iterable[np.ndarray]:
+        if way == "tiktoken":
+            return (tokenizer.encode(text) for text in strings)
+        batches = document_batches(documents)
+        return (
+            tokens for batch in batches for tokens in bulk.encode([d.text for d in batch if isinstance(d, Document)])
+        )
+
+    def one_round() -> Measured:
+        start = time.perf_counter()
+        tokens = np.concatenate([part for document in encoded() for part in (separator, document)])
+        shard_of = write_shard(shard, tokens)
+        seconds = time.perf_counter() - start
+        values = {"MB/s": size / 1e6 / seconds, "tokens/s": len(tokens) / seconds}
+        digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+        assert digest == shard_of["sha256"], "the shard's hash is not that of its bytes"
+        return Measured(values | {"peak memory": (peak_resident_bytes() or 0) / 1e9}, digest)
+
+    return one_round
+
+
+def from_file(plan: Plan, file: Path, megabytes: float) -> Comparison:
+    """`restomod prepare` from its start to verified shards, with a worker for each processor and with one."""
+    metrics = [Metric("MB/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
+    out, all_workers = plan.scratch / "shards", os.cpu_count() or 1
+    clear = functools.partial(shutil.rmtree, out, ignore_errors=True)
+    contenders: list[Contender] = []
+    for workers in dict.fromkeys((all_workers, 1)):
+        words = [sys.executable, "-m", "restomod", "prepare", str(file), "--out", str(out), "--workers", str(workers)]
+        name = f"restomod prepare --workers {workers}"
+        contenders.append(Command(name, words, lambda seconds: {"MB/s": megabytes / seconds}, clear))
+    case = "from a file of JSON lines to verified shards, start of the program included"
+    return compare(plan, case, contenders, metrics, plan.pick(3, 1), warmup=0)

@@ -1,0 +1,51 @@
+"""What a measurement may depend on besides the programs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Plan
+from restomod.device import choose_dtype, describe_device, dtype_name
+from restomod.doctor.machine import available_bytes, usable_processors
+from restomod.train.run import environment as of_run
+
+PACKAGES = ("numpy", "tiktoken", "tokie", "transformers", "tokenizers", "litgpt", "safetensors")
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """As a run's `environment.json`, with processors, memory, load, packages and the revisions of the peers."""
+    device = torch.device(plan.device)
+    about = of_run(describe_device(device), dtype_name(choose_dtype("auto", device)))
+    return about | {
+        "command": plan.command_line(),
+        "smoke": plan.smoke,
+        "processors": usable_processors(),
+        "processor": describe_device(torch.device("cpu")),
+        "available_memory_bytes": available_bytes(torch.device("cpu")),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "cuda": torch.version.cuda,
+        "packages": {name: version(name) for name in PACKAGES},
+        "peers": {name: revision(path) for name, path in plan.peers.items()},
+    }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def revision(checkout: Path) -> str | None:
+    """The commit of a folder, if that is the root of a git work tree."""
+    if not (checkout / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None if done.returncode == 0 else None

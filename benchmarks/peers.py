@@ -1,0 +1,240 @@
+"""Training steps of GPT-2 124M as other projects make them: their classes and optimizers, from their files as shipped.
+
+The lines of their loops are repeated here, with what their scripts choose by default on the device: precision,
+compilation, clipping. Each function takes the same and returns a step, which returns its loss.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import Absent
+from restomod.errors import UserError, did_you_mean
+
+Step = Callable[[], float]
+PADDED_VOCABULARY = 50304
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a GPT-2."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_positions: int = 1024
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step is made of."""
+
+    shape: Shape
+    x: Tensor
+    y: Tensor
+    """Tokens and targets, (B, T), on the device."""
+    path: Path | None
+    """The checkout of the project."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+
+def restomod(task: Task, compiled: bool) -> Step:
+    """Ours, as `restomod train gpt2-124m` makes it."""
+    from restomod.device import choose_dtype, keep_freed_memory
+    from restomod.model.gpt import build_model
+    from restomod.presets import preset
+    from restomod.train.distributed import SINGLE
+    from restomod.train.optimizer import build_optimizer
+    from restomod.train.step import BatchLoss, Compute, train_step
+
+    x, device = task.x, task.device
+    if device.type == "cpu":
+        keep_freed_memory()  # as `restomod train` does
+    config = preset("gpt2-124m")
+    model_config = dataclasses.replace(config.model, **dataclasses.asdict(task.shape))
+    config = dataclasses.replace(config, model=model_config, batch_tokens=x.numel(), sequence_length=x.shape[1])
+    model = build_model(config.model, 1, device)
+    if compiled:
+        model.transformer.compile()
+    compute = Compute(device, choose_dtype("auto", device), len(x), compiled)
+    loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
+    return lambda: train_step(loss_of, optimizer, [(x, task.y)], config, 1000, SINGLE).wait().loss
+
+
+def transformers(task: Task) -> Step:
+    """GPT2LMHeadModel with what `Trainer` does in a step: bf16 where the device has it, fused AdamW, clip to 1."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from restomod.device import autocast, choose_dtype
+
+    shape, device = task.shape, task.device
+    sizes: dict[str, Any] = dataclasses.asdict(shape)
+    sizes |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    model: Any = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=PADDED_VOCABULARY))
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    dtype = choose_dtype("auto", device)
+
+    def step() -> float:
+        with autocast(device, dtype):
+            # the model itself moves labels by one; a position whose target is known is one of x
+            loss = model(input_ids=task.x, labels=task.x).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+def litgpt(task: Task) -> Step:
+    """litgpt's GPT with the lines of its pretrain.py. It has no GPT-2: rotary positions, else the same sizes."""
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    from restomod.device import autocast, choose_dtype
+
+    shape, device = task.shape, task.device
+    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    config = Config(**sizes, padded_vocab_size=PADDED_VOCABULARY)
+    model = GPT(config).to(device)
+    with torch.device(device):
+        model.max_seq_length = task.x.shape[1]
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    dtype = choose_dtype("auto", device)
+
+    def step() -> float:
+        with autocast(device, dtype):
+            loss = chunked_cross_entropy(compiled(task.x), task.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+def build_nanogpt(task: Task) -> Step:
+    """train_gpt2.py: bf16 on every device, not compiled."""
+    names = definitions(_file(task.path, "train_gpt2.py"))
+    names["master_process"] = False
+    torch.set_float32_matmul_precision("high")
+    shape, device = task.shape, task.device
+    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    model = names["GPT"](names["GPTConfig"](**sizes, vocab_size=PADDED_VOCABULARY)).to(device)
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, device_type=device.type)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device_type=device.type, dtype=torch.bfloat16):
+            _, loss = model(task.x, task.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.item())
+
+    return step
+
+
+def nanogpt(task: Task) -> Step:
+    """train.py: on a GPU bf16 and compiled; on a CPU, as its README says, fp32 and not compiled."""
+    names = definitions(_file(task.path, "model.py"))
+    shape, device = task.shape, task.device
+    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    model = names["GPT"](names["GPTConfig"](**sizes, vocab_size=PADDED_VOCABULARY, dropout=0.0, bias=True)).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    on_gpu = device.type == "cuda"
+    forward = torch.compile(model) if on_gpu else model
+    context = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    def step() -> float:
+        with context:
+            _, loss = forward(task.x, task.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.item())
+
+    return step
+
+
+def nanochat(task: Task) -> Step:
+    """base_train.py: its own architecture (value embeddings, a head of its own) and its own Muon, compiled."""
+    file = _file(task.path, "nanochat/gpt.py")
+    sys.path.insert(0, str(file.parents[1].absolute()))
+    from nanochat.gpt import GPT, GPTConfig
+
+    shape, device = task.shape, task.device
+    heads = max(1, shape.n_embd // 128)  # base_train.py: 128 of width each
+    sizes = {"n_layer": shape.n_layer, "n_head": heads, "n_kv_head": heads, "n_embd": shape.n_embd}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**sizes, vocab_size=PADDED_VOCABULARY, sequence_len=task.x.shape[1]))
+    model.to_empty(device=device)
+    model.init_weights()
+    compiled, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer()
+
+    def step() -> float:
+        loss = compiled(task.x, task.y)
+        loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return float(loss.item())
+
+    return step
+
+
+PACKAGES: dict[str, Callable[[Task], Step]] = {"transformers": transformers, "litgpt": litgpt}
+CHECKOUTS: dict[str, Callable[[Task], Step]] = {
+    "build-nanogpt": build_nanogpt,
+    "nanogpt": nanogpt,
+    "nanochat": nanochat,
+}
+NAMES = ", ".join(CHECKOUTS)
+
+
+def parse(peer: str) -> tuple[str, Path]:
+    """NAME=PATH of a command line. Raises UserError for another name or a folder that is not there."""
+    name, _, path = peer.partition("=")
+    if name not in CHECKOUTS:
+        raise UserError(f"unknown peer {name!r}{did_you_mean(name, CHECKOUTS)}")
+    if not Path(path).is_dir() or not path:
+        raise UserError(f"--peer {peer}: no such folder; clone the project and name its folder: --peer {name}=PATH")
+    return name, Path(path)
+
+
+def definitions(path: Path) -> dict[str, Any]:
+    """The imports, classes and functions of a script, without what it does."""
+    kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if isinstance(node, kept) and "hellaswag" not in ast.unparse(node)[:40]]
+    module = type(sys)(path.stem)
+    sys.modules[path.stem] = module
+    exec(compile(tree, str(path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+def _file(checkout: Path | None, name: str) -> Path:
+    if checkout is None:
+        raise Absent("no checkout was named")
+    if not (checkout / name).exists():
+        raise Absent(f"its folder holds no {name}")
+    return checkout / name

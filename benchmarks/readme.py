@@ -1,0 +1,106 @@
+"""The tables of measured numbers in README.md and docs/, generated from `benchmarks/results/*.json`.
+
+    python -m benchmarks.readme            # write them
+    python -m benchmarks.readme --check    # exit code 1, and what differs, where a page and the measurements disagree
+
+A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`; what is between is replaced. NAME is `cpu` for the headlines
+of results/cpu.json, or `cpu/step` for all that was measured of one item.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import records, table
+from benchmarks.run import ITEMS
+from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from restomod.files import write_text_atomically
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"
+HOW = {"cpu": "make bench OUT=benchmarks/results", "gpu": "OUT=benchmarks/results benchmarks/gpu.sh"}
+
+
+def pages(root: Path) -> list[Path]:
+    """Where tables may stand."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def rendered(text: str, results: Path, where: str) -> str:
+    """A page with its tables made anew.
+
+    Args:
+        text: of the page.
+        results: folder of cpu.json and gpu.json.
+        where: the page's name, for messages.
+
+    Raises:
+        UserError: a marker has no end or an unknown name, or a file of results is damaged.
+    """
+    lines, out = iter(enumerate(text.split("\n"), 1)), []
+    for number, line in lines:
+        if line == END:
+            raise UserError(f"{where}, line {number}: {END} without a beginning")
+        out.append(line)
+        begin = BEGIN.match(line)
+        if begin is None:
+            continue
+        for _, inner in lines:
+            if BEGIN.match(inner):
+                raise UserError(f"{where}, line {number}: {line} has no {END}")
+            if inner == END:
+                break
+        else:
+            raise UserError(f"{where}, line {number}: {line} has no {END}")
+        out += ["", *content(begin["name"], results, f"{where}, line {number}").split("\n"), "", END]
+    return "\n".join(out)
+
+
+def content(name: str, results: Path, where: str) -> str:
+    """What belongs between the markers of ``name``."""
+    machine, _, item = name.partition("/")
+    if machine not in HOW:
+        raise UserError(f"{where}: unknown results {machine!r}{did_you_mean(machine, HOW)}")
+    if item and item not in ITEMS:
+        raise UserError(f"{where}: unknown item {item!r}{did_you_mean(item, ITEMS)}")
+    items = records.read(results / f"{machine}.json")
+    if items and not item:
+        return table.headlines(items)
+    return table.body(items[item]) if item in items else f"*Not measured yet: `{HOW[machine]}`.*"
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Returns 0; 1 with --check where a page has drifted; 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    check = parser.parse_args(arguments).check
+    drifted = False
+    try:
+        for page in pages(root):
+            before = page.read_text(encoding="utf-8")
+            name = str(page.relative_to(root))
+            after = rendered(before, root / "benchmarks" / "results", name)
+            if after == before:
+                continue
+            drifted = True
+            if check:
+                diff = difflib.unified_diff(before.splitlines(), after.splitlines(), name, "as measured", "", "", 1, "")
+                print("\n".join(diff))
+            else:
+                write_text_atomically(page, after)
+                print(f"{name} written")
+    except (UserError, OSError) as e:
+        print(f"benchmarks: error: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if check and drifted:
+        print("these pages are not what was measured: run `python -m benchmarks.readme`", file=sys.stderr)
+    return int(check and drifted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What was measured, as it stands in JSON: raw values of every round, from which all that is said is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from restomod.errors import UserError
+from restomod.files import read_json, write_json_atomically
+
+FORMAT = 1
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is measured."""
+
+    name: str
+    unit: str
+    """Empty where the name says it (tokens/s)."""
+    better: Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender of a comparison."""
+
+    name: str
+    values: dict[str, list[float]] = field(default_factory=dict)
+    """By metric, one value per round."""
+    beside: dict[str, list[float]] = field(default_factory=dict)
+    """What the first contender measured in the same rounds."""
+    agreement: list[float] = field(default_factory=list)
+    """Of each round, the part of the output that was the first contender's; empty where that is not asked."""
+    absent: str | None = None
+    """Why it did not take part; None if it did."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders that did the same, in turns. The first is ours."""
+
+    case: str
+    metrics: list[Metric]
+    entries: list[Entry]
+    warmup: int
+    """Rounds before those that count."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rounds(self) -> int:
+        """Of the first contender."""
+        return max((len(values) for values in self.entries[0].values.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A number over time, or over steps."""
+
+    case: str
+    x: str
+    y: str
+    """Name and unit of either axis."""
+    points: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A subject that was measured."""
+
+    title: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """What was not measured, and why."""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    environment: dict[str, Any] = field(default_factory=dict)
+    """See `benchmarks.machine`."""
+
+
+def to_dict(items: dict[str, Item]) -> dict[str, Any]:
+    """For JSON."""
+    return {"format": FORMAT, "items": {name: dataclasses.asdict(item) for name, item in items.items()}}
+
+
+def from_dict(data: Any) -> dict[str, Item]:
+    """What `to_dict` made of items.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else.
+    """
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']}, not {FORMAT}")
+    return {name: _item(item) for name, item in data["items"].items()}
+
+
+def _item(data: dict[str, Any]) -> Item:
+    comparisons = [
+        Comparison(
+            **part
+            | {
+                "metrics": [Metric(**metric) for metric in part["metrics"]],
+                "entries": [Entry(**entry) for entry in part["entries"]],
+            }
+        )
+        for part in data["comparisons"]
+    ]
+    series = [Series(**part | {"points": [(x, y) for x, y in part["points"]]}) for part in data["series"]]
+    return Item(**data | {"comparisons": comparisons, "series": series})
+
+
+def write(path: Path, items: dict[str, Item]) -> None:
+    """Write the file, whole or not at all; raises UserError where that is refused."""
+    write_json_atomically(path, to_dict(items))
+
+
+def read(path: Path) -> dict[str, Item]:
+    """The items of a file; none where there is no file.
+
+    Raises:
+        UserError: it is damaged, or of another format.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return from_dict(read_json(path, "file of measurements"))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise UserError(f"{path} is not what `python -m benchmarks.run` writes ({reason}); delete it") from None

@@ -1,0 +1,192 @@
+"""All measurements, or some.
+
+    python -m benchmarks.run [--only step,loss] [--smoke] [--peer build-nanogpt=PATH] [--data DIR] [--out FOLDER]
+
+Every item writes its results as soon as it is finished: FOLDER/cpu.json (gpu.json on a GPU) holds the raw values,
+cpu.md the tables, cpu.png the picture. What another run has measured there and this one does not is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import peers, plot, records, table
+from benchmarks.contenders import reason
+from benchmarks.harness import Plan
+from benchmarks.machine import environment
+from benchmarks.records import Item
+from restomod.device import choose_device
+from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from restomod.files import write_text_atomically
+
+MINE = Path(__file__).parent / "results" / "mine"
+MINUTES = {  # what each item may take of a whole run; in proportion where there is more or less time, in this order
+    "cpu": {
+        "startup": 1.5,
+        "tokenizing": 1.5,
+        "loader": 1.0,
+        "loss": 1.0,
+        "checkpoint": 1.5,
+        "hellaswag": 4.5,
+        "generation": 4.0,
+        "growth": 2.5,
+        "recipe": 3.0,
+        "step": 7.0,
+        "shakespeare": 600.0,
+    },
+    "cuda": {
+        "step": 3.0,
+        "shakespeare": 2.0,
+        "loss": 0.5,
+        "generation": 0.5,
+        "hellaswag": 0.5,
+        "checkpoint": 0.5,
+        "growth": 0.5,
+        "loader": 0.3,
+        "startup": 0.4,
+        "tokenizing": 0.5,
+        "recipe": 4.0,
+    },
+}
+ITEMS = tuple(MINUTES["cpu"])
+ON_REQUEST = ("shakespeare",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 if all that was asked for was measured, 1 if an item failed, 2 for a user's mistake."""
+    try:
+        return run(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as e:
+        print(f"benchmarks: error: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("benchmarks: stopped; what was finished is written", file=sys.stderr)
+        return 130
+
+
+def run(arguments: list[str]) -> int:
+    """Measure what ``arguments`` ask for. Raises UserError for what the user can mend."""
+    given = _parser().parse_args(arguments)
+    device = choose_device(given.device).type
+    if device not in MINUTES:
+        device = "cpu"  # nothing here measures MPS
+    items = chosen(given.only, device)
+    file = folder_of(given.out) / f"{'gpu' if device == 'cuda' else 'cpu'}.json"
+    if given.smoke:
+        items = dict.fromkeys(items, 5.0)
+    finished = records.read(file)
+    minutes = given.minutes or sum(items.values())
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
+        plan = Plan(
+            Path(scratch),
+            device,
+            given.smoke,
+            dict(peers.parse(peer) for peer in given.peer),
+            folder_of_data(given.data),
+            given.rounds,
+            command=arguments,
+            out=given.out,
+            say=lambda text: print(text, flush=True),
+        )
+        print(f"{table.machine(environment(plan))}; at most about {minutes:g} minutes", flush=True)
+        end = time.monotonic() + 60 * minutes
+        for number, name in enumerate(items):
+            left = dict(list(items.items())[number:])
+            plan.deadline = time.monotonic() + (end - time.monotonic()) * items[name] / sum(left.values())
+            print(f"\n{name} …", flush=True)
+            try:
+                with folder_within(plan) as own:
+                    item = measured(name, own)
+            except Exception as e:
+                failed.append(name)
+                traceback.print_exc()
+                print(f"{name} failed ({reason(e)}); the others go on", file=sys.stderr, flush=True)
+                continue
+            finished[name] = item
+            finished = {n: finished[n] for n in ITEMS if n in finished}
+            write(file, finished)
+            print(table.body(item), flush=True)
+    print(f"\nwritten: {file}, {file.with_suffix('.md').name}, {file.with_suffix('.png').name}")
+    return 1 if failed else 0
+
+
+def measured(name: str, plan: Plan) -> Item:
+    """Measure one item."""
+    start = time.perf_counter()
+    about = environment(plan)
+    item: Item = importlib.import_module(f"benchmarks.items.{name}").measure(plan)
+    return dataclasses.replace(item, seconds=time.perf_counter() - start, environment=about)
+
+
+def write(file: Path, items: dict[str, Item]) -> None:
+    """The JSON, and what is made from it."""
+    records.write(file, items)
+    write_text_atomically(file.with_suffix(".md"), table.page(items))
+    plot.draw(items, file.with_suffix(".png"))
+
+
+@contextlib.contextmanager
+def folder_within(plan: Plan) -> Iterator[Plan]:
+    """The plan with a scratch folder that is deleted at once: a checkpoint takes gigabytes."""
+    with tempfile.TemporaryDirectory(dir=plan.scratch) as own:
+        yield dataclasses.replace(plan, scratch=Path(own))
+
+
+def chosen(only: str | None, device: str) -> dict[str, float]:
+    """The items to measure, with their minutes. Raises UserError for an unknown one."""
+    names = [name for name in ITEMS if name not in ON_REQUEST] if only is None else only.split(",")
+    for name in names:
+        if name not in ITEMS:
+            raise UserError(f"unknown item {name!r}{did_you_mean(name, ITEMS)}")
+    return {name: minutes for name, minutes in MINUTES[device].items() if name in names}
+
+
+def folder_of(out: Path) -> Path:
+    """Where results go, made if it is not there. Raises UserError where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot make this folder ({e.strerror}); choose another with --out") from None
+    return out
+
+
+def folder_of_data(data: Path | None) -> Path | None:
+    """Raises UserError where there is none of the name."""
+    if data is not None and not data.is_dir():
+        raise UserError(f"{data}: no such folder; without --data the source of Python's library is measured on")
+    return data
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
+    names = f"{', '.join(ITEMS)} (which are all but, if not asked for, {', '.join(ON_REQUEST)})"
+    parser.add_argument("--only", help=f"items, separated by commas: {names}")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything work?")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"a checkout: {peers.NAMES}")
+    parser.add_argument("--data", type=Path, help="folder with corpus/, eval/hellaswag_val.jsonl, tinyshakespeare/")
+    parser.add_argument("--out", type=Path, default=MINE, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--rounds", type=_positive, help="timed rounds, instead of each item's own number")
+    parser.add_argument("--minutes", type=float, help="of all items together; the first round of each is always made")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,0 @@
-"""Benchmarks are scripts that import each other by their names alone."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

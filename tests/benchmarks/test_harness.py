@@ -1,0 +1,254 @@
+"""Who takes turns with whom, who is left out and why."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.contenders import Absent, Command, Contender, Here, Measured, Round, Worker
+from benchmarks.harness import Plan, compare, together
+from benchmarks.records import Comparison, Metric
+
+SPEED = Metric("speed", "", "higher")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(tmp_path, say=lambda text: None)
+
+
+class Diary:
+    """Contenders that write down what happens to them."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def contender(self, name: str, value: float, fails_at: int | None = None) -> Contender:
+        def make() -> Round:
+            self.events.append(f"start {name}")
+            count = iter(range(100))
+
+            def one_round() -> Measured:
+                number = next(count)
+                self.events.append(name)
+                if number == fails_at:
+                    raise RuntimeError("out of luck\nand more")
+                return Measured({"speed": value * (number + 1)}, output=number)
+
+            return one_round
+
+        return Here(name, make)
+
+    @property
+    def rounds(self) -> str:
+        return "".join(event for event in self.events if " " not in event)
+
+
+def test_rounds_alternate_between_forward_and_backward(plan: Plan) -> None:
+    diary = Diary()
+    compare(plan, "x", [diary.contender(name, 1.0) for name in "ABC"], [SPEED], rounds=3, warmup=1)
+    assert diary.rounds == "ABC" + "CBA" + "ABC" + "CBA"
+
+
+def test_a_warm_up_does_not_count(plan: Plan) -> None:
+    diary = Diary()
+    found = compare(plan, "x", [diary.contender("A", 2.0), diary.contender("B", 1.0)], [SPEED], rounds=2, warmup=2)
+    assert found.entries[0].values == {"speed": [6.0, 8.0]}  # the third and the fourth round
+    assert found.entries[1].values == {"speed": [3.0, 4.0]}
+    assert found.entries[1].beside == {"speed": [6.0, 8.0]}
+    assert found.entries[0].beside == {}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_one_that_fails_is_absent_and_the_others_go_on(plan: Plan, at: int) -> None:
+    diary = Diary()
+    contenders = [diary.contender("A", 1.0), diary.contender("B", 1.0, fails_at=at), diary.contender("C", 1.0)]
+    found = compare(plan, "x", contenders, [SPEED], rounds=2, warmup=1)
+    assert [e.absent for e in found.entries] == [None, "RuntimeError: out of luck", None]
+    assert found.entries[1].values == {}
+    assert len(found.entries[2].values["speed"]) == 2
+    assert diary.rounds.count("B") == at + 1, "it gets no turn after its failure"
+
+
+def test_ours_may_be_the_one_that_fails(plan: Plan) -> None:
+    diary = Diary()
+    found = compare(plan, "x", [diary.contender("A", 1.0, 0), diary.contender("B", 1.0)], [SPEED], 2)
+    assert found.entries[0].absent
+    assert len(found.entries[1].values["speed"]) == 2
+    assert found.entries[1].beside == {}
+
+
+def test_groups_share_ours_and_are_paired_within(plan: Plan) -> None:
+    diary = Diary()
+    contenders = [diary.contender("A", 1.0), *(diary.contender(name, 1.0) for name in "BCD")]
+    found = compare(plan, "x", contenders, [SPEED], rounds=2, warmup=0, together=3)
+    assert diary.rounds == "ABC" + "CBA" + "AD" + "DA"
+    assert len(found.entries[0].values["speed"]) == 4
+    assert [e.name for e in found.entries] == ["A", "B", "C", "D"]
+    assert all(len(e.beside["speed"]) == 2 for e in found.entries[1:])
+
+
+def test_after_the_deadline_one_round_is_made(plan: Plan) -> None:
+    plan.deadline = time.monotonic() - 1
+    diary = Diary()
+    found = compare(plan, "x", [diary.contender("A", 1.0), diary.contender("B", 1.0)], [SPEED], rounds=5)
+    assert found.rounds == 1
+    assert diary.rounds == "ABBA"  # the warm-up, and that one
+    assert any("time was up" in note for note in found.notes)
+
+
+def test_outputs_are_compared(plan: Plan) -> None:
+    def agree(a: int, b: int) -> float:
+        return float(a == b)
+
+    diary = Diary()
+    found = compare(plan, "x", [diary.contender("A", 1.0), diary.contender("B", 1.0)], [SPEED], 2, agree=agree)
+    assert found.entries[1].agreement == [1.0, 1.0]
+    other = Here("C", lambda: lambda: Measured({"speed": 1.0}, -1))
+    found = compare(plan, "x", [diary.contender("A", 1.0), other], [SPEED], 2, agree=agree)
+    assert found.entries[1].agreement == [0.0, 0.0]
+
+
+def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: Plan) -> None:
+    events: list[str] = []
+
+    class Stubborn(Here):
+        def round(self) -> Measured:
+            raise Absent("no answer")
+
+        def stop(self) -> None:
+            events.append("stopped")
+
+    def note() -> Measured:
+        events.append("round")
+        return Measured({"speed": 1.0})
+
+    compare(plan, "x", [Stubborn("A", lambda: note), Here("B", lambda: note)], [SPEED], rounds=2, warmup=0)
+    assert events[:3] == ["stopped", "round", "round"]
+
+
+def test_how_many_fit() -> None:
+    assert together(6, 5e9, None) == 6
+    assert together(6, 5e9, int(21e9)) == 4
+    assert together(6, 5e9, int(64e9)) == 6
+    assert together(6, 5e9, int(1e9)) == 2
+
+
+# functions of a `Worker`'s process
+
+
+def steady(value: float) -> Round:
+    return lambda: Measured({"speed": value, "process": float(os.getpid())})
+
+
+def misses_a_package() -> Round:
+    import a_package_that_nobody_has  # type: ignore[import-not-found]
+
+    return a_package_that_nobody_has
+
+
+def dies() -> Round:
+    def one_round() -> Measured:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("not reached")
+
+    return one_round
+
+
+def sleeps() -> Round:
+    def one_round() -> Measured:
+        time.sleep(60)
+        return Measured({})
+
+    return one_round
+
+
+def test_processes_may_lack_a_package_die_or_hang(plan: Plan) -> None:
+    contenders: list[Contender] = [
+        Worker("steady", steady, (2.0,)),
+        Worker("lacking", misses_a_package),
+        Worker("dying", dies),
+        hanging := Worker("hanging", sleeps),
+    ]
+    found = compare(plan, "x", [*contenders[:3]], [SPEED, Metric("process", "", "lower")], rounds=2)
+    steady_one, lacking, dying = found.entries
+    assert steady_one.values["speed"] == [2.0, 2.0]
+    assert steady_one.values["process"][0] == steady_one.values["process"][1] != os.getpid()
+    assert lacking.absent == "a_package_that_nobody_has cannot be imported"
+    assert dying.absent == "its process ended with code -9"
+    hanging.patience = 0.2
+    with pytest.raises(Absent, match=r"no answer after 0\.2 s"):
+        hanging.start() or hanging.round()  # type: ignore[func-returns-value]
+    process = hanging._process
+    hanging.stop()
+    assert process is not None
+    assert process.exitcode == -9
+
+
+def command(name: str, code: str, **more: object) -> Command:
+    return Command(name, [sys.executable, "-S", "-c", code], **more)  # type: ignore[arg-type]
+
+
+def test_commands_are_timed_and_their_memory_is_their_own(plan: Plan) -> None:
+    contenders: list[Contender] = [
+        command("small", "import time; time.sleep(0.3)"),
+        command("large", "b = bytearray(300_000_000)", also=lambda seconds: {"speed": 1 / seconds}),
+        command("failing", "import sys; print('first'); sys.exit('last line')"),
+        Command("missing", ["a-program-that-nobody-has"]),
+        Command("no module", [sys.executable, "-m", "a_package_that_nobody_has"]),
+        command("hanging", "import time; time.sleep(60)", patience=1.0),
+    ]
+    metrics = [Metric("seconds", "", "lower"), Metric("peak memory", "GB", "lower"), SPEED]
+    small, large, failing, missing, no_module, hanging = compare(
+        plan, "x", contenders, metrics, rounds=1, warmup=0
+    ).entries
+    assert small.values["seconds"][0] >= 0.3
+    assert small.values["peak memory"][0] < 0.1, "that of this process, which holds torch, is not inherited"
+    assert 0.3 < large.values["peak memory"][0] < 0.45
+    assert large.values["speed"][0] == pytest.approx(1 / large.values["seconds"][0])
+    assert failing.absent == "exit code 1: last line"
+    assert missing.absent is not None
+    assert "exit code 127" in missing.absent
+    assert no_module.absent == "exit code 1: python: No module named a_package_that_nobody_has"
+    assert hanging.absent == "no end after 1 s"
+
+
+def test_what_comes_before_a_command_is_not_timed(plan: Plan) -> None:
+    calls: list[int] = []
+    slow: Callable[[], None] = lambda: (calls.append(1), time.sleep(1.0))[0]  # noqa: E731
+    metrics = [Metric("seconds", "", "lower")]
+    (entry,) = compare(plan, "x", [command("quick", "pass", before=slow)], metrics, rounds=1, warmup=0).entries
+    assert calls == [1]
+    assert entry.values["seconds"][0] < 1.0
+
+
+def test_the_command_line_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    peers, data = {"nanogpt": Path("/home/me/nanoGPT")}, Path("/home/me/data")
+    words = ["--peer", "nanogpt=/home/me/nanoGPT", "--data=/home/me/data", "--smoke", "--out", "/tmp/x"]
+    plan = Plan(tmp_path, peers=peers, data=data, command=words, out=Path("/tmp/x"))
+    expected = "python -m benchmarks.run --peer nanogpt=PATH --data=DATA --smoke --out OUT"
+    assert plan.command_line() == expected
+
+
+def test_reasons_name_no_folder_of_this_machine(plan: Plan) -> None:
+    def make() -> Round:
+        (plan.scratch / "absent").read_text()
+        raise AssertionError("not reached")
+
+    found: Comparison = compare(plan, "x", [Here("A", make)], [SPEED], 1)
+    assert found.entries[0].absent == "FileNotFoundError: No such file or directory"
+
+
+def test_sizes(tmp_path: Path) -> None:
+    assert Plan(tmp_path).pick(3, 1, 9) == 3
+    assert Plan(tmp_path, device="cuda").pick(3, 1, 9) == 9
+    assert Plan(tmp_path, device="cuda").pick(3, 1) == 3
+    assert Plan(tmp_path, device="cuda", smoke=True).pick(3, 1, 9) == 1
+    assert Plan(tmp_path).deadline == math.inf

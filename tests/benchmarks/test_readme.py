@@ -1,0 +1,113 @@
+"""The pages' tables are what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme, records
+from tests.benchmarks.made import items
+
+PAGE = """\
+# A page
+
+<!-- bench:cpu/step -->
+old
+<!-- /bench -->
+
+Between.
+
+<!-- bench:cpu -->
+<!-- /bench -->
+<!-- bench:gpu -->
+<!-- /bench -->
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("no tables\n")
+    (tmp_path / "docs" / "benchmarks.md").write_text(PAGE)
+    records.write(tmp_path / "benchmarks" / "results" / "cpu.json", items())
+    return tmp_path
+
+
+def test_the_projects_own_pages_are_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_projects_own_pages_have_tables() -> None:
+    found = [
+        match
+        for page in readme.pages(readme.ROOT)
+        for match in page.read_text().split("\n")
+        if readme.BEGIN.match(match)
+    ]
+    assert "<!-- bench:cpu -->" in found
+    assert "<!-- bench:gpu -->" in found
+
+
+def test_tables_are_written_and_then_stand(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main(["--check"], root) == 1
+    assert "+| restomod | 210 (200 to 220)" in capsys.readouterr().out
+    assert readme.main([], root) == 0
+    page = (root / "docs" / "benchmarks.md").read_text()
+    assert "| restomod | 210 (200 to 220)" in page
+    assert "| Step: 4 × 256 tokens" in page
+    assert "*Not measured yet: `OUT=benchmarks/results benchmarks/gpu.sh`.*" in page
+    assert "\nold\n" not in page
+    assert page.startswith("# A page\n\n<!-- bench:cpu/step -->\n")
+    assert "\n\nBetween.\n\n" in page
+    assert readme.main(["--check"], root) == 0
+    readme.main([], root)
+    assert (root / "docs" / "benchmarks.md").read_text() == page, "written again it is the same"
+
+
+def test_another_measurement_is_drift(root: Path) -> None:
+    readme.main([], root)
+    measured = items()
+    (comparison,) = measured["step"].comparisons
+    comparison.entries[1].values["tokens/s"][1] = 160.0
+    records.write(root / "benchmarks" / "results" / "cpu.json", measured)
+    assert readme.main(["--check"], root) == 1
+
+
+def test_another_number_on_a_page_is_drift(root: Path) -> None:
+    readme.main([], root)
+    page = root / "docs" / "benchmarks.md"
+    page.write_text(page.read_text().replace("105 (100 to 110)", "95 (90 to 100)"))
+    assert readme.main(["--check"], root) == 1
+
+
+def test_lost_measurements_are_drift(root: Path) -> None:
+    readme.main([], root)
+    (root / "benchmarks" / "results" / "cpu.json").unlink()
+    assert readme.main(["--check"], root) == 1
+
+
+def test_an_item_that_was_not_measured_says_so(root: Path) -> None:
+    measured = {"step": dataclasses.replace(items()["step"])}
+    records.write(root / "benchmarks" / "results" / "cpu.json", measured)
+    assert readme.content("cpu/growth", root / "benchmarks" / "results", "x").startswith("*Not measured yet")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("<!-- bench:cpu -->\n", "line 1: <!-- bench:cpu --> has no <!-- /bench -->"),
+        ("\n<!-- /bench -->\n", "line 2: <!-- /bench --> without a beginning"),
+        ("<!-- bench:cpu -->\n<!-- bench:gpu -->\n<!-- /bench -->\n", "line 1: <!-- bench:cpu --> has no"),
+        ("<!-- bench:cpu/stepp -->\n<!-- /bench -->\n", "unknown item 'stepp'; did you mean 'step'?"),
+        ("<!-- bench:tpu -->\n<!-- /bench -->\n", "unknown results 'tpu'"),
+    ],
+)
+def test_wrong_markers_are_named(root: Path, capsys: pytest.CaptureFixture[str], text: str, error: str) -> None:
+    (root / "README.md").write_text(text)
+    assert readme.main(["--check"], root) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks: error: README.md")
+    assert error in line

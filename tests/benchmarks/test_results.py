@@ -1,0 +1,114 @@
+"""From measurements to JSON and back, to tables and to a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plot, records, table
+from benchmarks.records import Item
+from benchmarks.stats import Ratio
+from restomod.errors import UserError
+from tests.benchmarks.made import SECONDS, SPEED, items
+
+
+def test_json_and_back(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    records.write(path, items())
+    assert records.read(path) == items()
+    raw = json.loads(path.read_text())
+    assert raw["items"]["step"]["comparisons"][0]["entries"][1]["values"]["tokens/s"] == [100.0, 110.0, 105.0]
+
+
+def test_no_file_is_no_items(tmp_path: Path) -> None:
+    assert records.read(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 0, "items": {}}', '{"format": 1, "items": {"a": {}}}', "{"])
+def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cpu.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"cpu\.json"):
+        records.read(path)
+
+
+def test_tables_say_medians_ranges_ratios_and_who_is_absent() -> None:
+    text = table.page(items())
+    assert "| restomod | 210 (200 to 220) |  | 1.00 (1.00 to 1.00) |  |" in text
+    assert (
+        "| other | 105 (100 to 110) | 2.00 × [2.00, 2.00] | 4.00 (4.00 to 4.00) | 0.250 × [0.250, 0.250] | 83.3% |"
+        in text
+    )
+    assert "- absent: gone: gone cannot be imported" in text
+    assert "- a remark" in text
+    assert "- left out: nanogpt: no folder" in text
+    assert "| a run: memory, GB by seconds | 8 | 1.00 | 2.00 | 2.00 × |" in text
+    assert "revision 0123456789ab and changes, 2026-01-02, `python -m benchmarks.run --only step`, 12 s" in text
+
+
+def test_headlines_have_a_row_for_each_comparison() -> None:
+    lines = table.headlines(items()).splitlines()
+    assert lines[2].startswith("| Step: 4 × 256 tokens, tokens/s (higher is better) | 210 (200 to 220) |")
+    assert "other 105 (2.00 × [2.00, 2.00])" in lines[2]
+    assert "gone" not in lines[2]
+    assert sum("A Processor" in line for line in lines) == 1
+
+
+def test_ours_absent_leaves_others_without_a_ratio() -> None:
+    step = items()["step"]
+    (comparison,) = step.comparisons
+    ours, other, gone = comparison.entries
+    ours = dataclasses.replace(ours, values={}, absent="no compiler")
+    changed = dataclasses.replace(comparison, entries=[ours, dataclasses.replace(other, beside={}), gone])
+    text = table.section(dataclasses.replace(step, comparisons=[changed]))
+    assert "- absent: restomod: no compiler" in text
+    assert "| other | 105 (100 to 110) | 4.00 (4.00 to 4.00) | 83.3% |" in text, "no column of empty ratios"
+    assert plot.advantages({"step": dataclasses.replace(step, comparisons=[changed])}) == []
+
+
+def test_a_smoke_test_says_so() -> None:
+    step = items()["step"]
+    assert "the numbers mean nothing" in table.section(
+        dataclasses.replace(step, environment=step.environment | {"smoke": True})
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (0, "0"),
+        (1234.6, "1,235"),
+        (99.94, "99.9"),
+        (9.994, "9.99"),
+        (0.5, "0.500"),
+        (0.9996, "1.00"),
+        (99.97, "100"),
+        (9.996, "10.0"),
+        (0.00123, "1.23e-03"),
+    ],
+)
+def test_numbers(x: float, expected: str) -> None:
+    assert table.number(x) == expected
+
+
+def test_less_may_be_better() -> None:
+    ratio = Ratio(0.25, 0.2, 0.5)  # ours takes a quarter of the time
+    assert plot.advantage(ratio, SECONDS) == Ratio(4.0, 2.0, 5.0)
+    assert plot.advantage(ratio, SPEED) == ratio
+    assert plot.advantage(Ratio(0.5, None, None), SECONDS) == Ratio(2.0, None, None)
+
+
+def test_advantages_of_all_metrics() -> None:
+    found = plot.advantages(items())
+    assert [ratio.median for _, ratio in found] == [2.0, 4.0]
+    assert "load, beside other" in found[1][0]
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    plot.draw(items(), tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    plot.draw({"nothing": Item("Nothing")}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

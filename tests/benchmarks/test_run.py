@@ -1,0 +1,127 @@
+"""The list of measurements: which are made, what is kept, what a user may get wrong. And all of them, tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from benchmarks import records, run
+from benchmarks.harness import Plan
+from benchmarks.records import Item
+
+ROOT = Path(run.__file__).parents[1]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Plan]:
+    """Items that measure nothing, but `loss`, which fails; the plans that they were given."""
+    plans: dict[str, Plan] = {}
+
+    def module(name: str) -> types.SimpleNamespace:
+        def measure(plan: Plan) -> Item:
+            plans[name] = plan
+            (plan.scratch / "large").write_text("x")
+            if name.endswith("loss"):
+                raise RuntimeError("no")
+            return Item(name)
+
+        return types.SimpleNamespace(measure=measure)
+
+    monkeypatch.setattr("benchmarks.run.importlib", types.SimpleNamespace(import_module=module))
+    return plans
+
+
+def test_every_item_has_a_file_and_a_time_on_every_device() -> None:
+    files = {path.stem for path in (ROOT / "benchmarks" / "items").glob("*.py")} - {"__init__"}
+    assert files == set(run.ITEMS) == set(run.MINUTES["cpu"]) == set(run.MINUTES["cuda"])
+    assert sum(minutes for name, minutes in run.MINUTES["cpu"].items() if name not in run.ON_REQUEST) <= 30
+
+
+def test_hours_are_asked_for() -> None:
+    assert "shakespeare" not in run.chosen(None, "cpu")
+    assert list(run.chosen("shakespeare,step", "cuda")) == ["step", "shakespeare"]
+
+
+def test_a_failing_item_stops_no_other_and_what_others_measured_is_kept(
+    fake: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["--only", "step", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert run.main(["--only", "loader,loss,growth", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert list(records.read(tmp_path / "cpu.json")) == ["loader", "growth", "step"]
+    assert "loss failed (RuntimeError: no); the others go on" in capsys.readouterr().err
+    step = records.read(tmp_path / "cpu.json")["step"]
+    assert step.environment["command"].startswith("python -m benchmarks.run --only step")
+    assert step.environment["torch"]
+    assert (tmp_path / "cpu.md").read_text().startswith("## ")
+    assert not any(plan.scratch.exists() for plan in fake.values()), "what an item wrote is deleted after it"
+
+
+def test_time_is_shared_out_in_proportion(fake: dict[str, Plan], tmp_path: Path) -> None:
+    import time
+
+    start = time.monotonic()
+    run.main(["--only", "hellaswag,step", "--minutes", "23", "--out", str(tmp_path), "--device", "cpu"])
+    hellaswag, step = (fake[f"benchmarks.items.{name}"].deadline - start for name in ("hellaswag", "step"))
+    assert hellaswag == pytest.approx(60 * 23 * 4.5 / 11.5, abs=30)
+    assert step == pytest.approx(60 * 23, abs=30), "time that the one before did not take is the next one's"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--only", "stepp"], "unknown item 'stepp'; did you mean 'step'?"),
+        (["--peer", "nanogptt=/"], "unknown peer 'nanogptt'; did you mean 'nanogpt'?"),
+        (["--peer", "nanogpt=/nowhere"], "no such folder; clone the project"),
+        (["--peer", "nanogpt"], "no such folder; clone the project"),
+        (["--data", "/nowhere"], "/nowhere: no such folder"),
+        (["--out", "/dev/null/x"], "cannot make this folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], error: str) -> None:
+    assert run.main([*arguments, "--device", "cpu"] if "--out" in arguments else ["--out", "/tmp", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks: error: ")
+    assert error in line
+
+
+def check_all(file: Path, names: set[str]) -> None:
+    """Every item has numbers of ours, and of everyone else who is not said to be absent."""
+    items = json.loads(file.read_text())["items"]
+    assert set(items) == names
+    for name, item in items.items():
+        assert item["comparisons"] or item["series"], name
+        for comparison in item["comparisons"]:
+            ours, *others = comparison["entries"]
+            assert ours["absent"] is None, (name, ours)
+            for entry in [ours, *others]:
+                assert entry["values"] or entry["absent"], (name, entry)
+                assert all(v > 0 for values in entry["values"].values() for v in values), (name, entry)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_items_run_without_peers_or_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.run", "--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_all(tmp_path / "cpu.json", set(run.ITEMS) - set(run.ON_REQUEST))
+    assert "nanogpt: --peer nanogpt=PATH was not given" in done.stdout
+    assert "for want of --data" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    script = [str(ROOT / "benchmarks" / "gpu.sh"), "--smoke", "--only", "loss,loader"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_all(tmp_path / "out" / "cpu.json", {"loss", "loader"})
+    assert "loader" in (tmp_path / "out" / "cpu.log").read_text()
+    assert (tmp_path / "out" / "cpu.png").exists()
