@@ -16,7 +16,8 @@ from restomod.afterwards import take_command
 from restomod.cli import main
 
 WORK = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what they start in the background
 from restomod import cli
 from restomod.errors import UserError
 def work(arguments):

@@ -329,6 +329,11 @@ def cluster() -> Iterator[str]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        status = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address=127.0.0.1:{port}"]
+        for _ in range(20):  # on a machine at work it takes a while until a cluster answers
+            if subprocess.run(status, env=environment, capture_output=True, check=False).returncode == 0:
+                break
         yield f"127.0.0.1:{port}"
         os.killpg(process.pid, signal.SIGKILL)  # told to end, it takes half a minute
         process.wait(timeout=60)
