@@ -6,6 +6,7 @@ pace favours nobody, and nobody always follows the same other.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import shlex
@@ -56,6 +57,11 @@ class Plan:
     def late(self) -> bool:
         """Whether the item at work has had its time."""
         return time.monotonic() > self.deadline
+
+    def part(self, parts: int) -> Plan:
+        """The same with one of so many equal parts of the time that is left."""
+        now = time.monotonic()
+        return dataclasses.replace(self, deadline=now + (self.deadline - now) / parts)
 
     def file(self, name: str) -> Path | None:
         """A file or folder of the data; None where it is not there."""

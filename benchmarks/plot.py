@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.records import Item, Metric
+from benchmarks.ratios import advantage, ratio_of
+from benchmarks.records import Item
 from benchmarks.stats import Ratio
-from benchmarks.table import machine, number, ratio_of
+from benchmarks.table import machine, number
 from restomod.figures import INK, new_figure, quiet, write_figure
 
 if TYPE_CHECKING:
@@ -28,14 +29,6 @@ def advantages(items: dict[str, Item]) -> list[tuple[str, Ratio]]:
                         label = f"{item.title}, {comparison.case}: {metric.name}, beside {entry.name}"
                         found.append((label, advantage(ratio, metric)))
     return found
-
-
-def advantage(ratio: Ratio, metric: Metric) -> Ratio:
-    """The same where more is better; its reciprocal where less is."""
-    if metric.better == "higher":
-        return ratio
-    low, high = ratio.low, ratio.high
-    return Ratio(1 / ratio.median, None if high is None else 1 / high, None if low is None else 1 / low)
 
 
 def draw(items: dict[str, Item], path: Path) -> None:

@@ -135,14 +135,14 @@ class Training:
 
 
 def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
-    """Train once; held-out losses by tokens."""
-    training, curve = Training(config, dataset), []
+    """Train once; held-out losses by tokens, and the seconds of all steps."""
+    training, curve, seconds = Training(config, dataset), [], 0.0
     for step in range(config.steps + 1):
         if step == config.steps or step % max(1, config.steps // looks) == 0:
             curve.append((step * config.batch_tokens, training.held_out(eval_tokens)))
         if step < config.steps:
-            training.step(step)
-    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0]}
+            seconds += training.step(step)
+    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0], "seconds": seconds}
 
 
 def speeds(runs: dict[str, RunConfig], dataset: Dataset, rounds: int) -> list[Row]:

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.ratios import ahead, ratio_of
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
-from benchmarks.stats import Ratio, Spread, paired_ratio
+from benchmarks.stats import Ratio, Spread
 
 
 def page(items: dict[str, Item]) -> str:
@@ -42,6 +43,7 @@ def _comparison(comparison: Comparison) -> str:
     rows = [_row(e, metrics, beside, agreeing) for e in here]
     lines = [*_markdown(head, rows)]
     remarks = [f"absent: {e.name}: {e.absent}" for e in comparison.entries if e.absent is not None]
+    remarks += [f"**{who} is ahead** in {metric}: {why}" for who, metric, why in ahead(comparison)]
     remarks += comparison.notes
     return "\n".join([*lines, *(["", *(f"- {remark}" for remark in remarks)] if remarks else [])])
 
@@ -109,14 +111,6 @@ def _beside(entry: Entry, metric: Metric) -> str:
     if not values:
         return ""
     return f"{entry.name} {number(statistics.median(values))}" + (f" ({in_words(ratio)})" if ratio else "")
-
-
-def ratio_of(entry: Entry, metric: Metric) -> Ratio | None:
-    """Ours divided by this contender's; None where one of them lacks the metric."""
-    ours, theirs = entry.beside.get(metric.name), entry.values.get(metric.name)
-    if not ours or not theirs or min(theirs) <= 0:
-        return None
-    return paired_ratio(ours, theirs)
 
 
 def machine(environment: dict[str, Any], seconds: float | None = None) -> str:

@@ -346,6 +346,19 @@ def test_in_bf16_linear_layers_are_copied_and_nothing_else(model: GPT) -> None:
         assert linear or copy[name].data_ptr() == parameter.data_ptr(), name
 
 
+def test_for_many_rows_weights_lie_in_columns_and_mean_the_same(model: GPT) -> None:
+    few, many = (Decoder(model, torch.float32, rows) for rows in (7, 8))
+    assert few.transformer is model.transformer
+    assert few.head.stride() == (CONFIG.n_embd, 1)
+    assert many.head.stride() == (1, CONFIG.vocab_size)
+    own, shared = many.transformer.h[0].mlp.c_fc, model.transformer.h[0].mlp.c_fc
+    assert own.weight.stride() == (1, own.weight.shape[0])
+    assert own.bias.data_ptr() == shared.bias.data_ptr(), "all but matrices of linear layers is shared"
+    prompts = [[5, 6, 7], [8], *PROMPTS, [1, 2], [3, 4]]
+    assert len(prompts) == 8
+    assert generated(model, prompts, 20) == [generated(model, [prompt], 20)[0] for prompt in prompts]
+
+
 def test_bf16_products_work_in_batches_and_past_the_window(model: GPT) -> None:
     rows = generated(model, PROMPTS, 60, temperature=1.0, dtype=torch.bfloat16)
     assert [len(row) for row in rows] == [60] * 4

@@ -42,7 +42,7 @@ def measure(plan: Plan) -> Item:
     optimizer.update(1.0, torch.ones((), device=plan.device), torch.zeros((), dtype=torch.bool, device=plan.device))
     contenders: list[Contender] = [
         Here("restomod", lambda: ours(plan.scratch, Saver(plan.scratch / "run", config), model, optimizer)),
-        Here("torch.save", lambda: plainly(plan.scratch / "plain.pt", model, optimizer)),
+        Here("torch.save", lambda: plainly(plan.scratch, model, optimizer)),
     ]
     notes = ["loading: restomod compares every byte with its SHA-256 first, torch.load does not"]
     return Item(
@@ -87,8 +87,10 @@ def ours(scratch: Path, saver: Saver, model: GPT, optimizer: Optimizers) -> Roun
     return timed(lambda: saver.save(next(numbers), model, optimizer), saver.finish, load, size)
 
 
-def plainly(file: Path, model: GPT, optimizer: Optimizers) -> Round:
-    """All tensors into one file; training stands still until it is written."""
+def plainly(folder: Path, model: GPT, optimizer: Optimizers) -> Round:
+    """All tensors into one new file, after which the one before is deleted; training stands still meanwhile."""
+    numbers = itertools.count(1)
+    files: list[Path] = []
     adamw = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         adamw.state[parameter] = {
@@ -98,15 +100,18 @@ def plainly(file: Path, model: GPT, optimizer: Optimizers) -> Round:
         }
 
     def save() -> None:
-        with open(file, "wb") as f:
+        files.append(folder / f"plain-{next(numbers)}.pt")
+        with open(files[-1], "wb") as f:
             torch.save({"model": model.state_dict(), "optimizer": adamw.state_dict()}, f)
             f.flush()
             os.fsync(f.fileno())
+        for old in files[:-1]:
+            old.unlink(missing_ok=True)
 
     def load() -> None:
-        saved = torch.load(file, weights_only=True, map_location=model.head.device)
+        saved = torch.load(files[-1], weights_only=True, map_location=model.head.device)
         model.load_state_dict(saved["model"])
         adamw.load_state_dict(saved["optimizer"])
         synchronize(model.head.device)
 
-    return timed(save, lambda: None, load, lambda: file.stat().st_size)
+    return timed(save, lambda: None, load, lambda: files[-1].stat().st_size)

@@ -30,6 +30,7 @@ from restomod.presets import preset
 
 Tokens = list[list[int]]
 Way = Callable[[Tokens, int], Tokens]
+Ways = dict[str, Callable[[], Way]]
 PROMPT, WARM = 16, 4  # tokens of a prompt; new ones in the warm-up
 
 
@@ -41,23 +42,21 @@ def measure(plan: Plan) -> Item:
     model, dtype, new = random_model(plan), choose_dtype("auto", device), plan.pick(256, 8)
     comparisons: list[Comparison] = []
     left_out: list[str] = []
-    for rows in (1, 8):
+    ours: Ways = {"restomod": lambda: functools.partial(cached, model, dtype)}
+    theirs: Ways = {"transformers, with cache": lambda: by_transformers(exported(model, dtype).to(device))}
+    plain: Ways = {"restomod's model, without cache": lambda: functools.partial(uncached, model, dtype)}
+    cases = [(1, theirs, plan.pick(4, 2, 5)), (8, theirs, plan.pick(4, 2, 5)), (1, plain, plan.pick(2, 1, 3))]
+    for number, (rows, others, rounds) in enumerate(cases):
+        case = f"{rows} text{'s' if rows > 1 else ''} at once, {new} new tokens each"
         if plan.late() and comparisons:
-            left_out.append(f"{rows} texts at once: the time was up")
+            left_out.append(f"{case}, beside {', '.join(others)}: the time was up")
             continue
         prompts = torch.randint(50257, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
-        ways: dict[str, Callable[[], Way]] = {
-            "restomod": lambda: functools.partial(cached, model, dtype),
-            "transformers, with cache": lambda: by_transformers(exported(model, dtype).to(device)),
-        }
-        if rows == 1 or device.type == "cuda":
-            ways["restomod's model, without cache"] = lambda: functools.partial(uncached, model, dtype)
-        else:
-            left_out.append(f"{rows} texts at once without a cache: minutes a round on a CPU")
-        contenders: list[Contender] = [Here(name, rounds_of(make, prompts, new, device)) for name, make in ways.items()]
-        case = f"{rows} text{'s' if rows > 1 else ''} at once, {new} new tokens each"
-        metric = Metric("tokens/s", "", "higher")
-        comparisons.append(compare(plan, case, contenders, [metric], plan.pick(3, 2, 5), agree=alike))
+        contenders: list[Contender] = [
+            Here(name, rounds_of(make, prompts, new, device)) for name, make in (ours | others).items()
+        ]
+        share, metric = plan.part(len(cases) - number), Metric("tokens/s", "", "higher")
+        comparisons.append(compare(share, case, contenders, [metric], rounds, agree=alike))
     note = f"prompts of {PROMPT} tokens, greedy, random weights; same output: of the texts, token for token"
     return Item("Generation with GPT-2 124M", comparisons, notes=[note], left_out=left_out)
 

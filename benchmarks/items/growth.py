@@ -15,21 +15,23 @@ from benchmarks.texts import to_train_on
 from restomod.train.metrics import read_jsonl
 
 SAMPLES_A_SECOND = 4
+SMALL = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.n-positions", "32"]
+SMALL += ["--batch-tokens", "64", "--sequence-length", "32", "--precision", "fp32"]
 
 
 def measure(plan: Plan) -> Item:
-    """The quickstart's own loop, with validation, samples and checkpoints on the way."""
+    """The training loop with validation, samples and checkpoints on the way; on a CPU of a model small enough."""
     data, what = to_train_on(plan)
-    steps = plan.pick(300, 8)
+    steps = plan.pick(10_000, 8, 2_000)
     where = ["--data.source", data.source, "--data.cache", data.cache]
     where += ["--data.path", data.path] if data.path else []
-    sizes = ["--device", plan.device, *(TINY if plan.smoke else [])]
-    often = [f"--{act}-every={max(1, steps // 6)}" for act in ("eval", "sample", "save")]
+    sizes = ["--device", plan.device, *plan.pick(SMALL, TINY, [])]
+    often = [f"--{act}-every={max(1, steps // 20)}" for act in ("eval", "sample", "save")]
     run = plan.scratch / "run"
     words = ["train", "quickstart", "--out", str(run), "--steps", str(steps), "--eval-tokens", "4096", *often]
     memory = watched([*words, *where, *sizes], run / "metrics.jsonl")
     times = [(float(r["step"]), float(r["ms"])) for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
-    case = f"{steps:,} steps of the quickstart"
+    case = f"{steps:,} steps" + plan.pick(" of a model of 1.6M parameters", " of a tiny model", " of the quickstart")
     series = [Series(case, "step", "ms a step", times)]
     left_out = []
     if memory:

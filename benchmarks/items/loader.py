@@ -60,7 +60,7 @@ def write_sparse(folder: Path, shards: int, tokens: int) -> list[Path]:
     return paths
 
 
-def drawn(fetch: Fetch, batches: int = 5) -> Round:
+def drawn(fetch: Fetch, batches: int = 2) -> Round:
     """A round of some batches."""
 
     def one_round() -> Measured:

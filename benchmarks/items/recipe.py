@@ -62,7 +62,7 @@ def trained(sizes: argparse.Namespace, seed: int, dataset: Dataset, looks: int, 
     target = results[BASELINE]["loss"]
     measured = {}
     for name, result in results.items():
-        values = {"held-out loss": result["loss"], "tokens/s": result["tokens_per_second"]}
+        values = {"held-out loss": result["loss"], "tokens/s": result["tokens"] / result["seconds"]}
         reached = tokens_to(result["curve"], target)
         measured[name] = Measured(values | ({METRICS[0].name: reached} if reached is not None else {}))
     return measured

@@ -29,7 +29,7 @@ def measure(plan: Plan) -> Item:
     def python(name: str, *words: str) -> Command:
         return Command(name, [sys.executable, *words], patience=PATIENCE)
 
-    rounds = plan.pick(5, 1)
+    rounds = plan.pick(3, 1)
     helped: list[Contender] = [
         python("restomod --help", "-m", "restomod", "--help"),
         python("litgpt --help", "-m", "litgpt", "--help"),

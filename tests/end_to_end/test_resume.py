@@ -33,7 +33,7 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 
 def same_checkpoint(a: Path, b: Path, step: int) -> bool:
     """Are the weights and the optimizer's state of two runs equal to the last bit?"""
-    for name in ("model.safetensors", "training_state/shard-00001-model-00001-of-00001.safetensors"):
+    for name in ("model.safetensors", "training_state/optimizer.safetensors"):
         tensors, others = (load_file(run / "checkpoints" / f"step_{step:06d}" / name) for run in (a, b))
         assert len(tensors) > 20
         if tensors.keys() != others.keys() or not all(torch.equal(tensors[k], others[k]) for k in tensors):

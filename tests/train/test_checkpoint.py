@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
 from restomod.config import ModelConfig
@@ -128,6 +130,37 @@ def test_another_models_checkpoint_is_refused(folder: Path) -> None:
 
 
 # --- damage --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_state_that_torchs_distributed_checkpoint_wrote_is_read(folder: Path, saved: tuple[Trainee, Path]) -> None:
+    """Its safetensors format, in which checkpoints used to be."""
+    state = folder / module.STATE
+    (state / module.OPTIMIZER).unlink()
+    tensors = optimizer_tensors(saved[0].model, saved[0].optimizer)
+    writer = HuggingFaceStorageWriter(str(state), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    other = make_trainee(seed=2)
+    module.load_optimizer(folder, other.model, other.optimizer)
+    assert_identical(optimizer_tensors(other.model, other.optimizer), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop("state.transformer.ln_f.bias.exp_avg"), r"ln_f\.bias\.exp_avg is missing"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "more does not fit"),
+        (lambda tensors: tensors.update({"state.transformer.ln_f.bias.exp_avg": torch.zeros(1)}), "does not fit"),
+    ],
+)
+def test_another_optimizers_state_is_refused(folder: Path, change: Any, said: str) -> None:
+    file = folder / module.STATE / module.OPTIMIZER
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+    trainee = make_trainee()
+    with pytest.raises(UserError, match=f"of another optimizer or model: .*{said}"):
+        module.load_optimizer(folder, trainee.model, trainee.optimizer)
 
 
 def test_the_files_below_are_all_there_are(saved: tuple[Trainee, Path]) -> None:
@@ -251,7 +284,7 @@ def no_space(*_: object) -> NoReturn:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("at", ["save_model", "fsync_path", "sha256_file", "_save_optimizer"])
+@pytest.mark.parametrize("at", ["save_model", "fsync_path", "sha256_file", "save_file"])
 def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(
     at: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,17 +15,13 @@ import contextlib
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
 from restomod.errors import UserError
 from restomod.files import fsync_path, read_json, sha256_file
@@ -37,6 +33,7 @@ from restomod.train.optimizer import Optimizers, load_optimizer_tensors, optimiz
 
 COMPLETE = "COMPLETE"
 STATE = "training_state"
+OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
 STEP_FOLDER = re.compile(r"step_\d+")
 
@@ -111,7 +108,7 @@ def write_checkpoint(
         (temporary / STATE).mkdir(parents=True)
         save_model(model, temporary)
         if optimizer_state:
-            _save_optimizer(optimizer_state, temporary / STATE)
+            save_file({k: v.contiguous() for k, v in optimizer_state.items()}, temporary / STATE / OPTIMIZER)
         state = {"format": FORMAT, "step": step, "data_offset": data_offset}
         (temporary / STATE / "state.json").write_text(json.dumps(state) + "\n")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -126,7 +123,7 @@ def write_checkpoint(
             shutil.rmtree(folder)
         temporary.rename(folder)
         fsync_path(folder.parent)
-    except (OSError, SafetensorError, CheckpointException) as e:
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot save {folder}: {_reason(e)}; older checkpoints are whole: "
@@ -135,10 +132,8 @@ def write_checkpoint(
     return folder
 
 
-def _reason(e: BaseException) -> str:
-    """Why a save failed, in one line; torch wraps what its writer met, for each process."""
-    if isinstance(e, CheckpointException):
-        e = next(iter(e.failures.values()))[0]
+def _reason(e: OSError | SafetensorError) -> str:
+    """Why a save failed, in one line."""
     return getattr(e, "strerror", None) or str(e).partition("\n")[0]
 
 
@@ -178,12 +173,25 @@ def progress(folder: Path) -> tuple[int, int]:
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers) -> None:
-    """Put the optimizer's state of a verified checkpoint back; ``model`` is the one it optimizes."""
-    if progress(folder)[0] > 0:
-        with _single_process():
-            tensors = optimizer_tensors(model, optimizer)
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / STATE)), no_dist=True)
-        load_optimizer_tensors(model, optimizer, tensors)
+    """Put the optimizer's state of a verified checkpoint back; ``model`` is the one it optimizes.
+
+    Raises:
+        UserError: it is that of another optimizer or model.
+    """
+    if progress(folder)[0] == 0:
+        return
+    tensors, filled = optimizer_tensors(model, optimizer), set()
+    for path in sorted((folder / STATE).glob("*.safetensors")):  # the one file that used to have another name, too
+        with safe_open(path, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118  # it is no mapping
+                value = saved.get_tensor(name)
+                if name not in tensors or tensors[name].shape != value.shape:
+                    raise UserError(f"{path} is of another optimizer or model: {name} does not fit")
+                tensors[name].copy_(value)
+                filled.add(name)
+    if filled != tensors.keys():
+        raise UserError(f"{folder / STATE} is of another optimizer or model: {min(tensors.keys() - filled)} is missing")
+    load_optimizer_tensors(model, optimizer, tensors)
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers) -> int:
@@ -199,17 +207,3 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers) -> int:
         load_weights(model, folder)
     load_optimizer(folder, model, optimizer)
     return progress(folder)[0]
-
-
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """Silence torch's note that it works in one process, which is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
-
-
-def _save_optimizer(tensors: dict[str, Tensor], folder: Path) -> None:
-    with _single_process():
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
