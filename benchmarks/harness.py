@@ -107,9 +107,9 @@ def compare(
     size = max(1, (together or len(contenders)) - 1)
     groups = [others[i : i + size] for i in range(0, len(others), size)] or [[]]
     parts = []
-    for group in groups:
+    for number, group in enumerate(groups):
         members = [ours, *group]
-        rows, absent = _rounds(plan, members, plan.rounds or rounds, warmup)
+        rows, absent = _rounds(plan.part(len(groups) - number), members, plan.rounds or rounds, warmup)
         for name, why in absent.items():
             plan.say(f"  absent: {name}: {why}")
         parts.append(comparison_of(case, [c.name for c in members], rows, metrics, absent, warmup, agree))

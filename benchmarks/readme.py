@@ -4,7 +4,7 @@
     python -m benchmarks.readme --check    # exit code 1, and what differs, where a page and the measurements disagree
 
 A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`; what is between is replaced. NAME is `cpu` for the headlines
-of results/cpu.json, or `cpu/step` for all that was measured of one item.
+of results/cpu.json, `cpu/step` for all that was measured of one item, or `cpu/all` for all of all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from restomod.files import write_text_atomically
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"
+ALL = "all"
 HOW = {"cpu": "make bench OUT=benchmarks/results", "gpu": "OUT=benchmarks/results benchmarks/gpu.sh"}
 
 
@@ -66,11 +67,13 @@ def content(name: str, results: Path, where: str) -> str:
     machine, _, item = name.partition("/")
     if machine not in HOW:
         raise UserError(f"{where}: unknown results {machine!r}{did_you_mean(machine, HOW)}")
-    if item and item not in ITEMS:
-        raise UserError(f"{where}: unknown item {item!r}{did_you_mean(item, ITEMS)}")
+    if item and item not in (*ITEMS, ALL):
+        raise UserError(f"{where}: unknown item {item!r}{did_you_mean(item, (*ITEMS, ALL))}")
     items = records.read(results / f"{machine}.json")
     if items and not item:
         return table.headlines(items)
+    if items and item == ALL:
+        return table.page(items, "###").rstrip()
     return table.body(items[item]) if item in items else f"*Not measured yet: `{HOW[machine]}`.*"
 
 

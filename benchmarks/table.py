@@ -6,19 +6,21 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.ratios import ahead, ratio_of
+from benchmarks.ratios import advantage, ahead, ratio_of
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
 from benchmarks.stats import Ratio, Spread
 
-
-def page(items: dict[str, Item]) -> str:
-    """All items, one section each."""
-    return "\n\n".join(section(item) for item in items.values()) + "\n"
+OWN = ("nothing prepared", "1 process, one thread each", "python, doing nothing")
 
 
-def section(item: Item) -> str:
+def page(items: dict[str, Item], level: str = "##") -> str:
+    """All items, one section each, with headings of a level."""
+    return "\n\n".join(section(item, level) for item in items.values()) + "\n"
+
+
+def section(item: Item, level: str = "##") -> str:
     """An item under its title, with the machine it was measured on."""
-    return f"## {item.title}\n\n{body(item)}"
+    return f"{level} {item.title}\n\n{body(item)}"
 
 
 def body(item: Item) -> str:
@@ -88,7 +90,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def headlines(items: dict[str, Item]) -> str:
-    """One row for each comparison: its first metric, ours and the others', and how many times theirs ours is."""
+    """One row for each comparison with others: its first metric, ours and theirs, and how many times better ours is."""
     rows = []
     about = []
     for item in items.values():
@@ -96,21 +98,29 @@ def headlines(items: dict[str, Item]) -> str:
             metric, ours = comparison.metrics[0], comparison.entries[0]
             if ours.absent is not None or metric.name not in ours.values:
                 continue
-            others = [_beside(e, metric) for e in comparison.entries[1:] if e.absent is None]
-            what = f"{item.title}: {comparison.case}, {_heading(metric)}"
-            rows.append([what, spread(ours.values[metric.name]), "; ".join(o for o in others if o)])
+            rivals = [e for e in comparison.entries[1:] if e.absent is None and not is_own(e)]
+            others = [cell for cell in (_beside(e, metric) for e in rivals) if cell]
+            if others:
+                what = f"{item.title}: {comparison.case}, {metric.name}{f', {metric.unit}' if metric.unit else ''}"
+                rows.append([what, spread(ours.values[metric.name]), "<br>".join(others)])
         said = machine(item.environment)
         if said not in about:
             about.append(said)
-    table = _markdown(["median (range)", "restomod", "beside it: median (ours / theirs, 95 % interval)"], rows)
+    table = _markdown(["median (range)", "restomod", "others: median (how many times better ours is)"], rows)
     return "\n".join([*table, "", *(f"*{said}*" for said in about)])
+
+
+def is_own(entry: Entry) -> bool:
+    """Whether this is another way of ours, or a floor that nobody can go below, and no rival."""
+    return entry.name.startswith("restomod") or entry.name in OWN
 
 
 def _beside(entry: Entry, metric: Metric) -> str:
     values, ratio = entry.values.get(metric.name), ratio_of(entry, metric)
     if not values:
         return ""
-    return f"{entry.name} {number(statistics.median(values))}" + (f" ({in_words(ratio)})" if ratio else "")
+    times = f" ({in_words(advantage(ratio, metric))})" if ratio else ""
+    return f"{entry.name} {number(statistics.median(values))}{times}"
 
 
 def machine(environment: dict[str, Any], seconds: float | None = None) -> str:

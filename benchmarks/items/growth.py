@@ -80,7 +80,7 @@ def resident_bytes(process: int) -> int | None:
 def processes(plan: Plan) -> Comparison:
     """The same steps by one process and by two that torchrun starts, on one thread each."""
     metrics = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
-    sizes = TINY if plan.smoke else ["--batch-tokens", "4096"]
+    sizes = TINY if plan.smoke else ["--batch-tokens", "2048"]
     contenders: list[Contender] = [
         Bench(f"{n} process{'es' if n > 1 else ''}, one thread each", n, plan, sizes) for n in (2, 1)
     ]

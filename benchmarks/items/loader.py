@@ -5,7 +5,9 @@ The shards are sparse files: they take no room on the disk and hold zeros, but a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,11 +35,15 @@ def measure(plan: Plan) -> Item:
         f.truncate(2 * shards * tokens)
     ways: list[Contender] = [
         Here("restomod", lambda: drawn(ours(paths, itertools.count(middle)))),
-        Here("random windows of one mapped file", lambda: drawn(random_windows(single))),
+        Here("random windows of one mapped file", lambda: drawn(random_windows(single), 1)),
         Here("torch DataLoader, shuffled", lambda: drawn(data_loader(paths, 0))),
     ]
     size = f"{T * SEQUENCES:,} tokens out of {shards * tokens / 1e9:.3g} billion"
-    speed = compare(plan, f"batches of {size}", ways, [Metric("batches/s", "", "higher")], plan.pick(5, 2))
+    ahead = "a mapped file: for a page that is not in memory the system reads those around it, too, unless told not to"
+    ahead += f" ({read_ahead(plan.scratch)})"
+    speed = compare(
+        plan, f"batches of {size}", ways, [Metric("batches/s", "", "higher")], plan.pick(5, 2), notes=[ahead]
+    )
     starts: list[Contender] = [
         Here("restomod", lambda: begun(lambda: ours(paths, itertools.count(middle)))),
         Here("torch DataLoader, indices skipped", lambda: begun(lambda: data_loader(paths, middle))),
@@ -46,6 +52,16 @@ def measure(plan: Plan) -> Item:
     case = f"from nothing to the batch of token {middle * T * SEQUENCES:,}"
     resumed = compare(plan, case, starts, [Metric("ms", "", "lower")], plan.pick(5, 2), notes=[note])
     return Item("Batches of 10 billion tokens", [speed, resumed])
+
+
+def read_ahead(folder: Path) -> str:
+    """How much a system reads around a page of a mapped file."""
+    device = os.stat(folder).st_dev
+    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    for queue in (block / "queue", block / ".." / "queue"):  # of a disk, or of the disk of a partition
+        with contextlib.suppress(OSError, ValueError):
+            return f"up to {int((queue / 'read_ahead_kb').read_text()):,} kB here"
+    return "how much is unknown here"
 
 
 def write_sparse(folder: Path, shards: int, tokens: int) -> list[Path]:
@@ -60,7 +76,7 @@ def write_sparse(folder: Path, shards: int, tokens: int) -> list[Path]:
     return paths
 
 
-def drawn(fetch: Fetch, batches: int = 2) -> Round:
+def drawn(fetch: Fetch, batches: int = 5) -> Round:
     """A round of some batches."""
 
     def one_round() -> Measured:

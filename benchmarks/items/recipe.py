@@ -46,7 +46,7 @@ def measure(plan: Plan) -> Item:
     for seed in range(plan.rounds or plan.pick(2, 1)):
         if plan.late() and rows:
             break
-        rows.append(trained(sizes, seed, dataset, plan.pick(16, 2), plan.pick(16_384, 64)))
+        rows.append(trained(sizes, seed, dataset, plan.pick(8, 2), plan.pick(8_192, 64)))
     case = f"{sizes.layers} layers × {sizes.width}, {sizes.tokens:,} tokens, GPT-2's rate {sizes.lr:g}"
     notes = [f"{what}; a round is a seed; AdamW's rate of GPT-2's recipe was tuned at 4 × 128 with a million tokens"]
     notes += [f"{name} did not reach GPT-2's loss with every seed" for name in OURS if not reaching(rows, name)]

@@ -21,6 +21,8 @@ Between.
 
 <!-- bench:cpu -->
 <!-- /bench -->
+<!-- bench:cpu/all -->
+<!-- /bench -->
 <!-- bench:gpu -->
 <!-- /bench -->
 """
@@ -48,7 +50,8 @@ def test_the_projects_own_pages_have_tables() -> None:
         if readme.BEGIN.match(match)
     ]
     assert "<!-- bench:cpu -->" in found
-    assert "<!-- bench:gpu -->" in found
+    assert "<!-- bench:cpu/all -->" in found
+    assert "<!-- bench:gpu/all -->" in found
 
 
 def test_tables_are_written_and_then_stand(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +61,7 @@ def test_tables_are_written_and_then_stand(root: Path, capsys: pytest.CaptureFix
     page = (root / "docs" / "benchmarks.md").read_text()
     assert "| restomod | 210 (200 to 220)" in page
     assert "| Step: 4 × 256 tokens" in page
+    assert "### Growth" in page
     assert "*Not measured yet: `OUT=benchmarks/results benchmarks/gpu.sh`.*" in page
     assert "\nold\n" not in page
     assert page.startswith("# A page\n\n<!-- bench:cpu/step -->\n")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plot, records, table
+from benchmarks import plot, ratios, readme, reasons, records, table
 from benchmarks.records import Item
 from benchmarks.stats import Ratio
+from benchmarks.table import OWN
 from restomod.errors import UserError
-from tests.benchmarks.made import SECONDS, SPEED, items
+from tests.benchmarks.made import ENVIRONMENT, SECONDS, SPEED, items
 
 
 def test_json_and_back(tmp_path: Path) -> None:
@@ -51,10 +52,44 @@ def test_tables_say_medians_ranges_ratios_and_who_is_absent() -> None:
 
 def test_headlines_have_a_row_for_each_comparison() -> None:
     lines = table.headlines(items()).splitlines()
-    assert lines[2].startswith("| Step: 4 × 256 tokens, tokens/s (higher is better) | 210 (200 to 220) |")
+    assert lines[2].startswith("| Step: 4 × 256 tokens, tokens/s | 210 (200 to 220) |")
     assert "other 105 (2.00 × [2.00, 2.00])" in lines[2]
     assert "gone" not in lines[2]
     assert sum("A Processor" in line for line in lines) == 1
+
+
+def test_headlines_are_of_rivals_and_say_how_many_times_better() -> None:
+    (step,) = items()["step"].comparisons
+    swapped = dataclasses.replace(step, metrics=[SECONDS, SPEED])
+    (row,) = (
+        line
+        for line in table.headlines({"step": Item("Step", [swapped], environment=ENVIRONMENT)}).splitlines()
+        if line.startswith("| Step")
+    )
+    assert "other 4.00 (4.00 × [4.00, 4.00])" in row, "a quarter of the seconds is four times better"
+    renamed = dataclasses.replace(step, entries=[step.entries[0], dataclasses.replace(step.entries[1], name=OWN[0])])
+    assert "Step" not in table.headlines({"step": Item("Step", [renamed], environment=ENVIRONMENT)})
+
+
+def test_who_is_ahead_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    (step,) = items()["step"].comparisons
+    assert ratios.ahead(step) == []
+    mine, other, gone = step.entries
+    other = dataclasses.replace(other, beside={"tokens/s": [50.0, 50.0, 50.0], "load": [3.96, 3.96, 3.96]})
+    changed = dataclasses.replace(step, entries=[mine, other, gone])
+    assert ratios.ahead(changed) == [("other", "tokens/s", ratios.NO_REASON)]
+    monkeypatch.setitem(reasons.REASONS, ("other", "tokens/s"), "it cheats")
+    assert "- **other is ahead** in tokens/s: it cheats" in table.section(Item("Step", [changed]))
+    nearly = dataclasses.replace(other, beside={"tokens/s": [100.0, 90.0, 120.0], "load": [4.02, 4.02, 4.02]})
+    assert ratios.ahead(dataclasses.replace(step, entries=[mine, nearly])) == [], "noise, and less than 2 %"
+
+
+def test_every_loss_of_the_committed_measurements_has_a_reason() -> None:
+    for file in (readme.ROOT / "benchmarks" / "results").glob("[cg]pu.json"):
+        for item in records.read(file).values():
+            for comparison in item.comparisons:
+                for who, metric, why in ratios.ahead(comparison):
+                    assert why != ratios.NO_REASON, f"{file.name}: {comparison.case}: {who} is ahead in {metric}"
 
 
 def test_ours_absent_leaves_others_without_a_ratio() -> None:
@@ -96,9 +131,9 @@ def test_numbers(x: float, expected: str) -> None:
 
 def test_less_may_be_better() -> None:
     ratio = Ratio(0.25, 0.2, 0.5)  # ours takes a quarter of the time
-    assert plot.advantage(ratio, SECONDS) == Ratio(4.0, 2.0, 5.0)
-    assert plot.advantage(ratio, SPEED) == ratio
-    assert plot.advantage(Ratio(0.5, None, None), SECONDS) == Ratio(2.0, None, None)
+    assert ratios.advantage(ratio, SECONDS) == Ratio(4.0, 2.0, 5.0)
+    assert ratios.advantage(ratio, SPEED) == ratio
+    assert ratios.advantage(Ratio(0.5, None, None), SECONDS) == Ratio(2.0, None, None)
 
 
 def test_advantages_of_all_metrics() -> None:
