@@ -64,7 +64,7 @@ def measure(plan: Plan) -> Item:
             needs = NEEDS * (1.25 if batch * length > 512 else 1)
             at_once = together(len(contenders), needs, available_bytes(torch.device("cpu")))
         share = plan.part(len(cases) - number)
-        comparisons.append(compare(share, case, contenders, METRICS, plan.pick(4, 2, 8), together=at_once))
+        comparisons.append(compare(share, case, contenders, METRICS, plan.pick(3, 2, 8), together=at_once))
     return Item("Training step of GPT-2 124M", comparisons, notes=notes, left_out=sorted(left_out))
 
 
