@@ -10,7 +10,14 @@ from benchmarks.ratios import advantage, ahead, ratio_of
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
 from benchmarks.stats import Ratio, Spread
 
-OWN = ("nothing prepared", "1 process, one thread each", "python, doing nothing")
+NO_RIVALS = (  # other ways of ours, floors, and what does something else
+    "nothing prepared",
+    "1 process, one thread each",
+    "speedrun",
+    "python, doing nothing",
+    "import torch",
+    "transformers, ready to load a GPT-2",
+)
 
 
 def page(items: dict[str, Item], level: str = "##") -> str:
@@ -98,7 +105,7 @@ def headlines(items: dict[str, Item]) -> str:
             metric, ours = comparison.metrics[0], comparison.entries[0]
             if ours.absent is not None or metric.name not in ours.values:
                 continue
-            rivals = [e for e in comparison.entries[1:] if e.absent is None and not is_own(e)]
+            rivals = [e for e in comparison.entries[1:] if e.absent is None and is_rival(e)]
             others = [cell for cell in (_beside(e, metric) for e in rivals) if cell]
             if others:
                 what = f"{item.title}: {comparison.case}, {metric.name}{f', {metric.unit}' if metric.unit else ''}"
@@ -110,9 +117,9 @@ def headlines(items: dict[str, Item]) -> str:
     return "\n".join([*table, "", *(f"*{said}*" for said in about)])
 
 
-def is_own(entry: Entry) -> bool:
-    """Whether this is another way of ours, or a floor that nobody can go below, and no rival."""
-    return entry.name.startswith("restomod") or entry.name in OWN
+def is_rival(entry: Entry) -> bool:
+    """Whether this is somebody else's way to the same."""
+    return not entry.name.startswith("restomod") and entry.name not in NO_RIVALS
 
 
 def _beside(entry: Entry, metric: Metric) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.texts import to_train_on
 from restomod.train.metrics import read_jsonl
 
 SAMPLES_A_SECOND = 4
+OF = 20
 SMALL = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.n-positions", "32"]
 SMALL += ["--batch-tokens", "64", "--sequence-length", "32", "--precision", "fp32"]
 
@@ -32,7 +34,7 @@ def measure(plan: Plan) -> Item:
     memory = watched([*words, *where, *sizes], run / "metrics.jsonl")
     times = [(float(r["step"]), float(r["ms"])) for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
     case = f"{steps:,} steps" + plan.pick(" of a model of 1.6M parameters", " of a tiny model", " of the quickstart")
-    series = [Series(case, "step", "ms a step", times)]
+    series = [Series(case, "step", f"ms a step, medians of {OF}", medians(times, OF))]
     left_out = []
     if memory:
         series.append(Series(case, "seconds since the first step", "resident memory, GB", memory))
@@ -44,6 +46,12 @@ def measure(plan: Plan) -> Item:
     else:
         left_out.append("two processes: there is one GPU")
     return Item("Growth", comparisons, series, left_out, [what])
+
+
+def medians(points: list[tuple[float, float]], of: int) -> list[tuple[float, float]]:
+    """Of every so many points, which are too many to keep, the first's x and the median y."""
+    groups = [points[i : i + of] for i in range(0, len(points), of)]
+    return [(group[0][0], statistics.median(y for _, y in group)) for group in groups]
 
 
 def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:

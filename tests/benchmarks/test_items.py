@@ -12,7 +12,7 @@ import torch
 from benchmarks import peers, texts
 from benchmarks.contenders import Absent
 from benchmarks.harness import Plan
-from benchmarks.items import loader
+from benchmarks.items import growth, loader
 from benchmarks.items.hellaswag import parts
 from benchmarks.peers import Shape, Task
 from restomod.evals.tasks import load_task
@@ -104,6 +104,12 @@ def test_text_of_a_corpus_or_of_python(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "train-0.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "corpus" / "val.jsonl").write_text('{"text": "held out"}\n')
     assert texts.texts(Plan(tmp_path, data=tmp_path), 1.0)[0] == ["one", "two"]
+
+
+def test_many_points_become_medians() -> None:
+    points = [(float(i), float(i % 3)) for i in range(7)]
+    assert growth.medians(points, 3) == [(0.0, 1.0), (3.0, 1.0), (6.0, 0.0)]
+    assert growth.medians(points, 1) == points
 
 
 @pytest.mark.parametrize(("count", "rounds"), [(500, 5), (6, 2), (7, 3), (3, 1)])

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import plot, ratios, readme, reasons, records, table
 from benchmarks.records import Item
 from benchmarks.stats import Ratio
-from benchmarks.table import OWN
+from benchmarks.table import NO_RIVALS
 from restomod.errors import UserError
 from tests.benchmarks.made import ENVIRONMENT, SECONDS, SPEED, items
 
@@ -67,7 +67,9 @@ def test_headlines_are_of_rivals_and_say_how_many_times_better() -> None:
         if line.startswith("| Step")
     )
     assert "other 4.00 (4.00 × [4.00, 4.00])" in row, "a quarter of the seconds is four times better"
-    renamed = dataclasses.replace(step, entries=[step.entries[0], dataclasses.replace(step.entries[1], name=OWN[0])])
+    renamed = dataclasses.replace(
+        step, entries=[step.entries[0], dataclasses.replace(step.entries[1], name=NO_RIVALS[0])]
+    )
     assert "Step" not in table.headlines({"step": Item("Step", [renamed], environment=ENVIRONMENT)})
 
 
