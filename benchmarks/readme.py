@@ -4,7 +4,8 @@
     python -m benchmarks.readme --check    # exit code 1, and what differs, where a page and the measurements disagree
 
 A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`; what is between is replaced. NAME is `cpu` for the headlines
-of results/cpu.json, `cpu/step` for all that was measured of one item, or `cpu/all` for all of all.
+of results/cpu.json, `cpu/step` for all that was measured of one item, or `cpu/all` for all of all; `scale/data`,
+`scale/steps` and `scale/predictions` for the tables of results/scale.json.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import records, table
+from benchmarks import records, scale, table
 from benchmarks.run import ITEMS
 from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
-from restomod.files import write_text_atomically
+from restomod.files import read_json, write_text_atomically
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"
@@ -65,6 +67,8 @@ def rendered(text: str, results: Path, where: str) -> str:
 def content(name: str, results: Path, where: str) -> str:
     """What belongs between the markers of ``name``."""
     machine, _, item = name.partition("/")
+    if machine == "scale":
+        return of_scale(item, results / "scale.json", where)
     if machine not in HOW:
         raise UserError(f"{where}: unknown results {machine!r}{did_you_mean(machine, HOW)}")
     if item and item not in (*ITEMS, ALL):
@@ -75,6 +79,20 @@ def content(name: str, results: Path, where: str) -> str:
     if items and item == ALL:
         return table.page(items, "###").rstrip()
     return table.body(items[item]) if item in items else f"*Not measured yet: `{HOW[machine]}`.*"
+
+
+def of_scale(part: str, file: Path, where: str) -> str:
+    """A table of the simulation of scale."""
+    parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+        "data": lambda found: scale.data_lines(found["data"]),
+        "steps": lambda found: scale.step_lines(found["steps"]),
+        "predictions": lambda found: scale.prediction_lines(found["steps"]),
+    }
+    if part not in parts:
+        raise UserError(f"{where}: unknown part {part!r}{did_you_mean(part, parts)}")
+    if not file.exists():
+        return f"*Not measured yet: `python -m benchmarks.scale --json {file.name}`.*"
+    return "\n".join(parts[part](read_json(file, "simulation of scale")))
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:

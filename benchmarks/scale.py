@@ -154,7 +154,7 @@ def examine_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
 def step_lines(found: dict[str, Any]) -> list[str]:
     here = found["here"]
     lines = [
-        f"{kind}: {1e6 * network['latency']:.0f} µs a message, {network['bandwidth'] / 1e9:.2f} GB/s"
+        f"- {kind}: {1e6 * network['latency']:.0f} µs a message, {network['bandwidth'] / 1e9:.2f} GB/s"
         for kind, network in here["networks"].items()
     ]
     lines += [
@@ -170,7 +170,11 @@ def step_lines(found: dict[str, Any]) -> list[str]:
             f"| {1e3 * r['measured_seconds']['median']:.0f} "
             f"| {e['median']:+.0f}% ({e['min']:+.0f} to {e['max']:+.0f}) |"
         )
-    return [*lines, "", *scale_gpus.table(found["predictions"])]
+    return lines
+
+
+def prediction_lines(found: dict[str, Any]) -> list[str]:
+    return scale_gpus.table(found["predictions"])
 
 
 def say(what: str) -> None:
@@ -188,6 +192,7 @@ def run(given: argparse.Namespace) -> None:
     if given.rounds is not None and given.rounds < 1:
         raise UserError(f"--rounds is {given.rounds}; it must be at least 1")
     result: dict[str, Any] = {"environment": environment(describe_device(torch.device("cpu")), "fp32")}
+    result["environment"]["command"] = ["python", "-m", "benchmarks.scale", "--part", given.part]  # no machine's paths
     result["smoke"] = given.smoke
     lines: list[str] = []
     if given.part in ("data", "all"):
@@ -198,7 +203,7 @@ def run(given: argparse.Namespace) -> None:
         lines += data_lines(result["data"])
     if given.part in ("steps", "all"):
         result["steps"] = examine_steps(given.smoke, given.rounds)
-        lines += ["", *step_lines(result["steps"])]
+        lines += ["", *step_lines(result["steps"]), "", *prediction_lines(result["steps"])]
     print("\n".join(lines))
     if given.json:
         write_json_atomically(given.json, json.loads(json.dumps(result)))

@@ -52,6 +52,7 @@ def test_the_projects_own_pages_have_tables() -> None:
     assert "<!-- bench:cpu -->" in found
     assert "<!-- bench:cpu/all -->" in found
     assert "<!-- bench:gpu/all -->" in found
+    assert "<!-- bench:scale/steps -->" in found
 
 
 def test_tables_are_written_and_then_stand(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +107,7 @@ def test_an_item_that_was_not_measured_says_so(root: Path) -> None:
         ("\n<!-- /bench -->\n", "line 2: <!-- /bench --> without a beginning"),
         ("<!-- bench:cpu -->\n<!-- bench:gpu -->\n<!-- /bench -->\n", "line 1: <!-- bench:cpu --> has no"),
         ("<!-- bench:cpu/stepp -->\n<!-- /bench -->\n", "unknown item 'stepp'; did you mean 'step'?"),
+        ("<!-- bench:scale/stepp -->\n<!-- /bench -->\n", "unknown part 'stepp'; did you mean 'steps'?"),
         ("<!-- bench:tpu -->\n<!-- /bench -->\n", "unknown results 'tpu'"),
     ],
 )
