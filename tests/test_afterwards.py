@@ -18,6 +18,7 @@ from restomod.cli import main
 WORK = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what they start in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 from restomod import cli
 from restomod.errors import UserError
 def work(arguments):

@@ -280,7 +280,7 @@ def test_on_ray_a_bad_file_is_the_same_one_line(tmp_path: Path, text: Path, rest
 
 @ray_is_there
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_on_ray_what_was_killed_or_stopped_is_gone_on_with(
     tmp_path: Path, text: Path, restomod: Command, sent: signal.Signals
 ) -> None:
