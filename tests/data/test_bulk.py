@@ -143,7 +143,7 @@ def test_without_the_tested_tokie_tiktoken_does_the_work(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["{}'s", "x {}中{}", "\n{}\t{}1", "'{}ll  {} a"])
+@pytest.mark.parametrize("context", ["{}'s", "\n{}\t{}中1"])
 def test_every_code_point_encodes_as_tiktoken_does(
     encoder: BulkEncoder, tiktoken_gpt2: tiktoken.Encoding, context: str
 ) -> None:
