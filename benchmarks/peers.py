@@ -53,7 +53,7 @@ class Task:
 
 def restomod(task: Task, compiled: bool) -> Step:
     """Ours, as `restomod train gpt2-124m` makes it."""
-    from restomod.device import choose_dtype, keep_freed_memory
+    from restomod.device import choose_dtype, compile_module, keep_freed_memory
     from restomod.model.gpt import build_model
     from restomod.presets import preset
     from restomod.train.distributed import SINGLE
@@ -68,7 +68,7 @@ def restomod(task: Task, compiled: bool) -> Step:
     config = dataclasses.replace(config, model=model_config, batch_tokens=x.numel(), sequence_length=x.shape[1])
     model = build_model(config.model, 1, device)
     if compiled:
-        model.transformer.compile()
+        compile_module(model.transformer, device)
     compute = Compute(device, choose_dtype("auto", device), len(x), compiled)
     loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
     return lambda: train_step(loss_of, optimizer, [(x, task.y)], config, 1000, SINGLE).wait().loss

@@ -35,7 +35,7 @@ from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, describe_device, keep_freed_memory
+from restomod.device import choose_device, choose_dtype, compile_module, describe_device, keep_freed_memory
 from restomod.evals.heldout import dataset_loss
 from restomod.files import write_text_atomically
 from restomod.model.gpt import build_model
@@ -87,7 +87,7 @@ def base(given: argparse.Namespace) -> RunConfig:
         steps=steps,
         batch_tokens=given.batch_tokens,
         sequence_length=given.context,
-        compile=given.compile,
+        compile="on" if given.compile else "off",
     )
 
 
@@ -111,10 +111,10 @@ class Training:
         if self.device.type == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(config.precision, self.device)
-        self.compute = Compute(self.device, dtype, config.micro_batch or config.batch_sequences, config.compile)
+        self.compute = Compute(self.device, dtype, config.micro_batch or config.batch_sequences, config.compile == "on")
         self.model = build_model(config.model, config.seed, self.device)
-        if config.compile:
-            self.model.transformer.compile(dynamic=False)
+        if self.compute.compiled:
+            compile_module(self.model.transformer, self.device)
         self.batches = Batches(dataset.train, config.sequence_length, config.batch_sequences, config.seed)
         self.loss_of = BatchLoss(self.model, self.compute)
         self.optimizer = build_optimizer(self.model, config.optim, dtype)

@@ -10,7 +10,17 @@ import torch
 
 import restomod.device
 from restomod.config import Precision
-from restomod.device import autocast, choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
+from restomod.device import (
+    autocast,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    describe_device,
+    dtype_name,
+    is_out_of_memory,
+    keep_freed_memory,
+    torch_release,
+)
 from restomod.errors import UserError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -155,3 +165,87 @@ def test_where_the_c_library_has_no_such_setting_nothing_happens(monkeypatch: py
 
     monkeypatch.setattr(restomod.device.ctypes, "CDLL", refuse)
     keep_freed_memory()
+
+
+# --- compiling ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that has all that compiling for CUDA takes."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(restomod.device.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(restomod.device.Path, "exists", lambda path: True)
+    monkeypatch.delenv("CC", raising=False)
+    return monkeypatch
+
+
+def test_auto_compiles_on_cuda_and_nowhere_else(complete: pytest.MonkeyPatch) -> None:
+    assert choose_compile("auto", CUDA)[0]
+    for device in (CPU, MPS):
+        on, why = choose_compile("auto", device)
+        assert not on
+        assert "only on CUDA" in why
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, MPS])
+def test_compiling_can_be_asked_for_and_refused(device: torch.device) -> None:
+    assert choose_compile("on", device) == (True, "--compile on")
+    assert choose_compile("off", device) == (False, "--compile off")
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("triton", "pip install triton"), ("cc", "install gcc"), ("Python.h", "python3-dev")]
+)
+def test_auto_does_without_a_compiler_and_says_what_is_missing(
+    complete: pytest.MonkeyPatch, missing: str, said: str
+) -> None:
+    if missing == "triton":
+        complete.setattr("torch.utils._triton.has_triton", lambda: False)
+    if missing == "cc":
+        complete.setattr(restomod.device.shutil, "which", lambda name: None)
+    if missing == "Python.h":
+        complete.setattr(restomod.device.Path, "exists", lambda path: path.name != "Python.h")
+    on, why = choose_compile("auto", CUDA)
+    assert not on
+    assert said in why
+
+
+@pytest.mark.parametrize(
+    ("release", "environment", "off"),
+    [
+        ((2, 9), None, False),
+        ((2, 11), None, True),
+        ((2, 14), None, True),
+        ((2, 15), None, False),
+        ((2, 11), "1", False),
+    ],
+)
+def test_wrong_reductions_of_some_releases_are_switched_off(
+    release: tuple[int, int], environment: str | None, off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(restomod.device, "torch_release", lambda: release)
+    monkeypatch.delenv(restomod.device.REDUCTIONS, raising=False)
+    if environment is not None:
+        monkeypatch.setenv(restomod.device.REDUCTIONS, environment)
+    with inductor.patch({"triton.mix_order_reduction": True}):
+        assert restomod.device.avoid_wrong_reductions() == off
+        assert inductor.triton.mix_order_reduction != off
+
+
+def test_the_release_of_torch() -> None:
+    assert f"{torch_release()[0]}.{torch_release()[1]}." in torch.__version__
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+def test_an_error_that_was_caused_by_lack_of_memory_is_one() -> None:
+    """Errors of each kind are planted in `tests/train/test_setup.py`."""
+    error = RuntimeError("compiled code failed")
+    assert not is_out_of_memory(error)
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(ValueError("CUDA out of memory"))

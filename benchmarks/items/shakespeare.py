@@ -28,8 +28,6 @@ def measure(plan: Plan) -> Item:
     words += ["--data.cache", str(plan.scratch / "tokens")]
     if plan.smoke:
         words += [*TINY, "--steps", "3", "--sequence-length", "64"]
-    elif plan.device == "cuda":
-        words.append("--compile")
     left_out = []
     start = time.perf_counter()
     with training(words) as process:

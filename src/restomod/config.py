@@ -22,6 +22,8 @@ Decay = Literal["cosine", "linear", "wsd", "1-sqrt"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
+Compile = Literal["auto", "on", "off"]
+ResidualDtype = Literal["fp32", "bf16"]
 OnSpike = Literal["stop", "skip", "rollback"]
 OnSaveError = Literal["stop", "continue"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -203,10 +205,10 @@ class RunConfig:
     """Ask only the first so many examples of each task. None: all."""
     sample_every: int = 250
     """Steps between samples; one more follows the last step."""
-    save_every: int = 250
-    """Steps between checkpoints; one more follows the last step."""
-    save_every_minutes: float | None = None
-    """Save as soon as so many minutes have passed since the last checkpoint, too."""
+    save_every: int | None = None
+    """Steps between checkpoints. None: only by time. One more follows the last step."""
+    save_every_minutes: float | None = 10.0
+    """Minutes between checkpoints; after half of them a validation is followed by one. None: only by steps."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep (0: all)."""
     keep_best: bool = True
@@ -237,6 +239,9 @@ class RunConfig:
     precision: Precision = "auto"
     """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU that has that
     (the loss is then scaled)."""
+    residual_dtype: ResidualDtype = "fp32"
+    """Dtype of the residual stream in training. bf16 saves memory and time on a GPU, and adds rounding errors; it needs
+    bf16 matrix products. Evaluation and sampling always use fp32."""
     document_mask: bool = False
     """In training, let a token see only its own document of a window, not those before."""
     parallel: Parallel = "ddp"
@@ -245,12 +250,14 @@ class RunConfig:
     """Compute a block's activations anew in the backward pass instead of keeping them: less memory, a third slower."""
     deterministic: bool = False
     """Use only kernels that give the same bits every time. On a CPU they do so anyway; on a GPU it costs speed."""
-    compile: bool = False
-    """Compile the model with torch.compile before training (needs a C++ compiler on CPU)."""
+    compile: Compile = "auto"
+    """Compile the model with torch.compile before training. auto: on a CUDA device with Triton and a C compiler; off
+    elsewhere. on: always (on a CPU this needs a C++ compiler). off: never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         require_seed("seed", self.seed)
         for name in ("keep_checkpoints", "keep_every"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -258,6 +265,11 @@ class RunConfig:
         for name in ("save_every_minutes", "keep_gb"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be above 0")
+        require(
+            self.residual_dtype == "fp32" or self.precision in ("auto", "bf16"),
+            f"residual_dtype {self.residual_dtype} needs bf16 matrix products, and precision is {self.precision}; "
+            f"leave one of them out",
+        )
         T = self.sequence_length
         require(
             self.model.n_positions >= T,
@@ -290,3 +302,7 @@ class RunConfig:
     def batch_sequences(self) -> int:
         """Sequences per optimizer step, over all micro-batches and processes."""
         return self.batch_tokens // self.sequence_length
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether the model is compiled on a kind of device (cpu, mps, cuda) that has a working compiler."""
+        return self.compile == "on" or (self.compile == "auto" and device_type == "cuda")

@@ -6,14 +6,33 @@ import contextlib
 import ctypes
 import os
 import platform
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from restomod.config import Device, Precision
+from restomod.config import Compile, Device, Precision
 from restomod.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+# what errors say that torch does not raise as OutOfMemoryError: of cuBLAS's workspace and handles, of the driver, of
+# NCCL, of MPS and of the allocator on a CPU
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+    "MPS backend out of memory",
+    "can't allocate memory",
+)
+# Inductor's mix-order reductions lose a part of the gradient in these releases of torch (pytorch issues 190796, 193061)
+WRONG_REDUCTIONS = (2, 10), (2, 15)
+REDUCTIONS = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
 
 
 def choose_device(name: Device) -> torch.device:
@@ -44,6 +63,79 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         return torch.float16
     return torch.float32
+
+
+def choose_compile(setting: Compile, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile the model, and why, for the console."""
+    if setting != "auto":
+        return setting == "on", f"--compile {setting}"
+    if device.type != "cuda":
+        return False, "auto: only on CUDA; --compile on for others"
+    problem = compiler_problem()
+    return (True, "auto: CUDA, Triton and a C compiler are there") if problem is None else (False, f"auto: {problem}")
+
+
+def compiler_problem() -> str | None:
+    """What torch.compile lacks to compile for CUDA, found without compiling anything; None where nothing is missing."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "Triton is missing or does not support this GPU (pip install triton)"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "there is no C compiler, which Triton needs (apt install gcc)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python.h is missing, which Triton needs (apt install python3-dev)"
+    return None
+
+
+def compile_module(module: nn.Module, device: torch.device) -> None:
+    """Compile a module in place; its first call compiles. Every new shape of its inputs is compiled for itself."""
+    if device.type == "cuda":
+        avoid_wrong_reductions()
+    module.compile(dynamic=False)
+
+
+def avoid_wrong_reductions() -> bool:
+    """Switch Inductor's mix-order reductions off where they may compute wrong gradients; whether they are off.
+
+    Set the environment variable TORCHINDUCTOR_MIX_ORDER_REDUCTION to 1 to keep them.
+    """
+    import torch._inductor.config as inductor
+
+    first, mended = WRONG_REDUCTIONS
+    if first <= torch_release() < mended and REDUCTIONS not in os.environ:
+        inductor.triton.mix_order_reduction = False
+    return not inductor.triton.mix_order_reduction
+
+
+def torch_release() -> tuple[int, int]:
+    """The installed release of torch, such as (2, 13)."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that a device or the system has no memory left."""
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached memory back to a GPU, so that allocations of other sizes find room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def total_memory(device: torch.device) -> int | None:
+    """All memory of a GPU in bytes; None for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

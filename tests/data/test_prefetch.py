@@ -91,3 +91,24 @@ def test_nothing_is_loaded_after_closing() -> None:
         data.get(0)
     time.sleep(0.3)
     assert len(batches.loaded) <= 1 + STEPS_AHEAD
+
+
+def test_pages_for_a_gpu_are_locked_in_a_thread_that_uses_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every process of a machine makes a context on GPU 0."""
+    chosen: dict[int, object] = {}
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.update({threading.get_ident(): device}))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.get_ident()) or self)
+    with Prefetch(Watched(), 2, 3, device=torch.device("cuda", 3)) as data:
+        data.get(0)
+    assert set(pinned) == set(chosen)
+    assert list(chosen.values()) == [torch.device("cuda", 3)]
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu"), torch.device("mps")])
+def test_without_a_gpu_no_pages_are_locked(device: torch.device | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(1) or self)
+    with Prefetch(Watched(), 2, 3, device=device) as data:
+        data.get(0)
+    assert not pinned

@@ -8,11 +8,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from restomod.config import ModelConfig, OptimConfig
 from restomod.model.gpt import GPT, KVCache, build_model
+from restomod.presets import preset
 from restomod.train.optimizer import build_optimizer
 from restomod.train.parity import random_model
+from restomod.train.sanity import loss_gradients
 from restomod.train.step import Compute, batch_loss
 from tests.models import CPU, paired, random_tokens, to_transformers
 
@@ -180,3 +183,41 @@ def test_logits_with_a_cache_equal_the_full_forward_pass(passes: list[int]) -> N
             logits.append(model(part, cache))
             cache.length += part.shape[1]
         torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), atol=1e-5, rtol=0)
+
+
+# --- the residual stream --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "modern-124m", "speedrun-124m"])
+def test_the_residual_stream_of_training_can_be_bf16(name: str) -> None:
+    config = dataclasses.replace(preset(name).model, n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
+    model = random_model(config)
+    tokens, targets = random_tokens(config, 2, 16), random_tokens(config, 2, 16, seed=1)
+    compute = Compute(CPU, torch.bfloat16, 2)
+    exact_loss, exact = loss_and_gradients(model, tokens, targets, Compute(CPU, torch.float32, 2))
+    seen: list[torch.dtype] = []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    model.transformer.residual_dtype = torch.bfloat16
+    loss, gradients = loss_and_gradients(model, tokens, targets, compute)
+    assert seen == [torch.bfloat16] * 2
+    assert loss == pytest.approx(exact_loss, rel=5e-3)
+    assert gradients.keys() == exact.keys()
+    for key, gradient in gradients.items():
+        assert (gradient - exact[key]).norm() < 0.1 * exact[key].norm(), key
+
+
+def test_evaluation_does_not_know_of_a_bf16_residual_stream() -> None:
+    model = random_model(ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97))
+    tokens = random_tokens(model.config, 2, 16)
+    with torch.no_grad():
+        expected = model(tokens)
+        model.transformer.residual_dtype = torch.bfloat16
+        assert torch.equal(model(tokens), expected)
+
+
+def loss_and_gradients(
+    model: GPT, tokens: Tensor, targets: Tensor, compute: Compute
+) -> tuple[float, dict[str, Tensor]]:
+    loss = batch_loss(model, tokens, targets, compute)
+    return loss.item(), loss_gradients(model, loss)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.train import loss as module
-from restomod.train.loss import linear_cross_entropy
+from restomod.train.loss import HeadGradient, add_product, linear_cross_entropy
 
 FP32 = torch.float32
 
@@ -264,3 +264,48 @@ def test_no_grad_does_not_compute_gradients() -> None:
     with torch.no_grad(), Sizes() as sizes:
         linear_cross_entropy(hidden, weight, targets, 50, FP32)
     assert sum(name.startswith("aten.mm") for name, _ in sizes.seen) == 1
+
+
+# --- chunks and micro-batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
+def test_the_size_of_a_chunk_can_be_chosen_and_changes_only_rounding(chunk: int) -> None:
+    hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+    with Sizes() as sizes:
+        loss = linear_cross_entropy(hidden, weight, targets, 50, FP32, chunk=chunk)
+        loss.backward()
+    for ours, exact in zip((loss, hidden.grad, weight.grad), reference(hidden, weight, targets, 50), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=1e-5)
+    assert max(numel for name, numel in sizes.seen if name == "aten.mm.default") == min(chunk, 30) * 64
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16])
+def test_the_heads_gradient_is_summed_over_micro_batches(dtype: torch.dtype) -> None:
+    """It comes with the last one, and is that of the mean over all; before, autograd gets none."""
+    hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+    head_gradient = HeadGradient()
+    for i, part in enumerate((slice(0, 10), slice(10, 20), slice(20, 30))):
+        head_gradient.last = i == 2
+        assert weight.grad is None
+        loss = linear_cross_entropy(
+            hidden[part], weight, targets[part], 50, dtype, chunk=4, head_gradient=head_gradient
+        )
+        (loss / 3).backward()
+    _, d_hidden, d_weight = reference(hidden, weight, targets, 50)
+    off = {FP32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for ours, exact in ((hidden.grad, d_hidden), (weight.grad, d_weight)):
+        assert ours is not None
+        assert (ours.double() - exact).norm() < off * exact.norm()
+    assert head_gradient.total is None, "nothing is left for the next step"
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_products_are_added_in_place(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 6, generator=generator).to(dtype) for n in (5, 7))
+    total = torch.ones(5, 7)
+    add_product(total, a, b.t())
+    torch.testing.assert_close(
+        total.double(), 1 + a.double() @ b.double().t(), atol=1e-2, rtol=1e-2 if dtype != FP32 else 1e-5
+    )

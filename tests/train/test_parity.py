@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.cli import main
-from restomod.model import gpt
+from restomod.model import attention
 from restomod.train import parity
 from restomod.train.parity import Differences, device_parity, differences
 from tests.models import CPU
@@ -84,7 +84,7 @@ def test_a_wrong_kernel_is_found_in_fp32(fault: str) -> None:
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if "2 %" not in fault])
 def test_a_wrong_kernel_is_found_in_bf16(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt, "PLAIN_ATTENTION_TOKENS", 0)
+    monkeypatch.setattr(attention, "PLAIN_ATTENTION_TOKENS", 0)
     with WrongKernel(*FAULTS[fault]):
         verdict = device_parity(CPU, torch.bfloat16)
     assert verdict.status == "fail"

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,3 +210,39 @@ def test_saving_changes_no_weight_and_no_state(tmp_path: Path) -> None:
     assert_identical(trainee.tensors(), before)
     assert all(p.requires_grad for p in trainee.model.parameters())
     assert torch.is_grad_enabled()
+
+
+# --- page-locked memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "limit", "asked"), [(True, False, [True]), (True, True, [True, False]), (False, False, [False])]
+)
+def test_copies_from_a_gpu_go_to_page_locked_memory(
+    cuda: bool, limit: bool, asked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[bool] = []
+
+    def empty_like(tensor: Any, device: str, pin_memory: bool = False) -> torch.Tensor:
+        assert device == "cpu"
+        pinned.append(pin_memory)
+        if pin_memory and limit:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.empty(3)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    module.staging(SimpleNamespace(is_cuda=cuda))  # type: ignore[arg-type]
+    assert pinned == asked
+
+
+def test_saving_from_a_cpu_leaves_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*arguments: object) -> None:
+        raise AssertionError("CUDA is initialised")
+
+    for name in ("synchronize", "Event", "is_available", "init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    with Saver(tmp_path, CONFIG) as saver:
+        saver.save(1, trainee.model, trainee.optimizer)
+    assert steps(tmp_path) == [1]

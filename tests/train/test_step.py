@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from restomod.config import ModelConfig, OptimConfig
 from restomod.data.tokenizer import END_OF_TEXT
@@ -16,7 +18,7 @@ from restomod.errors import UserError
 from restomod.train.distributed import SINGLE
 from restomod.train.memory import choose_micro_batch
 from restomod.train.parity import random_model
-from restomod.train.step import BatchLoss, Compute, Outcome, batch_loss, train_step
+from restomod.train.step import BatchLoss, Compute, Outcome, Queued, batch_loss, train_step
 from tests.models import CPU
 from tests.train.trainee import assert_identical, make_trainee
 
@@ -217,3 +219,40 @@ def test_a_token_sees_its_own_document_only() -> None:
         to_the_end = F.cross_entropy(model(first[None])[0, -1:], end).item()
     assert whole == pytest.approx(sum(apart) + to_the_end, rel=1e-5)
     assert whole != pytest.approx(unmasked, rel=1e-4)
+
+
+# --- copies ---------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchFunctionMode):
+    """Notes of every copy to another device whether it was asked for without waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asynchronous: list[bool] = []
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(f, "__name__", "") == "to":
+            self.asynchronous.append(bool((kwargs or {}).get("non_blocking")))
+        return f(*args, **(kwargs or {}))
+
+
+def test_only_copies_from_and_to_cuda_do_not_wait() -> None:
+    """On MPS what is copied asynchronously is read before it is there, and there is no event to wait for."""
+    trainee = make_trainee()
+    tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
+    with Copies() as copies:
+        loss = batch_loss(trainee.model, tokens, targets, Compute(CPU, torch.float32, 2)).detach()
+        made = Queued(loss, loss, loss > 0)
+    assert len(copies.asynchronous) >= 3  # tokens, targets and the step's numbers
+    assert not any(copies.asynchronous)
+    assert made.wait() == Outcome(loss.item(), loss.item(), True)
+
+
+def test_an_untied_head_gets_its_gradient_once_a_step() -> None:
+    trainee = make_trainee(model=dataclasses.replace(make_trainee().config.model, tied=False))
+    head, grads = trainee.model.lm_head, []
+    assert head is not None
+    head.weight.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad is not None))
+    trainee.train(0, 1, micro_batch=2)
+    assert grads == [False, False, False, True]

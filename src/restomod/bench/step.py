@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from restomod.bench.measure import Steps, measure
 from restomod.bench.report import Report
@@ -19,7 +18,7 @@ from restomod.data.prefetch import Prefetch
 from restomod.data.prepare import prepare
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, describe_device, dtype_name
+from restomod.device import choose_device, describe_device, dtype_name, is_out_of_memory
 from restomod.errors import UserError
 from restomod.files import refuse_unwritable, write_json_atomically
 from restomod.model.families import describe_shape
@@ -102,8 +101,7 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        # MemoryError: of the system; the others: of CUDA, and of torch's allocator on the CPU
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+        if is_out_of_memory(e):
             reason = next(iter(str(e).splitlines()), "no more is there")
             raise UserError(f"out of memory ({reason:.120}); lower --micro-batch") from e
         raise
@@ -122,9 +120,10 @@ def _bench(
     count = warmup + 2 * timed + 1  # the last is the traced one
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
-    steps, seconds = processes.together(lambda: _steps(config, tokens, count, processes))
+    steps, seconds, notes = processes.together(lambda: _steps(config, tokens, count, processes))
     accumulation = config.batch_sequences // steps.compute.micro_batch // processes.count
     display.table(_head(steps, preset, tokens, warmup, timed, accumulation, seconds))
+    display.lines([f"warning: {note}" for note in notes])
     with steps.data:
         timings = measure(steps, warmup, timed)
         if trace is not None:
@@ -151,8 +150,8 @@ def _refuse_files(*names: str | None) -> None:
             refuse_unwritable(Path(name))
 
 
-def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float]:
-    """Everything as training sets it up, and the seconds of a micro-batch."""
+def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float, list[str]]:
+    """Everything as training sets it up, the seconds of a micro-batch, and what was done otherwise than configured."""
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
@@ -163,10 +162,9 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> 
         batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
     model = processes.together(lambda: initial_model(config, compute.device))
     loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
-    seconds = first_micro_batch(model, loss_of, batches, compute, 0, processes)
-    pin_memory = compute.device.type == "cuda"
-    data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.count, pin_memory)
-    return Steps(config, data, loss_of, optimizer, compute, processes), seconds
+    seconds, compute, notes = first_micro_batch(model, loss_of, batches, compute, config, 0, processes)
+    data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.count, compute.device)
+    return Steps(config, data, loss_of, optimizer, compute, processes), seconds, notes
 
 
 def synthetic_tokens(vocab_size: int, sequence_length: int, seed: int) -> TokenStream:
@@ -182,7 +180,8 @@ def _head(
     config, compute, processes = steps.config, steps.compute, steps.processes.count
     m = config.model
     among = f"{processes} processes × " if processes > 1 else ""
-    precision = f"{dtype_name(compute.dtype)} products, fp32 weights" + (", compiled" if config.compile else "")
+    precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
+    precision += ", bf16 residual stream" if config.residual_dtype == "bf16" else ""
     estimate = duration(seconds * accumulation * (warmup + 2 * timed))
     return [
         ("benchmark", f"training step of {preset}"),
@@ -194,6 +193,7 @@ def _head(
         ),
         ("device", describe_device(compute.device)),
         ("precision", precision + (f", {config.parallel}" if processes > 1 else "")),
+        ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
         ("steps", f"{warmup} to warm up, {timed} timed whole and {timed} by phase, in turns"),
         ("estimated time", f"{estimate}; fewer --batch-tokens give shorter steps"),
     ]

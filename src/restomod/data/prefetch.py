@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from restomod.data.batches import Batches
@@ -25,7 +26,7 @@ class Prefetch:
         steps: int,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Nothing is loaded before the first step is asked for.
 
@@ -34,12 +35,17 @@ class Prefetch:
             micro_batch: sequences of one forward pass.
             steps: of the run; nothing is loaded beyond its last.
             rank, world_size: this process among those that share the batch.
-            pin_memory: load into page-locked memory, from which a GPU copies while it computes.
+            device: where the batches go; for a GPU they are loaded into page-locked memory, from which it copies while
+                it computes.
         """
         self.batches, self.micro_batch, self.steps = batches, micro_batch, steps
-        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.rank, self.world_size = rank, world_size
+        self.pin_memory = device is not None and device.type == "cuda"
         self._loading: dict[int, Future[MicroBatches]] = {}
-        self._thread = ThreadPoolExecutor(1, "prefetch")
+        # a thread begins with GPU 0, on which pinning would create a context of 500 MB for every process
+        several = device is not None and device.index is not None
+        choose = (torch.cuda.set_device, (device,)) if self.pin_memory and several else (None, ())
+        self._thread = ThreadPoolExecutor(1, "prefetch", *choose)
 
     def get(self, step: int) -> tuple[MicroBatches, float]:
         """The micro-batches of ``step`` (see `Batches.micro_batches`), and the seconds that were waited for them.

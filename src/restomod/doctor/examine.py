@@ -8,6 +8,7 @@ from pathlib import Path
 
 from restomod.config import Device, Precision, RunConfig
 from restomod.device import dtype_name
+from restomod.doctor.gpu import attention, cudnn, known_faults
 from restomod.doctor.machine import Machine, device, disk, memory, no_device, threads, versions
 from restomod.doctor.speed import memory_bandwidth
 from restomod.doctor.tools import compiler, processes
@@ -29,7 +30,20 @@ def examine(device_name: Device, precision: Precision, config: RunConfig, preset
         out: where runs are to go.
     """
     machine = Machine(device_name, precision, preset, config, out)
-    for check in (versions, device, threads, disk, memory, parity, matrix_products, bf16, bandwidth):
+    for check in (
+        versions,
+        device,
+        known_faults,
+        cudnn,
+        attention,
+        threads,
+        disk,
+        memory,
+        parity,
+        matrix_products,
+        bf16,
+        bandwidth,
+    ):
         yield judge(check, machine)
     with ThreadPoolExecutor(1) as background:  # these compute in processes of their own while the compiler compiles
         later = background.submit(judge, processes, machine)
@@ -83,4 +97,14 @@ def bandwidth(machine: Machine) -> Verdict:
     return Verdict("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
 
 
-NEED_DEVICE: tuple[Check, ...] = (memory, parity, matrix_products, bf16, bandwidth, compiler)
+NEED_DEVICE: tuple[Check, ...] = (
+    known_faults,
+    cudnn,
+    attention,
+    memory,
+    parity,
+    matrix_products,
+    bf16,
+    bandwidth,
+    compiler,
+)

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from restomod.config import Device, Precision, RunConfig
-from restomod.device import choose_device, choose_dtype, describe_device
+from restomod.device import choose_device, choose_dtype, describe_device, total_memory
 from restomod.doctor.speed import Rates, matmul_rates
 from restomod.errors import UserError
 from restomod.model.flops import parameter_count
@@ -119,7 +119,8 @@ def memory(machine: Machine) -> Verdict:
         return Verdict(name, "skip", "this system does not tell how much memory is available")
     micro_batch = choose_micro_batch(machine.config, machine.device)
     number, kind = machine.dtype.itemsize, machine.device.type
-    needed, least = (footprint(machine.config, n, number, kind).total for n in (micro_batch, 1))
+    total = total_memory(machine.device)
+    needed, least = (footprint(machine.config, n, number, kind, 1, total).total for n in (micro_batch, 1))
     found = f"{_gb(free)} available; {machine.preset} needs about {_gb(needed)} with micro-batches of {micro_batch}"
     if free < least:
         return Verdict(name, "fail", f"{found}, {_gb(least)} with 1; train a smaller preset, or close other programs")

@@ -28,10 +28,10 @@ def compiler(machine: Machine) -> Verdict:
         found = _compiled_anew(module, x)
     except torch._dynamo.exc.TorchDynamoException as e:
         why, fix = _compiler_problem(str(e))
-        return Verdict(name, "warn", f"torch.compile does not work ({why}); train without --compile, or {fix}")
+        return Verdict(name, "warn", f"torch.compile does not work ({why}); train with --compile off, or {fix}")
     off = (found - expected).abs().max().item()
     if not off <= COMPILED_TOLERANCE:
-        return Verdict(name, "fail", f"a compiled module is off by {off:.1e}; train without --compile")
+        return Verdict(name, "fail", f"a compiled module is off by {off:.1e}; train with --compile off")
     return Verdict(name, "pass", "torch.compile compiles a module here, which computes the same")
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from restomod.data.batches import Batches
 from restomod.data.shards import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
-from restomod.device import autocast
+from restomod.device import autocast, total_memory
 from restomod.evals.likelihood import gpt_log_probs
 from restomod.model.gpt import GPT
+from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
 from restomod.train.distributed import SINGLE, Processes
 
-TOKENS_PER_FORWARD = 8192
 UNIT = 2**32  # losses are added up as whole numbers of this part of a nat: those have the same sum in any order
 
 
@@ -99,7 +99,7 @@ def heldout_loss(
         tokenizer: counts the bytes; None: they are not counted.
     """
     T = sequence_length
-    batch = batch or max(1, TOKENS_PER_FORWARD // T)
+    batch = batch or max(1, tokens_at_once(EVAL_TOKENS, device.type, total_memory(device)) // T)
     total, tokens, n_bytes, finite = torch.zeros(T, dtype=torch.int64), 0, 0, True
     for i, (x, y) in enumerate(_inputs(stream, T, max_tokens, batch)):
         tokens += y.numel()

@@ -21,11 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from restomod.device import total_memory
 from restomod.errors import UserError
 from restomod.model.gpt import GPT, soft_cap
+from restomod.model.sizes import SCORED_POSITIONS, tokens_at_once
 from restomod.train.distributed import SINGLE, Processes
 
-HEAD_POSITIONS = 1024  # of which logits exist at once
 CPU_SOFTMAX_POSITIONS = 32  # fp32 rows that stay in a CPU's cache between the passes of a softmax
 PADDING = -1
 
@@ -265,7 +266,7 @@ def log_probs_of(
     """Normaliser, logit and rank of predicted tokens, from logits that need not exist all at once.
 
     Args:
-        logits_of: logits, (at most `HEAD_POSITIONS`, V), of a slice of the positions; they may be overwritten.
+        logits_of: logits, (at most `SCORED_POSITIONS`, V), of a slice of the positions; they may be overwritten.
         n: N, how many positions there are.
         which: (M,), the position that predicts each token.
         targets: (M,).
@@ -276,8 +277,9 @@ def log_probs_of(
     """
     norms = torch.empty(n, device=targets.device)
     highest, chosen = torch.empty_like(norms), torch.empty(len(targets), device=targets.device)
-    for start in range(0, n, HEAD_POSITIONS):
-        logits = logits_of(slice(start, start + HEAD_POSITIONS))  # (n, V)
+    positions = tokens_at_once(SCORED_POSITIONS, targets.device.type, total_memory(targets.device))
+    for start in range(0, n, positions):
+        logits = logits_of(slice(start, start + positions))  # (n, V)
         here = ((which >= start) & (which < start + len(logits))).nonzero().squeeze(1)
         chosen[here] = logits[which[here] - start, targets[here]].float()
         rows = CPU_SOFTMAX_POSITIONS if logits.device.type == "cpu" else len(logits)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from restomod.config_model import VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from restomod.device import autocast
+from restomod.device import autocast, total_memory
 from restomod.errors import UserError
 from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.files import read_json
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model, read_model_config
+from restomod.model.sizes import tokens_at_once
 from restomod.train.find import find_model
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 32768}
@@ -47,7 +48,8 @@ class ScoredGPT:
                 f"GPT-2's {self.tokenizer.vocab_size:,}: it cannot be evaluated on text"
             )
         self.max_length = model.config.n_positions
-        self.tokens_per_forward = TOKENS_PER_FORWARD[model.head.device.type]
+        device = model.head.device
+        self.tokens_per_forward = tokens_at_once(TOKENS_PER_FORWARD, device.type, total_memory(device))
 
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer.encode(text)]
@@ -82,7 +84,7 @@ class ScoredTransformers:
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.prefix = 0 if prefix is None else int(prefix)
         # logits are computed for all positions from the first that is needed on: fewer tokens at once
-        self.tokens_per_forward = TOKENS_PER_FORWARD[model.device.type] // 2
+        self.tokens_per_forward = tokens_at_once(TOKENS_PER_FORWARD, model.device.type, total_memory(model.device)) // 2
         parameters = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in parameters
         self.shares_contexts = "position_ids" in parameters and getattr(config, "sliding_window", None) is None

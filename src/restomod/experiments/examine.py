@@ -22,15 +22,16 @@ from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset, Part
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, keep_freed_memory
+from restomod.device import choose_device, choose_dtype, keep_freed_memory, total_memory
 from restomod.errors import UserError
-from restomod.evals.heldout import TOKENS_PER_FORWARD, heldout_windows, token_losses
+from restomod.evals.heldout import heldout_windows, token_losses
 from restomod.experiments.report_evals import data_manifest
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
 from restomod.files import write_json_atomically
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model
+from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
 from restomod.text import visible
 from restomod.train.checkpoint import step_of
 from restomod.train.find import find_model
@@ -140,7 +141,7 @@ def _examine(
     by_source = []
     for source in sources:
         before = sums.by_position.sum(0)
-        for tokens, targets in _windows(source, T, max(T, int(float(source.share) * max_tokens))):
+        for tokens, targets in _windows(source, T, max(T, int(float(source.share) * max_tokens)), device):
             losses = token_losses(model, tokens, targets, device, dtype).numpy()
             if not np.isfinite(losses).all():
                 raise UserError("the model's output is not a number; its weights are damaged")
@@ -159,11 +160,13 @@ def _examine(
     }
 
 
-def _windows(source: Part, T: int, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _windows(
+    source: Part, T: int, max_tokens: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and targets, (B, T) each, of windows that are spread over a source's validation split."""
     batches = Batches(source.dataset.val, T, 1, seed=0, split="validation")
     windows = heldout_windows(batches.n_windows, T, max_tokens)
-    at_once = max(1, TOKENS_PER_FORWARD // T)
+    at_once = max(1, tokens_at_once(EVAL_TOKENS, device.type, total_memory(device)) // T)
     for start in range(0, len(windows), at_once):
         yield batches.load(windows[start : start + at_once])
 

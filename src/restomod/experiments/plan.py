@@ -101,13 +101,19 @@ class Plan:
         return self.tokens + FORWARD * self.validations * (self.config.eval_tokens or 0)
 
     @property
+    def compiled(self) -> bool:
+        """Whether torch.compile compiles the model there."""
+        return self.config.compiles_on(self.device_type)
+
+    @property
     def number(self) -> int:
         """Bytes of a number in the matrix products."""
         return 4 if self.precision == "fp32" else 2
 
     def footprint(self, micro_batch: int) -> Footprint:
         """Memory of one process."""
-        return footprint(self.config, micro_batch, self.number, self.device_type, self.gpus)
+        memory = self.gpu.memory if self.gpu is not None else None
+        return footprint(self.config, micro_batch, self.number, self.device_type, self.gpus, memory)
 
     @property
     def fitting(self) -> int | None:
@@ -142,7 +148,7 @@ class Plan:
         """Measurements on this GPU and the tokens/s that they predict, the one that counts first."""
         if self.gpu is None or self.unknown_speed is not None:
             return []
-        measured = speeds_on(self.gpu, self.config.compile)
+        measured = speeds_on(self.gpu, self.compiled)
         return [(speed, tokens_per_second(speed, self.config, self.gpus)) for speed in measured]
 
     @property
@@ -158,7 +164,7 @@ class Plan:
             )
         if self.fits is False:
             return f"a micro-batch of {self.micro_batch} does not fit"
-        if not speeds_on(self.gpu, self.config.compile):
+        if not speeds_on(self.gpu, self.compiled):
             return f"nobody's measurement on {self.gpu.key} is at hand; try --measure on it"
         return not_covered(self.config, self.gpu, self.gpus)
 
@@ -198,7 +204,7 @@ class Plan:
         if why is not None:
             return Quote(offer, None, why)
         basis = there.speeds[0][0]
-        return Quote(offer, there.seconds, basis.software, basis.kind == "compiled" and not config.compile)
+        return Quote(offer, there.seconds, basis.software, basis.kind == "compiled" and not there.compiled)
 
     def to_dict(self, offers: list[Offer]) -> dict[str, Any]:
         """All of it, for JSON. Unknown is null."""

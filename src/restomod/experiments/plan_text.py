@@ -70,7 +70,7 @@ def _validation(plan: Plan) -> str:
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     T, n = plan.config.sequence_length, plan.micro_batch
     one = "of each GPU" if plan.gpus > 1 else "of the GPU" if plan.device_type == "cuda" else "of this machine"
-    compiled = "; torch.compile needs less" if plan.config.compile else ""
+    compiled = "; torch.compile needs less" if plan.compiled else ""
     when = "when a step needs most"
     yield "memory", f"{one} {when}, with {n} × {T:,} tokens at once, {plan.precision} products{compiled}"
     parts = plan.footprint(n).to_dict()
@@ -104,8 +104,8 @@ def _speed(plan: Plan) -> Iterator[tuple[str, str]]:
     for other, predicted in plan.speeds[1:]:
         hours = _hours(plan.work_tokens / predicted)
         yield "", f"{predicted:,.0f} tokens/s ({other.mfu:.0%}, {hours}) as {_source(other)}"
-    if basis.kind == "compiled" and not plan.config.compile:
-        yield "", "measured with torch.compile: add --compile; without it this GPU is slower"
+    if basis.kind == "compiled" and not plan.compiled:
+        yield "", "measured with torch.compile: leave --compile off out; without compiling this GPU is slower"
     yield "", "all of other software than this one; --measure on the GPU itself tells more"
 
 
@@ -125,7 +125,7 @@ def offer_lines(quotes: list[Quote]) -> Iterator[str]:
         gpus = f"{o.gpus} × {o.gpu}"
         yield f"{o.provider:<12}{gpus:<15}{o.price:>8.2f}  {o.date!s:<12}{time:>10}{cost:>11}  {said}"
     if any(q.compiled_only for q in quotes):
-        yield "* measured with torch.compile, and this plan is without it: add --compile"
+        yield "* measured with torch.compile, and this plan is without it: leave --compile off out"
     unknown = {q.why for q in quotes if q.seconds is None}
     yield from (f"unknown: {why}" for why in sorted(unknown))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restomod.config import ModelConfig
-from restomod.model.sizes import PLAIN_ATTENTION_TOKENS
+from restomod.model.attention import attention
 
 NORM_EPS = 1e-6  # of RMS norms, as in `transformers`' Llama and Qwen3; layer norms have torch's 1e-5, as GPT-2's
 
@@ -61,17 +61,6 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(K)) v, (B, H, T, K); ``causal``: each query sees itself and what is before it."""
-    T, K = q.shape[-2:]
-    if causal and q.device.type == "cpu" and q.dtype.itemsize == 2 and T <= PLAIN_ATTENTION_TOKENS:
-        # the backward pass of torch's fused kernel takes twice to four times as long as these products
-        later = torch.ones(T, T, dtype=torch.bool).triu(1)
-        scores = (q * K**-0.5) @ k.mT  # (B, H, T, T)
-        return torch.softmax(scores.masked_fill(later, float("-inf")), -1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def rotation(positions: Tensor, head_size: int, theta: float) -> Rotation:
@@ -183,6 +172,13 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, computed in the wider dtype of ``x`` and the norm's weight: a bf16 residual stream in fp32."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return norm(x.to(torch.promote_types(x.dtype, weight.dtype)))
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -193,9 +189,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, beside: Beside, cache: KVCache | None = None) -> Tensor:
-        x = self.x_skip(x, beside.embedded)
-        x = x + self.attn(self.ln_1(x), beside, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = self.x_skip(x, beside.embedded).type_as(x)
+        x = x + self.attn(normalised(self.ln_1, x), beside, cache)
+        return x + self.mlp(normalised(self.ln_2, x))
 
 
 class Transformer(nn.Module):
@@ -213,6 +209,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = build_norm(config)
         self.recompute = False  # keep no activations of a block for the backward pass
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream in training; None: the embeddings'
 
     def forward(
         self,
@@ -240,13 +237,15 @@ class Transformer(nn.Module):
         else:
             turn = rotation(positions, self.head_size, self.rope_theta)
         x = self.ln_e(x)
+        if self.residual_dtype is not None and torch.is_grad_enabled():
+            x = x.to(self.residual_dtype)
         beside = Beside(turn, mask, x, self.vte(tokens) if self.vte is not None else None)
         for block in self.h:
             if self.recompute and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, beside, use_reentrant=False)
             else:
                 x = block(x, beside, cache)
-        return self.ln_f(x)
+        return normalised(self.ln_f, x)
 
 
 class GPT(nn.Module):

@@ -196,7 +196,9 @@ def compiled_agreement(subject: Subject) -> Verdict:
         compiled_loss, compiled_norm = loss_and_norm(torch.compile(model.transformer))
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        return Verdict("compiled", "skip", f"torch.compile does not work here ({reason:.120}); train without --compile")
+        return Verdict(
+            "compiled", "skip", f"torch.compile does not work here ({reason:.120}); train with --compile off"
+        )
     reason = f"loss {compiled_loss:.4f} and gradient norm {compiled_norm:.3f}; {loss:.4f} and {norm:.3f} without"
     agree = abs(compiled_loss - loss) <= LOSS_TOLERANCE and abs(compiled_norm - norm) <= 0.01 * norm
     return Verdict("compiled", "pass" if agree else "fail", reason)

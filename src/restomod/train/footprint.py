@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.model.flops import padded_parameters
-from restomod.model.sizes import CHUNK_TOKENS, PLAIN_ATTENTION_TOKENS, SOFTMAX_TOKENS
+from restomod.model.sizes import CHUNK_TOKENS, PLAIN_ATTENTION_TOKENS, SOFTMAX_TOKENS, tokens_at_once
 
 FP32 = 4  # bytes of a number
 ADAMW_NUMBERS, MUON_NUMBERS = 2, 1  # running means of a parameter
@@ -49,7 +49,9 @@ class Footprint:
         return dataclasses.asdict(self) | {"total": self.total}
 
 
-def footprint(config: RunConfig, micro_batch: int, number: int, device_type: str, processes: int = 1) -> Footprint:
+def footprint(
+    config: RunConfig, micro_batch: int, number: int, device_type: str, processes: int = 1, memory: int | None = None
+) -> Footprint:
     """What a process of a run takes.
 
     Args:
@@ -58,6 +60,7 @@ def footprint(config: RunConfig, micro_batch: int, number: int, device_type: str
         number: bytes of a number in the matrix products: 4 in fp32, 2 in bf16 and fp16.
         device_type: cpu, mps or cuda.
         processes: that share the batch. With FSDP each has its part of weights, gradients and optimizer.
+        memory: all of a GPU's memory in bytes, on which the size of a chunk of the loss depends; None: 24 GB or more.
     """
     m, tokens = config.model, micro_batch * config.sequence_length
     parts = processes if config.parallel == "fsdp" else 1
@@ -65,7 +68,10 @@ def footprint(config: RunConfig, micro_batch: int, number: int, device_type: str
     # DistributedDataParallel keeps room for all gradients
     accumulates = config.batch_sequences // processes > micro_batch or (processes > 1 and config.parallel == "ddp")
     kept = kept_bytes(config, tokens, number, device_type)
-    head, (loss, backward) = FP32 * m.padded_vocab_size * m.n_embd, _temporary(config, tokens, number, device_type)
+    head, (loss, backward) = (
+        FP32 * m.padded_vocab_size * m.n_embd,
+        _temporary(config, tokens, number, device_type, memory),
+    )
     muon = _muon_temporary(m, number) if config.optim.optimizer == "muon" else 0
     # at the loss; where the last gradient is made, that of the embedding beside the head's; in the update
     moments = [
@@ -141,14 +147,16 @@ def _block_matrices(m: ModelConfig) -> int:
     return m.n_embd * (4 * width + units + m.inner_size)
 
 
-def _temporary(config: RunConfig, tokens: int, number: int, device_type: str) -> tuple[int, int]:
+def _temporary(config: RunConfig, tokens: int, number: int, device_type: str, memory: int | None) -> tuple[int, int]:
     """What is needed for a moment besides the gradient of the head: by the loss, by the backward pass of a block."""
     m, half = config.model, number < FP32
     V, D, stream = m.padded_vocab_size, m.n_embd, FP32 * m.n_embd * tokens
-    chunk = min(tokens, CHUNK_TOKENS[device_type])
-    logits = number * chunk * V * (2 if config.compile else 1)  # eager, their gradient takes their place
-    rows = FP32 * min(chunk, SOFTMAX_TOKENS[device_type]) * V if half and not config.compile else 0
-    head = number * V * D * (2 if half else 1)  # a chunk's share of its gradient; its copy for the products
+    compiled, cuda = config.compiles_on(device_type), device_type == "cuda"
+    chunk = min(tokens, tokens_at_once(CHUNK_TOKENS, device_type, memory))
+    logits = number * chunk * V * (2 if compiled else 1)  # eager, their gradient takes their place
+    rows = FP32 * min(chunk, SOFTMAX_TOKENS[device_type]) * V if half and not compiled else 0
+    # its copy for the products in half precision, and a chunk's share of its gradient where that is not summed in place
+    head = number * V * D * ((1 if cuda else 2) if half else 0)
     loss = stream + logits + rows + head + (number * D * tokens if half else 0)
     units = m.inner_size * (3 if m.mlp == "swiglu" else 2)
     return loss, stream + number * units * tokens

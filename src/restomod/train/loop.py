@@ -62,19 +62,19 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         display.line(f"{folder} has made its {config.steps} steps already; --steps N goes on to step N")
         return EXIT_FINISHED
     display.table(summary(training))
+    display.lines([f"warning: {note}" for note in training.notes])
     display.lines([f"warning: set aside: {problem}" for problem in training.damaged])
     if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")
     display.lines(sanity_lines(training.verdicts))
 
     started = time.perf_counter()
-    pin_memory = training.compute.device.type == "cuda"
     micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.count
     with (
         StopSignal() as stop,
         Trackers(folder, config, lambda text: display.line(text, style="bold yellow"), processes.main) as trackers,
         Saver(folder, config, processes) as saver,
-        Prefetch(training.batches, micro_batch, config.steps, rank, count, pin_memory) as data,
+        Prefetch(training.batches, micro_batch, config.steps, rank, count, training.compute.device) as data,
     ):
         training = dataclasses.replace(training, run=dataclasses.replace(training.run, trackers=trackers))
         gc.collect()
@@ -106,15 +106,16 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
 
     while True:
         # display.closed: its reader has left, as in `restomod train ... | head`
-        overdue = config.save_every_minutes is not None and time.monotonic() - saved > 60 * config.save_every_minutes
+        overdue = is_due(config, step, minutes=(time.monotonic() - saved) / 60)
         failure = saver.failure()
         stopping, due, failed = processes.any(stop.requested or display.closed, overdue, failure is not None)
         if failed and config.on_save_error == "stop":
             raise processes.error(str(failure))
         warn(display, failure)
 
-        pauses = (config.eval_every, config.sample_every, config.save_every)
-        pausing = stopping or due or step == config.steps or any(step % every == 0 for every in pauses)
+        saving = due or (config.save_every is not None and step % config.save_every == 0)
+        pausing = stopping or saving or step == config.steps
+        pausing = pausing or any(step % every == 0 for every in (config.eval_every, config.sample_every))
         failure_at = journal.read(everything=pausing)
         if failure_at is not None:
             step, offset = roll_back(training, saver, guard, *failure_at, offset, display)
@@ -128,7 +129,7 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
                 warn_of_symptoms(training, display)
         if not at_checkpoint and step > 0 and (finished or step % config.sample_every == 0):
             write_samples(training, step, display)
-        wanted = stopping or (step > 0 and (due or step % config.save_every == 0))
+        wanted = stopping or (step > 0 and saving)
         if not at_checkpoint and (finished or (wanted and guard.skipped == 0)):  # to go back to from among bad steps
             saver.save(step, training.model, training.optimizer, offset)
             saved = time.monotonic()
@@ -142,3 +143,14 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
         made, micro_batch = step_that_fits(training, step, micro_batches, micro_batch, guard.highest(), display)
         journal.add(step, made, start, waited)
         step += 1
+
+
+def is_due(config: RunConfig, step: int, minutes: float) -> bool:
+    """Whether a checkpoint is due by time, ``minutes`` after the last one.
+
+    At a validation it is due after half the time, so that on a fast device checkpoints have a validation loss, by which
+    the best one is kept.
+    """
+    if config.save_every_minutes is None:
+        return False
+    return minutes > config.save_every_minutes / (2 if step % config.eval_every == 0 else 1)

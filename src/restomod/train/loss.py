@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ from restomod.model.sizes import CHUNK_TOKENS, SOFTMAX_TOKENS
 GRADIENT_SCALE = 2.0**-5
 
 
+@dataclass
+class HeadGradient:
+    """The output matrix's gradient, summed over the micro-batches of one step before autograd is given it.
+
+    Autograd would zero, scale and add a tensor of the matrix's size (154 MB for GPT-2 124M) for every micro-batch. All
+    micro-batches have to have equally many tokens, and their losses the same weight.
+    """
+
+    last: bool = False
+    """Whether the next micro-batch is the step's last one, whose backward pass yields the sum."""
+    total: Tensor | None = None
+    """(padded V, D) fp32, of the micro-batches so far."""
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -31,6 +46,8 @@ def linear_cross_entropy(
     dtype: torch.dtype,
     compiled: bool = False,
     cap: float | None = None,
+    chunk: int | None = None,
+    head_gradient: HeadGradient | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the next token, in nats.
 
@@ -42,13 +59,27 @@ def linear_cross_entropy(
         dtype: of the matrix products; the softmax and the sum over tokens are in fp32.
         compiled: compile the softmax, which is several times as fast.
         cap: logits z become cap * tanh(z / cap).
+        chunk: n, tokens whose logits exist at once; None: what is fast on this kind of device.
+        head_gradient: sums the gradient of ``weight`` over the micro-batches of a step; None: each yields its own.
 
     Returns:
         Scalar fp32 loss, differentiable once with respect to ``hidden`` and ``weight``.
     """
+    how = _How(vocab_size, dtype, compiled, cap, chunk or CHUNK_TOKENS[hidden.device.type])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype, compiled, cap)
-    return _loss(hidden, weight, targets, vocab_size, dtype, compiled, cap)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, how, head_gradient)
+    return _loss(hidden, weight, targets, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The settings of `linear_cross_entropy`, which says what they mean."""
+
+    vocab_size: int
+    dtype: torch.dtype
+    compiled: bool
+    cap: float | None
+    chunk: int
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,15 +91,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        V: int,
-        dtype: torch.dtype,
-        compiled: bool,
-        cap: float | None,
+        how: _How,
+        head_gradient: HeadGradient | None,
     ) -> Tensor:
-        d_hidden = torch.empty_like(hidden, dtype=dtype)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        loss = _loss(hidden, weight, targets, V, dtype, compiled, cap, d_hidden, d_weight)
-        ctx.save_for_backward(d_hidden, d_weight)
+        d_hidden = torch.empty_like(hidden, dtype=how.dtype)
+        so_far = None if head_gradient is None else head_gradient.total
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if so_far is None else so_far
+        loss = _loss(hidden, weight, targets, how, d_hidden, d_weight)
+        later = head_gradient is not None and not head_gradient.last
+        if head_gradient is not None:
+            head_gradient.total = d_weight if later else None
+        ctx.save_for_backward(d_hidden, None if later else d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
@@ -78,18 +111,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
         scale = grad[0] / (GRADIENT_SCALE * len(d_hidden))
         # in place: the loss can be differentiated once
-        nothing = (None,) * 5  # of what is not a tensor
-        return d_hidden.to(hidden_dtype).mul_(scale), d_weight.to(weight_dtype).mul_(scale), *nothing
+        d_weight = None if d_weight is None else d_weight.to(weight_dtype).mul_(scale)
+        return d_hidden.to(hidden_dtype).mul_(scale), d_weight, None, None, None
 
 
 def _loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    V: int,
-    dtype: torch.dtype,
-    compiled: bool,
-    cap: float | None,
+    how: _How,
     d_hidden: Tensor | None = None,
     d_weight: Tensor | None = None,
 ) -> Tensor:
@@ -98,19 +128,35 @@ def _loss(
     Where they are given, ``d_hidden`` (N, D) is filled with the gradient of the summed loss times `GRADIENT_SCALE`, and
     that of ``d_weight`` is added to it.
     """
-    N, n = len(hidden), CHUNK_TOKENS[hidden.device.type]
-    softmax = _compiled_softmax() if compiled else _softmax_by_rows
-    x, w = hidden.to(dtype), weight.to(dtype)
+    N, n = len(hidden), how.chunk
+    softmax = _compiled_softmax() if how.compiled else _softmax_by_rows
+    x, w = hidden.to(how.dtype), weight.to(how.dtype)
     target_logits = (hidden.float() * weight[targets].float()).sum(-1)  # (N,), exact where bf16 is not
     total = torch.zeros((), device=hidden.device)
     for start in range(0, N, n):
         chunk = slice(start, start + n)
-        loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], V, cap)
+        loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], how.vocab_size, how.cap)
         total += loss
         if d_hidden is not None and d_weight is not None:
-            d_hidden[chunk] = d_logits @ w
-            d_weight += d_logits.t() @ x[chunk]
+            torch.mm(d_logits, w, out=d_hidden[chunk])
+            add_product(d_weight, d_logits.t(), x[chunk])
     return total / N
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in fp32.
+
+    Args:
+        total: (V, D) fp32.
+        a, b: (V, n) and (n, D). On CUDA in bf16 or fp16 the sum is made inside the product, where nothing is rounded in
+            between; elsewhere torch has no such product, and a @ b is rounded to their dtype first.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _softmax(

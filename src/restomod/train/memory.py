@@ -1,4 +1,4 @@
-"""How many sequences go through the model at once: as many as are fast and fit; fewer where memory has run out."""
+"""How much is computed at once: what is fast and fits, less where memory has run out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from restomod.config import OptimConfig, RunConfig
 from restomod.config_model import nearest_divisor_below
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches
+from restomod.device import release_memory, total_memory
 from restomod.model.gpt import GPT
-from restomod.model.sizes import FAST_TOKENS, ROOM, share_of
+from restomod.model.sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
 from restomod.train.footprint import optimizer_bytes
 from restomod.train.step import Compute, batch_loss
 
@@ -22,13 +23,18 @@ def choose_micro_batch(config: RunConfig, device: torch.device, processes: int =
     return config.micro_batch or nearest_divisor_below(share, FAST_TOKENS[device.type] // config.sequence_length)
 
 
+def choose_chunk(device: torch.device) -> int:
+    """Tokens whose logits exist at once in the loss."""
+    return tokens_at_once(CHUNK_TOKENS, device.type, total_memory(device))
+
+
 def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: OptimConfig) -> int:
     """The largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
 
     Two small micro-batches go forward and backward; what they take tells what a larger one would.
     """
     taken = [_bytes_taken(model, batches, compute, n) for n in TRIED]
-    torch.cuda.empty_cache()
+    release_memory(compute.device)
     free, _ = torch.cuda.mem_get_info(compute.device)
     free -= optimizer_bytes(model.config, optim)
     fits = sequences_that_fit((TRIED[0], taken[0]), (TRIED[1], taken[1]), ROOM * free)

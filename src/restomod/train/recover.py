@@ -1,10 +1,9 @@
-"""What a run does about bad luck: goes back to a checkpoint, or takes fewer sequences at once."""
+"""What a run does about failures: goes back to a checkpoint, or takes a smaller micro-batch."""
 
 from __future__ import annotations
 
-import torch
-
 from restomod.data.prefetch import MicroBatches
+from restomod.device import is_out_of_memory, release_memory
 from restomod.errors import UserError
 from restomod.train.checkpoint import load_checkpoint, newest_whole
 from restomod.train.console import Display
@@ -83,15 +82,16 @@ def step_that_fits(
         parts = cut(micro_batches, sequences)
         try:
             return train_step(loss_of, optimizer, parts, training.config, step, processes, highest), sequences
-        except torch.OutOfMemoryError as e:
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
             if sequences == 1 or processes.count > 1:
                 raise UserError(
                     f"step {step}: out of memory with {sequences} sequences at once ({str(e).splitlines()[0]}); "
                     f"go on with a smaller --micro-batch, or with --recompute"
                 ) from e
         optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
-        if training.compute.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(training.compute.device)
         sequences = smaller(sequences)
         display.line(f"step {step}  out of memory: {sequences} sequences at once from here on", style="bold yellow")
 

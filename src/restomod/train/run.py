@@ -59,6 +59,7 @@ MAY_CHANGE_ON_RESUME = {
     "recompute",
     "deterministic",
     "compile",
+    "residual_dtype",
     "sanity_checks",
     "data",
 }

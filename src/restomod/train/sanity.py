@@ -7,7 +7,6 @@ Each check takes a `Subject`, leaves it as it was, and returns a `Verdict`. The 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from restomod.data.batches import Batches
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
-from restomod.train.distributed import SINGLE, Processes
 from restomod.train.optimizer import Optimizers
 from restomod.train.step import Compute, batch_loss
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
 WRONG_INITIAL_LOSS = 1.5  # nats off, which no text explains
 INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
-REPEAT_BELOW_SECONDS = 20.0
 FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
 LOSS_TOLERANCE = 1e-4  # nats between two ways to the same fp32 loss; padding in the softmax would add 9e-4
 SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little through, and rounding differs by 1e-7
@@ -227,17 +224,3 @@ QUICK: tuple[Callable[[Subject], Verdict], ...] = (
     tied_head,
     kernel_shapes,
 )
-
-
-def time_micro_batch(model: nn.Module, micro_batch_loss: Callable[[], Tensor], processes: Processes = SINGLE) -> float:
-    """Seconds of one micro-batch forward and backward; a quick one runs twice, to warm up. Changes nothing."""
-    for attempt in range(2):
-        start = time.perf_counter()
-        loss = micro_batch_loss()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        loss.item()  # waits for the device
-        seconds = time.perf_counter() - start
-        if attempt == 0 and processes.any(seconds > REPEAT_BELOW_SECONDS)[0]:
-            break
-    return seconds

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
@@ -15,12 +18,16 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.device import (
+    choose_compile,
     choose_device,
     choose_dtype,
+    compile_module,
     compute_deterministically,
     describe_device,
     dtype_name,
+    is_out_of_memory,
     keep_freed_memory,
+    release_memory,
 )
 from restomod.errors import UserError
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
@@ -30,14 +37,16 @@ from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, load_weights, read_model_config
 from restomod.text import duration
 from restomod.train.checkpoint import load_optimizer, newest_whole, progress
-from restomod.train.distributed import SINGLE, Processes, device_of, distribute
+from restomod.train.distributed import SINGLE, Processes, device_of, distribute, synchronised
 from restomod.train.find import find_model
-from restomod.train.memory import choose_micro_batch, fitting_micro_batch
+from restomod.train.memory import choose_chunk, choose_micro_batch, fitting_micro_batch, smaller
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
-from restomod.train.sanity import Subject, Verdict, quick_checks, time_micro_batch
+from restomod.train.sanity import Subject, Verdict, quick_checks
 from restomod.train.step import BatchLoss, Compute
+
+LONG_MICRO_BATCH = 20.0  # seconds; one that takes longer is not repeated to be timed, unless it was compiled
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,9 @@ class Training:
     verdicts: list[Verdict]
     """What the sanity checks found; empty for a run that goes on, or that does without them."""
     micro_batch_seconds: float
-    """How long the first micro-batch took, forward and backward."""
+    """How long a micro-batch takes, forward and backward."""
+    notes: list[str]
+    """What had to be done otherwise than configured."""
 
     @property
     def config(self) -> RunConfig:
@@ -133,7 +144,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer)
     processes.agree()
-    seconds = first_micro_batch(model, loss_of, batches, compute, first_step, processes)
+    seconds, compute, notes = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes)
 
     run = Run(folder, config, writes=False)
     if processes.main:
@@ -155,6 +166,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         damaged,
         verdicts,
         seconds,
+        notes,
     )
 
 
@@ -196,7 +208,13 @@ def choose_compute(config: RunConfig, processes: Processes) -> Compute:
         keep_freed_memory()
     micro_batch = choose_micro_batch(config, device, processes.count)
     dtype = choose_dtype(config.precision, device)
-    return Compute(device, dtype, micro_batch, config.compile, config.document_mask)
+    if config.residual_dtype == "bf16" and dtype != torch.bfloat16:
+        raise UserError(
+            f"residual_dtype bf16 needs bf16 matrix products, and this device uses {dtype_name(dtype)}; "
+            f"leave --residual-dtype out, or add --precision bf16"
+        )
+    compiled, reason = choose_compile(config.compile, device)
+    return Compute(device, dtype, micro_batch, compiled, config.document_mask, choose_chunk(device), reason)
 
 
 def make_ready(
@@ -208,30 +226,97 @@ def make_ready(
         What computes the loss, the optimizer, and ``compute`` with a micro-batch that fits.
     """
     model.transformer.recompute = config.recompute
+    model.transformer.residual_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
     if config.micro_batch is None and compute.device.type == "cuda":
         eager = dataclasses.replace(compute, compiled=False)  # torch.compile would compile for each size
         fits = processes.least(fitting_micro_batch(model, batches, eager, config.optim))
         compute = dataclasses.replace(compute, micro_batch=fits)
-    if config.compile:
-        model.transformer.compile()
+    if compute.compiled:
+        compile_module(model.transformer, compute.device)
     loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
     return loss_of, build_optimizer(model, config.optim, compute.dtype, processes), compute
 
 
 def first_micro_batch(
-    model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int, processes: Processes
-) -> float:
-    """Seconds of a micro-batch of ``step`` forward and backward, the first of a process: torch.compile compiles in it.
+    model: GPT,
+    loss_of: nn.Module,
+    batches: Batches,
+    compute: Compute,
+    config: RunConfig,
+    step: int,
+    processes: Processes,
+) -> tuple[float, Compute, list[str]]:
+    """Compute a micro-batch of ``step`` forward and backward, the first of a process. All processes call this.
+
+    torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
+    is halved; where torch.compile fails and was chosen automatically, the model is run without it.
+
+    Returns:
+        Seconds of a micro-batch; ``compute`` as it works; and what was changed in it, a line for each change.
 
     Raises:
-        UserError: it cannot.
+        UserError: one sequence does not fit, or torch.compile was asked for and does not work.
+    """
+    notes: list[str] = []
+    repeated = False
+    while True:
+        seconds, failure, reason = _try_micro_batch(model, loss_of, batches, compute, step)
+        no_memory, no_compiler, long = processes.any(
+            failure == "memory", failure == "compiler", seconds > LONG_MICRO_BATCH
+        )
+        if no_compiler:
+            reason = f"torch.compile does not work here ({reason or 'in another process'})"
+            if config.compile == "on":
+                raise UserError(f"{reason}; leave --compile out")
+            compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
+            model.transformer._compiled_call_impl = None
+            notes.append(f"{reason}: training goes on without it, slower")
+        elif no_memory:
+            n = compute.micro_batch
+            if n == 1:
+                raise UserError(
+                    f"out of memory with one sequence at once ({reason}); try --recompute, or a smaller model"
+                )
+            compute = dataclasses.replace(compute, micro_batch=smaller(n))
+            notes.append(f"out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
+        elif repeated or (long and not compute.compiled):
+            return seconds, compute, notes
+        repeated = not (no_compiler or no_memory)
+        for module in loss_of.modules():
+            if isinstance(module, BatchLoss):
+                module.compute = compute
+        model.zero_grad(set_to_none=True)
+        if no_memory:
+            release_memory(compute.device)
+
+
+def _try_micro_batch(
+    model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int
+) -> tuple[float, Literal["memory", "compiler"] | None, str]:
+    """Seconds of a micro-batch, what kept it from being computed, and the reason in a line. Changes nothing.
+
+    Gradients are not averaged over processes, so that one that fails leaves no other waiting. FSDP cannot do without:
+    there, out of memory is an error at once.
     """
     tokens, targets = batches.load(batches.windows(step)[: compute.micro_batch])
+    sharded = isinstance(loss_of, FSDPModule)
+    start = time.perf_counter()
     try:
-        return time_micro_batch(model, lambda: loss_of(tokens, targets), processes)
-    except torch._dynamo.exc.TorchDynamoException as e:
-        reason = next(line for line in str(e).splitlines() if line.strip())
-        raise UserError(f"torch.compile does not work here ({reason}); leave --compile out") from e
+        with synchronised(loss_of, last=sharded):
+            loss = loss_of(tokens, targets)
+            loss.backward()
+        loss.item()  # waits for the device
+        model.zero_grad(set_to_none=True)
+    except Exception as e:
+        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
+        if is_out_of_memory(e):
+            if sharded:
+                raise UserError(f"out of memory ({reason}); lower --micro-batch, or try --recompute") from e
+            return 0.0, "memory", reason
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            return 0.0, "compiler", reason
+        raise
+    return time.perf_counter() - start, None, ""
 
 
 def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
@@ -269,7 +354,9 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
             ]
             raise UserError(f"{config.init} has another shape than the run's model; add {' '.join(flags)}")
         return load_model(folder, device).train()
-    except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
         parameters = parameter_count(shape)
         raise UserError(f"a model of {parameters:,} parameters does not fit here ({str(e).splitlines()[0]})") from e
 
@@ -305,6 +392,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
         ),
         ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
         ("device", describe_device(compute.device)),
-        ("precision", precision + (", compiled" if config.compile else "")),
+        ("precision", precision + (", bf16 residual stream" if config.residual_dtype == "bf16" else "")),
+        ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
         ("estimated time", f"{duration(seconds)} for the steps alone, from timing one micro-batch"),
     ]

@@ -17,7 +17,7 @@ from restomod.data.prefetch import MicroBatches
 from restomod.device import autocast
 from restomod.model.gpt import GPT
 from restomod.train.distributed import Processes, synchronised
-from restomod.train.loss import linear_cross_entropy
+from restomod.train.loss import HeadGradient, linear_cross_entropy
 from restomod.train.optimizer import Optimizers, gradient_norm
 from restomod.train.schedule import rate_factor
 
@@ -32,18 +32,40 @@ class Compute:
     compiled: bool = False
     document_mask: bool = False
     """Whether a token sees only its own document."""
+    chunk: int | None = None
+    """Tokens whose logits exist at once in the loss; None: what is fast on this kind of device."""
+    compile_reason: str = ""
+    """Why the model is compiled or not, for the console."""
 
 
-def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
-    """Mean cross-entropy of ``targets`` (B, T) given ``tokens`` (B, T): a scalar, in nats."""
-    tokens = tokens.to(compute.device, non_blocking=True)
+def batch_loss(
+    model: GPT, tokens: Tensor, targets: Tensor, compute: Compute, head_gradient: HeadGradient | None = None
+) -> Tensor:
+    """Mean cross-entropy of ``targets`` (B, T) given ``tokens`` (B, T): a scalar, in nats.
+
+    Args:
+        model: on ``compute.device``.
+        tokens, targets: int64, in page-locked memory where the device is a GPU, so that copying them waits for nothing.
+        compute: where and how precisely.
+        head_gradient: see `linear_cross_entropy`.
+    """
+    asynchronous = compute.device.type == "cuda"  # MPS may read or write such a copy too early
+    tokens = tokens.to(compute.device, non_blocking=asynchronous)
     mask = document_mask(tokens) if compute.document_mask else None
     with autocast(compute.device, compute.dtype):
         hidden = model.transformer(tokens, mask=mask)  # (B, T, D)
-    targets = targets.to(compute.device, non_blocking=True).flatten()
+    targets = targets.to(compute.device, non_blocking=asynchronous).flatten()
     config, hidden = model.config, hidden.flatten(0, 1)
     return linear_cross_entropy(
-        hidden, model.head, targets, config.vocab_size, compute.dtype, compute.compiled, config.softcap
+        hidden,
+        model.head,
+        targets,
+        config.vocab_size,
+        compute.dtype,
+        compute.compiled,
+        config.softcap,
+        compute.chunk,
+        head_gradient,
     )
 
 
@@ -61,8 +83,8 @@ class BatchLoss(nn.Module):
         super().__init__()
         self.model, self.compute = model, compute
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return batch_loss(self.model, tokens, targets, self.compute)
+    def forward(self, tokens: Tensor, targets: Tensor, head_gradient: HeadGradient | None = None) -> Tensor:
+        return batch_loss(self.model, tokens, targets, self.compute, head_gradient)
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,8 @@ class Queued:
     """A step that the device has been given."""
 
     def __init__(self, loss: Tensor, grad_norm: Tensor, refused: Tensor) -> None:
-        self._values = torch.stack([loss, grad_norm, refused.float()]).to("cpu", non_blocking=True)
+        values = torch.stack([loss, grad_norm, refused.float()])
+        self._values = values.to("cpu", non_blocking=loss.is_cuda)  # MPS has no event to wait for
         self._computed = torch.cuda.Event() if loss.is_cuda else None
         if self._computed is not None:
             self._computed.record()
@@ -115,10 +138,11 @@ def train_step(
         highest: a loss above it leads to no update either.
     """
     scale = optimizer.loss_scale.factor
-    losses = []
+    losses, head_gradient = [], HeadGradient()
     for i, (tokens, targets) in enumerate(micro_batches):
-        with synchronised(loss_of, last=i + 1 == len(micro_batches)):
-            loss = loss_of(tokens, targets) / len(micro_batches)
+        head_gradient.last = i + 1 == len(micro_batches)
+        with synchronised(loss_of, head_gradient.last):
+            loss = loss_of(tokens, targets, head_gradient) / len(micro_batches)
             (loss * scale).backward()
         losses.append(loss.detach())
     loss = processes.mean(torch.stack(losses).sum())

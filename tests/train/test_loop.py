@@ -1,0 +1,29 @@
+"""When the training loop saves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from restomod.config import RunConfig
+from restomod.presets import preset
+from restomod.train.loop import is_due
+
+
+@pytest.mark.parametrize(
+    ("step", "minutes", "due"),
+    [(7, 9.9, False), (7, 10.1, True), (250, 4.9, False), (250, 5.1, True), (251, 5.1, False)],
+)
+def test_a_save_by_time_waits_for_a_validation_if_one_comes_soon(step: int, minutes: float, due: bool) -> None:
+    config = RunConfig(steps=1000, batch_tokens=64, sequence_length=64, eval_every=250)
+    assert is_due(config, step, minutes) == due
+    assert not is_due(dataclasses.replace(config, save_every_minutes=None), step, minutes)
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare", "gpt2-124m", "modern-124m"])
+def test_presets_for_gpus_save_by_time_alone(name: str) -> None:
+    """250 steps of TinyShakespeare take 3 s on a GPU, and a save as long."""
+    config = preset(name)
+    assert config.save_every is None
+    assert not any(is_due(config, step, minutes=0.05) for step in range(1000))
