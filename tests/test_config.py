@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.config import (
+    Compile,
     DataConfig,
     Device,
     ModelConfig,
@@ -97,7 +98,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         seed=draw(st.integers(0, 2**31)),
         device=draw(st.sampled_from(get_args(Device))),
         precision=draw(st.sampled_from(get_args(Precision))),
-        compile=draw(st.booleans()),
+        compile=draw(st.sampled_from(get_args(Compile))),
     )
 
 
@@ -193,7 +194,8 @@ def test_a_missing_nested_key_is_named_with_its_dots() -> None:
         ("steps", None, "steps should be int, not None"),
         ("target_loss", "low", "target_loss should be float, not 'low'"),
         ("micro_batch", 1.5, "micro_batch should be int, not 1.5"),
-        ("compile", 1, "compile should be bool, not 1"),
+        ("compile", True, "compile is True; known: auto, off, on"),
+        ("recompute", 1, "recompute should be bool, not 1"),
         ("device", "cdua", "device is 'cdua'; did you mean 'cuda'?"),
         ("device", ["cpu"], "device is ['cpu']"),
         ("model", 12, "model. should be an object, not 12"),

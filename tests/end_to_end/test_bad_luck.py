@@ -44,8 +44,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
         current[0] = step
         return get(self, step)
 
-    def batch_loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor, compute: Any) -> torch.Tensor:
-        return loss_of(model, tokens, targets, compute) * factors.get(current[0], 1.0)
+    def batch_loss(*arguments: Any) -> torch.Tensor:
+        return loss_of(*arguments) * factors.get(current[0], 1.0)
 
     monkeypatch.setattr(Prefetch, "get", noting)
     monkeypatch.setattr(step_module, "batch_loss", batch_loss)
@@ -296,11 +296,11 @@ def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
     sizes: list[int] = []
     loss_of = step_module.batch_loss
 
-    def limited(model: Any, tokens: torch.Tensor, targets: torch.Tensor, compute: Any) -> torch.Tensor:
+    def limited(model: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         if len(sizes) >= 20 and len(tokens) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
         sizes.append(len(tokens))
-        return loss_of(model, tokens, targets, compute)
+        return loss_of(model, tokens, *rest)
 
     config = dataclasses.replace(quick, micro_batch=4, batch_tokens=256)
     assert train(config, tmp_path / "whole", display=QUIET) == 0

@@ -55,7 +55,7 @@ def test_evaluating_and_sampling_change_nothing_in_a_compiled_run(
     tiny: RunConfig, tmp_path: Path, precision: str
 ) -> None:
     torch.compiler.reset()
-    check_equal(*runs(tiny, tmp_path, precision=precision, compile=True), tiny.steps)
+    check_equal(*runs(tiny, tmp_path, precision=precision, compile="on"), tiny.steps)
 
 
 def graphs(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -63,8 +63,8 @@ def graphs(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.compiler.reset()
     counter, compile = CompileCounter(), torch.nn.Module.compile
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend=counter))
-        train(dataclasses.replace(config, compile=True, sanity_checks=False), folder, display=QUIET)
+        patch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=counter, **how))
+        train(dataclasses.replace(config, compile="on", sanity_checks=False), folder, display=QUIET)
     torch.compiler.reset()
     return counter.frame_count
 

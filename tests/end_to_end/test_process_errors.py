@@ -100,7 +100,7 @@ def without_data(patch: pytest.MonkeyPatch) -> None:
 
 def without_memory(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> NoReturn:
-        raise RuntimeError("this memory is broken")
+        raise RuntimeError("CUDA out of memory: this memory is broken")
 
     patch.setattr(setup, "build_model", refuse)
 

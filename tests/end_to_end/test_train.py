@@ -63,11 +63,11 @@ def test_looking_at_a_run_does_not_change_it(tiny: RunConfig, questions: Path, t
 @pytest.mark.slow
 def test_looking_at_a_compiled_run_does_not_change_it(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
-    rarely = dataclasses.replace(tiny, compile=True, eval_every=1000, sample_every=1000, save_every=1000)
-    often = dataclasses.replace(tiny, compile=True, eval_every=1, sample_every=1, save_every=1)
+    rarely = dataclasses.replace(tiny, compile="on", eval_every=1000, sample_every=1000, save_every=1000)
+    often = dataclasses.replace(tiny, compile="on", eval_every=1, sample_every=1, save_every=1)
     often = dataclasses.replace(often, eval_tasks=(str(questions),))
     train(rarely, tmp_path / "rarely", display=QUIET)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile="on"):
         train(often, tmp_path / "often", display=QUIET)
     assert weights(tmp_path / "rarely") == weights(tmp_path / "often")
     train(tiny, tmp_path / "eager", display=QUIET)
@@ -163,7 +163,7 @@ def test_compiling_without_a_compiler_is_one_line(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with torch._inductor.config.patch(broken), pytest.raises(UserError, match="leave --compile out"):
-        train(dataclasses.replace(tiny, compile=True), tmp_path / "run", display=QUIET)
+        train(dataclasses.replace(tiny, compile="on"), tmp_path / "run", display=QUIET)
     assert not (tmp_path / "run").exists()
 
 

@@ -134,7 +134,7 @@ def test_only_positions_that_predict_go_through_the_head(model: ScoredGPT, monke
 
 def test_logits_in_several_chunks_are_the_same(model: ScoredGPT, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = log_likelihoods(model, some_requests())
-    monkeypatch.setattr("restomod.evals.likelihood.HEAD_POSITIONS", 5)
+    monkeypatch.setattr("restomod.evals.likelihood.SCORED_POSITIONS", {"cpu": 5})
     monkeypatch.setattr("restomod.evals.likelihood.CPU_SOFTMAX_POSITIONS", 2)
     assert close(log_likelihoods(model, some_requests()), expected)
 

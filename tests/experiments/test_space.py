@@ -42,7 +42,7 @@ def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: objec
         ("optim.lr=2..1", "must be below the second"),
         ("optim.lr=0..1:log", "needs a range above 0"),
         ("optim.decay=cosine,linnear", "did you mean 'linear'"),
-        ("compile=yes", "true or false"),
+        ("recompute=yes", "true or false"),
         ("optim.lr=1e-3,1e-3", "stands there twice"),
     ],
 )
@@ -63,9 +63,15 @@ def test_a_grid_has_every_combination_once() -> None:
 
 def test_the_flags_give_a_run_the_parameters() -> None:
     given = {"optim.lr": 0.0123, "model.n_layer": 3, "optim.decay": "wsd", "micro_batch": "None"}
-    given |= {"model.bias": "false", "compile": "true", "model.qk_norm": "true", "sanity_checks": "false"}
+    given |= {
+        "model.bias": "false",
+        "compile": "on",
+        "recompute": "true",
+        "model.qk_norm": "true",
+        "sanity_checks": "false",
+    }
     default = TrainArguments(preset("quickstart"), out="x")
     config = parse(TrainArguments, default, flags(given), "restomod train").config  # type: ignore[arg-type]
     assert (config.optim.lr, config.model.n_layer, config.optim.decay) == (0.0123, 3, "wsd")
-    assert (config.model.bias, config.compile, config.model.qk_norm) == (False, True, True)
+    assert (config.model.bias, config.compile, config.recompute, config.model.qk_norm) == (False, "on", True, True)
     assert (config.sanity_checks, config.micro_batch) == (False, None)

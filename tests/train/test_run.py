@@ -137,7 +137,8 @@ MAY_CHANGE = {
     "parallel": "fsdp",
     "recompute": True,
     "deterministic": True,
-    "compile": True,
+    "compile": "on",
+    "residual_dtype": "bf16",
     "sanity_checks": False,
     "data": DataConfig(cache="elsewhere"),
 }

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from restomod.config import ModelConfig
 from restomod.train import sanity
@@ -27,7 +26,6 @@ from restomod.train.sanity import (
     next_token_targets,
     quick_checks,
     tied_head,
-    time_micro_batch,
 )
 from restomod.train.step import Compute, batch_loss
 from tests.models import CPU, to_transformers
@@ -353,31 +351,3 @@ def test_embedding_rows_that_are_not_padded_are_warned_of() -> None:
     subject = make_subject(model=shape(64), sequence_length=16)
     subject.model.transformer.wte = torch.nn.Embedding(97, 64)
     assert "the embedding's rows 97 is no multiple of 64" in kernel_shapes(subject).reason
-
-
-# --- timing ---------------------------------------------------------------------------------------------------
-
-
-def test_timing_a_micro_batch_changes_nothing() -> None:
-    trainee = make_trainee()
-    tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
-    before, random_state = trainee.tensors(), torch.get_rng_state()
-    compute = Compute(CPU, torch.float32, 2)
-    seconds = time_micro_batch(trainee.model, lambda: batch_loss(trainee.model, tokens, targets, compute))
-    assert 0 < seconds < 60
-    assert all(p.grad is None for p in trainee.model.parameters())
-    assert_identical(trainee.tensors(), before)
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
-@pytest.mark.parametrize(("quick_below", "looks"), [(60.0, 2), (0.0, 1)])
-def test_a_quick_micro_batch_is_timed_twice(quick_below: float, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sanity, "REPEAT_BELOW_SECONDS", quick_below)
-    model, calls = torch.nn.Linear(2, 1), []
-
-    def loss() -> Tensor:
-        calls.append(1)
-        return model(torch.ones(2)).sum()
-
-    time_micro_batch(model, loss)
-    assert len(calls) == looks

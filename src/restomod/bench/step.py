@@ -26,9 +26,9 @@ from restomod.model.flops import parameter_count, peak_flops
 from restomod.text import duration
 from restomod.train.console import Display
 from restomod.train.distributed import Processes, joined
-from restomod.train.memory import choose_micro_batch
+from restomod.train.memory import choose_micro_batch, first_micro_batch
 from restomod.train.run import environment
-from restomod.train.setup import choose_compute, first_micro_batch, initial_model, make_ready, training_batches
+from restomod.train.setup import choose_compute, initial_model, make_ready, training_batches
 
 SYNTHETIC_TOKENS = 2**20
 

@@ -50,7 +50,7 @@ def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBac
 
 
 def cudnn(machine: Machine) -> Verdict:
-    """Which cuDNN is loaded, and from where: one that LD_LIBRARY_PATH brings in is not the one torch was tested with."""
+    """Which cuDNN is loaded, and from where; one found through LD_LIBRARY_PATH may be too old for this torch."""
     version = torch.backends.cudnn.version() if machine.device.type == "cuda" else None
     if version is None:
         return Verdict("cuDNN", "skip", "is used on CUDA devices only")
@@ -130,7 +130,7 @@ def known_faults(machine: Machine) -> Verdict:
 
 
 def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
-    """Whether a build of torch runs on a card: it has machine code for the card's major capability, or PTX for an older.
+    """Whether a build of torch runs on a card: by machine code for its major capability, or by PTX of an older one.
 
     Args:
         capability: such as (9, 0).

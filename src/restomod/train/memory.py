@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from typing import Literal
+
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from restomod.config import OptimConfig, RunConfig
 from restomod.config_model import nearest_divisor_below
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches
-from restomod.device import release_memory, total_memory
+from restomod.device import is_out_of_memory, release_memory, total_memory
+from restomod.errors import UserError
 from restomod.model.gpt import GPT
 from restomod.model.sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
+from restomod.train.distributed import Processes, synchronised
 from restomod.train.footprint import optimizer_bytes
-from restomod.train.step import Compute, batch_loss
+from restomod.train.step import BatchLoss, Compute, batch_loss
 
 TRIED = (2, 4)  # sequences
+LONG_MICRO_BATCH = 20.0  # seconds; one that takes longer is not repeated to be timed, unless it was compiled
 
 
 def choose_micro_batch(config: RunConfig, device: torch.device, processes: int = 1) -> int:
@@ -56,6 +65,88 @@ def sequences_that_fit(small: tuple[int, int], large: tuple[int, int], room: flo
     each = (large[1] - small[1]) / (large[0] - small[0])
     fixed = small[1] - each * small[0]
     return max(1, int((room - fixed) / each)) if each > 0 else large[0]
+
+
+def first_micro_batch(
+    model: GPT,
+    loss_of: nn.Module,
+    batches: Batches,
+    compute: Compute,
+    config: RunConfig,
+    step: int,
+    processes: Processes,
+) -> tuple[float, Compute, list[str]]:
+    """Compute a micro-batch of ``step`` forward and backward, the first of a process. All processes call this.
+
+    torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
+    is halved; where torch.compile fails and was chosen automatically, the model is run without it.
+
+    Returns:
+        Seconds of a micro-batch; ``compute`` as it works; and what was changed in it, a line for each change.
+
+    Raises:
+        UserError: one sequence does not fit, or torch.compile was asked for and does not work.
+    """
+    notes: list[str] = []
+    repeated = False
+    while True:
+        seconds, failure, reason = _try_micro_batch(model, loss_of, batches, compute, step)
+        no_memory, no_compiler, long = processes.any(
+            failure == "memory", failure == "compiler", seconds > LONG_MICRO_BATCH
+        )
+        if no_compiler:
+            reason = f"torch.compile does not work here ({reason or 'in another process'})"
+            if config.compile == "on":
+                raise UserError(f"{reason}; leave --compile out")
+            compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
+            model.transformer._compiled_call_impl = None
+            notes.append(f"{reason}: training goes on without it, slower")
+        elif no_memory:
+            n = compute.micro_batch
+            if n == 1:
+                raise UserError(
+                    f"out of memory with one sequence at once ({reason}); try --recompute, or a smaller model"
+                )
+            compute = dataclasses.replace(compute, micro_batch=smaller(n))
+            notes.append(f"out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
+        elif repeated or (long and not compute.compiled):
+            return seconds, compute, notes
+        repeated = not (no_compiler or no_memory)
+        for module in loss_of.modules():
+            if isinstance(module, BatchLoss):
+                module.compute = compute
+        model.zero_grad(set_to_none=True)
+        if no_memory:
+            release_memory(compute.device)
+
+
+def _try_micro_batch(
+    model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int
+) -> tuple[float, Literal["memory", "compiler"] | None, str]:
+    """Seconds of a micro-batch, what kept it from being computed, and the reason in a line. Changes nothing.
+
+    Gradients are not averaged over processes, so that one that fails leaves no other waiting. FSDP cannot do without:
+    there, out of memory is an error at once.
+    """
+    tokens, targets = batches.load(batches.windows(step)[: compute.micro_batch])
+    sharded = isinstance(loss_of, FSDPModule)
+    start = time.perf_counter()
+    try:
+        with synchronised(loss_of, last=sharded):
+            loss = loss_of(tokens, targets)
+            loss.backward()
+        loss.item()  # waits for the device
+        model.zero_grad(set_to_none=True)
+    except Exception as e:
+        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
+        if is_out_of_memory(e):
+            if sharded:
+                raise UserError(f"out of memory ({reason}); lower --micro-batch, or try --recompute") from e
+            return 0.0, "memory", reason
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            return 0.0, "compiler", reason
+        raise
+    return time.perf_counter() - start, None, ""
 
 
 def cut(micro_batches: MicroBatches, sequences: int) -> MicroBatches:

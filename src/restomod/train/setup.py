@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
@@ -27,7 +24,6 @@ from restomod.device import (
     dtype_name,
     is_out_of_memory,
     keep_freed_memory,
-    release_memory,
 )
 from restomod.errors import UserError
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
@@ -37,16 +33,14 @@ from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, load_weights, read_model_config
 from restomod.text import duration
 from restomod.train.checkpoint import load_optimizer, newest_whole, progress
-from restomod.train.distributed import SINGLE, Processes, device_of, distribute, synchronised
+from restomod.train.distributed import SINGLE, Processes, device_of, distribute
 from restomod.train.find import find_model
-from restomod.train.memory import choose_chunk, choose_micro_batch, fitting_micro_batch, smaller
+from restomod.train.memory import choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks
 from restomod.train.step import BatchLoss, Compute
-
-LONG_MICRO_BATCH = 20.0  # seconds; one that takes longer is not repeated to be timed, unless it was compiled
 
 
 @dataclass(frozen=True)
@@ -235,88 +229,6 @@ def make_ready(
         compile_module(model.transformer, compute.device)
     loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
     return loss_of, build_optimizer(model, config.optim, compute.dtype, processes), compute
-
-
-def first_micro_batch(
-    model: GPT,
-    loss_of: nn.Module,
-    batches: Batches,
-    compute: Compute,
-    config: RunConfig,
-    step: int,
-    processes: Processes,
-) -> tuple[float, Compute, list[str]]:
-    """Compute a micro-batch of ``step`` forward and backward, the first of a process. All processes call this.
-
-    torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
-    is halved; where torch.compile fails and was chosen automatically, the model is run without it.
-
-    Returns:
-        Seconds of a micro-batch; ``compute`` as it works; and what was changed in it, a line for each change.
-
-    Raises:
-        UserError: one sequence does not fit, or torch.compile was asked for and does not work.
-    """
-    notes: list[str] = []
-    repeated = False
-    while True:
-        seconds, failure, reason = _try_micro_batch(model, loss_of, batches, compute, step)
-        no_memory, no_compiler, long = processes.any(
-            failure == "memory", failure == "compiler", seconds > LONG_MICRO_BATCH
-        )
-        if no_compiler:
-            reason = f"torch.compile does not work here ({reason or 'in another process'})"
-            if config.compile == "on":
-                raise UserError(f"{reason}; leave --compile out")
-            compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
-            model.transformer._compiled_call_impl = None
-            notes.append(f"{reason}: training goes on without it, slower")
-        elif no_memory:
-            n = compute.micro_batch
-            if n == 1:
-                raise UserError(
-                    f"out of memory with one sequence at once ({reason}); try --recompute, or a smaller model"
-                )
-            compute = dataclasses.replace(compute, micro_batch=smaller(n))
-            notes.append(f"out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
-        elif repeated or (long and not compute.compiled):
-            return seconds, compute, notes
-        repeated = not (no_compiler or no_memory)
-        for module in loss_of.modules():
-            if isinstance(module, BatchLoss):
-                module.compute = compute
-        model.zero_grad(set_to_none=True)
-        if no_memory:
-            release_memory(compute.device)
-
-
-def _try_micro_batch(
-    model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int
-) -> tuple[float, Literal["memory", "compiler"] | None, str]:
-    """Seconds of a micro-batch, what kept it from being computed, and the reason in a line. Changes nothing.
-
-    Gradients are not averaged over processes, so that one that fails leaves no other waiting. FSDP cannot do without:
-    there, out of memory is an error at once.
-    """
-    tokens, targets = batches.load(batches.windows(step)[: compute.micro_batch])
-    sharded = isinstance(loss_of, FSDPModule)
-    start = time.perf_counter()
-    try:
-        with synchronised(loss_of, last=sharded):
-            loss = loss_of(tokens, targets)
-            loss.backward()
-        loss.item()  # waits for the device
-        model.zero_grad(set_to_none=True)
-    except Exception as e:
-        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
-        if is_out_of_memory(e):
-            if sharded:
-                raise UserError(f"out of memory ({reason}); lower --micro-batch, or try --recompute") from e
-            return 0.0, "memory", reason
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
-            return 0.0, "compiler", reason
-        raise
-    return time.perf_counter() - start, None, ""
 
 
 def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:

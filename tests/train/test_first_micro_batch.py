@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from restomod.errors import UserError
-from restomod.train import loss, setup
+from restomod.train import loss, memory
 from restomod.train.distributed import SINGLE, Processes
-from restomod.train.setup import first_micro_batch, make_ready
+from restomod.train.memory import first_micro_batch
+from restomod.train.setup import make_ready
 from restomod.train.step import BatchLoss, Compute
 from tests.models import CPU
 from tests.train.trainee import Trainee, make_trainee
@@ -73,7 +74,7 @@ def raising(error: BaseException, above: int) -> Before:
 
 
 def test_the_time_of_a_compiled_micro_batch_is_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "LONG_MICRO_BATCH", 0.5)
+    monkeypatch.setattr(memory, "LONG_MICRO_BATCH", 0.5)
     # warm what the first call of all would be slow in
     first(lambda call, n: None)
     loss_of, seconds, _, _ = first(lambda call, n: time.sleep(1.0 if call == 1 else 0.0), compiled=True)
@@ -85,7 +86,7 @@ def test_the_time_of_a_compiled_micro_batch_is_without_compiling(monkeypatch: py
 def test_a_long_one_that_is_not_compiled_is_not_repeated(
     long: float, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "LONG_MICRO_BATCH", long)
+    monkeypatch.setattr(memory, "LONG_MICRO_BATCH", long)
     loss_of, *_ = first(lambda call, n: None)
     assert loss_of.calls == calls
 
