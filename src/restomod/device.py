@@ -30,6 +30,7 @@ OUT_OF_MEMORY = (
     "MPS backend out of memory",
     "can't allocate memory",
 )
+TESTED_TORCH = (2, 11), (2, 15)  # the oldest and the newest release with which all tests have passed
 # Inductor's mix-order reductions lose a part of the gradient in these releases of torch (pytorch issues 190796, 193061)
 WRONG_REDUCTIONS = (2, 10), (2, 15)
 REDUCTIONS = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"

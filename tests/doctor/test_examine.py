@@ -147,6 +147,16 @@ def test_a_package_of_another_release(
     assert_says(machine.versions(this()), status, said)
 
 
+@pytest.mark.parametrize(
+    ("release", "status"), [((2, 11), "pass"), ((2, 15), "pass"), ((2, 16), "warn"), ((3, 0), "warn")]
+)
+def test_a_torch_that_nobody_has_tested_is_warned_of(
+    release: tuple[int, int], status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "torch_release", lambda: release)
+    assert_says(machine.versions(this()), status, "torch")
+
+
 def test_without_an_installation_versions_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "PACKAGE", "no-such-package")
     assert machine.versions(this()).status == "skip"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from restomod.errors import UserError
 from restomod.model.gpt import GPT
 from restomod.train import memory
 from restomod.train.memory import choose_micro_batch, cut, fitting_micro_batch, sequences_that_fit, smaller
-from restomod.train.step import batch_loss
+from restomod.train.step import Compute, batch_loss
 from tests.models import CPU
 from tests.train.trainee import make_subject, make_trainee
 
@@ -80,8 +82,13 @@ def test_a_gpu_gets_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatc
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(memory, "batch_loss", allocated)
-    compute = type(subject.compute)(CPU, torch.float32, 24)
+    compute = Compute(CPU, torch.float32, 24, chunk=32)
     assert fitting_micro_batch(subject.model, subject.batches, compute, OptimConfig()) == 8  # 11 fit
+    # chunks that two small micro-batches do not fill: 6 × 50,000 bytes more of logits, and twice as many when compiled
+    larger = dataclasses.replace(compute, chunk=32 + 300_000 // (4 * 128))
+    assert fitting_micro_batch(subject.model, subject.batches, larger, OptimConfig()) == 4  # 5 fit
+    compiled = dataclasses.replace(compute, chunk=32 + 150_000 // (4 * 128), compiled=True)
+    assert fitting_micro_batch(subject.model, subject.batches, compiled, OptimConfig()) == 4
     assert all(p.grad is None for p in subject.model.parameters())
 
 

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from restomod.config import Device, Precision, RunConfig
-from restomod.device import choose_device, choose_dtype, describe_device, total_memory
+from restomod.device import TESTED_TORCH, choose_device, choose_dtype, describe_device, torch_release, total_memory
 from restomod.doctor.speed import Rates, matmul_rates
 from restomod.errors import UserError
 from restomod.model.flops import parameter_count
@@ -80,6 +80,10 @@ def versions(machine: Machine) -> Verdict:
         return Verdict(name, "fail", f"{said}; {install}")
     if slower:
         return Verdict(name, "warn", f"{said}: {NOT_NEEDED[slower[0][0].name]}; {install}")
+    oldest, newest = TESTED_TORCH
+    if not oldest <= torch_release() <= newest:
+        tested = f"{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
+        return Verdict(name, "warn", f"{here}: restomod is tested with torch {tested}; run `make test` with this one")
     return Verdict(name, "pass", f"{here}, and all {len(asked)} packages are of releases that restomod asks for")
 
 

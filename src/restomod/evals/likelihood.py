@@ -206,7 +206,7 @@ def _batches(rows: list[_Row], batch: int | None, tokens_per_forward: int) -> It
 def _score(model: LanguageModel, rows: list[_Row]) -> list[tuple[float, bool]]:
     """Log-likelihood and greediness of every continuation of some rows."""
     log_probs, best = model.predict(pack(rows))
-    p, b = log_probs.double().tolist(), best.tolist()
+    p, b = log_probs.cpu().double().tolist(), best.tolist()  # MPS has no fp64
     scores, start = [], 0
     for continuation in (c for row in rows for c in row.continuations):
         stop = start + len(continuation)

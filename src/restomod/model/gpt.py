@@ -242,7 +242,7 @@ class Transformer(nn.Module):
         beside = Beside(turn, mask, x, self.vte(tokens) if self.vte is not None else None)
         for block in self.h:
             if self.recompute and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, beside, use_reentrant=False)
+                x = checkpoint(block, x, beside, use_reentrant=False, preserve_rng_state=False)  # nothing is random
             else:
                 x = block(x, beside, cache)
         return normalised(self.ln_f, x)

@@ -40,12 +40,18 @@ def choose_chunk(device: torch.device) -> int:
 def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: OptimConfig) -> int:
     """The largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
 
-    Two small micro-batches go forward and backward; what they take tells what a larger one would.
+    Two small micro-batches go forward and backward, uncompiled; what they take tells what a larger one would. The loss
+    is computed in chunks that both fill, so that its memory does not look as if it grew with the micro-batch.
     """
-    taken = [_bytes_taken(model, batches, compute, n) for n in TRIED]
+    chunk = compute.chunk or choose_chunk(compute.device)
+    tried = min(chunk, TRIED[0] * batches.T)
+    trial = dataclasses.replace(compute, compiled=False, chunk=tried)
+    taken = [_bytes_taken(model, batches, trial, n) for n in TRIED]
     release_memory(compute.device)
     free, _ = torch.cuda.mem_get_info(compute.device)
     free -= optimizer_bytes(model.config, optim)
+    logits = model.config.padded_vocab_size * compute.dtype.itemsize * (2 if compute.compiled else 1)
+    free -= (chunk - tried) * logits
     fits = sequences_that_fit((TRIED[0], taken[0]), (TRIED[1], taken[1]), ROOM * free)
     return nearest_divisor_below(compute.micro_batch, fits)
 

@@ -222,8 +222,7 @@ def make_ready(
     model.transformer.recompute = config.recompute
     model.transformer.residual_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
     if config.micro_batch is None and compute.device.type == "cuda":
-        eager = dataclasses.replace(compute, compiled=False)  # torch.compile would compile for each size
-        fits = processes.least(fitting_micro_batch(model, batches, eager, config.optim))
+        fits = processes.least(fitting_micro_batch(model, batches, compute, config.optim))
         compute = dataclasses.replace(compute, micro_batch=fits)
     if compute.compiled:
         compile_module(model.transformer, compute.device)
