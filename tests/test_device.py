@@ -185,7 +185,7 @@ def test_auto_compiles_on_cuda_and_nowhere_else(complete: pytest.MonkeyPatch) ->
     for device in (CPU, MPS):
         on, why = choose_compile("auto", device)
         assert not on
-        assert "only on CUDA" in why
+        assert "on CUDA only" in why
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])

@@ -71,7 +71,7 @@ def choose_compile(setting: Compile, device: torch.device) -> tuple[bool, str]:
     if setting != "auto":
         return setting == "on", f"--compile {setting}"
     if device.type != "cuda":
-        return False, "auto: only on CUDA; --compile on for others"
+        return False, "auto: used on CUDA only"
     problem = compiler_problem()
     return (True, "auto: CUDA, Triton and a C compiler are there") if problem is None else (False, f"auto: {problem}")
 

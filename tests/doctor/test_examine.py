@@ -44,7 +44,7 @@ def assert_says(verdict: Verdict, status: Status, *said: str) -> None:
 
 # --- the table ----------------------------------------------------------------------------------------------
 
-GPU_NAMES = ["known faults", "cuDNN"]
+GPU_NAMES = ["known faults", "cudnn"]
 QUICK_NAMES = ["attention", "threads", "disk", "memory", "parity", "matrix products", "bf16", "bandwidth"]
 NAMES = ["versions", "device", *GPU_NAMES, *QUICK_NAMES]
 SLOW_NAMES = ["compiler", "processes"]

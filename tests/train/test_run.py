@@ -133,7 +133,7 @@ MAY_CHANGE = {
     "on_spike": "stop",
     "spike_sigmas": 0.0,
     "device": "cpu",
-    "precision": "fp32",
+    "precision": "bf16",
     "parallel": "fsdp",
     "recompute": True,
     "deterministic": True,

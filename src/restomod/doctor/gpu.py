@@ -53,16 +53,16 @@ def cudnn(machine: Machine) -> Verdict:
     """Which cuDNN is loaded, and from where; one found through LD_LIBRARY_PATH may be too old for this torch."""
     version = torch.backends.cudnn.version() if machine.device.type == "cuda" else None
     if version is None:
-        return Verdict("cuDNN", "skip", "is used on CUDA devices only")
+        return Verdict("cudnn", "skip", "is used on CUDA devices only")
     name = f"{version // 10_000}.{version // 100 % 100}.{version % 100}"
     paths = loaded_libraries("libcudnn")
     found = f"{name}, from {paths[0].parent if paths else 'an unknown folder'}"
     bundled = Path(torch.__file__).parents[1] / "nvidia"  # where pip puts it
     if paths and (bundled / "cudnn").exists() and bundled not in paths[0].parents:
         return Verdict(
-            "cuDNN", "warn", f"{found}, not the one installed with torch in {bundled}: unset LD_LIBRARY_PATH"
+            "cudnn", "warn", f"{found}, not the one installed with torch in {bundled}: unset LD_LIBRARY_PATH"
         )
-    return Verdict("cuDNN", "pass", found)
+    return Verdict("cudnn", "pass", found)
 
 
 def loaded_libraries(name: str) -> list[Path]:
