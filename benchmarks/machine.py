@@ -44,7 +44,9 @@ def version(package: str) -> str | None:
 
 
 def revision(checkout: Path) -> str | None:
-    """The commit of a folder, if that is the root of a git work tree."""
+    """The commit of a folder: of the git work tree whose root it is, or in the file REVISION of a copy."""
+    if (checkout / "REVISION").exists():
+        return (checkout / "REVISION").read_text().strip()
     if not (checkout / ".git").exists():
         return None
     done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Absent
 from restomod.errors import UserError, did_you_mean
+from restomod.model.gpt import GPT
 
 Step = Callable[[], float]
 PADDED_VOCABULARY = 50304
@@ -51,8 +52,8 @@ class Task:
         return self.x.device
 
 
-def restomod(task: Task, compiled: bool) -> Step:
-    """Ours, as `restomod train gpt2-124m` makes it."""
+def restomod(task: Task, compiled: bool, change: Callable[[GPT], None] = lambda model: None) -> Step:
+    """Ours, as `restomod train gpt2-124m` makes it; ``change`` is called with the model before it is compiled."""
     from restomod.device import choose_dtype, compile_module, keep_freed_memory
     from restomod.model.gpt import build_model
     from restomod.presets import preset
@@ -67,6 +68,7 @@ def restomod(task: Task, compiled: bool) -> Step:
     model_config = dataclasses.replace(config.model, **dataclasses.asdict(task.shape))
     config = dataclasses.replace(config, model=model_config, batch_tokens=x.numel(), sequence_length=x.shape[1])
     model = build_model(config.model, 1, device)
+    change(model)
     if compiled:
         compile_module(model.transformer, device)
     compute = Compute(device, choose_dtype("auto", device), len(x), compiled)

@@ -47,7 +47,10 @@ def draw(items: dict[str, Item], path: Path) -> None:
     if ratios:
         _forest(every[0], ratios)
     for axes, one in zip(every[len(ratios) > 0 :], series, strict=True):
-        axes.plot(*zip(*one.points, strict=True), color=INK, linewidth=1)
+        axes.plot(*zip(*one.points, strict=True), color=INK, linewidth=1, label="restomod")
+        if one.published:
+            axes.plot(*zip(*one.published, strict=True), "o", color=WORSE, markersize=4, label="published")
+            axes.legend(fontsize=7, frameon=False)
         axes.set(title=one.case, xlabel=one.x, ylabel=one.y, ylim=(0, 1.1 * max(y for _, y in one.points) or 1))
         quiet(axes)
     about = machine(next(iter(items.values())).environment).split(", `")[0]

@@ -4,8 +4,9 @@
     python -m benchmarks.readme --check    # exit code 1, and what differs, where a page and the measurements disagree
 
 A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`; what is between is replaced. NAME is `cpu` for the headlines
-of results/cpu.json, `cpu/step` for all that was measured of one item, or `cpu/all` for all of all; `scale/data`,
-`scale/steps` and `scale/predictions` for the tables of results/scale.json.
+of results/cpu.json, `cpu/step` for all that was measured of one item, or `cpu/all` for all of all; `gpu`, `gpu/step`
+and `gpu/all` likewise of results/gpu.json; `scale/data`, `scale/steps` and `scale/predictions` for the tables of
+results/scale.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records, scale, table
+from benchmarks.gpu import collect as gpu
 from benchmarks.run import ITEMS
 from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from restomod.files import read_json, write_text_atomically
@@ -26,7 +28,7 @@ from restomod.files import read_json, write_text_atomically
 ROOT = Path(__file__).parents[1]
 BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"
 ALL = "all"
-HOW = {"cpu": "make bench OUT=benchmarks/results", "gpu": "OUT=benchmarks/results benchmarks/gpu.sh"}
+HOW = {"cpu": "make bench OUT=benchmarks/results", "gpu": "OUT=measure benchmarks/gpu/measure.sh"}
 
 
 def pages(root: Path) -> list[Path]:
@@ -71,8 +73,9 @@ def content(name: str, results: Path, where: str) -> str:
         return of_scale(item, results / "scale.json", where)
     if machine not in HOW:
         raise UserError(f"{where}: unknown results {machine!r}{did_you_mean(machine, HOW)}")
-    if item and item not in (*ITEMS, ALL):
-        raise UserError(f"{where}: unknown item {item!r}{did_you_mean(item, (*ITEMS, ALL))}")
+    known = (*ITEMS, *(gpu.ITEMS if machine == "gpu" else ()), ALL)
+    if item and item not in known:
+        raise UserError(f"{where}: unknown item {item!r}{did_you_mean(item, known)}")
     items = records.read(results / f"{machine}.json")
     if items and not item:
         return table.headlines(items)

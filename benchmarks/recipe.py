@@ -35,12 +35,20 @@ from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, compile_module, describe_device, keep_freed_memory
+from restomod.device import (
+    choose_device,
+    choose_dtype,
+    compile_module,
+    describe_device,
+    dtype_name,
+    keep_freed_memory,
+)
 from restomod.evals.heldout import dataset_loss
 from restomod.files import write_text_atomically
 from restomod.model.gpt import build_model
 from restomod.train.distributed import SINGLE
 from restomod.train.optimizer import build_optimizer
+from restomod.train.run import environment
 from restomod.train.step import BatchLoss, Compute, train_step
 
 Overrides = dict[str, Any]
@@ -135,14 +143,17 @@ class Training:
 
 
 def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
-    """Train once; held-out losses by tokens, and the seconds of all steps."""
-    training, curve, seconds = Training(config, dataset), [], 0.0
+    """Train once; held-out losses by tokens, the seconds of all steps, and the speed of a median one."""
+    training, curve = Training(config, dataset), []
+    seconds: list[float] = []
     for step in range(config.steps + 1):
         if step == config.steps or step % max(1, config.steps // looks) == 0:
             curve.append((step * config.batch_tokens, training.held_out(eval_tokens)))
         if step < config.steps:
-            seconds += training.step(step)
-    return {"curve": curve, "loss": curve[-1][1], "tokens": curve[-1][0], "seconds": seconds}
+            seconds.append(training.step(step))
+    speed = config.batch_tokens / statistics.median(seconds)  # the first step may have compiled the model
+    final = {"loss": curve[-1][1], "tokens": curve[-1][0]}
+    return {"curve": curve} | final | {"seconds": sum(seconds), "tokens_per_second": speed}
 
 
 def speeds(runs: dict[str, RunConfig], dataset: Dataset, rounds: int) -> list[Row]:
@@ -242,14 +253,15 @@ def main() -> None:
             for row in speeds({name: changed(base(given), recipes[name]) for name in names}, dataset, given.speed):
                 add_row(given.out, row)
             names = []
+        device = choose_device("auto")
         for seed, name in itertools.product(range(given.seeds), names):
             run = dataclasses.replace(changed(base(given), recipes[name]), seed=seed)
             about = json.loads(json.dumps(dataclasses.asdict(run)))
             if any(row.get("config") == about for row in rows_of(given.out)):
                 continue
+            machine = environment(describe_device(device), dtype_name(choose_dtype(run.precision, device)))
             row = {"recipe": name, "seed": seed} | trial(run, dataset, given.looks, given.eval_tokens)
-            row |= {"config": about, "device": describe_device(torch.device("cpu")), "threads": torch.get_num_threads()}
-            add_row(given.out, row)
+            add_row(given.out, row | {"config": about, "environment": machine})
             torch.compiler.reset()  # compiled code holds on to its model
             print(f"{name} seed {seed}: {row['loss']:.4f}", file=sys.stderr, flush=True)
     text = table(rows_of(given.out))

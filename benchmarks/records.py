@@ -65,6 +65,8 @@ class Series:
     y: str
     """Name and unit of either axis."""
     points: list[tuple[float, float]]
+    published: list[tuple[float, float]] = field(default_factory=list)
+    """Points of the same curve that others have published."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ def _item(data: dict[str, Any]) -> Item:
         )
         for part in data["comparisons"]
     ]
-    series = [Series(**part | {"points": [(x, y) for x, y in part["points"]]}) for part in data["series"]]
+    series = [
+        Series(**part | {name: [(x, y) for x, y in part.get(name, [])] for name in ("points", "published")})
+        for part in data["series"]
+    ]
     return Item(**data | {"comparisons": comparisons, "series": series})
 
 

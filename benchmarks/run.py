@@ -113,7 +113,7 @@ def run(arguments: list[str]) -> int:
                 print(f"{name} failed ({reason(e)}); the others go on", file=sys.stderr, flush=True)
                 continue
             finished[name] = item
-            finished = {n: finished[n] for n in ITEMS if n in finished}
+            finished = {n: finished[n] for n in (*ITEMS, *finished) if n in finished}
             write(file, finished)
             print(table.body(item), flush=True)
     print(f"\nwritten: {file}, {file.with_suffix('.md').name}, {file.with_suffix('.png').name}")

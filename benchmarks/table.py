@@ -35,10 +35,13 @@ def body(item: Item) -> str:
     blocks = [_comparison(comparison) for comparison in item.comparisons]
     if item.series:
         blocks.append(_series(item.series))
+        blocks += [_published(one) for one in item.series if one.published]
     lines = [*(f"- {note}" for note in item.notes), *(f"- left out: {what}" for what in item.left_out)]
     if lines:
         blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, f"*{machine(item.environment, item.seconds)}*"])
+    if item.environment or not lines:  # an item that could not be measured has none
+        blocks.append(f"*{machine(item.environment, item.seconds or None)}*")
+    return "\n\n".join(blocks)
 
 
 def _comparison(comparison: Comparison) -> str:
@@ -82,6 +85,13 @@ def _series(series: Sequence[Series]) -> str:
             [f"{one.case}: {one.y} by {one.x}", f"{len(one.points):,}", number(first), number(last), f"{ratio} ×"]
         )
     return "\n".join(_markdown(head, rows))
+
+
+def _published(series: Series) -> str:
+    """The published points of a curve beside ours at the same x."""
+    ours = dict(series.points)
+    rows = [[f"{x:,.0f}", f"{ours[x]:.3f}" if x in ours else "–", f"{y:.3f}"] for x, y in series.published]
+    return "\n".join(_markdown([f"{series.case}: {series.y} by {series.x}", "restomod", "published"], rows))
 
 
 def quarters(series: Series) -> tuple[float, float]:

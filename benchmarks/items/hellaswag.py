@@ -33,7 +33,7 @@ Choices = list[tuple[int, int]]
 
 def measure(plan: Plan) -> Item:
     """The same examples, in as many parts as there are rounds, with the same random weights."""
-    count, rounds = plan.pick(500, 6), plan.rounds or plan.pick(5, 2)
+    count, rounds = plan.pick(500, 6, 1000), plan.rounds or plan.pick(5, 2)
     file, what = hellaswag(plan, count)
     model = random_model(plan)
     if plan.device == "cpu":

@@ -59,13 +59,18 @@ def trained(sizes: argparse.Namespace, seed: int, dataset: Dataset, looks: int, 
     for name in OURS:
         run = dataclasses.replace(changed(base(sizes), RECIPES[name]), seed=seed)
         results[name] = trial(run, dataset, looks, eval_tokens)
+    return measured(results)
+
+
+def measured(results: dict[str, dict[str, Any]]) -> Row:
+    """The values of trials of one seed, by recipe; GPT-2's is among them."""
     target = results[BASELINE]["loss"]
-    measured = {}
+    row = {}
     for name, result in results.items():
-        values = {"held-out loss": result["loss"], "tokens/s": result["tokens"] / result["seconds"]}
+        values = {"held-out loss": result["loss"], "tokens/s": result["tokens_per_second"]}
         reached = tokens_to(result["curve"], target)
-        measured[name] = Measured(values | ({METRICS[0].name: reached} if reached is not None else {}))
-    return measured
+        row[name] = Measured(values | ({METRICS[0].name: reached} if reached is not None else {}))
+    return row
 
 
 def reaching(rows: list[Row], name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from benchmarks import peers
 from benchmarks.contenders import Contender, Measured, Round, Worker
 from benchmarks.harness import Plan, compare, together
-from benchmarks.peers import Shape, Task
+from benchmarks.peers import Shape, Step, Task
 from benchmarks.records import Comparison, Item, Metric
 from restomod.bench.measure import peak_memory
 from restomod.doctor.machine import Machine, available_bytes
@@ -74,13 +74,22 @@ def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, 
     On a GPU all contenders hold their weights, but activations only while it is their turn: each gives its cached
     memory back after its round, and takes it anew in a step before the clock runs.
     """
-    on_gpu = device == "cuda"
+    task = task_of(path, shape, batch, length, device)
+    if name in (OURS, EAGER):
+        return timed(peers.restomod(task, name == OURS), task, repeat)
+    return timed((peers.PACKAGES | peers.CHECKOUTS)[name](task), task, repeat)
+
+
+def task_of(path: Path | None, shape: Shape, batch: int, length: int, device: str) -> Task:
+    """Random tokens on the device; the same in every process."""
     tokens = torch.randint(50257, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     x, y = (part.contiguous().to(device) for part in (tokens[:, :-1], tokens[:, 1:]))
-    task = Task(shape, x, y, path)
-    step = (
-        peers.restomod(task, name == OURS) if name in (OURS, EAGER) else (peers.PACKAGES | peers.CHECKOUTS)[name](task)
-    )
+    return Task(shape, x, y, path)
+
+
+def timed(step: Step, task: Task, repeat: int) -> Round:
+    """A round of ``repeat`` steps of a contender."""
+    on_gpu = task.device.type == "cuda"
 
     def one_round() -> Measured:
         if on_gpu:
@@ -89,9 +98,9 @@ def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, 
         for _ in range(repeat):
             loss = step()
         seconds = time.perf_counter() - start
-        peak = peak_memory(x.device) or 0
+        peak = peak_memory(task.device) or 0
         if on_gpu:
             torch.cuda.empty_cache()
-        return Measured({"tokens/s": repeat * x.numel() / seconds, "peak memory": peak / 1e9, "loss": loss})
+        return Measured({"tokens/s": repeat * task.x.numel() / seconds, "peak memory": peak / 1e9, "loss": loss})
 
     return one_round

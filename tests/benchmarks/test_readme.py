@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme, records
+from benchmarks.records import Item, Series
 from tests.benchmarks.made import items
 
 PAGE = """\
@@ -63,7 +64,7 @@ def test_tables_are_written_and_then_stand(root: Path, capsys: pytest.CaptureFix
     assert "| restomod | 210 (200 to 220)" in page
     assert "| Step: 4 × 256 tokens" in page
     assert "### Growth" in page
-    assert "*Not measured yet: `OUT=benchmarks/results benchmarks/gpu.sh`.*" in page
+    assert "*Not measured yet: `OUT=measure benchmarks/gpu/measure.sh`.*" in page
     assert "\nold\n" not in page
     assert page.startswith("# A page\n\n<!-- bench:cpu/step -->\n")
     assert "\n\nBetween.\n\n" in page
@@ -100,6 +101,23 @@ def test_an_item_that_was_not_measured_says_so(root: Path) -> None:
     assert readme.content("cpu/growth", root / "benchmarks" / "results", "x").startswith("*Not measured yet")
 
 
+def test_what_a_gpu_measured_is_drift_too(root: Path) -> None:
+    page, results = root / "docs" / "benchmarks.md", root / "benchmarks" / "results"
+    page.write_text("<!-- bench:gpu/shakespeare -->\n<!-- /bench -->\n<!-- bench:gpu/bench -->\n<!-- /bench -->\n")
+    readme.main([], root)
+    assert page.read_text().count("*Not measured yet: `OUT=measure benchmarks/gpu/measure.sh`.*") == 2
+    curve = Series("A run", "step", "loss", [(0.0, 10.5), (100.0, 6.5)], [(0.0, 10.972), (100.0, 6.61), (200.0, 5.0)])
+    records.write(results / "gpu.json", {"shakespeare": Item("A run", [], [curve])})
+    assert readme.main(["--check"], root) == 1
+    readme.main([], root)
+    text = page.read_text()
+    assert "| A run: loss by step | restomod | published |" in text
+    assert "| 0 | 10.500 | 10.972 |\n| 100 | 6.500 | 6.610 |\n| 200 | – | 5.000 |" in text
+    assert readme.main(["--check"], root) == 0
+    page.write_text(text.replace("6.500", "6.400"))
+    assert readme.main(["--check"], root) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
@@ -108,6 +126,7 @@ def test_an_item_that_was_not_measured_says_so(root: Path) -> None:
         ("<!-- bench:cpu -->\n<!-- bench:gpu -->\n<!-- /bench -->\n", "line 1: <!-- bench:cpu --> has no"),
         ("<!-- bench:cpu/stepp -->\n<!-- /bench -->\n", "unknown item 'stepp'; did you mean 'step'?"),
         ("<!-- bench:scale/stepp -->\n<!-- /bench -->\n", "unknown part 'stepp'; did you mean 'steps'?"),
+        ("<!-- bench:cpu/bench -->\n<!-- /bench -->\n", "unknown item 'bench'"),
         ("<!-- bench:tpu -->\n<!-- /bench -->\n", "unknown results 'tpu'"),
     ],
 )

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# First call on a GPU, at most 280 s: is it right, and where does the time go? Then give the machine back and repair.
+#
+#     OUT=results benchmarks/gpu/check.sh [--smoke]
+#
+# Writes $OUT/gpu.json, log.txt, kernels.txt and inductor.tgz (compiled code: copy it to build/gpu/ before measure.sh).
+# Variables: see common.sh. No network is needed.
+set -uo pipefail
+LEFT=${LEFT:-280}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# what the tests compile is of no use to measure.sh
+TORCHINDUCTOR_CACHE_DIR=$work/tests part tests 130 "$PYTHON" -m pytest tests/cuda -m cuda -q -p no:cacheprovider -o addopts= --timeout 75 --durations 6
+part variants 140 "$PYTHON" -m benchmarks.gpu.variants --out "$work/variants.json" --kernels "$OUT/kernels.txt" \
+    --seconds $(($(allowed 140) - 10)) "${smoke[@]}"
+[[ -d $work/inductor ]] && tar czf "$OUT/inductor.tgz" -C "$work" inductor
+finish
