@@ -6,7 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import os
+import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches, Prefetch
 from restomod.data.shards import TokenStream
-from restomod.model.gpt import GPT, attention, build_model
+from restomod.model.gpt import GPT, build_model
 from restomod.presets import preset
 from restomod.train.distributed import SINGLE
 from restomod.train.optimizer import Optimizers, build_optimizer, optimizer_tensors
@@ -30,6 +32,7 @@ from restomod.train.step import BatchLoss, Compute, Outcome, train_step
 REAL = torch.cuda.is_available()
 SMOKE = os.environ.get("RESTOMOD_SMOKE") == "cpu"
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if REAL else "cpu")
+WORDS = ("the", "a", "cat", "dog", "house", "tree", "runs", "sleeps", "eats", "sees", "green", "old", "never", "and")
 FAMILIES = ("gpt2-124m", "llama-124m", "modern-124m", "speedrun-124m")
 
 # What depends on interfaces that are about to change: the rest of this folder uses them through these.
@@ -109,6 +112,15 @@ def worst(errors: dict[str, float]) -> tuple[str, float]:
     return max(errors.items(), key=lambda item: item[1])
 
 
+def write_text(folder: Path) -> Path:
+    """Write eight documents of about 900 tokens each into a new folder."""
+    chance = random.Random(0)
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(" ".join(chance.choices(WORDS, k=800)))
+    return folder
+
+
 @dataclasses.dataclass
 class Trainee:
     """A small run in memory, on the device under test."""
@@ -157,9 +169,7 @@ def make_trainee(
     batches = Batches(TokenStream([text]), 64, config.batch_sequences, seed)
     model = build_model(shape, seed, DEVICE)
     compute = Compute(DEVICE, dtype, rows // 2, document_mask=document_mask)
-    return Trainee(
-        config, batches, model, build_optimizer(model, optim, dtype), compute, BatchLoss(model, compute)
-    )
+    return Trainee(config, batches, model, build_optimizer(model, optim, dtype), compute, BatchLoss(model, compute))
 
 
 @contextlib.contextmanager

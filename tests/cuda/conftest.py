@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: on the GPU where there is one; on the CPU at small sizes with RESTOMOD_SMOKE=cpu."""
+"""Where these tests run: on a GPU where there is one; with RESTOMOD_SMOKE=cpu on the CPU, at small sizes; else not."""
 
 from __future__ import annotations
 

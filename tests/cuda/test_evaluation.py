@@ -21,11 +21,11 @@ from restomod.evals.likelihood import Request as Question
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT
 from restomod.generate import Request, generate
-from restomod.model.gpt import GPT
+from restomod.model.gpt import GPT, attention
 from restomod.train import parity
 from restomod.train.sanity import loss_gradients
 from restomod.train.step import Compute, batch_loss, document_mask
-from tests.cuda.common import CPU, DEVICE, REAL, attention, exact, random_text, relative_errors, small, worst
+from tests.cuda.common import CPU, DEVICE, REAL, exact, random_text, relative_errors, small, worst
 
 pytestmark = pytest.mark.cuda
 
@@ -116,7 +116,10 @@ def test_masked_attention_has_finite_gradients(T: int) -> None:
         try:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 F.scaled_dot_product_attention(*inputs, attn_mask=mask).float().sum().backward()
-            print(f"\nT {T}: cuDNN's gradients finite:", [bool(x.grad.isfinite().all()) for x in inputs if x.grad is not None])
+            print(
+                f"\nT {T}: cuDNN's gradients finite:",
+                [bool(x.grad.isfinite().all()) for x in inputs if x.grad is not None],
+            )
         except RuntimeError as e:
             print(f"\nT {T}: cuDNN: {str(e).splitlines()[0]}")
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]

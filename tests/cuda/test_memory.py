@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from restomod.train.optimizer import build_optimizer
 from restomod.train.recover import step_that_fits
 from restomod.train.setup import set_up
 from restomod.train.step import BatchLoss, Compute, batch_loss
-from tests.cuda.common import COMPILE_OFF, DEVICE, REAL, pending, random_text, wide
+from tests.cuda.common import COMPILE_OFF, DEVICE, REAL, pending, random_text, wide, write_text
 
 pytestmark = pytest.mark.cuda
 
@@ -113,15 +112,14 @@ def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pyt
 @pending
 def test_a_first_micro_batch_that_does_not_fit_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`fitting_micro_batch` looks at the memory of the whole GPU, so it promises too much to a limited process."""
-    chance = random.Random(0)
-    (tmp_path / "text.txt").write_text(" ".join(chance.choices("the a cat dog house sleeps eats sees".split(), k=6000)))
+    text = write_text(tmp_path / "text")
     model = dataclasses.replace(wide("gpt2-124m", 4), vocab_size=50257)
     config = RunConfig(
         steps=10,
         batch_tokens=SEQUENCES * LENGTH,
         sequence_length=LENGTH,
         model=model,
-        data=DataConfig(source="text", path=str(tmp_path / "text.txt"), val_fraction=0.0, cache=str(tmp_path / "data")),
+        data=DataConfig(source="text", path=str(text), val_fraction=0.0, cache=str(tmp_path / "data")),
         sanity_checks=False,
         device=DEVICE.type,  # type: ignore[arg-type]
         precision="bf16",

@@ -138,7 +138,9 @@ def test_head_gradient_is_summed_in_fp32(dtype: torch.dtype, compiled: bool) -> 
     loss.backward()
     assert w.grad is not None
     error = relative_errors({"head": w.grad}, {"head": expected})["head"]
-    print(f"\n{dtype}, compiled {compiled}, {N} tokens: loss {loss.item():.6f}, gradient of the head off by {error:.1e}")
+    print(
+        f"\n{dtype}, compiled {compiled}, {N} tokens: loss {loss.item():.6f}, gradient of the head off by {error:.1e}"
+    )
     assert loss.item() == pytest.approx(math.log(V), rel=1e-5)
     assert error < HEAD_GRADIENT[dtype]
 
