@@ -22,6 +22,7 @@ from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches, Prefetch
 from restomod.data.shards import TokenStream
+from restomod.data.tokenizer import END_OF_TEXT
 from restomod.model.gpt import GPT, build_model
 from restomod.presets import preset
 from restomod.train.distributed import SINGLE
@@ -75,25 +76,39 @@ def random_text(config: ModelConfig, rows: int, length: int, seed: int = 0) -> t
 
 
 def exact(
-    model: GPT, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, device: torch.device = CPU
+    model: GPT, tokens: Tensor, targets: Tensor, by_document: bool = False, device: torch.device = CPU
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by name in fp64, attention as plain products, the loss from all logits at once.
 
     Args:
         model: on any device; it is copied.
         tokens, targets: (B, T) int64 on the CPU.
-        mask: (B, 1, T, T) bool, which token each token sees; None: itself and all before it.
+        by_document: every document goes through the model alone, at the positions that it has in its window. That is
+            what a document mask means, without a mask.
         device: where to compute. The CPU is independent of the device under test, and slow for many tokens.
     """
     model = copy.deepcopy(model).to(device).double()
     config, tokens, targets = model.config, tokens.to(device), targets.to(device)
     with sdpa_kernel(SDPBackend.MATH):
-        hidden = model.transformer.forward(tokens, mask=mask)  # (B, T, D)
+        if by_document:
+            spans = [(row, span) for row in tokens for span in document_spans(row)]
+            parts = [
+                model.transformer.forward(row[None, s], positions=torch.arange(s.start, s.stop)) for row, s in spans
+            ]
+            hidden = torch.cat(parts, 1)[0]  # (B T, D)
+        else:
+            hidden = model.transformer.forward(tokens).flatten(0, 1)
         logits = F.linear(hidden, model.head[: config.vocab_size])
         if config.softcap is not None:
             logits = config.softcap * torch.tanh(logits / config.softcap)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(logits, targets.flatten())
         return loss.item(), loss_gradients(model, loss)
+
+
+def document_spans(tokens: Tensor) -> list[slice]:
+    """Where the documents of a window (T,) lie; each begins with <|endoftext|>, but for the first."""
+    starts = sorted({0, *(tokens == END_OF_TEXT).nonzero().flatten().tolist()})
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
 
 def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -165,7 +180,7 @@ def make_trainee(
     config = RunConfig(steps=40, batch_tokens=rows * 64, sequence_length=64, model=shape, optim=optim)
     text = np.random.default_rng(0).integers(1009, size=64 * 400 + 1).astype(np.uint16)
     if document_mask:
-        text[::23] = 50256  # <|endoftext|>, before every document
+        text[::23] = END_OF_TEXT
     batches = Batches(TokenStream([text]), 64, config.batch_sequences, seed)
     model = build_model(shape, seed, DEVICE)
     compute = Compute(DEVICE, dtype, rows // 2, document_mask=document_mask)

@@ -81,7 +81,6 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
         "--eval-every": "8",
         "--sample-every": "8",
         "--save-every": "8",
-        "--eval-tokens": "256",
     }
     given = [*SHAPE, *(part for flag in flags.items() for part in flag), "--deterministic", *COMPILE_OFF_FLAG]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -105,13 +104,15 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
     last = metrics(whole, "val")[-1]["loss"]
     print(f"validation loss {last} while training\n{printed}")
     found = json.loads((whole / "evals" / "step_000024-heldout.json").read_text())
-    assert found["loss"] == pytest.approx(last, abs=0.3)  # all of the split, and not 256 tokens of it
+    assert found["loss"] == pytest.approx(last, rel=1e-3)  # with the last, shorter window
     printed = command("sample", str(whole), "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "12")
     assert printed.count("the cat") >= 2
     assert sum(word in printed for word in WORDS) > 3  # it has learned some of them
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="on a GPU"))])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="Inductor is tried on a GPU"))]
+)
 def test_bench_step(compiled: bool, command: Command, tmp_path: Path) -> None:
     file, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     flags = ["--batch-tokens", "1024", "--sequence-length", "64", "--warmup", "1", "--timed", "2"]

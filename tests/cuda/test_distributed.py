@@ -34,7 +34,7 @@ ONE_OF_TWO = Processes(rank=0, count=2, local_rank=0)
 @pytest.fixture
 def group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if REAL else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.TCPStore("127.0.0.1", 0, 1, is_master=True), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

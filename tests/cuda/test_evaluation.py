@@ -24,7 +24,7 @@ from restomod.generate import Request, generate
 from restomod.model.gpt import GPT, attention
 from restomod.train import parity
 from restomod.train.sanity import loss_gradients
-from restomod.train.step import Compute, batch_loss, document_mask
+from restomod.train.step import Compute, batch_loss
 from tests.cuda.common import CPU, DEVICE, REAL, exact, random_text, relative_errors, small, worst
 
 pytestmark = pytest.mark.cuda
@@ -140,7 +140,7 @@ def masked_case(family: str) -> tuple[GPT, Tensor, Tensor, float, dict[str, Tens
     model = parity.random_model(small(family, n_positions=192, vocab_size=50257))
     tokens, targets = random_text(model.config, 2, 192)
     tokens[:, ::17] = END_OF_TEXT
-    return model, tokens, targets, *exact(model, tokens, targets, document_mask(tokens))
+    return model, tokens, targets, *exact(model, tokens, targets, by_document=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

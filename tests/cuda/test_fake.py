@@ -14,6 +14,8 @@ checkpoint. What torch does not do without a GPU is replaced here:
 - `torch.cuda.Event` needs the driver; `NoEvent` does nothing.
 - `nn.Module.to_empty` cannot exchange the memory of fake tensors; the one here makes new parameters.
 
+- `torch.compile` of the loss's softmax: it is run as it is written.
+
 Not walked: what takes numbers from the device (`tolist`, `item`, drawing a token), pinned memory, compiled code,
 several processes, and which kernel computes an operation: a fake tensor has none.
 """
@@ -34,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import restomod.evals.models
 import restomod.generate
+import restomod.train.loss
 import restomod.train.step
 from restomod.config import OptimConfig, RunConfig
 from restomod.evals.likelihood import Request, pack
@@ -203,6 +206,20 @@ def test_a_training_step(
     assert where(*gradients) == where(*model.parameters()) == {(CUDA, torch.float32)}
     assert where(*optimizer_tensors(model, optimizer).values()) == {(CUDA, torch.float32)}
     assert where(made._values) == {(CPU, torch.float32)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_as_it_is_written_for_the_compiler(
+    family: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restomod.train.loss, "_compiled_softmax", lambda: restomod.train.loss._softmax)
+    model = make_model(family)
+    compute = Compute(CUDA, torch.bfloat16, 16, compiled=True)
+    loss = batch_loss(model, tokens_of(16, 1024), tokens_of(16, 1024), compute)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == len(list(model.parameters()))
+    assert where(loss, *gradients) == {(CUDA, torch.float32)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
