@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
-from restomod.data.prefetch import MicroBatches, Prefetch
+from restomod.data.prefetch import MicroBatches
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
+from restomod.device import compile_module
 from restomod.model.gpt import GPT, build_model
 from restomod.presets import preset
 from restomod.train.distributed import SINGLE
@@ -36,22 +36,11 @@ CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if REAL else "cpu")
 WORDS = ("the", "a", "cat", "dog", "house", "tree", "runs", "sleeps", "eats", "sees", "green", "old", "never", "and")
 FAMILIES = ("gpt2-124m", "llama-124m", "modern-124m", "speedrun-124m")
 
-# What depends on interfaces that are about to change: the rest of this folder uses them through these.
-COMPILE_OFF: Any = False  # RunConfig.compile
-COMPILE_ON_FLAG, COMPILE_OFF_FLAG = ["--compile"], ["--no-compile"]
-HAS_RESIDUAL_DTYPE = hasattr(RunConfig, "residual_dtype")
-pending = pytest.mark.xfail(not HAS_RESIDUAL_DTYPE, reason="not in this revision yet", strict=True)
-
-
-def prefetch(batches: Batches, micro_batch: int, steps: int) -> Prefetch:
-    """The run's batches, in memory from which the device under test copies while it computes."""
-    return Prefetch(batches, micro_batch, steps, pin_memory=REAL)
-
 
 def compile_transformer(model: GPT) -> None:
     """Compile as training does; on a CPU without Inductor, whose C++ takes a minute to compile."""
     if REAL:
-        model.transformer.compile(dynamic=False)
+        compile_module(model.transformer, DEVICE)
     else:
         model.transformer.compile(backend="aot_eager", dynamic=False)
 
@@ -75,20 +64,17 @@ def random_text(config: ModelConfig, rows: int, length: int, seed: int = 0) -> t
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def exact(
-    model: GPT, tokens: Tensor, targets: Tensor, by_document: bool = False, device: torch.device = CPU
-) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients by name in fp64, attention as plain products, the loss from all logits at once.
+def exact(model: GPT, tokens: Tensor, targets: Tensor, by_document: bool = False) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by name in fp64 on the CPU, attention as plain products, the loss from all logits at once.
 
     Args:
         model: on any device; it is copied.
         tokens, targets: (B, T) int64 on the CPU.
         by_document: every document goes through the model alone, at the positions that it has in its window. That is
             what a document mask means, without a mask.
-        device: where to compute. The CPU is independent of the device under test, and slow for many tokens.
     """
-    model = copy.deepcopy(model).to(device).double()
-    config, tokens, targets = model.config, tokens.to(device), targets.to(device)
+    model = copy.deepcopy(model).to(CPU).double()
+    config = model.config
     with sdpa_kernel(SDPBackend.MATH):
         if by_document:
             spans = [(row, span) for row in tokens for span in document_spans(row)]

@@ -17,7 +17,7 @@ from restomod.device import choose_device, choose_dtype, describe_device
 from restomod.doctor import examine, speed
 from restomod.model.flops import peak_flops
 from restomod.train.sanity import Verdict
-from tests.cuda.common import COMPILE_OFF_FLAG, COMPILE_ON_FLAG, DEVICE, REAL, WORDS, write_text
+from tests.cuda.common import DEVICE, REAL, WORDS, write_text
 
 pytestmark = pytest.mark.cuda
 
@@ -82,7 +82,7 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
         "--sample-every": "8",
         "--save-every": "8",
     }
-    given = [*SHAPE, *(part for flag in flags.items() for part in flag), "--deterministic", *COMPILE_OFF_FLAG]
+    given = [*SHAPE, *(part for flag in flags.items() for part in flag), "--deterministic", "--compile", "off"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command("train", "quickstart", "--out", str(whole), "--steps", "24", *given)
     losses = [record["loss"] for record in metrics(whole, "train")]
@@ -116,7 +116,7 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
 def test_bench_step(compiled: bool, command: Command, tmp_path: Path) -> None:
     file, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     flags = ["--batch-tokens", "1024", "--sequence-length", "64", "--warmup", "1", "--timed", "2"]
-    flags += COMPILE_ON_FLAG if compiled else COMPILE_OFF_FLAG
+    flags += ["--compile", "on" if compiled else "off"]
     command("bench", "step", "quickstart", *SHAPE, *flags, "--json", str(file), "--trace", str(trace))
     found = json.loads(file.read_text())
     print({name: found[name] for name in ("tokens_per_second", "step_ms", "peak_memory_bytes", "mfu")})

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.train.distributed import Processes, distribute, synchronised
+from restomod.train.loss import HeadGradient
 from restomod.train.optimizer import build_optimizer
 from restomod.train.step import BatchLoss
 from tests.cuda.common import (
@@ -41,19 +42,28 @@ def group() -> Iterator[None]:
 
 def gradients(run: Trainee, loss_of: torch.nn.Module) -> dict[str, Tensor]:
     """Of a step of two micro-batches, synchronised after the last."""
-    micro_batches = run.micro_batches(0)
+    micro_batches, head_gradient = run.micro_batches(0), HeadGradient()
     for i, (tokens, targets) in enumerate(micro_batches):
-        with synchronised(loss_of, last=i + 1 == len(micro_batches)):
-            (loss_of(tokens, targets) / len(micro_batches)).backward()
+        head_gradient.last = i + 1 == len(micro_batches)
+        with synchronised(loss_of, head_gradient.last):
+            (loss_of(tokens, targets, head_gradient) / len(micro_batches)).backward()
     found = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
     run.model.zero_grad(set_to_none=True)
     return found
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_ddp_gives_the_gradients_of_a_single_process(compiled: bool, group: None) -> None:
-    run = make_trainee(dtype=torch.float32, rows=16 if REAL else 8)
-    alone = gradients(run, run.loss_of)
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [("gpt2-124m", False), ("speedrun-124m", False), ("gpt2-124m", True)],  # speedrun has a head of its own
+    ids=["gpt2", "speedrun", "gpt2-compiled"],
+)
+def test_ddp_gives_the_gradients_of_a_single_process(family: str, compiled: bool, group: None) -> None:
+    """The expected ones without `HeadGradient`, every micro-batch for itself."""
+    run = make_trainee(dtype=torch.float32, family=family, rows=16 if REAL else 8)
+    for tokens, targets in run.micro_batches(0):
+        (run.loss_of(tokens, targets) / 2).backward()
+    alone = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    run.model.zero_grad(set_to_none=True)
     if compiled:
         compile_transformer(run.model)
     compute = dataclasses.replace(run.compute, compiled=compiled and REAL)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.config import OptimConfig
+from restomod.data.prefetch import Prefetch
 from restomod.train.distributed import SINGLE
 from restomod.train.muon import Muon
 from restomod.train.optimizer import build_optimizer
 from restomod.train.step import train_step
-from tests.cuda.common import CPU, DEVICE, REAL, assert_identical, make_trainee, prefetch, relative_errors
+from tests.cuda.common import CPU, DEVICE, REAL, assert_identical, make_trainee, relative_errors
 
 pytestmark = pytest.mark.cuda
 
@@ -62,7 +63,7 @@ def test_a_step_never_waits_for_the_device(
     optimizer: str, dtype: torch.dtype, family: str, document_mask: bool
 ) -> None:
     run = make_trainee(optimizer, dtype=dtype, family=family, document_mask=document_mask)
-    with prefetch(run.batches, run.compute.micro_batch, run.config.steps) as data:
+    with Prefetch(run.batches, run.compute.micro_batch, run.config.steps, device=DEVICE) as data:
         for step in range(5):
             micro_batches, _ = data.get(step)
             with no_waiting() if step >= 2 else contextlib.nullcontext():  # the first steps load kernels
@@ -77,7 +78,7 @@ def test_prefetched_tokens_arrive_whole() -> None:
     run, n = make_trainee(), 4096 if REAL else 64
     busy = torch.randn(n, n, device=DEVICE)
     arrived = []
-    with prefetch(run.batches, run.compute.micro_batch, run.config.steps) as data:
+    with Prefetch(run.batches, run.compute.micro_batch, run.config.steps, device=DEVICE) as data:
         for step in range(run.config.steps):
             for _ in range(5):
                 busy = (busy @ busy) * 1e-2
@@ -96,8 +97,8 @@ class Overflowing(nn.Module):
         super().__init__()
         self.loss_of = loss_of
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = self.loss_of(tokens, targets)
+    def forward(self, *arguments: Any) -> Tensor:
+        loss = self.loss_of(*arguments)
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
