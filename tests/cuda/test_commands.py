@@ -1,0 +1,146 @@
+"""The commands on the device: a whole run with validation, samples, saves and a resume; eval, sample, bench, doctor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from restomod.cli import main
+from restomod.device import choose_device, choose_dtype, describe_device
+from restomod.doctor import examine, speed
+from restomod.model.flops import peak_flops
+from restomod.train.sanity import Verdict
+from tests.cuda.common import DEVICE, REAL, WORDS, write_text
+
+pytestmark = pytest.mark.cuda
+
+SHAPE = ["--model.n-layer", "2", "--model.n-head", "1", "--model.n-embd", "64", "--model.n-positions", "64"]
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process; return what it printed. It must succeed."""
+
+    def run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+        start = time.perf_counter()
+        code = main(list(arguments))
+        printed = capsys.readouterr()
+        with capsys.disabled():
+            print(f"\nrestomod {' '.join(arguments[:2])}: {time.perf_counter() - start:.1f} s")
+        assert code in codes, printed.out + printed.err
+        return printed.out
+
+    return run
+
+
+def test_what_the_device_is() -> None:
+    print(f"\ntorch {torch.__version__}, {describe_device(DEVICE)}, CUDA {torch.version.cuda}")
+    assert choose_device("auto") == DEVICE
+    if REAL:
+        properties = torch.cuda.get_device_properties(0)
+        size, count = properties.total_memory / 1e9, properties.multi_processor_count
+        print(f"cuDNN {torch.backends.cudnn.version()}, {size:.0f} GB, {count} multiprocessors")
+        assert peak_flops(describe_device(DEVICE)) is not None  # else there would be no MFU
+        assert choose_dtype("auto", DEVICE) == torch.bfloat16
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of a run, by line."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in records(run / "metrics.jsonl") if record["kind"] == kind]
+
+
+def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    questions = tmp_path / "questions.jsonl"
+    asked = [{"query": " ".join(WORDS[: i + 1]), "choices": ["cat sleeps", "dog"], "gold": i % 2} for i in range(4)]
+    questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    flags = {
+        "--batch-tokens": "512",
+        "--sequence-length": "64",
+        "--data.source": "text",
+        "--data.path": str(text),
+        "--data.val-fraction": "0.2",
+        "--data.cache": str(tmp_path / "data"),
+        "--optim.lr": "3e-3",
+        "--optim.warmup-steps": "3",
+        "--sampling.prompts": "the cat",
+        "--sampling.max-tokens": "8",
+        "--eval-every": "8",
+        "--sample-every": "8",
+        "--save-every": "8",
+    }
+    given = [*SHAPE, *(part for flag in flags.items() for part in flag), "--deterministic", "--compile", "off"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command("train", "quickstart", "--out", str(whole), "--steps", "24", *given)
+    losses = [record["loss"] for record in metrics(whole, "train")]
+    assert len(losses) == 24
+    assert losses[-1] < losses[0] - 2
+    assert [record["step"] for record in metrics(whole, "val")] == [0, 8, 16, 24]
+    assert [record["step"] for record in records(whole / "samples.jsonl")] == [8, 16, 24]
+    assert json.loads((whole / "environment.json").read_text())[0]["device"] == describe_device(DEVICE)
+
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step_000024")  # as if it had been killed before
+    command("train", "--resume", str(cut))
+    assert [record["step"] for record in metrics(cut, "val")] == [0, 8, 16, 24]
+    assert [record["loss"] for record in metrics(cut, "train")] == losses
+    weights = "checkpoints/step_000024/model.safetensors"
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+
+    printed = command("eval", str(whole), "--tasks", "heldout", "--task", str(questions))
+    last = metrics(whole, "val")[-1]["loss"]
+    print(f"validation loss {last} while training\n{printed}")
+    found = json.loads((whole / "evals" / "step_000024-heldout.json").read_text())
+    assert found["loss"] == pytest.approx(last, rel=1e-3)  # with the last, shorter window
+    printed = command("sample", str(whole), "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "12")
+    assert printed.count("the cat") >= 2
+    assert sum(word in printed for word in WORDS) > 3  # it has learned some of them
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="Inductor is tried on a GPU"))]
+)
+def test_bench_step(compiled: bool, command: Command, tmp_path: Path) -> None:
+    file, trace = tmp_path / "bench.json", tmp_path / "trace.json"
+    flags = ["--batch-tokens", "1024", "--sequence-length", "64", "--warmup", "1", "--timed", "2"]
+    flags += ["--compile", "on" if compiled else "off"]
+    command("bench", "step", "quickstart", *SHAPE, *flags, "--json", str(file), "--trace", str(trace))
+    found = json.loads(file.read_text())
+    print({name: found[name] for name in ("tokens_per_second", "step_ms", "peak_memory_bytes", "mfu")})
+    assert found["environment"]["device"] == describe_device(DEVICE)
+    events = json.loads(trace.read_text())["traceEvents"]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    print(f"{len(events)} events in the trace, of which {len(kernels)} are kernels of a GPU")
+    assert any("training step" in str(event.get("name")) for event in events)
+
+
+@pytest.fixture
+def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without what takes long there and is tried in `tests/doctor`: large products, compiler, processes."""
+    if not REAL:
+        for check in ("compiler", "processes"):
+            monkeypatch.setattr(examine, check, lambda machine, name=check: Verdict(name, "skip", ""))
+        monkeypatch.setattr(speed, "SIZES", ())
+        monkeypatch.setitem(speed.COPIED_BYTES, "cpu", 2**22)
+
+
+@pytest.mark.usefixtures("quick_doctor")
+def test_doctor(command: Command, tmp_path: Path) -> None:
+    """Versions may be wrong where packages that tests do without are not installed; the rest must be well."""
+    printed = command("doctor", "--preset", "quickstart", "--out", str(tmp_path), codes=(0, 1))
+    print(printed)
+    assert [line for line in printed.splitlines() if line.startswith("fail") and "versions" not in line] == []
+    assert describe_device(DEVICE) in printed
