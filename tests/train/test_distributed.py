@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -377,6 +378,25 @@ def left_at_the_end(error: bool, cycle: bool) -> bool:
 def test_nothing_of_torchs_outlives_the_process_group(error: bool, cycle: bool) -> None:
     """It would wait for gloo's threads while it holds the interpreter's lock, for which they may wait."""
     assert results(2, left_at_the_end, error, cycle) == [False, False]
+
+
+def left(error: bool) -> list[str]:
+    """What is done with the process group at the end."""
+    done = []
+    abort, destroy = dist.ProcessGroup.abort, dist.destroy_process_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.ProcessGroup, "abort", lambda group: (done.append("abort"), abort(group)))
+        patch.setattr(dist, "destroy_process_group", lambda: (done.append("destroy"), destroy()))
+        with contextlib.suppress(UserError), joined():
+            if error:
+                raise UserError("an error")
+    return done
+
+
+@pytest.mark.parametrize(("error", "expected"), [(False, ["destroy"]), (True, ["abort", "destroy"])])
+def test_after_an_error_nothing_waits_for_pending_operations(error: bool, expected: list[str]) -> None:
+    """Destroying a process group of NCCL waits for all that was begun, with a process that has failed for ever."""
+    assert results(2, left, error) == [expected, expected]
 
 
 # --- what can be known without others ------------------------------------------------------------------------

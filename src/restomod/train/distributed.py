@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import gc
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
@@ -130,6 +131,27 @@ class Processes:
             dist.broadcast_object_list(result)
         return cast(Result, result[0])
 
+    def tensor_from_main(self, read: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """The tensor that ``read`` returns in the main process, which alone calls it.
+
+        Args:
+            read: returns a tensor of the shape of ``like``, on any device.
+            like: gives the shape (of a DTensor the global one), dtype and device of the result.
+
+        Raises:
+            UserError: as ``read`` does; in the other processes `ReportedElsewhere`.
+        """
+
+        def work() -> Tensor:
+            if self.main:
+                return read().to(like.device, like.dtype)
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+        value = self.together(work)
+        if self.count > 1:
+            dist.broadcast(value, src=0)
+        return value
+
     def agree(self) -> None:
         """Within a `together`: stop here if another process has failed in it.
 
@@ -181,14 +203,19 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
+        # Numbers and objects of the CPU go through gloo and wait for no GPU; gradients and weights go through NCCL.
+        # Without `device_id`, which would connect NCCL here: `device_of` refuses two processes on one GPU in plain
+        # words, NCCL with an internal error; and a run on the CPU needs no NCCL.
         backend = "cpu:gloo,cuda:nccl"
     store, rank = _store()
     # after a restart torchrun's store still holds the addresses of the processes before
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    failed = False
     try:
         yield processes
     except BaseException as e:
+        failed = True
         if threading.current_thread() is threading.main_thread():
             # torchrun sends it as soon as the first process has ended, and the line about why is still to be printed
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -206,6 +233,10 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
         # and they may wait for the interpreter's lock, which it holds
         gc.collect()
         with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
+            group = dist.group.WORLD
+            if failed and group is not None:
+                # destroying waits for what NCCL still has to do, which never ends where a process is missing
+                group.abort()
             dist.destroy_process_group()
 
 
@@ -244,17 +275,34 @@ def _reason(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 
-def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes) -> nn.Module:
+def compile_model(model: GPT, parallel: Parallel) -> None:
+    """Compile a model for training, in place; to be called before `distribute`.
+
+    The hooks that FSDP puts on every block are not traced. With activation checkpointing around the blocks torch then
+    compiles nothing of a whole transformer, silently, so FSDP's blocks are compiled one by one: all share one graph.
+    DistributedDataParallel has the transformer split where its buckets of gradients end (torch's DDPOptimizer).
+    """
+    for module in model.transformer.h if parallel == "fsdp" else [model.transformer]:
+        module.compile()
+
+
+def distribute(
+    loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Make a module that computes the loss of one process's tokens synchronise its gradients with the others.
 
     Args:
         loss: called with tokens and targets; holds ``model``.
-        model: the language model within it.
+        model: the language model within it, with fp32 weights.
         parallel: ddp or fsdp.
         processes: with one, nothing is done for ddp.
+        dtype: compute dtype of the matmuls, which run under autocast.
 
     Returns:
         The module to call in place of ``loss``.
+
+    Raises:
+        UserError: fsdp in a single process.
     """
     if parallel == "fsdp":
         if not dist.is_initialized():
@@ -262,9 +310,7 @@ def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Proce
                 "--parallel fsdp shares a model among processes: start two or more with torchrun --nproc-per-node, "
                 "or choose --parallel ddp"
             )
-        for block in model.transformer.h:
-            fully_shard(block)
-        fully_shard(loss)  # in place
+        _shard(loss, model, processes, dtype)
         return loss
     if processes.count == 1:
         return loss
@@ -272,6 +318,33 @@ def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Proce
     return DistributedDataParallel(
         loss, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype) -> None:
+    """Apply FSDP2 in place: a group per block, and a root group with all that is not in one.
+
+    A block's linear layers are gathered in the compute dtype, to which autocast would round them anyway, so the numbers
+    are those of fp32 weights at half the traffic and memory. Gradients are averaged in fp32. All else stays in fp32:
+    embeddings, head and norms. A norm of the fp32 residual stream with 16-bit weights is an error on the CPU and, as an
+    RMS norm, leaves the fused kernel on CUDA (torch 2.11). Norms are therefore in the root group, which a pass gathers
+    once; that takes no hooks inside of the blocks, where each would break the graph of `torch.compile`.
+    """
+    # the default mesh is that of the GPUs of a machine, even for a model on its CPU
+    mesh = init_device_mesh(model.head.device.type, (processes.count,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks, linear = model.transformer.h, _linear_parameters(model)
+    # the root group takes the parameters of all modules to which a path leads that avoids the groups before it
+    loss.reached = nn.ModuleList(module for module in blocks.modules() if set(module.parameters(False)) - linear)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - linear)
+    fully_shard(loss, mesh=mesh)
+    del loss.reached
+
+
+def _linear_parameters(model: GPT) -> set[nn.Parameter]:
+    """The parameters of the blocks that autocast rounds to the compute dtype: weights and biases of linear layers."""
+    layers = [module for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
+    return {parameter for layer in layers for parameter in layer.parameters()}
 
 
 @contextlib.contextmanager
@@ -292,21 +365,82 @@ def is_shared(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def fill(model: GPT, source: GPT) -> None:
-    """Put the weights of ``source``, all of them in each process, into a model that processes share."""
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, source.state_dict(), options=options)
+@torch.no_grad()
+def copy_whole(tensor: Tensor, value: Tensor) -> None:
+    """Copy ``value``, which is whole, into ``tensor``, or the part of it that this process has of a DTensor."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
 
 
-def whole(model: GPT) -> GPT:
-    """The model with all its weights in this process: itself, or a copy where they are shared out.
+def fill(model: GPT, source: GPT | None, processes: Processes) -> None:
+    """Put the weights of ``source`` into the model of every process, one tensor after the other.
+
+    All processes have to call it.
+
+    Args:
+        model: each process has all of its weights, or a part.
+        source: of the same shape; needed in the main process only.
+        processes: that have the model.
+    """
+    weights = {} if source is None else {name: weight.detach() for name, weight in source.named_parameters()}
+    for name, parameter in model.named_parameters():
+        read = functools.partial(weights.__getitem__, name)
+        copy_whole(parameter, processes.tensor_from_main(read, like=parameter.detach()))
+
+
+@torch.no_grad()
+def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the main process, nothing in the others. All processes have to call it.
+
+    A GPU holds no more than one whole tensor at a time.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.main:
+            gathered[name] = full.cpu()
+        del full  # before the next one is gathered
+    return gathered
+
+
+def whole_on_main(model: GPT, processes: Processes) -> GPT:
+    """A copy of a model that processes share: whole, on the CPU, in the main process; without weights in the others.
 
     All processes have to call it.
     """
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return _assembled(model, gather_on_main(parameters, processes))
+
+
+@torch.no_grad()
+def whole(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
+    """The model with all its weights on this process's device: itself, or a copy where they are shared out.
+
+    All processes have to call it.
+
+    Args:
+        model: as `distribute` left it.
+        dtype: of the linear layers in the blocks; that of the matmuls, as autocast would round them to it anyway.
+        keep: whether this process needs the weights. The copy is without them otherwise.
+    """
     if not is_shared(model):
         return model
-    tensors: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    linear, tensors = _linear_parameters(model), {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.to(dtype) if parameter in linear else parameter.detach()
+        assert isinstance(tensor, DTensor)
+        full = tensor.full_tensor()
+        if keep:
+            tensors[name] = full
+        del full
+    return _assembled(model, tensors)
+
+
+def _assembled(like: GPT, tensors: Mapping[str, Tensor]) -> GPT:
+    """A model of the configuration of ``like`` with ``tensors`` for weights; on `meta` where there are none."""
     with torch.device("meta"):
-        copy = GPT(model.config)
-    copy.load_state_dict(tensors, assign=True)
-    return copy.requires_grad_(False)
+        model = GPT(like.config)
+    if tensors:
+        model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False)
