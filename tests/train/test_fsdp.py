@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,6 +147,32 @@ def test_a_model_on_the_cpu_stays_there_beside_gpus() -> None:
     first, second = results(2, member, on_the_cpu_of_a_machine_with_gpus)
     assert first == second
     assert not any(refused for _, refused in first)
+
+
+def order_of_copies(processes: Processes) -> list[str]:
+    """How the tokens come to the device, and when FSDP's own hook runs, which would copy them and wait."""
+    t, loss_of = shared_out(processes)
+    tokens, targets = t.batches.load(t.batches.windows(0)[:2])
+    order, to, prepare = [], Tensor.to, FSDPState._root_pre_forward
+
+    def copied(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        order.extend(["copy", *options] if tensor is tokens or tensor is targets else [])
+        return to(tensor, *arguments, **options)
+
+    def prepared(self: FSDPState, module: nn.Module, *arguments: Any) -> Any:
+        order.extend(["FSDP"] if module is loss_of else [])
+        return prepare(self, module, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", copied)
+        patch.setattr(FSDPState, "_root_pre_forward", prepared)
+        loss_of(tokens, targets)
+    return order
+
+
+def test_tokens_are_on_the_device_before_fsdp_would_copy_them_and_wait() -> None:
+    expected = ["copy", "non_blocking", "copy", "non_blocking", "FSDP"]
+    assert [order[:5] for order in results(2, member, order_of_copies)] == [expected, expected]
 
 
 def overflow_in_one(

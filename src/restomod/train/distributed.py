@@ -314,10 +314,8 @@ def distribute(
         return loss
     if processes.count == 1:
         return loss
-    device = model.head.device
-    return DistributedDataParallel(
-        loss, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+    # with `device_ids` it would copy the tokens to the GPU itself, and wait there for all that the GPU has to do
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
 
 def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype) -> None:
@@ -330,7 +328,8 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
     once; that takes no hooks inside of the blocks, where each would break the graph of `torch.compile`.
     """
     # the default mesh is that of the GPUs of a machine, even for a model on its CPU
-    mesh = init_device_mesh(model.head.device.type, (processes.count,))
+    device = model.head.device
+    mesh = init_device_mesh(device.type, (processes.count,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks, linear = model.transformer.h, _linear_parameters(model)
     # the root group takes the parameters of all modules to which a path leads that avoids the groups before it
@@ -339,6 +338,12 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - linear)
     fully_shard(loss, mesh=mesh)
     del loss.reached
+
+    def move(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(device, non_blocking=True) for tensor in inputs)
+
+    # before FSDP's own hook, which would copy the tokens to the GPU, and wait there for all that the GPU has to do
+    loss.register_forward_pre_hook(move, prepend=True)
 
 
 def _linear_parameters(model: GPT) -> set[nn.Parameter]:
