@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config import Parallel
 from restomod.errors import UserError
 from restomod.train import distributed
-from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised, whole
+from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised
+from restomod.train.gather import whole
 from restomod.train.optimizer import build_optimizer
 from restomod.train.schedule import learning_rate
 from restomod.train.step import BatchLoss, Compute, train_step

@@ -20,16 +20,8 @@ from restomod.data.prefetch import MicroBatches
 from restomod.evals.heldout import token_losses
 from restomod.model.gpt import GPT
 from restomod.train.checkpoint import load_checkpoint
-from restomod.train.distributed import (
-    SINGLE,
-    Processes,
-    compile_model,
-    distribute,
-    gather_on_main,
-    synchronised,
-    whole,
-    whole_on_main,
-)
+from restomod.train.distributed import SINGLE, Processes, compiled_parts, distribute, synchronised
+from restomod.train.gather import gather_on_main, whole, whole_on_main
 from restomod.train.optimizer import build_optimizer, optimizer_tensors
 from restomod.train.saver import Saver
 from restomod.train.step import BatchLoss, Compute, train_step
@@ -323,7 +315,8 @@ def gradients_of_two_steps(
     t = make_trainee(batch_tokens=256, model=WIDE)
     t.model.transformer.recompute = recompute
     if processes.count > 1:
-        compile_model(t.model, parallel)
+        for module in compiled_parts(t.model, parallel):
+            module.compile(backend="aot_eager")  # traced and differentiated like any other, but not made to kernels
     loss_of = distribute(BatchLoss(t.model, Compute(CPU, FP32, 2)), t.model, parallel, processes)
     found = []
     for step in range(2):
@@ -341,8 +334,6 @@ def compiled(
 ) -> tuple[list[dict[str, Tensor]], int, int]:
     """Gradients, how many operations were compiled, and how many graphs."""
     with pytest.MonkeyPatch.context() as patch:
-        # traced and differentiated like any other, but not made to kernels
-        patch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
         small = functools.partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=1)
         patch.setattr(DistributedDataParallel, "__init__", small)  # several buckets, as of a large model
         found = gradients_of_two_steps(processes, parallel, recompute, micro_batch)

@@ -28,7 +28,8 @@ from restomod.files import fsync_path, read_json, sha256_file
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS
-from restomod.train.distributed import SINGLE, Processes, copy_whole, fill
+from restomod.train.distributed import SINGLE, Processes
+from restomod.train.gather import copy_from_main, fill
 from restomod.train.optimizer import Optimizers, optimizer_tensors
 
 COMPLETE = "COMPLETE"
@@ -196,7 +197,7 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
                 value: Tensor = saved.get_tensor(name)
             return value
 
-        copy_whole(tensors[name], processes.tensor_from_main(read, tensors[name]))
+        copy_from_main(read, tensors[name], processes)
 
 
 def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:

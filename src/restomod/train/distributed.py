@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import gc
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -26,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
@@ -130,27 +128,6 @@ class Processes:
         if self.count > 1:
             dist.broadcast_object_list(result)
         return cast(Result, result[0])
-
-    def tensor_from_main(self, read: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """The tensor that ``read`` returns in the main process, which alone calls it.
-
-        Args:
-            read: returns a tensor of the shape of ``like``, on any device.
-            like: gives the shape (of a DTensor the global one), dtype and device of the result.
-
-        Raises:
-            UserError: as ``read`` does; in the other processes `ReportedElsewhere`.
-        """
-
-        def work() -> Tensor:
-            if self.main:
-                return read().to(like.device, like.dtype)
-            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-        value = self.together(work)
-        if self.count > 1:
-            dist.broadcast(value, src=0)
-        return value
 
     def agree(self) -> None:
         """Within a `together`: stop here if another process has failed in it.
@@ -275,15 +252,13 @@ def _reason(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 
-def compile_model(model: GPT, parallel: Parallel) -> None:
-    """Compile a model for training, in place; to be called before `distribute`.
+def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:
+    """The modules to compile, each for itself, before `distribute`; blocks share one graph.
 
-    The hooks that FSDP puts on every block are not traced. With activation checkpointing around the blocks torch then
-    compiles nothing of a whole transformer, silently, so FSDP's blocks are compiled one by one: all share one graph.
-    DistributedDataParallel has the transformer split where its buckets of gradients end (torch's DDPOptimizer).
+    torch does not trace FSDP's hooks on the blocks. With activation checkpointing around them it would compile nothing
+    of a whole transformer, silently. Under DDP torch splits the transformer where buckets of gradients end.
     """
-    for module in model.transformer.h if parallel == "fsdp" else [model.transformer]:
-        module.compile()
+    return list(model.transformer.h) if parallel == "fsdp" else [model.transformer]
 
 
 def distribute(
@@ -331,7 +306,7 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
     device = model.head.device
     mesh = init_device_mesh(device.type, (processes.count,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    blocks, linear = model.transformer.h, _linear_parameters(model)
+    blocks, linear = model.transformer.h, linear_parameters(model)
     # the root group takes the parameters of all modules to which a path leads that avoids the groups before it
     loss.reached = nn.ModuleList(module for module in blocks.modules() if set(module.parameters(False)) - linear)
     for block in blocks:
@@ -339,14 +314,14 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
     fully_shard(loss, mesh=mesh)
     del loss.reached
 
-    def move(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(tensor.to(device, non_blocking=True) for tensor in inputs)
+    def move(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in inputs)
 
     # before FSDP's own hook, which would copy the tokens to the GPU, and wait there for all that the GPU has to do
     loss.register_forward_pre_hook(move, prepend=True)
 
 
-def _linear_parameters(model: GPT) -> set[nn.Parameter]:
+def linear_parameters(model: GPT) -> set[nn.Parameter]:
     """The parameters of the blocks that autocast rounds to the compute dtype: weights and biases of linear layers."""
     layers = [module for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
     return {parameter for layer in layers for parameter in layer.parameters()}
@@ -363,89 +338,3 @@ def synchronised(loss: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Whether each process holds only a part of the model's weights."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-@torch.no_grad()
-def copy_whole(tensor: Tensor, value: Tensor) -> None:
-    """Copy ``value``, which is whole, into ``tensor``, or the part of it that this process has of a DTensor."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(value)
-
-
-def fill(model: GPT, source: GPT | None, processes: Processes) -> None:
-    """Put the weights of ``source`` into the model of every process, one tensor after the other.
-
-    All processes have to call it.
-
-    Args:
-        model: each process has all of its weights, or a part.
-        source: of the same shape; needed in the main process only.
-        processes: that have the model.
-    """
-    weights = {} if source is None else {name: weight.detach() for name, weight in source.named_parameters()}
-    for name, parameter in model.named_parameters():
-        read = functools.partial(weights.__getitem__, name)
-        copy_whole(parameter, processes.tensor_from_main(read, like=parameter.detach()))
-
-
-@torch.no_grad()
-def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of the main process, nothing in the others. All processes have to call it.
-
-    A GPU holds no more than one whole tensor at a time.
-    """
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if processes.main:
-            gathered[name] = full.cpu()
-        del full  # before the next one is gathered
-    return gathered
-
-
-def whole_on_main(model: GPT, processes: Processes) -> GPT:
-    """A copy of a model that processes share: whole, on the CPU, in the main process; without weights in the others.
-
-    All processes have to call it.
-    """
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return _assembled(model, gather_on_main(parameters, processes))
-
-
-@torch.no_grad()
-def whole(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
-    """The model with all its weights on this process's device: itself, or a copy where they are shared out.
-
-    All processes have to call it.
-
-    Args:
-        model: as `distribute` left it.
-        dtype: of the linear layers in the blocks; that of the matmuls, as autocast would round them to it anyway.
-        keep: whether this process needs the weights. The copy is without them otherwise.
-    """
-    if not is_shared(model):
-        return model
-    linear, tensors = _linear_parameters(model), {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.to(dtype) if parameter in linear else parameter.detach()
-        assert isinstance(tensor, DTensor)
-        full = tensor.full_tensor()
-        if keep:
-            tensors[name] = full
-        del full
-    return _assembled(model, tensors)
-
-
-def _assembled(like: GPT, tensors: Mapping[str, Tensor]) -> GPT:
-    """A model of the configuration of ``like`` with ``tensors`` for weights; on `meta` where there are none."""
-    with torch.device("meta"):
-        model = GPT(like.config)
-    if tensors:
-        model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(False)

@@ -8,7 +8,7 @@ from restomod.evals.scoring import evaluate as evaluate_task
 from restomod.evals.scoring import headline
 from restomod.samples import continuations
 from restomod.train.console import Display
-from restomod.train.distributed import whole
+from restomod.train.gather import whole
 from restomod.train.health import Finding, judge, seen_now
 from restomod.train.metrics import read_jsonl
 from restomod.train.setup import Training

@@ -19,7 +19,8 @@ from restomod.config import RunConfig
 from restomod.errors import UserError
 from restomod.model.gpt import GPT
 from restomod.train.checkpoint import list_checkpoints, step_of, write_checkpoint
-from restomod.train.distributed import SINGLE, Processes, gather_on_main, is_shared, whole_on_main
+from restomod.train.distributed import SINGLE, Processes
+from restomod.train.gather import gather_on_main, is_shared, whole_on_main
 from restomod.train.metrics import read_jsonl
 from restomod.train.optimizer import Optimizers, optimizer_tensors
 
