@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -24,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config import Parallel
 from restomod.errors import UserError
 from restomod.train import distributed
-from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised, whole
+from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised
+from restomod.train.gather import whole
 from restomod.train.optimizer import build_optimizer
 from restomod.train.schedule import learning_rate
 from restomod.train.step import BatchLoss, Compute, train_step
@@ -377,6 +379,25 @@ def left_at_the_end(error: bool, cycle: bool) -> bool:
 def test_nothing_of_torchs_outlives_the_process_group(error: bool, cycle: bool) -> None:
     """It would wait for gloo's threads while it holds the interpreter's lock, for which they may wait."""
     assert results(2, left_at_the_end, error, cycle) == [False, False]
+
+
+def left(error: bool) -> list[str]:
+    """What is done with the process group at the end."""
+    done = []
+    abort, destroy = dist.ProcessGroup.abort, dist.destroy_process_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.ProcessGroup, "abort", lambda group: (done.append("abort"), abort(group)))
+        patch.setattr(dist, "destroy_process_group", lambda: (done.append("destroy"), destroy()))
+        with contextlib.suppress(UserError), joined():
+            if error:
+                raise UserError("an error")
+    return done
+
+
+@pytest.mark.parametrize(("error", "expected"), [(False, ["destroy"]), (True, ["abort", "destroy"])])
+def test_after_an_error_nothing_waits_for_pending_operations(error: bool, expected: list[str]) -> None:
+    """Destroying a process group of NCCL waits for all that was begun, with a process that has failed for ever."""
+    assert results(2, left, error) == [expected, expected]
 
 
 # --- what can be known without others ------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from restomod.config import OptimConfig
-from restomod.train.distributed import Processes, distribute
+from restomod.train import muon as module
+from restomod.train.distributed import SINGLE, Processes, distribute
 from restomod.train.muon import Muon, orthogonalised, step_factor
-from restomod.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from restomod.train.optimizer import build_optimizer, optimizer_tensors
 from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
 from tests.processes import member, results
-from tests.train.trainee import assert_identical, make_trainee
+from tests.train.trainee import assert_identical, make_trainee, set_optimizer_tensors
 
 MUON = OptimConfig(optimizer="muon", lr=3e-3, muon_lr=0.02, muon_weight_decay=0.1, warmup_steps=3)
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -121,7 +122,7 @@ def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
     old.train(0, 3)
     saved = {name: value.clone() for name, value in optimizer_tensors(old.model, old.optimizer).items()}
     assert "state.transformer.h.0.attn.c_attn.weight.momentum" in saved
-    load_optimizer_tensors(new.model, new.optimizer, saved)
+    set_optimizer_tensors(new, saved)
     new.model.load_state_dict(old.model.state_dict())
     assert_identical(new.tensors(), old.tensors())
     assert new.train(3, 6) == old.train(3, 6)
@@ -147,3 +148,28 @@ def test_processes_share_the_work_and_end_where_one_ends(count: int, parallel: s
     for weights in results(count, member, course, parallel):
         for name, parameter in alone.model.named_parameters():
             torch.testing.assert_close(weights[name], parameter.detach(), atol=2e-5, rtol=1e-4)
+
+
+def products(processes: Processes, parallel: str) -> int:
+    """How many matrices this process orthogonalises in a step."""
+    found = []
+
+    def counted(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+        found.append(len(matrices))
+        return orthogonalised(matrices, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "orthogonalised", counted)
+        t = make_trainee(optim=MUON)
+        loss = BatchLoss(t.model, Compute(CPU, torch.float32, 2))
+        loss_of = distribute(loss, t.model, parallel, processes)  # type: ignore[arg-type]
+        optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
+        batch = t.batches.micro_batches(0, 2, processes.rank, processes.count)
+        train_step(loss_of, optimizer, batch, t.config, 0, processes).wait()
+    return sum(found)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_orthogonalise_half_of_the_matrices_each(parallel: str) -> None:
+    assert products(SINGLE, "ddp") == 12  # of two layers, queries, keys and values apart
+    assert results(2, member, products, parallel) == [6, 6]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from restomod.config import OptimConfig
-from restomod.train.optimizer import build_optimizer, gradient_norm, load_optimizer_tensors, optimizer_tensors
-from tests.train.trainee import assert_identical, make_trainee
+from restomod.train.optimizer import build_optimizer, gradient_norm, optimizer_tensors
+from tests.train.trainee import assert_identical, make_trainee, set_optimizer_tensors
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -77,7 +77,7 @@ def test_state_is_named_after_its_parameters() -> None:
 def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
     old, new = make_trainee(seed=1), make_trainee(seed=2)
     old.train(0, 3)
-    load_optimizer_tensors(new.model, new.optimizer, copied(optimizer_tensors(old.model, old.optimizer)))
+    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
     new.model.load_state_dict(old.model.state_dict())
     assert_identical(new.tensors(), old.tensors())
 
@@ -86,7 +86,7 @@ def test_state_replaces_that_of_an_optimizer_that_has_stepped() -> None:
     old, new = make_trainee(seed=1), make_trainee(seed=2)
     old.train(0, 3)
     new.train(0, 5)
-    load_optimizer_tensors(new.model, new.optimizer, copied(optimizer_tensors(old.model, old.optimizer)))
+    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
     new.model.load_state_dict(old.model.state_dict())
     assert_identical(new.tensors(), old.tensors())
 
@@ -94,7 +94,7 @@ def test_state_replaces_that_of_an_optimizer_that_has_stepped() -> None:
 def test_loading_state_keeps_the_hyperparameters_as_configured() -> None:
     old, new = make_trainee(), make_trainee(optim=OptimConfig(lr=7e-4, betas=(0.8, 0.9), weight_decay=0.3))
     old.train(0, 3)
-    load_optimizer_tensors(new.model, new.optimizer, copied(optimizer_tensors(old.model, old.optimizer)))
+    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
     for group, decay in zip(new.optimizer.param_groups, (0.3, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["weight_decay"]) == (7e-4, (0.8, 0.9), decay)
 

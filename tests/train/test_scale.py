@@ -11,11 +11,11 @@ import torch
 
 from restomod.train import scale as module
 from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from restomod.train.optimizer import build_optimizer, optimizer_tensors
 from restomod.train.scale import LossScale
 from restomod.train.step import BatchLoss, Compute, Outcome, train_step
 from tests.models import CPU
-from tests.train.trainee import Trainee, assert_identical, make_trainee
+from tests.train.trainee import Trainee, assert_identical, make_trainee, set_optimizer_tensors
 
 FP16 = torch.float16
 
@@ -100,7 +100,7 @@ def test_a_scale_goes_into_a_checkpoint_and_back() -> None:
     old.optimizer.loss_scale.factor.fill_(2.0**10)
     train(old, 0, 3)
     tensors = {name: value.clone() for name, value in optimizer_tensors(old.model, old.optimizer).items()}
-    load_optimizer_tensors(new.model, new.optimizer, tensors)
+    set_optimizer_tensors(new, tensors)
     new.model.load_state_dict(old.model.state_dict())
     assert new.optimizer.loss_scale.factor.item() == 2.0**10
     assert new.optimizer.loss_scale.finite_steps.item() == 3

@@ -73,6 +73,14 @@ def make_trainee(seed: int = 1, **changes: object) -> Trainee:
     return Trainee(config, batches, model, build_optimizer(model, config.optim))
 
 
+def set_optimizer_tensors(trainee: Trainee, tensors: dict[str, torch.Tensor]) -> None:
+    """Put into a trainee's optimizer what `optimizer_tensors` gave of another's."""
+    here = optimizer_tensors(trainee.model, trainee.optimizer)
+    assert here.keys() == tensors.keys()
+    for name, value in tensors.items():
+        here[name].copy_(value)
+
+
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizers) -> Path:
     """Write a checkpoint, and wait for it."""
     return write_checkpoint(run, step, model, optimizer_tensors(model, optimizer) if step > 0 else {})

@@ -26,10 +26,11 @@ from torch import Tensor
 from restomod.errors import UserError
 from restomod.files import fsync_path, read_json, sha256_file
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import load_model, load_weights, save_model
+from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS
-from restomod.train.distributed import fill, is_shared
-from restomod.train.optimizer import Optimizers, load_optimizer_tensors, optimizer_tensors
+from restomod.train.distributed import SINGLE, Processes
+from restomod.train.gather import copy_from_main, fill
+from restomod.train.optimizer import Optimizers, optimizer_tensors
 
 COMPLETE = "COMPLETE"
 STATE = "training_state"
@@ -172,38 +173,75 @@ def progress(folder: Path) -> tuple[int, int]:
     return int(state["step"]), int(state.get("data_offset", 0))
 
 
-def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers) -> None:
-    """Put the optimizer's state of a verified checkpoint back; ``model`` is the one it optimizes.
+def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
+    """Put the optimizer's state of a verified checkpoint back, one tensor after the other. All processes call this.
+
+    Args:
+        folder: of the checkpoint; the main process alone reads it.
+        model: the one that is optimized.
+        optimizer: gets the state.
+        processes: that train the model.
 
     Raises:
         UserError: it is that of another optimizer or model.
     """
-    if progress(folder)[0] == 0:
+    if processes.from_main(lambda: progress(folder)[0]) == 0:
         return
-    tensors, filled = optimizer_tensors(model, optimizer), set()
+    tensors = optimizer_tensors(model, optimizer)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    files = processes.from_main(lambda: _optimizer_files(folder, shapes))
+    for name in files:
+
+        def read(name: str = name) -> Tensor:
+            with safe_open(files[name], "pt") as saved:
+                value: Tensor = saved.get_tensor(name)
+            return value
+
+        copy_from_main(read, tensors[name], processes)
+
+
+def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
+    """In which file of a checkpoint each tensor of the optimizer is, which have to be those of ``shapes``."""
+    files = {}
     for path in sorted((folder / STATE).glob("*.safetensors")):  # the one file that used to have another name, too
         with safe_open(path, "pt") as saved:
             for name in saved.keys():  # noqa: SIM118  # it is no mapping
-                value = saved.get_tensor(name)
-                if name not in tensors or tensors[name].shape != value.shape:
+                if name not in shapes or shapes[name] != torch.Size(saved.get_slice(name).get_shape()):
                     raise UserError(f"{path} is of another optimizer or model: {name} does not fit")
-                tensors[name].copy_(value)
-                filled.add(name)
-    if filled != tensors.keys():
-        raise UserError(f"{folder / STATE} is of another optimizer or model: {min(tensors.keys() - filled)} is missing")
-    load_optimizer_tensors(model, optimizer, tensors)
+                files[name] = path
+    if files.keys() != shapes.keys():
+        raise UserError(f"{folder / STATE} is of another optimizer or model: {min(shapes.keys() - files)} is missing")
+    return files
 
 
-def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers) -> int:
-    """Verify a checkpoint and put its weights and optimizer state back; return its step.
+def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:
+    """Put the weights of a verified checkpoint back. All processes call this; the main process alone reads.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    fill(model, processes.together(lambda: _read_weights(folder, model) if processes.main else None), processes)
+
+
+@torch.no_grad()
+def _read_weights(folder: Path, like: GPT) -> GPT:
+    """The weights of a checkpoint on the CPU, in a model of the configuration of ``like``."""
+    with torch.device("meta"):
+        model = GPT(like.config)
+    model.to_empty(device="cpu")
+    for matrix in model.vocabulary_matrices():
+        matrix.zero_()  # its padding is not in the files
+    load_weights(model, folder)
+    return model
+
+
+def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> int:
+    """Verify a checkpoint and put its weights and optimizer state back; return its step. All processes call this.
 
     Raises:
         UserError: it is damaged, or is of another model.
     """
-    verify_checkpoint(folder)
-    if is_shared(model):
-        fill(model, load_model(folder, torch.device("cpu")))
-    else:
-        load_weights(model, folder)
-    load_optimizer(folder, model, optimizer)
-    return progress(folder)[0]
+    processes.from_main(lambda: verify_checkpoint(folder))
+    load_saved_weights(folder, model, processes)
+    load_optimizer(folder, model, optimizer, processes)
+    return processes.from_main(lambda: progress(folder)[0])

@@ -23,9 +23,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
@@ -181,14 +180,19 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
+        # Numbers and objects of the CPU go through gloo and wait for no GPU; gradients and weights go through NCCL.
+        # Without `device_id`, which would connect NCCL here: `device_of` refuses two processes on one GPU in plain
+        # words, NCCL with an internal error; and a run on the CPU needs no NCCL.
         backend = "cpu:gloo,cuda:nccl"
     store, rank = _store()
     # after a restart torchrun's store still holds the addresses of the processes before
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    failed = False
     try:
         yield processes
     except BaseException as e:
+        failed = True
         if threading.current_thread() is threading.main_thread():
             # torchrun sends it as soon as the first process has ended, and the line about why is still to be printed
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -206,6 +210,10 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
         # and they may wait for the interpreter's lock, which it holds
         gc.collect()
         with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
+            group = dist.group.WORLD
+            if failed and group is not None:
+                # destroying waits for what NCCL still has to do, which never ends where a process is missing
+                group.abort()
             dist.destroy_process_group()
 
 
@@ -244,17 +252,32 @@ def _reason(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 
-def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes) -> nn.Module:
+def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:
+    """The modules to compile, each for itself, before `distribute`; blocks share one graph.
+
+    torch does not trace FSDP's hooks on the blocks. With activation checkpointing around them it would compile nothing
+    of a whole transformer, silently. Under DDP torch splits the transformer where buckets of gradients end.
+    """
+    return list(model.transformer.h) if parallel == "fsdp" else [model.transformer]
+
+
+def distribute(
+    loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Make a module that computes the loss of one process's tokens synchronise its gradients with the others.
 
     Args:
         loss: called with tokens and targets; holds ``model``.
-        model: the language model within it.
+        model: the language model within it, with fp32 weights.
         parallel: ddp or fsdp.
         processes: with one, nothing is done for ddp.
+        dtype: compute dtype of the matmuls, which run under autocast.
 
     Returns:
         The module to call in place of ``loss``.
+
+    Raises:
+        UserError: fsdp in a single process.
     """
     if parallel == "fsdp":
         if not dist.is_initialized():
@@ -262,16 +285,46 @@ def distribute(loss: nn.Module, model: GPT, parallel: Parallel, processes: Proce
                 "--parallel fsdp shares a model among processes: start two or more with torchrun --nproc-per-node, "
                 "or choose --parallel ddp"
             )
-        for block in model.transformer.h:
-            fully_shard(block)
-        fully_shard(loss)  # in place
+        _shard(loss, model, processes, dtype)
         return loss
     if processes.count == 1:
         return loss
+    # with `device_ids` it would copy the tokens to the GPU itself, and wait there for all that the GPU has to do
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+
+
+def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype) -> None:
+    """Apply FSDP2 in place: a group per block, and a root group with all that is not in one.
+
+    A block's linear layers are gathered in the compute dtype, to which autocast would round them anyway, so the numbers
+    are those of fp32 weights at half the traffic and memory. Gradients are averaged in fp32. All else stays in fp32:
+    embeddings, head and norms. A norm of the fp32 residual stream with 16-bit weights is an error on the CPU and, as an
+    RMS norm, leaves the fused kernel on CUDA (torch 2.11). Norms are therefore in the root group, which a pass gathers
+    once; that takes no hooks inside of the blocks, where each would break the graph of `torch.compile`.
+    """
+    # the default mesh is that of the GPUs of a machine, even for a model on its CPU
     device = model.head.device
-    return DistributedDataParallel(
-        loss, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+    mesh = init_device_mesh(device.type, (processes.count,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks, linear = model.transformer.h, linear_parameters(model)
+    # the root group takes the parameters of all modules to which a path leads that avoids the groups before it
+    loss.reached = nn.ModuleList(module for module in blocks.modules() if set(module.parameters(False)) - linear)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - linear)
+    fully_shard(loss, mesh=mesh)
+    del loss.reached
+
+    def move(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in inputs)
+
+    # before FSDP's own hook, which would copy the tokens to the GPU, and wait there for all that the GPU has to do
+    loss.register_forward_pre_hook(move, prepend=True)
+
+
+def linear_parameters(model: GPT) -> set[nn.Parameter]:
+    """The parameters of the blocks that autocast rounds to the compute dtype: weights and biases of linear layers."""
+    layers = [module for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
+    return {parameter for layer in layers for parameter in layer.parameters()}
 
 
 @contextlib.contextmanager
@@ -285,28 +338,3 @@ def synchronised(loss: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Whether each process holds only a part of the model's weights."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def fill(model: GPT, source: GPT) -> None:
-    """Put the weights of ``source``, all of them in each process, into a model that processes share."""
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, source.state_dict(), options=options)
-
-
-def whole(model: GPT) -> GPT:
-    """The model with all its weights in this process: itself, or a copy where they are shared out.
-
-    All processes have to call it.
-    """
-    if not is_shared(model):
-        return model
-    tensors: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    with torch.device("meta"):
-        copy = GPT(model.config)
-    copy.load_state_dict(tensors, assign=True)
-    return copy.requires_grad_(False)

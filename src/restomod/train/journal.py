@@ -40,8 +40,9 @@ class Journal:
     def __init__(self, training: Training, display: Display) -> None:
         self.training, self.display = training, display
         compute = training.compute
-        records = read_jsonl(training.run.folder / "metrics.jsonl")
-        self.guard = Guard(training.config, records, fp16=compute.dtype == torch.float16)
+        log, fp16 = training.run.folder / "metrics.jsonl", compute.dtype == torch.float16
+        # from the one file that there is: guards that differ would refuse different steps, and processes part
+        self.guard = training.processes.from_main(lambda: Guard(training.config, read_jsonl(log), fp16))
         self.began = training.first_step
         self.reached_target = False
         self._behind = STEPS_BEHIND.get(compute.device.type, 0)

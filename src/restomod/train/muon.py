@@ -48,6 +48,15 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     return x if wide else x.mT
 
 
+def _whole(direction: Tensor, dtype: torch.dtype) -> Tensor:
+    """All of a direction; one that processes share is gathered in ``dtype``, the dtype of the products."""
+    if not isinstance(direction, DTensor):
+        return direction
+    rounded = direction.to(dtype)
+    assert isinstance(rounded, DTensor)
+    return rounded.full_tensor()
+
+
 def step_factor(rows: int, columns: int) -> float:
     """What a matrix's update is multiplied with, so that updates of all shapes change their layer's output alike.
 
@@ -80,7 +89,8 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the running sum of gradients.
         weight_decay: decoupled, times lr.
         dtype: of the orthogonalisation's products.
-        share: let each process orthogonalise a part of the matrices; all have to hold the same gradients.
+        share: let each process orthogonalise a part of the matrices. All have to hold the same gradients, or parts
+            of them in DTensors.
         """
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
         self.dtype, self.share = dtype, share
@@ -125,8 +135,9 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalised(self, directions: list[Tensor], parts: int) -> list[Tensor]:
         """Every direction, or each of its parts, orthogonalised; all have one shape."""
         first = directions[0]
-        whole = [d.full_tensor() if isinstance(d, DTensor) else d for d in directions]
-        stacked = torch.stack(whole).unflatten(1, (parts, -1)).flatten(0, 1)  # (n, R, C)
+        stacked = (
+            torch.stack([_whole(d, self.dtype) for d in directions]).unflatten(1, (parts, -1)).flatten(0, 1)
+        )  # (n, R, C)
         result = self._shared(stacked) if self.share else orthogonalised(stacked, self.dtype)
         changes = result.to(first.dtype).unflatten(0, (-1, parts)).flatten(1, 2).unbind()
         if not isinstance(first, DTensor):
@@ -140,6 +151,6 @@ class Muon(torch.optim.Optimizer):
         each = -(-n // count)
         mine = matrices[rank * each : (rank + 1) * each]
         mine = torch.cat([mine, mine.new_zeros(each - len(mine), *mine.shape[1:])])
-        found = mine.new_empty(each * count, *mine.shape[1:], dtype=self.dtype)
-        dist.all_gather_into_tensor(found, orthogonalised(mine, self.dtype).contiguous())
-        return found[:n]
+        found = mine.new_empty(count, *mine.shape, dtype=self.dtype)
+        dist.all_gather(list(found), orthogonalised(mine, self.dtype).contiguous())
+        return found.flatten(0, 1)[:n]

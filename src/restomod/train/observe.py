@@ -8,7 +8,7 @@ from restomod.evals.scoring import evaluate as evaluate_task
 from restomod.evals.scoring import headline
 from restomod.samples import continuations
 from restomod.train.console import Display
-from restomod.train.distributed import whole
+from restomod.train.gather import whole
 from restomod.train.health import Finding, judge, seen_now
 from restomod.train.metrics import read_jsonl
 from restomod.train.setup import Training
@@ -17,7 +17,11 @@ from restomod.train.setup import Training
 def evaluate(training: Training, step: int, display: Display) -> None:
     """Log and show the loss on the validation split, if there is one, and how well the run's tasks are done."""
     config, compute, processes = training.config, training.compute, training.processes
-    model = whole(training.model)
+    # Under FSDP every process has the whole model while it evaluates (2 bytes of every block parameter in 16 bits, 4 of
+    # all others), as each computes windows and questions of its own, and not equally many: with the weights shared out,
+    # every forward pass would gather them, and those of all processes had to match. The activations and gradients of a
+    # training step, which need more than that, are not there meanwhile.
+    model = whole(training.model, compute.dtype)
     heldout = dataset_loss(
         model,
         training.dataset,
@@ -44,11 +48,12 @@ def evaluate(training: Training, step: int, display: Display) -> None:
 
 def write_samples(training: Training, step: int, display: Display) -> None:
     """Log and show one continuation of each prompt."""
-    sampling, model = training.config.sampling, whole(training.model)
+    sampling, dtype = training.config.sampling, training.compute.dtype
+    model = whole(training.model, dtype, keep=training.processes.main)
     if not training.processes.main:
         return
     display.line(f"step {step}  samples", style="bold cyan")
-    seed, dtype = training.config.seed + step, training.compute.dtype
+    seed = training.config.seed + step
     texts = continuations(model, training.tokenizer, sampling.prompts, 1, sampling, seed, dtype)
     for prompt, (text,) in zip(sampling.prompts, texts, strict=True):
         training.run.log_sample(step, prompt, text)

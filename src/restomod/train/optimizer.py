@@ -6,12 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from restomod.config import OptimConfig
@@ -19,12 +15,6 @@ from restomod.model.gpt import GPT, stacked_matrices
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.muon import Muon
 from restomod.train.scale import LossScale
-
-
-def _options(model: nn.Module) -> StateDictOptions:
-    """Names with dots; of a model that processes share, the whole tensors."""
-    shared = any(isinstance(p, DTensor) for p in model.parameters())
-    return StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=shared)
 
 
 class Optimizers:
@@ -91,8 +81,8 @@ def build_optimizer(
             by_parts.setdefault(stacked_matrices(model.config, name), []).append(named[name])
         muon_groups = [{"params": ps, "parts": n} for n, ps in by_parts.items()]
         precise = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
-        shared = processes.count > 1 and not any(isinstance(p, DTensor) for p in named.values())
-        parts.append(Muon(muon_groups, config.muon_lr, config.muon_momentum, config.muon_weight_decay, precise, shared))
+        share = processes.count > 1
+        parts.append(Muon(muon_groups, config.muon_lr, config.muon_momentum, config.muon_weight_decay, precise, share))
     return Optimizers(parts, LossScale(dtype, next(model.parameters()).device))
 
 
@@ -100,29 +90,13 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     """The optimizer's state by parameter name (``state.transformer.wte.weight.exp_avg``), sharing its memory.
 
     Its hyperparameters are left out: they are functions of the configuration and the step. An optimizer that has not
-    stepped yet gets its state made first. Of a model that processes share, the tensors are whole copies, and all
-    processes have to call this.
+    stepped yet gets its state made first, for which all processes have to call this. Of a tensor that processes share,
+    each has its part, in a DTensor.
     """
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer.parts, options=_options(model)))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer.parts, options=options))
     tensors = {name: value for name, value in flat.items() if name.startswith("state.")}
     return tensors | optimizer.loss_scale.tensors()
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; of tensors that processes share, each takes its part."""
-    scale = optimizer.loss_scale.tensors()  # of these two, in place
-    for name, factor in scale.items():
-        factor.copy_(tensors[name])
-    options = StateDictOptions(flatten_optimizer_state_dict=True)  # torch cannot load whole tensors that are flattened
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer.parts, options=options))
-    for name, value in tensors.items():
-        if name in scale:
-            continue
-        here = flat.get(name)
-        if isinstance(here, DTensor):
-            value = distribute_tensor(value, here.device_mesh, here.placements, src_data_rank=None)
-        flat[name] = value
-    set_optimizer_state_dict(model, optimizer.parts, flat, options=options)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -39,9 +39,10 @@ def roll_back(
         raise processes.error(
             f"step {step}: {problem}, and there is no checkpoint to go back to; lower --optim.lr in a new run"
         )
-    back = load_checkpoint(checkpoint, training.model, training.optimizer)
-    records = read_jsonl(run.folder / "metrics.jsonl")
-    if not guard.rolled_back(back, (record for record in records if record["step"] < back)):
+    back = load_checkpoint(checkpoint, training.model, training.optimizer, processes)
+    log = run.folder / "metrics.jsonl"
+    records = processes.from_main(lambda: [record for record in read_jsonl(log) if record["step"] < back])
+    if not guard.rolled_back(back, records):
         raise processes.error(
             f"step {step}: {problem}, and going back to step {back} has not helped; lower --optim.lr in a new run "
             f"(the checkpoints saved so far are whole)"

@@ -20,7 +20,8 @@ from restomod.config import RunConfig
 from restomod.errors import UserError
 from restomod.model.gpt import GPT
 from restomod.train.checkpoint import list_checkpoints, step_of, write_checkpoint
-from restomod.train.distributed import SINGLE, Processes, whole
+from restomod.train.distributed import SINGLE, Processes
+from restomod.train.gather import gather_on_main, is_shared, whole_on_main
 from restomod.train.metrics import read_jsonl
 from restomod.train.optimizer import Optimizers, optimizer_tensors
 
@@ -43,8 +44,9 @@ class Saver:
             UserError: the one before could not be written, and the run is to stop then.
         """
         state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
-        model = whole(model)
         self.finish()
+        if is_shared(model):
+            model, state = whole_on_main(model, self.processes), gather_on_main(state, self.processes)
         if self.processes.main:
             copied = self._copy(model, state)
             assert self._model is not None
