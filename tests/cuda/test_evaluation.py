@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from restomod.model.attention import attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,6 +21,7 @@ from restomod.evals.likelihood import Request as Question
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT
 from restomod.generate import Request, generate
+from restomod.model.attention import attention
 from restomod.model.gpt import GPT
 from restomod.train import parity
 from restomod.train.sanity import loss_gradients
