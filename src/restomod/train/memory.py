@@ -105,7 +105,8 @@ def first_micro_batch(
             if config.compile == "on":
                 raise UserError(f"{reason}; leave --compile out")
             compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
-            model.transformer._compiled_call_impl = None
+            for part in model.modules():
+                part._compiled_call_impl = None
             notes.append(f"{reason}: training goes on without it, slower")
         elif no_memory:
             n = compute.micro_batch

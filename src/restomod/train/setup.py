@@ -30,10 +30,10 @@ from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
 from restomod.model.families import as_saved, describe_shape
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
-from restomod.model.pretrained import load_model, load_weights, read_model_config
+from restomod.model.pretrained import load_model, read_model_config
 from restomod.text import duration
-from restomod.train.checkpoint import load_optimizer, newest_whole, progress
-from restomod.train.distributed import SINGLE, Processes, device_of, distribute
+from restomod.train.checkpoint import load_optimizer, load_saved_weights, newest_whole, progress
+from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.train.optimizer import Optimizers, build_optimizer
@@ -121,8 +121,8 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     model = processes.together(lambda: initial_model(fresh, device))
     first_step = data_offset = 0
     if checkpoint is not None:
-        load_weights(model, checkpoint)
-        first_step, data_offset = progress(checkpoint)
+        load_saved_weights(checkpoint, model, processes)
+        first_step, data_offset = processes.from_main(lambda: progress(checkpoint))
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
         trial, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
@@ -136,7 +136,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     processes.agree()
     loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
     if checkpoint is not None:
-        load_optimizer(checkpoint, model, optimizer)
+        load_optimizer(checkpoint, model, optimizer, processes)
     processes.agree()
     seconds, compute, notes = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes)
 
@@ -225,8 +225,9 @@ def make_ready(
         fits = processes.least(fitting_micro_batch(model, batches, compute, config.optim))
         compute = dataclasses.replace(compute, micro_batch=fits)
     if compute.compiled:
-        compile_module(model.transformer, compute.device)
-    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes)
+        for part in compiled_parts(model, config.parallel):
+            compile_module(part, compute.device)
+    loss_of = distribute(BatchLoss(model, compute), model, config.parallel, processes, compute.dtype)
     return loss_of, build_optimizer(model, config.optim, compute.dtype, processes), compute
 
 
