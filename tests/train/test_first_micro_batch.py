@@ -57,7 +57,9 @@ def first(
     trainee = make_trainee(compile=setting)
     compute = Compute(CPU, torch.float32, 8, compiled)
     loss_of = PlantedLoss(trainee, compute, before)
-    return loss_of, *first_micro_batch(trainee.model, loss_of, trainee.batches, compute, trainee.config, 0, processes)
+    said: list[str] = []
+    first = trainee.model, loss_of, trainee.batches, compute, trainee.config, 0, processes, said.append
+    return loss_of, *first_micro_batch(*first), said
 
 
 def raising(error: BaseException, above: int) -> Before:
@@ -95,9 +97,8 @@ def test_it_changes_nothing() -> None:
     trainee = make_trainee()
     before, random_state = trainee.tensors(), torch.get_rng_state()
     compute = Compute(CPU, torch.float32, 8)
-    first_micro_batch(
-        trainee.model, BatchLoss(trainee.model, compute), trainee.batches, compute, trainee.config, 0, SINGLE
-    )
+    loss_of = BatchLoss(trainee.model, compute)
+    first_micro_batch(trainee.model, loss_of, trainee.batches, compute, trainee.config, 0, SINGLE, print)
     assert all(p.grad is None for p in trainee.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in trainee.tensors().items())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -108,12 +109,12 @@ def test_it_changes_nothing() -> None:
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda e: f"{type(e).__name__} {str(e)[:30]}")
 def test_out_of_memory_halves_the_micro_batch_until_it_fits(error: BaseException) -> None:
-    loss_of, seconds, compute, notes = first(raising(error, above=2))
+    loss_of, seconds, compute, said = first(raising(error, above=2))
     assert compute.micro_batch == loss_of.compute.micro_batch == 2
     assert 0 < seconds < 60
-    assert notes == [
-        "out of memory with a micro-batch of 8: it is 4 from here on",
-        "out of memory with a micro-batch of 4: it is 2 from here on",
+    assert said == [
+        "warning: out of memory with a micro-batch of 8: it is 4 from here on",
+        "warning: out of memory with a micro-batch of 4: it is 2 from here on",
     ]
 
 
@@ -152,12 +153,13 @@ def no_compiler(call: int, sequences: int) -> None:
 
 
 def test_where_torch_compile_fails_the_model_is_run_without_it() -> None:
-    loss_of, _, compute, notes = first(no_compiler, compiled=True)
+    loss_of, _, compute, said = first(no_compiler, compiled=True)
     assert not compute.compiled
     assert not loss_of.compute.compiled
     assert loss_of.model.transformer._compiled_call_impl is None
     assert "no C compiler" in compute.compile_reason
-    assert "no C compiler" in notes[0]
+    assert said[0].startswith("compiling the model")
+    assert "no C compiler" in said[1]
 
 
 def test_where_it_was_asked_for_that_is_an_error() -> None:

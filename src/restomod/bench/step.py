@@ -26,7 +26,7 @@ from restomod.model.flops import parameter_count, peak_flops
 from restomod.text import duration
 from restomod.train.console import Display
 from restomod.train.distributed import Processes, joined
-from restomod.train.memory import choose_micro_batch, first_micro_batch
+from restomod.train.memory import Say, choose_micro_batch, first_micro_batch
 from restomod.train.run import environment
 from restomod.train.setup import choose_compute, initial_model, make_ready, training_batches
 
@@ -120,10 +120,9 @@ def _bench(
     count = warmup + 2 * timed + 1  # the last is the traced one
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
-    steps, seconds, notes = processes.together(lambda: _steps(config, tokens, count, processes))
+    steps, seconds = processes.together(lambda: _steps(config, tokens, count, processes, display.line))
     accumulation = config.batch_sequences // steps.compute.micro_batch // processes.count
     display.table(_head(steps, preset, tokens, warmup, timed, accumulation, seconds))
-    display.lines([f"warning: {note}" for note in notes])
     with steps.data:
         timings = measure(steps, warmup, timed)
         if trace is not None:
@@ -150,8 +149,8 @@ def _refuse_files(*names: str | None) -> None:
             refuse_unwritable(Path(name))
 
 
-def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> tuple[Steps, float, list[str]]:
-    """Everything as training sets it up, the seconds of a micro-batch, and what was done otherwise than configured."""
+def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say: Say) -> tuple[Steps, float]:
+    """Everything as training sets it up, and the seconds of a micro-batch."""
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
@@ -162,9 +161,9 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes) -> 
         batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
     model = processes.together(lambda: initial_model(config, compute.device))
     loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
-    seconds, compute, notes = first_micro_batch(model, loss_of, batches, compute, config, 0, processes)
+    seconds, compute = first_micro_batch(model, loss_of, batches, compute, config, 0, processes, say)
     data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.count, compute.device)
-    return Steps(config, data, loss_of, optimizer, compute, processes), seconds, notes
+    return Steps(config, data, loss_of, optimizer, compute, processes), seconds
 
 
 def synthetic_tokens(vocab_size: int, sequence_length: int, seed: int) -> TokenStream:

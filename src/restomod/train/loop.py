@@ -7,6 +7,7 @@ killed and resumed is the run that was not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -56,13 +57,13 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
     processes.together(lambda: require_installed(config.track))
     if not resume:
         processes.together(lambda: refuse_existing(folder))
-    display.line("preparing the data and the model …", style="dim")
-    training = processes.together(lambda: set_up(config, folder, resume, processes))
+    say = functools.partial(display.line, style="dim")
+    say("preparing the data and the model …")
+    training = processes.together(lambda: set_up(config, folder, resume, processes, say))
     if training.first_step >= config.steps:
         display.line(f"{folder} has made its {config.steps} steps already; --steps N goes on to step N")
         return EXIT_FINISHED
     display.table(summary(training))
-    display.lines([f"warning: {note}" for note in training.notes])
     display.lines([f"warning: set aside: {problem}" for problem in training.damaged])
     if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,6 +22,9 @@ from restomod.model.sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, toke
 from restomod.train.distributed import Processes, synchronised
 from restomod.train.footprint import optimizer_bytes
 from restomod.train.step import BatchLoss, Compute, batch_loss
+
+Say = Callable[[str], None]
+"""Shows a line to the user."""
 
 TRIED = (2, 4)  # sequences
 LONG_MICRO_BATCH = 20.0  # seconds; one that takes longer is not repeated to be timed, unless it was compiled
@@ -81,20 +85,30 @@ def first_micro_batch(
     config: RunConfig,
     step: int,
     processes: Processes,
-) -> tuple[float, Compute, list[str]]:
+    say: Say,
+) -> tuple[float, Compute]:
     """Compute a micro-batch of ``step`` forward and backward, the first of a process. All processes call this.
 
     torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
     is halved; where torch.compile fails and was chosen automatically, the model is run without it.
 
+    Args:
+        model: that is trained.
+        loss_of, compute: from `restomod.train.setup.make_ready`; a change of ``compute`` is made in ``loss_of`` too.
+        batches, config: of the run.
+        step: how many updates the weights have had.
+        processes: that train the model.
+        say: is given a line when compiling begins, and one for each change.
+
     Returns:
-        Seconds of a micro-batch; ``compute`` as it works; and what was changed in it, a line for each change.
+        Seconds of a micro-batch, and ``compute`` as it works.
 
     Raises:
         UserError: one sequence does not fit, or torch.compile was asked for and does not work.
     """
-    notes: list[str] = []
     repeated = False
+    if compute.compiled:
+        say("compiling the model, which takes a minute or two the first time …")
     while True:
         seconds, failure, reason = _try_micro_batch(model, loss_of, batches, compute, step)
         no_memory, no_compiler, long = processes.any(
@@ -107,7 +121,7 @@ def first_micro_batch(
             compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
             for part in model.modules():
                 part._compiled_call_impl = None
-            notes.append(f"{reason}: training goes on without it, slower")
+            say(f"warning: {reason}: training goes on without it, slower")
         elif no_memory:
             n = compute.micro_batch
             if n == 1:
@@ -115,9 +129,9 @@ def first_micro_batch(
                     f"out of memory with one sequence at once ({reason}); try --recompute, or a smaller model"
                 )
             compute = dataclasses.replace(compute, micro_batch=smaller(n))
-            notes.append(f"out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
+            say(f"warning: out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
         elif repeated or (long and not compute.compiled):
-            return seconds, compute, notes
+            return seconds, compute
         repeated = not (no_compiler or no_memory)
         for module in loss_of.modules():
             if isinstance(module, BatchLoss):

@@ -35,7 +35,7 @@ from restomod.text import duration
 from restomod.train.checkpoint import load_optimizer, load_saved_weights, newest_whole, progress
 from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.train.find import find_model
-from restomod.train.memory import choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
+from restomod.train.memory import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
@@ -69,8 +69,6 @@ class Training:
     """What the sanity checks found; empty for a run that goes on, or that does without them."""
     micro_batch_seconds: float
     """How long a micro-batch takes, forward and backward."""
-    notes: list[str]
-    """What had to be done otherwise than configured."""
 
     @property
     def config(self) -> RunConfig:
@@ -87,7 +85,9 @@ class Training:
         return None if peak is None else peak * self.processes.count
 
 
-def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes = SINGLE) -> Training:
+def set_up(
+    config: RunConfig, folder: Path, resume: bool, processes: Processes = SINGLE, say: Say = lambda text: None
+) -> Training:
     """Prepare data, model and optimizer, and make or reopen the run's folder.
 
     Nothing is written before the data and the configuration have been found good. A resumed run starts from its
@@ -138,7 +138,7 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer, processes)
     processes.agree()
-    seconds, compute, notes = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes)
+    seconds, compute = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes, say)
 
     run = Run(folder, config, writes=False)
     if processes.main:
@@ -160,7 +160,6 @@ def set_up(config: RunConfig, folder: Path, resume: bool, processes: Processes =
         damaged,
         verdicts,
         seconds,
-        notes,
     )
 
 
