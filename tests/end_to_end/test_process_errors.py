@@ -15,7 +15,7 @@ import pytest
 
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
-from restomod.data.shards import TokenStream
+from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
 from restomod.train import checkpoint, setup
 from restomod.train import step as step_module
@@ -152,6 +152,23 @@ def test_what_one_process_finds_wrong_stops_all(
     arguments = ("quickstart", "--out", str(run), *flags(dataclasses.replace(shared, eval_every=NEVER)))
     assert "broken" in the_one_error(launch(2, only_in, rank, patch, *arguments, timeout=60))
     assert run.exists() == (patch is without_disk_later)
+
+
+def with_other_data(patch: pytest.MonkeyPatch) -> None:
+    prepare = setup.prepare
+
+    def prepare_another(*arguments: Any) -> Dataset:
+        dataset = prepare(*arguments)
+        return dataclasses.replace(dataset, manifest=dataset.manifest | {"fingerprint": "another"})
+
+    patch.setattr(setup, "prepare", prepare_another)
+
+
+def test_machines_with_different_data_are_refused(shared: RunConfig, tmp_path: Path) -> None:
+    arguments = ("quickstart", "--out", str(tmp_path / "run"), *flags(shared))
+    line = the_one_error(launch(2, only_in, 1, with_other_data, *arguments, timeout=60))
+    assert "found different data" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_stops_all_in_one_line(shared: RunConfig, tmp_path: Path) -> None:

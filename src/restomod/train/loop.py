@@ -53,7 +53,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
 
 def _train(config: RunConfig, folder: Path, resume: bool, display: Display, processes: Processes) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
-        resume = resume or (folder / "config.json").exists()
+        resume = resume or processes.from_main((folder / "config.json").exists)
     processes.together(lambda: require_installed(config.track))
     if not resume:
         processes.together(lambda: refuse_existing(folder))

@@ -108,8 +108,13 @@ def set_up(
             Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
     cache, limit = Path(config.data.cache), config.eval_limit
     tasks = processes.together(lambda: [load_task(name, cache, limit) for name in config.eval_tasks], one_first=True)
+    if len(set(processes.gather(dataset.fingerprint))) > 1:
+        raise processes.error(
+            "the processes of this run found different data; give all machines the same files, or one folder that all "
+            "can read (--data.path, --data.cache)"
+        )
     if resume:
-        check_resumable(folder, config, dataset)
+        processes.from_main(lambda: check_resumable(folder, config, dataset))
     fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
     if config.sanity_checks and device.type in CHECKED_BEFORE_TRAINING:
         parity = device_parity(device, compute.dtype)
