@@ -99,7 +99,7 @@ def test_pages_for_a_gpu_are_locked_in_a_thread_that_uses_that_gpu(monkeypatch: 
     pinned: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.update({threading.get_ident(): device}))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.get_ident()) or self)
-    with Prefetch(Watched(), 2, 3, device=torch.device("cuda", 3)) as data:
+    with Prefetch(Watched(), 2, 1, device=torch.device("cuda", 3)) as data:
         data.get(0)
     assert set(pinned) == set(chosen)
     assert list(chosen.values()) == [torch.device("cuda", 3)]

@@ -239,10 +239,10 @@ def test_saving_from_a_cpu_leaves_cuda_alone(tmp_path: Path, monkeypatch: pytest
     def touched(*arguments: object) -> None:
         raise AssertionError("CUDA is initialised")
 
-    for name in ("synchronize", "Event", "is_available", "init"):
-        monkeypatch.setattr(torch.cuda, name, touched)
     trainee = make_trainee()
     trainee.train(0, 1)
+    for name in ("synchronize", "Event", "is_available", "init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
     with Saver(tmp_path, CONFIG) as saver:
         saver.save(1, trainee.model, trainee.optimizer)
     assert steps(tmp_path) == [1]

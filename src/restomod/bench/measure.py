@@ -76,7 +76,8 @@ class Steps:
         if self.compute.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library else reports its own start and end on stderr
-        with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function("training step"):
+        profiler = torch.profiler.profile(activities=kinds, acc_events=True)  # else torch 2.11 warns about cycles
+        with profiler as profile, torch.profiler.record_function("training step"):
             self.whole(step)
         profile.export_chrome_trace(str(file))
 
