@@ -255,7 +255,10 @@ def test_a_pickle_that_is_no_dictionary_of_tensors_is_refused(tmp_path: Path, va
 )
 def test_an_entry_that_is_no_plain_tensor_is_named(tmp_path: Path, make: Callable[[], Any]) -> None:
     torch.save({"fine": torch.zeros(1), "odd": make()}, tmp_path / "pytorch_model.bin")
-    assert refusal(tmp_path) == "pytorch_model.bin is not a model's weights: odd should be a plain tensor"
+    said = refusal(tmp_path)
+    assert said.startswith("pytorch_model.bin is ")
+    # torch 2.15 does not load a nested tensor at all
+    assert said.endswith(("weights: odd should be a plain tensor", "_rebuild_nested_tensor, which is no tensor"))
 
 
 def test_an_archive_of_a_program_is_refused_without_a_word_of_torchs(tmp_path: Path) -> None:
