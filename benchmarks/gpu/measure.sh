@@ -10,7 +10,7 @@ LEFT=${LEFT:-420}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 size=(--micro-batch 64 --warmup 2 --timed 5)
-recipe=(--layers 12 --width 768 --context 1024 --batch-tokens 65536 --tokens 9830400 --lr 6e-4 --looks 15
+recipe=(--layers 12 --width 768 --context 1024 --batch-tokens 65536 --tokens 4915200 --lr 6e-4 --looks 8
     --eval-tokens 131072 --compile)
 if ((${#smoke[@]})); then
     tiny=(--model.n-layer 2 --model.n-head 2 --model.n-embd 32 --sequence-length 32 --batch-tokens 128)
@@ -23,9 +23,9 @@ bench() {
     part "$1" "$2" "$PYTHON" -m restomod bench step gpt2-124m --device "$device" "${size[@]}" --json "$work/$1.json" "${@:3}"
 }
 
-bench bench 85
-part step 85 "$PYTHON" -m benchmarks.gpu.versus --peer "build-nanogpt=$KIT/build-nanogpt" --out "$work/step.json" \
-    --seconds $(($(allowed 85) - 15)) "${smoke[@]}"
+bench bench 150
+part step 130 "$PYTHON" -m benchmarks.gpu.versus --peer "build-nanogpt=$KIT/build-nanogpt" --out "$work/step.json" \
+    --seconds $(($(allowed 130) - 15)) "${smoke[@]}"
 item shakespeare 140
 [[ -f $work/shakespeare/shakespeare.jsonl ]] && cp "$work/shakespeare/shakespeare.jsonl" "$OUT"
 part recipe 160 "$PYTHON" -m benchmarks.recipe "$KIT/data/tokens" --out "$work/recipe.json" --only gpt2,modern "${recipe[@]}"

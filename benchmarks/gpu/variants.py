@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import peers, records, table
-from benchmarks.contenders import Absent, Contender, Here, Measured, Round, Worker, reason
+from benchmarks.contenders import Contender, Here, Measured, Round, Worker, reason
 from benchmarks.gpu.collect import PARTS
 from benchmarks.harness import Plan, compare
 from benchmarks.items.loss import close
@@ -33,7 +33,7 @@ from benchmarks.items.step import METRICS, SMALL, Shape, task_of, timed
 from benchmarks.machine import environment
 from benchmarks.records import Comparison, Item, Metric
 from restomod.bench.measure import peak_memory
-from restomod.device import choose_dtype, compile_module, synchronize
+from restomod.device import REDUCTIONS, avoid_wrong_reductions, choose_dtype, compile_module, synchronize
 from restomod.files import write_text_atomically
 from restomod.model.gpt import GPT, build_model
 from restomod.presets import preset
@@ -169,14 +169,16 @@ def loss_chunks(plan: Plan, micro_batch: MicroBatch) -> Comparison:
     return compare(plan, "a micro-batch by chunks of the loss", contenders, metrics, plan.pick(3, 2), agree=close)
 
 
-def mix_order_reduction(on: bool) -> None:
-    """Whether Inductor, in this process, joins reductions over rows and over columns in one kernel."""
-    os.environ["TORCHINDUCTOR_MIX_ORDER_REDUCTION"] = str(int(on))  # what restomod heeds before it chooses itself
+def switch_mix_order_reduction(model: GPT) -> None:
+    """Have Inductor, in this process, join reductions over rows and over columns in one kernel, or not: the other way.
+
+    restomod leaves them on, but for releases of torch in which they are wrong (`avoid_wrong_reductions`).
+    """
     from torch._inductor import config
 
-    if not hasattr(config.triton, "mix_order_reduction"):
-        raise Absent(f"torch {torch.__version__} has no mix_order_reduction")
-    config.triton.mix_order_reduction = on
+    off = avoid_wrong_reductions()
+    os.environ[REDUCTIONS] = str(int(off))  # what restomod heeds before it chooses itself
+    config.triton.mix_order_reduction = off
 
 
 def residual_in_bf16(model: GPT) -> None:
@@ -186,8 +188,7 @@ def residual_in_bf16(model: GPT) -> None:
 
 SETTINGS: dict[str, Callable[[GPT], None]] = {
     "default": lambda model: None,
-    "mix_order_reduction off": lambda model: mix_order_reduction(False),
-    "mix_order_reduction on": lambda model: mix_order_reduction(True),
+    "mix-order reductions switched": switch_mix_order_reduction,
     "residual stream in bf16": residual_in_bf16,
 }
 
@@ -201,9 +202,13 @@ def settings(plan: Plan, shape: Shape, batch: int, length: int) -> Comparison:
 
 
 def setting_rounds(name: str, shape: Shape, batch: int, length: int, device: str, repeat: int) -> Round:
-    """The function of a `Worker`."""
+    """The function of a `Worker`, which has compiled when it is ready: all workers compile at the same time."""
     task = task_of(None, shape, batch, length, device)
-    return timed(peers.restomod(task, device == "cuda", SETTINGS[name]), task, repeat)
+    step = peers.restomod(task, device == "cuda", SETTINGS[name])
+    step()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return timed(step, task, repeat)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(choices))}"
 
 
+def one_line(error: object) -> str:
+    """The first line of an error's message, at most 200 characters; the error's kind where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def describe_os_error(e: OSError) -> str:
     """What the system refused, in one line."""
     return f"{e.filename or 'input/output'}: {e.strerror or e}"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.files import sha256_file
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
@@ -126,8 +126,3 @@ def drop(path: Path) -> None:
     """Remove a file from the cache, and the content that it links to."""
     for part in (path.resolve(), path):
         part.unlink(missing_ok=True)
-
-
-def one_line(reason: Any) -> str:
-    """What went wrong, in one line."""
-    return (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]

@@ -24,6 +24,8 @@ MEMORY_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     torch.AcceleratorError("CUDA error: out of memory", 2),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.80 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:131] DefaultCPUAllocator: can't allocate memory: you tried to"),
     MemoryError(),

@@ -19,7 +19,7 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, describe_device, dtype_name, is_out_of_memory
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.files import refuse_unwritable, write_json_atomically
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops
@@ -102,8 +102,7 @@ def _memory_errors() -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
-            reason = next(iter(str(e).splitlines()), "no more is there")
-            raise UserError(f"out of memory ({reason:.120}); lower --micro-batch") from e
+            raise UserError(f"out of memory ({one_line(e):.120}); lower --micro-batch") from e
         raise
 
 

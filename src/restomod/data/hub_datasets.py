@@ -14,8 +14,8 @@ from typing import Any
 
 from restomod.data.readers import JSON_LINES, PARQUET
 from restomod.data.streams import DECOMPRESSORS
-from restomod.errors import UserError, did_you_mean
-from restomod.hub import hub_file, one_line
+from restomod.errors import UserError, did_you_mean, one_line
+from restomod.hub import hub_file
 
 READABLE = (PARQUET, ".txt", ".md", *JSON_LINES)
 SCHEME = "hf://datasets/"

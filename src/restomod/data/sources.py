@@ -12,7 +12,7 @@ from pathlib import Path
 from restomod.config import DataConfig
 from restomod.data.documents import AnyDocument, Document
 from restomod.data.readers import read_documents
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -128,7 +128,5 @@ def download(url: str, sha256: str, name: str, folder: Path, instead: str) -> Pa
     try:
         return Path(pooch.retrieve(url, f"sha256:{sha256}", name, folder))
     except (requests.RequestException, OSError, ValueError) as e:
-        reason = (
-            "no connection" if isinstance(e, requests.ConnectionError) else (str(e) or type(e).__name__).splitlines()[0]
-        )
+        reason = "no connection" if isinstance(e, requests.ConnectionError) else one_line(e)
         raise UserError(f"cannot download {url}: {reason}; {instead}") from None

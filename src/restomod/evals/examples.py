@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 
 Record = dict[str, Any]
 
@@ -88,7 +88,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         records = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{path}: cannot read it ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot read it ({one_line(e)})") from None
     for number, record in enumerate(records, 1):
         yield f"{path}, row {number}", record
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from restomod.config_model import VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import autocast, total_memory
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.files import read_json
 from restomod.model.gpt import GPT
@@ -164,6 +164,5 @@ def _from_transformers(name: str, folder: Path, device: torch.device, dtype: tor
         # of a model of the hub only config and weights are here
         tokenizer = AutoTokenizer.from_pretrained(folder if local else name, revision=None if local else folder.name)
     except Exception as e:  # of any kind: the files say what is run
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise UserError(f"{name}: transformers cannot load it ({reason})") from None
+        raise UserError(f"{name}: transformers cannot load it ({one_line(e)})") from None
     return ScoredTransformers(model.to(device), tokenizer)

@@ -6,8 +6,8 @@ import contextlib
 import re
 from pathlib import Path
 
-from restomod.errors import UserError
-from restomod.hub import hub_file, one_line, quiet_client
+from restomod.errors import UserError, one_line
+from restomod.hub import hub_file, quiet_client
 from restomod.model.storage import weights_files
 
 OPENAI = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}

@@ -19,6 +19,7 @@ from restomod.data.shards import TokenStream
 from restomod.data.sources import documents
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import autocast, choose_device, choose_dtype
+from restomod.errors import one_line
 from restomod.model.gpt import initial_std
 from restomod.train.find import open_or_build
 from restomod.train.footprint import state_bytes
@@ -195,7 +196,7 @@ def compiled_agreement(subject: Subject) -> Verdict:
     try:
         compiled_loss, compiled_norm = loss_and_norm(torch.compile(model.transformer))
     except torch._dynamo.exc.TorchDynamoException as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        reason = one_line(e)
         return Verdict(
             "compiled", "skip", f"torch.compile does not work here ({reason:.120}); train with --compile off"
         )

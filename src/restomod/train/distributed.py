@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
-from restomod.errors import ReportedElsewhere, UserError, describe_os_error
+from restomod.errors import ReportedElsewhere, UserError, describe_os_error, one_line
 from restomod.model.gpt import GPT
 from restomod.train.signals import stop_with_parent
 
@@ -203,7 +203,7 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
         if not _speaks_first(store) and (lost or isinstance(e, (UserError, OSError))):
             raise ReportedElsewhere from e
         if lost:
-            raise UserError(f"another process of this run is gone ({_reason(e)}); {mend}") from e
+            raise UserError(f"another process of this run is gone ({one_line(e)}); {mend}") from e
         raise
     finally:
         # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
@@ -246,10 +246,6 @@ def _drop_locals(e: BaseException | None) -> None:
     while e is not None:
         traceback.clear_frames(e.__traceback__)
         e = e.__cause__ or e.__context__
-
-
-def _reason(e: BaseException) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 
 def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:

@@ -10,7 +10,8 @@ from shlex import quote
 
 import torch
 
-from restomod.errors import UserError, did_you_mean
+from restomod.device import is_out_of_memory
+from restomod.errors import UserError, did_you_mean, one_line
 from restomod.files import read_json
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hub import OPENAI, download_model, hub_name
@@ -56,8 +57,10 @@ def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool
     if is_preset(name) and not Path(name).is_dir():
         try:
             return build_model(preset(name).model, seed, device).eval(), True
-        except (RuntimeError, MemoryError) as e:  # out of memory, on the CPU and on CUDA
-            raise UserError(f"{name} does not fit into memory here ({str(e).splitlines()[0]})") from e
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+            raise UserError(f"{name} does not fit into memory here ({one_line(e)})") from e
     if Path(name).name == name and not Path(name).exists() and name not in OPENAI:
         raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
     return open_model(name, device), False

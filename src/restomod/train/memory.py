@@ -16,7 +16,7 @@ from restomod.config_model import nearest_divisor_below
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches
 from restomod.device import is_out_of_memory, release_memory, total_memory
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.model.gpt import GPT
 from restomod.model.sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
 from restomod.train.distributed import Processes, synchronised
@@ -47,9 +47,10 @@ def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: O
     Two small micro-batches go forward and backward, uncompiled; what they take tells what a larger one would. The loss
     is computed in chunks that both fill, so that its memory does not look as if it grew with the micro-batch.
     """
-    chunk = compute.chunk or choose_chunk(compute.device)
+    chunk = min(compute.chunk or choose_chunk(compute.device), compute.micro_batch * batches.T)
     tried = min(chunk, TRIED[0] * batches.T)
     trial = dataclasses.replace(compute, compiled=False, chunk=tried)
+    _bytes_taken(model, batches, trial, TRIED[0])  # cuBLAS takes its workspaces from the same memory, once
     taken = [_bytes_taken(model, batches, trial, n) for n in TRIED]
     release_memory(compute.device)
     free, _ = torch.cuda.mem_get_info(compute.device)
@@ -71,10 +72,12 @@ def _bytes_taken(model: GPT, batches: Batches, compute: Compute, sequences: int)
 
 
 def sequences_that_fit(small: tuple[int, int], large: tuple[int, int], room: float) -> int:
-    """How many sequences fit into ``room`` bytes, at least 1, given how many bytes two other numbers of them took."""
-    each = (large[1] - small[1]) / (large[0] - small[0])
-    fixed = small[1] - each * small[0]
-    return max(1, int((room - fixed) / each)) if each > 0 else large[0]
+    """How many sequences fit into ``room`` bytes, at least 1, given how many bytes two other numbers of them took.
+
+    Short sequences may take so little that both numbers take the same; then any number fits, as far as can be told.
+    """
+    each = max(1.0, (large[1] - small[1]) / (large[0] - small[0]))
+    return max(1, int((room - (small[1] - each * small[0])) / each))
 
 
 def first_micro_batch(
@@ -159,7 +162,7 @@ def _try_micro_batch(
         loss.item()  # waits for the device
         model.zero_grad(set_to_none=True)
     except Exception as e:
-        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
+        reason = one_line(" ".join(str(e).split()) or type(e).__name__)  # a compiler's first line says nothing
         if is_out_of_memory(e):
             if sharded:
                 raise UserError(f"out of memory ({reason}); lower --micro-batch, or try --recompute") from e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from restomod.data.prefetch import MicroBatches
 from restomod.device import is_out_of_memory, release_memory
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.train.checkpoint import load_checkpoint, newest_whole
 from restomod.train.console import Display
 from restomod.train.guard import Guard
@@ -88,7 +88,7 @@ def step_that_fits(
                 raise
             if sequences == 1 or processes.count > 1:
                 raise UserError(
-                    f"step {step}: out of memory with {sequences} sequences at once ({str(e).splitlines()[0]}); "
+                    f"step {step}: out of memory with {sequences} sequences at once ({one_line(e)}); "
                     f"go on with a smaller --micro-batch, or with --recompute"
                 ) from e
         optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step

@@ -122,7 +122,10 @@ class Saver:
 
 
 def staging(tensor: Tensor) -> Tensor:
-    """Memory on the CPU for a copy of ``tensor``; page-locked for one on a GPU, if the system allows so much of it."""
+    """Memory on the CPU for a copy of ``tensor``; page-locked for one on a GPU, if the system allows so much of it.
+
+    torch rounds each page-locked block up to a power of two: GPT-2 124M with AdamW takes 2.5 GB for 1.5.
+    """
     if tensor.is_cuda:
         with contextlib.suppress(RuntimeError):  # the system's limit on locked memory
             return torch.empty_like(tensor, device="cpu", pin_memory=True)

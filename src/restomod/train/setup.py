@@ -25,7 +25,7 @@ from restomod.device import (
     is_out_of_memory,
     keep_freed_memory,
 )
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
 from restomod.model.families import as_saved, describe_shape
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
@@ -274,7 +274,7 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         if not is_out_of_memory(e):
             raise
         parameters = parameter_count(shape)
-        raise UserError(f"a model of {parameters:,} parameters does not fit here ({str(e).splitlines()[0]})") from e
+        raise UserError(f"a model of {parameters:,} parameters does not fit here ({one_line(e)})") from e
 
 
 def summary(training: Training) -> list[tuple[str, str]]:
