@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from restomod.model import attention as module
-from restomod.model.attention import attention
+from restomod.model.attention import BACKENDS, attention
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -43,6 +43,11 @@ def on_cuda(queries: int, mask: bool, monkeypatch: pytest.MonkeyPatch) -> set[SD
 
 def test_training_may_use_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_cuda(64, False, monkeypatch) == {CUDNN, FLASH, EFFICIENT, MATH}
+
+
+def test_the_table_decides_for_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "training", [FLASH, MATH])
+    assert on_cuda(64, False, monkeypatch) == {FLASH, MATH}
 
 
 def test_training_with_a_mask_uses_neither_cudnn_nor_flash(monkeypatch: pytest.MonkeyPatch) -> None:

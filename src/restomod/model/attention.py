@@ -23,8 +23,9 @@ Use = Literal["training", "masked training", "scoring", "decoding"]
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+ALL = [CUDNN, FLASH, EFFICIENT, MATH]
 BACKENDS: dict[Use, list[SDPBackend]] = {
-    "training": [CUDNN, FLASH, EFFICIENT, MATH],
+    "training": ALL,
     "masked training": [EFFICIENT, MATH],  # flash takes no mask
     "scoring": [FLASH, EFFICIENT, MATH],
     "decoding": [FLASH, EFFICIENT, MATH],
@@ -62,5 +63,7 @@ def allowed_backends(q: Tensor, mask: Tensor | None) -> list[SDPBackend] | None:
     if not q.is_cuda:
         return None
     if torch.is_grad_enabled():
-        return None if mask is None else BACKENDS["masked training"]
-    return BACKENDS["decoding" if q.shape[-2] == 1 else "scoring"]
+        allowed = BACKENDS["training" if mask is None else "masked training"]
+    else:
+        allowed = BACKENDS["decoding" if q.shape[-2] == 1 else "scoring"]
+    return None if len(allowed) == len(ALL) else allowed
