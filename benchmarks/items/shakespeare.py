@@ -32,7 +32,7 @@ def measure(plan: Plan) -> Item:
     run = plan.scratch / "run"
     words = ["train", "tinyshakespeare", "--out", str(run), "--device", plan.device, "--data.path", str(text)]
     words += ["--data.cache", str(plan.scratch / "tokens")]
-    # every 250 steps would be every 3 seconds on a GPU, and a save takes as long; one follows the last step
+    # the time of saves and samples is not what is measured; one of each follows the last step
     words += [f"--save-every={NEVER}", "--save-every-minutes=None", f"--sample-every={NEVER}"]
     if plan.smoke:
         words += [*TINY, "--steps", "3", "--sequence-length", "64"]

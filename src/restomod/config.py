@@ -208,7 +208,7 @@ class RunConfig:
     save_every: int | None = None
     """Steps between checkpoints. None: only by time. One more follows the last step."""
     save_every_minutes: float | None = 10.0
-    """Minutes between checkpoints; after half of them a validation is followed by one. None: only by steps."""
+    """Minutes between checkpoints; at a validation, half as many are enough. None: only by steps."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep (0: all)."""
     keep_best: bool = True

@@ -28,7 +28,8 @@ OUT_OF_MEMORY = (
     "can't allocate memory",
 )
 TESTED_TORCH = (2, 11), (2, 15)  # the oldest and the newest release with which all tests have passed
-# Inductor's mix-order reductions lose a part of the gradient in these releases of torch (pytorch issues 190796, 193061)
+# Inductor's mix-order reductions lose a part of the gradient from the first of these releases of torch on; the second
+# has the fix (pytorch issues 190796, 193061)
 WRONG_REDUCTIONS = (2, 10), (2, 15)
 REDUCTIONS = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
 
@@ -100,8 +101,8 @@ def avoid_wrong_reductions() -> bool:
     """
     import torch._inductor.config as inductor
 
-    first, mended = WRONG_REDUCTIONS
-    if first <= torch_release() < mended and REDUCTIONS not in os.environ:
+    first, fixed = WRONG_REDUCTIONS
+    if first <= torch_release() < fixed and REDUCTIONS not in os.environ:
         inductor.triton.mix_order_reduction = False
     return not inductor.triton.mix_order_reduction
 

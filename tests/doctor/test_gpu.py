@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 
 from restomod.device import REDUCTIONS
 from restomod.doctor import gpu
-from restomod.doctor.gpu import attention, chosen_backend, cudnn, is_supported, judge_faults, known_faults
+from restomod.doctor.gpu import attention, check_faults, chosen_backend, cudnn, is_supported, known_faults
 from restomod.doctor.machine import Machine
 from restomod.model.attention import BACKENDS, Use
 from restomod.presets import preset
@@ -121,7 +121,7 @@ def test_faults_that_are_avoided_are_said_and_pass(
 ) -> None:
     monkeypatch.setattr("restomod.device.torch_release", lambda: release)
     monkeypatch.delenv(REDUCTIONS, raising=False)
-    verdict = judge_faults(capability, release)
+    verdict = check_faults(capability, release)
     assert verdict.status == "pass"
     assert ("mix-order reductions" in verdict.reason) == reductions
     assert ("with a mask" in verdict.reason) == masks
@@ -133,7 +133,7 @@ def test_a_fault_that_the_environment_brings_back_is_warned_of(monkeypatch: pyte
     monkeypatch.setattr("restomod.device.torch_release", lambda: (2, 11))
     monkeypatch.setenv(REDUCTIONS, "1")
     with inductor.patch({"triton.mix_order_reduction": True}):
-        assert_says(judge_faults((8, 0), (2, 11)), "warn", "wrong gradients", f"unset {REDUCTIONS}")
+        assert_says(check_faults((8, 0), (2, 11)), "warn", "wrong gradients", f"unset {REDUCTIONS}")
 
 
 def test_without_a_gpu_there_is_nothing_to_say() -> None:

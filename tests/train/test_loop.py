@@ -23,7 +23,7 @@ def test_a_save_by_time_waits_for_a_validation_if_one_comes_soon(step: int, minu
 
 @pytest.mark.parametrize("name", ["tinyshakespeare", "gpt2-124m", "modern-124m"])
 def test_presets_for_gpus_save_by_time_alone(name: str) -> None:
-    """250 steps of TinyShakespeare take 3 s on a GPU, and a save as long."""
+    """By steps, a fast GPU would save all the time."""
     config = preset(name)
     assert config.save_every is None
     assert not any(is_due(config, step, minutes=0.05) for step in range(1000))

@@ -42,9 +42,9 @@ class Prefetch:
         self.rank, self.world_size = rank, world_size
         self.pin_memory = device is not None and device.type == "cuda"
         self._loading: dict[int, Future[MicroBatches]] = {}
-        # a thread begins with GPU 0, on which pinning would create a context of 500 MB for every process
-        several = device is not None and device.index is not None
-        choose = (torch.cuda.set_device, (device,)) if self.pin_memory and several else (None, ())
+        # a new thread uses GPU 0, on which pinning would create a CUDA context for every process of the machine
+        one_of_several = self.pin_memory and device is not None and device.index is not None
+        choose = (torch.cuda.set_device, (device,)) if one_of_several else (None, ())
         self._thread = ThreadPoolExecutor(1, "prefetch", *choose)
 
     def get(self, step: int) -> tuple[MicroBatches, float]:

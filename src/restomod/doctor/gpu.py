@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from restomod.device import REDUCTIONS, avoid_wrong_reductions, torch_release
+from restomod.device import REDUCTIONS, WRONG_REDUCTIONS, avoid_wrong_reductions, torch_release
 from restomod.doctor.machine import Machine
 from restomod.model.attention import BACKENDS, Use
 from restomod.train.sanity import Verdict
@@ -81,8 +81,8 @@ class Fault:
 
     first: tuple[int, int]
     """Release of torch in which it appeared."""
-    mended: tuple[int, int] | None
-    """Release without it; None where there is none yet."""
+    fixed: tuple[int, int]
+    """Release that has the fix."""
     affects: Callable[[tuple[int, int]], bool]
     """Whether it affects a card, by its compute capability."""
     what: str
@@ -94,8 +94,7 @@ class Fault:
 
 FAULTS = (
     Fault(
-        (2, 10),
-        (2, 15),
+        *WRONG_REDUCTIONS,
         lambda capability: True,
         "compiled models may get wrong gradients from Inductor's mix-order reductions",
         avoid_wrong_reductions,
@@ -126,7 +125,7 @@ def known_faults(machine: Machine) -> Verdict:
             f"this torch has no kernels for a card of compute capability {capability[0]}.{capability[1]}, only for "
             f"{', '.join(kernels)}; install a build of torch for another CUDA release (pytorch.org)",
         )
-    return judge_faults(capability, torch_release())
+    return check_faults(capability, torch_release())
 
 
 def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
@@ -144,11 +143,9 @@ def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
     return False
 
 
-def judge_faults(capability: tuple[int, int], release: tuple[int, int]) -> Verdict:
-    """A verdict on the faults of a release of torch on a card."""
-    there = [
-        fault for fault in FAULTS if fault.first <= release < (fault.mended or (99, 0)) and fault.affects(capability)
-    ]
+def check_faults(capability: tuple[int, int], release: tuple[int, int]) -> Verdict:
+    """Warn of the faults of a release of torch on a card that restomod does not avoid."""
+    there = [fault for fault in FAULTS if fault.first <= release < fault.fixed and fault.affects(capability)]
     left = [f"{fault.what}: {fault.advice}" for fault in there if not fault.avoided()]
     if left:
         return Verdict("known faults", "warn", "; ".join(left))

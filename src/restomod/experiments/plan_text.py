@@ -105,7 +105,7 @@ def _speed(plan: Plan) -> Iterator[tuple[str, str]]:
         hours = _hours(plan.work_tokens / predicted)
         yield "", f"{predicted:,.0f} tokens/s ({other.mfu:.0%}, {hours}) as {_source(other)}"
     if basis.kind == "compiled" and not plan.compiled:
-        yield "", "measured with torch.compile: leave --compile off out; without compiling this GPU is slower"
+        yield "", "measured with torch.compile, which --compile off switches off: this run will be slower"
     yield "", "all of other software than this one; --measure on the GPU itself tells more"
 
 
@@ -125,7 +125,7 @@ def offer_lines(quotes: list[Quote]) -> Iterator[str]:
         gpus = f"{o.gpus} × {o.gpu}"
         yield f"{o.provider:<12}{gpus:<15}{o.price:>8.2f}  {o.date!s:<12}{time:>10}{cost:>11}  {said}"
     if any(q.compiled_only for q in quotes):
-        yield "* measured with torch.compile, and this plan is without it: leave --compile off out"
+        yield "* measured with torch.compile, which --compile off switches off: this run will be slower"
     unknown = {q.why for q in quotes if q.seconds is None}
     yield from (f"unknown: {why}" for why in sorted(unknown))
 

@@ -2,8 +2,8 @@
 
 torch chooses among four backends by itself, cuDNN first on Hopper since release 2.11. cuDNN is fast where shapes stay
 the same, as in training. It has two faults that rule it out elsewhere: it builds a plan for every new (batch, keys)
-shape, 23 to 37 ms each, so a growing key/value cache would pay that at every token; and its backward pass with a mask
-returns NaN for some lengths (pytorch issue 196678, cuDNN as shipped with torch 2.11 to 2.14).
+shape, which a growing key/value cache would pay for at every token; and its backward pass with a mask returns NaN for
+some lengths (pytorch issue 196678, cuDNN as shipped with torch 2.11 to 2.14).
 
 Shapes: B = sequences, H = n_head, T = queries, S = keys, K = head_size.
 """

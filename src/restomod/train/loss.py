@@ -65,14 +65,14 @@ def linear_cross_entropy(
     Returns:
         Scalar fp32 loss, differentiable once with respect to ``hidden`` and ``weight``.
     """
-    how = _How(vocab_size, dtype, compiled, cap, chunk or CHUNK_TOKENS[hidden.device.type])
+    settings = _Settings(vocab_size, dtype, compiled, cap, chunk or CHUNK_TOKENS[hidden.device.type])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, how, head_gradient)
-    return _loss(hidden, weight, targets, how)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, settings, head_gradient)
+    return _loss(hidden, weight, targets, settings)
 
 
 @dataclass(frozen=True)
-class _How:
+class _Settings:
     """The settings of `linear_cross_entropy`, which says what they mean."""
 
     vocab_size: int
@@ -91,13 +91,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        how: _How,
+        settings: _Settings,
         head_gradient: HeadGradient | None,
     ) -> Tensor:
-        d_hidden = torch.empty_like(hidden, dtype=how.dtype)
+        d_hidden = torch.empty_like(hidden, dtype=settings.dtype)
         so_far = None if head_gradient is None else head_gradient.total
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if so_far is None else so_far
-        loss = _loss(hidden, weight, targets, how, d_hidden, d_weight)
+        loss = _loss(hidden, weight, targets, settings, d_hidden, d_weight)
         later = head_gradient is not None and not head_gradient.last
         if head_gradient is not None:
             head_gradient.total = d_weight if later else None
@@ -119,7 +119,7 @@ def _loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    how: _How,
+    settings: _Settings,
     d_hidden: Tensor | None = None,
     d_weight: Tensor | None = None,
 ) -> Tensor:
@@ -128,14 +128,16 @@ def _loss(
     Where they are given, ``d_hidden`` (N, D) is filled with the gradient of the summed loss times `GRADIENT_SCALE`, and
     that of ``d_weight`` is added to it.
     """
-    N, n = len(hidden), how.chunk
-    softmax = _compiled_softmax() if how.compiled else _softmax_by_rows
-    x, w = hidden.to(how.dtype), weight.to(how.dtype)
+    N, n = len(hidden), settings.chunk
+    softmax = _compiled_softmax() if settings.compiled else _softmax_by_rows
+    x, w = hidden.to(settings.dtype), weight.to(settings.dtype)
     target_logits = (hidden.float() * weight[targets].float()).sum(-1)  # (N,), exact where bf16 is not
     total = torch.zeros((), device=hidden.device)
     for start in range(0, N, n):
         chunk = slice(start, start + n)
-        loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], how.vocab_size, how.cap)
+        loss, d_logits = softmax(
+            x[chunk] @ w.t(), target_logits[chunk], targets[chunk], settings.vocab_size, settings.cap
+        )
         total += loss
         if d_hidden is not None and d_weight is not None:
             torch.mm(d_logits, w, out=d_hidden[chunk])
