@@ -12,7 +12,7 @@ from restomod.config import DataConfig
 from restomod.data.documents import AnyDocument, Document
 from restomod.data.readers import read_documents
 from restomod.data.sources import documents as documents_of
-from restomod.data.sources import files_of
+from restomod.data.text_files import files_of
 
 CORPUS, HELLASWAG, SHAKESPEARE = "corpus", "eval/hellaswag_val.jsonl", "tinyshakespeare/input.txt"
 GLOB = "*train*.jsonl*"

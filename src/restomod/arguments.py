@@ -38,9 +38,9 @@ class TrainArguments(GoOnArguments):
 @dataclass(frozen=True, kw_only=True)
 class _WritingArguments:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; may be given several times."""
+    """Text to continue; may be given several times. <|endoftext|> in it becomes that token: a new document begins."""
     prompt_file: str | None = None
-    """Continue every line of this file instead; blank ones are left out."""
+    """Continue every line of this file (UTF-8) instead; blank ones are left out."""
     max_tokens: int = 100
     """Length of each continuation, in tokens."""
     temperature: float = 0.8
@@ -143,8 +143,9 @@ class CheckArguments:
 @dataclass(frozen=True)
 class PrepareArguments:
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    """Text to read, in this order: files and folders (text, .jsonl or .parquet, also .gz, .xz or .zst); on the hub
-    fineweb-edu, fineweb, hf:OWNER/NAME, or token shards pretokenized:OWNER/NAME; python-stdlib; tinyshakespeare."""
+    """Text to read, in this order: files and folders (plain text, JSON, CSV or Parquet, also compressed; the content
+    says which); on the hub fineweb-edu, fineweb, hf:OWNER/NAME, or token shards pretokenized:OWNER/NAME; python-stdlib;
+    tinyshakespeare."""
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
     out: str
     """Folder of the token shards; what an interrupted run left there is gone on with."""

@@ -67,7 +67,7 @@ def train(arguments: list[str]) -> int:
 def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int:
     """Configuration, folder, and whether to resume; an exit code where only help was asked for."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
-    arguments = [re.sub(r"^--mix(?==|$)", "--data.mix", a) for a in arguments]
+    arguments = [re.sub(r"^--(mix|separator)(?==|$)", r"--data.\1", a) for a in arguments]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, PRESETS))
         print("usage: restomod train PRESET [FLAGS]          start a run in runs/PRESET (or --out FOLDER)")
@@ -151,9 +151,11 @@ def evaluate(arguments: list[str]) -> int:
             value = getattr(parsed, flag)
             if value is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; it must be at least 1")
-    tasks = [*(parsed.tasks.split(",") if parsed.tasks else []), *([parsed.task] if parsed.task else [])]
 
     from restomod.evals.suite import evaluate_model
+    from restomod.evals.tasks import task_names
+
+    tasks = [*(task_names(parsed.tasks) if parsed.tasks else []), *([parsed.task] if parsed.task else [])]
 
     return evaluate_model(
         parsed.model,

@@ -7,13 +7,17 @@ standard library, so that `restomod --help` is instant and a report can read a r
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
 from restomod.config_model import ModelConfig, nearest_divisor, neighbours, require
 from restomod.errors import UserError
+from restomod.text import split_items
 
+MIX_ITEM_END = re.compile(r":\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*(?=,)", re.IGNORECASE)  # a weight, and a comma after it
 MIX_PRECISION = 10**6  # shares of a mix are multiples of about this part of 1
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
@@ -42,14 +46,18 @@ class DataConfig:
     """python-stdlib: the running Python's own library; text: your file or folder; tinyshakespeare; tokens: a folder
     that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
     path: str | None = None
-    """File or folder to read: text, .jsonl or .parquet, also .gz, .xz, .zst. For tinyshakespeare: no download."""
+    """File or folder to read: plain text, JSON, CSV or Parquet, also compressed; its content says which. For
+    tinyshakespeare: no download."""
     mix: str | None = None
     """Several folders of tokens and their weights, FOLDER:WEIGHT,FOLDER:WEIGHT, in place of source and path. Every
     step has its share of each, whatever their sizes; a small folder is repeated more often."""
     glob: str = "**/*"
-    """Which files of a folder to read. Hidden files are left out."""
+    """Which files of a folder to read. Links are followed; hidden files are left out."""
     text_column: str = "text"
-    """The field of JSON lines, or column of Parquet files, that holds the text."""
+    """The field of JSON, or column of CSV and Parquet files, that holds the text."""
+    separator: str | None = None
+    """Split plain text files into documents where this stands, such as '<|endoftext|>'. The newlines around it
+    belong to neither. Without it, a plain text file is one document."""
     val_fraction: float = 0.05
     """Share of the documents held out for validation (0: none). A single document is cut by position."""
     split_seed: int = 0
@@ -67,6 +75,12 @@ class DataConfig:
             self.source != "python-stdlib" or self.path is None,
             "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
         )
+        require(self.path != "", "data.path is empty; name a file or folder")
+        require(self.separator != "", "data.separator is empty; name the text that stands between two documents")
+        require(
+            self.separator is None or (self.source == "text" and self.mix is None),
+            "data.separator splits text of your own; it needs data.source text",
+        )
         if self.mix is not None:
             require(self.path is None, "data.mix names the folders of tokens itself; leave data.path out")
             self.mixed()
@@ -74,12 +88,18 @@ class DataConfig:
     def mixed(self) -> list[tuple[str, Fraction]]:
         """The folders of `mix` and their shares, which add up to 1.
 
+        An item ends at a comma after a colon and a weight, so that names of folders may hold commas and colons. Where
+        a name holds such an end itself, the longest name of a folder that exists is taken.
+
         Raises:
             UserError: ``mix`` is not of the form FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights.
         """
         parts = []
-        for item in (self.mix or "").split(","):
-            folder, _, weight = item.strip().rpartition(":")
+        mix = self.mix or ""
+        commas = [found.end() for found in MIX_ITEM_END.finditer(mix)]
+        for item in split_items(mix, commas, lambda item: os.path.isdir(item.rpartition(":")[0])):
+            folder, _, weight = item.rpartition(":")
+            folder = folder if os.path.isdir(folder) else folder.strip()
             try:
                 parts.append((folder, float(weight)))
             except ValueError:
@@ -159,7 +179,7 @@ class SamplingConfig:
     """The samples that a run writes while it trains."""
 
     prompts: tuple[str, ...] = ("",)
-    """Texts to continue; an empty one starts a new document."""
+    """Texts to continue; an empty one starts a new document, and so does <|endoftext|> in one."""
     max_tokens: int = 64
     """Length of each continuation, in tokens."""
     temperature: float = 0.8

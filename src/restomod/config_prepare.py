@@ -16,9 +16,12 @@ class PrepareConfig:
     """How `restomod prepare` reads text and cuts it into splits and shards."""
 
     glob: str = "**/*"
-    """Which files of a folder to read. Hidden files are left out."""
+    """Which files of a folder to read. Links are followed; hidden files are left out."""
     text_column: str = "text"
-    """The field of JSON lines, or column of Parquet files, that holds the text."""
+    """The field of JSON, or column of CSV and Parquet files, that holds the text."""
+    separator: str | None = None
+    """Split plain text files into documents where this stands, such as '<|endoftext|>'. The newlines around it
+    belong to neither. Without it, a plain text file is one document."""
     val_fraction: float = 0.01
     """Share of the documents held out for validation, chosen by their hash (0: none)."""
     split_seed: int = 0
@@ -37,6 +40,8 @@ class PrepareConfig:
     """Tokens per shard file, at most."""
 
     def __post_init__(self) -> None:
+        if self.separator == "":
+            raise UserError("--separator is empty; name the text that stands between two documents")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1")
         if self.shard_tokens < 1:

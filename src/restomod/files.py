@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,31 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+NOT_REGULAR = {
+    stat.S_ISFIFO: "a named pipe (FIFO)",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what may block or never end when it is read: a device, a FIFO or a socket. Nothing is opened.
+
+    A missing file and a folder pass: opening them says what is wrong.
+
+    Raises:
+        UserError: ``path`` is none of these, after following links.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    what = next((name for is_kind, name in NOT_REGULAR.items() if is_kind(mode)), None)
+    if what is not None:
+        raise UserError(f"{path} is {what}, not a regular file; write its content to a file and name that")
 
 
 def fsync_path(path: Path) -> None:
@@ -68,10 +94,11 @@ def read_json(path: Path, what: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON; the message calls it ``what``.
+        UserError: the file is missing, no regular file, unreadable or not JSON; the message calls it ``what``.
     """
+    require_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: there is no {what} here") from None
     except OSError as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from restomod.config import Device, Precision, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype
 from restomod.errors import UserError, describe_os_error
+from restomod.files import require_regular
 from restomod.generate import Request, generate, rows_at_once
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model, read_model_config
@@ -67,23 +69,24 @@ def stream(
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt; an empty one starts a new document."""
-    return tokenizer.encode(prompt).tolist() or [END_OF_TEXT]
+    """The tokens of a prompt; an empty one starts a new document, and so does ``<|endoftext|>`` in it."""
+    return tokenizer.encode_special(prompt).tolist() or [END_OF_TEXT]
 
 
 def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     """The prompts that a command names: those given, or the lines of a file that are not blank, or ``default``.
 
     Raises:
-        UserError: both are named, or the file cannot be read, is not UTF-8, or holds no prompt.
+        UserError: both are named, or the file is no regular one, cannot be read, is not UTF-8, or holds no prompt.
     """
     if file is None:
         return prompts or default
     if prompts:
         raise UserError("--prompt and --prompt-file both name prompts: give one of them")
     path = Path(file)
+    require_regular(path)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = re.split("\r\n|\n|\r", path.read_bytes().decode("utf-8-sig"))  # str.splitlines: at U+2028, too
     except UnicodeDecodeError as e:
         raise UserError(
             f"--prompt-file {path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} at offset {e.start} ({e.reason})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 
 CONTROLS = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 PICTURES = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}  # of ASCII's
@@ -35,3 +36,21 @@ def duration(seconds: float) -> str:
     if s < 3600:
         return f"{s // 60} min {s % 60:02d} s"
     return f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def split_items(text: str, commas: list[int], names: Callable[[str], bool]) -> list[str]:
+    """The items of a list.
+
+    Args:
+        text: the list.
+        commas: the places of the commas that may end an item, in order.
+        names: whether an item names what exists. The longest that does is taken, so that names may hold commas; where
+            none does, the shortest.
+    """
+    ends, items, start = [*commas, len(text)], [], 0
+    while start <= len(text):
+        left = [end for end in ends if end >= start]
+        end = next((end for end in reversed(left) if names(text[start:end])), left[0])
+        items.append(text[start:end])
+        start = end + 1
+    return items

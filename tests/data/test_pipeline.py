@@ -234,9 +234,13 @@ def test_what_is_reported(
     monkeypatch.chdir(tmp_path)
     arguments = ["prepare", "text", "text/0.jsonl", "--out", "my out", "--val-fraction", "0.5", "--dedup"]
     assert main([*arguments, "--workers", "1"]) == 0
-    reading, searching, first, train, val, warning, speed, how = capsys.readouterr().out.splitlines()
+    reading, searching, first, train, val, read, literals, warning, speed, how = capsys.readouterr().out.splitlines()
     assert reading == f"reading {len(list(Path('text').iterdir())) + 1} .jsonl files, in 2 units"
     assert searching == "looking for duplicates …"
+    assert read == f"read: {len(list(Path('text').iterdir())) + 1} files as JSON lines (.jsonl)"
+    files = [*sorted(Path("text").iterdir()), Path("text/0.jsonl")]
+    n = sum(file.read_text().count("<|endoftext|>") for file in files)
+    assert literals.startswith(f"warning: the text holds <|endoftext|> {n:,} times as characters")
     assert "are few for validation; raise --val-fraction, which is 0.5" in warning
     manifest = json.loads(Path("my out/manifest.json").read_text())
     assert first == f"my out: {manifest['documents']} documents, {manifest['tokens']:,} tokens, 20 duplicates left out"

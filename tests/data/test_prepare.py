@@ -395,7 +395,7 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(
 ) -> None:
     reads = iter(["before", "after"])
 
-    def documents(config: DataConfig) -> Iterator[Document]:
+    def documents(config: DataConfig, reading: object = None) -> Iterator[Document]:
         yield Document("a.txt", "one")
         yield Document("b.txt", next(reads))
 

@@ -21,7 +21,9 @@ from typing import Any
 import filelock
 
 from restomod.config_prepare import PrepareConfig
+from restomod.data.manifest import READ
 from restomod.data.plan import Unit, describe, kinds_of, plan
+from restomod.data.reading import Reading, joined
 from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, open_dataset
 from restomod.data.steps import SLURM, WORK, failure_path, hashes_path, record_path
 from restomod.data.tokenizer import gpt2_tokenizer
@@ -40,6 +42,8 @@ class Work:
     units: list[Unit]
     description: dict[str, Any]
     """The plan as the manifest will hold it."""
+    reading: Reading
+    """What was left out of the sources' folders."""
 
 
 def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
@@ -51,11 +55,12 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
     for source in sources:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"{out} lies in {source}, where it would be read as text; choose another folder with --out")
-    units = plan(sources, config, _begun(out))
+    reading = Reading()
+    units = plan(sources, config, _begun(out), reading)
     begun = (out / MANIFEST).exists() or (out / WORK / "plan.json").exists()
     if not begun and out.exists() and any(path.name != WORK for path in out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
-    return Work(out, config, units, describe(sources, config, units, gpt2_tokenizer().sha256))
+    return Work(out, config, units, describe(sources, config, units, gpt2_tokenizer().sha256), reading)
 
 
 @contextlib.contextmanager
@@ -191,6 +196,7 @@ def finish(work: Work) -> Dataset:
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             digest.update(f"{split} {shard['sha256']}".encode())
+    read = joined([work.reading.to_dict(), *(record[READ] for record in records if READ in record)])
     write_json_atomically(
         out / MANIFEST,
         {
@@ -206,6 +212,7 @@ def finish(work: Work) -> Dataset:
             "duplicates": sum(record["duplicates"] for record in records),
             "tokens": sum(split["tokens"] for split in splits.values()),
             "splits": splits,
+            **({READ: read} if read else {}),
             "plan": description,
         },
     )

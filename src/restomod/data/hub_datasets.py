@@ -6,14 +6,14 @@ does not, the files are told by their folders and names. Only files that `restom
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restomod.data.readers import JSON_LINES, PARQUET
-from restomod.data.streams import DECOMPRESSORS
+from restomod.data.kinds import JSON_LINES, PARQUET
+from restomod.data.streams import COMPRESSION_ENDINGS
+from restomod.data.text_files import matches
 from restomod.errors import UserError, did_you_mean, one_line
 from restomod.hub import hub_file
 
@@ -130,7 +130,7 @@ def _choose(repository: str, configs: dict[str, dict[str, list[str]]], config: s
 
 def _readable(path: str) -> bool:
     name = path.lower()
-    for suffix in DECOMPRESSORS:
+    for suffix in COMPRESSION_ENDINGS:
         name = name.removesuffix(suffix)
     return name.endswith(READABLE) and not name.rpartition("/")[2].startswith(("readme", "license", "."))
 
@@ -138,15 +138,7 @@ def _readable(path: str) -> bool:
 def _matches(path: str, pattern: str) -> bool:
     """Whether a card's pattern means ``path``: `*` stays within a folder, `**` does not; a folder means all in it."""
     pattern = pattern.removeprefix("./").rstrip("/")
-    return path.startswith(pattern + "/") or _match_parts(path.split("/"), pattern.split("/"))
-
-
-def _match_parts(path: list[str], pattern: list[str]) -> bool:
-    if not pattern or not path:
-        return not path and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return _match_parts(path, pattern[1:]) or _match_parts(path[1:], pattern)
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and _match_parts(path[1:], pattern[1:])
+    return path.startswith(pattern + "/") or matches(path.split("/"), pattern.split("/"))
 
 
 def _told_by_name(path: str, config: str | None, split: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import numpy as np
 from restomod.config_prepare import PrepareConfig
 from restomod.data.plan import BUILT_IN
 from restomod.data.prepare import open_tokens
+from restomod.data.reading import told_lines
 from restomod.data.shards import MANIFEST, Dataset, TokenStream
-from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 
 SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
@@ -43,6 +45,7 @@ def overview(folder: Path, verify: bool) -> Iterator[str]:
     yield from _origin(manifest)
     if manifest.get("duplicates"):
         yield f"{_counted(manifest['duplicates'], 'duplicate document')} left out"
+    yield from told_lines(manifest)
     if len(dataset.train):
         yield from _statistics(folder, dataset.train, tokenizer)
         yield from _windows(dataset.train, tokenizer)
@@ -73,7 +76,9 @@ def _origin(manifest: dict[str, Any]) -> Iterator[str]:
     files = list(dict.fromkeys(file for unit in plan["units"] for file in unit["files"]))
     defaults = dataclasses.asdict(PrepareConfig())
     changed = {key: value for key, value in plan["settings"].items() if value != defaults.get(key)}
-    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in sorted(changed.items())]
+    flags = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {quote(str(v))}") for k, v in sorted(changed.items())
+    ]
     named = [*plan["datasets"], *sorted({u["source"] for u in plan["units"] if u["source"] in BUILT_IN})]
     origin = ", ".join(named) or f"{files[0]}{' …' if len(files) > 1 else ''}"
     counted = f" ({_counted(len(files), 'file')})" if files else ""
@@ -86,7 +91,7 @@ def _counted(n: int, noun: str) -> str:
 
 def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
     """Lengths of documents and commonest tokens, over the first `SAMPLE_TOKENS` of a split."""
-    n = min(len(stream), SAMPLE_TOKENS)
+    n, literals = min(len(stream), SAMPLE_TOKENS), 0
     counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
     for start in range(0, n, READ_TOKENS):
         tokens = stream.read(start, min(READ_TOKENS, n - start))
@@ -96,10 +101,15 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
                 f"these shards are damaged or of another tokenizer"
             )
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
+        literals += _literals(stream, start, min(start + READ_TOKENS, n), tokenizer)
         ends.append(start + np.flatnonzero(tokens == END_OF_TEXT))
     of = "" if n == len(stream) else f", of the first {n:,} tokens"
     lengths = np.diff(np.concatenate([*ends, [n]])) - 1
     lengths = lengths[lengths > 0]
+    yield (
+        f"separators{of}: {counts[END_OF_TEXT]:,} times the token {END_OF_TEXT}, which ends a text, and "
+        f"{literals:,} times {END_OF_TEXT_LITERAL} as characters"
+    )
     if len(lengths):
         low, middle, high = np.percentile(lengths, [5, 50, 95])
         yield f"document lengths in tokens{of}: 5 % up to {low:,.0f}, half up to {middle:,.0f}, 95 % up to {high:,.0f}"
@@ -108,6 +118,19 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
     for token in np.argsort(counts)[::-1][:MOST_COMMON]:
         if counts[token]:
             yield f"  {counts[token] / n:6.2%}  {token:>5}  {tokenizer.decode([int(token)])!r}"
+
+
+def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) -> int:
+    """How often the characters ``<|endoftext|>`` stand in a stream, begun between two places."""
+    word = tokenizer.encode("endoftext").tolist()  # a word of its own between other characters
+    low = max(0, start - 4)
+    tokens = stream.read(low, min(stop + len(word) + 4, len(stream)) - low).tolist()
+    found = 0
+    for i in range(start - low, stop - low):
+        if tokens[i] == word[0] and tokens[i : i + len(word)] == word:
+            before, after = tokens[max(0, i - 4) : i], tokens[i + len(word) : i + len(word) + 4]
+            found += tokenizer.decode(before).endswith("<|") and tokenizer.decode(after).startswith("|>")
+    return found
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:

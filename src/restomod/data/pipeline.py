@@ -17,6 +17,7 @@ from types import FrameType
 
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.data.folder import begin, drop_temporaries, finish, finished, locked, planned, unfinished
+from restomod.data.reading import told_lines
 from restomod.data.shards import MANIFEST, Dataset
 from restomod.data.steps import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
 from restomod.errors import UserError
@@ -110,6 +111,8 @@ def prepare_and_report(
     for split, part in manifest["splits"].items():
         shards = f"{len(part['shards']):,} shard{'' if len(part['shards']) == 1 else 's'}"
         report(f"  {split:<6}{part['tokens']:,} tokens in {shards}")
+    for line in told_lines(manifest):
+        report(line)
     val = manifest["splits"]["val"]["tokens"]
     if config.val_fraction and val < FEW_VAL_TOKENS and not sources[0].startswith("pretokenized:"):
         report(f"warning: {val:,} tokens are few for validation; raise --val-fraction, which is {config.val_fraction}")

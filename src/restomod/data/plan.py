@@ -19,11 +19,13 @@ from restomod.config import DataConfig
 from restomod.config_prepare import PrepareConfig
 from restomod.data.documents import AnyDocument
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
+from restomod.data.kinds import ending
 from restomod.data.pretokenized import SUFFIXES
 from restomod.data.published import split_of
 from restomod.data.readers import Span, can_span, read_documents
-from restomod.data.sources import documents, files_of
-from restomod.data.streams import DECOMPRESSORS
+from restomod.data.reading import Reading
+from restomod.data.sources import documents
+from restomod.data.text_files import files_of
 from restomod.errors import UserError, did_you_mean
 
 UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself, or several
@@ -50,7 +52,12 @@ class Unit:
     """Which part of its one file; None for whole files. ``bytes`` is the part's size."""
 
 
-def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] | None = None) -> list[Unit]:
+def plan(
+    sources: tuple[str, ...],
+    config: PrepareConfig,
+    begun: dict[str, Any] | None = None,
+    reading: Reading | None = None,
+) -> list[Unit]:
     """Cut the sources into units, in order.
 
     A large file of JSON lines or Parquet becomes several units if it is not compressed. Any other large file is one,
@@ -60,11 +67,12 @@ def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] 
         sources: files, folders, built-in sources or datasets on the hub.
         config: how to read them.
         begun: an earlier description of the same; datasets on the hub then stay at the commit that they had.
+        reading: where to count the files that are left out.
 
     Raises:
         UserError: a source does not exist or holds no file with anything in it.
     """
-    pinned = begun["datasets"] if begun and begun.get("settings") == dataclasses.asdict(config) else {}
+    pinned = begun["datasets"] if begun and begun.get("settings") == _settings(config) else {}
     units: list[Unit] = []
     for source in sources:
         if source in BUILT_IN and not Path(source).exists():
@@ -75,14 +83,14 @@ def plan(sources: tuple[str, ...], config: PrepareConfig, begun: dict[str, Any] 
             units += [Unit((address,), size, source) for address, size in found]
             continue
         path = Path(source)
-        if not path.exists():
+        if not source or not path.exists():
             known = [*BUILT_IN, *DATASETS]
-            raise UserError(f"{source}: no such file, folder or source{did_you_mean(source, known)}")
+            raise UserError(f"{source or repr(source)}: no such file, folder or source{did_you_mean(source, known)}")
         group: list[str] = []
         size = 0
-        for file in files_of(path.absolute(), config.glob):
+        for file in files_of(path.absolute(), config.glob, reading.left_out if reading else None):
             file_size = file.stat().st_size
-            if file_size > SPAN_BYTES and can_span(file):
+            if file_size > SPAN_BYTES and can_span(file, config.text_column):
                 if group:
                     units.append(Unit(tuple(group), size))
                     group, size = [], 0
@@ -128,15 +136,17 @@ def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
 def kinds_of(units: list[Unit]) -> str:
     """What a plan reads, for people: how many files of which ending, and named sources."""
     files = [file for unit in units for file in unit.files if not unit.span or unit.span.start == 0]
-    endings = collections.Counter(_ending(Path(file)) for file in files)
-    counted = [f"{n:,} {ending} file{'' if n == 1 else 's'}" for ending, n in sorted(endings.items())]
+    endings = collections.Counter(ending(Path(file)) for file in files)
+    counted = [f"{n:,} {of} file{'' if n == 1 else 's'}" for of, n in sorted(endings.items())]
     return ", ".join([*counted, *(unit.source for unit in units if unit.source in BUILT_IN)])
 
 
-def _ending(path: Path) -> str:
-    """`.jsonl.xz` of `a.b.jsonl.xz`, `.txt` of `v1.2.txt`."""
-    inner = Path(path.stem).suffix if path.suffix.lower() in DECOMPRESSORS else ""
-    return (inner + path.suffix).lower() or "plain"
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """The settings as a plan holds them: one that came later stands there only where it is used."""
+    settings = dataclasses.asdict(config)
+    if config.separator is None:
+        del settings["separator"]
+    return settings
 
 
 def describe(
@@ -146,7 +156,7 @@ def describe(
     names = [Path(os.path.abspath(source)).name for source in sources]
     return {
         "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
-        "settings": dataclasses.asdict(config),
+        "settings": _settings(config),
         "datasets": {
             source: [[unit.files[0], unit.bytes] for unit in units if unit.source == source]
             for source in sources
@@ -165,13 +175,16 @@ def _described(unit: Unit) -> dict[str, Any]:
     return values
 
 
-def unit_documents(unit: Unit, config: PrepareConfig, downloads: Path | None) -> Iterator[AnyDocument]:
+def unit_documents(
+    unit: Unit, config: PrepareConfig, downloads: Path | None, reading: Reading | None = None
+) -> Iterator[AnyDocument]:
     """The documents of a unit, in order.
 
     Args:
         unit: what to read.
         config: how.
         downloads: folder for what comes from the hub; None: the hub client's cache.
+        reading: where to count what was read.
     """
     if unit.source == "tinyshakespeare":
         yield from documents(DataConfig(source="tinyshakespeare"))
@@ -179,4 +192,4 @@ def unit_documents(unit: Unit, config: PrepareConfig, downloads: Path | None) ->
         yield from documents(DataConfig(source="python-stdlib"))
     for file in unit.files:
         path = fetch(file, downloads) if file.startswith(SCHEME) else Path(file)
-        yield from read_documents(path, config.text_column, unit.span)
+        yield from read_documents(path, config.text_column, unit.span, config.separator, reading)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from restomod.config import DataConfig
 from restomod.data.bulk import BulkEncoder
 from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, SplitHash, pieces, split_hash
+from restomod.data.manifest import READ
 from restomod.data.mix import mix
 from restomod.data.published import open_published
+from restomod.data.reading import Reading
 from restomod.data.shards import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -51,7 +55,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
         if config.path is None:
             raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
         return open_tokens(Path(config.path))
-    hashes = [split_hash(document.parts(), config.split_seed) for document in documents(config)]
+    reading = Reading()
+    read = map(reading.count, documents(config, reading))
+    hashes = [split_hash(document.parts(), config.split_seed) for document in read]
     fingerprint = _fingerprint(config, tokenizer, hashes)
     folder = Path(config.cache) / f"{source_name(config)}-{fingerprint[:12]}"
     if not (folder / MANIFEST).exists():
@@ -59,14 +65,22 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same id
         temporary.mkdir(parents=True)
         try:
-            _write(config, tokenizer, temporary, hashes, fingerprint, shard_tokens)
+            _write(config, tokenizer, temporary, hashes, fingerprint, shard_tokens, reading.to_dict())
             if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
                 shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
                 os.rename(temporary, folder)
                 fsync_path(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return open_dataset(folder, tokenizer.sha256)
+    dataset = open_dataset(
+        folder, tokenizer.sha256
+    )  # perhaps of equal text in files of other names: told as they are now
+    return dataclasses.replace(dataset, manifest=dataset.manifest | _told(reading.to_dict()))
+
+
+def _told(read: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's entry; none for a source whose files are not the user's."""
+    return {READ: read} if read else {}
 
 
 def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
@@ -97,6 +111,8 @@ def _held_out(hashes: list[int], val_fraction: float) -> set[int]:
 
 def _fingerprint(config: DataConfig, tokenizer: Tokenizer, hashes: list[int]) -> str:
     digest = hashlib.sha256(f"{tokenizer.sha256} {config.split_seed} {config.val_fraction}".encode())
+    if config.separator is not None:
+        digest.update(f" separator {config.separator}".encode())
     for h in hashes:
         digest.update(h.to_bytes(8, "little"))
     return digest.hexdigest()
@@ -199,6 +215,7 @@ def _write(
     hashes: list[int],
     fingerprint: str,
     shard_tokens: int,
+    read: dict[str, Any],
 ) -> None:
     """Tokenize every document into ``folder`` and write the manifest last."""
     held_out = _held_out(hashes, config.val_fraction)
@@ -232,5 +249,6 @@ def _write(
                 split: {"tokens": writer.tokens, **counts[split], "shards": writer.close()}
                 for split, writer in writers.items()
             },
+            **_told(read),
         },
     )

@@ -1,7 +1,7 @@
-"""Documents out of files: plain text, JSON lines and Parquet, each also compressed.
+"""Documents out of files: plain text, JSON (lines, an array, objects), CSV, TSV and Parquet, each also compressed.
 
-A plain text file is one document; a line of JSON lines and a row of a Parquet file are one document each. Files are
-read as streams: memory holds a line or some rows, or a part of a long plain file, whatever the size of the file.
+A plain text file is one document, or one between any two separators; a record (line, object, row) is one document.
+Files are read as streams: memory holds a record or some rows, or a part of a long plain file, whatever its size.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from restomod.data.documents import AnyDocument, Document, LongDocument
+from restomod.data.kinds import LONGEST_RECORD, look
+from restomod.data.reading import Reading
+from restomod.data.records import OF_ITS_OWN, csv_rows, json_objects
+from restomod.data.separator import split_documents
 from restomod.data.streams import (
-    DECOMPRESSORS,
     READ_BYTES,
     chunks,
     decode_line,
@@ -31,12 +34,9 @@ from restomod.data.streams import (
 from restomod.errors import UserError
 
 LONG_TEXT = 8_000_000  # bytes: a plain file that is longer is not held in memory
-LONGEST_RECORD = 32_000_000  # bytes of a line or a row; one character beyond U+FFFF makes Python hold four times that
 PARQUET_ROWS = 256  # read at once, at most,
 PARQUET_BYTES = 16_000_000  # and as many as have this size on average
-JSON_LINES = (".jsonl", ".ndjson")
-PARQUET = ".parquet"
-OF_ITS_OWN = "put this document into a plain text file of its own, which may have any size"
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -48,33 +48,59 @@ class Span:
     of: int
 
 
-def read_documents(path: Path, text_column: str = "text", span: Span | None = None) -> Iterator[AnyDocument]:
+def read_documents(
+    path: Path,
+    text_column: str = "text",
+    span: Span | None = None,
+    separator: str | None = None,
+    reading: Reading | None = None,
+) -> Iterator[AnyDocument]:
     """Yield the documents of a file, empty ones left out.
 
     Args:
-        path: `.jsonl`, `.ndjson` or `.parquet`, anything else is plain UTF-8 text; before `.gz`, `.xz` or `.zst` too.
+        path: of any name; what the file is, its content says (see `look`). Without a sign of anything else it is
+            plain UTF-8 text.
         text_column: the field or column that holds the text.
         span: only the lines, or groups of rows, that begin there; for a file that `can_span`.
+        separator: what stands between two documents of a plain text file. None: the file is one document.
+        reading: where to count what was read as what.
 
     Raises:
-        UserError: the file is missing, damaged, empty, not UTF-8, or lacks the column; line or row are named.
+        UserError: the file is missing, no regular file, damaged, empty, not UTF-8, of a kind that holds no text, or
+            lacks the column; line or row are named.
     """
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path} is empty: there is nothing to train on")
     if span and path.is_file() and path.stat().st_size != span.of:
         raise UserError(f"{path} has changed since it was cut into units of work; run the same command again")
-    kind = Path(path.stem).suffix.lower() if path.suffix.lower() in DECOMPRESSORS else path.suffix.lower()
-    if kind == PARQUET:
-        yield from _parquet(path, text_column, span)
-    elif kind in JSON_LINES:
+    seen = look(path, text_column)
+    reading = reading or Reading()
+    if separator is not None:
+        reading.separators = reading.separators or 0
+    if span is None or span.start == 0:
+        reading.took(path, seen)
+    if seen.kind == "Parquet":
+        yield from _parquet(path, text_column, span, seen.compressed)
+    elif seen.kind == "JSON lines":
         yield from _json_lines(path, text_column, span)
-    else:
+    elif seen.kind == "JSON":
+        for n, record in enumerate(json_objects(path, decoded(path)), 1):
+            if text := _field(path, f"record {n}", text_column, record):
+                yield Document(f"{path}, record {n}", text)
+    elif seen.kind in ("CSV", "TSV"):
+        for place, row in csv_rows(path, decoded(path), "," if seen.kind == "CSV" else "\t"):
+            if text := _field(path, place, text_column, row, "column"):
+                yield Document(f"{path}, {place}", text)
+    elif separator is None:
         yield from _plain(path)
+    else:
+        yield from split_documents(str(path), decoded(path), separator, LONG_TEXT, reading)
 
 
-def can_span(path: Path) -> bool:
-    """Whether a part of a file can be read without all that stands before it."""
-    return path.suffix.lower() in (*JSON_LINES, PARQUET)
+def can_span(path: Path, text_column: str) -> bool:
+    """Whether a part of a file can be read without all that stands before it; raises as `look`."""
+    seen = look(path, text_column)
+    return seen.kind in ("JSON lines", "Parquet") and not seen.compressed
 
 
 def _plain(path: Path) -> Iterator[AnyDocument]:
@@ -89,6 +115,13 @@ def _plain(path: Path) -> Iterator[AnyDocument]:
         yield LongDocument(str(path), functools.partial(decoded, path))
     elif text := "".join(decode_parts(path, start)):
         yield Document(str(path), text)
+
+
+def _field(path: Path, where: str, column: str, record: dict[str, Any], what: str = "field") -> str:
+    """The text of a record; "" where it has none."""
+    if column not in record:
+        raise _no_column(f"{path}, {where}", what, column, record)
+    return _checked(path, lambda: where, column, record[column])
 
 
 def _checked(path: Path, where: Callable[[], str], column: str, text: Any) -> str:
@@ -123,6 +156,8 @@ def _json_lines(path: Path, column: str, span: Span | None) -> Iterator[Document
         for line in guarded(path, _lines(f, span)):
             number = next(numbers)
             place = functools.partial(_line_number, path, begin, number)
+            if number == 1 and begin == 0:
+                line = line.removeprefix(BOM)
             text = _text_of_line(path, line, column, place)
             del line  # while the text is worked on, its memory is wanted
             if text:
@@ -184,14 +219,14 @@ def _text_of_line(path: Path, line: bytes, column: str, place: Callable[[], int]
 # --- Parquet ------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, column: str, span: Span | None) -> Iterator[Document]:
+def _parquet(path: Path, column: str, span: Span | None, compressed: bool) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} is a Parquet file: pip install pyarrow") from None
     try:
-        with _seekable(path) as f:
+        with open_stream(path) if not compressed else _decompressed(path) as f:
             file = pyarrow.parquet.ParquetFile(f, buffer_size=READ_BYTES)  # else a group's column is read whole
             names = list(file.schema_arrow.names)
             if column not in names:
@@ -209,10 +244,8 @@ def _parquet(path: Path, column: str, span: Span | None) -> Iterator[Document]:
         raise UserError(f"{path} is damaged: {said or 'not a Parquet file'}; get it again") from None
 
 
-def _seekable(path: Path) -> IO[bytes]:
-    """The file itself, or what it holds decompressed, in a temporary file: Parquet begins to be read at its end."""
-    if path.suffix.lower() not in DECOMPRESSORS:
-        return open_stream(path)
+def _decompressed(path: Path) -> IO[bytes]:
+    """What a compressed file holds, in a temporary file: Parquet begins to be read at its end."""
     try:
         f = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
         for chunk in chunks(path):

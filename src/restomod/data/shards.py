@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from restomod.data.manifest import check_types
 from restomod.data.verified import changed_file
 from restomod.errors import UserError
-from restomod.files import read_json, sha256_file
+from restomod.files import read_json, require_regular, sha256_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -86,6 +87,7 @@ def open_shard(path: Path, mend: str = _MEND) -> np.ndarray:
     Raises:
         UserError: the file is missing, is no such shard, or its size does not fit its header.
     """
+    require_regular(path)
     if path.suffix == ".npy":
         return _open_npy(path)
     try:
@@ -285,15 +287,14 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(f"{folder / MANIFEST} is not a manifest of format {MANIFEST_FORMAT!r}; {_MEND}")
     try:
-        for key in ("name", "fingerprint", "documents", "tokens"):
-            manifest[key]
+        check_types(manifest, SPLITS)
         made_with = manifest["tokenizer"]["sha256"]
         if made_with != tokenizer_sha256:
             raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {_MEND}")
         entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
         hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
         train, val = (_open_split(folder, entries[split]) for split in SPLITS)
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{folder / MANIFEST} is damaged: {e.args[0]!r} is missing or wrong; {_MEND}") from None
     if verify != "sizes":
         changed = changed_file(folder, hashes, remember=verify == "changed")

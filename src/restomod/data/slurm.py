@@ -11,6 +11,7 @@ no job is left.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -122,7 +123,7 @@ def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, repor
             stages.append(("hash", ChosenUnits(HashUnit(config, work.units, out), unhashed), len(unhashed)))
         stages.append(("choose", Choose(out, n), 1))
     stages.append(("prepare", ChosenUnits(PrepareUnit(config, work.units, out), left), len(left)))
-    stages.append(("finish", Finish(Work(out, config, work.units, work.description)), 1))
+    stages.append(("finish", Finish(dataclasses.replace(work, out=out)), 1))
     before = None
     for name, step, tasks in stages:
         executor = SlurmExecutor(out, name, step, tasks, workers, slurm, before)

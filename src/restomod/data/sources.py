@@ -12,6 +12,8 @@ from pathlib import Path
 from restomod.config import DataConfig
 from restomod.data.documents import AnyDocument, Document
 from restomod.data.readers import read_documents
+from restomod.data.reading import Reading
+from restomod.data.text_files import files_of
 from restomod.errors import UserError, one_line
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -28,8 +30,12 @@ def source_name(config: DataConfig) -> str:
     return config.source
 
 
-def documents(config: DataConfig) -> Iterator[AnyDocument]:
+def documents(config: DataConfig, reading: Reading | None = None) -> Iterator[AnyDocument]:
     """Yield the documents of ``config``'s source, empty ones left out, sorted by path.
+
+    Args:
+        config: which text, and how to read it.
+        reading: where to count what was read, of text of the user's own.
 
     Raises:
         UserError: the text is missing, empty, not UTF-8, or cannot be downloaded.
@@ -41,45 +47,14 @@ def documents(config: DataConfig) -> Iterator[AnyDocument]:
     elif config.path is None:
         raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
     else:
-        yield from _text(Path(config.path), config.glob, config.text_column)
+        yield from _text(Path(config.path), config, reading or Reading())
 
 
-def _text(path: Path, glob: str, text_column: str) -> Iterator[AnyDocument]:
+def _text(path: Path, config: DataConfig, reading: Reading) -> Iterator[AnyDocument]:
     if (path / "manifest.json").exists():
         raise UserError(f"{path} holds prepared tokens, not text: add --data.source tokens")
-    for file in files_of(path, glob):
-        yield from read_documents(file, text_column)
-
-
-def files_of(path: Path, glob: str) -> Iterator[Path]:
-    """The files of a folder that match ``glob``, sorted, hidden and empty ones left out; a file is itself.
-
-    Raises:
-        UserError: there is none, or ``glob`` is no pattern.
-    """
-    if not path.is_dir():
-        yield path
-        return
-    if glob.startswith("/"):
-        raise UserError(f"the glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
-    try:
-        files = sorted(path.glob(glob))
-    except ValueError as e:  # before Python 3.13, "**" can only stand alone between slashes
-        raise UserError(f"the glob {glob!r} is not a pattern ({e}); for example '**/*.txt'") from None
-    found = empty = 0
-    for file in files:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or not file.is_file():
-            continue
-        found += 1
-        if file.stat().st_size == 0:
-            empty += 1
-            continue
-        yield file
-    if found == empty:
-        all_empty = "its only file is empty" if empty == 1 else f"its {empty} files are all empty"
-        what = all_empty if empty else f"no file matches the glob {glob!r}"
-        raise UserError(f"{path} holds no text: {what}")
+    for file in files_of(path, config.glob, reading.left_out):
+        yield from read_documents(file, config.text_column, separator=config.separator, reading=reading)
 
 
 def _python_stdlib() -> Iterator[Document]:

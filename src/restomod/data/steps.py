@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import numpy as np
 from restomod.config_prepare import PrepareConfig
 from restomod.data.bulk import BulkEncoder
 from restomod.data.documents import AnyDocument, split_hash
+from restomod.data.manifest import READ
 from restomod.data.plan import PRETOKENIZED, Unit, unit_documents
 from restomod.data.prepare import encoded, write_by_position
 from restomod.data.pretokenized import fetch_shard
+from restomod.data.reading import Reading
 from restomod.data.shards import SPLITS, ShardWriter
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
@@ -120,7 +122,7 @@ class PrepareUnit(UnitStep):
             return self._finish(unit, splits, sum(part["documents"] for part in splits.values()), duplicates=0)
         writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
         try:
-            counts = self._write(unit, writers)
+            counts, read = self._write(unit, writers)
             splits = {
                 split: {"tokens": writer.tokens, **counts[split], "shards": writer.close()}
                 for split, writer in writers.items()
@@ -134,21 +136,31 @@ class PrepareUnit(UnitStep):
                     f"mend it and run the same command again"
                 ) from None
             raise
-        self._finish(unit, splits, counts["all"]["documents"], counts["duplicates"]["documents"])
+        self._finish(unit, splits, counts["all"]["documents"], counts["duplicates"]["documents"], read)
 
-    def _finish(self, unit: int, splits: dict[str, Any], documents: int, duplicates: int) -> None:
+    def _finish(
+        self, unit: int, splits: dict[str, Any], documents: int, duplicates: int, read: dict[str, Any] | None = None
+    ) -> None:
         """Write the record of a unit whose shards are written, and drop what it downloaded."""
         fsync_path(self.out)  # the shards' names are on the disk before a record speaks of them
         record = {"splits": splits, "documents": documents, "duplicates": duplicates}
+        if read:
+            record[READ] = read
         write_json_atomically(record_path(self.out, unit), record)
         shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
 
-    def _write(self, unit: int, writers: dict[str, ShardWriter]) -> dict[str, dict[str, int]]:
-        """Write the documents; return the numbers of documents and bytes of text of each split, and of duplicates."""
+    def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
+        """Write the documents.
+
+        Returns:
+            The numbers of documents and bytes of text of each split, of duplicates and of all; what was read as what.
+        """
+        reading = Reading()
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
         counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates", "all")}
-        documents = unit_documents(self.units[unit], config, self.downloads(unit))
+        documents: Iterator[AnyDocument]
+        documents = map(reading.count, unit_documents(self.units[unit], config, self.downloads(unit), reading))
         hashes = np.load(hashes_path(self.out, unit)).tolist() if config.dedup else None
         if len(self.units) == 1:
             head = list(islice(documents, 2))
@@ -156,7 +168,7 @@ class PrepareUnit(UnitStep):
                 for _, parts in encoded(head, encoder, config.split_seed, hashes, ANEW):
                     counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
                 counts["all"]["documents"] = 1  # a part of it in each split
-                return counts
+                return counts, reading.to_dict()
             documents = chain(head, documents)
         keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
         held_out = config.val_fraction * 2**64
@@ -172,4 +184,4 @@ class PrepareUnit(UnitStep):
                 counts[split]["text_bytes"] += tokenizer.byte_length(part)
             counts[split]["documents"] += 1
             counts["all"]["documents"] += split != "duplicates"
-        return counts
+        return counts, reading.to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import IO, cast
 
 from restomod.errors import UserError
+from restomod.files import require_regular
 
 READ_BYTES = 1 << 20
+BOM = "\ufeff"  # the byte-order mark: no part of the text
 
 
 def _gzip(path: Path) -> IO[bytes]:
@@ -26,26 +29,64 @@ def _xz(path: Path) -> IO[bytes]:
     return lzma.open(path, "rb")
 
 
+def _bz2(path: Path) -> IO[bytes]:
+    return bz2.open(path, "rb")
+
+
 def _zstd(path: Path) -> IO[bytes]:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # notices a truncated file
 
 
-DECOMPRESSORS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _gzip, ".xz": _xz, ".zst": _zstd}
+Decompressor = Callable[[Path], IO[bytes]]
+DECOMPRESSORS: tuple[tuple[bytes, Decompressor], ...] = (  # by the first bytes, whatever a file is called
+    (b"\x1f\x8b", _gzip),
+    (b"\xfd7zXZ\0", _xz),
+    (b"\x5d\0\0", _xz),  # the older .lzma, which `lzma` reads alike
+    (b"BZh", _bz2),
+    (b"\x28\xb5\x2f\xfd", _zstd),
+    *((bytes([byte]) + b"\x2a\x4d\x18", _zstd) for byte in range(0x50, 0x60)),  # a frame to skip, as pzstd writes
+)
+BZ2_BLOCK = b"1AY&SY"  # follows BZh and a digit, with which ordinary text might begin
+COMPRESSION_ENDINGS = (".gz", ".xz", ".zst", ".bz2", ".lzma")
+
+
+def compression_of(file: Path | bytes) -> Decompressor | None:
+    """What decompresses a file, of which the path or the first bytes are given; None: it is not compressed.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    if isinstance(file, Path):
+        with _opened(file) as f:
+            file = f.read(10)
+    if file.startswith(b"BZh") and file[4:10] != BZ2_BLOCK:
+        return None
+    return next((decompress for magic, decompress in DECOMPRESSORS if file.startswith(magic)), None)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    require_regular(path)
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it ({e.strerror})") from None
 
 
 def open_stream(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed as its ending says.
+    """Open a file for reading, decompressed if its first bytes say that it is compressed.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it is no regular file, or cannot be opened.
     """
-    decompress = DECOMPRESSORS.get(path.suffix.lower())
+    decompress = compression_of(path)
+    if decompress is None:
+        return _opened(path)
     try:
-        return decompress(path) if decompress else path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file or folder") from None
+        return decompress(path)
     except OSError as e:
         raise UserError(f"{path}: cannot read it ({e.strerror})") from None
     except ImportError:
@@ -79,7 +120,7 @@ def decoded(path: Path) -> Iterator[str]:
 
 
 def decode_parts(path: Path, parts: Iterable[bytes]) -> Iterator[str]:
-    """The text of a file's bytes, part by part.
+    """The text of a file's bytes, part by part, without a byte-order mark at its beginning.
 
     Raises:
         UserError: they are not UTF-8, or more than half of them are NUL, which is known at the end.
@@ -92,8 +133,10 @@ def decode_parts(path: Path, parts: Iterable[bytes]) -> Iterator[str]:
             text = decoder.decode(part, final=not part)
         except UnicodeDecodeError as e:
             raise _not_utf8(path, e, read - begun + e.start) from None
-        read += len(part)
         zeros += part.count(0)
+        if read - begun <= 0 and text.startswith(BOM):
+            text = text[1:]
+        read += len(part)
         if text:
             yield text
     refuse_zeros(str(path), zeros, read)

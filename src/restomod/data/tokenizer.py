@@ -19,6 +19,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from restomod.errors import UserError
 
 END_OF_TEXT = 50256
+END_OF_TEXT_LITERAL = "<|endoftext|>"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
@@ -66,7 +67,7 @@ class Tokenizer:
     def __init__(self) -> None:
         ids = json.loads(vocabulary_file("encoder.json"))
         byte = _bytes_of_unicode()
-        del ids["<|endoftext|>"]
+        del ids[END_OF_TEXT_LITERAL]
         # GPT-2's ids are in the order of its merges, so an id is also the merge's rank
         ranks = {bytes(byte[c] for c in token): id for token, id in ids.items()}
         self._encoding = tiktoken.Encoding(
@@ -74,7 +75,7 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
             pat_str=r50k_pat_str,
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": END_OF_TEXT},
+            special_tokens={END_OF_TEXT_LITERAL: END_OF_TEXT},
         )
         self._byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, id in ranks.items():
@@ -83,6 +84,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Token ids of ``text``, shape (n,), uint16. A literal ``<|endoftext|>`` in it is ordinary text."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """As `encode`, but ``<|endoftext|>`` becomes its token: for prompts, as nanoGPT and transformers read them."""
+        return np.array(self._encoding.encode(text, allowed_special={END_OF_TEXT_LITERAL}), dtype=np.uint16)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids; bytes that are not whole UTF-8 characters become U+FFFD."""

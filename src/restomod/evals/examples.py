@@ -5,6 +5,7 @@ A function of this file turns a record into an `Example`; which one is said by t
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from restomod.data.kinds import look
+from restomod.data.records import json_objects
+from restomod.data.streams import chunks, decoded
 from restomod.errors import UserError, one_line
 
 Record = dict[str, Any]
@@ -43,13 +47,14 @@ class _Wrong(Exception):
 
 
 def read_examples(path: Path, example: Callable[[Record, str], Example]) -> list[Example]:
-    """All examples of a `.jsonl` or `.parquet` file, in its order; empty lines are left out.
+    """All examples of a file of JSON lines, JSON objects or Parquet, in its order; empty lines are left out.
 
     Raises:
         UserError: the file is missing or damaged, or a record is not as it should be; its line (row) is named.
     """
     examples = []
-    for where, record in _parquet(path) if path.suffix.lower() == ".parquet" else _json_lines(path):
+    kind = look(path).kind
+    for where, record in {"Parquet": _parquet, "JSON": _json}.get(kind, _json_lines)(path):
         try:
             examples.append(_checked(example(record, where)))
         except _Wrong as e:
@@ -60,12 +65,7 @@ def read_examples(path: Path, example: Callable[[Record, str], Example]) -> list
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a task's file has one JSON object a line") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot read it ({e.strerror})") from None
+    lines = b"".join(chunks(path)).removeprefix(codecs.BOM_UTF8).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -79,6 +79,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
         yield where, record
 
 
+def _json(path: Path) -> Iterator[tuple[str, Record]]:
+    for number, record in enumerate(json_objects(path, decoded(path)), 1):
+        yield f"{path}, record {number}", record
+
+
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         import pyarrow
@@ -86,8 +91,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
     except ImportError:
         raise UserError(f"{path} is a Parquet file: pip install pyarrow") from None
     try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
+        records = pyarrow.parquet.read_table(pyarrow.BufferReader(b"".join(chunks(path)))).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot read it ({one_line(e)})") from None
     for number, record in enumerate(records, 1):
         yield f"{path}, row {number}", record

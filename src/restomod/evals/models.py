@@ -52,7 +52,7 @@ class ScoredGPT:
         self.tokens_per_forward = tokens_at_once(TOKENS_PER_FORWARD, device.type, total_memory(device))
 
     def encode(self, text: str) -> list[int]:
-        return [int(token) for token in self.tokenizer.encode(text)]
+        return [int(token) for token in self.tokenizer.encode_special(text)]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.model.head.device

@@ -16,6 +16,7 @@ from restomod.data.sources import download
 from restomod.errors import UserError, did_you_mean
 from restomod.evals import examples as of
 from restomod.evals.examples import Example, Record, read_examples
+from restomod.text import split_items
 
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -138,6 +139,8 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
         UserError: there is no such task or file, or its data is wrong.
     """
     name, _, file = wanted.partition("=")
+    if not name:
+        raise UserError("a task has no name (a comma too many?); leave it out, or name one of: " + ", ".join(TASKS))
     if name in TASKS:
         task = TASKS[name]
         examples = task.read(Path(file)) if file else task.load(cache)
@@ -149,9 +152,16 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
     return LoadedTask(task, examples[:limit], limited=limit is not None and limit < len(examples))
 
 
+def task_names(given: str) -> list[str]:
+    """The tasks of a list with commas between them, as `load_task` takes them; a file's name may hold commas, too."""
+    commas = [i for i, character in enumerate(given) if character == ","]
+    items = split_items(given, commas, lambda item: Path(item.strip().partition("=")[2] or item.strip()).is_file())
+    return [item.strip() for item in items]
+
+
 def with_absolute_path(wanted: str) -> str:
     """``wanted`` (see `load_task`) such that it names the same file from any folder."""
     name, _, file = wanted.partition("=")
     if file:
         return f"{name}={Path(file).absolute()}"
-    return wanted if name in TASKS or not Path(name).exists() else str(Path(name).absolute())
+    return wanted if not name or name in TASKS or not Path(name).exists() else str(Path(name).absolute())

@@ -12,6 +12,7 @@ from torch import nn
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
+from restomod.data.reading import told
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.device import (
@@ -301,6 +302,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
         ("model", describe_shape(m)),
         ("parameters", f"{parameter_count(m):,}, " + (f"from {config.init}" if config.init else "random at the start")),
         ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
+        *told(manifest),
         (
             "tokens per step",
             f"{config.batch_tokens:,} = {f'{processes} processes × ' if processes > 1 else ''}"

@@ -1,0 +1,209 @@
+"""What a file of text is: told by its content, and by its name only where content cannot tell (CSV).
+
+Whatever a file is called, JSON lines are read as JSON lines, gzip is decompressed, and a container that holds no plain
+text (tar, zip, PDF, arrays, pictures) is refused instead of being trained on as prose.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from restomod.data.shards import MAGIC
+from restomod.data.streams import COMPRESSION_ENDINGS, chunks, compression_of
+from restomod.errors import UserError
+
+Kind = Literal["plain text", "JSON lines", "JSON", "CSV", "TSV", "Parquet"]
+
+LONGEST_RECORD = 32_000_000  # bytes of a line or a row; one character beyond U+FFFF makes Python hold four times that
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = ".parquet"
+TABLES: dict[str, Kind] = {".csv": "CSV", ".tsv": "TSV"}
+HEAD_BYTES = 65_536
+SPACE = " \t\n\r"  # JSON's white space
+
+UNPACK = "unpack it and name the folder with its files"
+EXPORT = "write its text as JSON lines or Parquet"
+CONTAINERS: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say, how to mend
+    (b"PK\x03\x04", "a zip archive (or .docx, .epub, .npz, .pt)", UNPACK),
+    (b"PK\x05\x06", "an empty zip archive", UNPACK),
+    (b"PK\x07\x08", "a zip archive", UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
+    (b"Rar!\x1a\x07", "a RAR archive", UNPACK),
+    (b"\x04\x22\x4d\x18", "compressed with LZ4", "decompress it"),
+    (b"\x1f\x9d", "compressed with compress (.Z)", "decompress it"),
+    (b"%PDF-", "a PDF", "extract its text (pdftotext)"),
+    (b"%!PS-Adobe", "PostScript", "extract its text"),
+    (b"{\\rtf", "a document in RTF", "save it as plain text"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a document of Microsoft Office", "save it as plain text"),
+    (b"WARC/1.", "a web archive (WARC)", "extract its text, as JSON lines"),
+    (b"\x93NUMPY", "an array of NumPy", "tokens: --data.source tokens with the folder of their shards"),
+    (MAGIC.to_bytes(4, "little"), "a shard of tokens", "train on its folder with --data.source tokens"),
+    (b"ARROW1\0\0", "an Arrow file", EXPORT),
+    (b"\xff\xff\xff\xff", "an Arrow stream, as `datasets` saves to disk", EXPORT),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", EXPORT),
+    (b"Obj\x01", "an Avro file", EXPORT),
+    (b"SQLite format 3\0", "an SQLite database", EXPORT),
+    *((b"GGUF" + bytes([version, 0]), "a model in GGUF", "name text") for version in (1, 2, 3)),
+    (b"\x7fELF", "a program", "name text"),
+    (b"\x89PNG\r\n\x1a\n", "a picture (PNG)", "name text"),
+    (b"\xff\xd8\xff", "a picture (JPEG)", "name text"),
+    (b"GIF89a", "a picture (GIF)", "name text"),
+    *((bytes([0x80, protocol]), "a pickle, which could run code", EXPORT) for protocol in (2, 3, 4, 5)),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a pointer of Git LFS in place of the file",
+        "fetch it: git lfs pull",
+    ),
+)
+WIDE = {  # byte-order marks of encodings that are not read
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a file is."""
+
+    kind: Kind
+    compressed: bool
+    as_text: bool = False
+    """Whether it is one JSON object without the text field, which is taken as plain text (a package.json)."""
+
+
+def look(path: Path, column: str = "text") -> Look:
+    """Tell from its first bytes what a file is.
+
+    Args:
+        path: a regular file.
+        column: the field that holds the text, by which a single JSON object counts as a record.
+
+    Raises:
+        UserError: it cannot be read or decompressed; it is a container or in an encoding that is not read.
+    """
+    compressed = compression_of(path) is not None
+    with closing(chunks(path)) as reads:
+        head = _grown(b"", reads, HEAD_BYTES)
+        _refuse_container(path, head, compressed)
+        _refuse_wide(path, head)
+        name = inner_ending(path)
+        if head.startswith(b"PAR1") or name == PARQUET:
+            return Look("Parquet", compressed)
+        shape = _json_shape(head, reads, column)
+    if shape is None and name in TABLES:
+        return Look(TABLES[name], compressed)
+    if shape == "lone" and name not in JSON_LINES:
+        return Look("plain text", compressed, as_text=True)
+    if shape == "records":
+        return Look("JSON", compressed)
+    return Look("JSON lines" if shape == "lines" or name in JSON_LINES else "plain text", compressed)
+
+
+def ending(path: Path) -> str:
+    """`.jsonl.xz` of `a.b.jsonl.xz`, `.txt` of `v1.2.txt`; `plain` where there is none."""
+    inner = Path(path.stem).suffix if path.suffix.lower() in COMPRESSION_ENDINGS else ""
+    return (inner + path.suffix).lower() or "plain"
+
+
+def inner_ending(path: Path) -> str:
+    """The ending without that of a compression: `.jsonl` of `a.jsonl.xz`."""
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSION_ENDINGS else path).suffix.lower()
+
+
+def _grown(held: bytes, reads: Iterator[bytes], size: int) -> bytes:
+    """``held`` and what follows it, ``size`` bytes or somewhat more, fewer at the end of the file."""
+    parts, n = [held], len(held)
+    while n < size and (part := next(reads, b"")):
+        parts.append(part)
+        n += len(part)
+    return b"".join(parts)
+
+
+def _refuse_container(path: Path, head: bytes, compressed: bool) -> None:
+    found = next(((what, mend) for magic, what, mend in CONTAINERS if head.startswith(magic)), None)
+    if found is None and compressed and compression_of(head):
+        found = "compressed twice", "decompress it once"
+    if found is None and b"\0" in head[:512] and _is_tar(head[:512]):
+        found = "a tar archive", UNPACK
+    if found is not None:
+        inside = "holds" if compressed and found[0].startswith("a") else "is"
+        raise UserError(f"{path} {inside} {found[0]}, not text: {found[1]}, or leave it out with a glob")
+
+
+def _is_tar(block: bytes) -> bool:
+    """Whether a block of 512 bytes is a tar header: its checksum says so, in the oldest formats too."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return False
+    return True
+
+
+def _refuse_wide(path: Path, head: bytes) -> None:
+    """Refuse UTF-16 and UTF-32: with their byte-order mark, or where every other byte of the beginning is NUL."""
+    encoding = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
+    start = head[: min(len(head), 512) // 2 * 2]
+    if encoding is None and len(start) >= 8 and (any(start[::2]) != any(start[1::2])):
+        encoding = "UTF-16"
+    if encoding is not None:
+        raise UserError(f"{path} is not UTF-8 text but {encoding}; convert it: iconv -f {encoding} -t UTF-8 OLD > NEW")
+
+
+def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["lines", "records", "lone"] | None:
+    """How the JSON objects of a file are laid out.
+
+    Returns:
+        lines: an object a line; records: the elements of an array, or objects over several lines; lone: one object
+        without the field ``column``; None: it is no JSON, or holds no objects.
+    """
+    decoder = json.JSONDecoder()
+    while True:
+        text = head.decode("utf-8-sig", errors="replace").lstrip(SPACE)
+        array = text.startswith("[")
+        text = text[array:].lstrip(SPACE)
+        ended = len(head) < HEAD_BYTES
+        if text and text[0] != "{":
+            return None
+        value: dict[str, Any] = {}
+        rest = ""
+        try:
+            if text:
+                value, end = decoder.raw_decode(text)
+                rest = text[end:].lstrip(SPACE)
+        except RecursionError:
+            return None
+        except json.JSONDecodeError as e:
+            if not cut_short(e, text):
+                return None
+        if rest:
+            break
+        if len(head) > LONGEST_RECORD:
+            return "records"  # whose reader refuses the first one for its length
+        longer = head if ended else _grown(head, reads, 2 * len(head))
+        if len(longer) == len(head):
+            if not value:
+                return None
+            break
+        head = longer
+    if array:
+        return "records" if column in value or rest[:1] in ("", ",", "]") else None
+    one_line = "\n" not in text[:end].rstrip("\r")
+    if not rest and column not in value:
+        return "lone"
+    if rest and not rest.startswith("{") and column not in value:
+        return None
+    return "lines" if one_line else "records"
+
+
+def cut_short(e: json.JSONDecodeError, text: str) -> bool:
+    """Whether JSON may be wrong only because ``text`` ends too soon."""
+    return e.msg.startswith("Unterminated string") or e.pos >= len(text) - 8

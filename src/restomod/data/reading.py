@@ -1,0 +1,123 @@
+"""What was read as what, what was left out and why: counted while text is read, kept in the manifest, and told."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from restomod.data.documents import AnyDocument, Document, LongDocument
+from restomod.data.kinds import Look, ending
+from restomod.data.manifest import READ
+from restomod.data.tokenizer import END_OF_TEXT_LITERAL
+
+AS_TEXT = "plain text (JSON without the text field)"
+ADVICE = (
+    "if it separates documents, add --separator '<|endoftext|>', which splits plain text files there; in JSON, CSV or "
+    "Parquet make a record of each document"
+)
+TO_MEND = ("broken link", "unreadable folder")
+
+
+class Reading:
+    """Counts of what was read and what was left out."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, collections.Counter[str]] = {}
+        """Number of files by kind and ending."""
+        self.left_out: collections.Counter[str] = collections.Counter()
+        """Number of files (or folders) by the reason why they were left out."""
+        self.separators: int | None = None
+        """How often --separator stood in plain text; None: none was asked for."""
+        self._literals = 0
+        self._long_literals: dict[str, int] = {}
+
+    def took(self, path: Path, look: Look) -> None:
+        """Count a file."""
+        kind = AS_TEXT if look.as_text else look.kind
+        self.files.setdefault(kind, collections.Counter())[ending(path)] += 1
+
+    def count(self, document: AnyDocument) -> AnyDocument:
+        """Count the literal ``<|endoftext|>`` in a document; in a long one while its text is read."""
+        if isinstance(document, Document):
+            self._literals += document.text.count(END_OF_TEXT_LITERAL)
+            return document
+        return LongDocument(document.name, functools.partial(self._counted, document.name, document.parts))
+
+    def _counted(self, name: str, parts: Callable[[], Iterator[str]]) -> Iterator[str]:
+        found, end = 0, ""
+        for part in parts():
+            joined = end + part
+            found += joined.count(END_OF_TEXT_LITERAL)
+            end = joined[1 - len(END_OF_TEXT_LITERAL) :]  # one may stand across two parts
+            yield part
+        self._long_literals[name] = found  # once, however often it is read
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, without what was not met."""
+        literals = self._literals + sum(self._long_literals.values())
+        values = {
+            "files": {kind: dict(sorted(endings.items())) for kind, endings in sorted(self.files.items())},
+            "left_out": dict(sorted(self.left_out.items())),
+            "end_of_text_literals": literals,
+        }
+        separators = {} if self.separators is None else {"separators": self.separators}
+        return {key: value for key, value in values.items() if value} | separators
+
+
+def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what several units of work read, as `Reading.to_dict` gives it."""
+    whole: dict[str, Any] = {}
+    for record in records:
+        for key, value in record.items():
+            whole[key] = _sum(whole.get(key), value)
+    return whole
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if isinstance(b, dict):
+        a = a or {}
+        return {key: _sum(a.get(key), b[key]) if key in b else a[key] for key in sorted({*a, *b})}
+    return b if a is None else a + b
+
+
+def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a manifest says about the reading of its text, for people: (heading, text) rows, warnings last.
+
+    Nothing where the manifest says nothing: of published shards, or made before this was counted.
+    """
+    read = manifest.get(READ) or {}
+    files, left_out = read.get("files", {}), read.get("left_out", {})
+    rows = []
+    if files:
+        rows.append(("read", ", ".join(_of_kind(kind, endings) for kind, endings in files.items())))
+    if left_out:
+        n = sum(left_out.values())
+        rows.append(("left out", f"{n:,} file{'s' * (n > 1)} or folder{'s' * (n > 1)}: {_counts(left_out)}"))
+    if literals := read.get("end_of_text_literals", 0):
+        rows.append(
+            ("warning", f"the text holds <|endoftext|> {literals:,} time{'s' * (literals > 1)} as characters; {ADVICE}")
+        )
+    if read.get("separators") == 0:
+        rows.append(("warning", "the separator stands nowhere in a plain text file: nothing was split there"))
+    if list(files) == [AS_TEXT]:
+        rows.append(("warning", "JSON is trained on as it stands; to take a field's text, name it by --text-column"))
+    if lost := {what: left_out[what] for what in TO_MEND if what in left_out}:
+        rows.append(("warning", f"files may be missing: {_counts(lost)}"))
+    return rows
+
+
+def told_lines(manifest: dict[str, Any]) -> list[str]:
+    """`told` as lines."""
+    return [f"{heading}: {text}" for heading, text in told(manifest)]
+
+
+def _of_kind(kind: str, endings: dict[str, int]) -> str:
+    n = sum(endings.values())
+    return f"{n:,} file{'s' * (n > 1)} as {kind} ({next(iter(endings)) if len(endings) == 1 else _counts(endings)})"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{what} {n:,}" for what, n in counts.items())
