@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -437,3 +438,34 @@ def test_a_mix_that_makes_no_sense_is_refused(mix: str, said: str) -> None:
 def test_a_mix_stands_in_place_of_a_path() -> None:
     with pytest.raises(UserError, match=r"leave data\.path out"):
         DataConfig(source="tokens", path="x", mix="a:1,b:1")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a,b", "c"],
+        ["web, v2", "x,y,z"],
+        ["a:b", "c:1"],
+        ["a:1,b", "c"],
+        ["a:0.5,b:0.5,c", "d:1e-3,e"],
+        ["1,2", ",", "3:4,5:6"],
+        [" a", "b "],
+        ["a", "a,b", "b"],
+    ],
+)
+def test_a_mix_takes_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
+    """Relative ones, as given, and absolute ones, as a run's config.json keeps them."""
+    for name in names:
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folders in (names, [str(tmp_path / name) for name in names]):
+        data = DataConfig(source="tokens", mix=",".join(f"{folder}:{i + 1}" for i, folder in enumerate(folders)))
+        assert [folder for folder, _ in data.mixed()] == folders
+        shares = [share for _, share in data.mixed()]
+        assert shares == pytest.approx([(i + 1) / sum(range(1, len(names) + 1)) for i in range(len(names))], abs=1e-6)
+
+
+@pytest.mark.parametrize("mix", ["/gone/a,b:0.5,/gone/c:0.5", "C:/data, old:1,D:/x:1"])
+def test_a_comma_in_a_folder_needs_no_folder_to_be_there(mix: str) -> None:
+    """A run's report is read on machines without its data."""
+    assert len(DataConfig(source="tokens", mix=mix).mixed()) == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from restomod.errors import UserError
 from restomod.generate import Request, generate
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import save_model
-from restomod.samples import choose_prompts, continuations, sample, stream, streamed
+from restomod.samples import choose_prompts, continuations, prompt_tokens, sample, stream, streamed
 from restomod.train.optimizer import build_optimizer
 from restomod.train.parity import random_model
 from tests.models import CPU
@@ -148,6 +149,21 @@ def test_streamed_texts_are_those_of_a_batch(model: GPT, tmp_path: Path) -> None
 def test_prompts_are_the_lines_of_a_file_that_are_not_blank(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("\ufeff first\r\n\r\n  second é \n \nthird".encode())
     assert choose_prompts((), str(tmp_path / "p.txt"), ("",)) == (" first", "  second é ", "third")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"])
+def test_only_line_ends_end_a_prompt(tmp_path: Path, inside: str, newline: str) -> None:
+    (tmp_path / "p.txt").write_bytes(newline.join([f"one{inside}prompt", "two", ""]).encode())
+    assert choose_prompts((), str(tmp_path / "p.txt"), ("",)) == (f"one{inside}prompt", "two")
+
+
+@pytest.mark.parametrize("prompt", ["<|endoftext|>", "a<|endoftext|>b", "a <|endoftext|>\n<|endoftext|>", "<|endof"])
+def test_end_of_text_in_a_prompt_is_its_token(
+    prompt: str, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    """As in nanoGPT, which gives tiktoken just this special token, and as in transformers."""
+    assert prompt_tokens(tokenizer, prompt) == tiktoken_gpt2.encode(prompt, allowed_special={"<|endoftext|>"})
 
 
 def test_given_prompts_come_before_the_default() -> None:

@@ -75,7 +75,6 @@ class DataConfig:
             self.source != "python-stdlib" or self.path is None,
             "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
         )
-        require(self.path != "", "data.path is empty; name a file or folder")
         require(self.separator != "", "data.separator is empty; name the text that stands between two documents")
         require(
             self.separator is None or (self.source == "text" and self.mix is None),

@@ -118,6 +118,8 @@ def test_the_standard_library_is_read_file_by_file() -> None:
 
 
 def test_a_missing_source_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^'': no such file, folder or source"):  # and not the present folder
+        plan(("",), CONFIG)
     with pytest.raises(UserError, match=r"nowhere: no such file, folder or source; known: .*python-stdlib"):
         plan(("nowhere",), CONFIG)
 

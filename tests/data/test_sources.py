@@ -156,6 +156,7 @@ def test_an_empty_file_in_a_folder_is_skipped(tmp_path: Path) -> None:
 
 
 def test_a_missing_path_is_refused() -> None:
+    assert refusal(DataConfig(source="text", path="")) == refusal(DataConfig(source="text"))  # not the present folder
     assert refusal(DataConfig(source="text")) == "no text to read: add --data.path FILE_OR_FOLDER"
 
 

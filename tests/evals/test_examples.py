@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +161,30 @@ def test_a_wrong_file_is_refused(content: bytes, said: str, tmp_path: Path) -> N
         read_examples(path, own)
     assert str(caught.value).startswith(f"{path}{said}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a", "a.gz"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_file_is_read_for_what_it_holds(
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes], mark: bytes
+) -> None:
+    other = GOOD | {"gold": 1}
+    lines = b"\n".join(json.dumps(record).encode() for record in (GOOD, other))
+    rows = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, other]), rows)
+    array = json.dumps([GOOD, other], indent=2).encode()
+    for content in (mark + lines, mark + array, rows.getvalue()):
+        (tmp_path / name).write_bytes(compress(content))
+        assert [example.gold for example in read_examples(tmp_path / name, own)] == [0, 1]
+
+
+def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"a", b"caf\xe9"], type=pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"query": text}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: cannot read it .*utf-8"):
+        read_examples(tmp_path / "a.parquet", own)
 
 
 def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from restomod.errors import UserError
 from restomod.evals import tasks
-from restomod.evals.tasks import TASKS, load_task, with_absolute_path
+from restomod.evals.tasks import TASKS, load_task, task_names, with_absolute_path
 from tests.hub import DATASETS, Hub
 
 SWAG = {"activity_label": "Sitting", "ctx": "A man sits. he", "endings": ["rises.", "falls."], "label": 1}
@@ -173,3 +173,19 @@ def test_paths_are_made_to_hold_from_any_folder(tmp_path: Path, monkeypatch: pyt
     assert with_absolute_path("hellaswag=mine.jsonl") == f"hellaswag={tmp_path}/mine.jsonl"
     assert with_absolute_path("mine.jsonl") == f"{tmp_path}/mine.jsonl"
     assert with_absolute_path("nonesuch") == "nonesuch"
+
+
+def test_a_list_of_tasks_may_name_files_with_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "my, own.jsonl", "x"):
+        Path(name).touch()
+    given = "hellaswag, lambada=a,b.jsonl,piqa,my, own.jsonl"
+    assert task_names(given) == ["hellaswag", "lambada=a,b.jsonl", "piqa", "my, own.jsonl"]
+    assert task_names("hellaswag,piqa=x") == ["hellaswag", "piqa=x"]
+    assert task_names("hellaswag,") == ["hellaswag", ""]
+
+
+def test_a_task_without_a_name_is_refused_and_not_taken_for_the_present_folder(tmp_path: Path) -> None:
+    for name in ("", with_absolute_path("")):
+        with pytest.raises(UserError, match="a task has no name"):
+            load_task(name, tmp_path)

@@ -52,7 +52,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     if config.mix is not None:
         return mix([(open_tokens(Path(folder)), share) for folder, share in config.mixed()])
     if config.source == "tokens":
-        if config.path is None:
+        if not config.path:
             raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
         return open_tokens(Path(config.path))
     reading = Reading()

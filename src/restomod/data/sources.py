@@ -44,7 +44,7 @@ def documents(config: DataConfig, reading: Reading | None = None) -> Iterator[An
         yield from _python_stdlib()
     elif config.source == "tinyshakespeare":
         yield from read_documents(Path(config.path) if config.path else _download_tinyshakespeare(Path(config.cache)))
-    elif config.path is None:
+    elif not config.path:
         raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
     else:
         yield from _text(Path(config.path), config, reading or Reading())

@@ -154,9 +154,13 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
 
 def task_names(given: str) -> list[str]:
     """The tasks of a list with commas between them, as `load_task` takes them; a file's name may hold commas, too."""
+
+    def names_a_file(item: str) -> bool:
+        name, _, file = item.strip().partition("=")
+        return Path(file).is_file() and "," not in name if file else Path(name).is_file()
+
     commas = [i for i, character in enumerate(given) if character == ","]
-    items = split_items(given, commas, lambda item: Path(item.strip().partition("=")[2] or item.strip()).is_file())
-    return [item.strip() for item in items]
+    return [item.strip() for item in split_items(given, commas, names_a_file)]
 
 
 def with_absolute_path(wanted: str) -> str:
