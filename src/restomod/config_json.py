@@ -12,6 +12,36 @@ from restomod.config import RunConfig
 from restomod.errors import UserError, did_you_mean
 from restomod.files import read_json
 
+# Of a run's `config.json`. A file of this version has every field; older ones have no version. A field that is added to
+# `RunConfig`, or within it, needs a new version, and `from_file` has to know that files of older ones may lack it.
+CONFIG_VERSION = 1
+
+# Fields that files without a version may lack, in the order in which they were added: one that has a field has all that
+# were there before it. What a file lacks had the default's effect then, but for `save_every_minutes`.
+_FIRST = (
+    "steps batch_tokens sequence_length model data optim sampling micro_batch target_loss eval_every eval_tokens "
+    "sample_every save_every keep_checkpoints seed device precision compile model.n_layer model.n_head model.n_embd "
+    "model.n_positions model.vocab_size data.source data.path data.glob data.val_fraction data.split_seed data.cache "
+    "optim.lr optim.min_lr_ratio optim.warmup_steps optim.betas optim.eps optim.weight_decay optim.grad_clip "
+    "sampling.prompts sampling.max_tokens sampling.temperature sampling.top_k"
+)
+_ADDED = (
+    "init sanity_checks",
+    "data.text_column",
+    "data.mix",
+    "parallel",
+    "save_every_minutes keep_best keep_every keep_gb on_save_error on_spike spike_sigmas",
+    "recompute deterministic",
+    "sampling.top_p",
+    "eval_tasks eval_limit",
+    "optim.optimizer optim.muon_lr optim.decay optim.cooldown optim.muon_momentum optim.muon_weight_decay "
+    "document_mask model.norm model.positions model.rope_theta model.mlp model.n_inner model.head_dim model.qk_norm "
+    "model.bias model.tied model.zero_init_projections",
+    "model.softcap model.embedding_norm model.embedding_skip model.value_embedding",
+    "track",
+    "residual_dtype",
+)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -29,6 +59,53 @@ def to_dict(config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         for value in [getattr(config, f.name)]
     }
+
+
+def to_file(config: RunConfig) -> dict[str, Any]:
+    """What a run's `config.json` holds."""
+    return {"version": CONFIG_VERSION, **to_dict(config)}
+
+
+def from_file(values: Any, where: str) -> RunConfig:
+    """The configuration that `to_file` made, now or in an earlier version.
+
+    Raises:
+        UserError: as `from_dict`; the version is not known; a field is missing that its version had.
+    """
+    _require(isinstance(values, dict), f"{where}: the file should be an object, not {values!r:.40}")
+    version = values.get("version", 0)
+    _require(
+        type(version) is int and 0 <= version <= CONFIG_VERSION,
+        f"{where}: version is {version!r}, and this restomod knows those up to {CONFIG_VERSION}; use a newer one",
+    )
+    values = {key: value for key, value in values.items() if key != "version"}
+    config = from_dict(_translated(values) if version == 0 else values, RunConfig, where)
+    assert isinstance(config, RunConfig)
+    there, all_fields = _paths(values), _paths(to_dict(config))
+    if version == 0:
+        eras = [_FIRST.split(), *(line.split() for line in _ADDED)]
+        newest = max(i for i, era in enumerate(eras) if i == 0 or there & {*era})
+        all_fields &= {path for era in eras[: newest + 1] for path in era}
+    missing = sorted(all_fields - there)
+    _require(not missing, f"{where}: missing {', '.join(missing)}; bring the file back as it was")
+    return config
+
+
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file without a version as they are written today."""
+    compile_ = values.get("compile")
+    return (
+        {"save_every_minutes": None} | values | ({"compile": ("off", "on")[compile_]} if type(compile_) is bool else {})
+    )
+
+
+def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:
+    """The dotted names of all fields, those of nested objects too."""
+    found = {f"{prefix}{key}" for key in values}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _paths(value, f"{prefix}{key}.")
+    return found
 
 
 def from_dict(values: Any, cls: type[Any] = RunConfig, where: str = "config.json", prefix: str = "") -> Any:
@@ -94,6 +171,4 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is not a run: it has no config.json; start one with `restomod train PRESET`")
-    config = from_dict(read_json(path, "run's configuration"), RunConfig, str(path))
-    assert isinstance(config, RunConfig)
-    return config
+    return from_file(read_json(path, "run's configuration"), str(path))

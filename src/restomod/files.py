@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,46 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{path} is a folder; name a file")
 
 
+def move_folder(source: Path, target: Path, last: str) -> None:
+    """Give a folder its name in one step; where the file system cannot rename folders, move its files one by one.
+
+    Args:
+        source: a folder on the same file system.
+        target: where nothing is yet.
+        last: the file of ``source`` that says that the folder is whole. It is moved last.
+
+    Raises:
+        OSError: there is something at ``target``, or neither way works; nothing is left at ``target`` then.
+    """
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    try:
+        source.rename(target)
+    except OSError:
+        if not source.is_dir() or target.exists():
+            raise
+        try:
+            files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda file: str(file) == last):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source / file, target / file)
+            fsync_path(target)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        shutil.rmtree(source, ignore_errors=True)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` beside ``path``, sync it, and rename it into place."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path``, sync it, and rename it into place."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
+    with open(temporary, "wb") as f:
+        f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,9 @@ from restomod.train import guard as guard_module
 from restomod.train import journal as journal_module
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
 from restomod.train.console import Display
-from restomod.train.loop import train
+from restomod.train.loop import EXIT_INTERRUPTED, train
 from restomod.train.metrics import read_jsonl
+from restomod.train.signals import StopSignal
 
 QUIET = Display(interactive=False)
 
@@ -193,6 +195,92 @@ def test_a_spike_never_reaches_the_weights(
     assert "standard deviations above the mean" in skipped["skipped"]
     with pytest.raises(UserError, match="step 9: the loss is 3"):
         train(dataclasses.replace(config, on_spike="stop"), tmp_path / "stopped", display=QUIET)
+
+
+@pytest.mark.usefixtures("reading")
+def test_a_save_that_falls_on_a_skipped_step_is_made_after_it(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
+) -> None:
+    poisoned.update({3: float("nan"), 7: float("nan"), 8: float("nan")})  # before steps 4, 8 and 9
+    assert train(quick, tmp_path / "run", display=QUIET) == 0
+    names = [folder.name for folder in list_checkpoints(tmp_path / "run")]
+    assert names == ["step_000005", "step_000010", "step_000012"]
+
+
+@pytest.mark.parametrize("first", [1, 6])
+def test_a_stop_among_skipped_steps_tells_what_there_is_and_goes_on_as_if_it_had_not_been(
+    quick: RunConfig,
+    tmp_path: Path,
+    poisoned: dict[int, float],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    first: int,
+) -> None:
+    poisoned.update({first: float("nan"), first + 1: float("nan")})
+    assert train(quick, tmp_path / "whole", display=QUIET) == 0
+    get = Prefetch.get
+
+    def interrupted(self: Prefetch, step: int) -> Any:
+        if step == first + 1:
+            signal.raise_signal(signal.SIGTERM)
+        return get(self, step)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefetch, "get", interrupted)
+        assert train(quick, tmp_path / "run", display=Display(interactive=False)) == EXIT_INTERRUPTED
+    said = capsys.readouterr().out
+    saved = [folder.name for folder in list_checkpoints(tmp_path / "run")]
+    assert saved == ([] if first == 1 else ["step_000004"])
+    assert (
+        "stopped after 3 steps without a checkpoint" if first == 1 else "the newest checkpoint is that of step 4"
+    ) in said
+    assert train(quick, tmp_path / "run", resume=True, display=QUIET) == 0
+    assert [r["loss"] for r in records(tmp_path / "run", "train")] == [
+        r["loss"] for r in records(tmp_path / "whole", "train")
+    ]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "run").values(), weights(tmp_path / "whole").values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_going_back_to_step_0_begins_anew_but_for_the_data(
+    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], optimizer: Any, precision: Any
+) -> None:
+    """After it the run is the one that saw only the later batches."""
+    optim = dataclasses.replace(quick.optim, optimizer=optimizer)
+    config = dataclasses.replace(quick, optim=optim, precision=precision, save_every=100, steps=6)
+    config = dataclasses.replace(config, batch_tokens=32, micro_batch=1, eval_tokens=32)  # fp16 is slow on a CPU
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert stopped_before_the_first_step(config, run) == EXIT_INTERRUPTED
+    assert [folder.name for folder in list_checkpoints(run)] == ["step_000000"]
+    poisoned.update(dict.fromkeys((2, 3, 4), float("nan")))
+    assert train(config, run, resume=True, display=QUIET) == 0
+    poisoned.clear()
+    assert records(run, "rollback") == [{"kind": "rollback", "step": 0, "failed_step": 4, "data_offset": 5}]
+    load = Batches.micro_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "micro_batches", lambda self, step, *a: load(self, step + 5, *a))
+        assert train(config, other, display=QUIET) == 0
+    assert [r["loss"] for r in records(run, "train")] == [r["loss"] for r in records(other, "train")]
+    for name in ("model.safetensors", "training_state/optimizer.safetensors"):
+        ours, theirs = (load_file(list_checkpoints(r)[-1] / name) for r in (run, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def stopped_before_the_first_step(config: RunConfig, run: Path) -> int:
+    class Requested(StopSignal):
+        def __enter__(self) -> StopSignal:
+            self.requested = True
+            return super().__enter__()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("restomod.train.loop.StopSignal", Requested)
+        return train(config, run, display=QUIET)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------

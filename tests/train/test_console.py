@@ -170,11 +170,32 @@ def test_a_finished_run_tells_its_losses_and_what_to_do_next(tmp_path: Path) -> 
 
 def test_a_run_without_validation_tells_only_its_training_loss(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": 0, "loss": 10.8})
-    text = "\n".join(closing_lines(tmp_path, [tmp_path], 1, finished=True))
+    text = "\n".join(closing_lines(tmp_path, [tmp_path / "step_000001"], 1, finished=True))
     assert "training loss" in text
     assert "validation loss" not in text
 
 
-def test_a_stopped_run_tells_how_to_go_on(tmp_path: Path) -> None:
-    (line,) = closing_lines(tmp_path, [tmp_path], 1, finished=False)
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (["step_000003"], "checkpoint of step 3;"),
+        (["step_000002"], "stopped after 3 steps; the newest checkpoint is that of step 2,"),
+        ([], "stopped after 3 steps without a checkpoint"),
+    ],
+)
+def test_a_stopped_run_tells_which_checkpoint_there_is_and_how_to_go_on(
+    tmp_path: Path, saved: list[str], said: str
+) -> None:
+    for step in range(3):
+        append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": step, "loss": 10.8})
+    (line,) = closing_lines(tmp_path, [tmp_path / name for name in saved], 1, finished=False)
+    assert said in line
     assert f"restomod train --resume {tmp_path}" in line
+
+
+@pytest.mark.parametrize(("saved", "missing"), [(["step_000001"], False), (["step_000000"], True), ([], True)])
+def test_a_finished_run_without_its_last_checkpoint_says_so(tmp_path: Path, saved: list[str], missing: bool) -> None:
+    append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": 0, "loss": 10.8})
+    text = "\n".join(closing_lines(tmp_path, [tmp_path / name for name in saved], 1, finished=True))
+    assert ("the checkpoint of step 1 could not be saved" in text) == missing
+    assert text.count("from_pretrained") == len(saved)

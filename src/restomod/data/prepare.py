@@ -33,7 +33,7 @@ from restomod.data.shards import (
 from restomod.data.sources import documents, source_name
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.files import fsync_path, write_json_atomically
+from restomod.files import fsync_path, move_folder, write_json_atomically
 
 BATCH_CHARACTERS = 4_000_000  # of text encoded at once: fast, and little memory
 COPY_TOKENS = 1_000_000  # at once, from one file to another
@@ -68,7 +68,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
             _write(config, tokenizer, temporary, hashes, fingerprint, shard_tokens, reading.to_dict())
             if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
                 shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
-                os.rename(temporary, folder)
+                move_folder(temporary, folder, MANIFEST)
                 fsync_path(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

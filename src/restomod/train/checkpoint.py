@@ -15,8 +15,10 @@ import contextlib
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,18 +26,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from restomod.errors import UserError
-from restomod.files import fsync_path, read_json, sha256_file
+from restomod.files import fsync_path, move_folder, read_json, sha256_file
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
+from restomod.train.identity import differences, run_identity
 from restomod.train.optimizer import Optimizers, optimizer_tensors
+from restomod.train.scale import LOSS_SCALE
 
 COMPLETE = "COMPLETE"
 STATE = "training_state"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
+STATE_FORMAT = "restomod-state-2"  # of state.json; before it was FORMAT
+REPLACED = ".old.tmp"  # what an earlier checkpoint of the same step is called until the new one has its name
 STEP_FOLDER = re.compile(r"step_\d+")
 
 
@@ -50,39 +56,73 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is whole, and what is wrong with those after it, which are set aside.
+@dataclass(frozen=True)
+class Unusable:
+    """A checkpoint that a run cannot go on from."""
 
-    Not to be called while a checkpoint is being written: what a killed process has half written or deleted is removed.
+    folder: Path
+    problem: str
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """`newest_usable`, and what is wrong with the checkpoints after it, which are set aside."""
+    folder, unusable = newest_usable(run)
+    set_aside(unusable)
+    return folder, [each.problem for each in unusable]
+
+
+def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
+    """The newest checkpoint from which a run can go on, and those after it, which are for `set_aside`.
+
+    It is whole, of this run and of the step in its name, and its tensors are finite. Not to be called while a
+    checkpoint is being written: what a killed process has half written or deleted is removed.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and the run can go on from none.
     """
     with contextlib.suppress(OSError):  # the next save will say what is the matter
         _remove_leftovers(run)
-    problems: list[str] = []
-    folders = list_checkpoints(run)[::-1]
-    for folder in folders:
+    unusable: list[Unusable] = []
+    for folder in list_checkpoints(run)[::-1]:
         try:
             verify_checkpoint(folder)
+            _require_finite(folder)
         except UserError as e:
-            problems.append(str(e).partition("; ")[0])
+            unusable.append(Unusable(folder, str(e).partition("; ")[0]))
             continue
-        for damaged in folders[: len(problems)]:
-            aside = damaged.with_name(f"{damaged.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            damaged.rename(aside)
-        return folder, problems
-    if problems:
+        return folder, unusable
+    if unusable:
         raise UserError(
-            f"none of the {len(folders)} checkpoints of {run} is whole: {problems[0]}; "
+            f"none of the {len(unusable)} checkpoints of {run} is whole: {unusable[0].problem}; "
             f"delete {run / 'checkpoints'} to begin the run anew"
         )
     return None, []
 
 
+def set_aside(unusable: list[Unusable]) -> None:
+    """Rename checkpoints to ``….damaged``, so that they are no longer found."""
+    for folder in (each.folder for each in unusable):
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        move_folder(folder, aside, COMPLETE)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint so that it is never seen half deleted."""
+    try:
+        doomed = folder.rename(folder.with_name(f".{folder.name}.tmp"))
+    except OSError:  # a file system that cannot rename folders
+        (folder / COMPLETE).unlink(missing_ok=True)
+        doomed = folder
+    shutil.rmtree(doomed)
+
+
 def _remove_leftovers(run: Path) -> None:
-    """Remove what a save, or the deletion of an old checkpoint, has left when it was killed."""
+    """Remove what a save, or the deletion of a checkpoint, has left when it was killed; bring back what it replaced."""
+    for replaced in (run / "checkpoints").glob(f".step_*{REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(REPLACED)[1:])
+        if not folder.exists():  # killed between the two renames
+            move_folder(replaced, folder, COMPLETE)
     for leftover in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(leftover)
 
@@ -110,7 +150,7 @@ def write_checkpoint(
         save_model(model, temporary)
         if optimizer_state:
             save_file({k: v.contiguous() for k, v in optimizer_state.items()}, temporary / STATE / OPTIMIZER)
-        state = {"format": FORMAT, "step": step, "data_offset": data_offset}
+        state = {"format": STATE_FORMAT, "step": step, "data_offset": data_offset, "run": run_identity(run)}
         (temporary / STATE / "state.json").write_text(json.dumps(state) + "\n")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         record = {
@@ -120,17 +160,28 @@ def write_checkpoint(
         (temporary / COMPLETE).write_text(json.dumps({"format": FORMAT, "files": record}, indent=2) + "\n")
         for path in [*files, temporary / COMPLETE, temporary / STATE, temporary]:
             fsync_path(path)
+        replaced = folder.with_name(f".{folder.name}{REPLACED}")
         if folder.exists():  # left by an earlier attempt at this step
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+            move_folder(folder, replaced, COMPLETE)
+        move_folder(temporary, folder, COMPLETE)
         fsync_path(folder.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove_leftovers(run)
         raise UserError(
-            f"cannot save {folder}: {_reason(e)}; older checkpoints are whole: "
+            f"cannot save {folder}: {_reason(e)}; {describe_newest(run)}: "
             f"mend it, then go on with `restomod train --resume {quote(str(run))}`"
         ) from None
     return folder
+
+
+def describe_newest(run: Path) -> str:
+    """Which checkpoint a run would go on from, as its folder has it now."""
+    newest = list_checkpoints(run)[-1:]
+    return f"the newest checkpoint is {newest[0].name}" if newest else "there is no checkpoint yet"
 
 
 def _reason(e: OSError | SafetensorError) -> str:
@@ -165,16 +216,57 @@ def verify_checkpoint(folder: Path) -> None:
             raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {size:,}; {mend}")
         if sha256_file(path) != sha256:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
+    state = _read_state(folder)
+    if STEP_FOLDER.fullmatch(folder.name) and state["step"] != step_of(folder):
+        raise UserError(f"{folder} holds step {state['step']}, not {step_of(folder)}; {mend}")
+    if folder.absolute().parent.name == "checkpoints":
+        other = differences(state["run"], run_identity(folder.absolute().parent.parent))
+        if other:
+            raise UserError(f"{folder} is of another run: {', '.join(other)}; {mend}")
+
+
+def _require_finite(folder: Path) -> None:
+    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity."""
+    for path in [folder / WEIGHTS, *sorted((folder / STATE).glob("*.safetensors"))]:
+        with safe_open(path, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118  # it is no mapping
+                if not saved.get_tensor(name).isfinite().all():
+                    raise UserError(f"{path}: {name} holds values that are not finite")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The training state of a checkpoint: ``step``, ``data_offset`` and ``run``, the identity of its run.
+
+    Raises:
+        UserError: a value is missing or of another type.
+    """
+    path = folder / STATE / "state.json"
+    state = read_json(path, "training state")
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, STATE_FORMAT):
+        raise UserError(f"{path} is damaged: its format is neither {FORMAT!r} nor {STATE_FORMAT!r}")
+    if state["format"] == FORMAT:  # which had no `run`, and at first no `data_offset`
+        state = {"data_offset": 0, "run": {}} | state
+    for name, kind in (("step", int), ("data_offset", int), ("run", dict)):
+        if type(state.get(name)) is not kind:
+            raise UserError(f"{path} is damaged: {name} is missing or wrong")
+    return state
 
 
 def progress(folder: Path) -> tuple[int, int]:
-    """Of a checkpoint: how many updates its weights have had, and how many batches were passed over."""
-    state = read_json(folder / STATE / "state.json", "training state")
-    return int(state["step"]), int(state.get("data_offset", 0))
+    """Of a checkpoint: how many updates its weights have had, and how many batches were passed over.
+
+    Raises:
+        UserError: its training state is damaged.
+    """
+    state = _read_state(folder)
+    return state["step"], state["data_offset"]
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
     """Put the optimizer's state of a verified checkpoint back, one tensor after the other. All processes call this.
+
+    The state of step 0 is that of an optimizer that has not stepped. The loss scale of fp16 is left out in other
+    precisions, and begins anew where the checkpoint has none.
 
     Args:
         folder: of the checkpoint; the main process alone reads it.
@@ -186,7 +278,9 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
         UserError: it is that of another optimizer or model.
     """
     if processes.from_main(lambda: progress(folder)[0]) == 0:
+        optimizer.reset()
         return
+    optimizer.loss_scale.reset()
     tensors = optimizer_tensors(model, optimizer)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     files = processes.from_main(lambda: _optimizer_files(folder, shapes))
@@ -201,16 +295,22 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
 
 
 def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
-    """In which file of a checkpoint each tensor of the optimizer is, which have to be those of ``shapes``."""
+    """In which file of a checkpoint each tensor of the optimizer is, which have to be those of ``shapes``.
+
+    The loss scale may be missing on either side: only fp16 has one.
+    """
     files = {}
     for path in sorted((folder / STATE).glob("*.safetensors")):  # the one file that used to have another name, too
         with safe_open(path, "pt") as saved:
             for name in saved.keys():  # noqa: SIM118  # it is no mapping
+                if name in LOSS_SCALE and name not in shapes:
+                    continue
                 if name not in shapes or shapes[name] != torch.Size(saved.get_slice(name).get_shape()):
                     raise UserError(f"{path} is of another optimizer or model: {name} does not fit")
                 files[name] = path
-    if files.keys() != shapes.keys():
-        raise UserError(f"{folder / STATE} is of another optimizer or model: {min(shapes.keys() - files)} is missing")
+    missing = shapes.keys() - files.keys() - set(LOSS_SCALE)
+    if missing:
+        raise UserError(f"{folder / STATE} is of another optimizer or model: {min(missing)} is missing")
     return files
 
 

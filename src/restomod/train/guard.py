@@ -44,7 +44,7 @@ class Guard:
         self.rollbacks: dict[int, int] = {}  # how many, by the checkpoint that was gone back to
         for record in records:
             if record.get("kind") == "train":
-                self._remember(record["loss"], "skipped" in record)
+                self._remember(record.get("loss"), "skipped" in record)
 
     def highest(self) -> float:
         """The highest loss that is no spike."""
@@ -88,7 +88,7 @@ class Guard:
         self.skipped = 0
         for record in records:
             if record.get("kind") == "train":
-                self._remember(record["loss"], "skipped" in record)
+                self._remember(record.get("loss"), "skipped" in record)
         return self.rollbacks[step] <= ROLLBACKS_BEFORE_STOP
 
     def _overflowed(self, made: Outcome) -> bool:

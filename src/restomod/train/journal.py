@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from restomod.model.flops import mfu
+from restomod.train.checkpoint import describe_newest
 from restomod.train.console import Display
 from restomod.train.guard import Guard
 from restomod.train.metrics import read_jsonl
@@ -88,9 +89,10 @@ class Journal:
         if problem is not None:
             display.line(f"step {step}  {problem}: no update", style="bold yellow")
         if action == "stop":
+            newest = describe_newest(self.training.run.folder)
             raise self.training.processes.error(
                 f"step {step}: {problem}, so nothing was updated; "
-                f"lower --optim.lr or raise --optim.warmup-steps in a new run (the checkpoints saved so far are whole)"
+                f"lower --optim.lr or raise --optim.warmup-steps in a new run ({newest})"
             )
         if action == "update":
             done = step + 1 - self.began

@@ -29,7 +29,7 @@ from restomod.train.signals import StopSignal
 from restomod.train.track import Trackers, require_installed
 
 EXIT_FINISHED = 0
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint; the run can go on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal; the run can go on
 
 
 def train(config: RunConfig, folder: Path, resume: bool = False, display: Display | None = None) -> int:
@@ -42,7 +42,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         display: where to print; by default a progress bar in a terminal and plain lines elsewhere.
 
     Returns:
-        0 when the run is finished, 75 when SIGINT or SIGTERM stopped it (after a checkpoint).
+        0 when the run is finished, 75 when SIGINT or SIGTERM stopped it (after a checkpoint, but for among bad steps).
 
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.
@@ -60,11 +60,11 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
     say = functools.partial(display.line, style="dim")
     say("preparing the data and the model …")
     training = processes.together(lambda: set_up(config, folder, resume, processes, say))
-    if training.first_step >= config.steps:
-        display.line(f"{folder} has made its {config.steps} steps already; --steps N goes on to step N")
+    if training.nothing_left is not None:
+        display.line(training.nothing_left)
         return EXIT_FINISHED
     display.table(summary(training))
-    display.lines([f"warning: set aside: {problem}" for problem in training.damaged])
+    display.lines([f"warning: {text}" for text in training.warnings])
     if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")
     display.lines(sanity_lines(training.verdicts))
@@ -104,6 +104,7 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
     guard = journal.guard
     step, offset, micro_batch = training.first_step, training.data_offset, training.compute.micro_batch
     saved = time.monotonic()
+    owed = False  # a save that fell among bad steps
 
     while True:
         # display.closed: its reader has left, as in `restomod train ... | head`
@@ -114,13 +115,14 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
             raise processes.error(str(failure))
         warn(display, failure)
 
-        saving = due or (config.save_every is not None and step % config.save_every == 0)
+        saving = owed or due or (config.save_every is not None and step % config.save_every == 0)
         pausing = stopping or saving or step == config.steps
         pausing = pausing or any(step % every == 0 for every in (config.eval_every, config.sample_every))
         failure_at = journal.read(everything=pausing)
         if failure_at is not None:
             step, offset = roll_back(training, saver, guard, *failure_at, offset, display)
             journal.went_back(step)
+            owed = False
         finished = journal.reached_target or step == config.steps
         at_checkpoint = step == journal.began and step > 0  # its evaluation, samples and checkpoint exist already
 
@@ -134,6 +136,9 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
         if not at_checkpoint and (finished or (wanted and guard.skipped == 0)):  # to go back to from among bad steps
             saver.save(step, training.model, training.optimizer, offset)
             saved = time.monotonic()
+            owed = False
+        elif wanted and not at_checkpoint:
+            owed = True
         if finished or stopping:
             saver.finish()
             warn(display, saver.failure())

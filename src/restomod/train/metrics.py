@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from restomod.files import write_text_atomically
+from restomod.files import write_bytes_atomically
 
 Record = dict[str, Any]
 
@@ -25,18 +25,47 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a `.jsonl` file; none if there is no file, and without a line that a crash has damaged."""
-    records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # not JSON, not UTF-8
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+    """The records of a `.jsonl` file; none if there is no file, and without the lines that are damaged."""
+    return [record for record in map(_parsed, _lines(path)) if record is not None]
+
+
+def describe_damage(path: Path) -> str | None:
+    """How many lines of a `.jsonl` file are damaged and which is the first; None where none is.
+
+    A last line that a crash has cut short is no damage: what it said is done and logged again.
+    """
+    lines = _lines(path)
+    bad = [i for i, line in enumerate(lines, 1) if line.strip() and line.endswith(b"\n") and _parsed(line) is None]
+    if not bad:
+        return None
+    return f"{path}: {len(bad)} of {len(lines)} lines cannot be read and are passed over, the first is line {bad[0]}"
 
 
 def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a `.jsonl` file with only the records that ``keep`` wants."""
-    if path.exists():
-        records = [record for record in read_jsonl(path) if keep(record)]
-        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Rewrite a `.jsonl` file with only the records that ``keep`` wants, and the damaged lines among them."""
+    if not path.exists():
+        return
+    kept: list[bytes] = []
+    whole = 0
+    for line in _lines(path):
+        record = _parsed(line)
+        if record is None or keep(record):
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+            whole = len(kept) if record is not None else whole
+    write_bytes_atomically(path, b"".join(kept[:whole]))
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file, each with its end; the last may lack it."""
+    if not path.exists():
+        return []
+    *whole, last = path.read_bytes().split(b"\n")
+    return [line + b"\n" for line in whole] + ([last] if last else [])
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is not JSON, not UTF-8, or no object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        return record if isinstance(record, dict) else None
+    return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import Adam, AdamW, Optimizer
 
 from restomod.config import OptimConfig
 from restomod.model.gpt import GPT, stacked_matrices
@@ -18,13 +20,27 @@ from restomod.train.scale import LossScale
 
 
 class Optimizers:
-    """The optimizers of a model, each with the parameters that it suits, for gradients of a scaled loss."""
+    """The optimizers of a model, each with the parameters that it suits, for gradients of a scaled loss.
 
-    def __init__(self, parts: list[AdamW | Muon], loss_scale: LossScale) -> None:
+    Any `torch.optim.Optimizer` is right whose ``step`` takes no closure. AdamW and Adam with ``fused=True`` and Muon
+    divide the gradients and refuse updates in their own kernels; for all others that is done here, for which the
+    device has to be waited for at every step.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer], loss_scale: LossScale) -> None:
         """Args:
         parts: all their groups have the learning rate that is their maximum.
         loss_scale: what the loss is multiplied with.
+
+        Raises:
+            TypeError: a part needs a closure, or a group has no learning rate.
         """
+        for part in parts:
+            closure = inspect.signature(part.step).parameters.get("closure")
+            if closure is not None and closure.default is closure.empty:
+                raise TypeError(f"{type(part).__name__} cannot be used: its step needs a closure")
+            if any("lr" not in group for group in part.param_groups):
+                raise TypeError(f"{type(part).__name__} cannot be used: a group of it has no learning rate, 'lr'")
         self.parts, self.loss_scale = parts, loss_scale
         for group in self.param_groups:
             group["max_lr"] = group["lr"]
@@ -35,7 +51,7 @@ class Optimizers:
         return [group for part in self.parts for group in part.param_groups]
 
     def update(self, rate_factor: float, divisor: Tensor, refused: Tensor) -> None:
-        """Make an update, or none, and drop the gradients. Nothing is read from the device.
+        """Make an update, or none, and drop the gradients. Nothing is read from the device; see the class.
 
         Args:
             rate_factor: fraction of the maximum learning rates.
@@ -45,15 +61,38 @@ class Optimizers:
         for group in self.param_groups:
             group["lr"] = rate_factor * group["max_lr"]
         for part in self.parts:
-            # what torch calls them; its fused kernels read them if they exist
-            part.grad_scale, part.found_inf = divisor, refused.float()  # type: ignore[union-attr]
-            part.step()
+            if _refuses_by_itself(part):
+                # what torch calls them; its fused kernels read them if they exist
+                part.grad_scale, part.found_inf = divisor, refused.float()  # type: ignore[attr-defined]
+                part.step()
+            elif not refused:
+                for group in part.param_groups:
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.grad.div_(divisor)
+                part.step()
         self.zero_grad()
+
+    def reset(self) -> None:
+        """Forget all state, as before the first step."""
+        for part in self.parts:
+            part.state.clear()
+        self.loss_scale.reset()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+
+def _refuses_by_itself(part: Optimizer) -> bool:
+    """Whether an optimizer divides gradients by ``grad_scale`` and changes nothing where ``found_inf`` is 1.
+
+    torch's other fused optimizers read them too, but a first step that SGD refuses leaves its momentum uninitialised.
+    """
+    if type(part) in (Adam, AdamW):
+        return all(group["fused"] for group in part.param_groups)
+    return type(part) is Muon
 
 
 def build_optimizer(
@@ -74,7 +113,7 @@ def build_optimizer(
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    parts: list[AdamW | Muon] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+    parts: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
     if matrices:
         by_parts: dict[int, list[Tensor]] = {}
         for name in matrices:
@@ -94,7 +133,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     each has its part, in a DTensor.
     """
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    flat = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer.parts, options=options))
+    flat = cast(dict[str, Any], get_optimizer_state_dict(model, tuple(optimizer.parts), options=options))
     tensors = {name: value for name, value in flat.items() if name.startswith("state.")}
     return tensors | optimizer.loss_scale.tensors()
 

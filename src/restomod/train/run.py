@@ -12,7 +12,6 @@ runs/NAME/
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import shutil
 import subprocess
@@ -26,43 +25,13 @@ import torch
 
 import restomod
 from restomod.config import RunConfig
-from restomod.config_json import read_config, to_dict
+from restomod.config_json import read_config, to_dict, to_file
 from restomod.data.shards import Dataset
-from restomod.errors import UserError
-from restomod.files import read_json, write_json_atomically
-from restomod.train.metrics import append_jsonl, keep_records
+from restomod.errors import UserError, one_line
+from restomod.files import move_folder, read_json, write_json_atomically
+from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
+from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.track import Trackers
-
-MAY_CHANGE_ON_RESUME = {
-    "steps",
-    "target_loss",
-    "micro_batch",
-    "eval_every",
-    "eval_tokens",
-    "eval_tasks",
-    "eval_limit",
-    "sample_every",
-    "sampling",
-    "save_every",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "keep_best",
-    "keep_every",
-    "keep_gb",
-    "track",
-    "on_save_error",
-    "on_spike",
-    "spike_sigmas",
-    "device",
-    "precision",
-    "parallel",
-    "recompute",
-    "deterministic",
-    "compile",
-    "residual_dtype",
-    "sanity_checks",
-    "data",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +96,11 @@ def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
         temporary.mkdir(parents=True)
         write_json_atomically(temporary / "data.json", dataset.manifest)
         write_json_atomically(temporary / "environment.json", [environment])
-        write_json_atomically(temporary / "config.json", to_dict(config))
-        os.rename(temporary, folder)
+        write_json_atomically(temporary / "config.json", to_file(config))
+        move_folder(temporary, folder, "config.json")
     except OSError as e:
-        raise UserError(f"{folder}: cannot make the run's folder ({e.strerror})") from None
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: cannot make the run's folder ({e.strerror or one_line(e)})") from None
     return Run(folder, config)
 
 
@@ -140,11 +110,12 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     Raises:
         UserError: a setting has changed that must not, or the data is not what the run was trained on.
     """
-    old = read_config(folder)
-    for field in dataclasses.fields(RunConfig):
-        before, now = getattr(old, field.name), getattr(config, field.name)
-        if before != now and field.name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"{field.name} cannot change when a run goes on: it was {before}, now {now}")
+    old, new = to_dict(read_config(folder)), to_dict(config)
+    for name in new.keys() - MAY_CHANGE_ON_RESUME:
+        changed = differences({name: new[name]}, {name: old[name]})
+        if changed:
+            raise UserError(f"{name} cannot change when a run goes on: {', '.join(changed)}")
+    _starts(folder)  # it will be written anew, so it has to be readable
     manifest = read_json(folder / "data.json", "manifest of the run's data")
     trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"
     if dataset.fingerprint != trained_on:
@@ -157,13 +128,49 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
 
 def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
     """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
-    log = folder / "environment.json"
-    starts = read_json(log, "record of the run's environments") if log.exists() else []
-    write_json_atomically(log, [*(starts if isinstance(starts, list) else [starts]), environment])
-    write_json_atomically(folder / "config.json", to_dict(config))
+    write_json_atomically(folder / "environment.json", [*_starts(folder), environment])
+    write_json_atomically(folder / "config.json", to_file(config))
     run = Run(folder, config)
     run.rewind(step)
     return run
+
+
+def _target_reached(folder: Path, target: float | None, step: int) -> int | None:
+    """The step before ``step`` whose training loss was at or below ``target``, by `metrics.jsonl`; None: there is none.
+
+    Args:
+        folder: of the run.
+        target: the run's `target_loss`.
+        step: of the checkpoint from which the run goes on.
+    """
+    if target is None:
+        return None
+    for record in read_jsonl(folder / "metrics.jsonl"):
+        at, loss = record.get("step"), record.get("loss")
+        made = record.get("kind") == "train" and "skipped" not in record
+        if made and isinstance(at, int) and at < step and isinstance(loss, (int, float)) and loss <= target:
+            return at
+    return None
+
+
+def _starts(folder: Path) -> list[Any]:
+    """The environments of all starts of a run so far."""
+    log = folder / "environment.json"
+    starts = read_json(log, "record of the run's environments") if log.exists() else []
+    return starts if isinstance(starts, list) else [starts]
+
+
+def nothing_left_to_do(folder: Path, config: RunConfig, step: int) -> str | None:
+    """Why a run that would go on from the checkpoint of ``step`` has nothing left to do; None where it has."""
+    if step >= config.steps:
+        return f"{folder} has made its {config.steps} steps already; --steps N goes on to step N"
+    reached = _target_reached(folder, config.target_loss, step)
+    if reached is None:
+        return None
+    return (
+        f"{folder} has reached its target loss {config.target_loss} already, at step {reached}; "
+        f"--target-loss with a lower one, or None, goes on"
+    )
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ other.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ from torch import Tensor
 from restomod.config import RunConfig
 from restomod.errors import UserError
 from restomod.model.gpt import GPT
-from restomod.train.checkpoint import list_checkpoints, step_of, write_checkpoint
+from restomod.train.checkpoint import list_checkpoints, remove_checkpoint, step_of, write_checkpoint
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import gather_on_main, is_shared, whole_on_main
 from restomod.train.metrics import read_jsonl
@@ -143,8 +142,7 @@ def drop_others(run: Path, config: RunConfig) -> None:
     }
     for step in folders.keys() - kept(list(folders), losses, sizes, config):
         with contextlib.suppress(OSError):  # it is tried again after the next save
-            folder = folders[step]
-            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))  # never seen half deleted
+            remove_checkpoint(folders[step])
 
 
 def kept(steps: list[int], losses: dict[int, float], sizes: dict[int, int], config: RunConfig) -> set[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 START = 2.0**16
 STEPS_BEFORE_GROWTH = 2000
+LOSS_SCALE = ("loss_scale.factor", "loss_scale.finite_steps")  # in checkpoints of fp16 runs only
 
 
 class LossScale:
@@ -37,4 +38,9 @@ class LossScale:
         """What a checkpoint has to hold of it, sharing its memory; nothing where it never changes."""
         if not self.adapts:
             return {}
-        return {"loss_scale.factor": self.factor, "loss_scale.finite_steps": self.finite_steps}
+        return dict(zip(LOSS_SCALE, (self.factor, self.finite_steps), strict=True))
+
+    def reset(self) -> None:
+        """Begin anew, in place."""
+        self.factor.fill_(START if self.adapts else 1.0)
+        self.finite_steps.zero_()

@@ -33,13 +33,21 @@ from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, read_model_config
 from restomod.text import duration
-from restomod.train.checkpoint import load_optimizer, load_saved_weights, newest_whole, progress
+from restomod.train.checkpoint import (
+    Unusable,
+    load_optimizer,
+    load_saved_weights,
+    newest_usable,
+    progress,
+    set_aside,
+)
 from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
+from restomod.train.metrics import describe_damage
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
-from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
+from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks
 from restomod.train.step import BatchLoss, Compute
 
@@ -64,12 +72,14 @@ class Training:
     """How many batches have been passed over: step s trains on batch s + data_offset."""
     tasks: list[LoadedTask]
     """What every validation asks besides the held-out loss."""
-    damaged: list[str]
-    """What is wrong with newer checkpoints, which were set aside."""
+    warnings: list[str]
+    """Of a run that goes on: newer checkpoints that were set aside, records that cannot be read."""
     verdicts: list[Verdict]
     """What the sanity checks found; empty for a run that goes on, or that does without them."""
     micro_batch_seconds: float
     """How long a micro-batch takes, forward and backward."""
+    nothing_left: str | None = None
+    """Why a run that is resumed has nothing left to do; None where it has."""
 
     @property
     def config(self) -> RunConfig:
@@ -91,13 +101,20 @@ def set_up(
 ) -> Training:
     """Prepare data, model and optimizer, and make or reopen the run's folder.
 
-    Nothing is written before the data and the configuration have been found good. A resumed run starts from its
-    newest checkpoint, or from the beginning if it was stopped before its first.
+    Nothing is written before the data and the configuration have been found good, and nothing at all into a run that
+    has nothing left to do. A resumed run starts from its newest checkpoint, or from the beginning if it was stopped
+    before its first.
 
     Raises:
         UserError: the data, the device, the folder or the checkpoint is not usable.
     """
-    checkpoint, damaged = processes.from_main(lambda: newest_whole(folder)) if resume else (None, [])
+    checkpoint, unusable = processes.from_main(lambda: newest_usable(folder)) if resume else (None, [])
+    first_step, data_offset = processes.from_main(lambda: progress(checkpoint)) if checkpoint else (0, 0)
+    if config.steps < first_step:
+        raise processes.error(
+            f"{folder} has made {first_step} steps already, more than --steps {config.steps}; "
+            f"leave --steps out, or raise it to go on"
+        )
     config = _with_absolute_paths(config, needs_init=checkpoint is None)
     compute = choose_compute(config, processes)
     device = compute.device
@@ -125,10 +142,8 @@ def set_up(
                 f"--no-sanity-checks trains all the same)"
             )
     model = processes.together(lambda: initial_model(fresh, device))
-    first_step = data_offset = 0
     if checkpoint is not None:
         load_saved_weights(checkpoint, model, processes)
-        first_step, data_offset = processes.from_main(lambda: progress(checkpoint))
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
         trial, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
@@ -146,9 +161,13 @@ def set_up(
     processes.agree()
     seconds, compute = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes, say)
 
+    nothing_left = processes.from_main(lambda: nothing_left_to_do(folder, config, first_step)) if resume else None
+    warnings = processes.from_main(lambda: _warnings(folder, unusable)) if resume else []
     run = Run(folder, config, writes=False)
-    if processes.main:
+    if processes.main and nothing_left is None:
         here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.count}
+        if resume:
+            set_aside(unusable)
         run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
     return Training(
         run,
@@ -163,10 +182,17 @@ def set_up(
         first_step,
         data_offset,
         tasks,
-        damaged,
+        warnings,
         verdicts,
         seconds,
+        nothing_left,
     )
+
+
+def _warnings(folder: Path, unusable: list[Unusable]) -> list[str]:
+    """What is wrong with the files of a run that goes on, and does not stop it."""
+    damage = [describe_damage(folder / name) for name in ("metrics.jsonl", "samples.jsonl")]
+    return [f"set aside: {each.problem}" for each in unusable] + [text for text in damage if text is not None]
 
 
 def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> Batches:
