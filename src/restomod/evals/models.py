@@ -105,13 +105,10 @@ class ScoredTransformers:
             given |= {"attention_mask": hidden.to(device), "position_ids": batch.positions.to(device)}
         logits = self.model(**given).logits  # (B, T - first or T, V)
         logits = logits if self.keeps_logits else logits[:, first:]
-        at = batch.at.to(device)
+        at = batch.at[batch.which].to(device)
         at = at // T * (T - first) + at % T - first
         flat = logits.flatten(0, 1)
-        norm, chosen, best = log_probs_of(
-            lambda part: flat[at[part]], len(at), batch.which.to(device), batch.targets.to(device)
-        )
-        return chosen - norm, best
+        return log_probs_of(lambda part: flat[at[part]], batch.targets.to(device))
 
     def _sharing_is_exact(self) -> bool:
         """Whether continuations that share a row get the log-likelihoods that they get in rows of their own."""
