@@ -144,9 +144,8 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
             Part(name, cast(Dataset, SimpleNamespace(val=stream)), part)
             for (name, stream), part in zip(streams.items(), (share, 1 - share), strict=True)
         )
-        held = dataset_loss(
-            model, cast(Dataset, SimpleNamespace(sources=parts, parts=parts)), T, CPU, torch.float32, tokenizer=tokenizer
-        )
+        mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
+        held = dataset_loss(model, mixed, T, CPU, torch.float32, tokenizer=tokenizer)
         assert held is not None
         # N tokens of the one and M of the other, N : M as the shares are
         N, M = float(share) * 1e6, float(1 - share) * 1e6
@@ -156,15 +155,7 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
         assert held.bytes_per_token == pytest.approx(n_bytes / (N + M))
         assert min(a.bits_per_byte, b.bits_per_byte) <= held.bits_per_byte <= max(a.bits_per_byte, b.bits_per_byte)
         # a part of the splits, as much of each as its share is
-        few = dataset_loss(
-            model,
-            cast(Dataset, SimpleNamespace(sources=parts, parts=parts)),
-            T,
-            CPU,
-            torch.float32,
-            max_tokens=4 * T,
-            tokenizer=tokenizer,
-        )
+        few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=4 * T, tokenizer=tokenizer)
         assert few is not None
         assert few.to_dict()["bits_per_byte"] == pytest.approx(few.loss / np.log(2) / few.bytes_per_token)
 

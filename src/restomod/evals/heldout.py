@@ -18,7 +18,7 @@ from restomod.data.batches import Batches
 from restomod.data.shards import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
 from restomod.device import autocast, total_memory
-from restomod.evals.likelihood import gpt_log_probs
+from restomod.evals.likelihood import Batch, LanguageModel, gpt_log_probs
 from restomod.model.gpt import GPT
 from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
 from restomod.train.distributed import SINGLE, Processes
@@ -79,7 +79,7 @@ def heldout_windows(n_windows: int, sequence_length: int, max_tokens: int | None
 
 @torch.no_grad()
 def heldout_loss(
-    model: GPT,
+    model: GPT | LanguageModel,
     stream: TokenStream,
     sequence_length: int,
     device: torch.device,
@@ -92,7 +92,8 @@ def heldout_loss(
     """Mean cross-entropy per token over a split.
 
     Args:
-        model: evaluated as it is; nothing in it changes, and a compiled transformer is run uncompiled.
+        model: evaluated as it is; nothing in it changes, and a compiled transformer is run uncompiled. One that is not
+            ours has its own device and type, and reads GPT-2's tokens.
         stream: the split's tokens.
         sequence_length: T; every window is evaluated without context from the one before.
         device, dtype: where and in which type to compute.
@@ -134,8 +135,14 @@ def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> 
         yield tail[:, :-1].contiguous(), tail[:, 1:].contiguous()
 
 
-def token_losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def token_losses(
+    model: GPT | LanguageModel, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Cross-entropy of each target, (B, T) fp32, on the CPU."""
+    if not isinstance(model, GPT):
+        every = torch.arange(tokens.numel())
+        log_probs, _ = model.predict(Batch(tokens, None, None, every, every, targets.flatten()))
+        return -log_probs.view(targets.shape).cpu()
     with autocast(device, dtype):
         hidden = model.transformer.forward(tokens.to(device)).flatten(0, 1)  # (N, D)
     which = torch.arange(len(hidden), device=device)
@@ -144,7 +151,7 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.devi
 
 
 def dataset_loss(
-    model: GPT,
+    model: GPT | LanguageModel,
     dataset: Dataset,
     sequence_length: int,
     device: torch.device,
