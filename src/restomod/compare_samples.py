@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.config import Device, Precision, SamplingConfig
-from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import write_text_atomically
 from restomod.samples import find_writer, sample
@@ -48,8 +47,8 @@ def compare(
     Raises:
         UserError: one of them is no model (see `find_writer`); both are looked for before anything is computed.
     """
-    names, tokenizer = (a, b), gpt2_tokenizer()
-    folders = [find_writer(name, tokenizer) for name in names]
+    names = a, b
+    folders = [find_writer(name) for name in names]
     texts = [
         [text for (text,) in sample(name, prompts, 1, sampling, seed, device, precision, folder)]
         for name, folder in zip(names, folders, strict=True)

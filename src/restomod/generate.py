@@ -8,8 +8,9 @@ Shapes: B = rows that go on, n = contexts read together, T = tokens of the longe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from restomod.data.tokenizer import END_OF_TEXT
 from restomod.device import autocast
 from restomod.draw import next_tokens
 from restomod.model.gpt import GPT, KVCache, soft_cap
+from restomod.model.hf_models import TransformersModel
 
 CACHE_BYTES = 2**30  # of keys and values; what needs more is generated in several batches
 COLUMNS_FROM = 8  # rows: products with fewer are quicker, on a CPU, where the weights lie as they are
 COLUMNS_BYTES = 2**30  # of weights, that are copied for it
+SAME = 1e-3  # of the largest logit, by which two ways to compute logits may differ in fp32
 
 
 class Request(NamedTuple):
@@ -202,3 +205,59 @@ def rows_at_once(config: ModelConfig, longest_prompt: int, max_tokens: int, dtyp
     tokens = min(config.n_positions, longest_prompt + max_tokens)
     row = 2 * config.n_layer * config.n_head * config.head_size * tokens * dtype.itemsize
     return max(1, CACHE_BYTES // row)
+
+
+# --- models that transformers runs ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate_with_transformers(
+    opened: TransformersModel, request: Request, sampling: SamplingConfig, seed: int, cached: bool
+) -> Iterator[int]:
+    """Yield the tokens of one text up to one that ends it, drawn as `generate` draws.
+
+    Args:
+        opened: the model.
+        request: the text; what is longer than the window is cut to its newest half of it.
+        sampling: how many tokens, and how they are drawn.
+        seed: at least 0.
+        cached: whether its key/value cache can be used (see `cache_is_exact`); else all is read for every token.
+    """
+    window, ids, cache = opened.max_length, list(request.prompt), None
+    chance, is_text, ends = random_numbers(seed, request), opened.text_tokens(), opened.ends()
+    for _ in range(sampling.max_tokens):
+        if len(ids) > window:
+            ids, cache = ids[-max(1, window // 2) :], None
+        logits, cache = _step(opened.model, ids if cache is None else ids[-1:], cache, cached)
+        logits = logits.masked_fill(~is_text, float("-inf"))  # padding is never drawn
+        token = int(next_tokens(logits, sampling, [chance.random()]))
+        if token in ends:
+            return
+        yield token
+        ids.append(token)
+
+
+def _step(model: Any, ids: list[int], cache: Any, cached: bool) -> tuple[Tensor, Any]:
+    """Logits of the next token, (1, V), and the cache that holds ``ids``, too."""
+    given = {"past_key_values": cache, "use_cache": True} if cached else {}
+    result = model(input_ids=torch.tensor([ids], device=model.device), **given)
+    return result.logits[:, -1], getattr(result, "past_key_values", None) if cached else None
+
+
+@torch.no_grad()
+def cache_is_exact(model: Any) -> bool:
+    """Whether a model of `transformers` computes, token after token with its cache, the logits of the whole context.
+
+    Found out by trying: some have no cache, or one that they are given in another way.
+    """
+    tokens = [1, 2, 3, 4, 5, 6]
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        logits, cache = _step(model, tokens[:3], None, True)
+        for token in tokens[3:]:
+            if cache is None:
+                return False
+            logits, cache = _step(model, [token], cache, True)
+        whole, _ = _step(model, tokens, None, False)
+        tolerance = (SAME if whole.dtype == torch.float32 else 100 * SAME) * float(whole.abs().max())
+        return bool(torch.allclose(logits.float(), whole.float(), atol=tolerance, rtol=0))
+    return False

@@ -79,7 +79,7 @@ def _cells(row: Difference) -> str:
 
 
 def _open(name: str, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
-    model, _ = open_or_build(name, torch.device("cpu"), seed)
+    model, _ = open_or_build(name, torch.device("cpu"), seed, finite=False)
     if family_of(model.config).model_type == "gpt2":
         return model.config, hf_tensors(model)
     return model.config, {name: view.detach() for name, view in named_views(model).items()}

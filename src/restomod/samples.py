@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype
 from restomod.errors import UserError, describe_os_error
 from restomod.files import require_regular
-from restomod.generate import Request, generate, rows_at_once
+from restomod.generate import Request, cache_is_exact, generate, generate_with_transformers, rows_at_once
+from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import load_model, read_model_config
+from restomod.model.hf_models import TransformersModel, open_causal_model
+from restomod.model.pretrained import read_model_config
 from restomod.train.find import find_model
 
 
@@ -68,6 +71,27 @@ def stream(
     yield decoder.decode(b"", final=True)
 
 
+def stream_with_transformers(
+    opened: TransformersModel, prompt: str, number: int, sampling: SamplingConfig, seed: int, cached: bool
+) -> Iterator[str]:
+    """`stream` with a model that `transformers` runs; ``cached`` as for `generate_with_transformers`."""
+
+    def text_of(ids: list[int]) -> str:
+        return str(opened.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    context = opened.encode(prompt, begin=True)
+    tokens = generate_with_transformers(opened, Request(context, number), sampling, seed, cached)
+    ids = list(context)
+    said = len(text_of(ids))
+    for token in tokens:
+        ids.append(token)
+        text = text_of(ids)
+        if not text.endswith("\ufffd"):
+            yield text[said:]
+            said = max(said, len(text))
+    yield text_of(ids)[said:]
+
+
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The tokens of a prompt; an empty one starts a new document, and so does ``<|endoftext|>`` in it."""
     return tokenizer.encode_special(prompt).tolist() or [END_OF_TEXT]
@@ -99,19 +123,15 @@ def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[st
     return found
 
 
-def find_writer(where: str, tokenizer: Tokenizer) -> Path:
+def find_writer(where: str) -> Path:
     """The folder of the model that ``where`` names: a run, a model folder, or a name on the hub.
 
     Raises:
-        UserError: there is none, it is damaged, or its vocabulary is not the tokenizer's.
+        UserError: there is none, or it is damaged.
     """
     folder = find_model(where)
-    vocab_size = read_model_config(folder).vocab_size
-    if vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{where} has a vocabulary of {vocab_size:,} tokens, and text is read and written with "
-            f"GPT-2's {tokenizer.vocab_size:,}: it cannot be sampled here"
-        )
+    with contextlib.suppress(OtherModel):  # transformers may know it
+        read_model_config(folder)
     return folder
 
 
@@ -128,14 +148,24 @@ def sample(
     """Continue each prompt ``n_samples`` times with the model that ``where`` names (see `find_writer`).
 
     Args:
+        where: a run, a model folder, or a name on the hub.
+        prompts: texts to continue; an empty one starts a new document.
+        n_samples: how many times each.
+        sampling: how many tokens, and how they are drawn.
+        seed: at least 0.
+        device, precision: see `restomod.device`.
         folder: of the model, where `find_writer` has been asked already.
 
     Returns:
         A list of texts per prompt.
     """
-    target, tokenizer = choose_device(device), gpt2_tokenizer()
-    model = load_model(folder or find_writer(where, tokenizer), target)
-    return continuations(model, tokenizer, prompts, n_samples, sampling, seed, choose_dtype(precision, target))
+    target = choose_device(device)
+    dtype = choose_dtype(precision, target)
+    model = open_causal_model(where, folder or find_writer(where), target, dtype)
+    if isinstance(model, GPT):
+        return continuations(model, gpt2_tokenizer(), prompts, n_samples, sampling, seed, dtype)
+    texts = _streams(model, prompts, n_samples, sampling, seed, dtype)
+    return [["".join(next(texts)) for _ in range(n_samples)] for _ in prompts]
 
 
 def streamed(
@@ -148,8 +178,24 @@ def streamed(
     precision: Precision = "auto",
 ) -> Iterator[Iterator[str]]:
     """The texts of `sample`, one after the other, each in the pieces of `stream`."""
-    target, tokenizer = choose_device(device), gpt2_tokenizer()
-    model, dtype = load_model(find_writer(where, tokenizer), target), choose_dtype(precision, target)
+    target = choose_device(device)
+    dtype = choose_dtype(precision, target)
+    model = open_causal_model(where, find_writer(where), target, dtype)
+    yield from _streams(model, prompts, n_samples, sampling, seed, dtype)
+
+
+def _streams(
+    model: GPT | TransformersModel,
+    prompts: Sequence[str],
+    n_samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+    dtype: torch.dtype,
+) -> Iterator[Iterator[str]]:
+    cached = not isinstance(model, GPT) and cache_is_exact(model.model)
     for prompt in prompts:
         for number in range(n_samples):
-            yield stream(model, tokenizer, prompt, number, sampling, seed, dtype)
+            if isinstance(model, GPT):
+                yield stream(model, gpt2_tokenizer(), prompt, number, sampling, seed, dtype)
+            else:
+                yield stream_with_transformers(model, prompt, number, sampling, seed, cached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import cast
@@ -122,6 +123,41 @@ def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
     few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=8 * T)
     assert few is not None
     assert few.tokens == (2 + 2) * T  # of 8 windows 2 and 6, of which there are 2
+
+
+def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT, tokenizer: Tokenizer) -> None:
+    """Halves that are weighted alike: the same as of one text that holds the sources in the proportion of the shares.
+
+    The sources differ in loss, in bytes per token and in size, and the shares differ from the sizes.
+    """
+    singles = np.resize(np.arange(40, 90, 7), 3 * T + 1).astype(np.uint16)  # a byte each
+    words = np.resize(TEXT, 9 * T + 1)
+    many = np.where(words < 90, words + 400, words)  # tokens of several letters
+    model = random_model(dataclasses.replace(CONFIG, vocab_size=500))
+    streams = {"singles": TokenStream([singles]), "words": TokenStream([many.astype(np.uint16)])}
+    a, b = (heldout_loss(model, s, T, CPU, torch.float32, tokenizer=tokenizer) for s in streams.values())
+    assert a.bits_per_byte is not None
+    assert b.bits_per_byte is not None
+    assert b.bytes / b.tokens > 1.5 * a.bytes / a.tokens
+    for share in (Fraction(1, 2), Fraction(9, 10), Fraction(1, 4)):
+        parts = tuple(
+            Part(name, cast(Dataset, SimpleNamespace(val=stream)), part)
+            for (name, stream), part in zip(streams.items(), (share, 1 - share), strict=True)
+        )
+        mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
+        held = dataset_loss(model, mixed, T, CPU, torch.float32, tokenizer=tokenizer)
+        assert held is not None
+        # N tokens of the one and M of the other, N : M as the shares are
+        N, M = float(share) * 1e6, float(1 - share) * 1e6
+        nats, n_bytes = N * a.loss + M * b.loss, N * a.bytes / a.tokens + M * b.bytes / b.tokens
+        assert held.bits_per_byte == pytest.approx(nats / np.log(2) / n_bytes)
+        assert held.loss == pytest.approx(nats / (N + M))
+        assert held.bytes_per_token == pytest.approx(n_bytes / (N + M))
+        assert min(a.bits_per_byte, b.bits_per_byte) <= held.bits_per_byte <= max(a.bits_per_byte, b.bits_per_byte)
+        # a part of the splits, as much of each as its share is
+        few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=4 * T, tokenizer=tokenizer)
+        assert few is not None
+        assert few.to_dict()["bits_per_byte"] == pytest.approx(few.loss / np.log(2) / few.bytes_per_token)
 
 
 # --- a part of the split -------------------------------------------------------------------------------------

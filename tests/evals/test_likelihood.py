@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, NoReturn
 
@@ -10,15 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from restomod.config import ModelConfig
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.evals.likelihood import Request, Score, encode_pair, log_likelihoods
+from restomod.evals.likelihood import Request, Score, encode_pair, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.evals.models import ScoredGPT
-from restomod.model.gpt import GPT
+from restomod.model.gpt import GPT, build_model
 from restomod.train.distributed import joined
+from restomod.train.loss import linear_cross_entropy
 from restomod.train.parity import random_model
 from tests.evals.plainly import SMALL, harness_split, plain_score
-from tests.models import to_transformers
+from tests.models import CPU, to_transformers
 from tests.processes import results
 
 
@@ -145,6 +148,77 @@ def test_many_continuations_are_shared_out_to_several_rows(model: ScoredGPT, the
         assert score.log_likelihood == pytest.approx(
             plain_score(theirs, request.context, request.continuation)[0], 1e-5
         )
+
+
+# --- 16 bits --------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@torch.no_grad()
+def certain(scale: float, cap: float | None = None) -> tuple[GPT, torch.Tensor, torch.Tensor]:
+    """A model, the surer the larger ``scale``, hidden states of it, (40, D), and the likeliest token of each."""
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=48, vocab_size=97, softcap=cap)
+    model = build_model(config, 1, CPU)
+    model.head[97:] = 100.0  # padding: would be the likeliest by far
+    hidden = scale * torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    return model, hidden, (hidden @ model.head[:97].t()).argmax(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [None, 15.0])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0, 1000.0])
+def test_no_log_probability_is_above_0(
+    scale: float, cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restomod.evals.likelihood.SCORED_POSITIONS", {"cpu": 24})
+    model, hidden, likeliest = certain(scale, cap)
+    found, best = gpt_log_probs(model, hidden, torch.arange(40), likeliest, dtype)
+    assert (found <= 0).all()
+    logits = hidden.double() @ model.head[:97].double().t()
+    exact = (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)[torch.arange(40), likeliest]
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    size = min(logits.abs().max().item(), cap or math.inf)
+    assert (found.double() - exact).abs().max() <= 2 * rounding * max(1.0, size)
+    if dtype == torch.float32:
+        assert best.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_scoring_and_training_compute_one_cross_entropy(scale: float, dtype: torch.dtype) -> None:
+    model, hidden, _ = certain(scale)
+    targets = torch.arange(40)
+    found, _ = gpt_log_probs(model, hidden, torch.arange(40), targets, dtype)
+    loss = linear_cross_entropy(hidden, model.head, targets, 97, dtype)
+    assert -found.double().mean().item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_predicted_by_one_hidden_state_are_scored_each_for_itself(dtype: torch.dtype) -> None:
+    model, hidden, _ = certain(100.0)
+    which, targets = torch.tensor([3, 3, 0, 3, 0]), torch.tensor([5, 6, 7, 8, 9])
+    found, best = gpt_log_probs(model, hidden[:4], which, targets, dtype)
+    for i in range(5):
+        alone, one = gpt_log_probs(model, hidden[which[i], None], torch.tensor([0]), targets[i, None], dtype)
+        torch.testing.assert_close(found[i], alone[0], atol=1e-4, rtol=1e-5)
+        assert best[i] == one[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probabilities_of_logits_are_those_of_torch(dtype: torch.dtype) -> None:
+    _, hidden, _ = certain(1.0)
+    logits = (20 * hidden).to(dtype)
+    targets = torch.arange(40) % 32
+    found, best = log_probs_of(lambda part: logits[part].clone(), targets)
+    expected = logits.float().log_softmax(-1)[torch.arange(40), targets]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+    assert (found <= 0).all()
+    assert best.tolist() == (logits.argmax(-1) == targets).tolist()
 
 
 # --- too long for the window --------------------------------------------------------------------------------

@@ -155,6 +155,13 @@ def test_a_new_commit_with_the_same_weights_sends_only_what_changed(hub: Hub) ->
     assert gets(hub) == ["config.json"]
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_the_vocabulary_comes_along(hub: Hub, name: str) -> None:
+    """A GPT-2 whose tokens are others than GPT-2's can have as many of them."""
+    hub.repos[REPO][name] = b'{"a": 0}'
+    assert contents(download_model(REPO)) == hub.repos[REPO]
+
+
 @pytest.mark.parametrize(("kind", "ending"), [("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin")])
 def test_all_shards_arrive(hub: Hub, kind: str, ending: str) -> None:
     shards = {f"part-{i}.{ending}": bytes([i]) * 99 for i in range(3)}

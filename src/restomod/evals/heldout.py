@@ -6,7 +6,7 @@ Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from restomod.data.batches import Batches
 from restomod.data.shards import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
 from restomod.device import autocast, total_memory
-from restomod.evals.likelihood import gpt_log_probs
+from restomod.evals.likelihood import Batch, LanguageModel, gpt_log_probs
 from restomod.model.gpt import GPT
 from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
 from restomod.train.distributed import SINGLE, Processes
@@ -28,18 +28,21 @@ UNIT = 2**32  # losses are added up as whole numbers of this part of a nat: thos
 
 @dataclass(frozen=True)
 class Heldout:
-    """The loss on a split, or the mean over the sources of a mix by their shares."""
+    """The loss on a split, or on a mix: the means over its sources, weighted by their shares."""
 
     loss: float
     """Mean cross-entropy per token, in nats."""
     tokens: int
-    """How many it is the mean of."""
+    """How many were evaluated, of all sources together."""
     bytes: int
-    """Of the text that these tokens stand for."""
+    """Of the text that these tokens stand for; 0 where they were not counted."""
     by_position: list[float]
     """T mean losses: of the first token of a window, which follows one other, of the second, …"""
     sources: dict[str, float]
     """Loss of each source of a mix; empty for a split."""
+    bytes_per_token: float = 0.0
+    """Of a mix weighted by share, as the loss is: ``bytes / tokens`` would weight a source by the size of its split. 0
+    where bytes were not counted."""
 
     @property
     def perplexity(self) -> float:
@@ -48,11 +51,11 @@ class Heldout:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Loss of all tokens in bits, by the bytes of their text; None where they stand for none.
+        """Mean loss of a token in bits, by the mean bytes of a token; None where they stand for none.
 
-        `<|endoftext|>` has no bytes, and its loss counts.
+        Of a mix that is the value of a text drawn by its shares. `<|endoftext|>` has no bytes, and its loss counts.
         """
-        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+        return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,6 +65,7 @@ class Heldout:
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "bytes_per_token": self.bytes_per_token,
             "sources": self.sources,
             "by_position": self.by_position,
         }
@@ -75,7 +79,7 @@ def heldout_windows(n_windows: int, sequence_length: int, max_tokens: int | None
 
 @torch.no_grad()
 def heldout_loss(
-    model: GPT,
+    model: GPT | LanguageModel,
     stream: TokenStream,
     sequence_length: int,
     device: torch.device,
@@ -88,7 +92,8 @@ def heldout_loss(
     """Mean cross-entropy per token over a split.
 
     Args:
-        model: evaluated as it is; nothing in it changes, and a compiled transformer is run uncompiled.
+        model: evaluated as it is; nothing in it changes, and a compiled transformer is run uncompiled. One that is not
+            ours has its own device and type, and reads GPT-2's tokens.
         stream: the split's tokens.
         sequence_length: T; every window is evaluated without context from the one before.
         device, dtype: where and in which type to compute.
@@ -112,9 +117,10 @@ def heldout_loss(
     sums = [sum(column) for column in zip(*(part for part, _ in parts), strict=True)]
     n_windows, rest = divmod(tokens, T)
     by_position = [s / UNIT / (n_windows + (t < rest)) for t, s in enumerate(sums)]
+    loss = sum(sums) / UNIT / tokens
     if not all(finite for _, finite in parts):
-        return Heldout(math.nan, tokens, n_bytes, [math.nan] * T, {})
-    return Heldout(sum(sums) / UNIT / tokens, tokens, n_bytes, by_position, {})
+        loss, by_position = math.nan, [math.nan] * T
+    return Heldout(loss, tokens, n_bytes, by_position, {}, n_bytes / tokens)
 
 
 def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,8 +135,14 @@ def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> 
         yield tail[:, :-1].contiguous(), tail[:, 1:].contiguous()
 
 
-def token_losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def token_losses(
+    model: GPT | LanguageModel, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Cross-entropy of each target, (B, T) fp32, on the CPU."""
+    if not isinstance(model, GPT):
+        every = torch.arange(tokens.numel())
+        log_probs, _ = model.predict(Batch(tokens, None, None, every, every, targets.flatten()))
+        return -log_probs.view(targets.shape).cpu()
     with autocast(device, dtype):
         hidden = model.transformer.forward(tokens.to(device)).flatten(0, 1)  # (N, D)
     which = torch.arange(len(hidden), device=device)
@@ -139,7 +151,7 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, device: torch.devi
 
 
 def dataset_loss(
-    model: GPT,
+    model: GPT | LanguageModel,
     dataset: Dataset,
     sequence_length: int,
     device: torch.device,
@@ -149,7 +161,7 @@ def dataset_loss(
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
 ) -> Heldout | None:
-    """`heldout_loss` of a dataset's validation split; of a mix, the mean by share, and that of each source.
+    """`heldout_loss` of a dataset's validation split; of a mix, means weighted by share, and the loss of each source.
 
     None where nothing is held out. Of ``max_tokens`` each source has its share, but a window at least.
     """
@@ -164,13 +176,15 @@ def dataset_loss(
         parts.append(
             heldout_loss(model, source.dataset.val, sequence_length, device, dtype, limit, batch, processes, tokenizer)
         )
+
+    def by_share(values: Iterable[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
     return Heldout(
-        sum(share * part.loss for share, part in zip(shares, parts, strict=True)),
+        by_share(part.loss for part in parts),
         sum(part.tokens for part in parts),
         sum(part.bytes for part in parts),
-        [
-            sum(share * loss for share, loss in zip(shares, losses, strict=True))
-            for losses in zip(*(part.by_position for part in parts), strict=True)
-        ],
+        [by_share(losses) for losses in zip(*(part.by_position for part in parts), strict=True)],
         {s.name: part.loss for s, part in zip(sources, parts, strict=True)} if dataset.parts else {},
+        by_share(part.bytes_per_token for part in parts),
     )

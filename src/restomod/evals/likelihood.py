@@ -26,6 +26,7 @@ from restomod.errors import UserError
 from restomod.model.gpt import GPT, soft_cap
 from restomod.model.sizes import SCORED_POSITIONS, tokens_at_once
 from restomod.train.distributed import SINGLE, Processes
+from restomod.train.loss import cross_entropies_
 
 CPU_SOFTMAX_POSITIONS = 32  # fp32 rows that stay in a CPU's cache between the passes of a softmax
 PADDING = -1
@@ -261,34 +262,38 @@ def _mask(branches: Tensor) -> Tensor:
 
 
 def log_probs_of(
-    logits_of: Callable[[slice], Tensor], n: int, which: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normaliser, logit and rank of predicted tokens, from logits that need not exist all at once.
+    logits_of: Callable[[slice], Tensor], targets: Tensor, target_logits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens, from logits that need not exist all at once.
 
     Args:
-        logits_of: logits, (at most `SCORED_POSITIONS`, V), of a slice of the positions; they may be overwritten.
-        n: N, how many positions there are.
-        which: (M,), the position that predicts each token.
+        logits_of: logits, (at most `SCORED_POSITIONS`, V), that predict a slice of the targets; may be overwritten.
         targets: (M,).
+        target_logits: (M,) fp32, the targets' logits in place of those of ``logits_of``, which 16 bits have rounded.
+            As in training (`restomod.train.loss`) they take their place in the sum over the vocabulary, too.
 
     Returns:
-        (M,) fp32 each: the logarithm of the sum of the exponentials of all logits, the target's logit; and (M,) bool,
-        whether no other logit was higher.
+        (M,) fp32, at most 0; and (M,) bool, whether no other logit was higher than the target's.
     """
-    norms = torch.empty(n, device=targets.device)
-    highest, chosen = torch.empty_like(norms), torch.empty(len(targets), device=targets.device)
+    log_probs = torch.empty(len(targets), device=targets.device)
+    best = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     positions = tokens_at_once(SCORED_POSITIONS, targets.device.type, total_memory(targets.device))
-    for start in range(0, n, positions):
+    for start in range(0, len(targets), positions):
         logits = logits_of(slice(start, start + positions))  # (n, V)
-        here = ((which >= start) & (which < start + len(logits))).nonzero().squeeze(1)
-        chosen[here] = logits[which[here] - start, targets[here]].float()
         rows = CPU_SOFTMAX_POSITIONS if logits.device.type == "cpu" else len(logits)
         for first in range(0, len(logits), rows):
             z = logits[first : first + rows].float()
             block = slice(start + first, start + first + len(z))
-            highest[block] = z.amax(-1)
-            norms[block] = z.sub_(highest[block, None]).exp_().sum(-1).log_() + highest[block]
-    return norms[which], chosen, chosen >= highest[which]
+            y = targets[block, None]
+            rounded = target = z.gather(1, y)
+            limit = None
+            if target_logits is not None:
+                target, limit = target_logits[block, None], z.amax(-1, keepdim=True)
+                z.scatter_(1, y, target)
+            losses, _, highest = cross_entropies_(z, target)
+            log_probs[block] = (0.0 - losses).squeeze(1)  # not -0.0
+            best[block] = (rounded >= (highest if limit is None else limit)).squeeze(1)
+    return log_probs, best
 
 
 def gpt_log_probs(
@@ -304,11 +309,11 @@ def gpt_log_probs(
         dtype: of the matrix products; the softmax, and the targets' own logits, are in fp32.
 
     Returns:
-        (M,) fp32, and whether no other token was likelier, (M,) bool.
+        (M,) fp32, at most 0, and whether no other token was likelier, (M,) bool.
     """
+    hidden = hidden[which]  # (M, D)
     x, w = hidden.to(dtype), model.head[: model.config.vocab_size].to(dtype)
-    cap = model.config.softcap
-    norm, chosen, best = log_probs_of(lambda part: soft_cap(x[part] @ w.t(), cap), len(x), which, targets)
-    if dtype != torch.float32:  # what bf16 has rounded, once more
-        chosen = soft_cap((hidden[which].float() * model.head[targets].float()).sum(-1), cap)
-    return chosen - norm, best
+    cap, target_logits = model.config.softcap, None
+    if dtype != torch.float32:
+        target_logits = soft_cap((hidden.float() * model.head[targets].float()).sum(-1), cap)
+    return log_probs_of(lambda part: soft_cap(x[part] @ w.t(), cap), targets, target_logits)

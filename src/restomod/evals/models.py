@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from restomod.config_model import VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import autocast, total_memory
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError
 from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
-from restomod.files import read_json
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import load_model, read_model_config
+from restomod.model.hf_models import TransformersModel, open_causal_model
 from restomod.model.sizes import tokens_at_once
 from restomod.train.find import find_model
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 SAME = 1e-3  # nats by which two ways to compute one log-likelihood may differ in fp32
-NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
 
 
 class ScoredGPT:
@@ -77,21 +73,18 @@ class ScoredTransformers:
         model: an `AutoModelForCausalLM`; its own type and device are used.
         tokenizer: its `AutoTokenizer`.
         """
-        self.model, self.tokenizer = model.eval(), tokenizer
-        config = model.config.get_text_config()
-        names = ("n_positions", "max_position_embeddings", "n_ctx")
-        self.max_length = next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
-        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self.prefix = 0 if prefix is None else int(prefix)
+        self.opened = TransformersModel(model.eval(), tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.prefix = self.opened.max_length, self.opened.prefix
         # logits are computed for all positions from the first that is needed on: fewer tokens at once
         self.tokens_per_forward = tokens_at_once(TOKENS_PER_FORWARD, model.device.type, total_memory(model.device)) // 2
         parameters = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in parameters
-        self.shares_contexts = "position_ids" in parameters and getattr(config, "sliding_window", None) is None
-        self.shares_contexts = self.shares_contexts and self._sharing_is_exact()
+        attends_to_all = getattr(model.config.get_text_config(), "sliding_window", None) is None
+        self.shares_contexts = "position_ids" in parameters and attends_to_all and self._sharing_is_exact()
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.opened.encode(text)
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device, (_, T) = self.model.device, batch.tokens.shape
@@ -105,13 +98,10 @@ class ScoredTransformers:
             given |= {"attention_mask": hidden.to(device), "position_ids": batch.positions.to(device)}
         logits = self.model(**given).logits  # (B, T - first or T, V)
         logits = logits if self.keeps_logits else logits[:, first:]
-        at = batch.at.to(device)
+        at = batch.at[batch.which].to(device)
         at = at // T * (T - first) + at % T - first
         flat = logits.flatten(0, 1)
-        norm, chosen, best = log_probs_of(
-            lambda part: flat[at[part]], len(at), batch.which.to(device), batch.targets.to(device)
-        )
-        return chosen - norm, best
+        return log_probs_of(lambda part: flat[at[part]], batch.targets.to(device))
 
     def _sharing_is_exact(self) -> bool:
         """Whether continuations that share a row get the log-likelihoods that they get in rows of their own."""
@@ -119,7 +109,8 @@ class ScoredTransformers:
         requests = [Request(context[:n], (n, *range(9, 9 + n), k)) for n in (5, 8) for k in (1, 2, 3)]
         results: list[list[float]] = []
         for self.shares_contexts in (False, True):
-            with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):  # masks that it does not take
+            # masks that it does not take, tokens that it lacks, a window that is shorter
+            with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, UserError):
                 results.append([score.log_likelihood for score in log_likelihoods(self, requests)])
         if len(results) < 2:
             return False
@@ -131,38 +122,12 @@ class ScoredTransformers:
 def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model that ``name`` stands for, as `restomod.train.find.find_model` says, ready to be scored.
 
-    What this package can express is run by it, all others by `transformers`.
+    What this package computes exactly is run by it, all others by `transformers`; see `open_causal_model`.
 
     Raises:
         UserError: there is none, it is damaged, or `transformers` is needed and missing or cannot load it.
     """
-    folder = find_model(name)
-    if _is_ours(folder):
-        return ScoredGPT(load_model(folder, device), dtype)
-    return _from_transformers(name, folder, device, dtype)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether this package runs the model of a folder: a GPT-2, or one of its other kinds with GPT-2's vocabulary."""
-    config = read_json(folder / "config.json", "model's config")
-    if not isinstance(config, dict) or config.get("model_type") in ("gpt2", "restomod"):
-        return True
-    try:
-        return read_model_config(folder).vocab_size == VOCAB_SIZE
-    except UserError:
-        return False
-
-
-def _from_transformers(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UserError(f"{name} is not a GPT-2 and needs transformers: pip install transformers") from None
-    local = Path(name).is_dir()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        # of a model of the hub only config and weights are here
-        tokenizer = AutoTokenizer.from_pretrained(folder if local else name, revision=None if local else folder.name)
-    except Exception as e:  # of any kind: the files say what is run
-        raise UserError(f"{name}: transformers cannot load it ({one_line(e)})") from None
-    return ScoredTransformers(model.to(device), tokenizer)
+    opened = open_causal_model(name, find_model(name), device, dtype)
+    if isinstance(opened, TransformersModel):
+        return ScoredTransformers(opened.model, opened.tokenizer)
+    return ScoredGPT(opened, dtype)

@@ -19,7 +19,7 @@ from restomod.device import choose_device, choose_dtype, describe_device, dtype_
 from restomod.errors import UserError
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
-from restomod.evals.models import ScoredGPT, open_language_model
+from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import LoadedTask, load_task
@@ -157,12 +157,16 @@ def _heldout(
     batch: int | None,
     processes: Processes,
 ) -> Heldout:
-    if not isinstance(model, ScoredGPT):
+    if isinstance(model, ScoredTransformers) and not model.opened.reads_gpt2:
         raise UserError("the held-out loss is that of GPT-2's tokens: of this model only tasks can be evaluated")
     T = context or (config.sequence_length if config else model.max_length)
     if model.max_length < T:
         raise UserError(f"--context {T} is longer than the model's {model.max_length} positions")
-    held = dataset_loss(model.model, dataset, T, device, dtype, None, batch, processes, model.tokenizer)
+    if isinstance(model, ScoredGPT):
+        held = dataset_loss(model.model, dataset, T, device, dtype, None, batch, processes, gpt2_tokenizer())
+    else:
+        at_once = batch or max(1, model.tokens_per_forward // T)
+        held = dataset_loss(model, dataset, T, device, dtype, None, at_once, processes, gpt2_tokenizer())
     assert held is not None
     return held
 

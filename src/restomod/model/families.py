@@ -34,9 +34,15 @@ LLAMA_NAMES = {
     "mlp.c_proj.weight": ["mlp.down_proj.weight"],
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+ROPE = {"rope_type", "rope_theta"}
+QWEN3_HEAD = 128  # where its config names none
 ABSENT = object()
 
 Json = dict[str, Any]
+
+
+class OtherModel(UserError):
+    """A model folder that is sound, as far as is known, and of another model than this package computes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Family:
     """The model of a `config.json`.
 
     Raises:
-        UserError: it describes a model with parts that this package does not have.
+        OtherModel: it describes a model with parts that this package does not have.
         TypeError: it is damaged.
     """
     views: Callable[[GPT], dict[str, Tensor]]
@@ -94,10 +100,10 @@ def named_views(model: GPT) -> dict[str, Tensor]:
 
 
 def _expect(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], kind: str) -> None:
-    """Raise UserError where a config has another value than those allowed; the first is what its absence means."""
+    """Raise `OtherModel` where a config has another value than those allowed; the first is what its absence means."""
     for key, choices in allowed.items():
         if values.get(key, choices[0]) not in choices:
-            raise UserError(f"{key} is {values[key]!r}; {kind} has {choices[0]!r} here, and so has this package")
+            raise OtherModel(f"{key} is {values[key]!r}; {kind} has {choices[0]!r} here, and so has this package")
 
 
 def _whole(values: Mapping[str, Any], key: str, default: Any = ABSENT) -> int:
@@ -138,8 +144,11 @@ def _gpt2_config(values: Json) -> ModelConfig:
             "layer_norm_epsilon": (1e-5,),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+            "add_cross_attention": (False,),
             "tie_word_embeddings": (True,),
             "n_inner": (None, 4 * width if isinstance(width, int) else None),
+            "quantization_config": (None,),
         },
         "GPT-2",
     )
@@ -213,10 +222,11 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
             "rope_scaling": (None,),
             "num_key_value_heads": (heads,),
             "layer_types": (None, ["full_attention"] * layers),
+            "quantization_config": (None,),
         },
         f"{model_type} with a head for every query",
     )
-    _expect(rope, {"rope_type": ("default",)}, model_type)
+    _expect(rope, {"rope_type": ("default",), **dict.fromkeys(rope.keys() - ROPE, (None,))}, model_type)
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     if not isinstance(theta, int | float):
         raise TypeError(f"rope_theta should be a number, not {theta!r:.40}")
@@ -231,7 +241,9 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
         rope_theta=float(theta),
         mlp="swiglu",
         n_inner=_whole(values, "intermediate_size"),
-        head_dim=_whole(values, "head_dim", _whole(values, "hidden_size") // max(1, heads)),
+        head_dim=_whole(
+            values, "head_dim", QWEN3_HEAD if model_type == "qwen3" else _whole(values, "hidden_size") // max(1, heads)
+        ),
         qk_norm=model_type == "qwen3",
         bias=False,
         tied=values.get("tie_word_embeddings", False) is True,

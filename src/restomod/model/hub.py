@@ -11,6 +11,7 @@ from restomod.hub import hub_file, quiet_client
 from restomod.model.storage import weights_files
 
 OPENAI = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+VOCABULARIES = ("vocab.json", "tokenizer.json")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -33,6 +34,8 @@ def download_model(repository: str) -> Path:
         config = hub_file(repository, "config.json", commit, cached_only=bool(obstacle))
         files = weights_files(lambda name: hub_file(repository, name, commit, cached_only=bool(obstacle)))
         if config is not None and files is not None:
+            # by which one knows whether GPT-2's tokens are the model's
+            any(hub_file(repository, name, commit, cached_only=bool(obstacle)) for name in VOCABULARIES)
             if not obstacle:
                 _remember(repository, commit)
             return config.parent

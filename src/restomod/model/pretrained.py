@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,12 +20,21 @@ from restomod.config import ModelConfig
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.errors import UserError
 from restomod.files import read_json
-from restomod.model.families import FAMILIES, HEAD, family_of
+from restomod.model.families import FAMILIES, HEAD, OtherModel, family_of
 from restomod.model.gpt import GPT
-from restomod.model.storage import WEIGHTS, read_tensors
+from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite
 
 PREFIX = "transformer."
 MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+ADAPTER = "an adapter's (LoRA): merge it into the weights of its model and save that"
+WRAPPERS = {
+    "._orig_mod.": "`_orig_mod.` is torch.compile's: save the model that was compiled, or take it off the names",
+    ".module.": "`module.` is DistributedDataParallel's: save the model within it, or take it off the names",
+    "._fsdp_wrapped_module.": "`_fsdp_wrapped_module.` is FSDP's: gather the model's own weights and save them",
+    "lora_": f"`lora_` is {ADAPTER}",
+    ".base_layer.": f"`base_layer.` is {ADAPTER}",
+    ".base_model.model.": f"`base_model.model.` is {ADAPTER}",
+}
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,7 +42,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     """The shape and the parts of the model in a folder.
 
     Raises:
-        UserError: its `config.json` is missing or damaged, or describes a kind of model that is not known here.
+        OtherModel: its `config.json` describes a kind of model that is not known here.
+        UserError: it is missing or damaged.
     """
     path = folder / "config.json"
     values = read_json(path, "model's config")
@@ -40,11 +51,11 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path} is damaged: it should be an object, not {values!r:.40}")
     if values.get("model_type") not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; those that can be loaded are {known}")
+        raise OtherModel(f"{path}: model_type is {values.get('model_type')!r}; those that can be loaded are {known}")
     try:
         return FAMILIES[values["model_type"]].from_json(values)
     except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+        raise type(e)(f"{path}: {e}") from None
     except TypeError as e:
         raise UserError(f"{path} is damaged: {e}") from None
 
@@ -59,9 +70,27 @@ def hf_tensors(model: GPT) -> dict[str, Tensor]:
 def canonical_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of any GPT-2 checkpoint under GPT2LMHeadModel's names, without the saved attention masks."""
     tensors = {name: value for name, value in tensors.items() if not MASK_BUFFER.fullmatch(name)}
-    if any(name.startswith(PREFIX) for name in tensors):
+    if any(name.startswith(PREFIX) or wrapper_of(name) for name in tensors):
         return tensors
     return {name if name == HEAD else PREFIX + name: value for name, value in tensors.items()}
+
+
+def wrapper_of(name: str) -> str | None:
+    """What has changed the name of a tensor, and how to undo it; None where nothing is known to have."""
+    return next((what for part, what in WRAPPERS.items() if part in f".{name}"), None)
+
+
+def describe_misfit(where: Path, missing: Iterable[str], unexpected: Iterable[str], others: Iterable[str] = ()) -> str:
+    """What is wrong with the tensors of a file or folder: a few of each kind by name, and what may have caused it."""
+    unexpected = sorted(unexpected)
+    kinds = (("missing ", sorted(missing), ", "), ("unexpected ", unexpected, ", "), ("", sorted(others), "; "))
+    told = [
+        kind + between.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for kind, names, between in kinds
+        if names
+    ]
+    causes = list(dict.fromkeys(filter(None, map(wrapper_of, unexpected))))
+    return f"{where} does not fit its config.json: {'; '.join([*told, *causes])}"
 
 
 @torch.no_grad()
@@ -69,7 +98,7 @@ def load_tensors(model: GPT, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy the tensors of a checkpoint into ``model``: all of them, or none if any is wrong.
 
     Raises:
-        UserError: tensors are missing, extra, or of another shape or kind, named one by one.
+        UserError: tensors are missing, extra, or of another shape or kind, or hold numbers that are not finite.
     """
     _fill(model, _fitting(model, tensors, where))
 
@@ -79,27 +108,29 @@ def _fill(model: GPT, values: dict[str, Tensor]) -> None:
         view.copy_(values[name])
 
 
-def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool = True) -> dict[str, Tensor]:
     """The tensors of a checkpoint under the names of its kind, found to fit ``model``, which may be on `meta`."""
     family = family_of(model.config)
     tensors = canonical_names(tensors) if family.model_type == "gpt2" else dict(tensors)
-    views, problems = family.views(model), []
+    views, problems, another = family.views(model), [], []
     head, embedding = tensors.get(HEAD), tensors.get(family.embedding)
     if model.config.tied and head is not None:
         del tensors[HEAD]
         if embedding is not None and not torch.equal(head, embedding):
-            problems.append(f"{HEAD} differs from {family.embedding}, to which the head is tied")
-    problems += [f"missing {name}" for name in views.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - views.keys()]
+            another.append(f"{HEAD} differs from {family.embedding}, to which the head is tied")
+    missing, unexpected = views.keys() - tensors.keys(), tensors.keys() - views.keys()
     values = {name: value for name, value in tensors.items() if name in views}
     for name, value in values.items():
         if views[name].shape != value.shape:
             problems.append(f"{name} has shape {tuple(value.shape)} and not {tuple(views[name].shape)}")
         elif value.dtype not in FLOATING_POINT:
             problems.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}, not floats of 16 bits or more")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{where} does not fit its config.json: {'; '.join(sorted(problems)[:3])}{more}")
+    if missing or problems:
+        raise UserError(describe_misfit(where, missing, unexpected, [*problems, *another]))
+    if unexpected or another:  # the model that is described, and something more
+        raise OtherModel(describe_misfit(where, (), unexpected, another))
+    if finite:
+        refuse_not_finite(values, where)
     return values
 
 
@@ -110,9 +141,14 @@ def save_model(model: GPT, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(family_of(model.config).to_json(model.config), indent=2) + "\n")
     generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    save_tokenizer(folder, model_max_length=model.config.n_positions)
+
+
+def save_tokenizer(folder: Path, **settings: int) -> None:
+    """Write GPT-2's tokenizer into a folder, as `AutoTokenizer` wants it."""
     (folder / "vocab.json").write_bytes(vocabulary_file("encoder.json"))
     (folder / "merges.txt").write_bytes(vocabulary_file("vocab.bpe"))
-    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions}
+    tokenizer = {"tokenizer_class": "GPT2Tokenizer", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
 
 
@@ -126,8 +162,13 @@ def load_weights(model: GPT, folder: Path) -> None:
     load_tensors(model, tensors, where)
 
 
-def load_model(folder: Path, device: torch.device) -> GPT:
+def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     """Build the model of a folder, with its weights, on ``device``, ready to evaluate.
+
+    Args:
+        folder: a model folder.
+        device: where to.
+        finite: refuse weights that are infinite or not a number.
 
     Raises:
         UserError: the folder does not hold a whole model of a known kind.
@@ -136,7 +177,7 @@ def load_model(folder: Path, device: torch.device) -> GPT:
     with torch.device("meta"):
         model = GPT(config)
     tensors, where = read_tensors(folder)
-    values = _fitting(model, tensors, where)  # before memory is taken: a config may say anything
+    values = _fitting(model, tensors, where, finite)  # before memory is taken: a config may say anything
     model = model.to_empty(device=device)
     with torch.no_grad():
         for matrix in model.vocabulary_matrices():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -80,6 +80,17 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
             raise UserError(f"{path} repeats {twice[0]}, which another file of {folder} holds too")
         tensors.update(read)
     return tensors, files[0] if len(files) == 1 else folder
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise UserError where a weight is infinite or not a number: whatever it touches becomes so, too."""
+    bad = {name: n for name, value in tensors.items() if (n := int((~torch.isfinite(value)).sum()))}
+    if bad:
+        first, more = next(iter(bad)), f" and {len(bad) - 1:,} more tensors" if len(bad) > 1 else ""
+        raise UserError(
+            f"{where}: {sum(bad.values()):,} weights are not finite numbers, in {first}{more}; "
+            f"use an earlier checkpoint (`restomod inspect` shows all tensors)"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

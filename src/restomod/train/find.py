@@ -38,6 +38,11 @@ def find_model(name: str) -> Path:
         return checkpoints[-1]
     if is_run(path):
         raise UserError(f"{path} holds no checkpoint yet; go on training with `restomod train --resume {quote(name)}`")
+    if (path / "adapter_config.json").exists():  # whatever lies beside it: the weights without it are another model
+        raise UserError(
+            f"{path} holds an adapter (LoRA): merge it into the weights of its model (PEFT: merge_and_unload), "
+            f"and give the folder of that"
+        )
     if not (path / "config.json").exists():
         raise UserError(f"{path} is neither a run nor a model folder: it has no config.json")
     return path
@@ -48,8 +53,14 @@ def open_model(name: str, device: torch.device) -> GPT:
     return load_model(find_model(name), device)
 
 
-def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool]:
+def open_or_build(name: str, device: torch.device, seed: int, finite: bool = True) -> tuple[GPT, bool]:
     """The model of a preset, with the initial weights of ``seed``, or one that `open_model` opens; whether it is fresh.
+
+    Args:
+        name: a preset, or what `find_model` takes.
+        device: where to.
+        seed: of a preset's weights.
+        finite: refuse weights that are infinite or not a number.
 
     Raises:
         UserError: ``name`` is neither.
@@ -63,7 +74,7 @@ def open_or_build(name: str, device: torch.device, seed: int) -> tuple[GPT, bool
             raise UserError(f"{name} does not fit into memory here ({one_line(e)})") from e
     if Path(name).name == name and not Path(name).exists() and name not in OPENAI:
         raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
-    return open_model(name, device), False
+    return (open_model(name, device) if finite else load_model(find_model(name), device, finite=False)), False
 
 
 def is_run(folder: Path) -> bool:

@@ -185,6 +185,22 @@ def _softmax(
     return loss, ((exponentials / norm - hit.float()) * slope * GRADIENT_SCALE).to(logits.dtype)
 
 
+def cross_entropies_(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of each row of logits; in place, ``z`` becomes exp(z - its largest number).
+
+    Args:
+        z: (n, V) fp32. The targets' entries are those of ``target``: with another, more or less rounded logit in the
+            sum, a loss could be below 0.
+        target: (n, 1) fp32, the targets' logits.
+
+    Returns:
+        (n, 1) fp32 each: the losses, at least 0, the sums of what ``z`` has become, and its largest numbers before.
+    """
+    highest = z.amax(-1, keepdim=True)
+    norm = z.sub_(highest).exp_().sum(-1, keepdim=True)
+    return norm.log() + highest - target, norm, highest
+
+
 @functools.cache
 def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, int, float | None], tuple[Tensor, Tensor]]:
     return torch.compile(_softmax, dynamic=False)
@@ -207,10 +223,8 @@ def _softmax_by_rows(
             slope = 1 - bent.square()
             z = (cap * bent).masked_fill_(columns >= V, float("-inf"))
             target = soft_cap(target, cap)
-        highest = z.amax(-1, keepdim=True)
-        z.sub_(highest).exp_()
-        norm = z.sum(-1, keepdim=True)
-        total += (norm.log() + highest - target).sum()
+        losses, norm, _ = cross_entropies_(z, target)
+        total += losses.sum()
         z.mul_(GRADIENT_SCALE / norm).scatter_add_(1, y, torch.full_like(target, -GRADIENT_SCALE))
         logits[block] = z if slope is None else z.mul_(slope)
     return total, logits

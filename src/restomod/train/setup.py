@@ -28,7 +28,7 @@ from restomod.device import (
 )
 from restomod.errors import UserError, one_line
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
-from restomod.model.families import as_saved, describe_shape
+from restomod.model.families import OtherModel, as_saved, describe_shape
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import load_model, read_model_config
@@ -288,7 +288,15 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         if config.init is None:
             return build_model(shape, config.seed, device)
         folder = find_model(config.init)
-        saved = read_model_config(folder)
+        try:
+            saved = read_model_config(folder)
+        except OtherModel as e:
+            raise UserError(f"{config.init} can be evaluated and sampled, but not trained on: {e}") from None
+        if saved.vocab_size != shape.vocab_size:
+            raise UserError(
+                f"{config.init} has a vocabulary of {saved.vocab_size:,} tokens, and a run reads {shape.vocab_size:,}: "
+                f"it can be evaluated and sampled, but not trained on"
+            )
         if saved != as_saved(shape):
             flags = [
                 f"--model.{field.name.replace('_', '-')} {getattr(saved, field.name)}"

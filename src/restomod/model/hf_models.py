@@ -1,0 +1,220 @@
+"""Causal language models that this package does not compute: loaded and run by `transformers`, with their tokenizers.
+
+What decides is what a model's `config.json` and tokenizer say, not its name: a GPT-2 with another activation, an output
+matrix of its own or a vocabulary of 50,304 tokens is one of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restomod.config_model import VOCAB_SIZE
+from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
+from restomod.errors import UserError, one_line
+from restomod.files import read_json
+from restomod.model.families import OtherModel
+from restomod.model.gpt import GPT
+from restomod.model.pretrained import describe_misfit, load_model, read_model_config, save_tokenizer, wrapper_of
+from restomod.model.storage import refuse_not_finite
+
+NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
+MOST_PADDING = 1024  # rows of a vocabulary without a tokenizer that may be padding behind GPT-2's
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """A model of `transformers` that is ready to compute."""
+
+    model: Any
+    """An `AutoModelForCausalLM`; its own type and device are used."""
+    tokenizer: Any
+    """Its `AutoTokenizer`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output matrix."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of its window."""
+        config = self.model.config.get_text_config()
+        names = ("n_positions", "max_position_embeddings", "n_ctx")
+        return next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
+
+    @property
+    def prefix(self) -> int:
+        """The token that stands for an empty context."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return int(next((token for token in (begin, end) if token is not None), 0))
+
+    @property
+    def reads_gpt2(self) -> bool:
+        """Whether GPT-2's tokens mean to it what they mean to GPT-2, so that shards of them can be scored."""
+        return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
+
+    def encode(self, text: str, begin: bool = False) -> list[int]:
+        """The tokens of a text; with ``begin`` after the one with which the tokenizer begins texts, if it does.
+
+        Raises:
+            UserError: the tokenizer knows tokens that the model does not.
+        """
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        if begin:
+            first = self.tokenizer.encode(text)[:1]
+            ids = [*first, *ids] if first == [self.tokenizer.bos_token_id] and ids[:1] != first else ids
+            ids = ids or [self.prefix]
+        if max(ids, default=0) >= self.vocab_size:
+            raise UserError(
+                f"the model has a vocabulary of {self.vocab_size:,} tokens, and its tokenizer gives token {max(ids):,} "
+                f"for {text!r:.40}: it is the tokenizer of another model"
+            )
+        return ids
+
+    def ends(self) -> set[int]:
+        """The tokens that end a text."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        named = self.tokenizer.eos_token_id if named is None else named
+        return set(named) if isinstance(named, list) else {named}
+
+    def text_tokens(self) -> Tensor:
+        """Which rows of the output matrix stand for a token of the tokenizer, (V,) bool; the others are padding."""
+        known = torch.tensor(sorted(self.tokenizer.get_vocab().values()))
+        is_text = torch.zeros(self.vocab_size, dtype=torch.bool)
+        is_text[known[known < self.vocab_size]] = True
+        return is_text.to(self.model.device)
+
+
+@functools.cache
+def _gpt2_ids() -> dict[str, int]:
+    return dict(json.loads(vocabulary_file("encoder.json")))
+
+
+def is_gpt2_vocabulary(ids: Mapping[str, Any]) -> bool:
+    """Whether the first 50,257 tokens of a vocabulary are GPT-2's."""
+    return {token: id for token, id in ids.items() if isinstance(id, int) and id < VOCAB_SIZE} == _gpt2_ids()
+
+
+def _another_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that is not GPT-2's."""
+    whole, simple = folder / "tokenizer.json", folder / "vocab.json"
+    if not whole.exists() and not simple.exists():
+        return any((folder / name).exists() for name in TOKENIZER_FILES)
+    values = read_json(whole if whole.exists() else simple, "tokenizer")
+    try:
+        if whole.exists():
+            added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+            values = values["model"]["vocab"] | added
+        return not is_gpt2_vocabulary(values)
+    except (TypeError, KeyError, AttributeError):  # another kind of tokenizer: its vocabulary is a list
+        return True
+
+
+def _why_not_ours(name: str, folder: Path) -> str | None:
+    """Why this package does not compute the model of a folder; None: it does."""
+    config = read_model_config(folder)
+    if config.vocab_size != VOCAB_SIZE:
+        if read_json(folder / "config.json", "model's config")["model_type"] == "restomod":
+            raise UserError(
+                f"{name} has a vocabulary of {config.vocab_size:,} tokens, and text is read and written with "
+                f"GPT-2's {VOCAB_SIZE:,}"
+            )
+        return f"{folder / 'config.json'}: vocab_size is {config.vocab_size}; GPT-2's is {VOCAB_SIZE}"
+    return f"{folder} holds a tokenizer that is not GPT-2's" if _another_tokenizer(folder) else None
+
+
+def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> GPT | TransformersModel:
+    """The model of a folder, to score or continue text: run here where it is one that this package computes exactly.
+
+    Args:
+        name: what the user calls it: ``folder``, or a name on the hub.
+        folder: its files.
+        device, dtype: where, and in which type `transformers` is to compute. Ours has fp32 weights.
+
+    Raises:
+        UserError: it is damaged, or `transformers` is needed and missing or cannot load it, or it would run with other
+            weights than its files hold.
+    """
+    try:
+        reason = _why_not_ours(name, folder)
+        if reason is None:
+            return load_model(folder, device)
+    except OtherModel as e:
+        reason = str(e)
+    try:
+        import transformers as library
+    except ImportError:
+        raise UserError(f"{reason}; transformers may run it: pip install transformers") from None
+    transformers: Any = library
+    with _quiet(transformers):
+        try:
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+        except Exception as e:  # of any kind: the files say what is run
+            raise UserError(f"{reason}; and transformers cannot load it ({one_line(e)})") from None
+        _refuse_misfit(folder, model, loaded)
+        tokenizer = _tokenizer(transformers, name, folder, int(model.config.get_text_config().vocab_size))
+    return TransformersModel(model.to(device).eval(), tokenizer)
+
+
+def _refuse_misfit(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
+    """Refuse a model of which `transformers` has made up weights, left some out, or read some that are no numbers.
+
+    It only warns of these. Tensors of another head, beside the one that is run, change nothing and are left out.
+    """
+    run = {name for part in (model, model.base_model) for name, _ in part.named_children()}
+    unexpected = [n for n in loaded["unexpected_keys"] if n.partition(".")[0] in run or wrapper_of(n)]
+    shapes = [f"{name} has shape {tuple(a)} and not {tuple(b)}" for name, a, b in loaded["mismatched_keys"]]
+    if loaded["missing_keys"] or unexpected or shapes:
+        raise UserError(describe_misfit(folder, loaded["missing_keys"], unexpected, shapes))
+    refuse_not_finite(dict(model.named_parameters()), folder)
+
+
+def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> Any:
+    """The model's own tokenizer; GPT-2's where it has none and its vocabulary is GPT-2's, with or without padding."""
+    local, problem = Path(name).is_dir(), "it holds no tokenizer"
+    if not local or any((folder / file).exists() for file in TOKENIZER_FILES):
+        # of a model of the hub only config and weights are here
+        where, commit = (folder, None) if local else (name, folder.name)
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(where, revision=commit, trust_remote_code=False)
+            if len(found) > len(found.all_special_tokens):
+                return found
+        except Exception as e:
+            problem = f"transformers cannot load its tokenizer ({one_line(e)})"
+            if local:
+                raise UserError(f"{name}: {problem}") from None
+    if not VOCAB_SIZE <= vocab_size <= VOCAB_SIZE + MOST_PADDING:
+        raise UserError(f"{name}: {problem}, and a vocabulary of {vocab_size:,} tokens is not GPT-2's {VOCAB_SIZE:,}")
+    with tempfile.TemporaryDirectory() as made:
+        save_tokenizer(Path(made))
+        gpt2 = transformers.AutoTokenizer.from_pretrained(made)
+    assert gpt2.eos_token_id == END_OF_TEXT
+    return gpt2
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Within, `transformers` shows no progress bars, and does not tell what is told by us."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
