@@ -15,6 +15,7 @@ import numpy as np
 
 from restomod.config import RunConfig
 from restomod.train.curves import Curves, autocorrelation_time, blocks, curves, noise, period
+from restomod.train.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
 from restomod.train.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
 
 Status = Literal["well", "note", "sick", "unknown"]
@@ -29,13 +30,10 @@ GRADIENT_GREW = 4.0  # times; by 3 the norm of a healthy small model grew
 SLOWER = 1.5  # times the milliseconds of the fastest part
 FEWEST_BLOCKS = 4
 
-GAPS_AFTER = 128  # steps; before, the training loss falls too fast to be compared with
 GAP_SIGMAS = 6.0
 OVERFITTED_BY = 0.3  # nats that the gap has grown by
 VAL_ROSE_BY = 0.1  # nats above its minimum; it is always measured on the same tokens
 VAL_SIGMAS = 5.0  # above what the lowest of them is below their mean
-VALS_FOR_NOISE = 24  # that the noise of validations is measured from
-VAL_NOISE = 0.02  # nats; its usual size at small batches
 BELOW_BY = 0.4  # nats
 NOTABLE_SKIPS = 0.01  # of the steps
 
@@ -213,13 +211,13 @@ def warm_up(config: RunConfig, seen: Curves) -> Finding:
 
 def overfitting(config: RunConfig, seen: Curves) -> Finding:
     """A held-out loss that rises, or stays behind, while the training loss falls."""
-    name, gaps = "overfitting", _gaps(seen)
+    name, gaps = "overfitting", gaps_of(seen)
     if len(gaps) < 2:
         return _no_gap(name, seen, 2)
     lowest = int(seen.val_loss.argmin())
     rise = float(seen.val_loss[-1] - seen.val_loss[lowest])
     near, now, error = seen.val_level[lowest], seen.val_level[-1], seen.val_level_error[-1]
-    allowed = max(VAL_ROSE_BY, _val_noise(seen) * (VAL_SIGMAS + math.sqrt(2 * math.log(len(seen.val_loss)))))
+    allowed = max(VAL_ROSE_BY, val_noise(seen) * (VAL_SIGMAS + math.sqrt(2 * math.log(len(seen.val_loss)))))
     if rise > allowed and now <= near + GAP_SIGMAS * error:
         return Finding(
             name,
@@ -228,7 +226,7 @@ def overfitting(config: RunConfig, seen: Curves) -> Finding:
             f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps",
         )
     first = gaps[0]
-    for last in _latest(gaps[1:]):
+    for last in latest_gaps(gaps[1:]):
         grew = last.nats - first.nats
         allowed = math.hypot(OVERFITTED_BY, GAP_SIGMAS * math.hypot(last.error, first.train_error))
         if grew > allowed and last.nats > OVERFITTED_BY:
@@ -243,10 +241,10 @@ def overfitting(config: RunConfig, seen: Curves) -> Finding:
 
 def below(config: RunConfig, seen: Curves) -> Finding:
     """A held-out loss below the training loss."""
-    name, gaps = "validation below training", _gaps(seen)
+    name, gaps = "validation below training", gaps_of(seen)
     if not gaps:
         return _no_gap(name, seen, 1)
-    for gap in _latest(gaps):
+    for gap in latest_gaps(gaps):
         if gap.nats < -math.hypot(BELOW_BY, GAP_SIGMAS * gap.error):
             return Finding(
                 name,
@@ -272,54 +270,10 @@ def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
     return Finding(name, "sick", f"it repeats itself every {found:.0f} steps{of}: is the data shuffled, as a whole?")
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """Held-out minus training loss at a validation."""
-
-    step: float
-    nats: float
-    train_error: float
-    """Standard error of the training loss."""
-    val_error: float
-    """Allowance for the choice of the held-out tokens, which are the same at every validation."""
-
-    @property
-    def error(self) -> float:
-        return math.hypot(self.train_error, self.val_error)
-
-
-def _gaps(seen: Curves) -> list[_Gap]:
-    """Those of all validations that can be compared."""
-    compared = (seen.val_step >= GAPS_AFTER) & np.isfinite(seen.val_level)
-    train_error = seen.val_level_error * math.sqrt(autocorrelation_time(seen.recent_loss))
-    columns = seen.val_step, seen.val_loss - seen.val_level, train_error, seen.val_error
-    return [_Gap(*row) for row in np.column_stack(columns)[compared].tolist()]
-
-
-def _latest(gaps: list[_Gap]) -> tuple[_Gap, ...]:
-    """The newest gap, and the mean of the newest two, weighted by their precision.
-
-    The newest is the least precise: there are no steps after it yet. The error of the mean allows for both having the
-    same error, as the same steps may be around both.
-    """
-    if len(gaps) == 1:
-        return (gaps[0],)
-    latest = gaps[-2:]
-    weights = [1 / max(gap.train_error, 1e-6) ** 2 for gap in latest]
-    nats, train_error = np.average([(g.nats, g.train_error) for g in latest], axis=0, weights=weights).tolist()
-    return gaps[-1], _Gap(gaps[-1].step, nats, train_error, gaps[-1].val_error)
-
-
-def _gap_is_well(name: str, gap: _Gap) -> Finding:
+def _gap_is_well(name: str, gap: Gap) -> Finding:
     return Finding(
         name, "well", f"held-out minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
     )
-
-
-def _val_noise(seen: Curves) -> float:
-    """Standard deviation of the held-out losses upon their trend; an assumption where they are few."""
-    latest = seen.val_loss[-2 * VALS_FOR_NOISE :]
-    return noise(np.diff(latest)) / math.sqrt(3) if len(latest) >= VALS_FOR_NOISE else VAL_NOISE
 
 
 def _no_gap(name: str, seen: Curves, needed: int) -> Finding:

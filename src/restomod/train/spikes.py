@@ -18,7 +18,7 @@ NORMAL_KURTOSIS = 3.0  # of normal noise
 USUAL_KURTOSIS = 4.0  # of losses of small batches at most; above it, higher spikes are asked for
 ASSUMED_KURTOSIS = 5.0  # while few losses are known: between normal noise and Laplace's
 ASSUMED_STEPS = 64  # that this assumption counts as much as
-LARGEST_FOURTH = 6.0**4  # of a loss in deviations, to the fourth power: spikes are not what is measured
+LARGEST_SQUARE = 6.0**2  # of a loss in deviations: it is not spikes whose kurtosis is measured
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class SpikeFinder:
         self._at = 0  # the next step to look at, as an index
         self._usual: deque[float] = deque(maxlen=SPIKE_BEFORE)  # spikes are not among them
         self._total = self._squares = 0.0
-        self._fourths = ASSUMED_KURTOSIS * ASSUMED_STEPS  # of losses in deviations from the mean before them
-        self._seconds = float(ASSUMED_STEPS)
+        # sums of squares and fourth powers, of losses in deviations from the mean before them
+        self._squared, self._fourths = float(ASSUMED_STEPS), ASSUMED_KURTOSIS * ASSUMED_STEPS
         self._measured = ASSUMED_STEPS
         self._over_below: float | None = None  # within a spike: the loss at which it is over
 
@@ -54,27 +54,31 @@ class SpikeFinder:
             loss: (n,) theirs.
             to_the_end: after which there can be no further call.
         """
+        first, new = self._at, loss[self._at :].tolist()
         end = len(loss) if to_the_end else len(loss) - max(SPIKE_WIDTHS) + 1
         while self._at < end:
-            i, value = self._at, float(loss[self._at])
+            i = self._at
+            value = new[i - first]
             self._at += 1
             if self._over_below is not None:
                 if value > self._over_below:
                     continue  # the same one, on its way down
                 self._over_below = None
             if len(self._usual) >= SPIKE_ENOUGH:
-                mean, deviation = self._mean_and_deviation()
-                spike = self._spike_at(loss, i, mean, deviation) if value - mean > deviation else None
-                if spike is not None:
-                    rise, width = spike
-                    before = loss[max(0, i - SPIKE_BEFORE) : i]
-                    self.found.append(Spike(int(step[i]), rise, float(before.mean()), float(before.std()), len(before)))
-                    self._over_below = mean + max(SMALLEST_SPIKE, 3 * deviation)
-                    self._at = i + width
-                    continue
-                square = ((value - mean) / deviation) ** 2
-                self._seconds += min(square, LARGEST_FOURTH**0.5)
-                self._fourths += min(square * square, LARGEST_FOURTH)
+                mean = self._total / len(self._usual)
+                deviation = math.sqrt(max(self._squares / len(self._usual) - mean * mean, 1e-12))
+                if value - mean > deviation:
+                    rise, width = self._rise(new[i - first : i - first + max(SPIKE_WIDTHS)], mean, deviation)
+                    if width:
+                        before = loss[max(0, i - SPIKE_BEFORE) : i]
+                        spike = Spike(int(step[i]), rise, float(before.mean()), float(before.std()), len(before))
+                        self.found.append(spike)
+                        self._over_below = mean + max(SMALLEST_SPIKE, 3 * deviation)
+                        self._at = i + width
+                        continue
+                square = min(((value - mean) / deviation) ** 2, LARGEST_SQUARE)
+                self._squared += square
+                self._fourths += square * square
                 self._measured += 1
             gone = self._usual[0] if len(self._usual) == SPIKE_BEFORE else 0.0
             self._usual.append(value)
@@ -85,23 +89,19 @@ class SpikeFinder:
         """The first ``steps`` of the arrays, which have been looked at, will not be there any more."""
         self._at -= steps
 
-    def _mean_and_deviation(self) -> tuple[float, float]:
-        mean = self._total / len(self._usual)
-        return mean, math.sqrt(max(self._squares / len(self._usual) - mean * mean, 1e-12))
-
-    def _spike_at(self, x: NDArray[np.float64], i: int, mean: float, deviation: float) -> tuple[float, int] | None:
-        """Height and width of the spike that begins at ``i``; None if there is none.
+    def _rise(self, losses: list[float], mean: float, deviation: float) -> tuple[float, int]:
+        """Height and width of the spike that ``losses`` begin with; width 0 if there is none.
 
         Where the noise has heavy tails, single losses lie far above the others without any fault, and means of several
         less so.
         """
-        excess = self._fourths * self._measured / self._seconds**2 - NORMAL_KURTOSIS
-        best = None
+        excess = self._fourths * self._measured / self._squared**2 - NORMAL_KURTOSIS
+        best = 0.0, 0
         for k in SPIKE_WIDTHS:
-            if i + k <= len(x):
-                rise = float(x[i : i + k].mean()) - mean
+            if k <= len(losses):
+                rise = sum(losses[:k]) / k - mean
                 kurtosis = NORMAL_KURTOSIS + excess / math.sqrt(k)
                 sigmas = SPIKE_SIGMAS * max(1.0, kurtosis / USUAL_KURTOSIS) ** 2
-                if rise > max(SMALLEST_SPIKE, sigmas * deviation / math.sqrt(k)) and (best is None or (rise, k) > best):
-                    best = rise, k
+                if rise > max(SMALLEST_SPIKE, sigmas * deviation / math.sqrt(k)):
+                    best = max(best, (rise, k))
         return best
