@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import signal
 import subprocess
 import sys
@@ -84,18 +82,3 @@ class TrainingProcess:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             return f"killed by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
         return f"exit code {code}" + (f": {lines[-1].strip()}" if lines else "")
-
-
-def heldout_losses(run: Path) -> dict[int, float]:
-    """The held-out losses of a run by step, also while it goes on; without step 0 and what is not finite."""
-    path, losses = run / "metrics.jsonl", {}
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
-        if b'"val"' not in line:  # most are of training steps, and the file is read again and again
-            continue
-        with contextlib.suppress(ValueError):  # the end of a line may not be written yet
-            record = json.loads(line)
-            loss = record.get("loss")
-            if record.get("kind") == "val" and record["step"] > 0 and isinstance(loss, float) and math.isfinite(loss):
-                losses[record["step"]] = loss
-    return losses

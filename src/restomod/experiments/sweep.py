@@ -16,9 +16,10 @@ from typing import TypeVar
 from restomod.errors import UserError, describe_os_error
 from restomod.experiments.space import flags, label
 from restomod.experiments.store import Claim, Plan, Store
-from restomod.experiments.subprocesses import TrainingProcess, heldout_losses
+from restomod.experiments.subprocesses import TrainingProcess
 from restomod.experiments.sweep_results import Result, results, show, write_results
 from restomod.train.console import duration
+from restomod.train.metrics import HeldoutLosses
 from restomod.train.signals import StopSignal
 
 EXIT_FINISHED = 0
@@ -185,11 +186,11 @@ class _Worker:
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
         """Wait for the end of a training. Returns its exit code, and the step at which it was pruned, if it was."""
-        limit, asked, pruned = self.limits.seconds, False, None
+        limit, asked, pruned, losses = self.limits.seconds, False, None, HeldoutLosses(run)
         while True:
             code = process.wait(POLL)
             if self.plan.prune != "none" and pruned is None:
-                pruned = patiently(lambda: self.store.report(claim, heldout_losses(run)))
+                pruned = patiently(lambda: self.store.report(claim, losses.after_start()))
             if code is not None:
                 return code, pruned
             if limit is not None and not self._stopped() and sum(self.store.seconds().values()) >= limit:
@@ -200,7 +201,7 @@ class _Worker:
 
     def _settle(self, claim: Claim, run: Path, code: int, pruned: int | None, reason: str) -> None:
         """Write the result of a trial down."""
-        store, losses = self.store, heldout_losses(run)
+        store, losses = self.store, HeldoutLosses(run).after_start()
         took = duration(store.seconds()[claim.number])
         if pruned is not None:
             store.note(claim, step=pruned, reason=f"pruned at step {pruned}")

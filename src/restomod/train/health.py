@@ -7,7 +7,6 @@ so.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from restomod.config import RunConfig
-from restomod.train.curves import Array, Curves, blocks, curves, level_at, noise, period
+from restomod.train.curves import Curves, autocorrelation_time, blocks, curves, noise, period
+from restomod.train.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
+from restomod.train.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
 
 Status = Literal["well", "note", "sick", "unknown"]
 
@@ -23,22 +24,16 @@ STUCK_AFTER = 100  # updates; by then every model that learns at all has learnt 
 STUCK_WITHIN = 0.5  # nats below ln(V)
 RECENT = 32  # steps whose mean is the level of now
 
-SPIKE_BEFORE = 128  # steps that a spike stands out from
-SPIKE_ENOUGH = 64
-SPIKE_SIGMAS = 10.0  # as the guard of training has
-SPIKE_WIDTHS = (1, 4, 16)  # steps
-SMALLEST_SPIKE = 0.25  # nats
-
 DIVERGED_SIGMAS = 6.0
 DIVERGED_BY = 0.25  # nats
 GRADIENT_GREW = 4.0  # times; by 3 the norm of a healthy small model grew
 SLOWER = 1.5  # times the milliseconds of the fastest part
 FEWEST_BLOCKS = 4
 
-GAPS_AFTER = 128  # steps; before, the training loss falls too fast to be compared with
-GAP_SIGMAS = 4.0
+GAP_SIGMAS = 6.0
 OVERFITTED_BY = 0.3  # nats that the gap has grown by
 VAL_ROSE_BY = 0.1  # nats above its minimum; it is always measured on the same tokens
+VAL_SIGMAS = 5.0  # above what the lowest of them is below their mean
 BELOW_BY = 0.4  # nats
 NOTABLE_SKIPS = 0.01  # of the steps
 
@@ -63,7 +58,11 @@ def judge(
         records: of `metrics.jsonl`.
         lengths: steps after which the data comes to a border, by what that is, such as an epoch.
     """
-    seen = curves(records)
+    return judge_curves(config, curves(records), lengths)
+
+
+def judge_curves(config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None) -> list[Finding]:
+    """The same, of a run whose records have been gathered already; see `restomod.train.curves.History`."""
     return [*(look(config, seen) for look in SYMPTOMS), periodicity(seen, lengths or {})]
 
 
@@ -96,67 +95,34 @@ def skipped_updates(config: RunConfig, seen: Curves) -> Finding:
 def stuck(config: RunConfig, seen: Curves) -> Finding:
     """A loss that stays where guessing evenly among the vocabulary puts it."""
     name, guess = "stuck near ln(V)", math.log(config.model.vocab_size)
-    if len(seen.loss) < STUCK_AFTER:
+    if seen.updates < STUCK_AFTER:
         return _too_short(name, seen, STUCK_AFTER)
-    level = float(seen.loss[-RECENT:].mean())
+    level = float(seen.recent_loss[-RECENT:].mean())
     if level < guess - STUCK_WITHIN:
         return Finding(name, "well", f"loss {level:.2f}, guessing evenly gives {guess:.2f}")
     return Finding(
         name,
         "sick",
-        f"loss {level:.2f} after {len(seen.loss):,} updates, and guessing evenly gives {guess:.2f}: "
+        f"loss {level:.2f} after {seen.updates:,} updates, and guessing evenly gives {guess:.2f}: "
         f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model",
     )
 
 
 def spikes(config: RunConfig, seen: Curves) -> Finding:
     """Losses far above those before, for one step or a few."""
-    name, x = "spike", seen.loss
-    if len(x) <= SPIKE_ENOUGH:
+    name, found = "spike", seen.spikes
+    if seen.updates <= SPIKE_ENOUGH:
         return _too_short(name, seen, SPIKE_ENOUGH + 1)
-    found = _spikes(x)
     if not found:
         return Finding(name, "well", f"no loss {SPIKE_SIGMAS:.0f} standard deviations above those before")
-    before = x[max(0, found[-1][0] - SPIKE_BEFORE) : found[-1][0]]
-    now = float(x[-RECENT:].mean())
-    back = now <= before.mean() + max(0.1, 4 * float(before.std()) * math.sqrt(1 / RECENT + 1 / len(before)))
-    largest = max(found, key=lambda spike: spike[1])
+    last, largest = found[-1], max(found, key=lambda spike: spike.rise)
+    now = float(seen.recent_loss[-RECENT:].mean())
+    back = now <= last.mean + max(0.1, 4 * last.deviation * math.sqrt(1 / RECENT + 1 / last.count))
     several = f"{len(found)} of them, the largest " if len(found) > 1 else ""
-    reason = f"{several}at step {seen.step[largest[0]]:.0f}, {largest[1]:.2f} nats above the steps before"
+    reason = f"{several}at step {largest.step}, {largest.rise:.2f} nats above the steps before"
     if back:
         return Finding(name, "note" if len(found) <= 3 else "sick", f"{reason}; the loss has come back")
     return Finding(name, "sick", f"{reason}; the loss has not come back: go back to a checkpoint, or lower --optim.lr")
-
-
-def _spikes(x: Array) -> list[tuple[int, float]]:
-    """Where spikes begin and how high above the losses before they are, in order."""
-    found: list[tuple[int, float]] = []
-    usual = deque(x[:SPIKE_ENOUGH].tolist(), maxlen=SPIKE_BEFORE)  # spikes are not among them
-    total, squares = sum(usual), sum(v * v for v in usual)
-    i = SPIKE_ENOUGH
-    while i < len(x):
-        mean = total / len(usual)
-        deviation = math.sqrt(max(squares / len(usual) - mean * mean, 1e-12))
-        spike = _spike_at(x, i, mean, deviation) if x[i] - mean > deviation else None
-        if spike is not None:
-            found.append((i, spike[0]))
-            i += spike[1]
-            while i < len(x) and x[i] - mean > max(SMALLEST_SPIKE, 3 * deviation):
-                i += 1  # the same one, on its way down
-            continue
-        value = float(x[i])
-        gone = usual[0] if len(usual) == SPIKE_BEFORE else 0.0
-        usual.append(value)
-        total, squares = total + value - gone, squares + value * value - gone * gone
-        i += 1
-    return found
-
-
-def _spike_at(x: Array, i: int, mean: float, deviation: float) -> tuple[float, int] | None:
-    """Height and width of the spike that begins at ``i``; None if there is none."""
-    rises = [(float(x[i : i + k].mean()) - mean, k) for k in SPIKE_WIDTHS if i + k <= len(x)]
-    high = [(rise, k) for rise, k in rises if rise > max(SMALLEST_SPIKE, SPIKE_SIGMAS * deviation / math.sqrt(k))]
-    return max(high) if high else None
 
 
 def diverged(config: RunConfig, seen: Curves) -> Finding:
@@ -166,10 +132,13 @@ def diverged(config: RunConfig, seen: Curves) -> Finding:
     if len(x) < FEWEST_BLOCKS * width:
         return _too_short(name, seen, FEWEST_BLOCKS * width)
     means = blocks(x, width).mean(axis=1)
-    rise, allowed = means[-1] - means.min(), max(DIVERGED_BY, DIVERGED_SIGMAS * noise(x) * math.sqrt(2 / width))
-    if rise <= allowed:
+    lowest = int(means.argmin())
+    before = x[: max(len(x) // 2, len(x) - (len(means) - 1 - lowest) * width)]  # what rises afterwards is no noise
+    rise, error = means[-1] - means[lowest], noise(before) * math.sqrt(2 * autocorrelation_time(before) / width)
+    if rise <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
+        steps = width * seen.row_steps
         return Finding(
-            name, "well", f"the loss of the last {width} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
+            name, "well", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
         )
     at = seen.step[len(x) - (len(means) - int(means.argmin())) * width]
     return Finding(
@@ -242,55 +211,58 @@ def warm_up(config: RunConfig, seen: Curves) -> Finding:
 
 def overfitting(config: RunConfig, seen: Curves) -> Finding:
     """A held-out loss that rises, or stays behind, while the training loss falls."""
-    name, gaps = "overfitting", _gaps(seen)
+    name, gaps = "overfitting", gaps_of(seen)
     if len(gaps) < 2:
         return _no_gap(name, seen, 2)
-    (_, first, first_error), (step, last, error) = gaps[0], gaps[-1]
     lowest = int(seen.val_loss.argmin())
     rise = float(seen.val_loss[-1] - seen.val_loss[lowest])
-    near, now = level_at(seen, seen.val_step[lowest]), level_at(seen, seen.val_step[-1])
-    falls = near is not None and now is not None and now[0] <= near[0] + GAP_SIGMAS * now[1]
-    if rise > VAL_ROSE_BY and falls:
+    near, now, error = seen.val_level[lowest], seen.val_level[-1], seen.val_level_error[-1]
+    allowed = max(VAL_ROSE_BY, val_noise(seen) * (VAL_SIGMAS + math.sqrt(2 * math.log(len(seen.val_loss)))))
+    if rise > allowed and now <= near + GAP_SIGMAS * error:
         return Finding(
             name,
             "sick",
             f"the held-out loss was {seen.val_loss[lowest]:.4f} at step {seen.val_step[lowest]:.0f} and is "
             f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps",
         )
-    grew, allowed = last - first, max(OVERFITTED_BY, GAP_SIGMAS * math.hypot(error, first_error))
-    if grew > allowed and last > OVERFITTED_BY:
-        return Finding(
-            name,
-            "sick",
-            f"the held-out loss is {last:.2f} above the training loss at step {step:.0f}, and was {first:+.2f} from it "
-            f"before: more data, or fewer steps",
-        )
-    return Finding(name, "well", f"held-out minus training loss: {last:+.2f} at step {step:.0f} (± {error:.2f})")
+    first = gaps[0]
+    for last in latest_gaps(gaps[1:]):
+        grew = last.nats - first.nats
+        allowed = math.hypot(OVERFITTED_BY, GAP_SIGMAS * math.hypot(last.error, first.train_error))
+        if grew > allowed and last.nats > OVERFITTED_BY:
+            return Finding(
+                name,
+                "sick",
+                f"the held-out loss is {last.nats:.2f} above the training loss at step {last.step:.0f}, and was "
+                f"{first.nats:+.2f} from it before: more data, or fewer steps",
+            )
+    return _gap_is_well(name, gaps[-1])
 
 
 def below(config: RunConfig, seen: Curves) -> Finding:
     """A held-out loss below the training loss."""
-    name, gaps = "validation below training", _gaps(seen)
+    name, gaps = "validation below training", gaps_of(seen)
     if not gaps:
         return _no_gap(name, seen, 1)
-    latest = gaps[-2:]
-    step, gap, _ = latest[-1]
-    if all(g < -max(BELOW_BY, GAP_SIGMAS * error) for _, g, error in latest):
-        return Finding(
-            name,
-            "sick",
-            f"by {-gap:.2f} nats at step {step:.0f}: the held-out text is easier, is in the training text too and "
-            f"learnt by heart, or the two losses are not computed alike",
-        )
-    return Finding(name, "well", f"held-out minus training loss: {gap:+.2f} at step {step:.0f}")
+    for gap in latest_gaps(gaps):
+        if gap.nats < -math.hypot(BELOW_BY, GAP_SIGMAS * gap.error):
+            return Finding(
+                name,
+                "sick",
+                f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the held-out text is easier, is in the training text "
+                f"too and learnt by heart, or the two losses are not computed alike",
+            )
+    return _gap_is_well(name, gaps[-1])
 
 
 def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
     """A loss that repeats itself, as with data that is not shuffled."""
     name, needed = "periodic loss", 4 * 128 // 3 + 1
-    if len(seen.loss) < needed:
+    if seen.updates < needed:
         return _too_short(name, seen, needed)
-    found = period(seen.loss)
+    found = period(seen.recent_loss)
+    if found is None and seen.row_steps > 1 and (rows := period(seen.loss)) is not None:
+        found = rows * seen.row_steps  # longer than the newest steps can show
     if found is None:
         return Finding(name, "well", "no wave and no repetition in its noise")
     known = next((what for what, steps in lengths.items() if abs(found / steps - 1) < 0.03), None)
@@ -298,14 +270,10 @@ def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
     return Finding(name, "sick", f"it repeats itself every {found:.0f} steps{of}: is the data shuffled, as a whole?")
 
 
-def _gaps(seen: Curves) -> list[tuple[float, float, float]]:
-    """Step, held-out minus training loss, and its standard error, at every validation that can be compared."""
-    found = []
-    for step, loss, error in zip(seen.val_step, seen.val_loss, seen.val_error, strict=True):
-        level = level_at(seen, step)
-        if step >= GAPS_AFTER and level is not None:
-            found.append((float(step), float(loss) - level[0], math.hypot(error, level[1])))
-    return found
+def _gap_is_well(name: str, gap: Gap) -> Finding:
+    return Finding(
+        name, "well", f"held-out minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
+    )
 
 
 def _no_gap(name: str, seen: Curves, needed: int) -> Finding:
@@ -315,7 +283,7 @@ def _no_gap(name: str, seen: Curves, needed: int) -> Finding:
 
 
 def _too_short(name: str, seen: Curves, needed: int) -> Finding:
-    return Finding(name, "unknown", f"needs {needed:,} steps, and there are {len(seen.loss):,}")
+    return Finding(name, "unknown", f"needs {needed:,} steps, and there are {seen.updates:,}")
 
 
 def _quiet(name: str, seen: Curves, reason: str) -> Finding:

@@ -13,7 +13,7 @@ from restomod.model.flops import mfu
 from restomod.train.checkpoint import describe_newest
 from restomod.train.console import Display
 from restomod.train.guard import Guard
-from restomod.train.metrics import read_jsonl
+from restomod.train.metrics import iterate_jsonl
 from restomod.train.schedule import learning_rate
 from restomod.train.setup import Training
 from restomod.train.step import Outcome, Queued
@@ -43,7 +43,7 @@ class Journal:
         compute = training.compute
         log, fp16 = training.run.folder / "metrics.jsonl", compute.dtype == torch.float16
         # from the one file that there is: guards that differ would refuse different steps, and processes part
-        self.guard = training.processes.from_main(lambda: Guard(training.config, read_jsonl(log), fp16))
+        self.guard = training.processes.from_main(lambda: Guard(training.config, iterate_jsonl(log), fp16))
         self.began = training.first_step
         self.reached_target = False
         self._behind = STEPS_BEHIND.get(compute.device.type, 0)

@@ -20,7 +20,7 @@ from restomod.train.checkpoint import list_checkpoints
 from restomod.train.console import Display, closing_lines, sanity_lines
 from restomod.train.distributed import Processes, joined
 from restomod.train.journal import Journal
-from restomod.train.observe import evaluate, verdict_line, warn_of_symptoms, write_samples
+from restomod.train.observe import Health, evaluate, write_samples
 from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
 from restomod.train.saver import Saver
@@ -78,11 +78,12 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         Prefetch(training.batches, micro_batch, config.steps, rank, count, training.compute.device) as data,
     ):
         training = dataclasses.replace(training, run=dataclasses.replace(training.run, trackers=trackers))
+        health = Health(training)
         gc.collect()
         gc.freeze()  # what is here stays: Python's collector need not look at it again and again
         display.start(training.first_step, config.steps)
         try:
-            finished = _loop(training, data, saver, display, stop)
+            finished = _loop(training, data, saver, health, display, stop)
         finally:
             gc.unfreeze()
             display.stop()
@@ -92,12 +93,12 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         if display.closed:
             print("\n".join(["standard output was closed", *closing]), file=sys.stderr)
         if finished:
-            display.line(verdict_line(training))
+            display.line(health.verdict_line())
         display.lines(closing)
     return EXIT_FINISHED if finished else EXIT_INTERRUPTED
 
 
-def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, stop: StopSignal) -> bool:
+def _loop(training: Training, data: Prefetch, saver: Saver, health: Health, display: Display, stop: StopSignal) -> bool:
     """Run every step that is left. Returns whether the run is finished (and not only stopped)."""
     config, processes = training.config, training.processes
     journal = Journal(training, display)
@@ -129,7 +130,7 @@ def _loop(training: Training, data: Prefetch, saver: Saver, display: Display, st
         if not at_checkpoint and (finished or step % config.eval_every == 0):
             evaluate(training, step, display)
             if step > 0 and not finished:
-                warn_of_symptoms(training, display)
+                health.warn(display)
         if not at_checkpoint and step > 0 and (finished or step % config.sample_every == 0):
             write_samples(training, step, display)
         wanted = stopping or (step > 0 and saving)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a `.jsonl` file; none if there is no file, and without the lines that are damaged."""
-    return [record for record in map(_parsed, _lines(path)) if record is not None]
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: Path) -> Iterator[Record]:
+    """The same, one after the other: those of a long run need a gigabyte together."""
+    if path.exists():
+        with open(path, "rb") as f:
+            yield from (record for line in f if (record := _parsed(line)) is not None)
 
 
 def describe_damage(path: Path) -> str | None:
@@ -39,6 +47,74 @@ def describe_damage(path: Path) -> str | None:
     if not bad:
         return None
     return f"{path}: {len(bad)} of {len(lines)} lines cannot be read and are passed over, the first is line {bad[0]}"
+
+
+class NewRecords:
+    """Reads a `.jsonl` file that grows: each time what has been added since, however long the file is.
+
+    Args:
+        path: need not be there yet.
+        containing: lines without these bytes are passed over unread.
+    """
+
+    def __init__(self, path: Path, containing: bytes = b"") -> None:
+        self._path, self._containing = path, containing
+        self._end = 0  # of what has been read, in bytes
+        self._last = b""  # the line before that: whether the file has been replaced meanwhile
+
+    def read(self) -> tuple[bool, Iterator[Record]]:
+        """Whether the file has to be read from its beginning, as the first time, and the new records.
+
+        A last line without an end is left for the next time: it may be half written.
+        """
+        if self._end and not self._goes_on():
+            self._end, self._last = 0, b""
+        return self._end == 0, self._new()
+
+    def _goes_on(self) -> bool:
+        try:
+            with open(self._path, "rb") as f:
+                f.seek(self._end - len(self._last))
+                return f.read(len(self._last)) == self._last
+        except FileNotFoundError:
+            return False
+
+    def _new(self) -> Iterator[Record]:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as f:
+            f.seek(self._end)
+            for line in f:
+                if not line.endswith(b"\n"):
+                    return
+                self._end, self._last = self._end + len(line), line
+                if self._containing in line and (record := _parsed(line)) is not None:
+                    yield record
+
+
+class HeldoutLosses:
+    """The held-out losses of a run while it goes on; each call reads only what is new."""
+
+    def __init__(self, run: Path) -> None:
+        self._records = NewRecords(run / "metrics.jsonl", containing=b'"val"')
+        self._losses: dict[int, float] = {}
+
+    def read(self) -> dict[int, float]:
+        """By step, without what is not finite."""
+        fresh, records = self._records.read()
+        if fresh:
+            self._losses.clear()
+        for record in records:
+            step, loss = record.get("step"), record.get("loss")
+            if record.get("kind") != "val" or not isinstance(step, int) or not isinstance(loss, float):
+                continue
+            if math.isfinite(loss):
+                self._losses[step] = loss
+        return self._losses
+
+    def after_start(self) -> dict[int, float]:
+        """The same without step 0."""
+        return {step: loss for step, loss in self.read().items() if step > 0}
 
 
 def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -8,9 +8,10 @@ from restomod.evals.scoring import evaluate as evaluate_task
 from restomod.evals.scoring import headline
 from restomod.samples import continuations
 from restomod.train.console import Display
+from restomod.train.curves import History
 from restomod.train.gather import whole
-from restomod.train.health import Finding, judge, seen_now
-from restomod.train.metrics import read_jsonl
+from restomod.train.health import Finding, judge_curves, seen_now
+from restomod.train.metrics import NewRecords
 from restomod.train.setup import Training
 
 
@@ -60,21 +61,40 @@ def write_samples(training: Training, step: int, display: Display) -> None:
         display.sample(prompt, text)
 
 
-def warn_of_symptoms(training: Training, display: Display) -> None:
-    """Show what is wrong with the run so far, a line for each symptom that its records show."""
-    for symptom in seen_now(_findings(training)):
-        display.line(f"warning: {symptom.symptom}: {symptom.reason}", style="bold yellow")
+class Health:
+    """Looks for symptoms in the records of a run while it goes on, reading only those that are new.
 
+    Only the main process does; the others see none.
+    """
 
-def verdict_line(training: Training) -> str:
-    """Whether the run has been healthy, in one line."""
-    sick = [symptom.symptom for symptom in seen_now(_findings(training))]
-    if sick:
-        return f"verdict: not healthy: {', '.join(sick)}; `restomod verdict {training.run.folder}` says what to do"
-    return f"verdict: healthy; `restomod verdict {training.run.folder}` says what was looked for"
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self._records, self._history = NewRecords(training.run.folder / "metrics.jsonl"), History()
+        self._gather()  # what a run that goes on has made already: before its steps, and not among them
 
+    def warn(self, display: Display) -> None:
+        """Show what is wrong with the run so far, a line for each symptom."""
+        for symptom in self._symptoms():
+            display.line(f"warning: {symptom.symptom}: {symptom.reason}", style="bold yellow")
 
-def _findings(training: Training) -> list[Finding]:
-    if not training.processes.main:
-        return []
-    return judge(training.config, read_jsonl(training.run.folder / "metrics.jsonl"))
+    def verdict_line(self) -> str:
+        """Whether the run has been healthy, in one line."""
+        sick, folder = [symptom.symptom for symptom in self._symptoms()], self.training.run.folder
+        if sick:
+            return f"verdict: not healthy: {', '.join(sick)}; `restomod verdict {folder}` says what to do"
+        return f"verdict: healthy; `restomod verdict {folder}` says what was looked for"
+
+    def _symptoms(self) -> list[Finding]:
+        if not self.training.processes.main:
+            return []
+        self._gather()
+        return seen_now(judge_curves(self.training.config, self._history.curves()))
+
+    def _gather(self) -> None:
+        if not self.training.processes.main:
+            return
+        fresh, records = self._records.read()
+        if fresh:  # of a run that has gone back to a checkpoint, too
+            self._history = History()
+        for record in records:
+            self._history.add(record)

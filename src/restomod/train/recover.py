@@ -9,7 +9,7 @@ from restomod.train.checkpoint import describe_newest, load_checkpoint, newest_w
 from restomod.train.console import Display
 from restomod.train.guard import Guard
 from restomod.train.memory import cut, smaller
-from restomod.train.metrics import Record, read_jsonl
+from restomod.train.metrics import Record, iterate_jsonl
 from restomod.train.saver import Saver
 from restomod.train.setup import Training
 from restomod.train.step import Queued, train_step
@@ -41,7 +41,7 @@ def roll_back(
         )
     back = load_checkpoint(checkpoint, training.model, training.optimizer, processes)
     log = run.folder / "metrics.jsonl"
-    records = processes.from_main(lambda: [record for record in read_jsonl(log) if _made_before(record, back)])
+    records = processes.from_main(lambda: [record for record in iterate_jsonl(log) if _made_before(record, back)])
     if not guard.rolled_back(back, records):
         raise processes.error(
             f"step {step}: {problem}, and going back to step {back} has not helped; lower --optim.lr in a new run "

@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from restomod.model.gpt import GPT
 from restomod.train.checkpoint import list_checkpoints, remove_checkpoint, step_of, write_checkpoint
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import gather_on_main, is_shared, whole_on_main
-from restomod.train.metrics import read_jsonl
+from restomod.train.metrics import HeldoutLosses
 from restomod.train.optimizer import Optimizers, optimizer_tensors
 
 
@@ -35,6 +36,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future[None] | None = None
         self._failure: UserError | None = None
+        self._losses = HeldoutLosses(run)
 
     def save(self, step: int, model: GPT, optimizer: Optimizers, data_offset: int = 0) -> None:
         """Begin to save the checkpoint of ``step`` updates, once the one before it is written. All processes call this.
@@ -81,7 +83,7 @@ class Saver:
         if copied is not None:
             copied.synchronize()
         write_checkpoint(self.run, step, model, state, data_offset)
-        drop_others(self.run, self.config)
+        drop_others(self.run, self.config, self._losses.read())
 
     def failure(self) -> UserError | None:
         """What kept the last checkpoint from being written, told once; None if nothing did, or it is being written."""
@@ -131,16 +133,19 @@ def staging(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu")
 
 
-def drop_others(run: Path, config: RunConfig) -> None:
-    """Delete the checkpoints of a run that its configuration does not ask to be kept."""
+def drop_others(run: Path, config: RunConfig, losses: Mapping[int, float] | None = None) -> None:
+    """Delete the checkpoints of a run that its configuration does not ask to be kept.
+
+    Args:
+        run: its folder.
+        config: its configuration.
+        losses: on validation, by step; None: those of `metrics.jsonl`.
+    """
+    losses = HeldoutLosses(run).read() if losses is None else losses
     folders = {step_of(folder): folder for folder in list_checkpoints(run)}
     sizes = {step: _size(folder) for step, folder in folders.items()} if config.keep_gb is not None else {}
-    losses = {
-        record["step"]: record["loss"]
-        for record in read_jsonl(run / "metrics.jsonl")
-        if record.get("kind") == "val" and record.get("step") in folders and record.get("loss") is not None
-    }
-    for step in folders.keys() - kept(list(folders), losses, sizes, config):
+    known = {step: losses[step] for step in folders if step in losses}
+    for step in folders.keys() - kept(list(folders), known, sizes, config):
         with contextlib.suppress(OSError):  # it is tried again after the next save
             remove_checkpoint(folders[step])
 
