@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +42,9 @@ class SweepArguments:
     """Stop before a trial that would take all trials together, on all machines, beyond so many hours, judged by those
     that have finished; at the limit, stop the running one with a checkpoint."""
     max_dollars: float | None = None
-    """The same in dollars; needs --price."""
+    """The same in US dollars, for all GPUs together; needs --price."""
     price: float | None = None
-    """Dollars for an hour of a machine."""
+    """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
     then: str | None = None
     """Run this command of the shell at the very end, however it ends (--then "sudo shutdown now")."""
     out: str
@@ -74,6 +75,11 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
     if given.max_dollars is not None and given.price is None:
         raise UserError("--max-dollars needs the price of an hour: add --price DOLLARS")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a sweep trains each trial with one process; instead of torchrun, start the same command once per GPU, "
+            "each with its own CUDA_VISIBLE_DEVICES"
+        )
     if importlib.util.find_spec("optuna") is None:
         raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
 
