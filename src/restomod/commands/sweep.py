@@ -11,10 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from restomod.arguments import TrainArguments, parse
+from restomod.arguments import TrainArguments, parse, parse_run
 from restomod.config import RunConfig, require_seed
 from restomod.errors import EXIT_USER_ERROR, UserError
-from restomod.experiments.space import Method, grid, parse_dimension
+from restomod.experiments import space
+from restomod.experiments.space import Method, Value, grid, parse_dimension
 from restomod.experiments.store import Plan, Pruning
 from restomod.presets import preset
 
@@ -143,7 +144,9 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     if given.seeds > 1 and "seed" in swept:
         raise UserError("seed is swept; leave --seeds out")
     require_seed("--search-seed", given.search_seed)
-    config = parse(TrainArguments, TrainArguments(base, out=""), flags, f"restomod sweep {name}").config
+    longest: dict[str, Value] = {d.name: d.greatest for d in dimensions if d.name in ("steps", "optim.warmup_steps")}
+    of_trials = TrainArguments(base, out="")
+    config = parse_run(of_trials, [*flags, *space.flags(longest)], f"restomod sweep {name}").config
     require_seed("the last seed", config.seed + given.seeds - 1)
     data = config.data
     if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:

@@ -24,7 +24,7 @@ from restomod.train.observe import evaluate, verdict_line, warn_of_symptoms, wri
 from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
 from restomod.train.saver import Saver
-from restomod.train.setup import Training, set_up, summary
+from restomod.train.setup import Training, length_warnings, set_up, summary
 from restomod.train.signals import StopSignal
 from restomod.train.track import Trackers, require_installed
 
@@ -65,6 +65,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         return EXIT_FINISHED
     display.table(summary(training))
     display.lines([f"warning: set aside: {problem}" for problem in training.damaged])
+    display.lines([f"warning: {problem}" for problem in length_warnings(training)])
     if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")
     display.lines(sanity_lines(training.verdicts))
