@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +16,7 @@ import tyro
 from restomod.config import Device, Precision, RunConfig, SamplingConfig, require_seed
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.errors import UserError
+from restomod.presets import with_scaled_warmup
 
 Arguments = TypeVar("Arguments")
 
@@ -204,6 +207,31 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+RunArguments = TypeVar("RunArguments", bound=ResumeArguments)
+
+
+def parse_run(default: RunArguments, arguments: list[str], program: str) -> RunArguments:
+    """Fill a class of flags whose ``config`` is a preset: with other --steps its warm-up is scaled, unless it is given.
+
+    Args:
+        default: an instance with the preset.
+        arguments: the flags.
+        program: how the command begins, for help and messages.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    given = parse(type(default), default, arguments, program)
+    if "--optim.warmup-steps" in flags_in(arguments):
+        return given
+    return dataclasses.replace(given, config=with_scaled_warmup(given.config, default.config))
+
+
+def flags_in(arguments: Iterable[str]) -> set[str]:
+    """The names of the flags among arguments, without values, with dashes for underscores."""
+    return {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
 
 
 def _one_line(box: str) -> str:

@@ -29,6 +29,7 @@ from restomod.arguments import (
     SampleArguments,
     TrainArguments,
     parse,
+    parse_run,
 )
 from restomod.config import RunConfig, require_seed
 from restomod.errors import (
@@ -95,7 +96,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         if name.startswith("-"):
             raise UserError(f"name a preset first: restomod train PRESET {' '.join(arguments)} (restomod train --help)")
         fresh = TrainArguments(preset(name), out=f"runs/{name}")
-        parsed = parse(TrainArguments, fresh, rest, f"restomod train {name}")
+        parsed = parse_run(fresh, rest, f"restomod train {name}")
         config, folder = parsed.config, Path(parsed.out)
     return config, folder, "--resume" in arguments
 

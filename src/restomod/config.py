@@ -133,7 +133,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     """The rates end at this fraction of their maximum."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0 to the maximum."""
+    """Steps of linear warm-up from 0 to the maximum. That of a preset is scaled with --steps unless it is given."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's running means of the gradient and its square."""
     eps: float = 1e-8

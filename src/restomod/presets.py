@@ -191,6 +191,15 @@ def is_preset(name: str) -> bool:
     return _maker(name) is not None
 
 
+def with_scaled_warmup(config: RunConfig, base: RunConfig) -> RunConfig:
+    """``config`` with the warm-up of the preset ``base``, scaled to its own steps: the same share, in whole steps.
+
+    Rounded up, so that a preset that warms up does so for at least one step.
+    """
+    warmup_steps = -(-base.optim.warmup_steps * config.steps // base.steps)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps))
+
+
 def _maker(name: str) -> Callable[[], RunConfig] | None:
     sized = re.fullmatch(r"(\w+)-d([1-9]\d?)", name)
     if sized and sized[1] in SIZES:

@@ -1,8 +1,9 @@
 """Stands in for `restomod train` where a sweep is tested and not training: a run of a few steps in a tenth of a second.
 
-As a script it takes the arguments of `train`. It writes a run's `config.json` and `metrics.jsonl`, a "checkpoint" after
-every second step, and a line for every start into `starts.txt`; SIGTERM stops it after its step. Its loss follows from
-`--optim.lr`, `--seed` and the step, and from what it has read back from its checkpoint. Some rates make it fail.
+As a script it takes the arguments of `train`. It writes a run's `config.json`, `metrics.jsonl` and `environment.json`
+(with STAND_IN_PROCESSES processes), a "checkpoint" after every second step, and a line for every start into
+`starts.txt`; SIGTERM stops it after its step. Its loss follows from `--optim.lr`, `--seed` and the step, and from what
+it has read back from its checkpoint. Some rates make it fail.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
         temporary = run / "config.tmp"
         temporary.write_text(json.dumps(flags))
         temporary.rename(run / "config.json")
+    processes = int(os.environ.get("STAND_IN_PROCESSES", "1"))
+    (run / "environment.json").write_text(json.dumps([{"processes": processes}]))
     with open(run / "starts.txt", "a") as f:
         f.write(f"{os.getpid()}\n")
     rate, seed, pause = flags["--optim.lr"], int(flags["--seed"]), float(os.environ.get("STAND_IN_PAUSE", "0"))

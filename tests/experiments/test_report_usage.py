@@ -57,15 +57,16 @@ def test_records_that_do_not_say_when(tmp_path: Path) -> None:
     assert used.idle is None
     rows = {name: (value, remark) for name, value, remark in usage_rows(used, Prices(per_hour=90.0))}
     assert rows["Wall clock"][0] == "unknown"
-    assert rows["Cost"] == ("1.00", "at 90 an hour, at least: only time in steps is known")
+    assert rows["Cost"][0] == "$1.00"
+    assert "$90" in rows["Cost"][1]
     assert rows["Energy"][0] == "unknown"
 
 
 def test_rows_with_prices(tmp_path: Path) -> None:
     used = usage(open_run(make_run(tmp_path / "r")))
     rows = {name: value for name, value, _ in usage_rows(used, Prices(per_hour=80.0, watts=200.0))}
-    assert rows["Cost"] == "1.00"
-    assert rows["Of that, idle"] == "0.11"
+    assert rows["Cost"] == "$1.00"
+    assert rows["Of that, idle"] == "$0.11"
     assert rows["Energy"] == "0.0025 kWh"
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 import optuna
 import pytest
 
+from restomod.cli import main
 from restomod.commands.sweep import split
 from restomod.errors import UserError
 from restomod.experiments import sweep as sweep_module
+from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
 from restomod.experiments.store import drop_torn_line
 from restomod.experiments.sweep import Limits, patiently
 from tests.experiments.stand_in import CRASHED, DIVERGED, KILLED, SILENT
@@ -235,10 +237,45 @@ def test_a_running_trial_is_stopped_at_the_limit_with_a_checkpoint(tmp_path: Pat
 
 
 def test_the_nearer_limit_counts() -> None:
-    assert Limits(hours=2.0, dollars=3.0, price=3.0).seconds == 3600
-    assert Limits(hours=0.5, dollars=3.0, price=3.0).seconds == 1800
-    assert Limits(dollars=3.0, price=1.5).seconds == 7200
-    assert Limits().seconds is None
+    assert Limits(hours=2.0, dollars=3.0, price=3.0).used(3600, 3600) == 1.0
+    assert Limits(hours=0.5, dollars=3.0, price=3.0).used(900, 900) == 0.5
+    assert Limits(dollars=3.0, price=1.5).used(3600, 8 * 3600) == 4.0  # dollars are paid for every GPU
+    assert Limits(hours=2.0).used(3600, 8 * 3600) == 0.5
+    assert Limits().used(3600, 3600) == 0.0
+
+
+def test_gpu_time_counts_processes_and_a_shared_gpu_once() -> None:
+    spans = [
+        Span(0, 0.0, 10.0, "a", 1),
+        Span(1, 4.0, 10.0, "a", 1),  # on the same GPU: of these 6 s each pays 3
+        Span(2, 0.0, 10.0, "b", 8),
+        Span(2, 20.0, 20.0, "b", 8),  # killed at once
+        Span(2, 30.0, 31.0, "b", 1),  # resumed on one GPU
+    ]
+    taken = Taken.of(range(4), spans)
+    assert taken.seconds == {0: 10.0, 1: 6.0, 2: 11.0, 3: 0.0}
+    assert taken.gpu_seconds == {0: 7.0, 1: 3.0, 2: 81.0, 3: 0.0}
+
+
+def test_workers_with_gpus_of_their_own_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    first = gpu_in_use()
+    for name, value, same in (("CUDA_VISIBLE_DEVICES", "0,1", True), ("CUDA_VISIBLE_DEVICES", "1", False)):
+        monkeypatch.setenv(name, value)
+        assert (gpu_in_use() == first) is same
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert gpu_in_use() != first
+
+
+def test_a_sweep_under_torchrun_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["sweep", "quickstart", "--grid", "optim.lr=1,2", "--out", str(tmp_path / "s")]) == 2
+    assert "torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------
@@ -264,8 +301,6 @@ def test_the_nearer_limit_counts() -> None:
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    from restomod.cli import main
-
     assert main(["sweep", "quickstart", *arguments, "--out", str(tmp_path / "s")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

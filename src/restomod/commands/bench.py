@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from restomod.arguments import ResumeArguments, parse
+from restomod.arguments import ResumeArguments, parse_run
 from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean, reported_once
 from restomod.presets import preset
 
@@ -48,7 +48,7 @@ def _parsed(arguments: list[str]) -> tuple[str, BenchArguments] | int:
     name, rest = "quickstart", arguments[1:]
     if rest and not rest[0].startswith("-"):
         name, rest = rest[0], rest[1:]
-    given = parse(BenchArguments, BenchArguments(preset(name)), rest, f"restomod bench step {name}")
+    given = parse_run(BenchArguments(preset(name)), rest, f"restomod bench step {name}")
     for flag, value, least in (("--warmup", given.warmup, 0), ("--timed", given.timed, 1)):
         if value < least:
             raise UserError(f"{flag} is {value}; it must be {least} or more")

@@ -22,7 +22,7 @@ class CompareArguments:
     target_loss: float | None = None
     """Count the tokens until this loss. Default: what the baseline ended with."""
     price: float | None = None
-    """Dollars per hour of the machines of one run."""
+    """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
     x: Literal["all", "steps", "tokens", "flops", "time", "dollars"] = "all"
     """What curves are laid over each other by. all: by tokens in the table, by everything in the picture."""
     json: str | None = None
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag} is {value}; it must be a number above 0")
     if parsed.x == "dollars" and parsed.price is None:
-        raise UserError("--x dollars needs --price, in dollars per hour")
+        raise UserError("--x dollars needs --price, in US dollars for one GPU and one hour")
 
     from restomod.experiments.axes import AXES, Axis
     from restomod.experiments.compare import compare

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restomod.arguments import ResumeArguments, parse
+from restomod.arguments import ResumeArguments, parse_run
 from restomod.config import RunConfig
 from restomod.errors import EXIT_USER_ERROR, UserError
 from restomod.experiments.hardware import find_gpu
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name.startswith("-"):
         raise UserError(f"name a preset first: restomod plan PRESET {' '.join(arguments)} (restomod plan --help)")
-    given = parse(PlanArguments, PlanArguments(preset(name)), rest, f"restomod plan {name}")
+    given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     offers = read_offers(Path(given.offers) if given.offers is not None else None)
     plan = _plan(name, given)

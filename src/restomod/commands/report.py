@@ -18,7 +18,8 @@ from restomod.experiments.report_usage import Prices
 @dataclass(frozen=True, kw_only=True)
 class PriceArguments:
     price: float | None = None
-    """What an hour of the whole machine costs, for the cost of the run, idle time included."""
+    """US dollars for one GPU and one hour (on a CPU: for one process and one hour), for the cost of the run, idle time
+    included."""
     watts: float | None = None
     """The mean draw of the whole machine, for the energy."""
 

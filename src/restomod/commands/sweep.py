@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from restomod.arguments import TrainArguments, parse
+from restomod.arguments import TrainArguments, parse, parse_run
 from restomod.config import RunConfig, require_seed
 from restomod.errors import EXIT_USER_ERROR, UserError
-from restomod.experiments.space import Method, grid, parse_dimension
+from restomod.experiments import space
+from restomod.experiments.space import Method, Value, grid, parse_dimension
 from restomod.experiments.store import Plan, Pruning
 from restomod.presets import preset
 
@@ -41,9 +43,9 @@ class SweepArguments:
     """Stop before a trial that would take all trials together, on all machines, beyond so many hours, judged by those
     that have finished; at the limit, stop the running one with a checkpoint."""
     max_dollars: float | None = None
-    """The same in dollars; needs --price."""
+    """The same in US dollars, for all GPUs together; needs --price."""
     price: float | None = None
-    """Dollars for an hour of a machine."""
+    """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
     then: str | None = None
     """Run this command of the shell at the very end, however it ends (--then "sudo shutdown now")."""
     out: str
@@ -74,6 +76,11 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
     if given.max_dollars is not None and given.price is None:
         raise UserError("--max-dollars needs the price of an hour: add --price DOLLARS")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a sweep trains each trial with one process; instead of torchrun, start the same command once per GPU, "
+            "each with its own CUDA_VISIBLE_DEVICES"
+        )
     if importlib.util.find_spec("optuna") is None:
         raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
 
@@ -137,7 +144,9 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     if given.seeds > 1 and "seed" in swept:
         raise UserError("seed is swept; leave --seeds out")
     require_seed("--search-seed", given.search_seed)
-    config = parse(TrainArguments, TrainArguments(base, out=""), flags, f"restomod sweep {name}").config
+    longest: dict[str, Value] = {d.name: d.greatest for d in dimensions if d.name in ("steps", "optim.warmup_steps")}
+    of_trials = TrainArguments(base, out="")
+    config = parse_run(of_trials, [*flags, *space.flags(longest)], f"restomod sweep {name}").config
     require_seed("the last seed", config.seed + given.seeds - 1)
     data = config.data
     if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:

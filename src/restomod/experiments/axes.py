@@ -71,7 +71,7 @@ def positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
         run: whose.
         steps: (n,) updates made.
         axis: of which.
-        price: dollars per hour of all its machines; the axis of dollars needs it.
+        price: US dollars for one GPU and one hour; the axis of dollars needs it.
     """
     if axis == "steps":
         return steps
@@ -79,14 +79,21 @@ def positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
         return steps * run.tokens_at(1)
     if axis == "flops":
         return steps * float(run.flops_at(1))
-    hours = hours_at(run, steps)
-    return hours if axis == "time" else hours * (price or 0.0)
+    return hours_at(run, steps) if axis == "time" else hours_at(run, steps, of_gpus=True) * (price or 0.0)
 
 
-def hours_at(run: Run, steps: Array) -> Array:
-    """Hours that the first so many updates took, (n,): the sum of their times, without validating and saving."""
+def hours_at(run: Run, steps: Array, of_gpus: bool = False) -> Array:
+    """Hours that the first so many updates took, (n,): the sum of their times, without validating and saving.
+
+    Args:
+        run: whose.
+        steps: (n,) updates made.
+        of_gpus: count each hour as often as there were GPUs (processes), which may change when a run is resumed.
+    """
     at = np.array([-1] + [r["step"] for r in run.train], dtype=np.float64)
-    hours = np.cumsum([0.0] + [(_ms(r) or 0.0) / 3.6e6 for r in run.train])
+    counts = [run.processes_of(r) if of_gpus else 1 for r in run.train]
+    spent = [count * (_ms(r) or 0.0) / 3.6e6 for r, count in zip(run.train, counts, strict=True)]
+    hours = np.cumsum([0.0, *spent])
     return hours[np.searchsorted(at, steps - 1, side="right") - 1]
 
 

@@ -98,7 +98,7 @@ class Comparison:
             "measure": self.measure,
             "baseline": self.groups[self.baseline].name,
             "target_loss": self.target,
-            "price_per_hour": self.price,
+            "dollars_per_gpu_hour": self.price,
             "differences": self.differences(),
             "groups": [self._group(i) for i in range(len(self.groups))],
             "notes": self.notes,
@@ -123,7 +123,6 @@ class Comparison:
             for axis in AXES
             if axis != "dollars" or self.price is not None
         }
-        hours = spent_hours(run)
         return {
             "folder": str(run.folder),
             "seed": run.config.seed,
@@ -131,8 +130,8 @@ class Comparison:
             "steps": run.config.steps,
             "tokens": run.tokens_at(made(run)),
             "flops": run.flops_at(made(run)),
-            "hours_in_steps": hours,
-            "dollars": hours * self.price if self.price is not None else None,
+            "hours_in_steps": spent_hours(run),
+            "dollars": spent_hours(run, of_gpus=True) * self.price if self.price is not None else None,
             "tokens_to_target": by_tokens.first_below(self.target) if self.target is not None else None,
             "curve": {"updates": steps.tolist(), "loss": loss.tolist(), **curves},
         }
@@ -147,9 +146,9 @@ def made(run: Run) -> int:
     return run.train[-1]["step"] + 1 if run.train else 0
 
 
-def spent_hours(run: Run) -> float:
-    """Hours in steps so far, each step once."""
-    return float(hours_at(run, np.array([float(made(run))]))[0])
+def spent_hours(run: Run, of_gpus: bool = False) -> float:
+    """Hours in steps so far, each step once; those of all its GPUs added up, if asked for."""
+    return float(hours_at(run, np.array([float(made(run))]), of_gpus)[0])
 
 
 def compare(
@@ -161,7 +160,7 @@ def compare(
         runs: at least one; finished or not, of any lengths.
         baseline: one of them, whose group is the baseline; None: the first.
         target: the loss whose tokens are counted; None: the last that the baseline has.
-        price: dollars per hour of the machines of one run.
+        price: US dollars for one GPU and one hour.
 
     Raises:
         UserError: a run is given twice, or a manifest is damaged.

@@ -81,7 +81,8 @@ def _results(found: Comparison) -> Table:
         flops = max(run.flops_at(made(run)) for run in group.runs)
         row = [name, str(len(group.runs)), _range(steps), _range([r.tokens_at(made(r)) for r in group.runs])]
         row += [f"{flops:.3g}", hours(float(np.mean(spent)))]
-        row += [f"${np.mean(spent) * found.price:.2f}"] if found.price is not None else []
+        if found.price is not None:
+            row.append(f"${np.mean([spent_hours(run, of_gpus=True) for run in group.runs]) * found.price:,.2f}")
         row += [group.final.shown() if group.final else "–", group.best.shown() if group.best else "–"]
         rows.append([*row, _to_target(found, i)])
     target = [f"target: {found.measure} {found.target:.4f}"] if found.target is not None else []

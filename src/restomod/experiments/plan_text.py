@@ -10,6 +10,7 @@ from restomod.experiments.offers import Offer
 from restomod.experiments.plan import Plan, Quote
 from restomod.model.flops import parameter_count
 from restomod.model.sizes import share_of
+from restomod.train.schedule import describe_warmup, schedule_warnings
 
 WIDTH, LABEL = 120, 20
 PARTS = {
@@ -39,6 +40,8 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "plan", f"{plan.preset}: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide"
     yield "parameters", f"{parameter_count(m):,}"
     yield "training", f"{config.steps:,} steps × {config.batch_tokens:,} tokens = {_count(plan.tokens)} tokens"
+    yield "warm-up", describe_warmup(config)
+    yield from (("warning", warning) for warning in schedule_warnings(config))
     flops = plan.flops_per_token
     yield "work", f"{flops / 1e6:,.0f} million FLOPs a token, {flops * plan.tokens:.3g} in all"
     yield "validation", _validation(plan)

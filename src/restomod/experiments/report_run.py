@@ -122,7 +122,7 @@ def figures(run: Run, used: Usage, prices: Prices) -> list[list[str]]:
         rows.append(["Wall clock", duration(used.wall), f"{duration(used.idle)} of it not in steps"])
     rows.append(["Compute", flops_text(used.flops), "FLOPs of the model"])
     if prices.per_hour is not None:
-        rows.append(["Cost", f"{used.cost(prices.per_hour):,.2f}", f"at {prices.per_hour:g} an hour"])
+        rows.append(["Cost", f"${used.cost(prices.per_hour):,.2f}", used.priced(prices.per_hour)])
     return rows
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import calendar
+import itertools
 import math
-import time
 from dataclasses import dataclass
-from typing import Any
 
 from restomod.experiments.report_curves import number
-from restomod.experiments.runs import Run
+from restomod.experiments.runs import Run, started
 from restomod.text import duration
 
 
@@ -18,7 +16,7 @@ class Prices:
     """What a report may be told of the machine."""
 
     per_hour: float | None = None
-    """Of the whole machine, in whatever currency."""
+    """US dollars for one GPU and one hour."""
     watts: float | None = None
     """Mean draw of the whole machine."""
 
@@ -39,33 +37,39 @@ class Usage:
     """Of these, seconds between a session's last record and the next start: the run stood still, or did what was lost
     and had to be done again."""
     sessions: int
+    gpu_seconds: float
+    """Seconds to pay for times the GPUs (processes) of each session, as far as they are known."""
+    idle_gpu_seconds: float
+    """Of these, those not spent in steps."""
 
     @property
     def idle(self) -> float | None:
         """Seconds of the wall clock that were not spent in steps."""
         return None if self.wall is None else max(0.0, self.wall - self.in_steps)
 
-    @property
-    def known(self) -> float:
-        """Seconds to pay for, as far as they are known."""
-        return self.in_steps if self.wall is None else self.wall
-
     def cost(self, per_hour: float) -> float:
-        """Money for all hours, idle ones included."""
-        return self.known / 3600 * per_hour
+        """US dollars for all hours, idle ones included, at a price of one GPU and one hour."""
+        return self.gpu_seconds / 3600 * per_hour
+
+    def priced(self, per_hour: float) -> str:
+        """What is paid for, in words: 12.0 GPU hours at $2.50."""
+        return f"{self.gpu_seconds / 3600:,.3g} GPU hours at ${per_hour:g}"
 
     def energy(self, watts: float) -> float:
         """Kilowatt-hours while a session was going on."""
-        return (self.known - self.stopped) / 3.6e6 * watts
+        known = self.in_steps if self.wall is None else self.wall
+        return (known - self.stopped) / 3.6e6 * watts
 
 
 def usage(run: Run) -> Usage:
     """Add up what a run has used. Steps that a crash has made it do again count once: they are logged once."""
     steps = max((r["step"] + 1 for r in run.train), default=0)
-    in_steps = sum(max(0.0, number(r.get("ms"))) for r in run.train if math.isfinite(number(r.get("ms")))) / 1000
+    took = [(max(0.0, number(r.get("ms"))) / 1000, run.processes_of(r)) for r in run.train]
+    took = [(seconds, count) for seconds, count in took if math.isfinite(seconds)]
+    in_steps, gpus_in_steps = sum(s for s, _ in took), sum(s * count for s, count in took)
     starts = [started(environment) for environment in run.environments]
     times = sorted(at for at in (number(record.get("time")) for record in run.records) if math.isfinite(at))
-    wall, stopped = None, 0.0
+    wall, stopped, gpu_seconds = None, 0.0, gpus_in_steps
     if starts and starts[0] is not None and times:
         # the start is known to a second
         wall = max(times[-1] - starts[0], in_steps)
@@ -73,17 +77,21 @@ def usage(run: Run) -> Usage:
             before = [at for at in times if again is not None and at < again]
             if again is not None and again < times[-1]:
                 stopped += again - max(before, default=starts[0])
+        # a session's GPUs are paid for until the next start, and those of the last until the last record
+        turns = [at for at, _ in run.starts if starts[0] < at < times[-1]]
+        parts = itertools.pairwise([starts[0], *turns, starts[0] + wall])
+        gpu_seconds = max(gpus_in_steps, sum((end - begin) * run.processes_at(begin) for begin, end in parts))
     return Usage(
-        steps, run.tokens_at(steps), run.flops_at(steps), in_steps, wall, max(0.0, stopped), len(run.environments)
+        steps,
+        run.tokens_at(steps),
+        run.flops_at(steps),
+        in_steps,
+        wall,
+        max(0.0, stopped),
+        len(run.environments),
+        gpu_seconds,
+        gpu_seconds - gpus_in_steps,
     )
-
-
-def started(environment: dict[str, Any]) -> float | None:
-    """When a session began, in seconds since 1970, or None where its record does not say so."""
-    try:
-        return float(calendar.timegm(time.strptime(str(environment.get("started")), "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return None
 
 
 def amount(value: float) -> str:
@@ -119,9 +127,10 @@ def usage_rows(used: Usage, prices: Prices) -> list[tuple[str, str, str]]:
             rows.append(("Of that, stopped", duration(used.stopped), "between sessions, or done again"))
     least = "at least: only time in steps is known" if used.wall is None else "for the whole wall clock"
     if prices.per_hour is not None:
-        rows.append(("Cost", f"{used.cost(prices.per_hour):,.2f}", f"at {prices.per_hour:g} an hour, {least}"))
+        rows.append(("Cost", f"${used.cost(prices.per_hour):,.2f}", f"{used.priced(prices.per_hour)}, {least}"))
         if used.idle:
-            rows.append(("Of that, idle", f"{used.idle / 3600 * prices.per_hour:,.2f}", "for time not in steps"))
+            idle = used.idle_gpu_seconds / 3600 * prices.per_hour
+            rows.append(("Of that, idle", f"${idle:,.2f}", "for time not in steps"))
     if prices.watts is not None:
         while_on = least if used.wall is None else "while a session was going on"
         rows.append(("Energy", f"{used.energy(prices.watts):,.3g} kWh", f"at {prices.watts:g} W, {while_on}"))

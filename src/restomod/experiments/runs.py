@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import calendar
+import math
 import os
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +60,28 @@ class Run:
         """Spent in steps, what had to be done again included."""
         return sum(r.get("ms") or 0.0 for r in self.records if r.get("kind") == "train") / 1000
 
+    @cached_property
+    def starts(self) -> list[tuple[float, int]]:
+        """When the run was started and resumed, in seconds since 1970, and with how many processes; in order.
+
+        A start whose record does not say when is left out, but for the first (-infinity).
+        """
+        known = [(started(e), process_count(e)) for e in self.environments]
+        first = [(-math.inf, known[0][1])] if known and known[0][0] is None else []
+        return first + sorted((at, count) for at, count in known if at is not None)
+
+    def processes_at(self, seconds: float) -> int:
+        """Processes at a time in seconds since 1970: on a GPU, as many GPUs. Before the first start: the first's."""
+        after = bisect.bisect_right(self.starts, seconds, key=lambda start: start[0])
+        return self.starts[max(0, after - 1)][1] if self.starts else 1
+
+    def processes_of(self, record: Record) -> int:
+        """Processes in the step of a train record; those of the first start where it does not say when it was made."""
+        at, ms = record.get("time"), record.get("ms")
+        if not isinstance(at, int | float):
+            return self.processes_at(-math.inf)
+        return self.processes_at(at - (ms / 2000 if isinstance(ms, int | float) else 0))  # in the middle of the step
+
     def tokens_at(self, step: int) -> int:
         """Tokens seen after ``step`` updates."""
         return step * self.config.batch_tokens
@@ -74,6 +100,20 @@ class Run:
         """What `restomod eval` wrote into `evals/`, by name of the file."""
         found = [read_json(path, "evaluation") for path in sorted(self.folder.glob("evals/*.json"))]
         return [values for values in found if isinstance(values, dict)]
+
+
+def started(environment: Record) -> float | None:
+    """When a session began, in seconds since 1970, or None where its record does not say so."""
+    try:
+        return float(calendar.timegm(time.strptime(str(environment.get("started")), "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return None
+
+
+def process_count(environment: Record) -> int:
+    """With how many processes a session trained; 1 where its record does not say so."""
+    count = environment.get("processes")
+    return count if isinstance(count, int) and count > 0 else 1
 
 
 def open_run(folder: str | Path) -> Run:

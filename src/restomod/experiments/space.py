@@ -42,6 +42,11 @@ class Dimension:
     whole: bool = False
     """Only whole numbers of the range."""
 
+    @property
+    def greatest(self) -> Value:
+        """The greatest of whole numbers."""
+        return max(map(int, self.values)) if self.values else int(self.high)
+
     def distribution(self) -> BaseDistribution:
         """The same for Optuna."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from restomod.config_json import from_dict, to_dict
 from restomod.errors import UserError
+from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
 from restomod.experiments.locks import FileLock
+from restomod.experiments.runs import process_count, started
 from restomod.experiments.space import Method, Value, grid, parse_dimension
 from restomod.files import read_json, write_json_atomically
 
@@ -82,7 +84,8 @@ class Claim:
     worker: FileLock
     run: FileLock
     attempts: list[list[Any]]
-    """When each attempt began, and when it ended (None: not yet, or it was killed), in seconds since 1970."""
+    """Of each attempt: when it began and when it ended (None: not yet, or it was killed), in seconds since 1970, and
+    `gpu_in_use` (absent in sweeps that an earlier version began)."""
 
 
 class Store:
@@ -216,8 +219,8 @@ class Store:
 
     def begin_attempt(self, claim: Claim) -> None:
         """Write down that work on a trial begins; an attempt that was killed ended with its last sign of life."""
-        ended = [[start, end or self._last_sign(claim.name, start)] for start, end in claim.attempts]
-        claim.attempts = [*ended, [time.time(), None]]
+        ended = [[start, end or self._last_sign(claim.name, start), *of] for start, end, *of in claim.attempts]
+        claim.attempts = [*ended, [time.time(), None, gpu_in_use()]]
         self.note(claim, attempts=claim.attempts)
 
     def end_attempt(self, claim: Claim) -> None:
@@ -225,17 +228,25 @@ class Store:
         claim.attempts[-1][1] = time.time()
         self.note(claim, attempts=claim.attempts)
 
-    def seconds(self) -> dict[int, float]:
-        """What each trial has taken so far, by number."""
-        now, taken = time.time(), {}
+    def taken(self) -> Taken:
+        """What each trial has taken so far."""
+        now, spans, numbers = time.time(), [], []
         with self.lock:  # so that a look at a worker's lock keeps nobody from taking it
             for trial in self.trials():
-                total = 0.0
-                for start, end in trial.user_attrs.get("attempts", []):
+                numbers.append(trial.number)
+                for start, end, *of in trial.user_attrs.get("attempts", []):
                     name = trial.user_attrs["name"]
-                    total += (end or (now if self.at_work(name) else self._last_sign(name, start))) - start
-                taken[trial.number] = total
-        return taken
+                    until = end or (now if self.at_work(name) else self._last_sign(name, start))
+                    gpu = of[0] if of else f"trial {trial.number}"
+                    spans.append(Span(trial.number, start, until, gpu, self._processes(name, until)))
+        return Taken.of(numbers, spans)
+
+    def _processes(self, name: str, until: float) -> int:
+        """With how many processes a trial was trained before a time; 1 where its run does not say so."""
+        path = self.folder / "trials" / name / "environment.json"
+        starts = read_json(path, "record of the run's environments") if path.exists() else []
+        begun = [e for e in starts if isinstance(e, dict) and (started(e) or 0.0) <= until]
+        return process_count(begun[-1]) if begun else 1
 
     def at_work(self, name: str) -> bool:
         """Whether a process works on a trial. To be asked with the sweep's lock."""

@@ -38,19 +38,23 @@ class Limits:
     hours: float | None = None
     dollars: float | None = None
     price: float | None = None
-    """Dollars for an hour of a machine."""
+    """US dollars for one GPU and one hour."""
 
-    @property
-    def seconds(self) -> float | None:
-        """The nearer of the two limits."""
-        hours = [self.hours] if self.hours is not None else []
+    def used(self, seconds: float, gpu_seconds: float) -> float:
+        """The part of the nearer limit that is used: 1 at the limit, 0 where there is none."""
+        shares = [seconds / 3600 / self.hours] if self.hours is not None else []
         if self.dollars is not None and self.price:
-            hours.append(self.dollars / self.price)
-        return 3600 * min(hours) if hours else None
+            shares.append(gpu_seconds / 3600 * self.price / self.dollars)
+        return max(shares, default=0.0)
 
-    def describe(self, spent: float) -> str:
-        """Seconds as hours, and as dollars where there is a price."""
-        return duration(spent) + (f" (${spent / 3600 * self.price:.2f})" if self.price else "")
+    def spent(self, seconds: float, gpu_seconds: float) -> str:
+        """Hours, and dollars where there is a price."""
+        return duration(seconds) + (f" (${gpu_seconds / 3600 * self.price:.2f})" if self.price else "")
+
+    def __str__(self) -> str:
+        """The limits themselves."""
+        limits = [] if self.hours is None else [duration(3600 * self.hours)]
+        return " and ".join([*limits, *([] if self.dollars is None else [f"${self.dollars:.2f}"])])
 
 
 def sweep(plan: Plan, folder: Path, limits: Limits) -> int:
@@ -106,7 +110,7 @@ class _Worker:
         """Bring `sweep.json` up to date."""
 
         def collect() -> list[Result]:
-            taken = self.store.seconds()
+            taken = self.store.taken()
             with self.store.lock:
                 found = results(self.store, taken)
                 write_results(found, self.store, self.limits.price)
@@ -133,22 +137,26 @@ class _Worker:
 
     def _may_begin(self, claim: Claim) -> bool:
         """Whether a trial is expected to end within the limits, as far as the finished ones tell."""
-        limit = self.limits.seconds
-        if limit is None:
-            return True
-        taken = self.store.seconds()
-        trials = self.store.trials()
-        took = [taken[t.number] for t in trials if t.state.name == "COMPLETE"]
-        typical = sum(took) / len(took) if took else 0.0
+        taken, trials = self.store.taken(), self.store.trials()
+        finished = [t.number for t in trials if t.state.name == "COMPLETE"]
         begun = [
-            t.number for t in trials if not t.state.is_finished() and (taken[t.number] or t.number == claim.number)
+            t.number
+            for t in trials
+            if not t.state.is_finished() and (taken.seconds[t.number] or t.number == claim.number)
         ]
-        needed = sum(max(0.0, typical - taken[number]) for number in begun)
-        spent = sum(taken.values())
-        if spent < limit and spent + needed <= limit:
+
+        def needed(by_trial: dict[int, float]) -> float:
+            typical = sum(by_trial[number] for number in finished) / len(finished) if finished else 0.0
+            return sum(max(0.0, typical - by_trial[number]) for number in begun)
+
+        spent, more = taken.totals, (needed(taken.seconds), needed(taken.gpu_seconds))
+        limits = self.limits
+        if limits.used(*spent) < 1 and limits.used(spent[0] + more[0], spent[1] + more[1]) <= 1:
             return True
-        used, of, more = (self.limits.describe(t) for t in (spent, limit, needed))
-        self.stopped_by = f"stopped: {used} of {of} are used, and {label(claim.parameters)} would take about {more}"
+        self.stopped_by = (
+            f"stopped: {limits.spent(*spent)} of {limits} are used, "
+            f"and {label(claim.parameters)} would take about {limits.spent(*more)}"
+        )
         return False
 
     # --- one trial -------------------------------------------------------------------------------------------
@@ -186,15 +194,19 @@ class _Worker:
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
         """Wait for the end of a training. Returns its exit code, and the step at which it was pruned, if it was."""
-        limit, asked, pruned, losses = self.limits.seconds, False, None, HeldoutLosses(run)
+        asked, pruned, losses = False, None, HeldoutLosses(run)
         while True:
             code = process.wait(POLL)
             if self.plan.prune != "none" and pruned is None:
                 pruned = patiently(lambda: self.store.report(claim, losses.after_start()))
             if code is not None:
                 return code, pruned
-            if limit is not None and not self._stopped() and sum(self.store.seconds().values()) >= limit:
-                self.stopped_by = f"stopped: {self.limits.describe(limit)} are used"
+            if (
+                self.limits != Limits(price=self.limits.price)
+                and not self._stopped()
+                and self.limits.used(*self.store.taken().totals) >= 1
+            ):
+                self.stopped_by = f"stopped: {self.limits} are used"
             if (pruned is not None or self._stopped()) and not asked:
                 process.stop()
                 asked = True
@@ -202,7 +214,7 @@ class _Worker:
     def _settle(self, claim: Claim, run: Path, code: int, pruned: int | None, reason: str) -> None:
         """Write the result of a trial down."""
         store, losses = self.store, HeldoutLosses(run).after_start()
-        took = duration(store.seconds()[claim.number])
+        took = duration(store.taken().seconds[claim.number])
         if pruned is not None:
             store.note(claim, step=pruned, reason=f"pruned at step {pruned}")
             store.finish(claim, "PRUNED")

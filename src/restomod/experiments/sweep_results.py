@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from restomod.config_json import to_dict
+from restomod.experiments.gpu_time import Taken
 from restomod.experiments.space import Value, label
 from restomod.experiments.store import Plan, Store
 from restomod.files import write_json_atomically
@@ -41,16 +42,18 @@ class Result:
     seed: int
     seconds: float
     """All attempts together, start-up and validation included."""
+    gpu_seconds: float
+    """The same times the GPUs (processes); of a GPU that trials share, a trial's part."""
     reason: str | None
     """Why it has no result."""
 
 
-def results(store: Store, taken: dict[int, float]) -> list[Result]:
+def results(store: Store, taken: Taken) -> list[Result]:
     """All trials that have been begun, best first. To be asked with the sweep's lock.
 
     Args:
         store: of the sweep.
-        taken: `Store.seconds`.
+        taken: `Store.taken`.
     """
     found = []
     for trial in store.trials():
@@ -65,7 +68,8 @@ def results(store: Store, taken: dict[int, float]) -> list[Result]:
                 notes.get("step"),
                 dict(trial.params),
                 notes["seed"],
-                round(taken.get(trial.number, 0.0), 3),
+                round(taken.seconds.get(trial.number, 0.0), 3),
+                round(taken.gpu_seconds.get(trial.number, 0.0), 3),
                 notes.get("reason"),
             )
         )
@@ -88,13 +92,14 @@ def configurations(found: list[Result]) -> list[dict[str, Any]]:
 
 def write_results(found: list[Result], store: Store, price: float | None) -> None:
     """Write `sweep.json`."""
-    hours = sum(result.seconds for result in found) / 3600
+    gpu_hours = sum(result.gpu_seconds for result in found) / 3600
     content = {
         "plan": to_dict(store.plan),
         "trials": [dataclasses.asdict(result) for result in found],
         "configurations": configurations(found),
-        "hours": hours,
-        "dollars": None if price is None else hours * price,
+        "hours": sum(result.seconds for result in found) / 3600,
+        "gpu_hours": gpu_hours,
+        "dollars": None if price is None else gpu_hours * price,
     }
     write_json_atomically(store.folder / "sweep.json", content)
 

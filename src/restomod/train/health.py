@@ -21,6 +21,7 @@ from restomod.train.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
 Status = Literal["well", "note", "sick", "unknown"]
 
 STUCK_AFTER = 100  # updates; by then every model that learns at all has learnt how frequent tokens are
+SHORT = 100  # steps; of fewer, the share that warms up may be a single one
 STUCK_WITHIN = 0.5  # nats below ln(V)
 RECENT = 32  # steps whose mean is the level of now
 
@@ -189,22 +190,24 @@ def throughput(config: RunConfig, seen: Curves) -> Finding:
 def warm_up(config: RunConfig, seen: Curves) -> Finding:
     """A learning rate that begins at its maximum, or never gets there."""
     name, optim = "no warm-up", config.optim
+    if config.steps <= optim.warmup_steps > 1:
+        return Finding(
+            name,
+            "sick",
+            f"all {config.steps} steps lie within the warm-up of {optim.warmup_steps}, so the learning rate ends at "
+            f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps",
+        )
     if optim.optimizer != "adamw":
         return Finding(name, "well", f"{optim.optimizer} does without, and warms up for {optim.warmup_steps} steps")
     first = seen.first_rate
+    if optim.warmup_steps == 1 and config.steps <= SHORT:
+        return Finding(name, "unknown", f"{config.steps} steps are too few for one")
     if optim.warmup_steps <= 1 or (math.isfinite(first) and first > 0.9 * optim.lr):
         return Finding(
             name,
             "sick",
             f"the learning rate is {optim.lr:g} from the first step on, when AdamW has seen no gradients: "
             f"add --optim.warmup-steps",
-        )
-    if config.steps <= optim.warmup_steps:
-        return Finding(
-            name,
-            "sick",
-            f"all {config.steps} steps lie within the warm-up of {optim.warmup_steps}, so the learning rate never "
-            f"comes to {optim.lr:g}: lower --optim.warmup-steps",
         )
     return Finding(name, "well", f"{optim.warmup_steps} steps of {config.steps:,}")
 

@@ -24,7 +24,7 @@ from restomod.train.observe import Health, evaluate, write_samples
 from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
 from restomod.train.saver import Saver
-from restomod.train.setup import Training, set_up, summary
+from restomod.train.setup import Training, length_warnings, set_up, summary
 from restomod.train.signals import StopSignal
 from restomod.train.track import Trackers, require_installed
 
@@ -64,7 +64,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         display.line(training.nothing_left)
         return EXIT_FINISHED
     display.table(summary(training))
-    display.lines([f"warning: {text}" for text in training.warnings])
+    display.lines([f"warning: {text}" for text in [*training.warnings, *length_warnings(training)]])
     if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")
     display.lines(sanity_lines(training.verdicts))

@@ -49,6 +49,7 @@ from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks
+from restomod.train.schedule import describe_warmup, schedule_warnings
 from restomod.train.step import BatchLoss, Compute
 
 
@@ -312,6 +313,21 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         raise UserError(f"a model of {parameters:,} parameters does not fit here ({one_line(e)})") from e
 
 
+def length_warnings(training: Training) -> list[str]:
+    """What the lengths of a run, its schedule and its data make useless, in a line each."""
+    found = schedule_warnings(training.config)
+    for name, passes in _passes_per_step(training).items():
+        if passes > 1:
+            found.append(f"a step trains on all of {name} {passes:,.3g} times; lower --batch-tokens or add text")
+    return found
+
+
+def _passes_per_step(training: Training) -> dict[str, float]:
+    """How often one step goes through the training text of each source."""
+    sources = zip(training.dataset.sources, training.batches.source_windows, strict=True)
+    return {s.name: training.config.batch_sequences * float(s.share) / n for s, n in sources}
+
+
 def summary(training: Training) -> list[tuple[str, str]]:
     """The table that stands at the head of a run."""
     config, m, compute, manifest = (
@@ -324,8 +340,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
     processes = training.processes.count
     accumulation = config.batch_sequences // compute.micro_batch // processes
     seconds = training.micro_batch_seconds * accumulation * (config.steps - training.first_step)
-    sources = zip(training.dataset.sources, training.batches.source_windows, strict=True)
-    epochs = {s.name: config.steps * config.batch_sequences * float(s.share) / n for s, n in sources}
+    epochs = {name: config.steps * passes for name, passes in _passes_per_step(training).items()}
     in_epochs = ", ".join(f"{n:.2g} epochs" + (f" of {name}" if len(epochs) > 1 else "") for name, n in epochs.items())
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
@@ -343,6 +358,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
             f"{accumulation} × {compute.micro_batch} sequences × {config.sequence_length} tokens",
         ),
         ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
+        ("warm-up", describe_warmup(config)),
         ("device", describe_device(compute.device)),
         ("precision", precision + (", bf16 residual stream" if config.residual_dtype == "bf16" else "")),
         ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),

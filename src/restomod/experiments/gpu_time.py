@@ -1,0 +1,64 @@
+"""GPU hours of a sweep: whose GPUs were in use for how long, each counted once however many trials share it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """An attempt at a trial: ``start`` to ``end``, in seconds since 1970."""
+
+    number: int
+    start: float
+    end: float
+    gpu: str
+    """As `gpu_in_use` names it."""
+    processes: int
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the trials of a sweep have taken, in seconds by number of the trial."""
+
+    seconds: dict[int, float]
+    """Of all attempts."""
+    gpu_seconds: dict[int, float]
+    """The same times the processes, of which each has a GPU. What trials do at once on one GPU is divided by them."""
+
+    @property
+    def totals(self) -> tuple[float, float]:
+        """Seconds and GPU seconds of all trials."""
+        return sum(self.seconds.values()), sum(self.gpu_seconds.values())
+
+    @classmethod
+    def of(cls, numbers: Iterable[int], spans: Sequence[Span]) -> Taken:
+        """Add up attempts; a trial without one has taken nothing."""
+        seconds = dict.fromkeys(numbers, 0.0)
+        gpu_seconds = dict(seconds)
+        by_gpu: dict[str, list[Span]] = {}
+        for span in spans:
+            seconds[span.number] += span.end - span.start
+            by_gpu.setdefault(span.gpu, []).append(span)
+        for same in by_gpu.values():
+            begun = [(span.start, True, i) for i, span in enumerate(same) if span.end > span.start]
+            changes = sorted(begun + [(same[i].end, False, i) for _, _, i in begun])
+            at_once: set[int] = set()
+            for (since, begins, i), (until, _, _) in itertools.pairwise(changes):
+                (at_once.add if begins else at_once.discard)(i)
+                for j in at_once:
+                    gpu_seconds[same[j].number] += (until - since) * same[j].processes / len(at_once)
+        return cls(seconds, gpu_seconds)
+
+
+def gpu_in_use() -> str:
+    """A name of the GPU that a training in this process's environment uses: the first that is visible to it.
+
+    Jobs of Slurm, and their tasks, may each see a GPU of their own under the same number.
+    """
+    place = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_PROCID")]
+    return " ".join([socket.gethostname(), *place, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]])
