@@ -188,6 +188,8 @@ def test_a_task_without_a_name_is_refused_and_not_taken_for_the_present_folder(t
     for given in ("hellaswag,", "hellaswag,,piqa", ",", ""):
         with pytest.raises(UserError, match="a task has no name"):
             task_names(given)
+    with pytest.raises(UserError, match="no file after the ="):
+        load_task(with_absolute_path("lambada="), tmp_path)
     for name in ("", with_absolute_path("")):
         with pytest.raises(UserError, match="a task has no name"):
             load_task(name, tmp_path)

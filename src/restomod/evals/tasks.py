@@ -140,6 +140,8 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
     """
     name, _, file = wanted.partition("=")
     _require_name(name)
+    if wanted.endswith("=") and not file:
+        raise UserError(f"{wanted}: there is no file after the =; name one, or leave the = out for the official data")
     if name in TASKS:
         task = TASKS[name]
         examples = task.read(Path(file)) if file else task.load(cache)
