@@ -53,7 +53,7 @@ CONTAINERS: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say
     *((b"GGUF" + bytes([version, 0]), "a model in GGUF", "name text") for version in (1, 2, 3)),
     (b"\x7fELF", "a program", "name text"),
     (b"\x89PNG\r\n\x1a\n", "a picture (PNG)", "name text"),
-    (b"\xff\xd8\xff", "a picture (JPEG)", "name text"),
+    *((b"\xff\xd8\xff" + bytes([b]), "a picture (JPEG)", "name text") for b in (0xDB, 0xE0, 0xE1, 0xEE)),
     (b"GIF89a", "a picture (GIF)", "name text"),
     *((bytes([0x80, protocol]), "a pickle, which could run code", EXPORT) for protocol in (2, 3, 4, 5)),
     (
