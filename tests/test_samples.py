@@ -171,6 +171,11 @@ def test_given_prompts_come_before_the_default() -> None:
     assert choose_prompts((), None, ("b",)) == ("b",)
 
 
+def test_an_empty_name_of_a_file_is_no_folder() -> None:
+    with pytest.raises(UserError, match="--prompt-file is empty"):
+        choose_prompts((), "", ("",))
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
 def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.txt").write_bytes(content)

@@ -156,7 +156,8 @@ def evaluate(arguments: list[str]) -> int:
     from restomod.evals.suite import evaluate_model
     from restomod.evals.tasks import task_names
 
-    tasks = [*(task_names(parsed.tasks) if parsed.tasks else []), *([parsed.task] if parsed.task else [])]
+    tasks = [] if parsed.tasks is None else task_names(parsed.tasks)
+    tasks += [] if parsed.task is None else [parsed.task]
 
     return evaluate_model(
         parsed.model,

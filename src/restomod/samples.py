@@ -107,6 +107,8 @@ def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[st
         return prompts or default
     if prompts:
         raise UserError("--prompt and --prompt-file both name prompts: give one of them")
+    if not file:
+        raise UserError("--prompt-file is empty; name a text file, a prompt per line")
     path = Path(file)
     require_regular(path)
     try:

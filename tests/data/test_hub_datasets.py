@@ -95,6 +95,13 @@ def test_without_a_card_folders_and_names_tell_the_files(
     assert paths(config, split) == expected
 
 
+@pytest.mark.parametrize("name", ["c4-train.00000-of-01024.json.gz", "train.json", "train.csv", "train.tsv.zst"])
+def test_a_card_may_name_json_and_csv(hub: Hub, name: str) -> None:
+    hub.repos[KEY] = {f"en/{name}": b"x", "dataset_infos.json": b"{}"}
+    hub.cards[KEY] = {"configs": [{"config_name": "en", "data_files": "en/*"}]}
+    assert paths() == [f"en/{name}"]
+
+
 @pytest.mark.parametrize("files", ["all/*.parquet", ["all/*.parquet"], [{"split": "train", "path": ["all/*"]}]])
 def test_a_card_may_name_its_files_in_several_ways(hub: Hub, files: Any) -> None:
     hub.repos[KEY] = {"all/a.parquet": b"x", "other/b.parquet": b"x"}

@@ -66,11 +66,16 @@ def as_table(delimiter: str) -> Callable[..., bytes]:
     return write
 
 
+def as_one_line(texts: list[str], column: str = "text") -> bytes:
+    return " ".join(map(json.dumps, objects(texts, column))).encode()
+
+
 LAYOUTS: dict[str, Callable[..., bytes]] = {
     "lines": json_lines,
     "array": as_array,
     "pretty array": as_pretty_array,
     "pretty objects": as_pretty_objects,
+    "objects on a line": as_one_line,
     "parquet": parquet,
 }
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -164,6 +169,8 @@ def test_a_lone_object_that_is_taken_as_text_is_known_as_such(tmp_path: Path) ->
     path = written(tmp_path, "package.json", b'{"name": "a"}')
     assert look(path).as_text
     assert not look(path, "name").as_text
+    assert look(written(tmp_path, "texts.json", b'["one", "two"]')).as_text
+    assert not look(written(tmp_path, "a.txt", b"[1] and so on")).as_text
 
 
 @pytest.mark.parametrize(
@@ -359,7 +366,7 @@ def test_no_pipe_device_or_socket_is_opened(
         if kind == "fifo":
             os.mkfifo(path)
         elif kind == "device":
-            path.symlink_to("/dev/zero")
+            path.symlink_to(os.ttyname(os.openpty()[1]))  # unlike /dev/zero, it gives nothing where it is read
         else:
             server.bind(kind)
         with pytest.raises(UserError, match=f"{kind} is a .*, not a regular file"):

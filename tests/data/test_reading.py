@@ -208,4 +208,4 @@ def test_data_tells_separators_from_literals(
     tokens = [50256, *tiktoken_gpt2.encode_ordinary(text), 50256, *tiktoken_gpt2.encode_ordinary("b")]
     np.save(tmp_path / "x_train_0.npy", np.array(tokens, dtype=np.uint16))
     assert main(["data", str(tmp_path)]) == 0
-    assert f"2 times the token 50256, which ends a text, and {text.count(END)} times {END}" in capsys.readouterr().out
+    assert f"the token 50256 2 times, the characters {END} {text.count(END)} times" in capsys.readouterr().out

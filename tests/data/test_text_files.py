@@ -76,7 +76,10 @@ def test_a_glob_finds_through_a_link_what_another_path_does_not_match(tmp_path: 
     root = make(tmp_path, "a/real/1.txt", "a/2.md")
     (root / "z").symlink_to("a/real")
     assert found(root, "z/*.txt")[0] == ["z/1.txt"]
-    assert found(root, "*/*.md") == (["a/2.md"], {"not matching the glob": 2})
+    make(tmp_path, "m/d/3.txt")
+    (root / "m" / "k").symlink_to("d")  # the same folder, at another place of the pattern
+    assert found(root, "m/**/k/*.txt")[0] == ["m/k/3.txt"]
+    assert found(root, "*/*.md") == (["a/2.md"], {"not matching the glob": 4})
 
 
 @pytest.mark.parametrize(

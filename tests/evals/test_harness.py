@@ -69,6 +69,7 @@ WORDS = [
     "an",
     "unbelievable",
     "hill",
+    "<|endoftext|>",
 ]
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restomod.data.kinds import JSON_LINES, PARQUET
+from restomod.data.kinds import JSON_LINES, PARQUET, TABLES
 from restomod.data.streams import COMPRESSION_ENDINGS
 from restomod.data.text_files import matches
 from restomod.errors import UserError, did_you_mean, one_line
 from restomod.hub import hub_file
 
 READABLE = (PARQUET, ".txt", ".md", *JSON_LINES)
+IF_NAMED = (".json", *TABLES)  # text where a card says so (C4's .json.gz); elsewhere a description or a result
 SCHEME = "hf://datasets/"
 
 
@@ -55,8 +56,9 @@ def dataset_files(repository: str, config: str | None, split: str, revision: str
         UserError: there is no such dataset, configuration or split, or the hub cannot be reached.
     """
     info = _info(repository, revision)
-    sizes = {s.rfilename: s.size or 0 for s in info.siblings or [] if _readable(s.rfilename)}
     configs = _configs(info.card_data)
+    endings = (*READABLE, *IF_NAMED) if configs else READABLE
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or [] if _readable(s.rfilename, endings)}
     if configs:
         chosen = _choose(repository, configs, config)
         patterns = chosen.get(split)
@@ -128,11 +130,11 @@ def _choose(repository: str, configs: dict[str, dict[str, list[str]]], config: s
     return configs[config]
 
 
-def _readable(path: str) -> bool:
+def _readable(path: str, endings: tuple[str, ...]) -> bool:
     name = path.lower()
     for suffix in COMPRESSION_ENDINGS:
         name = name.removesuffix(suffix)
-    return name.endswith(READABLE) and not name.rpartition("/")[2].startswith(("readme", "license", "."))
+    return name.endswith(endings) and not name.rpartition("/")[2].startswith(("readme", "license", "."))
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -53,7 +53,7 @@ CONTAINERS: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say
     *((b"GGUF" + bytes([version, 0]), "a model in GGUF", "name text") for version in (1, 2, 3)),
     (b"\x7fELF", "a program", "name text"),
     (b"\x89PNG\r\n\x1a\n", "a picture (PNG)", "name text"),
-    (b"\xff\xd8\xff", "a picture (JPEG)", "name text"),
+    *((b"\xff\xd8\xff" + bytes([b]), "a picture (JPEG)", "name text") for b in (0xDB, 0xE0, 0xE1, 0xEE)),
     (b"GIF89a", "a picture (GIF)", "name text"),
     *((bytes([0x80, protocol]), "a pickle, which could run code", EXPORT) for protocol in (2, 3, 4, 5)),
     (
@@ -77,7 +77,7 @@ class Look:
     kind: Kind
     compressed: bool
     as_text: bool = False
-    """Whether it is one JSON object without the text field, which is taken as plain text (a package.json)."""
+    """Whether it is JSON that is taken as plain text: an object without the text field (a package.json), no objects."""
 
 
 def look(path: Path, column: str = "text") -> Look:
@@ -101,11 +101,11 @@ def look(path: Path, column: str = "text") -> Look:
         shape = _json_shape(head, reads, column)
     if shape is None and name in TABLES:
         return Look(TABLES[name], compressed)
-    if shape == "lone" and name not in JSON_LINES:
-        return Look("plain text", compressed, as_text=True)
     if shape == "records":
         return Look("JSON", compressed)
-    return Look("JSON lines" if shape == "lines" or name in JSON_LINES else "plain text", compressed)
+    if shape == "lines" or name in JSON_LINES:
+        return Look("JSON lines", compressed)
+    return Look("plain text", compressed, as_text=shape == "lone" or name == ".json")
 
 
 def ending(path: Path) -> str:
@@ -196,7 +196,7 @@ def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["li
         head = longer
     if array:
         return "records" if column in value or rest[:1] in ("", ",", "]") else None
-    one_line = "\n" not in text[:end].rstrip("\r")
+    one_line = "\n" not in text[:end] and (not rest or "\n" in text[end : len(text) - len(rest)])
     if not rest and column not in value:
         return "lone"
     if rest and not rest.startswith("{") and column not in value:

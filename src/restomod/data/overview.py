@@ -107,8 +107,8 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
     lengths = np.diff(np.concatenate([*ends, [n]])) - 1
     lengths = lengths[lengths > 0]
     yield (
-        f"separators{of}: {counts[END_OF_TEXT]:,} times the token {END_OF_TEXT}, which ends a text, and "
-        f"{literals:,} times {END_OF_TEXT_LITERAL} as characters"
+        f"separators{of}: the token {END_OF_TEXT} {counts[END_OF_TEXT]:,} times, the characters "
+        f"{END_OF_TEXT_LITERAL} {literals:,} times"
     )
     if len(lengths):
         low, middle, high = np.percentile(lengths, [5, 50, 95])

@@ -6,6 +6,7 @@ Files are read as streams: memory holds a record or some rows, or a part of a lo
 
 from __future__ import annotations
 
+import codecs
 import functools
 import itertools
 import json
@@ -36,7 +37,6 @@ from restomod.errors import UserError
 LONG_TEXT = 8_000_000  # bytes: a plain file that is longer is not held in memory
 PARQUET_ROWS = 256  # read at once, at most,
 PARQUET_BYTES = 16_000_000  # and as many as have this size on average
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _json_lines(path: Path, column: str, span: Span | None) -> Iterator[Document
             number = next(numbers)
             place = functools.partial(_line_number, path, begin, number)
             if number == 1 and begin == 0:
-                line = line.removeprefix(BOM)
+                line = line.removeprefix(codecs.BOM_UTF8)
             text = _text_of_line(path, line, column, place)
             del line  # while the text is worked on, its memory is wanted
             if text:

@@ -18,7 +18,7 @@ from restomod.errors import UserError
 from restomod.files import require_regular
 
 READ_BYTES = 1 << 20
-BOM = "\ufeff"  # the byte-order mark: no part of the text
+BOM = codecs.BOM_UTF8.decode()  # the byte-order mark: no part of the text
 
 
 def _gzip(path: Path) -> IO[bytes]:
@@ -48,7 +48,6 @@ DECOMPRESSORS: tuple[tuple[bytes, Decompressor], ...] = (  # by the first bytes,
     (b"\x28\xb5\x2f\xfd", _zstd),
     *((bytes([byte]) + b"\x2a\x4d\x18", _zstd) for byte in range(0x50, 0x60)),  # a frame to skip, as pzstd writes
 )
-BZ2_BLOCK = b"1AY&SY"  # follows BZh and a digit, with which ordinary text might begin
 COMPRESSION_ENDINGS = (".gz", ".xz", ".zst", ".bz2", ".lzma")
 
 
@@ -60,10 +59,13 @@ def compression_of(file: Path | bytes) -> Decompressor | None:
     """
     if isinstance(file, Path):
         with _opened(file) as f:
-            file = f.read(10)
-    if file.startswith(b"BZh") and file[4:10] != BZ2_BLOCK:
-        return None
-    return next((decompress for magic, decompress in DECOMPRESSORS if file.startswith(magic)), None)
+            file = f.read(13)
+    sure = {  # what else has to stand there, so that no text or damaged file is taken for a compressed one
+        _gzip: file[2:3] == b"\x08" and file[3:4] < b"\x20",
+        _bz2: file[4:10] in (b"1AY&SY", b"\x17rE8P\x90"),  # a block, or the end of an empty file
+        _xz: file[:1] != b"]" or file[10:13] in (b"\xff" * 3, bytes(3)),
+    }
+    return next((d for magic, d in DECOMPRESSORS if file.startswith(magic) and sure.get(d, True)), None)
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -13,8 +13,6 @@ from pathlib import Path
 from restomod.errors import UserError
 from restomod.files import require_regular
 
-FileId = tuple[int, int]  # device and inode
-
 
 def files_of(path: Path, glob: str, left_out: collections.Counter[str] | None = None) -> Iterator[Path]:
     """The files of a folder that match ``glob``, sorted by path; a file is itself.
@@ -41,22 +39,22 @@ def files_of(path: Path, glob: str, left_out: collections.Counter[str] | None = 
     if not pattern or any("**" in part and part != "**" for part in pattern):
         raise UserError(f"the glob {glob!r} is not a pattern: ** stands alone between slashes; for example '**/*.txt'")
     counts: collections.Counter[str] = collections.Counter()
-    first: dict[FileId, tuple[bool, Path]] = {}  # by which path a file is read, and whether a link is in it
-    for linked, file, status in sorted(_walk(path, pattern, counts), key=lambda found: found[:2]):
-        key = (status.st_dev, status.st_ino)
+    first: dict[tuple[object, ...], Path] = {}  # device and inode -> by which path a file is read
+    for _, file, status in sorted(_walk(path, pattern, counts), key=lambda found: found[:2]):
+        key = (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(file),)  # not every system has one
         if status.st_size == 0:
             counts["empty"] += 1
         elif key in first:
             counts["met before"] += 1
         else:
-            first[key] = linked, file
+            first[key] = file
     if left_out is not None:
         left_out.update(counts)
     if not first:
         empty = counts["empty"]
         all_empty = "its only file is empty" if empty == 1 else f"its {empty} files are all empty"
         raise UserError(f"{path} holds no text: {all_empty if empty else f'no file matches the glob {glob!r}'}")
-    yield from sorted(file for _, file in first.values())
+    yield from sorted(first.values())
 
 
 def _walk(

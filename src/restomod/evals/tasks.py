@@ -139,8 +139,9 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
         UserError: there is no such task or file, or its data is wrong.
     """
     name, _, file = wanted.partition("=")
-    if not name:
-        raise UserError("a task has no name (a comma too many?); leave it out, or name one of: " + ", ".join(TASKS))
+    _require_name(name)
+    if wanted.endswith("=") and not file:
+        raise UserError(f"{wanted}: there is no file after the =; name one, or leave the = out for the official data")
     if name in TASKS:
         task = TASKS[name]
         examples = task.read(Path(file)) if file else task.load(cache)
@@ -153,14 +154,26 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
 
 
 def task_names(given: str) -> list[str]:
-    """The tasks of a list with commas between them, as `load_task` takes them; a file's name may hold commas, too."""
+    """The tasks of a list with commas between them, as `load_task` takes them; a file's name may hold commas, too.
+
+    Raises:
+        UserError: one is empty.
+    """
 
     def names_a_file(item: str) -> bool:
         name, _, file = item.strip().partition("=")
         return Path(file).is_file() and "," not in name if file else Path(name).is_file()
 
     commas = [i for i, character in enumerate(given) if character == ","]
-    return [item.strip() for item in split_items(given, commas, names_a_file)]
+    names = [item.strip() for item in split_items(given, commas, names_a_file)]
+    for name in names:
+        _require_name(name)
+    return names
+
+
+def _require_name(name: str) -> None:
+    if not name:
+        raise UserError("a task has no name (a comma too many?); leave it out, or name one of: " + ", ".join(TASKS))
 
 
 def with_absolute_path(wanted: str) -> str:
