@@ -32,7 +32,7 @@ from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
-from restomod.train.identity import differences, run_identity
+from restomod.train.identity import DATA_FINGERPRINT, differences, run_identity
 from restomod.train.optimizer import Optimizers, optimizer_tensors
 from restomod.train.scale import LOSS_SCALE
 
@@ -86,6 +86,7 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
     for folder in list_checkpoints(run)[::-1]:
         try:
             verify_checkpoint(folder)
+            _require_same(folder, run_identity(run))
             _require_finite(folder)
         except UserError as e:
             unusable.append(Unusable(folder, str(e).partition("; ")[0]))
@@ -190,10 +191,10 @@ def _reason(e: OSError | SafetensorError) -> str:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check every file of a checkpoint against `COMPLETE`.
+    """Check every file of a checkpoint against `COMPLETE`, its step against its name, its settings against its run's.
 
     Raises:
-        UserError: a file is missing or altered; the message names it.
+        UserError: a file is missing or altered; the message names it. Or the checkpoint is of another step or run.
     """
     mend = f"delete {folder} to fall back on the checkpoint before it"
     if not (folder / COMPLETE).exists():
@@ -220,9 +221,18 @@ def verify_checkpoint(folder: Path) -> None:
     if STEP_FOLDER.fullmatch(folder.name) and state["step"] != step_of(folder):
         raise UserError(f"{folder} holds step {state['step']}, not {step_of(folder)}; {mend}")
     if folder.absolute().parent.name == "checkpoints":
-        other = differences(state["run"], run_identity(folder.absolute().parent.parent))
-        if other:
-            raise UserError(f"{folder} is of another run: {', '.join(other)}; {mend}")
+        run = run_identity(folder.absolute().parent.parent)
+        # a model can be used whose data have changed; only training cannot go on
+        _require_same(folder, {name: value for name, value in run.items() if name != DATA_FINGERPRINT})
+
+
+def _require_same(folder: Path, run: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint's run is not the one with the identity ``run``."""
+    other = differences(_read_state(folder)["run"], run)
+    if other:
+        raise UserError(
+            f"{folder} is of another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
+        )
 
 
 def _require_finite(folder: Path) -> None:

@@ -39,6 +39,7 @@ MAY_CHANGE_ON_RESUME = {
     "data",
 }
 _NOT_SETTINGS = {"version"}
+DATA_FINGERPRINT = "data fingerprint"
 
 
 def run_identity(run: Path) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run_identity(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(data, dict):
         return {}
     settings = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME | _NOT_SETTINGS}
-    return settings | {"data fingerprint": data.get("fingerprint")}
+    return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
