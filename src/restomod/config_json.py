@@ -109,7 +109,7 @@ def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:
     return found
 
 
-def _field_paths(cls: type[Any], prefix: str = "") -> set[str]:
+def _field_paths(cls: Any, prefix: str = "") -> set[str]:
     """The same of a dataclass."""
     found = set()
     for name, hint in typing.get_type_hints(cls).items():

@@ -20,7 +20,6 @@ import torch
 from restomod.config import Device, Precision
 from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
-from restomod.data.same_tokens import token_difference
 from restomod.data.shards import Dataset, Part
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, keep_freed_memory, total_memory
@@ -116,10 +115,9 @@ def examine(
         if where.type == "cpu":
             keep_freed_memory()
         dataset = prepare(run.config.data, gpt2_tokenizer())
-        manifest = data_manifest(run)
-        if manifest.get("fingerprint") not in (None, dataset.fingerprint):
-            if token_difference(manifest, dataset) is not None:
-                raise UserError("its data has changed since it was trained")
+        trained_on = data_manifest(run).get("fingerprint")
+        if trained_on is not None and trained_on != dataset.fingerprint:
+            raise UserError("its data has changed since it was trained")
         found = _examine(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))
     except UserError as e:
         say(f"{run.folder}: not examined: {e}")
