@@ -7,7 +7,8 @@ from typing import NoReturn
 import pytest
 
 from restomod.errors import UserError
-from restomod.files import fsync_path, read_json, sha256_file, write_json_atomically, write_text_atomically
+from restomod.files import fsync_path, move_folder, read_json, sha256_file, write_json_atomically, write_text_atomically
+from tests.filesystems import refuse_renaming_folders
 
 
 def test_sha256_of_the_standards_own_example(tmp_path: Path) -> None:
@@ -105,3 +106,37 @@ def test_json_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the manifest: Is a directory") as caught:
         read_json(tmp_path, "manifest")
     assert str(tmp_path) in str(caught.value)
+
+
+# --- folders -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_a_folder_is_moved_whole_and_never_into_another(
+    renames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / "a").write_text("a")
+    (source / "LAST").write_text("last")
+    if not renames:
+        refuse_renaming_folders(monkeypatch)
+    target.mkdir()
+    with pytest.raises(FileExistsError):
+        move_folder(source, target, "LAST")
+    target.rmdir()
+    move_folder(source, target, "LAST")
+    assert not source.exists()
+    assert sorted(str(p.relative_to(target)) for p in target.rglob("*")) == ["LAST", "inner", "inner/a"]
+
+
+def test_the_file_that_vouches_for_a_folder_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("a", "LAST", "z"):
+        (tmp_path / "source" / name).write_text(name)
+    refuse_renaming_folders(monkeypatch)
+    moved: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+    move_folder(tmp_path / "source", tmp_path / "target", "LAST")
+    assert moved == ["a", "z", "LAST"]

@@ -1,8 +1,14 @@
 """restomod: GPT-2 rebuilt with modern parts.
 
+    from pathlib import Path
+
+    import restomod
+    from restomod.samples import sample
+    from restomod.train.loop import train
+
     config = restomod.preset("quickstart")
-    restomod.train.loop.train(config, Path("runs/mine"))
-    restomod.samples.sample("runs/mine", ["def "], 3, config.sampling, seed=1)
+    train(config, Path("runs/mine"))
+    (texts,) = sample("runs/mine", ["def "], 3, config.sampling, seed=1)
 
 The names below can be used from here. Nothing imports torch before it is used.
 """

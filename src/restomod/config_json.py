@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,15 +80,15 @@ def from_file(values: Any, where: str) -> RunConfig:
         f"{where}: version is {version!r}, and this restomod knows those up to {CONFIG_VERSION}; use a newer one",
     )
     values = {key: value for key, value in values.items() if key != "version"}
-    config = from_dict(_translated(values) if version == 0 else values, RunConfig, where)
-    assert isinstance(config, RunConfig)
-    there, all_fields = _paths(values), _paths(to_dict(config))
+    there, needed = _paths(values), _field_paths(RunConfig)
     if version == 0:
         eras = [_FIRST.split(), *(line.split() for line in _ADDED)]
         newest = max(i for i, era in enumerate(eras) if i == 0 or there & {*era})
-        all_fields &= {path for era in eras[: newest + 1] for path in era}
-    missing = sorted(all_fields - there)
-    _require(not missing, f"{where}: missing {', '.join(missing)}; bring the file back as it was")
+        needed &= {path for era in eras[: newest + 1] for path in era}
+        values = _translated(values)
+    lacking = {path for path in needed - there if path.rpartition(".")[0] in there | {""}}
+    config = from_dict(values, RunConfig, where, lacking=lacking)
+    assert isinstance(config, RunConfig)
     return config
 
 
@@ -108,7 +109,23 @@ def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:
     return found
 
 
-def from_dict(values: Any, cls: type[Any] = RunConfig, where: str = "config.json", prefix: str = "") -> Any:
+def _field_paths(cls: Any, prefix: str = "") -> set[str]:
+    """The same of a dataclass."""
+    found = set()
+    for name, hint in typing.get_type_hints(cls).items():
+        found |= {f"{prefix}{name}"} | (
+            _field_paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else set()
+        )
+    return found
+
+
+def from_dict(
+    values: Any,
+    cls: type[Any] = RunConfig,
+    where: str = "config.json",
+    prefix: str = "",
+    lacking: Collection[str] = (),
+) -> Any:
     """Build ``cls`` from what `to_dict` made, refusing what it does not know.
 
     Args:
@@ -116,6 +133,7 @@ def from_dict(values: Any, cls: type[Any] = RunConfig, where: str = "config.json
         cls: the dataclass to build.
         where: the file's name, for messages.
         prefix: dotted path of ``values`` inside the file, for messages.
+        lacking: dotted paths of absent fields that may not take their defaults.
 
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
@@ -125,22 +143,25 @@ def from_dict(values: Any, cls: type[Any] = RunConfig, where: str = "config.json
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         _require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
-    known = {name: _typed(values[name], hints[name], where, f"{prefix}{name}") for name in names if name in values}
+    known = {
+        name: _typed(values[name], hints[name], where, f"{prefix}{name}", lacking) for name in names if name in values
+    }
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
+    missing = {prefix + name for name in required - known.keys()}
+    if not missing and any(prefix + name in lacking for name in names):
+        missing = {*lacking}
+    _require(not missing, f"{where}: missing {', '.join(sorted(missing))}")
     try:
         return cls(**known)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except TypeError:  # a field without a default is absent
-        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
-        missing = ", ".join(sorted(prefix + name for name in required - known.keys()))
-        raise UserError(f"{where}: missing {missing}") from None
 
 
-def _typed(value: Any, hint: Any, where: str, key: str) -> Any:
+def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str] = ()) -> Any:
     """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return from_dict(value, typing.cast(type, hint), where, f"{key}.")
+        return from_dict(value, typing.cast(type, hint), where, f"{key}.", lacking)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None

@@ -86,7 +86,7 @@ def move_folder(source: Path, target: Path, last: str) -> None:
             raise
         try:
             files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
-            for file in sorted(files, key=lambda file: str(file) == last):
+            for file in sorted(files, key=lambda file: (str(file) == last, file)):
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / file, target / file)
             fsync_path(target)

@@ -106,6 +106,19 @@ def test_a_run_on_tokens_is_resumed_and_refuses_others(tiny: RunConfig, tmp_path
         train(dataclasses.replace(config, steps=4), run, resume=True, display=QUIET)
 
 
+@pytest.mark.parametrize("kind", ["llm.c", "prepared"])
+def test_a_run_goes_on_with_the_same_tokens_in_other_shards(
+    tiny: RunConfig, tmp_path: Path, prepared: Path, kind: str
+) -> None:
+    folder, _ = as_published(prepared, "build-nanogpt")
+    other, _ = as_published(prepared, kind)
+    config, run = on_tokens(dataclasses.replace(tiny, steps=2), folder), tmp_path / "run"
+    assert train(config, run, display=QUIET) == 0
+    assert train(on_tokens(dataclasses.replace(config, steps=4), other), run, resume=True, display=QUIET) == 0
+    assert train(dataclasses.replace(config, steps=4), tmp_path / "whole", display=QUIET) == 0
+    assert losses(run)[-2:] == losses(tmp_path / "whole")[-2:]
+
+
 def test_a_run_on_altered_tokens_is_refused(tiny: RunConfig, tmp_path: Path, prepared: Path) -> None:
     shard = json.loads((prepared / "manifest.json").read_text())["splits"]["val"]["shards"][0]["file"]
     content = bytearray((prepared / shard).read_bytes())

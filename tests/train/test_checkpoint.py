@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -31,6 +32,7 @@ from restomod.train.checkpoint import (
     write_checkpoint,
 )
 from restomod.train.optimizer import optimizer_tensors
+from tests.filesystems import refuse, refuse_renaming_folders
 from tests.models import random_tokens
 from tests.train.trainee import Trainee, assert_identical, make_trainee, save_checkpoint
 
@@ -346,6 +348,103 @@ def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path, tmp_path: Path)
     other = make_trainee()
     load(other, folder)
     assert_identical(other.tensors(), trainee.tensors())
+
+
+class Killed(BaseException):
+    """As SIGKILL, nothing catches it."""
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_one(
+    moment: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = make_trainee(), make_trainee(seed=2)
+    old.train(0, 3)
+    new.train(0, 3)
+    calls: list[str] = []
+
+    def deadly(call: Any) -> Any:
+        def called(*arguments: Any, **named: Any) -> Any:
+            calls.append(call.__name__)
+            if len(calls) == moment // 2 + 1 and moment % 2 == 0:
+                raise Killed
+            result = call(*arguments, **named)
+            if len(calls) == moment // 2 + 1:
+                raise Killed
+            return result
+
+        return called
+
+    monkeypatch.setattr(Path, "rename", deadly(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
+    with pytest.raises(Killed):
+        save(new, tmp_path, 3)
+    monkeypatch.undo()
+    assert calls == ["rename", "rename", "rmtree"][: moment // 2 + 1]
+    found, problems = newest_whole(tmp_path)
+    assert (found, problems) == (folder, [])
+    assert names(tmp_path) == ["step_000003"]
+    restored = make_trainee(seed=3)
+    assert load(restored, folder) == 3
+    assert_identical(restored.tensors(), (old if moment < 3 else new).tensors())
+
+
+# --- file systems that cannot rename folders -----------------------------------------------------------------
+
+
+def test_without_renaming_folders_checkpoints_are_saved_replaced_set_aside_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_renaming_folders(monkeypatch)
+    trainee = make_trainee()
+    for step in (1, 2, 3, 3):
+        trainee.train(step - 1, step)
+        save(trainee, tmp_path, step)
+    assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
+    other = make_trainee(seed=2)
+    assert load(other, tmp_path / "checkpoints/step_000003") == 3
+    assert_identical(other.tensors(), trainee.tensors())
+    spoil(tmp_path, 3)
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoints/step_000002"
+    module.remove_checkpoint(tmp_path / "checkpoints/step_000001")
+    assert names(tmp_path) == ["step_000002", "step_000003.damaged"]
+
+
+def test_a_kill_while_files_are_moved_one_by_one_leaves_the_checkpoint_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 4)
+    for fatal in range(1, 9):
+        with monkeypatch.context() as patch:
+            refuse_renaming_folders(patch)
+            calls = iter(range(1, 100))
+            replace = os.replace
+
+            def deadly(source: Any, target: Any) -> None:
+                if next(calls) == fatal:  # noqa: B023 - called within this round
+                    raise Killed
+                replace(source, target)  # noqa: B023
+
+            patch.setattr(os, "replace", deadly)
+            with pytest.raises(Killed):
+                save(trainee, tmp_path, 4)
+        assert newest_whole(tmp_path)[0] == folder
+    verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_where_nothing_can_be_renamed_the_reason_is_said_and_nothing_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 4)
+    refuse_renaming_folders(monkeypatch)
+    monkeypatch.setattr(os, "replace", refuse(code))
+    with pytest.raises(UserError, match=f"cannot save .*step_000004: {os.strerror(code)}.*step_000003"):
+        save(trainee, tmp_path, 4)
+    assert names(tmp_path) == ["step_000003"]
+    verify_checkpoint(folder)
 
 
 # --- the newest that is whole --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
+from restomod.train.metrics import append_jsonl, describe_damage, keep_records, read_jsonl
 
 RECORDS = [{"step": 0, "loss": 10.82}, {"step": 1, "loss": 9.5}, {"step": 2, "loss": 8.25}]
 
@@ -62,6 +62,26 @@ def test_after_keeping_records_a_cut_line_is_mended_and_more_can_be_appended(pat
     keep_records(path, lambda record: record["step"] < 2)
     append_jsonl(path, RECORDS[2])
     assert read_jsonl(path) == RECORDS
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"\xff\xfe", b"[]", b"5", b'{"kind": "train"}', b'{"step": "1"}', b"\x00" * 9]
+)
+def test_a_damaged_line_amid_others_is_counted_and_one_cut_short_at_the_end_is_not(path: Path, damage: bytes) -> None:
+    assert describe_damage(path) is None
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"\n", damage + b"\n", damage + b"\n", *lines[1:], damage]))
+    said = describe_damage(path)
+    assert said is not None
+    assert f"{path}: 2 of {len(lines) + 4} lines" in said
+    assert said.endswith("the first is line 3")
+
+
+def test_damaged_lines_among_those_that_are_kept_stay_as_they_are(path: Path) -> None:
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\xff{\n" + second + b"[\n" + third + b'{"st')
+    keep_records(path, lambda record: record["step"] < 2)
+    assert path.read_bytes() == first + b"\xff{\n" + second
 
 
 def test_keeping_records_makes_no_file_where_there_is_none(tmp_path: Path) -> None:

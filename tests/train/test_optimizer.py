@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from restomod.config import OptimConfig
-from restomod.train.optimizer import build_optimizer, gradient_norm, optimizer_tensors
+from restomod.train.optimizer import Optimizers, build_optimizer, gradient_norm, optimizer_tensors
+from restomod.train.scale import LossScale
 from tests.train.trainee import assert_identical, make_trainee, set_optimizer_tensors
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -56,6 +60,59 @@ def test_a_refused_update_changes_nothing_and_drops_the_gradients() -> None:
     assert all(p.grad is None for p in touched.model.parameters())
     assert touched.train(2, 4) == spared.train(2, 4)
     assert_identical(touched.tensors(), spared.tensors())
+
+
+# --- optimizers of one's own ---------------------------------------------------------------------------------
+
+OF_TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "fused sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.1),
+    "fused adam": lambda p: torch.optim.Adam(p, 0.1, amsgrad=True, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9, centered=True),
+    "fused adagrad": lambda p: torch.optim.Adagrad(p, 0.1, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_any_optimizer_gets_divided_gradients_and_is_not_called_where_an_update_is_refused(name: str) -> None:
+    """Against the same optimizer by itself, which never sees the refused steps; the first one is refused, too."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, alone = OF_TORCH[name](list(ours.parameters())), OF_TORCH[name](list(theirs.parameters()))
+    wrapped = Optimizers([optimizer], LossScale(torch.float32, torch.device("cpu")))
+    for refused in (True, True, False, False, True, False):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = torch.full_like(p, float("nan")) if refused else q.grad * 8
+        wrapped.update(0.5, torch.tensor(float("nan") if refused else 8.0), torch.tensor(refused))
+        if not refused:
+            alone.param_groups[0]["lr"] = 0.05
+            alone.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert p.grad is None
+            assert torch.equal(p, q)
+            assert not any(value.isnan().any() for value in optimizer.state[p].values())
+            for key, value in alone.state[q].items():
+                assert torch.equal(optimizer.state[p][key], value), key
+
+
+def test_an_optimizer_that_cannot_be_used_is_refused_when_it_is_added() -> None:
+    parameters = list(nn.Linear(3, 2).parameters())
+    with pytest.raises(TypeError, match=r"LBFGS cannot be used: .*closure"):
+        Optimizers([torch.optim.LBFGS(parameters)], LossScale(torch.float32, torch.device("cpu")))
+
+
+def test_resetting_forgets_all_state() -> None:
+    used, fresh = make_trainee(seed=1), make_trainee(seed=1)
+    used.train(0, 3)
+    used.optimizer.reset()
+    used.model.load_state_dict(fresh.model.state_dict())
+    assert used.train(0, 3) == fresh.train(0, 3)
+    assert_identical(used.tensors(), fresh.tensors())
 
 
 # --- state ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from restomod import files as files_module
 from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from restomod.config_json import read_config
 from restomod.data.shards import Dataset, TokenStream
@@ -19,6 +22,7 @@ from restomod.files import write_json_atomically
 from restomod.train import run as run_module
 from restomod.train.metrics import read_jsonl
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
+from tests.filesystems import refuse, refuse_renaming_folders
 
 CONFIG = RunConfig(
     steps=100,
@@ -99,6 +103,29 @@ def test_the_environment_names_what_a_result_depends_on() -> None:
     assert {"restomod", "git_revision", "python", "torch", "platform", "threads", "command", "started"} < here.keys()
     assert (here["device"], here["precision"]) == ("a processor", "fp32")
     json.dumps(here)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.ENOTSUP])
+def test_a_file_system_that_cannot_rename_folders_gets_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse_renaming_folders(monkeypatch, code)
+    folder = create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1}).folder
+    assert read_config(folder) == CONFIG
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
+    with pytest.raises(UserError, match="exists already"):
+        create_run(folder, CONFIG, dataset(), {})
+
+
+def test_where_nothing_can_be_renamed_the_reason_is_said_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_renaming_folders(monkeypatch, errno.EPERM)
+    monkeypatch.setattr(files_module.os, "replace", refuse(errno.EROFS))
+    monkeypatch.setattr(run_module, "write_json_atomically", lambda path, value: path.write_text(json.dumps(value)))
+    with pytest.raises(UserError, match=r"cannot make the run's folder .*Read-only file system"):
+        create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1})
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 # --- reopening one -------------------------------------------------------------------------------------------
@@ -220,6 +247,96 @@ def test_a_configuration_with_a_mistake_is_refused_by_file_and_key(
 def test_a_configuration_that_lacks_a_setting_names_it(folder: Path) -> None:
     (folder / "config.json").write_text('{"steps": 3}')
     with pytest.raises(UserError, match=r"config\.json: missing batch_tokens, sequence_length$"):
+        read_config(folder)
+
+
+def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of all fields of a JSON object."""
+    return [f"{prefix}{key}" for key in values] + [
+        path for key, value in values.items() if isinstance(value, dict) for path in paths(value, f"{prefix}{key}.")
+    ]
+
+
+def without(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """A JSON object without one of its fields."""
+    head, _, rest = path.partition(".")
+    if not rest:
+        return {key: value for key, value in values.items() if key != head}
+    return values | {head: without(values[head], rest)}
+
+
+def test_a_file_of_this_version_that_lacks_any_field_is_refused_by_name(folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    tried = [name for name in paths(values) if name != "version"]
+    assert len(tried) > 60
+    for name in tried:
+        path.write_text(json.dumps(without(values, name)))
+        with pytest.raises(UserError, match=rf"config\.json: missing (.*, )?{re.escape(name)}\b"):
+            read_config(folder)
+    path.write_text(json.dumps(without(without(values, "optim.lr"), "model.n_layer")))
+    with pytest.raises(UserError, match=r"missing model\.n_layer, optim\.lr"):
+        read_config(folder)
+
+
+OLDEST: dict[str, Any] = {  # as the first release wrote it
+    "steps": 100,
+    "batch_tokens": 256,
+    "sequence_length": 16,
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 50257},
+    "data": {
+        "source": "text",
+        "path": "x.txt",
+        "glob": "**/*",
+        "val_fraction": 0.05,
+        "split_seed": 0,
+        "cache": "data",
+    },
+    "optim": {
+        "lr": 0.001,
+        "min_lr_ratio": 0.1,
+        "warmup_steps": 10,
+        "betas": [0.9, 0.95],
+        "eps": 1e-08,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+    },
+    "sampling": {"prompts": [""], "max_tokens": 64, "temperature": 0.8, "top_k": 50},
+    "micro_batch": None,
+    "target_loss": None,
+    "eval_every": 250,
+    "eval_tokens": None,
+    "sample_every": 250,
+    "save_every": 250,
+    "keep_checkpoints": 2,
+    "seed": 1337,
+    "device": "auto",
+    "precision": "auto",
+    "compile": True,
+}
+
+
+def test_a_file_from_before_there_were_versions_lacks_only_what_did_not_exist_then(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(OLDEST))
+    config = read_config(folder)
+    assert (config.compile, config.save_every_minutes, config.model.mlp) == ("on", None, "gelu")
+    assert (config.optim.lr, config.optim.optimizer, config.on_spike) == (0.001, "adamw", "rollback")
+    for name in paths(OLDEST):
+        path.write_text(json.dumps(without(OLDEST, name)))
+        with pytest.raises(UserError, match=rf"missing (.*, )?{re.escape(name)}\b"):
+            read_config(folder)
+    later = OLDEST | {"residual_dtype": "fp32"}  # which came last, so all that came before has to be there
+    path.write_text(json.dumps(later))
+    with pytest.raises(UserError, match=r"missing .*optim\.muon_lr"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("version", [2, "1", None, -1])
+def test_an_unknown_version_is_refused(version: Any, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+    with pytest.raises(UserError, match=r"config\.json: version is"):
         read_config(folder)
 
 

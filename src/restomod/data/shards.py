@@ -43,6 +43,13 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
     return shard.close()
 
 
+def shard_header(tokens: int) -> bytes:
+    """The header of a shard of so many tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    return header.tobytes()
+
+
 class _OpenShard:
     """A shard that grows. It has its name only when it is whole and on the disk."""
 
@@ -57,10 +64,8 @@ class _OpenShard:
         self.tokens += len(tokens)
 
     def close(self) -> dict[str, Any]:
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.tokens
         self._file.seek(0)
-        self._file.write(header.tobytes())
+        self._file.write(shard_header(self.tokens))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

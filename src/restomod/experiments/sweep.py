@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from restomod.errors import UserError, describe_os_error
+from restomod.experiments.report_config import newest_checkpoint
 from restomod.experiments.space import flags, label
 from restomod.experiments.store import Claim, Plan, Store
 from restomod.experiments.subprocesses import TrainingProcess
@@ -180,7 +181,8 @@ class _Worker:
         patiently(lambda: store.end_attempt(claim))
         if code != EXIT_FINISHED and pruned is None and (self._stopped() or code == EXIT_INTERRUPTED):
             self.stopped_by = self.stopped_by or "the training was stopped by a signal"
-            print(f"  stopped with its newest checkpoint; log: {log}", flush=True)
+            newest = newest_checkpoint(run)
+            print(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}", flush=True)
             return
         patiently(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
 

@@ -32,7 +32,7 @@ from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
-from restomod.train.identity import differences, run_identity
+from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, differences, read_state, run_identity
 from restomod.train.optimizer import Optimizers, optimizer_tensors
 from restomod.train.scale import LOSS_SCALE
 
@@ -40,7 +40,6 @@ COMPLETE = "COMPLETE"
 STATE = "training_state"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
-STATE_FORMAT = "restomod-state-2"  # of state.json; before it was FORMAT
 REPLACED = ".old.tmp"  # what an earlier checkpoint of the same step is called until the new one has its name
 STEP_FOLDER = re.compile(r"step_\d+")
 
@@ -86,6 +85,7 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
     for folder in list_checkpoints(run)[::-1]:
         try:
             verify_checkpoint(folder)
+            _require_same(folder, run_identity(run))
             _require_finite(folder)
         except UserError as e:
             unusable.append(Unusable(folder, str(e).partition("; ")[0]))
@@ -190,10 +190,10 @@ def _reason(e: OSError | SafetensorError) -> str:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check every file of a checkpoint against `COMPLETE`.
+    """Check every file of a checkpoint against `COMPLETE`, its step against its name, its settings against its run's.
 
     Raises:
-        UserError: a file is missing or altered; the message names it.
+        UserError: a file is missing or altered; the message names it. Or the checkpoint is of another step or run.
     """
     mend = f"delete {folder} to fall back on the checkpoint before it"
     if not (folder / COMPLETE).exists():
@@ -216,13 +216,22 @@ def verify_checkpoint(folder: Path) -> None:
             raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {size:,}; {mend}")
         if sha256_file(path) != sha256:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
-    state = _read_state(folder)
+    state = read_state(folder / STATE / "state.json")
     if STEP_FOLDER.fullmatch(folder.name) and state["step"] != step_of(folder):
         raise UserError(f"{folder} holds step {state['step']}, not {step_of(folder)}; {mend}")
     if folder.absolute().parent.name == "checkpoints":
-        other = differences(state["run"], run_identity(folder.absolute().parent.parent))
-        if other:
-            raise UserError(f"{folder} is of another run: {', '.join(other)}; {mend}")
+        run = run_identity(folder.absolute().parent.parent)
+        # a model can be used whose data have changed; only training cannot go on
+        _require_same(folder, {name: value for name, value in run.items() if name != DATA_FINGERPRINT})
+
+
+def _require_same(folder: Path, run: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint's run is not the one with the identity ``run``."""
+    other = differences(read_state(folder / STATE / "state.json")["run"], run)
+    if other:
+        raise UserError(
+            f"{folder} is of another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
+        )
 
 
 def _require_finite(folder: Path) -> None:
@@ -234,31 +243,13 @@ def _require_finite(folder: Path) -> None:
                     raise UserError(f"{path}: {name} holds values that are not finite")
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """The training state of a checkpoint: ``step``, ``data_offset`` and ``run``, the identity of its run.
-
-    Raises:
-        UserError: a value is missing or of another type.
-    """
-    path = folder / STATE / "state.json"
-    state = read_json(path, "training state")
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, STATE_FORMAT):
-        raise UserError(f"{path} is damaged: its format is neither {FORMAT!r} nor {STATE_FORMAT!r}")
-    if state["format"] == FORMAT:  # which had no `run`, and at first no `data_offset`
-        state = {"data_offset": 0, "run": {}} | state
-    for name, kind in (("step", int), ("data_offset", int), ("run", dict)):
-        if type(state.get(name)) is not kind:
-            raise UserError(f"{path} is damaged: {name} is missing or wrong")
-    return state
-
-
 def progress(folder: Path) -> tuple[int, int]:
     """Of a checkpoint: how many updates its weights have had, and how many batches were passed over.
 
     Raises:
         UserError: its training state is damaged.
     """
-    state = _read_state(folder)
+    state = read_state(folder / STATE / "state.json")
     return state["step"], state["data_offset"]
 
 

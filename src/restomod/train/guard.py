@@ -95,7 +95,7 @@ class Guard:
         return self.fp16 and math.isfinite(made.loss) and not math.isfinite(made.grad_norm)
 
     def _remember(self, loss: float | None, refused: bool) -> None:
-        if not refused and loss is not None:
+        if not refused and isinstance(loss, (int, float)) and math.isfinite(loss):
             self.losses.append(loss)
             self.skipped = 0
         else:

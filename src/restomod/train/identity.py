@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: the settings that never change while a run goes on, and the data's fingerprint."""
+"""Which run and step a checkpoint belongs to: the settings that never change, and the data's fingerprint."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ MAY_CHANGE_ON_RESUME = {
     "data",
 }
 _NOT_SETTINGS = {"version"}
+DATA_FINGERPRINT = "data fingerprint"
+STATE_FORMAT = "restomod-state-2"  # of a checkpoint's state.json
+_FIRST_STATE_FORMAT = "restomod-checkpoint-1"  # which had no `run`, and at first no `data_offset`
 
 
 def run_identity(run: Path) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def run_identity(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(data, dict):
         return {}
     settings = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME | _NOT_SETTINGS}
-    return settings | {"data fingerprint": data.get("fingerprint")}
+    return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
@@ -74,3 +77,20 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
         elif a != b:
             found.append(f"{prefix}{name} is {a!r}, not {b!r}")
     return sorted(found)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint: ``step``, ``data_offset`` and ``run``, the identity of its run.
+
+    Raises:
+        UserError: a value is missing or of another type.
+    """
+    state = read_json(path, "training state")
+    if not isinstance(state, dict) or state.get("format") not in (_FIRST_STATE_FORMAT, STATE_FORMAT):
+        raise UserError(f"{path} is damaged: its format is neither {_FIRST_STATE_FORMAT!r} nor {STATE_FORMAT!r}")
+    if state["format"] == _FIRST_STATE_FORMAT:
+        state = {"data_offset": 0, "run": {}} | state
+    for name, kind in (("step", int), ("data_offset", int), ("run", dict)):
+        if type(state.get(name)) is not kind:
+            raise UserError(f"{path} is damaged: {name} is missing or wrong")
+    return state

@@ -43,7 +43,8 @@ def describe_damage(path: Path) -> str | None:
     A last line that a crash has cut short is no damage: what it said is done and logged again.
     """
     lines = _lines(path)
-    bad = [i for i, line in enumerate(lines, 1) if line.strip() and line.endswith(b"\n") and _parsed(line) is None]
+    whole = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line.endswith(b"\n")]
+    bad = [i for i, line in whole if type((_parsed(line) or {}).get("step")) is not int]
     if not bad:
         return None
     return f"{path}: {len(bad)} of {len(lines)} lines cannot be read and are passed over, the first is line {bad[0]}"

@@ -26,6 +26,7 @@ import torch
 import restomod
 from restomod.config import RunConfig
 from restomod.config_json import read_config, to_dict, to_file
+from restomod.data.same_tokens import token_difference, with_hashes
 from restomod.data.shards import Dataset
 from restomod.errors import UserError, one_line
 from restomod.files import move_folder, read_json, write_json_atomically
@@ -94,7 +95,7 @@ def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
         if temporary.exists():  # of a start that was killed
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
-        write_json_atomically(temporary / "data.json", dataset.manifest)
+        write_json_atomically(temporary / "data.json", with_hashes(dataset))
         write_json_atomically(temporary / "environment.json", [environment])
         write_json_atomically(temporary / "config.json", to_file(config))
         move_folder(temporary, folder, "config.json")
@@ -118,11 +119,12 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     _starts(folder)  # it will be written anew, so it has to be readable
     manifest = read_json(folder / "data.json", "manifest of the run's data")
     trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"
-    if dataset.fingerprint != trained_on:
+    difference = None if dataset.fingerprint == trained_on else token_difference(manifest, dataset)
+    if difference is not None:
         data = "this mix" if dataset.parts else dataset.folder
         raise UserError(
-            f"{data} holds other tokens than {folder} was trained on (fingerprint "
-            f"{dataset.fingerprint[:12]}, not {trained_on[:12]}): bring the text back as it was, or start a new run"
+            f"{data} holds other tokens than {folder} was trained on: {difference} (fingerprint "
+            f"{dataset.fingerprint[:12]}, not {trained_on[:12]}); bring the text back as it was, or start a new run"
         )
 
 

@@ -1,0 +1,108 @@
+"""Are these the tokens of that manifest, wherever their shards begin and end?
+
+Every shard of a run's `data.json` has the SHA-256 of its tokens in llm.c's layout. The tokens of another folder are
+hashed at the borders of those shards, so how they are cut, and into which kind of file, does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from restomod.data.shards import SPLITS, Dataset, TokenStream, shard_header
+
+PIECE = 1 << 20  # tokens hashed at once
+
+Shards = list[dict[str, Any]]
+
+
+def with_hashes(dataset: Dataset) -> dict[str, Any]:
+    """The manifest of a dataset with the ``sha256`` of every shard; those of published shards, which lack it, are read.
+
+    Nothing is written into the folder, so every new run on published shards reads all of them once.
+    """
+    splits = {
+        split: values | {"shards": _with_hashes(values["shards"], getattr(dataset, split))}
+        for split, values in dataset.manifest.get("splits", {}).items()
+    }
+    return dataset.manifest | ({"splits": splits} if splits else {})
+
+
+def _with_hashes(shards: Shards, stream: TokenStream) -> Shards:
+    lacking = [(shard, at) for shard, at in zip(shards, _positions(shards), strict=True) if "sha256" not in shard]
+    hashes = iter(list(_hashes(stream, [at for _, at in lacking])))
+    return [shard if "sha256" in shard else shard | {"sha256": next(hashes)} for shard in shards]
+
+
+def _positions(shards: Shards) -> list[tuple[int, int]]:
+    """Where each shard begins in its split, and how many tokens it has."""
+    lengths = [int(shard["tokens"]) for shard in shards]
+    return list(zip(itertools.accumulate([0, *lengths[:-1]]), lengths, strict=True)) if lengths else []
+
+
+def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
+    """In what the tokens of a dataset differ from those of a manifest; None where they are the same.
+
+    Args:
+        manifest: of a run's data, from `with_hashes`.
+        dataset: the data as it is now; the borders of its shards may be others.
+    """
+    try:
+        before = _parts(manifest)
+        now = [(str(part.share), part.dataset) for part in dataset.sources]
+        if [share for share, _ in before] != [share for share, _ in now]:
+            return "the sources of the mix, or their shares, are others"
+        for (_, splits), (_, source) in zip(before, now, strict=True):
+            for split in SPLITS:
+                difference = _stream_difference(splits[split], getattr(source, split))
+                if difference is not None:
+                    of = f" of {source.folder}" if len(now) > 1 else ""
+                    return f"in the {split} split{of}, {difference}"
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return "its data.json is damaged, or of a version that listed no shards, so the tokens cannot be compared"
+    return None
+
+
+def _parts(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Shards]]]:
+    """The sources of a manifest: the share of each, and its shards by split."""
+    shards = {split: manifest["splits"][split]["shards"] for split in SPLITS}
+    if "mix" not in manifest:
+        return [("1", shards)]
+    return [
+        (
+            part["share"],
+            {split: [s for s in shards[split] if Path(s["file"]).parent == Path(part["folder"])] for split in SPLITS},
+        )
+        for part in manifest["mix"]
+    ]
+
+
+def _stream_difference(shards: Shards, stream: TokenStream) -> str | None:
+    positions = _positions(shards)
+    total = sum(n for _, n in positions)
+    if total != len(stream):
+        return f"there are {len(stream):,} tokens, not {total:,}"
+    if any("sha256" not in shard for shard in shards):
+        return "the tokens cannot be compared: the run recorded no hashes of them"
+    hashes = _hashes(stream, positions)
+    for shard, (start, n), found in zip(shards, positions, hashes, strict=True):
+        if found != shard["sha256"]:
+            return f"tokens {start:,} to {start + n:,} are others"
+    return None
+
+
+def _hashes(stream: TokenStream, positions: list[tuple[int, int]]) -> Iterator[str]:
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        yield from pool.map(lambda position: _sha256(stream, *position), positions)
+
+
+def _sha256(stream: TokenStream, start: int, n: int) -> str:
+    """SHA-256 of the `.bin` shard that would hold ``n`` tokens of a stream."""
+    digest = hashlib.sha256(shard_header(n))
+    for at in range(start, start + n, PIECE):
+        digest.update(stream.read(at, min(PIECE, start + n - at)).astype("<u2", copy=False).tobytes())
+    return digest.hexdigest()
