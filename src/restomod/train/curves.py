@@ -28,6 +28,7 @@ FEWEST_FOR_PERIODS = 128
 LAGS = 16  # steps over which noise may be correlated
 PEAK = 35.0  # times the level around it: noise has such a peak in no spectrum of 10,000, drifting noise either
 LIKENESS = 7.0  # standard errors of an autocorrelation
+LASTING = 0.5  # share of the amplitude of a wave that it has without its two largest eighths
 SHORTEST_PERIOD = 8
 FEWEST_WAVES = 5
 
@@ -272,12 +273,14 @@ def _level(steps: Array, loss: Array, step: float) -> tuple[float, float] | None
     before = max(width, min(step / 4, 2048.0)) if len(steps) and steps[-1] < step else width
     near = slice(*np.searchsorted(steps, (step - before, step + width)))
     x, y = steps[near] - step, loss[near]
-    if len(x) < width // 2 or np.ptp(x) == 0:
+    if len(x) < width // 2:  # at least 32
         return None
-    slope, level = np.polyfit(x, y, 1)
-    leverage = 1 / len(x) + x.mean() ** 2 / ((x - x.mean()) ** 2).sum()
-    scatter = float(np.sqrt(np.mean((y - level - slope * x) ** 2)))
-    return float(level), scatter * math.sqrt(leverage)
+    middle, mean = float(x.mean()), float(y.mean())
+    off = x - middle
+    spread = float(off @ off)
+    slope = float(off @ y) / spread
+    rest = y - mean - slope * off
+    return mean - slope * middle, math.sqrt(float(rest @ rest) / len(x) * (1 / len(x) + middle**2 / spread))
 
 
 def residual(values: Array, width: int) -> Array:
@@ -333,11 +336,21 @@ def _wave(x: Array) -> float | None:
     ratio = np.divide(power, around, out=np.zeros_like(around), where=around > 0)
     searched = ratio[FEWEST_WAVES - 1 : n // SHORTEST_PERIOD]
     best = int(np.argmax(searched))
-    return n / (FEWEST_WAVES + best) if searched[best] > PEAK else None
+    length = n / (FEWEST_WAVES + best)
+    return length if searched[best] > PEAK and _lasts(x, length) else None
+
+
+def _lasts(x: Array, length: float) -> bool:
+    """Whether a wave is all over ``x``, and not only where a curve bends, as when a learning rate begins to decay."""
+    wave = np.exp(-2j * np.pi * np.arange(len(x)) / length)
+    amplitudes = np.array([part.mean() for part in np.array_split(x * wave, 8)])
+    mean = amplitudes.mean()
+    in_phase = np.sort((amplitudes * mean.conjugate()).real)
+    return bool(in_phase[:6].mean() > LASTING * abs(mean) ** 2)
 
 
 def _moving_median(values: Array, reach: int) -> Array:
-    """Median of ``reach`` numbers before and after each, at some fifty places; lines between them."""
-    padded = np.pad(values, reach, mode="reflect")
+    """Median of each number and ``reach`` before and after it, at every eighth of ``reach``; lines between them."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, reach, mode="reflect"), 2 * reach + 1)
     at = np.unique(np.append(np.arange(0, len(values), max(1, reach // 8)), len(values) - 1))
-    return np.interp(np.arange(len(values)), at, [np.median(padded[i : i + 2 * reach + 1]) for i in at])
+    return np.interp(np.arange(len(values)), at, np.median(windows[at], axis=1))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 SPIKE_BEFORE = 128  # steps that a spike stands out from
 SPIKE_ENOUGH = 64
-SPIKE_SIGMAS = 10.0  # as the guard of training has
+SPIKE_SIGMAS = 11.0  # the guard of training has 10, and a step that it refuses is no spike of the weights
 SPIKE_WIDTHS = (1, 4, 16)  # steps
 SMALLEST_SPIKE = 0.25  # nats
 NORMAL_KURTOSIS = 3.0  # of normal noise
