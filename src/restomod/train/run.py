@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -141,10 +142,10 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         UserError: a setting has changed that must not, or the data is not what the run was trained on.
     """
     old = read_config(folder)
-    for field in dataclasses.fields(RunConfig):
-        before, now = getattr(old, field.name), getattr(config, field.name)
-        if before != now and field.name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"{field.name} cannot change when a run goes on: it was {before}, now {now}")
+    changed = [change for change in _changes(old, config) if change[0].split(".")[0] not in MAY_CHANGE_ON_RESUME]
+    if changed:
+        names, befores, nows = (", ".join(map(str, part)) for part in zip(*changed, strict=True))
+        raise UserError(f"{names} cannot change when a run goes on: it was {befores}, now {nows}")
     manifest = read_json(folder / "data.json", "manifest of the run's data")
     trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"
     if dataset.fingerprint != trained_on:
@@ -153,6 +154,16 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
             f"{data} holds other tokens than {folder} was trained on (fingerprint "
             f"{dataset.fingerprint[:12]}, not {trained_on[:12]}): bring the text back as it was, or start a new run"
         )
+
+
+def _changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, value before and value now of every field in which two dataclasses differ."""
+    for field in dataclasses.fields(old):
+        before, now = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(before):
+            yield from _changes(before, now, f"{prefix}{field.name}.")
+        elif before != now:
+            yield prefix + field.name, before, now
 
 
 def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
