@@ -33,6 +33,8 @@ from restomod.errors import (
     UserError,
     describe_os_error,
     did_you_mean,
+    is_out_of_memory,
+    one_line,
     reported_once,
 )
 from restomod.files import require_outputs
@@ -40,6 +42,17 @@ from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_i
 from restomod.presets import PRESETS, SIZES, preset, summary
 
 EXIT_ABORTED = 130
+NEEDS_LESS = {  # what needs less memory, by verb
+    "train": "lower --micro-batch, --batch-tokens or --sequence-length, or train a smaller model",
+    "bench": "lower --micro-batch, --batch-tokens or --sequence-length",
+    "plan": "lower --micro-batch, --batch-tokens or --sequence-length",
+    "eval": "lower --batch or --context",
+    "sample": "give fewer prompts, or lower --num-samples or --max-tokens",
+    "compare-samples": "give fewer prompts, or lower --max-tokens",
+    "prepare": "lower --workers",
+    "report": "lower --examine-tokens, or report fewer runs",
+    "": "end other programs, or use a machine with more memory",
+}
 
 
 def train(arguments: list[str]) -> int:
@@ -295,10 +308,14 @@ def _guarded(arguments: list[str], debug: bool) -> int:
         return 0
     except ReportedElsewhere:
         return EXIT_USER_ERROR
-    except (UserError, OSError) as e:
-        if debug:
+    except Exception as e:
+        no_memory = is_out_of_memory(e) and not isinstance(e, UserError)
+        if debug or not (no_memory or isinstance(e, UserError | OSError)):
             raise
-        message = str(e) if isinstance(e, UserError) else describe_os_error(e)
+        if no_memory:
+            message = f"out of memory ({one_line(e)}); {NEEDS_LESS.get((arguments or [''])[0], NEEDS_LESS[''])}"
+        else:
+            message = describe_os_error(e) if isinstance(e, OSError) else str(e)
         print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -48,11 +48,11 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
         with contextlib.redirect_stderr(problem):
             parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description="")
     except UserError as e:
-        raise UserError(str(e).replace(DASH, "-")) from None
+        raise UserError(_said(str(e))) from None
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        message = _one_line(problem.getvalue()).replace(DASH, "-")
+        message = _said(_one_line(problem.getvalue()))
         raise UserError(f"{message} ({program} --help lists the flags)") from None
     finally:
         os.environ.pop("COLUMNS", None)
@@ -139,6 +139,11 @@ def _with_dashes(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_with_dashes, value))
     return "-" + value[1:] if isinstance(value, str) and value.startswith(DASH) else value
+
+
+def _said(message: str) -> str:
+    """A message, which may quote values by `repr`, with the dashes back that `parse` has hidden."""
+    return message.replace(DASH, "-").replace(ascii(DASH)[1:-1], "-")
 
 
 def _refuse_empty(value: Any, default: Any, prefix: str = "") -> None:
