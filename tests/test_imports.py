@@ -51,7 +51,7 @@ LAYERS = (
     ),
     ("restomod.bench", "restomod.doctor"),
     ("restomod.experiments", "restomod.course"),
-    ("restomod.arguments", "restomod.commands", "restomod.cli", "restomod.__main__"),
+    ("restomod.parsing", "restomod.arguments", "restomod.commands", "restomod.cli", "restomod.__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
-import os
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import tyro
 
 from restomod.config import Device, Precision, RunConfig, SamplingConfig, require_seed
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
-from restomod.errors import UserError
-from restomod.presets import with_scaled_warmup
-
-Arguments = TypeVar("Arguments")
+from restomod.parsing import parse as parse
 
 
 @dataclass(frozen=True)
@@ -178,73 +169,3 @@ class DoctorArguments:
     """Is there disk and memory for this one?"""
     out: str = "runs"
     """Folder where runs are to go."""
-
-
-def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:
-    """Fill ``cls`` from flags.
-
-    Args:
-        cls: a dataclass of this file.
-        default: an instance with the values of flags that are not given, or tyro.MISSING_NONPROP.
-        arguments: the flags.
-        program: how the command begins, for help and messages.
-
-    Raises:
-        UserError: a flag is wrong; tyro's box has become one line.
-    """
-    problem = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(arguments):
-        os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
-    try:
-        with contextlib.redirect_stderr(problem):
-            return tyro.cli(cls, default=default, args=arguments, prog=program, description="")
-    except SystemExit as e:
-        if e.code in (0, None):
-            raise
-        raise UserError(f"{_one_line(problem.getvalue())} ({program} --help lists the flags)") from None
-    finally:
-        os.environ.pop("COLUMNS", None)
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-
-
-RunArguments = TypeVar("RunArguments", bound=ResumeArguments)
-
-
-def parse_run(default: RunArguments, arguments: list[str], program: str) -> RunArguments:
-    """Fill a class of flags whose ``config`` is a preset: with other --steps its warm-up is scaled, unless it is given.
-
-    Args:
-        default: an instance with the preset.
-        arguments: the flags.
-        program: how the command begins, for help and messages.
-
-    Raises:
-        UserError: as `parse`.
-    """
-    given = parse(type(default), default, arguments, program)
-    if "--optim.warmup-steps" in flags_in(arguments):
-        return given
-    return dataclasses.replace(given, config=with_scaled_warmup(given.config, default.config))
-
-
-def flags_in(arguments: Iterable[str]) -> set[str]:
-    """The names of the flags among arguments, without values, with dashes for underscores."""
-    return {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
-
-
-def _one_line(box: str) -> str:
-    """The message of tyro's boxed error, and its nearest suggestion, as one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
-    if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
-        rows = rows[1:]
-    rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
-    message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
-    message = message.removeprefix("Error parsing ")
-    if message.startswith("Missing from "):  # and then the help of what is missing
-        program = message.removeprefix("Missing from ").partition(":")[0]
-        missing = [found[0] for row in rows if (found := re.match(r"--[a-z]\S*( [A-Z]+)?|[A-Z]+(?=  |$)", row))]
-        message = f"{program} needs {' and '.join(missing)}" if missing else message
-    suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
-    return f"{message}; did you mean {suggested[1]}?" if suggested else message

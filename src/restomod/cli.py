@@ -11,25 +11,20 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
 from restomod import __version__
 from restomod.afterwards import and_then, take_command
 from restomod.arguments import (
-    CheckArguments,
     CompareSamplesArguments,
     DataArguments,
-    DoctorArguments,
     EvalArguments,
     GoOnArguments,
     InspectArguments,
     PrepareArguments,
     SampleArguments,
     TrainArguments,
-    parse,
-    parse_run,
 )
 from restomod.config import RunConfig, require_seed
 from restomod.errors import (
@@ -38,18 +33,26 @@ from restomod.errors import (
     UserError,
     describe_os_error,
     did_you_mean,
+    is_out_of_memory,
+    one_line,
     reported_once,
 )
+from restomod.files import require_outputs
+from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, preset, summary
 
-if TYPE_CHECKING:  # torch is imported when a verb needs it
-    from restomod.train.console import Display
-    from restomod.train.sanity import Verdict
-
-EXIT_CHECK_FAILED = 1
 EXIT_ABORTED = 130
-
-STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
+NEEDS_LESS = {  # what needs less memory, by verb
+    "train": "lower --micro-batch, --batch-tokens or --sequence-length, or train a smaller model",
+    "bench": "lower --micro-batch, --batch-tokens or --sequence-length",
+    "plan": "lower --micro-batch, --batch-tokens or --sequence-length",
+    "eval": "lower --batch or --context",
+    "sample": "give fewer prompts, or lower --num-samples or --max-tokens",
+    "compare-samples": "give fewer prompts, or lower --max-tokens",
+    "prepare": "lower --workers",
+    "report": "lower --examine-tokens, or report fewer runs",
+    "": "end other programs, or use a machine with more memory",
+}
 
 
 def train(arguments: list[str]) -> int:
@@ -82,7 +85,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
 
     if "--resume" in arguments:
         at = arguments.index("--resume")
-        if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
+        if at + 1 == len(arguments) or is_flag(arguments[at + 1]):
             raise UserError("--resume needs the folder of a run, for example --resume runs/quickstart")
         folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
         if rest and not rest[0].startswith("-"):
@@ -91,6 +94,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
 
         resumed = GoOnArguments(read_config(folder))
         config = parse(GoOnArguments, resumed, rest, f"restomod train --resume {folder}").config
+        refuse_ignored(rest, ignored_by_run(config))
     else:
         name, rest = arguments[0], arguments[1:]
         if name.startswith("-"):
@@ -98,6 +102,8 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         fresh = TrainArguments(preset(name), out=f"runs/{name}")
         parsed = parse_run(fresh, rest, f"restomod train {name}")
         config, folder = parsed.config, Path(parsed.out)
+        of_sweep = (folder.parent.parent / "plan.json").exists()  # other trials may need the flags that all share
+        refuse_ignored(rest, {} if of_sweep else ignored_by_run(config))
     return config, folder, "--resume" in arguments
 
 
@@ -136,7 +142,12 @@ def compare_samples(arguments: list[str]) -> int:
     from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
     from restomod.samples import choose_prompts
 
+    greedy = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
+    refuse_ignored(arguments, greedy if parsed.temperature == 0 else {})
     write = report_writer(parsed.out)
+    if parsed.out is not None:
+        texts = {"--prompt-file": Path(parsed.prompt_file)} if parsed.prompt_file is not None else {}
+        require_outputs({"--out": Path(parsed.out)}, texts)
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
     compared = compare(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
     print(as_table(compared), end="")
@@ -180,6 +191,9 @@ def prepare(arguments: list[str]) -> int:
         raise UserError("name what to prepare: restomod prepare SOURCE --out DIR (restomod prepare --help)")
     if parsed.workers < 0:
         raise UserError(f"--workers is {parsed.workers}; it must be 0 or more")
+    same = [source for source in parsed.sources if os.path.realpath(source) == os.path.realpath(parsed.out)]
+    if same and os.path.isdir(same[0]):
+        raise UserError(f"--out {parsed.out} is what is read, too; name another folder")
 
     from restomod.data.pipeline import prepare_and_report, stopped_by_signals
 
@@ -222,41 +236,6 @@ def inspect(arguments: list[str]) -> int:
     return 0
 
 
-def check(arguments: list[str]) -> int:
-    """Check that a preset or a model is a sound GPT-2 that can learn."""
-    parsed = parse(CheckArguments, tyro.MISSING_NONPROP, arguments, "restomod check")
-    require_seed("--seed", parsed.seed)
-
-    from restomod.train.check import check as run
-    from restomod.train.console import Display
-
-    display = Display()
-    return _show(run(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
-
-
-def _show(verdicts: Iterable[Verdict], of: str, display: Display) -> int:
-    """Print verdicts as they come, and their sum. Returns the exit code."""
-    statuses = []
-    for verdict in verdicts:
-        display.verdict(verdict)
-        statuses.append(verdict.status)
-    counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
-    display.line(f"{of}: {', '.join(counts)}")
-    return EXIT_CHECK_FAILED if "fail" in statuses else 0
-
-
-def doctor(arguments: list[str]) -> int:
-    """Examine this machine: is it fit to train, and how fast is it?"""
-    parsed = parse(DoctorArguments, tyro.MISSING_NONPROP, arguments, "restomod doctor")
-    config = preset(parsed.preset)
-
-    from restomod.doctor.examine import examine
-    from restomod.train.console import Display
-
-    verdicts = examine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
-    return _show(verdicts, "this machine", Display())
-
-
 def _later(module: str, meaning: str) -> Callable[[list[str]], int]:
     """A verb whose module, one of `restomod.commands`, is imported when it is called."""
 
@@ -276,8 +255,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare-samples": compare_samples,
     "eval": evaluate,
     "inspect": inspect,
-    "check": check,
-    "doctor": doctor,
+    "check": _later("check", "Check that a preset or a model is a sound GPT-2 that can learn."),
+    "doctor": _later("doctor", "Examine this machine: is it fit to train, and how fast is it?"),
     "sweep": _later("sweep", "Train a run for every point of a grid, or for points that a sampler chooses."),
     "bench": _later("bench", "Measure the speed of a training step: tokens/s, its phases, memory, MFU."),
     "compare": _later("compare", "Lay runs side by side: curves, seeds, significance, tokens to a target."),
@@ -332,10 +311,14 @@ def _guarded(arguments: list[str], debug: bool) -> int:
         return 0
     except ReportedElsewhere:
         return EXIT_USER_ERROR
-    except (UserError, OSError) as e:
-        if debug:
+    except Exception as e:
+        no_memory = is_out_of_memory(e) and not isinstance(e, UserError)
+        if debug or not (no_memory or isinstance(e, UserError | OSError)):
             raise
-        message = str(e) if isinstance(e, UserError) else describe_os_error(e)
+        if no_memory:
+            message = f"out of memory ({one_line(e)}); {NEEDS_LESS.get((arguments or [''])[0], NEEDS_LESS[''])}"
+        else:
+            message = describe_os_error(e) if isinstance(e, OSError) else str(e)
         print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

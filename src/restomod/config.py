@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
-from restomod.config_model import ModelConfig, nearest_divisor, neighbours, require
+from restomod.config_model import ModelConfig, nearest_divisor, neighbours, require, require_size
 from restomod.errors import UserError
 from restomod.text import split_items
 
@@ -275,8 +275,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+            require_size(name, getattr(self, name))
         require_seed("seed", self.seed)
         for name in ("keep_checkpoints", "keep_every"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")

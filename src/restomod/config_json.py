@@ -138,7 +138,7 @@ def from_dict(
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
     """
-    _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {values!r}")
+    _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {_shown(values)}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
@@ -157,6 +157,11 @@ def from_dict(
         raise UserError(f"{where}: {e}") from None
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str] = ()) -> Any:
     """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -172,14 +177,14 @@ def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str]
             return value
         raise UserError(f"{where}: {key} is {value!r}{did_you_mean(str(value), arguments)}")
     if origin is tuple:
-        _require(isinstance(value, list), f"{where}: {key} should be a list, not {value!r}")
+        _require(isinstance(value, list), f"{where}: {key} should be a list, not {_shown(value)}")
         element = arguments[0]
         right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
         _require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
         return tuple(_typed(v, element, where, key) for v in value)
     if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {value!r}")
+    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {_shown(value)}")
     return value
 
 

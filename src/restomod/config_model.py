@@ -8,6 +8,7 @@ from typing import Literal
 
 from restomod.errors import UserError
 
+LARGEST = 2**40  # of any size or number of steps: beyond, it is a slip, and divisors would be looked for for ever
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -19,6 +20,12 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_size(name: str, value: int | None) -> None:
+    """Raise UserError unless ``value`` is None, or at least 1 and not absurdly large."""
+    require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+    require(value is None or value <= LARGEST, f"{name} is {value}; it must be at most {LARGEST:,}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"model.{name} is {value}; it must be at least 1")
+            require_size(f"model.{name}", value)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "

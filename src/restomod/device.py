@@ -16,17 +16,9 @@ from torch import nn
 
 from restomod.config import Compile, Device, Precision
 from restomod.errors import UserError
+from restomod.errors import is_out_of_memory as is_out_of_memory
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-# what errors say that torch does not raise as OutOfMemoryError: the driver, Triton, NCCL and MPS in the same words;
-# cuBLAS of its workspaces and handles; cuDNN; and the allocator on a CPU
-OUT_OF_MEMORY = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "can't allocate memory",
-)
 TESTED_TORCH = (2, 11), (2, 15)  # the oldest and the newest release with which all tests have passed
 # Inductor's mix-order reductions lose a part of the gradient from the first of these releases of torch on; the second
 # has the fix (pytorch issues 190796, 193061)
@@ -111,17 +103,6 @@ def torch_release() -> tuple[int, int]:
     """The installed release of torch, such as (2, 13)."""
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that a device or the system has no memory left."""
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY):
-            return True
-        error = error.__cause__
-    return False
 
 
 def release_memory(device: torch.device) -> None:

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
+# what errors say: torch's OutOfMemoryError, the driver, Triton, NCCL and MPS in the same words; cuBLAS of its
+# workspaces and handles; cuDNN; the allocators of a CPU; the system, of a library or a thread that it has no room for
+OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "annot allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "failed to map segment",
+    "can't start new thread",
+    "could not create a primitive",  # oneDNN gives no reason
+    "could not create a memory",
+)
 
 
 class UserError(Exception):
@@ -32,6 +49,17 @@ def one_line(error: object) -> str:
 def describe_os_error(e: OSError) -> str:
     """What the system refused, in one line."""
     return f"{e.filename or 'input/output'}: {e.strerror or e}"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that a device or the system has no memory left."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True  # numpy's and C++'s (std::bad_alloc) are MemoryErrors
+        if isinstance(error, (RuntimeError, ImportError)) and any(sign in str(error) for sign in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
 
 
 class ReportedElsewhere(UserError):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,54 @@ def refuse_unwritable(file: Path) -> None:
         raise UserError(f"{file}: there is no folder {file.parent}; make it first")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"{file} cannot be written; name another file")
+
+
+# a folder that holds one of the first holds state of a run, a checkpoint, a sweep or prepared data in the others
+STATE = (
+    (
+        {"metrics.jsonl", "environment.json", "model.safetensors"},
+        {"config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "model.safetensors"},
+    ),
+    ({"journal.jsonl"}, {"plan.json", "journal.jsonl", "sweep.json"}),
+    ({"manifest.json"}, {"manifest.json"}),
+)
+
+
+def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse files that cannot be written, or would destroy something, before any work is done for them.
+
+    Args:
+        outputs: by flag, the file to write; None: it is not asked for.
+        inputs: by flag, files that are read.
+
+    Raises:
+        UserError: the folder is missing or read-only; the file is a folder, a device, one that is read, or part of
+            a run, a checkpoint, a sweep or prepared data; or two outputs are one file.
+    """
+    taken = {flag: path for flag, path in (inputs or {}).items() if path is not None}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+        if (path.exists() and not path.is_file()) or (path.is_symlink() and os.readlink(path).startswith("/proc/")):
+            raise UserError(f"{flag} {path} is no ordinary file; name another one")  # /dev/null, /dev/stdout
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{flag} {path} cannot be written; name another file")
+        for other, before in taken.items():
+            if _same_file(path, before):
+                raise UserError(f"{other} and {flag} are the same file, {path}; name two")
+        beside = set(os.listdir(path.parent))
+        if any(beside & signs and path.name in files & beside for signs, files in STATE):
+            raise UserError(f"{flag} {path} is a file that restomod needs in {path.parent}; name another one")
+        taken[flag] = path
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    """Whether two paths are one file, which need not exist yet."""
+    return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))
 
 
 def read_json(path: Path, what: str) -> Any:

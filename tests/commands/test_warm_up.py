@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from restomod import cli
-from restomod.arguments import TrainArguments, parse_run
+from restomod.arguments import TrainArguments
 from restomod.cli import main
 from restomod.commands.sweep import SweepArguments, plan_of
 from restomod.config import RunConfig
+from restomod.parsing import parse_run
 from restomod.presets import PRESETS, preset
 from restomod.train.schedule import learning_rate, schedule_warnings
 

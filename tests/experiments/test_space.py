@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from restomod.arguments import TrainArguments, parse
+from restomod.arguments import TrainArguments
 from restomod.errors import UserError
 from restomod.experiments.space import flags, grid, parse_dimension
+from restomod.parsing import parse
 from restomod.presets import preset
 
 

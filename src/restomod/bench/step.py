@@ -20,7 +20,7 @@ from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, describe_device, dtype_name, is_out_of_memory
 from restomod.errors import UserError, one_line
-from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.files import require_outputs, write_json_atomically
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops
 from restomod.text import duration
@@ -62,7 +62,8 @@ def bench_step(
     """
     with joined() as processes, _memory_errors():
         display = display or Display(muted=not processes.main)
-        processes.together(lambda: _refuse_files(json, trace))
+        outputs = {"--json": Path(json) if json else None, "--trace": Path(trace) if trace else None}
+        processes.together(lambda: require_outputs(outputs))
         report = _bench(config, preset, tokens, warmup, timed, trace, display, processes)
         if not processes.main:
             return 0
@@ -139,13 +140,6 @@ def _bench(
         steps.compute.device.type,
         None if peak is None else peak * processes.count,
     )
-
-
-def _refuse_files(*names: str | None) -> None:
-    """Raise UserError where a file could not be written after minutes of measuring."""
-    for name in names:
-        if name is not None:
-            refuse_unwritable(Path(name))
 
 
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say: Say) -> tuple[Steps, float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from restomod.arguments import ResumeArguments, parse_run
+from restomod.arguments import ResumeArguments
 from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean, reported_once
+from restomod.parsing import flags_in, ignored_by_run, parse_run, refuse_ignored
 from restomod.presets import preset
 
 
@@ -52,4 +53,6 @@ def _parsed(arguments: list[str]) -> tuple[str, BenchArguments] | int:
     for flag, value, least in (("--warmup", given.warmup, 0), ("--timed", given.timed, 1)):
         if value < least:
             raise UserError(f"{flag} is {value}; it must be {least} or more")
+    synthetic = {flag: "with --tokens synthetic" for flag in flags_in(rest) if flag.startswith(("--data.", "--mix"))}
+    refuse_ignored(rest, (synthetic if given.tokens == "synthetic" else {}) | ignored_by_run(given.config))
     return name, given

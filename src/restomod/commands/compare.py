@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from restomod.arguments import parse
 from restomod.errors import UserError
+from restomod.parsing import parse
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,10 @@ def run(arguments: list[str]) -> int:
     from restomod.experiments.runs import open_run
     from restomod.experiments.tables import show
     from restomod.figures import require_matplotlib
-    from restomod.files import require_folder, write_json_atomically, write_text_atomically
+    from restomod.files import require_outputs, write_json_atomically, write_text_atomically
 
     json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
-    for path in (json, report, plot):
-        if path is not None:
-            require_folder(path)
+    require_outputs({"--json": json, "--markdown": report, "--plot": plot})
     if plot is not None:
         if plot.suffix.lower() != ".png":
             raise UserError(f"{plot}: the picture is a PNG file; name it .png")

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restomod.arguments import ResumeArguments, parse_run
+from restomod.arguments import ResumeArguments
 from restomod.config import RunConfig
 from restomod.errors import EXIT_USER_ERROR, UserError
 from restomod.experiments.hardware import find_gpu
 from restomod.experiments.offers import read_offers
 from restomod.experiments.plan import Measured, Plan
 from restomod.experiments.plan_text import lines
-from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.files import require_outputs, write_json_atomically
+from restomod.parsing import ignored_by_run, parse_run, refuse_ignored
 from restomod.presets import PRESETS, preset
 
 if TYPE_CHECKING:  # torch is imported for measuring only
@@ -51,6 +52,7 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"name a preset first: restomod plan PRESET {' '.join(arguments)} (restomod plan --help)")
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
+    refuse_ignored(rest, ignored_by_run(given.config))
     offers = read_offers(Path(given.offers) if given.offers is not None else None)
     plan = _plan(name, given)
     print("\n".join(list(lines(plan, offers))))  # all of it, or the one line of an error
@@ -72,8 +74,8 @@ def _refuse(given: PlanArguments) -> None:
         raise UserError("--price and --gpus are of the GPU that --gpu names; add --gpu, for example --gpu a100")
     if given.gpu is not None and given.config.device in ("cpu", "mps"):
         raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; leave one out")
-    if given.json is not None:
-        refuse_unwritable(Path(given.json))
+    json, offers = (Path(name) if name is not None else None for name in (given.json, given.offers))
+    require_outputs({"--json": json}, {"--offers": offers})
 
 
 def _plan(name: str, given: PlanArguments) -> Plan:

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from restomod.arguments import parse
 from restomod.config import Device, Precision
 from restomod.errors import UserError
 from restomod.experiments.report_usage import Prices
+from restomod.parsing import parse, refuse_ignored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +61,20 @@ def run(arguments: list[str]) -> int:
     if given.examine_tokens < 1:
         raise UserError(f"--examine-tokens is {given.examine_tokens}; it must be at least 1")
     prices = given.prices()
+    alone = ("--examine-tokens", "--device", "--precision")
+    refuse_ignored(arguments, {} if given.examine else dict.fromkeys(alone, "without --examine"))
 
     from restomod.experiments.report import open_runs, report, require_writable
 
     runs = open_runs(given.runs)
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
     out = Path(given.out) if given.out is not None else default
-    require_writable(out, "--out")
+    markdown, png = (Path(name) if name is not None else None for name in (given.markdown, given.png))
+    require_writable(out, markdown, png)
     if given.examine:
         from restomod.experiments.examine import examine
 
         for each in runs:
             examine(each, given.examine_tokens, given.device, given.precision)
-    markdown, png = (Path(name) if name is not None else None for name in (given.markdown, given.png))
     report(runs, out, markdown, png, prices)
     return 0

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import tyro
 
-from restomod.arguments import TrainArguments, parse, parse_run
+from restomod.arguments import TrainArguments
 from restomod.config import RunConfig, require_seed
 from restomod.errors import EXIT_USER_ERROR, UserError
 from restomod.experiments import space
 from restomod.experiments.space import Method, Value, grid, parse_dimension
 from restomod.experiments.store import Plan, Pruning
+from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import preset
 
 
@@ -70,6 +71,7 @@ def run(arguments: list[str]) -> int:
     own, others = split(rest)
     given = parse(SweepArguments, SweepArguments(out=f"sweeps/{name}"), own, f"restomod sweep {name}")
     plan = plan_of(name, base, given, others)
+    refuse_ignored(own, {"--search-seed": "with --grid"} if given.grid else {})
     for flag in ("max_hours", "max_dollars", "price"):
         value = getattr(given, flag)
         if value is not None and not 0 < value < math.inf:
@@ -95,14 +97,14 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     others: list[str] = []
     target, again = others, False
     for argument in arguments:
-        if argument.startswith("-"):
+        if is_flag(argument):
             flag = argument.lstrip("-").partition("=")[0].replace("-", "_")
             target = own if flag in {*OWN, "h", "help"} else others
             target.append(argument)
         else:  # --grid A B is --grid A --grid B
             repeated = [own[-2]] if again and target is own and len(own) > 1 and own[-2] in SPACES else []
             target += [*repeated, argument]
-        again = target is own and not argument.startswith("-")
+        again = target is own and not is_flag(argument)
     return own, others
 
 
@@ -145,8 +147,11 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
         raise UserError("seed is swept; leave --seeds out")
     require_seed("--search-seed", given.search_seed)
     longest: dict[str, Value] = {d.name: d.greatest for d in dimensions if d.name in ("steps", "optim.warmup_steps")}
-    of_trials = TrainArguments(base, out="")
+    of_trials = TrainArguments(base, out=given.out)
     config = parse_run(of_trials, [*flags, *space.flags(longest)], f"restomod sweep {name}").config
+    ignored = ignored_by_run(config)
+    decided = {flag for flag, why in ignored.items() if why.split()[1][2:].replace("-", "_") not in swept}
+    refuse_ignored(flags, {flag: ignored[flag] for flag in decided})
     require_seed("the last seed", config.seed + given.seeds - 1)
     data = config.data
     if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from restomod.arguments import parse
+from restomod.parsing import parse
 
 EXIT_NOT_HEALTHY = 1
 
@@ -30,11 +30,10 @@ def run(arguments: list[str]) -> int:
     from restomod.experiments.runs import open_run
     from restomod.experiments.tables import Table, show
     from restomod.experiments.verdict import verdict
-    from restomod.files import require_folder, write_json_atomically
+    from restomod.files import require_outputs, write_json_atomically
 
     path = Path(parsed.json) if parsed.json is not None else None
-    if path is not None:
-        require_folder(path)
+    require_outputs({"--json": path})
     found = verdict(open_run(parsed.run), parsed.weights)
     show(Table("", ["", "symptom", "what was seen"], [[f.status, f.symptom, f.reason] for f in found.findings]))
     print(found.summary())

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from restomod.arguments import parse
 from restomod.commands.report import PriceArguments
 from restomod.errors import UserError
+from restomod.parsing import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from restomod.experiments.report_png import draw
 from restomod.experiments.report_run import page_run
 from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import Run, open_run
-from restomod.files import write_text_atomically
+from restomod.files import require_outputs, write_text_atomically
 from restomod.text import visible
 
 
@@ -39,9 +39,7 @@ def report(
     Raises:
         UserError: a run's file is damaged, or one cannot be written.
     """
-    for path, flag in ((out, "--out"), (markdown, "--markdown")):
-        if path is not None:
-            require_writable(path, flag)
+    require_writable(out, markdown, png)
     data = page_data(runs, prices or Prices())
     page = as_page(data)  # all is made before the first file is written
     pictures = draw(data["runs"], png) if png is not None else []
@@ -84,11 +82,14 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
-def require_writable(path: Path, flag: str) -> None:
-    """Raise UserError where a file cannot be written, before anything is computed."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: the folder {path.parent} cannot be written to")
+def require_writable(out: Path, markdown: Path | None, png: Path | None) -> None:
+    """Raise UserError where a file of a report cannot be written, before anything is computed."""
+    require_outputs({"--out": out, "--markdown": markdown})
+    if png is None:
+        return
+    if png.exists() and not png.is_dir():
+        raise UserError(f"--png {png} is a file; name a folder")
+    for flag, path in (("--out", out), ("--markdown", markdown)):
+        inside = path is not None and path.suffix == ".png" and os.path.realpath(path.parent) == os.path.realpath(png)
+        if inside or (path is not None and os.path.realpath(path) == os.path.realpath(png)):
+            raise UserError(f"{flag} {path} and the pictures of --png {png} are in each other's way; name another file")

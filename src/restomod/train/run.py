@@ -111,11 +111,12 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     Raises:
         UserError: a setting has changed that must not, or the data is not what the run was trained on.
     """
-    old, new = to_dict(read_config(folder)), to_dict(config)
-    for name in new.keys() - MAY_CHANGE_ON_RESUME:
-        changed = differences({name: new[name]}, {name: old[name]})
-        if changed:
-            raise UserError(f"{name} cannot change when a run goes on: {', '.join(changed)}")
+    now, before = (
+        {name: value for name, value in to_dict(each).items() if name not in MAY_CHANGE_ON_RESUME}
+        for each in (config, read_config(folder))
+    )
+    if changed := differences(now, before):
+        raise UserError(f"this cannot change when a run goes on: {', '.join(changed)}")
     _starts(folder)  # it will be written anew, so it has to be readable
     manifest = read_json(folder / "data.json", "manifest of the run's data")
     trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"

@@ -1,0 +1,42 @@
+"""`restomod check`: is a model sound, and can it learn?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import tyro
+
+from restomod.arguments import CheckArguments
+from restomod.config import require_seed
+from restomod.parsing import parse
+
+if TYPE_CHECKING:  # torch is imported when it is needed
+    from restomod.train.console import Display
+    from restomod.train.sanity import Verdict
+
+EXIT_CHECK_FAILED = 1
+STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
+
+
+def run(arguments: list[str]) -> int:
+    """Check a preset or a model. Returns 0, or 1 where a check has failed."""
+    parsed = parse(CheckArguments, tyro.MISSING_NONPROP, arguments, "restomod check")
+    require_seed("--seed", parsed.seed)
+
+    from restomod.train.check import check
+    from restomod.train.console import Display
+
+    display = Display()
+    return show(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
+
+
+def show(verdicts: Iterable[Verdict], of: str, display: Display) -> int:
+    """Print verdicts as they come, and their sum. Returns the exit code."""
+    statuses = []
+    for verdict in verdicts:
+        display.verdict(verdict)
+        statuses.append(verdict.status)
+    counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
+    display.line(f"{of}: {', '.join(counts)}")
+    return EXIT_CHECK_FAILED if "fail" in statuses else 0

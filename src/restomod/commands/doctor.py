@@ -1,0 +1,24 @@
+"""`restomod doctor`: is this machine fit to train?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from restomod.arguments import DoctorArguments
+from restomod.commands.check import show
+from restomod.parsing import parse
+from restomod.presets import preset
+
+
+def run(arguments: list[str]) -> int:
+    """Examine this machine. Returns 0, or 1 where a check has failed."""
+    parsed = parse(DoctorArguments, tyro.MISSING_NONPROP, arguments, "restomod doctor")
+    config = preset(parsed.preset)
+
+    from restomod.doctor.examine import examine
+    from restomod.train.console import Display
+
+    verdicts = examine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
+    return show(verdicts, "this machine", Display())

@@ -1,0 +1,120 @@
+"""A lack of memory on a CPU is one line that says what needs less, in every verb."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from restomod import cli
+from restomod.cli import main
+
+HUGE = 2**60  # no machine has it
+
+
+def of_torch() -> object:
+    return torch.empty(HUGE, dtype=torch.uint8)
+
+
+def of_numpy() -> object:
+    return np.zeros(HUGE // 8)
+
+
+def of_python() -> object:
+    return bytearray(HUGE)
+
+
+def of_the_system() -> object:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def of_cpp() -> object:
+    raise RuntimeError("std::bad_alloc")
+
+
+def of_onednn() -> object:
+    raise RuntimeError("could not create a primitive")
+
+
+def of_a_library() -> object:
+    raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+
+def caused() -> object:
+    try:
+        return of_torch()
+    except RuntimeError as e:
+        raise RuntimeError("the step failed") from e
+
+
+@pytest.mark.parametrize(
+    "allocate", [of_torch, of_numpy, of_python, of_the_system, of_cpp, of_onednn, of_a_library, caused]
+)
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_every_verb_says_it_in_one_line(
+    verb: str, allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: list[str]) -> int:
+        allocate()
+        return 0
+
+    monkeypatch.setitem(cli.VERBS, verb, run)
+    assert main([verb]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("restomod: error: out of memory (")
+    assert error.count("\n") == 1
+    assert cli.NEEDS_LESS.get(verb, cli.NEEDS_LESS[""]) in error
+
+
+def test_another_error_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: list[str]) -> int:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(cli.VERBS, "train", run)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["train"])
+
+
+def test_the_flags_that_are_recommended_exist() -> None:
+    for verb, advice in cli.NEEDS_LESS.items():
+        flags = {word.strip(",") for word in advice.split() if word.startswith("--")}
+        preset = {"bench": ["step", "quickstart"], "train": ["quickstart"], "plan": ["quickstart"]}.get(verb, [])
+        done = subprocess.run(
+            [sys.executable, "-m", "restomod", *([verb] if verb else []), *preset, "--help"],
+            capture_output=True,
+            text=True,
+            env={"COLUMNS": "200", "PYTHONPATH": ":".join(sys.path)},
+        )
+        assert all(flag in done.stdout for flag in flags), (verb, flags)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [2**28, 400 * 2**20])
+@pytest.mark.parametrize("arguments", ["train quickstart --steps 1 --device cpu", "check quickstart --device cpu"])
+def test_a_process_whose_memory_is_limited(arguments: str, room: int, tmp_path: Path) -> None:
+    program = (
+        "import resource, sys, torch._dynamo, restomod.cli, restomod.train.loop, restomod.train.check\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv.pop(1)),) * 2)\n"
+        "sys.exit(restomod.cli.main(sys.argv[1:]))"
+    )
+    (tmp_path / "text.txt").write_text("A text that is long enough to be trained on.\n" * 4000)
+    text = ["--data.source", "text", "--data.path", "text.txt", "--out", "r"] if arguments.startswith("train") else []
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(room), *arguments.split(), *text],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert done.returncode == 2, done.stderr[-1000:]
+    assert done.stderr.count("\n") == 1
+    assert "memory" in done.stderr
+    assert not (tmp_path / "r").exists()
