@@ -23,6 +23,7 @@ LAYERS = (
     (
         "restomod.errors",
         "restomod.files",
+        "restomod.locks",
         "restomod.figures",
         "restomod.memory",
         "restomod.text",
