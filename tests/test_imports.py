@@ -24,6 +24,7 @@ LAYERS = (
         "restomod.errors",
         "restomod.files",
         "restomod.locks",
+        "restomod.output",
         "restomod.figures",
         "restomod.memory",
         "restomod.text",

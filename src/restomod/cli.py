@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import itertools
 import os
 import re
@@ -33,12 +32,11 @@ from restomod.arguments import (
 from restomod.config import RunConfig, require_seed
 from restomod.errors import (
     EXIT_USER_ERROR,
-    ReportedElsewhere,
     UserError,
-    describe_os_error,
     did_you_mean,
     reported_once,
 )
+from restomod.output import guarded, open_missing
 from restomod.presets import PRESETS, SIZES, preset, summary
 
 if TYPE_CHECKING:  # torch is imported when a verb needs it
@@ -46,7 +44,6 @@ if TYPE_CHECKING:  # torch is imported when a verb needs it
     from restomod.train.sanity import Verdict
 
 EXIT_CHECK_FAILED = 1
-EXIT_ABORTED = 130
 
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
 
@@ -238,6 +235,7 @@ def _show(verdicts: Iterable[Verdict], of: str, display: Display) -> int:
         statuses.append(verdict.status)
     counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
     display.line(f"{of}: {', '.join(counts)}")
+    display.require_printed()
     return EXIT_CHECK_FAILED if "fail" in statuses else 0
 
 
@@ -283,11 +281,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _printable(message: str) -> str:
-    """Without control characters: a name that a downloaded file holds must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-
-
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
@@ -306,34 +299,12 @@ def _run(arguments: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 2 with one line on stderr for whatever the user can mend."""
+    open_missing()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     command = None
     if arguments[:1] in (["train"], ["sweep"]):
         arguments, command = take_command(arguments)
-    return and_then(lambda: _guarded(arguments, debug), command)
-
-
-def _guarded(arguments: list[str], debug: bool) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
-    try:
-        try:
-            return _run(arguments)
-        finally:
-            sys.stdout.flush()  # a reader that has left is noticed here and not when Python exits
-    except BrokenPipeError:  # the reader of a pipe has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ReportedElsewhere:
-        return EXIT_USER_ERROR
-    except (UserError, OSError) as e:
-        if debug:
-            raise
-        message = str(e) if isinstance(e, UserError) else describe_os_error(e)
-        print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("restomod: stopped", file=sys.stderr)
-        return EXIT_ABORTED
+    goes_on = arguments[:1] == ["train"]  # without output; all other verbs are there to print
+    return and_then(lambda: guarded(lambda: _run(arguments), debug, goes_on), command)
