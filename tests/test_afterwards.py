@@ -170,3 +170,47 @@ def test_after_sigterm_the_process_itself_runs_it_before_it_ends(tmp_path: Path)
     process.terminate()
     assert process.wait(60) == -signal.SIGTERM
     assert said.read_text() == "the end\n"
+
+
+# --- cleaning up ---------------------------------------------------------------------------------------------
+
+HALF_DONE = """
+import pathlib, signal, sys, time
+from restomod import cli
+def work(arguments):
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    finally:
+        pathlib.Path(sys.argv[1]).unlink()
+cli.VERBS["data"] = work
+sys.exit(cli.main(["data"]))
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU])
+def test_what_a_signal_ends_is_left_in_order(tmp_path: Path, sent: signal.Signals, ignored: bool) -> None:
+    half = tmp_path / "half written"
+    half.touch()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALF_DONE, str(half)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(sent)
+    if ignored:  # as nohup has it
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        assert half.exists()
+        process.kill()
+        process.communicate()
+        return
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -sent  # as it would have ended anyway
+    assert not half.exists()
+    assert "Traceback" not in errors

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left"):
         write_text_atomically(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_the_text_is_on_the_disk_before_it_gets_its_name_and_the_name_follows(
@@ -67,6 +69,27 @@ def test_the_text_is_on_the_disk_before_it_gets_its_name_and_the_name_follows(
         ("replace", temporary, str(tmp_path / "a.txt")),
         ("fsync", str(tmp_path), "folder"),
     ]
+
+
+def test_several_processes_may_write_one_file(tmp_path: Path) -> None:
+    texts = [letter * 300_000 for letter in "abcd"]
+    problems: list[BaseException] = []
+
+    def write(text: str) -> None:
+        try:
+            for _ in range(10):
+                write_text_atomically(tmp_path / "a.txt", text)
+                assert (tmp_path / "a.txt").read_text() in texts
+        except BaseException as e:
+            problems.append(e)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_fsync_takes_files_and_folders_and_closes_them(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ LAYERS = (
     (
         "restomod.errors",
         "restomod.files",
+        "restomod.locks",
+        "restomod.output",
         "restomod.figures",
         "restomod.memory",
         "restomod.text",

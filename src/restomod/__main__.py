@@ -1,7 +1,17 @@
-"""`python -m restomod`."""
+"""`python -m restomod`, and the command `restomod`."""
 
 import sys
 
-from restomod.cli import main
+from restomod.train.signals import stop_with_torchrun
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line."""
+    stop_with_torchrun()  # before what takes seconds to import: torchrun may be killed meanwhile
+    from restomod.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

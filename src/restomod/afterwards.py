@@ -1,7 +1,8 @@
-"""A command that runs when all is over, however it ends: ``--then "sudo shutdown now"``.
+"""What is done when all is over, however it ends: cleaning up, and ``--then "sudo shutdown now"``.
 
-The process runs it itself, last of all. Where it cannot any more (it was killed, the interpreter crashed), a shell does
-that waits for the end of its standard input, which comes with that of the process.
+A signal that ends a process at once would leave behind what is half written, so it becomes an exception first. The
+command of ``--then`` is run by the process itself, last of all. Where it cannot any more (it was killed, the
+interpreter crashed), a shell does that waits for the end of its standard input, which comes with that of the process.
 """
 
 from __future__ import annotations
@@ -15,11 +16,25 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+from restomod.output import complain
+
 FLAG = "--then"
+
+# Ctrl-C and Ctrl-\, the end of a terminal, what schedulers send: Slurm's --signal=USR1@60, a limit of CPU time
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)  # Windows lacks most
+]
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come; a BaseException, so that nothing takes it for an error of its own."""
+    """A signal has come; a BaseException, so that nothing takes it for an error of its own."""
+
+
+def clean_up(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal that ends the process: leave everything in order first."""
+    raise _Terminated(signum)
 
 
 def take_command(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -46,54 +61,56 @@ def take_command(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def and_then(work: Callable[[], int], command: str | None) -> int:
-    """Do ``work``, and run ``command`` once it has ended, in whatever way.
+    """Do ``work``, and run ``command``, if there is one, once it has ended, in whatever way.
 
     Of the processes of a torchrun the first runs it; where torchrun will start a failed one again, only after the last
-    time. SIGTERM ends this process as it would without a command, but for the command.
+    time. A signal that ends this process does so after ``work`` is left and the command has run. Those that are
+    ignored, as nohup has it, stay so. A process that waits for others in the middle of a run answers no handler, so
+    without a command all signals keep their usual effect there.
 
     Returns:
         What ``work`` does.
     """
-    if command is None or os.environ.get("RANK", "0") != "0":
-        return work()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    ours = command is not None and os.environ.get("RANK", "0") == "0"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < restarts
-    watcher = None if started_again else _Watcher(command)
-    in_main_thread = threading.current_thread() is threading.main_thread()  # Python delivers signals to no other
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if in_main_thread else {}
-    if in_main_thread:
-        signal.signal(signal.SIGTERM, _terminate)
-    code: int | None = None
-    terminated = False
+    watcher = _Watcher(command) if command is not None and ours and not started_again else None
+    taken: list[int] = []
+    if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        taken = [s for s in STOPPING if alone and signal.getsignal(s) is signal.SIG_DFL]
+        taken += [signal.SIGTERM] if ours and signal.SIGTERM not in taken else []
+    before = {s: signal.signal(s, clean_up) for s in taken}
+    code = ended_by = None
     try:
         code = work()
-    except _Terminated:
-        terminated = True
+    except _Terminated as e:
+        ended_by = int(e.args[0])
     finally:
-        for s in before:
-            signal.signal(s, lambda *_: None)  # not SIG_IGN, which the command would inherit
-        if code == 0 or not started_again:
-            if watcher is not None:
-                watcher.dismiss()
-            _run(command)
+        if command is not None and ours:
+            before |= {signal.SIGINT: signal.getsignal(signal.SIGINT)} if before else {}
+            for s in before:
+                signal.signal(s, lambda *_: None)  # not SIG_IGN, which the command would inherit
+            if code == 0 or not started_again:
+                if watcher is not None:
+                    watcher.dismiss()
+                _run(command)
         for s, handler in before.items():
             signal.signal(s, handler)
-    if terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-    return 128 + signal.SIGTERM if code is None else code
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    if ended_by is not None:
+        signal.signal(ended_by, signal.SIG_DFL)
+        os.kill(os.getpid(), ended_by)
+        return 128 + ended_by
+    assert code is not None
+    return code
 
 
 def _run(command: str) -> None:
-    with contextlib.suppress(OSError):  # its reader may have left
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader may have left
         sys.stdout.flush()
     code = subprocess.run(command, shell=True).returncode
     if code != 0:
-        print(f"restomod: {FLAG}: {command!r} has ended with exit code {code}", file=sys.stderr)
+        complain(f"restomod: {FLAG}: {command!r} has ended with exit code {code}")
 
 
 class _Watcher:

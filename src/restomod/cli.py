@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import itertools
 import os
 import re
@@ -29,19 +28,15 @@ from restomod.arguments import (
 from restomod.config import RunConfig, require_seed
 from restomod.errors import (
     EXIT_USER_ERROR,
-    ReportedElsewhere,
     UserError,
-    describe_os_error,
     did_you_mean,
-    is_out_of_memory,
-    one_line,
     reported_once,
 )
 from restomod.files import require_outputs
+from restomod.output import guarded, open_missing
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, preset, summary
 
-EXIT_ABORTED = 130
 NEEDS_LESS = {  # what needs less memory, by verb
     "train": "lower --micro-batch, --batch-tokens or --sequence-length, or train a smaller model",
     "bench": "lower --micro-batch, --batch-tokens or --sequence-length",
@@ -266,11 +261,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _printable(message: str) -> str:
-    """Without control characters: a name that a downloaded file holds must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-
-
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
@@ -289,38 +279,13 @@ def _run(arguments: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 2 with one line on stderr for whatever the user can mend."""
+    open_missing()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     command = None
     if arguments[:1] in (["train"], ["sweep"]):
         arguments, command = take_command(arguments)
-    return and_then(lambda: _guarded(arguments, debug), command)
-
-
-def _guarded(arguments: list[str], debug: bool) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
-    try:
-        try:
-            return _run(arguments)
-        finally:
-            sys.stdout.flush()  # a reader that has left is noticed here and not when Python exits
-    except BrokenPipeError:  # the reader of a pipe has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ReportedElsewhere:
-        return EXIT_USER_ERROR
-    except Exception as e:
-        no_memory = is_out_of_memory(e) and not isinstance(e, UserError)
-        if debug or not (no_memory or isinstance(e, UserError | OSError)):
-            raise
-        if no_memory:
-            message = f"out of memory ({one_line(e)}); {NEEDS_LESS.get((arguments or [''])[0], NEEDS_LESS[''])}"
-        else:
-            message = describe_os_error(e) if isinstance(e, OSError) else str(e)
-        print(f"restomod: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("restomod: stopped", file=sys.stderr)
-        return EXIT_ABORTED
+    goes_on = arguments[:1] == ["train"]  # without output; all other verbs are there to print
+    needs_less = NEEDS_LESS.get((arguments or [""])[0], NEEDS_LESS[""])
+    return and_then(lambda: guarded(lambda: _run(arguments), debug, goes_on, needs_less), command)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from restomod.errors import UserError
+from restomod.locks import FileLock
 
 
 def sha256_file(path: Path) -> str:
@@ -98,18 +99,27 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, sync it, and rename it into place."""
+    """Write ``text`` beside ``path``, sync it, and rename it into place. Nothing is left of it where that fails."""
     write_bytes_atomically(path, text.encode())
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, sync it, and rename it into place."""
+    """Write ``content`` beside ``path``, sync it, and rename it into place. Nothing is left of it where that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with FileLock(temporary) as lock:  # another process may be writing the same file
+        assert lock.fd is not None
+        try:
+            with open(lock.fd, "wb", closefd=False) as f:
+                f.truncate(0)  # what a killed process has left
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            if not lock.enforced:
+                lock.release()  # Windows renames no open file
+            os.replace(temporary, path)
+        except BaseException:
+            lock.release(remove=True)
+            raise
     fsync_path(path.parent)
 
 

@@ -3,14 +3,19 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import tiktoken
 
+from restomod import locks
 from restomod.config import DataConfig
 from restomod.config_prepare import PrepareConfig
 from restomod.data import prepare as module
@@ -22,6 +27,7 @@ from restomod.data.shards import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
 from restomod.data.verified import VERIFIED
 from restomod.errors import UserError
+from restomod.locks import FileLock
 from tests.data.pieces import tiny_pieces
 
 END = 50256  # <|endoftext|>
@@ -408,7 +414,8 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(
 def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
     book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process may be about to open it."""
+    """The other process may be about to open it. Without locks, nothing else keeps the two apart."""
+    monkeypatch.setattr(locks, "fcntl", None)
     others: list[Dataset] = []
     finished = {}
 
@@ -416,17 +423,61 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
 
     def overtaken(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
         monkeypatch.setattr(BulkEncoder, "encode", encode)
-        monkeypatch.setattr(os, "getpid", lambda: 2)
         others.append(prepare(book, tokenizer))
         finished.update(state(others[0].folder))
         return encode(encoder, texts)
 
-    monkeypatch.setattr(os, "getpid", lambda: 1)
     monkeypatch.setattr(BulkEncoder, "encode", overtaken)
     mine = prepare(book, tokenizer)
     assert mine.manifest == others[0].manifest
     assert folders(book) == [mine.folder.name]
     assert state(mine.folder) == finished
+
+
+def test_of_several_that_ask_at_once_one_works(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = module._write, []
+
+    def slow(*arguments: Any) -> None:
+        written.append(threading.current_thread())
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "_write", slow)
+    found: list[Dataset] = []
+    threads = [threading.Thread(target=lambda: found.append(prepare(book, tokenizer))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 1
+    assert [dataset.manifest for dataset in found] == [found[0].manifest] * 3
+    assert folders(book) == [found[0].folder.name]
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
+    book: DataConfig, tokenizer: Tokenizer
+) -> None:
+    cache = Path(book.cache)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = prepare(book, tokenizer).folder.name
+    names = {
+        "killed": f".{name}.{'a1' * 16}.tmp",
+        "killed, of other text": f".text-0123456789ab.{'b2' * 16}.tmp",
+        "at work": f".text-ba9876543210.{'c3' * 16}.tmp",
+        "killed, of an earlier version": f".text-111111111111.{dead.pid}.tmp",
+        "at work, of an earlier version": f".text-222222222222.{os.getpid()}.tmp",
+        "not ours": ".mine.tmp",
+    }
+    for leftover in names.values():
+        (cache / leftover).mkdir()
+        (cache / leftover / "train_000000.bin").write_bytes(b"half of it")
+    with FileLock(cache / ".text-ba9876543210.lock"):
+        prepare(book, tokenizer)
+        left = {what for what, leftover in names.items() if (cache / leftover).exists()}
+    assert left == {"at work", "at work, of an earlier version", "not ours"}
 
 
 # --- tokens that are there already --------------------------------------------------------------------------

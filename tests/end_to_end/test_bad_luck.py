@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from restomod.data.prefetch import Prefetch
 from restomod.errors import UserError
 from restomod.train import guard as guard_module
 from restomod.train import journal as journal_module
+from restomod.train import run as run_module
+from restomod.train import saver as saver_module
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
 from restomod.train.console import Display
 from restomod.train.loop import EXIT_INTERRUPTED, train
@@ -357,7 +362,9 @@ def test_a_full_disk_costs_no_checkpoint(
             assert errors.startswith("restomod: error: cannot save ")
             assert errors.count("\n") == 1
         else:
-            assert process.returncode == 0, errors
+            assert process.returncode == 2, errors  # it lacks the last checkpoint
+            assert errors.startswith("restomod: error: cannot save ")
+            assert errors.count("\n") == 1
             assert "warning: cannot save" in printed
             assert "No space left on device" in printed
             assert len(records(out, "train")) == 12
@@ -373,6 +380,110 @@ def test_a_full_disk_costs_no_checkpoint(
         assert len(records(out, "train")) == 14
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def unsaved(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Nothing can be saved at these steps."""
+    write = saver_module.write_checkpoint
+
+    def refuse(run: Path, step: int, *arguments: Any) -> Path:
+        if step in steps:
+            raise UserError("cannot save: No space left on device")
+        return write(run, step, *arguments)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", refuse)
+
+
+def test_a_run_that_lacks_its_last_checkpoint_has_failed(
+    quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(quick, on_save_error="continue")
+    unsaved(monkeypatch, 8)
+    assert train(config, tmp_path / "passing", display=QUIET) == 0
+    unsaved(monkeypatch, 8, 12)
+    with pytest.raises(UserError, match="No space left"):
+        train(config, tmp_path / "lacking", display=QUIET)
+    assert [r["step"] for r in records(tmp_path / "lacking", "train")] == list(range(12))
+
+
+# --- output and logs -----------------------------------------------------------------------------------------
+
+
+class Broken(io.StringIO):
+    """Standard output that fails, from a step on."""
+
+    def __init__(self, error: Exception, after: str) -> None:
+        super().__init__()
+        self.error, self.after = error, after
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        if self.after in self.getvalue():
+            raise self.error
+        return len(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "steps"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 0, 12),
+        (OSError(errno.EIO, "Input/output error"), 0, 12),
+        (ValueError("I/O operation on closed file"), 0, 12),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 75, 7),  # which the next step notices
+    ],
+)
+@pytest.mark.parametrize("interactive", [False, True])
+def test_output_that_fails_costs_no_checkpoint(
+    quick: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    steps: int,
+    interactive: bool,
+) -> None:
+    """A run goes on without it; where its reader has left, it stops with a checkpoint."""
+    if interactive and code == 75:
+        pytest.skip("a progress bar is drawn when it likes")
+    monkeypatch.setattr(sys, "stdout", Broken(error, "Step" if interactive else "step 6/"))
+    assert train(quick, tmp_path / "run", display=Display(interactive)) == code
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(steps))
+    verify_checkpoint(tmp_path / "run/checkpoints" / f"step_{steps:06d}")
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("standard output") == (0 if interactive else 1)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_log_that_cannot_be_written_stops_the_run_with_a_checkpoint(
+    quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    """And where there is room again by the next record, nothing is lost."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(quick, whole, display=QUIET) == 0
+    append, refused = run_module.append_jsonl, []
+
+    def full(path: Path, record: dict[str, Any]) -> None:
+        if record["step"] == 5 and (lasting or not refused):
+            refused.append(record)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        append(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "append_jsonl", full)
+        if lasting:
+            with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device.*--resume") as caught:
+                train(quick, run, display=QUIET)
+            assert "\n" not in str(caught.value)
+            verify_checkpoint(run / "checkpoints/step_000007")
+        else:
+            assert train(quick, run, display=QUIET) == 0
+    if lasting:
+        assert train(quick, run, resume=True, display=QUIET) == 0
+    else:
+        assert [r["step"] for r in records(run, "train")] == list(range(12))
+    assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(whole).values(), strict=True))
 
 
 # --- memory --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from restomod.config import Precision, RunConfig
 from restomod.config_json import read_config
 from restomod.errors import UserError
+from restomod.train import run_lock
 from restomod.train.console import Display
 from restomod.train.loop import EXIT_INTERRUPTED, train
 from restomod.train.metrics import read_jsonl
@@ -141,7 +143,12 @@ sys.exit(main())
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000002"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+SELDOM = [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)]
+)
 def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
     tiny: RunConfig, tmp_path: Path, restomod: Start, sent: signal.Signals
 ) -> None:
@@ -157,6 +164,60 @@ def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
     (checkpoint,) = (run / "checkpoints").iterdir()
     trained = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
     assert checkpoint.name == f"step_{len(trained):06d}"
+
+
+def test_a_signal_while_text_is_prepared_leaves_nothing_behind(
+    tiny: RunConfig, tmp_path: Path, restomod: Start
+) -> None:
+    slow = """
+import sys, time
+from restomod.data import prepare
+encoded = prepare.encoded
+def waiting(*arguments):
+    yield next(encoded(*arguments))
+    open("began", "w").close()
+    time.sleep(60)
+prepare.encoded = waiting
+from restomod.cli import main
+sys.exit(main())
+"""
+    process = restomod("train", "quickstart", "--out", "runs/new", *flags(tiny), program=("-c", slow))
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert len(list((tmp_path / "data").iterdir())) == 2  # what is half made, and its lock
+    process.terminate()
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
+    assert "Traceback" not in error
+    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_being_trained_is_left_alone(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.2)
+    assert train(tiny, run, display=QUIET) == 0
+    (run / "checkpoints/.step_000016.tmp").mkdir()  # as if it were being written
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "train", "step": 12, "loss": 1.0}\n')
+    with open(run / "config.json", "a") as f:
+        f.write("\n")
+
+    def state() -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in run.rglob("*")}
+
+    lock = run_lock.RunLock(run)
+    lock.take(resume=True)
+    before = state()
+    with pytest.raises(UserError, match=f"process {os.getpid()} on "):
+        train(dataclasses.replace(tiny, steps=14), run, resume=True, display=QUIET)
+    assert state() == before
+    lock.release()
+    assert train(dataclasses.replace(tiny, steps=14), run, resume=True, display=QUIET) == 0
+    assert [r["step"] for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"] == list(range(14))
 
 
 def test_a_stop_before_the_first_step_can_be_resumed_too(

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
 from restomod.errors import UserError
-from restomod.train import distributed
+from restomod.train import distributed, meeting
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised
 from restomod.train.gather import whole
 from restomod.train.optimizer import build_optimizer
@@ -441,3 +442,67 @@ def test_every_process_has_its_own_gpu_or_is_told_how_many_there_are(monkeypatch
     assert device_of(cuda, Processes(3, 4, 1)) == torch.device("cuda", 1)  # two machines of two
     with pytest.raises(UserError, match="--nproc-per-node 2"):
         device_of(cuda, Processes(2, 4, 2))
+
+
+# --- one works, the others wait ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def impatient(silence: float) -> Iterator[None]:
+    """A collective operation may take three seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "PATIENCE", datetime.timedelta(seconds=3))
+        patch.setattr(meeting, "SIGN_EVERY", 0.1)
+        patch.setattr(meeting, "SILENCE", silence)
+        yield
+
+
+def slow_alone(rank: int, one_first: bool, work: str) -> list[Any]:
+    """One process works for longer than a collective operation may take."""
+
+    def slow(processes: Processes) -> Any:
+        if processes.rank == rank:
+            time.sleep(4.5)
+        return work
+
+    with impatient(silence=60), joined() as processes:
+        found = [processes.together(lambda: slow(processes), one_first)]
+        if rank == 0:
+            found.append(processes.from_main(lambda: slow(processes)))
+        return [*found, processes.sum(processes.rank)]
+
+
+@pytest.mark.parametrize(("rank", "one_first"), [pytest.param(0, True, marks=pytest.mark.slow), (1, False)])
+def test_others_wait_for_one_that_works_as_long_as_it_does(rank: int, one_first: bool) -> None:
+    for found in results(3, slow_alone, rank, one_first, "work"):
+        assert found == ["work"] * (2 if rank == 0 else 1) + [[3.0]]
+
+
+def dies_alone(how: str) -> None:
+    def work(processes: Processes) -> None:
+        if processes.rank == 0:
+            time.sleep(1)
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            raise ZeroDivisionError("a fault")
+
+    with impatient(silence=2):
+        member(together, work)
+
+
+def together(processes: Processes, work: Any) -> None:
+    processes.together(lambda: work(processes))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("killed", "process 0 has given no sign of life"), ("fault", "ZeroDivisionError: a fault")]
+)
+def test_where_the_one_that_works_dies_the_others_say_so_soon(how: str, said: str) -> None:
+    began = time.monotonic()
+    ended = launch(2, dies_alone, how, timeout=60)
+    assert time.monotonic() - began < 30
+    assert said in ended[0].error + ended[1].error
+    assert ended[1].code == 2
+    assert ("another process of this run is gone" in ended[1].error) == (how == "killed")

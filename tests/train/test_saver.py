@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from restomod.config import RunConfig
 from restomod.errors import UserError
@@ -246,3 +247,26 @@ def test_saving_from_a_cpu_leaves_cuda_alone(tmp_path: Path, monkeypatch: pytest
     with Saver(tmp_path, CONFIG) as saver:
         saver.save(1, trainee.model, trainee.optimizer)
     assert steps(tmp_path) == [1]
+
+
+class Copies(TorchFunctionMode):
+    """Notes of every copy whether it was asked for without waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asynchronous: list[bool] = []
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(f, "__name__", "") == "copy_":
+            self.asynchronous.append(bool((kwargs or {}).get("non_blocking")))
+        return f(*args, **(kwargs or {}))
+
+
+def test_only_copies_from_cuda_are_read_later_than_they_are_made(tmp_path: Path) -> None:
+    """Of MPS there is no event to wait for, so what is copied without waiting may be written before it is there."""
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    with Saver(tmp_path, CONFIG) as saver, Copies() as copies:
+        saver.save(1, trainee.model, trainee.optimizer)
+    assert len(copies.asynchronous) > 20
+    assert not any(copies.asynchronous)

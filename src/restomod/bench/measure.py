@@ -61,7 +61,7 @@ class Steps:
         clock = PhaseClock(lambda: synchronize(self.compute.device))
         micro_batches, _ = self.data.get(step)
         clock.mark("data")
-        processes = _MarkingProcesses(self.processes.rank, self.processes.count, self.processes.local_rank, clock)
+        processes = _MarkingProcesses(**vars(self.processes), clock=clock)
         with clock.marks_forward(self.loss_of):
             self._make(micro_batches, step, processes)
         clock.mark("update")

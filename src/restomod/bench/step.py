@@ -74,6 +74,7 @@ def bench_step(
         for what, file in (("results", json), ("trace", trace)):
             if file is not None:
                 display.line(f"{what} written to {file}")
+        display.require_printed()
     return 0
 
 

@@ -39,4 +39,5 @@ def show(verdicts: Iterable[Verdict], of: str, display: Display) -> int:
         statuses.append(verdict.status)
     counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
     display.line(f"{of}: {', '.join(counts)}")
+    display.require_printed()
     return EXIT_CHECK_FAILED if "fail" in statuses else 0

@@ -104,6 +104,7 @@ def _measure(name: str, config: RunConfig) -> Measured:
     display = Display()
     report = measure_part(config, name, TIMED, display)
     display.line("")
+    display.require_printed()
     return measured_of(report)
 
 

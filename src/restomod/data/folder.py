@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from restomod.config_prepare import PrepareConfig
 from restomod.data.manifest import READ
 from restomod.data.plan import Unit, describe, kinds_of, plan
@@ -29,6 +27,7 @@ from restomod.data.steps import SLURM, WORK, failure_path, hashes_path, record_p
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import read_json, write_json_atomically
+from restomod.locks import FileLock
 
 LOCK = "lock"
 
@@ -70,14 +69,14 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    lock = filelock.FileLock(out / WORK / LOCK)
+    lock = FileLock(out / WORK / LOCK)
     try:
         (out / WORK).mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UserError(f"another `restomod prepare` is at work on {out}; let it finish, or stop it first") from None
+        free = lock.acquire(wait=False)
     except OSError as e:
         raise UserError(f"{out}: cannot make this folder ({e.strerror})") from None
+    if not free:
+        raise UserError(f"another `restomod prepare` is at work on {out}; let it finish, or stop it first")
     try:
         yield
     finally:

@@ -140,7 +140,8 @@ def _progress(out: Path, units: int, report: Callable[[str], None]) -> Iterator[
             if seen < len(now) < units:
                 seen, tokens = len(now), sum(now) - sum(before)
                 speed = tokens / (time.perf_counter() - start)
-                report(f"{seen:,} of {units:,} units, {sum(now):,} tokens, {speed:,.0f} tokens/s")
+                with contextlib.suppress(OSError, ValueError):  # where printing fails, the main thread will meet it
+                    report(f"{seen:,} of {units:,} units, {sum(now):,} tokens, {speed:,.0f} tokens/s")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

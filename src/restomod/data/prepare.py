@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +39,12 @@ from restomod.data.sources import documents, source_name
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, move_folder, write_json_atomically
+from restomod.locks import FileLock, locked
 
 BATCH_CHARACTERS = 4_000_000  # of text encoded at once: fast, and little memory
 COPY_TOKENS = 1_000_000  # at once, from one file to another
+TELL_EVERY = 5.0  # seconds between lines about how far the tokens are
+HALF_MADE = re.compile(r"\.(?P<name>.+-[0-9a-f]{12})\.(?P<id>[0-9a-f]+)\.tmp")
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
@@ -44,7 +52,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
 
     Every document is preceded by ``<|endoftext|>``, as in published FineWeb shards. A source that is one single
     document has nothing to delimit: it is written bare, and validation is its tail. The folder appears under its
-    name only when it is whole.
+    name only when it is whole. Where several processes ask for the same at once, one works and the others wait for it.
 
     Raises:
         UserError: from the source, or because a cached folder is damaged.
@@ -58,29 +66,76 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     reading = Reading()
     read = map(reading.count, documents(config, reading))
     hashes = [split_hash(document.parts(), config.split_seed) for document in read]
-    fingerprint = _fingerprint(config, tokenizer, hashes)
+    fingerprint, files = _fingerprint(config, tokenizer, hashes), reading.to_dict()
     folder = Path(config.cache) / f"{source_name(config)}-{fingerprint[:12]}"
+    _remove_half_made(folder.parent)
     if not (folder / MANIFEST).exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same id
-        temporary.mkdir(parents=True)
-        try:
-            _write(config, tokenizer, temporary, hashes, fingerprint, shard_tokens, reading.to_dict())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(_lock_of(folder), lambda: _say(f"another process is preparing {folder}; waiting for it")):
             if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
-                shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
-                move_folder(temporary, folder, MANIFEST)
-                fsync_path(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    dataset = open_dataset(
-        folder, tokenizer.sha256
-    )  # perhaps of equal text in files of other names: told as they are now
-    return dataclasses.replace(dataset, manifest=dataset.manifest | _told(reading.to_dict()))
+                _make(
+                    folder,
+                    lambda at: _write(config, tokenizer, at, hashes, fingerprint, shard_tokens, reading.to_dict()),
+                )
+    dataset = open_dataset(folder, tokenizer.sha256)
+    # perhaps of equal text in files of other names: told as they are now
+    return dataclasses.replace(dataset, manifest=dataset.manifest | _told(files))
 
 
 def _told(read: dict[str, Any]) -> dict[str, Any]:
     """The manifest's entry; none for a source whose files are not the user's."""
     return {READ: read} if read else {}
+
+
+def _make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder, which gets its name once it is whole."""
+    # no two processes write into one folder, even where a file system has no locks
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        write(temporary)
+        if not (folder / MANIFEST).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
+            move_folder(temporary, folder, MANIFEST)
+            fsync_path(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_half_made(cache: Path) -> None:
+    """Remove what killed processes have left in a cache: what is half made and whose lock nobody holds."""
+    for leftover in cache.glob(".*.tmp"):
+        parts = HALF_MADE.fullmatch(leftover.name)
+        # earlier versions had no lock, and named what they made after their process
+        if parts is None or (len(parts["id"]) < 32 and _runs(parts["id"])):
+            continue
+        lock = FileLock(_lock_of(cache / parts["name"]))
+        with contextlib.suppress(OSError):
+            if lock.acquire(wait=False) and lock.enforced:
+                shutil.rmtree(leftover)
+        lock.release(remove=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this number may run on this machine."""
+    if os.name != "posix":  # where asking is not harmless
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
@@ -222,7 +277,11 @@ def _write(
     writers = {split: ShardWriter(folder, split, shard_tokens) for split in SPLITS}
     counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
     separator = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    for h, parts in encoded(documents(config), BulkEncoder(tokenizer), config.split_seed, hashes):
+    told = time.monotonic()
+    for i, (h, parts) in enumerate(encoded(documents(config), BulkEncoder(tokenizer), config.split_seed, hashes)):
+        if time.monotonic() > told + TELL_EVERY:
+            told = time.monotonic()
+            _say(f"preparing {source_name(config)}: {i:,} of {len(hashes):,} documents are tokens")
         if len(hashes) == 1:
             counts = write_by_position(parts, config.val_fraction, writers, tokenizer)
             continue

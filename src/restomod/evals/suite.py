@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def evaluate_model(
         dataset = (
             processes.together(lambda: _dataset(name, data, config), one_first=True) if HELDOUT in wanted else None
         )
-        found = str(subject.folder) if Path(name).is_dir() else name  # a run may have a newer checkpoint meanwhile
+        # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
+        found = processes.gather(str(subject.folder))[0] if Path(name).is_dir() else name
         model = processes.together(lambda: open_language_model(found, where, dtype), one_first=True)
         here = environment(describe_device(where), dtype_name(dtype)) | {"processes": processes.count}
         results: dict[str, dict[str, Any]] = {}
@@ -114,8 +116,8 @@ def evaluate_model(
             results[HELDOUT] = held.to_dict()
             windows = f"windows of {len(held.by_position):,}"
             rows.append((HELDOUT, windows, _estimates(held), f"{held.tokens:,} tokens"))
-            if processes.main and subject.run:
-                _draw(subject, held, display)
+            if subject.run:
+                processes.from_main(functools.partial(_draw, subject, held, display))  # the others wait for it
         for task in loaded:
             result = evaluate(model, task, batch, processes)
             display.lines(_remarks(task, result, model))
@@ -126,6 +128,7 @@ def evaluate_model(
             for headings, lines in _tables(subject, rows):
                 display.line("")
                 display.grid(headings, lines)
+            display.require_printed()
     return 0
 
 

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from restomod.config_json import from_dict, to_dict
 from restomod.errors import UserError
 from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
-from restomod.experiments.locks import FileLock
 from restomod.experiments.runs import process_count, started
 from restomod.experiments.space import Method, Value, grid, parse_dimension
 from restomod.files import read_json, write_json_atomically
+from restomod.locks import FileLock
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -100,6 +100,11 @@ class Store:
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder / "locks" / "sweep")
         with self.lock:
+            if not self.lock.enforced:
+                raise UserError(
+                    f"a sweep needs file locks (flock), and {folder} is on a file system without them (or this is "
+                    f"Windows, where WSL has them); choose another --out"
+                )
             self._agree()
             self._study = self._open()
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from restomod import output
+from restomod.errors import UserError
 from restomod.text import duration
 from restomod.train.metrics import read_jsonl
 
@@ -84,33 +87,82 @@ def sanity_lines(verdicts: list[Verdict]) -> list[str]:
     return [*head, *too, *warnings]
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would end the program; `Display` has better to do
+class _Output(io.TextIOBase):
+    """Standard output for rich, which prints from a thread too: a failure is passed on, and raised nowhere.
+
+    Args:
+        fail: told what has failed.
+    """
+
+    def __init__(self, fail: Callable[[Exception], None]) -> None:
+        self._fail = fail
+
+    @property
+    def _stream(self) -> TextIO | None:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # below a progress bar, rich puts itself in between
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        stream = self._stream
+        return stream is not None and not stream.closed and stream.isatty()
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, do: Callable[[TextIO], object]) -> None:
+        stream = self._stream
+        try:
+            if stream is not None:
+                do(stream)
+        except (OSError, ValueError) as e:  # ValueError: it is closed, or cannot encode a character
+            self._fail(e)
 
 
 class Display:
     """Prints a run. ``interactive`` decides between the progress bar and plain lines; ``muted`` prints nothing.
 
-    When the reader of standard output has left, ``closed`` becomes true and all further output is dropped.
+    Where printing fails, all further output is dropped: the work goes on. When the reader of standard output has left,
+    ``closed`` becomes true.
     """
 
     def __init__(self, interactive: bool | None = None, muted: bool = False) -> None:
-        self.interactive = (sys.stdout.isatty() if interactive is None else interactive) and not muted
+        file = _Output(self._fail)
+        self.interactive = (file.isatty() if interactive is None else interactive) and not muted
         self.muted = muted
-        self.console: Console = _Console(highlight=False, soft_wrap=True)
-        self.closed = False
+        self.console = Console(file=cast(TextIO, file), highlight=False, soft_wrap=True)
+        self.on_failure: Callable[[str], None] = lambda reason: None
+        """Told once why nothing more is printed, unless the reader has left."""
+        self._failure: Exception | None = None
         self._progress: Progress | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether the reader of standard output has left."""
+        return isinstance(self._failure, BrokenPipeError)
+
+    def require_printed(self) -> None:
+        """Raise UserError if something could not be printed."""
+        if self._failure is not None and not self.closed:
+            raise UserError(f"standard output cannot be written ({output.reason(self._failure)})")
+
+    def _fail(self, e: Exception) -> None:
+        if self._failure is None:
+            self._failure = e
+            output.drop("stdout")
+            if not self.closed:
+                self.on_failure(output.reason(e))
+
     def _print(self, text: RenderableType, soft_wrap: bool = True) -> None:
-        if self.closed or self.muted:
-            return
-        try:
+        if self._failure is None and not self.muted:
             self.console.print(text, soft_wrap=soft_wrap)
             self.console.file.flush()
-        except BrokenPipeError:
-            self.closed = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own last flush succeeds
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Two columns, what and its value, which is wrapped in a terminal."""

@@ -17,7 +17,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config import Parallel
 from restomod.errors import ReportedElsewhere, UserError, describe_os_error, one_line
 from restomod.model.gpt import GPT
-from restomod.train.signals import stop_with_parent
+from restomod.train.meeting import Meetings
+from restomod.train.signals import stop_with_torchrun
 
-PATIENCE = datetime.timedelta(minutes=30)  # others wait so long for one that prepares data or saves
+PATIENCE = datetime.timedelta(minutes=30)  # others wait so long in a collective operation
 CONNECTING = datetime.timedelta(minutes=1)  # to torchrun's store, which is there before the processes are
 
 Result = TypeVar("Result")
@@ -46,6 +47,8 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     """Among those on the same machine."""
+    meetings: Meetings | None = field(default=None, compare=False)
+    """Where they wait for each other's work; None: in the collective operation after it."""
 
     @property
     def main(self) -> bool:
@@ -112,6 +115,8 @@ class Processes:
                     problem = e
                 except OSError as e:
                     problem = e
+            if self.meetings is not None:
+                self.meetings.wait_for_all()
             failed: list[bool] = [False] * self.count
             dist.all_gather_object(failed, problem is not None)
             if any(failed):
@@ -170,16 +175,15 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
     Args:
         mend: what the user is to do where one of them is lost.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_with_parent()  # torchrun, which ends its processes unless it is killed
+    stop_with_torchrun()
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()
         return
-    processes = Processes(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         # Numbers and objects of the CPU go through gloo and wait for no GPU; gradients and weights go through NCCL.
         # Without `device_id`, which would connect NCCL here: `device_of` refuses two processes on one GPU in plain
         # words, NCCL with an internal error; and a run on the CPU needs no NCCL.
@@ -187,7 +191,9 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
     store, rank = _store()
     # after a restart torchrun's store still holds the addresses of the processes before
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    meetings = Meetings(store, rank, count)  # before any can meet: then the signs of all are there
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    processes = Processes(rank, count, local_rank, meetings)
     failed = False
     try:
         yield processes
@@ -209,6 +215,7 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
         # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
         # and they may wait for the interpreter's lock, which it holds
         gc.collect()
+        meetings.leave()
         with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
             group = dist.group.WORLD
             if failed and group is not None:
@@ -311,7 +318,8 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
     del loss.reached
 
     def move(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in inputs)
+        asynchronous = device.type == "cuda"  # MPS may read or write such a copy too early
+        return tuple(x.to(device, non_blocking=asynchronous) if isinstance(x, Tensor) else x for x in inputs)
 
     # before FSDP's own hook, which would copy the tokens to the GPU, and wait there for all that the GPU has to do
     loss.register_forward_pre_hook(move, prepend=True)

@@ -10,19 +10,23 @@ import dataclasses
 import functools
 import gc
 import os
-import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 from restomod.config import RunConfig
+from restomod.config_json import read_config
 from restomod.data.prefetch import Prefetch
-from restomod.train.checkpoint import list_checkpoints
+from restomod.errors import describe_os_error
+from restomod.output import complain
+from restomod.train.checkpoint import list_checkpoints, step_of
 from restomod.train.console import Display, closing_lines, sanity_lines
 from restomod.train.distributed import Processes, joined
 from restomod.train.journal import Journal
 from restomod.train.observe import Health, evaluate, write_samples
 from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
+from restomod.train.run_lock import RunLock
 from restomod.train.saver import Saver
 from restomod.train.setup import Training, length_warnings, set_up, summary
 from restomod.train.signals import StopSignal
@@ -42,24 +46,43 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         display: where to print; by default a progress bar in a terminal and plain lines elsewhere.
 
     Returns:
-        0 when the run is finished, 75 when SIGINT or SIGTERM stopped it (after a checkpoint, but for among bad steps).
+        0 when the run is finished, 75 when a signal stopped it (after a checkpoint, but for among bad steps).
 
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.
     """
     with joined("go on with `restomod train --resume RUN`") as processes:
-        return _train(config, folder, resume, display or Display(muted=not processes.main), processes)
+        display = display or Display(muted=not processes.main)
+        display.on_failure = lambda reason: complain(
+            f"standard output cannot be written ({reason}); training goes on without it"
+        )
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
+            resume = resume or processes.from_main((folder / "config.json").exists)
+        processes.together(lambda: require_installed(config.track))
+        lock = RunLock(folder, display.line)
+        try:
+            processes.from_main(lambda: _lock(lock, folder, resume))
+            return _train(config, folder, resume, display, processes, lock)
+        finally:
+            lock.release()
 
 
-def _train(config: RunConfig, folder: Path, resume: bool, display: Display, processes: Processes) -> int:
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
-        resume = resume or processes.from_main((folder / "config.json").exists)
-    processes.together(lambda: require_installed(config.track))
+def _lock(lock: RunLock, folder: Path, resume: bool) -> None:
+    """Take the lock of a run before anything of it is read or changed."""
+    if resume:
+        read_config(folder)  # it is a run
+    else:
+        refuse_existing(folder)
+    lock.take(resume)
     if not resume:
-        processes.together(lambda: refuse_existing(folder))
+        refuse_existing(folder)  # another start may just have made it
+
+
+def _train(config: RunConfig, folder: Path, resume: bool, display: Display, processes: Processes, lock: RunLock) -> int:
     say = functools.partial(display.line, style="dim")
     say("preparing the data and the model …")
     training = processes.together(lambda: set_up(config, folder, resume, processes, say))
+    processes.from_main(lock.made)
     if training.nothing_left is not None:
         display.line(training.nothing_left)
         return EXIT_FINISHED
@@ -72,7 +95,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
     started = time.perf_counter()
     micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.count
     with (
-        StopSignal() as stop,
+        StopSignal(lock.stopping) as stop,
         Trackers(folder, config, lambda text: display.line(text, style="bold yellow"), processes.main) as trackers,
         Saver(folder, config, processes) as saver,
         Prefetch(training.batches, micro_batch, config.steps, rank, count, training.compute.device) as data,
@@ -91,7 +114,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         newest = list_checkpoints(folder)[-1:]
         closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
         if display.closed:
-            print("\n".join(["standard output was closed", *closing]), file=sys.stderr)
+            complain("\n".join(["standard output was closed", *closing]))
         if finished:
             display.line(health.verdict_line())
         display.lines(closing)
@@ -111,7 +134,8 @@ def _loop(training: Training, data: Prefetch, saver: Saver, health: Health, disp
         # display.closed: its reader has left, as in `restomod train ... | head`
         overdue = is_due(config, step, minutes=(time.monotonic() - saved) / 60)
         failure = saver.failure()
-        stopping, due, failed = processes.any(stop.requested or display.closed, overdue, failure is not None)
+        stop_here = stop.requested or display.closed or training.run.write_records() is not None
+        stopping, due, failed = processes.any(stop_here, overdue, failure is not None)
         if failed and config.on_save_error == "stop":
             raise processes.error(str(failure))
         warn(display, failure)
@@ -142,7 +166,7 @@ def _loop(training: Training, data: Prefetch, saver: Saver, health: Health, disp
             owed = True
         if finished or stopping:
             saver.finish()
-            warn(display, saver.failure())
+            _require_saved(training, step if finished or guard.skipped == 0 else None, saver, display)
             return finished
 
         start = time.perf_counter()
@@ -150,6 +174,22 @@ def _loop(training: Training, data: Prefetch, saver: Saver, health: Health, disp
         made, micro_batch = step_that_fits(training, step, micro_batches, micro_batch, guard.highest(), display)
         journal.add(step, made, start, waited)
         step += 1
+
+
+def _require_saved(training: Training, step: int | None, saver: Saver, display: Display) -> None:
+    """End with an error where the checkpoint of ``step`` (None: none was asked for) or records are not on the disk."""
+    run, processes = training.run, training.processes
+    failure, unlogged = saver.failure(), run.write_records()
+    there = step is None or any(step_of(folder) == step for folder in list_checkpoints(run.folder))
+    unsaved, incomplete = processes.any(failure is not None and not there, unlogged is not None)
+    if unsaved:
+        raise processes.error(str(failure))
+    if incomplete:
+        raise processes.error(
+            f"{describe_os_error(unlogged) if unlogged else 'a record'}: cannot be written, so the run has stopped; "
+            f"mend it, then go on with `restomod train --resume {quote(str(run.folder))}`"
+        )
+    warn(display, failure)
 
 
 def is_due(config: RunConfig, step: int, minutes: float) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,20 @@ Record = dict[str, Any]
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Add one record to the end of a `.jsonl` file."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+    """Add one record to the end of a `.jsonl` file; nothing of it where that fails.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that is nearly full takes a part
+                line = line[f.write(line) :]
+        except OSError:
+            f.truncate(end)
+            raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

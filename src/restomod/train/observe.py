@@ -6,6 +6,7 @@ from restomod.evals.heldout import dataset_loss
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import evaluate as evaluate_task
 from restomod.evals.scoring import headline
+from restomod.model.gpt import GPT
 from restomod.samples import continuations
 from restomod.train.console import Display
 from restomod.train.curves import History
@@ -49,10 +50,12 @@ def evaluate(training: Training, step: int, display: Display) -> None:
 
 def write_samples(training: Training, step: int, display: Display) -> None:
     """Log and show one continuation of each prompt."""
+    model = whole(training.model, training.compute.dtype, keep=training.processes.main)
+    training.processes.from_main(lambda: _sample(training, model, step, display))
+
+
+def _sample(training: Training, model: GPT, step: int, display: Display) -> None:
     sampling, dtype = training.config.sampling, training.compute.dtype
-    model = whole(training.model, dtype, keep=training.processes.main)
-    if not training.processes.main:
-        return
     display.line(f"step {step}  samples", style="bold cyan")
     seed = training.config.seed + step
     texts = continuations(model, training.tokenizer, sampling.prompts, 1, sampling, seed, dtype)

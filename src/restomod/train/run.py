@@ -45,20 +45,40 @@ class Run:
     """False in all processes but the main one."""
     trackers: Trackers | None = None
     """Where the records of `metrics.jsonl` go too."""
+    unwritten: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    """Records that the disk has refused so far, with the file of each: they are tried again with the next one."""
 
     def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Append a record to `metrics.jsonl` and return it."""
         record = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         if not self.writes:
             return record
-        append_jsonl(self.folder / "metrics.jsonl", record)
+        self._append("metrics.jsonl", record)
         if self.trackers is not None:
             self.trackers.put(record)
         return record
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:
         """Append a sample to `samples.jsonl`."""
-        append_jsonl(self.folder / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self.unwritten.append((name, record))
+        self.write_records()
+
+    def write_records(self) -> OSError | None:
+        """Write the records that are not on the disk yet. Returns what keeps them from being written, if anything does.
+
+        An error that one process alone raises in the middle of a run would leave the others waiting for it.
+        """
+        try:
+            while self.unwritten:
+                name, record = self.unwritten[0]
+                append_jsonl(self.folder / name, record)
+                self.unwritten.pop(0)
+        except OSError as e:
+            return e
+        return None
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""

@@ -117,6 +117,8 @@ def set_up(
             f"leave --steps out, or raise it to go on"
         )
     config = _with_absolute_paths(config, needs_init=checkpoint is None)
+    # a run that is still trained may have a newer checkpoint by the time another process looks
+    config = dataclasses.replace(config, init=processes.gather(config.init)[0])
     compute = choose_compute(config, processes)
     device = compute.device
     tokenizer = gpt2_tokenizer()

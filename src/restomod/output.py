@@ -1,0 +1,144 @@
+"""How a command ends: errors in one line, and no traceback where standard output or error is closed, full or gone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+from restomod.errors import (
+    EXIT_USER_ERROR,
+    ReportedElsewhere,
+    UserError,
+    describe_os_error,
+    is_out_of_memory,
+    one_line,
+)
+
+EXIT_ABORTED = 130
+
+Name = Literal["stdout", "stderr"]
+
+
+def open_missing() -> None:
+    """Open what is closed of standard input, output and error onto nothing.
+
+    Otherwise the next file that is opened gets the number, and what a library prints is written into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def is_open(name: Name) -> bool:
+    """Whether there is something to print to."""
+    stream = getattr(sys, name)
+    return stream is not None and not stream.closed
+
+
+def finish(name: Name) -> Exception | None:
+    """Write out what has been printed. Returns why that failed, and drops it then."""
+    try:
+        if is_open(name):
+            getattr(sys, name).flush()
+            return None
+    except (OSError, ValueError) as e:
+        drop(name)
+        return e
+    drop(name)
+    return None
+
+
+def drop(name: Name) -> None:
+    """Send nowhere what is still printed, or has been and is not written, so that Python's own last flush succeeds."""
+    stream = getattr(sys, name)
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
+    except (OSError, ValueError, AttributeError):  # closed, or no file
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def complain(line: str) -> None:
+    """Print a line to standard error, if that can be."""
+    try:
+        if is_open("stderr"):  # print() takes None for standard output
+            print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        drop("stderr")
+
+
+def reason(e: Exception) -> str:
+    """Why printing failed, in a few words."""
+    return (e.strerror if isinstance(e, OSError) else None) or str(e)
+
+
+def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:
+    """Do ``work`` and report in one line what goes wrong in it, or in printing.
+
+    Args:
+        work: a verb.
+        debug: raise errors, for their traceback.
+        goes_on: whether ``work`` is worth doing where nothing can be printed.
+        needs_less: what to do where there is not enough memory.
+
+    Returns:
+        What ``work`` does, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and is_open("stdout"):
+        sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
+    try:
+        if not goes_on and not is_open("stdout"):
+            raise UserError("standard output is closed")
+        code = work()
+        failure = finish("stdout")  # noticed here and not when Python exits
+        if failure is not None and not goes_on and not isinstance(failure, BrokenPipeError):
+            raise UserError(_cannot_print(failure))
+        return code
+    except BrokenPipeError:  # the reader of a pipe has left
+        return 0
+    except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # rich has met it
+            return 0
+        raise
+    except ReportedElsewhere:
+        return EXIT_USER_ERROR
+    except Exception as e:
+        no_memory = is_out_of_memory(e) and not isinstance(e, UserError)
+        if not (no_memory or isinstance(e, UserError | OSError | ValueError)):
+            raise
+        of_printing = isinstance(e, UnicodeEncodeError) or not is_open("stdout")
+        failure = finish("stdout")
+        if debug or (isinstance(e, ValueError) and not of_printing):
+            raise
+        if no_memory:
+            message = f"out of memory ({one_line(e)}); {needs_less}"
+        elif isinstance(e, OSError) and failure is None:
+            message = describe_os_error(e)
+        else:
+            message = str(e) if isinstance(e, UserError) else _cannot_print(failure or e)
+        complain(f"restomod: error: {_printable(' '.join(message.split()))}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        complain("restomod: stopped")
+        return EXIT_ABORTED
+    finally:
+        finish("stdout")
+        finish("stderr")
+
+
+def _cannot_print(e: Exception) -> str:
+    return f"standard output cannot be written ({reason(e)})"
+
+
+def _printable(message: str) -> str:
+    """Without control characters: a name that a downloaded file holds must not steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

@@ -1,0 +1,96 @@
+"""Waiting for processes that work alone: outside of collective operations, for as long as they are alive.
+
+A collective operation ends the run when one process is late for it, whatever that one is doing, and without saying so.
+Here each process gives signs of life through torchrun's store, from a thread, and who waits looks at those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import torch.distributed as dist
+
+SIGN_EVERY = 1.0  # seconds
+SILENCE = 60.0  # without a sign for so long a process is gone; some work keeps the thread from giving one for a while
+LONGEST_PAUSE = 0.25  # seconds between looks
+GONE = b"gone"
+
+
+class Meetings:
+    """Where all processes of a run wait for each other. Each of them has one, and calls it equally often."""
+
+    def __init__(self, store: dist.Store, rank: int, count: int) -> None:
+        self._store: dist.Store | None = store
+        self._count, self._held = count, 0
+        self._names = [f"alive/{r}" for r in range(count)]
+        self._mine = self._names[rank]
+        self._over = threading.Event()
+        # a connection of its own: one that waits for an answer keeps others waiting
+        self._signs: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._signs.set(self._mine, "0")
+        self._thread = threading.Thread(target=self._give_signs, name="signs of life", daemon=True)
+        self._thread.start()
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has come here.
+
+        Raises:
+            DistError: one is gone.
+        """
+        self._held += 1
+        name = f"meeting/{self._held}"
+        came = self._came(name, 1)
+        pause, last_look = 0.001, time.monotonic()
+        seen: dict[str, tuple[bytes, float]] = {}
+        while came is not None and came < self._count:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            if time.monotonic() > last_look + SIGN_EVERY:
+                last_look = time.monotonic()
+                self._require_all_alive(seen)
+            came = self._came(name, 0)
+
+    def leave(self) -> None:
+        """Tell the others that this process comes to no further meeting."""
+        self._over.set()
+        self._thread.join(SIGN_EVERY)
+        with contextlib.suppress(RuntimeError):
+            self._signs.set(self._mine, GONE.decode())
+
+    def _came(self, name: str, more: int) -> int | None:
+        """How many have come to a meeting, with ``more``; None where the store is gone: the collective will tell."""
+        if self._store is None:
+            return None
+        try:
+            return int(self._store.add(name, more))
+        except RuntimeError:
+            self._store = None  # torchrun was killed; its processes save and end without it
+            return None
+
+    def _require_all_alive(self, seen: dict[str, tuple[bytes, float]]) -> None:
+        """Look for signs of life. ``seen``: the last one of each process, and when it was new."""
+        if self._store is None:
+            return
+        try:
+            signs = self._store.multi_get(self._names)
+        except RuntimeError:
+            self._store = None
+            return
+        now = time.monotonic()
+        for rank, (name, sign) in enumerate(zip(self._names, signs, strict=True)):
+            before, when = seen.setdefault(name, (sign, now))
+            if sign == GONE:
+                raise dist.DistError(f"process {rank} has ended")
+            if sign != before:
+                seen[name] = sign, now
+            elif now > when + SILENCE:
+                raise dist.DistError(f"process {rank} has given no sign of life for {now - when:.0f} s")
+
+    def _give_signs(self) -> None:
+        number = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            while not self._over.wait(SIGN_EVERY):
+                number += 1
+                self._signs.set(self._mine, str(number))

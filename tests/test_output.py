@@ -1,0 +1,157 @@
+"""Printing that fails in every way there is: one line, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from restomod.errors import UserError
+from restomod.output import guarded
+from restomod.train.console import Display
+
+CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
+
+
+class Failing(io.StringIO):
+    """A stream that fails at every write, or only when it is flushed."""
+
+    def __init__(self, error: Exception, buffered: bool) -> None:
+        super().__init__()
+        self.error, self.buffered, self.written = error, buffered, 0
+
+    def write(self, text: str) -> int:
+        self.written += 1
+        if not self.buffered:
+            raise self.error
+        return len(text)
+
+    def flush(self) -> None:
+        if self.written:
+            raise self.error
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+FAILURES = [(lambda b=b, c=c: Failing(OSError(c, os.strerror(c)), b)) for c in CODES for b in (False, True)]
+
+
+def printing() -> int:
+    print("results")
+    return 0
+
+
+@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None])
+def test_a_verb_that_cannot_print_ends_in_one_line(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", make())
+    assert guarded(printing) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_cannot_be_encoded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)")
+    monkeypatch.setattr(sys, "stdout", Failing(error, buffered=False))
+    assert guarded(printing) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("rich", [False, True])
+def test_a_reader_that_has_left_is_no_error(
+    buffered: bool, rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tabulating() -> int:
+        Console().print("results")
+        return 1
+
+    monkeypatch.setattr(sys, "stdout", Failing(BrokenPipeError(errno.EPIPE, "Broken pipe"), buffered))
+    monkeypatch.setattr("rich.console.os.dup2", lambda *_: None)  # of pytest's own output
+    monkeypatch.setattr(Failing, "fileno", lambda _: 99)
+    assert guarded(tabulating if rich else printing) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None])
+def test_what_goes_on_without_output_keeps_its_exit_code(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    display = []
+
+    def work() -> int:
+        display.append(Display(interactive=False))
+        for _ in range(3):
+            display[0].line("a step")
+        return 75
+
+    monkeypatch.setattr(sys, "stdout", make())
+    assert guarded(work, goes_on=True) == 75
+    assert not display[0].closed
+
+
+@pytest.mark.parametrize("make", FAILURES)
+def test_a_display_drops_what_cannot_be_printed_and_says_so_when_asked(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    stream = make()
+    monkeypatch.setattr(sys, "stdout", stream)
+    display = Display(interactive=True)
+    display.on_failure = told.append
+    display.start(0, 10)
+    for i in range(3):
+        display.line(f"line {i}")
+    display.stop()
+    assert told == [stream.error.strerror]
+    with pytest.raises(UserError, match="standard output"):
+        display.require_printed()
+
+
+@pytest.mark.parametrize("stderr", [lambda: None, closed, *FAILURES])
+def test_an_error_that_cannot_be_printed_is_still_an_error(
+    stderr: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        raise UserError("something is wrong")
+
+    monkeypatch.setattr(sys, "stderr", stderr())
+    assert guarded(work) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    def work() -> int:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        guarded(work)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [(">/dev/full", 2), (">&-", 2), (">&- 2>&-", 2), (">/dev/full 2>/dev/full", 2), ("2>&- >/dev/null", 0)],
+)
+def test_the_command_itself_ends_without_a_traceback(redirection: str, code: int, unbuffered: str) -> None:
+    command = f"'{sys.executable}' -m restomod --version {redirection}"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == (1 if "2>" not in redirection else 0)
