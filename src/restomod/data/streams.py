@@ -61,7 +61,7 @@ def compression_of(file: Path | bytes) -> Decompressor | None:
         with _opened(file) as f:
             file = f.read(13)
     sure: dict[
-        Callable[[Path], IO[bytes]], bool
+        Decompressor, bool
     ] = {  # what else has to stand there, so that no text or damaged file is taken for a compressed one
         _gzip: file[2:3] == b"\x08" and file[3:4] < b"\x20",
         _bz2: file[4:10] in (b"1AY&SY", b"\x17rE8P\x90"),  # a block, or the end of an empty file
