@@ -79,7 +79,6 @@ def from_file(values: Any, where: str) -> RunConfig:
         type(version) is int and 0 <= version <= CONFIG_VERSION,
         f"{where}: version is {version!r}, and this restomod knows those up to {CONFIG_VERSION}; use a newer one",
     )
-    values = {key: value for key, value in values.items() if key != "version"}
     there, needed = _paths(values), _field_paths(RunConfig)
     if version == 0:
         eras = [_FIRST.split(), *(line.split() for line in _ADDED)]
@@ -141,6 +140,8 @@ def from_dict(
     _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {_shown(values)}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
+    if cls is RunConfig:
+        values = {key: value for key, value in values.items() if key != "version"}
     for key in values:
         _require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
     known = {

@@ -29,6 +29,7 @@ from restomod.data.verified import VERIFIED
 from restomod.errors import UserError
 from restomod.locks import FileLock
 from tests.data.pieces import tiny_pieces
+from tests.filesystems import refuse_renaming_folders
 
 END = 50256  # <|endoftext|>
 
@@ -519,3 +520,16 @@ def test_an_altered_folder_of_tokens_is_refused_unless_it_is_not_to_be_verified(
 def test_missing_tokens_are_refused(tokenizer: Tokenizer, path: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
         prepare(DataConfig(source="tokens", path=path), tokenizer)
+
+
+def test_where_folders_cannot_be_renamed_the_cache_is_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text_config(tmp_path)
+    write_documents(tmp_path, numbered(5))
+    expected = contents(prepare(config, tokenizer).folder)
+    shutil.rmtree(config.cache)
+    refuse_renaming_folders(monkeypatch)
+    dataset = prepare(config, tokenizer)
+    assert contents(dataset.folder) == expected
+    assert [path.name for path in Path(config.cache).iterdir()] == [dataset.folder.name]

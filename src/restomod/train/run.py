@@ -110,12 +110,13 @@ def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
         UserError: there is one already, or it cannot be made.
     """
     refuse_existing(folder)
+    manifest = with_hashes(dataset)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         if temporary.exists():  # of a start that was killed
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
-        write_json_atomically(temporary / "data.json", with_hashes(dataset))
+        write_json_atomically(temporary / "data.json", manifest)
         write_json_atomically(temporary / "environment.json", [environment])
         write_json_atomically(temporary / "config.json", to_file(config))
         move_folder(temporary, folder, "config.json")
