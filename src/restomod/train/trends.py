@@ -35,8 +35,8 @@ def autocorrelation_time(values: Array) -> float:
     """How many neighbouring steps of noise upon a slow curve count as one: the variance of a mean of n is so many times
     that of n independent ones. At least 1.
 
-    By a sum of autocorrelations with Bartlett's weights (Newey and West, Econometrica 55, 1987). It comes out too low,
-    by up to a half, as the trend that is taken off follows slow noise. The first quarter is left out, where a loss falls
+    By a sum of autocorrelations with Bartlett's weights (Newey and West, Econometrica 55, 1987). It comes out up to a
+    half too low, as the trend that is taken off follows slow noise. The first quarter is left out, where a loss falls
     fast.
     """
     values = values[len(values) // 4 :]
