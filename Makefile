@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 # As many tests at once as there are processors, up to four: each needs up to a gigabyte. They compute on one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow fuzz check bench clean
 
 help:
 	@echo "make demo       install into .venv and train the quickstart (minutes on a laptop CPU)"
 	@echo "make test       install with the test tools; ruff, mypy, pytest"
 	@echo "make test-slow  the longer tests too"
+	@echo "make fuzz       all property tests with 20 times as many examples, drawn anew (an hour or so); SEED=N repeats them"
 	@echo "make bench      measure speed and memory beside others (at most about 30 minutes; see docs/benchmarks.md)"
 	@echo "make clean      remove .venv and the caches; runs/ and data/ stay"
 
@@ -49,6 +50,14 @@ test: check
 
 test-slow: .venv/installed-test-slow
 	$(PYTEST) -m slow
+
+# `make test` tries the same examples each time. SEED: of these; a failure says with which it comes again.
+SEED ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(10**9))')
+fuzz: SEED := $(SEED)
+fuzz: .venv/installed-test-slow
+	@echo "examples drawn with SEED=$(SEED)"
+	@$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) --timeout 3600 $(ARGS) \
+		|| { echo "the same examples again: make fuzz SEED=$(SEED); one test: add ARGS=tests/FILE::TEST"; exit 1; }
 
 # make bench PEERS="--peer nanogpt=../nanoGPT" DATA=folder OUT=benchmarks/results, then python -m benchmarks.readme
 OUT ?= benchmarks/results/mine

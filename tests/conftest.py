@@ -14,7 +14,9 @@ from hypothesis import settings
 
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 
-settings.register_profile("restomod", deadline=None, max_examples=50)
+# The same examples at every run: a change is judged by what it changes. Others, and more, by `make fuzz`.
+settings.register_profile("restomod", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("restomod")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from restomod.model.gpt import GPT, KVCache, build_model
 from restomod.model.pretrained import save_model
 from restomod.train.parity import random_model
 from tests.models import CPU, random_tokens
+from tests.properties import examples
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=97)
 PROMPTS = [[5], [96, 0, 41], [7] * 10, list(range(20, 36))]
@@ -92,7 +93,7 @@ def test_prompts_of_different_lengths_in_a_batch_are_continued_as_if_alone(model
     assert generated(model, PROMPTS, n) == [by_full_passes(model, prompt, n) for prompt in PROMPTS]
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     max_tokens=st.integers(1, 60),

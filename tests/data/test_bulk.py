@@ -8,12 +8,13 @@ import random
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data import bulk
 from restomod.data.bulk import BulkEncoder, _pieces
 from restomod.data.tokenizer import gpt2_tokenizer
+from tests.properties import examples
 
 # what tokie is known to trip over, and what GPT-2's pattern turns on
 TRICKY = [
@@ -37,7 +38,7 @@ def assert_tiktokens(encoder: BulkEncoder, texts: list[str], reference: tiktoken
         assert tokens.tolist() == reference.encode_ordinary(text), repr(text[:200])
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(texts=st.lists(st.lists(st.sampled_from(TRICKY) | st.characters(), max_size=40).map("".join), max_size=5))
 def test_tokens_of_tricky_texts_are_tiktokens(
     encoder: BulkEncoder, tiktoken_gpt2: tiktoken.Encoding, texts: list[str]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data import documents as module
@@ -19,6 +19,7 @@ from restomod.data.prepare import document_batches, encoded
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from tests.data.test_bulk import TRICKY
+from tests.properties import examples
 
 AT_CUTS = [
     "word",
@@ -59,7 +60,7 @@ def cut(text: str, lengths: list[int], piece: int, run: int = 10**9) -> list[str
         return list(pieces("a.txt", in_parts(text, lengths)))
 
 
-@settings(max_examples=1500)
+@examples(1500)
 @given(tricky_texts, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 12))
 def test_pieces_have_together_the_tokens_of_the_whole(
     tiktoken_gpt2: tiktoken.Encoding, text: str, lengths: list[int], piece: int

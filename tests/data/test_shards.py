@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data.published import open_published
 from restomod.data.shards import ShardWriter, TokenStream, open_dataset, open_shard, write_shard
 from restomod.errors import UserError
+from tests.properties import examples
 
 VOCABULARY = "f" * 64
 
@@ -93,7 +94,7 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
 # --- cutting into shards ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(chunks=st.lists(st.integers(0, 30), max_size=8), shard_tokens=st.integers(1, 20))
 def test_the_writer_cuts_a_stream_into_full_shards_and_a_rest(chunks: list[int], shard_tokens: int) -> None:
     stream = np.arange(sum(chunks), dtype=np.uint16)

@@ -13,11 +13,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, vocabulary_file
 from restomod.errors import UserError
+from tests.properties import examples
 
 odd_pieces = st.sampled_from(
     [
@@ -31,7 +32,7 @@ odd_pieces = st.sampled_from(
 texts = st.text() | st.text(string.printable) | st.lists(odd_pieces | st.text(max_size=5)).map("".join)
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(text=texts)
 def test_tokens_are_those_of_tiktoken(tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, text: str) -> None:
     assert tokenizer.encode(text).tolist() == tiktoken_gpt2.encode_ordinary(text)

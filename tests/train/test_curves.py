@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from restomod.train.curves import Array, blocks, curves, level_at, noise, period
+from restomod.train.trends import autocorrelation_time, moving_median
 from tests.experiments.making import healthy, quickstart_records, train, val
 
 
@@ -77,3 +78,22 @@ def test_noise_does_not_repeat_itself() -> None:
 def test_a_curve_that_stands_still_or_is_short_has_no_period() -> None:
     assert period(np.full(900, 3.0)) is None
     assert period(np.resize([0.0, 1.0], 100)) is None
+
+
+@pytest.mark.parametrize(("rho", "truth"), [(0.0, 1.0), (0.5, 3.0), (0.7, 17 / 3)])
+def test_the_autocorrelation_time_is_that_of_autoregressive_noise(rho: float, truth: float) -> None:
+    """(1 + rho) / (1 - rho) in closed form; the trend that is taken off takes up to half of it, where there is any."""
+    white = np.random.default_rng(0).standard_normal(20_000)
+    noise = np.empty_like(white)
+    at = 0.0
+    for i, shock in enumerate(white):
+        at = noise[i] = rho * at + shock
+    assert max(1.0, truth / 2) <= autocorrelation_time(falling(20_000, 0, 0) + noise) <= 1.1 * truth
+
+
+def test_the_moving_median_is_that_of_every_window_where_it_is_taken() -> None:
+    values = np.random.default_rng(0).exponential(size=500)
+    padded = np.pad(values, 40, mode="reflect")
+    every = np.array([np.median(padded[i : i + 81]) for i in range(500)])
+    assert moving_median(values, 40)[::5] == pytest.approx(every[::5])
+    assert moving_median(values, 40) == pytest.approx(every, abs=0.2)

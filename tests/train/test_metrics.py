@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.train.metrics import append_jsonl, describe_damage, keep_records, read_jsonl
+from restomod.train.metrics import HeldoutLosses, NewRecords, append_jsonl, describe_damage, keep_records, read_jsonl
 
 RECORDS = [{"step": 0, "loss": 10.82}, {"step": 1, "loss": 9.5}, {"step": 2, "loss": 8.25}]
 
@@ -87,3 +87,65 @@ def test_damaged_lines_among_those_that_are_kept_stay_as_they_are(path: Path) ->
 def test_keeping_records_makes_no_file_where_there_is_none(tmp_path: Path) -> None:
     keep_records(tmp_path / "metrics.jsonl", lambda _: True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_is_new_is_read(path: Path) -> None:
+    reader = NewRecords(path)
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (True, RECORDS)
+    with open(path, "r+b") as f:  # whoever read it again would find nothing
+        f.write(b"#" * 10)
+    append_jsonl(path, {"step": 3})
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (False, [{"step": 3}])
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (False, [])
+
+
+def test_a_new_line_counts_when_it_is_whole(path: Path) -> None:
+    reader = NewRecords(path)
+    assert len(list(reader.read()[1])) == 3
+    with open(path, "a") as f:
+        f.write('{"step": 3, "lo')
+    assert list(reader.read()[1]) == []
+    with open(path, "a") as f:
+        f.write('ss": 5}\nnot JSON\n[1]\n{"step": 4}\n')
+    assert list(reader.read()[1]) == [{"step": 3, "loss": 5}, {"step": 4}]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_a_file_that_has_been_rewritten_is_read_from_its_beginning(kept: int, more: int, path: Path) -> None:
+    reader = NewRecords(path)
+    assert len(list(reader.read()[1])) == 3
+    keep_records(path, lambda record: record["step"] < kept)
+    again = [{"step": kept + i, "loss": 1.0} for i in range(more)]
+    for record in again:
+        append_jsonl(path, record)
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (True, RECORDS[:kept] + again)
+
+
+def test_a_file_may_come_and_go(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = NewRecords(path)
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (True, [])
+    append_jsonl(path, RECORDS[0])
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (True, RECORDS[:1])
+    path.unlink()
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (True, [])
+
+
+def test_held_out_losses_are_followed(tmp_path: Path) -> None:
+    losses, path = HeldoutLosses(tmp_path), tmp_path / "metrics.jsonl"
+    assert losses.read() == {}
+    for kind, step, loss in (("val", 0, 9.0), ("train", 1, 8.0), ("val", 2, 7.0), ("val", 4, None), ("val", "x", 1.0)):
+        append_jsonl(path, {"kind": kind, "step": step, "loss": loss})
+    assert losses.read() == {0: 9.0, 2: 7.0}
+    append_jsonl(path, {"kind": "val", "step": 6, "loss": 6.0})
+    assert losses.after_start() == {2: 7.0, 6: 6.0}
+    keep_records(path, lambda record: record["step"] == 0)
+    assert losses.read() == {0: 9.0}

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from restomod.train.spikes import Spike, SpikeFinder
-
-Array = NDArray[np.float64]
+from restomod.train.trends import SIGMAS_PER_MAD, Array, moving_median, residual
 
 ROWS = 8192  # of a curve
 RECENT = 8192  # steps that are kept one by one
@@ -21,11 +19,8 @@ VALIDATIONS = 4096
 DRAWN = np.random.default_rng(0).random(ROWS)  # which step of a row counts: at random, or it falls in with a rhythm
 LARGEST = 1e100  # what is larger counts as infinite, and no square of what is not overflows
 LARGEST_STEP = 2**53
-SIGMAS_PER_MAD = 1.4826  # of a normal distribution
 ERROR_OF_TOKEN = 4.0  # nats: standard deviation of the losses of single tokens
-OUTLIER = 4.0  # standard deviations at which residuals are cut off before repetition is looked for
 FEWEST_FOR_PERIODS = 128
-LAGS = 16  # steps over which noise may be correlated
 PEAK = 35.0  # times the level around it: noise has such a peak in no spectrum of 10,000, drifting noise either
 LIKENESS = 7.0  # standard errors of an autocorrelation
 LASTING = 0.5  # share of the amplitude of a wave that it has without its two largest eighths
@@ -229,24 +224,6 @@ def noise(values: Array) -> float:
     return float(SIGMAS_PER_MAD * np.median(np.abs(np.diff(values))) / math.sqrt(2))
 
 
-def autocorrelation_time(values: Array) -> float:
-    """How many neighbouring steps of noise upon a slow curve count as one: the variance of a mean of n is so many times
-    that of n independent ones. At least 1.
-
-    By a sum of autocorrelations with Bartlett's weights (Newey and West, Econometrica 55, 1987). The first quarter is
-    left out, where a loss falls fast.
-    """
-    values = values[len(values) // 4 :]
-    if len(values) < 2 * LAGS:
-        return 1.0
-    off = residual(values, 4 * LAGS + 1)
-    variance = float(np.mean(off * off))
-    if variance == 0:
-        return 1.0
-    products = sum((1 - k / (LAGS + 1)) * float(np.mean(off[k:] * off[:-k])) for k in range(1, LAGS + 1))
-    return max(1.0, 1 + 2 * products / variance)
-
-
 def blocks(values: Array, width: int) -> Array:
     """``values`` cut into rows of ``width``; what is left over is dropped at the front, so the last is the newest."""
     count = len(values) // width
@@ -283,25 +260,6 @@ def _level(steps: Array, loss: Array, step: float) -> tuple[float, float] | None
     return mean - slope * middle, math.sqrt(float(rest @ rest) / len(x) * (1 / len(x) + middle**2 / spread))
 
 
-def residual(values: Array, width: int) -> Array:
-    """``values`` without their trend over ``width`` (odd) steps, in units of their deviation, outliers cut.
-
-    The trend is the moving mean of the moving mean, which amplifies no wave, and the same of what that leaves
-    ("twicing": Tukey, "Exploratory Data Analysis", 1977), which follows bends that one mean cuts.
-    """
-    off = values
-    for _ in range(2):
-        off = off - _moving_mean(_moving_mean(off, width), width)
-    deviation = SIGMAS_PER_MAD * np.median(np.abs(off - np.median(off)))
-    return np.clip(off / deviation, -OUTLIER, OUTLIER) if deviation > 0 else np.zeros_like(values)
-
-
-def _moving_mean(values: Array, width: int) -> Array:
-    half = width // 2
-    sums = np.cumsum(np.pad(values, (half + 1, half), mode="reflect", reflect_type="odd"))
-    return (sums[2 * half + 1 :] - sums[: -2 * half - 1]) / (2 * half + 1)
-
-
 def period(values: Array) -> float | None:
     """The length, in steps, after which a noisy curve repeats itself; None where it does not, or is too short to say.
 
@@ -331,7 +289,7 @@ def _wave(x: Array) -> float | None:
     n = len(x)
     power = np.abs(np.fft.rfft(x * np.hanning(n)))[1:] ** 2  # without the mean: of 1, 2, ... waves in all
     reach = max(40, len(power) // 8)
-    around = _moving_median(power, reach) / math.log(2)
+    around = moving_median(power, reach) / math.log(2)
     around = np.maximum(around, np.median(power) / math.log(2))
     ratio = np.divide(power, around, out=np.zeros_like(around), where=around > 0)
     searched = ratio[FEWEST_WAVES - 1 : n // SHORTEST_PERIOD]
@@ -347,10 +305,3 @@ def _lasts(x: Array, length: float) -> bool:
     mean = amplitudes.mean()
     in_phase = np.sort((amplitudes * mean.conjugate()).real)
     return bool(in_phase[:6].mean() > LASTING * abs(mean) ** 2)
-
-
-def _moving_median(values: Array, reach: int) -> Array:
-    """Median of each number and ``reach`` before and after it, at every eighth of ``reach``; lines between them."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, reach, mode="reflect"), 2 * reach + 1)
-    at = np.unique(np.append(np.arange(0, len(values), max(1, reach // 8)), len(values) - 1))
-    return np.interp(np.arange(len(values)), at, np.median(windows[at], axis=1))

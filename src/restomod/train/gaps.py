@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from restomod.train.curves import Curves, autocorrelation_time, noise
+from restomod.train.curves import Curves, noise
+from restomod.train.trends import autocorrelation_time
 
 GAPS_AFTER = 128  # steps; before, the training loss falls too fast to be compared with
 VALS_FOR_NOISE = 24  # validations that their noise is measured from

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from restomod.config import RunConfig
-from restomod.train.curves import Curves, autocorrelation_time, blocks, curves, noise, period
+from restomod.train.curves import Curves, blocks, curves, noise, period
 from restomod.train.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
 from restomod.train.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
+from restomod.train.trends import autocorrelation_time
 
 Status = Literal["well", "note", "sick", "unknown"]
 
