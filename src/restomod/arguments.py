@@ -16,6 +16,11 @@ from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.errors import UserError
 
 Arguments = TypeVar("Arguments")
+# what tyro says of a value that is no number, for a flag that may be left out and for any other
+NOT_A_NUMBER = re.compile(
+    r"(--\S+): (?:no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[(.*?)\]\."
+    r"|(?:invalid literal for |could not convert string to )(int|float)\b[^:]*: (.*))"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class _WritingArguments:
             UserError: a value is out of its range.
         """
         require_seed("--seed", self.seed)
+        if self.temperature == 0:
+            for name in ("top_k", "top_p"):
+                if getattr(self, name) != getattr(_WritingArguments, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{flag} changes nothing at --temperature 0, the likeliest token: leave it out")
         return SamplingConfig(
             max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
         )
@@ -213,6 +223,9 @@ def _one_line(box: str) -> str:
     rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
     message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
     message = message.removeprefix("Error parsing ")
+    if unfit := NOT_A_NUMBER.match(message):
+        flag, kind, value = unfit[1], unfit[2] or unfit[4], unfit[3] or unfit[5]
+        message = f"{flag}: {value} is not {'a whole number' if kind.lower() == 'int' else 'a number'}"
     if message.startswith("Missing from "):  # and then the help of what is missing
         program = message.removeprefix("Missing from ").partition(":")[0]
         missing = [found[0] for row in rows if (found := re.match(r"--[a-z]\S*( [A-Z]+)?|[A-Z]+(?=  |$)", row))]

@@ -39,7 +39,7 @@ from restomod.errors import (
     did_you_mean,
     reported_once,
 )
-from restomod.presets import PRESETS, SIZES, preset, summary
+from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
 
 if TYPE_CHECKING:  # torch is imported when a verb needs it
     from restomod.train.console import Display
@@ -151,6 +151,9 @@ def evaluate(arguments: list[str]) -> int:
             value = getattr(parsed, flag)
             if value is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; it must be at least 1")
+        for flag in ("tasks", "task", "data", "json"):
+            if getattr(parsed, flag) == "":
+                raise UserError(f"--{flag} is empty; give it a value or leave it out")
     tasks = [*(parsed.tasks.split(",") if parsed.tasks else []), *([parsed.task] if parsed.task else [])]
 
     from restomod.evals.suite import evaluate_model
@@ -203,6 +206,10 @@ def inspect(arguments: list[str]) -> int:
     """Show a model's weights in numbers and pictures, or compare two models."""
     parsed = parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
     require_seed("--seed", parsed.seed)
+    if "" in (parsed.plots, parsed.diff):
+        raise UserError(f"--{'plots' if parsed.plots == '' else 'diff'} is empty; give it a value or leave it out")
+    if parsed.seed != InspectArguments.seed and not any(is_preset(m) for m in (parsed.model, parsed.diff or "")):
+        raise UserError("--seed is for the initial weights of a preset, and no preset is named: leave it out")
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
 
