@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from restomod.cli import main
 from restomod.config import ModelConfig
 from restomod.errors import UserError
 from restomod.inspection import compare, inspect
+from restomod.model.pretrained import save_model
 from restomod.train.parity import random_model
 from tests.models import to_transformers
 
@@ -135,3 +137,55 @@ def test_models_of_different_depth_can_be_compared(folder: Path, tmp_path: Path)
 def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: Path, second: str) -> None:
     with pytest.raises(UserError, match=f"^{second}: no such preset, run or model"):
         next(compare(str(folder), second, 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "model", "--seed", "3"], "--seed is for the initial weights of a preset"),
+        (["inspect", "model", "--plots", ""], "--plots is empty"),
+        (["inspect", "model", "--diff", ""], "--diff is empty"),
+        (["sample", "model", "--temperature", "0", "--top-k", "3"], "--top-k changes nothing at --temperature 0"),
+        (["sample", "model", "--temperature", "0", "--top-p", "0.5"], "--top-p changes nothing at --temperature 0"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(
+    arguments: list[str],
+    said: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_seed_of_a_preset_that_is_compared_is_used(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "quickstart", "--diff", str(folder), "--seed", "3"]) == 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("verb", [["check"], ["eval", "--tasks", "hellaswag=x.jsonl"], ["sample"], ["train"]])
+def test_weights_that_are_not_finite_are_refused_by_all_others(
+    verb: list[str], bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"ctx": "A", "endings": ["b", "c"], "label": 0, "activity_label": "d"}\n')
+    model = random_model(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=32))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[1, 2] = bad
+    Path("model").mkdir()
+    save_model(model, Path("model"))
+    arguments = [verb[0], "model", *verb[1:]]
+    if verb == ["train"]:
+        shape = ["--model.n-layer", "1", "--model.n-head", "1", "--model.n-embd", "8", "--model.n-positions", "32"]
+        steps = ["--steps", "1", "--sequence-length", "32", "--batch-tokens", "64", "--optim.warmup-steps", "0"]
+        Path("text.txt").write_text("some words " * 500)
+        arguments = ["train", "quickstart", "--init", "model", *shape, *steps, "--data.source", "text"]
+        arguments += ["--data.path", "text.txt"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "1 weights are not finite numbers, in transformer.h.0.mlp.c_fc.weight" in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()

@@ -35,7 +35,7 @@ from restomod.errors import (
 from restomod.files import require_outputs
 from restomod.output import guarded, open_missing
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
-from restomod.presets import PRESETS, SIZES, preset, summary
+from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
 
 NEEDS_LESS = {  # what needs less memory, by verb
     "train": "lower --micro-batch, --batch-tokens or --sequence-length, or train a smaller model",
@@ -216,6 +216,8 @@ def inspect(arguments: list[str]) -> int:
     """Show a model's weights in numbers and pictures, or compare two models."""
     parsed = parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
     require_seed("--seed", parsed.seed)
+    if parsed.seed != InspectArguments.seed and not any(is_preset(m) for m in (parsed.model, parsed.diff or "")):
+        raise UserError("--seed is for the initial weights of a preset, and no preset is named: leave it out")
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
 

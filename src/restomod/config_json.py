@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Collection
@@ -195,7 +196,20 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         UserError: ``folder`` is no run, or its configuration is damaged.
     """
+    refuse_model(folder)
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is not a run: it has no config.json; start one with `restomod train PRESET`")
     return from_file(read_json(path, "run's configuration"), str(path))
+
+
+def refuse_model(folder: Path) -> None:
+    """Raise UserError where a folder holds no run but a checkpoint, the checkpoints of a run, or a model."""
+    here = folder.absolute()
+    above = next((up for up in (here.parent, here.parent.parent) if (up / "checkpoints") in (here, here.parent)), None)
+    if above is not None and (above / "config.json").exists():
+        raise UserError(f"{folder} is of a run, and not the run: name {os.path.relpath(above)}")
+    path = folder / "config.json"
+    values = read_json(path, "run's configuration") if path.exists() else None
+    if isinstance(values, dict) and "model_type" in values:
+        raise UserError(f"{folder} holds a model, and no run; eval, sample, inspect and check take models")

@@ -134,6 +134,8 @@ def refuse_unwritable(file: Path) -> None:
         raise UserError(f"{file} is a folder; name a file")
     if not file.parent.is_dir():
         raise UserError(f"{file}: there is no folder {file.parent}; make it first")
+    if file.exists() and not file.is_file():  # a file is written beside it and takes its place
+        raise UserError(f"{file} is no regular file; name one that may be replaced")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"{file} cannot be written; name another file")
 

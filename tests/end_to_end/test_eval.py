@@ -105,7 +105,8 @@ def test_a_runs_results_are_written_into_it(
     last = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "val"][-1]
     assert heldout["loss"] == pytest.approx(last["loss"], rel=1e-6)
     assert f"{heldout['loss']:.4f}" in shown
-    assert "3.292" in shown  # GPT-2's, beside it
+    assert "3.292" not in shown, "GPT-2's loss is one of FineWeb-Edu"
+    assert heldout["data"]["fingerprint"] == json.loads((run / "data.json").read_text())["fingerprint"]
 
 
 def test_a_limited_result_does_not_replace_a_whole_one(run: Path, questions: Path) -> None:
@@ -146,6 +147,78 @@ def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_pat
     assert one == two
 
 
+# --- results that cannot be kept -----------------------------------------------------------------------------
+
+
+def test_what_cannot_be_written_into_the_run_is_shown(
+    run: Path, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "evals").write_text("not a folder")
+    assert evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", precision="fp32") == 0
+    out = capsys.readouterr().out
+    assert out.index("perplexity") < out.index("warning: ")
+    assert "acc_norm" in out
+    assert out.count("step_000012-questions.json is not written: ") == 1
+    assert "Traceback" not in out
+
+
+def test_a_run_that_cannot_be_written_to_is_said_first(
+    run: Path, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != run)
+    before = sorted(run.rglob("*"))
+    assert evaluate_model(str(run), [str(questions)], device="cpu", precision="fp32") == 0
+    out = capsys.readouterr().out
+    assert out.index("cannot be written to: results are shown only") < out.index("acc_norm")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_full_disk_loses_no_result(
+    run: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("restomod.files.os.fsync", full)
+    file = tmp_path / "out.json"
+    assert main(["eval", str(run), "--task", str(questions), "--tasks", "heldout", "--json", str(file)]) == 2
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out
+    assert "acc_norm" in captured.out
+    assert captured.out.count("No space left on device") == 2
+    assert captured.err.count("\n") == 1
+    assert "cannot write the results (No space left on device); they are shown above" in captured.err
+
+
+def test_a_result_is_kept_before_the_next_task_is_asked(
+    run: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("restomod.evals.suite.evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", display=QUIET)
+    assert (run / "evals" / "step_000012-heldout.json").exists()
+
+
+def test_a_loss_on_other_data_does_not_replace_the_runs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published losses stand beside those of FineWeb-Edu, and of nothing else."""
+    (tmp_path / "other.txt").write_text("one two three four " * 3000)
+    assert main(["prepare", str(tmp_path / "other.txt"), "--out", str(tmp_path / "tokens"), "--workers", "1"]) == 0
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    for name, is_it in (("other.txt", False), ("fineweb-edu", True), ("fineweb-edu+other.txt", False)):
+        (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest | {"name": name}))
+        capsys.readouterr()
+        assert main(["eval", str(run), "--tasks", "heldout", "--data", str(tmp_path / "tokens")]) == 0
+        assert ("3.292" in capsys.readouterr().out) is is_it
+    (found,) = (run / "evals").glob("*.json")
+    assert found.name == f"step_000012-heldout-of-{manifest['fingerprint'][:8]}.json"
+    assert json.loads(found.read_text())["data"]["fingerprint"] == manifest["fingerprint"]
+
+
 # --- the command line ---------------------------------------------------------------------------------------
 
 
@@ -173,15 +246,40 @@ def test_a_model_folder_is_evaluated_and_left_as_it_was(
         assert f"{estimate['value']:.4f} ± {estimate['stderr']:.4f}" in shown
 
 
-def test_published_numbers_stand_below(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def swags(n: int) -> str:
     record = {"activity_label": "a", "ctx": "A man", "endings": ["sits.", "flies.", "is.", "was."], "label": 0}
-    (tmp_path / "swag.jsonl").write_text((json.dumps(record) + "\n") * 3)
-    assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl", "--limit", "2", "--batch", "1"]) == 0
+    return (json.dumps(record) + "\n") * n
+
+
+def test_published_numbers_stand_below_a_whole_task(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HellaSwag has 10,042 examples; equal ones are computed once."""
+    (tmp_path / "swag.jsonl").write_text(swags(10_042))
+    assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl"]) == 0
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert "0.2955" in rows["GPT-2 124M"]
     assert "0.337" in rows["GPT-3 125M"]
     assert "0.3089" in rows["reproduction, lr 1.2e-3"]
-    assert "first" in rows["model"]
+    assert "all" in rows["model"]
+
+
+@pytest.mark.parametrize(("n", "limit"), [(10_042, ["--limit", "2"]), (3, [])])
+def test_published_numbers_do_not_stand_below_a_part_of_a_task(
+    n: int, limit: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "swag.jsonl").write_text(swags(n))
+    assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl", *limit]) == 0
+    shown = capsys.readouterr().out
+    assert "GPT-2 124M" not in shown
+    assert "published results are of all 10,042 examples" in shown
+
+
+def test_a_file_of_ones_own_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) -> None:
+    question = {"query": "Hot and", "choices": ["cold", "warm"], "gold": 0}
+    (tmp_path / "hellaswag.jsonl").write_text(json.dumps(question) + "\n")
+    assert main(["eval", "model", "--task", "hellaswag.jsonl", "--json", "out.json"]) == 0
+    assert set(json.loads(Path("out.json").read_text())["results"]) == {"own-hellaswag"}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +294,15 @@ def test_published_numbers_stand_below(folder: Path, tmp_path: Path, capsys: pyt
         (["--task", "questions.jsonl", "--json", "no/out.json"], "no/out.json: there is no folder no"),
         (["--task", "bad.jsonl"], "bad.jsonl, line 1: not JSON"),
         (["--tsks", "hellaswag"], "did you mean --task"),
+        (["--task", "questions.jsonl", "--data", "nope"], "--data is for the held-out loss, which is not asked for"),
+        (["--task", "questions.jsonl", "--context", "5"], "--context is for the held-out loss, which is not asked for"),
+        (["--tasks", "heldout", "--data", "x", "--limit", "5"], "--limit is for the examples of tasks"),
+        (["--task", ""], "--task is empty"),
+        (["--task", "questions.jsonl", "--json", ""], "--json is empty"),
+        (["--task", "questions.jsonl", "--json", "/dev/null"], "/dev/null is no regular file"),
+        (["--tasks", "questions.jsonl", "--task", "questions.jsonl"], "two tasks are called questions"),
+        (["--limit", "x"], "--limit: 'x' is not a whole number"),
+        (["--context", "1.5"], "--context: '1.5' is not a whole number"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +81,13 @@ def test_the_quickstart_ends_where_it_ended_before(changed: dict[str, Any]) -> N
     expected = expected_loss(dataclasses.replace(preset("quickstart"), **changed))
     assert expected.loss == pytest.approx(4.84, abs=0.01)
     assert "Python 3.11.7" in expected.of
+
+
+@pytest.mark.parametrize(("name", "known"), [("fineweb-edu", True), ("mine", False)])
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_tokens_that_are_other_text_have_no_published_loss(
+    config: RunConfig, name: str, known: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": name}))
+    data = DataConfig(source="tokens", path=str(tmp_path))
+    assert (expected_loss(dataclasses.replace(config, data=data)).loss is not None) is known

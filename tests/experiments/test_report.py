@@ -20,7 +20,7 @@ from PIL import Image
 from restomod.cli import main
 from restomod.experiments.report import labels, open_runs, page_data
 from restomod.experiments.report_config import differences, preset_of
-from restomod.experiments.report_evals import evaluation_tables, is_fineweb_edu
+from restomod.experiments.report_evals import evaluation_tables, is_fineweb_edu, lines_of
 from restomod.experiments.report_html import as_json, as_page
 from restomod.experiments.report_markdown import as_markdown
 from restomod.experiments.report_run import SAMPLED_STEPS, page_run, samples, status
@@ -216,6 +216,28 @@ def test_published_shards_are_told_by_their_names(tmp_path: Path) -> None:
     assert is_fineweb_edu(open_run(folder))
 
 
+@pytest.mark.parametrize(("name", "is_it"), [("kjj0/finewebedu10B-gpt2", True), ("other", False)])
+def test_published_losses_stand_beside_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
+    """Of a run on other text; `eval --data` says what it was evaluated on."""
+    folder = make_run(tmp_path / "r", data="python-stdlib-3.11.7")
+    data = {"name": name, "fingerprint": "f"}
+    (folder / "evals").mkdir(exist_ok=True)
+    values = {"task": "heldout", "step": 40, "loss": 4.0, "tokens": 5, "data": data}
+    (folder / "evals" / "step_000040-heldout-of-f.json").write_text(json.dumps(values))
+    (table,) = evaluation_tables(open_run(folder))
+    assert (["GPT-2 124M", "3.2924"] in [row[:2] for row in table["rows"]]) is is_it
+    assert f"of {name}, which is not the run's data" in table["rows"][0][-1]
+
+
+def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    add_task(folder, examples=200)
+    assert lines_of(open_run(folder))["hellaswag"] == [{"name": "chance", "value": 0.25}]
+    assert "0.2955" not in json.dumps(evaluation_tables(open_run(folder)))
+    row = next(row for row in page_run(open_run(folder), "r", Prices())["figures"] if row[0].startswith("HellaSwag"))
+    assert row[1:] == ["31.0 %", "step 40, 200 examples"]
+
+
 def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     base = preset("gpt2-124m")
     config = dataclasses.replace(base, seed=5, optim=dataclasses.replace(base.optim, lr=1e-3))
@@ -228,14 +250,19 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
 
 def test_evaluations_stand_beside_what_is_published(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
-    for step in (20, 40):
-        add_task(folder, step=step)
+    for step, examples in ((20, 500), (40, 10_042)):
+        add_task(folder, step=step, examples=examples)
     add_task(folder, "mine", examples=7)
+    add_task(folder, "piqa", examples=200)
     (folder / "evals" / "odd.json").write_text('{"task": "odd", "metrics": {"acc": null}, "step": null}')
     mine, odd = (next(t for t in evaluation_tables(open_run(folder)) if t["task"] == name) for name in ("mine", "odd"))
     hellaswag = next(t for t in evaluation_tables(open_run(folder)) if t["task"] == "hellaswag")
     assert [row[0] for row in hellaswag["rows"][:2]] == ["r, step 40", "r, step 20"]
     assert ["GPT-2 124M", "0.2859", "0.2955"] in [row[:3] for row in hellaswag["rows"]]
+    piqa = next(t for t in evaluation_tables(open_run(folder)) if t["task"] == "piqa")
+    assert len(piqa["rows"]) == piqa["own"] == 1, "published results are of all examples"
+    assert lines_of(open_run(folder))["hellaswag"][0] == {"name": "GPT-2 124M", "value": 0.2955}
+    assert "piqa" not in lines_of(open_run(folder))
     assert mine["rows"] == [["r, step 40", "0.2800 ± 0.0100", "0.3100 ± 0.0200", "7 examples; as it is"]]
     assert odd["rows"][0][0] == "r"
 

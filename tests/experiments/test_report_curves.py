@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.experiments.report_curves import centred_mean, curves, number, task_curves, thin
+from restomod.experiments.report_curves import centred_mean, curves, number, sample_sizes, task_curves, thin
 from restomod.experiments.runs import open_run
 from tests.experiments.made_runs import add_task, loss_at, make_run
 
@@ -89,3 +89,25 @@ def test_accuracies_along_the_way_and_of_evaluations(tmp_path: Path) -> None:
     add_task(folder, step=40)
     points = task_curves(open_run(folder), {"hellaswag": "acc_token"})["hellaswag"]
     assert (points["x"], points["y"], points["error"]) == ([20, 40], [0.27, 0.31], [0.01, 0.02])
+
+
+def test_points_of_different_sample_sizes_are_not_joined(tmp_path: Path) -> None:
+    """200 examples, after a resumption 500, and all of them by `restomod eval`, at the same steps too."""
+    folder = make_run(tmp_path / "r")
+    with open(folder / "metrics.jsonl", "a") as f:
+        for step, n, share in ((30, 500, 0.3), (10, 200, 0.1), (20, 200, 0.2), (40, 500, 0.4)):
+            f.write(json.dumps({"kind": "task", "step": step, "task": "hellaswag", "examples": n, "acc": share}) + "\n")
+    metrics = {"acc": {"value": 0.25, "stderr": 0.01}}
+    for step in (20, 40):
+        add_task(folder, step=step, examples=10_042, metrics=metrics)
+    points = task_curves(open_run(folder), {"hellaswag": "acc"})["hellaswag"]
+    lines: list[list[tuple[int, int, float]]] = [[]]  # what a plot joins: up to a point without a value
+    for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True):
+        lines = [*lines, []] if y is None else [*lines[:-1], [*lines[-1], (x, n, y)]]
+    assert lines == [
+        [(10, 200, 0.1), (20, 200, 0.2)],
+        [(30, 500, 0.3), (40, 500, 0.4)],
+        [(20, 10_042, 0.25), (40, 10_042, 0.25)],
+    ]
+    assert len(points["error"]) == len(points["h"]) == len(points["x"])
+    assert sample_sizes(points) == "200 and 500 and 10,042 examples"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from restomod.cli import main
 from restomod.errors import UserError
 from restomod.experiments.runs import open_run
 from restomod.presets import preset
@@ -87,3 +88,31 @@ def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", [["report"], ["compare"], ["verdict"], ["watch"], ["train", "--resume"]])
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("r/checkpoints/step_000040", "r/checkpoints/step_000040 is of a run, and not the run: name r"),
+        ("r/checkpoints", "r/checkpoints is of a run, and not the run: name r"),
+        ("model", "model holds a model, and no run"),
+    ],
+)
+def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
+    verb: list[str],
+    folder: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_run(tmp_path / "r")
+    for name in ("r/checkpoints/step_000040", "model"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"model_type": "gpt2", "architectures": []}')
+    monkeypatch.chdir(tmp_path)
+    assert main([*verb, folder]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

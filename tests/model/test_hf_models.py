@@ -200,10 +200,21 @@ def test_without_a_tokenizer_a_padded_vocabulary_is_gpt2s(tmp_path: Path) -> Non
         open_language_model(str(tmp_path / "small"), CPU, FP32)
 
 
-def test_a_tokenizer_of_another_model_is_refused_when_it_is_used(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save(build("GPT2", {"vocab_size": 97} | dict.fromkeys(ENDS, 1)), tmp_path)
-    with pytest.raises(UserError, match="vocabulary of 97 tokens, and its tokenizer gives token"):
-        open_language_model(str(tmp_path), CPU, FP32).encode("A cat")
+    with pytest.raises(UserError, match="vocabulary of 97 tokens, and its tokenizer one of 50,257"):
+        open_language_model(str(tmp_path), CPU, FP32)
+
+
+def test_an_added_token_that_the_model_lacks_is_refused_when_it_is_used(tmp_path: Path) -> None:
+    save(build(*OTHER_PARTS["gelu"]), tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(tmp_path)
+    opened = open_language_model(str(tmp_path), CPU, FP32)
+    assert opened.encode(" a cat") == gpt2_tokenizer().encode(" a cat").tolist()
+    with pytest.raises(UserError, match="vocabulary of 50,257 tokens, and its tokenizer gives token 50,257"):
+        opened.encode(" a cat<|pad|>")
 
 
 def test_gpt2s_tokenizer_in_either_layout_is_known(tmp_path: Path) -> None:

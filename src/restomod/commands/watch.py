@@ -31,7 +31,10 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"--port is {given.port}; it must lie between 0 and {2**16 - 1}")
     prices = given.prices()
 
+    from restomod.config_json import refuse_model
     from restomod.experiments.watch import watch
 
-    watch(Path(os.path.expanduser(given.folder)), given.host, given.port, prices, lambda line: print(line, flush=True))
+    folder = Path(os.path.expanduser(given.folder))
+    refuse_model(folder)  # it would wait for a run to begin there
+    watch(folder, given.host, given.port, prices, lambda line: print(line, flush=True))
     return 0

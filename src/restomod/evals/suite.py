@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
-from restomod.evals.references import references
+from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
-from restomod.evals.tasks import LoadedTask, load_task
-from restomod.files import write_json_atomically, write_text_atomically
+from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
+from restomod.files import read_json, refuse_unwritable, write_json_atomically, write_text_atomically
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display
@@ -32,7 +32,6 @@ from restomod.train.distributed import Processes, device_of, joined
 from restomod.train.find import find_model, is_run
 from restomod.train.run import environment
 
-HELDOUT = "heldout"
 SHOWN = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")
 
 
@@ -78,7 +77,7 @@ def evaluate_model(
         context: tokens of its windows; None: as many as the run trained on.
         batch: rows per forward pass.
         device, precision: see `restomod.device`.
-        json_file: write all results to this file, too.
+        json_file: write all results to this file, too, after they are shown.
         cache: folder for downloads.
         display: where to print.
 
@@ -86,10 +85,10 @@ def evaluate_model(
         0.
 
     Raises:
-        UserError: the model, a task, the data or a file is not usable.
+        UserError: the model, a task, the data or a file is not usable, or an argument would change nothing.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"{json_file}: there is no folder {json_file.parent}; make it, or choose another file")
+    if json_file is not None:
+        refuse_unwritable(json_file)
     with joined() as processes:
         display = display or Display(muted=not processes.main)
         where = device_of(choose_device(device), processes)
@@ -99,9 +98,11 @@ def evaluate_model(
         subject = processes.together(lambda: _subject(name), one_first=True)
         config = read_config(subject.run) if subject.run else None
         wanted = tasks or ([HELDOUT] if config or data else []) + ["hellaswag"]
+        _refuse_unused(wanted, data, context, limit)
         loaded = processes.together(
             lambda: [load_task(task, cache, limit) for task in wanted if task != HELDOUT], one_first=True
         )
+        _refuse_equal_names([task.task.name for task in loaded])
         dataset = (
             processes.together(lambda: _dataset(name, data, config), one_first=True) if HELDOUT in wanted else None
         )
@@ -109,27 +110,32 @@ def evaluate_model(
         found = processes.gather(str(subject.folder))[0] if Path(name).is_dir() else name
         model = processes.together(lambda: open_language_model(found, where, dtype), one_first=True)
         here = environment(describe_device(where), dtype_name(dtype)) | {"processes": processes.count}
-        results: dict[str, dict[str, Any]] = {}
-        rows: list[tuple[str, str, dict[str, Estimate], str]] = []
+        report = _Report(subject, here, display, processes.main)
+        report.warn_if_unwritable()
         if dataset is not None:
             held = processes.together(lambda: _heldout(model, dataset, context, config, where, dtype, batch, processes))
-            results[HELDOUT] = held.to_dict()
-            windows = f"windows of {len(held.by_position):,}"
-            rows.append((HELDOUT, windows, _estimates(held), f"{held.tokens:,} tokens"))
-            if subject.run:
-                processes.from_main(functools.partial(_draw, subject, held, display))  # the others wait for it
+            report.heldout(held, dataset, other_data=data is not None and not _is_of_run(dataset, subject))
         for task in loaded:
-            result = evaluate(model, task, batch, processes)
-            display.lines(_remarks(task, result, model))
-            results[task.task.name] = result.to_dict() | {"convention": task.task.convention}
-            rows.append((task.task.name, task.task.convention, result.metrics, _asked(task)))
+            report.task(task, evaluate(model, task, batch, processes), model)
+        report.finish(json_file)
         if processes.main:
-            _write(subject, results, {t.task.name: t for t in loaded}, here, json_file, display)
-            for headings, lines in _tables(subject, rows):
-                display.line("")
-                display.grid(headings, lines)
             display.require_printed()
     return 0
+
+
+def _refuse_unused(wanted: list[str], data: str | None, context: int | None, limit: int | None) -> None:
+    """Refuse flags that would change nothing."""
+    for flag, value in (("--data", data), ("--context", context)):
+        if value is not None and HELDOUT not in wanted:
+            raise UserError(f"{flag} is for the held-out loss, which is not asked for: add {HELDOUT} to --tasks")
+    if limit is not None and set(wanted) == {HELDOUT}:
+        raise UserError("--limit is for the examples of tasks; the held-out loss is of all tokens: leave it out")
+
+
+def _refuse_equal_names(names: list[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"two tasks are called {twice[0]}, and one result would replace the other: rename a file")
 
 
 def _subject(name: str) -> Subject:
@@ -148,6 +154,15 @@ def _dataset(name: str, data: str | None, config: RunConfig | None) -> Dataset:
     if not len(dataset.val):
         raise UserError(f"{data or name}: nothing of its data is held out for validation; name another with --data DIR")
     return dataset
+
+
+def _is_of_run(dataset: Dataset, subject: Subject) -> bool:
+    """Whether tokens are those that the model's run was trained on."""
+    path = subject.run / "data.json" if subject.run else None
+    if path is None or not path.exists():
+        return False
+    manifest = read_json(path, "manifest of the run's data")
+    return isinstance(manifest, dict) and manifest.get("fingerprint") == dataset.fingerprint
 
 
 def _heldout(
@@ -174,16 +189,6 @@ def _heldout(
     return held
 
 
-def _estimates(held: Heldout) -> dict[str, Estimate]:
-    values = {"loss": held.loss, "perplexity": held.perplexity, "bits_per_byte": held.bits_per_byte}
-    return {name: Estimate(value, None) for name, value in values.items() if value is not None}
-
-
-def _asked(loaded: LoadedTask) -> str:
-    n = len(loaded.examples)
-    return f"the first {n:,}" if loaded.limited else f"all {n:,}"
-
-
 def _remarks(loaded: LoadedTask, result: Result, model: LanguageModel) -> list[str]:
     n = len(result.gold)
     lines = [f"{loaded.task.name}: {n:,} examples in {duration(result.seconds)}, {n / result.seconds:.1f} a second"]
@@ -195,51 +200,95 @@ def _remarks(loaded: LoadedTask, result: Result, model: LanguageModel) -> list[s
     return lines
 
 
-def _write(
-    subject: Subject,
-    results: dict[str, dict[str, Any]],
-    loaded: dict[str, LoadedTask],
-    here: dict[str, Any],
-    json_file: Path | None,
-    display: Display,
-) -> None:
-    about = {"model": subject.name, "folder": str(subject.folder), "step": subject.step, "environment": here}
-    if json_file is not None:
-        write_json_atomically(json_file, about | {"results": results})
-        display.line(f"written: {json_file}")
-    if subject.run is None:
-        return
-    (subject.run / "evals").mkdir(exist_ok=True)
-    for name, result in results.items():
-        limited = name in loaded and loaded[name].limited
-        path = subject.file(name, f"-first{result['examples']}.json" if limited else ".json")
-        # on one line: thousands of choices, one a line, are no easier to read
-        write_text_atomically(path, json.dumps({"task": name} | about | result) + "\n")
-        display.line(f"written: {path}")
+class _Report:
+    """Shows every result as soon as it is there, and then keeps it: what cannot be written is not lost."""
 
+    def __init__(self, subject: Subject, here: dict[str, Any], display: Display, main: bool) -> None:
+        self.subject, self.display = subject, display
+        self.about = {"model": subject.name, "folder": str(subject.folder), "step": subject.step, "environment": here}
+        self.run = subject.run if main else None
+        self.main = main
+        self.results: dict[str, dict[str, Any]] = {}
 
-def _draw(subject: Subject, held: Heldout, display: Display) -> None:
-    from restomod.evals.plots import draw_positions
+    def warn_if_unwritable(self) -> None:
+        """Say before the work is done that its results will be shown only."""
+        if self.run is None:
+            return
+        folder = self.run / "evals"
+        if not os.access(folder if folder.exists() else self.run, os.W_OK):
+            self.display.line(f"warning: {folder} cannot be written to: results are shown only (or --json FILE)")
+            self.run = None
 
-    path = subject.file(HELDOUT, ".png")
-    path.parent.mkdir(exist_ok=True)
-    draw_positions(held, subject.name, path)
-    display.line(f"drawn: {path}")
+    def heldout(self, held: Heldout, dataset: Dataset, other_data: bool) -> None:
+        data = {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}
+        published, why_not = references(HELDOUT), ""
+        if not is_fineweb_edu(dataset.manifest):
+            published, why_not = [], "published losses are of FineWeb-Edu, and this is other text: not shown"
+        values = {"loss": held.loss, "perplexity": held.perplexity, "bits_per_byte": held.bits_per_byte}
+        estimates = {name: Estimate(value, None) for name, value in values.items() if value is not None}
+        windows = f"{held.tokens:,} tokens: windows of {len(held.by_position):,}"
+        self._show(HELDOUT, estimates, windows, published, why_not)
+        name = f"{HELDOUT}-of-{dataset.fingerprint[:8]}" if other_data else HELDOUT
+        self._keep(HELDOUT, name, held.to_dict() | {"data": data})
+        if self.run is not None:
+            self._try_to(lambda path: self._draw(held, path), self.subject.file(name, ".png"), "drawn")
 
+    def task(self, loaded: LoadedTask, result: Result, model: LanguageModel) -> None:
+        task, n = loaded.task, len(result.gold)
+        self.display.lines(_remarks(loaded, result, model))
+        published, why_not = references(task.name), ""
+        if n != task.size and published:
+            published, why_not = [], f"published results are of all {task.size:,} examples: not shown"
+        asked = f"the first {n:,}" if loaded.limited else f"all {n:,}"
+        self._show(task.name, result.metrics, f"{asked}: {task.convention}", published, why_not)
+        name = f"{task.name}-first{n}" if loaded.limited else task.name
+        self._keep(task.name, name, result.to_dict() | {"convention": task.convention})
 
-def _tables(
-    subject: Subject, rows: list[tuple[str, str, dict[str, Estimate], str]]
-) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Headings and rows of a table per task: this model, then what is published, with whose convention it follows."""
-    at = f", step {subject.step}" if subject.step is not None else ""
-    for task, convention, metrics, asked in rows:
-        published = references(task)
+    def finish(self, json_file: Path | None) -> None:
+        """Write all results to one file, where that is asked."""
+        if json_file is None or not self.main:
+            return
+        try:
+            write_json_atomically(json_file, self.about | {"results": self.results})
+        except OSError as e:
+            raise UserError(f"{json_file}: cannot write the results ({e.strerror}); they are shown above") from None
+        self.display.line(f"written: {json_file}")
+
+    def _show(
+        self, task: str, metrics: dict[str, Estimate], asked: str, published: list[Reference], why_not: str
+    ) -> None:
+        """A table: this model, then what is published, with whose convention it follows."""
+        at = f", step {self.subject.step}" if self.subject.step is not None else ""
         names = [name for name in SHOWN if name in metrics]
-        mine = [f"{subject.name}{at}", *(shown(metrics[name]) for name in names), f"{asked}: {convention}"]
+        mine = [f"{self.subject.name}{at}", *(shown(metrics[name]) for name in names), asked]
         values: dict[tuple[str, str], dict[str, str]] = {}
         for r in published:
             values.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
         others = [
             [model, *(numbers.get(name, "") for name in names), whose] for (model, whose), numbers in values.items()
         ]
-        yield [task, *names, ""], [mine, *others]
+        self.display.line("")
+        self.display.grid([task, *names, ""], [mine, *others])
+        self.display.lines([why_not] if why_not else [])
+
+    def _keep(self, task: str, file: str, result: dict[str, Any]) -> None:
+        self.results[task] = result
+        if self.run is not None:
+            # on one line: thousands of choices, one a line, are no easier to read
+            text = json.dumps({"task": task} | self.about | result) + "\n"
+            self._try_to(lambda path: write_text_atomically(path, text), self.subject.file(file, ".json"), "written")
+
+    def _try_to(self, write: Callable[[Path], None], path: Path, done: str) -> None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write(path)
+        except (OSError, UserError) as e:
+            why = e.strerror or one_line(e) if isinstance(e, OSError) else one_line(e)
+            self.display.line(f"warning: {path} is not {done}: {why}")
+        else:
+            self.display.line(f"{done}: {path}")
+
+    def _draw(self, held: Heldout, path: Path) -> None:
+        from restomod.evals.plots import draw_positions
+
+        draw_positions(held, self.subject.name, path)

@@ -21,6 +21,7 @@ from restomod.text import split_items
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
+HELDOUT = "heldout"  # the held-out loss, which is asked for by a task's name
 Kind = Literal["multiple-choice", "last-word"]
 
 
@@ -46,6 +47,8 @@ class Task:
     source: OnHub | None = None
     """None: HellaSwag's own file, or one that is named."""
     kind: Kind = "multiple-choice"
+    size: int | None = None
+    """Examples of the official data, of which published results are; None: there is none."""
 
     def read(self, path: Path) -> list[Example]:
         """The examples of a file; see `read_examples`."""
@@ -80,12 +83,13 @@ class LoadedTask:
 TASKS = {
     task.name: task
     for task in (
-        Task("hellaswag", "ctx as it is, a space, the ending (build-nanogpt)", of.hellaswag, "acc_token"),
+        Task("hellaswag", "ctx as it is, a space, the ending (build-nanogpt)", of.hellaswag, "acc_token", size=10_042),
         Task(
             "hellaswag-harness",
             "activity: ctx, a space, the ending, without brackets (lm-evaluation-harness)",
             of.hellaswag_harness,
             "acc_norm",
+            size=10_042,
         ),
         Task(
             "arc-easy",
@@ -93,6 +97,7 @@ TASKS = {
             of.arc,
             "acc_norm",
             OnHub("allenai/ai2_arc", "ARC-Easy", "test"),
+            size=2_376,
         ),
         Task(
             "arc-challenge",
@@ -100,6 +105,7 @@ TASKS = {
             of.arc,
             "acc_norm",
             OnHub("allenai/ai2_arc", "ARC-Challenge", "test"),
+            size=1_172,
         ),
         Task(
             "piqa",
@@ -107,6 +113,7 @@ TASKS = {
             of.piqa,
             "acc_norm",
             OnHub("baber/piqa", None, "validation"),
+            size=1_838,
         ),
         Task(
             "winograd",
@@ -114,6 +121,7 @@ TASKS = {
             of.winograd,
             "acc",
             OnHub("lighteval/winograd_wsc", "wsc273", "test"),
+            size=273,
         ),
         Task(
             "lambada",
@@ -122,6 +130,7 @@ TASKS = {
             "acc",
             OnHub("EleutherAI/lambada_openai", "default", "test"),
             "last-word",
+            size=5_153,
         ),
     )
 }
@@ -146,7 +155,10 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
         task = TASKS[name]
         examples = task.read(Path(file)) if file else task.load(cache)
     elif not file and (Path(name).exists() or Path(name).suffix):
-        task = Task(Path(name).stem, "query, a space, the choice (your own file)", of.own, "acc_norm")
+        stem = Path(name).stem
+        if stem in TASKS or stem == HELDOUT:  # not the task of that name
+            stem = f"own-{stem}"
+        task = Task(stem, "query, a space, the choice (your own file)", of.own, "acc_norm")
         examples = task.read(Path(name))
     else:
         raise UserError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")

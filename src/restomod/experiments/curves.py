@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from restomod.config import RunConfig
 from restomod.config_model import ModelConfig
-from restomod.evals.references import LLAMA, LR_STUDY, references
+from restomod.evals.references import LLAMA, LR_STUDY, is_fineweb_edu, references
+from restomod.files import read_json
 from restomod.presets import llama_124m, quickstart
 
 NEAR = 0.05  # how far the number of tokens, or tokens per step, may be from those of a published run
@@ -65,7 +67,18 @@ def expected_loss(config: RunConfig) -> Expected:
         return _tinyshakespeare(config)
     if config.data.source == "python-stdlib" or config.data.mix is not None:
         return _unknown("the published runs read FineWeb-Edu or TinyShakespeare")
+    if _is_known_other(config):
+        return _unknown(f"the published runs read FineWeb-Edu, and {config.data.path} is other text")
     return _fineweb_edu(config)
+
+
+def _is_known_other(config: RunConfig) -> bool:
+    """Whether the tokens of a run are there, and say that they are not FineWeb-Edu's."""
+    path = Path(config.data.path or "") / "manifest.json"
+    if config.data.source != "tokens" or not path.exists():
+        return False
+    manifest = read_json(path, "manifest of token shards")
+    return not (isinstance(manifest, dict) and is_fineweb_edu(manifest))
 
 
 def _is_quickstart(config: RunConfig) -> bool:
@@ -83,7 +96,8 @@ def _same_model(model: ModelConfig, other: ModelConfig) -> bool:
 def _llama(config: RunConfig) -> Expected:
     """Of the preset, which is the published run."""
     same = llama_124m()
-    if config.data.source == "python-stdlib" or config.data.mix is not None or config.data.source == "tinyshakespeare":
+    other_source = config.data.source in ("python-stdlib", "tinyshakespeare") or config.data.mix is not None
+    if other_source or _is_known_other(config):
         return _unknown("the published run reads FineWeb-Edu")
     if config.optim != same.optim or (config.steps, config.batch_tokens) != (same.steps, same.batch_tokens):
         return _unknown("the published run of Llama's parts is that of the preset: two epochs at 1.8e-3")

@@ -80,8 +80,10 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
 
 def is_fineweb_edu(run: Run) -> bool:
     """Whether the run's data calls itself FineWeb-Edu, by its name, its sources or its path."""
+    if run.config.data.mix is not None:  # another text, whatever a part of it is
+        return False
     data = manifest(run)
-    named = [data.get("name"), data.get("plan"), run.config.data.path, run.config.data.mix]
+    named = [data.get("name"), data.get("plan"), run.config.data.path]
     return FINEWEB_EDU.search(json.dumps(named)) is not None
 
 

@@ -28,7 +28,7 @@ from restomod.evals.heldout import heldout_windows, token_losses
 from restomod.experiments.report_evals import data_manifest
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
-from restomod.files import write_json_atomically
+from restomod.files import refuse_unwritable, write_json_atomically
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model
 from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
@@ -111,6 +111,7 @@ def examine(
         if known is not None and (known.get("checkpoint"), known.get("asked")) == (checkpoint.name, max_tokens):
             say(f"{run.folder}: {checkpoint.name} is examined already ({FILE})")
             return
+        refuse_unwritable(run.folder / FILE)
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
@@ -123,7 +124,11 @@ def examine(
         say(f"{run.folder}: not examined: {e}")
         return
     about = {"format": FORMAT, "checkpoint": checkpoint.name, "step": step_of(checkpoint), "asked": max_tokens}
-    write_json_atomically(run.folder / FILE, about | found)
+    try:
+        write_json_atomically(run.folder / FILE, about | found)
+    except OSError as e:
+        say(f"{run.folder}: examined, but {FILE} cannot be written ({e.strerror})")
+        return
     say(f"written: {run.folder / FILE}")
 
 

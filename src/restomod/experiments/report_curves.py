@@ -123,14 +123,17 @@ def curves(run: Run) -> dict[str, Any]:
 
 
 def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Accuracies along the way, by task: of the records of validations, and of `restomod eval` on whole tasks.
+    """Accuracies along the way, by task: of the records of validations, and of `restomod eval`.
+
+    Those of as many examples follow each other by step, the smaller samples first; between samples of different sizes
+    stands a point without a value, so that no line joins them.
 
     Args:
         run: the run.
         metric_of: the metric to show of each task.
     """
     clock = Clock.of(run.train)
-    found: dict[str, dict[int, tuple[float, float]]] = {}
+    found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
     for record in [*run.records, *run.evaluations]:
         task, step = record.get("task"), record.get("step")
         if not isinstance(task, str) or not isinstance(step, int) or task == "heldout":
@@ -143,14 +146,29 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
         if isinstance(value, dict):
             value, error = value.get("value"), value.get("stderr")
         if math.isfinite(number(value)):
-            found.setdefault(task, {})[step] = (number(value), number(error))
-    return {
-        task: {
-            "metric": metric_of.get(task, "acc_norm"),
-            "x": sorted(points),
-            "y": [rounded(points[step][0]) for step in sorted(points)],
-            "error": [rounded(points[step][1]) or 0.0 for step in sorted(points)],
-            "h": [rounded(hours) for hours in clock.at(np.array(sorted(points), dtype=np.int64))],
-        }
-        for task, points in found.items()
-    }
+            n = record.get("examples")
+            found.setdefault(task, {})[n if isinstance(n, int) else 0, step] = (number(value), number(error))
+    return {task: _task_curve(points, metric_of.get(task, "acc_norm"), clock) for task, points in found.items()}
+
+
+def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str, clock: Clock) -> dict[str, Any]:
+    """The points of a task, by number of examples (0: not said) and step."""
+    sizes = {n for n, _ in points if n}
+    if len(sizes) == 1:  # what does not say its size is taken to be of the only one
+        points = {(max(sizes), step): value for (_, step), value in sorted(points.items())}
+    made: dict[str, Any] = {"metric": metric, "x": [], "y": [], "error": [], "examples": []}
+    for n, step in sorted(points):
+        value, error = points[n, step]
+        if made["examples"] and made["examples"][-1] != n:
+            for name, gap in (("x", step), ("y", None), ("error", 0.0), ("examples", n)):
+                made[name].append(gap)
+        for name, shown in (("x", step), ("y", rounded(value)), ("error", rounded(error) or 0.0), ("examples", n)):
+            made[name].append(shown)
+    made["h"] = [rounded(hours) for hours in clock.at(np.array(made["x"], dtype=np.int64))]
+    return made
+
+
+def sample_sizes(points: dict[str, Any]) -> str:
+    """Of how many examples the points of a task are: "200 and 10,042 examples"; nothing where that is not said."""
+    sizes = [f"{n:,}" for n in sorted(set(points["examples"]) - {0})]
+    return f"{' and '.join(sizes)} examples" if sizes else ""

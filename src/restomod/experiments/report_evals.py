@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
-from restomod.evals.references import GPT2, references
+from restomod.evals import references
+from restomod.evals.references import GPT2
 from restomod.evals.tasks import TASKS
 from restomod.experiments.report_curves import number
 from restomod.experiments.runs import Record, Run
@@ -25,31 +25,34 @@ def data_manifest(run: Run) -> Record:
 
 
 def is_fineweb_edu(run: Run) -> bool:
-    """Whether a run's tokens are FineWeb-Edu's, so that losses published for it can stand beside its own.
+    """Whether a run's tokens are FineWeb-Edu's, so that losses published for it can stand beside its own."""
+    return run.config.data.mix is None and references.is_fineweb_edu(data_manifest(run))
 
-    Told by names: that of the data, of its shards, and of its folder.
-    """
-    manifest = data_manifest(run)
-    if run.config.data.mix is not None:
-        return False
-    splits = manifest.get("splits")
-    held_out = splits.get("val") if isinstance(splits, dict) else None
-    shards = held_out.get("shards") if isinstance(held_out, dict) else None
-    files = [str(shard.get("file")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
-    names = [str(manifest.get("name", "")), *files]
-    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
-    return any("finewebedu" in name or "edufineweb" in name for name in plain) and "+" not in names[0]
+
+def _on_fineweb_edu(values: Record, run: Run) -> bool:
+    """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("fingerprint") == data_manifest(run).get("fingerprint"):
+        return is_fineweb_edu(run)
+    return references.is_fineweb_edu(data)
+
+
+def _is_whole(task: str, values: Record) -> bool:
+    """Whether a task was asked as a whole, as published results are; of one of the user's own there are none."""
+    return task in TASKS and values.get("examples") == TASKS[task].size
 
 
 def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies."""
+    """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies, where a task
+    was asked as a whole.
+    """
+    whole = {task for v in [*run.records, *run.evaluations] if _is_whole(task := str(v.get("task")), v)}
     found: dict[str, list[dict[str, Any]]] = {}
     for task, metric in {"heldout": "loss", **HEADLINES}.items():
         if task == "heldout" and not is_fineweb_edu(run):
             continue
-        lines = [
-            {"name": r.model, "value": r.value} for r in references(task) if r.model == GPT2 and r.metric == metric
-        ]
+        published = references.references(task) if task == "heldout" or task in whole else []
+        lines = [{"name": r.model, "value": r.value} for r in published if r.model == GPT2 and r.metric == metric]
         if task in CHANCE:
             lines.append({"name": "chance", "value": CHANCE[task]})
         if lines:
@@ -73,12 +76,12 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
         measured = [_metrics(values) for values in found]
         columns = list(dict.fromkeys(name for metrics in measured for name in metrics))
         mine = [
-            [_at(values, run), *(metrics.get(name, "") for name in columns), _asked(values)]
+            [_at(values, run), *(metrics.get(name, "") for name in columns), _asked(values, run)]
             for values, metrics in zip(found, measured, strict=True)
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
-        if task != "heldout" or is_fineweb_edu(run):
-            for r in references(task):
+        if any(_on_fineweb_edu(v, run) if task == "heldout" else _is_whole(task, v) for v in found):
+            for r in references.references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
         others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
         tables.append(
@@ -111,9 +114,12 @@ def _at(values: Record, run: Run) -> str:
     return f"{run.name}, step {step:,}" if isinstance(step, int) else run.name
 
 
-def _asked(values: Record) -> str:
+def _asked(values: Record, run: Run) -> str:
     examples, tokens = values.get("examples"), values.get("tokens")
     parts = [f"{examples:,} examples"] if isinstance(examples, int) else []
     parts += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("fingerprint") != data_manifest(run).get("fingerprint"):
+        parts.append(f"of {data.get('name')}, which is not the run's data")
     parts += [str(values["convention"])] if values.get("convention") else []
     return "; ".join(parts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from restomod.errors import UserError
+from restomod.experiments.report_curves import sample_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,8 @@ def _curve(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
 
 def _task(axes: Axes, runs: list[dict[str, Any]], task: str) -> None:
     found = [(i, run, run["tasks"][task]) for i, run in enumerate(runs) if task in run["tasks"]]
-    title = f"{task}, {found[0][2]['metric']}, ± one standard error"
+    sizes = dict.fromkeys(filter(None, (sample_sizes(points) for _, _, points in found)))
+    title = ", ".join([task, found[0][2]["metric"], "± one standard error", *sizes])
     axes.set_title(title, loc="left", color=INK, fontsize=12, parse_math=False)
     axes.set_xlabel("step", color=SOFT)
     for i, run, points in found:

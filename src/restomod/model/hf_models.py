@@ -190,8 +190,15 @@ def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> A
         where, commit = (folder, None) if local else (name, folder.name)
         try:
             found = transformers.AutoTokenizer.from_pretrained(where, revision=commit, trust_remote_code=False)
+            if found.vocab_size > vocab_size:
+                raise UserError(
+                    f"{name} has a vocabulary of {vocab_size:,} tokens, and its tokenizer one of {found.vocab_size:,}: "
+                    f"it is the tokenizer of another model"
+                )
             if len(found) > len(found.all_special_tokens):
                 return found
+        except UserError:
+            raise
         except Exception as e:
             problem = f"transformers cannot load its tokenizer ({one_line(e)})"
             if local:

@@ -43,6 +43,10 @@ def find_model(name: str) -> Path:
             f"{path} holds an adapter (LoRA): merge it into the weights of its model (PEFT: merge_and_unload), "
             f"and give the folder of that"
         )
+    if path.absolute().name == "checkpoints" and is_run(path.absolute().parent):
+        raise UserError(f"{path} holds the checkpoints of a run: name the run, or one of them")
+    if (path / "manifest.json").exists():
+        raise UserError(f"{path} holds tokens and no model; `restomod data {quote(name)}` shows them")
     if not (path / "config.json").exists():
         raise UserError(f"{path} is neither a run nor a model folder: it has no config.json")
     return path

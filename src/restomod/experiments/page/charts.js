@@ -81,9 +81,16 @@ function taskTraces(task, view) {
       type: "scatter", x: xs(run, points, view.axis), y: points.y, name: plain(run.name), mode: few ? "lines+markers" : "lines",
       legendrank: index, line: { color, width: 1.6, dash }, marker: { size: 6, color },
       error_y: { type: "data", array: points.error, color: colour("rule"), thickness: few ? 1.5 : 1, width: 0, visible: chosen },
-      customdata: points.error, hovertemplate: "%{y:.2%} ± %{customdata:.2%}",
+      connectgaps: false, customdata: points.error.map((error, i) => [error, points.examples[i] ? ", " + points.examples[i].toLocaleString("en") + " examples" : ""]),
+      hovertemplate: "%{y:.2%} ± %{customdata[0]:.2%}%{customdata[1]}",
     }];
   });
+}
+
+/* Of how many examples the points of a task are. No line joins points of different samples. */
+function sampleSizes(task, view) {
+  const sizes = new Set(view.runs.flatMap((run) => (run.tasks[task] ? run.tasks[task].examples : [])).filter(Boolean));
+  return sizes.size ? [...sizes].sort((a, b) => a - b).map((n) => n.toLocaleString("en")).join(" and ") + " examples" : "";
 }
 
 /* The range of the second half of all curves: what is left to see once the loss has fallen. */
@@ -159,7 +166,7 @@ function allCharts(view) {
   const tasks = [...new Set(view.runs.flatMap((run) => Object.keys(run.tasks)))];
   const more = tasks.map((task) => ({
     id: "task-" + task, title: TASKS[task] || task, digits: ".2%", tick: ".0%",
-    unit: (view.runs.find((run) => run.tasks[task]).tasks[task].metric) + ", ± one standard error",
+    unit: [(view.runs.find((run) => run.tasks[task]).tasks[task].metric) + ", ± one standard error", sampleSizes(task, view)].filter(Boolean).join("; "),
     left: true, traces: () => taskTraces(task, view),
     lines: (lines[task] || []).map((line) => ({ ...line, label: Number((100 * line.value).toFixed(2)) + " %" })),
   }));
