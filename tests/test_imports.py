@@ -46,6 +46,7 @@ LAYERS = (
     ("restomod.draw", "restomod.generate", "restomod.samples", "restomod.compare_samples", "restomod.inspection"),
     (
         "restomod.train.setup",
+        "restomod.train.summary",
         "restomod.train.journal",
         "restomod.train.observe",
         "restomod.train.recover",

@@ -17,7 +17,8 @@ from restomod.evals.heldout import heldout_loss
 from restomod.train.console import Display
 from restomod.train.loop import train
 from restomod.train.metrics import read_jsonl
-from restomod.train.setup import set_up, summary
+from restomod.train.setup import set_up
+from restomod.train.summary import summary
 
 QUIET = Display(interactive=False)
 

@@ -28,8 +28,9 @@ from restomod.train.recover import roll_back, step_that_fits, warn
 from restomod.train.run import refuse_existing
 from restomod.train.run_lock import RunLock
 from restomod.train.saver import Saver
-from restomod.train.setup import Training, length_warnings, set_up, summary
+from restomod.train.setup import Training, set_up
 from restomod.train.signals import StopSignal
+from restomod.train.summary import length_warnings, summary
 from restomod.train.track import Trackers, require_installed
 
 EXIT_FINISHED = 0

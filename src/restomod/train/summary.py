@@ -1,0 +1,64 @@
+"""What a run says of itself before its first step: a table of what is trained on what, and warnings."""
+
+from __future__ import annotations
+
+from restomod.data.reading import told
+from restomod.device import describe_device, dtype_name
+from restomod.model.families import describe_shape
+from restomod.model.flops import parameter_count
+from restomod.text import duration
+from restomod.train.schedule import describe_warmup, schedule_warnings
+from restomod.train.setup import Training
+
+
+def length_warnings(training: Training) -> list[str]:
+    """What the lengths of a run, its schedule and its data make useless, in a line each."""
+    found = schedule_warnings(training.config)
+    for name, passes in _passes_per_step(training).items():
+        if passes > 1:
+            found.append(f"a step trains on all of {name} {passes:,.3g} times; lower --batch-tokens or add text")
+    return found
+
+
+def _passes_per_step(training: Training) -> dict[str, float]:
+    """How often one step goes through the training text of each source."""
+    sources = zip(training.dataset.sources, training.batches.source_windows, strict=True)
+    return {s.name: training.config.batch_sequences * float(s.share) / n for s, n in sources}
+
+
+def summary(training: Training) -> list[tuple[str, str]]:
+    """The table that stands at the head of a run."""
+    config, m, compute, manifest = (
+        training.config,
+        training.config.model,
+        training.compute,
+        training.dataset.manifest,
+    )
+    train, val = len(training.dataset.train), len(training.dataset.val)
+    processes = training.processes.count
+    accumulation = config.batch_sequences // compute.micro_batch // processes
+    seconds = training.micro_batch_seconds * accumulation * (config.steps - training.first_step)
+    epochs = {name: config.steps * passes for name, passes in _passes_per_step(training).items()}
+    in_epochs = ", ".join(f"{n:.2g} epochs" + (f" of {name}" if len(epochs) > 1 else "") for name, n in epochs.items())
+    precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
+    split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
+    count = manifest["documents"]  # not known of published shards
+    documents = f" in {count:,} document{'' if count == 1 else 's'}" if count is not None else ""
+    return [
+        ("run", str(training.run.folder)),
+        ("model", describe_shape(m)),
+        ("parameters", f"{parameter_count(m):,}, " + (f"from {config.init}" if config.init else "random at the start")),
+        ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
+        *told(manifest),
+        (
+            "tokens per step",
+            f"{config.batch_tokens:,} = {f'{processes} processes × ' if processes > 1 else ''}"
+            f"{accumulation} × {compute.micro_batch} sequences × {config.sequence_length} tokens",
+        ),
+        ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
+        ("warm-up", describe_warmup(config)),
+        ("device", describe_device(compute.device)),
+        ("precision", precision + (", bf16 residual stream" if config.residual_dtype == "bf16" else "")),
+        ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
+        ("estimated time", f"{duration(seconds)} for the steps alone, from timing one micro-batch"),
+    ]
