@@ -29,6 +29,19 @@ def test_time_spent_counts_what_was_done_again(tmp_path: Path) -> None:
     assert open_run(make_run(tmp_path / "a", SMALL, records)).seconds == 2.0
 
 
+@pytest.mark.parametrize("verb", [["verdict", "--no-weights"], ["compare"], ["report"]])
+def test_lines_of_the_log_that_cannot_be_read_are_told(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "a", SMALL, [train(0, 9.0), train(1, 8.0), val(2, 8.0)])
+    log = folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for content, told in ((lines, False), ([lines[0], b"\xff{\n", *lines[1:]], True)):
+        log.write_bytes(b"".join(content))
+        assert main([verb[0], str(folder), *verb[1:]]) in (0, 1)
+        assert (f"{log}: 1 of {len(lines) + 1} lines cannot be read" in capsys.readouterr().err) == told
+
+
 def test_tokens_and_flops_of_gpt2_124m(tmp_path: Path) -> None:
     run = open_run(make_run(tmp_path / "a", preset("gpt2-124m")))
     assert run.tokens_at(19_073) == 19_073 * 524_288

@@ -7,6 +7,7 @@ import calendar
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ from restomod.config_json import read_config
 from restomod.errors import UserError
 from restomod.files import read_json
 from restomod.model.flops import flops_per_token
-from restomod.train.metrics import read_jsonl
+from restomod.output import complain
+from restomod.train.metrics import iterate_jsonl, read_jsonl
 
 Record = dict[str, Any]
 
@@ -116,8 +118,12 @@ def process_count(environment: Record) -> int:
     return count if isinstance(count, int) and count > 0 else 1
 
 
-def open_run(folder: str | Path) -> Run:
+def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
     """Read a run's folder.
+
+    Args:
+        folder: the run's.
+        warn: told of lines of `metrics.jsonl` that cannot be read.
 
     Raises:
         UserError: there is no run, or a file of it is damaged.
@@ -131,5 +137,5 @@ def open_run(folder: str | Path) -> Run:
         folder,
         read_config(folder),
         starts if isinstance(starts, list) else [starts],
-        read_jsonl(folder / "metrics.jsonl"),
+        list(iterate_jsonl(folder / "metrics.jsonl", lambda damage: warn(f"warning: {damage}"))),
     )

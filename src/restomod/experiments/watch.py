@@ -55,7 +55,7 @@ class Watched:
         about = {"live": True, "seconds": SECONDS, "version": f"{time.time():.3f}"}
         name = visible(self.folder.resolve().name)
         try:
-            return page_data([open_run(self.folder)], self.prices) | about
+            return page_data([open_run(self.folder, warn=lambda text: None)], self.prices) | about
         except (UserError, OSError) as e:  # not begun, being replaced, or a file half written
             reason = "waiting for the run to begin" if not (self.folder / "config.json").exists() else str(e)
             return about | {"title": name, "footer": footer(), "runs": [], "waiting": visible(reason)}

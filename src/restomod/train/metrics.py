@@ -42,24 +42,26 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return list(iterate_jsonl(path))
 
 
-def iterate_jsonl(path: Path) -> Iterator[Record]:
-    """The same, one after the other: those of a long run need a gigabyte together."""
+def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None) -> Iterator[Record]:
+    """The same, one after the other: those of a long run need a gigabyte together.
+
+    Args:
+        path: the file.
+        warn: told at the end how many lines are damaged, if any are. A last line that a crash has cut short is no
+            damage: what it said is done and logged again.
+    """
+    bad: list[int] = []
+    number = 0
     if path.exists():
         with open(path, "rb") as f:
-            yield from (record for line in f if (record := _parsed(line)) is not None)
-
-
-def describe_damage(path: Path) -> str | None:
-    """How many lines of a `.jsonl` file are damaged and which is the first; None where none is.
-
-    A last line that a crash has cut short is no damage: what it said is done and logged again.
-    """
-    lines = _lines(path)
-    whole = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line.endswith(b"\n")]
-    bad = [i for i, line in whole if type((_parsed(line) or {}).get("step")) is not int]
-    if not bad:
-        return None
-    return f"{path}: {len(bad)} of {len(lines)} lines cannot be read and are passed over, the first is line {bad[0]}"
+            for number, line in enumerate(f, 1):
+                record = _parsed(line)
+                if type((record or {}).get("step")) is not int and line.strip() and line.endswith(b"\n"):
+                    bad.append(number)
+                if record is not None:
+                    yield record
+    if bad and warn is not None:
+        warn(f"{path}: {len(bad)} of {number} lines cannot be read and are passed over, the first is line {bad[0]}")
 
 
 class NewRecords:

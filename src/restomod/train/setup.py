@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from restomod.train.checkpoint import (
 from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
-from restomod.train.metrics import describe_damage
+from restomod.train.metrics import iterate_jsonl
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
@@ -191,8 +192,10 @@ def set_up(
 
 def _warnings(folder: Path, unusable: list[Unusable]) -> list[str]:
     """What is wrong with the files of a run that goes on, and does not stop it."""
-    damage = [describe_damage(folder / name) for name in ("metrics.jsonl", "samples.jsonl")]
-    return [f"set aside: {each.problem}" for each in unusable] + [text for text in damage if text is not None]
+    found = [f"set aside: {each.problem}" for each in unusable]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        collections.deque(iterate_jsonl(folder / name, found.append), maxlen=0)
+    return found
 
 
 def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> Batches:
