@@ -120,6 +120,27 @@ def test_a_run_of_several_processes_is_that_of_one(
     assert trained[-1] < trained[0] - 0.5
 
 
+def opened(config: RunConfig, run: Path, resume: bool) -> list[str]:
+    """Train, and tell which files of the run this process opens."""
+    found: list[str] = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(f"{run}/"):
+            found.append(str(arguments[0]))
+
+    sys.addaudithook(hook)
+    assert train(config, run, resume, display=QUIET) == 0
+    return found
+
+
+def test_only_the_main_process_opens_files_of_the_run(shared: RunConfig, tmp_path: Path) -> None:
+    config, run = dataclasses.replace(shared, steps=4, save_every=2), tmp_path / "run"
+    for steps in (4, 8):
+        main_process, other = results(2, opened, dataclasses.replace(config, steps=steps), run, steps > 4)
+        assert any(name.endswith("metrics.jsonl") for name in main_process)
+        assert other == [], "another process may find them as they were before, or half written"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_looking_at_a_run_changes_nothing(
