@@ -25,7 +25,7 @@ from restomod.arguments import (
     SampleArguments,
     TrainArguments,
 )
-from restomod.config import RunConfig, require_seed
+from restomod.config import RunConfig, SamplingConfig, require_seed
 from restomod.errors import (
     EXIT_USER_ERROR,
     UserError,
@@ -107,7 +107,7 @@ def sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
-    settings, n = parsed.settings(), parsed.num_samples
+    settings, n = _sampling(parsed, arguments), parsed.num_samples
 
     from restomod.samples import choose_prompts, streamed
     from restomod.samples import sample as run
@@ -129,16 +129,21 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def _sampling(parsed: SampleArguments | CompareSamplesArguments, arguments: list[str]) -> SamplingConfig:
+    """How to sample. Raises UserError where a value is out of its range, or a flag has no effect."""
+    greedy = parsed.temperature == 0
+    refuse_ignored(arguments, dict.fromkeys(("--top-k", "--top-p"), "with --temperature 0") if greedy else {})
+    return parsed.settings()
+
+
 def compare_samples(arguments: list[str]) -> int:
     """Show two models' continuations of the same texts side by side."""
     parsed = parse(CompareSamplesArguments, tyro.MISSING_NONPROP, arguments, "restomod compare-samples")
-    settings = parsed.settings()
+    settings = _sampling(parsed, arguments)
 
     from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
     from restomod.samples import choose_prompts
 
-    greedy = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
-    refuse_ignored(arguments, greedy if parsed.temperature == 0 else {})
     write = report_writer(parsed.out)
     if parsed.out is not None:
         texts = {"--prompt-file": Path(parsed.prompt_file)} if parsed.prompt_file is not None else {}

@@ -78,7 +78,7 @@ def is_refused(outcome: list[int | str], said: str) -> bool:
 def test_gpt2_is_downloaded_once_and_then_needs_no_connection(hub: Hub, tmp_path: Path) -> None:
     sample = ("sample", "gpt2", *SAMPLE)
     first, (code, inspected, error) = run(hub, tmp_path, sample, ("inspect", GPT2))
-    assert [request.method for request in hub.requests].count("GET") == 2
+    assert [request.method for request in hub.requests].count("GET") == 3, "configuration, vocabulary, weights"
     assert (first[0], first[2], code, error) == (0, "", 0, "")
     assert str(first[1]).startswith("--- 1 of 1 ---\nthe cat")
     assert "50257 × 16" in str(inspected)

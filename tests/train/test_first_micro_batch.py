@@ -142,7 +142,7 @@ class OneOfTwo(Processes):
 
 
 def test_a_process_halves_with_the_others() -> None:
-    _, _, compute, _ = first(lambda call, n: None, processes=OneOfTwo(0, 2, 0, [1, 1]))
+    _, _, compute, _ = first(lambda call, n: None, processes=OneOfTwo(0, 2, 0, left=[1, 1]))
     assert compute.micro_batch == 2
 
 

@@ -131,7 +131,7 @@ def test_wandb_writes_an_offline_run_and_goes_on_under_its_name(
     assert said == []
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1, "not the same run"
+    assert len({folder.name.split("-")[3] for folder in folders}) == 1, "not the same run"
     logged = []
     for folder in folders:
         (path,) = folder.glob("*.wandb")
