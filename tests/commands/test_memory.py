@@ -115,6 +115,7 @@ def test_a_process_whose_memory_is_limited(arguments: str, room: int, tmp_path: 
         env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
     )
     assert done.returncode == 2, done.stderr[-1000:]
-    assert done.stderr.count("\n") == 1
+    *warnings_of_torch, _ = done.stderr.splitlines()  # such as of another kernel that it tries
+    assert not any("Traceback" in line or "restomod: error" in line for line in warnings_of_torch)
     assert "memory" in done.stderr
     assert not (tmp_path / "r").exists()
