@@ -9,7 +9,6 @@ import tyro
 
 from restomod.config import Device, Precision, RunConfig, SamplingConfig, require_seed
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
-from restomod.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,6 @@ class _WritingArguments:
             UserError: a value is out of its range.
         """
         require_seed("--seed", self.seed)
-        if self.temperature == 0:
-            for name in ("top_k", "top_p"):
-                if getattr(self, name) != getattr(_WritingArguments, name):
-                    flag = f"--{name.replace('_', '-')}"
-                    raise UserError(f"{flag} changes nothing at --temperature 0, the likeliest token: leave it out")
         return SamplingConfig(
             max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
         )

@@ -37,6 +37,7 @@ from restomod.output import guarded, open_missing
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
 
+IGNORED_BY_GREEDY = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
 NEEDS_LESS = {  # what needs less memory, by verb
     "train": "lower --micro-batch, --batch-tokens or --sequence-length, or train a smaller model",
     "bench": "lower --micro-batch, --batch-tokens or --sequence-length",
@@ -107,6 +108,7 @@ def sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
+    refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings, n = parsed.settings(), parsed.num_samples
 
     from restomod.samples import choose_prompts, streamed
@@ -132,13 +134,12 @@ def sample(arguments: list[str]) -> int:
 def compare_samples(arguments: list[str]) -> int:
     """Show two models' continuations of the same texts side by side."""
     parsed = parse(CompareSamplesArguments, tyro.MISSING_NONPROP, arguments, "restomod compare-samples")
+    refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings = parsed.settings()
 
     from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
     from restomod.samples import choose_prompts
 
-    greedy = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
-    refuse_ignored(arguments, greedy if parsed.temperature == 0 else {})
     write = report_writer(parsed.out)
     if parsed.out is not None:
         texts = {"--prompt-file": Path(parsed.prompt_file)} if parsed.prompt_file is not None else {}

@@ -163,10 +163,11 @@ def test_no_path_is_empty(verb: str, answer: Answer) -> None:
         ("compare-samples a b --prompt-file p.md --out p.md", "--prompt-file and --out are the same file"),
         ("prepare dir --out ./dir", "--out ./dir is what is read"),
         # files that restomod needs
-        ("report runs/a --out runs/a/config.json", "runs/a/config.json is a file that restomod needs"),
-        ("compare runs/a --json runs/b/metrics.jsonl", "is a file that restomod needs"),
-        ("verdict runs/a --json runs/a/data.json", "is a file that restomod needs"),
-        ("plan quickstart --json /dev/null", "is no ordinary file"),
+        ("report runs/a --out runs/a/config.json", "runs/a/config.json would overwrite a file"),
+        ("compare runs/a --json runs/b/metrics.jsonl", "would overwrite a file"),
+        ("verdict runs/a --json runs/a/data.json", "would overwrite a file"),
+        ("eval runs/a --tasks heldout --json runs/a/config.json", "would overwrite a file"),
+        ("plan quickstart --json /dev/null", "is not a regular file"),
         # flags without an effect
         ("report runs/a --examine-tokens 5", "--examine-tokens has no effect without --examine"),
         ("report runs/a --device cpu", "--device has no effect without --examine"),

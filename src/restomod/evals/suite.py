@@ -17,14 +17,14 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError, one_line, reported_once
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
-from restomod.files import read_json, refuse_unwritable, write_json_atomically, write_text_atomically
+from restomod.files import read_json, require_outputs, write_json_atomically, write_text_atomically
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display
@@ -87,8 +87,9 @@ def evaluate_model(
     Raises:
         UserError: the model, a task, the data or a file is not usable, or an argument would change nothing.
     """
-    if json_file is not None:
-        refuse_unwritable(json_file)
+    with reported_once():
+        files = {f"the task {task}": Path(task.partition("=")[2] or task) for task in tasks or ()}
+        require_outputs({"--json": json_file}, {task: path for task, path in files.items() if path.is_file()})
     with joined() as processes:
         display = display or Display(muted=not processes.main)
         where = device_of(choose_device(device), processes)
