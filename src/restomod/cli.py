@@ -189,7 +189,7 @@ def prepare(arguments: list[str]) -> int:
         raise UserError(f"--workers is {parsed.workers}; it must be 0 or more")
     same = [source for source in parsed.sources if os.path.realpath(source) == os.path.realpath(parsed.out)]
     if same and os.path.isdir(same[0]):
-        raise UserError(f"--out {parsed.out} is what is read, too; name another folder")
+        raise UserError(f"--out {parsed.out} is also a source; name another folder")
 
     from restomod.data.pipeline import prepare_and_report, stopped_by_signals
 
@@ -218,7 +218,7 @@ def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
     require_seed("--seed", parsed.seed)
     if parsed.seed != InspectArguments.seed and not any(is_preset(m) for m in (parsed.model, parsed.diff or "")):
-        raise UserError("--seed is for the initial weights of a preset, and no preset is named: leave it out")
+        raise UserError("--seed sets the initial weights of a preset, and no preset is named; leave it out")
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
 

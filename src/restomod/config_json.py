@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from restomod.config import RunConfig
-from restomod.errors import UserError, did_you_mean
+from restomod.errors import UserError, did_you_mean, shortened
 from restomod.files import read_json
 
 # Of a run's `config.json`. A file of this version has every field; older ones have no version. A field that is added to
@@ -74,11 +74,11 @@ def from_file(values: Any, where: str) -> RunConfig:
     Raises:
         UserError: as `from_dict`; the version is not known; a field is missing that its version had.
     """
-    _require(isinstance(values, dict), f"{where}: the file should be an object, not {values!r:.40}")
+    _require(isinstance(values, dict), f"{where}: the file should be an object, not {shortened(repr(values))}")
     version = values.get("version", 0)
     _require(
         type(version) is int and 0 <= version <= CONFIG_VERSION,
-        f"{where}: version is {version!r}, and this restomod knows those up to {CONFIG_VERSION}; use a newer one",
+        f"{where}: version is {version!r}, but this restomod reads those up to {CONFIG_VERSION}; install a newer one",
     )
     there, needed = _paths(values), _field_paths(RunConfig)
     if version == 0:
@@ -138,7 +138,9 @@ def from_dict(
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
     """
-    _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {_shown(values)}")
+    _require(
+        isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}"
+    )
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if cls is RunConfig:
@@ -159,11 +161,6 @@ def from_dict(
         raise UserError(f"{where}: {e}") from None
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
 def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str] = ()) -> Any:
     """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -179,14 +176,14 @@ def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str]
             return value
         raise UserError(f"{where}: {key} is {value!r}{did_you_mean(str(value), arguments)}")
     if origin is tuple:
-        _require(isinstance(value, list), f"{where}: {key} should be a list, not {_shown(value)}")
+        _require(isinstance(value, list), f"{where}: {key} should be a list, not {shortened(repr(value))}")
         element = arguments[0]
         right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
         _require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
         return tuple(_typed(v, element, where, key) for v in value)
     if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {_shown(value)}")
+    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {shortened(repr(value))}")
     return value
 
 
@@ -208,8 +205,8 @@ def refuse_model(folder: Path) -> None:
     here = folder.absolute()
     above = next((up for up in (here.parent, here.parent.parent) if (up / "checkpoints") in (here, here.parent)), None)
     if above is not None and (above / "config.json").exists():
-        raise UserError(f"{folder} is of a run, and not the run: name {os.path.relpath(above)}")
+        raise UserError(f"{folder} is a folder inside a run; name the run instead: {os.path.relpath(above)}")
     path = folder / "config.json"
     values = read_json(path, "run's configuration") if path.exists() else None
     if isinstance(values, dict) and "model_type" in values:
-        raise UserError(f"{folder} holds a model, and no run; eval, sample, inspect and check take models")
+        raise UserError(f"{folder} is a model folder, not a run; eval, sample, inspect and check take models")

@@ -16,6 +16,7 @@ from restomod.errors import (
     describe_os_error,
     is_out_of_memory,
     one_line,
+    reason,
 )
 
 EXIT_ABORTED = 130
@@ -74,11 +75,6 @@ def complain(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop("stderr")
-
-
-def reason(e: Exception) -> str:
-    """Why printing failed, in a few words."""
-    return (e.strerror if isinstance(e, OSError) else None) or str(e)
 
 
 def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:

@@ -101,9 +101,11 @@ def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             ("warning", f"the text holds <|endoftext|> {literals:,} time{'s' * (literals > 1)} as characters; {ADVICE}")
         )
     if read.get("separators") == 0:
-        rows.append(("warning", "the separator stands nowhere in a plain text file: nothing was split there"))
+        rows.append(("warning", "the separator does not occur in any plain text file, so nothing was split"))
     if list(files) == [AS_TEXT]:
-        rows.append(("warning", "JSON is trained on as it stands; to take a field's text, name it by --text-column"))
+        rows.append(
+            ("warning", "this JSON is used as plain text; to use the text of a field, name it with --text-column")
+        )
     if lost := {what: left_out[what] for what in TO_MEND if what in left_out}:
         rows.append(("warning", f"files may be missing: {_counts(lost)}"))
     return rows

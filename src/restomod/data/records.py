@@ -76,7 +76,7 @@ def json_objects(path: Path, parts: Iterable[str]) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path} is truncated: its JSON array has no end after record {n}; get it again")
         text.at += 1
         if text.next_character():
-            raise UserError(f"{path}, {text.where()}: not JSON (there is more after the end of the array)")
+            raise UserError(f"{path}, {text.where()}: not JSON (extra data after the end of the array)")
 
 
 def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class _Growing:
             self._file.write("".join(self._parts))
             self._file.flush()
         except OSError as e:
-            raise UserError(f"cannot hold a long document in {tempfile.gettempdir()} ({e.strerror})") from None
+            folder = tempfile.gettempdir()
+            raise UserError(f"cannot write a temporary file for a long document in {folder} ({e.strerror})") from None
         self._parts = []
 
     def finished(self, name: str) -> AnyDocument:

@@ -101,11 +101,11 @@ def stuck(config: RunConfig, seen: Curves) -> Finding:
         return _too_short(name, seen, STUCK_AFTER)
     level = float(seen.recent_loss[-RECENT:].mean())
     if level < guess - STUCK_WITHIN:
-        return Finding(name, "well", f"loss {level:.2f}, guessing evenly gives {guess:.2f}")
+        return Finding(name, "well", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}")
     return Finding(
         name,
         "sick",
-        f"loss {level:.2f} after {seen.updates:,} updates, and guessing evenly gives {guess:.2f}: "
+        f"loss {level:.2f} after {seen.updates:,} updates, and a uniform prediction gives {guess:.2f}: "
         f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model",
     )
 
@@ -254,7 +254,7 @@ def below(config: RunConfig, seen: Curves) -> Finding:
                 name,
                 "sick",
                 f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the held-out text is easier, is in the training text "
-                f"too and learnt by heart, or the two losses are not computed alike",
+                f"too and memorised, or the two losses are computed differently",
             )
     return _gap_is_well(name, gaps[-1])
 

@@ -61,7 +61,7 @@ def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None) -> Iter
                 if record is not None:
                     yield record
     if bad and warn is not None:
-        warn(f"{path}: {len(bad)} of {number} lines cannot be read and are passed over, the first is line {bad[0]}")
+        warn(f"{path}: {len(bad)} of {number} lines cannot be read and are skipped; the first is line {bad[0]}")
 
 
 class NewRecords:
@@ -138,20 +138,13 @@ def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         return
     kept: list[bytes] = []
     whole = 0
-    for line in _lines(path):
-        record = _parsed(line)
-        if record is None or keep(record):
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-            whole = len(kept) if record is not None else whole
+    with open(path, "rb") as f:
+        for line in f:
+            record = _parsed(line)
+            if record is None or keep(record):
+                kept.append(line if line.endswith(b"\n") else line + b"\n")
+                whole = len(kept) if record is not None else whole
     write_bytes_atomically(path, b"".join(kept[:whole]))
-
-
-def _lines(path: Path) -> list[bytes]:
-    """The lines of a file, each with its end; the last may lack it."""
-    if not path.exists():
-        return []
-    *whole, last = path.read_bytes().split(b"\n")
-    return [line + b"\n" for line in whole] + ([last] if last else [])
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -100,15 +100,15 @@ class RunLock:
             limit = max(patience, SAVING) if patience and holder.get("stopping") else patience
             if time.monotonic() > began + limit:
                 raise UserError(
-                    f"{self.folder} is being trained already, by {_describe(holder)}; let it end or stop it, then "
+                    f"{self.folder} is already being trained by {_describe(holder)}; wait for it or stop it, then "
                     f"go on with `restomod train --resume {quote(str(self.folder))}`"
                 )
             if not told:
                 told = True
-                self._say(f"{self.folder} is held by {_describe(holder)}; waiting until that has ended")
+                self._say(f"{self.folder} is being trained by {_describe(holder)}; waiting until it ends")
             time.sleep(POLL)
         if not lock.enforced:
-            self._say(f"the file system of {path} has no locks: see to it that no other job trains this run")
+            self._say(f"the file system of {path} has no locks; make sure that no other job trains this run")
         first, self._lock = self._lock is None, lock
         self._write()
         if first:
@@ -118,7 +118,9 @@ class RunLock:
         """Whether a file that could be locked is held all the same, as the file system passes no locks on."""
         if not holder or (holder.get("host") == self._record["host"] and lock.enforced):
             return False
-        self._say(f"{self.folder} was held by {_describe(holder)}; looking for {SILENT:.0f} s whether it still is")
+        self._say(
+            f"{self.folder} was last trained by {_describe(holder)}; checking for {SILENT:.0f} s whether it still is"
+        )
         end = time.monotonic() + SILENT
         while time.monotonic() < end:
             time.sleep(POLL)

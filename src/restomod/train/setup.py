@@ -294,11 +294,11 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         try:
             saved = read_model_config(folder)
         except OtherModel as e:
-            raise UserError(f"{config.init} can be evaluated and sampled, but not trained on: {e}") from None
+            raise UserError(f"{config.init} can be evaluated and sampled, but not trained further: {e}") from None
         if saved.vocab_size != shape.vocab_size:
             raise UserError(
                 f"{config.init} has a vocabulary of {saved.vocab_size:,} tokens, and a run reads {shape.vocab_size:,}: "
-                f"it can be evaluated and sampled, but not trained on"
+                f"it can be evaluated and sampled, but not trained further"
             )
         if saved != as_saved(shape):
             flags = [
