@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from restomod.config import RunConfig
+from restomod.config_model import require
 from restomod.errors import UserError, did_you_mean, shortened
 from restomod.files import read_json
 
@@ -45,11 +46,6 @@ _ADDED = (
 )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values: nested dataclasses become objects, tuples become lists."""
     return {
@@ -74,9 +70,9 @@ def from_file(values: Any, where: str) -> RunConfig:
     Raises:
         UserError: as `from_dict`; the version is not known; a field is missing that its version had.
     """
-    _require(isinstance(values, dict), f"{where}: the file should be an object, not {shortened(repr(values))}")
+    require(isinstance(values, dict), f"{where}: the file should be an object, not {shortened(repr(values))}")
     version = values.get("version", 0)
-    _require(
+    require(
         type(version) is int and 0 <= version <= CONFIG_VERSION,
         f"{where}: version is {version!r}, but this restomod reads those up to {CONFIG_VERSION}; install a newer one",
     )
@@ -138,7 +134,7 @@ def from_dict(
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
     """
-    _require(
+    require(
         isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}"
     )
     hints = typing.get_type_hints(cls)
@@ -146,7 +142,7 @@ def from_dict(
     if cls is RunConfig:
         values = {key: value for key, value in values.items() if key != "version"}
     for key in values:
-        _require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
+        require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
     known = {
         name: _typed(values[name], hints[name], where, f"{prefix}{name}", lacking) for name in names if name in values
     }
@@ -154,7 +150,7 @@ def from_dict(
     missing = {prefix + name for name in required - known.keys()}
     if not missing and any(prefix + name in lacking for name in names):
         missing = {*lacking}
-    _require(not missing, f"{where}: missing {', '.join(sorted(missing))}")
+    require(not missing, f"{where}: missing {', '.join(sorted(missing))}")
     try:
         return cls(**known)
     except UserError as e:
@@ -176,14 +172,14 @@ def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str]
             return value
         raise UserError(f"{where}: {key} is {value!r}{did_you_mean(str(value), arguments)}")
     if origin is tuple:
-        _require(isinstance(value, list), f"{where}: {key} should be a list, not {shortened(repr(value))}")
+        require(isinstance(value, list), f"{where}: {key} should be a list, not {shortened(repr(value))}")
         element = arguments[0]
         right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
-        _require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
+        require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
         return tuple(_typed(v, element, where, key) for v in value)
     if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {shortened(repr(value))}")
+    require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {shortened(repr(value))}")
     return value
 
 

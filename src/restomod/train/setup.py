@@ -23,10 +23,9 @@ from restomod.device import (
     compute_deterministically,
     describe_device,
     dtype_name,
-    is_out_of_memory,
     keep_freed_memory,
 )
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
 from restomod.model.families import OtherModel, as_saved
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
