@@ -106,7 +106,7 @@ def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def _field_paths(cls: Any, prefix: str = "") -> set[str]:
-    """The same of a dataclass."""
+    """The dotted names of all fields of a dataclass, nested ones too."""
     found = set()
     for name, hint in typing.get_type_hints(cls).items():
         found |= {f"{prefix}{name}"} | (

@@ -1,4 +1,4 @@
-"""How a command ends: errors in one line, and no traceback where standard output or error is closed, full or gone."""
+"""How a command ends: errors in one line, and no traceback where standard output or error is closed or full."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finish(name: Name) -> Exception | None:
 
 
 def drop(name: Name) -> None:
-    """Send nowhere what is still printed, or has been and is not written, so that Python's own last flush succeeds."""
+    """Discard pending and further output, so that Python's own last flush succeeds."""
     stream = getattr(sys, name)
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""What a file of text is: told by its content, and by its name only where content cannot tell (CSV).
+"""The format of a text file, recognised by its content; by its name only for CSV and TSV.
 
 Whatever a file is called, JSON lines are read as JSON lines, gzip is decompressed, and a container that holds no plain
 text (tar, zip, PDF, arrays, pictures) is refused instead of being trained on as prose.
@@ -72,16 +72,16 @@ WIDE = {  # byte-order marks of encodings that are not read
 
 @dataclass(frozen=True)
 class Look:
-    """What a file is."""
+    """The format of a file."""
 
     kind: Kind
     compressed: bool
     as_text: bool = False
-    """Whether it is JSON that is taken as plain text: an object without the text field (a package.json), no objects."""
+    """Whether it is JSON that counts as plain text: one object without the text field, or no objects."""
 
 
 def look(path: Path, column: str = "text") -> Look:
-    """Tell from its first bytes what a file is.
+    """Recognise the format of a file by its first bytes.
 
     Args:
         path: a regular file.
@@ -120,7 +120,7 @@ def inner_ending(path: Path) -> str:
 
 
 def _grown(held: bytes, reads: Iterator[bytes], size: int) -> bytes:
-    """``held`` and what follows it, ``size`` bytes or somewhat more, fewer at the end of the file."""
+    """``held``, extended from ``reads`` to at least ``size`` bytes; fewer at the end of the file."""
     parts, n = [held], len(held)
     while n < size and (part := next(reads, b"")):
         parts.append(part)

@@ -17,7 +17,7 @@ OF_ITS_OWN = "put this document into a plain text file of its own, which may hav
 
 
 class _Text:
-    """Text that comes in parts, of which only what is not yet used is held."""
+    """Text that is read in parts; only the part that is not used yet is held."""
 
     def __init__(self, parts: Iterable[str]) -> None:
         self._parts = iter(parts)

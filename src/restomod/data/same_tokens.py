@@ -1,7 +1,7 @@
-"""Are these the tokens of that manifest, wherever their shards begin and end?
+"""Comparing the tokens of a dataset with those of a manifest, whatever the boundaries of their shards.
 
 Every shard of a run's `data.json` has the SHA-256 of its tokens in llm.c's layout. The tokens of another folder are
-hashed at the borders of those shards, so how they are cut, and into which kind of file, does not matter.
+hashed at the boundaries of those shards, so its own boundaries and file format do not matter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _positions(shards: Shards) -> list[tuple[int, int]]:
 
 
 def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
-    """In what the tokens of a dataset differ from those of a manifest; None where they are the same.
+    """How the tokens of a dataset differ from those of a manifest; None if they are the same.
 
     Args:
         manifest: of a run's data, from `with_hashes`.

@@ -1,4 +1,4 @@
-"""Plain text with a separator between its documents, cut there as it is read."""
+"""Splitting plain text into documents at a separator while it is read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _between(parts: Iterable[str], separator: str) -> Iterator[str | None]:
 
 
 class _Growing:
-    """A document whose text is still coming."""
+    """A document whose text is still being read."""
 
     def __init__(self, long_text: int) -> None:
         self._long_text = long_text

@@ -202,7 +202,7 @@ def _remarks(loaded: LoadedTask, result: Result, model: LanguageModel) -> list[s
 
 
 class _Report:
-    """Shows every result as soon as it is there, and then keeps it: what cannot be written is not lost."""
+    """Shows every result as soon as it is known, then writes it: a failed write loses none."""
 
     def __init__(self, subject: Subject, here: dict[str, Any], display: Display, main: bool) -> None:
         self.subject, self.display = subject, display
@@ -212,7 +212,7 @@ class _Report:
         self.results: dict[str, dict[str, Any]] = {}
 
     def warn_if_unwritable(self) -> None:
-        """Say before the work is done that its results will be shown only."""
+        """Warn, before the work is done, that its results can only be shown."""
         if self.run is None:
             return
         folder = self.run / "evals"

@@ -43,7 +43,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None) -> Iterator[Record]:
-    """The same, one after the other: those of a long run need a gigabyte together.
+    """Yield the records of a `.jsonl` file one by one; together, those of a long run take a gigabyte.
 
     Args:
         path: the file.
@@ -115,7 +115,7 @@ class HeldoutLosses:
         self._losses: dict[int, float] = {}
 
     def read(self) -> dict[int, float]:
-        """By step, without what is not finite."""
+        """The finite held-out losses by step."""
         fresh, records = self._records.read()
         if fresh:
             self._losses.clear()
@@ -128,7 +128,7 @@ class HeldoutLosses:
         return self._losses
 
     def after_start(self) -> dict[int, float]:
-        """The same without step 0."""
+        """The finite held-out losses by step, without step 0."""
         return {step: loss for step, loss in self.read().items() if step > 0}
 
 
