@@ -142,7 +142,7 @@ def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["inspect", "model", "--seed", "3"], "--seed is for the initial weights of a preset"),
+        (["inspect", "model", "--seed", "3"], "--seed sets the initial weights of a preset"),
         (["inspect", "model", "--plots", ""], "--plots is empty"),
         (["inspect", "model", "--diff", ""], "--diff is empty"),
         (["sample", "model", "--temperature", "0", "--top-k", "3"], "--top-k has no effect with --temperature 0"),

@@ -141,8 +141,8 @@ def _no_column(where: str, what: str, column: str, names: Iterable[str]) -> User
     known = sorted(names)
     there = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
     return UserError(
-        f"{where} has no {what} {column!r}; it has: {there or 'none'}; name the one that holds the text with "
-        f"--text-column (in `train`: --data.text-column)"
+        f"{where} has no {what} {column!r}; it has: {there or 'none'}; name the one with the text by --text-column "
+        f"(of `train`: --data.text-column)"
     )
 
 
