@@ -17,11 +17,10 @@ from restomod.device import (
     choose_dtype,
     describe_device,
     dtype_name,
-    is_out_of_memory,
     keep_freed_memory,
     torch_release,
 )
-from restomod.errors import UserError
+from restomod.errors import UserError, is_out_of_memory
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 

@@ -142,11 +142,11 @@ def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["inspect", "model", "--seed", "3"], "--seed is for the initial weights of a preset"),
+        (["inspect", "model", "--seed", "3"], "--seed sets the initial weights of a preset"),
         (["inspect", "model", "--plots", ""], "--plots is empty"),
         (["inspect", "model", "--diff", ""], "--diff is empty"),
-        (["sample", "model", "--temperature", "0", "--top-k", "3"], "--top-k changes nothing at --temperature 0"),
-        (["sample", "model", "--temperature", "0", "--top-p", "0.5"], "--top-p changes nothing at --temperature 0"),
+        (["sample", "model", "--temperature", "0", "--top-k", "3"], "--top-k has no effect with --temperature 0"),
+        (["sample", "model", "--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temperature 0"),
     ],
 )
 def test_flags_that_would_change_nothing_are_refused(

@@ -25,7 +25,7 @@ from restomod.arguments import (
     SampleArguments,
     TrainArguments,
 )
-from restomod.config import RunConfig, SamplingConfig, require_seed
+from restomod.config import RunConfig, require_seed
 from restomod.errors import (
     EXIT_USER_ERROR,
     UserError,
@@ -37,6 +37,7 @@ from restomod.output import guarded, open_missing
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
 
+IGNORED_BY_GREEDY = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
 NEEDS_LESS = {  # what needs less memory, by verb
     "train": "lower --micro-batch, --batch-tokens or --sequence-length, or train a smaller model",
     "bench": "lower --micro-batch, --batch-tokens or --sequence-length",
@@ -107,7 +108,8 @@ def sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
     if parsed.num_samples < 1:
         raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
-    settings, n = _sampling(parsed, arguments), parsed.num_samples
+    refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
+    settings, n = parsed.settings(), parsed.num_samples
 
     from restomod.samples import choose_prompts, streamed
     from restomod.samples import sample as run
@@ -129,17 +131,11 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
-def _sampling(parsed: SampleArguments | CompareSamplesArguments, arguments: list[str]) -> SamplingConfig:
-    """How to sample. Raises UserError where a value is out of its range, or a flag has no effect."""
-    greedy = parsed.temperature == 0
-    refuse_ignored(arguments, dict.fromkeys(("--top-k", "--top-p"), "with --temperature 0") if greedy else {})
-    return parsed.settings()
-
-
 def compare_samples(arguments: list[str]) -> int:
     """Show two models' continuations of the same texts side by side."""
     parsed = parse(CompareSamplesArguments, tyro.MISSING_NONPROP, arguments, "restomod compare-samples")
-    settings = _sampling(parsed, arguments)
+    refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
+    settings = parsed.settings()
 
     from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
     from restomod.samples import choose_prompts
@@ -193,7 +189,7 @@ def prepare(arguments: list[str]) -> int:
         raise UserError(f"--workers is {parsed.workers}; it must be 0 or more")
     same = [source for source in parsed.sources if os.path.realpath(source) == os.path.realpath(parsed.out)]
     if same and os.path.isdir(same[0]):
-        raise UserError(f"--out {parsed.out} is what is read, too; name another folder")
+        raise UserError(f"--out {parsed.out} is also a source; name another folder")
 
     from restomod.data.pipeline import prepare_and_report, stopped_by_signals
 
@@ -222,7 +218,7 @@ def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, tyro.MISSING_NONPROP, arguments, "restomod inspect")
     require_seed("--seed", parsed.seed)
     if parsed.seed != InspectArguments.seed and not any(is_preset(m) for m in (parsed.model, parsed.diff or "")):
-        raise UserError("--seed is for the initial weights of a preset, and no preset is named: leave it out")
+        raise UserError("--seed sets the initial weights of a preset, and no preset is named; leave it out")
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from restomod.config import RunConfig
-from restomod.errors import UserError, did_you_mean
+from restomod.config_model import require
+from restomod.errors import UserError, did_you_mean, shortened
 from restomod.files import read_json
 
 # Of a run's `config.json`. A file of this version has every field; older ones have no version. A field that is added to
@@ -45,11 +46,6 @@ _ADDED = (
 )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values: nested dataclasses become objects, tuples become lists."""
     return {
@@ -74,11 +70,11 @@ def from_file(values: Any, where: str) -> RunConfig:
     Raises:
         UserError: as `from_dict`; the version is not known; a field is missing that its version had.
     """
-    _require(isinstance(values, dict), f"{where}: the file should be an object, not {values!r:.40}")
+    require(isinstance(values, dict), f"{where}: the file should be an object, not {shortened(repr(values))}")
     version = values.get("version", 0)
-    _require(
+    require(
         type(version) is int and 0 <= version <= CONFIG_VERSION,
-        f"{where}: version is {version!r}, and this restomod knows those up to {CONFIG_VERSION}; use a newer one",
+        f"{where}: version is {version!r}, but this restomod reads those up to {CONFIG_VERSION}; install a newer one",
     )
     there, needed = _paths(values), _field_paths(RunConfig)
     if version == 0:
@@ -110,7 +106,7 @@ def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def _field_paths(cls: Any, prefix: str = "") -> set[str]:
-    """The same of a dataclass."""
+    """The dotted names of all fields of a dataclass, nested ones too."""
     found = set()
     for name, hint in typing.get_type_hints(cls).items():
         found |= {f"{prefix}{name}"} | (
@@ -138,13 +134,15 @@ def from_dict(
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
     """
-    _require(isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {_shown(values)}")
+    require(
+        isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}"
+    )
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if cls is RunConfig:
         values = {key: value for key, value in values.items() if key != "version"}
     for key in values:
-        _require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
+        require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
     known = {
         name: _typed(values[name], hints[name], where, f"{prefix}{name}", lacking) for name in names if name in values
     }
@@ -152,16 +150,11 @@ def from_dict(
     missing = {prefix + name for name in required - known.keys()}
     if not missing and any(prefix + name in lacking for name in names):
         missing = {*lacking}
-    _require(not missing, f"{where}: missing {', '.join(sorted(missing))}")
+    require(not missing, f"{where}: missing {', '.join(sorted(missing))}")
     try:
         return cls(**known)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str] = ()) -> Any:
@@ -179,14 +172,14 @@ def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str]
             return value
         raise UserError(f"{where}: {key} is {value!r}{did_you_mean(str(value), arguments)}")
     if origin is tuple:
-        _require(isinstance(value, list), f"{where}: {key} should be a list, not {_shown(value)}")
+        require(isinstance(value, list), f"{where}: {key} should be a list, not {shortened(repr(value))}")
         element = arguments[0]
         right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
-        _require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
+        require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
         return tuple(_typed(v, element, where, key) for v in value)
     if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {_shown(value)}")
+    require(type(value) is hint, f"{where}: {key} should be {hint.__name__}, not {shortened(repr(value))}")
     return value
 
 
@@ -208,8 +201,8 @@ def refuse_model(folder: Path) -> None:
     here = folder.absolute()
     above = next((up for up in (here.parent, here.parent.parent) if (up / "checkpoints") in (here, here.parent)), None)
     if above is not None and (above / "config.json").exists():
-        raise UserError(f"{folder} is of a run, and not the run: name {os.path.relpath(above)}")
+        raise UserError(f"{folder} is a folder inside a run; name the run instead: {os.path.relpath(above)}")
     path = folder / "config.json"
     values = read_json(path, "run's configuration") if path.exists() else None
     if isinstance(values, dict) and "model_type" in values:
-        raise UserError(f"{folder} holds a model, and no run; eval, sample, inspect and check take models")
+        raise UserError(f"{folder} is a model folder, not a run; eval, sample, inspect and check take models")

@@ -16,7 +16,6 @@ from torch import nn
 
 from restomod.config import Compile, Device, Precision
 from restomod.errors import UserError
-from restomod.errors import is_out_of_memory as is_out_of_memory
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TESTED_TORCH = (2, 11), (2, 15)  # the oldest and the newest release with which all tests have passed

@@ -46,9 +46,19 @@ def one_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed: what the system says, without number and path; else as `one_line`."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def shortened(text: str) -> str:
+    """At most 80 characters of a text, for a message."""
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def describe_os_error(e: OSError) -> str:
     """What the system refused, in one line."""
-    return f"{e.filename or 'input/output'}: {e.strerror or e}"
+    return f"{e.filename or 'input/output'}: {reason(e)}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -56,18 +56,6 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def require_folder(path: Path) -> None:
-    """Refuse a file that cannot be written because its folder is not there, before any work is done for it.
-
-    Raises:
-        UserError: there is no such folder, or ``path`` is a folder itself.
-    """
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it, or choose another file")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file")
-
-
 def move_folder(source: Path, target: Path, last: str) -> None:
     """Give a folder its name in one step; where the file system cannot rename folders, move its files one by one.
 
@@ -128,20 +116,8 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def refuse_unwritable(file: Path) -> None:
-    """Raise UserError where a file could not be written, before long work for it begins."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file")
-    if not file.parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.parent}; make it first")
-    if file.exists() and not file.is_file():  # a file is written beside it and takes its place
-        raise UserError(f"{file} is no regular file; name one that may be replaced")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"{file} cannot be written; name another file")
-
-
-# a folder that holds one of the first holds state of a run, a checkpoint, a sweep or prepared data in the others
-STATE = (
+# (signs, files): a folder with one of the signs is a run or checkpoint, a sweep, or prepared data, and needs its files
+NEEDED = (
     (
         {"metrics.jsonl", "environment.json", "model.safetensors"},
         {"config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "model.safetensors"},
@@ -171,15 +147,17 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
         if not path.parent.is_dir():
             raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
         if (path.exists() and not path.is_file()) or (path.is_symlink() and os.readlink(path).startswith("/proc/")):
-            raise UserError(f"{flag} {path} is no ordinary file; name another one")  # /dev/null, /dev/stdout
+            raise UserError(f"{flag} {path} is not a regular file; name another file")  # /dev/null, /dev/stdout
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"{flag} {path} cannot be written; name another file")
         for other, before in taken.items():
             if _same_file(path, before):
-                raise UserError(f"{other} and {flag} are the same file, {path}; name two")
+                raise UserError(f"{other} and {flag} are the same file, {path}; name two different files")
         beside = set(os.listdir(path.parent))
-        if any(beside & signs and path.name in files & beside for signs, files in STATE):
-            raise UserError(f"{flag} {path} is a file that restomod needs in {path.parent}; name another one")
+        if any(beside & signs and path.name in files & beside for signs, files in NEEDED):
+            raise UserError(
+                f"{flag} {path} would overwrite a file that restomod needs in {path.parent}; name another file"
+            )
         taken[flag] = path
 
 

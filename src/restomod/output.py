@@ -1,4 +1,4 @@
-"""How a command ends: errors in one line, and no traceback where standard output or error is closed, full or gone."""
+"""How a command ends: errors in one line, and no traceback where standard output or error is closed or full."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from restomod.errors import (
     describe_os_error,
     is_out_of_memory,
     one_line,
+    reason,
 )
 
 EXIT_ABORTED = 130
@@ -56,7 +57,7 @@ def finish(name: Name) -> Exception | None:
 
 
 def drop(name: Name) -> None:
-    """Send nowhere what is still printed, or has been and is not written, so that Python's own last flush succeeds."""
+    """Discard pending and further output, so that Python's own last flush succeeds."""
     stream = getattr(sys, name)
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -74,11 +75,6 @@ def complain(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop("stderr")
-
-
-def reason(e: Exception) -> str:
-    """Why printing failed, in a few words."""
-    return (e.strerror if isinstance(e, OSError) else None) or str(e)
 
 
 def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:

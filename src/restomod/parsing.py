@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from restomod.config import RunConfig
-from restomod.errors import UserError
+from restomod.errors import UserError, shortened
 from restomod.presets import with_scaled_warmup
 
 Arguments = TypeVar("Arguments")
@@ -23,7 +23,6 @@ FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
 NUMBER = re.compile(r"-(\d|\.\d)")  # tyro itself takes these for values
 DASH = "\ue000"  # a private character in place of the dash of a value that tyro would take for a flag
 MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a document; a glob has a message of its own
-SHOWN = 60  # characters of a value in a message
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
 
@@ -162,7 +161,7 @@ def _refuse_empty(value: Any, default: Any, prefix: str = "") -> None:
         if "" in texts and found != before and field.name not in MAY_BE_EMPTY:
             raise UserError(f"{flag} is empty; give it a value or leave it out")
         if any("\0" in text for text in texts):
-            raise UserError(f"{flag} holds a NUL byte, which no name of a file can have")
+            raise UserError(f"{flag} contains a NUL byte, which no file name can contain")
 
 
 def _one_line(box: str) -> str:
@@ -178,7 +177,7 @@ def _one_line(box: str) -> str:
         missing = [found[0] for row in rows if (found := re.match(r"--[a-z]\S*( [A-Z]+)?|[A-Z]+(?=  |$)", row))]
         message = f"{program} needs {' and '.join(missing)}" if missing else message
     suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
-    message = re.sub(r"\S{121,}", lambda word: _short(word[0]), _in_words(message))
+    message = re.sub(r"\S{121,}", lambda word: shortened(word[0]), _in_words(message))
     return f"{message}; did you mean {suggested[1]}?" if suggested else message
 
 
@@ -190,18 +189,14 @@ def _in_words(message: str) -> str:
     several = re.match(r"Could not parse arguments \[(.*)\] into tuple type \S+?\[(.*)\]", said, re.DOTALL)
     if union:
         kinds = [METAVARS.get(kind, kind) for kind in sorted(union[1].split("|"), key=lambda kind: kind == "{None}")]
-        return f"{flag}: {_short(union[2])} is not {' or '.join(kinds)}"
+        return f"{flag}: {shortened(union[2])} is not {' or '.join(kinds)}"
     if number and number[0].startswith("Exceeds"):
-        return f"{flag}: a number of so many digits is too large"
+        return f"{flag}: the number has too many digits"
     if number:
         kind = "a number" if "float" in number[0] else "a whole number"
-        return f"{flag}: {_short(said.partition(': ')[2])} is not {kind}"
+        return f"{flag}: {shortened(said.partition(': ')[2])} is not {kind}"
     if several:
-        return f"{flag}: {_short(several[1])} are not {several[2].count(',') + 1} numbers"
+        return f"{flag}: {shortened(several[1])} are not {several[2].count(',') + 1} numbers"
     if "Expected 1 values" in message:
         message = message.replace("Expected 1 values", "Expected 1 value (--flag=VALUE where it begins with --)")
     return message
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

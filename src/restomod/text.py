@@ -38,6 +38,11 @@ def duration(seconds: float) -> str:
     return f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things: 1 file, 2,000 files."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def split_items(text: str, commas: list[int], names: Callable[[str], bool]) -> list[str]:
     """The items of a list.
 

@@ -181,7 +181,7 @@ def test_a_lone_object_that_is_taken_as_text_is_known_as_such(tmp_path: Path) ->
         (b'[{"text": "a"},\n\n {"text": }]', "line 3: record 2 is not JSON"),
         (b'[{"text": "a"}, {"text": "b"', "record 2 is not JSON"),
         (b'[{"text": "a"}', "is truncated: its JSON array has no end after record 1"),
-        (b'[{"text": "a"}] more', "there is more after the end of the array"),
+        (b'[{"text": "a"}] more', "extra data after the end of the array"),
         (b'[{"text": 3}]', "record 1: 'text' should be text, not 3"),
         (b'{"text": "a"}\nno JSON\n', "line 2: not JSON"),
         (b'[{"text": "a"}, {"text": "\xff"}]', "is not UTF-8 text: byte 0xff at offset 26"),

@@ -153,7 +153,7 @@ def test_a_separator_that_stands_nowhere_is_warned_of(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", str(folder), "--out", str(tmp_path / "out"), "--separator", "---"]) == 0
-    assert "warning: the separator stands nowhere" in capsys.readouterr().out
+    assert "warning: the separator does not occur" in capsys.readouterr().out
 
 
 def test_with_the_separator_only_those_of_records_are_left(

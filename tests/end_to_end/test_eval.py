@@ -169,7 +169,7 @@ def test_a_run_that_cannot_be_written_to_is_said_first(
     before = sorted(run.rglob("*"))
     assert evaluate_model(str(run), [str(questions)], device="cpu", precision="fp32") == 0
     out = capsys.readouterr().out
-    assert out.index("cannot be written to: results are shown only") < out.index("acc_norm")
+    assert out.index("cannot be written to, so results are only shown") < out.index("acc_norm")
     assert sorted(run.rglob("*")) == before
 
 
@@ -272,7 +272,7 @@ def test_published_numbers_do_not_stand_below_a_part_of_a_task(
     assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl", *limit]) == 0
     shown = capsys.readouterr().out
     assert "GPT-2 124M" not in shown
-    assert "published results are of all 10,042 examples" in shown
+    assert "they are of all 10,042 examples" in shown
 
 
 def test_a_file_of_ones_own_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) -> None:
@@ -299,7 +299,9 @@ def test_a_file_of_ones_own_is_not_the_task_of_its_name(folder: Path, tmp_path: 
         (["--tasks", "heldout", "--data", "x", "--limit", "5"], "--limit is for the examples of tasks"),
         (["--task", ""], "--task is empty"),
         (["--task", "questions.jsonl", "--json", ""], "--json is empty"),
-        (["--task", "questions.jsonl", "--json", "/dev/null"], "/dev/null is no regular file"),
+        (["--task", "questions.jsonl", "--json", "/dev/null"], "/dev/null is not a regular file"),
+        (["--task", "questions.jsonl", "--json", "questions.jsonl"], "questions.jsonl; name two different files"),
+        (["--task", "questions.jsonl", "--json", "model/config.json"], "would overwrite a file"),
         (["--tasks", "questions.jsonl", "--task", "questions.jsonl"], "two tasks are called questions"),
         (["--limit", "x"], "--limit: 'x' is not a whole number"),
         (["--context", "1.5"], "--context: '1.5' is not a whole number"),

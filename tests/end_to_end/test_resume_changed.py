@@ -182,13 +182,13 @@ def test_a_checkpoint_of_another_seed_is_set_aside_by_name(run: Path, made: Path
     shutil.copytree(other / "checkpoints/step_000004", run / "checkpoints/step_000004")
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=6), run, resume=True, display=heard(said)) == 0
-    assert any("step_000004 is of another run: seed is 1, not 1337" in line for line in said)
+    assert any("step_000004 belongs to another run: seed is 1, not 1337" in line for line in said)
     assert "going on from step 2" in said
     assert trained(run) == list(range(6))
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(other / "checkpoints", run / "checkpoints")
     before = content(run)
-    with pytest.raises(UserError, match="step_000004 is of another run: seed is 1, not 1337"):
+    with pytest.raises(UserError, match="step_000004 belongs to another run: seed is 1, not 1337"):
         train(dataclasses.replace(read_config(run), steps=8), run, resume=True, display=QUIET)
     assert content(run) == before
 
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(what: str, run: Path,
     train(dataclasses.replace(config, **changes[what]), tmp_path / "other", display=QUIET)
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(tmp_path / "other/checkpoints", run / "checkpoints")
-    with pytest.raises(UserError, match=f"step_000002 is of another run: {what} is"):
+    with pytest.raises(UserError, match=f"step_000002 belongs to another run: {what} is"):
         train(dataclasses.replace(read_config(run), steps=3), run, resume=True, display=QUIET)
 
 

@@ -62,7 +62,7 @@ def test_a_run_from_another_models_weights_tells_their_loss(
     train(dataclasses.replace(tiny, steps=3), tmp_path / "first", display=QUIET)
     capsys.readouterr()
     train(dataclasses.replace(tiny, steps=1, init=str(tmp_path / "first")), tmp_path / "second")
-    assert "before training here; guessing evenly gives ln(50257) = 10.82" in capsys.readouterr().out
+    assert "before training here; a uniform prediction gives ln(50257) = 10.82" in capsys.readouterr().out
 
 
 def test_a_planted_fault_stops_a_run_before_it_leaves_anything(

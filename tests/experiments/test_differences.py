@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from restomod.config import DataConfig, RunConfig, SamplingConfig
+from restomod.experiments.compare_report import published_differ
 from restomod.experiments.differences import CHANGES_NOTHING, differing, flat, is_fineweb_edu, settings
 from restomod.experiments.runs import open_run
 from tests.train.test_run import CONFIG as ANY
@@ -52,16 +53,20 @@ def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "plan", "path", "is_it"),
+    ("name", "path", "is_it"),
     [
-        ("tokens", {"sources": ["fineweb-edu"]}, "t", True),
-        ("tokens", {"sources": ["pretokenized:kjj0/finewebedu10B-gpt2"]}, "t", True),
-        ("tokens", None, "data/edu_fineweb10B", True),
-        ("fineweb", {"sources": ["fineweb"]}, "t", False),
-        ("books", None, "education", False),
+        ("fineweb-edu", "t", True),
+        ("finewebedu10B-gpt2", "t", True),
+        ("edu_fineweb10B", "data/edu_fineweb10B", True),
+        ("fineweb", "t", False),
+        ("books", "education", False),
+        ("text", "fineweb-edu/notes.txt", False),
+        ("fineweb-edu+notes.txt", "fineweb-edu+notes", False),
     ],
 )
-def test_fineweb_edu_is_known_by_its_name(name: str, plan: Any, path: str, is_it: bool, tmp_path: Path) -> None:
+def test_fineweb_edu_is_known_by_the_name_of_its_tokens(name: str, path: str, is_it: bool, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, data=DataConfig(source="tokens", path=path))
+    plan = {"units": [{"source": name, "files": [path]}]}
     run = open_run(make_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
     assert is_fineweb_edu(run) is is_it
+    assert ("FineWeb-Edu" in str(published_differ([run]))) is not is_it

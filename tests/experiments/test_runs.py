@@ -107,9 +107,9 @@ def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        ("r/checkpoints/step_000040", "r/checkpoints/step_000040 is of a run, and not the run: name r"),
-        ("r/checkpoints", "r/checkpoints is of a run, and not the run: name r"),
-        ("model", "model holds a model, and no run"),
+        ("r/checkpoints/step_000040", "r/checkpoints/step_000040 is a folder inside a run; name the run instead: r"),
+        ("r/checkpoints", "r/checkpoints is a folder inside a run; name the run instead: r"),
+        ("model", "model is a model folder, not a run"),
     ],
 )
 def test_what_is_part_of_a_run_or_a_model_is_said_to_be(

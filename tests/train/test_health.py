@@ -119,7 +119,7 @@ def test_a_loss_that_stays_at_guessing(sigma: float) -> None:
     records = [train(s, math.log(50257) + sigma * float(rng.standard_normal())) for s in range(150)]
     finding = found(records)["stuck near ln(V)"]
     assert finding.status == "sick"
-    assert "guessing evenly gives 10.82" in finding.reason
+    assert "a uniform prediction gives 10.82" in finding.reason
     assert found(records[:99])["stuck near ln(V)"].status == "unknown", "too early to say"
 
 

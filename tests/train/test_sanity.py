@@ -146,7 +146,7 @@ def test_random_weights_have_a_loss_near_that_of_guessing(
 @pytest.mark.parametrize(
     ("loss", "status", "said"),
     [
-        (3.0, "pass", "3.00 before training here; guessing evenly gives ln(97) = 4.57"),
+        (3.0, "pass", "3.00 before training here; a uniform prediction gives ln(97) = 4.57"),
         (LN_V + 0.01, "warn", "4.58 is worse than guessing evenly, ln(97) = 4.57: another tokenizer?"),
         (math.nan, "fail", "nan before training here"),
         (math.inf, "fail", "inf before training here"),

@@ -18,8 +18,8 @@ from restomod.data.prefetch import Prefetch
 from restomod.data.prepare import prepare
 from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, describe_device, dtype_name, is_out_of_memory
-from restomod.errors import UserError, one_line
+from restomod.device import choose_device, describe_device, dtype_name
+from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.files import require_outputs, write_json_atomically
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops

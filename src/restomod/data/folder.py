@@ -28,6 +28,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import read_json, write_json_atomically
 from restomod.locks import FileLock
+from restomod.text import counted
 
 LOCK = "lock"
 
@@ -89,7 +90,7 @@ def unfinished(work: Work, report: Callable[[str], None]) -> list[int]:
     left = [i for i in range(n) if not record_path(work.out, i).exists()]
     if len(left) < n:
         report(f"going on: {n - len(left)} of {n} units are finished")
-    report(f"reading {kinds_of(work.units)}, in {n:,} unit{'' if n == 1 else 's'}")
+    report(f"reading {kinds_of(work.units)}, in {counted(n, 'unit')}")
     return left
 
 

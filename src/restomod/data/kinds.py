@@ -1,4 +1,4 @@
-"""What a file of text is: told by its content, and by its name only where content cannot tell (CSV).
+"""The format of a text file, recognised by its content; by its name only for CSV and TSV.
 
 Whatever a file is called, JSON lines are read as JSON lines, gzip is decompressed, and a container that holds no plain
 text (tar, zip, PDF, arrays, pictures) is refused instead of being trained on as prose.
@@ -43,18 +43,18 @@ CONTAINERS: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say
     (b"{\\rtf", "a document in RTF", "save it as plain text"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a document of Microsoft Office", "save it as plain text"),
     (b"WARC/1.", "a web archive (WARC)", "extract its text, as JSON lines"),
-    (b"\x93NUMPY", "an array of NumPy", "tokens: --data.source tokens with the folder of their shards"),
+    (b"\x93NUMPY", "an array of NumPy", "train on token shards with --data.source tokens"),
     (MAGIC.to_bytes(4, "little"), "a shard of tokens", "train on its folder with --data.source tokens"),
     (b"ARROW1\0\0", "an Arrow file", EXPORT),
     (b"\xff\xff\xff\xff", "an Arrow stream, as `datasets` saves to disk", EXPORT),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", EXPORT),
     (b"Obj\x01", "an Avro file", EXPORT),
     (b"SQLite format 3\0", "an SQLite database", EXPORT),
-    *((b"GGUF" + bytes([version, 0]), "a model in GGUF", "name text") for version in (1, 2, 3)),
-    (b"\x7fELF", "a program", "name text"),
-    (b"\x89PNG\r\n\x1a\n", "a picture (PNG)", "name text"),
-    *((b"\xff\xd8\xff" + bytes([b]), "a picture (JPEG)", "name text") for b in (0xDB, 0xE0, 0xE1, 0xEE)),
-    (b"GIF89a", "a picture (GIF)", "name text"),
+    *((b"GGUF" + bytes([version, 0]), "a model in GGUF", "give text files") for version in (1, 2, 3)),
+    (b"\x7fELF", "a program", "give text files"),
+    (b"\x89PNG\r\n\x1a\n", "a picture (PNG)", "give text files"),
+    *((b"\xff\xd8\xff" + bytes([b]), "a picture (JPEG)", "give text files") for b in (0xDB, 0xE0, 0xE1, 0xEE)),
+    (b"GIF89a", "a picture (GIF)", "give text files"),
     *((bytes([0x80, protocol]), "a pickle, which could run code", EXPORT) for protocol in (2, 3, 4, 5)),
     (
         b"version https://git-lfs.github.com/spec/",
@@ -72,16 +72,16 @@ WIDE = {  # byte-order marks of encodings that are not read
 
 @dataclass(frozen=True)
 class Look:
-    """What a file is."""
+    """The format of a file."""
 
     kind: Kind
     compressed: bool
     as_text: bool = False
-    """Whether it is JSON that is taken as plain text: an object without the text field (a package.json), no objects."""
+    """Whether it is JSON that counts as plain text: one object without the text field, or no objects."""
 
 
 def look(path: Path, column: str = "text") -> Look:
-    """Tell from its first bytes what a file is.
+    """Recognise the format of a file by its first bytes.
 
     Args:
         path: a regular file.
@@ -120,7 +120,7 @@ def inner_ending(path: Path) -> str:
 
 
 def _grown(held: bytes, reads: Iterator[bytes], size: int) -> bytes:
-    """``held`` and what follows it, ``size`` bytes or somewhat more, fewer at the end of the file."""
+    """``held``, extended from ``reads`` to at least ``size`` bytes; fewer at the end of the file."""
     parts, n = [held], len(held)
     while n < size and (part := next(reads, b"")):
         parts.append(part)

@@ -1,18 +1,18 @@
-"""Whether a manifest has what is computed with and shown, each of its type: a damaged one is refused by the key."""
+"""Type checks of a manifest: a damaged one is refused, and its key named."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-READ = "read"  # the key of what was read as what (`restomod.data.reading`); manifests made before it lack it
+READ = "read"  # key of the counts of `restomod.data.reading`; older manifests lack it
 
 
 def check_types(manifest: dict[str, Any], splits: Iterable[str]) -> None:
-    """See that a manifest's values have their types.
+    """Check the types of a manifest's values.
 
     Raises:
-        KeyError, TypeError, AttributeError: one has not; its key comes with the first two.
+        KeyError, TypeError, AttributeError: one is missing or of another type; the first two carry its key.
     """
     parts = [manifest["splits"][split] for split in splits]
     read = manifest.get(READ, {})

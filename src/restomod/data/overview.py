@@ -17,6 +17,7 @@ from restomod.data.reading import told_lines
 from restomod.data.shards import MANIFEST, Dataset, TokenStream
 from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
+from restomod.text import counted
 
 SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
 READ_TOKENS = 1_000_000
@@ -44,7 +45,7 @@ def overview(folder: Path, verify: bool) -> Iterator[str]:
         yield _split_line(dataset, name, stream)
     yield from _origin(manifest)
     if manifest.get("duplicates"):
-        yield f"{_counted(manifest['duplicates'], 'duplicate document')} left out"
+        yield f"{counted(manifest['duplicates'], 'duplicate document')} left out"
     yield from told_lines(manifest)
     if len(dataset.train):
         yield from _statistics(folder, dataset.train, tokenizer)
@@ -60,9 +61,9 @@ def overview(folder: Path, verify: bool) -> Iterator[str]:
 def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
     split = dataset.manifest["splits"][name]
     documents, text_bytes = split.get("documents"), split.get("text_bytes")
-    parts = [_counted(len(stream), "token"), _counted(len(split["shards"]), "shard")]
+    parts = [counted(len(stream), "token"), counted(len(split["shards"]), "shard")]
     if documents is not None:
-        parts.append(_counted(documents, "document"))
+        parts.append(counted(documents, "document"))
     if text_bytes and len(stream):
         parts.append(f"{text_bytes:,} bytes of text, {text_bytes / len(stream):.2f} per token")
     return f"{name:<6}{', '.join(parts)}"
@@ -81,12 +82,8 @@ def _origin(manifest: dict[str, Any]) -> Iterator[str]:
     ]
     named = [*plan["datasets"], *sorted({u["source"] for u in plan["units"] if u["source"] in BUILT_IN})]
     origin = ", ".join(named) or f"{files[0]}{' …' if len(files) > 1 else ''}"
-    counted = f" ({_counted(len(files), 'file')})" if files else ""
-    yield f"made of {origin}{counted}" + (f" with {' '.join(flags)}" if flags else "")
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    in_files = f" ({counted(len(files), 'file')})" if files else ""
+    yield f"made of {origin}{in_files}" + (f" with {' '.join(flags)}" if flags else "")
 
 
 def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:

@@ -22,6 +22,7 @@ from restomod.data.shards import MANIFEST, Dataset
 from restomod.data.steps import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
 from restomod.errors import UserError
 from restomod.files import read_json
+from restomod.text import counted
 
 PROGRESS_SECONDS = 2.0
 FEW_VAL_TOKENS = 10_000
@@ -109,8 +110,7 @@ def prepare_and_report(
     duplicates = f", {manifest['duplicates']:,} duplicates left out" if manifest["duplicates"] else ""
     report(f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens{duplicates}")
     for split, part in manifest["splits"].items():
-        shards = f"{len(part['shards']):,} shard{'' if len(part['shards']) == 1 else 's'}"
-        report(f"  {split:<6}{part['tokens']:,} tokens in {shards}")
+        report(f"  {split:<6}{part['tokens']:,} tokens in {counted(len(part['shards']), 'shard')}")
     for line in told_lines(manifest):
         report(line)
     val = manifest["splits"]["val"]["tokens"]

@@ -27,6 +27,7 @@ from restomod.data.reading import Reading
 from restomod.data.sources import documents
 from restomod.data.text_files import files_of
 from restomod.errors import UserError, did_you_mean
+from restomod.text import counted
 
 UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself, or several
 SPAN_BYTES = 64_000_000  # a larger file is cut into spans of at most this size, if it can be
@@ -137,8 +138,8 @@ def kinds_of(units: list[Unit]) -> str:
     """What a plan reads, for people: how many files of which ending, and named sources."""
     files = [file for unit in units for file in unit.files if not unit.span or unit.span.start == 0]
     endings = collections.Counter(ending(Path(file)) for file in files)
-    counted = [f"{n:,} {of} file{'' if n == 1 else 's'}" for of, n in sorted(endings.items())]
-    return ", ".join([*counted, *(unit.source for unit in units if unit.source in BUILT_IN)])
+    kinds = [counted(n, f"{of} file") for of, n in sorted(endings.items())]
+    return ", ".join([*kinds, *(unit.source for unit in units if unit.source in BUILT_IN)])
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:

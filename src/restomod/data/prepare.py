@@ -281,7 +281,7 @@ def _write(
     for i, (h, parts) in enumerate(encoded(documents(config), BulkEncoder(tokenizer), config.split_seed, hashes)):
         if time.monotonic() > told + TELL_EVERY:
             told = time.monotonic()
-            _say(f"preparing {source_name(config)}: {i:,} of {len(hashes):,} documents are tokens")
+            _say(f"preparing {source_name(config)}: {i:,} of {len(hashes):,} documents are tokenized")
         if len(hashes) == 1:
             counts = write_by_position(parts, config.val_fraction, writers, tokenizer)
             continue

@@ -1,4 +1,4 @@
-"""What was read as what, what was left out and why: counted while text is read, kept in the manifest, and told."""
+"""Counts of the files read, by format, and of those left out, by reason: kept in the manifest and shown."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from restomod.data.documents import AnyDocument, Document, LongDocument
 from restomod.data.kinds import Look, ending
 from restomod.data.manifest import READ
 from restomod.data.tokenizer import END_OF_TEXT_LITERAL
+from restomod.text import counted
 
 AS_TEXT = "plain text (JSON without the text field)"
 ADVICE = (
@@ -56,7 +57,7 @@ class Reading:
         self._long_literals[name] = found  # once, however often it is read
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without what was not met."""
+        """As JSON values, without counts of zero."""
         literals = self._literals + sum(self._long_literals.values())
         values = {
             "files": {kind: dict(sorted(endings.items())) for kind, endings in sorted(self.files.items())},
@@ -84,9 +85,9 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a manifest says about the reading of its text, for people: (heading, text) rows, warnings last.
+    """A manifest's counts of what was read, as (heading, text) rows, warnings last.
 
-    Nothing where the manifest says nothing: of published shards, or made before this was counted.
+    Empty where the manifest has none: published shards, older manifests.
     """
     read = manifest.get(READ) or {}
     files, left_out = read.get("files", {}), read.get("left_out", {})
@@ -95,15 +96,15 @@ def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("read", ", ".join(_of_kind(kind, endings) for kind, endings in files.items())))
     if left_out:
         n = sum(left_out.values())
-        rows.append(("left out", f"{n:,} file{'s' * (n > 1)} or folder{'s' * (n > 1)}: {_counts(left_out)}"))
+        rows.append(("left out", f"{counted(n, 'file')} or {'folder' if n == 1 else 'folders'}: {_counts(left_out)}"))
     if literals := read.get("end_of_text_literals", 0):
-        rows.append(
-            ("warning", f"the text holds <|endoftext|> {literals:,} time{'s' * (literals > 1)} as characters; {ADVICE}")
-        )
+        rows.append(("warning", f"the text holds <|endoftext|> {counted(literals, 'time')} as characters; {ADVICE}"))
     if read.get("separators") == 0:
-        rows.append(("warning", "the separator stands nowhere in a plain text file: nothing was split there"))
+        rows.append(("warning", "the separator does not occur in any plain text file, so nothing was split"))
     if list(files) == [AS_TEXT]:
-        rows.append(("warning", "JSON is trained on as it stands; to take a field's text, name it by --text-column"))
+        rows.append(
+            ("warning", "this JSON is used as plain text; to use the text of a field, name it with --text-column")
+        )
     if lost := {what: left_out[what] for what in TO_MEND if what in left_out}:
         rows.append(("warning", f"files may be missing: {_counts(lost)}"))
     return rows
@@ -115,8 +116,8 @@ def told_lines(manifest: dict[str, Any]) -> list[str]:
 
 
 def _of_kind(kind: str, endings: dict[str, int]) -> str:
-    n = sum(endings.values())
-    return f"{n:,} file{'s' * (n > 1)} as {kind} ({next(iter(endings)) if len(endings) == 1 else _counts(endings)})"
+    of = next(iter(endings)) if len(endings) == 1 else _counts(endings)
+    return f"{counted(sum(endings.values()), 'file')} as {kind} ({of})"
 
 
 def _counts(counts: dict[str, int]) -> str:

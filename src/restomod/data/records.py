@@ -17,7 +17,7 @@ OF_ITS_OWN = "put this document into a plain text file of its own, which may hav
 
 
 class _Text:
-    """Text that comes in parts, of which only what is not yet used is held."""
+    """Text that is read in parts; only the part that is not used yet is held."""
 
     def __init__(self, parts: Iterable[str]) -> None:
         self._parts = iter(parts)
@@ -76,7 +76,7 @@ def json_objects(path: Path, parts: Iterable[str]) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path} is truncated: its JSON array has no end after record {n}; get it again")
         text.at += 1
         if text.next_character():
-            raise UserError(f"{path}, {text.where()}: not JSON (there is more after the end of the array)")
+            raise UserError(f"{path}, {text.where()}: not JSON (extra data after the end of the array)")
 
 
 def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> dict[str, Any]:

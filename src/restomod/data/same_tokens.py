@@ -1,7 +1,7 @@
-"""Are these the tokens of that manifest, wherever their shards begin and end?
+"""Comparing the tokens of a dataset with those of a manifest, whatever the boundaries of their shards.
 
 Every shard of a run's `data.json` has the SHA-256 of its tokens in llm.c's layout. The tokens of another folder are
-hashed at the borders of those shards, so how they are cut, and into which kind of file, does not matter.
+hashed at the boundaries of those shards, so its own boundaries and file format do not matter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _positions(shards: Shards) -> list[tuple[int, int]]:
 
 
 def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
-    """In what the tokens of a dataset differ from those of a manifest; None where they are the same.
+    """How the tokens of a dataset differ from those of a manifest; None if they are the same.
 
     Args:
         manifest: of a run's data, from `with_hashes`.
@@ -55,7 +55,7 @@ def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
         before = _parts(manifest)
         now = [(str(part.share), part.dataset) for part in dataset.sources]
         if [share for share, _ in before] != [share for share, _ in now]:
-            return "the sources of the mix, or their shares, are others"
+            return "the mix has other sources or shares"
         for (_, splits), (_, source) in zip(before, now, strict=True):
             for split in SPLITS:
                 difference = _stream_difference(splits[split], getattr(source, split))
@@ -63,7 +63,7 @@ def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
                     of = f" of {source.folder}" if len(now) > 1 else ""
                     return f"in the {split} split{of}, {difference}"
     except (KeyError, TypeError, AttributeError, ValueError):
-        return "its data.json is damaged, or of a version that listed no shards, so the tokens cannot be compared"
+        return "the run's data.json lists no shards (damaged, or of an old version), so the tokens cannot be compared"
     return None
 
 
@@ -91,7 +91,7 @@ def _stream_difference(shards: Shards, stream: TokenStream) -> str | None:
     hashes = _hashes(stream, positions)
     for shard, (start, n), found in zip(shards, positions, hashes, strict=True):
         if found != shard["sha256"]:
-            return f"tokens {start:,} to {start + n:,} are others"
+            return f"tokens {start:,} to {start + n:,} differ"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Plain text with a separator between its documents, cut there as it is read."""
+"""Splitting plain text into documents at a separator while it is read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _between(parts: Iterable[str], separator: str) -> Iterator[str | None]:
 
 
 class _Growing:
-    """A document whose text is still coming."""
+    """A document whose text is still being read."""
 
     def __init__(self, long_text: int) -> None:
         self._long_text = long_text
@@ -89,7 +89,8 @@ class _Growing:
             self._file.write("".join(self._parts))
             self._file.flush()
         except OSError as e:
-            raise UserError(f"cannot hold a long document in {tempfile.gettempdir()} ({e.strerror})") from None
+            folder = tempfile.gettempdir()
+            raise UserError(f"cannot write a temporary file for a long document in {folder} ({e.strerror})") from None
         self._parts = []
 
     def finished(self, name: str) -> AnyDocument:

@@ -17,14 +17,14 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError, reason, reported_once
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
-from restomod.files import read_json, refuse_unwritable, write_json_atomically, write_text_atomically
+from restomod.files import read_json, require_outputs, write_json_atomically, write_text_atomically
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display
@@ -87,8 +87,9 @@ def evaluate_model(
     Raises:
         UserError: the model, a task, the data or a file is not usable, or an argument would change nothing.
     """
-    if json_file is not None:
-        refuse_unwritable(json_file)
+    with reported_once():
+        files = {f"the task {task}": Path(task.partition("=")[2] or task) for task in tasks or ()}
+        require_outputs({"--json": json_file}, {task: path for task, path in files.items() if path.is_file()})
     with joined() as processes:
         display = display or Display(muted=not processes.main)
         where = device_of(choose_device(device), processes)
@@ -129,7 +130,7 @@ def _refuse_unused(wanted: list[str], data: str | None, context: int | None, lim
         if value is not None and HELDOUT not in wanted:
             raise UserError(f"{flag} is for the held-out loss, which is not asked for: add {HELDOUT} to --tasks")
     if limit is not None and set(wanted) == {HELDOUT}:
-        raise UserError("--limit is for the examples of tasks; the held-out loss is of all tokens: leave it out")
+        raise UserError("--limit is for the examples of tasks, and the held-out loss uses all tokens; leave it out")
 
 
 def _refuse_equal_names(names: list[str]) -> None:
@@ -201,7 +202,7 @@ def _remarks(loaded: LoadedTask, result: Result, model: LanguageModel) -> list[s
 
 
 class _Report:
-    """Shows every result as soon as it is there, and then keeps it: what cannot be written is not lost."""
+    """Shows every result as soon as it is known, then writes it: a failed write loses none."""
 
     def __init__(self, subject: Subject, here: dict[str, Any], display: Display, main: bool) -> None:
         self.subject, self.display = subject, display
@@ -211,19 +212,21 @@ class _Report:
         self.results: dict[str, dict[str, Any]] = {}
 
     def warn_if_unwritable(self) -> None:
-        """Say before the work is done that its results will be shown only."""
+        """Warn, before the work is done, that its results can only be shown."""
         if self.run is None:
             return
         folder = self.run / "evals"
         if not os.access(folder if folder.exists() else self.run, os.W_OK):
-            self.display.line(f"warning: {folder} cannot be written to: results are shown only (or --json FILE)")
+            self.display.line(
+                f"warning: {folder} cannot be written to, so results are only shown; --json FILE keeps them"
+            )
             self.run = None
 
     def heldout(self, held: Heldout, dataset: Dataset, other_data: bool) -> None:
         data = {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}
         published, why_not = references(HELDOUT), ""
         if not is_fineweb_edu(dataset.manifest):
-            published, why_not = [], "published losses are of FineWeb-Edu, and this is other text: not shown"
+            published, why_not = [], "published losses are not shown: they are of FineWeb-Edu, and this is other text"
         values = {"loss": held.loss, "perplexity": held.perplexity, "bits_per_byte": held.bits_per_byte}
         estimates = {name: Estimate(value, None) for name, value in values.items() if value is not None}
         windows = f"{held.tokens:,} tokens: windows of {len(held.by_position):,}"
@@ -238,7 +241,7 @@ class _Report:
         self.display.lines(_remarks(loaded, result, model))
         published, why_not = references(task.name), ""
         if n != task.size and published:
-            published, why_not = [], f"published results are of all {task.size:,} examples: not shown"
+            published, why_not = [], f"published results are not shown: they are of all {task.size:,} examples"
         asked = f"the first {n:,}" if loaded.limited else f"all {n:,}"
         self._show(task.name, result.metrics, f"{asked}: {task.convention}", published, why_not)
         name = f"{task.name}-first{n}" if loaded.limited else task.name
@@ -251,7 +254,7 @@ class _Report:
         try:
             write_json_atomically(json_file, self.about | {"results": self.results})
         except OSError as e:
-            raise UserError(f"{json_file}: cannot write the results ({e.strerror}); they are shown above") from None
+            raise UserError(f"{json_file}: cannot write the results ({reason(e)}); they are shown above") from None
         self.display.line(f"written: {json_file}")
 
     def _show(
@@ -283,8 +286,7 @@ class _Report:
             path.parent.mkdir(exist_ok=True)
             write(path)
         except (OSError, UserError) as e:
-            why = e.strerror or one_line(e) if isinstance(e, OSError) else one_line(e)
-            self.display.line(f"warning: {path} is not {done}: {why}")
+            self.display.line(f"warning: {path} is not {done}: {reason(e)}")
         else:
             self.display.line(f"{done}: {path}")
 

@@ -68,7 +68,7 @@ def expected_loss(config: RunConfig) -> Expected:
     if config.data.source == "python-stdlib" or config.data.mix is not None:
         return _unknown("the published runs read FineWeb-Edu or TinyShakespeare")
     if _is_known_other(config):
-        return _unknown(f"the published runs read FineWeb-Edu, and {config.data.path} is other text")
+        return _unknown(f"the published runs were trained on FineWeb-Edu, and {config.data.path} is other text")
     return _fineweb_edu(config)
 
 

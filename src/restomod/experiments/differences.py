@@ -9,8 +9,8 @@ from typing import Any
 
 from restomod.config import RunConfig
 from restomod.config_json import to_dict
+from restomod.evals import references
 from restomod.experiments.runs import Run
-from restomod.files import read_json
 
 Settings = dict[str, Any]
 
@@ -38,7 +38,6 @@ CHANGES_NOTHING = (  # when to look and to save, and how to compute the same
     "data.cache",
 )
 WHERE_DATA_IS = re.compile(r"data\.(?!mix)\w+")  # said better by the fingerprint of its tokens
-FINEWEB_EDU = re.compile(r"(fineweb[-_]?edu|edu[-_]?fineweb)", re.IGNORECASE)
 
 
 def flat(config: RunConfig) -> Settings:
@@ -52,23 +51,12 @@ def flat(config: RunConfig) -> Settings:
 
 def settings(run: Run) -> Settings:
     """What decides a run's result, its seed included: the configuration, the data and the precision it came to."""
-    found, data = flat(run.config), manifest(run)
+    found, data = flat(run.config), run.manifest
     if "fingerprint" in data:
         found = {name: value for name, value in found.items() if not WHERE_DATA_IS.fullmatch(name)}
         found["data"] = f"{data.get('name', 'tokens')} ({str(data['fingerprint'])[:8]})"
     precision = run.environments[-1].get("precision") if run.environments else None
     return found | ({"precision": precision} if precision else {"precision": run.config.precision})
-
-
-def manifest(run: Run) -> Mapping[str, Any]:
-    """That of the tokens a run was trained on; empty if there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = run.folder / "data.json"
-    found = read_json(path, "manifest of the run's data") if path.exists() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str, list[Any]]:
@@ -79,12 +67,8 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
 
 
 def is_fineweb_edu(run: Run) -> bool:
-    """Whether the run's data calls itself FineWeb-Edu, by its name, its sources or its path."""
-    if run.config.data.mix is not None:  # another text, whatever a part of it is
-        return False
-    data = manifest(run)
-    named = [data.get("name"), data.get("plan"), run.config.data.path]
-    return FINEWEB_EDU.search(json.dumps(named)) is not None
+    """Whether a run trains on FineWeb-Edu, so that losses published for it can stand beside its own."""
+    return run.config.data.mix is None and references.is_fineweb_edu(run.manifest)
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Settings:

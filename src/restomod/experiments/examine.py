@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import heapq
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +26,9 @@ from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, keep_freed_memory, total_memory
 from restomod.errors import UserError
 from restomod.evals.heldout import heldout_windows, token_losses
-from restomod.experiments.report_evals import data_manifest
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
-from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.files import write_json_atomically
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model
 from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
@@ -111,12 +111,13 @@ def examine(
         if known is not None and (known.get("checkpoint"), known.get("asked")) == (checkpoint.name, max_tokens):
             say(f"{run.folder}: {checkpoint.name} is examined already ({FILE})")
             return
-        refuse_unwritable(run.folder / FILE)
+        if not os.access(run.folder, os.W_OK):
+            raise UserError(f"its folder cannot be written to, and {FILE} belongs there")
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
         dataset = prepare(run.config.data, gpt2_tokenizer())
-        trained_on = data_manifest(run).get("fingerprint")
+        trained_on = run.manifest.get("fingerprint")
         if trained_on is not None and trained_on != dataset.fingerprint:
             raise UserError("its data has changed since it was trained")
         found = _examine(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))

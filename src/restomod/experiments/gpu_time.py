@@ -1,4 +1,4 @@
-"""GPU hours of a sweep: whose GPUs were in use for how long, each counted once however many trials share it."""
+"""GPU hours of a sweep's trials; a GPU that several trials share at the same time is counted once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Taken:
     seconds: dict[int, float]
     """Of all attempts."""
     gpu_seconds: dict[int, float]
-    """The same times the processes, of which each has a GPU. What trials do at once on one GPU is divided by them."""
+    """Seconds multiplied by processes, each with one GPU; trials that share a GPU share its seconds equally."""
 
     @property
     def totals(self) -> tuple[float, float]:

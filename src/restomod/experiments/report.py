@@ -92,4 +92,4 @@ def require_writable(out: Path, markdown: Path | None, png: Path | None) -> None
     for flag, path in (("--out", out), ("--markdown", markdown)):
         inside = path is not None and path.suffix == ".png" and os.path.realpath(path.parent) == os.path.realpath(png)
         if inside or (path is not None and os.path.realpath(path) == os.path.realpath(png)):
-            raise UserError(f"{flag} {path} and the pictures of --png {png} are in each other's way; name another file")
+            raise UserError(f"{flag} {path} and --png {png} would overwrite each other; name another file")

@@ -8,31 +8,19 @@ from typing import Any
 from restomod.evals import references
 from restomod.evals.references import GPT2
 from restomod.evals.tasks import TASKS
+from restomod.experiments.differences import is_fineweb_edu
 from restomod.experiments.report_curves import number
 from restomod.experiments.runs import Record, Run
-from restomod.files import read_json
 
 HEADLINES = {name: task.headline for name, task in TASKS.items()}
 HELDOUT = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
 CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
 
 
-def data_manifest(run: Run) -> Record:
-    """The manifest of a run's tokens; empty where the run has none."""
-    path = run.folder / "data.json"
-    values = read_json(path, "manifest of the run's data") if path.exists() else {}
-    return values if isinstance(values, dict) else {}
-
-
-def is_fineweb_edu(run: Run) -> bool:
-    """Whether a run's tokens are FineWeb-Edu's, so that losses published for it can stand beside its own."""
-    return run.config.data.mix is None and references.is_fineweb_edu(data_manifest(run))
-
-
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
     """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
     data = values.get("data")
-    if not isinstance(data, dict) or data.get("fingerprint") == data_manifest(run).get("fingerprint"):
+    if not isinstance(data, dict) or data.get("fingerprint") == run.manifest.get("fingerprint"):
         return is_fineweb_edu(run)
     return references.is_fineweb_edu(data)
 
@@ -119,7 +107,7 @@ def _asked(values: Record, run: Run) -> str:
     parts = [f"{examples:,} examples"] if isinstance(examples, int) else []
     parts += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
     data = values.get("data")
-    if isinstance(data, dict) and data.get("fingerprint") != data_manifest(run).get("fingerprint"):
+    if isinstance(data, dict) and data.get("fingerprint") != run.manifest.get("fingerprint"):
         parts.append(f"of {data.get('name')}, which is not the run's data")
     parts += [str(values["convention"])] if values.get("convention") else []
     return "; ".join(parts)

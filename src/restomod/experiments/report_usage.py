@@ -38,7 +38,7 @@ class Usage:
     and had to be done again."""
     sessions: int
     gpu_seconds: float
-    """Seconds to pay for times the GPUs (processes) of each session, as far as they are known."""
+    """Seconds of each session multiplied by its GPUs (processes), as far as they are known: what is paid for."""
     idle_gpu_seconds: float
     """Of these, those not spent in steps."""
 

@@ -93,6 +93,17 @@ class Run:
         return self.tokens_at(step) * flops_per_token(self.config.model, self.config.sequence_length)
 
     @cached_property
+    def manifest(self) -> Record:
+        """The manifest of the tokens that the run trains on; empty if there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.folder / "data.json"
+        found = read_json(path, "manifest of the run's data") if path.exists() else {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
     def samples(self) -> list[Record]:
         """What the model wrote along the way: ``step``, ``prompt``, ``text``."""
         return read_jsonl(self.folder / "samples.jsonl")

@@ -43,7 +43,7 @@ class Result:
     seconds: float
     """All attempts together, start-up and validation included."""
     gpu_seconds: float
-    """The same times the GPUs (processes); of a GPU that trials share, a trial's part."""
+    """Seconds multiplied by GPUs (processes); a GPU that trials share is divided among them."""
     reason: str | None
     """Why it has no result."""
 

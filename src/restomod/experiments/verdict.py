@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from restomod.experiments.bands import reference
-from restomod.experiments.differences import manifest
 from restomod.experiments.layers import dead_layers
 from restomod.experiments.runs import Run
 from restomod.train.health import Finding, judge, seen_now
@@ -72,7 +71,7 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
 
 def data_lengths(run: Run) -> dict[str, float]:
     """Steps after which the training data comes to the end of an epoch, and of a shard, if there are several."""
-    split = manifest(run).get("splits", {}).get("train", {})
+    split = run.manifest.get("splits", {}).get("train", {})
     shards = [shard["tokens"] for shard in split.get("shards", [])]
     found = {"an epoch": split.get("tokens", 0) / run.config.batch_tokens}
     if len(shards) > 1:

@@ -42,7 +42,7 @@ Json = dict[str, Any]
 
 
 class OtherModel(UserError):
-    """A model folder that is sound, as far as is known, and of another model than this package computes."""
+    """A model folder that may be sound, but holds a model that this package does not compute."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _expect(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], k
     """Raise `OtherModel` where a config has another value than those allowed; the first is what its absence means."""
     for key, choices in allowed.items():
         if values.get(key, choices[0]) not in choices:
-            raise OtherModel(f"{key} is {values[key]!r}; {kind} has {choices[0]!r} here, and so has this package")
+            raise OtherModel(f"{key} is {values[key]!r}; {kind} has {choices[0]!r}, which is all that is computed here")
 
 
 def _whole(values: Mapping[str, Any], key: str, default: Any = ABSENT) -> int:

@@ -61,7 +61,7 @@ class TransformersModel:
 
     @property
     def reads_gpt2(self) -> bool:
-        """Whether GPT-2's tokens mean to it what they mean to GPT-2, so that shards of them can be scored."""
+        """Whether its first tokens are GPT-2's, so that shards of GPT-2's tokens can be scored."""
         return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
@@ -170,7 +170,7 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
 
 
 def _refuse_misfit(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
-    """Refuse a model of which `transformers` has made up weights, left some out, or read some that are no numbers.
+    """Refuse a model with weights that `transformers` has initialised at random or left out, or that are not finite.
 
     It only warns of these. Tensors of another head, beside the one that is run, change nothing and are left out.
     """
@@ -214,7 +214,7 @@ def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> A
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Within, `transformers` shows no progress bars, and does not tell what is told by us."""
+    """Silence `transformers`' progress bars, and its warnings of what this package reports itself."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -28,8 +28,8 @@ PREFIX = "transformer."
 MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 ADAPTER = "an adapter's (LoRA): merge it into the weights of its model and save that"
 WRAPPERS = {
-    "._orig_mod.": "`_orig_mod.` is torch.compile's: save the model that was compiled, or take it off the names",
-    ".module.": "`module.` is DistributedDataParallel's: save the model within it, or take it off the names",
+    "._orig_mod.": "`_orig_mod.` is torch.compile's: save the model that was compiled, or remove it from the names",
+    ".module.": "`module.` is DistributedDataParallel's: save the model within it, or remove it from the names",
     "._fsdp_wrapped_module.": "`_fsdp_wrapped_module.` is FSDP's: gather the model's own weights and save them",
     "lora_": f"`lora_` is {ADAPTER}",
     ".base_layer.": f"`base_layer.` is {ADAPTER}",

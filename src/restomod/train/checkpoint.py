@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from restomod.errors import UserError
+from restomod.errors import UserError, reason
 from restomod.files import fsync_path, move_folder, read_json, sha256_file
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
@@ -94,7 +94,7 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
     if unusable:
         raise UserError(
             f"none of the {len(unusable)} checkpoints of {run} is whole: {unusable[0].problem}; "
-            f"delete {run / 'checkpoints'} to begin the run anew"
+            f"delete {run / 'checkpoints'} to start the run from step 0"
         )
     return None, []
 
@@ -172,7 +172,7 @@ def write_checkpoint(
         with contextlib.suppress(OSError):
             _remove_leftovers(run)
         raise UserError(
-            f"cannot save {folder}: {_reason(e)}; {describe_newest(run)}: "
+            f"cannot save {folder}: {reason(e)}; {describe_newest(run)}: "
             f"mend it, then go on with `restomod train --resume {quote(str(run))}`"
         ) from None
     return folder
@@ -182,11 +182,6 @@ def describe_newest(run: Path) -> str:
     """Which checkpoint a run would go on from, as its folder has it now."""
     newest = list_checkpoints(run)[-1:]
     return f"the newest checkpoint is {newest[0].name}" if newest else "there is no checkpoint yet"
-
-
-def _reason(e: OSError | SafetensorError) -> str:
-    """Why a save failed, in one line."""
-    return getattr(e, "strerror", None) or str(e).partition("\n")[0]
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -230,7 +225,7 @@ def _require_same(folder: Path, run: dict[str, Any]) -> None:
     other = differences(read_state(folder / STATE / "state.json")["run"], run)
     if other:
         raise UserError(
-            f"{folder} is of another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
+            f"{folder} belongs to another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
         )
 
 

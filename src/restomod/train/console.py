@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from restomod import output
-from restomod.errors import UserError
+from restomod.errors import UserError, reason
 from restomod.text import duration
 from restomod.train.metrics import read_jsonl
 
@@ -53,9 +53,9 @@ def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finishe
     if not finished:
         go_on = f"go on with: restomod train --resume {run}"
         if not checkpoints:
-            return [f"stopped after {made} steps without a checkpoint, so they will be made again; {go_on}"]
+            return [f"stopped after {made} steps without a checkpoint, so they will be repeated; {go_on}"]
         if saved < made:
-            again = f"the newest checkpoint is that of step {saved}, and the steps after it will be made again"
+            again = f"the newest checkpoint is that of step {saved}, and the steps after it will be repeated"
             return [f"stopped after {made} steps; {again}; {go_on}"]
         return [f"stopped with the checkpoint of step {saved}; {go_on}"]
     lines = [f"finished in {duration(seconds)}"]
@@ -150,14 +150,14 @@ class Display:
     def require_printed(self) -> None:
         """Raise UserError if something could not be printed."""
         if self._failure is not None and not self.closed:
-            raise UserError(f"standard output cannot be written ({output.reason(self._failure)})")
+            raise UserError(f"standard output cannot be written ({reason(self._failure)})")
 
     def _fail(self, e: Exception) -> None:
         if self._failure is None:
             self._failure = e
             output.drop("stdout")
             if not self.closed:
-                self.on_failure(output.reason(e))
+                self.on_failure(reason(e))
 
     def _print(self, text: RenderableType, soft_wrap: bool = True) -> None:
         if self._failure is None and not self.muted:

@@ -164,7 +164,7 @@ class History:
         self._spikes.forget(RECENT)
 
     def _digest(self) -> None:
-        """Do what later steps will not change: whole rows, validations with enough steps around them, spikes."""
+        """Process what later steps cannot change: whole rows, validations with enough steps around them, spikes."""
         while self._count - self._in_rows >= self._row_steps:
             if self._row_count == ROWS:
                 self._rows[: ROWS // 2] = _merged(self._rows.reshape(-1, 2, 4), 0)

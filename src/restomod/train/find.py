@@ -10,8 +10,7 @@ from shlex import quote
 
 import torch
 
-from restomod.device import is_out_of_memory
-from restomod.errors import UserError, did_you_mean, one_line
+from restomod.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from restomod.files import read_json
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hub import OPENAI, download_model, hub_name

@@ -32,7 +32,7 @@ class Gap:
 
 
 def gaps_of(seen: Curves) -> list[Gap]:
-    """Those of all validations that can be compared."""
+    """The gaps at all validations that can be compared."""
     compared = (seen.val_step >= GAPS_AFTER) & np.isfinite(seen.val_level)
     train_error = seen.val_level_error * math.sqrt(autocorrelation_time(seen.recent_loss))
     columns = seen.val_step, seen.val_loss - seen.val_level, train_error, seen.val_error

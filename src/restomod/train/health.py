@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from restomod.config import RunConfig
+from restomod.text import counted
 from restomod.train.curves import Curves, blocks, curves, noise, period
 from restomod.train.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
 from restomod.train.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
@@ -64,7 +65,7 @@ def judge(
 
 
 def judge_curves(config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None) -> list[Finding]:
-    """The same, of a run whose records have been gathered already; see `restomod.train.curves.History`."""
+    """Look for every symptom in curves that `restomod.train.curves.History` has gathered."""
     return [*(look(config, seen) for look in SYMPTOMS), periodicity(seen, lengths or {})]
 
 
@@ -74,7 +75,7 @@ def seen_now(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def not_finite(config: RunConfig, seen: Curves) -> Finding:
-    """Losses or gradients that are no numbers; their updates were not made."""
+    """Losses or gradients that are not finite; their updates were skipped."""
     name, steps = "loss not finite", seen.not_finite
     if not steps:
         return _quiet(name, seen, "every loss and gradient norm is finite")
@@ -89,23 +90,23 @@ def skipped_updates(config: RunConfig, seen: Curves) -> Finding:
         return _quiet(name, seen, "every update was made")
     parts = [f"{len(skips)} of {seen.steps_seen:,} steps, the last at {skips[-1][0]} ({skips[-1][1]})"] if skips else []
     if seen.rollbacks:
-        parts.append(f"the run went back to a checkpoint {_times(seen.rollbacks)}")
+        parts.append(f"the run went back to a checkpoint {counted(seen.rollbacks, 'time')}")
     often = seen.rollbacks > 0 or len(skips) > max(1, NOTABLE_SKIPS * seen.steps_seen)
     return Finding(name, "sick" if often else "note", "; ".join(parts))
 
 
 def stuck(config: RunConfig, seen: Curves) -> Finding:
-    """A loss that stays where guessing evenly among the vocabulary puts it."""
+    """A loss that stays near ln(V), that of a uniform prediction."""
     name, guess = "stuck near ln(V)", math.log(config.model.vocab_size)
     if seen.updates < STUCK_AFTER:
         return _too_short(name, seen, STUCK_AFTER)
     level = float(seen.recent_loss[-RECENT:].mean())
     if level < guess - STUCK_WITHIN:
-        return Finding(name, "well", f"loss {level:.2f}, guessing evenly gives {guess:.2f}")
+        return Finding(name, "well", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}")
     return Finding(
         name,
         "sick",
-        f"loss {level:.2f} after {seen.updates:,} updates, and guessing evenly gives {guess:.2f}: "
+        f"loss {level:.2f} after {seen.updates:,} updates, and a uniform prediction gives {guess:.2f}: "
         f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model",
     )
 
@@ -254,7 +255,7 @@ def below(config: RunConfig, seen: Curves) -> Finding:
                 name,
                 "sick",
                 f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the held-out text is easier, is in the training text "
-                f"too and learnt by heart, or the two losses are not computed alike",
+                f"too and memorised, or the two losses are computed differently",
             )
     return _gap_is_well(name, gaps[-1])
 
@@ -283,7 +284,7 @@ def _gap_is_well(name: str, gap: Gap) -> Finding:
 def _no_gap(name: str, seen: Curves, needed: int) -> Finding:
     if not len(seen.val_step):
         return Finding(name, "unknown", "the run has no validation")
-    return Finding(name, "unknown", f"needs {_times(needed, 'validation')} after step {GAPS_AFTER}")
+    return Finding(name, "unknown", f"needs {counted(needed, 'validation')} after step {GAPS_AFTER}")
 
 
 def _too_short(name: str, seen: Curves, needed: int) -> Finding:
@@ -292,10 +293,6 @@ def _too_short(name: str, seen: Curves, needed: int) -> Finding:
 
 def _quiet(name: str, seen: Curves, reason: str) -> Finding:
     return Finding(name, "well", reason) if seen.steps_seen else Finding(name, "unknown", "no step has been made yet")
-
-
-def _times(n: int, what: str = "time") -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 SYMPTOMS: tuple[Callable[[RunConfig, Curves], Finding], ...] = (

@@ -47,7 +47,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         display: where to print; by default a progress bar in a terminal and plain lines elsewhere.
 
     Returns:
-        0 when the run is finished, 75 when a signal stopped it (after a checkpoint, but for among bad steps).
+        0 when the run is finished, 75 when a signal stopped it (after a checkpoint, except among bad steps).
 
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.

@@ -1,7 +1,7 @@
-"""Waiting for processes that work alone: outside of collective operations, for as long as they are alive.
+"""A barrier with heartbeats: processes wait for one that works alone, outside of collective operations.
 
-A collective operation ends the run when one process is late for it, whatever that one is doing, and without saying so.
-Here each process gives signs of life through torchrun's store, from a thread, and who waits looks at those.
+A collective operation ends the run when one process exceeds its time-out, even if that process is working. Here a
+thread of each process writes heartbeats into torchrun's store, and processes wait as long as those of all change.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 
 import torch.distributed as dist
 
-SIGN_EVERY = 1.0  # seconds
-SILENCE = 60.0  # without a sign for so long a process is gone; some work keeps the thread from giving one for a while
+SIGN_EVERY = 1.0  # seconds between heartbeats
+SILENCE = 60.0  # seconds without a heartbeat after which a process is gone; some work delays the thread for a while
 LONGEST_PAUSE = 0.25  # seconds between looks
 GONE = b"gone"
 
 
 class Meetings:
-    """Where all processes of a run wait for each other. Each of them has one, and calls it equally often."""
+    """The barriers of a run. Every process has one object, and calls it equally often."""
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
         self._store: dist.Store | None = store
@@ -34,7 +34,7 @@ class Meetings:
         self._thread.start()
 
     def wait_for_all(self) -> None:
-        """Wait until every process has come here.
+        """Wait until every process has reached this barrier.
 
         Raises:
             DistError: one is gone.
@@ -53,14 +53,14 @@ class Meetings:
             came = self._came(name, 0)
 
     def leave(self) -> None:
-        """Tell the others that this process comes to no further meeting."""
+        """Tell the others that this process reaches no further barrier."""
         self._over.set()
         self._thread.join(SIGN_EVERY)
         with contextlib.suppress(RuntimeError):
             self._signs.set(self._mine, GONE.decode())
 
     def _came(self, name: str, more: int) -> int | None:
-        """How many have come to a meeting, with ``more``; None where the store is gone: the collective will tell."""
+        """Add ``more`` to the count of a barrier and return it; None: the store is gone, the collective decides."""
         if self._store is None:
             return None
         try:
@@ -70,7 +70,7 @@ class Meetings:
             return None
 
     def _require_all_alive(self, seen: dict[str, tuple[bytes, float]]) -> None:
-        """Look for signs of life. ``seen``: the last one of each process, and when it was new."""
+        """Check the heartbeats. ``seen``: the last one of each process, and when it was new."""
         if self._store is None:
             return
         try:

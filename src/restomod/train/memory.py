@@ -15,8 +15,8 @@ from restomod.config import OptimConfig, RunConfig
 from restomod.config_model import nearest_divisor_below
 from restomod.data.batches import Batches
 from restomod.data.prefetch import MicroBatches
-from restomod.device import is_out_of_memory, release_memory, total_memory
-from restomod.errors import UserError, one_line
+from restomod.device import release_memory, total_memory
+from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.model.gpt import GPT
 from restomod.model.sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
 from restomod.train.distributed import Processes, synchronised

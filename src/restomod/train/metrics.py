@@ -43,7 +43,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None) -> Iterator[Record]:
-    """The same, one after the other: those of a long run need a gigabyte together.
+    """Yield the records of a `.jsonl` file one by one; together, those of a long run take a gigabyte.
 
     Args:
         path: the file.
@@ -61,7 +61,7 @@ def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None) -> Iter
                 if record is not None:
                     yield record
     if bad and warn is not None:
-        warn(f"{path}: {len(bad)} of {number} lines cannot be read and are passed over, the first is line {bad[0]}")
+        warn(f"{path}: {len(bad)} of {number} lines cannot be read and are skipped; the first is line {bad[0]}")
 
 
 class NewRecords:
@@ -115,7 +115,7 @@ class HeldoutLosses:
         self._losses: dict[int, float] = {}
 
     def read(self) -> dict[int, float]:
-        """By step, without what is not finite."""
+        """The finite held-out losses by step."""
         fresh, records = self._records.read()
         if fresh:
             self._losses.clear()
@@ -128,7 +128,7 @@ class HeldoutLosses:
         return self._losses
 
     def after_start(self) -> dict[int, float]:
-        """The same without step 0."""
+        """The finite held-out losses by step, without step 0."""
         return {step: loss for step, loss in self.read().items() if step > 0}
 
 
@@ -138,20 +138,13 @@ def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         return
     kept: list[bytes] = []
     whole = 0
-    for line in _lines(path):
-        record = _parsed(line)
-        if record is None or keep(record):
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-            whole = len(kept) if record is not None else whole
+    with open(path, "rb") as f:
+        for line in f:
+            record = _parsed(line)
+            if record is None or keep(record):
+                kept.append(line if line.endswith(b"\n") else line + b"\n")
+                whole = len(kept) if record is not None else whole
     write_bytes_atomically(path, b"".join(kept[:whole]))
-
-
-def _lines(path: Path) -> list[bytes]:
-    """The lines of a file, each with its end; the last may lack it."""
-    if not path.exists():
-        return []
-    *whole, last = path.read_bytes().split(b"\n")
-    return [line + b"\n" for line in whole] + ([last] if last else [])
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

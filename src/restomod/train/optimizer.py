@@ -40,7 +40,7 @@ class Optimizers:
             if closure is not None and closure.default is closure.empty:
                 raise TypeError(f"{type(part).__name__} cannot be used: its step needs a closure")
             if any("lr" not in group for group in part.param_groups):
-                raise TypeError(f"{type(part).__name__} cannot be used: a group of it has no learning rate, 'lr'")
+                raise TypeError(f"{type(part).__name__} cannot be used: a parameter group has no learning rate ('lr')")
         self.parts, self.loss_scale = parts, loss_scale
         for group in self.param_groups:
             group["max_lr"] = group["lr"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from restomod.data.prefetch import MicroBatches
-from restomod.device import is_out_of_memory, release_memory
-from restomod.errors import UserError, one_line
+from restomod.device import release_memory
+from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.train.checkpoint import describe_newest, load_checkpoint, newest_whole
 from restomod.train.console import Display
 from restomod.train.guard import Guard

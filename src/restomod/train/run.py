@@ -28,7 +28,7 @@ from restomod.config import RunConfig
 from restomod.config_json import read_config, to_dict, to_file
 from restomod.data.same_tokens import token_difference, with_hashes
 from restomod.data.shards import Dataset
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError, reason
 from restomod.files import move_folder, read_json, write_json_atomically
 from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
 from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
@@ -122,7 +122,7 @@ def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: d
         move_folder(temporary, folder, "config.json")
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder}: cannot make the run's folder ({e.strerror or one_line(e)})") from None
+        raise UserError(f"{folder}: cannot make the run's folder ({reason(e)})") from None
     return Run(folder, config)
 
 
@@ -146,7 +146,7 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         data = "this mix" if dataset.parts else dataset.folder
         raise UserError(
             f"{data} holds other tokens than {folder} was trained on: {difference} (fingerprint "
-            f"{dataset.fingerprint[:12]}, not {trained_on[:12]}); bring the text back as it was, or start a new run"
+            f"{dataset.fingerprint[:12]}, not {trained_on[:12]}); restore the original text, or start a new run"
         )
 
 
@@ -187,13 +187,13 @@ def _starts(folder: Path) -> list[Any]:
 def nothing_left_to_do(folder: Path, config: RunConfig, step: int) -> str | None:
     """Why a run that would go on from the checkpoint of ``step`` has nothing left to do; None where it has."""
     if step >= config.steps:
-        return f"{folder} has made its {config.steps} steps already; --steps N goes on to step N"
+        return f"{folder} has made its {config.steps} steps already; --steps N continues to step N"
     reached = _target_reached(folder, config.target_loss, step)
     if reached is None:
         return None
     return (
         f"{folder} has reached its target loss {config.target_loss} already, at step {reached}; "
-        f"--target-loss with a lower one, or None, goes on"
+        f"continue with a lower --target-loss, or --target-loss None"
     )
 
 

@@ -1,11 +1,11 @@
-"""A run is trained by one job at a time: its folder is locked from before anything in it is changed.
+"""The lock of a run: one job trains it at a time, and takes the lock before it changes anything in the folder.
 
 RUN/.lock           held while the run is trained; says by whom
 .NAME.lock          beside a folder that is still to be made, until it is
 
-The lock is the kernel's (`restomod.locks`), so nothing has to be cleaned up after a kill. What is written into the file
-tells people who holds it, and tells machines whose file system passes no locks on between them that it is held: the
-holder writes again and again, and what goes on changing is not that of a dead process.
+The lock is the kernel's (`restomod.locks`), so nothing has to be cleaned up after a kill. The file says who holds it,
+and works as a heartbeat for machines whose file system does not share locks between them: the holder rewrites it every
+few seconds, and a record that keeps changing belongs to a running process.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 from restomod.errors import UserError
 from restomod.locks import POLL, FileLock
 
-PATIENCE = 30.0  # seconds to wait for a job that holds the run: one that is asked to end has not always been told yet
-SAVING = 600.0  # for one that has been asked to stop, and saves
-BEAT = 5.0  # seconds after which the holder writes again
-SILENT = 3 * BEAT  # without a change for so long, another machine holds nothing
-RECORD = 300  # characters, always: a reader never sees the end of an older record
+PATIENCE = 30.0  # seconds to wait for a job that holds the run: it may be about to receive its signal
+SAVING = 600.0  # seconds to wait for one that has received a signal, and saves
+BEAT = 5.0  # seconds between two writes of the holder
+SILENT = 3 * BEAT  # seconds without a change after which another machine no longer holds the lock
+RECORD = 300  # characters, padded: a reader never sees the end of an older record
 
 
 class RunLock:
@@ -67,19 +67,19 @@ class RunLock:
         self._acquire(parent / f".{self.folder.resolve().name}.lock", 0.0)
 
     def made(self) -> None:
-        """Go over to the lock within the folder of a new run, which has been made."""
+        """Switch to the lock inside the folder of a new run, once that exists."""
         before = self._lock
         self._acquire(self.folder / ".lock", 0.0)
         if before is not None and before is not self._lock:
             before.release(remove=True)
 
     def stopping(self) -> None:
-        """Let those that wait know that this job has been asked to stop. May be called by the handler of a signal."""
+        """Tell waiting jobs that this one has been asked to stop. May be called from a signal handler."""
         self._record["stopping"] = True
         self._write()
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         self._over.set()
         if self._lock is not None:
             self._lock.release(remove=True)
@@ -100,25 +100,27 @@ class RunLock:
             limit = max(patience, SAVING) if patience and holder.get("stopping") else patience
             if time.monotonic() > began + limit:
                 raise UserError(
-                    f"{self.folder} is being trained already, by {_describe(holder)}; let it end or stop it, then "
+                    f"{self.folder} is already being trained by {_describe(holder)}; wait for it or stop it, then "
                     f"go on with `restomod train --resume {quote(str(self.folder))}`"
                 )
             if not told:
                 told = True
-                self._say(f"{self.folder} is held by {_describe(holder)}; waiting until that has ended")
+                self._say(f"{self.folder} is being trained by {_describe(holder)}; waiting until it ends")
             time.sleep(POLL)
         if not lock.enforced:
-            self._say(f"the file system of {path} has no locks: see to it that no other job trains this run")
+            self._say(f"the file system of {path} has no locks; make sure that no other job trains this run")
         first, self._lock = self._lock is None, lock
         self._write()
         if first:
             threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def _held_elsewhere(self, lock: FileLock, holder: dict[str, Any]) -> bool:
-        """Whether a file that could be locked is held all the same, as the file system passes no locks on."""
+        """Whether another machine holds a lock that could be taken here, as the file system does not share locks."""
         if not holder or (holder.get("host") == self._record["host"] and lock.enforced):
             return False
-        self._say(f"{self.folder} was held by {_describe(holder)}; looking for {SILENT:.0f} s whether it still is")
+        self._say(
+            f"{self.folder} was last trained by {_describe(holder)}; checking for {SILENT:.0f} s whether it still is"
+        )
         end = time.monotonic() + SILENT
         while time.monotonic() < end:
             time.sleep(POLL)

@@ -85,7 +85,7 @@ def initial_loss(subject: Subject) -> Verdict:
         if not math.isfinite(loss):
             return Verdict("loss", "fail", f"{loss} before training here: there is no going on from these weights")
         if loss < math.log(V):
-            return Verdict("loss", "pass", f"{loss:.2f} before training here; guessing evenly gives {guessing}")
+            return Verdict("loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {guessing}")
         return Verdict("loss", "warn", f"{loss:.2f} is worse than guessing evenly, {guessing}: another tokenizer?")
     off = loss - math.log(V)
     # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that

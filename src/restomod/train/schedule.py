@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from restomod.config import OptimConfig, RunConfig
+from restomod.text import counted
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -36,7 +37,7 @@ def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
 def describe_warmup(config: RunConfig) -> str:
     """The course of the learning rate in a line: 715 steps of 19,073 to 0.0006, then cosine decay to 6e-05."""
     optim, steps = config.optim, config.steps
-    length = f"{optim.warmup_steps:,} step{'' if optim.warmup_steps == 1 else 's'} of {steps:,}"
+    length = f"{counted(optim.warmup_steps, 'step')} of {steps:,}"
     if optim.warmup_steps >= steps:
         return f"{length} to {_rates(optim, steps / max(1, optim.warmup_steps))}, without a decay"
     end = rate_factor(optim, steps - 1, steps)
@@ -45,7 +46,7 @@ def describe_warmup(config: RunConfig) -> str:
 
 
 def schedule_warnings(config: RunConfig) -> list[str]:
-    """What a run's lengths make useless, in a line each: a warm-up that takes all of it, checkpoints never kept."""
+    """Warnings about the length of a run: a warm-up that takes all of it, checkpoints that are never kept."""
     optim, steps, found = config.optim, config.steps, []
     if optim.warmup_steps >= steps > 1:
         as_long = "as long as the run" if optim.warmup_steps == steps else f"longer than the run of {steps:,}"

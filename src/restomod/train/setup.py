@@ -23,10 +23,9 @@ from restomod.device import (
     compute_deterministically,
     describe_device,
     dtype_name,
-    is_out_of_memory,
     keep_freed_memory,
 )
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
 from restomod.model.families import OtherModel, as_saved
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
@@ -294,11 +293,11 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         try:
             saved = read_model_config(folder)
         except OtherModel as e:
-            raise UserError(f"{config.init} can be evaluated and sampled, but not trained on: {e}") from None
+            raise UserError(f"{config.init} can be evaluated and sampled, but not trained further: {e}") from None
         if saved.vocab_size != shape.vocab_size:
             raise UserError(
                 f"{config.init} has a vocabulary of {saved.vocab_size:,} tokens, and a run reads {shape.vocab_size:,}: "
-                f"it can be evaluated and sampled, but not trained on"
+                f"it can be evaluated and sampled, but not trained further"
             )
         if saved != as_saved(shape):
             flags = [

@@ -83,7 +83,7 @@ class StopSignal:
             self.requested, self._since = True, time.monotonic()
             # not print: the signal may have interrupted one; and nobody may read it any more
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step (once more: stop at once)\n")
+                os.write(2, b"\nstopping after this step (send the signal again to stop at once)\n")
             self._on_request()
         elif time.monotonic() > self._since + ONE_REQUEST:
             self._restore()

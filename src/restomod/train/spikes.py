@@ -34,7 +34,7 @@ class Spike:
 
 
 class SpikeFinder:
-    """Finds spikes in a loss that is given bit by bit. What it finds does not depend on where the bits end."""
+    """Finds spikes in a loss that is given in parts. The result does not depend on where the parts end."""
 
     def __init__(self) -> None:
         self.found: list[Spike] = []
@@ -86,7 +86,7 @@ class SpikeFinder:
             self._squares += value * value - gone * gone
 
     def forget(self, steps: int) -> None:
-        """The first ``steps`` of the arrays, which have been looked at, will not be there any more."""
+        """Adjust to arrays whose first ``steps`` entries, already scanned, are removed."""
         self._at -= steps
 
     def _rise(self, losses: list[float], mean: float, deviation: float) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: a table of what is trained on what, and warnings."""
+"""The table and the warnings that a run prints before its first step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from restomod.data.reading import told
 from restomod.device import describe_device, dtype_name
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count
-from restomod.text import duration
+from restomod.text import counted, duration
 from restomod.train.schedule import describe_warmup, schedule_warnings
 from restomod.train.setup import Training
 
 
 def length_warnings(training: Training) -> list[str]:
-    """What the lengths of a run, its schedule and its data make useless, in a line each."""
+    """Warnings about the length of a run, its schedule and its data."""
     found = schedule_warnings(training.config)
     for name, passes in _passes_per_step(training).items():
         if passes > 1:
@@ -27,7 +27,7 @@ def _passes_per_step(training: Training) -> dict[str, float]:
 
 
 def summary(training: Training) -> list[tuple[str, str]]:
-    """The table that stands at the head of a run."""
+    """The table that is printed before the first step, as (name, value) rows."""
     config, m, compute, manifest = (
         training.config,
         training.config.model,
@@ -43,7 +43,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
     count = manifest["documents"]  # not known of published shards
-    documents = f" in {count:,} document{'' if count == 1 else 's'}" if count is not None else ""
+    documents = f" in {counted(count, 'document')}" if count is not None else ""
     return [
         ("run", str(training.run.folder)),
         ("model", describe_shape(m)),

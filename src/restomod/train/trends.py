@@ -1,4 +1,4 @@
-"""What is left of a noisy curve without its trend, and how far its noise is correlated. Needs no torch."""
+"""Detrending of noisy curves, and the autocorrelation time of their noise. Needs no torch."""
 
 from __future__ import annotations
 
