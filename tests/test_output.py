@@ -44,6 +44,13 @@ def closed() -> io.StringIO:
     return stream
 
 
+class WriteOnly:
+    """What a script may put in place of standard output, or a notebook."""
+
+    def write(self, text: str) -> int:
+        raise RuntimeError("the window is gone")
+
+
 FAILURES = [(lambda b=b, c=c: Failing(OSError(c, os.strerror(c)), b)) for c in CODES for b in (False, True)]
 
 
@@ -86,7 +93,7 @@ def test_a_reader_that_has_left_is_no_error(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None])
+@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None, WriteOnly])
 def test_what_goes_on_without_output_keeps_its_exit_code(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

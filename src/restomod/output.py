@@ -39,7 +39,7 @@ def open_missing() -> None:
 def is_open(name: Name) -> bool:
     """Whether there is something to print to."""
     stream = getattr(sys, name)
-    return stream is not None and not stream.closed
+    return stream is not None and not getattr(stream, "closed", False)  # a stand-in may have `write` alone
 
 
 def finish(name: Name) -> Exception | None:

@@ -33,7 +33,7 @@ from restomod.model.storage import WEIGHTS
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
 from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, differences, read_state, run_identity
-from restomod.train.optimizer import Optimizers, optimizer_tensors
+from restomod.train.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.train.scale import LOSS_SCALE
 
 COMPLETE = "COMPLETE"
@@ -283,6 +283,7 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
             return value
 
         copy_from_main(read, tensors[name], processes)
+    put_numbers_back(model, optimizer, tensors)
 
 
 def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
