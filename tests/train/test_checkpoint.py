@@ -516,7 +516,7 @@ def test_damaged_ones_are_set_aside_and_told_of(three: Path) -> None:
 def test_where_none_is_whole_nothing_is_touched(three: Path) -> None:
     for step in (1, 2, 3):
         spoil(three, step)
-    with pytest.raises(UserError, match=r"none of the 3 checkpoints of .* is whole: .*step_000003.*delete"):
+    with pytest.raises(UserError, match=r"none of its 3 checkpoints: .*step_000003.*delete"):
         newest_whole(three)
     assert names(three) == ["step_000001", "step_000002", "step_000003"]
 

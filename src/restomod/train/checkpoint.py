@@ -93,8 +93,8 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
         return folder, unusable
     if unusable:
         raise UserError(
-            f"none of the {len(unusable)} checkpoints of {run} is whole: {unusable[0].problem}; "
-            f"delete {run / 'checkpoints'} to begin the run anew"
+            f"{run} can go on from none of its {len(unusable)} checkpoints: {unusable[0].problem}; "
+            f"put that right, or delete {run / 'checkpoints'} to begin the run anew"
         )
     return None, []
 
