@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from restomod.errors import UserError
-from restomod.output import guarded
+from restomod.output import guarded, say
 from restomod.train.console import Display
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
@@ -108,6 +108,17 @@ def test_what_goes_on_without_output_keeps_its_exit_code(
     monkeypatch.setattr(sys, "stdout", make())
     assert guarded(work, goes_on=True) == 75
     assert not display[0].closed
+
+
+@pytest.mark.parametrize("make", [lambda: None, closed, *FAILURES])
+def test_work_that_goes_on_is_not_ended_by_a_line_about_it(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = make()
+    monkeypatch.setattr(sys, "stdout", stream)
+    for _ in range(3):
+        say("a line")
+    assert capsys.readouterr().err.count("cannot be written") == (stream is not None)
 
 
 @pytest.mark.parametrize("make", FAILURES)

@@ -76,6 +76,17 @@ def complain(line: str) -> None:
         drop("stderr")
 
 
+def say(line: str) -> None:
+    """Print a line about work that goes on where that fails, unless the reader of a pipe has left."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as e:
+        drop("stdout")
+        complain(f"standard output cannot be written ({reason(e)}); going on without it")
+
+
 def reason(e: Exception) -> str:
     """Why printing failed, in a few words."""
     return (e.strerror if isinstance(e, OSError) else None) or str(e)
