@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import NoReturn
@@ -90,6 +92,25 @@ def test_several_processes_may_write_one_file(tmp_path: Path) -> None:
         thread.join()
     assert problems == []
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_cannot_sync_folders_is_written_to(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, failing = os.fsync, [code]
+
+    def of_files(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(failing[0], os.strerror(failing[0]))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    write_text_atomically(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    failing[0] = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        fsync_path(tmp_path)
 
 
 def test_fsync_takes_files_and_folders_and_closes_them(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from restomod.errors import UserError
-from restomod.output import guarded
+from restomod.output import guarded, say
 from restomod.train.console import Display
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
@@ -42,6 +42,13 @@ def closed() -> io.StringIO:
     stream = io.StringIO()
     stream.close()
     return stream
+
+
+class WriteOnly:
+    """What a script may put in place of standard output, or a notebook."""
+
+    def write(self, text: str) -> int:
+        raise RuntimeError("the window is gone")
 
 
 FAILURES = [(lambda b=b, c=c: Failing(OSError(c, os.strerror(c)), b)) for c in CODES for b in (False, True)]
@@ -86,7 +93,7 @@ def test_a_reader_that_has_left_is_no_error(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None])
+@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None, WriteOnly])
 def test_what_goes_on_without_output_keeps_its_exit_code(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +108,17 @@ def test_what_goes_on_without_output_keeps_its_exit_code(
     monkeypatch.setattr(sys, "stdout", make())
     assert guarded(work, goes_on=True) == 75
     assert not display[0].closed
+
+
+@pytest.mark.parametrize("make", [lambda: None, closed, *FAILURES])
+def test_work_that_goes_on_is_not_ended_by_a_line_about_it(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = make()
+    monkeypatch.setattr(sys, "stdout", stream)
+    for _ in range(3):
+        say("a line")
+    assert capsys.readouterr().err.count("cannot be written") == (stream is not None)
 
 
 @pytest.mark.parametrize("make", FAILURES)

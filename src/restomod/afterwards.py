@@ -20,11 +20,12 @@ from restomod.output import complain
 
 FLAG = "--then"
 
-# Ctrl-C and Ctrl-\, the end of a terminal, what schedulers send: Slurm's --signal=USR1@60, a limit of CPU time
+# Ctrl-C and Ctrl-\, the end of a terminal, what schedulers send (Slurm: --signal=USR1@60), limits of time, no power
+_NAMES = "INT TERM HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR"
 STOPPING = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-    if hasattr(signal, name)  # Windows lacks most
+    getattr(signal, f"SIG{name}")
+    for name in _NAMES.split()
+    if hasattr(signal, f"SIG{name}")  # Windows lacks most
 ]
 
 

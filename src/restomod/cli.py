@@ -287,8 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     command = None
-    if arguments[:1] in (["train"], ["sweep"]):
+    goes_on = arguments[:1] in (["train"], ["sweep"])  # without output; all other verbs are there to print
+    if goes_on:
         arguments, command = take_command(arguments)
-    goes_on = arguments[:1] == ["train"]  # without output; all other verbs are there to print
     needs_less = NEEDS_LESS.get((arguments or [""])[0], NEEDS_LESS[""])
     return and_then(lambda: guarded(lambda: _run(arguments), debug, goes_on, needs_less), command)

@@ -47,13 +47,24 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is {what}, not a regular file; write its content to a file and name that")
 
 
+# what opening a folder, or syncing it, says where that does not exist; EIO and ENOSPC are failures
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
 def fsync_path(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's list of names, on the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    """Ask the operating system to put a file, or a folder's list of names, on the disk.
+
+    File systems that cannot do so for folders (network shares, Windows) write the names by themselves.
+    """
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        if e.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def move_folder(source: Path, target: Path, last: str) -> None:

@@ -40,7 +40,7 @@ def open_missing() -> None:
 def is_open(name: Name) -> bool:
     """Whether there is something to print to."""
     stream = getattr(sys, name)
-    return stream is not None and not stream.closed
+    return stream is not None and not getattr(stream, "closed", False)  # a stand-in may have `write` alone
 
 
 def finish(name: Name) -> Exception | None:
@@ -75,6 +75,17 @@ def complain(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop("stderr")
+
+
+def say(line: str) -> None:
+    """Print a line about work that goes on where that fails, unless the reader of a pipe has left."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as e:
+        drop("stdout")
+        complain(f"standard output cannot be written ({reason(e)}); going on without it")
 
 
 def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:

@@ -308,6 +308,18 @@ def test_damaged_lines_amid_the_log_are_told_and_kept(run: Path) -> None:
     assert log.read_bytes().splitlines()[1] == b'{"kind": "tr\xff'
 
 
+@pytest.mark.parametrize("kept", [slice(0), slice(0, 2), slice(2, None)])
+def test_steps_that_the_log_lacks_are_told(kept: slice, run: Path) -> None:
+    log = run / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[kept]))
+    lacking = 2 - len(trained(run))
+    said: list[str] = []
+    assert train(dataclasses.replace(read_config(run), steps=3), run, resume=True, display=heard(said)) == 0
+    assert lacking
+    assert f"warning: {log} lacks {lacking} of the 2 steps before this one" in said
+
+
 def heard(said: list[str]) -> Display:
     """A display that notes its lines in ``said``."""
 

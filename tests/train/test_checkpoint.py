@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ from restomod.train.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from restomod.train.optimizer import optimizer_tensors
+from restomod.train.optimizer import Optimizers, optimizer_tensors
 from tests.filesystems import refuse, refuse_renaming_folders
 from tests.models import random_tokens
 from tests.train.trainee import Trainee, assert_identical, make_trainee, save_checkpoint
@@ -91,6 +91,34 @@ def test_next_steps_after_loading_are_those_without(tmp_path: Path) -> None:
     load(resumed, save(through, tmp_path, 3))
     assert resumed.train(3, 6) == through.train(3, 6)
     assert_identical(resumed.tensors(), through.tensors())
+
+
+class Counting(torch.optim.Optimizer):
+    """An optimizer of one's own, whose state holds a number of Python."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"] / state["step"])
+
+
+def test_numbers_in_the_state_of_an_optimizer_come_back_too(tmp_path: Path) -> None:
+    through, resumed = make_trainee(seed=1), make_trainee(seed=2)
+    for trainee in (through, resumed):
+        trainee.optimizer = Optimizers([Counting(trainee.model.parameters())], trainee.optimizer.loss_scale)
+    through.train(0, 3)
+    load(resumed, save(through, tmp_path, 3))
+    for trainee in (through, resumed):
+        trainee.batches = make_trainee(seed=1).batches
+        trainee.train(3, 6)
+    for ours, theirs in zip(resumed.model.parameters(), through.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert resumed.optimizer.parts[0].state[ours] == {"step": 6}
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
@@ -488,7 +516,7 @@ def test_damaged_ones_are_set_aside_and_told_of(three: Path) -> None:
 def test_where_none_is_whole_nothing_is_touched(three: Path) -> None:
     for step in (1, 2, 3):
         spoil(three, step)
-    with pytest.raises(UserError, match=r"none of the 3 checkpoints of .* is whole: .*step_000003.*delete"):
+    with pytest.raises(UserError, match=r"none of its 3 checkpoints: .*step_000003.*delete"):
         newest_whole(three)
     assert names(three) == ["step_000001", "step_000002", "step_000003"]
 

@@ -62,7 +62,9 @@ def test_a_request_is_taken_where_nobody_reads_the_errors(monkeypatch: pytest.Mo
         assert stop.requested
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize(
+    "sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPWR"]
+)
 @pytest.mark.parametrize("within_main", [False, True])
 def test_all_that_asks_a_process_to_end_asks_for_a_checkpoint(sent: str, within_main: bool) -> None:
     """With the handlers of the system, and with those that the command line has for everything before training."""

@@ -19,6 +19,7 @@ from restomod.experiments.space import flags, label
 from restomod.experiments.store import Claim, Plan, Store
 from restomod.experiments.subprocesses import TrainingProcess
 from restomod.experiments.sweep_results import Result, results, show, write_results
+from restomod.output import say
 from restomod.train.console import duration
 from restomod.train.metrics import HeldoutLosses
 from restomod.train.signals import StopSignal
@@ -79,10 +80,10 @@ def sweep(plan: Plan, folder: Path, limits: Limits) -> int:
     show(found, folder, plan)
     running = sum(result.state == "running" for result in found)
     if worker.stopped_by:
-        print(f"{worker.stopped_by}; the same command goes on")
+        say(f"{worker.stopped_by}; the same command goes on")
         return EXIT_INTERRUPTED
     if running:
-        print(f"nothing is left to begin; other processes are still at work on {running}")
+        say(f"nothing is left to begin; other processes are still at work on {running}")
     return EXIT_FINISHED if running or any(r.state == "finished" for r in found) else EXIT_ALL_FAILED
 
 
@@ -131,7 +132,7 @@ class _Worker:
             if self._stopped():
                 return False
             if not told:
-                print(f"{claim.name}: waiting for its training to end, whose sweep was killed", flush=True)
+                say(f"{claim.name}: waiting for its training to end, whose sweep was killed")
             told = True
             time.sleep(0.2)
         return True
@@ -169,7 +170,7 @@ class _Worker:
             arguments, how = ["--resume", str(run)], "goes on"
         else:
             arguments, how = [*self._flags(claim), "--out", str(run)], "begins"
-        print(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}", flush=True)
+        say(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}")
         patiently(lambda: store.begin_attempt(claim))
         log = store.folder / "logs" / f"{claim.name}.log"
         assert claim.run.fd is not None
@@ -182,7 +183,7 @@ class _Worker:
         if code != EXIT_FINISHED and pruned is None and (self._stopped() or code == EXIT_INTERRUPTED):
             self.stopped_by = self.stopped_by or "the training was stopped by a signal"
             newest = newest_checkpoint(run)
-            print(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}", flush=True)
+            say(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}")
             return
         patiently(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
 
@@ -220,17 +221,17 @@ class _Worker:
         if pruned is not None:
             store.note(claim, step=pruned, reason=f"pruned at step {pruned}")
             store.finish(claim, "PRUNED")
-            print(f"  pruned at step {pruned} after {took}", flush=True)
+            say(f"  pruned at step {pruned} after {took}")
         elif code == EXIT_FINISHED and losses:
             step = max(losses)
             store.note(claim, step=step)
             store.finish(claim, "COMPLETE", losses[step])
-            print(f"  held-out loss {losses[step]:.4f} at step {step} in {took}", flush=True)
+            say(f"  held-out loss {losses[step]:.4f} at step {step} in {took}")
         else:
             reason = "it has no finite held-out loss" if code == EXIT_FINISHED else reason
             store.note(claim, reason=reason)
             store.finish(claim, "FAIL")
-            print(f"  failed after {took}: {reason}", flush=True)
+            say(f"  failed after {took}: {reason}")
         self.write()
 
 

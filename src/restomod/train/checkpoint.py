@@ -33,7 +33,7 @@ from restomod.model.storage import WEIGHTS
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
 from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, differences, read_state, run_identity
-from restomod.train.optimizer import Optimizers, optimizer_tensors
+from restomod.train.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.train.scale import LOSS_SCALE
 
 COMPLETE = "COMPLETE"
@@ -93,8 +93,8 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
         return folder, unusable
     if unusable:
         raise UserError(
-            f"none of the {len(unusable)} checkpoints of {run} is whole: {unusable[0].problem}; "
-            f"delete {run / 'checkpoints'} to start the run from step 0"
+            f"{run} can go on from none of its {len(unusable)} checkpoints: {unusable[0].problem}; "
+            f"put that right, or delete {run / 'checkpoints'} to start the run from step 0"
         )
     return None, []
 
@@ -278,6 +278,7 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
             return value
 
         copy_from_main(read, tensors[name], processes)
+    put_numbers_back(model, optimizer, tensors)
 
 
 def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:

@@ -106,8 +106,7 @@ class _Output(io.TextIOBase):
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        stream = self._stream
-        return stream is not None and not stream.closed and stream.isatty()
+        return output.is_open("stdout") and bool(getattr(self._stream, "isatty", lambda: False)())
 
     def write(self, text: str) -> int:
         self._attempt(lambda stream: stream.write(text))
@@ -121,7 +120,7 @@ class _Output(io.TextIOBase):
         try:
             if stream is not None:
                 do(stream)
-        except (OSError, ValueError) as e:  # ValueError: it is closed, or cannot encode a character
+        except Exception as e:  # of the system, of a closed stream, of encoding, of whatever stands in for the stream
             self._fail(e)
 
 

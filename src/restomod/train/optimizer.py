@@ -134,8 +134,32 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     """
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     flat = cast(dict[str, Any], get_optimizer_state_dict(model, tuple(optimizer.parts), options=options))
-    tensors = {name: value for name, value in flat.items() if name.startswith("state.")}
+    tensors = {name: _as_tensor(value) for name, value in flat.items() if name.startswith("state.")}
     return tensors | optimizer.loss_scale.tensors()
+
+
+def put_numbers_back(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
+    """Set the state that is Python's numbers, as an optimizer of one's own may count its steps, to that in ``tensors``.
+
+    Args:
+        model: the one that is optimized.
+        optimizer: has the state of `optimizer_tensors`.
+        tensors: those of `optimizer_tensors`, which do not share memory with numbers, with other values.
+    """
+    for name, parameter in model.named_parameters():
+        for part in optimizer.parts:
+            state = part.state.get(parameter, {})
+            state.update({k: tensors[f"state.{name}.{k}"].item() for k, v in state.items() if _is_number(v)})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return (
+        torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if _is_number(value) else value
+    )
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -162,7 +162,7 @@ def set_up(
     seconds, compute = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes, say)
 
     nothing_left = processes.from_main(lambda: nothing_left_to_do(folder, config, first_step)) if resume else None
-    warnings = processes.from_main(lambda: _warnings(folder, unusable)) if resume else []
+    warnings = processes.from_main(lambda: _warnings(folder, unusable, first_step)) if resume else []
     run = Run(folder, config, writes=False)
     if processes.main and nothing_left is None:
         here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.count}
@@ -189,11 +189,15 @@ def set_up(
     )
 
 
-def _warnings(folder: Path, unusable: list[Unusable]) -> list[str]:
-    """What is wrong with the files of a run that goes on, and does not stop it."""
+def _warnings(folder: Path, unusable: list[Unusable], first_step: int) -> list[str]:
+    """What is wrong with the files of a run that goes on from ``first_step``, and does not stop it."""
     found = [f"set aside: {each.problem}" for each in unusable]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        collections.deque(iterate_jsonl(folder / name, found.append), maxlen=0)
+    log, before = folder / "metrics.jsonl", len(found)
+    records = (record for record in iterate_jsonl(log, found.append) if record.get("kind") == "train")
+    lacking = first_step - sum(type(at := record.get("step")) is int and at < first_step for record in records)
+    if lacking > 0 and len(found) == before:  # damaged lines have been told of
+        found.append(f"{log} lacks {lacking} of the {first_step} steps before this one")
+    collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append), maxlen=0)
     return found
 
 
