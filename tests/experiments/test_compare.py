@@ -181,11 +181,12 @@ def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: lis
         batch_tokens=1024,
         model=dataclasses.replace(SMALL.model, n_positions=1024),
     )
-    edu = open_run(make_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2})))
+    edu = open_run(make_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2}), {"name": "fineweb-edu"}))
     assert published_differ([edu]) is None
     (table,) = [t for t in tables(compare([edu]), "tokens") if t.title == "published held-out losses"]
     assert {row[1] for row in table.rows} == {f"{r.value:.4f}" for r in references("heldout")}
-    shorter = open_run(make_run(tmp_path / "s", dataclasses.replace(config, sequence_length=512), simple({0: 10.8})))
+    config = dataclasses.replace(config, sequence_length=512)
+    shorter = open_run(make_run(tmp_path / "s", config, simple({0: 10.8}), {"name": "fineweb-edu"}))
     assert "windows of 1024 tokens" in str(published_differ([shorter]))
 
 
@@ -193,6 +194,9 @@ def test_the_newest_answers_to_tasks_stand_beside_published_ones(tmp_path: Path)
     asked = [{"kind": "task", "step": s, "task": "hellaswag", "examples": 200, "acc_token": s / 100} for s in (20, 10)]
     folder = make_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
     assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}
+    (table,) = [t for t in tables(compare([open_run(folder)]), "tokens") if t.title == "hellaswag"]
+    assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published ones are of all
+    assert not table.notes
     (folder / "evals").mkdir()
     metrics = {"acc_token": {"value": 0.31, "stderr": 0.005}}
     answer = {"task": "hellaswag", "step": 100, "examples": 10_042, "metrics": metrics}

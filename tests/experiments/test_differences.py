@@ -54,14 +54,17 @@ def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "plan", "path", "is_it"),
     [
-        ("tokens", {"sources": ["fineweb-edu"]}, "t", True),
-        ("tokens", {"sources": ["pretokenized:kjj0/finewebedu10B-gpt2"]}, "t", True),
-        ("tokens", None, "data/edu_fineweb10B", True),
-        ("fineweb", {"sources": ["fineweb"]}, "t", False),
+        ("edu_fineweb10B", None, "data/edu_fineweb10B", True),
+        ("fineweb-edu", {"name": "fineweb-edu"}, "t", True),
+        ("fineweb", {"name": "fineweb"}, "t", False),
         ("books", None, "education", False),
+        ("text", None, "fineweb-edu-study/shakespeare.txt", False),
+        ("fineweb-edu+notes.txt", {"name": "fineweb-edu+notes.txt"}, "t", False),
     ],
 )
-def test_fineweb_edu_is_known_by_its_name(name: str, plan: Any, path: str, is_it: bool, tmp_path: Path) -> None:
+def test_fineweb_edu_is_known_by_the_name_of_its_tokens(
+    name: str, plan: Any, path: str, is_it: bool, tmp_path: Path
+) -> None:
     config = dataclasses.replace(SMALL, data=DataConfig(source="tokens", path=path))
     run = open_run(make_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
     assert is_fineweb_edu(run) is is_it

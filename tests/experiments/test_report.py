@@ -18,9 +18,10 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from restomod.cli import main
+from restomod.experiments.differences import is_fineweb_edu
 from restomod.experiments.report import labels, open_runs, page_data
 from restomod.experiments.report_config import differences, preset_of
-from restomod.experiments.report_evals import evaluation_tables, is_fineweb_edu, lines_of
+from restomod.experiments.report_evals import evaluation_tables, lines_of
 from restomod.experiments.report_html import as_json, as_page
 from restomod.experiments.report_markdown import as_markdown
 from restomod.experiments.report_run import SAMPLED_STEPS, page_run, samples, status

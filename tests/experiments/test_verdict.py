@@ -78,7 +78,7 @@ def test_another_seed_is_no_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("loss", "status"), [(3.07, "well"), (3.25, "well"), (3.4, "sick"), (2.5, "sick")])
 def test_gpt2_124m_is_measured_by_openais(loss: float, status: str, tmp_path: Path) -> None:
     config = dataclasses.replace(preset("gpt2-124m"), data=DataConfig(source="tokens", path="t"))
-    run = with_val(tmp_path, config, {19_073: loss}, {"name": "t", "plan": {"sources": ["fineweb-edu"]}})
+    run = with_val(tmp_path, config, {19_073: loss}, {"name": "fineweb-edu"})
     finding = reference(run)
     assert finding.status == status
     published = {r.model: r.value for r in references("heldout")}["GPT-2 124M"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from restomod.config import RunConfig
 from restomod.config_json import to_dict
+from restomod.evals import references
 from restomod.experiments.runs import Run
 from restomod.files import read_json
 
@@ -38,7 +39,6 @@ CHANGES_NOTHING = (  # when to look and to save, and how to compute the same
     "data.cache",
 )
 WHERE_DATA_IS = re.compile(r"data\.(?!mix)\w+")  # said better by the fingerprint of its tokens
-FINEWEB_EDU = re.compile(r"(fineweb[-_]?edu|edu[-_]?fineweb)", re.IGNORECASE)
 
 
 def flat(config: RunConfig) -> Settings:
@@ -79,12 +79,8 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
 
 
 def is_fineweb_edu(run: Run) -> bool:
-    """Whether the run's data calls itself FineWeb-Edu, by its name, its sources or its path."""
-    if run.config.data.mix is not None:  # another text, whatever a part of it is
-        return False
-    data = manifest(run)
-    named = [data.get("name"), data.get("plan"), run.config.data.path]
-    return FINEWEB_EDU.search(json.dumps(named)) is not None
+    """Whether a run's tokens are FineWeb-Edu's, so that losses published for it can stand beside its own."""
+    return run.config.data.mix is None and references.is_fineweb_edu(manifest(run))
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Settings:

@@ -25,7 +25,7 @@ from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, keep_freed_memory, total_memory
 from restomod.errors import UserError
 from restomod.evals.heldout import heldout_windows, token_losses
-from restomod.experiments.report_evals import data_manifest
+from restomod.experiments.differences import manifest
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
 from restomod.files import refuse_unwritable, write_json_atomically
@@ -116,7 +116,7 @@ def examine(
         if where.type == "cpu":
             keep_freed_memory()
         dataset = prepare(run.config.data, gpt2_tokenizer())
-        trained_on = data_manifest(run).get("fingerprint")
+        trained_on = manifest(run).get("fingerprint")
         if trained_on is not None and trained_on != dataset.fingerprint:
             raise UserError("its data has changed since it was trained")
         found = _examine(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))

@@ -7,46 +7,29 @@ from typing import Any
 
 from restomod.evals import references
 from restomod.evals.references import GPT2
-from restomod.evals.tasks import TASKS
+from restomod.evals.tasks import TASKS, is_whole
+from restomod.experiments.differences import is_fineweb_edu, manifest
 from restomod.experiments.report_curves import number
 from restomod.experiments.runs import Record, Run
-from restomod.files import read_json
 
 HEADLINES = {name: task.headline for name, task in TASKS.items()}
 HELDOUT = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
 CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
 
 
-def data_manifest(run: Run) -> Record:
-    """The manifest of a run's tokens; empty where the run has none."""
-    path = run.folder / "data.json"
-    values = read_json(path, "manifest of the run's data") if path.exists() else {}
-    return values if isinstance(values, dict) else {}
-
-
-def is_fineweb_edu(run: Run) -> bool:
-    """Whether a run's tokens are FineWeb-Edu's, so that losses published for it can stand beside its own."""
-    return run.config.data.mix is None and references.is_fineweb_edu(data_manifest(run))
-
-
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
     """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
     data = values.get("data")
-    if not isinstance(data, dict) or data.get("fingerprint") == data_manifest(run).get("fingerprint"):
+    if not isinstance(data, dict) or data.get("fingerprint") == manifest(run).get("fingerprint"):
         return is_fineweb_edu(run)
     return references.is_fineweb_edu(data)
-
-
-def _is_whole(task: str, values: Record) -> bool:
-    """Whether a task was asked as a whole, as published results are; of one of the user's own there are none."""
-    return task in TASKS and values.get("examples") == TASKS[task].size
 
 
 def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
     """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies, where a task
     was asked as a whole.
     """
-    whole = {task for v in [*run.records, *run.evaluations] if _is_whole(task := str(v.get("task")), v)}
+    whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
     found: dict[str, list[dict[str, Any]]] = {}
     for task, metric in {"heldout": "loss", **HEADLINES}.items():
         if task == "heldout" and not is_fineweb_edu(run):
@@ -80,7 +63,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
             for values, metrics in zip(found, measured, strict=True)
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
-        if any(_on_fineweb_edu(v, run) if task == "heldout" else _is_whole(task, v) for v in found):
+        if any(_on_fineweb_edu(v, run) if task == "heldout" else is_whole(task, v.get("examples")) for v in found):
             for r in references.references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
         others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
@@ -119,7 +102,7 @@ def _asked(values: Record, run: Run) -> str:
     parts = [f"{examples:,} examples"] if isinstance(examples, int) else []
     parts += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
     data = values.get("data")
-    if isinstance(data, dict) and data.get("fingerprint") != data_manifest(run).get("fingerprint"):
+    if isinstance(data, dict) and data.get("fingerprint") != manifest(run).get("fingerprint"):
         parts.append(f"of {data.get('name')}, which is not the run's data")
     parts += [str(values["convention"])] if values.get("convention") else []
     return "; ".join(parts)

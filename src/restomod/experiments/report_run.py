@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from restomod.config_json import to_dict
+from restomod.experiments.differences import is_fineweb_edu, manifest
 from restomod.experiments.report_config import (
     describe_model,
     differences,
@@ -21,7 +22,7 @@ from restomod.experiments.report_config import (
     preset_of,
 )
 from restomod.experiments.report_curves import curves, number, task_curves
-from restomod.experiments.report_evals import HEADLINES, data_manifest, evaluation_tables, is_fineweb_edu, lines_of
+from restomod.experiments.report_evals import HEADLINES, evaluation_tables, lines_of
 from restomod.experiments.report_examined import examined
 from restomod.experiments.report_usage import Prices, Usage, amount, flops_text, usage, usage_rows
 from restomod.experiments.runs import Record, Run
@@ -73,9 +74,9 @@ def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> d
 
 def about(run: Run) -> list[list[str]]:
     """What was trained on what, as names and values."""
-    manifest = data_manifest(run)
-    tokens = manifest.get("tokens")
-    data = str(manifest.get("name") or run.config.data.source)
+    found = manifest(run)
+    tokens = found.get("tokens")
+    data = str(found.get("name") or run.config.data.source)
     first = run.environments[0] if run.environments else {}
     return [
         ["Model", describe_model(run.config)],
