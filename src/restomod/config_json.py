@@ -197,12 +197,15 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def refuse_model(folder: Path) -> None:
-    """Raise UserError where a folder holds no run but a checkpoint, the checkpoints of a run, or a model."""
+    """Raise UserError where ``folder`` is a file, a checkpoint, the checkpoints of a run, or a model."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder of a run")
     here = folder.absolute()
     above = next((up for up in (here.parent, here.parent.parent) if (up / "checkpoints") in (here, here.parent)), None)
     if above is not None and (above / "config.json").exists():
-        raise UserError(f"{folder} is a folder inside a run; name the run instead: {os.path.relpath(above)}")
+        run = above if folder.is_absolute() else Path(os.path.relpath(above))
+        raise UserError(f"{folder} is a folder inside a run; name the run instead: {run}")
     path = folder / "config.json"
     values = read_json(path, "run's configuration") if path.exists() else None
-    if isinstance(values, dict) and "model_type" in values:
+    if isinstance(values, dict) and not {"model_type", "architectures"}.isdisjoint(values):
         raise UserError(f"{folder} is a model folder, not a run; eval, sample, inspect and check take models")

@@ -116,8 +116,10 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             if not lock.enforced:
                 lock.release()  # Windows renames no open file
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as e:
             lock.release(remove=True)
+            if isinstance(e, OSError) and e.errno is not None and e.filename is None:  # of a disk that is full
+                e.filename = str(path)
             raise
     fsync_path(path.parent)
 

@@ -22,6 +22,7 @@ from restomod.config_json import read_config
 from restomod.data.prepare import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
+from restomod.model.pretrained import save_model
 from restomod.train import loop as loop_module
 from restomod.train.checkpoint import list_checkpoints
 from restomod.train.console import Display
@@ -160,6 +161,20 @@ def test_another_shape_names_the_flags_to_add_and_adding_them_works(
     )
     assert not (tmp_path / "run").exists()
     assert main([*arguments, *said.partition("; add ")[2].split()]) == 0
+
+
+def test_the_flags_of_other_parts_can_be_added_as_they_are_named(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ModelConfig(1, 4, 16, 40, norm="rmsnorm", positions="rope", mlp="swiglu", bias=False, tied=False)
+    (tmp_path / "theirs").mkdir()
+    save_model(random_model(parts), tmp_path / "theirs")
+    arguments = ["train", "quickstart", *with_flags(tiny), "--steps", "1", "--out", str(tmp_path / "run")]
+    arguments += ["--init", str(tmp_path / "theirs")]
+    assert main(arguments) == 2
+    added = capsys.readouterr().err.partition("; add ")[2].split()
+    assert {"--model.no-bias", "--model.no-tied"} < set(added)
+    assert main([*arguments, *added]) == 0
 
 
 def test_only_the_flags_that_differ_are_named(tiny: RunConfig, source: Path, tmp_path: Path) -> None:

@@ -193,6 +193,9 @@ def test_the_newest_answers_to_tasks_stand_beside_published_ones(tmp_path: Path)
     asked = [{"kind": "task", "step": s, "task": "hellaswag", "examples": 200, "acc_token": s / 100} for s in (20, 10)]
     folder = make_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
     assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}
+    (table,) = [t for t in tables(compare([open_run(folder)]), "tokens") if t.title == "hellaswag"]
+    assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published ones are of all
+    assert not table.notes
     (folder / "evals").mkdir()
     metrics = {"acc_token": {"value": 0.31, "stderr": 0.005}}
     answer = {"task": "hellaswag", "step": 100, "examples": 10_042, "metrics": metrics}

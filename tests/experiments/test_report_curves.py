@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -89,6 +90,18 @@ def test_accuracies_along_the_way_and_of_evaluations(tmp_path: Path) -> None:
     add_task(folder, step=40)
     points = task_curves(open_run(folder), {"hellaswag": "acc_token"})["hellaswag"]
     assert (points["x"], points["y"], points["error"]) == ([20, 40], [0.27, 0.31], [0.01, 0.02])
+
+
+def test_accuracies_of_many_validations_are_thinned(tmp_path: Path) -> None:
+    run = open_run(make_run(tmp_path / "r"))
+    asked = {"kind": "task", "task": "hellaswag", "examples": 200, "acc": 0.25}
+    records = [asked | {"step": step} for step in range(20_000)]
+    records[12_345]["acc"] = 0.75
+    run = dataclasses.replace(run, records=[*run.records, *records])
+    points = task_curves(run, {"hellaswag": "acc"})["hellaswag"]
+    assert len(points["x"]) <= 1602
+    assert (points["x"][0], points["x"][-1]) == (0, 19_999)
+    assert points["y"][points["x"].index(12_345)] == 0.75
 
 
 def test_points_of_different_sample_sizes_are_not_joined(tmp_path: Path) -> None:

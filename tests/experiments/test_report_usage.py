@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_time_between_sessions_is_idle_but_draws_nothing(tmp_path: Path) -> None
     assert used.idle == pytest.approx(3605)
     assert used.stopped == pytest.approx(3600 + 20 - 25)  # from the last record, of second 25
     assert used.energy(1000.0) == pytest.approx((3645 - 3595) / 3600)
+
+
+def test_a_run_of_many_sessions_is_added_up_in_one_pass(tmp_path: Path) -> None:
+    """A machine that may be taken away at any time: 8,000 sessions of 10 steps, a minute apart."""
+    one = open_run(make_run(tmp_path / "r", steps=2))
+    sessions, second = [one.environments[0] | {"started": stamp(START + 60 * i)} for i in range(8000)], one.train[0]
+    records = [second | {"step": i, "time": START + 60 * (i // 10) + 1 + i % 10} for i in range(80_000)]
+    began = time.process_time()
+    used = usage(dataclasses.replace(one, environments=sessions, records=records))
+    assert time.process_time() - began < 3
+    assert used.stopped == pytest.approx(7999 * (60 - 10))
 
 
 def test_records_that_do_not_say_when(tmp_path: Path) -> None:

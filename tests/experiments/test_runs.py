@@ -110,6 +110,8 @@ def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Pat
         ("r/checkpoints/step_000040", "r/checkpoints/step_000040 is a folder inside a run; name the run instead: r"),
         ("r/checkpoints", "r/checkpoints is a folder inside a run; name the run instead: r"),
         ("model", "model is a model folder, not a run"),
+        ("untyped", "untyped is a model folder, not a run"),
+        ("r/config.json", "r/config.json is a file; name the folder of a run"),
     ],
 )
 def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
@@ -121,11 +123,23 @@ def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_run(tmp_path / "r")
-    for name in ("r/checkpoints/step_000040", "model"):
+    model = {"model_type": "gpt2", "architectures": []}
+    for name in ("r/checkpoints/step_000040", "model", "untyped"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text('{"model_type": "gpt2", "architectures": []}')
+        (tmp_path / name / "config.json").write_text(json.dumps(model))
+    (tmp_path / "untyped" / "config.json").write_text('{"architectures": ["X"], "n_embd": 8}')
     monkeypatch.chdir(tmp_path)
     assert main([*verb, folder]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_run_is_named_as_its_checkpoint_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "r")
+    (tmp_path / "r" / "checkpoints").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name, run in ((tmp_path / "r/checkpoints", tmp_path / "r"), (Path("../r/checkpoints"), "../r")):
+        with pytest.raises(UserError, match=rf"name {run}$"):
+            open_run(name)

@@ -236,6 +236,10 @@ def test_gpt2s_tokenizer_in_either_layout_is_known(tmp_path: Path) -> None:
     [
         (lambda t: {f"_orig_mod.{n}": v for n, v in t.items()}, ("_orig_mod.transformer.", "torch.compile's")),
         (lambda t: {f"module.{n}": v for n, v in t.items()}, ("module.transformer.", "DistributedDataParallel's")),
+        (
+            lambda t: {f"student.{n}": v for n, v in t.items()},  # a wrapper that is not known
+            ("missing ", "transformer.h.0.attn.c_attn.", "; unexpected student.transformer.h.0.attn.c_attn."),
+        ),
         (lambda t: {f"base_model.model.{n}": v for n, v in t.items()}, ("base_model.model.", "merge it into")),
         (
             lambda t: t | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 16)},

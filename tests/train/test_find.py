@@ -266,3 +266,10 @@ def test_a_preset_that_is_too_large_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("restomod.train.find.build_model", too_large)
     with pytest.raises(UserError, match=r"^quickstart does not fit into memory here \(can't allocate memory\)$"):
         open_or_build("quickstart", CPU, seed=3)
+
+
+def test_a_model_that_transformers_runs_is_not_inspected(tmp_path: Path) -> None:
+    (tmp_path / "neox").mkdir()
+    (tmp_path / "neox" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(UserError, match=r"neox can be evaluated and sampled, but not inspected or checked: .*gpt_neox"):
+        open_or_build(str(tmp_path / "neox"), CPU, seed=0)

@@ -136,6 +136,11 @@ TASKS = {
 }
 
 
+def is_whole(task: str, examples: object) -> bool:
+    """Whether a task was asked as a whole, as published results are; of one of the user's own there are none."""
+    return task in TASKS and examples == TASKS[task].size
+
+
 def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
     """The task that ``wanted`` names, with its examples.
 

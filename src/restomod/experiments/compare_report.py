@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from restomod.evals.references import references
+from restomod.evals.tasks import is_whole
 from restomod.experiments.axes import LABELS, Axis
 from restomod.experiments.compare import Comparison, Group, made, spent_hours
 from restomod.experiments.differences import is_fineweb_edu
@@ -172,16 +173,19 @@ def _who(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def _tasks(found: Comparison) -> list[Table]:
+    """The newest answers of every run; published ones beside them where a task was asked as a whole, as those are."""
     newest: dict[str, list[list[str]]] = {}
+    whole: set[str] = set()
     for group in found.groups:
         for run in group.runs:
             for task, (step, examples, metrics) in newest_tasks(run).items():
                 numbers = [f"{metrics[m]:.4f}" if m in metrics else "" for m in TASK_METRICS]
+                whole |= {task} if is_whole(task, examples) else set()
                 newest.setdefault(task, []).append([f"{run.name}, step {step}", *numbers, f"{examples:,} examples"])
     made_of = []
     for task, rows in newest.items():
         published: dict[tuple[str, str], dict[str, str]] = {}
-        for r in references(task):
+        for r in references(task) if task in whole else []:
             published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
         others = [
             [model, *(numbers.get(metric, "") for metric in TASK_METRICS), whose]

@@ -75,7 +75,7 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
     runs = []
     for folder in unique:
         path = Path(os.path.expanduser(folder))
-        if not path.is_dir() and path.parent.is_dir():
+        if not path.exists() and path.parent.is_dir():
             near = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
             raise UserError(f"{folder}: no such run{did_you_mean(path.name, near) if near else ''}")
         runs.append(open_run(folder))

@@ -157,7 +157,11 @@ def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str,
     if len(sizes) == 1:  # what does not say its size is taken to be of the only one
         points = {(max(sizes), step): value for (_, step), value in sorted(points.items())}
     made: dict[str, Any] = {"metric": metric, "x": [], "y": [], "error": [], "examples": []}
-    for n, step in sorted(points):
+    kept: list[tuple[int, int]] = []
+    for _, same_size in itertools.groupby(sorted(points), key=lambda point: point[0]):
+        curve_of = list(same_size)
+        kept += [curve_of[i] for i in thin(np.array([points[point][0] for point in curve_of]))]
+    for n, step in kept:
         value, error = points[n, step]
         if made["examples"] and made["examples"][-1] != n:
             for name, gap in (("x", step), ("y", None), ("error", 0.0), ("examples", n)):

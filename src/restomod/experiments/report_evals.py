@@ -7,7 +7,7 @@ from typing import Any
 
 from restomod.evals import references
 from restomod.evals.references import GPT2
-from restomod.evals.tasks import TASKS
+from restomod.evals.tasks import TASKS, is_whole
 from restomod.experiments.differences import is_fineweb_edu
 from restomod.experiments.report_curves import number
 from restomod.experiments.runs import Record, Run
@@ -25,16 +25,11 @@ def _on_fineweb_edu(values: Record, run: Run) -> bool:
     return references.is_fineweb_edu(data)
 
 
-def _is_whole(task: str, values: Record) -> bool:
-    """Whether a task was asked as a whole, as published results are; of one of the user's own there are none."""
-    return task in TASKS and values.get("examples") == TASKS[task].size
-
-
 def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
     """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies, where a task
     was asked as a whole.
     """
-    whole = {task for v in [*run.records, *run.evaluations] if _is_whole(task := str(v.get("task")), v)}
+    whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
     found: dict[str, list[dict[str, Any]]] = {}
     for task, metric in {"heldout": "loss", **HEADLINES}.items():
         if task == "heldout" and not is_fineweb_edu(run):
@@ -68,7 +63,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
             for values, metrics in zip(found, measured, strict=True)
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
-        if any(_on_fineweb_edu(v, run) if task == "heldout" else _is_whole(task, v) for v in found):
+        if any(_on_fineweb_edu(v, run) if task == "heldout" else is_whole(task, v.get("examples")) for v in found):
             for r in references.references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
         others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]

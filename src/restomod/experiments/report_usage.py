@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from dataclasses import dataclass
@@ -74,9 +75,9 @@ def usage(run: Run) -> Usage:
         # the start is known to a second
         wall = max(times[-1] - starts[0], in_steps)
         for again in starts[1:]:
-            before = [at for at in times if again is not None and at < again]
             if again is not None and again < times[-1]:
-                stopped += again - max(before, default=starts[0])
+                before = bisect.bisect_left(times, again)
+                stopped += again - (times[before - 1] if before else starts[0])
         # a session's GPUs are paid for until the next start, and those of the last until the last record
         turns = [at for at, _ in run.starts if starts[0] < at < times[-1]]
         parts = itertools.pairwise([starts[0], *turns, starts[0] + wall])

@@ -140,7 +140,7 @@ def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
         UserError: there is no run, or a file of it is damaged.
     """
     folder = Path(os.path.expanduser(folder))
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"{folder}: no such run; `ls runs` shows what there is")
     path = folder / "environment.json"
     starts = read_json(path, "record of the run's environments") if path.exists() else []

@@ -160,8 +160,6 @@ def watch(folder: Path, host: str, port: int, prices: Prices, say: Callable[[str
     Raises:
         UserError: see `open_server`; or plotly is missing.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name the folder of a run")
     with open_server(folder, host, port, prices) as server:
         as_page(server.watched.data())
         shown = f"[{host}]" if ":" in host else host

@@ -175,10 +175,10 @@ def _refuse_misfit(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
     It only warns of these. Tensors of another head, beside the one that is run, change nothing and are left out.
     """
     run = {name for part in (model, model.base_model) for name, _ in part.named_children()}
-    unexpected = [n for n in loaded["unexpected_keys"] if n.partition(".")[0] in run or wrapper_of(n)]
+    missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
     shapes = [f"{name} has shape {tuple(a)} and not {tuple(b)}" for name, a, b in loaded["mismatched_keys"]]
-    if loaded["missing_keys"] or unexpected or shapes:
-        raise UserError(describe_misfit(folder, loaded["missing_keys"], unexpected, shapes))
+    if missing or shapes or any(name.partition(".")[0] in run or wrapper_of(name) for name in unexpected):
+        raise UserError(describe_misfit(folder, missing, unexpected, shapes))
     refuse_not_finite(dict(model.named_parameters()), folder)
 
 

@@ -25,6 +25,7 @@ from restomod.model.gpt import GPT
 from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite
 
 PREFIX = "transformer."
+BARE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names in the files of a GPT2Model, which has no head
 MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 ADAPTER = "an adapter's (LoRA): merge it into the weights of its model and save that"
 WRAPPERS = {
@@ -51,7 +52,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path} is damaged: it should be an object, not {values!r:.40}")
     if values.get("model_type") not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise OtherModel(f"{path}: model_type is {values.get('model_type')!r}; those that can be loaded are {known}")
+        raise OtherModel(f"{path}: model_type is {values.get('model_type')!r}; those of this package are {known}")
     try:
         return FAMILIES[values["model_type"]].from_json(values)
     except UserError as e:
@@ -70,9 +71,7 @@ def hf_tensors(model: GPT) -> dict[str, Tensor]:
 def canonical_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of any GPT-2 checkpoint under GPT2LMHeadModel's names, without the saved attention masks."""
     tensors = {name: value for name, value in tensors.items() if not MASK_BUFFER.fullmatch(name)}
-    if any(name.startswith(PREFIX) or wrapper_of(name) for name in tensors):
-        return tensors
-    return {name if name == HEAD else PREFIX + name: value for name, value in tensors.items()}
+    return {PREFIX + name if BARE.match(name) else name: value for name, value in tensors.items()}
 
 
 def wrapper_of(name: str) -> str | None:

@@ -89,7 +89,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
         first, more = next(iter(bad)), f" and {len(bad) - 1:,} more tensors" if len(bad) > 1 else ""
         raise UserError(
             f"{where}: {sum(bad.values()):,} weights are not finite numbers, in {first}{more}; "
-            f"use an earlier checkpoint (`restomod inspect` shows all tensors)"
+            f"use an earlier checkpoint"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from restomod.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from restomod.files import read_json
+from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hub import OPENAI, download_model, hub_name
 from restomod.model.pretrained import load_model
@@ -77,7 +78,10 @@ def open_or_build(name: str, device: torch.device, seed: int, finite: bool = Tru
             raise UserError(f"{name} does not fit into memory here ({one_line(e)})") from e
     if Path(name).name == name and not Path(name).exists() and name not in OPENAI:
         raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
-    return (open_model(name, device) if finite else load_model(find_model(name), device, finite=False)), False
+    try:
+        return (open_model(name, device) if finite else load_model(find_model(name), device, finite=False)), False
+    except OtherModel as e:
+        raise UserError(f"{name} can be evaluated and sampled, but not inspected or checked: {e}") from None
 
 
 def is_run(folder: Path) -> bool:

@@ -304,10 +304,14 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
                 f"it can be evaluated and sampled, but not trained further"
             )
         if saved != as_saved(shape):
-            flags = [
-                f"--model.{field.name.replace('_', '-')} {getattr(saved, field.name)}"
+            changed = {
+                field.name.replace("_", "-"): getattr(saved, field.name)
                 for field in dataclasses.fields(saved)
                 if getattr(saved, field.name) != getattr(as_saved(shape), field.name)
+            }
+            flags = [
+                f"--model.{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--model.{name} {value}"
+                for name, value in changed.items()
             ]
             raise UserError(f"{config.init} has another shape than the run's model; add {' '.join(flags)}")
         return load_model(folder, device).train()
