@@ -32,7 +32,7 @@ from benchmarks.scale_data import Reader, in_fresh_process, numbered_stream, wri
 from restomod.data.batches import Batches
 from restomod.device import describe_device
 from restomod.errors import EXIT_USER_ERROR, UserError, describe_os_error
-from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.files import require_outputs, write_json_atomically
 from restomod.presets import preset
 from restomod.train.run import environment
 
@@ -188,7 +188,7 @@ def run(given: argparse.Namespace) -> None:
         UserError: a file or folder cannot be used.
     """
     if given.json:
-        refuse_unwritable(given.json)
+        require_outputs({"--json": given.json})
     if given.rounds is not None and given.rounds < 1:
         raise UserError(f"--rounds is {given.rounds}; it must be at least 1")
     result: dict[str, Any] = {"environment": environment(describe_device(torch.device("cpu")), "fp32")}

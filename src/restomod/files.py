@@ -128,18 +128,6 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def refuse_unwritable(file: Path) -> None:
-    """Raise UserError where a file could not be written, before long work for it begins."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file")
-    if not file.parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.parent}; make it first")
-    if file.exists() and not file.is_file():  # a file is written beside it and takes its place
-        raise UserError(f"{file} is no regular file; name one that may be replaced")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"{file} cannot be written; name another file")
-
-
 # a folder that holds one of the first holds state of a run, a checkpoint, a sweep or prepared data in the others
 STATE = (
     (

@@ -24,7 +24,7 @@ from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_m
 from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
-from restomod.files import read_json, refuse_unwritable, write_json_atomically, write_text_atomically
+from restomod.files import read_json, require_outputs, write_json_atomically, write_text_atomically
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display
@@ -87,8 +87,7 @@ def evaluate_model(
     Raises:
         UserError: the model, a task, the data or a file is not usable, or an argument would change nothing.
     """
-    if json_file is not None:
-        refuse_unwritable(json_file)
+    require_outputs({"--json": json_file}, {task: Path(task.partition("=")[2] or task) for task in tasks or []})
     with joined() as processes:
         display = display or Display(muted=not processes.main)
         where = device_of(choose_device(device), processes)

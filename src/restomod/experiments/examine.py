@@ -28,7 +28,7 @@ from restomod.evals.heldout import heldout_windows, token_losses
 from restomod.experiments.report_evals import data_manifest
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
-from restomod.files import refuse_unwritable, write_json_atomically
+from restomod.files import require_outputs, write_json_atomically
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_model
 from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
@@ -111,7 +111,7 @@ def examine(
         if known is not None and (known.get("checkpoint"), known.get("asked")) == (checkpoint.name, max_tokens):
             say(f"{run.folder}: {checkpoint.name} is examined already ({FILE})")
             return
-        refuse_unwritable(run.folder / FILE)
+        require_outputs({"--examine": run.folder / FILE})
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
