@@ -189,6 +189,12 @@ def prepare(arguments: list[str]) -> int:
     same = [source for source in parsed.sources if os.path.realpath(source) == os.path.realpath(parsed.out)]
     if same and os.path.isdir(same[0]):
         raise UserError(f"--out {parsed.out} is what is read, too; name another folder")
+    if os.path.lexists(parsed.out) and not os.path.isdir(parsed.out):
+        raise UserError(f"--out {parsed.out} is no folder; name another place")
+
+    from restomod.data.plan import ignored_by_sources
+
+    refuse_ignored(arguments, ignored_by_sources(parsed.sources))
 
     from restomod.data.pipeline import prepare_and_report, stopped_by_signals
 
