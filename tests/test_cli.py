@@ -135,6 +135,10 @@ def test_an_unknown_nested_flag(refused: Refused, encoding: str) -> None:
     assert said.startswith("Unrecognized options: --model.n-layers, 3; did you mean --model.n-layer?")
 
 
+def test_a_suggestion_is_one_flag(refused: Refused) -> None:
+    assert re.search(r"; did you mean --model\.[a-z-]+\? \(", refused("train", "quickstart", "--model", "gpt2"))
+
+
 @ENCODINGS
 def test_a_number_that_is_none(refused: Refused, encoding: str) -> None:
     said = refused("train", "quickstart", "--steps", "many", encoding=encoding)
@@ -241,7 +245,8 @@ def test_resuming_what_is_no_run(here: Path, refused: Refused, folder: str) -> N
 
 
 def test_resuming_nothing(refused: Refused) -> None:
-    assert refused("train", "--resume").startswith("--resume needs the folder of a run")
+    for nothing in (["--resume"], ["--resume", ""], ["--resume="], ["--resume", "--steps"]):
+        assert refused("train", *nothing).startswith("--resume needs the folder of a run")
 
 
 def test_resuming_with_a_preset(refused: Refused) -> None:

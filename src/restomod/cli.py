@@ -80,7 +80,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
 
     if "--resume" in arguments:
         at = arguments.index("--resume")
-        if at + 1 == len(arguments) or is_flag(arguments[at + 1]):
+        if arguments[at + 1 : at + 2] in ([], [""]) or is_flag(arguments[at + 1]):
             raise UserError("--resume needs the folder of a run, for example --resume runs/quickstart")
         folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
         if rest and not rest[0].startswith("-"):
