@@ -14,7 +14,8 @@ from restomod.data.shards import write_shard
 from restomod.train.console import Display
 from restomod.train.loop import train
 from restomod.train.metrics import read_jsonl
-from restomod.train.setup import set_up, summary
+from restomod.train.setup import set_up
+from restomod.train.summary import summary
 from tests.end_to_end.conftest import flags
 
 QUIET = Display(interactive=False)
