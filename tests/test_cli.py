@@ -135,6 +135,10 @@ def test_an_unknown_nested_flag(refused: Refused, encoding: str) -> None:
     assert said.startswith("Unrecognized options: --model.n-layers, 3; did you mean --model.n-layer?")
 
 
+def test_a_suggestion_is_one_flag(refused: Refused) -> None:
+    assert re.search(r"; did you mean --model\.[a-z-]+\? \(", refused("train", "quickstart", "--model", "gpt2"))
+
+
 @ENCODINGS
 def test_a_number_that_is_none(refused: Refused, encoding: str) -> None:
     said = refused("train", "quickstart", "--steps", "many", encoding=encoding)
@@ -241,7 +245,8 @@ def test_resuming_what_is_no_run(here: Path, refused: Refused, folder: str) -> N
 
 
 def test_resuming_nothing(refused: Refused) -> None:
-    assert refused("train", "--resume").startswith("--resume needs the folder of a run")
+    for nothing in (["--resume"], ["--resume", ""], ["--resume="], ["--resume", "--steps"]):
+        assert refused("train", *nothing).startswith("--resume needs the folder of a run")
 
 
 def test_resuming_with_a_preset(refused: Refused) -> None:
@@ -430,7 +435,14 @@ def test_starting_from_what_is_no_model(here: Path, refused: Refused, init: str)
         (("--out", "o"), "name what to prepare: restomod prepare SOURCE --out DIR"),
         (("text.txt",), "restomod prepare needs --out STR (restomod prepare --help lists the flags)"),
         (("nowhere", "--out", "o"), "nowhere: no such file, folder or source; known: "),
-        (("text.txt", "--out", "text.txt"), "text.txt: Not a directory"),
+        (("text.txt", "--out", "text.txt"), "--out text.txt is no folder; name another place"),
+        (("text.txt", "--out", "o", "--hub-config", "x"), "--hub-config has no effect without a dataset on the hub"),
+        (("text.txt", "--out", "o", "--hub-split=test"), "--hub-split has no effect without a dataset on the hub"),
+        (("text.txt", "--out", "o", "--hub-revision", "x"), "--hub-revision has no effect without a source on the hub"),
+        (("text.txt", "--out", "o", "--keep-downloads"), "--keep-downloads has no effect without a source on the hub"),
+        (("text.txt", "--out", "o", "--glob", "*.md"), "--glob has no effect without a folder of text"),
+        (("python-stdlib", "--out", "o", "--text_column", "x"), "--text-column has no effect on these sources"),
+        (("python-stdlib", "--out", "o", "--separator", "x"), "--separator has no effect on these sources"),
         (("text.txt", "--out", "o", "--workers", "-1"), "--workers is -1; it must be 0 or more"),
         (("text.txt", "--out", "o", "--val-fraction", "1"), "--val-fraction is 1.0; it must be at least 0 and below 1"),
         (("text.txt", "--out", "o", "--val-fraction", "nan"), "--val-fraction is nan; it must be"),

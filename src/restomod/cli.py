@@ -81,7 +81,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
 
     if "--resume" in arguments:
         at = arguments.index("--resume")
-        if at + 1 == len(arguments) or is_flag(arguments[at + 1]):
+        if arguments[at + 1 : at + 2] in ([], [""]) or is_flag(arguments[at + 1]):
             raise UserError("--resume needs the folder of a run, for example --resume runs/quickstart")
         folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
         if rest and not rest[0].startswith("-"):
@@ -190,6 +190,12 @@ def prepare(arguments: list[str]) -> int:
     same = [source for source in parsed.sources if os.path.realpath(source) == os.path.realpath(parsed.out)]
     if same and os.path.isdir(same[0]):
         raise UserError(f"--out {parsed.out} is also a source; name another folder")
+    if os.path.lexists(parsed.out) and not os.path.isdir(parsed.out):
+        raise UserError(f"--out {parsed.out} is not a folder; name another")
+
+    from restomod.data.plan import ignored_by_sources
+
+    refuse_ignored(arguments, ignored_by_sources(parsed.sources))
 
     from restomod.data.pipeline import prepare_and_report, stopped_by_signals
 

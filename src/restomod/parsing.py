@@ -176,7 +176,7 @@ def _one_line(box: str) -> str:
         program = message.removeprefix("Missing from ").partition(":")[0]
         missing = [found[0] for row in rows if (found := re.match(r"--[a-z]\S*( [A-Z]+)?|[A-Z]+(?=  |$)", row))]
         message = f"{program} needs {' and '.join(missing)}" if missing else message
-    suggested = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(rows))
+    suggested = re.search(r"Perhaps you meant:\s*(--[^\s,]+)", " ".join(rows))
     message = re.sub(r"\S{121,}", lambda word: shortened(word[0]), _in_words(message))
     return f"{message}; did you mean {suggested[1]}?" if suggested else message
 

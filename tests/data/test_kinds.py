@@ -371,3 +371,63 @@ def test_no_pipe_device_or_socket_is_opened(
             server.bind(kind)
         with pytest.raises(UserError, match=f"{kind} is a .*, not a regular file"):
             READERS[reader](path)
+
+
+# --- what only a look at several lines tells ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.json", "a.log"])
+@pytest.mark.parametrize("first", ['{"text": "cut', "# records", '{"text": "a", }'])
+def test_a_damaged_first_line_makes_no_prose_of_json_lines(tmp_path: Path, name: str, first: str) -> None:
+    path = tmp_path / name
+    path.write_text(first + "\n" + '{"text": "a whole line"}\n' * 9)
+    with pytest.raises(UserError, match=r"line 1: not JSON"):
+        texts(path)
+
+
+def test_prose_that_shows_a_record_stays_prose(tmp_path: Path) -> None:
+    path = tmp_path / "readme.md"
+    path.write_text('# How to\nWrite lines such as\n{"text": "a document"}\n' + "and more\n" * 3)
+    assert texts(path) == [path.read_text()]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("t.txt", ","), ("t", ","), ("t.tab", "\t"), ("t.csv", "\t")])
+@pytest.mark.parametrize("rows", [1, 3, 40_000])
+def test_a_table_is_told_by_its_header_and_rows(tmp_path: Path, name: str, delimiter: str, rows: int) -> None:
+    written = io.StringIO(newline="")
+    csv.writer(written, delimiter=delimiter).writerows([["id", "text"], *([i, TEXTS[i % 4]] for i in range(rows))])
+    (tmp_path / name).write_bytes(written.getvalue().encode())
+    assert texts(tmp_path / name) == [TEXTS[i % 4] for i in range(rows)]
+
+
+def test_prose_whose_first_line_names_the_column_stays_prose(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("first comes,text\nand then, as one sees, more of it\nwithout commas\n")
+    assert texts(path) == [path.read_text()]
+
+
+@pytest.mark.parametrize("content", ['["one", "two"]', '[["id", "text"]]', '[null, {"text": "a"}]', '["a"]\n["b"]\n'])
+def test_arrays_of_something_else_are_told_as_json_under_any_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    assert look(tmp_path / "a.txt").as_text
+
+
+@pytest.mark.parametrize(
+    "content", ['["Yes," he said] and left', "[[Main page]] of a wiki", "[1] A footnote", '["a" b]']
+)
+def test_prose_in_brackets_is_no_json(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    assert look(tmp_path / "a.txt") == kinds.Look("plain text", False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_wide_encoding_is_named_rightly_without_a_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("plain words " * 9).encode(encoding))
+    with pytest.raises(UserError, match=f"iconv -f {encoding[:6].upper()} "):
+        texts(tmp_path / "a.txt")
+
+
+def test_a_folder_in_place_of_a_file_is_called_one(tmp_path: Path) -> None:
+    for read in (look, lambda path: load_task(str(path), tmp_path, None)):
+        with pytest.raises(UserError, match="is a folder; name a file"):
+            read(tmp_path)

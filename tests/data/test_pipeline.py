@@ -237,8 +237,9 @@ def test_what_is_reported(
     reading, searching, first, train, val, read, literals, warning, speed, how = capsys.readouterr().out.splitlines()
     assert reading == f"reading {len(list(Path('text').iterdir())) + 1} .jsonl files, in 2 units"
     assert searching == "looking for duplicates …"
-    assert read == f"read: {len(list(Path('text').iterdir())) + 1} files as JSON lines (.jsonl)"
     files = [*sorted(Path("text").iterdir()), Path("text/0.jsonl")]
+    size = sum(file.stat().st_size for file in files)
+    assert read == f"read: {len(files)} files as JSON lines (.jsonl, {size:,} bytes)"
     n = sum(file.read_text().count("<|endoftext|>") for file in files)
     assert literals.startswith(f"warning: the text holds <|endoftext|> {n:,} times as characters")
     assert "are few for validation; raise --val-fraction, which is 0.5" in warning

@@ -54,6 +54,13 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def sizes_of(folder: Path) -> dict[str, int]:
+    kinds = {"JSON": ["d.json"], "JSON lines": ["e.json.gz", "lines"], "plain text": ["a.md", "b.md", "c.xyz"]}
+    kinds |= {"plain text (JSON without the text field)": ["package.json"]}
+    files = {kind: [folder / name for name in names] for kind, names in kinds.items()}
+    return {kind: sum(path.stat().st_size for path in paths if path.exists()) for kind, paths in files.items()}
+
+
 @pytest.mark.parametrize("dedup", [False, True])
 @pytest.mark.parametrize(("unit_bytes", "span_bytes", "workers"), [(10**9, 10**9, 1), (1, 10**9, 1), (1, 20, 1)])
 def test_prepare_counts_the_same_in_any_units_and_spans(
@@ -69,7 +76,8 @@ def test_prepare_counts_the_same_in_any_units_and_spans(
     monkeypatch.setattr(plan_module, "SPAN_BYTES", span_bytes)
     (folder / "lines").write_text('{"text": "a long line to be cut"}\n' * 3)
     dataset = prepare_folder((str(folder),), PrepareConfig(dedup=dedup), tmp_path / "out", workers)
-    expected = EXPECTED | {"files": EXPECTED["files"] | {"JSON lines": {".json.gz": 1, "plain": 1}}}
+    sizes = sizes_of(folder)
+    expected = EXPECTED | {"files": EXPECTED["files"] | {"JSON lines": {".json.gz": 1, "plain": 1}}, "bytes": sizes}
     assert dataset.manifest["read"] == expected
 
 
@@ -78,8 +86,9 @@ def test_train_counts_them_and_says_what_files_are_there_now(
 ) -> None:
     config = DataConfig(source="text", path=str(folder), cache=str(tmp_path / "cache"))
     first = prepare(config, tokenizer)
-    assert first.manifest["read"] == EXPECTED
-    assert json.loads((first.folder / "manifest.json").read_text())["read"] == EXPECTED
+    expected = EXPECTED | {"bytes": sizes_of(folder)}
+    assert first.manifest["read"] == expected
+    assert json.loads((first.folder / "manifest.json").read_text())["read"] == expected
     (folder / "b.md").rename(folder / "b.txt")
     again = prepare(config, tokenizer)
     assert again.folder == first.folder
@@ -91,8 +100,9 @@ def test_every_command_says_it(folder: Path, tmp_path: Path, capsys: pytest.Capt
     for command in (["prepare", str(folder), "--out", out], ["prepare", str(folder), "--out", out], ["data", out]):
         assert main(command) == 0
         said = capsys.readouterr().out
-        assert "as plain text (.md 2, .xyz 1)" in said
-        assert "1 file as JSON lines (.json.gz)" in said
+        sizes = sizes_of(folder)
+        assert f"as plain text (.md 2, .xyz 1, {sizes['plain text']} bytes)" in said
+        assert f"1 file as JSON lines (.json.gz, {sizes['JSON lines']} bytes)" in said
         assert "left out: 3 files or folders: broken link 1, empty 1, hidden 1" in said
         assert (
             f"warning: the text holds {END} 4 times as characters; if it separates documents, add --separator" in said

@@ -94,7 +94,11 @@ def test_the_tokens_are_tiktokens_of_the_split_text(
         assert dataset.train.read(0, len(dataset.train)).tolist() == [t for d in documents for t in d]
         assert dataset.manifest["documents"] == len(documents)
         assert dataset.manifest["splits"]["train"]["text_bytes"] == len("".join(split(STORIES, END)).encode())
-        assert dataset.manifest["read"] == {"files": {"plain text": {".txt": 1}}, "separators": 4}
+        assert dataset.manifest["read"] == {
+            "files": {"plain text": {".txt": 1}},
+            "bytes": {"plain text": len(STORIES.encode())},
+            "separators": 4,
+        }
 
 
 def test_a_separator_is_part_of_the_fingerprint_and_plan_only_where_it_is_given(
@@ -129,3 +133,10 @@ def test_literals_are_ordinary_tokens(tokenizer: Tokenizer, tiktoken_gpt2: tikto
     special = tiktoken_gpt2.encode(STORIES, allowed_special="all")
     assert tokenizer.encode_special(STORIES).tolist() == special
     assert np.count_nonzero(np.array(special) == tokenizer.end_of_text) == STORIES.count(END)
+
+
+def test_byte_order_marks_of_files_that_were_put_together_are_no_text(tmp_path: Path) -> None:
+    stories = ["\ufeffone", "\ufefftwo", "three \ufeff in it"]
+    (tmp_path / "a.txt").write_text(f"\n{END}\n".join(stories))
+    read = read_documents(tmp_path / "a.txt", separator=END)
+    assert ["".join(document.parts()) for document in read] == ["one", "two", "three \ufeff in it"]

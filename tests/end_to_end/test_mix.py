@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from restomod.config import DataConfig, RunConfig
+from restomod.config_prepare import PrepareConfig
+from restomod.data.mix import mix
+from restomod.data.pipeline import prepare_folder
 from restomod.data.prepare import open_tokens
+from restomod.data.reading import told
 from restomod.data.shards import write_shard
 from restomod.errors import UserError
 from restomod.evals.heldout import heldout_loss
@@ -103,3 +108,13 @@ def test_mix_is_a_flag_of_train(restomod: Callable, folders: list[Path], tmp_pat
     assert process.returncode == 2
     assert err.startswith(f"restomod: error: {tmp_path}/book: no such folder of token shards")
     assert err.count("\n") == 1
+
+
+def test_what_the_text_of_its_folders_was_is_told(tmp_path: Path) -> None:
+    for name, content in (("a", "one <|endoftext|> two"), ("b", "three"), ("c", "four <|endoftext|>")):
+        (tmp_path / f"{name}.txt").write_text(content * 9)
+        prepare_folder((str(tmp_path / f"{name}.txt"),), PrepareConfig(), tmp_path / name, 1)
+    parts = [(open_tokens(tmp_path / name, "sizes"), Fraction(1, 3)) for name in "abc"]
+    said = dict(told(mix(parts).manifest))
+    assert said["read"].startswith("3 files as plain text (.txt, ")
+    assert said["warning"].startswith("the text holds <|endoftext|> 18 times as characters")

@@ -27,11 +27,12 @@ def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again
 ) -> None:
     stories = (text / "0.txt").read_text()
     (text / "0.txt").write_text(stories.replace(" cat ", f"\n{END}\n"))
+    size = sum(file.stat().st_size for file in text.iterdir())
     (text / "link.txt").symlink_to("1.txt")
     n = stories.count(" cat ")
     for _ in range(2):
         rows = summary(set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False))
-        assert ("read", "8 files as plain text (.txt)") in rows
+        assert ("read", f"8 files as plain text (.txt, {size:,} bytes)") in rows
         assert ("left out", "1 file or folder: met before 1") in rows
         (warning,) = (text for name, text in rows if name == "warning")
         assert f"{n} times as characters" in warning

@@ -141,5 +141,5 @@ def test_a_run_is_named_as_its_checkpoint_was(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name, run in ((tmp_path / "r/checkpoints", tmp_path / "r"), (Path("../r/checkpoints"), "../r")):
-        with pytest.raises(UserError, match=rf"name {run}$"):
+        with pytest.raises(UserError, match=rf": {run}$"):
             open_run(name)

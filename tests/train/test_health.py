@@ -257,11 +257,11 @@ def test_no_warm_up() -> None:
 
 def test_a_run_that_ends_before_its_warm_up() -> None:
     short = dataclasses.replace(QUICKSTART, steps=45)
-    finding = found(quickstart_records()[:40], short)["no warm-up"]
+    finding = found(quickstart_records()[:40], short)["warm-up until the end"]
     assert finding.status == "sick"
     assert "all 45 steps lie within the warm-up of 45" in finding.reason
     assert "ends at 0.002, its highest" in finding.reason  # step 45 of 45 has the whole rate
-    shorter = found(quickstart_records()[:9], dataclasses.replace(QUICKSTART, steps=9))["no warm-up"]
+    shorter = found(quickstart_records()[:9], dataclasses.replace(QUICKSTART, steps=9))["warm-up until the end"]
     assert "ends at 0.0004, its highest" in shorter.reason
     one = dataclasses.replace(short, optim=dataclasses.replace(short.optim, warmup_steps=1))
     assert found(quickstart_records()[:40], one)["no warm-up"].status == "unknown", "what a preset of 45 steps has"

@@ -1,4 +1,4 @@
-"""The format of a text file, recognised by its content; by its name only for CSV and TSV.
+"""The format of a text file, recognised by its content; by its name only for CSV with another header.
 
 Whatever a file is called, JSON lines are read as JSON lines, gzip is decompressed, and a container that holds no plain
 text (tar, zip, PDF, arrays, pictures) is refused instead of being trained on as prose.
@@ -7,6 +7,10 @@ text (tar, zip, PDF, arrays, pictures) is refused instead of being trained on as
 from __future__ import annotations
 
 import codecs
+import contextlib
+import csv
+import io
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator
@@ -26,6 +30,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 TABLES: dict[str, Kind] = {".csv": "CSV", ".tsv": "TSV"}
 HEAD_BYTES = 65_536
+MOST_LINES = 20  # of a file's beginning, by which damaged JSON lines and tables are told
 SPACE = " \t\n\r"  # JSON's white space
 
 UNPACK = "unpack it and name the folder with its files"
@@ -99,8 +104,10 @@ def look(path: Path, column: str = "text") -> Look:
         if head.startswith(b"PAR1") or name == PARQUET:
             return Look("Parquet", compressed)
         shape = _json_shape(head, reads, column)
-    if shape is None and name in TABLES:
-        return Look(TABLES[name], compressed)
+    if shape is None and _mostly_records(head, column):
+        shape = "lines"  # whose reader names the lines that are damaged
+    if shape is None and (table := _table(head, column) or TABLES.get(name)):
+        return Look(table, compressed)
     if shape == "records":
         return Look("JSON", compressed)
     if shape == "lines" or name in JSON_LINES:
@@ -153,7 +160,7 @@ def _refuse_wide(path: Path, head: bytes) -> None:
     encoding = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
     start = head[: min(len(head), 512) // 2 * 2]
     if encoding is None and len(start) >= 8 and (any(start[::2]) != any(start[1::2])):
-        encoding = "UTF-16"
+        encoding = "UTF-32" if sum(any(start[i::4]) for i in range(4)) == 1 else "UTF-16"
     if encoding is not None:
         raise UserError(f"{path} is not UTF-8 text but {encoding}; convert it: iconv -f {encoding} -t UTF-8 OLD > NEW")
 
@@ -163,7 +170,7 @@ def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["li
 
     Returns:
         lines: an object a line; records: the elements of an array, or objects over several lines; lone: one object
-        without the field ``column``; None: it is no JSON, or holds no objects.
+        without the field ``column``, or an array of something else than objects; None: it is no JSON, or holds none.
     """
     decoder = json.JSONDecoder()
     while True:
@@ -172,7 +179,7 @@ def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["li
         text = text[array:].lstrip(SPACE)
         ended = len(head) < HEAD_BYTES
         if text and text[0] != "{":
-            return None
+            return "lone" if array and _is_element(decoder, text) else None
         value: dict[str, Any] = {}
         rest = ""
         try:
@@ -202,6 +209,51 @@ def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["li
     if rest and not rest.startswith("{") and column not in value:
         return None
     return "lines" if one_line else "records"
+
+
+def _is_element(decoder: json.JSONDecoder, text: str) -> bool:
+    """Whether text begins with an element of a JSON array, and is not prose in brackets."""
+    if text[0] not in '"[n':
+        return False
+    try:
+        _, end = decoder.raw_decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return text[end:].lstrip(SPACE)[:1] in (",", "]")
+
+
+def _mostly_records(head: bytes, column: str) -> bool:
+    """Whether half of the first lines, or more, are JSON objects with the field ``column``."""
+    lines = [line for line in head.split(b"\n", MOST_LINES)[:MOST_LINES] if line.strip()]
+    return 0 < len(lines) <= 2 * sum(_is_record(line, column) for line in lines)
+
+
+def _is_record(line: bytes, column: str) -> bool:
+    if not line.lstrip().startswith(b"{"):
+        return False
+    try:
+        return column in json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _table(head: bytes, column: str) -> Literal["CSV", "TSV"] | None:
+    """Whether a header of several fields names the column, and the first rows have as many fields."""
+    text = head.decode("utf-8-sig", errors="replace")
+    if column not in text.partition("\n")[0]:
+        return None
+    tables: tuple[tuple[Literal["CSV", "TSV"], str], ...] = (("CSV", ","), ("TSV", "\t"))
+    for kind, delimiter in tables:
+        rows: list[list[str]] = []
+        with contextlib.suppress(csv.Error):  # the last row may be cut short
+            for row in itertools.islice(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), MOST_LINES):
+                rows += [row] if row else []
+        width = len(rows[0]) if rows else 0
+        named = width > 1 and column in map(str.strip, rows[0])
+        whole = rows[1:] if len(head) < HEAD_BYTES or len(rows) < 3 else rows[1:-1]
+        if named and whole and all(len(row) == width for row in whole):
+            return kind
+    return None
 
 
 def cut_short(e: json.JSONDecodeError, text: str) -> bool:

@@ -26,7 +26,10 @@ def check_types(manifest: dict[str, Any], splits: Iterable[str]) -> None:
         (manifest, _of(manifest, "duplicates"), int),
         (manifest, _of(manifest, "plan", READ), dict),
         (read, _of(read, "end_of_text_literals", "separators"), int),
-        *((counts, tuple(counts), int) for counts in (read.get("left_out", {}), *read.get("files", {}).values())),
+        *(
+            (counts, tuple(counts), int)
+            for counts in (read.get("left_out", {}), read.get("bytes", {}), *read.get("files", {}).values())
+        ),
     ]
     for part, keys, kind in expected:
         for key in keys:

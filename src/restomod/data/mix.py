@@ -6,6 +6,8 @@ import hashlib
 from fractions import Fraction
 from typing import Any
 
+from restomod.data.manifest import READ
+from restomod.data.reading import joined
 from restomod.data.shards import MANIFEST_FORMAT, SPLITS, Dataset, Part, TokenStream
 
 
@@ -30,6 +32,7 @@ def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
         "tokenizer": manifests[0]["tokenizer"],
         "documents": sum(counts) if None not in counts else None,
         "tokens": sum(manifest["tokens"] for manifest in manifests),
+        READ: joined([manifest.get(READ) or {} for manifest in manifests]),
         "splits": {
             split: {
                 "tokens": sum(manifest["splits"][split]["tokens"] for manifest in manifests),

@@ -119,6 +119,21 @@ def _on_hub(source: str) -> bool:
     return source.startswith((HUB, PRETOKENIZED)) or source in DATASETS
 
 
+def ignored_by_sources(sources: tuple[str, ...]) -> dict[str, str]:
+    """The flags of `prepare` that have no effect on these sources, each with the reason."""
+    hub = [source for source in sources if _on_hub(source)]
+    local = [source for source in sources if source not in hub and (source not in BUILT_IN or Path(source).exists())]
+    folders = [source for source in local if Path(source).is_dir() or not Path(source).exists()]
+    datasets = [source for source in hub if not source.startswith(PRETOKENIZED)]
+    rules = (
+        (not hub, "without a source on the hub", ("--hub-revision", "--keep-downloads")),
+        (not datasets, "without a dataset on the hub", ("--hub-config", "--hub-split")),
+        (not folders, "without a folder of text", ("--glob",)),
+        (not (local or datasets), "on these sources, which are read in one way", ("--text-column", "--separator")),
+    )
+    return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
+
+
 def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
     """The addresses and sizes of a dataset's files."""
     if source.startswith(PRETOKENIZED):

@@ -28,6 +28,8 @@ class Reading:
     def __init__(self) -> None:
         self.files: dict[str, collections.Counter[str]] = {}
         """Number of files by kind and ending."""
+        self.bytes: collections.Counter[str] = collections.Counter()
+        """Their size as stored, by kind."""
         self.left_out: collections.Counter[str] = collections.Counter()
         """Number of files (or folders) by the reason why they were left out."""
         self.separators: int | None = None
@@ -39,6 +41,7 @@ class Reading:
         """Count a file."""
         kind = AS_TEXT if look.as_text else look.kind
         self.files.setdefault(kind, collections.Counter())[ending(path)] += 1
+        self.bytes[kind] += path.stat().st_size
 
     def count(self, document: AnyDocument) -> AnyDocument:
         """Count the literal ``<|endoftext|>`` in a document; in a long one while its text is read."""
@@ -61,6 +64,7 @@ class Reading:
         literals = self._literals + sum(self._long_literals.values())
         values = {
             "files": {kind: dict(sorted(endings.items())) for kind, endings in sorted(self.files.items())},
+            "bytes": dict(sorted(self.bytes.items())),
             "left_out": dict(sorted(self.left_out.items())),
             "end_of_text_literals": literals,
         }
@@ -90,10 +94,10 @@ def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     Empty where the manifest has none: published shards, older manifests.
     """
     read = manifest.get(READ) or {}
-    files, left_out = read.get("files", {}), read.get("left_out", {})
+    files, sizes, left_out = read.get("files", {}), read.get("bytes", {}), read.get("left_out", {})
     rows = []
     if files:
-        rows.append(("read", ", ".join(_of_kind(kind, endings) for kind, endings in files.items())))
+        rows.append(("read", ", ".join(_of_kind(kind, endings, sizes.get(kind)) for kind, endings in files.items())))
     if left_out:
         n = sum(left_out.values())
         rows.append(("left out", f"{counted(n, 'file')} or {'folder' if n == 1 else 'folders'}: {_counts(left_out)}"))
@@ -115,9 +119,10 @@ def told_lines(manifest: dict[str, Any]) -> list[str]:
     return [f"{heading}: {text}" for heading, text in told(manifest)]
 
 
-def _of_kind(kind: str, endings: dict[str, int]) -> str:
+def _of_kind(kind: str, endings: dict[str, int], size: int | None) -> str:
     of = next(iter(endings)) if len(endings) == 1 else _counts(endings)
-    return f"{counted(sum(endings.values()), 'file')} as {kind} ({of})"
+    how_much = "" if size is None else f", {size:,} bytes"  # older manifests lack it
+    return f"{counted(sum(endings.values()), 'file')} as {kind} ({of}{how_much})"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -8,9 +8,11 @@ from typing import IO
 
 from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, LongDocument
 from restomod.data.reading import Reading
+from restomod.data.streams import BOM
 from restomod.errors import UserError
 
 NEWLINES = "\r\n"
+BEFORE = NEWLINES + BOM  # files that were put together keep their byte-order marks
 
 
 def split_documents(
@@ -41,7 +43,7 @@ def split_documents(
             at_beginning = True
             continue
         if at_beginning:
-            text = text.lstrip(NEWLINES)
+            text = text.lstrip(BEFORE)
             at_beginning = not text
         document.add(text)
     if not document.empty:

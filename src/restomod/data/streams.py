@@ -76,6 +76,8 @@ def _opened(path: Path) -> IO[bytes]:
         return path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file or folder") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a file") from None
     except OSError as e:
         raise UserError(f"{path}: cannot read it ({e.strerror})") from None
 

@@ -194,7 +194,7 @@ def warm_up(config: RunConfig, seen: Curves) -> Finding:
     name, optim = "no warm-up", config.optim
     if config.steps <= optim.warmup_steps > 1:
         return Finding(
-            name,
+            "warm-up until the end",
             "sick",
             f"all {config.steps} steps lie within the warm-up of {optim.warmup_steps}, so the learning rate ends at "
             f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps",
