@@ -435,7 +435,7 @@ def test_starting_from_what_is_no_model(here: Path, refused: Refused, init: str)
         (("--out", "o"), "name what to prepare: restomod prepare SOURCE --out DIR"),
         (("text.txt",), "restomod prepare needs --out STR (restomod prepare --help lists the flags)"),
         (("nowhere", "--out", "o"), "nowhere: no such file, folder or source; known: "),
-        (("text.txt", "--out", "text.txt"), "--out text.txt is no folder; name another place"),
+        (("text.txt", "--out", "text.txt"), "--out text.txt is not a folder; name another"),
         (("text.txt", "--out", "o", "--hub-config", "x"), "--hub-config has no effect without a dataset on the hub"),
         (("text.txt", "--out", "o", "--hub-split=test"), "--hub-split has no effect without a dataset on the hub"),
         (("text.txt", "--out", "o", "--hub-revision", "x"), "--hub-revision has no effect without a source on the hub"),
