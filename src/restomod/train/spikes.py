@@ -16,8 +16,8 @@ SPIKE_WIDTHS = (1, 4, 16)  # steps
 SMALLEST_SPIKE = 0.25  # nats
 NORMAL_KURTOSIS = 3.0  # of normal noise
 USUAL_KURTOSIS = 4.0  # of losses of small batches at most; above it, higher spikes are asked for
-ASSUMED_KURTOSIS = 5.0  # while few losses are known: between normal noise and Laplace's
-ASSUMED_STEPS = 64  # that this assumption counts as much as
+ASSUMED_KURTOSIS = 6.0  # while few losses are known: that of Laplace noise
+ASSUMED_STEPS = 128  # that this assumption counts as much as
 LARGEST_SQUARE = 6.0**2  # of a loss in deviations: it is not spikes whose kurtosis is measured
 
 
@@ -41,9 +41,9 @@ class SpikeFinder:
         self._at = 0  # the next step to look at, as an index
         self._usual: deque[float] = deque(maxlen=SPIKE_BEFORE)  # spikes are not among them
         self._total = self._squares = 0.0
-        # sums of squares and fourth powers, of losses in deviations from the mean before them
-        self._squared, self._fourths = float(ASSUMED_STEPS), ASSUMED_KURTOSIS * ASSUMED_STEPS
-        self._measured = ASSUMED_STEPS
+        # sums of squares and fourth powers of differences between one loss and the next, which have little of the trend
+        self._squared = self._fourths = 0.0
+        self._measured = 0
         self._over_below: float | None = None  # within a spike: the loss at which it is over
 
     def scan(self, step: NDArray[np.float64], loss: NDArray[np.float64], to_the_end: bool = False) -> None:
@@ -76,7 +76,7 @@ class SpikeFinder:
                         self._over_below = mean + max(SMALLEST_SPIKE, 3 * deviation)
                         self._at = i + width
                         continue
-                square = min(((value - mean) / deviation) ** 2, LARGEST_SQUARE)
+                square = min((value - self._usual[-1]) ** 2, 2 * LARGEST_SQUARE * deviation**2)
                 self._squared += square
                 self._fourths += square * square
                 self._measured += 1
@@ -95,7 +95,10 @@ class SpikeFinder:
         Where the noise has heavy tails, single losses lie far above the others without any fault, and means of several
         less so.
         """
-        excess = self._fourths * self._measured / self._squared**2 - NORMAL_KURTOSIS
+        n, m = self._measured, ASSUMED_STEPS
+        # of a difference of two independent numbers it is half of theirs
+        measured = 2 * (self._fourths * n / self._squared**2 - NORMAL_KURTOSIS) if self._squared else 0.0
+        excess = (n * measured + m * (ASSUMED_KURTOSIS - NORMAL_KURTOSIS)) / (n + m)
         best = 0.0, 0
         for k in SPIKE_WIDTHS:
             if k <= len(losses):
