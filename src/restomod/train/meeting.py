@@ -7,8 +7,10 @@ thread of each process writes heartbeats into torchrun's store, and processes wa
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -30,6 +32,8 @@ class Meetings:
         # a connection of its own: one that waits for an answer keeps others waiting
         self._signs: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._signs.set(self._mine, "0")
+        self._place, self._ids = _place(), [f"id/{r}" for r in range(count)]
+        self._signs.set(self._ids[rank], f"{self._place} {os.getpid()}")
         self._thread = threading.Thread(target=self._give_signs, name="signs of life", daemon=True)
         self._thread.start()
 
@@ -75,13 +79,15 @@ class Meetings:
             return
         try:
             signs = self._store.multi_get(self._names)
+            ids = self._store.multi_get(self._ids)
         except RuntimeError:
             self._store = None
             return
         now = time.monotonic()
-        for rank, (name, sign) in enumerate(zip(self._names, signs, strict=True)):
+        for rank, (name, sign, ident) in enumerate(zip(self._names, signs, ids, strict=True)):
             before, when = seen.setdefault(name, (sign, now))
-            if sign == GONE:
+            place, _, process = ident.decode().rpartition(" ")
+            if sign == GONE or (place == self._place and _is_dead(process)):
                 raise dist.DistError(f"process {rank} has ended")
             if sign != before:
                 seen[name] = sign, now
@@ -94,3 +100,22 @@ class Meetings:
             while not self._over.wait(SIGN_EVERY):
                 number += 1
                 self._signs.set(self._mine, str(number))
+
+
+def _place() -> str:
+    """The running system and its process IDs, which are this process's own in a container; another text elsewhere."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return f"unknown {os.urandom(8).hex()}"
+
+
+def _is_dead(process: str) -> bool:
+    """Whether a process of this place has ended; torchrun may take some seconds to ask for its exit code."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:  # it may not be looked at
+        return False
+    return state in ("Z", "X")
