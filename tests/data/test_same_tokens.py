@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from restomod.data import same_tokens
 from restomod.data.mix import mix
 from restomod.data.published import open_published
 from restomod.data.same_tokens import token_difference, with_hashes
@@ -92,3 +93,10 @@ def test_what_recorded_no_hashes_cannot_be_compared(tmp_path: Path) -> None:
     dataset = published(tmp_path / "a", "bin", [])
     assert "recorded no hashes" in str(token_difference(dataset.manifest, dataset))
     assert "data.json" in str(token_difference({}, dataset))
+
+
+def test_progress_is_told_while_published_shards_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(same_tokens, "TELL_EVERY", -1.0)
+    said: list[str] = []
+    with_hashes(published(tmp_path / "a", "bin", [1000, 2000, 3000]), said.append)
+    assert [text.partition(" shards")[0].rpartition(": ")[2] for text in said] == [f"{n} of 4" for n in (1, 2, 3)]

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config import Parallel
 from restomod.errors import UserError
-from restomod.train import distributed, meeting
+from restomod.train import barrier, distributed
 from restomod.train.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised
 from restomod.train.gather import whole
 from restomod.train.optimizer import build_optimizer
@@ -452,8 +452,8 @@ def impatient(silence: float) -> Iterator[None]:
     """A collective operation may take three seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "PATIENCE", datetime.timedelta(seconds=3))
-        patch.setattr(meeting, "SIGN_EVERY", 0.1)
-        patch.setattr(meeting, "SILENCE", silence)
+        patch.setattr(barrier, "HEARTBEAT_EVERY", 0.1)
+        patch.setattr(barrier, "SILENCE", silence)
         yield
 
 
@@ -488,7 +488,7 @@ def dies_alone(how: str) -> None:
 
     with impatient(silence=2 if how == "killed elsewhere" else 60), pytest.MonkeyPatch.context() as patch:
         if how == "killed elsewhere":  # on another machine, whose processes are not seen here
-            patch.setattr(meeting, "_is_dead", lambda process: False)
+            patch.setattr(barrier, "_is_dead", lambda process: False)
         member(together, work)
 
 
@@ -500,7 +500,7 @@ def together(processes: Processes, work: Any) -> None:
     ("how", "said"),
     [
         ("killed", "process 0 has ended"),
-        ("killed elsewhere", "process 0 has given no sign of life"),
+        ("killed elsewhere", "process 0 has written no heartbeat"),
         ("fault", "ZeroDivisionError: a fault"),
     ],
 )

@@ -73,10 +73,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_of(folder), lambda: _say(f"another process is preparing {folder}; waiting for it")):
             if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
-                _make(
-                    folder,
-                    lambda at: _write(config, tokenizer, at, hashes, fingerprint, shard_tokens, reading.to_dict()),
-                )
+                _make(folder, lambda at: _write(config, tokenizer, at, hashes, fingerprint, shard_tokens, files))
     dataset = open_dataset(folder, tokenizer.sha256)
     # perhaps of equal text in files of other names: told as they are now
     return dataclasses.replace(dataset, manifest=dataset.manifest | _told(files))

@@ -8,33 +8,49 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from restomod.data.shards import SPLITS, Dataset, TokenStream, shard_header
+from restomod.text import duration
 
 PIECE = 1 << 20  # tokens hashed at once
+TELL_EVERY = 5.0  # seconds
 
 Shards = list[dict[str, Any]]
 
 
-def with_hashes(dataset: Dataset) -> dict[str, Any]:
+def with_hashes(dataset: Dataset, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """The manifest of a dataset with the ``sha256`` of every shard; those of published shards, which lack it, are read.
 
     Nothing is written into the folder, so every new run on published shards reads all of them once.
+
+    Args:
+        dataset: of which shards are read.
+        say: told about the progress every few seconds.
     """
     splits = {
-        split: values | {"shards": _with_hashes(values["shards"], getattr(dataset, split))}
+        split: values | {"shards": _with_hashes(values["shards"], getattr(dataset, split), say)}
         for split, values in dataset.manifest.get("splits", {}).items()
     }
     return dataset.manifest | ({"splits": splits} if splits else {})
 
 
-def _with_hashes(shards: Shards, stream: TokenStream) -> Shards:
-    lacking = [(shard, at) for shard, at in zip(shards, _positions(shards), strict=True) if "sha256" not in shard]
-    hashes = iter(list(_hashes(stream, [at for _, at in lacking])))
+def _with_hashes(shards: Shards, stream: TokenStream, say: Callable[[str], None]) -> Shards:
+    lacking = [at for shard, at in zip(shards, _positions(shards), strict=True) if "sha256" not in shard]
+    found: list[str] = []
+    began = told = time.monotonic()
+    for sha256 in _hashes(stream, lacking):
+        found.append(sha256)
+        now = time.monotonic()
+        if now > told + TELL_EVERY and len(found) < len(lacking):
+            told = now
+            left = duration((now - began) / len(found) * (len(lacking) - len(found)))
+            say(f"hashing the tokens, for resuming: {len(found):,} of {len(lacking):,} shards, about {left} left")
+    hashes = iter(found)
     return [shard if "sha256" in shard else shard | {"sha256": next(hashes)} for shard in shards]
 
 

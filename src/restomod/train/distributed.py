@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config import Parallel
 from restomod.errors import ReportedElsewhere, UserError, describe_os_error, one_line
 from restomod.model.gpt import GPT
-from restomod.train.meeting import Meetings
+from restomod.train.barrier import Barrier
 from restomod.train.signals import stop_with_torchrun
 
 PATIENCE = datetime.timedelta(minutes=30)  # others wait so long in a collective operation
@@ -47,7 +47,7 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     """Among those on the same machine."""
-    meetings: Meetings | None = field(default=None, compare=False)
+    barrier: Barrier | None = field(default=None, compare=False)
     """Where they wait for each other's work; None: in the collective operation after it."""
 
     @property
@@ -115,8 +115,8 @@ class Processes:
                     problem = e
                 except OSError as e:
                     problem = e
-            if self.meetings is not None:
-                self.meetings.wait_for_all()
+            if self.barrier is not None:
+                self.barrier.wait()
             failed: list[bool] = [False] * self.count
             dist.all_gather_object(failed, problem is not None)
             if any(failed):
@@ -191,9 +191,9 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
     store, rank = _store()
     # after a restart torchrun's store still holds the addresses of the processes before
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    meetings = Meetings(store, rank, count)  # before any can meet: then the signs of all are there
+    barrier = Barrier(store, rank, count)  # before any can wait: then the heartbeats of all are there
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
-    processes = Processes(rank, count, local_rank, meetings)
+    processes = Processes(rank, count, local_rank, barrier)
     failed = False
     try:
         yield processes
@@ -215,7 +215,7 @@ def joined(mend: str = "start all of them again") -> Iterator[Processes]:
         # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
         # and they may wait for the interpreter's lock, which it holds
         gc.collect()
-        meetings.leave()
+        barrier.leave()
         with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
             group = dist.group.WORLD
             if failed and group is not None:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -103,14 +104,20 @@ def refuse_existing(folder: Path) -> None:
         raise UserError(f"{folder} exists already; {how}choose another folder with --out")
 
 
-def create_run(folder: Path, config: RunConfig, dataset: Dataset, environment: dict[str, Any]) -> Run:
+def create_run(
+    folder: Path,
+    config: RunConfig,
+    dataset: Dataset,
+    environment: dict[str, Any],
+    say: Callable[[str], None] = lambda text: None,
+) -> Run:
     """Make a new run folder. It appears under its name only when it is whole, so whatever is there can be resumed.
 
     Raises:
         UserError: there is one already, or it cannot be made.
     """
     refuse_existing(folder)
-    manifest = with_hashes(dataset)
+    manifest = with_hashes(dataset, say)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         if temporary.exists():  # of a start that was killed

@@ -168,7 +168,7 @@ def set_up(
         here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.count}
         if resume:
             set_aside(unusable)
-        run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here)
+        run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here, say)
     return Training(
         run,
         dataset,

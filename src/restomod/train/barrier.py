@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-SIGN_EVERY = 1.0  # seconds between heartbeats
+HEARTBEAT_EVERY = 1.0  # seconds between heartbeats
 SILENCE = 60.0  # seconds without a heartbeat after which a process is gone; some work delays the thread for a while
 LONGEST_PAUSE = 0.25  # seconds between looks
 GONE = b"gone"
 
 
-class Meetings:
+class Barrier:
     """The barriers of a run. Every process has one object, and calls it equally often."""
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
@@ -30,28 +30,28 @@ class Meetings:
         self._mine = self._names[rank]
         self._over = threading.Event()
         # a connection of its own: one that waits for an answer keeps others waiting
-        self._signs: dist.Store = store.clone()  # type: ignore[attr-defined]
-        self._signs.set(self._mine, "0")
+        self._writer: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._writer.set(self._mine, "0")
         self._place, self._ids = _place(), [f"id/{r}" for r in range(count)]
-        self._signs.set(self._ids[rank], f"{self._place} {os.getpid()}")
-        self._thread = threading.Thread(target=self._give_signs, name="signs of life", daemon=True)
+        self._writer.set(self._ids[rank], f"{self._place} {os.getpid()}")
+        self._thread = threading.Thread(target=self._write_heartbeats, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def wait_for_all(self) -> None:
+    def wait(self) -> None:
         """Wait until every process has reached this barrier.
 
         Raises:
             DistError: one is gone.
         """
         self._held += 1
-        name = f"meeting/{self._held}"
+        name = f"barrier/{self._held}"
         came = self._came(name, 1)
         pause, last_look = 0.001, time.monotonic()
         seen: dict[str, tuple[bytes, float]] = {}
         while came is not None and came < self._count:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            if time.monotonic() > last_look + SIGN_EVERY:
+            if time.monotonic() > last_look + HEARTBEAT_EVERY:
                 last_look = time.monotonic()
                 self._require_all_alive(seen)
             came = self._came(name, 0)
@@ -59,9 +59,9 @@ class Meetings:
     def leave(self) -> None:
         """Tell the others that this process reaches no further barrier."""
         self._over.set()
-        self._thread.join(SIGN_EVERY)
+        self._thread.join(HEARTBEAT_EVERY)
         with contextlib.suppress(RuntimeError):
-            self._signs.set(self._mine, GONE.decode())
+            self._writer.set(self._mine, GONE.decode())
 
     def _came(self, name: str, more: int) -> int | None:
         """Add ``more`` to the count of a barrier and return it; None: the store is gone, the collective decides."""
@@ -78,28 +78,28 @@ class Meetings:
         if self._store is None:
             return
         try:
-            signs = self._store.multi_get(self._names)
+            beats = self._store.multi_get(self._names)
             ids = self._store.multi_get(self._ids)
         except RuntimeError:
             self._store = None
             return
         now = time.monotonic()
-        for rank, (name, sign, ident) in enumerate(zip(self._names, signs, ids, strict=True)):
-            before, when = seen.setdefault(name, (sign, now))
+        for rank, (name, beat, ident) in enumerate(zip(self._names, beats, ids, strict=True)):
+            before, when = seen.setdefault(name, (beat, now))
             place, _, process = ident.decode().rpartition(" ")
-            if sign == GONE or (place == self._place and _is_dead(process)):
+            if beat == GONE or (place == self._place and _is_dead(process)):
                 raise dist.DistError(f"process {rank} has ended")
-            if sign != before:
-                seen[name] = sign, now
+            if beat != before:
+                seen[name] = beat, now
             elif now > when + SILENCE:
-                raise dist.DistError(f"process {rank} has given no sign of life for {now - when:.0f} s")
+                raise dist.DistError(f"process {rank} has written no heartbeat for {now - when:.0f} s")
 
-    def _give_signs(self) -> None:
+    def _write_heartbeats(self) -> None:
         number = 0
         with contextlib.suppress(RuntimeError):  # the store is gone
-            while not self._over.wait(SIGN_EVERY):
+            while not self._over.wait(HEARTBEAT_EVERY):
                 number += 1
-                self._signs.set(self._mine, str(number))
+                self._writer.set(self._mine, str(number))
 
 
 def _place() -> str:
