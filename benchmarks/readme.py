@@ -23,7 +23,8 @@ from benchmarks import records, scale, table
 from benchmarks.gpu import collect as gpu
 from benchmarks.run import ITEMS
 from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
-from restomod.files import read_json, write_text_atomically
+from restomod.files import write_text_atomically
+from restomod.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from restomod.errors import UserError
-from restomod.files import read_json, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.json_files import read_json
 
 FORMAT = 1
 Values = dict[str, float]

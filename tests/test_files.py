@@ -10,7 +10,15 @@ from typing import NoReturn
 import pytest
 
 from restomod.errors import UserError
-from restomod.files import fsync_path, move_folder, read_json, sha256_file, write_json_atomically, write_text_atomically
+from restomod.files import (
+    fsync_path,
+    move_folder,
+    require_inside,
+    sha256_file,
+    write_json_atomically,
+    write_text_atomically,
+)
+from restomod.json_files import read_json
 from tests.filesystems import refuse_renaming_folders
 
 
@@ -185,3 +193,22 @@ def test_the_file_that_vouches_for_a_folder_is_moved_last(tmp_path: Path, monkey
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
     move_folder(tmp_path / "source", tmp_path / "target", "LAST")
     assert moved == ["a", "z", "LAST"]
+
+
+def test_links_out_of_a_folder_are_refused_and_links_within_it_are_not(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (run / "a").write_text("x")
+    (run / "within").symlink_to("a")
+    (tmp_path / "other-name").symlink_to(run)
+    require_inside(run, run / "a", run / "within", run / "missing")
+    require_inside(tmp_path / "other-name", tmp_path / "other-name" / "a")
+    for name, target in (("file", "../secret"), ("folder", "../runs"), ("broken", "../none"), ("near", "../run-2")):
+        (run / name).symlink_to(target)
+        with pytest.raises(UserError, match=name):
+            require_inside(run, run / "a", run / name)
+    (run / "checkpoints").symlink_to("..")
+    with pytest.raises(UserError, match="link out of"):
+        require_inside(run, run / "checkpoints" / "secret")

@@ -23,6 +23,7 @@ LAYERS = (
     (
         "restomod.errors",
         "restomod.files",
+        "restomod.json_files",
         "restomod.locks",
         "restomod.output",
         "restomod.figures",

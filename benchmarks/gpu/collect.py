@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import records
 from benchmarks.records import Comparison, Entry, Item, Metric
 from restomod.errors import EXIT_USER_ERROR, UserError
-from restomod.files import read_json
+from restomod.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
 TIMED_OUT = (124, 137)  # exit codes of timeout: it has sent SIGINT, or SIGKILL afterwards

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from restomod.config import RunConfig
 from restomod.config_model import require
 from restomod.errors import UserError, did_you_mean, shortened
-from restomod.files import read_json
+from restomod.json_files import read_json
 
 # Of a run's `config.json`. A file of this version has every field; older ones have no version. A field that is added to
 # `RunConfig`, or within it, needs a new version, and `from_file` has to know that files of older ones may lack it.

@@ -47,6 +47,25 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is {what}, not a regular file; write its content to a file and name that")
 
 
+def require_inside(folder: Path, *paths: Path) -> None:
+    """Refuse links that lead out of a folder: what is received may not name other files of whoever receives it.
+
+    Args:
+        folder: may be a link itself.
+        paths: files and folders in it, which need not exist.
+
+    Raises:
+        UserError: one of them is elsewhere, after following links.
+    """
+    within = os.path.realpath(folder)
+    for path in paths:
+        there = os.path.realpath(path)
+        if not os.path.join(there, "").startswith(os.path.join(within, "")):
+            raise UserError(
+                f"{path} is a link out of {folder}, to {there}; put the file itself there, or delete the link"
+            )
+
+
 # what opening a folder, or syncing it, says where that does not exist; EIO and ENOSPC are failures
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
@@ -177,20 +196,3 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
 def _same_file(a: Path, b: Path) -> bool:
     """Whether two paths are one file, which need not exist yet."""
     return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing, no regular file, unreadable or not JSON; the message calls it ``what``.
-    """
-    require_regular(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: there is no {what} here") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; absurd nesting
-        raise UserError(f"{path} is damaged: the {what} is not valid JSON ({e})") from None

@@ -29,7 +29,7 @@ from restomod.data.readers import read_documents
 from restomod.data.shards import open_shard
 from restomod.errors import UserError
 from restomod.evals.tasks import load_task
-from restomod.files import read_json
+from restomod.json_files import read_json
 from restomod.samples import choose_prompts
 from tests.data.test_readers import json_lines, parquet, written, zstd
 

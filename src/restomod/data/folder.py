@@ -26,7 +26,8 @@ from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, ope
 from restomod.data.steps import SLURM, WORK, failure_path, hashes_path, record_path
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.files import read_json, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.json_files import read_json
 from restomod.locks import FileLock
 from restomod.text import counted
 

@@ -21,7 +21,7 @@ from restomod.data.reading import told_lines
 from restomod.data.shards import MANIFEST, Dataset
 from restomod.data.steps import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
 from restomod.errors import UserError
-from restomod.files import read_json
+from restomod.json_files import read_json
 from restomod.text import counted
 
 PROGRESS_SECONDS = 2.0

@@ -22,7 +22,8 @@ import numpy as np
 from restomod.data.manifest import check_types
 from restomod.data.verified import changed_file
 from restomod.errors import UserError
-from restomod.files import read_json, require_regular, sha256_file
+from restomod.files import require_regular, sha256_file
+from restomod.json_files import read_json
 
 MAGIC = 20240520
 VERSION = 1

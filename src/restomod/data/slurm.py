@@ -39,7 +39,8 @@ from restomod.data.steps import (
     record_path,
 )
 from restomod.errors import UserError
-from restomod.files import read_json, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.json_files import read_json
 
 MAX_ARRAY = 1000  # tasks of an array, below Slurm's default of MaxArraySize; beyond it a task does several units
 

@@ -24,7 +24,8 @@ from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_m
 from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
-from restomod.files import read_json, require_outputs, write_json_atomically, write_text_atomically
+from restomod.files import require_outputs, write_json_atomically, write_text_atomically
+from restomod.json_files import read_json
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display

@@ -6,7 +6,7 @@ from typing import Any
 
 from restomod.errors import UserError
 from restomod.experiments.runs import Record, Run
-from restomod.files import read_json
+from restomod.json_files import read_json
 
 FILE = "examined.json"
 FORMAT = "restomod-examined-1"

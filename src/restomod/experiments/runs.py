@@ -16,7 +16,7 @@ from typing import Any
 from restomod.config import RunConfig
 from restomod.config_json import read_config
 from restomod.errors import UserError
-from restomod.files import read_json
+from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
 from restomod.train.metrics import iterate_jsonl, read_jsonl

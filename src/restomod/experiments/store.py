@@ -28,7 +28,8 @@ from restomod.errors import UserError
 from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
 from restomod.experiments.runs import process_count, started
 from restomod.experiments.space import Method, Value, grid, parse_dimension
-from restomod.files import read_json, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.json_files import read_json
 from restomod.locks import FileLock
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor
 from restomod.config_model import VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.errors import UserError, one_line
-from restomod.files import read_json
+from restomod.json_files import read_json
 from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import describe_misfit, load_model, read_model_config, save_tokenizer, wrapper_of

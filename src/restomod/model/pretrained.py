@@ -19,7 +19,7 @@ from torch import Tensor
 from restomod.config import ModelConfig
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.errors import UserError
-from restomod.files import read_json
+from restomod.json_files import read_json
 from restomod.model.families import FAMILIES, HEAD, OtherModel, family_of
 from restomod.model.gpt import GPT
 from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite

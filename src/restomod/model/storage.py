@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from restomod.errors import UserError
-from restomod.files import read_json
+from restomod.json_files import read_json
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both

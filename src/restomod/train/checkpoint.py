@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from restomod.errors import UserError, reason
-from restomod.files import fsync_path, move_folder, read_json, sha256_file
+from restomod.files import fsync_path, move_folder, sha256_file
+from restomod.json_files import read_json
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS

@@ -11,7 +11,7 @@ from shlex import quote
 import torch
 
 from restomod.errors import UserError, did_you_mean, is_out_of_memory, one_line
-from restomod.files import read_json
+from restomod.json_files import read_json
 from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hub import OPENAI, download_model, hub_name

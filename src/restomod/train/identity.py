@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from restomod.errors import UserError
-from restomod.files import read_json
+from restomod.json_files import read_json
 
 MAY_CHANGE_ON_RESUME = {
     "steps",

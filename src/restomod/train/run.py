@@ -30,7 +30,8 @@ from restomod.config_json import read_config, to_dict, to_file
 from restomod.data.same_tokens import token_difference, with_hashes
 from restomod.data.shards import Dataset
 from restomod.errors import UserError, reason
-from restomod.files import move_folder, read_json, write_json_atomically
+from restomod.files import move_folder, write_json_atomically
+from restomod.json_files import read_json
 from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
 from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.track import Trackers

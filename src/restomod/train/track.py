@@ -22,7 +22,8 @@ from typing import Any, Protocol
 from restomod.config import RunConfig, Tracker
 from restomod.config_json import to_dict
 from restomod.errors import UserError
-from restomod.files import read_json, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.json_files import read_json
 from restomod.train.metrics import Record, read_jsonl
 
 PROJECT = "restomod"

@@ -1,0 +1,98 @@
+"""JSON files, which may be damaged or made to do harm: read within limits, and checked before a value is used."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from restomod.errors import UserError, shortened
+from restomod.files import require_regular
+
+MAX_BYTES = 32 * 2**20  # of a file: its objects may take 30 times as much
+LONG_INTEGER = re.compile(rb"\d{19}")
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or holds an integer of more than 64 bits.
+    """
+    # a hook for integers takes time, so there is one only where it may be needed
+    parse_int = _integer if LONG_INTEGER.search(content) else None
+    try:
+        return json.loads(content.decode("utf-8-sig"), parse_int=parse_int)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the number {shortened(digits)} is too large")
+    return int(digits)
+
+
+def read_json(path: Path, what: str, kind: Any = Any, max_bytes: int = MAX_BYTES) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        what: what it holds, for messages.
+        kind: the type that its value must have, as in `checked`.
+        max_bytes: larger files are refused.
+
+    Raises:
+        UserError: the file is missing, no regular file, unreadable, too large, not JSON, or of another type.
+    """
+    require_regular(path)
+    try:
+        with open(path, "rb") as f:
+            content = f.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise UserError(f"{path} is too large for a {what}: more than {max_bytes:,} bytes")
+        value = parse_json(content)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: there is no {what} here") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: the {what} is not valid JSON ({e})") from None
+    return checked(value, kind, f"{path} is damaged: the {what}")
+
+
+def checked(value: Any, kind: Any, where: str) -> Any:
+    """Return ``value`` if it is of the type ``kind``, without the keys that ``kind`` does not know.
+
+    Args:
+        value: of JSON.
+        kind: a type that pydantic checks strictly: a `typing_extensions.TypedDict`, ``list[float]``,
+            ``Annotated[int, Field(ge=0)]``, ...
+        where: the file and what it holds, for messages.
+
+    Raises:
+        UserError: it is not; the first difference is named.
+    """
+    if kind is Any:
+        return value
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(value, strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the value"
+        if first["type"] == "missing":
+            raise UserError(f"{where} lacks {place}") from None
+        wrong = first["msg"].removeprefix("Input ")  # "should be a valid integer"
+        raise UserError(f"{where}: {place} {wrong}, not {shortened(repr(first['input']))}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    """pydantic's check of a type; making one takes milliseconds."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
