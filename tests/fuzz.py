@@ -1,0 +1,866 @@
+"""Damaged files of every format that restomod reads, given to the commands that read them.
+
+    python -m tests.fuzz                          500 mutations of each format, 2 processes
+    python -m tests.fuzz --mutations 5000 --seed 7 --formats sweep-journal,offers
+    python -m tests.fuzz --case run-config:123    one case again: what was changed, what each command printed
+    python -m tests.fuzz --out tests/fuzz.md      write the table into a file, too
+
+A case is a format and a number, from which the damage follows. It is right to refuse a damaged file in one line with
+exit code 2, to leave it out, or to read it as something else that is valid. Faults are: an exception that is not
+caught (or another exit code), a hang (over 10 s), over 1 GB of memory, control characters in the output, files that
+are left over or changed, more or less than one line of error.
+
+The commands run in child processes of this one, which has imported everything; a child works through a number of cases
+and is replaced where it has to be killed. Network connections are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import faulthandler
+import gzip
+import hashlib
+import io
+import json
+import os
+import platform
+import random
+import re
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.mutations import mutated
+
+CASES_OF_A_CHILD = 25
+CPU_SECONDS = 10.0  # of one command; beyond, it hangs
+WALL_SECONDS = 60.0  # the machine may be busy; a command that waits for ever is killed then
+MEMORY = 10**9  # bytes above what the process has before the command
+ADDRESS_SPACE = 4 * 10**9  # the same, as a limit that the system sets
+LARGE = 100_000  # files above so many bytes are linked into the children's folders, not copied
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+FAULTS = ("traceback", "hang", "memory", "control characters", "left over", "changed", "not one line")
+RIGHT = ("other", "refused", "refused by name", "same")
+OUTCOMES = (*FAULTS, *RIGHT)  # of several commands the first of these counts
+
+ON_CPU = "--device cpu --precision fp32"
+MODEL_FLAGS = "--model.n-layer 1 --model.n-head 2 --model.n-embd 8 --model.n-positions 32"
+RUN_FLAGS = f"--sequence-length 32 --batch-tokens 64 --eval-every 6 --sample-every 6 --sampling.max-tokens 2 {ON_CPU}"
+CHECKPOINT = "run/checkpoints/step_000012"
+RECORD = f"{CHECKPOINT}/COMPLETE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What reads a file."""
+
+    line: str
+    """The arguments of `restomod`, with spaces between; or the name of a function of this module."""
+    every: int = 1
+    """It is given the cases whose number is a multiple of this."""
+    writes: bool = False
+    """Whether it may change files of its input where it succeeds."""
+    exact: bool = False
+    """Whether it prints a model's text, in which anything may stand."""
+    made: str | None = None
+    """A text file that it writes, which is looked at as what it prints is."""
+
+
+REPORT = Command("report run --out page.html --markdown page.md", made="page.md")
+VERDICT = Command("verdict run --no-weights")
+COMPARE = Command("compare run run2", every=2)
+INSPECT = Command("inspect run")
+RESUME = Command("train --resume run --steps 13", every=50, writes=True, exact=True)
+OFTEN = dataclasses.replace(RESUME, every=5)  # where nothing else reads as much
+EVAL = Command(f"eval run --tasks heldout --data data --context 16 {ON_CPU} --json result.json", every=20, writes=True)
+SAMPLE = Command(f"sample run --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=10, exact=True)
+OTHER = (dataclasses.replace(SAMPLE, line=SAMPLE.line.replace("run", "other"), every=1),)
+DATA = Command("data data")
+PROMPTS = Command(f"sample model --prompt-file prompts.txt --max-tokens 1 --num-samples 1 {ON_CPU}", exact=True)
+BEGUN = Command("prepare FIXTURES/text/documents.jsonl --out begun --workers 1", writes=True)  # a plan has whole paths
+SWEEP = Command("sweep quickstart --grid optim.lr=1e-3,2e-3,4e-3 --steps 3 --out sweep", writes=True)
+
+
+def prepare(source: str) -> tuple[Command, ...]:
+    return (Command(f"prepare {source} --out made --workers 1", writes=True),)
+
+
+def published(folder: str) -> tuple[Command, ...]:
+    evaluate = dataclasses.replace(EVAL, line=EVAL.line.replace("--data data", f"--data {folder}"))
+    return (Command(f"data {folder}"), evaluate)
+
+
+def model(folder: str) -> tuple[Command, ...]:
+    return (
+        Command(f"inspect {folder}"),
+        Command(f"sample {folder} --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=2, exact=True),
+    )
+
+
+def task(what: str) -> tuple[Command, ...]:
+    return (Command(f"eval model {what} {ON_CPU} --json result.json", writes=True),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A file, and what reads it."""
+
+    path: str
+    """In the folder of fixtures."""
+    kind: str
+    """Of damage: one of `tests.mutations.KINDS`."""
+    commands: tuple[Command, ...]
+    sealed: str | None = None
+    """A record that holds the file's size and SHA-256: it is brought up to date, so that the file itself is read."""
+
+
+FORMATS = {
+    "run-config": Format("run/config.json", "json", (REPORT, VERDICT, COMPARE, INSPECT, SAMPLE, EVAL, RESUME)),
+    "run-environment": Format("run/environment.json", "json", (REPORT, COMPARE, RESUME)),
+    "run-metrics": Format("run/metrics.jsonl", "jsonl", (REPORT, VERDICT, COMPARE, RESUME)),
+    "run-samples": Format("run/samples.jsonl", "jsonl", (REPORT, RESUME)),
+    "run-data": Format("run/data.json", "json", (REPORT, VERDICT, COMPARE, EVAL, RESUME)),
+    "run-examined": Format(
+        "run/examined.json", "json", (REPORT, Command("report run --out page.html --examine", 10, writes=True))
+    ),
+    "run-heldout": Format("run/evals/step_000012-heldout.json", "json", (REPORT,)),
+    "run-task": Format("run/evals/step_000012-questions.json", "json", (REPORT,)),
+    "run-track": Format("run/track.json", "json", (Command("trackers", writes=True),)),
+    "checkpoint-record": Format(RECORD, "json", (INSPECT, Command("verdict run"), SAMPLE, OFTEN)),
+    "checkpoint-state": Format(
+        f"{CHECKPOINT}/training_state/state.json", "json", (INSPECT, VERDICT, OFTEN), RECORD
+    ),
+    "checkpoint-weights": Format(
+        f"{CHECKPOINT}/model.safetensors", "safetensors", (INSPECT, Command("verdict run"), OFTEN), RECORD
+    ),
+    "checkpoint-optimizer": Format(
+        f"{CHECKPOINT}/training_state/optimizer.safetensors", "safetensors", (INSPECT, OFTEN), RECORD
+    ),
+    "data-manifest": Format("data/manifest.json", "json", (DATA, Command("data data --verify"), EVAL, RESUME)),
+    "data-verified": Format("data/.verified.json", "json", (Command("open_data", writes=True), EVAL)),
+    "data-shard": Format(
+        "data/val_00000_000000.bin", "shard", (DATA, Command("data data --verify"), EVAL), "data/manifest.json"
+    ),
+    "data-begun": Format("begun/.prepare/plan.json", "json", (BEGUN,)),
+    "data-unit": Format("begun/.prepare/unit_00000.json", "json", (BEGUN,)),
+    "published-bin": Format("published/web_val_000000.bin", "shard", published("published")),
+    "published-npy": Format("arrays/web_val_000000.npy", "bytes", published("arrays")),
+    "sweep-journal": Format("sweep/journal.jsonl", "jsonl", (SWEEP,)),
+    "sweep-plan": Format("sweep/plan.json", "json", (SWEEP,)),
+    "sweep-results": Format("sweep/sweep.json", "json", (SWEEP,)),
+    "offers": Format("offers.toml", "toml", (Command("plan quickstart --offers offers.toml"),)),
+    "task-jsonl": Format("questions.jsonl", "jsonl", task("--task questions.jsonl")),
+    "task-json": Format("questions.json", "json", task("--tasks piqa=questions.json")),
+    "task-parquet": Format("questions.parquet", "bytes", task("--tasks piqa=questions.parquet")),
+    "text-jsonl": Format("text/documents.jsonl", "jsonl", prepare("text/documents.jsonl")),
+    "text-json": Format("text/documents.json", "json", prepare("text/documents.json")),
+    "text-csv": Format("text/documents.csv", "csv", prepare("text/documents.csv")),
+    "text-plain": Format("text/plain.txt", "text", prepare("text/plain.txt")),
+    "text-parquet": Format("text/documents.parquet", "bytes", prepare("text/documents.parquet")),
+    "text-gzip": Format("text/documents.jsonl.gz", "gz", prepare("text/documents.jsonl.gz")),
+    "text-bzip2": Format("text/documents.jsonl.bz2", "bz2", prepare("text/documents.jsonl.bz2")),
+    "text-zstd": Format("text/documents.jsonl.zst", "zst", prepare("text/documents.jsonl.zst")),
+    "text-tar": Format("text/documents.tar", "bytes", prepare("text/documents.tar")),
+    "prompts": Format("prompts.txt", "text", (PROMPTS,)),
+    "model-config": Format("model/config.json", "json", model("model")),
+    "model-generation": Format("model/generation_config.json", "json", model("model")),
+    "model-weights": Format("model/model.safetensors", "safetensors", model("model")),
+    "model-vocabulary": Format("model/vocab.json", "json", model("model")),
+    "model-merges": Format("model/merges.txt", "text", model("model")),
+    "model-index": Format("sharded/model.safetensors.index.json", "json", model("sharded")),
+    "model-pickle": Format("pickled/pytorch_model.bin", "bytes", model("pickled")),
+    "other-config": Format("other/config.json", "json", OTHER),
+    "other-tokenizer": Format("other/tokenizer.json", "json", OTHER),
+    "other-tokenizer-config": Format("other/tokenizer_config.json", "json", OTHER),
+    "other-generation": Format("other/generation_config.json", "json", OTHER),
+}  # fmt: skip
+
+
+def trackers() -> int:
+    """Read a run's record of its trackers, as training does, with a tracker that takes everything and does nothing."""
+    from restomod.config_json import read_config
+    from restomod.train import track
+
+    class Nowhere:
+        def __init__(self, *_: Any) -> None: ...
+        def begin(self, *_: Any) -> None: ...
+        def write(self, *_: Any) -> None: ...
+        def close(self) -> None: ...
+
+    track.OPENERS = dict.fromkeys(track.OPENERS, Nowhere)  # type: ignore[misc]
+    config = dataclasses.replace(read_config(Path("run")), track=("tensorboard", "wandb"))
+    with track.Trackers(Path("run"), config, print):
+        return 0
+
+
+def open_data() -> int:
+    """Open prepared data as training does, which reads the record of verified shards."""
+    from restomod.data.shards import open_dataset
+    from restomod.data.tokenizer import gpt2_tokenizer
+
+    print(open_dataset(Path("data"), gpt2_tokenizer().sha256).fingerprint)
+    return 0
+
+
+# --- fixtures ----------------------------------------------------------------------------------------------------
+
+
+def make_fixtures() -> None:
+    """Write one healthy file of each format into the present folder."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from restomod.data.shards import write_shard
+
+    rng = random.Random(0)
+    words = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "with", "be", "by", "on", "not"]
+    documents = [{"text": " ".join(rng.choices(words, k=30)) + ".", "id": i} for i in range(120)]
+    lines = "".join(json.dumps(document) + "\n" for document in documents).encode()
+    few = "".join(json.dumps(document) + "\n" for document in documents[:12]).encode()
+    Path("text").mkdir()
+    for name, content in (
+        ("documents.jsonl", few),
+        ("documents.json", json.dumps(documents[:12]).encode()),
+        ("documents.csv", "".join(["id,text\n", *(f"{d['id']},{d['text']}\n" for d in documents[:12])]).encode()),
+        ("plain.txt", "".join(f"{d['text']}\n" for d in documents[:12]).encode()),
+        ("documents.jsonl.gz", gzip.compress(few)),
+    ):
+        Path("text", name).write_bytes(content)
+    import bz2
+    import tarfile
+
+    Path("text/documents.jsonl.bz2").write_bytes(bz2.compress(few))
+    with pa.output_stream("text/documents.jsonl.zst", compression="zstd") as stream:
+        stream.write(few)
+    with tarfile.open("text/documents.tar", "w") as archive:
+        archive.add("text/documents.jsonl")
+    pq.write_table(pa.Table.from_pylist(documents[:12]), "text/documents.parquet", write_page_checksum=True)
+    Path("all.jsonl").write_bytes(lines)
+    _do("prepare all.jsonl --out data --workers 1 --val-fraction 0.1")
+    _do(BEGUN.line.replace("FIXTURES", os.getcwd()), stop_before="finish")
+    tokens = np.arange(400, dtype="<u2")
+    for folder in ("published", "arrays"):
+        Path(folder).mkdir()
+        for split in ("train", "val"):
+            write_shard(Path(folder, f"web_{split}_000000.bin"), tokens) if folder == "published" else np.save(
+                Path(folder, f"web_{split}_000000.npy"), tokens
+            )
+    _do(f"train quickstart --out run --steps 12 --data.source tokens --data.path data {MODEL_FLAGS} {RUN_FLAGS}")
+    shutil.copytree(CHECKPOINT, "model", ignore=shutil.ignore_patterns("training_state", "COMPLETE"))
+    questions = [{"query": "the sky is", "choices": ["blue", "red"], "gold": i % 2} for i in range(3)]
+    Path("questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    records = [{"goal": "to see", "sol1": "open it", "sol2": "shut it", "label": i % 2} for i in range(3)]
+    Path("questions.json").write_text(json.dumps(records))
+    pq.write_table(pa.Table.from_pylist(records), "questions.parquet", write_page_checksum=True)
+    Path("prompts.txt").write_text("".join(f"{d['text']}\n" for d in documents[:3]))
+    _do(f"eval run --tasks heldout --data data {ON_CPU}")
+    _do(f"eval run --task questions.jsonl {ON_CPU}")
+    _do("report run --out page.html --examine --examine-tokens 200")
+    _without_times(Path("run"))
+    shutil.copytree("run", "run2", ignore=shutil.ignore_patterns("checkpoints", "examined.json"))
+    config = json.loads(Path("run2/config.json").read_text())
+    Path("run2/config.json").write_text(json.dumps(config | {"seed": config["seed"] + 1}))
+    Path("run/track.json").write_text('{"tensorboard": "0a1b2c3d", "wandb": "4e5f6a7b"}')
+    Path("data/.verified.json").unlink(missing_ok=True)
+    time.sleep(2.1)  # only what has not changed for two seconds is remembered
+    _do(EVAL.line)
+    import restomod.experiments.offers as offers
+
+    Path("offers.toml").write_bytes(offers.SHIPPED.read_bytes())
+    _do(SWEEP.line)
+
+    tensors = load_file("model/model.safetensors")
+    shutil.copytree("model", "sharded", ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree("model", "pickled", ignore=shutil.ignore_patterns("model.safetensors"))
+    torch.save(tensors, "pickled/pytorch_model.bin")
+    index: dict[str, str] = {}
+    for i, name in enumerate(("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+        part = {key: tensors[key] for key in list(tensors)[i::2]}
+        save_file(part, Path("sharded", name), metadata={"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    Path("sharded/model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
+    )
+    _make_other()
+    for name in ("page.html", "result.json"):
+        Path(name).unlink(missing_ok=True)
+
+
+def _without_times(folder: Path) -> None:
+    """Put fixed numbers in place of times, whose digits would move every change of bytes."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        times = {"ms": 10.0, "tokens_per_second": 6400.0, "time": 1_763_700_000.0 + record["step"]}
+        record |= {name: value for name, value in times.items() if name in record}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    starts = json.loads((folder / "environment.json").read_text())
+    starts = [start | {"command": ["restomod", "train", "quickstart"], "threads": 1} for start in starts]
+    (folder / "environment.json").write_text(json.dumps(starts, indent=2))
+
+
+def _make_other() -> None:
+    """A tiny Llama whose tokenizer is not GPT-2's, which transformers runs."""
+    import tokenizers
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({c: i for i, c in enumerate("?abcdefgh")}, unk_token="?")
+    )
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?", eos_token="h").save_pretrained("other")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=9, num_hidden_layers=1, max_position_embeddings=32, eos_token_id=8, **shape)
+    LlamaForCausalLM(config).save_pretrained("other")
+
+
+def _do(line: str, stop_before: str | None = None) -> None:
+    """Run a command that has to succeed; or one that is stopped before `finish` of `restomod.data.pipeline`."""
+    from restomod.data import pipeline
+
+    said, before = io.StringIO(), pipeline.finish
+    if stop_before:
+        pipeline.finish = lambda work: sys.exit(0)  # type: ignore[assignment]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = _call(line)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    finally:
+        pipeline.finish = before
+    if code:
+        raise RuntimeError(f"{line}: exit code {code}: {said.getvalue()}")
+
+
+def _call(line: str) -> int:
+    """The exit code of a command."""
+    if line in globals():
+        code: int = globals()[line]()
+        return code
+    from restomod.cli import main
+
+    return main(line.split())
+
+
+class Tree:
+    """A copy of the fixtures, brought back to what it was after each command."""
+
+    def __init__(self, original: Path, folder: Path) -> None:
+        self.original, self.folder = original, folder
+        folder.mkdir(parents=True)
+        self._states = {path: self._copy(path) for path in self._paths(original)}
+
+    @staticmethod
+    def _paths(folder: Path) -> list[str]:
+        found = []
+        for at, folders, files in os.walk(folder):
+            found += [os.path.relpath(os.path.join(at, name), folder) for name in (*folders, *files)]
+        return sorted(found)
+
+    def _copy(self, path: str) -> object:
+        there, here = self.original / path, self.folder / path
+        if there.is_dir():
+            here.mkdir()
+        elif there.stat().st_size > LARGE:
+            os.link(there, here)
+        else:
+            shutil.copyfile(there, here)
+        return self._state(path)
+
+    def _state(self, path: str) -> object:
+        try:
+            status = os.lstat(self.folder / path)
+        except OSError:
+            return None
+        is_folder = os.path.isdir(self.folder / path)
+        return "folder" if is_folder else (status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def write(self, path: str, content: bytes) -> None:
+        """Put another content in place of a file's."""
+        (self.folder / path).unlink()
+        (self.folder / path).write_bytes(content)
+
+    def changes(self, expected: dict[str, object]) -> tuple[list[str], list[str]]:
+        """Paths that are new, and paths whose file is another than ``expected`` (see `states`) or gone."""
+        now = set(self._paths(self.folder))
+        changed = [path for path, state in expected.items() if self._state(path) != state]
+        return sorted(now - expected.keys()), changed
+
+    def states(self) -> dict[str, object]:
+        """What all files are like that there should be."""
+        return {path: self._state(path) for path in self._states}
+
+    def restore(self) -> None:
+        """Make everything as it was."""
+        new, changed = self.changes(self._states)
+        for path in reversed(new):
+            here = self.folder / path
+            if here.is_dir() and not here.is_symlink():
+                shutil.rmtree(here, ignore_errors=True)
+            else:
+                here.unlink(missing_ok=True)
+        for path in changed:
+            here = self.folder / path
+            if here.exists() or here.is_symlink():
+                shutil.rmtree(here) if here.is_dir() and not here.is_symlink() else here.unlink()
+        for path in changed:
+            self._states[path] = self._copy(path)
+
+
+# --- one case ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Said:
+    """What a command did."""
+
+    code: int | None
+    """None: an exception came out of it."""
+    out: str
+    err: str
+    error: str = ""
+    """The exception's last line, and where it was raised."""
+    memory: int = 0
+    """Bytes above those before."""
+
+
+def run(line: str, made: str | None = None) -> Said:
+    """Run a command in this process, with standard output and error in files; what it has ``made`` is output, too."""
+    before = _rss()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    code, error = None, ""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        saved = [os.dup(number) for number in (1, 2)]
+        streams = sys.stdout, sys.stderr
+        for number, file in ((1, out), (2, err)):
+            os.dup2(file.fileno(), number)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace")
+        try:
+            code = _call(line)
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        except BaseException as e:
+            at = [f for f in traceback.extract_tb(e.__traceback__) if "/restomod/" in f.filename] or [None]
+            where = f" ({Path(at[-1].filename).name}:{at[-1].lineno})" if at[-1] else ""
+            error = "".join(traceback.format_exception_only(e)).strip().splitlines()[-1][:200] + where
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            sys.stdout, sys.stderr = streams
+            for number, file in zip((1, 2), saved, strict=True):
+                os.dup2(file, number)
+                os.close(file)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "surrogateescape"))
+    if made is not None and os.path.exists(made):
+        texts[0] += Path(made).read_text(encoding="utf-8", errors="surrogateescape")
+    return Said(code, *texts, error, _peak() - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _rss() -> int:
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def judged(
+    said: Said, command: Command, name: str, healthy: str, new: list[str], changed: list[str]
+) -> tuple[str, str]:
+    """The outcome of a command, one of `OUTCOMES`, and why.
+
+    Args:
+        said: what it did.
+        command: which one.
+        name: of the damaged file.
+        healthy: what it prints of the healthy file.
+        new: files that it has made.
+        changed: files of the fixtures that it has changed.
+    """
+    if said.code is None or said.code not in (0, 1, 2) or "Traceback (most recent call last)" in said.err:
+        return "traceback", said.error or f"exit code {said.code}: {said.err[-200:]}"
+    errors = [line for line in said.err.splitlines() if line.startswith("restomod: error: ")]
+    if said.memory > MEMORY or any("out of memory" in error for error in errors):
+        return "memory", f"{said.memory / 1e9:.1f} GB {errors}"
+    shown = said.err if command.exact else said.out + said.err
+    if found := CONTROL.search(shown):
+        return "control characters", repr(shown[max(0, found.start() - 40) : found.end() + 20])
+    changed = [path for path in changed if not path.endswith(".verified.json")]  # a cache
+    left = [path for path in new if ".tmp" in path or path.startswith("..") or (said.code == 2 and not command.writes)]
+    if left:
+        return "left over", ", ".join(left[:3])
+    if changed and (not command.writes or (said.code == 2 and command.line.startswith(("train", "eval", "report")))):
+        return "changed", ", ".join(changed[:3])
+    if said.code == 2:
+        if len(errors) != 1 or not said.err.endswith(errors[0] + "\n"):
+            return "not one line", repr(said.err[-200:])
+        return ("refused by name" if name in errors[0] else "refused"), errors[0]
+    return ("same" if _plain(said.out + said.err) == healthy else "other"), ""
+
+
+def _plain(text: str) -> str:
+    """Output without times and speeds."""
+    return re.sub(r"[\d.,]+( (ms|s|MB/s|tokens/s|documents/s|min))", r"#\1", text)
+
+
+class Child:
+    """Works through cases of one format."""
+
+    def __init__(self, original: Path, folder: Path, format: str) -> None:
+        self.format = FORMATS[format]
+        self.name = format
+        self.tree = Tree(original, folder / "in" / "tree")
+        os.chdir(self.tree.folder)
+        self.healthy = {}
+        for command in self.format.commands:
+            said = run(self._line(command), command.made)
+            self.healthy[command] = _plain(said.out + said.err)
+            if said.code not in (0, 1) and self.name != "text-tar":
+                raise RuntimeError(f"{command.line}: with healthy files: {said}")
+            self.tree.restore()
+
+    def _line(self, command: Command) -> str:
+        return command.line.replace("FIXTURES", str(self.tree.original))
+
+    def case(self, number: int, tell: Callable[[str], None] = lambda text: None) -> tuple[str, str]:
+        """The outcome of a case, and why."""
+        rng = random.Random(f"{self.name}:{number}")
+        content = mutated((self.tree.original / self.format.path).read_bytes(), self.format.kind, rng)
+        found = []
+        for command in self.format.commands:
+            if number % command.every:
+                continue
+            self.tree.write(self.format.path, content)
+            if self.format.sealed:
+                self._seal(content)
+            expected = self.tree.states()
+            said = run(self._line(command), command.made)
+            new, changed = self.tree.changes(expected)
+            new += [f"../{name}" for name in os.listdir("..") if name != "tree"]
+            name = Path(self.format.path).name
+            outcome, why = judged(said, command, name, self.healthy[command], new, changed)
+            found.append((OUTCOMES.index(outcome), outcome, f"{command.line.split()[0]}: {why}"))
+            tell(f"--- restomod {command.line}\n{said}\n=> {outcome} {why}")
+            self.tree.restore()
+            for stray in set(os.listdir("..")) - {"tree"}:
+                path = Path("..", stray)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return min(found)[1:]
+
+    def _seal(self, content: bytes) -> None:
+        assert self.format.sealed is not None
+        record = (self.tree.original / self.format.sealed).read_bytes()
+        old = (self.tree.original / self.format.path).read_bytes()
+        swaps = [(hashlib.sha256(old).hexdigest(), hashlib.sha256(content).hexdigest())]
+        text = record.decode()
+        for before, after in swaps:
+            text = text.replace(before, after)
+        sizes = json.loads(text)
+        if "files" in sizes:
+            relative = os.path.relpath(self.format.path, os.path.dirname(self.format.sealed))
+            sizes["files"][relative]["bytes"] = len(content)
+        self.tree.write(self.format.sealed, json.dumps(sizes).encode())
+
+
+# --- the campaign ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Working:
+    """A child and what it has told."""
+
+    pid: int
+    pipe: int
+    format: str
+    cases: list[int]
+    """Those that are left, with the one in work first."""
+    folder: Path
+    since: float = 0.0
+    cpu: float = 0.0
+    text: bytes = b""
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of one case."""
+
+    format: str
+    number: int
+    outcome: str
+    why: str
+    seconds: float
+
+
+def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path) -> Iterator[Result]:
+    """Try the cases ``numbers`` of each format.
+
+    Args:
+        formats: of `FORMATS`.
+        numbers: of the cases.
+        workers: how many child processes at a time.
+        folder: for fixtures and copies of them.
+    """
+    original = folder / "fixtures"
+    if not original.exists():
+        prepared(original)
+    chunks = [numbers[i : i + CASES_OF_A_CHILD] for i in range(0, len(numbers), CASES_OF_A_CHILD)]
+    waiting = [(name, list(chunk)) for name in formats for chunk in chunks][::-1]
+    working: list[Working] = []
+    with selectors.DefaultSelector() as selector:
+        while waiting or working:
+            while waiting and len(working) < workers:
+                child = _start(original, folder, *waiting.pop())
+                working.append(child)
+                selector.register(child.pipe, selectors.EVENT_READ, child)
+            ready = [key.data for key, _ in selector.select(0.5)]
+            for child in list(working):
+                killed = None
+                if child in ready:
+                    got = os.read(child.pipe, 1 << 16)
+                    yield from _results(child, got)
+                    ended = not got
+                else:
+                    killed, ended = _hangs(child), False
+                if killed:
+                    _kill(child)
+                    ended = True
+                if not ended:
+                    continue
+                _, status = os.waitpid(child.pid, 0)
+                selector.unregister(child.pipe)
+                os.close(child.pipe)
+                working.remove(child)
+                if child.cases:
+                    number = child.cases.pop(0)
+                    log = child.folder / "hang.txt"
+                    at = re.findall(r'restomod/(\S+)", line (\d+)', log.read_text() if log.exists() else "")
+                    why = killed or f"ended with status {status}: {(child.folder / 'error.txt').read_text()[-300:]}"
+                    why += "".join(f" {name}:{line}" for name, line in at[:2])
+                    yield Result(child.format, number, "hang" if killed else "traceback", why, CPU_SECONDS)
+                    if child.cases:
+                        waiting.append((child.format, child.cases))
+                shutil.rmtree(child.folder, ignore_errors=True)
+
+
+def prepared(original: Path) -> None:
+    """Import all that commands need, and make the fixtures; network connections are refused from now on."""
+    import restomod.experiments.examine
+    import restomod.experiments.report
+    import restomod.experiments.sweep
+    import restomod.train.loop  # noqa: F401
+    from restomod.experiments import subprocesses
+
+    def refuse(*_: Any) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "nowhere"}
+    socket.socket.connect = refuse  # type: ignore[method-assign,assignment]
+    socket.getaddrinfo = refuse  # type: ignore[assignment]
+    import torch
+
+    torch.set_num_threads(1)
+    from tests.experiments import stand_in
+
+    subprocesses.TRAIN = (sys.executable, stand_in.__file__)  # type: ignore[assignment]
+    before = os.getcwd()
+    original.mkdir(parents=True)
+    os.chdir(original)
+    try:
+        make_fixtures()
+    finally:
+        os.chdir(before)
+
+
+def _start(original: Path, folder: Path, format: str, cases: list[int]) -> Working:
+    home = Path(tempfile.mkdtemp(dir=folder))
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(reading)
+            os.setsid()
+            for number in (1, 2):
+                os.dup2(os.open(home / "error.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+            _limit()
+            child = Child(original, home, format)
+            with open(home / "hang.txt", "w") as log, os.fdopen(writing, "w") as pipe:
+                for number in cases:
+                    pipe.write(json.dumps([number]) + "\n")
+                    pipe.flush()
+                    log.truncate(0)
+                    faulthandler.dump_traceback_later(CPU_SECONDS, file=log)
+                    start = time.perf_counter()
+                    outcome, why = child.case(number)
+                    faulthandler.cancel_dump_traceback_later()
+                    pipe.write(json.dumps([number, outcome, why, time.perf_counter() - start]) + "\n")
+                    pipe.flush()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    return Working(pid, reading, format, cases, home, time.monotonic())
+
+
+def _limit() -> None:
+    """Limit this process, for the machine's sake."""
+    size = _status("VmSize") + ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _results(child: Working, got: bytes) -> Iterator[Result]:
+    *lines, child.text = (child.text + got).split(b"\n")
+    for line in lines:
+        told = json.loads(line)
+        child.since, child.cpu = time.monotonic(), _cpu(child.pid)
+        if len(told) > 1:
+            child.cases.remove(told[0])
+            yield Result(child.format, *told)
+
+
+def _hangs(child: Working) -> str | None:
+    """Why a child counts as hanging; None: it works."""
+    cpu, wall = _cpu(child.pid) - child.cpu, time.monotonic() - child.since
+    if cpu > CPU_SECONDS or wall > WALL_SECONDS:
+        return f"after {cpu:.0f} s of computing, {wall:.0f} s in all"
+    return None
+
+
+def _cpu(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _kill(child: Working) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def table(results: list[Result], formats: Iterable[str]) -> list[str]:
+    """Rows of Markdown: of each format how many cases had which outcome, and what one took."""
+    shown = ("refused by name", "refused", "same", "other", *FAULTS)
+    rows = ["| format | tried | " + " | ".join(shown) + " | ms |", "|---|" + "--:|" * (len(shown) + 2)]
+    for name in (*formats, "all"):
+        of = [r for r in results if name in ("all", r.format)]
+        counts = Counter(r.outcome for r in of)
+        ms = sum(r.seconds for r in of) / max(1, len(of)) * 1000
+        cells = [str(counts[outcome]) for outcome in shown]
+        rows.append(f"| {name} | {len(of)} | {' | '.join(cells)} | {ms:.0f} |")
+    return rows
+
+
+def page(results: list[Result], formats: list[str], command: str, seconds: float, workers: int) -> str:
+    """The results as Markdown."""
+    revision = os.popen("git describe --always --dirty 2>/dev/null").read().strip()
+    machine = (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
+    )
+    return "\n".join(
+        [
+            "# Damaged files",
+            "",
+            f"`{command}`, {datetime.date.today()}, revision {revision}, {machine}: {len(results):,} cases in "
+            f"{seconds:.0f} s with {workers} processes. What the columns mean is said in `tests/fuzz.py`.",
+            "",
+            *table(results, formats),
+            "",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a campaign, or one case. Returns 1 where there are faults."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the campaign: which cases are tried (default 0)")
+    parser.add_argument("--mutations", type=int, default=500, help="of each format (default 500)")
+    parser.add_argument("--formats", help=f"some of: {', '.join(FORMATS)}")
+    parser.add_argument("--workers", type=int, default=2, help="child processes at a time (default 2)")
+    parser.add_argument("--out", help="write the table into this file, too")
+    parser.add_argument("--found", help="append a line for each fault to this file")
+    parser.add_argument("--case", metavar="FORMAT:NUMBER", help="try this one, and show everything")
+    given = parser.parse_args(arguments)
+    formats = given.formats.split(",") if given.formats else list(FORMATS)
+    if unknown := set(formats) - set(FORMATS):
+        parser.error(f"unknown formats: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory(prefix="restomod-fuzz-") as made:
+        folder = Path(made)
+        if given.case:
+            return _show_case(folder, given.case)
+        start, results = time.monotonic(), []
+        numbers = range(given.seed * 1_000_000, given.seed * 1_000_000 + given.mutations)
+        for result in campaign(formats, numbers, given.workers, folder):
+            results.append(result)
+            if result.outcome in FAULTS:
+                line = f"{result.format}:{result.number}  {result.outcome}: {result.why}"
+                print(line, flush=True)
+                if given.found:
+                    with open(given.found, "a") as f:
+                        f.write(line + "\n")
+        seconds = time.monotonic() - start
+    told = sys.argv[1:] if arguments is None else arguments
+    kept = [a for i, a in enumerate(told) if not {a, told[i - 1] if i else ""} & {"--out", "--found"}]
+    text = page(results, formats, " ".join(["python -m tests.fuzz", *kept]), seconds, given.workers)
+    print(text)
+    if given.out:
+        Path(given.out).write_text(text)
+    return int(any(result.outcome in FAULTS for result in results))
+
+
+def _show_case(folder: Path, case: str) -> int:
+    name, _, number = case.partition(":")
+    prepared(folder / "fixtures")
+    before = os.getcwd()
+    try:
+        _limit()
+        child = Child(folder / "fixtures", folder / "copy", name)
+        rng = random.Random(f"{name}:{number}")
+        content = mutated((child.tree.original / child.format.path).read_bytes(), child.format.kind, rng)
+        print(f"{child.format.path}: {content[:3000]!r}{' …' if len(content) > 3000 else ''}")
+        outcome, _ = child.case(int(number), print)
+    finally:
+        os.chdir(before)
+    return int(outcome in FAULTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Damaged files of every format are refused in one line or read as something valid: campaigns of `tests.fuzz`."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests import fuzz
+from tests.fuzz import Command, Format, campaign
+from tests.mutations import KINDS, mutated
+
+QUICK = (
+    "run-config,run-environment,run-metrics,checkpoint-state,data-manifest,data-unit,sweep-journal,offers,"
+    "task-parquet,text-csv,model-config"
+)
+
+
+def run_campaign(*arguments: str) -> str:
+    """The output of a campaign without faults."""
+    command = [sys.executable, "-m", "tests.fuzz", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_few_damaged_files() -> None:
+    run_campaign("--mutations", "8", "--formats", QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_500_damaged_files_of_each_format() -> None:
+    run_campaign("--mutations", "500")
+
+
+def faulty(folder: Path) -> int:
+    """A command with every fault, by what the damaged file begins with."""
+    kind = (folder / "a.txt").read_bytes()[:1]
+    if kind == b"1":
+        raise KeyError("x")
+    if kind == b"2":
+        while True:
+            pass
+    if kind == b"3":
+        return len(b"x" * 1_500_000_000) and 0
+    if kind == b"4":
+        print("\x1b[2J")
+    elif kind == b"5":
+        Path("a.tmp").touch()
+    elif kind == b"6":
+        Path("b.txt").write_text("other")
+    elif kind == b"7":
+        print("restomod: error: one\nrestomod: error: a.txt", file=sys.stderr)
+        return 2
+    elif kind == b"8":
+        os._exit(3)
+    elif kind == b"9":
+        print("restomod: error: a.txt: it is damaged", file=sys.stderr)
+        return 2
+    return 0
+
+
+def test_each_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixtures = tmp_path / "fixtures"
+    fixtures.mkdir()
+    (fixtures / "a.txt").write_text("0")
+    (fixtures / "b.txt").write_text("1")
+    monkeypatch.setattr(fuzz, "FORMATS", {"x": Format("a.txt", "text", (Command("faulty"),))})
+    monkeypatch.setattr(fuzz, "faulty", lambda: faulty(Path()), raising=False)
+    monkeypatch.setattr(fuzz, "CPU_SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "mutated", lambda content, kind, rng: str(_number(rng)).encode())
+    numbers = {r.number: r.outcome for r in campaign(["x"], range(11), 2, tmp_path)}
+    expected = ["same", "traceback", "hang", "memory", "control characters", "left over", "changed", "not one line"]
+    assert [numbers[i] for i in range(10)] == [*expected, "traceback", "refused by name"]
+    assert numbers[10] == "traceback"  # begins with 1, too
+
+
+def _number(rng: random.Random) -> int:
+    return next(i for i in range(11) if random.Random(f"x:{i}").getstate() == rng.getstate())
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "shard"])
+def test_damage_follows_from_the_seed_and_is_of_many_kinds(name: str) -> None:
+    contents = {
+        "json": b'{"a": [1, 2], "b": {"c": "d"}}',
+        "jsonl": b'{"a": 1}\n{"a": 2}\n',
+        "toml": b"[[offer]]\na = 1\nb = 2\n",
+        "safetensors": (2).to_bytes(8, "little") + b"{}" + bytes(64),
+        "csv": b"a,b\n1,2\n",
+        "text": b"a\nb\nc\n",
+        "bytes": bytes(range(256)),
+    }
+    packed = KINDS[name](_packed(name), random.Random(0)) if name in ("gz", "bz2", "zst") else contents[name]
+    seen = [mutated(packed, name, random.Random(seed)) for seed in range(200)]
+    assert seen == [mutated(packed, name, random.Random(seed)) for seed in range(200)]
+    most = Counter(seen).most_common(1)[0][1]
+    assert most < 40, "hardly anything differs"
+
+
+def _packed(name: str) -> bytes:
+    import bz2
+    import gzip
+
+    from tests.mutations import _pack_zstd
+
+    lines = b'{"text": "a", "id": 1}\n' * 3
+    return {"gz": gzip.compress, "bz2": bz2.compress, "zst": _pack_zstd}[name](lines)
