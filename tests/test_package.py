@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import subprocess
+import sys
+import sysconfig
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 import restomod
 from restomod import presets
 from restomod.config import DataConfig, ModelConfig, RunConfig, SamplingConfig
+from tests.experiments import made_runs
 
 
 def test_the_example_in_the_docstring_runs(
@@ -39,3 +44,57 @@ def test_the_example_in_the_docstring_runs(
     assert names["config"].steps == 2
     assert (tmp_path / "runs/mine/checkpoints/step_000002/COMPLETE").exists()
     assert len(names["texts"]) == 3
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file in place of every module of Python and of installed packages; it says which was imported."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    installed = set(importlib.metadata.packages_distributions())
+    for name in (set(sys.stdlib_module_names) | installed) - {"restomod"}:
+        if name.isidentifier():
+            (folder / f"{name}.py").write_text(f"open({str(folder / 'imported')!r}, 'a').write('{name}\\n')\n")
+    (folder / "some.txt").write_text("the quick brown fox " * 400)
+    (folder / "matplotlibrc").write_text("text.usetex: True\n")
+    made_runs.make_run(folder / "run", 20)
+    return folder
+
+
+def in_poisoned(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command `restomod`, as it is installed, within the folder."""
+    program = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True)
+
+
+SCRIPT = Path(sysconfig.get_path("scripts")) / "restomod"
+TINY = "--model.n-layer 1 --model.n-head 1 --model.n-embd 8 --sequence-length 16 --batch-tokens 32 --device cpu --data.source text"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report run --png pictures",
+        f"sweep quickstart --grid optim.lr=1e-3 --steps 1 --out sweep --data.path some.txt {TINY}",
+        pytest.param(
+            f"train quickstart --steps 1 --compile on {TINY} --data.path some.txt --out compiled",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_nothing_in_the_working_folder_is_imported_or_obeyed(poisoned: Path, line: str) -> None:
+    done = in_poisoned(poisoned, *line.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (poisoned / "imported").exists(), (poisoned / "imported").read_text()
+
+
+def test_a_module_of_the_working_folder_is_left_alone_under_python_m(tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("open('imported', 'w')\n")
+    done = subprocess.run([sys.executable, "-m", "restomod", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists()
+
+
+def test_the_command_at_the_end_has_the_users_own_environment(tmp_path: Path) -> None:
+    command = f"{sys.executable} -c 'import sys; print(\"safe:\", sys.flags.safe_path)'"
+    done = in_poisoned(tmp_path, "train", "no-such-preset", "--then", command)
+    assert "safe: False" in done.stdout, done.stderr

@@ -109,9 +109,15 @@ def and_then(work: Callable[[], int], command: str | None) -> int:
 def _run(command: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader may have left
         sys.stdout.flush()
-    code = subprocess.run(command, shell=True).returncode
+    code = subprocess.run(command, shell=True, env=_environment()).returncode
     if code != 0:
         complain(f"restomod: {FLAG}: {command!r} has ended with exit code {code}")
+
+
+def _environment() -> dict[str, str]:
+    """The user's own: `restomod.__main__` sets PYTHONSAFEPATH, which is not meant for the user's programs."""
+    ours = {} if sys.flags.safe_path else {"PYTHONSAFEPATH"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 class _Watcher:
@@ -124,6 +130,7 @@ class _Watcher:
             self._shell = subprocess.Popen(
                 ["/bin/sh", "-c", script, "sh", command],
                 stdin=subprocess.PIPE,
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C, or the end of the terminal, is not meant for it
             )
 

@@ -22,10 +22,19 @@ def require_matplotlib() -> None:
         raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
 
 
+def use_default_style() -> None:
+    """Undo the settings of a matplotlibrc in the working folder, which may be someone else's: pictures are the same
+    everywhere."""
+    import matplotlib
+
+    matplotlib.rcdefaults()
+
+
 def new_figure(subject: str, width: float, height: float) -> Figure:
     """An empty figure, its size in inches."""
     from matplotlib.figure import Figure
 
+    use_default_style()
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
     return figure

@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 
 from restomod.errors import UserError
 
@@ -65,6 +63,9 @@ class Tokenizer:
     sha256 = ENCODER_JSON_SHA256  # identifies the vocabulary in manifests
 
     def __init__(self) -> None:
+        import tiktoken  # to encode and decode; much that reads prepared data does neither
+        from tiktoken_ext.openai_public import r50k_pat_str
+
         ids = json.loads(vocabulary_file("encoder.json"))
         byte = _bytes_of_unicode()
         del ids[END_OF_TEXT_LITERAL]

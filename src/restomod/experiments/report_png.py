@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from restomod.errors import UserError
 from restomod.experiments.report_curves import sample_sizes
+from restomod.figures import use_default_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,7 @@ def draw(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    use_default_style()
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
     drawn = {name for run in runs for name in run["curves"]} | {"loss" for run in runs if "val" in run["curves"]}
     wanted = [name for name in CHARTS if name in drawn]
