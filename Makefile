@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 # As many tests at once as there are processors, up to four: each needs up to a gigabyte. They compute on one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow fuzz check bench clean
+.PHONY: help demo test test-slow fuzz check audit bench clean
 
 help:
 	@echo "make demo       install into .venv and train the quickstart (minutes on a laptop CPU)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-slow  the longer tests too"
 	@echo "make fuzz       property tests with 20 times as many examples, and 5000 damaged files of each format, drawn anew"
 	@echo "                (two hours or so); SEED=N repeats them"
+	@echo "make audit      known vulnerabilities of the pinned packages (pip-audit)"
 	@echo "make bench      measure speed and memory beside others (at most about 30 minutes; see docs/benchmarks.md)"
 	@echo "make clean      remove .venv and the caches; runs/ and data/ stay"
 
@@ -51,6 +52,12 @@ test: check
 
 test-slow: .venv/installed-test-slow
 	$(PYTEST) -m slow
+
+# In an environment of its own: what it is made of is not what it looks at. Without the package nothing is checked.
+audit: $(BIN)/python
+	@$(PYTHON) -m venv .venv/audit
+	@-.venv/audit/bin/python -m pip install --disable-pip-version-check -q pip-audit==2.10.1
+	@$(BIN)/python -m tests.audit .venv/audit/bin/pip-audit
 
 # `make test` tries the same examples each time. SEED: of these; a failure says with which it comes again.
 SEED ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(10**9))')

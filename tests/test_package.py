@@ -67,7 +67,8 @@ def in_poisoned(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "restomod"
-TINY = "--model.n-layer 1 --model.n-head 1 --model.n-embd 8 --sequence-length 16 --batch-tokens 32 --device cpu --data.source text"
+SHAPE = "--model.n-layer 1 --model.n-head 1 --model.n-embd 8 --sequence-length 16 --batch-tokens 32"
+TINY = f"{SHAPE} --device cpu --data.source text"
 
 
 @pytest.mark.parametrize(
