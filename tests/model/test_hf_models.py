@@ -318,6 +318,23 @@ def test_weights_that_bring_code_are_refused(tmp_path: Path) -> None:
         open_language_model(str(tmp_path), CPU, FP32)
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"attn_implementation": {"text_config": "someone/kernel@main"}},
+        {"text_config": {"experts_implementation": "someone/kernel:part"}},
+    ],
+)
+def test_a_config_that_names_code_on_the_hub_is_refused(named: dict[str, Any], tmp_path: Path) -> None:
+    save(build("GPT2", GPT2 | {"vocab_size": 50258}), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    with pytest.raises(UserError, match=r"config.json: \w*_implementation .* is code on the hub, which is not run"):
+        open_causal_model(str(tmp_path), tmp_path, CPU, FP32)
+
+
 def test_a_config_that_transformers_would_read_otherwise(tmp_path: Path) -> None:
     """A default of Qwen3's that is not Llama's: heads are 128 wide."""
     from restomod.model.pretrained import read_model_config

@@ -156,6 +156,7 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
         import transformers as library
     except ImportError:
         raise UserError(f"{reason}; transformers may run it: pip install transformers") from None
+    _refuse_code(folder / "config.json")
     transformers: Any = library
     with _quiet(transformers):
         try:
@@ -167,6 +168,20 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
         _refuse_misfit(folder, model, loaded)
         tokenizer = _tokenizer(transformers, name, folder, int(model.config.get_text_config().vocab_size))
     return TransformersModel(model.to(device).eval(), tokenizer)
+
+
+def _refuse_code(config: Path) -> None:
+    """Refuse a configuration that names kernels on the hub: `transformers` would download them and run their code.
+
+    Its other way to code of a model's own, `auto_map`, is closed by ``trust_remote_code=False``.
+    """
+    left = [("config.json", read_json(config, "model's config"))]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(key if key.endswith("_implementation") else name, inner) for name, inner in value.items()]
+        elif key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise UserError(f"{config}: {key} {value!r} is code on the hub, which is not run; delete {key}")
 
 
 def _refuse_misfit(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
