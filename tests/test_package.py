@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -76,6 +77,10 @@ TINY = f"{SHAPE} --device cpu --data.source text"
     [
         "report run --png pictures",
         f"sweep quickstart --grid optim.lr=1e-3 --steps 1 --out sweep --data.path some.txt {TINY}",
+        pytest.param(
+            "prepare some.txt --engine ray --workers 1 --out prepared",
+            marks=[pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")],
+        ),
         pytest.param(
             f"train quickstart --steps 1 --compile on {TINY} --data.path some.txt --out compiled",
             marks=pytest.mark.slow,

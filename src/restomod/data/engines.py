@@ -280,7 +280,9 @@ def _connect_to_ray() -> None:
     if address is None and RAY_LAST.exists() and not _answers(RAY_LAST.read_text().strip()):
         address = "local"  # a cluster that ran here and is gone
     try:
-        with _sigterm_kept(), standard_error_aside():  # where Ray's core writes while it tries
+        # workers import from the folder in which this is called, which may be someone else's: let it be the package's;
+        # Ray's core writes to standard error while it tries
+        with contextlib.chdir(Path(__file__).parents[2]), _sigterm_kept(), standard_error_aside():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot connect to a Ray cluster ({' '.join(str(e).split())})") from None
