@@ -6,9 +6,10 @@
     python -m tests.fuzz --out tests/fuzz.md      write the table into a file, too
 
 A case is a format and a number, from which the damage follows. It is right to refuse a damaged file in one line with
-exit code 2, to leave it out, or to read it as something else that is valid. Faults are: an exception that is not
-caught (or another exit code), a hang (over 10 s), over 1 GB of memory, control characters in the output, files that
-are left over or changed, more or less than one line of error.
+exit code 2 ("refused by name" where the line has the file's name), to leave it out, or to read it as something else
+that is valid: then the commands print the same as of the healthy file, or something other. Faults are: an exception
+that is not caught (or another exit code), a hang (over 10 s), over 1 GB of memory, control characters in the output,
+files that are left over or changed, more or less than one line of error.
 
 The commands run in child processes of this one, which has imported everything; a child works through a number of cases
 and is replaced where it has to be killed. Network connections are refused.
@@ -45,7 +46,7 @@ from typing import Any
 
 from tests.mutations import mutated
 
-CASES_OF_A_CHILD = 25
+CASES_OF_A_CHILD = 250
 CPU_SECONDS = 10.0  # of one command; beyond, it hangs
 WALL_SECONDS = 60.0  # the machine may be busy; a command that waits for ever is killed then
 MEMORY = 10**9  # bytes above what the process has before the command
@@ -80,15 +81,18 @@ class Command:
 
 
 REPORT = Command("report run --out page.html --markdown page.md", made="page.md")
-VERDICT = Command("verdict run --no-weights")
-COMPARE = Command("compare run run2", every=2)
+VERDICT = Command("verdict run --no-weights", every=2)
+COMPARE = Command("compare run run2", every=3)
 INSPECT = Command("inspect run")
 RESUME = Command("train --resume run --steps 13", every=50, writes=True, exact=True)
-OFTEN = dataclasses.replace(RESUME, every=5)  # where nothing else reads as much
-EVAL = Command(f"eval run --tasks heldout --data data --context 16 {ON_CPU} --json result.json", every=20, writes=True)
-SAMPLE = Command(f"sample run --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=10, exact=True)
-OTHER = (dataclasses.replace(SAMPLE, line=SAMPLE.line.replace("run", "other"), every=1),)
+OFTEN = dataclasses.replace(RESUME, every=10)  # where nothing else reads as much
+EVAL = Command(f"eval run --tasks heldout --data data --context 16 {ON_CPU} --json result.json", every=40, writes=True)
+SAMPLE = Command(f"sample run --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=20, exact=True)
+OTHER, GPT2 = (
+    (dataclasses.replace(SAMPLE, line=SAMPLE.line.replace("run", name), every=1),) for name in ("other", "model")
+)
 DATA = Command("data data")
+DEDUPLICATED = Command("prepare FIXTURES/text/documents.jsonl --out deduplicated --dedup --workers 1", writes=True)
 PROMPTS = Command(f"sample model --prompt-file prompts.txt --max-tokens 1 --num-samples 1 {ON_CPU}", exact=True)
 BEGUN = Command("prepare FIXTURES/text/documents.jsonl --out begun --workers 1", writes=True)  # a plan has whole paths
 SWEEP = Command("sweep quickstart --grid optim.lr=1e-3,2e-3,4e-3 --steps 3 --out sweep", writes=True)
@@ -106,7 +110,7 @@ def published(folder: str) -> tuple[Command, ...]:
 def model(folder: str) -> tuple[Command, ...]:
     return (
         Command(f"inspect {folder}"),
-        Command(f"sample {folder} --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=2, exact=True),
+        Command(f"sample {folder} --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=5, exact=True),
     )
 
 
@@ -128,13 +132,13 @@ class Format:
 
 
 FORMATS = {
-    "run-config": Format("run/config.json", "json", (REPORT, VERDICT, COMPARE, INSPECT, SAMPLE, EVAL, RESUME)),
+    "run-config": Format("run/config.json", "json", (REPORT, VERDICT, COMPARE, SAMPLE, EVAL, RESUME)),
     "run-environment": Format("run/environment.json", "json", (REPORT, COMPARE, RESUME)),
     "run-metrics": Format("run/metrics.jsonl", "jsonl", (REPORT, VERDICT, COMPARE, RESUME)),
     "run-samples": Format("run/samples.jsonl", "jsonl", (REPORT, RESUME)),
     "run-data": Format("run/data.json", "json", (REPORT, VERDICT, COMPARE, EVAL, RESUME)),
     "run-examined": Format(
-        "run/examined.json", "json", (REPORT, Command("report run --out page.html --examine", 10, writes=True))
+        "run/examined.json", "json", (REPORT, Command("report run --out page.html --examine", 25, writes=True))
     ),
     "run-heldout": Format("run/evals/step_000012-heldout.json", "json", (REPORT,)),
     "run-task": Format("run/evals/step_000012-questions.json", "json", (REPORT,)),
@@ -156,6 +160,7 @@ FORMATS = {
     ),
     "data-begun": Format("begun/.prepare/plan.json", "json", (BEGUN,)),
     "data-unit": Format("begun/.prepare/unit_00000.json", "json", (BEGUN,)),
+    "data-hashes": Format("deduplicated/.prepare/hashes_00000.npy", "bytes", (DEDUPLICATED,)),
     "published-bin": Format("published/web_val_000000.bin", "shard", published("published")),
     "published-npy": Format("arrays/web_val_000000.npy", "bytes", published("arrays")),
     "sweep-journal": Format("sweep/journal.jsonl", "jsonl", (SWEEP,)),
@@ -176,10 +181,10 @@ FORMATS = {
     "text-tar": Format("text/documents.tar", "bytes", prepare("text/documents.tar")),
     "prompts": Format("prompts.txt", "text", (PROMPTS,)),
     "model-config": Format("model/config.json", "json", model("model")),
-    "model-generation": Format("model/generation_config.json", "json", model("model")),
+    "model-generation": Format("model/generation_config.json", "json", model("model")[:1]),
     "model-weights": Format("model/model.safetensors", "safetensors", model("model")),
-    "model-vocabulary": Format("model/vocab.json", "json", model("model")),
-    "model-merges": Format("model/merges.txt", "text", model("model")),
+    "model-vocabulary": Format("model/vocab.json", "json", GPT2),
+    "model-merges": Format("model/merges.txt", "text", model("model")[:1]),
     "model-index": Format("sharded/model.safetensors.index.json", "json", model("sharded")),
     "model-pickle": Format("pickled/pytorch_model.bin", "bytes", model("pickled")),
     "other-config": Format("other/config.json", "json", OTHER),
@@ -254,6 +259,7 @@ def make_fixtures() -> None:
     Path("all.jsonl").write_bytes(lines)
     _do("prepare all.jsonl --out data --workers 1 --val-fraction 0.1")
     _do(BEGUN.line.replace("FIXTURES", os.getcwd()), stop_before="finish")
+    _do(DEDUPLICATED.line.replace("FIXTURES", os.getcwd()), stop_before="choose_first_occurrences")
     tokens = np.arange(400, dtype="<u2")
     for folder in ("published", "arrays"):
         Path(folder).mkdir()
@@ -332,19 +338,21 @@ def _make_other() -> None:
 
 
 def _do(line: str, stop_before: str | None = None) -> None:
-    """Run a command that has to succeed; or one that is stopped before `finish` of `restomod.data.pipeline`."""
+    """Run a command that has to succeed; or one that is stopped before a function of `restomod.data.pipeline`."""
     from restomod.data import pipeline
 
-    said, before = io.StringIO(), pipeline.finish
-    if stop_before:
-        pipeline.finish = lambda work: sys.exit(0)  # type: ignore[assignment]
+    said = io.StringIO()
+    before = {stop_before: getattr(pipeline, stop_before)} if stop_before else {}
     try:
+        for name in before:
+            setattr(pipeline, name, lambda *_: sys.exit(0))
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = _call(line)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     finally:
-        pipeline.finish = before
+        for name, function in before.items():
+            setattr(pipeline, name, function)
     if code:
         raise RuntimeError(f"{line}: exit code {code}: {said.getvalue()}")
 
@@ -695,7 +703,8 @@ def prepared(original: Path) -> None:
     original.mkdir(parents=True)
     os.chdir(original)
     try:
-        make_fixtures()
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            make_fixtures()
     finally:
         os.chdir(before)
 
@@ -789,16 +798,22 @@ def table(results: list[Result], formats: Iterable[str]) -> list[str]:
 
 def page(results: list[Result], formats: list[str], command: str, seconds: float, workers: int) -> str:
     """The results as Markdown."""
+    import torch
+
+    from restomod.device import describe_device
+
+    processor = describe_device(torch.device("cpu")).partition(",")[0]
+    used = os.times()
+    computed = used.user + used.system + used.children_user + used.children_system
     revision = os.popen("git describe --always --dirty 2>/dev/null").read().strip()
-    machine = (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
-    )
+    where = f"revision {revision}, {processor} ({os.cpu_count()} of them), Python {platform.python_version()}"
+    took = f"in {seconds:.0f} s ({computed:.0f} s of computing)"
     return "\n".join(
         [
             "# Damaged files",
             "",
-            f"`{command}`, {datetime.date.today()}, revision {revision}, {machine}: {len(results):,} cases in "
-            f"{seconds:.0f} s with {workers} processes. What the columns mean is said in `tests/fuzz.py`.",
+            f"`{command}`, {datetime.date.today()}, {where}: {len(results):,} cases with {workers} processes {took}. "
+            "What the columns mean is said in `tests/fuzz.py`.",
             "",
             *table(results, formats),
             "",

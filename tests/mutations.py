@@ -105,7 +105,7 @@ def as_bytes(content: bytes, rng: random.Random) -> bytes:
         case 10:
             data[at:end] = rng.choice(HOSTILE).encode("utf-8", "surrogatepass")
         case _:
-            whole = (b"", b"\n", b"\0", b"\xff\xfe", b"\xef\xbb\xbf" + content, DEEP, content * 2, b"y" * 2_000_000)
+            whole = (b"", b"\n", b"\0", b"\xff\xfe", b"\xef\xbb\xbf" + content, DEEP, content * 2, b"y" * 500_000)
             return rng.choice((*whole, *(value.encode("utf-8", "surrogatepass") for value in HOSTILE)))
     return bytes(data)
 
@@ -270,7 +270,7 @@ def as_table(content: bytes, rng: random.Random) -> bytes:
     i = rng.randrange(len(lines))
     fields = lines[i].split(",")
     fields[rng.randrange(len(fields))] = rng.choice(
-        ('"', '""', '"unclosed', "", "a\0b", '"' + "z" * 100_000 + '"', "z" * 3_000_000, *HOSTILE_TEXTS[1:])
+        ('"', '""', '"unclosed', "", "a\0b", '"' + "z" * 100_000 + '"', "z" * 500_000, *HOSTILE_TEXTS[1:])
     )
     lines[i] = ",".join(fields) + ("," * 1000 if rng.random() < 0.1 else "")
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
