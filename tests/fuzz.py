@@ -368,12 +368,13 @@ def _call(line: str) -> int:
 
 
 class Tree:
-    """A copy of the fixtures, brought back to what it was after each command."""
+    """A copy of those fixtures whose first name is one of ``names``, made as it was after each command."""
 
-    def __init__(self, original: Path, folder: Path) -> None:
+    def __init__(self, original: Path, folder: Path, names: set[str]) -> None:
         self.original, self.folder = original, folder
         folder.mkdir(parents=True)
-        self._states = {path: self._copy(path) for path in self._paths(original)}
+        wanted = [path for path in self._paths(original) if path.split("/")[0] in names]
+        self._states = {path: self._copy(path) for path in wanted}
 
     @staticmethod
     def _paths(folder: Path) -> list[str]:
@@ -546,7 +547,9 @@ class Child:
     def __init__(self, original: Path, folder: Path, format: str) -> None:
         self.format = FORMATS[format]
         self.name = format
-        self.tree = Tree(original, folder / "in" / "tree")
+        words = " ".join([self.format.path, *(command.line for command in self.format.commands)])
+        names = set(re.split(r"[ =/]", words)) | ({"run", "data"} if "run" in words else set())
+        self.tree = Tree(original, folder / "in" / "tree", names)
         os.chdir(self.tree.folder)
         self.healthy = {}
         for command in self.format.commands:

@@ -134,15 +134,15 @@ def from_dict(
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
     """
-    require(
-        isinstance(values, dict), f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}"
-    )
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if cls is RunConfig:
         values = {key: value for key, value in values.items() if key != "version"}
     for key in values:
-        require(key in names, f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
+        if key not in names:  # looking for what is meant takes longer than all else here
+            raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
     known = {
         name: _typed(values[name], hints[name], where, f"{prefix}{name}", lacking) for name in names if name in values
     }
