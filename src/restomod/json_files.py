@@ -94,6 +94,7 @@ def file_name(name: str) -> str:
     """For pydantic: refuse what does not name a file of the same folder."""
     if "\0" in name or Path(name).name != name or name in ("", ".."):
         raise ValueError("should be the name of a file beside it")
+    name.encode()  # which raises a ValueError, where half of a surrogate pair is in it
     return name
 
 

@@ -140,10 +140,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         checked(manifest, Manifest, f"{path} is damaged: the manifest of token shards")
     except UserError as e:
         raise UserError(f"{e}; {MEND}") from None
-    splits = manifest["splits"]
-    sums = [(f"splits.{name}.tokens", split["tokens"], split["shards"]) for name, split in splits.items()]
-    for key, tokens, parts in [*sums, ("tokens", manifest["tokens"], splits.values())]:
-        if tokens != (total := sum(part["tokens"] for part in parts)):
+    parts = {name: manifest["splits"][name] for name in Splits.__annotations__}
+    sums = [(f"splits.{name}.tokens", part["tokens"], part["shards"]) for name, part in parts.items()]
+    for key, tokens, summed in [*sums, ("tokens", manifest["tokens"], parts.values())]:
+        if tokens != (total := sum(part["tokens"] for part in summed)):
             raise UserError(f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {MEND}")
     return manifest
 
