@@ -25,11 +25,10 @@ import numpy as np
 from torch import Tensor
 
 from restomod.data.batches import FEISTEL_ROUNDS, Batches, _mix
+from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
 from restomod.data.shards import (
     HEADER_BYTES,
     MAGIC,
-    MANIFEST,
-    MANIFEST_FORMAT,
     VERSION,
     TokenStream,
     open_dataset,

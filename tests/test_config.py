@@ -59,7 +59,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         batch_tokens=T * B * draw(st.integers(1, 64)),
         sequence_length=T,
         model=ModelConfig(
-            n_layer=draw(counts),
+            n_layer=draw(st.integers(1, 4096)),
             n_head=n_head,
             n_embd=n_head * draw(st.integers(1, 99)),
             n_positions=T + draw(st.integers(0, 99)),
@@ -469,3 +469,44 @@ def test_a_mix_takes_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_comma_in_a_folder_needs_no_folder_to_be_there(mix: str) -> None:
     """A run's report is read on machines without its data."""
     assert len(DataConfig(source="tokens", mix=mix).mixed()) == 2
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10**8, 10**9, 10**12, 2**63, 10**400])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim"])
+def test_an_absurd_size_of_a_model_is_refused_at_once(name: str, size: int) -> None:
+    if size == 10**8 and name == "n_positions":
+        return  # of contexts, 10 million tokens are real
+    with pytest.raises(UserError, match=f"model.{name} is ") as caught:
+        ModelConfig(**{name: size})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_layer": 96, "n_head": 96, "n_embd": 12288, "n_positions": 2048},  # GPT-3
+        {"n_layer": 126, "n_head": 128, "n_embd": 16384, "n_positions": 131_072, "vocab_size": 128_256},  # Llama 3.1
+        {"n_layer": 118, "n_head": 48, "n_embd": 18432, "n_positions": 2048, "vocab_size": 256_000},  # PaLM
+        {"n_layer": 1000, "n_head": 8, "n_embd": 512},  # DeepNet
+        {"n_layer": 48, "n_head": 40, "n_embd": 5120, "n_positions": 10_485_760, "vocab_size": 202_048},  # Llama 4
+    ],
+)
+def test_the_largest_models_there_are_can_be_described(shape: dict[str, int]) -> None:
+    assert dataclasses.asdict(ModelConfig(**shape)).items() >= shape.items()
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        *((RunConfig, name) for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "eval_tokens")),
+        *((RunConfig, name) for name in ("keep_checkpoints", "keep_every", "eval_limit", "save_every")),
+        (OptimConfig, "warmup_steps"),
+        (SamplingConfig, "max_tokens"),
+        (SamplingConfig, "top_k"),
+    ],
+)
+def test_an_absurd_count_is_refused_by_name(of: Any, name: str) -> None:
+    run = {"steps": 1, "batch_tokens": 1024, "sequence_length": 1024} if of is RunConfig else {}
+    for value in (10**18, 10**400):
+        with pytest.raises(UserError, match=rf"{name} is .* at most"):
+            of(**(run | {name: value}))

@@ -153,7 +153,7 @@ class OptimConfig:
             0 <= self.min_lr_ratio <= 1,
             f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie between 0 and 1",
         )
-        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        require_size("optim.warmup_steps", self.warmup_steps, least=0)
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas are {self.betas}; each must be at least 0 and below 1",
@@ -189,9 +189,9 @@ class SamplingConfig:
     """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
 
     def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
+        require_size("sampling.max_tokens", self.max_tokens)
         require(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}; it must be 0 or more")
-        require(self.top_k >= 0, f"sampling.top_k is {self.top_k}; it must be 0 or more")
+        require_size("sampling.top_k", self.top_k, least=0)
         require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
@@ -274,11 +274,19 @@ class RunConfig:
     elsewhere. on: always (on a CPU this needs a C++ compiler). off: never."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "sequence_length", "eval_every", "sample_every", "save_every"):
+        for name in (
+            "steps",
+            "batch_tokens",
+            "sequence_length",
+            "eval_every",
+            "sample_every",
+            "save_every",
+            "eval_limit",
+        ):
             require_size(name, getattr(self, name))
         require_seed("seed", self.seed)
         for name in ("keep_checkpoints", "keep_every"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+            require_size(name, getattr(self, name), least=0)
         require(0 <= self.spike_sigmas < math.inf, f"spike_sigmas is {self.spike_sigmas}; it must be 0 or more")
         for name in ("save_every_minutes", "keep_gb"):
             value = getattr(self, name)
@@ -308,9 +316,8 @@ class RunConfig:
             )
         target = self.target_loss
         require(target is None or math.isfinite(target), f"target_loss is {target}; it must be a number")
-        limit = self.eval_limit
-        require(limit is None or limit >= 1, f"eval_limit is {limit}; it must be at least 1")
         if self.eval_tokens is not None:
+            require_size("eval_tokens", self.eval_tokens)
             require(
                 self.eval_tokens >= T,
                 f"eval_tokens {self.eval_tokens} is less than one window of sequence_length {T} tokens",

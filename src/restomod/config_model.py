@@ -6,9 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from restomod.errors import UserError
+from restomod.errors import UserError, shortened
 
 LARGEST = 2**40  # of any size or number of steps: beyond, it is a slip, and divisors would be looked for for ever
+LARGEST_OF_MODEL = {  # far beyond any model that was built: layers would be made for ever
+    "n_layer": 4096,
+    "n_head": 65_536,
+    "n_embd": 2**20,
+    "n_positions": 2**28,
+    "vocab_size": 2**26,
+    "n_inner": 2**24,
+    "head_dim": 2**20,
+}
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -22,10 +31,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_size(name: str, value: int | None) -> None:
-    """Raise UserError unless ``value`` is None, or at least 1 and not absurdly large."""
-    require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-    require(value is None or value <= LARGEST, f"{name} is {value}; it must be at most {LARGEST:,}")
+def require_size(name: str, value: int | None, least: int = 1, most: int = LARGEST) -> None:
+    """Raise UserError unless ``value`` is None, or lies between ``least`` and ``most``."""
+    if value is not None and not least <= value <= most:
+        at = f"at least {least}" if value < least else f"at most {most:,}"
+        raise UserError(f"{name} is {shortened(str(value))}; it must be {at}")
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,8 @@ class ModelConfig:
     """Tokens have a second embedding, of which every block adds to its values as much as it learns to use."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim"):
-            value = getattr(self, name)
-            require_size(f"model.{name}", value)
+        for name, most in LARGEST_OF_MODEL.items():
+            require_size(f"model.{name}", getattr(self, name), most=most)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "

@@ -86,8 +86,16 @@ def checked(value: Any, kind: Any, where: str) -> Any:
         place = ".".join(map(str, first["loc"])) or "the value"
         if first["type"] == "missing":
             raise UserError(f"{where} lacks {place}") from None
-        wrong = first["msg"].removeprefix("Input ")  # "should be a valid integer"
+        wrong = first["msg"].removeprefix("Input ").removeprefix("Value error, ")  # "should be a valid integer"
         raise UserError(f"{where}: {place} {wrong}, not {shortened(repr(first['input']))}") from None
+
+
+def file_name(name: str) -> str:
+    """For pydantic: refuse what does not name a file of the same folder."""
+    if "\0" in name or Path(name).name != name or name in ("", ".."):
+        raise ValueError("should be the name of a file beside it")
+    name.encode()  # which raises a ValueError, where half of a surrogate pair is in it
+    return name
 
 
 @functools.cache

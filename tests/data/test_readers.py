@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import gzip
 import io
 import json
@@ -208,4 +209,23 @@ def test_without_pyarrow_its_files_say_how_to_get_it(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="pip install pyarrow"):
+        list(read_documents(path))
+
+
+def test_a_page_of_parquet_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["to be or not to be"]})
+    as_is = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, **as_is)
+    assert [document.text for document in read_documents(path)] == ["to be or not to be"]
+    path.write_bytes(path.read_bytes().replace(b"or not", b"or nut", 1))
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: .*CRC"):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize("text", ['[{"text": ' + "9" * 5000 + "}]", '{"text":\n' + "9" * 5000 + '}\n{"text": "b"}'])
+def test_a_number_of_thousands_of_digits_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},' + text[1:] if text.startswith("[") else text)
+    with contextlib.suppress(UserError):
         list(read_documents(path))

@@ -271,6 +271,46 @@ def test_a_manifest_with_a_value_of_the_wrong_type_is_refused(folder: Path, key:
     refusal(path, open_dataset, folder, VOCABULARY)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", -7),
+        ("tokens", 8),
+        ("tokens", 1e400),
+        ("tokens", "x"),
+        ("tokens", True),
+        ("documents", -1),
+        ("splits.train.tokens", 6),
+        ("splits.train.documents", 1.5),
+        ("splits.val.shards.0.tokens", 2**40),
+        ("splits.val.shards.0.tokens", -2),
+        ("splits.val.shards.0.file", "../val_000000.bin"),
+        ("splits.val.shards.0.file", "/etc/passwd"),
+        ("splits.val.shards.0.file", ".."),
+        ("splits.val.shards.0.file", "a\0b"),
+        ("splits.val.shards.0.file", "\ud800"),
+        ("splits.val.shards.0.file", "train_000000.bin"),
+        ("plan", 5),
+        ("plan", {"units": [5]}),
+        ("read", {"files": {"CSV": {".csv": -1}}}),
+        ("name", ["x"]),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(folder: Path, key: str, value: Any) -> None:
+    path = folder / "manifest.json"
+    manifest = edited(json.loads(path.read_text()), key, lambda holder, last: holder.__setitem__(last, value))
+    path.write_text(json.dumps(manifest))
+    assert "is damaged" in refusal(path, open_dataset, folder, VOCABULARY, "sizes")
+
+
+def test_keys_that_are_not_known_stay(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"licence": ["CC0"]}
+    manifest["splits"]["train"]["shards"][0]["quality"] = 3
+    path.write_text(json.dumps(manifest))
+    assert open_dataset(folder, VOCABULARY).manifest == manifest
+
+
 # --- a shard that grows -------------------------------------------------------------------------------------
 
 

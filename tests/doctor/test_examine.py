@@ -232,6 +232,7 @@ def cgroup(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(machine, "CGROUP", folder)
+    monkeypatch.setattr("restomod.device.CGROUP", folder)
 
 
 def test_a_containers_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

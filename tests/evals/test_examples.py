@@ -183,7 +183,7 @@ def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     raw = pyarrow.array([b"a", b"caf\xe9"], type=pyarrow.binary())
     text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"query": text}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: cannot read it .*utf-8"):
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: .*utf-8"):
         read_examples(tmp_path / "a.parquet", own)
 
 
@@ -193,5 +193,54 @@ def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder; name a file"):
         read_examples(tmp_path, own)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"a\.parquet: cannot read it"):
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: "):
         read_examples(tmp_path / "a.parquet", own)
+
+
+def test_a_page_of_parquet_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"query": ["a question"], "choices": [["this", "that"]], "gold": [1]})
+    as_is = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, **as_is)
+    assert read_examples(path, own)[0].contexts == ("a question",) * 2
+    path.write_bytes(path.read_bytes().replace(b"a question", b"a quession", 1))
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: .*CRC"):
+        read_examples(path, own)
+
+
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "a\\ud800", "choices": ["\\udfff", "b"], "gold": 0}\n')
+    (example,) = read_examples(path, own)
+    assert (example.contexts[0], example.choices) == ("a\ufffd", ("\ufffd", "b"))
+
+
+@pytest.mark.parametrize("head", ['{"query":"', "", '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'])
+def test_a_giant_line_is_refused_without_being_held(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "a.jsonl"
+    with gzip.open(path, "wb", compresslevel=1) as f:
+        f.write(head.encode())
+        for _ in range(100):
+            f.write(b"a" * 2**20)
+    with pytest.raises(UserError, match=r"a\.jsonl, line \d: .*(longer|not JSON)"):
+        read_examples(path, own)
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"a":' * 100_000, '{"gold": ' + "9" * 5000 + "}", "\0" * 100, "5", '"x"']
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
+        read_examples(path, own)
+
+
+def test_too_many_examples_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restomod.evals.examples.MOST_EXAMPLES", 3)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
+    assert len(read_examples(path, own)) == 3
+    path.write_text(path.read_text() + path.read_text())
+    with pytest.raises(UserError, match=r"line 4: .*at most 3 examples"):
+        read_examples(path, own)

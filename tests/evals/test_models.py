@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from restomod.config import ModelConfig
@@ -106,9 +108,25 @@ def test_a_folder_is_opened_as_what_it_is(folder: Path, tmp_path: Path) -> None:
 
 def test_what_transformers_cannot_load_is_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="transformers cannot load it") as caught:
         open_language_model(str(tmp_path), CPU, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"n_layer": 10**9}, {"n_layer": 300}, {"n_embd": 10**8}, {"vocab_size": 10**8}, {"n_positions": 10**9}],
+)
+def test_transformers_builds_no_model_that_does_not_fit_its_tensors(
+    folder: Path, tmp_path: Path, values: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation_function": "relu"} | values))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        open_language_model(str(tmp_path / "model"), CPU, torch.float32)
 
 
 def test_another_vocabulary_is_refused() -> None:

@@ -47,13 +47,18 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (OWN.replace("watts = 400\n", ""), "offer 2 needs a price, or else both"),
         (OWN + "price = 1\n", "offer 2 needs a price, or else both"),
         (WHOLE + "prise = 1\n", "offer 2 has an unknown key 'prise'; did you mean 'price'?"),
-        (WHOLE.replace("1.5", '"1.5"'), "offer 2: price is '1.5', which is of the wrong type"),
-        (WHOLE.replace("1.5", "-1"), "offer 2: price is -1; it must be 0 or more"),
-        (WHOLE.replace("1.5", "nan"), "offer 2: price is nan"),
-        (WHOLE.replace("gpus = 2", "gpus = 0"), "offer 2: gpus is 0; it must be 1 or more"),
-        (WHOLE.replace("gpus = 2", "gpus = true"), "offer 2: gpus is True"),
-        (WHOLE.replace("2026-01-02", '"today"'), "offer 2: date is 'today'"),
+        (WHOLE.replace("1.5", '"1.5"'), "offer 2: price should be a valid number, not '1.5'"),
+        (WHOLE.replace("1.5", "-1"), "offer 2: price should be greater than or equal to 0, not -1"),
+        (WHOLE.replace("1.5", "nan"), "offer 2: price"),
+        (WHOLE.replace("gpus = 2", "gpus = 0"), "offer 2: gpus should be greater than or equal to 1, not 0"),
+        (WHOLE.replace("gpus = 2", "gpus = true"), "offer 2: gpus should be a valid integer, not True"),
+        (WHOLE.replace("2026-01-02", '"today"'), "offer 2: date"),
         ("[[", "not valid TOML"),
+        (WHOLE.replace("gpus = 2", "gpus = " + "[" * 100_000), "not valid TOML"),
+        (WHOLE.replace("1.5", "9" * 400), "offer 2: price"),
+        (OWN.replace("400", "1e308"), "offer 2: watts"),
+        (WHOLE.replace("gpus = 2", "gpus = 1000000000000"), "offer 2: gpus"),
+        ("#" * 2_000_000, "is too large"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
@@ -68,6 +73,11 @@ def test_a_file_of_something_else(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=r"has to hold .*offer.* entries"):
         read_offers(file)
+
+
+def test_a_device_is_refused() -> None:
+    with pytest.raises(UserError, match="/dev/zero is a device"):
+        read_offers(Path("/dev/zero"))
 
 
 def test_no_file(tmp_path: Path) -> None:

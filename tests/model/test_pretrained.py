@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LM
 from restomod.config import ModelConfig
 from restomod.errors import UserError
 from restomod.model.flops import parameter_count
-from restomod.model.gpt import GPT
+from restomod.model.gpt import GPT, build_model
 from restomod.model.pretrained import (
     canonical_names,
     hf_tensors,
@@ -363,8 +365,52 @@ def test_loading_does_not_touch_the_padding_nor_the_tensors_given(reference: GPT
 
 def test_a_config_that_asks_for_more_than_there_is_takes_no_memory(folder: Path) -> None:
     """Found out before the weights are allocated: 10^15 bytes would be refused by the machine, or kill it."""
-    change_config(folder, n_embd=2 * 10**5, n_positions=10**9)
+    change_config(folder, n_embd=2 * 10**5, n_positions=2 * 10**8)
     with pytest.raises(UserError, match=r"model\.safetensors does not fit its config\.json"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_layer": 10**9},
+        {"n_layer": 4000},
+        {"n_layer": 10**400},
+        {"n_embd": 10**9},
+        {"vocab_size": 10**9},
+        {"n_layer": [2]},
+        {"n_head": "2"},
+        {"n_positions": -1},
+        {"model_type": "restomod", "n_layer": 2, "mlp": 5},
+        {"model_type": "llama", "num_hidden_layers": 10**9, "num_attention_heads": 2},
+        {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "rope_parameters": [1]},
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_before_a_model_is_built(
+    folder: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restomod.model.pretrained.GPT", None)
+    change_config(folder, **values)
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        load_model(folder, CPU)
+
+
+def test_a_fresh_model_that_needs_more_memory_than_is_free_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restomod.model.gpt.available_bytes", lambda device: 10**6)
+    with pytest.raises(MemoryError, match=r"need 0\.5 GB"):
+        build_model(ModelConfig(), 0, CPU)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_damaged_header_of_safetensors_is_one_line(folder: Path, seed: int) -> None:
+    generator, path = random.Random(seed), folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    for _ in range(3):
+        at = generator.randrange(8 + length)
+        content[at : at + generator.choice((0, 1, 4))] = generator.randbytes(generator.choice((0, 1, 4)))
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
         load_model(folder, CPU)
 
 

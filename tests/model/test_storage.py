@@ -148,13 +148,15 @@ def test_a_shard_is_a_file_beside_its_index(tmp_path: Path, name: str) -> None:
     folder.mkdir()
     save_file(TENSORS, tmp_path / "model.safetensors")
     write_index(folder, {"a": name})
-    assert refusal(folder) == (f"model.safetensors.index.json is damaged: {name!r} is not the name of a file beside it")
+    assert refusal(folder).startswith("model.safetensors.index.json is damaged: ")
+    assert repr(name) in refusal(folder)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "a", 5, {"a": 1}, {"a": None}, {"a": ["b"]}])
 def test_an_index_without_a_map_to_files_is_refused(tmp_path: Path, weight_map: Any) -> None:
     write_index(tmp_path, weight_map)
-    assert "model.safetensors.index.json is damaged: its weight_map should" in refusal(tmp_path)
+    assert refusal(tmp_path).startswith("model.safetensors.index.json is damaged: ")
+    assert "weight_map" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "5", '{"weight_map"'])
@@ -165,7 +167,7 @@ def test_an_index_that_is_no_object_is_refused(tmp_path: Path, content: str) -> 
 
 def test_a_shard_without_a_name_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": ""})
-    assert "'' is not the name of a file" in refusal(tmp_path)
+    assert "should be the name of a file beside it, not ''" in refusal(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(tmp_path: Path) -> None:

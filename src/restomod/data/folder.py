@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from restomod.config_prepare import PrepareConfig
-from restomod.data.manifest import READ
+from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT, READ, Prepared, read_manifest, read_plan, read_unit
 from restomod.data.plan import Unit, describe, kinds_of, plan
 from restomod.data.reading import Reading, joined
-from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, open_dataset
+from restomod.data.shards import SPLITS, Dataset, open_dataset
 from restomod.data.steps import SLURM, WORK, failure_path, hashes_path, record_path
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
-from restomod.json_files import read_json
+from restomod.json_files import checked
 from restomod.locks import FileLock
 from restomod.text import counted
 
@@ -108,6 +108,7 @@ def finished(work: Work) -> Dataset | None:
         raise UserError(
             f"{work.out} holds other data already (other text or settings); choose another folder with --out"
         )
+    checked(dataset.manifest, Prepared, f"{work.out / MANIFEST} is damaged: the manifest of token shards")
     clean(work.out)  # after a kill between the manifest and this
     return dataset
 
@@ -115,12 +116,9 @@ def finished(work: Work) -> Dataset | None:
 def _begun(out: Path) -> dict[str, Any] | None:
     """The plan that was begun, or finished, in a folder; None where there is none."""
     if (out / MANIFEST).exists():
-        manifest = read_json(out / MANIFEST, "manifest of token shards")
-        found = manifest.get("plan") if isinstance(manifest, dict) else None
-    else:
-        path = out / WORK / "plan.json"
-        found = read_json(path, "plan of this folder") if path.exists() else None
-    return found if isinstance(found, dict) and isinstance(found.get("datasets"), dict) else None
+        return read_manifest(out).get("plan")
+    path = out / WORK / "plan.json"
+    return read_plan(path) if path.exists() else None
 
 
 def begin(work: Work) -> None:
@@ -133,7 +131,7 @@ def begin(work: Work) -> None:
     if (out / WORK / SLURM).exists():
         _require_no_jobs(out)
     begun = out / WORK / "plan.json"
-    before = read_json(begun, "plan of this folder") if begun.exists() else None
+    before = read_plan(begun) if begun.exists() else None
     if before is not None and before != description:
         _drop_changed_units(out, before, description)
     if before != description:
@@ -182,7 +180,7 @@ def finish(work: Work) -> Dataset:
     """
     out, description, tokenizer = work.out, work.description, gpt2_tokenizer()
     paths = [record_path(out, unit) for unit in range(len(work.units))]
-    records = [read_json(path, "record of a finished unit") for path in paths]
+    records = [read_unit(path) for path in paths]
     splits = {}
     for split in SPLITS:
         parts = [record["splits"][split] for record in records]

@@ -186,11 +186,11 @@ def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["li
             if text:
                 value, end = decoder.raw_decode(text)
                 rest = text[end:].lstrip(SPACE)
-        except RecursionError:
-            return None
         except json.JSONDecodeError as e:
             if not cut_short(e, text):
                 return None
+        except (RecursionError, ValueError):  # nested too deeply, a number of too many digits
+            return None
         if rest:
             break
         if len(head) > LONGEST_RECORD:
@@ -217,7 +217,7 @@ def _is_element(decoder: json.JSONDecoder, text: str) -> bool:
         return False
     try:
         _, end = decoder.raw_decode(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     return text[end:].lstrip(SPACE)[:1] in (",", "]")
 

@@ -1,41 +1,169 @@
-"""Type checks of a manifest: a damaged one is refused, and its key named."""
+"""What is written about prepared data: manifests, plans and records of units. Types and counts are checked on reading.
+
+Keys that are not known here stay where a manifest is copied.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
 
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
+
+from restomod.errors import UserError
+from restomod.json_files import checked, file_name, read_json
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "restomod-tokens-1"
+MAX_BYTES = 512 * 2**20  # of a manifest: 10 trillion tokens of local files are 900,000 units of work
 READ = "read"  # key of the counts of `restomod.data.reading`; older manifests lack it
+MEND = "delete the folder and prepare it anew"
+
+Count = Annotated[int, Field(ge=0)]
 
 
-def check_types(manifest: dict[str, Any], splits: Iterable[str]) -> None:
-    """Check the types of a manifest's values.
+class Shard(TypedDict):
+    """A file of tokens."""
+
+    file: Annotated[str, AfterValidator(file_name)]
+    tokens: Annotated[int, Field(ge=0, lt=2**31)]  # its header has 32 bits for it
+    sha256: str
+
+
+class Split(TypedDict):
+    """The shards of a split, in order."""
+
+    tokens: Count
+    shards: list[Shard]
+    documents: NotRequired[Count]
+    text_bytes: NotRequired[Count]
+
+
+class Splits(TypedDict):
+    train: Split
+    val: Split
+
+
+class Read(TypedDict, total=False):
+    """As `Reading.to_dict` makes it."""
+
+    files: dict[str, dict[str, Count]]
+    bytes: dict[str, Count]
+    left_out: dict[str, Count]
+    end_of_text_literals: Count
+    separators: Count
+
+
+class UnitPlan(TypedDict):
+    """As `restomod.data.plan.describe` writes a unit."""
+
+    files: list[str]
+    bytes: Count
+    source: str | None
+
+
+def _hub_file(pair: list[Any]) -> list[Any]:
+    if len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not int or pair[1] < 0:
+        raise ValueError("should be an address and a size in bytes")
+    return pair
+
+
+class Plan(TypedDict):
+    """As `restomod.data.plan.describe` makes it."""
+
+    name: str
+    settings: dict[str, str | int | float | bool | None]
+    datasets: dict[str, list[Annotated[list[Any], AfterValidator(_hub_file)]]]
+    units: list[UnitPlan]
+    tokenizer: str
+
+
+class UnitSplit(TypedDict):
+    tokens: Count
+    shards: list[Shard]
+    documents: Count
+    text_bytes: Count
+
+
+class UnitSplits(TypedDict):
+    train: UnitSplit
+    val: UnitSplit
+
+
+class UnitRecord(TypedDict):
+    """What a finished unit holds."""
+
+    splits: UnitSplits
+    documents: Count
+    duplicates: Count
+    read: NotRequired[Read]
+
+
+class Tokenizer(TypedDict):
+    name: str
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """Of a folder of token shards."""
+
+    name: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    documents: Count | None  # None: not known of published shards
+    tokens: Count
+    splits: Splits
+    duplicates: NotRequired[Count]
+    plan: NotRequired[Plan]
+    read: NotRequired[Read]
+
+
+class Prepared(Manifest):
+    """Of a folder that `restomod prepare` has made."""
+
+    documents: Count  # type: ignore[misc]
+    duplicates: Count  # type: ignore[misc]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of token shards, with all its keys.
 
     Raises:
-        KeyError, TypeError, AttributeError: one is missing or of another type; the first two carry its key.
+        UserError: it is missing, of another format, or damaged: a value has a wrong type, or counts contradict.
     """
-    parts = [manifest["splits"][split] for split in splits]
-    read = manifest.get(READ, {})
-    expected: list[tuple[dict[str, Any], tuple[str, ...], type | tuple[type, ...]]] = [
-        (manifest, ("name", "fingerprint"), str),
-        (manifest, ("tokens",), int),
-        (manifest, ("documents",), (int, type(None))),  # not known of published shards
-        *((part, ("tokens",), int) for part in parts),
-        *((part, _of(part, "documents", "text_bytes"), int) for part in parts),
-        *((entry, ("tokens",), int) for part in parts for entry in part["shards"]),
-        (manifest, _of(manifest, "duplicates"), int),
-        (manifest, _of(manifest, "plan", READ), dict),
-        (read, _of(read, "end_of_text_literals", "separators"), int),
-        *(
-            (counts, tuple(counts), int)
-            for counts in (read.get("left_out", {}), read.get("bytes", {}), *read.get("files", {}).values())
-        ),
-    ]
-    for part, keys, kind in expected:
-        for key in keys:
-            if not isinstance(part[key], kind) or isinstance(part[key], bool):
-                raise TypeError(key)
+    path = folder / MANIFEST
+    manifest = read_json(path, "manifest of token shards", max_bytes=MAX_BYTES)
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT!r}; {MEND}")
+    try:
+        checked(manifest, Manifest, f"{path} is damaged: the manifest of token shards")
+    except UserError as e:
+        raise UserError(f"{e}; {MEND}") from None
+    parts = {name: manifest["splits"][name] for name in Splits.__annotations__}
+    sums = [(f"splits.{name}.tokens", part["tokens"], part["shards"]) for name, part in parts.items()]
+    for key, tokens, summed in [*sums, ("tokens", manifest["tokens"], parts.values())]:
+        if tokens != (total := sum(part["tokens"] for part in summed)):
+            raise UserError(f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {MEND}")
+    return manifest
 
 
-def _of(part: dict[str, Any], *keys: str) -> tuple[str, ...]:
-    return tuple(key for key in keys if key in part)
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan that was begun in a folder, with all its keys; raises UserError where it is damaged."""
+    plan = read_json(path, "plan of this folder", max_bytes=MAX_BYTES)
+    checked(plan, Plan, f"{path} is damaged: the plan of this folder")
+    assert isinstance(plan, dict)
+    return plan
+
+
+def read_unit(path: Path) -> dict[str, Any]:
+    """The record of a finished unit.
+
+    Raises:
+        UserError: it is damaged; without it, the unit is done again.
+    """
+    try:
+        record: dict[str, Any] = read_json(path, "record of a finished unit", UnitRecord)
+    except UserError as e:
+        raise UserError(f"{e}; delete this file and run the same command again") from None
+    return record

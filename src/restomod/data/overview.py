@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from restomod.config_prepare import PrepareConfig
+from restomod.data.manifest import MANIFEST
 from restomod.data.plan import BUILT_IN
 from restomod.data.prepare import open_tokens
 from restomod.data.reading import told_lines
-from restomod.data.shards import MANIFEST, Dataset, TokenStream
+from restomod.data.shards import Dataset, TokenStream
 from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.text import counted
@@ -81,7 +82,7 @@ def _origin(manifest: dict[str, Any]) -> Iterator[str]:
         f"--{k.replace('_', '-')}" + ("" if v is True else f" {quote(str(v))}") for k, v in sorted(changed.items())
     ]
     named = [*plan["datasets"], *sorted({u["source"] for u in plan["units"] if u["source"] in BUILT_IN})]
-    origin = ", ".join(named) or f"{files[0]}{' …' if len(files) > 1 else ''}"
+    origin = ", ".join([*named, *files[: not named]]) + (" …" if len(files) > 1 and not named else "")
     in_files = f" ({counted(len(files), 'file')})" if files else ""
     yield f"made of {origin}{in_files}" + (f" with {' '.join(flags)}" if flags else "")
 

@@ -17,11 +17,11 @@ from types import FrameType
 
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.data.folder import begin, drop_temporaries, finish, finished, locked, planned, unfinished
+from restomod.data.manifest import MANIFEST, read_unit
 from restomod.data.reading import told_lines
-from restomod.data.shards import MANIFEST, Dataset
+from restomod.data.shards import Dataset
 from restomod.data.steps import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
 from restomod.errors import UserError
-from restomod.json_files import read_json
 from restomod.text import counted
 
 PROGRESS_SECONDS = 2.0
@@ -107,7 +107,7 @@ def prepare_and_report(
     else:
         dataset = prepare_folder(sources, config, out, workers, report, engine)
     seconds, manifest = time.perf_counter() - start, dataset.manifest
-    duplicates = f", {manifest['duplicates']:,} duplicates left out" if manifest["duplicates"] else ""
+    duplicates = f", {n:,} duplicates left out" if (n := manifest["duplicates"]) else ""
     report(f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens{duplicates}")
     for split, part in manifest["splits"].items():
         report(f"  {split:<6}{part['tokens']:,} tokens in {counted(len(part['shards']), 'shard')}")
@@ -155,8 +155,8 @@ def _progress(out: Path, units: int, report: Callable[[str], None]) -> Iterator[
 def _tokens(out: Path, units: int) -> list[int]:
     """The tokens of each finished unit."""
     paths = (record_path(out, unit) for unit in range(units))
-    records = [read_json(path, "record of a finished unit") for path in paths if path.exists()]
-    return [sum(split["tokens"] for split in record["splits"].values()) for record in records]
+    records = [read_unit(path)["splits"] for path in paths if path.exists()]
+    return [splits["train"]["tokens"] + splits["val"]["tokens"] for splits in records]
 
 
 @contextlib.contextmanager

@@ -80,7 +80,11 @@ def plan(
             units.append(Unit((), 0, source))
             continue
         if _on_hub(source):
-            found = pinned.get(source) or _dataset(source, config)
+            repository = DATASETS.get(source, (source.removeprefix(HUB).removeprefix(PRETOKENIZED),))[0]
+            before = pinned.get(source, [])
+            if not all(address.startswith(f"{SCHEME}{repository}@") for address, _ in before):
+                before = []  # a received folder does not say what is read
+            found = before or _dataset(source, config)
             units += [Unit((address,), size, source) for address, size in found]
             continue
         path = Path(source)

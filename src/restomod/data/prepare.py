@@ -21,13 +21,11 @@ import numpy as np
 from restomod.config import DataConfig
 from restomod.data.bulk import BulkEncoder
 from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, SplitHash, pieces, split_hash
-from restomod.data.manifest import READ
+from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT, READ
 from restomod.data.mix import mix
 from restomod.data.published import open_published
 from restomod.data.reading import Reading
 from restomod.data.shards import (
-    MANIFEST,
-    MANIFEST_FORMAT,
     SHARD_TOKENS,
     SPLITS,
     Dataset,

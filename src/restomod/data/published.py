@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from restomod.data.shards import MANIFEST, MANIFEST_FORMAT, SPLITS, Dataset, ShardFile, TokenStream, open_shard
+from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
+from restomod.data.shards import SPLITS, Dataset, ShardFile, TokenStream, open_shard
 from restomod.errors import UserError
 
 

@@ -7,6 +7,7 @@ Files are read as streams: memory holds a record or some rows, or a part of a lo
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import itertools
 import json
@@ -32,7 +33,7 @@ from restomod.data.streams import (
     open_stream,
     refuse_zeros,
 )
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 
 LONG_TEXT = 8_000_000  # bytes: a plain file that is longer is not held in memory
 PARQUET_ROWS = 256  # read at once, at most,
@@ -130,9 +131,14 @@ def _checked(path: Path, where: Callable[[], str], column: str, text: Any) -> st
         return ""
     if not isinstance(text, str):
         raise UserError(f"{path}, {where()}: {column!r} should be text, not {text!r:.40}")
+    return without_surrogates(text)
+
+
+def without_surrogates(text: str) -> str:
+    """Text with U+FFFD for each half of a surrogate pair, which JSON can say; as tiktoken reads it."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say: U+FFFD, as with tiktoken
+    except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
@@ -220,28 +226,39 @@ def _text_of_line(path: Path, line: bytes, column: str, place: Callable[[], int]
 
 
 def _parquet(path: Path, column: str, span: Span | None, compressed: bool) -> Iterator[Document]:
+    with open_parquet(path, compressed) as file:
+        names = list(file.schema_arrow.names)
+        if column not in names:
+            raise _no_column(str(path), "column", column, names)
+        for group, number in _row_groups(file.metadata, span):
+            rows = _rows_at_once(path, file.metadata.row_group(group), column, number)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
+                for value in batch.column(0):
+                    number += 1
+                    text = _text_of_row(path, value, column, number)
+                    if text:
+                        yield Document(f"{path}, row {number}", text)
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path, compressed: bool) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile` that verifies the checksums of pages where there are some.
+
+    Raises:
+        UserError: whatever goes wrong with it before it is closed.
+    """
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} is a Parquet file: pip install pyarrow") from None
     try:
-        with open_stream(path) if not compressed else _decompressed(path) as f:
-            file = pyarrow.parquet.ParquetFile(f, buffer_size=READ_BYTES)  # else a group's column is read whole
-            names = list(file.schema_arrow.names)
-            if column not in names:
-                raise _no_column(str(path), "column", column, names)
-            for group, number in _row_groups(file.metadata, span):
-                rows = _rows_at_once(path, file.metadata.row_group(group), column, number)
-                for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
-                    for value in batch.column(0):
-                        number += 1
-                        text = _text_of_row(path, value, column, number)
-                        if text:
-                            yield Document(f"{path}, row {number}", text)
-    except (pyarrow.ArrowException, OSError, EOFError) as e:
-        said = str(e).split("\n")[0].rstrip(".")
-        raise UserError(f"{path} is damaged: {said or 'not a Parquet file'}; get it again") from None
+        with _decompressed(path) if compressed else open_stream(path) as f:
+            # without a buffer, a group's column is read whole
+            yield pyarrow.parquet.ParquetFile(f, buffer_size=READ_BYTES, page_checksum_verification=True)
+    except UserError:
+        raise
+    except Exception as e:  # of a damaged file pyarrow raises errors of many kinds, of names UnicodeDecodeError
+        raise UserError(f"{path} is damaged: {one_line(e).rstrip('.')}; get it again") from None
 
 
 def _decompressed(path: Path) -> IO[bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from restomod.data.documents import AnyDocument, Document, LongDocument
 from restomod.data.kinds import Look, ending
-from restomod.data.manifest import READ
+from restomod.data.manifest import READ, Read
 from restomod.data.tokenizer import END_OF_TEXT_LITERAL
 from restomod.text import counted
 
@@ -77,7 +77,8 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for record in records:
         for key, value in record.items():
-            whole[key] = _sum(whole.get(key), value)
+            if key in Read.__annotations__:  # others may be of any type
+                whole[key] = _sum(whole.get(key), value)
     return whole
 
 

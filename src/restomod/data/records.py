@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from restomod.data.kinds import LONGEST_RECORD, SPACE, cut_short
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 
 NOT_SPACE = re.compile(f"[^{SPACE}]")
 OF_ITS_OWN = "put this document into a plain text file of its own, which may have any size"
@@ -91,8 +91,8 @@ def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> 
             if cut_short(e, text.held) and text.more():
                 continue
             raise UserError(f"{path}, {text.where()}: record {n} is not JSON ({e.msg})") from None
-        except RecursionError as e:
-            raise UserError(f"{path}, {text.where()}: record {n} is not JSON ({e})") from None
+        except (RecursionError, ValueError) as e:
+            raise UserError(f"{path}, {text.where()}: record {n} is not JSON ({one_line(e)})") from None
         text.at = end
         assert isinstance(value, dict)  # it begins with a brace
         return value

@@ -19,19 +19,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restomod.data.manifest import check_types
+from restomod.data.manifest import MANIFEST, MEND, read_manifest
 from restomod.data.verified import changed_file
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.files import require_regular, sha256_file
-from restomod.json_files import read_json
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
 SPLITS = ("train", "val")
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = "restomod-tokens-1"
 MAPPED_AT_ONCE = 128  # of a stream; each map holds a file descriptor, of which a process has 1,024 by default
 
 Verify = Literal["sizes", "changed", "all"]
@@ -80,10 +77,7 @@ class _OpenShard:
         self._temporary.unlink(missing_ok=True)
 
 
-_MEND = "delete the folder and prepare it anew"
-
-
-def open_shard(path: Path, mend: str = _MEND) -> np.ndarray:
+def open_shard(path: Path, mend: str = MEND) -> np.ndarray:
     """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
 
     Args:
@@ -95,7 +89,7 @@ def open_shard(path: Path, mend: str = _MEND) -> np.ndarray:
     """
     require_regular(path)
     if path.suffix == ".npy":
-        return _open_npy(path)
+        return open_npy(path, np.uint16, mend)
     try:
         with open(path, "rb") as f:
             start = f.read(HEADER_BYTES)
@@ -174,7 +168,7 @@ class ShardFile:
         path = self.folder / self.name
         tokens = open_shard(path)
         if len(tokens) != self.tokens:
-            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {_MEND}")
+            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {MEND}")
         if random_reads:
             _expect_random_reads(tokens)
         return tokens
@@ -289,23 +283,19 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
     Raises:
         UserError: the manifest is missing, damaged or made with another tokenizer; a shard is missing or altered.
     """
-    manifest = read_json(folder / MANIFEST, "manifest of token shards")
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise UserError(f"{folder / MANIFEST} is not a manifest of format {MANIFEST_FORMAT!r}; {_MEND}")
-    try:
-        check_types(manifest, SPLITS)
-        made_with = manifest["tokenizer"]["sha256"]
-        if made_with != tokenizer_sha256:
-            raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {_MEND}")
-        entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
-        hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
-        train, val = (_open_split(folder, entries[split]) for split in SPLITS)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder / MANIFEST} is damaged: {e.args[0]!r} is missing or wrong; {_MEND}") from None
+    manifest = read_manifest(folder)
+    made_with = manifest["tokenizer"]["sha256"]
+    if made_with != tokenizer_sha256:
+        raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {MEND}")
+    entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
+    hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
+    if len(hashes) < sum(map(len, entries.values())):
+        raise UserError(f"{folder / MANIFEST} is damaged: it names a shard twice; {MEND}")
+    train, val = (_open_split(folder, entries[split]) for split in SPLITS)
     if verify != "sizes":
         changed = changed_file(folder, hashes, remember=verify == "changed")
         if changed:
-            raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {_MEND}")
+            raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {MEND}")
     return Dataset(folder, manifest, train, val)
 
 
@@ -316,15 +306,19 @@ def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
     return TokenStream(shards)
 
 
-def _open_npy(path: Path) -> np.ndarray:
-    """Map a shard that is a one-dimensional array of uint16."""
+def open_npy(path: Path, dtype: type[np.generic], mend: str) -> np.ndarray:
+    """Map a file of NumPy that holds one row of numbers, shape (n,), without reading them.
+
+    Raises:
+        UserError: it is missing or damaged, or holds something else; the message ends with ``mend``.
+    """
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise UserError(f"{path} is damaged: {e}; get it again") from None
-    if not isinstance(tokens, np.ndarray):
-        tokens.close()
-        raise UserError(f"{path} is an archive of arrays (.npz), not one row of uint16 tokens")
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, not a row of uint16 tokens")
-    return tokens
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:  # of many kinds: its header is Python's source
+        raise UserError(f"{path} is damaged: {one_line(e)}; {mend}") from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise UserError(f"{path} is an archive of arrays (.npz), not one row of numbers; {mend}")
+    if array.dtype != dtype or array.ndim != 1:
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not a row of {dtype.__name__}; {mend}")
+    return array

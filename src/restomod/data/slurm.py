@@ -107,7 +107,7 @@ def _raise_failure(work: Work) -> None:
     """Raise what a job left behind when it could not prepare its unit, once: the next command submits it again."""
     failures = sorted((work.out / WORK).glob("failed_*.json"))
     if failures:
-        error = read_json(failures[0], "failure of a job")["error"]
+        error = read_json(failures[0], "failure of a job", dict[str, str]).get("error", "no reason is given")
         for path in failures:
             path.unlink()
         raise UserError(f"{error} (mend it and run the same command again, which submits what is left)")

@@ -23,7 +23,7 @@ from restomod.data.plan import PRETOKENIZED, Unit, unit_documents
 from restomod.data.prepare import encoded, write_by_position
 from restomod.data.pretokenized import fetch_shard
 from restomod.data.reading import Reading
-from restomod.data.shards import SPLITS, ShardWriter
+from restomod.data.shards import SPLITS, ShardWriter, open_npy
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, write_json_atomically
@@ -100,9 +100,19 @@ def _keep(out: Path, unit: int) -> Path:
     return out / WORK / f"keep_{unit:05d}.npy"
 
 
+def _load(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """What a step before has written for each document of a unit, (n,).
+
+    Raises:
+        UserError: it is damaged.
+    """
+    values = open_npy(path, dtype, "delete this file and run the same command again")
+    return np.asarray(values)
+
+
 def choose_first_occurrences(out: Path, units: int) -> None:
     """Write for every unit which of its documents are the first of their text, in the order of the units."""
-    hashes = [np.load(hashes_path(out, unit)) for unit in range(units)]
+    hashes = [_load(hashes_path(out, unit), np.uint64) for unit in range(units)]
     first = np.zeros(sum(map(len, hashes)), dtype=bool)
     first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
     for unit, keep in enumerate(np.split(first, np.cumsum([len(h) for h in hashes])[:-1])):
@@ -161,7 +171,7 @@ class PrepareUnit(UnitStep):
         counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates", "all")}
         documents: Iterator[AnyDocument]
         documents = map(reading.count, unit_documents(self.units[unit], config, self.downloads(unit), reading))
-        hashes = np.load(hashes_path(self.out, unit)).tolist() if config.dedup else None
+        hashes = _load(hashes_path(self.out, unit), np.uint64).tolist() if config.dedup else None
         if len(self.units) == 1:
             head = list(islice(documents, 2))
             if len(head) == 1:  # nothing to delimit: written bare, and validation is its tail
@@ -170,7 +180,7 @@ class PrepareUnit(UnitStep):
                 counts["all"]["documents"] = 1  # a part of it in each split
                 return counts, reading.to_dict()
             documents = chain(head, documents)
-        keep = np.load(_keep(self.out, unit)).tolist() if config.dedup else None
+        keep = _load(_keep(self.out, unit), np.bool_).tolist() if config.dedup else None
         held_out = config.val_fraction * 2**64
         for place, (h, parts) in enumerate(encoded(documents, encoder, config.split_seed, hashes, ANEW)):
             split = "val" if h < held_out else "train"

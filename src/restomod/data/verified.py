@@ -56,7 +56,6 @@ def _seen(path: str | Path, sha256: str) -> Seen:
 
 def _read(folder: Path) -> dict[str, Seen]:
     with contextlib.suppress(UserError):  # absent or damaged: nothing is known
-        found = read_json(folder / VERIFIED, "record of verified shards")
-        if isinstance(found, dict):
-            return found
+        found: dict[str, Seen] = read_json(folder / VERIFIED, "record of verified shards", dict[str, list[int | str]])
+        return found
     return {}

@@ -15,7 +15,16 @@ import torch
 from packaging.requirements import Requirement
 
 from restomod.config import Device, Precision, RunConfig
-from restomod.device import TESTED_TORCH, choose_device, choose_dtype, describe_device, torch_release, total_memory
+from restomod.device import (
+    CGROUP,
+    TESTED_TORCH,
+    available_bytes,
+    choose_device,
+    choose_dtype,
+    describe_device,
+    torch_release,
+    total_memory,
+)
 from restomod.doctor.speed import Rates, matmul_rates
 from restomod.errors import UserError
 from restomod.model.flops import parameter_count
@@ -26,7 +35,6 @@ from restomod.train.sanity import Verdict
 PACKAGE = "restomod"
 NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
 CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two AdamW moments
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -131,22 +139,6 @@ def memory(machine: Machine) -> Verdict:
     if free < needed:
         return Verdict(name, "warn", f"{found}, {_gb(least)} with 1; lower --micro-batch")
     return Verdict(name, "pass", found)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a new process could have, within the limits of its container; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    free = []
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-        limit = int((CGROUP / "memory.max").read_text())
-        free.append(limit - int((CGROUP / "memory.current").read_text()))
-    return min(free) if free else None
 
 
 def threads(machine: Machine) -> Verdict:

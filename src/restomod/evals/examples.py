@@ -5,8 +5,6 @@ A function of this file turns a record into an `Example`; which one is said by t
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from restomod.data.kinds import look
+from restomod.data.readers import open_parquet, without_surrogates
 from restomod.data.records import json_objects
-from restomod.data.streams import chunks, decoded
-from restomod.errors import UserError, one_line
+from restomod.data.streams import compression_of, decoded, guarded, open_stream
+from restomod.errors import UserError, one_line, shortened
+from restomod.json_files import parse_json
 
 Record = dict[str, Any]
 
+LONGEST_LINE = 16_000_000  # bytes
+MOST_EXAMPLES, MOST_CHARACTERS = 500_000, 250_000_000  # of a file: what fits into memory
+ROWS_AT_ONCE = 256
 POSSESSIVE = ("my", "his", "her", "our", "their")
 LOWERED = ("A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their")
 KINDS = {str: "text", list: "a list", dict: "an object", (int, str): "a whole number"}
@@ -52,31 +55,42 @@ def read_examples(path: Path, example: Callable[[Record, str], Example]) -> list
     Raises:
         UserError: the file is missing or damaged, or a record is not as it should be; its line (row) is named.
     """
-    examples = []
+    examples, characters = [], 0
     kind = look(path).kind
     for where, record in {"Parquet": _parquet, "JSON": _json}.get(kind, _json_lines)(path):
         try:
             examples.append(_checked(example(record, where)))
         except _Wrong as e:
             raise UserError(f"{where}: {e}") from None
+        characters += sum(map(len, (*examples[-1].contexts[:1], *examples[-1].choices)))
+        if len(examples) > MOST_EXAMPLES or characters > MOST_CHARACTERS:
+            raise UserError(
+                f"{where}: a task's file holds at most {MOST_EXAMPLES:,} examples and {MOST_CHARACTERS:,} characters"
+            )
     if not examples:
         raise UserError(f"{path} is empty: it holds no examples")
     return examples
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    lines = b"".join(chunks(path)).removeprefix(codecs.BOM_UTF8).splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not JSON ({e}); a task's file has one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(f'{where}: should be an object such as {{"query": …, "choices": […], "gold": 0}}')
-        yield where, record
+    number = 0
+    with open_stream(path) as f:
+        for line in guarded(path, iter(lambda: f.readline(LONGEST_LINE + 1), b"")):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{where}: it is longer than {LONGEST_LINE:,} bytes")
+            if not line.strip():
+                continue
+            try:
+                record = parse_json(line)
+            except ValueError as e:
+                raise UserError(
+                    f"{where}: not JSON ({one_line(e)}); a task's file has one JSON object a line"
+                ) from None
+            if not isinstance(record, dict):
+                raise UserError(f'{where}: should be an object such as {{"query": …, "choices": […], "gold": 0}}')
+            yield where, record
 
 
 def _json(path: Path) -> Iterator[tuple[str, Record]]:
@@ -85,17 +99,12 @@ def _json(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path} is a Parquet file: pip install pyarrow") from None
-    try:
-        records = pyarrow.parquet.read_table(pyarrow.BufferReader(b"".join(chunks(path)))).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read it ({one_line(e)})") from None
-    for number, record in enumerate(records, 1):
-        yield f"{path}, row {number}", record
+    number = 0
+    with open_parquet(path, compression_of(path) is not None) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", record
 
 
 def _checked(example: Example) -> Example:
@@ -115,8 +124,8 @@ def _get(record: Record, kind: Any, *names: str) -> Any:
             value = record[name]
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise _Wrong(f"{name!r} should be {KINDS[kind]}, not {value!r:.40}")
-            return value
-    there = ", ".join(map(repr, record)) or "no fields"
+            return without_surrogates(value) if isinstance(value, str) else value
+    there = ", ".join(shortened(repr(key)) for key in list(record)[:20]) or "no fields"
     raise _Wrong(f"has no {' or '.join(map(repr, names))}; it has {there}")
 
 
@@ -136,7 +145,7 @@ def _texts(record: Record, *names: str) -> tuple[str, ...]:
             raise _Wrong(f"choice {i} should be text, not {value!r:.40}")
     if len(values) < 2:
         raise _Wrong(f"has {len(values)} choices; a question needs two or more")
-    return tuple(values)
+    return tuple(map(without_surrogates, values))
 
 
 def _question(context: str, choices: tuple[str, ...], gold: int, where: str) -> Example:

@@ -11,7 +11,6 @@ from pathlib import Path
 from restomod.config import RunConfig
 from restomod.config_model import ModelConfig
 from restomod.evals.references import LLAMA, LR_STUDY, is_fineweb_edu, references
-from restomod.json_files import read_json
 from restomod.presets import llama_124m, quickstart
 
 NEAR = 0.05  # how far the number of tokens, or tokens per step, may be from those of a published run
@@ -77,8 +76,9 @@ def _is_known_other(config: RunConfig) -> bool:
     path = Path(config.data.path or "") / "manifest.json"
     if config.data.source != "tokens" or not path.exists():
         return False
-    manifest = read_json(path, "manifest of token shards")
-    return not (isinstance(manifest, dict) and is_fineweb_edu(manifest))
+    from restomod.data.manifest import read_manifest  # with pydantic, which not every plan needs
+
+    return not is_fineweb_edu(read_manifest(path.parent))
 
 
 def _is_quickstart(config: RunConfig) -> bool:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import datetime
-import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from restomod.errors import UserError, did_you_mean
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from restomod.errors import UserError, did_you_mean, one_line, shortened
+from restomod.files import require_regular
+from restomod.json_files import checked
 
 SHIPPED = Path(__file__).with_name("offers.toml")
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "provider": str,
-    "gpu": str,
-    "gpus": int,
-    "price": (int, float),
-    "watts": (int, float),
-    "kwh_price": (int, float),
-    "date": datetime.date,
-    "source": str,
-    "note": str,
-}
-NEEDED = ("provider", "gpu", "gpus", "date", "source")
+MAX_BYTES = 2**20  # of a file of offers
+
+Dollars = Annotated[float, Field(ge=0, le=1e9)]
+
+
+class Entry(TypedDict):
+    """An `[[offer]]` of the file."""
+
+    provider: str
+    gpu: str
+    gpus: Annotated[int, Field(ge=1, le=10**6)]
+    date: datetime.date | datetime.datetime
+    source: str
+    price: NotRequired[Dollars]
+    watts: NotRequired[Dollars]
+    kwh_price: NotRequired[Dollars]
+    note: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,20 @@ def read_offers(path: Path | None = None) -> list[Offer]:
         UserError: it cannot be read, or an entry is not as `offers.toml` explains.
     """
     path = path or SHIPPED
+    require_regular(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as f:
+            content = f.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{path} is too large for a file of offers: more than {MAX_BYTES:,} bytes")
+        tables = tomllib.loads(content.decode("utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot read the offers ({e.strerror}); the ones shipped are {SHIPPED}") from None
-    except ValueError as e:  # of UTF-8, of TOML
-        raise UserError(f"{path}: the offers are not valid TOML ({e}); {SHIPPED} shows how they are written") from None
+    except (ValueError, RecursionError) as e:  # of UTF-8, of TOML
+        why = "nested too deeply" if isinstance(e, RecursionError) else one_line(e)
+        raise UserError(
+            f"{path}: the offers are not valid TOML ({why}); {SHIPPED} shows how they are written"
+        ) from None
     entries = tables.pop("offer", None)
     if tables or not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: it has to hold [[offer]] entries and nothing else; {SHIPPED} shows how")
@@ -61,18 +78,12 @@ def read_offers(path: Path | None = None) -> list[Offer]:
 
 
 def _offer(entry: Any, at: str) -> Offer:
-    if not isinstance(entry, dict):
-        raise UserError(f"{at} is not a table; write [[offer]] above it")
-    for key, value in entry.items():
-        if key not in TYPES:
-            raise UserError(f"{at} has an unknown key {key!r}{did_you_mean(key, TYPES)}")
-        if not isinstance(value, TYPES[key]) or isinstance(value, bool):
-            raise UserError(f"{at}: {key} is {value!r}, which is of the wrong type")
-        if isinstance(value, (int, float)) and not (0 <= value < math.inf and (key != "gpus" or value >= 1)):
-            raise UserError(f"{at}: {key} is {value}; it must be {'1 or more' if key == 'gpus' else '0 or more'}")
-    missing = [key for key in NEEDED if key not in entry]
-    if missing:
-        raise UserError(f"{at} lacks {' and '.join(missing)}")
+    if isinstance(entry, dict):
+        for key in entry.keys() - Entry.__annotations__.keys():
+            raise UserError(
+                f"{at} has an unknown key {shortened(repr(key))}{did_you_mean(key[:80], Entry.__annotations__)}"
+            )
+    checked(entry, Entry, at)
     own = {"watts", "kwh_price"} & entry.keys()
     if ("price" in entry) == bool(own) or len(own) == 1:
         raise UserError(f"{at} needs a price, or else both watts and kwh_price")

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from restomod.config_json import from_dict, to_dict
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
 from restomod.experiments.runs import process_count, started
 from restomod.experiments.space import Method, Value, grid, parse_dimension
-from restomod.files import write_json_atomically
+from restomod.files import require_regular, write_json_atomically
 from restomod.json_files import read_json
 from restomod.locks import FileLock
 
@@ -130,15 +130,26 @@ class Store:
     def _open(self) -> Any:
         import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+
+        from restomod.experiments.sweep_journal import STUDY, CheckedJournal
 
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = self.folder / "journal.jsonl"
-        self._storage = JournalStorage(JournalFileBackend(str(path), lock_obj=_journal_lock(path)))
-        return optuna.create_study(
-            storage=self._storage, study_name="sweep", pruner=self._pruner(), load_if_exists=True, direction="minimize"
-        )
+        require_regular(path)
+        journal = CheckedJournal(path, _journal_lock(path), {d.name: d.distribution() for d in self._dimensions})
+        try:
+            self._storage = JournalStorage(journal)
+            pruner = self._pruner()
+            study = optuna.create_study(storage=self._storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
+        except (UserError, OSError):
+            raise
+        except Exception as e:  # of what Optuna makes of a line
+            raise journal.damaged(one_line(e)) from None
+        runs = {run.name for run in (self.folder / "trials").iterdir() if not run.name.startswith(".")}
+        if lost := sorted(runs - {*journal.names}):
+            raise UserError(f"{path} lacks {lost[0]}, which is in trials/; restore it from a copy, or delete that run")
+        return study
 
     def _pruner(self) -> BasePruner:
         from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
@@ -250,7 +261,7 @@ class Store:
     def _processes(self, name: str, until: float) -> int:
         """With how many processes a trial was trained before a time; 1 where its run does not say so."""
         path = self.folder / "trials" / name / "environment.json"
-        starts = read_json(path, "record of the run's environments") if path.exists() else []
+        starts = read_json(path, "record of the run's environments", list[Any]) if path.exists() else []
         begun = [e for e in starts if isinstance(e, dict) and (started(e) or 0.0) <= until]
         return process_count(begun[-1]) if begun else 1
 

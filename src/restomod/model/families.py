@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from restomod.config import ModelConfig
+from restomod.config_json import from_dict
+from restomod.config_model import LARGEST_OF_MODEL, require_size
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.errors import UserError
 from restomod.model.gpt import GPT, NORM_EPS, stacked_matrices
@@ -210,7 +212,10 @@ def _llama_json(config: ModelConfig, model_type: str = "llama") -> Json:
 
 def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
     heads, layers = _whole(values, "num_attention_heads"), _whole(values, "num_hidden_layers")
+    require_size("num_hidden_layers", layers, most=LARGEST_OF_MODEL["n_layer"])
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise TypeError(f"rope_parameters should be an object, not {rope!r:.40}")
     _expect(
         values,
         {
@@ -227,8 +232,8 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
         f"{model_type} with a head for every query",
     )
     _expect(rope, {"rope_type": ("default",), **dict.fromkeys(rope.keys() - ROPE, (None,))}, model_type)
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float):
+    theta: Any = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float):
         raise TypeError(f"rope_theta should be a number, not {theta!r:.40}")
     return ModelConfig(
         n_layer=layers,
@@ -276,7 +281,8 @@ def _own_config(values: Json) -> ModelConfig:
         raise UserError(f"{', '.join(sorted(unknown))}: not known here; a later release wrote it?")
     for key in SHAPE:
         _whole(values, key)
-    return ModelConfig(**given)
+    config: ModelConfig = from_dict(given, ModelConfig, "the model")
+    return config
 
 
 FAMILIES = {

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restomod.config import ModelConfig
+from restomod.device import available_bytes
 from restomod.model.attention import attention
+from restomod.model.flops import padded_parameters
 
 NORM_EPS = 1e-6  # of RMS norms, as in `transformers`' Llama and Qwen3; layer norms have torch's 1e-5, as GPT-2's
 
@@ -325,7 +327,14 @@ def initial_std(config: ModelConfig, name: str) -> float:
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device) -> GPT:
-    """A freshly initialised model on ``device``."""
+    """A freshly initialised model on ``device``.
+
+    Raises:
+        MemoryError: its weights need more memory than is free; to try could end this process.
+    """
+    needed, free = 4 * padded_parameters(config), available_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(f"its weights need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free")
     with torch.device("meta"):
         model = GPT(config)
     model = model.to_empty(device=device)

@@ -13,21 +13,31 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from restomod.config_model import VOCAB_SIZE
+from restomod.config_model import LARGEST, VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
+from restomod.device import available_bytes
 from restomod.errors import UserError, one_line
-from restomod.json_files import read_json
+from restomod.json_files import checked, read_json
 from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import describe_misfit, load_model, read_model_config, save_tokenizer, wrapper_of
-from restomod.model.storage import refuse_not_finite
+from restomod.model.pretrained import (
+    describe_misfit,
+    load_model,
+    read_model_config,
+    require_size_of,
+    save_tokenizer,
+    wrapper_of,
+)
+from restomod.model.storage import read_tensors, refuse_not_finite
 
 NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
+LARGEST_TOKENIZER = 256 * 2**20  # bytes of its file; those of 256,000 tokens have 32 MB
 MOST_PADDING = 1024  # rows of a vocabulary without a tokenizer that may be padding behind GPT-2's
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json")
 
@@ -51,7 +61,14 @@ class TransformersModel:
         """Tokens of its window."""
         config = self.model.config.get_text_config()
         names = ("n_positions", "max_position_embeddings", "n_ctx")
-        return next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
+        found = next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
+        return int(
+            checked(
+                found,
+                Annotated[int, Field(ge=1, le=LARGEST)],
+                f"{self.model.name_or_path}: config.json: its longest context",
+            )
+        )
 
     @property
     def prefix(self) -> int:
@@ -86,6 +103,7 @@ class TransformersModel:
         """The tokens that end a text."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = self.tokenizer.eos_token_id if named is None else named
+        checked(named, int | list[int] | None, f"{self.model.name_or_path}: generation_config: eos_token_id")
         return set(named) if isinstance(named, list) else {named}
 
     def text_tokens(self) -> Tensor:
@@ -111,7 +129,7 @@ def _another_tokenizer(folder: Path) -> bool:
     whole, simple = folder / "tokenizer.json", folder / "vocab.json"
     if not whole.exists() and not simple.exists():
         return any((folder / name).exists() for name in TOKENIZER_FILES)
-    values = read_json(whole if whole.exists() else simple, "tokenizer")
+    values = read_json(whole if whole.exists() else simple, "tokenizer", max_bytes=LARGEST_TOKENIZER)
     try:
         if whole.exists():
             added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
@@ -160,14 +178,51 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
     transformers: Any = library
     with _quiet(transformers):
         try:
+            _require_possible(transformers, folder)
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
             )
+        except UserError:
+            raise
         except Exception as e:  # of any kind: the files say what is run
             raise UserError(f"{reason}; and transformers cannot load it ({one_line(e)})") from None
         _refuse_misfit(folder, model, loaded)
         tokenizer = _tokenizer(transformers, name, folder, int(model.config.get_text_config().vocab_size))
-    return TransformersModel(model.to(device).eval(), tokenizer)
+    model = model.to(device).eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    except Exception as e:
+        raise UserError(f"{folder}: transformers cannot run this model ({one_line(e)})") from None
+    return TransformersModel(model, tokenizer)
+
+
+def _require_possible(transformers: Any, folder: Path) -> None:
+    """Compare what a config describes with the tensors beside it, before `transformers` builds it.
+
+    Raises:
+        UserError: it has more layers than there are tensors, far more parameters than they hold numbers, or more than
+            memory has room for.
+    """
+    tensors, where = read_tensors(folder)
+    numbers = _numbers(read_json(folder / "config.json", "model's config"))
+    require_size_of(tensors, where, layers=max((value for key, value in numbers if "layer" in key), default=0))
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    require_size_of(tensors, where, parameters=sum(parameter.numel() for parameter in model.parameters()))
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    free = available_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise UserError(f"{folder} needs {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
+
+
+def _numbers(values: Any) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a config and of those within it, with their keys."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if type(value) is int:
+            yield key, value
+        yield from _numbers(value)
 
 
 def _refuse_code(config: Path) -> None:
@@ -211,10 +266,13 @@ def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> A
                     f"it is the tokenizer of another model"
                 )
             if len(found) > len(found.all_special_tokens):
+                found.encode("a text")  # damage shows only then
                 return found
         except UserError:
             raise
-        except Exception as e:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # a panic of tokenizers, which is written in Rust, is no Exception
             problem = f"transformers cannot load its tokenizer ({one_line(e)})"
             if local:
                 raise UserError(f"{name}: {problem}") from None

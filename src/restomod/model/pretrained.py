@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from restomod.config import ModelConfig
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
-from restomod.errors import UserError
+from restomod.errors import UserError, shortened
 from restomod.json_files import read_json
 from restomod.model.families import FAMILIES, HEAD, OtherModel, family_of
+from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite
 
@@ -47,14 +49,13 @@ def read_model_config(folder: Path) -> ModelConfig:
         UserError: it is missing or damaged.
     """
     path = folder / "config.json"
-    values = read_json(path, "model's config")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it should be an object, not {values!r:.40}")
-    if values.get("model_type") not in FAMILIES:
+    values = read_json(path, "model's config", dict[str, Any])
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise OtherModel(f"{path}: model_type is {values.get('model_type')!r}; those of this package are {known}")
+        raise OtherModel(f"{path}: model_type is {shortened(repr(model_type))}; those of this package are {known}")
     try:
-        return FAMILIES[values["model_type"]].from_json(values)
+        return FAMILIES[model_type].from_json(values)
     except UserError as e:
         raise type(e)(f"{path}: {e}") from None
     except TypeError as e:
@@ -151,6 +152,22 @@ def save_tokenizer(folder: Path, **settings: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
 
 
+def require_size_of(tensors: Mapping[str, Tensor], where: Path, layers: int = 0, parameters: int = 0) -> None:
+    """Refuse tensors of a far smaller model than a config describes, before one of that size is built.
+
+    Raises:
+        UserError: there are more layers than tensors, or the parameters are more than 20 times the numbers in them (a
+            number may hold 16 of two bits).
+    """
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    if layers > len(tensors) or parameters > 20 * numbers:
+        described = f"{layers:,} layers" if layers > len(tensors) else f"{parameters:,} parameters"
+        raise UserError(
+            f"{where} does not fit its config.json, which describes {described}: it has {len(tensors):,} tensors with "
+            f"{numbers:,} numbers"
+        )
+
+
 def load_weights(model: GPT, folder: Path) -> None:
     """Read the weights of a model folder into ``model``.
 
@@ -173,9 +190,10 @@ def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
         UserError: the folder does not hold a whole model of a known kind.
     """
     config = read_model_config(folder)
+    tensors, where = read_tensors(folder)
+    require_size_of(tensors, where, config.n_layer, parameter_count(config))
     with torch.device("meta"):
         model = GPT(config)
-    tensors, where = read_tensors(folder)
     values = _fitting(model, tensors, where, finite)  # before memory is taken: a config may say anything
     model = model.to_empty(device=device)
     with torch.no_grad():

@@ -10,18 +10,26 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
+from pydantic import AfterValidator, Field
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from restomod.errors import UserError
-from restomod.json_files import read_json
+from restomod.errors import UserError, one_line
+from restomod.json_files import file_name, read_json
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both
 INDEX_SUFFIX = ".index.json"
+
+
+class Index(TypedDict):
+    """Of weights in several files."""
+
+    weight_map: Annotated[dict[str, Annotated[str, AfterValidator(file_name)]], Field(min_length=1)]
 
 
 def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
@@ -49,15 +57,7 @@ def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
 
 def _shards(index: Path) -> list[str]:
     """The file names in an index's map from tensors to files."""
-    values = read_json(index, "index of the weights")
-    names = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{index} is damaged: its weight_map should map tensors to files")
-    shards = sorted(set(names.values()))
-    for shard in shards:
-        if Path(shard).name != shard or shard in ("", ".."):
-            raise UserError(f"{index} is damaged: {shard!r} is not the name of a file beside it")
-    return shards
+    return sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -96,8 +96,8 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged: {e}") from None
+    except Exception as e:  # of safetensors, of the system, or of torch, for which a header may ask the impossible
+        raise UserError(f"{path} is damaged: {one_line(e)}") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
