@@ -29,6 +29,7 @@ LAYERS = (
         "restomod.figures",
         "restomod.memory",
         "restomod.text",
+        "restomod.terminal",
         "restomod.afterwards",
     ),
     (
