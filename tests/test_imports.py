@@ -30,6 +30,7 @@ LAYERS = (
         "restomod.memory",
         "restomod.text",
         "restomod.terminal",
+        "restomod.private",
         "restomod.afterwards",
     ),
     (
