@@ -33,6 +33,8 @@ LAYERS = (
         "restomod.figures",
         "restomod.memory",
         "restomod.text",
+        "restomod.terminal",
+        "restomod.private",
         "restomod.afterwards",
     ),
     (

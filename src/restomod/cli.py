@@ -33,7 +33,7 @@ from restomod.errors import (
     reported_once,
 )
 from restomod.files import require_outputs
-from restomod.output import guarded, open_missing
+from restomod.output import exact, guarded, open_missing
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
 
@@ -113,7 +113,6 @@ def sample(arguments: list[str]) -> int:
 
     from restomod.samples import choose_prompts, streamed
     from restomod.samples import sample as run
-    from restomod.text import visible
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
     terminal, count = sys.stdout.isatty(), len(prompts) * n
@@ -126,7 +125,7 @@ def sample(arguments: list[str]) -> int:
     for i, text in enumerate(pieces):
         print(f"--- {i + 1} of {count} ---")
         for piece in itertools.chain([prompts[i // n]], text):
-            print(visible(piece) if terminal else piece, end="", flush=True)
+            print(piece, end="", flush=True, file=sys.stdout if terminal else exact(sys.stdout))
         print()
     return 0
 

@@ -91,17 +91,18 @@ def report_writer(out: str | None) -> Callable[[Comparison], None]:
 def as_table(comparison: Comparison, width: int | None = None) -> str:
     """A table of two columns, as wide as the terminal (or ``width`` characters), each pair under its prompt."""
     from rich.box import HORIZONTALS
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=io.StringIO(), width=width or Console().width, highlight=False, force_terminal=False)
+    from restomod.terminal import Terminal
+
+    console = Terminal(file=io.StringIO(), width=width or Terminal().width, highlight=False, force_terminal=False)
     for i, (prompt, *texts) in enumerate(comparison.rows):
         table = Table(box=HORIZONTALS, expand=True, show_header=True, padding=(0, 2, 0, 0))
         for model in comparison.models:
-            table.add_column(Text(visible(model)), ratio=1, overflow="fold")
-        table.add_row(*(Text(visible(text)) for text in texts))
-        console.print(Text(f"{i + 1}. {visible(prompt) or '(a new document)'}"))
+            table.add_column(Text(model), ratio=1, overflow="fold")
+        table.add_row(*(Text(text) for text in texts))
+        console.print(Text(f"{i + 1}. {prompt or '(a new document)'}"))
         console.print(table)
     console.print(Text(comparison.settings))
     return console.file.getvalue()  # type: ignore[attr-defined]

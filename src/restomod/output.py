@@ -1,4 +1,9 @@
-"""How a command ends: errors in one line, and no traceback where standard output or error is closed or full."""
+"""What reaches the terminal: control characters made visible, and errors in one line.
+
+Names, texts and messages come from files, which may be made to do harm. So nothing calls a function to make them
+harmless: within `guarded`, standard output and error are streams that do it with all that is written to them. What
+may write control characters (colours, a progress bar: `restomod.terminal`) writes to the `exact` stream behind.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,8 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 from restomod.errors import (
     EXIT_USER_ERROR,
@@ -18,6 +23,7 @@ from restomod.errors import (
     one_line,
     reason,
 )
+from restomod.text import visible
 
 EXIT_ABORTED = 130
 
@@ -35,6 +41,59 @@ def open_missing() -> None:
         except OSError:
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+class Harmless:
+    """A text stream whose control characters have become `visible`. All else is that of the stream behind it.
+
+    Args:
+        exact: the stream behind it.
+        keep: a control character that is written as it is.
+    """
+
+    def __init__(self, exact: Any, keep: str = "") -> None:
+        self.exact, self._keep = exact, keep
+
+    def write(self, text: str) -> int:
+        parts = text.split(self._keep) if self._keep else [text]
+        self.exact.write(self._keep.join(map(visible, parts)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.exact, name)
+
+
+def exact(stream: Any) -> Any:
+    """The stream behind a `Harmless` one, and behind rich's while a progress bar is shown; else the stream itself."""
+    stream = getattr(stream, "rich_proxied_file", stream)
+    return stream.exact if isinstance(stream, Harmless) else stream
+
+
+def make_harmless() -> None:
+    """From now on, what is printed steers no terminal, whoever prints it."""
+    if sys.stdout is not None and not isinstance(sys.stdout, Harmless):
+        sys.stdout = Harmless(sys.stdout)
+    if sys.stderr is not None and not isinstance(sys.stderr, Harmless):
+        sys.stderr = Harmless(sys.stderr, keep="\r")  # of the progress bars of downloads
+
+
+@contextlib.contextmanager
+def _harmless() -> Iterator[None]:
+    """As `make_harmless`, within."""
+    before = sys.stdout, sys.stderr
+    make_harmless()
+    ours = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:  # what has taken their place within stays: `drop` does so
+        if sys.stdout is ours[0]:
+            sys.stdout = before[0]
+        if sys.stderr is ours[1]:
+            sys.stderr = before[1]
 
 
 def is_open(name: Name) -> bool:
@@ -72,7 +131,7 @@ def complain(line: str) -> None:
     """Print a line to standard error, if that can be."""
     try:
         if is_open("stderr"):  # print() takes None for standard output
-            print(line, file=sys.stderr, flush=True)
+            print(visible(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop("stderr")
 
@@ -100,8 +159,14 @@ def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False,
     Returns:
         What ``work`` does, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper) and is_open("stdout"):
-        sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
+    with _harmless():
+        return _guarded(work, debug, goes_on, needs_less)
+
+
+def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: str) -> int:
+    behind = exact(sys.stdout)
+    if isinstance(behind, io.TextIOWrapper) and is_open("stdout"):
+        behind.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
     try:
         if not goes_on and not is_open("stdout"):
             raise UserError("standard output is closed")
@@ -132,7 +197,7 @@ def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False,
             message = describe_os_error(e)
         else:
             message = str(e) if isinstance(e, UserError) else _cannot_print(failure or e)
-        complain(f"restomod: error: {_printable(' '.join(message.split()))}")
+        complain(f"restomod: error: {' '.join(message.split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         complain("restomod: stopped")
@@ -144,8 +209,3 @@ def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False,
 
 def _cannot_print(e: Exception) -> str:
     return f"standard output cannot be written ({reason(e)})"
-
-
-def _printable(message: str) -> str:
-    """Without control characters: a name that a downloaded file holds must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

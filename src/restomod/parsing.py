@@ -7,15 +7,18 @@ import dataclasses
 import io
 import os
 import re
+import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import tyro
 
 from restomod.config import RunConfig
 from restomod.errors import UserError, shortened
+from restomod.output import exact
 from restomod.presets import with_scaled_warmup
+from restomod.text import visible
 
 Arguments = TypeVar("Arguments")
 
@@ -41,10 +44,14 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
     hidden = [a if is_flag(a) or NUMBER.match(a) or a == "--" else re.sub("^-(?=.)", DASH, a) for a in arguments]
     problem = io.StringIO()
     columns = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(arguments):
+    helps = bool({"-h", "--help"} & set(arguments))
+    if helps:  # tyro prints its own colours, and the values of a run that may come from elsewhere
+        default, program = _changed(default, visible), visible(program)
+    else:
         os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
+    shown_at = contextlib.redirect_stdout(exact(sys.stdout)) if helps else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(problem):
+        with contextlib.redirect_stderr(problem), shown_at:
             parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description="")
     except UserError as e:
         raise UserError(_said(str(e))) from None
@@ -57,7 +64,7 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    shown = parsed if hidden == arguments else _with_dashes(parsed)
+    shown = parsed if hidden == arguments else _changed(parsed, _with_dash)
     _refuse_empty(shown, default)
     return typing.cast(Arguments, shown)
 
@@ -129,15 +136,20 @@ def ignored_by_run(config: RunConfig) -> dict[str, str]:
     return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
 
 
-def _with_dashes(value: Any) -> Any:
-    """A dataclass with the dashes back that `parse` has hidden."""
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A dataclass with every text in it changed."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = {f.name: _with_dashes(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        new = {f.name: _changed(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         changed = {name: v for name, v in new.items() if v != getattr(value, name)}
         return dataclasses.replace(value, **changed) if changed else value
     if isinstance(value, tuple):
-        return tuple(map(_with_dashes, value))
-    return "-" + value[1:] if isinstance(value, str) and value.startswith(DASH) else value
+        return tuple(_changed(part, change) for part in value)
+    return change(value) if isinstance(value, str) else value
+
+
+def _with_dash(text: str) -> str:
+    """A value with the dash back that `parse` has hidden."""
+    return "-" + text[1:] if text.startswith(DASH) else text
 
 
 def _said(message: str) -> str:

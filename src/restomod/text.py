@@ -6,7 +6,13 @@ import html
 import re
 from collections.abc import Callable
 
-CONTROLS = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+CONTROLS = (
+    *range(0x80, 0xA0),  # C1
+    *(0x180E, 0x200B, 0x2028, 0x2029, *range(0x202A, 0x202F)),  # invisible; line separators; order of writing
+    *range(0x2060, 0x2070),  # invisible operators; order of writing
+    *range(0xD800, 0xE000),  # halves of surrogate pairs
+    *(0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB, *range(0xE0000, 0xE0080)),  # invisible: byte-order mark, annotations, tags
+)
 PICTURES = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}  # of ASCII's
 VISIBLE = PICTURES | dict.fromkeys(CONTROLS, 0xFFFD)
 MARKDOWN_MEANING = re.compile(r"[\\`*_\[\]{}|~#$:@]")  # within a line; < > & become entities
@@ -15,10 +21,11 @@ MARKDOWN_MEANING = re.compile(r"[\\`*_\[\]{}|~#$:@]")  # within a line; < > & be
 def visible(text: str) -> str:
     """``text`` with a picture for each control character but line feed and tab: it can steer no terminal.
 
-    What has no picture becomes U+FFFD: the controls that reverse the direction of writing, and halves of surrogate
-    pairs, which stand for bytes of a command line that are not UTF-8 and cannot be written into a file.
+    What has no picture becomes U+FFFD: controls that change the order of writing (U+202E, ...), invisible characters
+    and line separators, and halves of surrogate pairs, which stand for bytes of a command line that are not UTF-8.
+    Kept, because words need them: joiners (Persian, Indic scripts, emoji), left-to-right and right-to-left marks.
     """
-    return text.translate(VISIBLE)
+    return text if text.isprintable() else text.translate(VISIBLE)
 
 
 def markdown_cell(text: str) -> str:

@@ -15,7 +15,7 @@ from restomod.experiments.report_run import page_run
 from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import Run, open_run
 from restomod.files import require_outputs, write_text_atomically
-from restomod.text import visible
+from restomod.private import presentable, presentable_pieces
 
 
 def report(
@@ -52,11 +52,20 @@ def report(
 
 
 def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
-    """What pages are made of; see `restomod.experiments.report_html.as_page`."""
+    """What pages are made of; see `restomod.experiments.report_html.as_page`.
+
+    All text in it is `presentable`, here and nowhere else: without secrets, home folders and control characters.
+    """
     names = labels(runs)
     made = [page_run(run, name, prices) for run, name in zip(runs, names, strict=True)]
-    title = visible(names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}")
-    return {"title": title, "footer": footer(), "runs": made}
+    for run in made:
+        for passage in [*run["examined"].get("best", []), *run["examined"].get("worst", [])]:
+            texts, losses = zip(*passage["tokens"], strict=True) if passage["tokens"] else ((), ())
+            passage["before"], *shown = presentable_pieces([passage["before"], *texts])
+            passage["tokens"] = list(zip(shown, losses, strict=True))
+    title = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    found: dict[str, Any] = presentable({"title": title, "footer": footer(), "runs": made})
+    return found
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

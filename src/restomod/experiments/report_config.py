@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from restomod.config import RunConfig
 from restomod.config_json import to_dict
 from restomod.experiments.runs import Record, Run
 from restomod.presets import PRESETS, is_preset, preset
+from restomod.private import command_without_secrets
+
+KNOWN = (
+    *("restomod", "git_revision", "python", "torch", "platform", "device", "precision", "threads", "processes"),
+    *("command", "started"),
+)
+MISSING = object()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -54,12 +62,18 @@ def describe_model(config: RunConfig) -> str:
 
 
 def environment_rows(environment: Record) -> list[tuple[str, str]]:
-    """Names and values of what a session ran on; a command as one line."""
+    """Names and values of what a session ran on, as `restomod.train.run.environment` writes them, and of nothing else.
+
+    A command stands in one line, without ``--then`` and secrets.
+    """
     rows = []
-    for name, value in environment.items():
+    for name in KNOWN:
+        value = environment.get(name, MISSING)
         if name == "command" and isinstance(value, list) and value:
-            value = " ".join(["restomod" if i == 0 else str(word) for i, word in enumerate(value)])
-        rows.append((str(name).replace("_", " "), "unknown" if value is None else str(value)))
+            words = command_without_secrets([str(word) for word in value[1:]])
+            rows.append((name, " ".join(["restomod", *map(shlex.quote, words)])))
+        elif value is None or isinstance(value, str | int | float):
+            rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
     return rows
 
 

@@ -51,24 +51,37 @@ def as_page(data: dict[str, Any]) -> str:
     Raises:
         UserError: plotly is missing.
     """
-    script = f"{_part('charts.js')}\n{_part('page.js')}"
-    plotly, packed = _plotly()
-    own = "'self'" if data.get("live") else "'none'"
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}' '{_hash(plotly)}'; style-src 'unsafe-inline'; "
-        f"img-src data: blob:; connect-src {own}; "
-        f"base-uri 'none'; form-action 'none'"
-    )
     parts = {
-        "POLICY": policy,
+        "POLICY": policy(bool(data.get("live"))),
         "TITLE": html.escape(str(data["title"])),
         "STYLE": _part("page.css"),
         "DATA": as_json(data),
-        "PLOTLY": packed,
-        "SCRIPT": script,
+        "PLOTLY": _plotly()[1],
+        "SCRIPT": _script(),
     }
     pieces = _part("page.html").split("@")  # no part is looked into: what it holds cannot be taken for a place
     return "".join(parts.get(piece, piece) for piece in pieces)
+
+
+@functools.cache
+def policy(live: bool) -> str:
+    """What a page may do, as its Content-Security-Policy: its two scripts, its own styles, and nothing from elsewhere.
+
+    Args:
+        live: whether it asks the server that it comes from for news.
+
+    Raises:
+        UserError: plotly is missing.
+    """
+    own = "'self'" if live else "'none'"
+    return (
+        f"default-src 'none'; script-src '{_hash(_script())}' '{_hash(_plotly()[0])}'; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; connect-src {own}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _script() -> str:
+    return f"{_part('charts.js')}\n{_part('page.js')}"
 
 
 def _hash(script: str) -> str:

@@ -28,7 +28,7 @@ from restomod.experiments.report_usage import Prices, Usage, amount, flops_text,
 from restomod.experiments.runs import Record, Run
 from restomod.model.flops import parameter_count
 from restomod.presets import preset
-from restomod.text import duration, visible
+from restomod.text import duration
 
 SAMPLED_STEPS = 40  # of which samples are kept
 SAMPLE_CHARACTERS = 4000
@@ -49,8 +49,8 @@ def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> d
     name_of_preset = preset_of(run)
     state, remark = status(run, used, time.time() if now is None else now)
     return {
-        "name": visible(name),
-        "folder": visible(str(run.folder)),
+        "name": name,
+        "folder": str(run.folder),
         "state": state,
         "remark": remark,
         "about": about(run),
@@ -81,10 +81,10 @@ def about(run: Run) -> list[list[str]]:
     return [
         ["Model", describe_model(run.config)],
         ["Parameters", f"{parameter_count(run.config.model):,}"],
-        ["Data", visible(f"{data}, {tokens:,} tokens" if isinstance(tokens, int) else data)],
-        ["Device", visible(", ".join(str(first[key]) for key in ("device", "precision") if first.get(key)))],
-        ["Started", visible(str(first.get("started", "unknown")))],
-        ["Revision", visible(str(first.get("git_revision") or "unknown")[:12])],
+        ["Data", f"{data}, {tokens:,} tokens" if isinstance(tokens, int) else data],
+        ["Device", ", ".join(str(first[key]) for key in ("device", "precision") if first.get(key))],
+        ["Started", str(first.get("started", "unknown"))],
+        ["Revision", str(first.get("git_revision") or "unknown")[:12]],
     ]
 
 
@@ -181,8 +181,8 @@ def samples(run: Run) -> list[Record]:
     return [
         {
             "step": record["step"],
-            "prompt": visible(str(record.get("prompt", "")))[:SAMPLE_CHARACTERS],
-            "text": visible(record["text"])[:SAMPLE_CHARACTERS],
+            "prompt": str(record.get("prompt", ""))[:SAMPLE_CHARACTERS],
+            "text": record["text"][:SAMPLE_CHARACTERS],
         }
         for record in good
         if record["step"] in set(steps)

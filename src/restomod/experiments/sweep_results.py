@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,8 @@ from restomod.experiments.gpu_time import Taken
 from restomod.experiments.space import Value, label
 from restomod.experiments.store import Plan, Store
 from restomod.files import write_json_atomically
-from restomod.train.console import duration
+from restomod.terminal import Terminal
+from restomod.text import duration
 
 State = Literal["finished", "pruned", "failed", "running", "stopped"]
 ORDER: list[State] = ["finished", "pruned", "running", "stopped", "failed"]
@@ -106,7 +106,7 @@ def write_results(found: list[Result], store: Store, price: float | None) -> Non
 
 def show(found: list[Result], folder: Path, plan: Plan) -> None:
     """Print the trials, best first, and where everything is."""
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     if not console.is_terminal:
         console.width = 200
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

@@ -6,9 +6,10 @@ import re
 import sys
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from restomod.terminal import Terminal
 
 WIDTH_ELSEWHERE = 200  # characters, where the output is no terminal
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
@@ -42,24 +43,19 @@ def escaped(text: str) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def printable(text: str) -> str:
-    """Text that steers no terminal: names come from files."""
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
 def show(table: Table) -> None:
     """Print a table; in a terminal as wide as that."""
-    console = Console(highlight=False, markup=False)
+    console = Terminal(highlight=False, markup=False)
     if not sys.stdout.isatty():
         console.width = WIDTH_ELSEWHERE
     if table.title:
-        console.print(Text(printable(table.title), style="bold"))
+        console.print(Text(table.title, style="bold"))
     if table.rows:
         grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for heading in table.headings:
             grid.add_column(heading, overflow="fold")
         for row in table.rows:
-            grid.add_row(*(Text(printable(cell), style=STYLES.get(cell, "")) for cell in row))
+            grid.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
         console.print(grid)
     for note in table.notes:
-        console.print(Text(printable(note), style="dim"), soft_wrap=True)
+        console.print(Text(note, style="dim"), soft_wrap=True)

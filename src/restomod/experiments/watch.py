@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http
 import http.server
+import io
+import os
+import re
+import socket
 import sys
 import threading
 import time
@@ -13,17 +18,32 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from restomod.errors import UserError
+from restomod.errors import UserError, one_line
 from restomod.experiments.report import page_data
-from restomod.experiments.report_html import as_json, as_page, footer
+from restomod.experiments.report_html import as_json, as_page, footer, policy
 from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import open_run
-from restomod.text import visible
+from restomod.output import complain
+from restomod.private import presentable
 
 SECONDS = 3.0  # between two questions of a page
 REST = 20  # a page is made again only after so many times as long as that has taken: training needs the processor
 FRESH = 60.0  # seconds after which it is made again though no file has changed: a silent run has stopped
 LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # as a request gives it
+CONNECTIONS = 32  # at once, each with a thread
+ASKING = 5.0  # seconds in which a request must be complete
+ANSWERING = 30.0  # seconds in which an answer must have been taken
+HEAD = 2**16  # bytes of a request
+DISCARDED = 2**20  # bytes that are read of a request that is too long, so that its sender reads the answer
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
 class Watched:
@@ -44,7 +64,7 @@ class Watched:
             if self._data and now - self._made < REST * self._took:
                 return self._data
             seen = self._files()
-            if self._data and seen == self._seen and now - self._made < FRESH:
+            if self._data.get("runs") and seen == self._seen and now - self._made < FRESH:
                 return self._data
             self._data, self._seen = self._make(), seen
             self._made = time.monotonic()
@@ -53,16 +73,18 @@ class Watched:
 
     def _make(self) -> dict[str, Any]:
         about = {"live": True, "seconds": SECONDS, "version": f"{time.time():.3f}"}
-        name = visible(self.folder.resolve().name)
         try:
             return page_data([open_run(self.folder, warn=lambda text: None)], self.prices) | about
-        except (UserError, OSError) as e:  # not begun, being replaced, or a file half written
-            reason = "waiting for the run to begin" if not (self.folder / "config.json").exists() else str(e)
-            return about | {"title": name, "footer": footer(), "runs": [], "waiting": visible(reason)}
+        except Exception as e:  # not begun, being replaced, half written, damaged: it may be mended while this goes on
+            reason = str(e) if isinstance(e, UserError | OSError) else f"{self.folder} cannot be shown: {one_line(e)}"
+            if not os.path.exists(self.folder / "config.json"):
+                reason = "waiting for the run to begin"
+            name = os.path.basename(os.path.realpath(self.folder))
+            return about | presentable({"title": name, "footer": footer(), "runs": [], "waiting": reason})
 
     def _files(self) -> object:
         """What changes when a file of the run does."""
-        names = ("config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "examined.json")
+        names = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "examined.json")
         paths = [
             *(self.folder / name for name in names),
             self.folder / "checkpoints",
@@ -79,29 +101,95 @@ class Watched:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    """Answers a bounded number of connections at once; of more, the one is closed that has been silent the longest."""
+
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, host: str, port: int, watched: Watched) -> None:
         self.watched, self.host = watched, host
+        self._connections = threading.BoundedSemaphore(CONNECTIONS)
+        self._silent: dict[socket.socket, None] = {}  # whose requests are not complete, oldest first
         super().__init__((host, port), _Handler)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._connections.acquire(blocking=False):
+            for oldest in list(self._silent)[:1]:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads an end, and leaves
+            if not self._connections.acquire(timeout=1):
+                self.shutdown_request(request)
+                return
+        self._silent[request] = None
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # there is no room for a thread
+            self._leave(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._leave(request)
+
+    def _leave(self, request: socket.socket) -> None:
+        self.heard(request)
+        self._connections.release()
+
+    def heard(self, request: socket.socket) -> None:
+        """A connection's request is complete."""
+        self._silent.pop(request, None)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A page that was closed in the middle of an answer is no error."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+        """A connection that fails is no error of ours: a page may be closed in the middle of an answer."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            complain(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+    """One request: the head is read whole within `ASKING` seconds, so that nobody can keep a thread by being slow."""
+
     server: _Server
+    connection: socket.socket
     server_version = "restomod"
     sys_version = ""
 
+    def handle(self) -> None:
+        head = self._head()
+        self.server.heard(self.connection)
+        self.connection.settimeout(ANSWERING)
+        if len(head) > HEAD:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif head:
+            self.rfile = io.BytesIO(head)
+            self.handle_one_request()
+
+    def _head(self) -> bytes:
+        """A request up to its empty line; more than `HEAD` bytes where it is too long, none where it does not come."""
+        until, head, last, size = time.monotonic() + ASKING, bytearray(), b"", 0
+        while size < DISCARDED and (left := until - time.monotonic()) > 0:
+            self.connection.settimeout(left)
+            part = self.connection.recv(HEAD)
+            size += len(part)
+            head += part[: HEAD + 1 - len(head)]
+            if not part or re.search(rb"\n\r?\n", last + part):
+                return bytes(head)
+            last = (last + part)[-3:]
+        return bytes(head) if size > HEAD else b""
+
     def do_GET(self) -> None:
-        asked = urlsplit(self.path)
-        if not self._is_for_us():
+        try:
+            asked = urlsplit(self.path)
+        except ValueError:
+            self.send_error(http.HTTPStatus.BAD_REQUEST)
+            return
+        if not self._is_for_us(asked.netloc):
             self._answer(http.HTTPStatus.FORBIDDEN, "text/plain", b"this page is for its own machine\n")
         elif asked.path == "/":
-            self._answer(http.HTTPStatus.OK, "text/html", as_page(self.server.watched.data()).encode())
+            self._answer(http.HTTPStatus.OK, "text/html", as_page(self.server.watched.data()).encode(), policy(True))
         elif asked.path == "/data.json":
             data = self.server.watched.data()
             if parse_qs(asked.query).get("since") == [data["version"]]:
@@ -111,21 +199,45 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._answer(http.HTTPStatus.NOT_FOUND, "text/plain", b"there is only / and /data.json\n")
 
-    def _is_for_us(self) -> bool:
-        """Whether a request names this machine: a page from elsewhere whose name was made to lead here does not."""
+    do_HEAD = do_GET
+
+    def _is_for_us(self, named: str) -> bool:
+        """Whether a request names this machine: a page from elsewhere whose name was made to lead here does not.
+
+        Args:
+            named: the host in the request's first line, which most leave out.
+        """
         if self.server.host not in LOCAL:
             return True
-        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        return name in LOCAL
+        hosts = [*self.headers.get_all("Host", [""]), *([named] if named else [])]
+        return all(LOCAL_NAME.fullmatch(host.strip()) for host in hosts)
 
-    def _answer(self, status: http.HTTPStatus, kind: str, body: bytes) -> None:
+    def _answer(self, status: http.HTTPStatus, kind: str, body: bytes, allowed: str = "") -> None:
+        """Answer.
+
+        Args:
+            status: of the answer.
+            kind: of the content.
+            body: the content.
+            allowed: the page's policy.
+        """
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
+        self._allowed = allowed
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    _allowed = ""
+
+    def end_headers(self) -> None:
+        """End the headers of every answer, errors too, with those that keep other pages out."""
+        for name, value in HEADERS.items():
+            if name == "Content-Security-Policy" and self._allowed:
+                value = f"{self._allowed}; frame-ancestors 'none'"
+            self.send_header(name, value)
+        super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Questions every few seconds are not worth a line."""

@@ -10,13 +10,14 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from restomod import output
 from restomod.errors import UserError, reason
+from restomod.terminal import Terminal
 from restomod.text import duration
 from restomod.train.metrics import read_jsonl
 
@@ -99,7 +100,7 @@ class _Output(io.TextIOBase):
 
     @property
     def _stream(self) -> TextIO | None:
-        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # below a progress bar, rich puts itself in between
+        return cast(TextIO | None, output.exact(sys.stdout))
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -135,7 +136,7 @@ class Display:
         file = _Output(self._fail)
         self.interactive = (file.isatty() if interactive is None else interactive) and not muted
         self.muted = muted
-        self.console = Console(file=cast(TextIO, file), highlight=False, soft_wrap=True)
+        self.console = Terminal(file=cast(TextIO, file), highlight=False, soft_wrap=True)
         self.on_failure: Callable[[str], None] = lambda reason: None
         """Told once why nothing more is printed, unless the reader has left."""
         self._failure: Exception | None = None

@@ -32,6 +32,7 @@ from restomod.data.shards import Dataset
 from restomod.errors import UserError, reason
 from restomod.files import move_folder, write_json_atomically
 from restomod.json_files import read_json
+from restomod.private import command_without_secrets
 from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
 from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.track import Trackers
@@ -216,7 +217,7 @@ def environment(device: str, precision: str) -> dict[str, Any]:
         "device": device,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *command_without_secrets(sys.argv[1:])],  # a run's folder is passed around
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

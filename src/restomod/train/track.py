@@ -24,6 +24,7 @@ from restomod.config_json import to_dict
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
 from restomod.json_files import read_json
+from restomod.private import presentable
 from restomod.train.metrics import Record, read_jsonl
 
 PROJECT = "restomod"
@@ -116,8 +117,12 @@ class WandB(_Online):
             id=identity,
             name=run.resolve().name,
             resume="allow",
-            config=to_dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+            config=presentable(to_dict(config)),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_meta=True,  # the command line with its secrets, user and host
+            ),
         )
         # a step of one's own: W&B's only ever grows, and a run may go back to a checkpoint
         self._run.define_metric("*", step_metric="step")
@@ -133,7 +138,7 @@ class Trackio(_Online):
         import trackio
 
         name = f"{run.resolve().name}-{identity}"
-        self._run = trackio.init(PROJECT, name, resume="allow", config=to_dict(config), embed=False)
+        self._run = trackio.init(PROJECT, name, resume="allow", config=presentable(to_dict(config)), embed=False)
 
     def _log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
