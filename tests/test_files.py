@@ -74,7 +74,8 @@ def test_the_text_is_on_the_disk_before_it_gets_its_name_and_the_name_follows(
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "replace", recording_replace)
     write_text_atomically(tmp_path / "a.txt", "new")
-    temporary = str(tmp_path / ".a.txt.tmp")
+    temporary = calls[0][1]
+    assert Path(temporary).parent == tmp_path
     assert calls == [
         ("fsync", temporary, "new"),
         ("replace", temporary, str(tmp_path / "a.txt")),

@@ -48,7 +48,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path: Path, change: Callable[[Path], None]) -> None:
     """Whoever opened the file before it was removed, or renamed, would otherwise lock what nobody else looks at."""
     path = tmp_path / "lock"
-    opened, flock = [], locks._flock
+    opened, flock = [], locks.flock
 
     def late(fd: int, wait: bool) -> bool:
         opened.append(fd)
@@ -57,7 +57,7 @@ def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path: Path, change:
         return flock(fd, wait)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locks, "_flock", late)
+        patch.setattr(locks, "flock", late)
         mine = FileLock(path)
         assert mine.acquire(wait=False)
     assert len(opened) == 2
