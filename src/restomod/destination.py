@@ -56,7 +56,8 @@ def destination(path: Path) -> Destination:
     if status is not None and stat.S_ISDIR(status.st_mode):
         raise UserError(f"{path} is a folder; name a file in it")
     if not real.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {real.parent}; make it first")
+        there = real.parent if path.is_symlink() else path.parent
+        raise UserError(f"{path}: there is no folder {there}; make it first")
     if status is not None and not (stat.S_ISREG(status.st_mode) or _takes_bytes(status.st_mode)):
         raise UserError(f"{path} is a disk or a socket, not a file; name another file")
     found = Destination(path, real, status)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from restomod.destination import Destination, destination
-from restomod.errors import UserError, describe_os_error, reason
+from restomod.errors import UserError, reason
 from restomod.temporary import Temporary
 
 # (signs, files): a folder with one of the signs is a run or checkpoint, a sweep, or prepared data, and needs its files
@@ -81,7 +81,8 @@ def require_output_folder(flag: str, folder: Path) -> None:
         while not os.path.lexists(there):
             there = there.parent
         if not there.is_dir():
-            raise UserError(f"{flag} {folder}: {there} is a file; name a folder")
+            within = "" if os.path.lexists(folder) else f": {there}"
+            raise UserError(f"{flag} {folder}{within} is a file; name a folder")
         if not there.stat().st_mode & 0o222:
             raise UserError(f"{flag} {folder} cannot be written: {there} is read-only; name another folder")
         Temporary(there).remove()
@@ -117,7 +118,7 @@ def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print)
         except UserError as e:
             failed.append(str(e))
         except OSError as e:
-            failed.append(describe_os_error(e))
+            failed.append(f"{path} cannot be written ({reason(e)})")
         else:
             say(f"written: {path}{remark}")
     if failed:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from restomod.errors import shortened
 from restomod.evals.heldout import Heldout
 from restomod.figures import INK, new_figure, quiet, require_matplotlib, write_figure
 
@@ -35,7 +36,8 @@ def draw_positions(heldout: Heldout, title: str, path: Path, inside: Path | None
     """
     require_matplotlib()
     figure = new_figure("held-out loss by position", 9, 5)
-    figure.suptitle(f"{title}: held-out loss by position in the window", color=INK, fontsize=13, parse_math=False)
+    subject = f"{shortened(title)}: held-out loss by position in the window"
+    figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
     axes = figure.subplots()
     positions = np.arange(1, len(heldout.by_position) + 1)
     axes.plot(positions, heldout.by_position, ".", color="#bbbbbb", markersize=2, label="each position")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from restomod.errors import shortened
 from restomod.experiments.report_curves import sample_sizes
 from restomod.figures import make_folder, require_matplotlib, write_figure
 from restomod.files import short_name
@@ -77,7 +78,7 @@ def _curve(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
     for i, run in enumerate(runs):
         curves, look = run["curves"], _look(i)
         raw, mean = curves.get(name), curves.get(f"{name}_mean")
-        label = run["name"] if len(runs) > 1 else ("training" if name == "loss" else None)
+        label = shortened(run["name"]) if len(runs) > 1 else ("training" if name == "loss" else None)
         if raw and mean and i == 0:
             axes.plot(raw["x"], _numbers(raw), color=look["color"], linewidth=0.7, alpha=0.3)
         if raw:
@@ -95,11 +96,11 @@ def _curve(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
 def _task(axes: Axes, runs: list[dict[str, Any]], task: str) -> None:
     found = [(i, run, run["tasks"][task]) for i, run in enumerate(runs) if task in run["tasks"]]
     sizes = dict.fromkeys(filter(None, (sample_sizes(points) for _, _, points in found)))
-    title = ", ".join([task, found[0][2]["metric"], "± one standard error", *sizes])
+    title = ", ".join([shortened(task), found[0][2]["metric"], "± one standard error", *sizes])
     axes.set_title(title, loc="left", color=INK, fontsize=12, parse_math=False)
     axes.set_xlabel("step", color=SOFT)
     for i, run, points in found:
-        look = _look(i) | {"marker": "o", "markersize": 4, "label": run["name"]}
+        look = _look(i) | {"marker": "o", "markersize": 4, "label": shortened(run["name"])}
         axes.errorbar(points["x"], _numbers(points), yerr=points["error"], **look)
     _lines(axes, runs[0]["lines"].get(task, []), lambda share: f"{100 * share:.4g} %")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from restomod.errors import UserError
+from restomod.errors import UserError, shortened
 from restomod.figures import INK, make_folder, new_figure, quiet, require_matplotlib, write_figure
 from restomod.model.inspect import POSITIONS, roughness
 
@@ -58,7 +58,7 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
     make_folder(folder)
     for name, picture in pictures.items():
         figure = picture(tensors)
-        figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
+        figure.suptitle(f"{shortened(title)}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
         write_figure(figure, folder / name, folder)
     return [folder / name for name in pictures]
 
