@@ -86,7 +86,7 @@ def wait_for_a_moment(run: Path, processes: list[BaseProcess], chance: random.Ra
     skipped, seen = chance.randrange(3), set[str]()
     until = time.monotonic() + longest
     while time.monotonic() < until and any(p.is_alive() for p in processes):
-        seen.update(f.name for f in (run / "checkpoints").glob(".step_*.tmp"))
+        seen.update(f.name for f in (run / "checkpoints").glob(".restomod.*.tmp"))
         if len(seen) > skipped:
             break
         time.sleep(0.001)
@@ -143,7 +143,7 @@ class Trial:
             return self.judge(run, processes)  # too late
         self.tally["kills"] += 1
         self.tally["of one of two"] += len(victims) < self.count
-        saving = any((run / "checkpoints").glob(".step_*.tmp"))
+        saving = any((run / "checkpoints").glob(".restomod.*.tmp"))
         where = "in a save" if saving else "between saves" if list_checkpoints(run) else "before a checkpoint"
         self.tally[where] += 1
         return False
@@ -173,7 +173,7 @@ class Trial:
         ):
             if ours != theirs:
                 self.problems.append(f"{run.name}: {what} differ")
-        if any(run.rglob(".step_*.tmp")):
+        if any(run.rglob(".restomod.*.tmp")):
             self.problems.append(f"{run.name}: something half written is left")
         self.verify(run)
         return True

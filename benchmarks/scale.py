@@ -32,7 +32,8 @@ from benchmarks.scale_data import Reader, in_fresh_process, numbered_stream, wri
 from restomod.data.batches import Batches
 from restomod.device import describe_device
 from restomod.errors import EXIT_USER_ERROR, UserError, describe_os_error
-from restomod.files import require_outputs, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.output_files import require_outputs
 from restomod.presets import preset
 from restomod.train.run import environment
 

@@ -399,7 +399,7 @@ def test_comparing_with_what_is_nothing(model: str, refused: Refused) -> None:
 
 
 def test_pictures_where_a_file_is(here: Path, model: str, refused: Refused) -> None:
-    assert refused("inspect", model, "--plots", "text.txt") == "text.txt is a file; name a folder for the pictures"
+    assert refused("inspect", model, "--plots", "text.txt") == "--plots text.txt is a file; name a folder"
 
 
 def test_a_name_in_a_damaged_file_does_not_steer_the_terminal(here: Path, model: str, refused: Refused) -> None:

@@ -13,8 +13,10 @@ from restomod.errors import UserError
 from restomod.files import (
     fsync_path,
     move_folder,
+    open_to_append,
     require_inside,
     sha256_file,
+    short_name,
     write_json_atomically,
     write_text_atomically,
 )
@@ -74,7 +76,8 @@ def test_the_text_is_on_the_disk_before_it_gets_its_name_and_the_name_follows(
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "replace", recording_replace)
     write_text_atomically(tmp_path / "a.txt", "new")
-    temporary = str(tmp_path / ".a.txt.tmp")
+    temporary = calls[0][1]
+    assert Path(temporary).parent == tmp_path
     assert calls == [
         ("fsync", temporary, "new"),
         ("replace", temporary, str(tmp_path / "a.txt")),
@@ -212,3 +215,67 @@ def test_links_out_of_a_folder_are_refused_and_links_within_it_are_not(tmp_path:
     (run / "checkpoints").symlink_to("..")
     with pytest.raises(UserError, match="link out of"):
         require_inside(run, run / "checkpoints" / "secret")
+
+
+# --- links and permissions -----------------------------------------------------------------------------------
+
+
+def test_what_nobody_has_typed_is_not_written_through_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "secret").write_text("mine")
+    (run / "a").symlink_to("../secret")
+    (run / "broken").symlink_to("../new")
+    (run / "folder").symlink_to("..")
+    for path in (run / "a", run / "broken", run / "folder" / "secret"):
+        with pytest.raises(UserError, match="link out of"):
+            write_text_atomically(path, "x", inside=run)
+    write_text_atomically(run / "b", "x", inside=run)
+    assert sorted(os.listdir(tmp_path)) == ["run", "secret"]
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "device"])
+def test_nothing_is_appended_through_a_link_or_to_a_pipe(kind: str, tmp_path: Path) -> None:
+    path, theirs = tmp_path / "metrics.jsonl", tmp_path / "theirs"
+    theirs.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        path.symlink_to("theirs" if kind == "link" else "nowhere")
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - what the system says differs
+        open_to_append(path)
+    assert caught.value.filename == str(path)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "theirs"]
+    assert theirs.read_text() == "mine"
+    if kind == "pipe":
+        assert os.read(reader, 10) == b""
+        os.close(reader)
+
+
+def test_appended_lines_follow_each_other(tmp_path: Path) -> None:
+    for line in (b"a\n", b"b\n"):
+        with open_to_append(tmp_path / "a") as f:
+            f.write(line)
+    assert (tmp_path / "a").read_bytes() == b"a\nb\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
+def test_the_owner_stays_the_owner(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    os.chown(path, 1234, 4321)
+    path.chmod(0o640)
+    write_text_atomically(path, "new")
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (1234, 4321, 0o640)
+
+
+def test_long_names_are_shortened_and_stay_different() -> None:
+    assert short_name("a b") == "a b"
+    long = [short_name("é" * 200 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert all(len(name.encode()) <= 200 for name in long)

@@ -26,7 +26,10 @@ LAYERS = (
     ("restomod",),
     (
         "restomod.errors",
+        "restomod.temporary",
+        "restomod.destination",
         "restomod.files",
+        "restomod.output_files",
         "restomod.json_files",
         "restomod.locks",
         "restomod.output",

@@ -13,6 +13,7 @@ from typing import NoReturn
 import pytest
 
 from restomod import locks
+from restomod.errors import UserError
 from restomod.locks import FileLock, locked
 
 
@@ -48,7 +49,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path: Path, change: Callable[[Path], None]) -> None:
     """Whoever opened the file before it was removed, or renamed, would otherwise lock what nobody else looks at."""
     path = tmp_path / "lock"
-    opened, flock = [], locks._flock
+    opened, flock = [], locks.flock
 
     def late(fd: int, wait: bool) -> bool:
         opened.append(fd)
@@ -57,7 +58,7 @@ def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path: Path, change:
         return flock(fd, wait)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locks, "_flock", late)
+        patch.setattr(locks, "flock", late)
         mine = FileLock(path)
         assert mine.acquire(wait=False)
     assert len(opened) == 2
@@ -90,3 +91,17 @@ def test_waiting_is_told_once_it_takes_long(tmp_path: Path, monkeypatch: pytest.
         assert not FileLock(tmp_path / "lock").acquire(wait=False)
     assert told == ["waiting"]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe"])
+def test_a_lock_file_is_never_opened_through_a_link(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("mine")
+    path = tmp_path / "lock"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("theirs" if kind == "link" else "nowhere")
+    with pytest.raises(UserError, match=r"lock is a link, a named pipe or a device"):
+        FileLock(path).acquire(wait=False)
+    assert (tmp_path / "theirs").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()

@@ -30,9 +30,9 @@ from restomod.errors import (
     EXIT_USER_ERROR,
     UserError,
     did_you_mean,
+    reason,
     reported_once,
 )
-from restomod.files import require_outputs
 from restomod.output import exact, guarded, open_missing
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
@@ -139,10 +139,7 @@ def compare_samples(arguments: list[str]) -> int:
     from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
     from restomod.samples import choose_prompts
 
-    write = report_writer(parsed.out)
-    if parsed.out is not None:
-        texts = {"--prompt-file": Path(parsed.prompt_file)} if parsed.prompt_file is not None else {}
-        require_outputs({"--out": Path(parsed.out)}, texts)
+    write = report_writer(parsed.out, parsed.prompt_file)
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
     compared = compare(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
     print(as_table(compared), end="")
@@ -174,7 +171,7 @@ def evaluate(arguments: list[str]) -> int:
         parsed.batch,
         parsed.device,
         parsed.precision,
-        Path(parsed.json) if parsed.json else None,
+        Path(parsed.json) if parsed.json is not None else None,
         Path(parsed.cache),
     )
 
@@ -270,6 +267,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _run(arguments: list[str]) -> int:
+    try:
+        os.getcwd()
+    except OSError as e:  # libraries ask for it wherever they are imported
+        raise UserError(f"the working directory cannot be used ({reason(e)}); change to another one") from None
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: restomod VERB [ARGUMENTS]     restomod VERB --help tells more\n\nverbs:")
         width = max(map(len, VERBS))

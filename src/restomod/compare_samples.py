@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import html
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.config import Device, Precision, SamplingConfig
+from restomod.destination import destination
 from restomod.errors import UserError
 from restomod.files import write_text_atomically
+from restomod.output_files import Output, require_outputs, write_outputs
 from restomod.samples import find_writer, sample
 from restomod.text import markdown_cell, visible
 
@@ -67,8 +68,12 @@ def _label(name: str, folder: Path) -> str:
     return f"{name} ({folder.name})" if folder.parent == Path(name) / "checkpoints" else name
 
 
-def report_writer(out: str | None) -> Callable[[Comparison], None]:
+def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[Comparison], None]:
     """What writes a comparison into the file ``out`` (None: nothing), replacing it as a whole.
+
+    Args:
+        out: ends in .md or .html; a device or a named pipe may have any name and gets Markdown.
+        prompt_file: which is read.
 
     Raises:
         UserError: it could not be written: checked now, before anything is computed.
@@ -77,15 +82,11 @@ def report_writer(out: str | None) -> Callable[[Comparison], None]:
         return lambda comparison: None
     path = Path(out)
     formats = {".md": as_markdown, ".html": as_html}
-    if path.suffix not in formats:
+    require_outputs({"--out": path}, {"--prompt-file": Path(prompt_file) if prompt_file is not None else None})
+    if path.suffix not in formats and destination(path).is_regular:
         raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
-    if path.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder {path.parent} cannot be written to")
-    return lambda comparison: write_text_atomically(path, formats[path.suffix](comparison))
+    text_of = formats.get(path.suffix, as_markdown)
+    return lambda compared: write_outputs([Output(path, lambda path: write_text_atomically(path, text_of(compared)))])
 
 
 def as_table(comparison: Comparison, width: int | None = None) -> str:

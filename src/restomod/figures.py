@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restomod.errors import UserError
+from restomod.errors import UserError, reason
+from restomod.files import write_bytes_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +48,14 @@ def quiet(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def write_figure(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path, inside: Path | None = None, dpi: int = 120) -> None:
     """Write a PNG file, whole or not at all.
+
+    Args:
+        figure: what is drawn.
+        path: of the file.
+        inside: see `restomod.files.write_bytes_atomically`.
+        dpi: pixels per inch.
 
     Raises:
         UserError: the file cannot be written.
@@ -55,10 +63,21 @@ def write_figure(figure: Figure, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}.tmp")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, facecolor=PAPER, format="png")
     try:
-        figure.savefig(temporary, dpi=120, facecolor=PAPER, format="png")
-        temporary.replace(path)
+        write_bytes_atomically(path, drawn.getvalue(), inside)
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the picture ({e.strerror or e})") from None
+        raise UserError(f"{path}: cannot write the picture ({reason(e)})") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for pictures, if need be; raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder} is a file; name a folder for the pictures") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write pictures there ({reason(e)})") from None

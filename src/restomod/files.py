@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from restomod.destination import Destination, destination, open_through
 from restomod.errors import UserError
-from restomod.locks import FileLock
+from restomod.locks import SAFELY
+from restomod.temporary import Temporary
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def short_name(name: str) -> str:
+    """A name of which a file's name can be made: systems take 255 bytes. A longer one ends in its hash instead."""
+    if len(os.fsencode(name)) <= 200:
+        return name
+    start = os.fsencode(name)[:180].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
 NOT_REGULAR = {
@@ -116,83 +126,97 @@ def move_folder(source: Path, target: Path, last: str) -> None:
         shutil.rmtree(source, ignore_errors=True)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, sync it, and rename it into place. Nothing is left of it where that fails."""
-    write_bytes_atomically(path, text.encode())
+def write_text_atomically(path: Path, text: str, inside: Path | None = None) -> None:
+    """As `write_bytes_atomically`, in UTF-8."""
+    write_bytes_atomically(path, text.encode(), inside)
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, sync it, and rename it into place. Nothing is left of it where that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with FileLock(temporary) as lock:  # another process may be writing the same file
-        assert lock.fd is not None
-        try:
-            with open(lock.fd, "wb", closefd=False) as f:
-                f.truncate(0)  # what a killed process has left
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
-            if not lock.enforced:
-                lock.release()  # Windows renames no open file
-            os.replace(temporary, path)
-        except BaseException as e:
-            lock.release(remove=True)
-            if isinstance(e, OSError) and e.errno is not None and e.filename is None:  # of a disk that is full
-                e.filename = str(path)
-            raise
-    fsync_path(path.parent)
+def write_json_atomically(path: Path, value: Any, inside: Path | None = None) -> None:
+    """As `write_bytes_atomically`, indented JSON with a final newline."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n", inside)
 
 
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON with a final newline, atomically."""
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+def write_bytes_atomically(path: Path, content: bytes, inside: Path | None = None) -> None:
+    """Write a whole file.
 
-
-# (signs, files): a folder with one of the signs is a run or checkpoint, a sweep, or prepared data, and needs its files
-NEEDED = (
-    (
-        {"metrics.jsonl", "environment.json", "model.safetensors"},
-        {"config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "model.safetensors"},
-    ),
-    ({"journal.jsonl"}, {"plan.json", "journal.jsonl", "sweep.json"}),
-    ({"manifest.json"}, {"manifest.json"}),
-)
-
-
-def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
-    """Refuse files that cannot be written, or would destroy something, before any work is done for them.
+    Links are followed. A regular file, or a new one, is written under a temporary name beside it, synced, and renamed
+    into place: a crash leaves the old one or the new one, and a failure nothing else. The permissions of a file that
+    exists are kept. A device, a named pipe (FIFO) and an open file of this process (/dev/stdout, /dev/fd/N) are
+    written to and stay what they are.
 
     Args:
-        outputs: by flag, the file to write; None: it is not asked for.
-        inputs: by flag, files that are read.
+        path: of the file.
+        content: of it.
+        inside: a folder that a link must not lead out of, for names that nobody has typed: folders are passed around.
 
     Raises:
-        UserError: the folder is missing or read-only; the file is a folder, a device, one that is read, or part of
-            a run, a checkpoint, a sweep or prepared data; or two outputs are one file.
+        UserError: nothing can be written there; see `destination`.
+        OSError: the disk is full, or refuses. It names ``path``.
     """
-    taken = {flag: path for flag, path in (inputs or {}).items() if path is not None}
-    for flag, path in outputs.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"{flag} {path} is a folder; name a file in it")
-        if not path.parent.is_dir():
-            raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-        if (path.exists() and not path.is_file()) or (path.is_symlink() and os.readlink(path).startswith("/proc/")):
-            raise UserError(f"{flag} {path} is not a regular file; name another file")  # /dev/null, /dev/stdout
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"{flag} {path} cannot be written; name another file")
-        for other, before in taken.items():
-            if _same_file(path, before):
-                raise UserError(f"{other} and {flag} are the same file, {path}; name two different files")
-        beside = set(os.listdir(path.parent))
-        if any(beside & signs and path.name in files & beside for signs, files in NEEDED):
-            raise UserError(
-                f"{flag} {path} would overwrite a file that restomod needs in {path.parent}; name another file"
-            )
-        taken[flag] = path
+    if inside is not None:
+        require_inside(inside, path)
+    try:
+        target = destination(path)
+        if target.is_regular:
+            _replace(target, content)
+        else:
+            _write_through(target, content)
+    except OSError as e:
+        if e.errno is not None:
+            e.filename, e.filename2 = str(path), None  # and not the temporary one
+        raise
 
 
-def _same_file(a: Path, b: Path) -> bool:
-    """Whether two paths are one file, which need not exist yet."""
-    return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))
+def _replace(target: Destination, content: bytes) -> None:
+    with Temporary(target.real.parent) as temporary:
+        assert temporary.fd is not None
+        if target.status is not None:
+            _keep_permissions(temporary.fd, target.status)
+        with open(temporary.fd, "wb", closefd=False) as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.move(target.real)
+    fsync_path(target.real.parent)
+
+
+def _keep_permissions(fd: int, status: os.stat_result) -> None:
+    """Give an open file the owner, where that is allowed, and the permissions of another one."""
+    if not hasattr(os, "fchown"):  # Windows
+        return
+    now = os.fstat(fd)
+    for owner, group in ((status.st_uid, status.st_gid), (-1, status.st_gid)):
+        if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
+            with contextlib.suppress(OSError):
+                os.fchown(fd, owner, group)
+                break
+    os.fchmod(fd, stat.S_IMODE(status.st_mode))
+
+
+def _write_through(target: Destination, content: bytes) -> None:
+    fd = open_through(target)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(fd, left) :]
+    except BrokenPipeError:
+        if target.descriptor is not None:
+            raise
+        raise UserError(f"{target.path}: its reader has left before all was written") from None
+    finally:
+        os.close(fd)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file of a run or a sweep to add to its end, unbuffered. It is made if it is missing.
+
+    Raises:
+        OSError: it is a link, which might lead out of the folder, or is not a regular file; or the disk refuses.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(path))
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFELY, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(fd, "ab", buffering=0)

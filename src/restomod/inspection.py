@@ -12,8 +12,8 @@ from torch import Tensor
 from restomod.config import ModelConfig
 from restomod.model.families import family_of, named_views
 from restomod.model.inspect import POSITIONS, Difference, differences, roughness, tensor_statistics, totals
-from restomod.model.plots import make_folder
 from restomod.model.pretrained import hf_tensors
+from restomod.output_files import require_output_folder
 from restomod.train.find import open_or_build
 
 
@@ -25,7 +25,7 @@ def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
         seed: of a preset's initial weights.
     """
     if plots is not None:
-        make_folder(plots)  # refused now rather than after the table
+        require_output_folder("--plots", plots)
     config, tensors = _open(name, seed)
     rows = tensor_statistics(tensors)
     width = max(len(row.name) for row in rows)

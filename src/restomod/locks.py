@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+
+from restomod.errors import UserError
 
 try:
     import fcntl
@@ -19,6 +22,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 POLL = 0.1  # seconds between attempts to get a lock
+SAFE_FLAGS = "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"  # no system has all of them
+SAFELY: int = sum(getattr(os, name, 0) for name in SAFE_FLAGS)
+"""For `os.open`: neither follow a link nor wait for the other end of a named pipe."""
 TELL_AFTER = 5.0  # seconds of waiting before it is told
 
 
@@ -37,12 +43,13 @@ class FileLock:
 
         Raises:
             OSError: the file cannot be made or opened for writing.
+            UserError: it is a link, a named pipe or a device.
         """
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            fd = self._open()
             try:
-                self.enforced = _flock(fd, wait)
-                current = _is_at(fd, self.path)
+                self.enforced = flock(fd, wait)
+                current = is_at(fd, self.path)
             except BlockingIOError:
                 os.close(fd)
                 return False
@@ -54,6 +61,18 @@ class FileLock:
                 return True
             os.close(fd)  # the one that held it has removed or renamed the file
 
+    def _open(self) -> int:
+        """Open the file, which holders of locks write to: never through a link that somebody has put there."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | SAFELY, 0o666)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+        except OSError:
+            if not self.path.is_symlink():
+                raise
+        raise UserError(f"{self.path} is a link, a named pipe or a device where a lock file belongs; delete it")
+
     def release(self, remove: bool = False) -> None:
         """Let go of the lock, as far as this process is concerned.
 
@@ -63,7 +82,7 @@ class FileLock:
         if self.fd is not None:
             fd, self.fd = self.fd, None
             with contextlib.suppress(OSError):
-                if remove and _is_at(fd, self.path):
+                if remove and is_at(fd, self.path):
                     self.path.unlink()
             os.close(fd)
 
@@ -97,7 +116,7 @@ def locked(path: Path, tell: Callable[[], None]) -> Iterator[FileLock]:
         lock.release(remove=True)
 
 
-def _flock(fd: int, wait: bool) -> bool:
+def flock(fd: int, wait: bool) -> bool:
     """Lock an open file. Returns whether this system and file system have such locks.
 
     Raises:
@@ -114,9 +133,9 @@ def _flock(fd: int, wait: bool) -> bool:
     return True
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def is_at(fd: int, path: Path) -> bool:
     """Whether an open file is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False

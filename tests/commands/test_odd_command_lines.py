@@ -167,7 +167,6 @@ def test_no_path_is_empty(verb: str, answer: Answer) -> None:
         ("compare runs/a --json runs/b/metrics.jsonl", "would overwrite a file"),
         ("verdict runs/a --json runs/a/data.json", "would overwrite a file"),
         ("eval runs/a --tasks heldout --json runs/a/config.json", "would overwrite a file"),
-        ("plan quickstart --json /dev/null", "is not a regular file"),
         # flags without an effect
         ("report runs/a --examine-tokens 5", "--examine-tokens has no effect without --examine"),
         ("report runs/a --device cpu", "--device has no effect without --examine"),
@@ -241,5 +240,5 @@ def test_what_cannot_change_on_resuming_is_named_with_both_values(tmp_path: Path
 def test_a_device_is_never_replaced_by_a_file(answer: Answer) -> None:
     for device in ("/dev/null", "/dev/stdout"):
         for line in ("compare runs/a --json", "report runs/a --markdown", "verdict runs/a --json"):
-            assert answer(*line.split(), device)[0] == 2
+            assert answer(*line.split(), device)[0] in (0, 1)  # a verdict of 1: not healthy
         assert not os.path.isfile("/dev/null")

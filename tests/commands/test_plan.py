@@ -27,7 +27,7 @@ def test_a_plan_is_printed_and_written(here: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "\ntime                2.7 h, " in out
     assert "\ncost                $38.5" in out
-    assert out.endswith("\nwritten to p.json\n")
+    assert out.endswith("\nwritten: p.json\n")
     plan = json.loads((here / "p.json").read_text())
     assert (plan["parameters"], plan["gpus"], plan["micro_batch"]) == (124_439_808, 8, 64)
     assert os.listdir(here) == ["p.json"]

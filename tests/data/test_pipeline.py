@@ -656,3 +656,24 @@ def test_numpy_reads_the_shards(tmp_path: Path, text: dict[str, list[str]], tikt
     tokens = np.fromfile(shard, dtype="<u2", offset=1024)
     assert header[:3].tolist() == [20240520, 1, len(tokens)]
     assert tokens.tolist() == delimited([t for file in text.values() for t in file], tiktoken_gpt2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".prepare", ".prepare/lock", ".prepare/plan.json", ".prepare/hashes_00000.npy", ".prepare/keep_00000.npy"),
+        *(".prepare/unit_00000.json", "train_00000_000000.bin", "manifest.json"),
+    ],
+)
+def test_nothing_is_written_through_a_link_out_of_the_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "text.jsonl", ["one text", "another", "a third"])
+    (tmp_path / "theirs").mkdir()
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(os.path.relpath(tmp_path / ("theirs" if name == ".prepare" else "new"), path.parent))
+    before = os.listdir(tmp_path)
+    assert main(["prepare", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (os.listdir(tmp_path), os.listdir(tmp_path / "theirs")) == (before, [])

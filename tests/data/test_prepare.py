@@ -3,8 +3,6 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ from restomod.data.shards import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
 from restomod.data.verified import VERIFIED
 from restomod.errors import UserError
-from restomod.locks import FileLock
+from restomod.temporary import Temporary
 from tests.data.pieces import tiny_pieces
 from tests.filesystems import refuse_renaming_folders
 
@@ -461,24 +459,15 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
     book: DataConfig, tokenizer: Tokenizer
 ) -> None:
     cache = Path(book.cache)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    name = prepare(book, tokenizer).folder.name
-    names = {
-        "killed": f".{name}.{'a1' * 16}.tmp",
-        "killed, of other text": f".text-0123456789ab.{'b2' * 16}.tmp",
-        "at work": f".text-ba9876543210.{'c3' * 16}.tmp",
-        "killed, of an earlier version": f".text-111111111111.{dead.pid}.tmp",
-        "at work, of an earlier version": f".text-222222222222.{os.getpid()}.tmp",
-        "not ours": ".mine.tmp",
-    }
-    for leftover in names.values():
-        (cache / leftover).mkdir()
-        (cache / leftover / "train_000000.bin").write_bytes(b"half of it")
-    with FileLock(cache / ".text-ba9876543210.lock"):
+    prepare(book, tokenizer)
+    killed, foreign = cache / f".restomod.{'a1' * 8}.tmp", cache / ".mine.tmp"
+    with Temporary(cache, "folder") as at_work:
+        for folder in (killed, foreign):
+            folder.mkdir()
+        for folder in (killed, foreign, at_work.path):
+            (folder / "train_000000.bin").write_bytes(b"half of it")
         prepare(book, tokenizer)
-        left = {what for what, leftover in names.items() if (cache / leftover).exists()}
-    assert left == {"at work", "at work, of an earlier version", "not ours"}
+        assert [path.exists() for path in (killed, foreign, at_work.path)] == [False, True, True]
 
 
 # --- tokens that are there already --------------------------------------------------------------------------

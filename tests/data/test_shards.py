@@ -318,7 +318,7 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train", 4)
     writer.add(np.array([1, 2, 3], dtype=np.uint16))
     (temporary,) = tmp_path.iterdir()
-    assert temporary.name == f".train_000000.bin.{os.getpid()}.tmp"
+    assert temporary.suffix == ".tmp"
     writer.add(np.array([4, 5], dtype=np.uint16))
     assert (tmp_path / "train_000000.bin").read_bytes() == llm_c([1, 2, 3, 4])
     writer.close()

@@ -99,7 +99,7 @@ def test_a_damaged_record_counts_as_none(folder: Path, read: list[str], content:
 def test_a_folder_that_cannot_be_written_is_read_each_time(
     folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, value: object) -> None:
+    def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(verified, "write_json_atomically", refuse)

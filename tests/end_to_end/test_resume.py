@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from restomod.config import Precision, RunConfig
 from restomod.config_json import read_config
 from restomod.errors import UserError
+from restomod.temporary import NAME
 from restomod.train import run_lock
 from restomod.train.console import Display
 from restomod.train.loop import EXIT_INTERRUPTED, train
@@ -108,7 +109,9 @@ sys.exit(main())
     )
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert [p.name for p in sorted((killed / "checkpoints").iterdir())] == [".step_000008.tmp", "step_000004"]
+    left, whole = sorted((killed / "checkpoints").iterdir())
+    assert NAME.fullmatch(left.name)
+    assert whole.name == "step_000004"
 
     assert train(tiny, killed, resume=True, display=QUIET) == 0
     assert losses(killed) == losses(reference)
@@ -124,7 +127,7 @@ def test_a_checkpoint_whose_deletion_was_cut_short_is_removed_at_the_next_start(
 import os, shutil, signal, sys
 rmtree = shutil.rmtree
 def deadly(path, *more, **named):
-    if str(path).endswith(".step_000001.tmp"):
+    if str(path).endswith(".tmp") and os.listdir(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return rmtree(path, *more, **named)
 shutil.rmtree = deadly
@@ -138,7 +141,9 @@ sys.exit(main())
     )
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [".step_000001.tmp", "step_000002"]
+    left, whole = sorted((run / "checkpoints").iterdir())
+    assert NAME.fullmatch(left.name)
+    assert whole.name == "step_000002"
     assert train(read_config(run), run, resume=True, display=QUIET) == 0
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000002"]
 
@@ -200,7 +205,7 @@ def test_a_run_that_is_being_trained_is_left_alone(
     run = tmp_path / "run"
     monkeypatch.setattr(run_lock, "PATIENCE", 0.2)
     assert train(tiny, run, display=QUIET) == 0
-    (run / "checkpoints/.step_000016.tmp").mkdir()  # as if it were being written
+    (run / "checkpoints" / f".restomod.{'0' * 16}.tmp").mkdir()  # as if it were being written
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 12, "loss": 1.0}\n')
     with open(run / "config.json", "a") as f:

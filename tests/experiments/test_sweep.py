@@ -365,3 +365,16 @@ def test_a_sweep_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["locks", "logs", "trials", "plan.json", "journal.jsonl", "sweep.json"])
+def test_nothing_is_written_through_a_link_out_of_a_sweep(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / name).symlink_to("../theirs" if "." not in name else "../new")
+    assert main(["sweep", "quickstart", "--grid", "seed=1,2", "--out", str(tmp_path / "sweep")]) == 2
+    assert f"{name} is a link out of" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "theirs") == []
+    assert not (tmp_path / "new").exists()

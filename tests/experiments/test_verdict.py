@@ -194,6 +194,7 @@ def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     assert said.endswith(
         f"{quickstart.folder}, step 900 of 900: healthy (12 symptoms looked for, 1 cannot be judged)\n"
+        f"written: {written}\n"
     )
     values = json.loads(written.read_text())
     assert (values["healthy"], values["step"]) == (True, 900)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,11 +68,11 @@ class Steps:
         clock.mark("update")
         return clock.seconds
 
-    def traced(self, step: int, file: Path) -> None:
-        """Make a step; the main process writes what it did as a Chrome trace."""
+    def traced(self, step: int) -> bytes:
+        """Make a step; return what it did as a Chrome trace, empty in all processes but the main one."""
         if not self.processes.main:
             self.whole(step)
-            return
+            return b""
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.compute.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -79,7 +80,10 @@ class Steps:
         profiler = torch.profiler.profile(activities=kinds, acc_events=True)  # else torch 2.11 warns about cycles
         with profiler as profile, torch.profiler.record_function("training step"):
             self.whole(step)
-        profile.export_chrome_trace(str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(file))
+            return file.read_bytes()
 
     def _make(self, micro_batches: MicroBatches, step: int, processes: Processes) -> None:
         made = train_step(self.loss_of, self.optimizer, micro_batches, self.config, step, processes).wait()

@@ -20,9 +20,10 @@ from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, describe_device, dtype_name
 from restomod.errors import UserError, is_out_of_memory, one_line
-from restomod.files import require_outputs, write_json_atomically
+from restomod.files import write_bytes_atomically, write_json_atomically
 from restomod.model.families import describe_shape
 from restomod.model.flops import parameter_count, peak_flops
+from restomod.output_files import Output, require_outputs, write_outputs
 from restomod.text import duration
 from restomod.train.console import Display
 from restomod.train.distributed import Processes, joined
@@ -62,18 +63,19 @@ def bench_step(
     """
     with joined() as processes, _memory_errors():
         display = display or Display(muted=not processes.main)
-        outputs = {"--json": Path(json) if json else None, "--trace": Path(trace) if trace else None}
-        processes.together(lambda: require_outputs(outputs))
-        report = _bench(config, preset, tokens, warmup, timed, trace, display, processes)
+        files = {flag: None if name is None else Path(name) for flag, name in (("--json", json), ("--trace", trace))}
+        processes.together(lambda: require_outputs(files))
+        report, traced = _bench(config, preset, tokens, warmup, timed, trace is not None, display, processes)
         if not processes.main:
             return 0
         display.line("")
         display.table(report.rows())
-        if json is not None:
-            write_json_atomically(Path(json), report.to_dict())
-        for what, file in (("results", json), ("trace", trace)):
-            if file is not None:
-                display.line(f"{what} written to {file}")
+        writes = {
+            "--json": lambda path: write_json_atomically(path, report.to_dict()),
+            "--trace": lambda path: write_bytes_atomically(path, traced),
+        }
+        outputs = [Output(path, writes[flag]) for flag, path in files.items() if path is not None]
+        write_outputs(outputs, display.line)
         display.require_printed()
     return 0
 
@@ -94,7 +96,7 @@ def measure_part(config: RunConfig, preset: str, timed: int, display: Display) -
         micro_batch = choose_micro_batch(config, choose_device(config.device))
         count = min(2, config.batch_sequences // micro_batch)
         part = dataclasses.replace(config, batch_tokens=count * micro_batch * config.sequence_length)
-        return _bench(part, preset, "synthetic", 1, timed, None, display, Processes())
+        return _bench(part, preset, "synthetic", 1, timed, False, display, Processes())[0]
 
 
 @contextlib.contextmanager
@@ -114,10 +116,11 @@ def _bench(
     tokens: str,
     warmup: int,
     timed: int,
-    trace: str | None,
+    trace: bool,
     display: Display,
     processes: Processes,
-) -> Report:
+) -> tuple[Report, bytes]:
+    """What was found, and a trace of one more step where it is asked for."""
     count = warmup + 2 * timed + 1  # the last is the traced one
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
@@ -126,11 +129,10 @@ def _bench(
     display.table(_head(steps, preset, tokens, warmup, timed, accumulation, seconds))
     with steps.data:
         timings = measure(steps, warmup, timed)
-        if trace is not None:
-            steps.traced(count - 1, Path(trace))
+        traced = steps.traced(count - 1) if trace else b""
     device = describe_device(steps.compute.device)
     peak = peak_flops(device)
-    return Report(
+    report = Report(
         preset,
         config,
         tokens,
@@ -141,6 +143,7 @@ def _bench(
         steps.compute.device.type,
         None if peak is None else peak * processes.count,
     )
+    return report, traced
 
 
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say: Say) -> tuple[Steps, float]:

@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> int:
     if parsed.x == "dollars" and parsed.price is None:
         raise UserError("--x dollars needs --price, in US dollars for one GPU and one hour")
 
+    from restomod.destination import destination
     from restomod.experiments.axes import AXES, Axis
     from restomod.experiments.compare import compare
     from restomod.experiments.compare_plot import draw_comparison
@@ -51,12 +52,13 @@ def run(arguments: list[str]) -> int:
     from restomod.experiments.runs import open_run
     from restomod.experiments.tables import show
     from restomod.figures import require_matplotlib
-    from restomod.files import require_outputs, write_json_atomically, write_text_atomically
+    from restomod.files import write_json_atomically, write_text_atomically
+    from restomod.output_files import Output, require_outputs, write_outputs
 
     json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})
     if plot is not None:
-        if plot.suffix.lower() != ".png":
+        if plot.suffix.lower() != ".png" and destination(plot).is_regular:
             raise UserError(f"{plot}: the picture is a PNG file; name it .png")
         require_matplotlib()
     runs = [open_run(folder) for folder in parsed.runs]
@@ -72,14 +74,14 @@ def run(arguments: list[str]) -> int:
     for table in tables(found, axis):
         show(table)
         print()
+    outputs = []
     if plot is not None:
         every = [a for a in AXES if a != "dollars" or found.price is not None]
-        draw_comparison(found, every if parsed.x == "all" else [axis], plot)
-        print(f"drawn: {plot}")
+        axes = every if parsed.x == "all" else [axis]
+        outputs.append(Output(plot, lambda path: draw_comparison(found, axes, path)))
     if json is not None:
-        write_json_atomically(json, found.to_dict())
-        print(f"written: {json}")
+        outputs.append(Output(json, lambda path: write_json_atomically(path, found.to_dict())))
     if report is not None:
-        write_text_atomically(report, markdown(found, axis, plot))
-        print(f"written: {report}")
+        outputs.append(Output(report, lambda path: write_text_atomically(path, markdown(found, axis, plot))))
+    write_outputs(outputs)
     return 0

@@ -14,7 +14,8 @@ from restomod.experiments.hardware import find_gpu
 from restomod.experiments.offers import read_offers
 from restomod.experiments.plan import Measured, Plan
 from restomod.experiments.plan_text import lines
-from restomod.files import require_outputs, write_json_atomically
+from restomod.files import write_json_atomically
+from restomod.output_files import Output, require_outputs, write_outputs
 from restomod.parsing import ignored_by_run, parse_run, refuse_ignored
 from restomod.presets import PRESETS, preset
 
@@ -57,8 +58,9 @@ def run(arguments: list[str]) -> int:
     plan = _plan(name, given)
     print("\n".join(list(lines(plan, offers))))  # all of it, or the one line of an error
     if given.json is not None:
-        write_json_atomically(Path(given.json), plan.to_dict(offers))
-        print(f"\nwritten to {given.json}")
+        print()
+        content = plan.to_dict(offers)
+        write_outputs([Output(Path(given.json), lambda path: write_json_atomically(path, content))])
     return 0
 
 

@@ -12,6 +12,7 @@ import tyro
 from restomod.config import Device, Precision
 from restomod.errors import UserError
 from restomod.experiments.report_usage import Prices
+from restomod.files import require_inside
 from restomod.parsing import parse, refuse_ignored
 
 
@@ -69,6 +70,8 @@ def run(arguments: list[str]) -> int:
     runs = open_runs(given.runs)
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
     out = Path(given.out) if given.out is not None else default
+    if given.out is None:  # nobody has named the file that a link there leads to
+        require_inside(default.parent, default)
     markdown, png = (Path(name) if name is not None else None for name in (given.markdown, given.png))
     require_writable(out, markdown, png)
     if given.examine:

@@ -30,7 +30,8 @@ def run(arguments: list[str]) -> int:
     from restomod.experiments.runs import open_run
     from restomod.experiments.tables import Table, show
     from restomod.experiments.verdict import verdict
-    from restomod.files import require_outputs, write_json_atomically
+    from restomod.files import write_json_atomically
+    from restomod.output_files import Output, require_outputs, write_outputs
 
     path = Path(parsed.json) if parsed.json is not None else None
     require_outputs({"--json": path})
@@ -38,5 +39,5 @@ def run(arguments: list[str]) -> int:
     show(Table("", ["", "symptom", "what was seen"], [[f.status, f.symptom, f.reason] for f in found.findings]))
     print(found.summary())
     if path is not None:
-        write_json_atomically(path, found.to_dict())
+        write_outputs([Output(path, lambda path: write_json_atomically(path, found.to_dict()))])
     return 0 if found.healthy else EXIT_NOT_HEALTHY

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -26,9 +27,10 @@ from restomod.data.shards import SPLITS, Dataset, open_dataset
 from restomod.data.steps import SLURM, WORK, failure_path, hashes_path, record_path
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.files import write_json_atomically
+from restomod.files import require_inside, write_json_atomically
 from restomod.json_files import checked
 from restomod.locks import FileLock
+from restomod.temporary import remove_leftovers
 from restomod.text import counted
 
 LOCK = "lock"
@@ -71,6 +73,7 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
+    _require_no_links_out(out)
     lock = FileLock(out / WORK / LOCK)
     try:
         (out / WORK).mkdir(parents=True, exist_ok=True)
@@ -83,6 +86,13 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _require_no_links_out(out: Path) -> None:
+    """Refuse a folder whose files are links to elsewhere: what they name would be written and deleted."""
+    for folder in (out, out / WORK):
+        if folder.is_dir():
+            require_inside(out, *(Path(entry) for entry in os.scandir(folder) if entry.is_symlink()))
 
 
 def unfinished(work: Work, report: Callable[[str], None]) -> list[int]:
@@ -135,8 +145,8 @@ def begin(work: Work) -> None:
     if before is not None and before != description:
         _drop_changed_units(out, before, description)
     if before != description:
-        write_json_atomically(begun, description)
-    drop_temporaries(out)
+        write_json_atomically(begun, description, out)
+    remove_leftovers(out)
 
 
 def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -214,6 +224,7 @@ def finish(work: Work) -> Dataset:
             **({READ: read} if read else {}),
             "plan": description,
         },
+        out,
     )
     clean(out)
     return open_dataset(out, tokenizer.sha256, verify="all")
@@ -222,13 +233,7 @@ def finish(work: Work) -> Dataset:
 def clean(out: Path) -> None:
     """Drop what was only needed on the way."""
     shutil.rmtree(out / WORK, ignore_errors=True)
-    drop_temporaries(out)
-
-
-def drop_temporaries(out: Path) -> None:
-    """Drop the half-written files of workers that were killed."""
-    for leftover in out.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(out)
 
 
 def slurm_jobs(out: Path) -> list[str]:

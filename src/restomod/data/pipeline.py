@@ -16,12 +16,13 @@ from shlex import quote
 from types import FrameType
 
 from restomod.config_prepare import Engine, PrepareConfig, SlurmConfig
-from restomod.data.folder import begin, drop_temporaries, finish, finished, locked, planned, unfinished
+from restomod.data.folder import begin, finish, finished, locked, planned, unfinished
 from restomod.data.manifest import MANIFEST, read_unit
 from restomod.data.reading import told_lines
 from restomod.data.shards import Dataset
 from restomod.data.steps import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
 from restomod.errors import UserError
+from restomod.temporary import remove_leftovers
 from restomod.text import counted
 
 PROGRESS_SECONDS = 2.0
@@ -74,7 +75,7 @@ def prepare_folder(
             report("finished units stay; the same command goes on with the others")
             raise
         finally:
-            drop_temporaries(out)  # of workers that were stopped because another one failed
+            remove_leftovers(out)  # of workers that were stopped because another one failed
         return finish(work)
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
-import re
 import shutil
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +34,12 @@ from restomod.data.sources import documents, source_name
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, move_folder, write_json_atomically
-from restomod.locks import FileLock, locked
+from restomod.locks import locked
+from restomod.temporary import Temporary, remove_leftovers
 
 BATCH_CHARACTERS = 4_000_000  # of text encoded at once: fast, and little memory
 COPY_TOKENS = 1_000_000  # at once, from one file to another
 TELL_EVERY = 5.0  # seconds between lines about how far the tokens are
-HALF_MADE = re.compile(r"\.(?P<name>.+-[0-9a-f]{12})\.(?P<id>[0-9a-f]+)\.tmp")
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
@@ -66,7 +63,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_
     hashes = [split_hash(document.parts(), config.split_seed) for document in read]
     fingerprint, files = _fingerprint(config, tokenizer, hashes), reading.to_dict()
     folder = Path(config.cache) / f"{source_name(config)}-{fingerprint[:12]}"
-    _remove_half_made(folder.parent)
+    remove_leftovers(folder.parent)
     if not (folder / MANIFEST).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_of(folder), lambda: _say(f"another process is preparing {folder}; waiting for it")):
@@ -84,48 +81,16 @@ def _told(read: dict[str, Any]) -> dict[str, Any]:
 
 def _make(folder: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a folder, which gets its name once it is whole."""
-    # no two processes write into one folder, even where a file system has no locks
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        write(temporary)
+    with Temporary(folder.parent, "folder") as temporary:
+        write(temporary.path)
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is nobody's
-            move_folder(temporary, folder, MANIFEST)
+            move_folder(temporary.path, folder, MANIFEST)
             fsync_path(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_half_made(cache: Path) -> None:
-    """Remove what killed processes have left in a cache: what is half made and whose lock nobody holds."""
-    for leftover in cache.glob(".*.tmp"):
-        parts = HALF_MADE.fullmatch(leftover.name)
-        # earlier versions had no lock, and named what they made after their process
-        if parts is None or (len(parts["id"]) < 32 and _runs(parts["id"])):
-            continue
-        lock = FileLock(_lock_of(cache / parts["name"]))
-        with contextlib.suppress(OSError):
-            if lock.acquire(wait=False) and lock.enforced:
-                shutil.rmtree(leftover)
-        lock.release(remove=True)
 
 
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
-
-
-def _runs(process: str) -> bool:
-    """Whether a process of this number may run on this machine."""
-    if os.name != "posix":  # where asking is not harmless
-        return True
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
 
 
 def _say(line: str) -> None:

@@ -15,6 +15,7 @@ from restomod.data.shards import SPLITS, open_shard
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer
 from restomod.errors import UserError
 from restomod.files import fsync_path, sha256_file
+from restomod.temporary import Temporary
 
 SUFFIXES = (".bin", ".npy")
 READ_TOKENS = 1_000_000
@@ -41,10 +42,11 @@ def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Toke
     blob, count = path.resolve(), len(tokens)
     del tokens  # unmap it
     if downloads is None:
-        temporary = out / f".{name}.{os.getpid()}.tmp"
-        shutil.copyfile(blob, temporary)
-        blob = temporary
-    os.replace(blob, out / name)  # a download that is not to stay lies within ``out``
+        with Temporary(out) as temporary:
+            shutil.copyfile(blob, temporary.path)
+            temporary.move(out / name)
+    else:
+        os.replace(blob, out / name)  # a download that is not to stay lies within ``out``
     fsync_path(out / name)
     shard = {"file": name, "tokens": count, "sha256": sha256_file(out / name)}
     empty: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": []}

@@ -23,6 +23,7 @@ from restomod.data.manifest import MANIFEST, MEND, read_manifest
 from restomod.data.verified import changed_file
 from restomod.errors import UserError, one_line
 from restomod.files import require_regular, sha256_file
+from restomod.temporary import Temporary
 
 MAGIC = 20240520
 VERSION = 1
@@ -53,8 +54,9 @@ class _OpenShard:
 
     def __init__(self, path: Path) -> None:
         self.path, self.tokens = path, 0
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 - `close` and `discard` close it
+        self._temporary = Temporary(path.parent)
+        assert self._temporary.fd is not None
+        self._file = open(self._temporary.fd, "wb", closefd=False)  # noqa: SIM115 - `close` and `discard` close it
         self._file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: np.ndarray) -> None:
@@ -67,14 +69,14 @@ class _OpenShard:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        sha256 = sha256_file(self._temporary)
-        os.replace(self._temporary, self.path)
+        sha256 = sha256_file(self._temporary.path)
+        self._temporary.move(self.path)
         return {"file": self.path.name, "tokens": self.tokens, "sha256": sha256}
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # on a full disk: closing writes what is still in memory
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._temporary.remove()
 
 
 def open_shard(path: Path, mend: str = MEND) -> np.ndarray:

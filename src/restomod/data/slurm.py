@@ -116,7 +116,9 @@ def _raise_failure(work: Work) -> None:
 def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
     """Submit the stages, each waiting for the one before it."""
     out, config, n = work.out.absolute(), work.config, len(work.units)
-    write_json_atomically(out / WORK / SLURM, {"name": job_name(out)})  # before: jobs must not be forgotten in a crash
+    write_json_atomically(
+        out / WORK / SLURM, {"name": job_name(out)}, out
+    )  # before: jobs must not be forgotten in a crash
     stages: list[tuple[str, Any, int]] = []
     if config.dedup:
         unhashed = [unit for unit in range(n) if not hashes_path(out, unit).exists()]
@@ -203,7 +205,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
         except Exception as e:
             unit = self.step.units[rank] if isinstance(self.step, ChosenUnits) else 0
             error = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-            write_json_atomically(failure_path(self.out, unit), {"error": error})
+            write_json_atomically(failure_path(self.out, unit), {"error": error}, self.out)
             raise
         if self.stage == "finish":  # again: datatrove has left its log and statistics there since
             clean(self.out)

@@ -6,7 +6,7 @@ function of the unit's files and the settings.
 
 from __future__ import annotations
 
-import os
+import io
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -26,7 +26,7 @@ from restomod.data.reading import Reading
 from restomod.data.shards import SPLITS, ShardWriter, open_npy
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.errors import UserError
-from restomod.files import fsync_path, write_json_atomically
+from restomod.files import fsync_path, write_bytes_atomically, write_json_atomically
 
 WORK = ".prepare"
 SLURM = "slurm.json"  # there: jobs of Slurm have been submitted for the folder
@@ -80,12 +80,7 @@ class HashUnit(UnitStep):
             return
         documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
         hashes = [split_hash(document.parts(), self.config.split_seed) for document in documents]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as f:
-            np.save(f, np.array(hashes, dtype=np.uint64))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        _write_array(path, np.array(hashes, dtype=np.uint64), self.out)
 
 
 def hashes_path(out: Path, unit: int) -> Path:
@@ -116,7 +111,13 @@ def choose_first_occurrences(out: Path, units: int) -> None:
     first = np.zeros(sum(map(len, hashes)), dtype=bool)
     first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
     for unit, keep in enumerate(np.split(first, np.cumsum([len(h) for h in hashes])[:-1])):
-        np.save(_keep(out, unit), keep)
+        _write_array(_keep(out, unit), keep, out)
+
+
+def _write_array(path: Path, values: np.ndarray, out: Path) -> None:
+    content = io.BytesIO()
+    np.save(content, values)
+    write_bytes_atomically(path, content.getvalue(), out)
 
 
 class PrepareUnit(UnitStep):
@@ -156,7 +157,7 @@ class PrepareUnit(UnitStep):
         record = {"splits": splits, "documents": documents, "duplicates": duplicates}
         if read:
             record[READ] = read
-        write_json_atomically(record_path(self.out, unit), record)
+        write_json_atomically(record_path(self.out, unit), record, self.out)
         shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
 
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:

@@ -44,8 +44,8 @@ def changed_file(folder: Path, hashes: dict[str, str], remember: bool = True) ->
     settled = (time.time() - SETTLED_SECONDS) * 1e9
     right = {name: seen for name, seen in now.items() if int(seen[2]) < settled}
     if right != before:
-        with contextlib.suppress(OSError):  # a folder that cannot be written is read again each time
-            write_json_atomically(folder / VERIFIED, right)
+        with contextlib.suppress(OSError, UserError):  # a folder that cannot be written is read again each time
+            write_json_atomically(folder / VERIFIED, right, folder)
     return None
 
 

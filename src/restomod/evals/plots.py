@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from restomod.errors import UserError
+from restomod.errors import shortened
 from restomod.evals.heldout import Heldout
-from restomod.figures import INK, PAPER, new_figure, quiet
+from restomod.figures import INK, new_figure, quiet, require_matplotlib, write_figure
 
 POINTS = 60  # means over ranges of positions, each longer than the one before
 
@@ -22,18 +22,22 @@ def position_means(by_position: list[float]) -> tuple[list[float], list[float]]:
     return [(a + b - 1) / 2 for a, b in ranges], [float(np.mean(by_position[a - 1 : b - 1])) for a, b in ranges]
 
 
-def draw_positions(heldout: Heldout, title: str, path: Path) -> None:
+def draw_positions(heldout: Heldout, title: str, path: Path, inside: Path | None = None) -> None:
     """Draw the loss by position as a PNG file; the position is the number of tokens that are seen.
+
+    Args:
+        heldout: what is drawn.
+        title: the model's name.
+        path: of the file.
+        inside: see `restomod.files.write_bytes_atomically`.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as e:
-        raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    require_matplotlib()
     figure = new_figure("held-out loss by position", 9, 5)
-    figure.suptitle(f"{title}: held-out loss by position in the window", color=INK, fontsize=13, parse_math=False)
+    subject = f"{shortened(title)}: held-out loss by position in the window"
+    figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
     axes = figure.subplots()
     positions = np.arange(1, len(heldout.by_position) + 1)
     axes.plot(positions, heldout.by_position, ".", color="#bbbbbb", markersize=2, label="each position")
@@ -44,8 +48,4 @@ def draw_positions(heldout: Heldout, title: str, path: Path) -> None:
     axes.set_ylabel("loss, nats per token")
     axes.legend(frameon=False)
     quiet(axes)
-    FigureCanvasAgg(figure)
-    try:
-        figure.savefig(path, dpi=120, facecolor=PAPER)
-    except OSError as e:
-        raise UserError(f"{path}: cannot write the picture ({e.strerror or e})") from None
+    write_figure(figure, path, inside)

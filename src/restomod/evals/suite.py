@@ -24,8 +24,9 @@ from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_m
 from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
-from restomod.files import require_outputs, write_json_atomically, write_text_atomically
+from restomod.files import short_name, write_json_atomically, write_text_atomically
 from restomod.json_files import read_json
+from restomod.output_files import Output, require_outputs, write_outputs
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
 from restomod.train.console import Display
@@ -51,7 +52,7 @@ class Subject:
         """Where in its run a result belongs."""
         assert self.run is not None
         at = f"step_{self.step:06d}" if self.step is not None else "model"
-        return self.run / "evals" / f"{at}-{task}{suffix}"
+        return self.run / "evals" / f"{short_name(f'{at}-{task}')}{suffix}"
 
 
 def evaluate_model(
@@ -250,13 +251,9 @@ class _Report:
 
     def finish(self, json_file: Path | None) -> None:
         """Write all results to one file, where that is asked."""
-        if json_file is None or not self.main:
-            return
-        try:
-            write_json_atomically(json_file, self.about | {"results": self.results})
-        except OSError as e:
-            raise UserError(f"{json_file}: cannot write the results ({reason(e)}); they are shown above") from None
-        self.display.line(f"written: {json_file}")
+        if json_file is not None and self.main:
+            content = self.about | {"results": self.results}
+            write_outputs([Output(json_file, lambda path: write_json_atomically(path, content))], self.display.line)
 
     def _show(
         self, task: str, metrics: dict[str, Estimate], asked: str, published: list[Reference], why_not: str
@@ -280,7 +277,8 @@ class _Report:
         if self.run is not None:
             # on one line: thousands of choices, one a line, are no easier to read
             text = json.dumps({"task": task} | self.about | result) + "\n"
-            self._try_to(lambda path: write_text_atomically(path, text), self.subject.file(file, ".json"), "written")
+            file_of_task = self.subject.file(file, ".json")
+            self._try_to(lambda path: write_text_atomically(path, text, self.run), file_of_task, "written")
 
     def _try_to(self, write: Callable[[Path], None], path: Path, done: str) -> None:
         try:
@@ -294,4 +292,4 @@ class _Report:
     def _draw(self, held: Heldout, path: Path) -> None:
         from restomod.evals.plots import draw_positions
 
-        draw_positions(held, self.subject.name, path)
+        draw_positions(held, self.subject.name, path, self.run)

@@ -24,7 +24,7 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset, Part
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, keep_freed_memory, total_memory
-from restomod.errors import UserError
+from restomod.errors import UserError, reason
 from restomod.evals.heldout import heldout_windows, token_losses
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
@@ -126,9 +126,9 @@ def examine(
         return
     about = {"format": FORMAT, "checkpoint": checkpoint.name, "step": step_of(checkpoint), "asked": max_tokens}
     try:
-        write_json_atomically(run.folder / FILE, about | found)
-    except OSError as e:
-        say(f"{run.folder}: examined, but {FILE} cannot be written ({e.strerror})")
+        write_json_atomically(run.folder / FILE, about | found, run.folder)
+    except (OSError, UserError) as e:
+        say(f"{run.folder}: examined, but {FILE} cannot be written ({reason(e)})")
         return
     say(f"written: {run.folder / FILE}")
 

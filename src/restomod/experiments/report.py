@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from restomod.errors import UserError, did_you_mean
 from restomod.experiments.report_html import as_page, footer
 from restomod.experiments.report_markdown import as_markdown
-from restomod.experiments.report_png import draw
+from restomod.experiments.report_png import draw, write_picture
 from restomod.experiments.report_run import page_run
 from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import Run, open_run
-from restomod.files import require_outputs, write_text_atomically
+from restomod.files import write_bytes_atomically, write_text_atomically
+from restomod.output_files import Output, require_output_folder, require_outputs, write_outputs
 from restomod.private import presentable, presentable_pieces
 
 
@@ -41,14 +43,14 @@ def report(
     """
     require_writable(out, markdown, png)
     data = page_data(runs, prices or Prices())
-    page = as_page(data)  # all is made before the first file is written
-    pictures = draw(data["runs"], png) if png is not None else []
-    write_text_atomically(out, page)
+    page = as_page(data).encode()  # all is made before the first file is written
+    pictures = draw(data["runs"], png) if png is not None else {}
+    outputs = [Output(out, lambda path: write_bytes_atomically(path, page), f" ({len(page) / 1e6:.1f} MB)")]
     if markdown is not None:
-        write_text_atomically(markdown, as_markdown(data, pictures, markdown.parent))
-    for path in (out, markdown, *pictures):
-        if path is not None:
-            say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)" if path == out else f"written: {path}")
+        text = as_markdown(data, list(pictures), markdown.parent)
+        outputs.append(Output(markdown, lambda path: write_text_atomically(path, text)))
+    outputs += [Output(path, functools.partial(write_picture, figure)) for path, figure in pictures.items()]
+    write_outputs(outputs, say)
 
 
 def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
@@ -96,8 +98,7 @@ def require_writable(out: Path, markdown: Path | None, png: Path | None) -> None
     require_outputs({"--out": out, "--markdown": markdown})
     if png is None:
         return
-    if png.exists() and not png.is_dir():
-        raise UserError(f"--png {png} is a file; name a folder")
+    require_output_folder("--png", png)
     for flag, path in (("--out", out), ("--markdown", markdown)):
         inside = path is not None and path.suffix == ".png" and os.path.realpath(path.parent) == os.path.realpath(png)
         if inside or (path is not None and os.path.realpath(path) == os.path.realpath(png)):

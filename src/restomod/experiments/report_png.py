@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from restomod.errors import UserError
+from restomod.errors import shortened
 from restomod.experiments.report_curves import sample_sizes
-from restomod.figures import use_default_style
+from restomod.figures import make_folder, require_matplotlib, use_default_style, write_figure
+from restomod.files import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, SOFT, RULE, ACCENT = "#1d1d1f", "#66666d", "#e6e4df", "#c2410c"
 OTHERS = ("#5f6b7a", "#98a1ab", "#3d4650", "#b9bfc6")
@@ -25,39 +27,41 @@ CHARTS = {
 }
 
 
-def draw(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw the curves of runs (see `restomod.experiments.report_run.page_run`) into ``folder``, made if need be.
+def draw(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
+    """Draw the curves of runs (see `restomod.experiments.report_run.page_run`). Nothing is written yet.
 
     Returns:
-        The files, one per curve that there is.
+        One per curve that there is, by the file in ``folder`` that it is for.
 
     Raises:
-        UserError: matplotlib is missing, or the folder cannot be written.
+        UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     use_default_style()
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
     drawn = {name for run in runs for name in run["curves"]} | {"loss" for run in runs if "val" in run["curves"]}
     wanted = [name for name in CHARTS if name in drawn]
-    paths = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in [*wanted, *tasks]:
-            figure = Figure(figsize=(9, 4.6) if name == "loss" else (7, 3.6), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.subplots()
-            (_task if name in tasks else _curve)(axes, runs, name)
-            _quiet(axes)
-            path = folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.png"
-            figure.savefig(path, dpi=150, facecolor="#ffffff")
-            paths.append(path)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot write pictures there ({e.strerror or e})") from None
-    return paths
+    figures: dict[Path, Figure] = {}
+    for name in [*wanted, *tasks]:
+        figure = Figure(figsize=(9, 4.6) if name == "loss" else (7, 3.6), layout="constrained")
+        axes = figure.subplots()
+        (_task if name in tasks else _curve)(axes, runs, name)
+        _quiet(axes)
+        path = folder / f"{short_name(''.join(c if c.isalnum() or c in '-_' else '_' for c in name))}.png"
+        figures[path] = figure
+    return figures
+
+
+def write_picture(figure: Figure, path: Path) -> None:
+    """Write one of them, into a folder that is made if need be.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    make_folder(path.parent)
+    write_figure(figure, path, path.parent, dpi=150)
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _curve(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
     for i, run in enumerate(runs):
         curves, look = run["curves"], _look(i)
         raw, mean = curves.get(name), curves.get(f"{name}_mean")
-        label = run["name"] if len(runs) > 1 else ("training" if name == "loss" else None)
+        label = shortened(run["name"]) if len(runs) > 1 else ("training" if name == "loss" else None)
         if raw and mean and i == 0:
             axes.plot(raw["x"], _numbers(raw), color=look["color"], linewidth=0.7, alpha=0.3)
         if raw:
@@ -93,11 +97,11 @@ def _curve(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
 def _task(axes: Axes, runs: list[dict[str, Any]], task: str) -> None:
     found = [(i, run, run["tasks"][task]) for i, run in enumerate(runs) if task in run["tasks"]]
     sizes = dict.fromkeys(filter(None, (sample_sizes(points) for _, _, points in found)))
-    title = ", ".join([task, found[0][2]["metric"], "± one standard error", *sizes])
+    title = ", ".join([shortened(task), found[0][2]["metric"], "± one standard error", *sizes])
     axes.set_title(title, loc="left", color=INK, fontsize=12, parse_math=False)
     axes.set_xlabel("step", color=SOFT)
     for i, run, points in found:
-        look = _look(i) | {"marker": "o", "markersize": 4, "label": run["name"]}
+        look = _look(i) | {"marker": "o", "markersize": 4, "label": shortened(run["name"])}
         axes.errorbar(points["x"], _numbers(points), yerr=points["error"], **look)
     _lines(axes, runs[0]["lines"].get(task, []), lambda share: f"{100 * share:.4g} %")
 

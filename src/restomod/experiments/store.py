@@ -28,9 +28,10 @@ from restomod.errors import UserError, one_line
 from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
 from restomod.experiments.runs import process_count, started
 from restomod.experiments.space import Method, Value, grid, parse_dimension
-from restomod.files import require_regular, write_json_atomically
+from restomod.files import require_inside, require_regular, write_json_atomically
 from restomod.json_files import read_json
 from restomod.locks import FileLock
+from restomod.temporary import NAME
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 Pruning = Literal["none", "median", "hyperband"]
 
 PARTS = "plan.json", "journal.jsonl", "locks", "logs", "trials", "sweep.json"
-OWN_FILES = {*PARTS, *(f"{name}.tmp" for name in PARTS)}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class Store:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         self._dimensions = [parse_dimension(text, plan.method) for text in plan.space]
-        if folder.exists() and any(path.name.lstrip(".") not in OWN_FILES for path in folder.iterdir()):
+        if folder.exists() and any(not (path.name in PARTS or NAME.fullmatch(path.name)) for path in folder.iterdir()):
             raise UserError(f"{folder} is not a sweep, and holds other files; choose another folder with --out")
+        require_inside(folder, *(folder / part for part in PARTS))
         for part in ("locks", "logs", "trials"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder / "locks" / "sweep")

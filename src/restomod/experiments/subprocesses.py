@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from pathlib import Path
 
+from restomod.files import open_to_append
 from restomod.train.signals import stop_with_parent
 
 TRAIN = (sys.executable, "-m", "restomod", "train")
@@ -47,8 +48,8 @@ class TrainingProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._last.append(line.rstrip())
-            with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as f:  # the disk may be full
-                f.write(line)
+            with contextlib.suppress(OSError), open_to_append(self._log) as f:  # the disk may be full
+                f.write(line.encode())
 
     def wait(self, seconds: float) -> int | None:
         """The exit code, negative for a signal; None if it still runs after so many seconds."""

@@ -101,7 +101,7 @@ def write_results(found: list[Result], store: Store, price: float | None) -> Non
         "gpu_hours": gpu_hours,
         "dollars": None if price is None else gpu_hours * price,
     }
-    write_json_atomically(store.folder / "sweep.json", content)
+    write_json_atomically(store.folder / "sweep.json", content, store.folder)
 
 
 def show(found: list[Result], folder: Path, plan: Plan) -> None:

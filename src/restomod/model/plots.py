@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from restomod.errors import UserError
-from restomod.figures import INK, PAPER, new_figure, quiet
+from restomod.errors import UserError, shortened
+from restomod.figures import INK, make_folder, new_figure, quiet, require_matplotlib, write_figure
 from restomod.model.inspect import POSITIONS, roughness
 
 if TYPE_CHECKING:
@@ -42,10 +42,7 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is missing, a number is not finite, or the folder cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as e:
-        raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+    require_matplotlib()
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{title} cannot be drawn: {name} holds numbers that are not finite")
@@ -58,28 +55,12 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
         "weight_histograms.png": weight_histograms,
         "singular_values.png": singular_values,
     }
-    paths = []
     make_folder(folder)
-    try:
-        for name, picture in pictures.items():
-            figure = picture(tensors)
-            figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
-            FigureCanvasAgg(figure)
-            figure.savefig(folder / name, dpi=120, facecolor=PAPER)
-            paths.append(folder / name)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot write pictures there ({e.strerror or e})") from None
-    return paths
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder for pictures, if need be; raises UserError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{folder} is a file; name a folder for the pictures") from None
-    except OSError as e:
-        raise UserError(f"{folder}: cannot write pictures there ({e.strerror or e})") from None
+    for name, picture in pictures.items():
+        figure = picture(tensors)
+        figure.suptitle(f"{shortened(title)}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
+        write_figure(figure, folder / name, folder)
+    return [folder / name for name in pictures]
 
 
 def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from restomod.config import ModelConfig
@@ -24,7 +23,7 @@ from restomod.json_files import read_json
 from restomod.model.families import FAMILIES, HEAD, OtherModel, family_of
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
-from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite
+from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite, write_tensors
 
 PREFIX = "transformer."
 BARE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names in the files of a GPT2Model, which has no head
@@ -137,7 +136,7 @@ def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool =
 def save_model(model: GPT, folder: Path) -> None:
     """Write ``model`` into an existing folder: weights, config and tokenizer, as `from_pretrained` wants them."""
     tensors = {name: value.contiguous() for name, value in hf_tensors(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(family_of(model.config).to_json(model.config), indent=2) + "\n")
     generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

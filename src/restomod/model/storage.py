@@ -6,7 +6,9 @@ One safetensors file, several with an index, or the same as pickles (`pytorch_mo
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -118,3 +120,16 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested or value.is_meta:
             raise UserError(f"{path} is not a model's weights: {name} should be a plain tensor")
     return values
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors into a new safetensors file.
+
+    Raises:
+        OSError: there is a file already, or it cannot be made.
+        SafetensorError: it cannot be written.
+    """
+    with open(path, "xb") as f:
+        mode = os.fstat(f.fileno()).st_mode  # as the user's umask wants it; safetensors makes a file of 0600
+    save_file(dict(tensors), path, metadata)
+    path.chmod(stat.S_IMODE(mode))

@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from restomod.errors import UserError, reason
-from restomod.files import fsync_path, move_folder, sha256_file
+from restomod.files import fsync_path, move_folder, require_inside, sha256_file
 from restomod.json_files import read_json
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
-from restomod.model.storage import WEIGHTS
+from restomod.model.storage import WEIGHTS, write_tensors
+from restomod.temporary import Temporary, remove_leftovers
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
 from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, differences, read_state, run_identity
@@ -110,22 +110,27 @@ def set_aside(unusable: list[Unusable]) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint so that it is never seen half deleted."""
-    try:
-        doomed = folder.rename(folder.with_name(f".{folder.name}.tmp"))
-    except OSError:  # a file system that cannot rename folders
-        (folder / COMPLETE).unlink(missing_ok=True)
-        doomed = folder
-    shutil.rmtree(doomed)
+    with Temporary(folder.parent, "folder") as doomed:
+        try:
+            folder.rename(doomed.path)  # which is empty
+        except OSError:  # a file system that cannot rename folders
+            (folder / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
 
 def _remove_leftovers(run: Path) -> None:
     """Remove what a save, or the deletion of a checkpoint, has left when it was killed; bring back what it replaced."""
-    for replaced in (run / "checkpoints").glob(f".step_*{REPLACED}"):
+    checkpoints = run / "checkpoints"
+    for replaced in checkpoints.glob(f".step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED)[1:])
-        if not folder.exists():  # killed between the two renames
+        if not folder.exists() and not replaced.is_symlink():  # killed between the two renames
             move_folder(replaced, folder, COMPLETE)
-    for leftover in (run / "checkpoints").glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+    for leftover in checkpoints.glob(".step_*.tmp"):  # as earlier versions have named all that is temporary
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
+    remove_leftovers(checkpoints)
 
 
 def write_checkpoint(
@@ -144,32 +149,21 @@ def write_checkpoint(
         UserError: the disk is full or refuses; older checkpoints are untouched.
     """
     folder = run / "checkpoints" / f"step_{step:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
+        folder.parent.mkdir(exist_ok=True)
+        require_inside(run, folder.parent)
         _remove_leftovers(run)
-        (temporary / STATE).mkdir(parents=True)
-        save_model(model, temporary)
-        if optimizer_state:
-            save_file({k: v.contiguous() for k, v in optimizer_state.items()}, temporary / STATE / OPTIMIZER)
-        state = {"format": STATE_FORMAT, "step": step, "data_offset": data_offset, "run": run_identity(run)}
-        (temporary / STATE / "state.json").write_text(json.dumps(state) + "\n")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        record = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in files
-        }
-        (temporary / COMPLETE).write_text(json.dumps({"format": FORMAT, "files": record}, indent=2) + "\n")
-        for path in [*files, temporary / COMPLETE, temporary / STATE, temporary]:
-            fsync_path(path)
-        replaced = folder.with_name(f".{folder.name}{REPLACED}")
-        if folder.exists():  # left by an earlier attempt at this step
-            move_folder(folder, replaced, COMPLETE)
-        move_folder(temporary, folder, COMPLETE)
+        with Temporary(folder.parent, "folder") as temporary:
+            state = {"format": STATE_FORMAT, "step": step, "data_offset": data_offset, "run": run_identity(run)}
+            _write_files(temporary.path, model, optimizer_state, state)
+            replaced = folder.with_name(f".{folder.name}{REPLACED}")
+            if folder.exists():  # left by an earlier attempt at this step
+                move_folder(folder, replaced, COMPLETE)
+            move_folder(temporary.path, folder, COMPLETE)
         fsync_path(folder.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             _remove_leftovers(run)
         raise UserError(
@@ -177,6 +171,22 @@ def write_checkpoint(
             f"mend it, then go on with `restomod train --resume {quote(str(run))}`"
         ) from None
     return folder
+
+
+def _write_files(folder: Path, model: GPT, optimizer_state: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Fill an empty folder with a checkpoint's files, and put them on the disk."""
+    (folder / STATE).mkdir()
+    save_model(model, folder)
+    if optimizer_state:
+        write_tensors({k: v.contiguous() for k, v in optimizer_state.items()}, folder / STATE / OPTIMIZER)
+    (folder / STATE / "state.json").write_text(json.dumps(state) + "\n")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+    }
+    (folder / COMPLETE).write_text(json.dumps({"format": FORMAT, "files": record}, indent=2) + "\n")
+    for path in [*files, folder / COMPLETE, folder / STATE, folder]:
+        fsync_path(path)
 
 
 def describe_newest(run: Path) -> str:

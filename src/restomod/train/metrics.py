@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from restomod.files import write_bytes_atomically
+from restomod.files import open_to_append, write_bytes_atomically
 
 Record = dict[str, Any]
 
@@ -28,7 +28,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         OSError: the disk is full, or refuses.
     """
     line = json.dumps(record).encode() + b"\n"
-    with open(path, "ab", buffering=0) as f:
+    with open_to_append(path) as f:
         end = f.seek(0, os.SEEK_END)
         try:
             while line:  # a disk that is nearly full takes a part
@@ -145,7 +145,7 @@ def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             if record is None or keep(record):
                 kept.append(line if line.endswith(b"\n") else line + b"\n")
                 whole = len(kept) if record is not None else whole
-    write_bytes_atomically(path, b"".join(kept[:whole]))
+    write_bytes_atomically(path, b"".join(kept[:whole]), path.parent)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

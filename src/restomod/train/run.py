@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from restomod.errors import UserError, reason
 from restomod.files import move_folder, write_json_atomically
 from restomod.json_files import read_json
 from restomod.private import command_without_secrets
+from restomod.temporary import Temporary
 from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
 from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.track import Trackers
@@ -120,17 +120,15 @@ def create_run(
     """
     refuse_existing(folder)
     manifest = with_hashes(dataset, say)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    real = folder.resolve()  # of a link to a folder that is still to be made
     try:
-        if temporary.exists():  # of a start that was killed
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        write_json_atomically(temporary / "data.json", manifest)
-        write_json_atomically(temporary / "environment.json", [environment])
-        write_json_atomically(temporary / "config.json", to_file(config))
-        move_folder(temporary, folder, "config.json")
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with Temporary(real.parent, "folder") as temporary:
+            write_json_atomically(temporary.path / "data.json", manifest)
+            write_json_atomically(temporary.path / "environment.json", [environment])
+            write_json_atomically(temporary.path / "config.json", to_file(config))
+            move_folder(temporary.path, real, "config.json")
     except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: cannot make the run's folder ({reason(e)})") from None
     return Run(folder, config)
 
@@ -161,8 +159,8 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
 
 def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
     """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
-    write_json_atomically(folder / "environment.json", [*_starts(folder), environment])
-    write_json_atomically(folder / "config.json", to_file(config))
+    write_json_atomically(folder / "environment.json", [*_starts(folder), environment], folder)
+    write_json_atomically(folder / "config.json", to_file(config), folder)
     run = Run(folder, config)
     run.rewind(step)
     return run

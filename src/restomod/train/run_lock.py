@@ -22,6 +22,7 @@ from shlex import quote
 from typing import Any
 
 from restomod.errors import UserError
+from restomod.files import short_name
 from restomod.locks import POLL, FileLock
 
 PATIENCE = 30.0  # seconds to wait for a job that holds the run: it may be about to receive its signal
@@ -64,7 +65,7 @@ class RunLock:
         parent = self.folder.resolve().parent
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
-        self._acquire(parent / f".{self.folder.resolve().name}.lock", 0.0)
+        self._acquire(parent / f".{short_name(self.folder.resolve().name)}.lock", 0.0)
 
     def made(self) -> None:
         """Switch to the lock inside the folder of a new run, once that exists."""

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from restomod.config import RunConfig, Tracker
 from restomod.config_json import to_dict
 from restomod.errors import UserError
-from restomod.files import write_json_atomically
+from restomod.files import require_inside, write_json_atomically
 from restomod.json_files import read_json
 from restomod.private import presentable
 from restomod.train.metrics import Record, read_jsonl
@@ -196,6 +196,7 @@ class Trackers:
     def _identities(self) -> dict[str, tuple[str, bool]]:
         """What each tracker knows this run by, and whether that is new; kept in the run's folder."""
         path = self._path / "track.json"
+        require_inside(self._path, path, self._path / "tensorboard", self._path / "wandb")
         old = read_json(path, "record of the run's trackers") if path.exists() else {}
         known = {name: str(old.get(name) or uuid.uuid4().hex[:8]) for name in self._names}
         write_json_atomically(path, {**old, **known})

@@ -1,0 +1,354 @@
+"""Every output flag with every kind of destination: nothing is replaced that is no file, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from restomod.cli import main
+from restomod.model.pretrained import save_model
+from restomod.temporary import NAME
+from restomod.train.parity import random_model
+from tests.evals.plainly import SMALL
+from tests.experiments.made_runs import make_run
+
+FLAGS = {  # the command line before each output flag, and how the file begins
+    "report --out": (("report", "runs/a"), b"<!doctype html>"),
+    "report --markdown": (("report", "runs/a"), b"# a"),
+    "compare --json": (("compare", "runs/a", "runs/b"), b"{"),
+    "compare --markdown": (("compare", "runs/a", "runs/b"), b""),
+    "compare --plot": (("compare", "runs/a", "runs/b"), b"\x89PNG"),
+    "verdict --json": (("verdict", "runs/a", "--no-weights"), b"{"),
+    "plan --json": (("plan", "quickstart"), b"{"),
+    "eval --json": (("eval", "model", "--task", "questions.jsonl", "--device", "cpu"), b"{"),
+    "bench --json": (
+        (
+            *("bench", "step", "quickstart", "--model.n-layer", "1", "--model.n-head", "1", "--model.n-embd", "8"),
+            *("--sequence-length", "8", "--batch-tokens", "8", "--micro-batch", "1", "--device", "cpu"),
+            *("--precision", "fp32", "--warmup", "0", "--timed", "1"),
+        ),
+        b"{",
+    ),
+    "compare-samples --out": (
+        ("compare-samples", "model", "model", "--prompt", "a", "--max-tokens", "1", "--device", "cpu"),
+        b"# model",
+    ),
+}
+FLAGS["bench --trace"] = FLAGS["bench --json"]
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, a model and a task: read by all tests."""
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("a", "b"):
+        make_run(folder / "runs" / name)
+    (folder / "model").mkdir()
+    save_model(random_model(SMALL), folder / "model")
+    question = {"query": "One", "choices": ["two", "three"], "gold": 0}
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    return folder
+
+
+@pytest.fixture
+def command(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """Runs a command with a flag, among the runs; afterwards no temporary file may be left anywhere."""
+    monkeypatch.chdir(made)
+
+    def run(flag: str, path: Path | str) -> Answer:
+        before, _ = FLAGS[flag]
+        code = main([*before, f"--{flag.partition('--')[2]}", str(path)])
+        shown = capsys.readouterr()
+        return Answer(0 if (before[0], code) == ("verdict", 1) else code, shown.out, shown.err)  # 1: it is not healthy
+
+    yield run
+    assert not [path for folder in (made, tmp_path) for path in folder.rglob("*") if NAME.fullmatch(path.name)]
+
+
+def begins_well(flag: str, content: bytes) -> bool:
+    return len(content) > 20 and content.lstrip().startswith(FLAGS[flag][1])
+
+
+def file_for(flag: str, folder: Path, stem: str = "x") -> Path:
+    suffix = {"--plot": ".png", "--out": ".html" if flag.startswith("report") else ".md"}
+    return folder / f"{stem}{suffix.get(flag.split()[1], '.json')}"
+
+
+def node(path: Path, minor: int) -> Path:
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        with open(path, "wb"):
+            pass
+    except OSError:
+        pytest.skip("device nodes cannot be made here")
+    return path
+
+
+def refused(answer: Answer, *words: str) -> None:
+    """One line that names what was given, exit code 2."""
+    assert answer.code == 2
+    assert answer.err.startswith("restomod: error: ")
+    assert answer.err.count("\n") == 1
+    for word in words:
+        assert word in answer.err
+
+
+def computed(answer: Answer, flag: str) -> bool:
+    """Whether the result has been printed; `report` has none but its files."""
+    return flag.startswith("report") or answer.out.count("\n") > 1
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_new_file_has_the_umasks_permissions(flag: str, command: Command, tmp_path: Path) -> None:
+    path, before = file_for(flag, tmp_path), os.umask(0o027)
+    try:
+        answer = command(flag, path)
+    finally:
+        os.umask(before)
+    assert answer.code == 0
+    assert f"written: {path}" in answer.out
+    assert begins_well(flag, path.read_bytes())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_device_is_written_to_and_stays_one(flag: str, command: Command, tmp_path: Path) -> None:
+    device = node(tmp_path / "null", 3)
+    assert command(flag, device).code == 0
+    assert stat.S_ISCHR(os.lstat(device).st_mode)
+    assert os.listdir(tmp_path) == ["null"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_full_device_is_named_and_the_result_is_printed_before(flag: str, command: Command, tmp_path: Path) -> None:
+    device = node(tmp_path / "full", 7)
+    answer = command(flag, device)
+    refused(answer, str(device), "No space left on device")
+    assert computed(answer, flag)
+    assert stat.S_ISCHR(os.lstat(device).st_mode)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
+    flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file_for(flag, tmp_path)
+    path.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("restomod.files.os.fsync", full)
+    answer = command(flag, path)
+    refused(answer, str(path), "No space left on device")
+    assert computed(answer, flag)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    assert command(flag, pipe).code == 0
+    reader.join(5)
+    assert begins_well(flag, got[0])
+    assert stat.S_ISFIFO(os.lstat(pipe).st_mode)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_named_pipe_that_nothing_reads_is_given_up(
+    flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restomod.destination.FIFO_PATIENCE", 0.15)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    answer = command(flag, pipe)
+    waiting, _, error = answer.err.partition("\n")
+    assert str(pipe) in waiting
+    refused(Answer(answer.code, answer.out, error), str(pipe), "reader")
+    assert computed(answer, flag)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_links_are_followed_and_permissions_kept(flag: str, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    target, link = file_for(flag, tmp_path), file_for(flag, tmp_path / "links")
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    assert command(flag, link).code == 0
+    assert begins_well(flag, target.read_bytes())
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_broken_link_makes_its_target_where_its_folder_exists(flag: str, command: Command, tmp_path: Path) -> None:
+    target, link, lost = (file_for(flag, tmp_path, stem) for stem in ("target", "link", "lost"))
+    link.symlink_to(target.name)
+    assert command(flag, link).code == 0
+    assert begins_well(flag, target.read_bytes())
+    assert link.is_symlink()
+    lost.symlink_to("nowhere/x.json")
+    refused(command(flag, lost), f"--{flag.partition('--')[2]} {lost}", "nowhere")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_read_only_file_or_folder_is_refused_before_the_work(flag: str, command: Command, tmp_path: Path) -> None:
+    path = file_for(flag, tmp_path)
+    path.write_text("old")
+    path.chmod(0o444)
+    (tmp_path / "folder").mkdir(mode=0o555)
+    for there in (path, file_for(flag, tmp_path / "folder")):
+        answer = command(flag, there)
+        refused(answer, str(there), "read-only")
+        assert answer.out == ""
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("kind", ["missing folder", "folder", "a file as folder", "name too long", "link to itself"])
+def test_what_cannot_be_a_file_is_refused_before_the_work(
+    kind: str, flag: str, command: Command, tmp_path: Path
+) -> None:
+    path = file_for(flag, tmp_path, "y" * 300 if kind == "name too long" else "x")
+    if kind == "missing folder":
+        path = tmp_path / "no" / path.name
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "a file as folder":
+        (tmp_path / "file").write_text("")
+        path = tmp_path / "file" / path.name
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
+    before = sorted(os.listdir(tmp_path))
+    answer = command(flag, path)
+    refused(answer, f"--{flag.partition('--')[2]} {path}")
+    assert answer.out == ""
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_name_of_255_bytes_is_a_name(flag: str, command: Command, tmp_path: Path) -> None:
+    path = file_for(flag, tmp_path)
+    path = path.with_name(path.name.rjust(255, "y"))
+    assert command(flag, path).code == 0
+    assert begins_well(flag, path.read_bytes())
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_an_open_file_is_gone_on_with_and_not_replaced(flag: str, command: Command, tmp_path: Path) -> None:
+    with open(tmp_path / "open", "w+b") as f:
+        f.write(b"said before\n")
+        f.flush()
+        inode = os.fstat(f.fileno()).st_ino
+        assert command(flag, f"/dev/fd/{f.fileno()}").code == 0
+    assert (tmp_path / "open").stat().st_ino == inode
+    said, _, content = (tmp_path / "open").read_bytes().partition(b"\n")
+    assert said == b"said before"
+    assert begins_well(flag, content)
+    with open(tmp_path / "open", "rb") as f:
+        refused(command(flag, f"/proc/self/fd/{f.fileno()}"), "Bad file descriptor")
+    assert os.listdir(tmp_path) == ["open"]
+
+
+def test_where_one_file_fails_the_others_are_written(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    full = node(tmp_path / "full", 7)
+    json_file, markdown, page = tmp_path / "x.json", tmp_path / "x.md", tmp_path / "x.html"
+    flags = ["--plot", str(full), "--json", str(json_file), "--markdown", str(markdown)]
+    assert main(["compare", "runs/a", "runs/b", *flags]) == 2
+    shown = capsys.readouterr()
+    assert (f"written: {json_file}" in shown.out, f"written: {markdown}" in shown.out) == (True, True)
+    assert shown.err.count("\n") == 1
+    assert json.loads(json_file.read_text())
+    assert markdown.stat().st_size > 100
+    assert main(["report", "runs/a", "--out", str(full), "--markdown", str(page), "--png", str(tmp_path / "p")]) == 2
+    assert page.stat().st_size > 100
+    assert (tmp_path / "p" / "loss.png").stat().st_size > 1000
+
+
+def test_pictures_do_not_leave_their_folder_and_long_names_do_not_fail_a_report(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / ("r" * 255))
+    for name in ("u" * 300, "é" * 150):
+        with open(run / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"kind": "task", "step": 40, "task": name, "acc": 0.5, "examples": 4}) + "\n")
+    assert main(["report", run.name, "--png", "p"]) == 0
+    assert len([path for path in (tmp_path / "p").iterdir() if path.name[0] in "ué"]) == 2
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "p" / "loss.png").unlink()
+    (tmp_path / "p" / "loss.png").symlink_to("../secret")
+    assert main(["report", run.name, "--png", "p"]) == 2
+    assert "loss.png is a link out of" in capsys.readouterr().err
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--png", "--plots"])
+def test_a_folder_for_pictures_is_tried_before_the_work(
+    flag: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    before = ["report", "runs/a", "--out", str(tmp_path / "r.html")] if flag == "--png" else ["inspect", "model"]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    (tmp_path / "file").write_text("")
+    for there in ("closed", "closed/new", "file", "file/new", "y" * 300):
+        assert main([*before, flag, str(tmp_path / there)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert f"{flag} {tmp_path / there}" in shown.err
+    assert sorted(os.listdir(tmp_path)) == ["closed", "file"]
+    assert main([*before, flag, str(tmp_path / "new" / "deep")]) == 0
+    assert list((tmp_path / "new" / "deep").glob("*.png"))
+
+
+def test_the_default_page_is_not_written_through_a_link_out_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (tmp_path / ".bashrc").write_text("mine")
+    (run / "report.html").symlink_to("../.bashrc")
+    assert main(["report", str(run)]) == 2
+    assert "is a link out of" in capsys.readouterr().err
+    assert (tmp_path / ".bashrc").read_text() == "mine"
+    assert main(["report", str(run), "--out", str(run / "report.html")]) == 0  # as it was named
+    assert (tmp_path / ".bashrc").read_text() != "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["report", "x"], ["plan", "quickstart"], []]
+)
+def test_a_working_folder_that_has_been_deleted_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code = main(arguments)
+    monkeypatch.chdir(tmp_path)
+    refused(Answer(code, *capsys.readouterr()), "working directory")
