@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from restomod.errors import UserError, one_line
 from restomod.json_files import file_name, read_json
+from restomod.locks import SAFELY
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both
@@ -123,13 +124,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous tensors into a new safetensors file.
+    """Write contiguous tensors into a safetensors file.
 
     Raises:
-        OSError: there is a file already, or it cannot be made.
+        OSError: it cannot be made.
         SafetensorError: it cannot be written.
     """
-    with open(path, "xb") as f:
-        mode = os.fstat(f.fileno()).st_mode  # as the user's umask wants it; safetensors makes a file of 0600
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | SAFELY, 0o666)
+    mode = os.fstat(fd).st_mode  # of a new file as the user's umask wants it; safetensors makes one of 0600
+    os.close(fd)
     save_file(dict(tensors), path, metadata)
     path.chmod(stat.S_IMODE(mode))

@@ -150,7 +150,7 @@ def write_checkpoint(
     """
     folder = run / "checkpoints" / f"step_{step:06d}"
     try:
-        folder.parent.mkdir(exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         require_inside(run, folder.parent)
         _remove_leftovers(run)
         with Temporary(folder.parent, "folder") as temporary:
