@@ -52,9 +52,9 @@ def faulty(folder: Path) -> int:
     if kind == b"4":
         print("\x1b[2J")
     elif kind == b"5":
-        Path("a.tmp").touch()
+        (folder / "a.tmp").touch()
     elif kind == b"6":
-        Path("b.txt").write_text("other")
+        (folder / "b.txt").write_text("other")
     elif kind == b"7":
         print("restomod: error: one\nrestomod: error: a.txt", file=sys.stderr)
         return 2
@@ -68,11 +68,11 @@ def faulty(folder: Path) -> int:
 
 def test_each_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixtures = tmp_path / "fixtures"
-    fixtures.mkdir()
-    (fixtures / "a.txt").write_text("0")
-    (fixtures / "b.txt").write_text("1")
-    monkeypatch.setattr(fuzz, "FORMATS", {"x": Format("a.txt", "text", (Command("faulty"),))})
-    monkeypatch.setattr(fuzz, "faulty", lambda: faulty(Path()), raising=False)
+    (fixtures / "x").mkdir(parents=True)
+    (fixtures / "x/a.txt").write_text("0")
+    (fixtures / "x/b.txt").write_text("1")
+    monkeypatch.setattr(fuzz, "FORMATS", {"x": Format("x/a.txt", "text", (Command("faulty"),))})
+    monkeypatch.setattr(fuzz, "faulty", lambda: faulty(Path("x")), raising=False)
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 1.0)
     monkeypatch.setattr(fuzz, "mutated", lambda content, kind, rng: str(_number(rng)).encode())
     numbers = {r.number: r.outcome for r in campaign(["x"], range(11), 2, tmp_path)}
