@@ -33,6 +33,7 @@ LAYERS = (
         "restomod.json_files",
         "restomod.locks",
         "restomod.output",
+        "restomod.run_folder",
         "restomod.figures",
         "restomod.memory",
         "restomod.text",

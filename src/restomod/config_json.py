@@ -14,6 +14,7 @@ from restomod.config import RunConfig
 from restomod.config_model import require
 from restomod.errors import UserError, did_you_mean, shortened
 from restomod.json_files import read_json
+from restomod.run_folder import require_run_inside
 
 # Of a run's `config.json`. A file of this version has every field; older ones have no version. A field that is added to
 # `RunConfig`, or within it, needs a new version, and `from_file` has to know that files of older ones may lack it.
@@ -184,11 +185,12 @@ def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str]
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration of an existing run.
+    """The configuration of an existing run, of which no file is a link to elsewhere.
 
     Raises:
         UserError: ``folder`` is no run, or its configuration is damaged.
     """
+    require_run_inside(folder)
     refuse_model(folder)
     path = folder / "config.json"
     if not path.exists():

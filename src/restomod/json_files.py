@@ -12,6 +12,7 @@ from restomod.errors import UserError, shortened
 from restomod.files import require_regular
 
 MAX_BYTES = 32 * 2**20  # of a file: its objects may take 30 times as much
+MAX_DEPTH = 100  # of lists and objects within each other
 LONG_INTEGER = re.compile(rb"\d{19}")
 
 
@@ -24,9 +25,28 @@ def parse_json(content: bytes) -> Any:
     # a hook for integers takes time, so there is one only where it may be needed
     parse_int = _integer if LONG_INTEGER.search(content) else None
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_int=parse_int)
+        value = json.loads(content.decode("utf-8-sig"), parse_int=parse_int)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if content.count(b"[") + content.count(b"{") > MAX_DEPTH:
+        _require_shallow(value)
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Raise ValueError where lists and objects are nested so deeply that walking through them may fail."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _integer(digits: str) -> int:
@@ -96,6 +116,19 @@ def file_name(name: str) -> str:
         raise ValueError("should be the name of a file beside it")
     name.encode()  # which raises a ValueError, where half of a surrogate pair is in it
     return name
+
+
+def parse_line(line: bytes, kind: Any) -> Any | None:
+    """The JSON value of one line if it is of the type ``kind``, as of `checked`; None where it is not.
+
+    Strings with half a surrogate pair are not; a number beyond the range of a double is infinite.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(line, strict=True)  # three times as fast as `json` without any check
+    except ValidationError:
+        return None
 
 
 @functools.cache

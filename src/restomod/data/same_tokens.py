@@ -12,15 +12,63 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
+from typing_extensions import TypedDict
+
+from restomod.data.manifest import MAX_BYTES, Count
 from restomod.data.shards import SPLITS, Dataset, TokenStream, shard_header
+from restomod.json_files import read_json
 from restomod.text import duration
 
 PIECE = 1 << 20  # tokens hashed at once
 TELL_EVERY = 5.0  # seconds
 
 Shards = list[dict[str, Any]]
+
+
+class ShardEntry(TypedDict, total=False):
+    """A shard in a run's `data.json`."""
+
+    file: str
+    tokens: Required[Count]
+    sha256: str
+
+
+class SplitEntry(TypedDict):
+    """A split."""
+
+    tokens: Count
+    shards: list[ShardEntry]
+
+
+class SourceEntry(TypedDict):
+    """A source of a mix."""
+
+    folder: str
+    share: str
+
+
+class RunData(TypedDict, total=False):
+    """What is read of a run's `data.json`; it has more."""
+
+    name: str
+    fingerprint: str
+    tokens: Count
+    splits: dict[str, SplitEntry]
+    mix: list[SourceEntry]
+
+
+def read_run_data(run: Path) -> dict[str, Any]:
+    """What a run's `data.json` says of the tokens that it trains on; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run / "data.json"
+    if not path.exists():
+        return {}
+    return dict(read_json(path, "manifest of the run's data", RunData, MAX_BYTES))
 
 
 def with_hashes(dataset: Dataset, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

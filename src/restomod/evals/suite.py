@@ -14,6 +14,7 @@ import torch
 from restomod.config import DataConfig, Device, Precision, RunConfig
 from restomod.config_json import read_config
 from restomod.data.prepare import prepare
+from restomod.data.same_tokens import read_run_data
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
@@ -25,7 +26,6 @@ from restomod.evals.references import Reference, is_fineweb_edu, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
 from restomod.files import short_name, write_json_atomically, write_text_atomically
-from restomod.json_files import read_json
 from restomod.output_files import Output, require_outputs, write_outputs
 from restomod.text import duration
 from restomod.train.checkpoint import STEP_FOLDER, step_of
@@ -161,11 +161,7 @@ def _dataset(name: str, data: str | None, config: RunConfig | None) -> Dataset:
 
 def _is_of_run(dataset: Dataset, subject: Subject) -> bool:
     """Whether tokens are those that the model's run was trained on."""
-    path = subject.run / "data.json" if subject.run else None
-    if path is None or not path.exists():
-        return False
-    manifest = read_json(path, "manifest of the run's data")
-    return isinstance(manifest, dict) and manifest.get("fingerprint") == dataset.fingerprint
+    return subject.run is not None and read_run_data(subject.run).get("fingerprint") == dataset.fingerprint
 
 
 def _heldout(

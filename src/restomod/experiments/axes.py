@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restomod.experiments.runs import Record, Run
+from restomod.train.curves import LARGEST
 
 Array = NDArray[np.float64]
 Axis = Literal["steps", "tokens", "flops", "time", "dollars"]
@@ -124,4 +125,4 @@ def _ms(record: Record) -> float | None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < LARGEST

@@ -8,6 +8,7 @@ tokens of FineWeb-Edu: published, see `restomod.evals.references`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,7 +83,9 @@ def reference(run: Run) -> Finding:
     if band is None:
         return Finding(NAME, "unknown", "there is none for this model on this data")
     compared = [
-        (record, band.at(run.tokens_at(record["step"]))) for record in run.val if record.get("loss") is not None
+        (record, band.at(run.tokens_at(record["step"])))
+        for record in run.val
+        if math.isfinite(record.get("loss") or math.nan)
     ]
     known = [(record, edges) for record, edges in compared if edges is not None]
     if not known:

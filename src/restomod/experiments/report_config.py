@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,5 @@ def environment_rows(environment: Record) -> list[tuple[str, str]]:
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The name of a run's newest checkpoint folder."""
-    names = [path.name for path in folder.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
+    names = [path.name for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
     return max(names, key=lambda name: int(name.removeprefix("step_")), default=None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from restomod.experiments.runs import Record, Run
+from restomod.train.curves import LARGEST
 
 POINTS = 1600  # of a curve: more than a screen has columns, and tens of kilobytes
 MEANS = 400  # points of a mean
@@ -18,8 +19,8 @@ DIGITS = 6  # significant ones
 
 
 def number(value: Any) -> float:
-    """A number that a record holds, or NaN for anything else: null, text, infinity."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a record holds, or NaN for anything else: null, text, infinity, what no sum could hold."""
+    good = isinstance(value, int | float) and abs(value) < LARGEST
     return float(value) if good else math.nan
 
 
@@ -136,10 +137,9 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
     for record in [*run.records, *run.evaluations]:
         task, step = record.get("task"), record.get("step")
-        if not isinstance(task, str) or not isinstance(step, int) or task == "heldout":
+        if task is None or step is None or task == "heldout":
             continue
-        metrics = record.get("metrics")
-        known: Record = metrics if isinstance(metrics, dict) else record
+        known: Record = record.get("metrics", record)
         name = metric_of.get(task, "acc_norm" if "acc_norm" in known else "acc")
         value: Any = known.get(name)
         error: Any = known.get(f"{name}_stderr")
@@ -147,7 +147,7 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
             value, error = value.get("value"), value.get("stderr")
         if math.isfinite(number(value)):
             n = record.get("examples")
-            found.setdefault(task, {})[n if isinstance(n, int) else 0, step] = (number(value), number(error))
+            found.setdefault(task, {})[n or 0, step] = (number(value), number(error))
     return {task: _task_curve(points, metric_of.get(task, "acc_norm"), clock) for task, points in found.items()}
 
 

@@ -20,7 +20,7 @@ CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
     """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
     data = values.get("data")
-    if not isinstance(data, dict) or data.get("fingerprint") == run.manifest.get("fingerprint"):
+    if data is None or data.get("fingerprint") == run.manifest.get("fingerprint"):
         return is_fineweb_edu(run)
     return references.is_fineweb_edu(data)
 
@@ -51,8 +51,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
     """
     by_task: dict[str, list[Record]] = {}
     for values in run.evaluations:
-        if isinstance(values.get("task"), str):
-            by_task.setdefault(values["task"], []).append(values)
+        by_task.setdefault(values["task"], []).append(values)
     tables = []
     for task, found in sorted(by_task.items(), key=lambda item: (item[0] != "heldout", item[0])):
         found.sort(key=lambda values: number(values.get("step")), reverse=True)
@@ -81,28 +80,28 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
 def _metrics(values: Record) -> dict[str, str]:
     """Names and values, with standard errors, as text."""
     metrics = values.get("metrics")
-    given = metrics if isinstance(metrics, dict) else {name: values.get(name) for name in HELDOUT if name in values}
+    given = {name: values.get(name) for name in HELDOUT if name in values} if metrics is None else metrics
     shown = {}
     for name, metric in given.items():
         value, error = (metric.get("value"), metric.get("stderr")) if isinstance(metric, dict) else (metric, None)
         if math.isfinite(number(value)):
             digits = 4 if abs(number(value)) < 100 else 1
             plus = f" ± {number(error):,.{digits}f}" if math.isfinite(number(error)) else ""
-            shown[str(name)] = f"{number(value):,.{digits}f}{plus}"
+            shown[name] = f"{number(value):,.{digits}f}{plus}"
     return shown
 
 
 def _at(values: Record, run: Run) -> str:
     step = values.get("step")
-    return f"{run.name}, step {step:,}" if isinstance(step, int) else run.name
+    return f"{run.name}, step {step:,}" if step is not None else run.name
 
 
 def _asked(values: Record, run: Run) -> str:
     examples, tokens = values.get("examples"), values.get("tokens")
-    parts = [f"{examples:,} examples"] if isinstance(examples, int) else []
-    parts += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
+    parts = [f"{examples:,} examples"] if examples is not None else []
+    parts += [f"{tokens:,} tokens"] if tokens is not None else []
     data = values.get("data")
-    if isinstance(data, dict) and data.get("fingerprint") != run.manifest.get("fingerprint"):
+    if data is not None and data.get("fingerprint") != run.manifest.get("fingerprint"):
         parts.append(f"of {data.get('name')}, which is not the run's data")
     parts += [str(values["convention"])] if values.get("convention") else []
     return "; ".join(parts)

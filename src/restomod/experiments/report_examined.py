@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from restomod.errors import UserError
-from restomod.experiments.runs import Record, Run
-from restomod.json_files import read_json
+from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
+
+from restomod.experiments.runs import Finite, Record, Run, Text, read_if_whole
+from restomod.train.metrics import Count
 
 FILE = "examined.json"
 FORMAT = "restomod-examined-1"
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON knows no tuples
+
+
+class Kind(TypedDict):
+    """A kind of token."""
+
+    name: Text
+    meaning: Text
+    loss: Finite
+    share: Share
+    of_loss: Finite
+
+
+class Positions(TypedDict):
+    """Mean losses ``y`` by the number ``x`` of tokens that are seen."""
+
+    x: list[Annotated[float, Field(gt=0, le=1e12)]]
+    y: list[Finite]
+
+
+class Source(TypedDict):
+    """A source of the data."""
+
+    name: Text
+    loss: Finite
+    tokens: Count
+
+
+class Passage(TypedDict):
+    """A passage: the text before it, and the loss of each token."""
+
+    loss: Finite
+    before: Text
+    tokens: list[Annotated[tuple[Text, Finite], Pair]]
+
+
+class Examined(TypedDict):
+    """What `examined.json` holds."""
+
+    format: Literal["restomod-examined-1"]
+    checkpoint: Text
+    step: Count
+    asked: Count
+    tokens: Count
+    loss: Finite
+    kinds: Annotated[list[Kind], Field(min_length=1)]
+    positions: Positions
+    sources: list[Source]
+    best: list[Passage]
+    worst: list[Passage]
+
 
 def read_examined(run: Run) -> Record | None:
-    """What was examined last; None where there is nothing, or nothing of this format."""
-    path = run.folder / FILE
-    try:
-        values = read_json(path, "examination of the run's model") if path.exists() else None
-    except UserError:
-        return None  # it is only a cache
-    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
+    """What was examined last; None where there is nothing, or what is damaged or of another format."""
+    values = read_if_whole(run.folder / FILE, "examination of the run's model", Examined, run.warn)
+    if values is not None and len(values["positions"]["x"]) != len(values["positions"]["y"]):
+        run.warn(f"warning: left out: {run.folder / FILE} is damaged: its positions differ in length")
+        return None
+    return None if values is None else dict(values)
 
 
 def examined(run: Run, newest: str | None) -> dict[str, Any]:

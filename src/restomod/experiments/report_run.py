@@ -81,8 +81,8 @@ def about(run: Run) -> list[list[str]]:
     return [
         ["Model", describe_model(run.config)],
         ["Parameters", f"{parameter_count(run.config.model):,}"],
-        ["Data", f"{data}, {tokens:,} tokens" if isinstance(tokens, int) else data],
-        ["Device", ", ".join(str(first[key]) for key in ("device", "precision") if first.get(key))],
+        ["Data", f"{data}, {tokens:,} tokens" if tokens is not None else data],
+        ["Device", ", ".join(first[key] for key in ("device", "precision") if first.get(key))],
         ["Started", str(first.get("started", "unknown"))],
         ["Revision", str(first.get("git_revision") or "unknown")[:12]],
     ]
@@ -154,14 +154,12 @@ def events(run: Run) -> list[list[Any]]:
     """What went wrong along the way, as steps and words: updates refused, returns to a checkpoint, new starts."""
     found: list[list[Any]] = []
     for record in run.records:
-        step = record.get("step")
-        if not isinstance(step, int):
-            continue
-        if record.get("kind") == "rollback":
+        step = record["step"]
+        if record["kind"] == "rollback":
             found.append([step, f"went back here from step {record.get('failed_step')}, past the data in between"])
-        elif record.get("kind") == "train" and "skipped" in record:
+        elif record["kind"] == "train" and "skipped" in record:
             found.append([step, f"no update: {record['skipped']}"])
-        elif record.get("kind") == "train" and not math.isfinite(number(record.get("loss"))):
+        elif record["kind"] == "train" and not math.isfinite(number(record.get("loss"))):
             found.append([step, "the loss is not a finite number"])
     if len(run.environments) > 1:
         for environment in run.environments[1:]:
@@ -172,18 +170,15 @@ def events(run: Run) -> list[list[Any]]:
 
 def samples(run: Run) -> list[Record]:
     """What the model wrote, of at most `SAMPLED_STEPS` steps spread over the run, the first and last among them."""
-    good = [
-        record for record in run.samples if isinstance(record.get("step"), int) and isinstance(record.get("text"), str)
-    ]
-    steps = sorted({record["step"] for record in good})
+    steps = sorted({record["step"] for record in run.samples})
     if len(steps) > SAMPLED_STEPS:
         steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))]
     return [
         {
             "step": record["step"],
-            "prompt": str(record.get("prompt", ""))[:SAMPLE_CHARACTERS],
+            "prompt": record["prompt"][:SAMPLE_CHARACTERS],
             "text": record["text"][:SAMPLE_CHARACTERS],
         }
-        for record in good
+        for record in run.samples
         if record["step"] in set(steps)
     ]

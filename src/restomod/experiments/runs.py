@@ -8,20 +8,72 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
+
+from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
 
 from restomod.config import RunConfig
 from restomod.config_json import read_config
+from restomod.data.same_tokens import read_run_data
 from restomod.errors import UserError
 from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
-from restomod.train.metrics import iterate_jsonl, read_jsonl
+from restomod.text import visible
+from restomod.train.metrics import Count, Record, Sample, iterate_jsonl
 
-Record = dict[str, Any]
+Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
+Text = Annotated[str, BeforeValidator(lambda value: visible(value) if isinstance(value, str) else value)]
+"""What can be shown: `visible`, as a command line that is not UTF-8 has halves of surrogate pairs."""
+
+
+class Environment(TypedDict, total=False):
+    """A start or resumption in `environment.json`."""
+
+    restomod: Text | None
+    git_revision: Text | None
+    python: Text | None
+    torch: Text | None
+    platform: Text | None
+    device: Text | None
+    precision: Text | None
+    threads: Count | None
+    processes: Annotated[int, Field(ge=1, le=2**20)]
+    command: list[Text] | Text
+    started: Text | None
+
+
+class Metric(TypedDict, total=False):
+    """A metric of an evaluation, with its standard error."""
+
+    value: Finite | None
+    stderr: Finite | None
+
+
+class EvaluatedData(TypedDict, total=False):
+    """What a held-out loss is of."""
+
+    name: Text
+    fingerprint: str
+
+
+class Evaluation(TypedDict, total=False):
+    """A file in `evals/`."""
+
+    task: Required[Text]
+    step: Count | None
+    metrics: dict[Text, Metric | Finite | None]
+    loss: Finite | None
+    perplexity: float | None
+    bits_per_byte: Finite | None
+    examples: Count | None
+    tokens: Count | None
+    data: EvaluatedData
+    convention: Text | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +86,8 @@ class Run:
     """Versions, machine and command of the start and of every resumption."""
     records: list[Record]
     """`metrics.jsonl`, in order."""
+    warn: Callable[[str], None] = field(default=complain, compare=False)
+    """Told what is damaged and left out."""
 
     @property
     def name(self) -> str:
@@ -51,16 +105,13 @@ class Run:
         return self._last("val")
 
     def _last(self, kind: str) -> list[Record]:
-        found = [
-            record for record in self.records if record.get("kind") == kind and isinstance(record.get("step"), int)
-        ]
-        by_step = {record["step"]: record for record in found}
+        by_step = {record["step"]: record for record in self.records if record["kind"] == kind}
         return [by_step[step] for step in sorted(by_step)]
 
     @property
     def seconds(self) -> float:
         """Spent in steps, what had to be done again included."""
-        return sum(r.get("ms") or 0.0 for r in self.records if r.get("kind") == "train") / 1000
+        return sum(r.get("ms") or 0.0 for r in self.records if r["kind"] == "train") / 1000
 
     @cached_property
     def starts(self) -> list[tuple[float, int]]:
@@ -80,9 +131,7 @@ class Run:
     def processes_of(self, record: Record) -> int:
         """Processes in the step of a train record; those of the first start where it does not say when it was made."""
         at, ms = record.get("time"), record.get("ms")
-        if not isinstance(at, int | float):
-            return self.processes_at(-math.inf)
-        return self.processes_at(at - (ms / 2000 if isinstance(ms, int | float) else 0))  # in the middle of the step
+        return self.processes_at(-math.inf if at is None else at - (ms or 0.0) / 2000)  # in the middle of the step
 
     def tokens_at(self, step: int) -> int:
         """Tokens seen after ``step`` updates."""
@@ -99,34 +148,55 @@ class Run:
         Raises:
             UserError: it is damaged.
         """
-        path = self.folder / "data.json"
-        found = read_json(path, "manifest of the run's data") if path.exists() else {}
-        return found if isinstance(found, dict) else {}
+        return read_run_data(self.folder)
 
     @cached_property
     def samples(self) -> list[Record]:
         """What the model wrote along the way: ``step``, ``prompt``, ``text``."""
-        return read_jsonl(self.folder / "samples.jsonl")
+        path = self.folder / "samples.jsonl"
+        try:
+            return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), Sample))
+        except (UserError, OSError) as e:
+            self.warn(f"warning: samples are left out: {e}")
+            return []
 
     @cached_property
     def evaluations(self) -> list[Record]:
         """What `restomod eval` wrote into `evals/`, by name of the file."""
-        found = [read_json(path, "evaluation") for path in sorted(self.folder.glob("evals/*.json"))]
-        return [values for values in found if isinstance(values, dict)]
+        paths = sorted(self.folder.glob("evals/*.json"))
+        found = [read_if_whole(path, "evaluation", Evaluation, self.warn) for path in paths]
+        return [values for values in found if values is not None]
+
+
+def read_if_whole(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:
+    """What a file holds that a run can do without: None where there is none, or a damaged one, which is told."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path, what, kind)
+    except UserError as e:
+        warn(f"warning: left out: {e}")
+        return None
+
+
+def read_environments(run: Path, warn: Callable[[str], None]) -> list[Record]:
+    """What `environment.json` says of each start of a run, keys that are not of an `Environment` left out."""
+    kind = list[Environment] | Environment
+    starts = read_if_whole(run / "environment.json", "record of the run's environments", kind, warn) or []
+    return list(starts) if isinstance(starts, list) else [starts]
 
 
 def started(environment: Record) -> float | None:
     """When a session began, in seconds since 1970, or None where its record does not say so."""
     try:
-        return float(calendar.timegm(time.strptime(str(environment.get("started")), "%Y-%m-%dT%H:%M:%SZ")))
+        return float(calendar.timegm(time.strptime(environment.get("started") or "", "%Y-%m-%dT%H:%M:%SZ")))
     except ValueError:
         return None
 
 
 def process_count(environment: Record) -> int:
     """With how many processes a session trained; 1 where its record does not say so."""
-    count = environment.get("processes")
-    return count if isinstance(count, int) and count > 0 else 1
+    return int(environment.get("processes", 1))
 
 
 def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
@@ -134,7 +204,7 @@ def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
 
     Args:
         folder: the run's.
-        warn: told of lines of `metrics.jsonl` that cannot be read.
+        warn: told of what cannot be read and is left out: lines of records, environments, samples, evaluations.
 
     Raises:
         UserError: there is no run, or a file of it is damaged.
@@ -142,11 +212,10 @@ def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
     folder = Path(os.path.expanduser(folder))
     if not folder.exists():
         raise UserError(f"{folder}: no such run; `ls runs` shows what there is")
-    path = folder / "environment.json"
-    starts = read_json(path, "record of the run's environments") if path.exists() else []
     return Run(
         folder,
-        read_config(folder),
-        starts if isinstance(starts, list) else [starts],
+        read_config(folder),  # first: it sees that all files are the run's own
+        read_environments(folder, warn),
         list(iterate_jsonl(folder / "metrics.jsonl", lambda damage: warn(f"warning: {damage}"))),
+        warn,
     )

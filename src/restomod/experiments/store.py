@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from restomod.config_json import from_dict, to_dict
 from restomod.errors import UserError, one_line
 from restomod.experiments.gpu_time import Span, Taken, gpu_in_use
-from restomod.experiments.runs import process_count, started
+from restomod.experiments.runs import process_count, read_environments, started
 from restomod.experiments.space import Method, Value, grid, parse_dimension
 from restomod.files import require_inside, require_regular, write_json_atomically
 from restomod.json_files import read_json
 from restomod.locks import FileLock
+from restomod.output import complain
+from restomod.run_folder import require_run_inside
 from restomod.temporary import NAME
 
 if TYPE_CHECKING:
@@ -261,9 +263,9 @@ class Store:
 
     def _processes(self, name: str, until: float) -> int:
         """With how many processes a trial was trained before a time; 1 where its run does not say so."""
-        path = self.folder / "trials" / name / "environment.json"
-        starts = read_json(path, "record of the run's environments", list[Any]) if path.exists() else []
-        begun = [e for e in starts if isinstance(e, dict) and (started(e) or 0.0) <= until]
+        run = self.folder / "trials" / name
+        require_run_inside(run)
+        begun = [start for start in read_environments(run, complain) if (started(start) or 0.0) <= until]
         return process_count(begun[-1]) if begun else 1
 
     def at_work(self, name: str) -> bool:

@@ -21,7 +21,7 @@ from shlex import quote
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from restomod.errors import UserError, reason
@@ -30,15 +30,16 @@ from restomod.json_files import read_json
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import load_weights, save_model
 from restomod.model.storage import WEIGHTS, write_tensors
+from restomod.run_folder import require_checkpoint_inside
 from restomod.temporary import Temporary, remove_leftovers
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
-from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, differences, read_state, run_identity
+from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, Complete, differences, read_state, run_identity
 from restomod.train.optimizer import Optimizers, optimizer_tensors, put_numbers_back
+from restomod.train.saved_tensors import STATE, opened, require_finite
 from restomod.train.scale import LOSS_SCALE
 
 COMPLETE = "COMPLETE"
-STATE = "training_state"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
 REPLACED = ".old.tmp"  # what an earlier checkpoint of the same step is called until the new one has its name
@@ -87,7 +88,7 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
         try:
             verify_checkpoint(folder)
             _require_same(folder, run_identity(run))
-            _require_finite(folder)
+            require_finite(folder)
         except UserError as e:
             unusable.append(Unusable(folder, str(e).partition("; ")[0]))
             continue
@@ -204,14 +205,14 @@ def verify_checkpoint(folder: Path) -> None:
     mend = f"delete {folder} to fall back on the checkpoint before it"
     if not (folder / COMPLETE).exists():
         raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {mend}")
-    record = read_json(folder / COMPLETE, "record of a finished checkpoint")
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{folder / COMPLETE} is damaged: its format is not {FORMAT!r}; {mend}")
+    require_checkpoint_inside(folder)
     try:
-        expected_files = [(folder / name, int(e["bytes"]), str(e["sha256"])) for name, e in record["files"].items()]
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{folder / COMPLETE} is damaged: {e!r}; {mend}") from None
+        record = read_json(folder / COMPLETE, "record of a finished checkpoint", Complete)
+    except UserError as e:
+        raise UserError(f"{e}; {mend}") from None
+    expected_files = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()]
     listed = {path for path, _, _ in expected_files}
+    require_inside(folder, *listed)
     for needed in (WEIGHTS, "config.json", f"{STATE}/state.json"):
         if folder / needed not in listed:
             raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {mend}")
@@ -238,15 +239,6 @@ def _require_same(folder: Path, run: dict[str, Any]) -> None:
         raise UserError(
             f"{folder} belongs to another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
         )
-
-
-def _require_finite(folder: Path) -> None:
-    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity."""
-    for path in [folder / WEIGHTS, *sorted((folder / STATE).glob("*.safetensors"))]:
-        with safe_open(path, "pt") as saved:
-            for name in saved.keys():  # noqa: SIM118  # it is no mapping
-                if not saved.get_tensor(name).isfinite().all():
-                    raise UserError(f"{path}: {name} holds values that are not finite")
 
 
 def progress(folder: Path) -> tuple[int, int]:
@@ -284,7 +276,7 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
     for name in files:
 
         def read(name: str = name) -> Tensor:
-            with safe_open(files[name], "pt") as saved:
+            with opened(files[name]) as saved:
                 value: Tensor = saved.get_tensor(name)
             return value
 
@@ -299,7 +291,7 @@ def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, P
     """
     files = {}
     for path in sorted((folder / STATE).glob("*.safetensors")):  # the one file that used to have another name, too
-        with safe_open(path, "pt") as saved:
+        with opened(path) as saved:
             for name in saved.keys():  # noqa: SIM118  # it is no mapping
                 if name in LOSS_SCALE and name not in shapes:
                     continue

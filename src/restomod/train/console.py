@@ -47,9 +47,7 @@ def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finishe
     """
     run = quote(str(folder))
     records = read_jsonl(folder / "metrics.jsonl")
-    made = max(
-        (r["step"] + 1 for r in records if r.get("kind") == "train" and isinstance(r.get("step"), int)), default=0
-    )
+    made = max((r["step"] + 1 for r in records if r["kind"] == "train"), default=0)
     saved = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
     if not finished:
         go_on = f"go on with: restomod train --resume {run}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
+from typing_extensions import TypedDict
+
+from restomod.data.manifest import MAX_BYTES
 from restomod.errors import UserError
 from restomod.json_files import read_json
+from restomod.train.metrics import Count
 
 MAY_CHANGE_ON_RESUME = {
     "steps",
@@ -41,7 +45,29 @@ MAY_CHANGE_ON_RESUME = {
 _NOT_SETTINGS = {"version"}
 DATA_FINGERPRINT = "data fingerprint"
 STATE_FORMAT = "restomod-state-2"  # of a checkpoint's state.json
-_FIRST_STATE_FORMAT = "restomod-checkpoint-1"  # which had no `run`, and at first no `data_offset`
+
+
+class Size(TypedDict):
+    """Of a file."""
+
+    bytes: Count
+    sha256: str
+
+
+class Complete(TypedDict):
+    """What `COMPLETE` says."""
+
+    format: Literal["restomod-checkpoint-1"]
+    files: dict[str, Size]
+
+
+class State(TypedDict):
+    """A checkpoint's `state.json`. Of the first format it had no `run`, and at first no `data_offset`."""
+
+    format: Literal["restomod-checkpoint-1", "restomod-state-2"]
+    step: Count
+    data_offset: NotRequired[Count]
+    run: NotRequired[dict[str, Any]]
 
 
 def run_identity(run: Path) -> dict[str, Any]:
@@ -51,11 +77,9 @@ def run_identity(run: Path) -> dict[str, Any]:
     folder may be copied and moved. Empty where ``run`` has no readable `config.json`.
     """
     try:
-        config = read_json(run / "config.json", "run's configuration")
-        data = read_json(run / "data.json", "manifest of the run's data")
+        config = read_json(run / "config.json", "run's configuration", dict[str, Any])
+        data = read_json(run / "data.json", "manifest of the run's data", dict[str, Any], MAX_BYTES)
     except UserError:
-        return {}
-    if not isinstance(config, dict) or not isinstance(data, dict):
         return {}
     settings = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME | _NOT_SETTINGS}
     return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
@@ -85,12 +109,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a value is missing or of another type.
     """
-    state = read_json(path, "training state")
-    if not isinstance(state, dict) or state.get("format") not in (_FIRST_STATE_FORMAT, STATE_FORMAT):
-        raise UserError(f"{path} is damaged: its format is neither {_FIRST_STATE_FORMAT!r} nor {STATE_FORMAT!r}")
-    if state["format"] == _FIRST_STATE_FORMAT:
-        state = {"data_offset": 0, "run": {}} | state
-    for name, kind in (("step", int), ("data_offset", int), ("run", dict)):
-        if type(state.get(name)) is not kind:
-            raise UserError(f"{path} is damaged: {name} is missing or wrong")
-    return state
+    state: dict[str, Any] = read_json(path, "training state", State)
+    if state["format"] == STATE_FORMAT and not {"data_offset", "run"} <= state.keys():
+        raise UserError(f"{path} is damaged: the training state lacks data_offset or run")
+    return {"data_offset": 0, "run": {}} | state

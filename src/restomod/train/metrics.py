@@ -7,18 +7,63 @@ and "rollback" (step s: the run goes back). Each says at which time it was known
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Required
 
-from restomod.files import open_to_append, write_bytes_atomically
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from restomod.errors import UserError
+from restomod.files import open_to_append, require_regular, write_bytes_atomically
+from restomod.json_files import parse_line
 
 Record = dict[str, Any]
+"""A line of a `.jsonl` file, whose known keys are of the types of `Logged` or `Sample`."""
+
+MAX_LINE = 2**20  # bytes; a line of records has some hundred
+MAX_SKIPPED = 2**30  # bytes of a line that is too long; beyond, the file is none of records
+TOO_LONG = b"\0"  # stands for such a line
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class Logged(TypedDict, total=False):
+    """A record of `metrics.jsonl`; what may be NaN or infinite is of the type ``float``."""
+
+    kind: Required[str]
+    step: Required[Count]
+    time: Seconds | None
+    loss: float | None
+    lr: float | None
+    grad_norm: float | None
+    ms: Milliseconds | None
+    data_ms: Milliseconds | None
+    tokens_per_second: float | None
+    mfu: float | None
+    skipped: str
+    tokens: Count | None
+    sources: dict[str, float | None]
+    task: str
+    examples: Count | None
+    failed_step: Count
+    data_offset: Count
+
+
+class Sample(TypedDict):
+    """A record of `samples.jsonl`."""
+
+    step: Count
+    prompt: str
+    text: str
+
+
+TASK_RESULT = dict[str, float | str | None]  # a "task" record, which has keys by the names of metrics, too
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -38,31 +83,54 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
             raise
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, kind: Any = Logged) -> list[Record]:
     """The records of a `.jsonl` file; none if there is no file, and without the lines that are damaged."""
-    return list(iterate_jsonl(path))
+    return list(iterate_jsonl(path, kind=kind))
 
 
-def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None) -> Iterator[Record]:
+def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None, kind: Any = Logged) -> Iterator[Record]:
     """Yield the records of a `.jsonl` file one by one; together, those of a long run take a gigabyte.
 
     Args:
         path: the file.
-        warn: told at the end how many lines are damaged, if any are. A last line that a crash has cut short is no
-            damage: what it said is done and logged again.
+        warn: told at the end how many lines are damaged, if any are: no JSON, of other types, or too long. A last line
+            that a crash has cut short is no damage: what it said is done and logged again.
+        kind: `Logged` or `Sample`.
+
+    Raises:
+        UserError: it is not a regular file, or has a line of more than a gigabyte.
     """
     bad: list[int] = []
     number = 0
     if path.exists():
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                record = _parsed(line)
-                if type((record or {}).get("step")) is not int and line.strip() and line.endswith(b"\n"):
-                    bad.append(number)
+        with _open(path) as f:
+            for number, (line, _) in enumerate(_lines(f), 1):
+                record = _parsed(line, kind)
                 if record is not None:
                     yield record
+                elif line.strip() and line.endswith(b"\n"):
+                    bad.append(number)
     if bad and warn is not None:
         warn(f"{path}: {len(bad)} of {number} lines cannot be read and are skipped; the first is line {bad[0]}")
+
+
+def _open(path: Path) -> BinaryIO:
+    require_regular(path)
+    return open(path, "rb")
+
+
+def _lines(f: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Each line, and its bytes in the file; `TOO_LONG` for one of more than `MAX_LINE` bytes, which is not kept."""
+    while line := f.readline(MAX_LINE):
+        size = len(line)
+        if size == MAX_LINE and not line.endswith(b"\n"):
+            while (more := f.readline(MAX_LINE)) and not more.endswith(b"\n"):
+                size += len(more)
+                if size > MAX_SKIPPED:
+                    raise UserError(f"{f.name} has a line of more than {MAX_SKIPPED:,} bytes: it is no file of records")
+            size += len(more)
+            line = TOO_LONG + more[-1:]
+        yield line, size
 
 
 class NewRecords:
@@ -89,7 +157,7 @@ class NewRecords:
 
     def _goes_on(self) -> bool:
         try:
-            with open(self._path, "rb") as f:
+            with _open(self._path) as f:
                 f.seek(self._end - len(self._last))
                 return f.read(len(self._last)) == self._last
         except FileNotFoundError:
@@ -98,13 +166,13 @@ class NewRecords:
     def _new(self) -> Iterator[Record]:
         if not self._path.exists():
             return
-        with open(self._path, "rb") as f:
+        with _open(self._path) as f:
             f.seek(self._end)
-            for line in f:
+            for line, size in _lines(f):
                 if not line.endswith(b"\n"):
                     return
-                self._end, self._last = self._end + len(line), line
-                if self._containing in line and (record := _parsed(line)) is not None:
+                self._end, self._last = self._end + size, line if len(line) == size else b""
+                if self._containing in line and (record := _parsed(line, Logged)) is not None:
                     yield record
 
 
@@ -121,11 +189,9 @@ class HeldoutLosses:
         if fresh:
             self._losses.clear()
         for record in records:
-            step, loss = record.get("step"), record.get("loss")
-            if record.get("kind") != "val" or not isinstance(step, int) or not isinstance(loss, float):
-                continue
-            if math.isfinite(loss):
-                self._losses[step] = loss
+            loss = record.get("loss")
+            if record["kind"] == "val" and loss is not None and math.isfinite(loss):
+                self._losses[record["step"]] = loss
         return self._losses
 
     def after_start(self) -> dict[int, float]:
@@ -133,25 +199,28 @@ class HeldoutLosses:
         return {step: loss for step, loss in self.read().items() if step > 0}
 
 
-def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a `.jsonl` file with only the records that ``keep`` wants, and the damaged lines among them."""
+def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = Logged) -> None:
+    """Rewrite a `.jsonl` file with only the records that ``keep`` wants, and the damaged lines among them.
+
+    Lines that are too long for any record are left out. ``kind`` is as for `iterate_jsonl`.
+    """
     if not path.exists():
         return
     kept: list[bytes] = []
     whole = 0
-    with open(path, "rb") as f:
-        for line in f:
-            record = _parsed(line)
-            if record is None or keep(record):
+    with _open(path) as f:
+        for line, size in _lines(f):
+            record = _parsed(line, kind)
+            if size == len(line) and (record is None or keep(record)):
                 kept.append(line if line.endswith(b"\n") else line + b"\n")
                 whole = len(kept) if record is not None else whole
     write_bytes_atomically(path, b"".join(kept[:whole]), path.parent)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None where it is not JSON, not UTF-8, or no object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        record = json.loads(line)
-        # json makes the keys anew in each line: half of what a long run's records would need
-        return {sys.intern(key): value for key, value in record.items()} if isinstance(record, dict) else None
-    return None
+def _parsed(line: bytes, kind: Any) -> Record | None:
+    """The record of a line; None where it is not JSON, or of other types."""
+    record: Record | None = parse_line(line, kind)
+    if record is not None and record.get("kind") == "task":
+        others = parse_line(line, TASK_RESULT)
+        return others and others | record
+    return record

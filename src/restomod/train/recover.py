@@ -9,7 +9,7 @@ from restomod.train.checkpoint import describe_newest, load_checkpoint, newest_w
 from restomod.train.console import Display
 from restomod.train.guard import Guard
 from restomod.train.memory import cut, smaller
-from restomod.train.metrics import Record, iterate_jsonl
+from restomod.train.metrics import iterate_jsonl
 from restomod.train.saver import Saver
 from restomod.train.setup import Training
 from restomod.train.step import Queued, train_step
@@ -41,7 +41,7 @@ def roll_back(
         )
     back = load_checkpoint(checkpoint, training.model, training.optimizer, processes)
     log = run.folder / "metrics.jsonl"
-    records = processes.from_main(lambda: [record for record in iterate_jsonl(log) if _made_before(record, back)])
+    records = processes.from_main(lambda: [record for record in iterate_jsonl(log) if record["step"] < back])
     if not guard.rolled_back(back, records):
         raise processes.error(
             f"step {step}: {problem}, and going back to step {back} has not helped; lower --optim.lr in a new run "
@@ -52,11 +52,6 @@ def roll_back(
     run.log("rollback", back, failed_step=step, data_offset=offset + step + 1 - back)
     display.line(f"back to step {back}, past the data of {step + 1 - back} steps", style="bold yellow")
     return back, offset + step + 1 - back
-
-
-def _made_before(record: Record, step: int) -> bool:
-    at = record.get("step")
-    return isinstance(at, int) and at < step
 
 
 def step_that_fits(

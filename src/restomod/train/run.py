@@ -26,7 +26,7 @@ import torch
 import restomod
 from restomod.config import RunConfig
 from restomod.config_json import read_config, to_dict, to_file
-from restomod.data.same_tokens import token_difference, with_hashes
+from restomod.data.same_tokens import read_run_data, token_difference, with_hashes
 from restomod.data.shards import Dataset
 from restomod.errors import UserError, reason
 from restomod.files import move_folder, write_json_atomically
@@ -34,7 +34,7 @@ from restomod.json_files import read_json
 from restomod.private import command_without_secrets
 from restomod.temporary import Temporary
 from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
-from restomod.train.metrics import append_jsonl, keep_records, read_jsonl
+from restomod.train.metrics import Record, Sample, append_jsonl, iterate_jsonl, keep_records
 from restomod.train.track import Trackers
 
 
@@ -86,13 +86,15 @@ class Run:
     def rewind(self, step: int) -> None:
         """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
 
-        def keep(record: dict[str, Any]) -> bool:
-            at = record.get("step")
-            before = record.get("kind") in ("train", "rollback")  # which come after the checkpoint of their step
-            return isinstance(at, int) and (at < step or (at == step > 0 and not before))
+        def keep(record: Record) -> bool:
+            at, before = (
+                record["step"],
+                record.get("kind") in ("train", "rollback"),
+            )  # after the checkpoint of their step
+            return bool(at < step or (at == step > 0 and not before))
 
         keep_records(self.folder / "metrics.jsonl", keep)
-        keep_records(self.folder / "samples.jsonl", keep)
+        keep_records(self.folder / "samples.jsonl", keep, Sample)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -146,8 +148,8 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     if changed := differences(now, before):
         raise UserError(f"this cannot change when a run goes on: {', '.join(changed)}")
     _starts(folder)  # it will be written anew, so it has to be readable
-    manifest = read_json(folder / "data.json", "manifest of the run's data")
-    trained_on = str(manifest.get("fingerprint")) if isinstance(manifest, dict) else "none"
+    manifest = read_run_data(folder)
+    trained_on = str(manifest.get("fingerprint"))
     difference = None if dataset.fingerprint == trained_on else token_difference(manifest, dataset)
     if difference is not None:
         data = "this mix" if dataset.parts else dataset.folder
@@ -176,18 +178,18 @@ def _target_reached(folder: Path, target: float | None, step: int) -> int | None
     """
     if target is None:
         return None
-    for record in read_jsonl(folder / "metrics.jsonl"):
-        at, loss = record.get("step"), record.get("loss")
-        made = record.get("kind") == "train" and "skipped" not in record
-        if made and isinstance(at, int) and at < step and isinstance(loss, (int, float)) and loss <= target:
-            return at
+    for record in iterate_jsonl(folder / "metrics.jsonl"):
+        loss, made = record.get("loss"), record["kind"] == "train" and "skipped" not in record
+        if made and record["step"] < step and loss is not None and loss <= target:
+            return int(record["step"])
     return None
 
 
 def _starts(folder: Path) -> list[Any]:
     """The environments of all starts of a run so far."""
     log = folder / "environment.json"
-    starts = read_json(log, "record of the run's environments") if log.exists() else []
+    known = list[dict[str, Any]] | dict[str, Any]  # whatever their keys: they are written again
+    starts = read_json(log, "record of the run's environments", known) if log.exists() else []
     return starts if isinstance(starts, list) else [starts]
 
 

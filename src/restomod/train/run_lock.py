@@ -21,8 +21,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from restomod.errors import UserError
 from restomod.files import short_name
+from restomod.json_files import read_json
 from restomod.locks import POLL, FileLock
 
 PATIENCE = 30.0  # seconds to wait for a job that holds the run: it may be about to receive its signal
@@ -30,6 +33,16 @@ SAVING = 600.0  # seconds to wait for one that has received a signal, and saves
 BEAT = 5.0  # seconds between two writes of the holder
 SILENT = 3 * BEAT  # seconds without a change after which another machine no longer holds the lock
 RECORD = 300  # characters, padded: a reader never sees the end of an older record
+
+
+class Holder(TypedDict, total=False):
+    """What the file of a lock says."""
+
+    host: str
+    pid: int
+    started: str
+    stopping: bool
+    beat: int
 
 
 class RunLock:
@@ -148,10 +161,8 @@ class RunLock:
 
 def _read(path: Path) -> dict[str, Any]:
     """Who holds a lock; empty where its file does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        holder = json.loads(path.read_bytes())
-        if isinstance(holder, dict):
-            return holder
+    with contextlib.suppress(UserError):
+        return dict(read_json(path, "record of who trains the run", Holder, max_bytes=16 * RECORD))
     return {}
 
 

@@ -42,11 +42,12 @@ from restomod.train.checkpoint import (
 from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
-from restomod.train.metrics import iterate_jsonl
+from restomod.train.metrics import Sample, iterate_jsonl
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
 from restomod.train.sanity import Subject, Verdict, quick_checks
+from restomod.train.saved_tensors import require_shape
 from restomod.train.step import BatchLoss, Compute
 
 
@@ -108,6 +109,8 @@ def set_up(
     """
     checkpoint, unusable = processes.from_main(lambda: newest_usable(folder)) if resume else (None, [])
     first_step, data_offset = processes.from_main(lambda: progress(checkpoint)) if checkpoint else (0, 0)
+    if checkpoint is not None:
+        processes.from_main(lambda: require_shape(checkpoint, config.model))
     if config.steps < first_step:
         raise processes.error(
             f"{folder} has made {first_step} steps already, more than --steps {config.steps}; "
@@ -193,11 +196,11 @@ def _warnings(folder: Path, unusable: list[Unusable], first_step: int) -> list[s
     """What is wrong with the files of a run that goes on from ``first_step``, and does not stop it."""
     found = [f"set aside: {each.problem}" for each in unusable]
     log, before = folder / "metrics.jsonl", len(found)
-    records = (record for record in iterate_jsonl(log, found.append) if record.get("kind") == "train")
-    lacking = first_step - sum(type(at := record.get("step")) is int and at < first_step for record in records)
+    records = (record for record in iterate_jsonl(log, found.append) if record["kind"] == "train")
+    lacking = first_step - sum(record["step"] < first_step for record in records)
     if lacking > 0 and len(found) == before:  # damaged lines have been told of
         found.append(f"{log} lacks {lacking} of the {first_step} steps before this one")
-    collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append), maxlen=0)
+    collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append, Sample), maxlen=0)
     return found
 
 

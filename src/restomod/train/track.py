@@ -17,7 +17,9 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from restomod.config import RunConfig, Tracker
 from restomod.config_json import to_dict
@@ -29,6 +31,7 @@ from restomod.train.metrics import Record, read_jsonl
 
 PROJECT = "restomod"
 QUEUE = 2000  # records that wait for a tracker; one with so many is dropped
+Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it becomes a part of paths and addresses
 CLOSING = 20.0  # seconds that the end of a run waits for all of them
 
 
@@ -197,8 +200,8 @@ class Trackers:
         """What each tracker knows this run by, and whether that is new; kept in the run's folder."""
         path = self._path / "track.json"
         require_inside(self._path, path, self._path / "tensorboard", self._path / "wandb")
-        old = read_json(path, "record of the run's trackers") if path.exists() else {}
-        known = {name: str(old.get(name) or uuid.uuid4().hex[:8]) for name in self._names}
+        old = read_json(path, "record of the run's trackers", dict[str, Identity]) if path.exists() else {}
+        known = {name: old.get(name) or uuid.uuid4().hex[:8] for name in self._names}
         write_json_atomically(path, {**old, **known})
         return {name: (identity, name not in old) for name, identity in known.items()}
 

@@ -1,0 +1,58 @@
+"""The safetensors files of a checkpoint: opened, finite, and of the size that a configuration describes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from restomod.config import ModelConfig
+from restomod.errors import UserError, one_line
+from restomod.files import require_regular
+from restomod.model.flops import parameter_count
+from restomod.model.storage import WEIGHTS
+
+STATE = "training_state"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        UserError: it is damaged, or a tensor is of a kind that torch cannot compute with.
+    """
+    require_regular(path)
+    try:
+        with safe_open(path, "pt") as saved:
+            yield saved
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, NotImplementedError) as e:
+        raise UserError(f"{path} is damaged: {one_line(e)}") from None
+
+
+def require_shape(folder: Path, config: ModelConfig) -> None:
+    """See that a checkpoint has as many parameters as a configuration, before memory is taken for them.
+
+    Raises:
+        UserError: it has not.
+    """
+    with opened(folder / WEIGHTS) as saved:
+        sizes = [math.prod(saved.get_slice(name).get_shape()) for name in saved.keys()]  # noqa: SIM118
+    if sum(sizes) != parameter_count(config):
+        raise UserError(
+            f"{folder / WEIGHTS} holds {sum(sizes):,} parameters, but the run's config.json describes a model of "
+            f"{parameter_count(config):,}; restore the original config.json"
+        )
+
+
+def require_finite(folder: Path) -> None:
+    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity."""
+    for path in [folder / WEIGHTS, *sorted((folder / STATE).glob("*.safetensors"))]:
+        with opened(path) as saved:
+            for name in saved.keys():  # noqa: SIM118  # it is no mapping
+                if not saved.get_tensor(name).isfinite().all():
+                    raise UserError(f"{path}: {name} holds values that are not finite")
