@@ -5,6 +5,7 @@ What a prompt or a model says is text and nothing else in each of the three: no 
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from restomod.config import Device, Precision, SamplingConfig
 from restomod.errors import UserError
 from restomod.files import write_text_atomically
+from restomod.private import presentable
 from restomod.samples import find_writer, sample
 from restomod.text import markdown_cell, visible
 
@@ -85,7 +87,13 @@ def report_writer(out: str | None) -> Callable[[Comparison], None]:
         raise UserError(f"--out {out}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--out {out}: the folder {path.parent} cannot be written to")
-    return lambda comparison: write_text_atomically(path, formats[path.suffix](comparison))
+    return lambda comparison: write_text_atomically(path, formats[path.suffix](_presentable(comparison)))
+
+
+def _presentable(comparison: Comparison) -> Comparison:
+    """A comparison as it may be sent around: see `restomod.private`."""
+    made = presentable(dataclasses.asdict(comparison))
+    return Comparison(tuple(made["models"]), made["settings"], tuple(map(tuple, made["rows"])))
 
 
 def as_table(comparison: Comparison, width: int | None = None) -> str:
@@ -100,8 +108,8 @@ def as_table(comparison: Comparison, width: int | None = None) -> str:
     for i, (prompt, *texts) in enumerate(comparison.rows):
         table = Table(box=HORIZONTALS, expand=True, show_header=True, padding=(0, 2, 0, 0))
         for model in comparison.models:
-            table.add_column(Text(model), ratio=1, overflow="fold")
-        table.add_row(*(Text(text) for text in texts))
+            table.add_column(Text(visible(model)), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(text)) for text in texts))
         console.print(Text(f"{i + 1}. {prompt or '(a new document)'}"))
         console.print(table)
     console.print(Text(comparison.settings))

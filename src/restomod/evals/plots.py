@@ -10,6 +10,7 @@ import numpy as np
 from restomod.errors import UserError
 from restomod.evals.heldout import Heldout
 from restomod.figures import INK, PAPER, new_figure, quiet
+from restomod.private import presentable
 
 POINTS = 60  # means over ranges of positions, each longer than the one before
 
@@ -33,7 +34,9 @@ def draw_positions(heldout: Heldout, title: str, path: Path) -> None:
     except ImportError as e:
         raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
     figure = new_figure("held-out loss by position", 9, 5)
-    figure.suptitle(f"{title}: held-out loss by position in the window", color=INK, fontsize=13, parse_math=False)
+    figure.suptitle(
+        f"{presentable(title)}: held-out loss by position in the window", color=INK, fontsize=13, parse_math=False
+    )
     axes = figure.subplots()
     positions = np.arange(1, len(heldout.by_position) + 1)
     axes.plot(positions, heldout.by_position, ".", color="#bbbbbb", markersize=2, label="each position")

@@ -17,6 +17,7 @@ from torch import Tensor
 from restomod.errors import UserError
 from restomod.figures import INK, PAPER, new_figure, quiet
 from restomod.model.inspect import POSITIONS, roughness
+from restomod.private import presentable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
     try:
         for name, picture in pictures.items():
             figure = picture(tensors)
-            figure.suptitle(f"{title}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
+            figure.suptitle(f"{presentable(title)}: {figure.get_suptitle()}", color=INK, fontsize=13, parse_math=False)
             FigureCanvasAgg(figure)
             figure.savefig(folder / name, dpi=120, facecolor=PAPER)
             paths.append(folder / name)
