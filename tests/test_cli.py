@@ -725,6 +725,14 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
     assert sys.stdout.flushed[:4] == [start, start + "one", start + "one␛[2J", start + "one␛[2Jtwo"]
 
 
+def test_a_text_is_exact_where_the_output_is_no_terminal(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
+    assert main(["sample", model, "--prompt", "The", "--stream", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "--- 1 of 1 ---\nTheone\x1b[2J\r\u202etwo\n"
+
+
 def test_several_texts_in_a_terminal_are_made_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restomod.samples.stream", lambda *a: pytest.fail("streamed"))
     monkeypatch.setattr(sys, "stdout", Terminal())

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+import restomod
 from restomod.errors import UserError
-from restomod.output import guarded, say
+from restomod.output import exact, guarded, say
+from restomod.terminal import Terminal
 from restomod.train.console import Display
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
+
+
+STEERS = "a\x1b[2J\x1b]8;;http://x\x1b\\b\x9b1m\u202ec\r\x07\udcff\u2028d"
+SHOWN = "a␛[2J␛]8;;http://x␛\\b\ufffd1m\ufffdc␍␇\ufffd\ufffdd"
 
 
 class Failing(io.StringIO):
@@ -173,3 +184,52 @@ def test_the_command_itself_ends_without_a_traceback(redirection: str, code: int
     assert done.returncode == code
     assert done.stdout == ""
     assert done.stderr.count("\n") == (1 if "2>" not in redirection else 0)
+
+
+def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever prints it: ours, libraries, warnings, rich."""
+
+    def work() -> int:
+        print(STEERS)
+        print("exact \x1b", file=exact(sys.stdout))
+        sys.stderr.writelines(["\r 50 % of \x1b", "\n"])
+        logging.lastResort.handle(logging.makeLogRecord({"msg": "log \x1b", "levelno": 50}))  # type: ignore[union-attr]
+        say("say \x1b")
+        raise UserError(STEERS)
+
+    streams = sys.stdout, sys.stderr
+    assert guarded(work) == 2
+    assert (sys.stdout, sys.stderr) == streams
+    out, error = capsys.readouterr()
+    assert out == f"{SHOWN}\nexact \x1b\nsay ␛\n"
+    assert error.startswith("\r 50 % of ␛\nlog ␛\n")
+    assert error.splitlines()[-1].startswith("restomod: error: a␛[2J")
+    assert not set(error) & set("\x1b\x9b\u202e\u2028\udcff")
+
+
+def test_escapes_of_rich_are_its_own_and_those_of_the_text_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    def work() -> int:
+        console = Terminal(force_terminal=True, color_system="standard", width=200)
+        console.print(Text("red\x1b[2J\u202e", style="red"))
+        console.print(Text.from_ansi("\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\"))
+        table = Table(box=None)
+        table.add_column("x")
+        table.add_row(Text("cell\x9b"))
+        console.print(table)
+        return 0
+
+    assert guarded(work) == 0
+    shown = stream.getvalue()
+    assert "\x1b[31mred␛[2J\ufffd\x1b[0m\n" in shown
+    assert "evil" not in shown
+    assert not set(shown) & set("\x9b\u202e")
+    assert set(re.findall("\x1b.[0-9;]*.", shown)) == {"\x1b[31m", "\x1b[1m", "\x1b[0m"}
+
+
+def test_only_one_module_makes_consoles() -> None:
+    source = Path(restomod.__file__).parent
+    naming = [path.name for path in source.rglob("*.py") if re.search(r"import .*\bConsole\b", path.read_text())]
+    assert naming == ["terminal.py"]

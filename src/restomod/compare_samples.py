@@ -5,6 +5,7 @@ What a prompt or a model says is text and nothing else in each of the three: no 
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from restomod.destination import destination
 from restomod.errors import UserError
 from restomod.files import write_text_atomically
 from restomod.output_files import Output, require_outputs, write_outputs
+from restomod.private import presentable
 from restomod.samples import find_writer, sample
 from restomod.text import markdown_cell, visible
 
@@ -86,7 +88,18 @@ def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[
     if path.suffix not in formats and destination(path).is_regular:
         raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
     text_of = formats.get(path.suffix, as_markdown)
-    return lambda compared: write_outputs([Output(path, lambda path: write_text_atomically(path, text_of(compared)))])
+
+    def write(comparison: Comparison) -> None:
+        text = text_of(_presentable(comparison))
+        write_outputs([Output(path, lambda path: write_text_atomically(path, text))])
+
+    return write
+
+
+def _presentable(comparison: Comparison) -> Comparison:
+    """A comparison as it may be sent around: see `restomod.private`."""
+    made = presentable(dataclasses.asdict(comparison))
+    return Comparison(tuple(made["models"]), made["settings"], tuple(map(tuple, made["rows"])))
 
 
 def as_table(comparison: Comparison, width: int | None = None) -> str:
@@ -101,8 +114,8 @@ def as_table(comparison: Comparison, width: int | None = None) -> str:
     for i, (prompt, *texts) in enumerate(comparison.rows):
         table = Table(box=HORIZONTALS, expand=True, show_header=True, padding=(0, 2, 0, 0))
         for model in comparison.models:
-            table.add_column(Text(model), ratio=1, overflow="fold")
-        table.add_row(*(Text(text) for text in texts))
+            table.add_column(Text(visible(model)), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(text)) for text in texts))
         console.print(Text(f"{i + 1}. {prompt or '(a new document)'}"))
         console.print(table)
     console.print(Text(comparison.settings))

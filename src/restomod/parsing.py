@@ -29,7 +29,7 @@ MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a documen
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
 
-def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str) -> Arguments:
+def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str, description: str = "") -> Arguments:
     """Fill ``cls`` from flags.
 
     Args:
@@ -37,6 +37,7 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
         default: an instance with the values of flags that are not given, or tyro.MISSING_NONPROP.
         arguments: the flags. A value may begin with a dash; one that looks like a flag is given as --flag=VALUE.
         program: how the command begins, for help and messages.
+        description: what else to say at the head of the help.
 
     Raises:
         UserError: a flag is wrong; tyro's box has become one line.
@@ -52,7 +53,7 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
     shown_at = contextlib.redirect_stdout(exact(sys.stdout)) if helps else contextlib.nullcontext()
     try:
         with contextlib.redirect_stderr(problem), shown_at:
-            parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description="")
+            parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description=description)
     except UserError as e:
         raise UserError(_said(str(e))) from None
     except SystemExit as e:

@@ -14,7 +14,10 @@ from restomod.text import visible
 
 
 class Terminal(Console):
-    """Standard output, or the ``file`` given. The only console to use: a plain one shows its colours as characters."""
+    """Standard output, or the ``file`` given. The only console to use: a plain one shows its colours as characters.
+
+    Cells of a table should be `visible` before: rich takes the width of a column from the text that it is given.
+    """
 
     @property
     def file(self) -> IO[str]:

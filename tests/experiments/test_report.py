@@ -28,6 +28,7 @@ from restomod.experiments.report_run import SAMPLED_STEPS, page_run, samples, st
 from restomod.experiments.report_usage import Prices, usage
 from restomod.experiments.runs import open_run
 from restomod.presets import preset
+from restomod.text import visible
 from tests.experiments.made_runs import HOSTILE, START, add_examined, add_task, loss_at, make_run, write
 
 
@@ -113,9 +114,10 @@ def test_hostile_text_is_text_in_html(tmp_path: Path) -> None:
     assert page.scripts["own"] == other.scripts["own"]
     assert page.title == "<b>r&"
     (run,) = json.loads(page.scripts["data"])["runs"]
-    shown = HOSTILE.replace("\x1b", "␛").replace("\u202e", "\ufffd")
+    shown = visible(HOSTILE)
+    assert not {"\x1b", "\u202e", "\u2028"} & set(shown)
     assert {sample["prompt"] for sample in run["samples"]} == {shown}
-    assert run["evaluations"][0]["rows"][0][-1].endswith(HOSTILE)
+    assert run["evaluations"][0]["rows"][0][-1].endswith(shown)
 
 
 def test_hostile_text_is_text_in_markdown(tmp_path: Path) -> None:

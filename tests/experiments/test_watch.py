@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,98 @@ def test_a_run_is_not_read_again_while_training_needs_the_processor(
     assert watched.data()["version"] == before
     monkeypatch.setattr(watching, "REST", 0)
     assert watched.data()["version"] != before
+
+
+def send(port: int, request: bytes) -> bytes:
+    """All that comes back for some bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
+
+
+HOST = b"Host: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", 403),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", 403),
+        (b"GET http://[ HTTP/1.1\r\n" + HOST, 400),
+        (b"GET http://evil.example/ HTTP/1.1\r\n" + HOST, 403),
+        (b"GET http://127.0.0.1/data.json?since=%ff%zz HTTP/1.1\r\n" + HOST, 200),
+        (b"GET /%zz%00 HTTP/1.1\r\n" + HOST, 404),
+        (b"POST / HTTP/1.1\r\n" + HOST, 501),
+        (b"\x1b[2J / HTTP/1.1\r\n" + HOST, 501),
+        (b"GET " + b"/" * 70_000 + b" HTTP/1.1\r\n" + HOST, 431),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 500_000 + b"\r\n" + HOST, 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: x\r\n" * 500 + HOST, 431),
+        (b"GET /data.json HTTP/1.1\r\n" + HOST + b"GET /data.json HTTP/1.1\r\n" + HOST, 200),
+    ],
+)
+def test_odd_requests_get_one_answer_and_print_nothing(
+    tmp_path: Path, request_: bytes, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with served(make_run(tmp_path / "r")) as port:
+        answer = send(port, request_)
+        assert ask(port, "/data.json")[0] == 200
+    assert answer.startswith(b"HTTP/1.0 %d " % status)
+    assert answer.count(b"HTTP/1.0 ") == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_answer_forbids_what_the_page_does_not_need(tmp_path: Path) -> None:
+    with served(make_run(tmp_path / "r")) as port:
+        for path, policy in (("/", b"default-src 'none'; script-src 'sha256-"), ("/data.json", b"default-src 'none';")):
+            head, _, body = send(port, f"HEAD {path} HTTP/1.1\r\n".encode() + HOST).partition(b"\r\n\r\n")
+            assert body == b""
+            assert b"Content-Security-Policy: " + policy in head
+            for line in (b"frame-ancestors 'none'", b"X-Frame-Options: DENY", b"Referrer-Policy: no-referrer"):
+                assert line in head
+
+
+def test_silent_and_slow_connections_hold_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "ASKING", 0.5)
+    with served(make_run(tmp_path / "r")) as port, contextlib.ExitStack() as stack:
+        before = threading.active_count()
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(150)]
+        assert ask(port, "/data.json")[0] == 200
+        assert threading.active_count() - before <= watching.CONNECTIONS + 1
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(5)]
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            for connection in slow:
+                with contextlib.suppress(OSError):
+                    connection.send(b"G")
+            time.sleep(0.1)
+        assert threading.active_count() == before
+        assert len(silent) == 150
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "data.json"])
+def test_a_damaged_run_is_told_and_shown_again_when_it_is_mended(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path / "r")
+    content = (folder / name).read_bytes()
+    with served(folder) as port:
+        assert len(data(port)["runs"]) == 1
+        (folder / name).write_text("{")
+        found = data(port)
+        assert (name in found["waiting"], found["runs"]) == (True, [])
+        assert name.encode() in ask(port, "/")[2]
+        (folder / name).write_bytes(content)
+        assert len(data(port)["runs"]) == 1
+
+
+def test_an_error_that_nobody_foresaw_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("a value\x1b of another type")
+
+    folder = make_run(tmp_path / "r")
+    with served(folder) as port:
+        monkeypatch.setattr(watching, "page_data", fail)
+        assert "a value␛ of another type" in data(port)["waiting"]
+        monkeypatch.undo()
+        assert ask(port, "/")[0] == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])

@@ -15,6 +15,14 @@ from restomod.experiments.report_usage import Prices
 from restomod.files import require_inside
 from restomod.parsing import parse, refuse_ignored
 
+PAGE_HOLDS = """\
+The page holds losses and speeds, evaluations, samples and prompts, passages of
+the held-out text (with report --examine), all settings with the paths of the
+data, the commands without --then, versions and the kind of machine; no names of
+hosts, no other variables of the environment. Home folders are shortened to ~,
+and what looks like a token, key or password is replaced. Look at it before you
+send it around: a secret in another form is not recognised."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriceArguments:
@@ -56,7 +64,7 @@ class ReportArguments(PriceArguments):
 
 def run(arguments: list[str]) -> int:
     """Write a report."""
-    given = parse(ReportArguments, ReportArguments(), arguments, "restomod report")
+    given = parse(ReportArguments, ReportArguments(), arguments, "restomod report", PAGE_HOLDS)
     if not given.runs:
         raise UserError("name a run: restomod report runs/NAME (restomod report --help)")
     if given.examine_tokens < 1:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from restomod.commands.report import PriceArguments
+from restomod.commands.report import PAGE_HOLDS, PriceArguments
 from restomod.errors import UserError
 from restomod.parsing import parse
 
@@ -26,7 +26,7 @@ class WatchArguments(PriceArguments):
 
 def run(arguments: list[str]) -> int:
     """Serve the page of a run until Ctrl-C."""
-    given = parse(WatchArguments, tyro.MISSING_NONPROP, arguments, "restomod watch")
+    given = parse(WatchArguments, tyro.MISSING_NONPROP, arguments, "restomod watch", PAGE_HOLDS)
     if not 0 <= given.port < 2**16:
         raise UserError(f"--port is {given.port}; it must lie between 0 and {2**16 - 1}")
     prices = given.prices()

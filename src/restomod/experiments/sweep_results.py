@@ -18,7 +18,7 @@ from restomod.experiments.space import Value, label
 from restomod.experiments.store import Plan, Store
 from restomod.files import write_json_atomically
 from restomod.terminal import Terminal
-from restomod.text import duration
+from restomod.text import duration, visible
 
 State = Literal["finished", "pruned", "failed", "running", "stopped"]
 ORDER: list[State] = ["finished", "pruned", "running", "stopped", "failed"]
@@ -122,7 +122,7 @@ def show(found: list[Result], folder: Path, plan: Plan) -> None:
             duration(r.seconds),
             "" if r.state == "finished" else f"{r.state}: {r.reason}" if r.state == "failed" else r.state,
         ]
-        table.add_row(*map(Text, cells), style="" if r.state == "finished" else "dim")
+        table.add_row(*(Text(visible(cell)) for cell in cells), style="" if r.state == "finished" else "dim")
     console.print(table)
     if plan.seeds > 1:
         for row in configurations(found):

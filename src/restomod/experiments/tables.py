@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from restomod.private import presentable
 from restomod.terminal import Terminal
+from restomod.text import visible
 
 WIDTH_ELSEWHERE = 200  # characters, where the output is no terminal
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
@@ -39,8 +41,8 @@ def _row(cells: list[str], plain: bool = False) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as Markdown shows it literally, on one line."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    """Text as Markdown shows it literally, on one line; `presentable`, as it is sent around."""
+    return SPECIAL.sub(r"\\\1", " ".join(presentable(text).split()))
 
 
 def show(table: Table) -> None:
@@ -54,8 +56,8 @@ def show(table: Table) -> None:
         grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for heading in table.headings:
             grid.add_column(heading, overflow="fold")
-        for row in table.rows:
-            grid.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+        for row in table.rows:  # visible here already: it gives a column its width
+            grid.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
         console.print(grid)
     for note in table.notes:
         console.print(Text(note, style="dim"), soft_wrap=True)

@@ -18,7 +18,7 @@ from rich.text import Text
 from restomod import output
 from restomod.errors import UserError, reason
 from restomod.terminal import Terminal
-from restomod.text import duration
+from restomod.text import duration, visible
 from restomod.train.metrics import read_jsonl
 
 if TYPE_CHECKING:  # it imports torch, which a table needs not
@@ -178,7 +178,7 @@ class Display:
         for i, heading in enumerate(headings):
             table.add_column(heading, overflow="fold", no_wrap=0 < i < len(headings) - 1)
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         if not self.interactive:
             self.console.width = 200
         self._print(table, soft_wrap=False)

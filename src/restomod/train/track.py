@@ -124,7 +124,8 @@ class WandB(_Online):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                x_disable_meta=True,  # the command line with its secrets, user and host
+                x_disable_meta=True,  # the command line with its secrets, the user and the host
+                host="",
             ),
         )
         # a step of one's own: W&B's only ever grows, and a run may go back to a checkpoint

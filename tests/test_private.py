@@ -1,0 +1,134 @@
+"""What is sent around holds no secret and no home folder. The secrets here are made up."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from restomod.private import command_without_secrets, presentable, presentable_pieces, private
+from restomod.train.run import environment
+
+HEX = "0123456789abcdef0123456789abcdef01234567"
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/alice/runs/x", "~/runs/x"),
+        ('{"path": "/home/alice"}', '{"path": "~"}'),
+        ("--data.path=/Users/alice/d", "--data.path=~/d"),
+        ("/mnt/nfs/home/alice/d and /root/x", "~/d and ~/x"),
+        ("file:///home/alice/d", "file://~/d"),
+        ("C:\\Users\\Alice Smith\\runs", "~\\runs"),
+        ('"C:\\\\Users\\\\alice\\\\runs"', '"~\\\\runs"'),
+        ("C:/Users/alice/runs", "~/runs"),
+        ("https://example.org/users/guide", "https://example.org/users/guide"),
+        ("/rooted /homely /data/x", "/rooted /homely /data/x"),
+    ],
+)
+def test_homes_are_shortened(text: str, shown: str) -> None:
+    assert private(text) == shown
+
+
+def test_the_users_own_home_is_shortened_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/data/people/alice")
+    assert private("/data/people/alice/x /data/people/alice2") == "~/x /data/people/alice2"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        *((f"a {token} b", token) for token in ("hf_" + "aB3" * 10, "sk-proj-" + "aB3_" * 8, "ghp_" + "x1" * 18)),
+        *((f"({token})", token) for token in ("github_pat_11AB" + "c_2" * 10, "AKIAIOSFODNN7EXAMPLE", JWT)),
+        ("Authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz"),
+        ("curl -H 'authorization: bearer abc123def456'", "abc123def456"),
+        ("Bearer abc123def456", "abc123def456"),
+        (f"wandb login {HEX}", HEX),
+        (f"--wandb-key {HEX} --steps 5", HEX),
+        (f"WANDB_API_KEY={HEX} restomod", HEX),
+        ("--hub_token=abc", "abc"),
+        ('--db-password "two words" --steps 5', "two words"),
+        ('{"hub-token": "abc12345678"}', "abc12345678"),
+        ('"{\\"password\\": \\"letmein\\"}"', "letmein"),
+        ("https://alice:letmein@example.org/x", "letmein"),
+        ("https://alice:letmein@example.org/x", "alice"),
+        ("https://example.org/x?a=1&token=letmein&b=2", "letmein"),
+        ("https://example.org/x?X-Amz-Signature=letmein", "letmein"),
+        ("https://example.org/x?sv=1&sig=letmein", "letmein"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY-----", "MIIE"),
+    ],
+)
+def test_secrets_are_redacted(text: str, secret: str) -> None:
+    shown = private(text)
+    assert secret not in shown
+    assert shown.count("[redacted]") == 1
+    assert private(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "--batch-tokens 65536 --max-tokens 5",
+            "batch_tokens=524288",
+            '"tokens": 12345678',
+            "tokens_per_second 812345",
+        ),
+        *("sorted(words, key=len)", "a key is a value, a token is a number", "key: value", "the author=Bob"),
+        *(f"revision {HEX}", "the bearer of good news", "basic understanding", "https://example.org/a@b"),
+    ],
+)
+def test_other_texts_stay(text: str) -> None:
+    assert private(text) == text
+
+
+def test_a_command_keeps_what_repeats_it() -> None:
+    words = [
+        "train",
+        "quickstart",
+        "--then",
+        "curl secret",
+        "--then=x",
+        "--hub-token",
+        "abc",
+        "--data.path",
+        "/home/a/b",
+    ]
+    kept = ["train", "quickstart", "--hub-token", "[redacted]", "--data.path", "/home/a/b"]
+    assert command_without_secrets(words) == kept
+
+
+def test_what_a_run_records_of_its_command_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["/home/alice/bin/restomod", "train", "x", "--then", "curl secret", "--steps", "5"]
+    )
+    assert environment("cpu", "fp32")["command"] == ["restomod", "train", "x", "--steps", "5"]
+
+
+def test_all_texts_and_names_of_a_value_are_presentable() -> None:
+    value = {"/home/alice": [1, 2.5, None, True, ("\x1b[2J", {"a": "/root/x"})]}
+    assert presentable(value) == {"~": [1, 2.5, None, True, ["␛[2J", {"a": "~/x"}]]}
+
+
+def test_a_secret_in_several_pieces_is_found() -> None:
+    pieces = ["my ", "hf_", "abcdefghij", "klmnopqrst", " and", "\x1b more"]
+    shown = presentable_pieces(pieces)
+    assert "".join(shown) == "my [redacted] and␛ more"
+    assert len(shown) == len(pieces)
+    assert shown[0] == "my "
+    assert shown[4:] == [" and", "␛ more"]
+    assert presentable_pieces(["a", "b"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["/a", "-", "eyJ", 'key="', "://", "/home", "a.", "A_", "C:\\Users\\", "--token ", "key: ", "?a", "hf_", "token"],
+)
+def test_long_texts_take_time_in_proportion(unit: str) -> None:
+    text = unit * (200_000 // len(unit))
+    started = time.process_time()
+    private(text)
+    assert time.process_time() - started < 2
