@@ -298,7 +298,7 @@ def test_sampling_nothing(refused: Refused, encoding: str) -> None:
         (("--max-tokens", "0"), "sampling.max_tokens is 0; it must be at least 1"),
         (("--temperature", "-1"), "sampling.temperature is -1.0; it must be 0 or more"),
         (("--temperature", "nan"), "sampling.temperature is nan; it must be 0 or more"),
-        (("--top-k", "-1"), "sampling.top_k is -1; it must be 0 or more"),
+        (("--top-k", "-1"), "sampling.top_k is -1; it must be at least 0"),
         (("--top-p", "0"), "sampling.top_p is 0.0; it must be above 0 and at most 1"),
         (("--top-p", "1.1"), "sampling.top_p is 1.1; it must be above 0 and at most 1"),
         (("--top-p", "nan"), "sampling.top_p is nan; it must be above 0 and at most 1"),

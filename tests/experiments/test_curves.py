@@ -88,6 +88,9 @@ def test_the_quickstart_ends_where_it_ended_before(changed: dict[str, Any]) -> N
 def test_tokens_that_are_other_text_have_no_published_loss(
     config: RunConfig, name: str, known: bool, tmp_path: Path
 ) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"name": name}))
+    manifest = {"format": "restomod-tokens-1", "name": name, "fingerprint": "0", "documents": None, "tokens": 0}
+    tokenizer = {"name": "gpt2", "vocab_size": 50257, "sha256": "0"}
+    splits = {split: {"tokens": 0, "shards": []} for split in ("train", "val")}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": tokenizer, "splits": splits}))
     data = DataConfig(source="tokens", path=str(tmp_path))
     assert (expected_loss(dataclasses.replace(config, data=data)).loss is not None) is known
