@@ -43,7 +43,7 @@ def test_what_is_no_json_or_beyond_the_limits_is_one_kind_of_error(content: byte
 
 def test_what_is_within_the_limits_is_as_json_reads_it() -> None:
     text = b'\xef\xbb\xbf{"a": [9223372036854775807, -9223372036854775808, 0.12345678901234567, "' + b"1" * 50 + b'"]}'
-    assert parse_json(text) == {"a": [2**63 - 1, -(2**63), 0.1234567890123456789, "1" * 50]}
+    assert parse_json(text) == {"a": [2**63 - 1, -(2**63), 0.12345678901234567, "1" * 50]}
 
 
 def test_values_of_the_right_type_come_back_without_foreign_keys(tmp_path: Path) -> None:

@@ -361,8 +361,24 @@ def test_prices_out_of_range(refused: Any, flag: str) -> None:
     assert refused("runs/first", flag, "nan") == f"{flag} is nan; it must be 0 or more"
 
 
-def test_a_damaged_file(refused: Any, tmp_path: Path) -> None:
-    (tmp_path / "runs" / "first" / "evals").mkdir()
-    path = tmp_path / "runs" / "first" / "evals" / "x.json"
-    path.write_text("{")
-    assert refused("runs/first").startswith(f"{os.path.join('runs', 'first', 'evals', 'x.json')} is damaged")
+SIDE_FILES = ["environment.json", "samples.jsonl", "examined.json", "evals/x.json"]
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_damaged_file_beside_the_numbers_is_left_out_with_a_warning(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "first" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"task": 5, "secret": "s3cr3t"}\n')
+    assert main(["report", "runs/first"]) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert name in warning
+    assert "s3cr3t" not in (tmp_path / "runs" / "first" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_a_damaged_configuration_or_manifest_is_refused(name: str, refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "first" / name).write_text("{")
+    assert refused("runs/first").startswith(f"{os.path.join('runs', 'first', name)} is damaged")

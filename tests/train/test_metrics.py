@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from restomod.train.metrics import HeldoutLosses, NewRecords, append_jsonl, iterate_jsonl, keep_records, read_jsonl
+from restomod.train.metrics import (
+    HeldoutLosses,
+    NewRecords,
+    Sample,
+    append_jsonl,
+    iterate_jsonl,
+    keep_records,
+    read_jsonl,
+)
 
-RECORDS = [{"step": 0, "loss": 10.82}, {"step": 1, "loss": 9.5}, {"step": 2, "loss": 8.25}]
+RECORDS = [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate((10.82, 9.5, 8.25))]
 
 
 @pytest.fixture
@@ -36,8 +44,10 @@ def test_each_record_is_one_line(path: Path) -> None:
 @pytest.mark.parametrize("text", ["two\nlines", "\u2028 \x85 \x0c \r", "naïve 猫 🐈", '"quoted" \\', "\x00\ufffd", ""])
 def test_any_text_comes_back(text: str, tmp_path: Path) -> None:
     for step in (1, 2):
-        append_jsonl(tmp_path / "samples.jsonl", {"step": step, "text": text})
-    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1, "text": text}, {"step": 2, "text": text}]
+        append_jsonl(tmp_path / "samples.jsonl", {"step": step, "prompt": text, "text": text})
+    assert read_jsonl(tmp_path / "samples.jsonl", Sample) == [
+        {"step": step, "prompt": text, "text": text} for step in (1, 2)
+    ]
 
 
 def test_a_file_that_is_not_there_holds_no_records(tmp_path: Path) -> None:
@@ -103,9 +113,9 @@ def test_only_what_is_new_is_read(path: Path) -> None:
     assert (fresh, list(records)) == (True, RECORDS)
     with open(path, "r+b") as f:  # whoever read it again would find nothing
         f.write(b"#" * 10)
-    append_jsonl(path, {"step": 3})
+    append_jsonl(path, {"kind": "train", "step": 3})
     fresh, records = reader.read()
-    assert (fresh, list(records)) == (False, [{"step": 3}])
+    assert (fresh, list(records)) == (False, [{"kind": "train", "step": 3}])
     fresh, records = reader.read()
     assert (fresh, list(records)) == (False, [])
 
@@ -114,11 +124,11 @@ def test_a_new_line_counts_when_it_is_whole(path: Path) -> None:
     reader = NewRecords(path)
     assert len(list(reader.read()[1])) == 3
     with open(path, "a") as f:
-        f.write('{"step": 3, "lo')
+        f.write('{"kind": "val", "step": 3, "lo')
     assert list(reader.read()[1]) == []
     with open(path, "a") as f:
-        f.write('ss": 5}\nnot JSON\n[1]\n{"step": 4}\n')
-    assert list(reader.read()[1]) == [{"step": 3, "loss": 5}, {"step": 4}]
+        f.write('ss": 5}\nnot JSON\n[1]\n{"kind": "val", "step": 4}\n')
+    assert list(reader.read()[1]) == [{"kind": "val", "step": 3, "loss": 5}, {"kind": "val", "step": 4}]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
@@ -127,7 +137,7 @@ def test_a_file_that_has_been_rewritten_is_read_from_its_beginning(kept: int, mo
     reader = NewRecords(path)
     assert len(list(reader.read()[1])) == 3
     keep_records(path, lambda record: record["step"] < kept)
-    again = [{"step": kept + i, "loss": 1.0} for i in range(more)]
+    again = [{"kind": "train", "step": kept + i, "loss": 1.0} for i in range(more)]
     for record in again:
         append_jsonl(path, record)
     fresh, records = reader.read()

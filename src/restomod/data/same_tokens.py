@@ -35,7 +35,7 @@ class ShardEntry(TypedDict, total=False):
     sha256: str
 
 
-class SplitEntry(TypedDict):
+class SplitEntry(TypedDict, total=False):
     """A split."""
 
     tokens: Count

@@ -20,7 +20,7 @@ DIGITS = 6  # significant ones
 
 def number(value: Any) -> float:
     """A number that a record holds, or NaN for anything else: null, text, infinity, what no sum could hold."""
-    good = isinstance(value, int | float) and abs(value) < LARGEST
+    good = type(value) in (int, float) and abs(value) < LARGEST
     return float(value) if good else math.nan
 
 

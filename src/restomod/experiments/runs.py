@@ -23,12 +23,17 @@ from restomod.errors import UserError
 from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
-from restomod.text import visible
 from restomod.train.metrics import Count, Record, Sample, iterate_jsonl
 
 Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
-Text = Annotated[str, BeforeValidator(lambda value: visible(value) if isinstance(value, str) else value)]
-"""What can be shown: `visible`, as a command line that is not UTF-8 has halves of surrogate pairs."""
+
+
+def _whole(value: Any) -> Any:
+    """Text in which U+FFFD stands for halves of surrogate pairs: those of a command line that is not UTF-8."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_whole)]
 
 
 class Environment(TypedDict, total=False):

@@ -71,9 +71,9 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
 
 def data_lengths(run: Run) -> dict[str, float]:
     """Steps after which the training data comes to the end of an epoch, and of a shard, if there are several."""
-    split = run.manifest.get("splits", {}).get("train", {"tokens": 0, "shards": []})
-    shards = [shard["tokens"] for shard in split["shards"]]
-    found = {"an epoch": split["tokens"] / run.config.batch_tokens}
+    split = run.manifest.get("splits", {}).get("train", {})
+    shards = [shard["tokens"] for shard in split.get("shards", [])]
+    found = {"an epoch": split.get("tokens", 0) / run.config.batch_tokens}
     if len(shards) > 1:
         found["a shard"] = statistics.median(shards) / run.config.batch_tokens
     return {what: steps for what, steps in found.items() if steps > 0}
