@@ -369,6 +369,7 @@ def test_a_damaged_file_beside_the_numbers_is_left_out_with_a_warning(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "first")
     path = tmp_path / "runs" / "first" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text('{"task": 5, "secret": "s3cr3t"}\n')

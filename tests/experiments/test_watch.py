@@ -99,6 +99,8 @@ def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
         make_run(folder)
         assert data(port)["runs"][0]["state"] == "finished"
         (folder / "environment.json").write_text("{")
+        assert "environment.json is damaged" in data(port)["runs"][0]["remark"]
+        (folder / "config.json").write_text("{")
         assert "damaged" in data(port)["waiting"]
         shutil.rmtree(folder)
         assert data(port)["waiting"] == "waiting for the run to begin"

@@ -74,7 +74,11 @@ class Watched:
     def _make(self) -> dict[str, Any]:
         about = {"live": True, "seconds": SECONDS, "version": f"{time.time():.3f}"}
         try:
-            return page_data([open_run(self.folder, warn=lambda text: None)], self.prices) | about
+            warnings: list[str] = []
+            data = page_data([open_run(self.folder, warn=warnings.append)], self.prices) | about
+            for run in data["runs"]:
+                run["remark"] = "; ".join([run["remark"], *presentable(warnings)])
+            return data
         except Exception as e:  # not begun, being replaced, half written, damaged: it may be mended while this goes on
             reason = str(e) if isinstance(e, UserError | OSError) else f"{self.folder} cannot be shown: {one_line(e)}"
             if not os.path.exists(self.folder / "config.json"):
