@@ -10,6 +10,7 @@ from typing import Any
 
 from restomod.errors import UserError, shortened
 from restomod.files import require_regular
+from restomod.text import visible
 
 MAX_BYTES = 32 * 2**20  # of a file: its objects may take 30 times as much
 MAX_DEPTH = 100  # of lists and objects within each other
@@ -103,7 +104,7 @@ def checked(value: Any, kind: Any, where: str) -> Any:
         return _adapter(kind).validate_python(value, strict=True)
     except ValidationError as e:
         first = e.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the value"
+        place = shortened(visible(".".join(map(str, first["loc"])))) or "the value"
         if first["type"] == "missing":
             raise UserError(f"{where} lacks {place}") from None
         wrong = first["msg"].removeprefix("Input ").removeprefix("Value error, ")  # "should be a valid integer"

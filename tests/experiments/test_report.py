@@ -372,7 +372,7 @@ def test_a_damaged_file_beside_the_numbers_is_left_out_with_a_warning(
     make_run(tmp_path / "runs" / "first")
     path = tmp_path / "runs" / "first" / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text('{"task": 5, "secret": "s3cr3t"}\n')
+    path.write_text('["s3cr3t"]\n')
     assert main(["report", "runs/first"]) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert name in warning

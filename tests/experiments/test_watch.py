@@ -187,7 +187,7 @@ def test_silent_and_slow_connections_hold_no_threads(tmp_path: Path, monkeypatch
         assert len(silent) == 150
 
 
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "data.json"])
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
 def test_a_damaged_run_is_told_and_shown_again_when_it_is_mended(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path / "r")
     content = (folder / name).read_bytes()
