@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from restomod.afterwards import take_command
@@ -67,7 +67,7 @@ def without_secrets(text: str) -> str:
 def private(text: str) -> str:
     """A text `without_secrets`, and with ``~`` for home folders: of any user, of this system and of others."""
     text = without_secrets(text)
-    home = str(Path.home()).rstrip("/\\")
+    home = os.path.expanduser("~").rstrip("/\\")  # ten times as fast as `Path.home`, for thousands of texts
     if len(home) > 1:
         text = re.sub(rf"{PATH_BEGINS}{re.escape(home)}(?![\w.-])", "~", text)
     for pattern in HOMES:
