@@ -287,6 +287,12 @@ def test_sampling_a_folder_of_something_else(here: Path, refused: Refused) -> No
 
 
 @ENCODINGS
+def test_more_samples_than_can_be_listed(refused: Refused, encoding: str) -> None:
+    said = refused("sample", "mine", "--num-samples", "99999999999", encoding=encoding)
+    assert said.startswith("--num-samples is 99999999999; it must be at most 1,000,000")
+
+
+@ENCODINGS
 def test_sampling_nothing(refused: Refused, encoding: str) -> None:
     assert refused("sample", encoding=encoding).startswith("restomod sample needs MODEL (")
 

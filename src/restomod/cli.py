@@ -26,6 +26,7 @@ from restomod.arguments import (
     TrainArguments,
 )
 from restomod.config import RunConfig, require_seed
+from restomod.config_model import require_size
 from restomod.errors import (
     EXIT_USER_ERROR,
     UserError,
@@ -106,8 +107,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
 def sample(arguments: list[str]) -> int:
     """Let a run's model, or any GPT-2, continue texts."""
     parsed = parse(SampleArguments, tyro.MISSING_NONPROP, arguments, "restomod sample")
-    if parsed.num_samples < 1:
-        raise UserError(f"--num-samples is {parsed.num_samples}; it must be at least 1")
+    require_size("--num-samples", parsed.num_samples, most=10**6)
     refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings, n = parsed.settings(), parsed.num_samples
 

@@ -11,6 +11,7 @@ import pytest
 
 from restomod.cli import main
 from restomod.errors import UserError
+from restomod.experiments import runs
 from restomod.experiments.runs import open_run
 from restomod.presets import preset
 
@@ -79,6 +80,17 @@ def test_evaluations_samples_and_environments_are_read(tmp_path: Path) -> None:
     assert [e["device"] for e in run.environments] == ["x", "y"]
     assert run.samples == [{"step": 3, "prompt": "p", "text": "t"}]
     assert [e["task"] for e in run.evaluations] == ["a", "b"]
+
+
+def test_only_so_many_evaluations_are_read_as_do_not_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, said = make_run(tmp_path / "a"), list[str]()
+    (folder / "evals").mkdir()
+    for name in "abcd":
+        (folder / "evals" / f"{name}.json").write_text(json.dumps({"task": name}))
+    monkeypatch.setattr(runs, "MOST_EVALUATIONS", 3)
+    assert [e["task"] for e in open_run(folder, said.append).evaluations] == ["b", "c", "d"]
+    assert len(said) == 1
+    assert "the last 3 of 4 evaluations" in said[0]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

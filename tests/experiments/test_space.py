@@ -6,6 +6,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from restomod.arguments import TrainArguments
+from restomod.commands.sweep import SweepArguments, plan_of
 from restomod.errors import UserError
 from restomod.experiments.space import flags, grid, parse_dimension
 from restomod.parsing import parse
@@ -60,6 +61,16 @@ def test_a_grid_takes_no_range() -> None:
 def test_a_grid_has_every_combination_once() -> None:
     points = grid([parse_dimension(text, "grid") for text in ("optim.lr=1,2", "model.n_layer=3,4,5")])
     assert points == [{"optim.lr": a, "model.n_layer": b} for a in "12" for b in "345"]
+
+
+def test_more_trials_than_can_be_are_refused_before_they_are_listed() -> None:
+    values = ",".join(map(str, range(1, 1001)))
+    with pytest.raises(UserError, match="the number of the grid's trials is 1000000000; it must be at most"):
+        grid([parse_dimension(f"{name}={values}", "grid") for name in ("steps", "eval_every", "sample_every")])
+    for n, seeds in ((10**11, 1), (1, 10**9)):
+        given = SweepArguments(random=("optim.lr=1e-4..1e-2",), out="s", trials=n, seeds=seeds)
+        with pytest.raises(UserError, match="it must be at most 100,000"):
+            plan_of("quickstart", preset("quickstart"), given, [])
 
 
 def test_the_flags_give_a_run_the_parameters() -> None:

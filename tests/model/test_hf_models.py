@@ -345,6 +345,15 @@ def test_a_config_that_transformers_would_read_otherwise(tmp_path: Path) -> None
     assert read_model_config(tmp_path).head_size == transformers.AutoConfig.from_pretrained(tmp_path).head_dim == 128
 
 
+def test_a_model_with_fewer_tensors_than_layers_that_its_config_names_by_default(tmp_path: Path) -> None:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Qwen2Config(vocab_size=50257, num_hidden_layers=1, max_position_embeddings=32, **shape)
+    assert config.max_window_layers == 28
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    model = open_causal_model(str(tmp_path), tmp_path, torch.device("cpu"), torch.float32)
+    assert isinstance(model, TransformersModel)
+
+
 def test_gpt2_is_still_ours(tmp_path: Path) -> None:
     save(GPT2LMHeadModel(GPT2Config(**GPT2)), tmp_path)
     assert isinstance(open_language_model(str(tmp_path), CPU, FP32), ScoredGPT)

@@ -13,6 +13,7 @@ import tyro
 
 from restomod.arguments import TrainArguments
 from restomod.config import RunConfig, require_seed
+from restomod.config_model import require_size
 from restomod.errors import EXIT_USER_ERROR, UserError
 from restomod.experiments import space
 from restomod.experiments.space import Method, Value, grid, parse_dimension
@@ -137,12 +138,12 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
         if given.trials is not None:
             raise UserError("--trials belongs to --random and --tpe; a grid has as many as its values make")
         trials = len(grid(dimensions))
-    elif given.trials is None or given.trials < 1:
-        raise UserError(f"--{method} needs --trials N, how many configurations to try (1 or more)")
+    elif given.trials is None:
+        raise UserError(f"--{method} needs --trials N, how many configurations to try")
     else:
         trials = given.trials
-    if given.seeds < 1:
-        raise UserError(f"--seeds is {given.seeds}; it must be 1 or more")
+    require_size("--trials", trials, most=space.MOST_TRIALS)
+    require_size("--seeds", given.seeds, most=space.MOST_TRIALS)
     if given.seeds > 1 and "seed" in swept:
         raise UserError("seed is swept; leave --seeds out")
     require_seed("--search-seed", given.search_seed)

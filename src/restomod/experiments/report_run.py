@@ -32,7 +32,7 @@ from restomod.text import duration
 
 SAMPLED_STEPS = 40  # of which samples are kept
 SAMPLE_CHARACTERS = 4000
-EVENTS = 200
+EVENTS = 200  # and starts, that are shown
 SILENT = 120.0  # seconds without a record after which a run is no longer called going on
 
 
@@ -67,7 +67,7 @@ def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> d
         "preset": name_of_preset,
         "changed": [list(row) for row in differences(run.config, preset(name_of_preset))],
         "settings": [list(row) for row in flat(to_dict(run.config)).items()],
-        "environments": [[list(row) for row in environment_rows(e)] for e in run.environments],
+        "environments": [[list(row) for row in environment_rows(e)] for e in run.environments[:EVENTS]],
         "usage": [list(row) for row in usage_rows(used, prices)],
     }
 

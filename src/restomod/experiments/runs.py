@@ -25,6 +25,8 @@ from restomod.model.flops import flops_per_token
 from restomod.output import complain
 from restomod.train.metrics import Count, Record, Sample, iterate_jsonl
 
+MOST_EVALUATIONS = 5000  # files that are read: more take too long
+
 Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
 
 
@@ -169,7 +171,11 @@ class Run:
     def evaluations(self) -> list[Record]:
         """What `restomod eval` wrote into `evals/`, by name of the file."""
         paths = sorted(self.folder.glob("evals/*.json"))
-        found = [read_if_whole(path, "evaluation", Evaluation, self.warn) for path in paths]
+        if len(paths) > MOST_EVALUATIONS:
+            self.warn(
+                f"warning: left out: all but the last {MOST_EVALUATIONS:,} of {len(paths):,} evaluations in evals/"
+            )
+        found = [read_if_whole(path, "evaluation", Evaluation, self.warn) for path in paths[-MOST_EVALUATIONS:]]
         return [values for values in found if values is not None]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from restomod.config import RunConfig
+from restomod.config_model import require_size
 from restomod.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # imported when a sweep is run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # imported when a sweep is run
 Method = Literal["grid", "random", "tpe"]
 Value = str | int | float
 
+MOST_TRIALS = 100_000
 LOG_FROM = 10.0  # a range whose ends are so many times apart is one of magnitudes
 
 
@@ -156,8 +158,13 @@ def flags(parameters: dict[str, Value]) -> list[str]:
 
 
 def grid(dimensions: Iterable[Dimension]) -> list[dict[str, Value]]:
-    """Every combination of the values; the last field varies fastest."""
+    """Every combination of the values; the last field varies fastest.
+
+    Raises:
+        UserError: there are more than a sweep can have.
+    """
     dimensions = list(dimensions)
+    require_size("the number of the grid's trials", math.prod(len(d.values) for d in dimensions), most=MOST_TRIALS)
     return [
         dict(zip((d.name for d in dimensions), values, strict=True))
         for values in itertools.product(*(d.values for d in dimensions))

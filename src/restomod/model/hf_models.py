@@ -206,7 +206,8 @@ def _require_possible(transformers: Any, folder: Path) -> None:
     """
     tensors, where = read_tensors(folder)
     numbers = _numbers(read_json(folder / "config.json", "model's config"))
-    require_size_of(tensors, where, layers=max((value for key, value in numbers if "layer" in key), default=0))
+    layers = (value for key, value in numbers if "layer" in key and not key.startswith("max_"))  # max_window_layers
+    require_size_of(tensors, where, layers=max(layers, default=0))
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
