@@ -212,7 +212,7 @@ def verify_checkpoint(folder: Path) -> None:
         raise UserError(f"{e}; {mend}") from None
     expected_files = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()]
     listed = {path for path, _, _ in expected_files}
-    require_inside(folder, *listed)
+    require_checkpoint_inside(folder, *listed)
     for needed in (WEIGHTS, "config.json", f"{STATE}/state.json"):
         if folder / needed not in listed:
             raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {mend}")

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 """A line of a `.jsonl` file, whose known keys are of the types of `Logged` or `Sample`."""
 
 MAX_LINE = 2**20  # bytes; a line of records has some hundred
-MAX_SKIPPED = 2**30  # bytes of a line that is too long; beyond, the file is none of records
+MAX_SKIPPED = 2**28  # bytes of a line that is too long; beyond, the file is none of records
 TOO_LONG = b"\0"  # stands for such a line
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -98,7 +98,7 @@ def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None, kind: A
         kind: `Logged` or `Sample`.
 
     Raises:
-        UserError: it is not a regular file, or has a line of more than a gigabyte.
+        UserError: it is not a regular file, or has a line of more than `MAX_SKIPPED` bytes.
     """
     bad: list[int] = []
     number = 0
