@@ -59,6 +59,34 @@ def test_the_users_own_home_is_shortened_wherever_it_lies(monkeypatch: pytest.Mo
         ("https://example.org/x?X-Amz-Signature=letmein", "letmein"),
         ("https://example.org/x?sv=1&sig=letmein", "letmein"),
         ("-----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY-----", "MIIE"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nlQOY\n-----END PGP PRIVATE KEY BLOCK-----", "lQOY"),
+        *(
+            (f"a\\n{token} b", token)
+            for token in ("hf_" + "aB3" * 10, "gsk_" + "aB3" * 10, "sk" + "_live_" + "aB3" * 8)
+        ),
+        *(
+            (f"{token}", token)
+            for token in ("glptt-" + "a1" * 10, "dop_v1_" + HEX, "SG." + "a1" * 11 + "." + "b2" * 20)
+        ),
+        *(
+            (f"to {token}", token)
+            for token in ("123456789:AA" + "c3D" * 11, "hvs." + "a1" * 12, "AGE-SECRET-KEY-1" + "Q9" * 20)
+        ),
+        ("https://hooks.slack.com/services/T0001/B0001/abcdefgh", "B0001/abcdefgh"),
+        ('Authorization: Digest username="alice", response="abcdef"', "abcdef"),
+        ("x-api-key: abcdefghijklmnop", "abcdefghijklmnop"),
+        ("Cookie: session=abc123; id=letmein", "letmein"),
+        ("curl -u alice:letmein https://example.org", "letmein"),
+        ("sshpass -p letmein ssh x", "letmein"),
+        ("mysql -u root -pletmein", "letmein"),
+        ("machine x login alice password letmein", "letmein"),
+        *(
+            (f"{name}letmein more", "letmein")
+            for name in ("--pass ", "--pass=", "SMTP_PASS=", "client_secret=", "MYSQL_PWD=")
+        ),
+        ("AccountKey=abcDEF123456==;EndpointSuffix=x", "abcDEF123456"),
+        ("{'token': 'abcdefghijklmnop'}", "abcdefghijklmnop"),
+        ("https://example.org/#access_token=letmein", "letmein"),
     ],
 )
 def test_secrets_are_redacted(text: str, secret: str) -> None:
@@ -78,6 +106,19 @@ def test_secrets_are_redacted(text: str, secret: str) -> None:
             "tokens_per_second 812345",
         ),
         *("sorted(words, key=len)", "a key is a value, a token is a number", "key: value", "the author=Bob"),
+        *("the token: the", "token: the quick brown fox", "The secret: love", "Secretary: Bob", "signature: the mark"),
+        *("--tokenizer gpt2-medium", "tokenizer=gpt2-medium-0123", "TOKENIZERS_PARALLELISM=false", "KEYBOARD=us"),
+        *("monkey: 123456789", "keyboard: qwerty12345", "keypoint: abc12345", "key_size: 12345678", "key: 12345678"),
+        *("key = value1234", "token_ids = tokenizer.encode(text1)", "token = next(tokens1)", "sort(key=itemgetter(1))"),
+        *("password: str", "password = input()", "self.password = password", "password: Optional[str] = None"),
+        *(
+            "hf_hub_download_from_repo",
+            "sk-learn-is-a-library-for-ml",
+            "PWD=/mnt/data",
+            "auth: none",
+            "compass: north1",
+        ),
+        *("https://example.org/?monkey=1", "https://example.org/?key=intro&design=1", "docker run --user 1000:1000"),
         *(f"revision {HEX}", "the bearer of good news", "basic understanding", "https://example.org/a@b"),
     ],
 )
@@ -123,9 +164,40 @@ def test_a_secret_in_several_pieces_is_found() -> None:
     assert presentable_pieces(["a", "b"]) == ["a", "b"]
 
 
+HARD = [
+    " hf_a ",
+    "mysql ",
+    "cookie: a",
+    "wandb login -a ",
+    "-u a ",
+    "login a ",
+    "aKey",
+    "key:",
+    "a=(",
+    "secret '",
+    "AA:1",
+]
+
+
 @pytest.mark.parametrize(
     "unit",
-    ["/a", "-", "eyJ", 'key="', "://", "/home", "a.", "A_", "C:\\Users\\", "--token ", "key: ", "?a", "hf_", "token"],
+    [
+        "/a",
+        "-",
+        "eyJ",
+        'key="',
+        "://",
+        "/home",
+        "a.",
+        "A_",
+        "C:\\Users\\",
+        "--token ",
+        "key: ",
+        "?a",
+        "hf_",
+        "token",
+        *HARD,
+    ],
 )
 def test_long_texts_take_time_in_proportion(unit: str) -> None:
     text = unit * (200_000 // len(unit))

@@ -12,33 +12,66 @@ from restomod.text import visible
 
 REDACTED = "[redacted]"
 
-PASSWORD = r"(?:secret|passw(?:or)?d|passphrase|pwd|credential|signature|auth(?!or))"
-SECRET = rf"(?:token(?!s)|key(?!s)|{PASSWORD})"
-VALUE = r"""(?!\[redacted\])(?:\\?"[^"\n]{0,4096}"|'[^'\n]{0,4096}'|[^\s"'\\,;&}\])]{1,4096})"""
+# words of names: a change of case divides words as well as what is no letter (accessToken, but not tokenizer or monkey)
+BEGINS = r"(?:(?<![a-z])(?=[a-z])|(?<![A-Z])(?=[A-Z]))"
+ENDS = r"(?!(?<=[a-z])[a-z]|(?<=[A-Z])[A-Z])"
+PASSWORD = rf"(?i:passwor[dt]|passwd|passphrase){ENDS}"
+SECRET = (
+    rf"(?:{PASSWORD}|(?i:secret|credentials?){ENDS}|{BEGINS}"
+    rf"(?i:(?:api|auth|access|account|secret|bot|hf|hub)?(?:token|key)|o?auth|signature){ENDS})"
+)
+ARGUMENT = rf"(?:{SECRET}|{BEGINS}(?i:pass|sig|jwt|(?<=[_-])pwd){ENDS})"  # words that mean other things in prose
+# values: neither redacted already, nor a constant, a type or a call, as in programs
+NO_VALUE = (
+    r"(?!\[redacted\]|(?:[Nn]one|[Tt]rue|[Ff]alse|null|str|int|bytes|bool|password|secret|\d{1,3})(?![\w-])"
+    r"|[\w.]{0,64}[(\[])"
+)
+QUOTED = r"""(?:\\?"[^"\n]{0,4096}"|'[^'\n]{0,4096}')"""
+VALUE = rf"""{NO_VALUE}(?:{QUOTED}|[^\s"'\\,;&}}\])]{{1,4096}})"""
+LIKELY = (  # 8 characters with letters and digits, or 16 without a break
+    r"""(?=\\?["']?(?=[^\s"']{8})(?=[^\s"']{0,64}[A-Za-z])(?:[^\s"']{0,64}\d|[A-Za-z0-9+/]{16}))"""
+)
 MEMBER = r"""\\?["']?\s{0,4}[:=]\s{0,4}"""  # what may stand between a name and its value
+NAME = r"(?<![\w.-])[\w.-]{0,40}?"  # its beginning
+REST = r"[\w.-]{0,40}"
+TOKEN = r"(?:(?<![\w-])|(?<=\\[nrt]))"  # its beginning; \n may be written out
 # each finds in linear time what it replaces; the group `keep` stays in front of that
 SECRETS = tuple(
     map(
         re.compile,
         (
-            # tokens of known forms: Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, npm, PyPI, Nvidia, ...
-            r"(?<![A-Za-z0-9])(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|npm_|pypi-|nvapi-|r8_|rpa_|wandb_v1_)"
-            r"[\w-]{16,}",
+            # tokens of known forms: Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, npm, PyPI, ...
+            rf"{TOKEN}(?:hf_|api_org_|sk-|gsk_|pplx-|gh[pousr]_|github_pat_|gl[a-z]{{2,5}}-|xox[a-z]-|xapp-|npm_|pypi-"
+            r"|nvapi-|r8_|rpa_|wandb_v1_|tgp_v1_|[rs]k_(?:live|test)_|whsec_|dckr_pat_|dop_v1_|shp[a-z]{2}_|hv[sb]\."
+            r"|SG\.|PMAK-|GOCSPX-|lin_api_|ntn_|secret_|figd_|sntry[su]_|AGE-SECRET-KEY-)"
+            r"(?=[\w.-]{0,80}\d|[\w-]{0,12}[A-Za-z]{16})[\w-]{16,}(?:\.[\w-]{16,})?",
             r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])",  # Amazon
-            r"(?<![\w-])(?:AIza[\w-]{30,}|ya29\.[\w-]{16,})",  # Google
-            r"(?<![\w.-])eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?",  # JSON Web Tokens
-            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:(?!-----END)[\s\S])*(?:-----END[A-Z ]{0,40}-----)?",
+            r"(?<![\w-])(?:AIza[\w-]{30,}|ya29\.[\w-]{16,}|1//0[\w-]{20,})",  # Google
+            r"(?<![\w-])(?:bot)?\d{8,10}:AA[\w-]{30,}",  # Telegram
+            r"(?P<keep>hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/)[\w/-]{8,}",
+            rf"{TOKEN}eyJ[\w-]{{8,}}\.[\w-]{{8,}}(?:\.[\w-]*)?",  # JSON Web Tokens
+            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S])*(?:-----END[A-Z ]{0,40}-----)?",
+            # lines of HTTP
+            r"(?i)(?P<keep>\bauthorization\b[\"']?\s{0,4}[:=]\s{0,4}[\"']?digest\s{1,4})[^\r\n']{4,}",
             r"(?i)(?P<keep>\bauthorization\b[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?:[a-z]{1,20}\s{1,4})?)[^\s\"',;]{4,}",
-            r"(?i)(?P<keep>\bbearer\s{1,4})(?=[^\s\"']{0,400}\d)[\w.~+/=-]{8,}",
-            r"(?i)(?P<keep>\bwandb\s{1,4}login\s{1,4}(?:--relogin\s{1,4})?)[0-9a-f]{40}\b",
+            rf"(?i)(?P<keep>\bbearer\s{{1,4}}){LIKELY}[\w.~+/=-]{{8,}}",
+            r"(?i)(?P<keep>\bcookie:\s{0,4})[\w.-]{1,64}=[^\r\n\"']{4,}",
+            # programs that are given a password in a way of their own
+            r"(?i)(?P<keep>\bwandb\s{1,4}login\s{1,4}(?:--?\S{1,40}\s{1,4}(?:https?://\S{1,200}\s{1,4})?){0,4})[0-9a-f]{40}\b",
+            r"(?P<keep>(?<![\w-])(?:-u|--(?:proxy-)?user)(?:=|\s{1,4})[\"']?)(?!\d+:\d+)[^\s:\"'/]{1,64}:[^\s\"'/]{1,512}",
+            r"(?P<keep>\b(?:sshpass\s{1,4}-p\s{0,4}|mysql\w{0,8}\s[^\n|;]{0,200}?(?<=\s)-p))[^\s]{1,512}",
+            r"(?P<keep>\blogin\s{1,4}\S{1,256}\s{1,4}password\s{1,4})\S{1,512}",
             # of addresses: user and password; parameters such as token=, X-Amz-Signature=, sig=
-            r"(?P<keep>[a-zA-Z]://)[^/\s@?#\"'<>]{1,512}(?=@)",
-            rf"(?i)(?P<keep>[?&][\w.-]{{0,40}}?(?:{SECRET}|sig|jwt)[\w.-]{{0,40}}=)[^&\s\"'#<>]{{1,4096}}",
+            r"(?P<keep>[a-zA-Z]://)[^/\s?#\"'<>]{1,512}(?=@)",
+            rf"(?P<keep>[?&#](?!key=)[\w.-]{{0,40}}?{ARGUMENT}{REST}=)(?!\[redacted\])[^&\s\"'#<>]{{1,4096}}",
             # flags, variables of the environment, and other names with a value that may be a secret
-            rf"(?i)(?P<keep>(?<![\w-])--[\w.-]{{0,40}}?{SECRET}[\w.-]{{0,40}}(?:=|\s{{1,4}}(?!-))){VALUE}",
-            rf"(?P<keep>(?<![\w.-])(?=[A-Z])[A-Z0-9_]{{0,40}}?(?i:{SECRET})[A-Z0-9_]{{0,40}}=){VALUE}",
-            rf"(?i)(?P<keep>(?<![\w.-])[\w.-]{{0,40}}?{PASSWORD}[\w.-]{{0,40}}{MEMBER}){VALUE}",
-            rf"(?i)(?P<keep>(?<![\w.-])[\w.-]{{0,40}}?{SECRET}[\w.-]{{0,40}}{MEMBER})(?=\S{{0,64}}\d)(?=\S{{8}}){VALUE}",
+            rf"(?P<keep>(?<![\w-])--(?!no-)[\w.-]{{0,40}}?{ARGUMENT}{REST}(?:=|\s{{1,4}}(?!-))){VALUE}",
+            rf"(?P<keep>(?<![\w.-])(?=[A-Z])[A-Z0-9_]{{0,40}}?{ARGUMENT}[A-Z0-9_]{{0,40}}=){VALUE}",
+            rf"(?P<keep>{NAME}{PASSWORD}{REST}{MEMBER}){VALUE}",
+            rf"(?P<keep>{NAME}(?i:secret|credentials?){ENDS}{REST}(?:=|{MEMBER}(?=\\?[\"']))){VALUE}",
+            # (a value of a mere key or token, as programs have them, is a secret from 16 characters on)
+            r"(?P<keep>(?<![\w.-])(?!(?i:key|token)\W{1,9}+[^\s\"']{0,15}(?![^\s\"']))"
+            rf"[\w.-]{{0,40}}?{SECRET}{REST}{MEMBER}){LIKELY}{VALUE}",
         ),
     )
 )
@@ -111,6 +144,6 @@ def command_without_secrets(words: Sequence[str]) -> list[str]:
     """The words of a command line without ``--then`` and its value, and without secrets; paths stay as they are."""
     made: list[str] = []
     for word in take_command(list(words))[0]:
-        of_secret = bool(made) and re.fullmatch(rf"(?i)--[\w.-]*{SECRET}[\w.-]*", made[-1]) is not None
+        of_secret = bool(made) and re.fullmatch(rf"--(?!no-)[\w.-]*?{ARGUMENT}[\w.-]*", made[-1]) is not None
         made.append(REDACTED if of_secret and not word.startswith("--") else without_secrets(word))
     return made
