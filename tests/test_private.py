@@ -110,7 +110,7 @@ def test_what_a_run_records_of_its_command_holds_no_secret(monkeypatch: pytest.M
 
 def test_all_texts_and_names_of_a_value_are_presentable() -> None:
     value = {"/home/alice": [1, 2.5, None, True, ("\x1b[2J", {"a": "/root/x"})]}
-    assert presentable(value) == {"~": [1, 2.5, None, True, ["␛[2J", {"a": "~/x"}]]}
+    assert presentable(value) == {"~": [1, 2.5, None, True, ("␛[2J", {"a": "~/x"})]}
 
 
 def test_a_secret_in_several_pieces_is_found() -> None:

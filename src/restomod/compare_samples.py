@@ -90,16 +90,10 @@ def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[
     text_of = formats.get(path.suffix, as_markdown)
 
     def write(comparison: Comparison) -> None:
-        text = text_of(_presentable(comparison))
+        text = text_of(Comparison(*presentable(dataclasses.astuple(comparison))))
         write_outputs([Output(path, lambda path: write_text_atomically(path, text))])
 
     return write
-
-
-def _presentable(comparison: Comparison) -> Comparison:
-    """A comparison as it may be sent around: see `restomod.private`."""
-    made = presentable(dataclasses.asdict(comparison))
-    return Comparison(tuple(made["models"]), made["settings"], tuple(map(tuple, made["rows"])))
 
 
 def as_table(comparison: Comparison, width: int | None = None) -> str:

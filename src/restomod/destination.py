@@ -58,7 +58,7 @@ def destination(path: Path) -> Destination:
     if not real.parent.is_dir():
         there = real.parent if path.is_symlink() else path.parent
         raise UserError(f"{path}: there is no folder {there}; make it first")
-    if status is not None and not (stat.S_ISREG(status.st_mode) or _takes_bytes(status.st_mode)):
+    if status is not None and (stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
         raise UserError(f"{path} is a disk or a socket, not a file; name another file")
     found = Destination(path, real, status)
     for each in [real] * (status is not None) + [real.parent] * found.is_regular:
@@ -66,10 +66,6 @@ def destination(path: Path) -> Destination:
         if not os.access(each, os.W_OK) or not each.stat().st_mode & 0o222:
             raise PermissionError(errno.EACCES, "it is read-only" if each == real else "its folder is read-only")
     return found
-
-
-def _takes_bytes(mode: int) -> bool:
-    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
 
 
 def _descriptor(path: Path) -> int | None:

@@ -119,6 +119,11 @@ def file_name(name: str) -> str:
     return name
 
 
+def as_tuple(value: Any) -> Any:
+    """For pydantic, before a type ``tuple[...]``: JSON has lists only."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def parse_line(line: bytes, kind: Any) -> Any | None:
     """The JSON value of one line if it is of the type ``kind``, as of `checked`; None where it is not.
 

@@ -81,7 +81,7 @@ def presentable(value: Any) -> Any:
         return private(visible(value))
     if isinstance(value, dict):
         return {presentable(key): presentable(part) for key, part in value.items()}
-    return [presentable(part) for part in value] if isinstance(value, list | tuple) else value
+    return type(value)(map(presentable, value)) if isinstance(value, list | tuple) else value
 
 
 def presentable_pieces(pieces: Sequence[str]) -> list[str]:

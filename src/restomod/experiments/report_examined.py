@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from typing_extensions import TypedDict
 
+from restomod.data.manifest import Count
 from restomod.experiments.runs import Finite, Record, Run, Text, read_if_whole
-from restomod.train.metrics import Count
+from restomod.json_files import as_tuple
 
 FILE = "examined.json"
 FORMAT = "restomod-examined-1"
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON knows no tuples
 
 
 class Kind(TypedDict):
@@ -47,7 +47,7 @@ class Passage(TypedDict):
 
     loss: Finite
     before: Text
-    tokens: list[Annotated[tuple[Text, Finite], Pair]]
+    tokens: list[Annotated[tuple[Text, Finite], BeforeValidator(as_tuple)]]
 
 
 class Examined(TypedDict):

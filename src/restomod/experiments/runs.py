@@ -18,12 +18,13 @@ from typing_extensions import TypedDict
 
 from restomod.config import RunConfig
 from restomod.config_json import read_config
+from restomod.data.manifest import Count
 from restomod.data.same_tokens import read_run_data
 from restomod.errors import UserError
 from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
-from restomod.train.metrics import Count, Record, Sample, iterate_jsonl
+from restomod.train.metrics import Record, Sample, iterate_jsonl
 
 Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
 

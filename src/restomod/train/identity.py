@@ -7,10 +7,9 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from restomod.data.manifest import MAX_BYTES
+from restomod.data.manifest import MAX_BYTES, Count
 from restomod.errors import UserError
 from restomod.json_files import read_json
-from restomod.train.metrics import Count
 
 MAY_CHANGE_ON_RESUME = {
     "steps",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, BinaryIO, Required
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from restomod.data.manifest import Count
 from restomod.errors import UserError
 from restomod.files import open_to_append, require_regular, write_bytes_atomically
 from restomod.json_files import parse_line
@@ -28,7 +29,6 @@ MAX_LINE = 2**20  # bytes; a line of records has some hundred
 MAX_SKIPPED = 2**30  # bytes of a line that is too long; beyond, the file is none of records
 TOO_LONG = b"\0"  # stands for such a line
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
 

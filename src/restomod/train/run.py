@@ -87,11 +87,9 @@ class Run:
         """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
 
         def keep(record: Record) -> bool:
-            at, before = (
-                record["step"],
-                record.get("kind") in ("train", "rollback"),
-            )  # after the checkpoint of their step
-            return bool(at < step or (at == step > 0 and not before))
+            at = record["step"]
+            after = record.get("kind") in ("train", "rollback")  # made after the checkpoint of their step
+            return bool(at < step or (at == step > 0 and not after))
 
         keep_records(self.folder / "metrics.jsonl", keep)
         keep_records(self.folder / "samples.jsonl", keep, Sample)
