@@ -1,4 +1,4 @@
-"""JSON files, which may be damaged or made to do harm: read within limits, and checked before a value is used."""
+"""JSON files, which may be damaged or malicious: read within limits of size and depth, and checked against types."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ def as_tuple(value: Any) -> Any:
 
 
 def parse_line(line: bytes, kind: Any) -> Any | None:
-    """The JSON value of one line if it is of the type ``kind``, as of `checked`; None where it is not.
+    """The JSON value of a line, checked as in `checked`; None if it is of another type.
 
-    Strings with half a surrogate pair are not; a number beyond the range of a double is infinite.
+    Half a surrogate pair is an error; a number beyond the range of a double becomes infinite.
     """
     from pydantic import ValidationError
 

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
 MAX_BYTES = 512 * 2**20  # of a manifest: 10 trillion tokens of local files are 900,000 units of work
 READ = "read"  # key of the counts of `restomod.data.reading`; older manifests lack it
-MEND = "delete the folder and prepare it anew"
+PREPARE_AGAIN = "delete the folder and prepare it anew"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
@@ -127,16 +127,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path, "manifest of token shards", max_bytes=MAX_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT!r}; {MEND}")
+        raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT!r}; {PREPARE_AGAIN}")
     try:
         checked(manifest, Manifest, f"{path} is damaged: the manifest of token shards")
     except UserError as e:
-        raise UserError(f"{e}; {MEND}") from None
+        raise UserError(f"{e}; {PREPARE_AGAIN}") from None
     parts = {name: manifest["splits"][name] for name in Splits.__annotations__}
     sums = [(f"splits.{name}.tokens", part["tokens"], part["shards"]) for name, part in parts.items()]
     for key, tokens, summed in [*sums, ("tokens", manifest["tokens"], parts.values())]:
         if tokens != (total := sum(part["tokens"] for part in summed)):
-            raise UserError(f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {MEND}")
+            raise UserError(
+                f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {PREPARE_AGAIN}"
+            )
     return manifest
 
 

@@ -14,7 +14,7 @@ from restomod.config import RunConfig
 from restomod.config_json import to_dict
 from restomod.experiments.runs import Record, Run
 from restomod.presets import PRESETS, is_preset, preset
-from restomod.private import command_without_secrets
+from restomod.redaction import redact_command
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -64,7 +64,7 @@ def environment_rows(environment: Record) -> list[tuple[str, str]]:
     rows = []
     for name, value in environment.items():
         if isinstance(value, list):  # the command
-            value = " ".join(["restomod", *map(shlex.quote, command_without_secrets(value[1:]))])
+            value = " ".join(["restomod", *map(shlex.quote, redact_command(value[1:]))])
         rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
     return rows
 

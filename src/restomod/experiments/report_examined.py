@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from typing_extensions import TypedDict
 
 from restomod.data.manifest import Count
-from restomod.experiments.runs import Finite, Record, Run, Text, read_if_whole
+from restomod.experiments.runs import Finite, Record, Run, Text, read_optional
 from restomod.json_files import as_tuple
 
 FILE = "examined.json"
@@ -68,7 +68,7 @@ class Examined(TypedDict):
 
 def read_examined(run: Run) -> Record | None:
     """What was examined last; None where there is nothing, or what is damaged or of another format."""
-    values = read_if_whole(run.folder / FILE, "examination of the run's model", Examined, run.warn)
+    values = read_optional(run.folder / FILE, "examination of the run's model", Examined, run.warn)
     if values is not None and len(values["positions"]["x"]) != len(values["positions"]["y"]):
         run.warn(f"warning: left out: {run.folder / FILE} is damaged: its positions differ in length")
         return None

@@ -53,7 +53,7 @@ class Size(TypedDict):
     sha256: str
 
 
-class Complete(TypedDict):
+class CheckpointFiles(TypedDict):
     """What `COMPLETE` says."""
 
     format: Literal["restomod-checkpoint-1"]
