@@ -1,4 +1,4 @@
-"""What belongs to a run's folder, and that it lies in there: a received run may not name other files of its reader."""
+"""The files of a run's folder, and the check that none is a link out of it."""
 
 from __future__ import annotations
 

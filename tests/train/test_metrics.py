@@ -12,7 +12,7 @@ from restomod.train.metrics import (
     MAX_LINE,
     HeldoutLosses,
     NewRecords,
-    Sample,
+    SampleRecord,
     append_jsonl,
     iterate_jsonl,
     keep_records,
@@ -48,7 +48,7 @@ def test_each_record_is_one_line(path: Path) -> None:
 def test_any_text_comes_back(text: str, tmp_path: Path) -> None:
     for step in (1, 2):
         append_jsonl(tmp_path / "samples.jsonl", {"step": step, "prompt": text, "text": text})
-    assert read_jsonl(tmp_path / "samples.jsonl", Sample) == [
+    assert read_jsonl(tmp_path / "samples.jsonl", SampleRecord) == [
         {"step": step, "prompt": text, "text": text} for step in (1, 2)
     ]
 

@@ -34,7 +34,14 @@ from restomod.run_folder import require_checkpoint_inside
 from restomod.temporary import Temporary, remove_leftovers
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
-from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, Complete, differences, read_state, run_identity
+from restomod.train.identity import (
+    DATA_FINGERPRINT,
+    STATE_FORMAT,
+    CheckpointFiles,
+    differences,
+    read_state,
+    run_identity,
+)
 from restomod.train.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.train.saved_tensors import STATE, opened, require_finite
 from restomod.train.scale import LOSS_SCALE
@@ -207,7 +214,7 @@ def verify_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {mend}")
     require_checkpoint_inside(folder)
     try:
-        record = read_json(folder / COMPLETE, "record of a finished checkpoint", Complete)
+        record = read_json(folder / COMPLETE, "record of a finished checkpoint", CheckpointFiles)
     except UserError as e:
         raise UserError(f"{e}; {mend}") from None
     expected_files = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()]

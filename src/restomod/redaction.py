@@ -1,4 +1,4 @@
-"""Texts that are sent around (pages, Markdown, pictures, records of a run) without secrets and home folders."""
+"""Redaction of secrets and home folders in what is shared: pages, Markdown, pictures, records of a run."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ HOMES = (
 )
 
 
-def without_secrets(text: str) -> str:
-    """A text without what looks like a secret.
+def redact_secrets(text: str) -> str:
+    """Replace what looks like a secret.
 
     Secrets are tokens of known forms, values of flags, variables, members and parameters that are called token, key,
     password or the like, and users and passwords of addresses.
@@ -97,9 +97,9 @@ def without_secrets(text: str) -> str:
     return text
 
 
-def private(text: str) -> str:
-    """A text `without_secrets`, and with ``~`` for home folders: of any user, of this system and of others."""
-    text = without_secrets(text)
+def redact_text(text: str) -> str:
+    """Redact secrets, and shorten home folders of any user and operating system to ``~``."""
+    text = redact_secrets(text)
     home = str(Path.home()).rstrip("/\\")
     if len(home) > 1:
         text = re.sub(rf"{PATH_BEGINS}{re.escape(home)}(?![\w.-])", "~", text)
@@ -108,22 +108,22 @@ def private(text: str) -> str:
     return text
 
 
-def presentable(value: Any) -> Any:
-    """A value of JSON whose texts and names are `private` and `visible`."""
+def redact(value: Any) -> Any:
+    """A copy of a JSON value with `redact_text` applied to all texts and keys, and control characters `visible`."""
     if isinstance(value, str):
-        return private(visible(value))
+        return redact_text(visible(value))
     if isinstance(value, dict):
-        return {presentable(key): presentable(part) for key, part in value.items()}
-    return [presentable(part) for part in value] if isinstance(value, list | tuple) else value
+        return {redact(key): redact(part) for key, part in value.items()}
+    return type(value)(map(redact, value)) if isinstance(value, list | tuple) else value
 
 
-def presentable_pieces(pieces: Sequence[str]) -> list[str]:
-    """The pieces of one text, `presentable` as a whole: a secret that lies in several pieces is found.
+def redact_pieces(pieces: Sequence[str]) -> list[str]:
+    """Redact a text that is cut into pieces, such as tokens, as a whole.
 
-    The piece in which the text begins to differ holds what stands in its place; the pieces up to its end are empty.
+    All text between the first and the last difference goes into the piece where the first one lies.
     """
     whole = "".join(pieces)
-    shown = private(whole)
+    shown = redact_text(whole)
     if shown == whole:
         return [visible(piece) for piece in pieces]
     same = next((i for i, (a, b) in enumerate(zip(whole, shown, strict=False)) if a != b), min(len(whole), len(shown)))
@@ -140,10 +140,10 @@ def presentable_pieces(pieces: Sequence[str]) -> list[str]:
     return made
 
 
-def command_without_secrets(words: Sequence[str]) -> list[str]:
-    """The words of a command line without ``--then`` and its value, and without secrets; paths stay as they are."""
+def redact_command(words: Sequence[str]) -> list[str]:
+    """The words of a command line without ``--then``, its value and secrets. Paths are kept."""
     made: list[str] = []
     for word in take_command(list(words))[0]:
         of_secret = bool(made) and re.fullmatch(rf"--(?!no-)[\w.-]*?{ARGUMENT}[\w.-]*", made[-1]) is not None
-        made.append(REDACTED if of_secret and not word.startswith("--") else without_secrets(word))
+        made.append(REDACTED if of_secret and not word.startswith("--") else redact_secrets(word))
     return made

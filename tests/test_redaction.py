@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from restomod.private import command_without_secrets, presentable, presentable_pieces, private
+from restomod.redaction import redact, redact_command, redact_pieces, redact_text
 from restomod.train.run import environment
 
 HEX = "0123456789abcdef0123456789abcdef01234567"
@@ -30,12 +30,12 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_X
     ],
 )
 def test_homes_are_shortened(text: str, shown: str) -> None:
-    assert private(text) == shown
+    assert redact_text(text) == shown
 
 
 def test_the_users_own_home_is_shortened_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/data/people/alice")
-    assert private("/data/people/alice/x /data/people/alice2") == "~/x /data/people/alice2"
+    assert redact_text("/data/people/alice/x /data/people/alice2") == "~/x /data/people/alice2"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_the_users_own_home_is_shortened_wherever_it_lies(monkeypatch: pytest.Mo
     ],
 )
 def test_secrets_are_redacted(text: str, secret: str) -> None:
-    shown = private(text)
+    shown = redact_text(text)
     assert secret not in shown
     assert shown.count("[redacted]") == 1
-    assert private(shown) == shown
+    assert redact_text(shown) == shown
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_secrets_are_redacted(text: str, secret: str) -> None:
     ],
 )
 def test_other_texts_stay(text: str) -> None:
-    assert private(text) == text
+    assert redact_text(text) == text
 
 
 def test_a_command_keeps_what_repeats_it() -> None:
@@ -139,7 +139,7 @@ def test_a_command_keeps_what_repeats_it() -> None:
         "/home/a/b",
     ]
     kept = ["train", "quickstart", "--hub-token", "[redacted]", "--data.path", "/home/a/b"]
-    assert command_without_secrets(words) == kept
+    assert redact_command(words) == kept
 
 
 def test_what_a_run_records_of_its_command_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,17 +151,17 @@ def test_what_a_run_records_of_its_command_holds_no_secret(monkeypatch: pytest.M
 
 def test_all_texts_and_names_of_a_value_are_presentable() -> None:
     value = {"/home/alice": [1, 2.5, None, True, ("\x1b[2J", {"a": "/root/x"})]}
-    assert presentable(value) == {"~": [1, 2.5, None, True, ["␛[2J", {"a": "~/x"}]]}
+    assert redact(value) == {"~": [1, 2.5, None, True, ("␛[2J", {"a": "~/x"})]}
 
 
 def test_a_secret_in_several_pieces_is_found() -> None:
     pieces = ["my ", "hf_", "abcdefghij", "klmnopqrst", " and", "\x1b more"]
-    shown = presentable_pieces(pieces)
+    shown = redact_pieces(pieces)
     assert "".join(shown) == "my [redacted] and␛ more"
     assert len(shown) == len(pieces)
     assert shown[0] == "my "
     assert shown[4:] == [" and", "␛ more"]
-    assert presentable_pieces(["a", "b"]) == ["a", "b"]
+    assert redact_pieces(["a", "b"]) == ["a", "b"]
 
 
 HARD = [
@@ -202,5 +202,5 @@ HARD = [
 def test_long_texts_take_time_in_proportion(unit: str) -> None:
     text = unit * (200_000 // len(unit))
     started = time.process_time()
-    private(text)
+    redact_text(text)
     assert time.process_time() - started < 2
