@@ -720,7 +720,7 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
 ) -> None:
     monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--device", "cpu"]) == 0
+    assert main(["sample", model, "--prompt", "The", "--stream", "--num-samples", "1", "--device", "cpu"]) == 0
     start = "--- 1 of 1 ---\nThe"
     assert sys.stdout.flushed[:4] == [start, start + "one", start + "one␛[2J", start + "one␛[2Jtwo"]
 
