@@ -68,18 +68,8 @@ def test_the_users_own_home_is_shortened_wherever_it_lies(monkeypatch: pytest.Mo
             (f"{token}", token)
             for token in ("glptt-" + "a1" * 10, "dop_v1_" + HEX, "SG." + "a1" * 11 + "." + "b2" * 20)
         ),
-        *(
-            (f"to {token}", token)
-            for token in ("123456789:AA" + "c3D" * 11, "hvs." + "a1" * 12, "AGE-SECRET-KEY-1" + "Q9" * 20)
-        ),
-        ("https://hooks.slack.com/services/T0001/B0001/abcdefgh", "B0001/abcdefgh"),
-        ('Authorization: Digest username="alice", response="abcdef"', "abcdef"),
+        *((f"to {token}", token) for token in ("hvs." + "a1" * 12, "AGE-SECRET-KEY-1" + "Q9" * 20)),
         ("x-api-key: abcdefghijklmnop", "abcdefghijklmnop"),
-        ("Cookie: session=abc123; id=letmein", "letmein"),
-        ("curl -u alice:letmein https://example.org", "letmein"),
-        ("sshpass -p letmein ssh x", "letmein"),
-        ("mysql -u root -pletmein", "letmein"),
-        ("machine x login alice password letmein", "letmein"),
         *(
             (f"{name}letmein more", "letmein")
             for name in ("--pass ", "--pass=", "SMTP_PASS=", "client_secret=", "MYSQL_PWD=")
@@ -166,11 +156,7 @@ def test_a_secret_in_several_pieces_is_found() -> None:
 
 HARD = [
     " hf_a ",
-    "mysql ",
-    "cookie: a",
     "wandb login -a ",
-    "-u a ",
-    "login a ",
     "aKey",
     "key:",
     "a=(",

@@ -47,20 +47,12 @@ SECRETS = tuple(
             r"(?=[\w.-]{0,80}\d|[\w-]{0,12}[A-Za-z]{16})[\w-]{16,}(?:\.[\w-]{16,})?",
             r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])",  # Amazon
             r"(?<![\w-])(?:AIza[\w-]{30,}|ya29\.[\w-]{16,}|1//0[\w-]{20,})",  # Google
-            r"(?<![\w-])(?:bot)?\d{8,10}:AA[\w-]{30,}",  # Telegram
-            r"(?P<keep>hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/)[\w/-]{8,}",
             rf"{TOKEN}eyJ[\w-]{{8,}}\.[\w-]{{8,}}(?:\.[\w-]*)?",  # JSON Web Tokens
             r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S])*(?:-----END[A-Z ]{0,40}-----)?",
             # lines of HTTP
-            r"(?i)(?P<keep>\bauthorization\b[\"']?\s{0,4}[:=]\s{0,4}[\"']?digest\s{1,4})[^\r\n']{4,}",
             r"(?i)(?P<keep>\bauthorization\b[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?:[a-z]{1,20}\s{1,4})?)[^\s\"',;]{4,}",
             rf"(?i)(?P<keep>\bbearer\s{{1,4}}){LIKELY}[\w.~+/=-]{{8,}}",
-            r"(?i)(?P<keep>\bcookie:\s{0,4})[\w.-]{1,64}=[^\r\n\"']{4,}",
-            # programs that are given a password in a way of their own
-            r"(?i)(?P<keep>\bwandb\s{1,4}login\s{1,4}(?:--?\S{1,40}\s{1,4}(?:https?://\S{1,200}\s{1,4})?){0,4})[0-9a-f]{40}\b",
-            r"(?P<keep>(?<![\w-])(?:-u|--(?:proxy-)?user)(?:=|\s{1,4})[\"']?)(?!\d+:\d+)[^\s:\"'/]{1,64}:[^\s\"'/]{1,512}",
-            r"(?P<keep>\b(?:sshpass\s{1,4}-p\s{0,4}|mysql\w{0,8}\s[^\n|;]{0,200}?(?<=\s)-p))[^\s]{1,512}",
-            r"(?P<keep>\blogin\s{1,4}\S{1,256}\s{1,4}password\s{1,4})\S{1,512}",
+            r"(?i)(?P<keep>\bwandb\s{1,4}login\s{1,4}(?:--relogin\s{1,4})?)[0-9a-f]{40}\b",
             # of addresses: user and password; parameters such as token=, X-Amz-Signature=, sig=
             r"(?P<keep>[a-zA-Z]://)[^/\s?#\"'<>]{1,512}(?=@)",
             rf"(?P<keep>[?&#](?!key=)[\w.-]{{0,40}}?{ARGUMENT}{REST}=)(?!\[redacted\])[^&\s\"'#<>]{{1,4096}}",
