@@ -30,11 +30,11 @@ def dead_layers(run: Run) -> Finding:
     from restomod.model.pretrained import load_model
     from restomod.train.checkpoint import list_checkpoints, step_of, verify_checkpoint
 
-    checkpoints = list_checkpoints(run.folder)
-    if not checkpoints or step_of(checkpoints[-1]) < FEWEST_UPDATES:
-        return Finding(NAME, "unknown", f"needs a checkpoint of step {FEWEST_UPDATES} or later")
     cpu = torch.device("cpu")
     try:
+        checkpoints = list_checkpoints(run.folder)
+        if not checkpoints or step_of(checkpoints[-1]) < FEWEST_UPDATES:
+            return Finding(NAME, "unknown", f"needs a checkpoint of step {FEWEST_UPDATES} or later")
         verify_checkpoint(checkpoints[-1])
         trained = _matrices(load_model(checkpoints[-1], cpu, finite=False).named_parameters())
     except (UserError, OSError) as e:  # deleted meanwhile, by a run that goes on

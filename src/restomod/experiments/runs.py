@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from restomod.config import RunConfig
 from restomod.config_json import read_config
 from restomod.data.same_tokens import read_run_data
-from restomod.errors import UserError
+from restomod.errors import UserError, describe_os_error
 from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
@@ -161,8 +161,10 @@ class Run:
         path = self.folder / "samples.jsonl"
         try:
             return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), Sample))
-        except (UserError, OSError) as e:
+        except UserError as e:
             self.warn(f"warning: samples are left out: {e}")
+        except OSError as e:
+            self.warn(f"warning: samples are left out: {describe_os_error(e)}")
             return []
 
     @cached_property
