@@ -161,10 +161,8 @@ class Run:
         path = self.folder / "samples.jsonl"
         try:
             return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), Sample))
-        except UserError as e:
-            self.warn(f"warning: samples are left out: {e}")
-        except OSError as e:
-            self.warn(f"warning: samples are left out: {describe_os_error(e)}")
+        except (UserError, OSError) as e:
+            self.warn(f"warning: samples are left out: {describe_os_error(e) if isinstance(e, OSError) else e}")
             return []
 
     @cached_property
