@@ -20,7 +20,7 @@ from restomod.config import RunConfig
 from restomod.config_json import read_config
 from restomod.data.manifest import Count
 from restomod.data.same_tokens import read_run_data
-from restomod.errors import UserError
+from restomod.errors import UserError, describe_os_error
 from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
@@ -163,7 +163,7 @@ class Run:
         try:
             return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), SampleRecord))
         except (UserError, OSError) as e:
-            self.warn(f"warning: samples are left out: {e}")
+            self.warn(f"warning: samples are left out: {describe_os_error(e) if isinstance(e, OSError) else e}")
             return []
 
     @cached_property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -54,9 +55,17 @@ STEP_FOLDER = re.compile(r"step_\d+")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest step first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted((f for f in folders if STEP_FOLDER.fullmatch(f.name)), key=step_of)
+    """The checkpoint folders of a run, oldest step first.
+
+    Raises:
+        OSError: ``checkpoints`` cannot be read, which does not mean that there are none.
+    """
+    folder = run / "checkpoints"
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
