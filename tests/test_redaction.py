@@ -139,7 +139,7 @@ def test_what_a_run_records_of_its_command_holds_no_secret(monkeypatch: pytest.M
     assert environment("cpu", "fp32")["command"] == ["restomod", "train", "x", "--steps", "5"]
 
 
-def test_all_texts_and_names_of_a_value_are_presentable() -> None:
+def test_all_texts_and_names_of_a_value_are_redacted() -> None:
     value = {"/home/alice": [1, 2.5, None, True, ("\x1b[2J", {"a": "/root/x"})]}
     assert redact(value) == {"~": [1, 2.5, None, True, ("␛[2J", {"a": "~/x"})]}
 

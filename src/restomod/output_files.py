@@ -120,7 +120,7 @@ def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print)
         except OSError as e:
             failed.append(f"{path} cannot be written ({reason(e)})")
         else:
-            if destination(path).descriptor is None:  # what follows a page in /dev/stdout would be part of it
+            if resolve_destination(path).descriptor is None:  # what follows a page in /dev/stdout would be part of it
                 say(f"written: {path}{remark}")
     if failed:
         raise UserError("; ".join(failed))

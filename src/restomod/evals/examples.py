@@ -110,9 +110,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
 def _checked(example: Example) -> Example:
     n = len(example.choices)
     if not 0 <= example.gold < n:
-        raise _Wrong(f"the right choice is {example.gold}, but the {n} choices are numbered 0 to {n - 1}")
-    for i, continuation in enumerate(example.continuations):
-        if not continuation.strip():
+        gold = shortened(str(example.gold))
+        raise _Wrong(f"the right choice is {gold}, but the {n} choices are numbered 0 to {n - 1}")
+    for i, (choice, continuation) in enumerate(zip(example.choices, example.continuations, strict=True)):
+        if not choice or not continuation.strip():  # accuracies are divided by the length of a choice, too
             raise _Wrong(f"choice {i} is empty; there is nothing to score")
     return example
 
@@ -191,7 +192,7 @@ def arc(record: Record, where: str) -> Example:
     choices = _get(record, dict, "choices")
     labels, key = _get(choices, list, "label"), _get(record, str, "answerKey")
     if key not in labels:
-        raise _Wrong(f"the answer {key!r} is none of the choices' labels {labels}")
+        raise _Wrong(f"the answer {shortened(repr(key))} is none of the choices' labels {shortened(repr(labels))}")
     context = f"Question: {_get(record, str, 'question')}\nAnswer:"
     return _question(context, _texts(choices, "text"), labels.index(key), where)
 
@@ -212,7 +213,8 @@ def winograd(record: Record, where: str) -> Example:
     text = _get(record, str, "text").replace("  ", " ")
     pronoun, at = _get(record, str, "pronoun"), _index(record, "pronoun_loc")
     if text[at : at + len(pronoun)] != pronoun:
-        raise _Wrong(f"the pronoun {pronoun!r} does not stand at character {at} of the text")
+        place = shortened(str(at))
+        raise _Wrong(f"the pronoun {shortened(repr(pronoun))} does not stand at character {place} of the text")
     rest = text[at + len(pronoun) :]
     options = tuple(_in_place(option, pronoun, text[:at]) for option in _texts(record, "options"))
     contexts = tuple(text[:at] + option for option in options)

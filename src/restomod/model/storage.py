@@ -27,6 +27,7 @@ from restomod.locks import SAFE_OPEN
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both
 INDEX_SUFFIX = ".index.json"
+MAX_HEADER = 8 * 2**20  # bytes of a safetensors file's: one of 37,000 tensors, experts of 94 layers, has 5 MB
 
 
 class Index(TypedDict):
@@ -96,9 +97,24 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
         )
 
 
+def require_short_header(path: Path) -> None:
+    """Raise UserError where a safetensors file may have a million tensors: reading them takes a gigabyte.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+    if size > MAX_HEADER:
+        raise UserError(f"{path} is damaged, or has too many tensors: its header has {size:,} bytes")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        require_short_header(path)
         return load_file(path)
+    except UserError:
+        raise
     except Exception as e:  # of safetensors, of the system, or of torch, for which a header may ask the impossible
         raise UserError(f"{path} is damaged: {one_line(e)}") from None
 

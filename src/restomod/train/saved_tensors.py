@@ -16,9 +16,10 @@ from restomod.files import require_regular
 from restomod.model.families import as_saved
 from restomod.model.flops import parameter_count
 from restomod.model.pretrained import read_model_config
-from restomod.model.storage import WEIGHTS
+from restomod.model.storage import WEIGHTS, require_short_header
 
 STATE = "training_state"
+NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # of AdamW: their roots, or powers, would make the weights NaN
 
 
 @contextlib.contextmanager
@@ -30,6 +31,7 @@ def opened(path: Path) -> Iterator[Any]:
     """
     require_regular(path)
     try:
+        require_short_header(path)
         with safe_open(path, "pt") as saved:
             yield saved
     except (SafetensorError, OSError, TypeError, ValueError, KeyError, NotImplementedError) as e:
@@ -54,9 +56,12 @@ def require_shape(folder: Path, config: ModelConfig) -> None:
 
 
 def require_finite(folder: Path) -> None:
-    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity."""
+    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity, or a mean of squares below 0."""
     for path in [folder / WEIGHTS, *sorted((folder / STATE).glob("*.safetensors"))]:
         with opened(path) as saved:
             for name in saved.keys():  # noqa: SIM118  # it is no mapping
-                if not saved.get_tensor(name).isfinite().all():
+                values = saved.get_tensor(name)
+                if not values.isfinite().all():
                     raise UserError(f"{path}: {name} holds values that are not finite")
+                if name.endswith(NEVER_NEGATIVE) and (values < 0).any():
+                    raise UserError(f"{path}: {name} holds values below 0")
