@@ -18,6 +18,7 @@ and is replaced where it has to be killed. Network connections are refused.
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import dataclasses
 import datetime
@@ -36,6 +37,7 @@ import shutil
 import signal
 import socket
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -247,9 +249,6 @@ def make_fixtures() -> None:
         ("documents.jsonl.gz", gzip.compress(few)),
     ):
         Path("text", name).write_bytes(content)
-    import bz2
-    import tarfile
-
     Path("text/documents.jsonl.bz2").write_bytes(bz2.compress(few))
     with pa.output_stream("text/documents.jsonl.zst", compression="zstd") as stream:
         stream.write(few)
@@ -263,10 +262,9 @@ def make_fixtures() -> None:
     tokens = np.arange(400, dtype="<u2")
     for folder in ("published", "arrays"):
         Path(folder).mkdir()
-        for split in ("train", "val"):
-            write_shard(Path(folder, f"web_{split}_000000.bin"), tokens) if folder == "published" else np.save(
-                Path(folder, f"web_{split}_000000.npy"), tokens
-            )
+    for split in ("train", "val"):
+        write_shard(Path(f"published/web_{split}_000000.bin"), tokens)
+        np.save(f"arrays/web_{split}_000000.npy", tokens)
     _do(f"train quickstart --out run --steps 12 --data.source tokens --data.path data {MODEL_FLAGS} {RUN_FLAGS}")
     shutil.copytree(CHECKPOINT, "model", ignore=shutil.ignore_patterns("training_state", "COMPLETE"))
     questions = [{"query": "the sky is", "choices": ["blue", "red"], "gold": i % 2} for i in range(3)]
@@ -419,18 +417,18 @@ class Tree:
     def restore(self) -> None:
         """Make everything as it was."""
         new, changed = self.changes(self._states)
-        for path in reversed(new):
-            here = self.folder / path
-            if here.is_dir() and not here.is_symlink():
-                shutil.rmtree(here, ignore_errors=True)
-            else:
-                here.unlink(missing_ok=True)
-        for path in changed:
-            here = self.folder / path
-            if here.exists() or here.is_symlink():
-                shutil.rmtree(here) if here.is_dir() and not here.is_symlink() else here.unlink()
+        for path in (*reversed(new), *changed):
+            _delete(self.folder / path)
         for path in changed:
             self._states[path] = self._copy(path)
+
+
+def _delete(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # --- one case ----------------------------------------------------------------------------------------------------
@@ -452,7 +450,7 @@ class Said:
 
 def run(line: str, made: str | None = None) -> Said:
     """Run a command in this process, with standard output and error in files; what it has ``made`` is output, too."""
-    before = _rss()
+    before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     code, error = None, ""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -484,22 +482,15 @@ def run(line: str, made: str | None = None) -> Said:
             texts.append(file.read().decode("utf-8", "surrogateescape"))
     if made is not None and os.path.exists(made):
         texts[0] += Path(made).read_text(encoding="utf-8", errors="surrogateescape")
-    return Said(code, *texts, error, _peak() - before)
+    return Said(code, *texts, error, _status("VmHWM") - before)
 
 
 def _status(name: str) -> int:
+    """Bytes of memory of this process by the kernel's name for them; 0 where there is none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _rss() -> int:
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
 
 
 def judged(
@@ -562,10 +553,14 @@ class Child:
     def _line(self, command: Command) -> str:
         return command.line.replace("FIXTURES", str(self.tree.original))
 
+    def content(self, number: int) -> bytes:
+        """The damaged file of a case."""
+        healthy = (self.tree.original / self.format.path).read_bytes()
+        return mutated(healthy, self.format.kind, random.Random(f"{self.name}:{number}"))
+
     def case(self, number: int, tell: Callable[[str], None] = lambda text: None) -> tuple[str, str]:
         """The outcome of a case, and why."""
-        rng = random.Random(f"{self.name}:{number}")
-        content = mutated((self.tree.original / self.format.path).read_bytes(), self.format.kind, rng)
+        content = self.content(number)
         found = []
         for command in self.format.commands:
             if number % command.every:
@@ -583,19 +578,14 @@ class Child:
             tell(f"--- restomod {command.line}\n{said}\n=> {outcome} {why}")
             self.tree.restore()
             for stray in set(os.listdir("..")) - {"tree"}:
-                path = Path("..", stray)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _delete(Path("..", stray))
         return min(found)[1:]
 
     def _seal(self, content: bytes) -> None:
         assert self.format.sealed is not None
-        record = (self.tree.original / self.format.sealed).read_bytes()
+        record = (self.tree.original / self.format.sealed).read_text()
         old = (self.tree.original / self.format.path).read_bytes()
-        swaps = [(hashlib.sha256(old).hexdigest(), hashlib.sha256(content).hexdigest())]
-        text = record.decode()
-        for before, after in swaps:
-            text = text.replace(before, after)
-        sizes = json.loads(text)
+        sizes = json.loads(record.replace(hashlib.sha256(old).hexdigest(), hashlib.sha256(content).hexdigest()))
         if "files" in sizes:
             relative = os.path.relpath(self.format.path, os.path.dirname(self.format.sealed))
             sizes["files"][relative]["bytes"] = len(content)
@@ -658,13 +648,12 @@ def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path)
                 if child in ready:
                     got = os.read(child.pipe, 1 << 16)
                     yield from _results(child, got)
-                    ended = not got
+                    if got:
+                        continue
+                elif killed := _hangs(child):
+                    with contextlib.suppress(OSError):
+                        os.killpg(child.pid, signal.SIGKILL)
                 else:
-                    killed, ended = _hangs(child), False
-                if killed:
-                    _kill(child)
-                    ended = True
-                if not ended:
                     continue
                 _, status = os.waitpid(child.pid, 0)
                 selector.unregister(child.pipe)
@@ -781,11 +770,6 @@ def _cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _kill(child: Working) -> None:
-    with contextlib.suppress(OSError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
 def table(results: list[Result], formats: Iterable[str]) -> list[str]:
     """Rows of Markdown: of each format how many cases had which outcome, and what one took."""
     shown = ("refused by name", "refused", "same", "other", *FAULTS)
@@ -871,8 +855,7 @@ def _show_case(folder: Path, case: str) -> int:
     try:
         _limit()
         child = Child(folder / "fixtures", folder / "copy", name)
-        rng = random.Random(f"{name}:{number}")
-        content = mutated((child.tree.original / child.format.path).read_bytes(), child.format.kind, rng)
+        content = child.content(int(number))
         print(f"{child.format.path}: {content[:3000]!r}{' …' if len(content) > 3000 else ''}")
         outcome, _ = child.case(int(number), print)
     finally:

@@ -411,7 +411,7 @@ def test_pictures_where_a_file_is(here: Path, model: str, refused: Refused) -> N
 def test_a_name_in_a_damaged_file_does_not_steer_the_terminal(here: Path, model: str, refused: Refused) -> None:
     tensors = load_file(here / model / "model.safetensors")
     save_file(tensors | {"\x1b[2J\x07a\nb": torch.zeros(1)}, here / model / "model.safetensors")
-    assert refused("inspect", model).endswith("unexpected \\x1b[2J\\x07a b")
+    assert refused("inspect", model).endswith("unexpected ␛[2J␇a b")
 
 
 @pytest.mark.parametrize("vocab_size", [97, 50256])
@@ -726,7 +726,7 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
 ) -> None:
     monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--device", "cpu"]) == 0
+    assert main(["sample", model, "--prompt", "The", "--stream", "--num-samples", "1", "--device", "cpu"]) == 0
     start = "--- 1 of 1 ---\nThe"
     assert sys.stdout.flushed[:4] == [start, start + "one", start + "one␛[2J", start + "one␛[2Jtwo"]
 
@@ -735,7 +735,7 @@ def test_a_text_is_exact_where_the_output_is_no_terminal(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
-    assert main(["sample", model, "--prompt", "The", "--stream", "--device", "cpu"]) == 0
+    assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--stream", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "--- 1 of 1 ---\nTheone\x1b[2J\r\u202etwo\n"
 
 

@@ -21,6 +21,7 @@ from restomod.files import (
     write_text_atomically,
 )
 from restomod.json_files import read_json
+from restomod.output_files import Output, write_outputs
 from tests.filesystems import refuse_renaming_folders
 
 
@@ -279,3 +280,12 @@ def test_long_names_are_shortened_and_stay_different() -> None:
     long = [short_name("é" * 200 + end) for end in "ab"]
     assert long[0] != long[1]
     assert all(len(name.encode()) <= 200 for name in long)
+
+
+def test_nothing_follows_what_is_written_into_an_open_file(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open(tmp_path / "page", "wb") as f:
+        paths = [Path(f"/dev/fd/{f.fileno()}"), tmp_path / "other"]
+        write_outputs([Output(path, lambda path: write_text_atomically(path, "text")) for path in paths], said.append)
+    assert (tmp_path / "page").read_text() == "text"
+    assert said == [f"written: {tmp_path / 'other'}"]

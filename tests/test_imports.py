@@ -38,7 +38,7 @@ LAYERS = (
         "restomod.memory",
         "restomod.text",
         "restomod.terminal",
-        "restomod.private",
+        "restomod.redaction",
         "restomod.afterwards",
     ),
     (

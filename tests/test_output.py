@@ -20,7 +20,7 @@ from rich.text import Text
 
 import restomod
 from restomod.errors import UserError
-from restomod.output import exact, guarded, say
+from restomod.output import guarded, raw_stream, say
 from restomod.terminal import Terminal
 from restomod.train.console import Display
 
@@ -191,7 +191,7 @@ def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixtu
 
     def work() -> int:
         print(STEERS)
-        print("exact \x1b", file=exact(sys.stdout))
+        print("exact \x1b", file=raw_stream(sys.stdout))
         sys.stderr.writelines(["\r 50 % of \x1b", "\n"])
         logging.lastResort.handle(logging.makeLogRecord({"msg": "log \x1b", "levelno": 50}))  # type: ignore[union-attr]
         say("say \x1b")

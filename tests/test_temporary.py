@@ -16,7 +16,7 @@ import pytest
 
 from restomod import locks
 from restomod.files import write_text_atomically
-from restomod.temporary import ABANDONED, NAME, Temporary, remove_leftovers
+from restomod.temporary import NAME, STALE_AFTER, Temporary, remove_leftovers
 from tests.filesystems import refuse
 
 Kind = Literal["file", "folder"]
@@ -63,7 +63,7 @@ def test_without_locks_only_what_is_older_than_a_day_is_removed(
 ) -> None:
     monkeypatch.setattr(locks.fcntl, "flock", refuse(errno.ENOTSUP))
     young, old = Temporary(tmp_path, kind), Temporary(tmp_path, kind)
-    long_ago = time.time() - ABANDONED - 60
+    long_ago = time.time() - STALE_AFTER - 60
     os.utime(old.path, (long_ago, long_ago))
     remove_leftovers(tmp_path)
     assert (young.path.exists(), old.path.exists()) == (True, False)

@@ -8,10 +8,10 @@ def main() -> int:
     """Run the command line."""
     import_nothing_from_working_folder()  # before anything that could be there is imported
 
-    from restomod.output import make_harmless
+    from restomod.output import sanitize_output
     from restomod.train.signals import stop_with_torchrun
 
-    make_harmless()  # to the very end: of a traceback too
+    sanitize_output()  # to the very end: of a traceback too
     stop_with_torchrun()  # before what takes seconds to import: torchrun may be killed meanwhile
     from restomod.cli import main as run
 

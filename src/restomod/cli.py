@@ -34,7 +34,7 @@ from restomod.errors import (
     reason,
     reported_once,
 )
-from restomod.output import exact, guarded, open_missing
+from restomod.output import guarded, open_missing, raw_stream
 from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
 
@@ -125,7 +125,7 @@ def sample(arguments: list[str]) -> int:
     for i, text in enumerate(pieces):
         print(f"--- {i + 1} of {count} ---")
         for piece in itertools.chain([prompts[i // n]], text):
-            print(piece, end="", flush=True, file=sys.stdout if terminal else exact(sys.stdout))
+            print(piece, end="", flush=True, file=sys.stdout if terminal else raw_stream(sys.stdout))
         print()
     return 0
 

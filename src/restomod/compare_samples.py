@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.config import Device, Precision, SamplingConfig
-from restomod.destination import destination
+from restomod.destination import resolve_destination
 from restomod.errors import UserError
 from restomod.files import write_text_atomically
 from restomod.output_files import Output, require_outputs, write_outputs
-from restomod.private import presentable
+from restomod.redaction import redact
 from restomod.samples import find_writer, sample
 from restomod.text import markdown_cell, visible
 
@@ -85,21 +85,15 @@ def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[
     path = Path(out)
     formats = {".md": as_markdown, ".html": as_html}
     require_outputs({"--out": path}, {"--prompt-file": Path(prompt_file) if prompt_file is not None else None})
-    if path.suffix not in formats and destination(path).is_regular:
+    if path.suffix not in formats and resolve_destination(path).is_regular:
         raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
     text_of = formats.get(path.suffix, as_markdown)
 
     def write(comparison: Comparison) -> None:
-        text = text_of(_presentable(comparison))
+        text = text_of(Comparison(*redact(dataclasses.astuple(comparison))))
         write_outputs([Output(path, lambda path: write_text_atomically(path, text))])
 
     return write
-
-
-def _presentable(comparison: Comparison) -> Comparison:
-    """A comparison as it may be sent around: see `restomod.private`."""
-    made = presentable(dataclasses.asdict(comparison))
-    return Comparison(tuple(made["models"]), made["settings"], tuple(map(tuple, made["rows"])))
 
 
 def as_table(comparison: Comparison, width: int | None = None) -> str:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.errors import UserError
-from restomod.locks import POLL, SAFELY
+from restomod.locks import POLL, SAFE_OPEN
 from restomod.output import complain
 
-FIFO_PATIENCE = 10.0  # seconds to wait for a named pipe's reader
+FIFO_TIMEOUT = 10.0  # seconds to wait for a named pipe's reader
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where that goes which is written to a path."""
+    """The target of writing to a path."""
 
     path: Path
     """As it was given."""
@@ -36,8 +36,8 @@ class Destination:
         return self.descriptor is None and (self.status is None or stat.S_ISREG(self.status.st_mode))
 
 
-def destination(path: Path) -> Destination:
-    """Find out where writing to a path leads, and that it may be written there; nothing is changed.
+def resolve_destination(path: Path) -> Destination:
+    """Resolve where writing to a path leads and check that it is permitted; nothing is changed.
 
     Raises:
         UserError: it is a folder, a disk or a socket, or its folder is missing.
@@ -58,7 +58,7 @@ def destination(path: Path) -> Destination:
     if not real.parent.is_dir():
         there = real.parent if path.is_symlink() else path.parent
         raise UserError(f"{path}: there is no folder {there}; make it first")
-    if status is not None and not (stat.S_ISREG(status.st_mode) or _takes_bytes(status.st_mode)):
+    if status is not None and (stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
         raise UserError(f"{path} is a disk or a socket, not a file; name another file")
     found = Destination(path, real, status)
     for each in [real] * (status is not None) + [real.parent] * found.is_regular:
@@ -66,10 +66,6 @@ def destination(path: Path) -> Destination:
         if not os.access(each, os.W_OK) or not each.stat().st_mode & 0o222:
             raise PermissionError(errno.EACCES, "it is read-only" if each == real else "its folder is read-only")
     return found
-
-
-def _takes_bytes(mode: int) -> bool:
-    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
 
 
 def _descriptor(path: Path) -> int | None:
@@ -91,8 +87,8 @@ def _descriptor(path: Path) -> int | None:
     return None
 
 
-def open_through(target: Destination) -> int:
-    """Open what is not a regular file for writing; nothing is cut off.
+def open_special_file(target: Destination) -> int:
+    """Open a device, a named pipe or an open file of this process for writing, without truncating it.
 
     Raises:
         UserError: nothing reads a named pipe.
@@ -106,16 +102,16 @@ def open_through(target: Destination) -> int:
     assert target.status is not None
     if not stat.S_ISFIFO(target.status.st_mode):
         return os.open(target.real, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
-    until, told = time.monotonic() + FIFO_PATIENCE, False
+    until, told = time.monotonic() + FIFO_TIMEOUT, False
     while True:
         try:
-            fd = os.open(target.real, os.O_WRONLY | SAFELY)
+            fd = os.open(target.real, os.O_WRONLY | SAFE_OPEN)
         except OSError as e:
             if e.errno != errno.ENXIO:
                 raise
             if time.monotonic() > until:
                 raise UserError(
-                    f"{target.path}: nothing has opened this named pipe for reading within {FIFO_PATIENCE:.0f} s; "
+                    f"{target.path}: nothing has opened this named pipe for reading within {FIFO_TIMEOUT:.0f} s; "
                     f"start its reader first"
                 ) from None
             if not told:

@@ -25,8 +25,7 @@ def require_matplotlib() -> None:
 
 
 def use_default_style() -> None:
-    """Undo the settings of a matplotlibrc in the working folder, which may be someone else's: pictures are the same
-    everywhere."""
+    """Undo the settings of a matplotlibrc in the working folder, which may be another user's."""
     import matplotlib
 
     matplotlib.rcdefaults()

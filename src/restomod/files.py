@@ -12,9 +12,9 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from restomod.destination import Destination, destination, open_through
+from restomod.destination import Destination, open_special_file, resolve_destination
 from restomod.errors import UserError
-from restomod.locks import SAFELY
+from restomod.locks import SAFE_OPEN
 from restomod.temporary import Temporary
 
 
@@ -25,7 +25,7 @@ def sha256_file(path: Path) -> str:
 
 
 def short_name(name: str) -> str:
-    """A name of which a file's name can be made: systems take 255 bytes. A longer one ends in its hash instead."""
+    """At most 200 bytes of a name, for file systems that allow 255; a hash replaces the end of a longer one."""
     if len(os.fsencode(name)) <= 200:
         return name
     start = os.fsencode(name)[:180].decode(errors="ignore")
@@ -58,7 +58,7 @@ def require_regular(path: Path) -> None:
 
 
 def require_inside(folder: Path, *paths: Path) -> None:
-    """Refuse links that lead out of a folder: what is received may not name other files of whoever receives it.
+    """Refuse symbolic links that lead out of a folder: a received folder must not expose or overwrite other files.
 
     Args:
         folder: may be a link itself.
@@ -150,17 +150,17 @@ def write_bytes_atomically(path: Path, content: bytes, inside: Path | None = Non
         inside: a folder that a link must not lead out of, for names that nobody has typed: folders are passed around.
 
     Raises:
-        UserError: nothing can be written there; see `destination`.
+        UserError: nothing can be written there; see `resolve_destination`.
         OSError: the disk is full, or refuses. It names ``path``.
     """
     if inside is not None:
         require_inside(inside, path)
     try:
-        target = destination(path)
+        target = resolve_destination(path)
         if target.is_regular:
             _replace(target, content)
         else:
-            _write_through(target, content)
+            _write_special_file(target, content)
     except OSError as e:
         if e.errno is not None:
             e.filename, e.filename2 = str(path), None  # and not the temporary one
@@ -193,8 +193,8 @@ def _keep_permissions(fd: int, status: os.stat_result) -> None:
     os.fchmod(fd, stat.S_IMODE(status.st_mode))
 
 
-def _write_through(target: Destination, content: bytes) -> None:
-    fd = open_through(target)
+def _write_special_file(target: Destination, content: bytes) -> None:
+    fd = open_special_file(target)
     try:
         left = memoryview(content)
         while left:
@@ -215,7 +215,7 @@ def open_to_append(path: Path) -> BinaryIO:
     """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(path))
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFELY, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFE_OPEN, 0o666)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

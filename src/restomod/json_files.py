@@ -1,4 +1,4 @@
-"""JSON files, which may be damaged or made to do harm: read within limits, and checked before a value is used."""
+"""JSON files, which may be damaged or malicious: read within limits of size and depth, and checked against types."""
 
 from __future__ import annotations
 
@@ -119,10 +119,15 @@ def file_name(name: str) -> str:
     return name
 
 
-def parse_line(line: bytes, kind: Any) -> Any | None:
-    """The JSON value of one line if it is of the type ``kind``, as of `checked`; None where it is not.
+def as_tuple(value: Any) -> Any:
+    """For pydantic, before a type ``tuple[...]``: JSON has lists only."""
+    return tuple(value) if isinstance(value, list) else value
 
-    Strings with half a surrogate pair are not; a number beyond the range of a double is infinite.
+
+def parse_line(line: bytes, kind: Any) -> Any | None:
+    """The JSON value of a line, checked as in `checked`; None if it is of another type.
+
+    Half a surrogate pair is an error; a number beyond the range of a double becomes infinite.
     """
     from pydantic import ValidationError
 

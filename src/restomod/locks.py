@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 POLL = 0.1  # seconds between attempts to get a lock
 SAFE_FLAGS = "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"  # no system has all of them
-SAFELY: int = sum(getattr(os, name, 0) for name in SAFE_FLAGS)
+SAFE_OPEN: int = sum(getattr(os, name, 0) for name in SAFE_FLAGS)
 """For `os.open`: neither follow a link nor wait for the other end of a named pipe."""
 TELL_AFTER = 5.0  # seconds of waiting before it is told
 
@@ -64,7 +64,7 @@ class FileLock:
     def _open(self) -> int:
         """Open the file, which holders of locks write to: never through a link that somebody has put there."""
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | SAFELY, 0o666)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | SAFE_OPEN, 0o666)
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 return fd
             os.close(fd)

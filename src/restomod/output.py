@@ -1,8 +1,8 @@
 """What reaches the terminal: control characters made visible, and errors in one line.
 
-Names, texts and messages come from files, which may be made to do harm. So nothing calls a function to make them
-harmless: within `guarded`, standard output and error are streams that do it with all that is written to them. What
-may write control characters (colours, a progress bar: `restomod.terminal`) writes to the `exact` stream behind.
+Names, texts and messages come from files, which may be malicious. Within `guarded`, standard output and error are
+sanitized streams, so callers need not escape anything. Colours and progress bars (`restomod.terminal`) are written to
+the raw stream.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def open_missing() -> None:
                 os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
-class Harmless:
-    """A text stream whose control characters have become `visible`. All else is that of the stream behind it.
+class SanitizedStream:
+    """A text stream that makes control characters `visible` and passes everything else to another stream.
 
     Args:
-        exact: the stream behind it.
-        keep: a control character that is written as it is.
+        raw: that stream.
+        keep: a control character that is not changed.
     """
 
-    def __init__(self, exact: Any, keep: str = "") -> None:
-        self.exact, self._keep = exact, keep
+    def __init__(self, raw: Any, keep: str = "") -> None:
+        self.raw, self._keep = raw, keep
 
     def write(self, text: str) -> int:
         parts = text.split(self._keep) if self._keep else [text]
-        self.exact.write(self._keep.join(map(visible, parts)))
+        self.raw.write(self._keep.join(map(visible, parts)))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -64,32 +64,32 @@ class Harmless:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.exact, name)
+        return getattr(self.raw, name)
 
 
-def exact(stream: Any) -> Any:
-    """The stream behind a `Harmless` one, and behind rich's while a progress bar is shown; else the stream itself."""
+def raw_stream(stream: Any) -> Any:
+    """The stream to which a `SanitizedStream`, or rich's stream of a progress bar, writes; any other stream itself."""
     stream = getattr(stream, "rich_proxied_file", stream)
-    return stream.exact if isinstance(stream, Harmless) else stream
+    return stream.raw if isinstance(stream, SanitizedStream) else stream
 
 
-def make_harmless() -> None:
-    """From now on, what is printed steers no terminal, whoever prints it."""
-    if sys.stdout is not None and not isinstance(sys.stdout, Harmless):
-        sys.stdout = Harmless(sys.stdout)
-    if sys.stderr is not None and not isinstance(sys.stderr, Harmless):
-        sys.stderr = Harmless(sys.stderr, keep="\r")  # of the progress bars of downloads
+def sanitize_output() -> None:
+    """Replace standard output and error by sanitized streams, once."""
+    if sys.stdout is not None and not isinstance(sys.stdout, SanitizedStream):
+        sys.stdout = SanitizedStream(sys.stdout)
+    if sys.stderr is not None and not isinstance(sys.stderr, SanitizedStream):
+        sys.stderr = SanitizedStream(sys.stderr, keep="\r")  # of the progress bars of downloads
 
 
 @contextlib.contextmanager
-def _harmless() -> Iterator[None]:
-    """As `make_harmless`, within."""
+def _sanitized_output() -> Iterator[None]:
+    """Sanitize standard output and error within a `with` block."""
     before = sys.stdout, sys.stderr
-    make_harmless()
+    sanitize_output()
     ours = sys.stdout, sys.stderr
     try:
         yield
-    finally:  # what has taken their place within stays: `drop` does so
+    finally:  # a stream that has replaced them meanwhile stays (see `drop`)
         if sys.stdout is ours[0]:
             sys.stdout = before[0]
         if sys.stderr is ours[1]:
@@ -159,12 +159,12 @@ def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False,
     Returns:
         What ``work`` does, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
     """
-    with _harmless():
+    with _sanitized_output():
         return _guarded(work, debug, goes_on, needs_less)
 
 
 def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: str) -> int:
-    behind = exact(sys.stdout)
+    behind = raw_stream(sys.stdout)
     if isinstance(behind, io.TextIOWrapper) and is_open("stdout"):
         behind.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
     try:

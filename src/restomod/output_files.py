@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from restomod.destination import Destination, destination
+from restomod.destination import Destination, resolve_destination
 from restomod.errors import UserError, reason
 from restomod.temporary import Temporary
 
@@ -40,7 +40,7 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
     for flag, path in outputs.items():
         if path is None:
             continue
-        target = _tried(flag, path)
+        target = _try_destination(flag, path)
         if not target.is_regular:
             continue  # several may be written to one pipe, one after the other
         for other, before in taken.items():
@@ -54,9 +54,9 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
         taken[flag] = path
 
 
-def _tried(flag: str, path: Path) -> Destination:
+def _try_destination(flag: str, path: Path) -> Destination:
     try:
-        target = destination(path)
+        target = resolve_destination(path)
         if target.descriptor is not None:
             os.write(target.descriptor, b"")  # which fails where it is open for reading only
         elif target.is_regular:
@@ -120,7 +120,8 @@ def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print)
         except OSError as e:
             failed.append(f"{path} cannot be written ({reason(e)})")
         else:
-            say(f"written: {path}{remark}")
+            if resolve_destination(path).descriptor is None:  # what follows a page in /dev/stdout would be part of it
+                say(f"written: {path}{remark}")
     if failed:
         raise UserError("; ".join(failed))
 

@@ -16,7 +16,7 @@ import tyro
 
 from restomod.config import RunConfig
 from restomod.errors import UserError, shortened
-from restomod.output import exact
+from restomod.output import raw_stream
 from restomod.presets import with_scaled_warmup
 from restomod.text import visible
 
@@ -50,7 +50,7 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
         default, program = _changed(default, visible), visible(program)
     else:
         os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
-    shown_at = contextlib.redirect_stdout(exact(sys.stdout)) if helps else contextlib.nullcontext()
+    shown_at = contextlib.redirect_stdout(raw_stream(sys.stdout)) if helps else contextlib.nullcontext()
     try:
         with contextlib.redirect_stderr(problem), shown_at:
             parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description=description)

@@ -1,4 +1,4 @@
-"""What belongs to a run's folder, and that it lies in there: a received run may not name other files of its reader."""
+"""The files of a run's folder, and the check that none is a link out of it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ def require_run_inside(run: Path) -> None:
     require_inside(run, *run.glob(f"{CHECKPOINTS}/*"), *run.glob(f"{EVALUATIONS}/*"))
 
 
-def require_checkpoint_inside(folder: Path) -> None:
+def require_checkpoint_inside(folder: Path, *listed: Path) -> None:
     """Refuse links out of the run of a checkpoint, or out of a checkpoint that is in no run.
 
     In the cache of the Hugging Face hub, files are links to `blobs` beside `snapshots`.
+
+    Args:
+        folder: the checkpoint.
+        listed: files that its record names.
 
     Raises:
         UserError: a file of the checkpoint, or of its run, leads elsewhere.
@@ -47,4 +51,4 @@ def require_checkpoint_inside(folder: Path) -> None:
         require_run_inside(within)
     elif here.parent.name == "snapshots":
         within = here.parent.parent
-    require_inside(within, *folder.rglob("*"))
+    require_inside(within, *folder.rglob("*"), *listed)

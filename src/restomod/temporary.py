@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from restomod.locks import SAFELY, flock, is_at
+from restomod.locks import SAFE_OPEN, flock, is_at
 
 NAME = re.compile(r"\.restomod\.[0-9a-f]{16}\.tmp")
-ABANDONED = 24 * 3600.0  # seconds, where a file system has no locks
+STALE_AFTER = 24 * 3600.0  # seconds, where a file system has no locks
 
 
 class Temporary:
@@ -52,12 +52,12 @@ class Temporary:
     def _make(self, kind: str) -> bool:
         self.fd, self._enforced = None, False
         if kind == "file":
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFELY, 0o666)
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE_OPEN, 0o666)
         else:
             os.mkdir(self.path)
             with contextlib.suppress(PermissionError):  # Windows opens no folders
                 try:
-                    self.fd = os.open(self.path, os.O_RDONLY | SAFELY)
+                    self.fd = os.open(self.path, os.O_RDONLY | SAFE_OPEN)
                 except FileNotFoundError:
                     return False
         if self.fd is None:
@@ -110,10 +110,10 @@ def _remove_leftover(path: Path) -> None:
     status = path.lstat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         return  # none of ours
-    fd = os.open(path, (os.O_RDONLY if stat.S_ISDIR(status.st_mode) else os.O_RDWR) | SAFELY)
+    fd = os.open(path, (os.O_RDONLY if stat.S_ISDIR(status.st_mode) else os.O_RDWR) | SAFE_OPEN)
     try:
         enforced = flock(fd, wait=False)
-        if is_at(fd, path) and (enforced or time.time() > status.st_mtime + ABANDONED):
+        if is_at(fd, path) and (enforced or time.time() > status.st_mtime + STALE_AFTER):
             _remove(path)
     finally:
         os.close(fd)

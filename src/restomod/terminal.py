@@ -1,4 +1,4 @@
-"""rich's console, whose colours and cursor movements are its own and never those of the text that it shows."""
+"""rich's console: its own colours and cursor movements pass, control characters of the text do not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from restomod.output import exact
+from restomod.output import raw_stream
 from restomod.text import visible
 
 
@@ -21,7 +21,7 @@ class Terminal(Console):
 
     @property
     def file(self) -> IO[str]:
-        return exact(self._file or sys.stdout)
+        return raw_stream(self._file or sys.stdout)
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:

@@ -1,4 +1,4 @@
-"""Text for people: times in words, and foreign text that can steer neither a terminal nor a page."""
+"""Text for people: times in words, and untrusted text without control characters or markup."""
 
 from __future__ import annotations
 

@@ -210,11 +210,14 @@ def test_a_second_call_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert nothing_but_the_shards(tmp_path / "out")
 
 
+EARLIER_PLAN = {"name": "d", "settings": {"dedup": False}, "datasets": {}, "units": [], "tokenizer": "gpt2"}
+
+
 def test_a_lock_alone_is_no_foreign_file_and_outlives_a_change_of_plan(tmp_path: Path) -> None:
     """A command that was killed before it noted anything; and one that is given other settings."""
     (tmp_path / "out/.prepare").mkdir(parents=True)
     (tmp_path / "out/.prepare/lock").touch()
-    (tmp_path / "out/.prepare/plan.json").write_text(json.dumps({"units": [], "settings": {"dedup": False}}))
+    (tmp_path / "out/.prepare/plan.json").write_text(json.dumps(EARLIER_PLAN))
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     locks = []
 

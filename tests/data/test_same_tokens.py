@@ -41,7 +41,8 @@ def prepared(folder: Path, shard_tokens: int) -> Dataset:
         splits[split] = {"tokens": len(part), "shards": writer.close()}
     manifest = {"format": "restomod-tokens-1", "name": "web", "fingerprint": str(shard_tokens), "documents": 1}
     write_json_atomically(
-        folder / MANIFEST, manifest | {"tokenizer": {"sha256": "x"}, "tokens": len(TOKENS), "splits": splits}
+        folder / MANIFEST,
+        manifest | {"tokenizer": {"name": "gpt2", "sha256": "x"}, "tokens": len(TOKENS), "splits": splits},
     )
     return open_dataset(folder, "x")
 

@@ -80,11 +80,19 @@ def test_a_run_that_was_resumed_with_other_gpus_pays_for_each_session(tmp_path: 
     assert (rows["Cost"], rows["Of that, idle"]) == ("$130.00", "$20.00")
 
 
+def test_a_start_that_does_not_say_how_many_has_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", steps=40)
+    first = json.loads((folder / "environment.json").read_text())[0]
+    first.pop("processes", None)
+    (folder / "environment.json").write_text(json.dumps([first | {"started": stamp(START)}]))
+    assert usage(open_run(folder)).gpu_seconds == pytest.approx(45)
+
+
 @pytest.mark.parametrize("count", [None, 0, "8", -3])
-def test_a_start_that_does_not_say_how_many_has_one(count: object, tmp_path: Path) -> None:
+def test_a_start_with_an_impossible_count_is_left_out(count: object, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)
     started_with(folder, (0, count))
-    assert usage(open_run(folder)).gpu_seconds == pytest.approx(45)
+    assert usage(open_run(folder)).gpu_seconds == pytest.approx(40)  # of its steps, each by one process
 
 
 def test_records_without_a_time_are_of_the_first_session(tmp_path: Path) -> None:

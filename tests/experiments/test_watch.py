@@ -170,12 +170,12 @@ def test_every_answer_forbids_what_the_page_does_not_need(tmp_path: Path) -> Non
 
 
 def test_silent_and_slow_connections_hold_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "ASKING", 0.5)
+    monkeypatch.setattr(watching, "REQUEST_TIMEOUT", 0.5)
     with served(make_run(tmp_path / "r")) as port, contextlib.ExitStack() as stack:
         before = threading.active_count()
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(150)]
         assert ask(port, "/data.json")[0] == 200
-        assert threading.active_count() - before <= watching.CONNECTIONS + 1
+        assert threading.active_count() - before <= watching.MAX_CONNECTIONS + 1
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(5)]
         until = time.monotonic() + 1.5
         while time.monotonic() < until:

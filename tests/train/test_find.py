@@ -273,3 +273,11 @@ def test_a_model_that_transformers_runs_is_not_inspected(tmp_path: Path) -> None
     (tmp_path / "neox" / "config.json").write_text('{"model_type": "gpt_neox"}')
     with pytest.raises(UserError, match=r"neox can be evaluated and sampled, but not inspected or checked: .*gpt_neox"):
         open_or_build(str(tmp_path / "neox"), CPU, seed=0)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints").write_text("no folder")
+    with pytest.raises(OSError, match="checkpoints"):
+        find_model("run")

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from restomod.errors import UserError
+from restomod.train import metrics
 from restomod.train.metrics import (
+    MAX_LINE,
     HeldoutLosses,
     NewRecords,
-    Sample,
+    SampleRecord,
     append_jsonl,
     iterate_jsonl,
     keep_records,
@@ -45,7 +48,7 @@ def test_each_record_is_one_line(path: Path) -> None:
 def test_any_text_comes_back(text: str, tmp_path: Path) -> None:
     for step in (1, 2):
         append_jsonl(tmp_path / "samples.jsonl", {"step": step, "prompt": text, "text": text})
-    assert read_jsonl(tmp_path / "samples.jsonl", Sample) == [
+    assert read_jsonl(tmp_path / "samples.jsonl", SampleRecord) == [
         {"step": step, "prompt": text, "text": text} for step in (1, 2)
     ]
 
@@ -167,3 +170,78 @@ def test_held_out_losses_are_followed(tmp_path: Path) -> None:
     assert losses.after_start() == {2: 7.0, 6: 6.0}
     keep_records(path, lambda record: record["step"] == 0)
     assert losses.read() == {0: 9.0}
+
+
+TRAIN = b'{"kind": "train", "step": 3'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        TRAIN + b', "loss": "low"}',
+        TRAIN + b', "loss": true}',
+        TRAIN + b', "ms": -1}',
+        TRAIN + b', "ms": 1e400}',
+        TRAIN + b', "time": ' + b"9" * 400 + b"}",
+        TRAIN + b', "skipped": 5}',
+        TRAIN + b', "sources": [1]}',
+        TRAIN + b', "more": ' + b"[" * 100_000 + b"}",
+        TRAIN + b"}" + b" " * MAX_LINE,
+        b"\0" * 3 * MAX_LINE,
+        b"x" * MAX_LINE,
+        b'{"kind": "train", "step": -1}',
+        b'{"kind": "train", "step": 9007199254740993}',
+        b'{"kind": "train", "step": ' + b"1" * 400 + b"}",
+        b'{"kind": "train", "step": true}',
+        b'{"kind": 5, "step": 3}',
+        b'{"kind": "\\ud800", "step": 3}',
+        b'{"kind": "task", "task": "a", "step": 3, "acc": [1]}',
+    ],
+    ids=lambda line: str(line[:40]),
+)
+def test_a_line_with_values_of_other_types_or_beyond_range_is_damaged(path: Path, line: bytes) -> None:
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, line, b"\n", *others]))
+    said: list[str] = []
+    assert list(iterate_jsonl(path, said.append)) == RECORDS
+    assert said == [f"{path}: 1 of 4 lines cannot be read and are skipped; the first is line 2"]
+    reader = NewRecords(path)
+    assert list(reader.read()[1]) == RECORDS
+    append_jsonl(path, RECORDS[0] | {"step": 7})
+    fresh, records = reader.read()
+    assert (fresh, list(records)) == (False, [RECORDS[0] | {"step": 7}])
+    keep_records(path, lambda record: record["step"] != 7)
+    assert read_jsonl(path) == RECORDS
+
+
+def test_what_a_healthy_run_writes_is_read_as_it_was_written(tmp_path: Path) -> None:
+    records = [
+        {"kind": "val", "step": 0, "loss": float("inf"), "tokens": 5, "sources": {"a": 1.5, "b": 2}, "time": 1.5},
+        {
+            "kind": "train",
+            "step": 0,
+            "loss": None,
+            "lr": 0.0,
+            "grad_norm": None,
+            "ms": 1.0,
+            "mfu": None,
+            "skipped": "x",
+        },
+        {"kind": "task", "step": 5, "task": "a", "examples": 7, "acc": 0.5, "acc_stderr": 0.1, "seconds": 2},
+        {"kind": "rollback", "step": 5, "failed_step": 7, "data_offset": 3, "time": 1732667712.123},
+        {"kind": "of a later version", "step": 9},
+    ]
+    for record in records:
+        append_jsonl(tmp_path / "metrics.jsonl", record)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == records
+    append_jsonl(tmp_path / "metrics.jsonl", {"kind": "val", "step": 9, "loss": float("nan"), "foreign": "s3cr3t"})
+    last = read_jsonl(tmp_path / "metrics.jsonl")[-1]
+    assert (set(last), last["loss"] != last["loss"]) == ({"kind", "step", "loss"}, True)
+
+
+def test_a_line_without_end_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_SKIPPED", 4 * MAX_LINE)
+    with open(path, "ab") as f:
+        f.truncate(2**40)  # zeros
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        read_jsonl(path)

@@ -20,7 +20,7 @@ from restomod.data.shards import Dataset, TokenStream
 from restomod.errors import UserError
 from restomod.files import write_json_atomically
 from restomod.train import run as run_module
-from restomod.train.metrics import Sample, read_jsonl
+from restomod.train.metrics import SampleRecord, read_jsonl
 from restomod.train.run import Run, check_resumable, create_run, environment, reopen_run
 from tests.filesystems import refuse, refuse_renaming_folders
 
@@ -369,7 +369,7 @@ def test_rewinding_forgets_exactly_what_came_after_the_checkpoint(folder: Path) 
     metrics = read_jsonl(folder / "metrics.jsonl")
     assert [r["step"] for r in metrics if r["kind"] == "val"] == [0, 1, 2, 3]
     assert [r["step"] for r in metrics if r["kind"] == "train"] == [0, 1, 2]
-    assert [r["step"] for r in read_jsonl(folder / "samples.jsonl", Sample)] == [0, 1, 2, 3]
+    assert [r["step"] for r in read_jsonl(folder / "samples.jsonl", SampleRecord)] == [0, 1, 2, 3]
 
 
 def test_rewinding_mends_a_line_that_a_crash_cut_short(folder: Path) -> None:

@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     if parsed.x == "dollars" and parsed.price is None:
         raise UserError("--x dollars needs --price, in US dollars for one GPU and one hour")
 
-    from restomod.destination import destination
+    from restomod.destination import resolve_destination
     from restomod.experiments.axes import AXES, Axis
     from restomod.experiments.compare import compare
     from restomod.experiments.compare_plot import draw_comparison
@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
     json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})
     if plot is not None:
-        if plot.suffix.lower() != ".png" and destination(plot).is_regular:
+        if plot.suffix.lower() != ".png" and resolve_destination(plot).is_regular:
             raise UserError(f"{plot}: the picture is a PNG file; name it .png")
         require_matplotlib()
     runs = [open_run(folder) for folder in parsed.runs]

@@ -16,12 +16,12 @@ from restomod.files import require_inside
 from restomod.parsing import parse, refuse_ignored
 
 PAGE_HOLDS = """\
-The page holds losses and speeds, evaluations, samples and prompts, passages of
-the held-out text (with report --examine), all settings with the paths of the
-data, the commands without --then, versions and the kind of machine; no names of
-hosts, no other variables of the environment. Home folders are shortened to ~,
-and what looks like a token, key or password is replaced. Look at it before you
-send it around: a secret in another form is not recognised."""
+The page contains losses and speeds, evaluations, samples and prompts, passages
+of the held-out text (with report --examine), all settings with the paths of the
+data, the commands without --then, versions and the kind of machine; no host
+names and no environment variables. Home folders are shortened to ~, and what
+looks like a token, key or password is redacted. Look at it before you share it:
+secrets in other forms are not recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)

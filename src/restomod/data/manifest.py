@@ -8,19 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import TypedDict
 
 from restomod.errors import UserError
-from restomod.json_files import checked, file_name, read_json
+from restomod.json_files import as_tuple, checked, file_name, read_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
 MAX_BYTES = 512 * 2**20  # of a manifest: 10 trillion tokens of local files are 900,000 units of work
 READ = "read"  # key of the counts of `restomod.data.reading`; older manifests lack it
-MEND = "delete the folder and prepare it anew"
+PREPARE_AGAIN = "delete the folder and prepare it anew"
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Shard(TypedDict):
@@ -63,27 +63,19 @@ class UnitPlan(TypedDict):
     source: str | None
 
 
-def _hub_file(pair: list[Any]) -> list[Any]:
-    if len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not int or pair[1] < 0:
-        raise ValueError("should be an address and a size in bytes")
-    return pair
-
-
 class Plan(TypedDict):
     """As `restomod.data.plan.describe` makes it."""
 
     name: str
     settings: dict[str, str | int | float | bool | None]
-    datasets: dict[str, list[Annotated[list[Any], AfterValidator(_hub_file)]]]
+    datasets: dict[str, list[Annotated[tuple[str, Count], BeforeValidator(as_tuple)]]]  # addresses, sizes in bytes
     units: list[UnitPlan]
     tokenizer: str
 
 
-class UnitSplit(TypedDict):
-    tokens: Count
-    shards: list[Shard]
-    documents: Count
-    text_bytes: Count
+class UnitSplit(Split):
+    documents: Count  # type: ignore[misc]
+    text_bytes: Count  # type: ignore[misc]
 
 
 class UnitSplits(TypedDict):
@@ -135,16 +127,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path, "manifest of token shards", max_bytes=MAX_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT!r}; {MEND}")
+        raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT!r}; {PREPARE_AGAIN}")
     try:
         checked(manifest, Manifest, f"{path} is damaged: the manifest of token shards")
     except UserError as e:
-        raise UserError(f"{e}; {MEND}") from None
+        raise UserError(f"{e}; {PREPARE_AGAIN}") from None
     parts = {name: manifest["splits"][name] for name in Splits.__annotations__}
     sums = [(f"splits.{name}.tokens", part["tokens"], part["shards"]) for name, part in parts.items()]
     for key, tokens, summed in [*sums, ("tokens", manifest["tokens"], parts.values())]:
         if tokens != (total := sum(part["tokens"] for part in summed)):
-            raise UserError(f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {MEND}")
+            raise UserError(
+                f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {PREPARE_AGAIN}"
+            )
     return manifest
 
 

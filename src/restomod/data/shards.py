@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restomod.data.manifest import MANIFEST, MEND, read_manifest
+from restomod.data.manifest import MANIFEST, PREPARE_AGAIN, read_manifest
 from restomod.data.verified import changed_file
 from restomod.errors import UserError, one_line
 from restomod.files import require_regular, sha256_file
@@ -79,7 +79,7 @@ class _OpenShard:
         self._temporary.remove()
 
 
-def open_shard(path: Path, mend: str = MEND) -> np.ndarray:
+def open_shard(path: Path, mend: str = PREPARE_AGAIN) -> np.ndarray:
     """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
 
     Args:
@@ -170,7 +170,7 @@ class ShardFile:
         path = self.folder / self.name
         tokens = open_shard(path)
         if len(tokens) != self.tokens:
-            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {MEND}")
+            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {PREPARE_AGAIN}")
         if random_reads:
             _expect_random_reads(tokens)
         return tokens
@@ -288,16 +288,16 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
     manifest = read_manifest(folder)
     made_with = manifest["tokenizer"]["sha256"]
     if made_with != tokenizer_sha256:
-        raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {MEND}")
+        raise UserError(f"{folder} was tokenized with another vocabulary (SHA-256 {made_with[:12]}…); {PREPARE_AGAIN}")
     entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
     hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
     if len(hashes) < sum(map(len, entries.values())):
-        raise UserError(f"{folder / MANIFEST} is damaged: it names a shard twice; {MEND}")
+        raise UserError(f"{folder / MANIFEST} is damaged: it names a shard twice; {PREPARE_AGAIN}")
     train, val = (_open_split(folder, entries[split]) for split in SPLITS)
     if verify != "sizes":
         changed = changed_file(folder, hashes, remember=verify == "changed")
         if changed:
-            raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {MEND}")
+            raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {PREPARE_AGAIN}")
     return Dataset(folder, manifest, train, val)
 
 

@@ -116,9 +116,8 @@ def _raise_failure(work: Work) -> None:
 def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
     """Submit the stages, each waiting for the one before it."""
     out, config, n = work.out.absolute(), work.config, len(work.units)
-    write_json_atomically(
-        out / WORK / SLURM, {"name": job_name(out)}, out
-    )  # before: jobs must not be forgotten in a crash
+    # before the jobs, which must not be forgotten in a crash
+    write_json_atomically(out / WORK / SLURM, {"name": job_name(out)}, out)
     stages: list[tuple[str, Any, int]] = []
     if config.dedup:
         unhashed = [unit for unit in range(n) if not hashes_path(out, unit).exists()]

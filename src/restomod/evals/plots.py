@@ -10,7 +10,7 @@ import numpy as np
 from restomod.errors import shortened
 from restomod.evals.heldout import Heldout
 from restomod.figures import INK, new_figure, quiet, require_matplotlib, write_figure
-from restomod.private import presentable
+from restomod.redaction import redact
 
 POINTS = 60  # means over ranges of positions, each longer than the one before
 
@@ -37,7 +37,7 @@ def draw_positions(heldout: Heldout, title: str, path: Path, inside: Path | None
     """
     require_matplotlib()
     figure = new_figure("held-out loss by position", 9, 5)
-    subject = f"{shortened(presentable(title))}: held-out loss by position in the window"
+    subject = f"{shortened(redact(title))}: held-out loss by position in the window"
     figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
     axes = figure.subplots()
     positions = np.arange(1, len(heldout.by_position) + 1)

@@ -13,7 +13,7 @@ from restomod.experiments.axes import LABELS, Axis, curve
 from restomod.experiments.compare import Comparison
 from restomod.experiments.compare_report import published_differ
 from restomod.figures import INK, new_figure, quiet, write_figure
-from restomod.private import presentable
+from restomod.redaction import redact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def picture(found: Comparison, axes: Sequence[Axis]) -> Figure:
 
 
 def _label(name: str) -> str:
-    return f" {presentable(name)}"[:60]  # matplotlib hides labels that begin with an underscore
+    return f" {redact(name)}"[:60]  # matplotlib hides labels that begin with an underscore
 
 
 def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:

@@ -17,7 +17,7 @@ from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import Run, open_run
 from restomod.files import write_bytes_atomically, write_text_atomically
 from restomod.output_files import Output, require_output_folder, require_outputs, write_outputs
-from restomod.private import presentable, presentable_pieces
+from restomod.redaction import redact, redact_pieces
 
 
 def report(
@@ -56,17 +56,17 @@ def report(
 def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
     """What pages are made of; see `restomod.experiments.report_html.as_page`.
 
-    All text in it is `presentable`, here and nowhere else: without secrets, home folders and control characters.
+    Here all text is redacted: no secrets, home folders or control characters.
     """
     names = labels(runs)
     made = [page_run(run, name, prices) for run, name in zip(runs, names, strict=True)]
     for run in made:
         for passage in [*run["examined"].get("best", []), *run["examined"].get("worst", [])]:
             texts, losses = zip(*passage["tokens"], strict=True) if passage["tokens"] else ((), ())
-            passage["before"], *shown = presentable_pieces([passage["before"], *texts])
+            passage["before"], *shown = redact_pieces([passage["before"], *texts])
             passage["tokens"] = list(zip(shown, losses, strict=True))
     title = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    found: dict[str, Any] = presentable({"title": title, "footer": footer(), "runs": made})
+    found: dict[str, Any] = redact({"title": title, "footer": footer(), "runs": made})
     return found
 
 

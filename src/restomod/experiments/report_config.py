@@ -14,13 +14,7 @@ from restomod.config import RunConfig
 from restomod.config_json import to_dict
 from restomod.experiments.runs import Record, Run
 from restomod.presets import PRESETS, is_preset, preset
-from restomod.private import command_without_secrets
-
-KNOWN = (
-    *("restomod", "git_revision", "python", "torch", "platform", "device", "precision", "threads", "processes"),
-    *("command", "started"),
-)
-MISSING = object()
+from restomod.redaction import redact_command
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -63,18 +57,15 @@ def describe_model(config: RunConfig) -> str:
 
 
 def environment_rows(environment: Record) -> list[tuple[str, str]]:
-    """Names and values of what a session ran on, as `restomod.train.run.environment` writes them, and of nothing else.
+    """Names and values of an `restomod.experiments.runs.Environment`.
 
-    A command stands in one line, without ``--then`` and secrets.
+    The command is one line, without ``--then`` and secrets.
     """
     rows = []
-    for name in KNOWN:
-        value = environment.get(name, MISSING)
-        if name == "command" and isinstance(value, list) and value:
-            words = command_without_secrets([str(word) for word in value[1:]])
-            rows.append((name, " ".join(["restomod", *map(shlex.quote, words)])))
-        elif value is None or isinstance(value, str | int | float):
-            rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
+    for name, value in environment.items():
+        if isinstance(value, list):  # the command
+            value = " ".join(["restomod", *map(shlex.quote, redact_command(value[1:]))])
+        rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
     return rows
 
 

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from typing_extensions import TypedDict
 
-from restomod.experiments.runs import Finite, Record, Run, Text, read_if_whole
-from restomod.train.metrics import Count
+from restomod.data.manifest import Count
+from restomod.experiments.runs import Finite, Record, Run, Text, read_optional
+from restomod.json_files import as_tuple
 
 FILE = "examined.json"
 FORMAT = "restomod-examined-1"
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON knows no tuples
 
 
 class Kind(TypedDict):
@@ -47,7 +47,7 @@ class Passage(TypedDict):
 
     loss: Finite
     before: Text
-    tokens: list[Annotated[tuple[Text, Finite], Pair]]
+    tokens: list[Annotated[tuple[Text, Finite], BeforeValidator(as_tuple)]]
 
 
 class Examined(TypedDict):
@@ -68,7 +68,7 @@ class Examined(TypedDict):
 
 def read_examined(run: Run) -> Record | None:
     """What was examined last; None where there is nothing, or what is damaged or of another format."""
-    values = read_if_whole(run.folder / FILE, "examination of the run's model", Examined, run.warn)
+    values = read_optional(run.folder / FILE, "examination of the run's model", Examined, run.warn)
     if values is not None and len(values["positions"]["x"]) != len(values["positions"]["y"]):
         run.warn(f"warning: left out: {run.folder / FILE} is damaged: its positions differ in length")
         return None

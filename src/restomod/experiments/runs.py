@@ -18,12 +18,13 @@ from typing_extensions import TypedDict
 
 from restomod.config import RunConfig
 from restomod.config_json import read_config
+from restomod.data.manifest import Count
 from restomod.data.same_tokens import read_run_data
-from restomod.errors import UserError
+from restomod.errors import UserError, describe_os_error
 from restomod.json_files import read_json
 from restomod.model.flops import flops_per_token
 from restomod.output import complain
-from restomod.train.metrics import Count, Record, Sample, iterate_jsonl
+from restomod.train.metrics import Record, SampleRecord, iterate_jsonl
 
 MOST_EVALUATIONS = 5000  # files that are read: more take too long
 
@@ -162,9 +163,9 @@ class Run:
         """What the model wrote along the way: ``step``, ``prompt``, ``text``."""
         path = self.folder / "samples.jsonl"
         try:
-            return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), Sample))
+            return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), SampleRecord))
         except (UserError, OSError) as e:
-            self.warn(f"warning: samples are left out: {e}")
+            self.warn(f"warning: samples are left out: {describe_os_error(e) if isinstance(e, OSError) else e}")
             return []
 
     @cached_property
@@ -175,12 +176,12 @@ class Run:
             self.warn(
                 f"warning: left out: all but the last {MOST_EVALUATIONS:,} of {len(paths):,} evaluations in evals/"
             )
-        found = [read_if_whole(path, "evaluation", Evaluation, self.warn) for path in paths[-MOST_EVALUATIONS:]]
+        found = [read_optional(path, "evaluation", Evaluation, self.warn) for path in paths[-MOST_EVALUATIONS:]]
         return [values for values in found if values is not None]
 
 
-def read_if_whole(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:
-    """What a file holds that a run can do without: None where there is none, or a damaged one, which is told."""
+def read_optional(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:
+    """Read a JSON file that a run can lack; None if it is missing, or damaged, with a warning."""
     if not path.exists():
         return None
     try:
@@ -193,7 +194,7 @@ def read_if_whole(path: Path, what: str, kind: Any, warn: Callable[[str], None])
 def read_environments(run: Path, warn: Callable[[str], None]) -> list[Record]:
     """What `environment.json` says of each start of a run, keys that are not of an `Environment` left out."""
     kind = list[Environment] | Environment
-    starts = read_if_whole(run / "environment.json", "record of the run's environments", kind, warn) or []
+    starts = read_optional(run / "environment.json", "record of the run's environments", kind, warn) or []
     return list(starts) if isinstance(starts, list) else [starts]
 
 

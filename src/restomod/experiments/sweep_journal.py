@@ -8,27 +8,20 @@ from typing import Annotated, Any, NotRequired
 
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages.journal import JournalFileBackend
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import TypedDict
 
+from restomod.data.manifest import Count
 from restomod.errors import UserError, one_line
-from restomod.json_files import checked, file_name, parse_json
+from restomod.json_files import as_tuple, checked, file_name, parse_json
 
 STUDY = "sweep"
 LONGEST_LINE = 2**20
 CREATE_STUDY, CREATE_TRIAL, SET_STATE, SET_INTERMEDIATE, SET_USER_ATTR, LAST_OPERATION = 0, 4, 6, 7, 8, 10
 
-Number = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Time = Annotated[float, Field(ge=0, le=1e11)]  # seconds since 1970
-
-
-def _attempt(values: list[Any]) -> list[Any]:
-    start, end, gpu = [*values, None, None, None][:3]
-    checked(start, Time, "an attempt's start")
-    checked(end, Time | None, "an attempt's end")
-    checked(gpu, str | None, "an attempt's GPU")
-    return values
+Attempt = tuple[Time, Time | None] | tuple[Time, Time | None, str | None]  # its start, its end, its GPU
 
 
 class Notes(TypedDict, total=False):
@@ -36,8 +29,8 @@ class Notes(TypedDict, total=False):
 
     name: Annotated[str, AfterValidator(file_name)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    attempts: list[Annotated[list[Any], AfterValidator(_attempt), Field(min_length=2, max_length=3)]]
-    step: Number
+    attempts: list[Annotated[Attempt, BeforeValidator(as_tuple)]]
+    step: Count
     reason: str
 
 
@@ -52,7 +45,7 @@ class _Line(TypedDict):
 
 
 class _Trial(_Line):
-    trial_id: Number
+    trial_id: Count
 
 
 class _CreateStudy(_Line):
@@ -61,7 +54,7 @@ class _CreateStudy(_Line):
 
 
 class _CreateTrial(_Line):
-    study_id: Number
+    study_id: Count
     datetime_start: str | None
     state: Annotated[int, Field(ge=0, le=4)]
     distributions: dict[str, str]
@@ -78,7 +71,7 @@ class _SetState(_Trial):
 
 
 class _SetIntermediate(_Trial):
-    step: Number
+    step: Count
     intermediate_value: float
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from restomod.private import presentable
+from restomod.redaction import redact
 from restomod.terminal import Terminal
 from restomod.text import visible
 
@@ -41,8 +41,8 @@ def _row(cells: list[str], plain: bool = False) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as Markdown shows it literally, on one line; `presentable`, as it is sent around."""
-    return SPECIAL.sub(r"\\\1", " ".join(presentable(text).split()))
+    """Text as Markdown shows it literally, on one line, redacted."""
+    return SPECIAL.sub(r"\\\1", " ".join(redact(text).split()))
 
 
 def show(table: Table) -> None:

@@ -24,18 +24,18 @@ from restomod.experiments.report_html import as_json, as_page, footer, policy
 from restomod.experiments.report_usage import Prices
 from restomod.experiments.runs import open_run
 from restomod.output import complain
-from restomod.private import presentable
+from restomod.redaction import redact
 
 SECONDS = 3.0  # between two questions of a page
 REST = 20  # a page is made again only after so many times as long as that has taken: training needs the processor
 FRESH = 60.0  # seconds after which it is made again though no file has changed: a silent run has stopped
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LOCAL_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # as a request gives it
-CONNECTIONS = 32  # at once, each with a thread
-ASKING = 5.0  # seconds in which a request must be complete
-ANSWERING = 30.0  # seconds in which an answer must have been taken
-HEAD = 2**16  # bytes of a request
-DISCARDED = 2**20  # bytes that are read of a request that is too long, so that its sender reads the answer
+MAX_CONNECTIONS = 32  # at once, each with a thread
+REQUEST_TIMEOUT = 5.0  # seconds in which a request must be complete
+RESPONSE_TIMEOUT = 30.0  # seconds in which an answer must have been taken
+MAX_REQUEST = 2**16  # bytes of a request
+MAX_DISCARDED = 2**20  # bytes that are read of a request that is too long, so that its sender reads the answer
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -77,14 +77,14 @@ class Watched:
             warnings: list[str] = []
             data = page_data([open_run(self.folder, warn=warnings.append)], self.prices) | about
             for run in data["runs"]:
-                run["remark"] = "; ".join([run["remark"], *presentable(warnings)])
+                run["remark"] = "; ".join([run["remark"], *redact(warnings)])
             return data
         except Exception as e:  # not begun, being replaced, half written, damaged: it may be mended while this goes on
             reason = str(e) if isinstance(e, UserError | OSError) else f"{self.folder} cannot be shown: {one_line(e)}"
             if not os.path.exists(self.folder / "config.json"):
                 reason = "waiting for the run to begin"
             name = os.path.basename(os.path.realpath(self.folder))
-            return about | presentable({"title": name, "footer": footer(), "runs": [], "waiting": reason})
+            return about | redact({"title": name, "footer": footer(), "runs": [], "waiting": reason})
 
     def _files(self) -> object:
         """What changes when a file of the run does."""
@@ -105,26 +105,26 @@ class Watched:
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Answers a bounded number of connections at once; of more, the one is closed that has been silent the longest."""
+    """Serves at most `MAX_CONNECTIONS` at once; beyond, it closes the oldest whose request is incomplete."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, watched: Watched) -> None:
         self.watched, self.host = watched, host
-        self._connections = threading.BoundedSemaphore(CONNECTIONS)
-        self._silent: dict[socket.socket, None] = {}  # whose requests are not complete, oldest first
+        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._pending: dict[socket.socket, None] = {}  # whose requests are not complete, oldest first
         super().__init__((host, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._connections.acquire(blocking=False):
-            for oldest in list(self._silent)[:1]:
+            for oldest in list(self._pending)[:1]:
                 with contextlib.suppress(OSError):
                     oldest.shutdown(socket.SHUT_RDWR)  # its thread reads an end, and leaves
             if not self._connections.acquire(timeout=1):
                 self.shutdown_request(request)
                 return
-        self._silent[request] = None
+        self._pending[request] = None
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # there is no room for a thread
@@ -138,22 +138,22 @@ class _Server(http.server.ThreadingHTTPServer):
             self._leave(request)
 
     def _leave(self, request: socket.socket) -> None:
-        self.heard(request)
+        self.request_complete(request)
         self._connections.release()
 
-    def heard(self, request: socket.socket) -> None:
-        """A connection's request is complete."""
-        self._silent.pop(request, None)
+    def request_complete(self, request: socket.socket) -> None:
+        """Note that a connection's request has been read."""
+        self._pending.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that fails is no error of ours: a page may be closed in the middle of an answer."""
+        """Report errors of this program; a lost connection is none, since a page may be closed at any time."""
         error = sys.exception()
         if not isinstance(error, OSError):
             complain(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """One request: the head is read whole within `ASKING` seconds, so that nobody can keep a thread by being slow."""
+    """One request, read whole within `REQUEST_TIMEOUT` seconds: a slow client holds no thread."""
 
     server: _Server
     connection: socket.socket
@@ -162,9 +162,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         head = self._head()
-        self.server.heard(self.connection)
-        self.connection.settimeout(ANSWERING)
-        if len(head) > HEAD:
+        self.server.request_complete(self.connection)
+        self.connection.settimeout(RESPONSE_TIMEOUT)
+        if len(head) > MAX_REQUEST:
             self.requestline = self.request_version = self.command = ""
             self.send_error(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         elif head:
@@ -172,17 +172,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def _head(self) -> bytes:
-        """A request up to its empty line; more than `HEAD` bytes where it is too long, none where it does not come."""
-        until, head, last, size = time.monotonic() + ASKING, bytearray(), b"", 0
-        while size < DISCARDED and (left := until - time.monotonic()) > 0:
+        """A request up to its empty line; more than `MAX_REQUEST` bytes if it is too long, none if it is incomplete."""
+        until, head, last, size = time.monotonic() + REQUEST_TIMEOUT, bytearray(), b"", 0
+        while size < MAX_DISCARDED and (left := until - time.monotonic()) > 0:
             self.connection.settimeout(left)
-            part = self.connection.recv(HEAD)
+            part = self.connection.recv(MAX_REQUEST)
             size += len(part)
-            head += part[: HEAD + 1 - len(head)]
+            head += part[: MAX_REQUEST + 1 - len(head)]
             if not part or re.search(rb"\n\r?\n", last + part):
                 return bytes(head)
             last = (last + part)[-3:]
-        return bytes(head) if size > HEAD else b""
+        return bytes(head) if size > MAX_REQUEST else b""
 
     def do_GET(self) -> None:
         try:

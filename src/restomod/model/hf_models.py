@@ -39,6 +39,7 @@ from restomod.model.storage import read_tensors, refuse_not_finite
 NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
 LARGEST_TOKENIZER = 256 * 2**20  # bytes of its file; those of 256,000 tokens have 32 MB
 MOST_PADDING = 1024  # rows of a vocabulary without a tokenizer that may be padding behind GPT-2's
+Settings = list[tuple[tuple[str, ...], Any]]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json")
 
 
@@ -62,13 +63,8 @@ class TransformersModel:
         config = self.model.config.get_text_config()
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         found = next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
-        return int(
-            checked(
-                found,
-                Annotated[int, Field(ge=1, le=LARGEST)],
-                f"{self.model.name_or_path}: config.json: its longest context",
-            )
-        )
+        where = f"{self.model.name_or_path}: config.json: its longest context"
+        return int(checked(found, Annotated[int, Field(ge=1, le=LARGEST)], where))
 
     @property
     def prefix(self) -> int:
@@ -174,11 +170,12 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
         import transformers as library
     except ImportError:
         raise UserError(f"{reason}; transformers may run it: pip install transformers") from None
-    _refuse_code(folder / "config.json")
+    settings = list(_settings(read_json(folder / "config.json", "model's config")))
+    _refuse_code(folder / "config.json", settings)
     transformers: Any = library
     with _quiet(transformers):
         try:
-            _require_possible(transformers, folder)
+            _require_possible(transformers, folder, settings)
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
             )
@@ -197,7 +194,16 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
     return TransformersModel(model, tokenizer)
 
 
-def _require_possible(transformers: Any, folder: Path) -> None:
+def _settings(values: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of a config that are no objects, each with the keys that lead to it."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _settings(value, *keys, key)
+    else:
+        yield keys, values
+
+
+def _require_possible(transformers: Any, folder: Path, settings: Settings) -> None:
     """Compare what a config describes with the tensors beside it, before `transformers` builds it.
 
     Raises:
@@ -205,8 +211,11 @@ def _require_possible(transformers: Any, folder: Path) -> None:
             memory has room for.
     """
     tensors, where = read_tensors(folder)
-    numbers = _numbers(read_json(folder / "config.json", "model's config"))
-    layers = (value for key, value in numbers if "layer" in key and not key.startswith("max_"))  # max_window_layers
+    layers = [
+        value
+        for keys, value in settings
+        if keys and "layer" in keys[-1] and not keys[-1].startswith("max_") and type(value) is int  # max_window_layers
+    ]
     require_size_of(tensors, where, layers=max(layers, default=0))
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
@@ -218,25 +227,14 @@ def _require_possible(transformers: Any, folder: Path) -> None:
         raise UserError(f"{folder} needs {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
 
 
-def _numbers(values: Any) -> Iterator[tuple[str, int]]:
-    """The whole numbers of a config and of those within it, with their keys."""
-    for key, value in values.items() if isinstance(values, dict) else ():
-        if type(value) is int:
-            yield key, value
-        yield from _numbers(value)
-
-
-def _refuse_code(config: Path) -> None:
+def _refuse_code(config: Path, settings: Settings) -> None:
     """Refuse a configuration that names kernels on the hub: `transformers` would download them and run their code.
 
     Its other way to code of a model's own, `auto_map`, is closed by ``trust_remote_code=False``.
     """
-    left = [("config.json", read_json(config, "model's config"))]
-    while left:
-        key, value = left.pop()
-        if isinstance(value, dict):
-            left += [(key if key.endswith("_implementation") else name, inner) for name, inner in value.items()]
-        elif key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+    for keys, value in settings:
+        key = next((key for key in keys if key.endswith("_implementation")), None)
+        if key is not None and isinstance(value, str) and "/" in value:
             raise UserError(f"{config}: {key} {value!r} is code on the hub, which is not run; delete {key}")
 
 
@@ -269,9 +267,7 @@ def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> A
             if len(found) > len(found.all_special_tokens):
                 found.encode("a text")  # damage shows only then
                 return found
-        except UserError:
-            raise
-        except (KeyboardInterrupt, SystemExit):
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of tokenizers, which is written in Rust, is no Exception
             problem = f"transformers cannot load its tokenizer ({one_line(e)})"

@@ -17,7 +17,7 @@ from torch import Tensor
 from restomod.errors import UserError, shortened
 from restomod.figures import INK, make_folder, new_figure, quiet, require_matplotlib, write_figure
 from restomod.model.inspect import POSITIONS, roughness
-from restomod.private import presentable
+from restomod.redaction import redact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
     make_folder(folder)
     for name, picture in pictures.items():
         figure = picture(tensors)
-        subject = f"{shortened(presentable(title))}: {figure.get_suptitle()}"
+        subject = f"{shortened(redact(title))}: {figure.get_suptitle()}"
         figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
         write_figure(figure, folder / name, folder)
     return [folder / name for name in pictures]

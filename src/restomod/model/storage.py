@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from restomod.errors import UserError, one_line
 from restomod.json_files import file_name, read_json
-from restomod.locks import SAFELY
+from restomod.locks import SAFE_OPEN
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both
@@ -146,7 +146,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
         OSError: it cannot be made.
         SafetensorError: it cannot be written.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | SAFELY, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | SAFE_OPEN, 0o666)
     mode = os.fstat(fd).st_mode  # of a new file as the user's umask wants it; safetensors makes one of 0600
     os.close(fd)
     save_file(dict(tensors), path, metadata)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -34,7 +35,14 @@ from restomod.run_folder import require_checkpoint_inside
 from restomod.temporary import Temporary, remove_leftovers
 from restomod.train.distributed import SINGLE, Processes
 from restomod.train.gather import copy_from_main, fill
-from restomod.train.identity import DATA_FINGERPRINT, STATE_FORMAT, Complete, differences, read_state, run_identity
+from restomod.train.identity import (
+    DATA_FINGERPRINT,
+    STATE_FORMAT,
+    CheckpointFiles,
+    differences,
+    read_state,
+    run_identity,
+)
 from restomod.train.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.train.saved_tensors import STATE, opened, require_finite
 from restomod.train.scale import LOSS_SCALE
@@ -47,9 +55,14 @@ STEP_FOLDER = re.compile(r"step_\d+")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest step first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted((f for f in folders if STEP_FOLDER.fullmatch(f.name)), key=step_of)
+    """The checkpoint folders of a run, oldest step first.
+
+    Raises:
+        OSError: ``checkpoints`` cannot be read, which does not mean that there are none.
+    """
+    folder = run / "checkpoints"
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -127,10 +140,7 @@ def _remove_leftovers(run: Path) -> None:
         if not folder.exists() and not replaced.is_symlink():  # killed between the two renames
             move_folder(replaced, folder, COMPLETE)
     for leftover in checkpoints.glob(".step_*.tmp"):  # as earlier versions have named all that is temporary
-        if leftover.is_symlink():
-            leftover.unlink()
-        else:
-            shutil.rmtree(leftover)
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     remove_leftovers(checkpoints)
 
 
@@ -207,12 +217,12 @@ def verify_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {mend}")
     require_checkpoint_inside(folder)
     try:
-        record = read_json(folder / COMPLETE, "record of a finished checkpoint", Complete)
+        record = read_json(folder / COMPLETE, "record of a finished checkpoint", CheckpointFiles)
     except UserError as e:
         raise UserError(f"{e}; {mend}") from None
     expected_files = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()]
     listed = {path for path, _, _ in expected_files}
-    require_inside(folder, *listed)
+    require_checkpoint_inside(folder, *listed)
     for needed in (WEIGHTS, "config.json", f"{STATE}/state.json"):
         if folder / needed not in listed:
             raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {mend}")

@@ -98,7 +98,7 @@ class _Output(io.TextIOBase):
 
     @property
     def _stream(self) -> TextIO | None:
-        return cast(TextIO | None, output.exact(sys.stdout))
+        return cast(TextIO | None, output.raw_stream(sys.stdout))
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

@@ -7,10 +7,9 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from restomod.data.manifest import MAX_BYTES
+from restomod.data.manifest import MAX_BYTES, Count
 from restomod.errors import UserError
 from restomod.json_files import read_json
-from restomod.train.metrics import Count
 
 MAY_CHANGE_ON_RESUME = {
     "steps",
@@ -54,7 +53,7 @@ class Size(TypedDict):
     sha256: str
 
 
-class Complete(TypedDict):
+class CheckpointFiles(TypedDict):
     """What `COMPLETE` says."""
 
     format: Literal["restomod-checkpoint-1"]

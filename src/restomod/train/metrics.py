@@ -17,23 +17,23 @@ from typing import Annotated, Any, BinaryIO, Required
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from restomod.data.manifest import Count
 from restomod.errors import UserError
 from restomod.files import open_to_append, require_regular, write_bytes_atomically
 from restomod.json_files import parse_line
 
 Record = dict[str, Any]
-"""A line of a `.jsonl` file, whose known keys are of the types of `Logged` or `Sample`."""
+"""A line of a `.jsonl` file, whose known keys are of the types of `MetricsRecord` or `SampleRecord`."""
 
 MAX_LINE = 2**20  # bytes; a line of records has some hundred
-MAX_SKIPPED = 2**30  # bytes of a line that is too long; beyond, the file is none of records
+MAX_SKIPPED = 2**28  # bytes of a line that is too long; beyond, the file is none of records
 TOO_LONG = b"\0"  # stands for such a line
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
-class Logged(TypedDict, total=False):
+class MetricsRecord(TypedDict, total=False):
     """A record of `metrics.jsonl`; what may be NaN or infinite is of the type ``float``."""
 
     kind: Required[str]
@@ -55,7 +55,7 @@ class Logged(TypedDict, total=False):
     data_offset: Count
 
 
-class Sample(TypedDict):
+class SampleRecord(TypedDict):
     """A record of `samples.jsonl`."""
 
     step: Count
@@ -83,22 +83,22 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
             raise
 
 
-def read_jsonl(path: Path, kind: Any = Logged) -> list[Record]:
+def read_jsonl(path: Path, kind: Any = MetricsRecord) -> list[Record]:
     """The records of a `.jsonl` file; none if there is no file, and without the lines that are damaged."""
     return list(iterate_jsonl(path, kind=kind))
 
 
-def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None, kind: Any = Logged) -> Iterator[Record]:
+def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None, kind: Any = MetricsRecord) -> Iterator[Record]:
     """Yield the records of a `.jsonl` file one by one; together, those of a long run take a gigabyte.
 
     Args:
         path: the file.
         warn: told at the end how many lines are damaged, if any are: no JSON, of other types, or too long. A last line
             that a crash has cut short is no damage: what it said is done and logged again.
-        kind: `Logged` or `Sample`.
+        kind: `MetricsRecord` or `SampleRecord`.
 
     Raises:
-        UserError: it is not a regular file, or has a line of more than a gigabyte.
+        UserError: it is not a regular file, or has a line of more than `MAX_SKIPPED` bytes.
     """
     bad: list[int] = []
     number = 0
@@ -172,7 +172,7 @@ class NewRecords:
                 if not line.endswith(b"\n"):
                     return
                 self._end, self._last = self._end + size, line if len(line) == size else b""
-                if self._containing in line and (record := _parsed(line, Logged)) is not None:
+                if self._containing in line and (record := _parsed(line, MetricsRecord)) is not None:
                     yield record
 
 
@@ -199,7 +199,7 @@ class HeldoutLosses:
         return {step: loss for step, loss in self.read().items() if step > 0}
 
 
-def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = Logged) -> None:
+def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = MetricsRecord) -> None:
     """Rewrite a `.jsonl` file with only the records that ``keep`` wants, and the damaged lines among them.
 
     Lines that are too long for any record are left out. ``kind`` is as for `iterate_jsonl`.

@@ -31,10 +31,10 @@ from restomod.data.shards import Dataset
 from restomod.errors import UserError, reason
 from restomod.files import move_folder, write_json_atomically
 from restomod.json_files import read_json
-from restomod.private import command_without_secrets
+from restomod.redaction import redact_command
 from restomod.temporary import Temporary
 from restomod.train.identity import MAY_CHANGE_ON_RESUME, differences
-from restomod.train.metrics import Record, Sample, append_jsonl, iterate_jsonl, keep_records
+from restomod.train.metrics import Record, SampleRecord, append_jsonl, iterate_jsonl, keep_records
 from restomod.train.track import Trackers
 
 
@@ -87,14 +87,12 @@ class Run:
         """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
 
         def keep(record: Record) -> bool:
-            at, before = (
-                record["step"],
-                record.get("kind") in ("train", "rollback"),
-            )  # after the checkpoint of their step
-            return bool(at < step or (at == step > 0 and not before))
+            at = record["step"]
+            after = record.get("kind") in ("train", "rollback")  # made after the checkpoint of their step
+            return bool(at < step or (at == step > 0 and not after))
 
         keep_records(self.folder / "metrics.jsonl", keep)
-        keep_records(self.folder / "samples.jsonl", keep, Sample)
+        keep_records(self.folder / "samples.jsonl", keep, SampleRecord)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -217,7 +215,7 @@ def environment(device: str, precision: str) -> dict[str, Any]:
         "device": device,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "command": [Path(sys.argv[0]).name, *command_without_secrets(sys.argv[1:])],  # a run's folder is passed around
+        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],  # a run's folder is passed around
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from restomod.config import ModelConfig
 from restomod.errors import UserError, one_line
 from restomod.files import require_regular
+from restomod.model.families import as_saved
 from restomod.model.flops import parameter_count
+from restomod.model.pretrained import read_model_config
 from restomod.model.storage import WEIGHTS, require_short_header
 
 STATE = "training_state"
@@ -37,11 +39,13 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def require_shape(folder: Path, config: ModelConfig) -> None:
-    """See that a checkpoint has as many parameters as a configuration, before memory is taken for them.
+    """See that a checkpoint is of the model that a run's configuration describes, before memory is taken for that.
 
     Raises:
-        UserError: it has not.
+        UserError: its config.json, or the number of its parameters, is another.
     """
+    if read_model_config(folder) != as_saved(config):
+        raise UserError(f"{folder} is of another model than config.json of the run; restore the original files")
     with opened(folder / WEIGHTS) as saved:
         sizes = [math.prod(saved.get_slice(name).get_shape()) for name in saved.keys()]  # noqa: SIM118
     if sum(sizes) != parameter_count(config):

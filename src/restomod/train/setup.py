@@ -42,7 +42,7 @@ from restomod.train.checkpoint import (
 from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.train.find import find_model
 from restomod.train.memory import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
-from restomod.train.metrics import Sample, iterate_jsonl
+from restomod.train.metrics import SampleRecord, iterate_jsonl
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
@@ -200,7 +200,7 @@ def _warnings(folder: Path, unusable: list[Unusable], first_step: int) -> list[s
     lacking = first_step - sum(record["step"] < first_step for record in records)
     if lacking > 0 and len(found) == before:  # damaged lines have been told of
         found.append(f"{log} lacks {lacking} of the {first_step} steps before this one")
-    collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append, Sample), maxlen=0)
+    collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append, SampleRecord), maxlen=0)
     return found
 
 

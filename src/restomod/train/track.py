@@ -26,7 +26,7 @@ from restomod.config_json import to_dict
 from restomod.errors import UserError
 from restomod.files import require_inside, write_json_atomically
 from restomod.json_files import read_json
-from restomod.private import presentable
+from restomod.redaction import redact
 from restomod.train.metrics import Record, read_jsonl
 
 PROJECT = "restomod"
@@ -120,7 +120,7 @@ class WandB(_Online):
             id=identity,
             name=run.resolve().name,
             resume="allow",
-            config=presentable(to_dict(config)),
+            config=redact(to_dict(config)),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -142,7 +142,7 @@ class Trackio(_Online):
         import trackio
 
         name = f"{run.resolve().name}-{identity}"
-        self._run = trackio.init(PROJECT, name, resume="allow", config=presentable(to_dict(config)), embed=False)
+        self._run = trackio.init(PROJECT, name, resume="allow", config=redact(to_dict(config)), embed=False)
 
     def _log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
