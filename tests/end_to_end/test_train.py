@@ -20,7 +20,7 @@ from restomod.errors import UserError
 from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
 from restomod.train.console import Display
 from restomod.train.loop import train
-from restomod.train.metrics import Sample, read_jsonl
+from restomod.train.metrics import SampleRecord, read_jsonl
 
 QUIET = Display(interactive=False)
 
@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) 
     # the text is drawn evenly from 20 words, so ln(20) = 3.0 is the best a model can do
     assert math.log(20) - 0.2 < records(run, "val")[-1]["loss"] < 6
     assert [r["step"] for r in records(run, "val")] == [*range(0, 60, 5), 60]
-    assert [r["step"] for r in read_jsonl(run / "samples.jsonl", Sample)] == [*range(5, 60, 5), 60]
+    assert [r["step"] for r in read_jsonl(run / "samples.jsonl", SampleRecord)] == [*range(5, 60, 5), 60]
     assert [p.name for p in list_checkpoints(run)] == ["step_000056", "step_000060"]
     verify_checkpoint(list_checkpoints(run)[-1])
 
