@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from restomod.config import RunConfig, SamplingConfig
 from restomod.train.console import Display
 from restomod.train.loop import train
-from restomod.train.metrics import Sample, read_jsonl
+from restomod.train.metrics import SampleRecord, read_jsonl
 
 from .test_resume import same_checkpoint
 
@@ -28,10 +28,10 @@ def runs(tiny: RunConfig, folder: Path, **values: Any) -> tuple[Path, Path]:
     train(dataclasses.replace(config, eval_every=5, sample_every=5), watched, display=QUIET)
     train(dataclasses.replace(config, eval_every=1000, sample_every=1000), alone, display=QUIET)
     assert [r["step"] for r in read_jsonl(watched / "metrics.jsonl") if r["kind"] == "val"] == [0, 5, 10, 12]
-    assert [r["step"] for r in read_jsonl(watched / "samples.jsonl", Sample)] == [
+    assert [r["step"] for r in read_jsonl(watched / "samples.jsonl", SampleRecord)] == [
         step for step in (5, 10, 12) for _ in range(3)
     ]
-    assert {r["step"] for r in read_jsonl(alone / "samples.jsonl", Sample)} == {12}
+    assert {r["step"] for r in read_jsonl(alone / "samples.jsonl", SampleRecord)} == {12}
     return watched, alone
 
 

@@ -24,7 +24,7 @@ from restomod.data.prepare import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.train.checkpoint import verify_checkpoint
 from restomod.train.loop import train
-from restomod.train.metrics import Sample, read_jsonl
+from restomod.train.metrics import SampleRecord, read_jsonl
 from tests.processes import Ended, error_lines, launch, results
 
 from .conftest import flags
@@ -153,11 +153,15 @@ def test_looking_at_a_run_changes_nothing(
     often, seldom = tmp_path / "often", tmp_path / "seldom"
     assert [r for r in losses(often) if r[0] == "train"] == [r for r in losses(seldom) if r[0] == "train"]
     assert same_checkpoint(often, seldom, shared.steps)
-    assert len(read_jsonl(often / "samples.jsonl", Sample)) > len(read_jsonl(seldom / "samples.jsonl", Sample)) > 0
+    assert (
+        len(read_jsonl(often / "samples.jsonl", SampleRecord))
+        > len(read_jsonl(seldom / "samples.jsonl", SampleRecord))
+        > 0
+    )
     one = dataclasses.replace(shared, eval_every=2, sample_every=2, save_every=NEVER)
     train(one, tmp_path / "one", display=QUIET)
     same_curve(often, tmp_path / "one")
-    assert read_jsonl(often / "samples.jsonl", Sample) == read_jsonl(tmp_path / "one/samples.jsonl", Sample)
+    assert read_jsonl(often / "samples.jsonl", SampleRecord) == read_jsonl(tmp_path / "one/samples.jsonl", SampleRecord)
     assert tasks(often) == tasks(tmp_path / "one")
 
 
@@ -217,7 +221,7 @@ def test_the_same_number_of_processes_goes_on_bit_for_bit(
     succeeded(resume(2, run))
     assert losses(run) == losses(reference)
     assert same_checkpoint(run, reference, shared.steps)
-    assert read_jsonl(run / "samples.jsonl", Sample) == read_jsonl(reference / "samples.jsonl", Sample)
+    assert read_jsonl(run / "samples.jsonl", SampleRecord) == read_jsonl(reference / "samples.jsonl", SampleRecord)
 
 
 def test_transformers_reads_the_checkpoints_of_an_fsdp_run(shared: RunConfig, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from restomod.temporary import NAME
 from restomod.train import run_lock
 from restomod.train.console import Display
 from restomod.train.loop import EXIT_INTERRUPTED, train
-from restomod.train.metrics import Sample, read_jsonl
+from restomod.train.metrics import SampleRecord, read_jsonl
 
 from .conftest import flags
 
@@ -69,7 +69,7 @@ def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, se
     assert "finished" in output or "already" in output, error
     assert losses(killed) == losses(reference)
     assert same_checkpoint(killed, reference, tiny.steps)
-    assert read_jsonl(killed / "samples.jsonl", Sample) == read_jsonl(reference / "samples.jsonl", Sample)
+    assert read_jsonl(killed / "samples.jsonl", SampleRecord) == read_jsonl(reference / "samples.jsonl", SampleRecord)
 
 
 def test_sigkill_at_a_random_moment_changes_nothing(tiny: RunConfig, tmp_path: Path, restomod: Start) -> None:
