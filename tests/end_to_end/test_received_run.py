@@ -66,17 +66,17 @@ def test_what_a_resumption_writes(name: str, run: Path) -> None:
 
 @pytest.mark.parametrize("target", ["../secret", "../new"])
 def test_what_a_run_appends(target: str, run: Path) -> None:
-    put_link(run / "metrics.jsonl", target)
     mine = Run(run, open_run(str(run)).config)
+    put_link(run / "metrics.jsonl", target)  # afterwards: a run with such a link is not opened
     mine.log("train", 1, loss=1.0)
     assert isinstance(mine.write_records(), OSError)
 
 
 @pytest.mark.parametrize(("name", "target"), [("track.json", "../new"), ("tensorboard", "../theirs")])
 def test_trackers(name: str, target: str, run: Path) -> None:
-    put_link(run / name, target)
     said: list[str] = []
     config = dataclasses.replace(open_run(str(run)).config, track=("tensorboard",))
+    put_link(run / name, target)
     with Trackers(run, config, said.append):
         pass
     assert "nothing is tracked" in said[0]
@@ -117,6 +117,7 @@ def test_all_of_a_run_has_the_umasks_permissions_and_an_examination_stays_in_it(
     assert any(path.name == "optimizer.safetensors" for path in modes)
 
     said: list[str] = []
+    opened = open_run(str(tmp_path / "mine"))
     put_link(tmp_path / "mine" / "examined.json", "../new")
-    examine(open_run(str(tmp_path / "mine")), 100, say=said.append)
+    examine(opened, 100, say=said.append)
     assert "link out of" in said[-1]
