@@ -171,6 +171,13 @@ def test_given_prompts_come_before_the_default() -> None:
     assert choose_prompts((), None, ("b",)) == ("b",)
 
 
+def test_a_file_of_prompts_that_memory_could_not_hold_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "prompts.txt", "wb") as f:
+        f.truncate(2**40)
+    with pytest.raises(UserError, match=r"prompts\.txt is too large"):
+        choose_prompts((), str(tmp_path / "prompts.txt"), ())
+
+
 def test_an_empty_name_of_a_file_is_no_folder() -> None:
     with pytest.raises(UserError, match="--prompt-file is empty"):
         choose_prompts((), "", ("",))

@@ -57,6 +57,26 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is {what}, not a regular file; write its content to a file and name that")
 
 
+def read_limited(path: Path, what: str, max_bytes: int) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: of the file.
+        what: what it holds, for messages.
+        max_bytes: larger files are refused.
+
+    Raises:
+        UserError: it is too large, or no regular file.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    with open(path, "rb") as f:
+        content = f.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"{path} is too large: the {what} may have at most {max_bytes:,} bytes")
+    return content
+
+
 def require_inside(folder: Path, *paths: Path) -> None:
     """Refuse symbolic links that lead out of a folder: a received folder must not expose or overwrite other files.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from restomod.errors import UserError, shortened
-from restomod.files import require_regular
+from restomod.files import read_limited
 from restomod.text import visible
 
 MAX_BYTES = 32 * 2**20  # of a file: its objects may take 30 times as much
@@ -68,13 +68,8 @@ def read_json(path: Path, what: str, kind: Any = Any, max_bytes: int = MAX_BYTES
     Raises:
         UserError: the file is missing, no regular file, unreadable, too large, not JSON, or of another type.
     """
-    require_regular(path)
     try:
-        with open(path, "rb") as f:
-            content = f.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise UserError(f"{path} is too large for a {what}: more than {max_bytes:,} bytes")
-        value = parse_json(content)
+        value = parse_json(read_limited(path, what, max_bytes))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: there is no {what} here") from None
     except OSError as e:

@@ -14,13 +14,15 @@ from restomod.config import Device, Precision, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype
 from restomod.errors import UserError, describe_os_error
-from restomod.files import require_regular
+from restomod.files import read_limited
 from restomod.generate import Request, cache_is_exact, generate, generate_with_transformers, rows_at_once
 from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
 from restomod.model.hf_models import TransformersModel, open_causal_model
 from restomod.model.pretrained import read_model_config
 from restomod.train.find import find_model
+
+MAX_PROMPT_BYTES = 32 * 2**20  # of a file of prompts
 
 
 def continuations(
@@ -110,9 +112,9 @@ def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[st
     if not file:
         raise UserError("--prompt-file is empty; name a text file, a prompt per line")
     path = Path(file)
-    require_regular(path)
     try:
-        lines = re.split("\r\n|\n|\r", path.read_bytes().decode("utf-8-sig"))  # str.splitlines: at U+2028, too
+        content = read_limited(path, "file of prompts", MAX_PROMPT_BYTES)
+        lines = re.split("\r\n|\n|\r", content.decode("utf-8-sig"))  # str.splitlines: at U+2028, too
     except UnicodeDecodeError as e:
         raise UserError(
             f"--prompt-file {path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} at offset {e.start} ({e.reason})"

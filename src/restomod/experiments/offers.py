@@ -12,7 +12,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from restomod.errors import UserError, did_you_mean, one_line, shortened
-from restomod.files import require_regular
+from restomod.files import read_limited
 from restomod.json_files import checked
 
 SHIPPED = Path(__file__).with_name("offers.toml")
@@ -57,13 +57,8 @@ def read_offers(path: Path | None = None) -> list[Offer]:
         UserError: it cannot be read, or an entry is not as `offers.toml` explains.
     """
     path = path or SHIPPED
-    require_regular(path)
     try:
-        with open(path, "rb") as f:
-            content = f.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise UserError(f"{path} is too large for a file of offers: more than {MAX_BYTES:,} bytes")
-        tables = tomllib.loads(content.decode("utf-8"))
+        tables = tomllib.loads(read_limited(path, "file of offers", MAX_BYTES).decode("utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot read the offers ({e.strerror}); the ones shipped are {SHIPPED}") from None
     except (ValueError, RecursionError) as e:  # of UTF-8, of TOML

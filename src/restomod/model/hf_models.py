@@ -22,7 +22,7 @@ from torch import Tensor
 from restomod.config_model import LARGEST, VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.device import available_bytes
-from restomod.errors import UserError, one_line
+from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.json_files import checked, read_json
 from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
@@ -179,9 +179,9 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
             )
-        except UserError:
-            raise
         except Exception as e:  # of any kind: the files say what is run
+            if isinstance(e, UserError) or is_out_of_memory(e):
+                raise
             raise UserError(f"{reason}; and transformers cannot load it ({one_line(e)})") from None
         _refuse_misfit(folder, model, loaded)
         tokenizer = _tokenizer(transformers, name, folder, int(model.config.get_text_config().vocab_size))
@@ -190,6 +190,8 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long, device=device))
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{folder}: transformers cannot run this model ({one_line(e)})") from None
     return TransformersModel(model, tokenizer)
 
