@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import datetime
 import faulthandler
+import gc
 import gzip
 import hashlib
 import io
@@ -714,6 +715,7 @@ def _start(original: Path, folder: Path, format: str, cases: list[int]) -> Worki
             for number in (1, 2):
                 os.dup2(os.open(home / "error.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
             _limit()
+            gc.freeze()  # garbage of the parent, freed in the middle of a command, would hide what the command takes
             child = Child(original, home, format)
             with open(home / "hang.txt", "w") as log, os.fdopen(writing, "w") as pipe:
                 for number in cases:

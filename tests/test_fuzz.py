@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
@@ -48,7 +49,8 @@ def faulty(folder: Path) -> int:
         while True:
             pass
     if kind == b"3":
-        return len(b"x" * 200_000_000) and 0
+        gc.collect()
+        return len(b"x" * 500_000_000) and 0
     if kind == b"4":
         print("\x1b[2J")
     elif kind == b"5":
@@ -73,7 +75,10 @@ def test_each_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (fixtures / "x/b.txt").write_text("1")
     monkeypatch.setattr(fuzz, "FORMATS", {"x": Format("x/a.txt", "text", (Command("faulty"),))})
     monkeypatch.setattr(fuzz, "faulty", lambda: faulty(Path("x")), raising=False)
-    monkeypatch.setattr(fuzz, "CPU_SECONDS", 2.0)
+    garbage: list[object] = [b"x" * 450_000_000]
+    garbage.append(garbage)
+    del garbage  # freed by the next collection, which a child must not take for memory that a command gave back
+    monkeypatch.setattr(fuzz, "CPU_SECONDS", 3.0)
     monkeypatch.setattr(fuzz, "MEMORY", 10**8)  # a gigabyte takes a busy machine longer than that
     monkeypatch.setattr(fuzz, "mutated", lambda content, kind, rng: str(_number(rng)).encode())
     numbers = {r.number: r.outcome for r in campaign(["x"], range(11), 2, tmp_path)}
