@@ -19,14 +19,15 @@ settings.register_profile("restomod", derandomize=True, deadline=None, max_examp
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("restomod")
 
+# Here, not in a fixture alone: fixtures of modules come before those of tests, and train with other rounding on two.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny products are fastest on one thread, by far where the processor is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Tiny matmuls are fastest on one thread, by far where the processor is busy; a test may have changed that."""
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
