@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from restomod.cli import main
 from restomod.config import RunConfig
+from restomod.config_json import read_config
 from restomod.data.prepare import prepare
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.references import REFERENCES, references
@@ -69,7 +70,6 @@ def test_a_run_asks_its_tasks_at_every_validation(run: Path, questions: Path, to
 
 
 def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
-    from restomod.config_json import read_config
 
     asking = dataclasses.replace(tiny, eval_tasks=(f"hellaswag={tmp_path}/none", str(questions)))
     from restomod.errors import UserError
@@ -244,6 +244,20 @@ def test_a_model_folder_is_evaluated_and_left_as_it_was(
     for name in ("acc", "acc_norm", "acc_token"):
         estimate = result["metrics"][name]
         assert f"{estimate['value']:.4f} ± {estimate['stderr']:.4f}" in shown
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = random_model(SMALL)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e38)
+        model.transformer.wte.weight.mul_(1e38)
+    save_model(model, folder)
+    Path("other.txt").write_text("one two three four " * 3000)
+    assert main(["prepare", "other.txt", "--out", "tokens", "--workers", "1"]) == 0
+    command = ["eval", "model", "--tasks", "heldout", "--data", "tokens", "--device", "cpu", "--json", "out.json"]
+    assert main(command) == 2
+    assert "the held-out loss is not a finite number; the model's weights are damaged" in capsys.readouterr().err
+    assert not Path("out.json").exists()
 
 
 def swags(n: int) -> str:

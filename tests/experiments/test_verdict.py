@@ -201,6 +201,15 @@ def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: p
     assert {f["status"] for f in values["findings"] if f["symptom"] != "dead layers"} == {"well"}
 
 
+def test_a_run_without_a_readable_record_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run", SMALL, [])
+    assert main(["verdict", str(folder)]) == 0  # it has only just begun
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step"\n' * 3)
+    assert main(["verdict", str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"restomod: error: {folder / 'metrics.jsonl'} is damaged: no line of it can be read")
+
+
 def test_a_run_that_is_not_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [
         r | ({"ms": 3 * r["ms"]} if r["kind"] == "train" and r["step"] > 700 else {}) for r in quickstart_records()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ def _heldout(
         at_once = batch or max(1, model.tokens_per_forward // T)
         held = dataset_loss(model, dataset, T, device, dtype, None, at_once, processes, gpt2_tokenizer())
     assert held is not None
+    if not math.isfinite(held.loss):
+        raise UserError("the held-out loss is not a finite number; the model's weights are damaged (see `inspect`)")
     return held
 
 

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from restomod.errors import UserError
 from restomod.experiments.bands import reference
 from restomod.experiments.layers import dead_layers
 from restomod.experiments.runs import Run
@@ -59,8 +60,11 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
         weights: look into the newest checkpoint too.
 
     Raises:
-        UserError: a file of the run is damaged.
+        UserError: a file of the run is damaged, or no line of its records can be read.
     """
+    records = run.folder / "metrics.jsonl"
+    if not run.records and records.exists() and records.read_bytes().strip():
+        raise UserError(f"{records} is damaged: no line of it can be read, so the run cannot be judged")
     findings = judge(run.config, run.records, data_lengths(run))
     findings.append(reference(run))
     if weights:
