@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,11 @@ settings.load_profile("restomod")
 
 # Here, not in a fixture alone: fixtures of modules come before those of tests, and train with other rounding on two.
 torch.set_num_threads(1)
+
+# Under `nohup make test &` these are ignored, by the commands that tests start too.
+for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
