@@ -20,13 +20,12 @@ settings.register_profile("restomod", derandomize=True, deadline=None, max_examp
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("restomod")
 
-# Here, not in a fixture alone: fixtures of modules come before those of tests, and train with other rounding on two.
+# At import, not only in a fixture: module-scoped fixtures run first, and two threads round differently from one.
 torch.set_num_threads(1)
 
-# Under `nohup make test &` these are ignored, by the commands that tests start too.
-for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-    if signal.getsignal(ignored) is signal.SIG_IGN:
-        signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
+# `nohup make test &` ignores these signals, and the commands that tests start would inherit that.
+for stopping in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(stopping, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

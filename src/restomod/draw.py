@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from restomod.config import SamplingConfig
-from restomod.errors import UserError
+from restomod.errors import NOT_FINITE, UserError
 
 
 def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[float]) -> Tensor:
@@ -31,9 +31,7 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[flo
         UserError: a row's largest logit is not a finite number.
     """
     if not torch.isfinite(logits.amax(-1)).all():
-        raise UserError(
-            "the model computes logits that are not finite numbers; its weights are damaged (see `inspect`)"
-        )
+        raise UserError(NOT_FINITE)
     if sampling.temperature == 0:
         return logits.argmax(-1).cpu()
     weights, ids = candidates(logits, sampling)

@@ -9,6 +9,10 @@ import os
 from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
+NOT_FINITE = (
+    "the model's output is not finite; its weights are damaged (see `restomod inspect`), or fp16 overflows "
+    "(try --precision fp32)"
+)
 # what errors say: torch's OutOfMemoryError, the driver, Triton, NCCL and MPS in the same words; cuBLAS of its
 # workspaces and handles; cuDNN; the allocators of a CPU; the system, of a library or a thread that it has no room for
 OUT_OF_MEMORY = (

@@ -145,7 +145,7 @@ def test_a_long_question_is_cut_and_counted_and_a_long_choice_refused(model: Sco
 
 def test_what_is_not_a_number_is_refused(model: ScoredGPT, answers: Any) -> None:
     answers(-1.0, math.nan)
-    with pytest.raises(UserError, match="line 0: the model's output is not a number"):
+    with pytest.raises(UserError, match="line 0: the model's output is not finite"):
         evaluate(model, loaded([("q", ["a", "b"], 0)]))
 
 

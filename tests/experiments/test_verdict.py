@@ -204,6 +204,8 @@ def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: p
 def test_a_run_without_a_readable_record_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "run", SMALL, [])
     assert main(["verdict", str(folder)]) == 0  # it has only just begun
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step"')  # a crash during its first record
+    assert main(["verdict", str(folder)]) == 0
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step"\n' * 3)
     assert main(["verdict", str(folder)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

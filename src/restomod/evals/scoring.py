@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from restomod.errors import UserError
+from restomod.errors import NOT_FINITE, UserError
 from restomod.evals.examples import Example
 from restomod.evals.likelihood import LanguageModel, Request, Score, encode_pair, log_likelihoods
 from restomod.evals.tasks import LoadedTask
@@ -80,7 +80,7 @@ def evaluate(
     scores = [[next(answers) for _ in part] for part in requests]
     for example, part in zip(examples, scores, strict=True):
         if any(math.isnan(score.log_likelihood) for score in part):
-            raise UserError(f"{example.where}: the model's output is not a number; its weights are damaged")
+            raise UserError(f"{example.where}: {NOT_FINITE}")
     truncated = sum(any(score.truncated for score in part) for part in scores)
     measure = _last_words if loaded.task.kind == "last-word" else _multiple_choice
     metrics, choices = measure(examples, scores)

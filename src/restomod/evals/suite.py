@@ -19,7 +19,7 @@ from restomod.data.same_tokens import read_run_data
 from restomod.data.shards import Dataset
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.errors import UserError, reason, reported_once
+from restomod.errors import NOT_FINITE, UserError, reason, reported_once
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
@@ -187,7 +187,7 @@ def _heldout(
         held = dataset_loss(model, dataset, T, device, dtype, None, at_once, processes, gpt2_tokenizer())
     assert held is not None
     if not math.isfinite(held.loss):
-        raise UserError("the held-out loss is not a finite number; the model's weights are damaged (see `inspect`)")
+        raise UserError(f"{HELDOUT}: {NOT_FINITE}")
     return held
 
 

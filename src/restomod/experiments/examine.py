@@ -24,7 +24,7 @@ from restomod.data.prepare import prepare
 from restomod.data.shards import Dataset, Part
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.device import choose_device, choose_dtype, keep_freed_memory, total_memory
-from restomod.errors import UserError, reason
+from restomod.errors import NOT_FINITE, UserError, reason
 from restomod.evals.heldout import heldout_windows, token_losses
 from restomod.experiments.report_examined import FILE, FORMAT, read_examined
 from restomod.experiments.runs import Run
@@ -150,7 +150,7 @@ def _examine(
         for tokens, targets in _windows(source, T, max(T, int(float(source.share) * max_tokens)), device):
             losses = token_losses(model, tokens, targets, device, dtype).numpy()
             if not np.isfinite(losses).all():
-                raise UserError("the model's output is not a number; its weights are damaged")
+                raise UserError(NOT_FINITE)
             _add(sums, targets.numpy(), losses)
         loss, count = sums.by_position.sum(0) - before
         by_source.append({"name": visible(source.name), "loss": loss / count, "tokens": int(count)})

@@ -11,6 +11,7 @@ from restomod.experiments.bands import reference
 from restomod.experiments.layers import dead_layers
 from restomod.experiments.runs import Run
 from restomod.train.health import Finding, judge, seen_now
+from restomod.train.metrics import iterate_jsonl
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
     Raises:
         UserError: a file of the run is damaged, or no line of its records can be read.
     """
-    records = run.folder / "metrics.jsonl"
-    if not run.records and records.exists() and records.read_bytes().strip():
-        raise UserError(f"{records} is damaged: no line of it can be read, so the run cannot be judged")
+    if not run.records:
+        damage: list[str] = []
+        path = run.folder / "metrics.jsonl"
+        if not list(iterate_jsonl(path, damage.append)) and damage:
+            raise UserError(f"{path} is damaged: no line of it can be read, so the run cannot be judged")
     findings = judge(run.config, run.records, data_lengths(run))
     findings.append(reference(run))
     if weights:
