@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import faulthandler
@@ -451,6 +452,8 @@ class Said:
 
 def run(line: str, made: str | None = None) -> Said:
     """Run a command in this process, with standard output and error in files; what it has ``made`` is output, too."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what the command takes
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     code, error = None, ""
