@@ -26,6 +26,7 @@ LAYERS = (
     ("restomod",),
     (
         "restomod.errors",
+        "restomod.check_result",
         "restomod.temporary",
         "restomod.destination",
         "restomod.files",

@@ -19,6 +19,9 @@ LARGEST_OF_MODEL = {  # far beyond any model that was built: layers would be mad
     "head_dim": 2**20,
 }
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
+# up to so many tokens attention in half precision is plain products on a CPU: the backward pass of torch's fused
+# kernel takes twice to four times as long as these
+PLAIN_ATTENTION_TOKENS = 256
 
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]

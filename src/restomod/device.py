@@ -17,7 +17,6 @@ from torch import nn
 from restomod.config import Compile, Device, Precision
 from restomod.errors import UserError
 
-CGROUP = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TESTED_TORCH = (2, 11), (2, 15)  # the oldest and the newest release with which all tests have passed
 # Inductor's mix-order reductions lose a part of the gradient from the first of these releases of torch on; the second
@@ -111,22 +110,6 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a new process could have, within the limits of its container; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    free = []
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-        limit = int((CGROUP / "memory.max").read_text())
-        free.append(limit - int((CGROUP / "memory.current").read_text()))
-    return min(free) if free else None
 
 
 def total_memory(device: torch.device) -> int | None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from restomod.check_result import Verdict
 from restomod.cli import main
 from restomod.device import choose_device, choose_dtype, describe_device
 from restomod.doctor import examine, speed
 from restomod.model.flops import peak_flops
-from restomod.train.sanity import Verdict
 from tests.cuda.common import DEVICE, REAL, WORDS, write_text
 
 pytestmark = pytest.mark.cuda

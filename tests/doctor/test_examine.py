@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from restomod.check_result import Status, Verdict
 from restomod.cli import main
 from restomod.config import Device, ModelConfig, Precision, RunConfig
 from restomod.doctor import examine, machine, speed, tools
@@ -24,7 +25,6 @@ from restomod.doctor.speed import Rates, matmul_rates
 from restomod.errors import UserError
 from restomod.presets import preset
 from restomod.train import parity
-from restomod.train.sanity import Status, Verdict
 from restomod.train.saver import kept
 from tests.models import CPU
 from tests.train.test_parity import FAULTS, WrongKernel
@@ -232,7 +232,7 @@ def cgroup(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(machine, "CGROUP", folder)
-    monkeypatch.setattr("restomod.device.CGROUP", folder)
+    monkeypatch.setattr("restomod.memory.CGROUP", folder)
 
 
 def test_a_containers_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

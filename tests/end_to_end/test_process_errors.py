@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from restomod.check_result import Verdict
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.shards import Dataset, TokenStream
@@ -20,7 +21,6 @@ from restomod.errors import UserError
 from restomod.train import checkpoint, setup
 from restomod.train import step as step_module
 from restomod.train.loop import train
-from restomod.train.sanity import Verdict
 from tests.processes import Ended, error_lines, launch
 
 from .conftest import flags

@@ -10,7 +10,7 @@ import pytest
 
 from restomod.config import DataConfig, RunConfig, SamplingConfig
 from restomod.experiments.compare_report import published_differ
-from restomod.experiments.differences import CHANGES_NOTHING, differing, flat, is_fineweb_edu, settings
+from restomod.experiments.differences import CHANGES_NOTHING, differing, flat, settings, trains_on_fineweb_edu
 from restomod.experiments.runs import open_run
 from tests.train.test_run import CONFIG as ANY
 from tests.train.test_run import MAY_CHANGE
@@ -68,5 +68,5 @@ def test_fineweb_edu_is_known_by_the_name_of_its_tokens(name: str, path: str, is
     config = dataclasses.replace(SMALL, data=DataConfig(source="tokens", path=path))
     plan = {"units": [{"source": name, "files": [path]}]}
     run = open_run(make_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
-    assert is_fineweb_edu(run) is is_it
+    assert trains_on_fineweb_edu(run) is is_it
     assert ("FineWeb-Edu" in str(published_differ([run]))) is not is_it

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from restomod.cli import main
-from restomod.experiments.differences import is_fineweb_edu
+from restomod.experiments.differences import trains_on_fineweb_edu
 from restomod.experiments.report import labels, open_runs, page_data
 from restomod.experiments.report_config import differences, preset_of
 from restomod.experiments.report_evals import evaluation_tables, lines_of
@@ -205,9 +205,9 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
         ("fineweb-edu+notes.txt", False),
     ],
 )
-def test_gpt2s_line_stands_where_the_data_is_fineweb_edu(tmp_path: Path, data: str, is_it: bool) -> None:
+def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(tmp_path: Path, data: str, is_it: bool) -> None:
     run = open_run(make_run(tmp_path / "r", data=data))
-    assert is_fineweb_edu(run) is is_it
+    assert trains_on_fineweb_edu(run) is is_it
     lines = page_run(run, "r", Prices())["lines"].get("loss", [])
     assert lines == ([{"name": "GPT-2 124M", "value": 3.2924}] if is_it else [])
 
@@ -216,7 +216,7 @@ def test_published_shards_are_told_by_their_names(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", data="shards")
     shards = [{"file": "edufineweb_val_000000.npy", "tokens": 5}]
     (folder / "data.json").write_text(json.dumps({"name": "shards", "splits": {"val": {"shards": shards}}}))
-    assert is_fineweb_edu(open_run(folder))
+    assert trains_on_fineweb_edu(open_run(folder))
 
 
 @pytest.mark.parametrize(("name", "is_it"), [("kjj0/finewebedu10B-gpt2", True), ("other", False)])

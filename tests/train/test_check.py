@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import restomod
+from restomod.check_result import Status, Verdict
 from restomod.cli import main
 from restomod.config import ModelConfig, RunConfig
 from restomod.data.tokenizer import gpt2_tokenizer
@@ -37,7 +38,7 @@ from restomod.train.check import (
     residual_stds,
 )
 from restomod.train.optimizer import build_optimizer
-from restomod.train.sanity import QUICK, Status, Subject, Verdict
+from restomod.train.sanity import QUICK, Subject
 from restomod.train.step import Compute
 from tests.models import CPU, to_transformers
 from tests.train.faults import QUICK_FAULTS, SLOW_FAULTS

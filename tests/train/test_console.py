@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from restomod.train.console import Display, closing_lines, numbers, sanity_lines
+from restomod.check_result import Status, Verdict
+from restomod.train.console import Display, numbers
+from restomod.train.console_lines import closing_lines, sanity_lines
 from restomod.train.metrics import append_jsonl
-from restomod.train.sanity import Status, Verdict
 
 RECORD: dict[str, Any] = {
     "kind": "train",

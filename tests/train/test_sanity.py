@@ -11,13 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from restomod.check_result import Status, Verdict
 from restomod.config import ModelConfig
 from restomod.train import sanity
 from restomod.train.sanity import (
     QUICK,
-    Status,
     Subject,
-    Verdict,
     causality,
     gradients,
     initial_loss,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from restomod.check_result import Verdict
 from restomod.config import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
@@ -16,7 +17,7 @@ from restomod.model.gpt import GPT, build_model
 from restomod.train.checkpoint import write_checkpoint
 from restomod.train.distributed import SINGLE
 from restomod.train.optimizer import Optimizers, build_optimizer, optimizer_tensors
-from restomod.train.sanity import Subject, Verdict
+from restomod.train.sanity import Subject
 from restomod.train.step import BatchLoss, Compute, train_step
 from tests.models import CPU
 

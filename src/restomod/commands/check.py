@@ -12,8 +12,8 @@ from restomod.config import require_seed
 from restomod.parsing import parse
 
 if TYPE_CHECKING:  # torch is imported when it is needed
+    from restomod.check_result import Verdict
     from restomod.train.console import Display
-    from restomod.train.sanity import Verdict
 
 EXIT_CHECK_FAILED = 1
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}

@@ -5,6 +5,8 @@ Keys that are not known here stay where a manifest is copied.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -161,3 +163,18 @@ def read_unit(path: Path) -> dict[str, Any]:
     except UserError as e:
         raise UserError(f"{e}; delete this file and run the same command again") from None
     return record
+
+
+def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:
+    """Whether tokens are FineWeb-Edu's, on which the published held-out losses were measured: told by their names.
+
+    Args:
+        manifest: of the tokens, with their name and their shards. A mix is another text.
+    """
+    splits = manifest.get("splits")
+    held_out = splits.get("val") if isinstance(splits, dict) else None
+    shards = held_out.get("shards") if isinstance(held_out, dict) else None
+    files = [str(shard.get("file")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+    names = [str(manifest.get("name", "")), *files]
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
+    return "+" not in names[0] and any("finewebedu" in name or "edufineweb" in name for name in plain)

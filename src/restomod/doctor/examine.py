@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from restomod.check_result import Verdict
 from restomod.config import Device, Precision, RunConfig
 from restomod.device import dtype_name
 from restomod.doctor.gpu import attention, cudnn, known_faults
@@ -14,7 +15,6 @@ from restomod.doctor.speed import memory_bandwidth
 from restomod.doctor.tools import compiler, processes
 from restomod.errors import UserError
 from restomod.train.parity import device_parity
-from restomod.train.sanity import Verdict
 
 Check = Callable[[Machine], Verdict]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from restomod.check_result import Verdict
 from restomod.device import REDUCTIONS, WRONG_REDUCTIONS, avoid_wrong_reductions, torch_release
 from restomod.doctor.machine import Machine
 from restomod.model.attention import BACKENDS, Use
-from restomod.train.sanity import Verdict
 
 TOKENS, HEADS, HEAD_SIZE = 1024, 12, 64  # GPT-2 124M's
 NAMES = {

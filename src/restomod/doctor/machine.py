@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from restomod.check_result import Verdict
 from restomod.config import Device, Precision, RunConfig
 from restomod.device import (
-    CGROUP,
     TESTED_TORCH,
-    available_bytes,
     choose_device,
     choose_dtype,
     describe_device,
@@ -27,10 +26,10 @@ from restomod.device import (
 )
 from restomod.doctor.speed import Rates, matmul_rates
 from restomod.errors import UserError
+from restomod.memory import CGROUP, available_bytes
 from restomod.model.flops import parameter_count
 from restomod.train.footprint import footprint
 from restomod.train.memory import choose_micro_batch
-from restomod.train.sanity import Verdict
 
 PACKAGE = "restomod"
 NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}

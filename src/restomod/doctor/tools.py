@@ -11,8 +11,8 @@ import tempfile
 import torch
 from torch import Tensor, nn
 
+from restomod.check_result import Verdict
 from restomod.doctor.machine import Machine
-from restomod.train.sanity import Verdict
 
 COMPILED_TOLERANCE = 1e-5
 PATIENCE = 60.0  # seconds for a child process

@@ -7,10 +7,7 @@ Learners", 2020, table H.1 (GPT-3); README files of public reproductions on Fine
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,3 @@ REFERENCES = (
 def references(task: str) -> list[Reference]:
     """What is published about a task."""
     return [reference for reference in REFERENCES if reference.task == task]
-
-
-def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:
-    """Whether tokens are FineWeb-Edu's, on which the published held-out losses were measured: told by their names.
-
-    Args:
-        manifest: of the tokens, with their name and their shards. A mix is another text.
-    """
-    splits = manifest.get("splits")
-    held_out = splits.get("val") if isinstance(splits, dict) else None
-    shards = held_out.get("shards") if isinstance(held_out, dict) else None
-    files = [str(shard.get("file")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
-    names = [str(manifest.get("name", "")), *files]
-    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
-    return "+" not in names[0] and any("finewebedu" in name or "edufineweb" in name for name in plain)

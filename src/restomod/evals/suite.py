@@ -14,6 +14,7 @@ import torch
 
 from restomod.config import DataConfig, Device, Precision, RunConfig
 from restomod.config_json import read_config
+from restomod.data.manifest import is_fineweb_edu
 from restomod.data.prepare import prepare
 from restomod.data.same_tokens import read_run_data
 from restomod.data.shards import Dataset
@@ -23,7 +24,7 @@ from restomod.errors import NOT_FINITE, UserError, reason, reported_once
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
-from restomod.evals.references import Reference, is_fineweb_edu, references
+from restomod.evals.references import Reference, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
 from restomod.files import short_name, write_json_atomically, write_text_atomically

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from restomod.evals.references import GPT2, LR_STUDY, references
-from restomod.experiments.differences import differing, flat, is_fineweb_edu
+from restomod.experiments.differences import differing, flat, trains_on_fineweb_edu
 from restomod.experiments.runs import Run
 from restomod.presets import preset
 from restomod.train.health import Finding
@@ -67,7 +67,7 @@ def bands() -> tuple[Band, ...]:
         Band(
             "gpt2-124m",
             "FineWeb-Edu",
-            is_fineweb_edu,
+            trains_on_fineweb_edu,
             (10**10,),
             (_published(LR_STUDY[0]) - 0.1,),
             (_published(GPT2),),

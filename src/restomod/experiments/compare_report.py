@@ -12,7 +12,7 @@ from restomod.evals.references import references
 from restomod.evals.tasks import is_whole
 from restomod.experiments.axes import LABELS, Axis
 from restomod.experiments.compare import Comparison, Group, made, spent_hours
-from restomod.experiments.differences import is_fineweb_edu
+from restomod.experiments.differences import trains_on_fineweb_edu
 from restomod.experiments.runs import Run
 from restomod.experiments.statistics import Welch
 from restomod.experiments.tables import Table
@@ -159,7 +159,7 @@ def _published(found: Comparison) -> Table:
 
 def published_differ(runs: Sequence[Run]) -> str | None:
     """Why published held-out losses say nothing about these runs; None if they do."""
-    others = [run.name for run in runs if not is_fineweb_edu(run)]
+    others = [run.name for run in runs if not trains_on_fineweb_edu(run)]
     if others:
         return f"they are of FineWeb-Edu, and {_who(others, runs)} trained on other text"
     shorter = [run.name for run in runs if run.config.sequence_length != PUBLISHED_CONTEXT]

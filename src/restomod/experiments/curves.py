@@ -10,7 +10,8 @@ from pathlib import Path
 
 from restomod.config import RunConfig
 from restomod.config_model import ModelConfig
-from restomod.evals.references import LLAMA, LR_STUDY, is_fineweb_edu, references
+from restomod.data.manifest import is_fineweb_edu
+from restomod.evals.references import LLAMA, LR_STUDY, references
 from restomod.presets import llama_124m, quickstart
 
 NEAR = 0.05  # how far the number of tokens, or tokens per step, may be from those of a published run

@@ -9,7 +9,7 @@ from typing import Any
 
 from restomod.config import RunConfig
 from restomod.config_json import to_dict
-from restomod.evals import references
+from restomod.data.manifest import is_fineweb_edu
 from restomod.experiments.runs import Run
 
 Settings = dict[str, Any]
@@ -66,9 +66,9 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
     return {name: found for name, found in values.items() if len({_key(value) for value in found}) > 1}
 
 
-def is_fineweb_edu(run: Run) -> bool:
+def trains_on_fineweb_edu(run: Run) -> bool:
     """Whether a run trains on FineWeb-Edu, so that losses published for it can stand beside its own."""
-    return run.config.data.mix is None and references.is_fineweb_edu(run.manifest)
+    return run.config.data.mix is None and is_fineweb_edu(run.manifest)
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Settings:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from restomod.data.manifest import is_fineweb_edu
 from restomod.evals import references
 from restomod.evals.references import GPT2
 from restomod.evals.tasks import TASKS, is_whole
-from restomod.experiments.differences import is_fineweb_edu
+from restomod.experiments.differences import trains_on_fineweb_edu
 from restomod.experiments.report_curves import number
 from restomod.experiments.runs import Record, Run
 
@@ -21,8 +22,8 @@ def _on_fineweb_edu(values: Record, run: Run) -> bool:
     """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
     data = values.get("data")
     if data is None or data.get("fingerprint") == run.manifest.get("fingerprint"):
-        return is_fineweb_edu(run)
-    return references.is_fineweb_edu(data)
+        return trains_on_fineweb_edu(run)
+    return is_fineweb_edu(data)
 
 
 def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -32,7 +33,7 @@ def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
     whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
     found: dict[str, list[dict[str, Any]]] = {}
     for task, metric in {"heldout": "loss", **HEADLINES}.items():
-        if task == "heldout" and not is_fineweb_edu(run):
+        if task == "heldout" and not trains_on_fineweb_edu(run):
             continue
         published = references.references(task) if task == "heldout" or task in whole else []
         lines = [{"name": r.model, "value": r.value} for r in published if r.model == GPT2 and r.metric == metric]

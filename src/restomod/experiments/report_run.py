@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from restomod.config_json import to_dict
-from restomod.experiments.differences import is_fineweb_edu
+from restomod.experiments.differences import trains_on_fineweb_edu
 from restomod.experiments.report_config import (
     describe_model,
     differences,
@@ -59,7 +59,7 @@ def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> d
         "curves": curves(run),
         "tasks": task_curves(run, HEADLINES),
         "lines": lines_of(run),
-        "fineweb_edu": is_fineweb_edu(run),
+        "fineweb_edu": trains_on_fineweb_edu(run),
         "events": events(run),
         "evaluations": evaluation_tables(run),
         "examined": examined(run, newest_checkpoint(run.folder)),

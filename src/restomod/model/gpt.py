@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restomod.config import ModelConfig
-from restomod.device import available_bytes
+from restomod.memory import available_bytes
 from restomod.model.attention import attention
 from restomod.model.flops import padded_parameters
 

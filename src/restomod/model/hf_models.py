@@ -21,9 +21,9 @@ from torch import Tensor
 
 from restomod.config_model import LARGEST, VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
-from restomod.device import available_bytes
 from restomod.errors import UserError, is_out_of_memory, one_line
 from restomod.json_files import checked, read_json
+from restomod.memory import available_bytes
 from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
 from restomod.model.pretrained import (

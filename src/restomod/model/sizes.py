@@ -15,9 +15,6 @@ SOFTMAX_TOKENS = {"cpu": 32, "mps": 1024, "cuda": 1024}
 # of an evaluation: tokens in one forward pass of the validation loss, and positions whose logits exist at once
 EVAL_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65_536}
 SCORED_POSITIONS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
-# up to so many tokens attention in half precision is plain products on a CPU: the backward pass of torch's fused
-# kernel takes twice to four times as long as these
-PLAIN_ATTENTION_TOKENS = 256
 ROOM = 0.9  # of a GPU's free memory; the rest is lost to fragmentation
 LARGE_GPU = 24 * 10**9  # bytes; GPUs with less memory compute proportionally less at once
 

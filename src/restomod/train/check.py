@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from restomod.check_result import Verdict
 from restomod.config import DataConfig, Device, OptimConfig, Precision
 from restomod.data.batches import Batches
 from restomod.data.shards import TokenStream
@@ -25,7 +26,7 @@ from restomod.train.find import open_or_build
 from restomod.train.footprint import state_bytes
 from restomod.train.loss import linear_cross_entropy
 from restomod.train.optimizer import build_optimizer, gradient_norm
-from restomod.train.sanity import LOSS_TOLERANCE, QUICK, Subject, Verdict, loss_gradients
+from restomod.train.sanity import LOSS_TOLERANCE, QUICK, Subject, loss_gradients
 from restomod.train.step import Compute, batch_loss
 
 OVERFIT_STEPS = 200

@@ -13,8 +13,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from restomod.config import ModelConfig, OptimConfig, RunConfig
+from restomod.config_model import PLAIN_ATTENTION_TOKENS
 from restomod.model.flops import padded_parameters
-from restomod.model.sizes import CHUNK_TOKENS, PLAIN_ATTENTION_TOKENS, SOFTMAX_TOKENS, tokens_at_once
+from restomod.model.sizes import CHUNK_TOKENS, SOFTMAX_TOKENS, tokens_at_once
 
 FP32 = 4  # bytes of a number
 ADAMW_NUMBERS, MUON_NUMBERS = 2, 1  # running means of a parameter

@@ -20,7 +20,8 @@ from restomod.data.prefetch import Prefetch
 from restomod.errors import describe_os_error
 from restomod.output import complain
 from restomod.train.checkpoint import list_checkpoints, step_of
-from restomod.train.console import Display, closing_lines, sanity_lines
+from restomod.train.console import Display
+from restomod.train.console_lines import closing_lines, sanity_lines
 from restomod.train.distributed import Processes, joined
 from restomod.train.journal import Journal
 from restomod.train.observe import Health, evaluate, write_samples

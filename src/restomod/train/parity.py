@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from restomod.check_result import Verdict
 from restomod.config import ModelConfig
 from restomod.device import dtype_name
 from restomod.model.gpt import GPT, build_model
-from restomod.train.sanity import Verdict, loss_gradients
+from restomod.train.sanity import loss_gradients
 from restomod.train.step import Compute, batch_loss
 
 CHECKED_BEFORE_TRAINING = {"mps"}  # kinds of device where kernels have been wrong before

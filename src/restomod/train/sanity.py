@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restomod.check_result import Status, Verdict
 from restomod.data.batches import Batches
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
@@ -28,18 +28,6 @@ INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
 FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
 LOSS_TOLERANCE = 1e-4  # nats between two ways to the same fp32 loss; padding in the softmax would add 9e-4
 SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little through, and rounding differs by 1e-7
-
-Status = Literal["pass", "warn", "fail", "skip"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a check found."""
-
-    check: str
-    status: Status
-    """fail: this is no GPT-2 that can learn. warn: unusual, or slow. skip: does not apply, or cannot run here."""
-    reason: str
 
 
 @dataclass(frozen=True)

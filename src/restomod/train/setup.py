@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from restomod.check_result import Verdict
 from restomod.config import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.prepare import prepare
@@ -46,7 +47,7 @@ from restomod.train.metrics import SampleRecord, iterate_jsonl
 from restomod.train.optimizer import Optimizers, build_optimizer
 from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
 from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
-from restomod.train.sanity import Subject, Verdict, quick_checks
+from restomod.train.sanity import Subject, quick_checks
 from restomod.train.saved_tensors import require_shape
 from restomod.train.step import BatchLoss, Compute
 
