@@ -12,10 +12,10 @@ import numpy as np
 
 from restomod.config_prepare import PrepareConfig
 from restomod.data.manifest import MANIFEST
-from restomod.data.plan import BUILT_IN
 from restomod.data.prepare import open_tokens
 from restomod.data.reading import told_lines
 from restomod.data.shards import Dataset, TokenStream
+from restomod.data.sources import BUILT_IN
 from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
 from restomod.errors import UserError
 from restomod.text import counted

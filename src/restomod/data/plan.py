@@ -24,14 +24,13 @@ from restomod.data.pretokenized import SUFFIXES
 from restomod.data.published import split_of
 from restomod.data.readers import Span, can_span, read_documents
 from restomod.data.reading import Reading
-from restomod.data.sources import documents
+from restomod.data.sources import BUILT_IN, documents
 from restomod.data.text_files import files_of
 from restomod.errors import UserError, did_you_mean
 from restomod.text import counted
 
 UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself, or several
 SPAN_BYTES = 64_000_000  # a larger file is cut into spans of at most this size, if it can be
-BUILT_IN = ("python-stdlib", "tinyshakespeare")
 HUB = "hf:"
 PRETOKENIZED = "pretokenized:"
 DATASETS = {  # short names: repository on the hub, its default configuration

@@ -16,6 +16,7 @@ from restomod.data.reading import Reading
 from restomod.data.text_files import files_of
 from restomod.errors import UserError, one_line
 
+BUILT_IN = ("python-stdlib", "tinyshakespeare")  # sources that need no files of the user's
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
