@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 
 from benchmarks.world import world
 from restomod.cli import main as restomod
-from restomod.errors import UserError
-from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
-from restomod.train.metrics import read_jsonl
+from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.metrics import read_jsonl
+from restomod.utils.errors import UserError
 
 FLAGS = """
     --steps 12 --batch-tokens 64 --sequence-length 16 --micro-batch 1 --model.n-layer 2 --model.n-head 2

@@ -24,7 +24,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import evaluate
 from restomod.evals.tasks import load_task
-from restomod.model.pretrained import load_model
+from restomod.model.hf_io import load_model
 
 TASK = """\
 task: local_hellaswag

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Plan
-from restomod.device import choose_dtype, describe_device, dtype_name
-from restomod.doctor.machine import available_bytes, usable_processors
-from restomod.train.run import environment as of_run
+from restomod.checks.machine import available_bytes, usable_processors
+from restomod.engine.device import choose_dtype, describe_device, dtype_name
+from restomod.runs.folder import environment as of_run
 
 PACKAGES = ("numpy", "tiktoken", "tokie", "transformers", "tokenizers", "litgpt", "safetensors")
 

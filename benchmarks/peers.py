@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Absent
-from restomod.errors import UserError, did_you_mean
 from restomod.model.gpt import GPT
+from restomod.utils.errors import UserError, did_you_mean
 
 Step = Callable[[], float]
 PADDED_VOCABULARY = 50304
@@ -54,12 +54,12 @@ class Task:
 
 def restomod(task: Task, compiled: bool, change: Callable[[GPT], None] = lambda model: None) -> Step:
     """Ours, as `restomod train gpt2-124m` makes it; ``change`` is called with the model before it is compiled."""
-    from restomod.device import choose_dtype, compile_module, keep_freed_memory
+    from restomod.config.presets import preset
+    from restomod.engine.device import choose_dtype, compile_module, keep_freed_memory
+    from restomod.engine.distributed import SINGLE
+    from restomod.engine.optimizer import build_optimizer
+    from restomod.engine.step import BatchLoss, Compute, train_step
     from restomod.model.gpt import build_model
-    from restomod.presets import preset
-    from restomod.train.distributed import SINGLE
-    from restomod.train.optimizer import build_optimizer
-    from restomod.train.step import BatchLoss, Compute, train_step
 
     x, device = task.x, task.device
     if device.type == "cpu":
@@ -80,7 +80,7 @@ def transformers(task: Task) -> Step:
     """GPT2LMHeadModel with what `Trainer` does in a step: bf16 where the device has it, fused AdamW, clip to 1."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from restomod.device import autocast, choose_dtype
+    from restomod.engine.device import autocast, choose_dtype
 
     shape, device = task.shape, task.device
     sizes: dict[str, Any] = dataclasses.asdict(shape)
@@ -108,7 +108,7 @@ def litgpt(task: Task) -> Step:
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 
-    from restomod.device import autocast, choose_dtype
+    from restomod.engine.device import autocast, choose_dtype
 
     shape, device = task.shape, task.device
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}

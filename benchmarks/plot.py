@@ -9,7 +9,7 @@ from benchmarks.ratios import advantage, ratio_of
 from benchmarks.records import Item
 from benchmarks.stats import Ratio
 from benchmarks.table import machine, number
-from restomod.figures import INK, new_figure, quiet, write_figure
+from restomod.utils.figures import INK, new_figure, quiet, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

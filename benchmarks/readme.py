@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks import records, scale, table
 from benchmarks.gpu import collect as gpu
 from benchmarks.run import ITEMS
-from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
-from restomod.files import write_text_atomically
-from restomod.json_files import read_json
+from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from restomod.utils.files import write_text_atomically
+from restomod.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"

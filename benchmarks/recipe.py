@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 
-from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
-from restomod.data.prepare import prepare
-from restomod.data.shards import Dataset
+from restomod.data.dataset import Dataset
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import (
+from restomod.engine.device import (
     choose_device,
     choose_dtype,
     compile_module,
@@ -43,13 +43,13 @@ from restomod.device import (
     dtype_name,
     keep_freed_memory,
 )
+from restomod.engine.distributed import SINGLE
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.evals.heldout import dataset_loss
-from restomod.files import write_text_atomically
 from restomod.model.gpt import build_model
-from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import build_optimizer
-from restomod.train.run import environment
-from restomod.train.step import BatchLoss, Compute, train_step
+from restomod.runs.folder import environment
+from restomod.utils.files import write_text_atomically
 
 Overrides = dict[str, Any]
 Row = dict[str, Any]

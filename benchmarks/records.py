@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from restomod.errors import UserError
-from restomod.files import write_json_atomically
-from restomod.json_files import read_json
+from restomod.utils.errors import UserError
+from restomod.utils.files import write_json_atomically
+from restomod.utils.json_files import read_json
 
 FORMAT = 1
 Values = dict[str, float]

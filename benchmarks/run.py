@@ -24,9 +24,9 @@ from benchmarks.contenders import reason
 from benchmarks.harness import Plan
 from benchmarks.machine import environment
 from benchmarks.records import Item
-from restomod.device import choose_device
-from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean
-from restomod.files import write_text_atomically
+from restomod.engine.device import choose_device
+from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from restomod.utils.files import write_text_atomically
 
 MINE = Path(__file__).parent / "results" / "mine"
 MINUTES = {  # what each item may take of a whole run; in proportion where there is more or less time, in this order

@@ -29,13 +29,13 @@ import torch
 
 from benchmarks import scale_gpus, scale_steps
 from benchmarks.scale_data import Reader, in_fresh_process, numbered_stream, write_sparse_dataset
+from restomod.config.presets import preset
 from restomod.data.batches import Batches
-from restomod.device import describe_device
-from restomod.errors import EXIT_USER_ERROR, UserError, describe_os_error
-from restomod.files import write_json_atomically
-from restomod.output_files import require_outputs
-from restomod.presets import preset
-from restomod.train.run import environment
+from restomod.engine.device import describe_device
+from restomod.runs.folder import environment
+from restomod.utils.errors import EXIT_USER_ERROR, UserError, describe_os_error
+from restomod.utils.files import write_json_atomically
+from restomod.utils.output_files import require_outputs
 
 SEED = 1
 AT = (0.0, 0.5, 0.999)  # of an epoch, where a rank goes on

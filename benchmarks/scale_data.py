@@ -25,16 +25,16 @@ import numpy as np
 from torch import Tensor
 
 from restomod.data.batches import FEISTEL_ROUNDS, Batches, _mix
-from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
-from restomod.data.shards import (
+from restomod.data.dataset import (
     HEADER_BYTES,
     MAGIC,
     VERSION,
     TokenStream,
     open_dataset,
 )
+from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
 from restomod.data.verified import VERIFIED, _seen
-from restomod.files import sha256_file, write_json_atomically
+from restomod.utils.files import sha256_file, write_json_atomically
 
 BASE, DIGITS = 50_000, 3  # a window's number in tokens: up to 1.25e14 windows
 NAMES_PER_FILE = 1000  # file systems allow 65,000 on ext4, fewer elsewhere
@@ -255,6 +255,6 @@ def _is_shard(link: Path) -> bool:
 def in_fresh_process(*arguments: Any) -> dict[str, Any]:
     """`rank_cost` in a process of its own, which has opened nothing before: a fork of one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["restomod.data.batches", "restomod.train.step"])
+    context.set_forkserver_preload(["restomod.data.batches", "restomod.engine.step"])
     with context.Pool(1) as pool:
         return pool.apply(rank_cost, arguments)

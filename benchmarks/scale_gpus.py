@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from benchmarks.scale_network import Network, Payload, Step, Tree, Work, ddp, fsdp
-from restomod.experiments.hardware import SPEEDS, Speed, tokens_per_second
-from restomod.presets import preset
+from restomod.config.presets import preset
+from restomod.experiments.plan.hardware import SPEEDS, Speed, tokens_per_second
 
 GB = 10**9
 NCCL = "latencies and efficiency of protocol LL128: src/graph/tuning.cc of NCCL at 01afd20"

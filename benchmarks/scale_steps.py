@@ -26,15 +26,15 @@ import torch.distributed as dist
 from benchmarks import scale_network as model
 from benchmarks.world import world
 from restomod.bench.report import Spread
-from restomod.config import ModelConfig, OptimConfig, RunConfig
+from restomod.config.run import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
-from restomod.data.shards import TokenStream
-from restomod.device import keep_freed_memory
-from restomod.errors import UserError
+from restomod.data.dataset import TokenStream
+from restomod.engine.device import keep_freed_memory
+from restomod.engine.distributed import SINGLE, Processes, distribute, joined
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.model.gpt import GPT, build_model
-from restomod.train.distributed import SINGLE, Processes, distribute, joined
-from restomod.train.optimizer import build_optimizer
-from restomod.train.step import BatchLoss, Compute, train_step
+from restomod.utils.errors import UserError
 
 COUNT = 2
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def measure(given: Trial) -> Samples:
         UserError: one of them has failed; it has said why.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["restomod.data.batches", "restomod.train.step"])
+    context.set_forkserver_preload(["restomod.data.batches", "restomod.engine.step"])
     _store, environments = world(COUNT)  # kept until both have ended
     started, pipes = [], []
     for own in environments:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.harness import Plan
-from restomod.config import DataConfig
+from restomod.config.run import DataConfig
 from restomod.data.documents import AnyDocument, Document
 from restomod.data.readers import read_documents
 from restomod.data.sources import documents as documents_of

@@ -200,8 +200,8 @@ FORMATS = {
 
 def trackers() -> int:
     """Read a run's record of its trackers, as training does, with a tracker that takes everything and does nothing."""
-    from restomod.config_json import read_config
-    from restomod.train import track
+    from restomod.config.serialize import read_config
+    from restomod.runs import trackers as track
 
     class Nowhere:
         def __init__(self, *_: Any) -> None: ...
@@ -217,7 +217,7 @@ def trackers() -> int:
 
 def open_data() -> int:
     """Open prepared data as training does, which reads the record of verified shards."""
-    from restomod.data.shards import open_dataset
+    from restomod.data.dataset import open_dataset
     from restomod.data.tokenizer import gpt2_tokenizer
 
     print(open_dataset(Path("data"), gpt2_tokenizer().sha256).fingerprint)
@@ -235,7 +235,7 @@ def make_fixtures() -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from restomod.data.shards import write_shard
+    from restomod.data.dataset import write_shard
 
     rng = random.Random(0)
     words = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "with", "be", "by", "on", "not"]
@@ -286,7 +286,7 @@ def make_fixtures() -> None:
     Path("data/.verified.json").unlink(missing_ok=True)
     time.sleep(2.1)  # only what has not changed for two seconds is remembered
     _do(EVAL.line)
-    import restomod.experiments.offers as offers
+    import restomod.experiments.plan.prices as offers
 
     Path("offers.toml").write_bytes(offers.SHIPPED.read_bytes())
     _do(SWEEP.line)
@@ -338,8 +338,8 @@ def _make_other() -> None:
 
 
 def _do(line: str, stop_before: str | None = None) -> None:
-    """Run a command that has to succeed; or one that is stopped before a function of `restomod.data.pipeline`."""
-    from restomod.data import pipeline
+    """Run a command that has to succeed; or one that is stopped before a function of `restomod.data.prepare.run`."""
+    from restomod.data.prepare import run as pipeline
 
     said = io.StringIO()
     before = {stop_before: getattr(pipeline, stop_before)} if stop_before else {}
@@ -677,11 +677,11 @@ def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path)
 
 def prepared(original: Path) -> None:
     """Import all that commands need, and make the fixtures; network connections are refused from now on."""
-    import restomod.experiments.examine
-    import restomod.experiments.report
-    import restomod.experiments.sweep
+    import restomod.analysis.report.examine
+    import restomod.analysis.report.write
+    import restomod.experiments.sweep.worker
     import restomod.train.loop  # noqa: F401
-    from restomod.experiments import subprocesses
+    from restomod.experiments.sweep import trial_process
 
     def refuse(*_: Any) -> None:
         raise OSError(101, "Network is unreachable")
@@ -692,9 +692,9 @@ def prepared(original: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from tests.experiments import stand_in
+    from tests.experiments.sweep import stand_in
 
-    subprocesses.TRAIN = (sys.executable, stand_in.__file__)  # type: ignore[assignment]
+    trial_process.TRAIN = (sys.executable, stand_in.__file__)  # type: ignore[assignment]
     before = os.getcwd()
     original.mkdir(parents=True)
     os.chdir(original)
@@ -792,7 +792,7 @@ def page(results: list[Result], formats: list[str], command: str, seconds: float
     """The results as Markdown."""
     import torch
 
-    from restomod.device import describe_device
+    from restomod.engine.device import describe_device
 
     processor = describe_device(torch.device("cpu")).partition(",")[0]
     used = os.times()

@@ -121,7 +121,7 @@ class Hub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("restomod.hub.SECONDS_BETWEEN_ATTEMPTS", 0.0)
+        monkeypatch.setattr("restomod.utils.hub.SECONDS_BETWEEN_ATTEMPTS", 0.0)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         huggingface_hub.close_session()
 

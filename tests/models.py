@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from restomod.config import ModelConfig
+from restomod.config.run import ModelConfig
 from restomod.model.gpt import GPT
 
 CPU = torch.device("cpu")

@@ -20,13 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.world import world
-from restomod.errors import ReportedElsewhere, UserError
-from restomod.train.distributed import joined
+from restomod.engine.distributed import joined
+from restomod.utils.errors import ReportedElsewhere, UserError
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["restomod.cli", "restomod.train.loop", "torch._dynamo", "tests.train.trainee", "pytest"]
-)
+CONTEXT.set_forkserver_preload(["restomod.cli", "restomod.train.loop", "torch._dynamo", "tests.trainee", "pytest"])
 
 
 @dataclasses.dataclass(frozen=True)

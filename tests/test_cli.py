@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from restomod import __version__, cli
+from restomod.checks.device_parity import random_model
 from restomod.cli import main
-from restomod.config import ModelConfig, RunConfig
-from restomod.config_prepare import PrepareConfig
-from restomod.errors import UserError
-from restomod.model.pretrained import save_model
-from restomod.presets import PRESETS
-from restomod.train.parity import random_model
-from tests.train.faults import QUICK_FAULTS
+from restomod.config.prepare import PrepareConfig
+from restomod.config.presets import PRESETS
+from restomod.config.run import ModelConfig, RunConfig
+from restomod.model.hf_io import save_model
+from restomod.utils.errors import UserError
+from tests.checks.faults import QUICK_FAULTS
 
 SMALL = (
     *("--data.source", "text", "--data.path", "text.txt", "--sequence-length", "64", "--batch-tokens", "256"),
@@ -578,7 +578,7 @@ def test_a_check_that_fails_is_exit_code_1(
 
 def test_check_passes_its_flags_on_and_checks_gpt2_124m_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr("restomod.train.check.check", lambda *arguments: seen.append(arguments) or [])
+    monkeypatch.setattr("restomod.checks.model_slow.check", lambda *arguments: seen.append(arguments) or [])
     assert main(["check"]) == 0
     assert main(["check", "mine", "--seed", "3", "--device", "cpu", "--precision", "bf16"]) == 0
     assert seen == [("gpt2-124m", 1337, "auto", "auto"), ("mine", 3, "cpu", "bf16")]
@@ -644,7 +644,7 @@ def test_the_workers_are_as_many_as_processors_unless_said(
 ) -> None:
     given = []
     monkeypatch.setattr("os.cpu_count", lambda: 7)
-    monkeypatch.setattr("restomod.data.pipeline.prepare_and_report", lambda *a: given.append(a))
+    monkeypatch.setattr("restomod.data.prepare.run.prepare_and_report", lambda *a: given.append(a))
     flags = [] if workers is None else ["--workers", str(workers)]
     assert main(["prepare", "a", "b", "--out", "o", "--dedup", *flags]) == 0
     assert [(*a[:4], a[5]) for a in given] == [
@@ -683,7 +683,7 @@ def test_models_are_compared(model: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_pictures_are_drawn_into_the_folder_that_is_named(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.model.plots.draw", lambda tensors, title, folder: [folder / "a.png"])
+    monkeypatch.setattr("restomod.analysis.weights.plots.draw", lambda tensors, title, folder: [folder / "a.png"])
     assert main(["inspect", model, "--plots", "pictures"]) == 0
     assert capsys.readouterr().out.endswith(f"drawn               {Path('pictures/a.png')}\n")
 
@@ -724,7 +724,7 @@ def test_prompts_are_continued_in_the_order_of_the_flags_or_of_the_file(
 def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
+    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--prompt", "The", "--stream", "--num-samples", "1", "--device", "cpu"]) == 0
     start = "--- 1 of 1 ---\nThe"
@@ -734,13 +734,13 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
 def test_a_text_is_exact_where_the_output_is_no_terminal(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("restomod.samples.stream", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
+    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
     assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--stream", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "--- 1 of 1 ---\nTheone\x1b[2J\r\u202etwo\n"
 
 
 def test_several_texts_in_a_terminal_are_made_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.samples.stream", lambda *a: pytest.fail("streamed"))
+    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: pytest.fail("streamed"))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--num-samples", "2", "--max-tokens", "2", "--device", "cpu"]) == 0
     assert len(texts(sys.stdout.getvalue())) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.device import keep_freed_memory
+from restomod.engine.device import keep_freed_memory
 from tests import fuzz
 from tests.fuzz import Command, Format, campaign
 from tests.mutations import KINDS, mutated

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import restomod
-from restomod import presets
-from restomod.config import DataConfig, ModelConfig, RunConfig, SamplingConfig
-from tests.experiments import made_runs
+from restomod.config import presets
+from restomod.config.run import DataConfig, ModelConfig, RunConfig, SamplingConfig
+from tests.runs import made_runs
 
 
 def test_the_example_in_the_docstring_runs(

@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.records import Comparison, Entry, Item, Metric
-from restomod.errors import EXIT_USER_ERROR, UserError
-from restomod.json_files import read_json
+from restomod.utils.errors import EXIT_USER_ERROR, UserError
+from restomod.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
 TIMED_OUT = (124, 137)  # exit codes of timeout: it has sent SIGINT, or SIGKILL afterwards

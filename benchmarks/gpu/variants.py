@@ -33,11 +33,11 @@ from benchmarks.items.step import METRICS, SMALL, Shape, task_of, timed
 from benchmarks.machine import environment
 from benchmarks.records import Comparison, Item, Metric
 from restomod.bench.measure import peak_memory
-from restomod.device import REDUCTIONS, avoid_wrong_reductions, choose_dtype, compile_module, synchronize
-from restomod.files import write_text_atomically
+from restomod.config.presets import preset
+from restomod.engine.device import REDUCTIONS, avoid_wrong_reductions, choose_dtype, compile_module, synchronize
+from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import GPT, build_model
-from restomod.presets import preset
-from restomod.train.step import Compute, batch_loss
+from restomod.utils.files import write_text_atomically
 
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,

@@ -22,7 +22,7 @@ from benchmarks.harness import Plan, compare
 from benchmarks.items.step import EAGER, METRICS, OURS, SMALL, Shape, rounds
 from benchmarks.machine import environment
 from benchmarks.records import Item
-from restomod.errors import EXIT_USER_ERROR, UserError
+from restomod.utils.errors import EXIT_USER_ERROR, UserError
 
 
 def measure(plan: Plan) -> Item:

@@ -16,13 +16,13 @@ from benchmarks.contenders import Contender, Here, Measured, Round
 from benchmarks.harness import Plan, compare
 from benchmarks.items.generation import random_model
 from benchmarks.records import Item, Metric
-from restomod.config import OptimConfig
-from restomod.device import synchronize
+from restomod.config.presets import preset
+from restomod.config.run import OptimConfig
+from restomod.engine.device import synchronize
+from restomod.engine.optimizer import Optimizers, build_optimizer
 from restomod.model.gpt import GPT
-from restomod.presets import preset
-from restomod.train.checkpoint import list_checkpoints, load_checkpoint
-from restomod.train.optimizer import Optimizers, build_optimizer
-from restomod.train.saver import Saver
+from restomod.runs.async_saver import Saver
+from restomod.runs.checkpoint import list_checkpoints, load_checkpoint
 
 METRICS = [
     Metric("training stands still", "s", "lower"),

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from benchmarks.contenders import Contender, Here, Measured, Round
 from benchmarks.harness import Plan, compare
 from benchmarks.records import Comparison, Item, Metric
-from restomod.config import ModelConfig, SamplingConfig
-from restomod.device import autocast, choose_dtype, keep_freed_memory, synchronize
-from restomod.generate import Request, generate
+from restomod.config.presets import preset
+from restomod.config.run import ModelConfig, SamplingConfig
+from restomod.engine.device import autocast, choose_dtype, keep_freed_memory, synchronize
+from restomod.generate.decode import Request, generate
 from restomod.model.gpt import GPT, build_model
-from restomod.model.pretrained import save_model
-from restomod.presets import preset
+from restomod.model.hf_io import save_model
 
 Tokens = list[list[int]]
 Way = Callable[[Tokens, int], Tokens]

@@ -13,7 +13,7 @@ from benchmarks.harness import Plan, compare
 from benchmarks.items.startup import TINY, has_step, training
 from benchmarks.records import Comparison, Item, Metric, Series
 from benchmarks.texts import to_train_on
-from restomod.train.metrics import read_jsonl
+from restomod.runs.metrics import read_jsonl
 
 SAMPLES_A_SECOND = 4
 OF = 20

@@ -22,7 +22,7 @@ from benchmarks.items.generation import exported, random_model
 from benchmarks.records import Item, Metric
 from benchmarks.texts import hellaswag
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import autocast, choose_dtype, keep_freed_memory, synchronize
+from restomod.engine.device import autocast, choose_dtype, keep_freed_memory, synchronize
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import evaluate
 from restomod.evals.tasks import LoadedTask, load_task

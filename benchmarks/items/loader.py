@@ -19,7 +19,7 @@ from benchmarks.contenders import Contender, Here, Measured, Round
 from benchmarks.harness import Plan, compare
 from benchmarks.records import Item, Metric
 from restomod.data.batches import Batches
-from restomod.data.shards import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_shard
+from restomod.data.dataset import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_shard
 
 T, SEQUENCES = 1024, 512
 Fetch = Callable[[], torch.Tensor]

@@ -12,9 +12,9 @@ from benchmarks.contenders import Absent, Contender, Measured, Round, Worker
 from benchmarks.harness import Plan, compare
 from benchmarks.records import Item, Metric
 from restomod.bench.measure import peak_memory
-from restomod.config_model import VOCAB_SIZE
-from restomod.device import choose_dtype, keep_freed_memory, synchronize
-from restomod.train.loss import linear_cross_entropy
+from restomod.config.model import VOCAB_SIZE
+from restomod.engine.device import choose_dtype, keep_freed_memory, synchronize
+from restomod.engine.loss import linear_cross_entropy
 
 PADDED = 50304
 METRICS = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]

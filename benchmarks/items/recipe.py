@@ -14,8 +14,8 @@ from benchmarks.harness import Plan, comparison_of
 from benchmarks.recipe import BASELINE, RECIPES, base, changed, tokens_to, trial
 from benchmarks.records import Item, Metric
 from benchmarks.texts import to_train_on
-from restomod.data.prepare import prepare
-from restomod.data.shards import Dataset
+from restomod.data.dataset import Dataset
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
 
 Row = dict[str, Measured]

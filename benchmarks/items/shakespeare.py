@@ -13,8 +13,8 @@ from benchmarks.harness import Plan
 from benchmarks.items.startup import TINY, training
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
 from benchmarks.texts import SHAKESPEARE
-from restomod.experiments.curves import TINYSHAKESPEARE
-from restomod.train.metrics import read_jsonl
+from restomod.experiments.plan.expected_loss import TINYSHAKESPEARE
+from restomod.runs.metrics import read_jsonl
 
 NEVER = 10**9  # steps
 METRICS = [

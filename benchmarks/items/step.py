@@ -13,9 +13,9 @@ from benchmarks.harness import Plan, compare, together
 from benchmarks.peers import Shape, Step, Task
 from benchmarks.records import Comparison, Item, Metric
 from restomod.bench.measure import peak_memory
-from restomod.doctor.machine import Machine, available_bytes
-from restomod.doctor.tools import compiler
-from restomod.presets import preset
+from restomod.checks.machine import Machine, available_bytes
+from restomod.checks.tools import compiler
+from restomod.config.presets import preset
 
 METRICS = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
 OURS, EAGER = "restomod, compiled", "restomod, not compiled"

@@ -18,11 +18,11 @@ from benchmarks.harness import Plan, compare
 from benchmarks.records import Comparison, Item, Metric
 from benchmarks.texts import texts, written
 from restomod.data.bulk import BulkEncoder
-from restomod.data.prepare import document_batches
+from restomod.data.dataset import write_shard
 from restomod.data.readers import Document, read_documents
-from restomod.data.shards import write_shard
+from restomod.data.tokenize import document_batches
 from restomod.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from restomod.memory import peak_resident_bytes
+from restomod.utils.process_memory import peak_resident_bytes
 
 
 def measure(plan: Plan) -> Item:

@@ -3,7 +3,7 @@
     from pathlib import Path
 
     import restomod
-    from restomod.samples import sample
+    from restomod.generate.text import sample
     from restomod.train.loop import train
 
     config = restomod.preset("quickstart")
@@ -21,22 +21,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
-    "RunConfig": "restomod.config",
-    "ModelConfig": "restomod.config",
-    "DataConfig": "restomod.config",
-    "OptimConfig": "restomod.config",
-    "SamplingConfig": "restomod.config",
-    "UserError": "restomod.errors",
-    "preset": "restomod.presets",
-    "prepare": "restomod.data.prepare",
+    "RunConfig": "restomod.config.run",
+    "ModelConfig": "restomod.config.run",
+    "DataConfig": "restomod.config.run",
+    "OptimConfig": "restomod.config.run",
+    "SamplingConfig": "restomod.config.run",
+    "UserError": "restomod.utils.errors",
+    "preset": "restomod.config.presets",
+    "prepare": "restomod.data.tokenize",
     "Batches": "restomod.data.batches",
     "gpt2_tokenizer": "restomod.data.tokenizer",
     "GPT": "restomod.model.gpt",
     "build_model": "restomod.model.gpt",
-    "load_model": "restomod.model.pretrained",
-    "open_model": "restomod.train.find",
-    "find_model": "restomod.train.find",
-    "save_model": "restomod.model.pretrained",
+    "load_model": "restomod.model.hf_io",
+    "open_model": "restomod.runs.open_model",
+    "find_model": "restomod.runs.open_model",
+    "save_model": "restomod.model.hf_io",
     "heldout_loss": "restomod.evals.heldout",
 }
 

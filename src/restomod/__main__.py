@@ -8,8 +8,8 @@ def main() -> int:
     """Run the command line."""
     import_nothing_from_working_folder()  # before anything that could be there is imported
 
-    from restomod.output import sanitize_output
-    from restomod.train.signals import stop_with_torchrun
+    from restomod.engine.signals import stop_with_torchrun
+    from restomod.utils.output import sanitize_output
 
     sanitize_output()  # to the very end: of a traceback too
     stop_with_torchrun()  # before what takes seconds to import: torchrun may be killed meanwhile

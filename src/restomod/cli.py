@@ -14,8 +14,7 @@ from pathlib import Path
 import tyro
 
 from restomod import __version__
-from restomod.afterwards import and_then, take_command
-from restomod.arguments import (
+from restomod.commands.flags import (
     CompareSamplesArguments,
     DataArguments,
     EvalArguments,
@@ -25,18 +24,19 @@ from restomod.arguments import (
     SampleArguments,
     TrainArguments,
 )
-from restomod.config import RunConfig, require_seed
-from restomod.config_model import require_size
-from restomod.errors import (
+from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
+from restomod.config.model import require_size
+from restomod.config.presets import PRESETS, SIZES, is_preset, preset, summary
+from restomod.config.run import RunConfig, require_seed
+from restomod.utils.errors import (
     EXIT_USER_ERROR,
     UserError,
     did_you_mean,
     reason,
     reported_once,
 )
-from restomod.output import guarded, open_missing, raw_stream
-from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
-from restomod.presets import PRESETS, SIZES, is_preset, preset, summary
+from restomod.utils.output import guarded, open_missing, raw_stream
+from restomod.utils.then import and_then, take_command
 
 IGNORED_BY_GREEDY = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
 NEEDS_LESS = {  # what needs less memory, by verb
@@ -87,7 +87,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
         if rest and not rest[0].startswith("-"):
             raise UserError(f"--resume takes the preset from the run; leave {rest[0]!r} out")
-        from restomod.config_json import read_config
+        from restomod.config.serialize import read_config
 
         resumed = GoOnArguments(read_config(folder))
         config = parse(GoOnArguments, resumed, rest, f"restomod train --resume {folder}").config
@@ -111,8 +111,8 @@ def sample(arguments: list[str]) -> int:
     refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings, n = parsed.settings(), parsed.num_samples
 
-    from restomod.samples import choose_prompts, streamed
-    from restomod.samples import sample as run
+    from restomod.generate.text import choose_prompts, streamed
+    from restomod.generate.text import sample as run
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
     terminal, count = sys.stdout.isatty(), len(prompts) * n
@@ -136,8 +136,8 @@ def compare_samples(arguments: list[str]) -> int:
     refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings = parsed.settings()
 
-    from restomod.compare_samples import DEFAULT_PROMPTS, as_table, compare, report_writer
-    from restomod.samples import choose_prompts
+    from restomod.generate.compare import DEFAULT_PROMPTS, as_table, compare, report_writer
+    from restomod.generate.text import choose_prompts
 
     write = report_writer(parsed.out, parsed.prompt_file)
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
@@ -189,11 +189,11 @@ def prepare(arguments: list[str]) -> int:
     if os.path.lexists(parsed.out) and not os.path.isdir(parsed.out):
         raise UserError(f"--out {parsed.out} is not a folder; name another")
 
-    from restomod.data.plan import ignored_by_sources
+    from restomod.data.prepare.units import ignored_by_sources
 
     refuse_ignored(arguments, ignored_by_sources(parsed.sources))
 
-    from restomod.data.pipeline import prepare_and_report, stopped_by_signals
+    from restomod.data.prepare.run import prepare_and_report, stopped_by_signals
 
     workers, out = parsed.workers, Path(parsed.out)
     if parsed.engine == "local":
@@ -208,7 +208,7 @@ def data(arguments: list[str]) -> int:
     """Show what is in a folder of token shards."""
     parsed = parse(DataArguments, tyro.MISSING_NONPROP, arguments, "restomod data")
 
-    from restomod.data.overview import overview
+    from restomod.data.summary import overview
 
     for line in overview(Path(parsed.folder), parsed.verify):
         print(line)
@@ -224,8 +224,8 @@ def inspect(arguments: list[str]) -> int:
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
 
-    from restomod.inspection import compare
-    from restomod.inspection import inspect as run
+    from restomod.analysis.weights.report import compare
+    from restomod.analysis.weights.report import inspect as run
 
     if parsed.diff is not None:
         lines = compare(parsed.model, parsed.diff, parsed.seed)

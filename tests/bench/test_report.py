@@ -9,8 +9,8 @@ import pytest
 
 from restomod.bench.measure import PHASES, Timings
 from restomod.bench.report import Report, Spread
-from restomod.config import RunConfig
-from restomod.config_json import from_dict
+from restomod.config.run import RunConfig
+from restomod.config.serialize import from_dict
 
 WHOLE = [0.5, 0.25, 1.0]  # seconds
 BY_PHASE = [dict(zip(PHASES, seconds, strict=True)) for seconds in ((0.0, 0.2, 0.3, 0.1), (0.1, 0.3, 0.2, 0.2))]

@@ -21,10 +21,10 @@ from restomod.bench.measure import PHASES, PhaseClock, Steps, measure, peak_memo
 from restomod.cli import main
 from restomod.data.prefetch import Prefetch
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.train.distributed import SINGLE, Processes
-from restomod.train.step import BatchLoss, Compute
+from restomod.engine.distributed import SINGLE, Processes
+from restomod.engine.step import BatchLoss, Compute
 from tests.models import CPU
-from tests.train.trainee import Trainee, assert_identical, make_trainee
+from tests.trainee import Trainee, assert_identical, make_trainee
 
 SMALL = (
     *("--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32", "--sequence-length", "64"),
@@ -260,7 +260,7 @@ def test_too_little_memory_is_one_line(
             torch.empty(2**60)  # what the CPU's allocator says
         raise problem  # type: ignore[misc]
 
-    monkeypatch.setattr("restomod.train.step.linear_cross_entropy", fail)
+    monkeypatch.setattr("restomod.engine.step.linear_cross_entropy", fail)
     assert bench_step() == 2
     error = capsys.readouterr().err
     assert error.startswith("restomod: error: out of memory with one sequence at once (")
@@ -271,7 +271,7 @@ def test_another_error_of_torch_is_not_taken_for_one_of_memory(monkeypatch: pyte
     def fail(*arguments: object) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr("restomod.train.step.linear_cross_entropy", fail)
+    monkeypatch.setattr("restomod.engine.step.linear_cross_entropy", fail)
     with pytest.raises(RuntimeError, match="multiplied"):
         bench_step()
 

@@ -24,7 +24,7 @@ from benchmarks.harness import Plan
 from benchmarks.items import shakespeare
 from benchmarks.records import Comparison, Entry, Item, Metric
 from restomod.cli import _train_arguments
-from restomod.experiments.curves import TINYSHAKESPEARE
+from restomod.experiments.plan.expected_loss import TINYSHAKESPEARE
 from tests.benchmarks.made import ENVIRONMENT
 
 ROOT = Path(run.__file__).parents[1]

@@ -12,7 +12,7 @@ from benchmarks import plot, ratios, readme, reasons, records, table
 from benchmarks.records import Item
 from benchmarks.stats import Ratio
 from benchmarks.table import NO_RIVALS
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 from tests.benchmarks.made import ENVIRONMENT, SECONDS, SPEED, items
 
 

@@ -22,10 +22,10 @@ from benchmarks import scale_data as data
 from benchmarks import scale_gpus as gpus
 from benchmarks import scale_network as network
 from benchmarks import scale_steps as steps
+from restomod.config.presets import preset
 from restomod.data.batches import Batches, permute
-from restomod.data.shards import MAPPED_AT_ONCE, open_dataset
+from restomod.data.dataset import MAPPED_AT_ONCE, open_dataset
 from restomod.model.flops import padded_parameters
-from restomod.presets import preset
 
 TEN_TRILLION = 10**13
 

@@ -100,7 +100,7 @@ def test_the_flags_that_are_recommended_exist() -> None:
 @pytest.mark.parametrize("arguments", ["train quickstart --steps 1 --device cpu", "check quickstart --device cpu"])
 def test_a_process_whose_memory_is_limited(arguments: str, room: int, tmp_path: Path) -> None:
     program = (
-        "import resource, sys, torch._dynamo, restomod.cli, restomod.train.loop, restomod.train.check\n"
+        "import resource, sys, torch._dynamo, restomod.cli, restomod.train.loop, restomod.checks.model_slow\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv.pop(1)),) * 2)\n"
         "sys.exit(restomod.cli.main(sys.argv[1:]))"

@@ -15,19 +15,19 @@ from typing import Any
 
 import pytest
 
-import restomod.doctor.examine
-import restomod.experiments.watch
-from restomod.arguments import CompareSamplesArguments, DoctorArguments, PrepareArguments, TrainArguments
+import restomod.analysis.report.serve
+import restomod.checks.doctor
 from restomod.cli import main
 from restomod.commands.bench import BenchArguments
 from restomod.commands.compare import CompareArguments
+from restomod.commands.flags import CompareSamplesArguments, DoctorArguments, PrepareArguments, TrainArguments
 from restomod.commands.plan import PlanArguments
 from restomod.commands.report import ReportArguments
 from restomod.commands.sweep import SweepArguments
 from restomod.commands.verdict import VerdictArguments
 from restomod.commands.watch import WatchArguments
-from restomod.config import RunConfig
-from tests.experiments.made_runs import make_run
+from restomod.config.run import RunConfig
+from tests.runs.made_runs import make_run
 
 INTERNAL = re.compile(
     r"\{None\}|INT\b|(Optim|Data|Model|Sampling|Run)Config\(|argparse|instantiated|tyro|<class|typing\.|NoneType|"
@@ -85,8 +85,8 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     make_run(tmp_path / "runs" / "b")
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").write_text("not to be lost")
-    monkeypatch.setattr(restomod.experiments.watch, "watch", lambda *a: None)
-    monkeypatch.setattr(restomod.doctor.examine, "examine", lambda *a: iter(()))
+    monkeypatch.setattr(restomod.analysis.report.serve, "watch", lambda *a: None)
+    monkeypatch.setattr(restomod.checks.doctor, "examine", lambda *a: iter(()))
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -217,11 +217,11 @@ def test_values_keep_their_dashes(answer: Answer, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_change_on_resuming_is_named_with_both_values(tmp_path: Path) -> None:
-    from restomod.config import OptimConfig
-    from restomod.data.shards import Dataset
-    from restomod.errors import UserError
-    from restomod.presets import preset
-    from restomod.train.run import check_resumable
+    from restomod.config.presets import preset
+    from restomod.config.run import OptimConfig
+    from restomod.data.dataset import Dataset
+    from restomod.runs.folder import check_resumable
+    from restomod.utils.errors import UserError
 
     folder = make_run(tmp_path / "r")
     config = dataclasses.replace(preset("quickstart"), steps=99)

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
+from restomod.checks.device_parity import random_model
 from restomod.cli import main
-from restomod.model.pretrained import save_model
-from restomod.temporary import NAME
-from restomod.train.parity import random_model
+from restomod.model.hf_io import save_model
+from restomod.utils.temporary import NAME
 from tests.evals.plainly import SMALL
-from tests.experiments.made_runs import make_run
+from tests.runs.made_runs import make_run
 
 FLAGS = {  # the command line before each output flag, and how the file begins
     "report --out": (("report", "runs/a"), b"<!doctype html>"),
@@ -156,7 +156,7 @@ def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("restomod.files.os.fsync", full)
+    monkeypatch.setattr("restomod.utils.files.os.fsync", full)
     answer = command(flag, path)
     refused(answer, str(path), "No space left on device")
     assert computed(answer, flag)
@@ -180,7 +180,7 @@ def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path
 def test_a_named_pipe_that_nothing_reads_is_given_up(
     flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.destination.FIFO_TIMEOUT", 0.15)
+    monkeypatch.setattr("restomod.utils.destination.FIFO_TIMEOUT", 0.15)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     answer = command(flag, pipe)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from restomod import cli
-from restomod.arguments import TrainArguments
 from restomod.cli import main
+from restomod.commands.flags import TrainArguments
+from restomod.commands.parsing import parse_run
 from restomod.commands.sweep import SweepArguments, plan_of
-from restomod.config import RunConfig
-from restomod.parsing import parse_run
-from restomod.presets import PRESETS, preset
-from restomod.train.schedule import learning_rate, schedule_warnings
+from restomod.config.presets import PRESETS, preset
+from restomod.config.run import RunConfig
+from restomod.engine.lr_schedule import learning_rate, schedule_warnings
 
 TINY = (
     *("--data.source", "text", "--data.path", "text.txt", "--sequence-length", "64", "--batch-tokens", "128"),

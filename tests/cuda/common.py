@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from restomod.config import ModelConfig, OptimConfig, RunConfig
+from restomod.checks.model_quick import loss_gradients
+from restomod.config.presets import preset
+from restomod.config.run import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
+from restomod.data.dataset import TokenStream
 from restomod.data.prefetch import MicroBatches
-from restomod.data.shards import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
-from restomod.device import compile_module
+from restomod.engine.device import compile_module
+from restomod.engine.distributed import SINGLE
+from restomod.engine.optimizer import Optimizers, build_optimizer, optimizer_tensors
+from restomod.engine.step import BatchLoss, Compute, Outcome, train_step
 from restomod.model.gpt import GPT, build_model
-from restomod.presets import preset
-from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import Optimizers, build_optimizer, optimizer_tensors
-from restomod.train.sanity import loss_gradients
-from restomod.train.step import BatchLoss, Compute, Outcome, train_step
 
 REAL = torch.cuda.is_available()
 SMOKE = os.environ.get("RESTOMOD_SMOKE") == "cpu"

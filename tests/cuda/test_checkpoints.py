@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import restomod.train.saver
+import restomod.runs.async_saver
+from restomod.checks import device_parity
+from restomod.engine.distributed import SINGLE
+from restomod.engine.optimizer import build_optimizer, optimizer_tensors
+from restomod.engine.step import BatchLoss, train_step
 from restomod.model.gpt import GPT
-from restomod.train import parity
-from restomod.train.checkpoint import load_checkpoint, write_checkpoint
-from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import build_optimizer, optimizer_tensors
-from restomod.train.saver import Saver
-from restomod.train.step import BatchLoss, train_step
+from restomod.runs.async_saver import Saver
+from restomod.runs.checkpoint import load_checkpoint, write_checkpoint
 from tests.cuda.common import (
     DEVICE,
     REAL,
@@ -69,7 +69,7 @@ def test_a_checkpoint_holds_the_moment_of_the_save(
         assert trained_on.wait(60)
         return write_checkpoint(run, step, model, *more)
 
-    monkeypatch.setattr(restomod.train.saver, "write_checkpoint", write_later)
+    monkeypatch.setattr(restomod.runs.async_saver, "write_checkpoint", write_later)
     run = make_trainee(optimizer)
     config = dataclasses.replace(run.config, keep_checkpoints=0)
     expected: dict[int, dict[str, Tensor]] = {}
@@ -94,12 +94,12 @@ def test_a_checkpoint_holds_the_moment_of_the_save(
 def test_how_long_a_save_holds_up_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At full width; the first save makes the memory to copy into, the later ones use it again."""
     run = make_trainee()
-    model = parity.random_model(wide("gpt2-124m", n_layer=6 if REAL else 2)).to(DEVICE)
+    model = device_parity.random_model(wide("gpt2-124m", n_layer=6 if REAL else 2)).to(DEVICE)
     optimizer = build_optimizer(model, run.config.optim, torch.bfloat16)
     size = sum(p.nbytes for p in model.parameters()) + sum(
         value.nbytes for value in optimizer_tensors(model, optimizer).values()
     )
-    monkeypatch.setattr(restomod.train.saver, "write_checkpoint", lambda *arguments: tmp_path)
+    monkeypatch.setattr(restomod.runs.async_saver, "write_checkpoint", lambda *arguments: tmp_path)
     with Saver(tmp_path, run.config) as saver:
         for i in range(1, 4):
             if REAL:

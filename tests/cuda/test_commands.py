@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from restomod.check_result import Verdict
+from restomod.checks import doctor as examine
+from restomod.checks import speed
 from restomod.cli import main
-from restomod.device import choose_device, choose_dtype, describe_device
-from restomod.doctor import examine, speed
+from restomod.engine.device import choose_device, choose_dtype, describe_device
 from restomod.model.flops import peak_flops
+from restomod.utils.check_result import Verdict
 from tests.cuda.common import DEVICE, REAL, WORDS, write_text
 
 pytestmark = pytest.mark.cuda

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from restomod.train.distributed import Processes, distribute, synchronised
-from restomod.train.loss import HeadGradient
-from restomod.train.optimizer import build_optimizer
-from restomod.train.step import BatchLoss
+from restomod.engine.distributed import Processes, distribute, synchronised
+from restomod.engine.loss import HeadGradient
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import BatchLoss
 from tests.cuda.common import (
     REAL,
     Trainee,

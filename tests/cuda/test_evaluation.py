@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from restomod.config import SamplingConfig
-from restomod.data.shards import TokenStream
+from restomod.checks import device_parity
+from restomod.checks.model_quick import loss_gradients
+from restomod.config.run import SamplingConfig
+from restomod.data.dataset import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
+from restomod.engine.step import Compute, batch_loss
 from restomod.evals.heldout import heldout_loss
 from restomod.evals.likelihood import Request as Question
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT
-from restomod.generate import Request, generate
+from restomod.generate.decode import Request, generate
 from restomod.model.attention import attention
 from restomod.model.gpt import GPT
-from restomod.train import parity
-from restomod.train.sanity import loss_gradients
-from restomod.train.step import Compute, batch_loss
 from tests.cuda.common import CPU, DEVICE, REAL, exact, random_text, relative_errors, small, worst
 
 pytestmark = pytest.mark.cuda
@@ -36,7 +36,7 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 @pytest.mark.parametrize("family", ["gpt2-124m", "modern-124m", "speedrun-124m"])
 def test_greedy_text_is_the_cpus(family: str) -> None:
     """Prompts of unequal lengths; 40 tokens on, the longest has outgrown its window and is read again."""
-    model = parity.random_model(small(family))
+    model = device_parity.random_model(small(family))
     requests = [Request([5, 6, 7], 0), Request([9] * 100, 0), Request([1], 0)]
     sampling = SamplingConfig(max_tokens=40, temperature=0)
     here = list(generate(model, requests, sampling, 0, stop=None))
@@ -46,7 +46,7 @@ def test_greedy_text_is_the_cpus(family: str) -> None:
 
 def test_how_long_decoding_takes() -> None:
     """Of attention alone with cuDNN, which plans anew for every length of the keys, and without it."""
-    model = parity.random_model(small("modern-124m")).to(DEVICE)
+    model = device_parity.random_model(small("modern-124m")).to(DEVICE)
     for attempt in (1, 2):
         start = time.perf_counter()
         made = list(generate(model, [Request([5] * 7, 0)], SamplingConfig(max_tokens=60), 0, torch.bfloat16, stop=None))
@@ -73,7 +73,7 @@ def test_how_long_decoding_takes() -> None:
 @pytest.mark.parametrize("family", ["gpt2-124m", "speedrun-124m"])
 def test_scores_are_the_cpus(family: str) -> None:
     """Several continuations share a context by a mask; lengths around multiples of 64."""
-    model = parity.random_model(small(family, vocab_size=50257))
+    model = device_parity.random_model(small(family, vocab_size=50257))
     questions = [Question(tuple(range(1, 2 + n)), (7 + k, 8, 9)) for n in (1, 5, 50, 63, 70) for k in range(4)]
     here = [score.log_likelihood for score in log_likelihoods(ScoredGPT(model), questions)]
     model.to(DEVICE)
@@ -85,7 +85,7 @@ def test_scores_are_the_cpus(family: str) -> None:
 
 
 def test_heldout_loss_is_the_cpus() -> None:
-    model = parity.random_model(small("gpt2-124m"))
+    model = device_parity.random_model(small("gpt2-124m"))
     tokens = np.random.default_rng(0).integers(1009, size=40 * 128 + 70).astype(np.uint16)  # the last window is short
     stream = TokenStream([tokens])
     here = heldout_loss(model, stream, 128, CPU, torch.float32)
@@ -138,7 +138,7 @@ def test_masked_attention_has_finite_gradients(T: int) -> None:
 @functools.cache
 def masked_case(family: str) -> tuple[GPT, Tensor, Tensor, float, dict[str, Tensor]]:
     """A model on the CPU, tokens and targets (2, 192) of several documents, and their exact loss and gradients."""
-    model = parity.random_model(small(family, n_positions=192, vocab_size=50257))
+    model = device_parity.random_model(small(family, n_positions=192, vocab_size=50257))
     tokens, targets = random_text(model.config, 2, 192)
     tokens[:, ::17] = END_OF_TEXT
     return model, tokens, targets, *exact(model, tokens, targets, by_document=True)
@@ -148,7 +148,7 @@ def masked_case(family: str) -> tuple[GPT, Tensor, Tensor, float, dict[str, Tens
 @pytest.mark.parametrize("family", ["gpt2-124m", "modern-124m"])
 def test_training_with_a_document_mask_against_fp64(family: str, dtype: torch.dtype) -> None:
     model, tokens, targets, exact_loss, expected = masked_case(family)
-    tolerance = 2 * parity.GRADIENT_TOLERANCE[dtype]
+    tolerance = 2 * device_parity.GRADIENT_TOLERANCE[dtype]
     errors = {}
     for mask in (True, False):
         there = copy.deepcopy(model).to(DEVICE)
@@ -156,6 +156,6 @@ def test_training_with_a_document_mask_against_fp64(family: str, dtype: torch.dt
         errors[mask] = relative_errors(loss_gradients(there, loss), expected)
         off = abs(loss.item() / exact_loss - 1)
         print(f"\n{family} {dtype}, mask {mask}: loss off by {off:.1e}, worst gradient {worst(errors[mask])}")
-        assert off < parity.LOSS_TOLERANCE[dtype] or not mask
+        assert off < device_parity.LOSS_TOLERANCE[dtype] or not mask
     assert worst(errors[True])[1] < tolerance
     assert worst(errors[False])[1] > 2 * tolerance  # else a mask that is left out would not be seen

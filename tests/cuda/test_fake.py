@@ -16,7 +16,7 @@ checkpoint. What torch does not do without a GPU is replaced here:
 - `nn.Module.to_empty` cannot exchange the memory of fake tensors; the one here makes new parameters.
 
 - `torch.compile` of the loss's softmax: it is run as it is written.
-- torch has no rule for `torch.addmm(..., out_dtype=...)`, which `restomod.train.loss.add_product` is on CUDA;
+- torch has no rule for `torch.addmm(..., out_dtype=...)`, which `restomod.engine.loss.add_product` is on CUDA;
   `add_product` here compares devices and dtypes and leaves the product out.
 
 Not walked: what takes numbers from the device (`tolist`, `item`, drawing a token), pinned memory, compiled code,
@@ -38,21 +38,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import restomod.engine.loss
+import restomod.engine.step
 import restomod.evals.models
-import restomod.generate
-import restomod.train.loss
-import restomod.train.step
-from restomod.config import OptimConfig, RunConfig
+import restomod.generate.decode
+from restomod.config.presets import preset
+from restomod.config.run import OptimConfig, RunConfig
+from restomod.engine.distributed import SINGLE
+from restomod.engine.optimizer import build_optimizer, optimizer_tensors
+from restomod.engine.step import BatchLoss, Compute, batch_loss, train_step
 from restomod.evals.likelihood import Request, pack
 from restomod.evals.likelihood import _rows as rows_of
 from restomod.evals.models import ScoredGPT
-from restomod.generate import Decoder, RowCache
+from restomod.generate.decode import Decoder, RowCache
 from restomod.model.gpt import GPT, build_model
-from restomod.presets import preset
-from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import build_optimizer, optimizer_tensors
-from restomod.train.saver import Saver
-from restomod.train.step import BatchLoss, Compute, batch_loss, train_step
+from restomod.runs.async_saver import Saver
 from tests.cuda.common import CPU, REAL
 
 pytestmark = pytest.mark.cuda
@@ -73,7 +73,7 @@ def needs_device() -> None:
 
 @contextlib.contextmanager
 def forced_autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """`restomod.device.autocast` for CUDA where there is none."""
+    """`restomod.engine.device.autocast` for CUDA where there is none."""
     assert device.type == "cuda"
     if dtype == torch.float32:
         yield
@@ -148,7 +148,7 @@ def to_empty(module: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`restomod.train.loss.add_product` without numbers."""
+    """`restomod.engine.loss.add_product` without numbers."""
     assert total.device == a.device == b.device == CUDA
     assert total.dtype == torch.float32
     assert a.dtype == b.dtype
@@ -158,9 +158,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Within, every new tensor is fake; what cannot be done without a GPU is replaced."""
-    for module in (restomod.train.step, restomod.evals.models, restomod.generate):
+    for module in (restomod.engine.step, restomod.evals.models, restomod.generate.decode):
         monkeypatch.setattr(module, "autocast", forced_autocast)
-    monkeypatch.setattr(restomod.train.loss, "add_product", add_product)
+    monkeypatch.setattr(restomod.engine.loss, "add_product", add_product)
     monkeypatch.setattr(torch.Tensor, "backward", walk_backward)
     monkeypatch.setattr(torch.cuda, "Event", NoEvent)
     monkeypatch.setattr(nn.Module, "to_empty", to_empty)
@@ -228,7 +228,7 @@ def test_a_training_step(
 def test_the_loss_as_it_is_written_for_the_compiler(
     family: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restomod.train.loss, "_compiled_softmax", lambda: restomod.train.loss._softmax)
+    monkeypatch.setattr(restomod.engine.loss, "_compiled_softmax", lambda: restomod.engine.loss._softmax)
     model = make_model(family)
     compute = Compute(CUDA, torch.bfloat16, 16, compiled=True)
     loss = batch_loss(model, tokens_of(16, 1024), tokens_of(16, 1024), compute)

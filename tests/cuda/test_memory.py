@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from restomod.config import DataConfig, RunConfig
-from restomod.train import parity
-from restomod.train.distributed import SINGLE
-from restomod.train.optimizer import build_optimizer
-from restomod.train.recover import step_that_fits
+from restomod.checks import device_parity
+from restomod.config.run import DataConfig, RunConfig
+from restomod.engine.distributed import SINGLE
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import BatchLoss, Compute, batch_loss
+from restomod.train.rollback import step_that_fits
 from restomod.train.setup import set_up
-from restomod.train.step import BatchLoss, Compute, batch_loss
 from tests.cuda.common import DEVICE, REAL, random_text, wide, write_text
 
 pytestmark = pytest.mark.cuda
@@ -82,7 +82,7 @@ class Lines:
 
 def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(steps=10, batch_tokens=SEQUENCES * LENGTH, sequence_length=LENGTH, model=wide("gpt2-124m", 4))
-    model = parity.random_model(config.model).to(DEVICE)
+    model = device_parity.random_model(config.model).to(DEVICE)
     compute = Compute(DEVICE, torch.bfloat16, SEQUENCES)
     optimizer = build_optimizer(model, config.optim, compute.dtype)
     training = types.SimpleNamespace(

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from restomod.checks import device_parity
+from restomod.checks.model_quick import loss_gradients
+from restomod.engine.chunk_sizes import CHUNK_TOKENS
+from restomod.engine.loss import HeadGradient, linear_cross_entropy
+from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import GPT
-from restomod.model.sizes import CHUNK_TOKENS
-from restomod.train import parity
-from restomod.train.loss import HeadGradient, linear_cross_entropy
-from restomod.train.sanity import loss_gradients
-from restomod.train.step import Compute, batch_loss
 from tests.cuda.common import (
     DEVICE,
     FAMILIES,
@@ -49,7 +49,7 @@ WIDE_ROWS, WIDE_LENGTH = (16, 1024) if REAL else (2, 32)
 @functools.cache
 def exact_case(family: str) -> tuple[GPT, Tensor, Tensor, float, dict[str, Tensor]]:
     """A model on the CPU, tokens and targets (2, 128), and their loss and gradients in fp64."""
-    model = parity.random_model(small(family))
+    model = device_parity.random_model(small(family))
     tokens, targets = random_text(model.config, 2, 128)
     return model, tokens, targets, *exact(model, tokens, targets)
 
@@ -64,7 +64,7 @@ def loss_and_stream(model: GPT, tokens: Tensor, targets: Tensor, compute: Comput
 
 
 def check_against_fp64(family: str, dtype: torch.dtype, residual_dtype: torch.dtype, tolerance: float) -> None:
-    """Compare loss and gradients with fp64; ``tolerance`` is a multiple of that of `restomod.train.parity`."""
+    """Compare loss and gradients with fp64; ``tolerance`` is a multiple of that of `restomod.checks.device_parity`."""
     model, tokens, targets, exact_loss, expected = exact_case(family)
     model, scale = copy.deepcopy(model).to(DEVICE), LOSS_SCALE[dtype]
     model.transformer.residual_dtype = residual_dtype
@@ -73,8 +73,8 @@ def check_against_fp64(family: str, dtype: torch.dtype, residual_dtype: torch.dt
     off, errors = abs(loss.item() / exact_loss - 1), relative_errors(gradients, expected)
     print(f"\n{family} {dtype}, stream {stream}: loss off by {off:.1e}, worst gradient {worst(errors)}")
     assert stream == residual_dtype
-    assert off < parity.LOSS_TOLERANCE[dtype] * tolerance
-    assert worst(errors)[1] < parity.GRADIENT_TOLERANCE[dtype] * tolerance
+    assert off < device_parity.LOSS_TOLERANCE[dtype] * tolerance
+    assert worst(errors)[1] < device_parity.GRADIENT_TOLERANCE[dtype] * tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -99,7 +99,7 @@ def test_loss_and_gradients_with_a_bf16_residual_stream_against_fp64(family: str
 )
 def test_compiled_gradients_are_as_good_as_eager_ones(family: str, residual_dtype: torch.dtype) -> None:
     """At training's width: some releases of Inductor reduce over many rows wrongly (pytorch #193061, #190796)."""
-    model = parity.random_model(wide(family)).to(DEVICE)
+    model = device_parity.random_model(wide(family)).to(DEVICE)
     tokens, targets = random_text(model.config, WIDE_ROWS, WIDE_LENGTH)
     in_fp32 = loss_gradients(model, batch_loss(model, tokens, targets, Compute(DEVICE, torch.float32, WIDE_ROWS)))
 
@@ -160,7 +160,7 @@ def test_head_gradient_is_summed_in_fp32(dtype: torch.dtype, compiled: bool) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_accumulated_over_micro_batches_against_fp64(family: str, dtype: torch.dtype, summed: bool) -> None:
     """Three micro-batches of several chunks each; the head's gradient is summed by autograd or before it."""
-    model, rows, chunk = parity.random_model(small(family)), 8, 384  # of 1,024 tokens
+    model, rows, chunk = device_parity.random_model(small(family)), 8, 384  # of 1,024 tokens
     tokens, targets = random_text(model.config, 3 * rows, 128)
     _, expected = exact(model, tokens, targets)
     model.to(DEVICE)
@@ -172,4 +172,4 @@ def test_gradients_accumulated_over_micro_batches_against_fp64(family: str, dtyp
         (loss / 3).backward()
     errors = relative_errors({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
     print(f"\n{family} {dtype}: worst accumulated gradient {worst(errors)}, of the head {errors[HEAD[family]]:.1e}")
-    assert worst(errors)[1] < parity.GRADIENT_TOLERANCE[dtype] * ROUNDING[family]
+    assert worst(errors)[1] < device_parity.GRADIENT_TOLERANCE[dtype] * ROUNDING[family]

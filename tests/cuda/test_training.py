@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from restomod.config import OptimConfig
+from restomod.config.run import OptimConfig
 from restomod.data.prefetch import Prefetch
-from restomod.train.distributed import SINGLE
-from restomod.train.muon import Muon
-from restomod.train.optimizer import build_optimizer
-from restomod.train.step import train_step
+from restomod.engine.distributed import SINGLE
+from restomod.engine.muon import Muon
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import train_step
 from tests.cuda.common import CPU, DEVICE, REAL, assert_identical, make_trainee, relative_errors
 
 pytestmark = pytest.mark.cuda

@@ -1,5 +1,5 @@
 """Fixtures that the tests of data share."""
 
-from tests.data.preparing import restomod
+from tests.data.prepare.preparing import restomod
 
 __all__ = ["restomod"]

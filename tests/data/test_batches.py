@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data.batches import Batches, deal, document_ids, permute
-from restomod.data.shards import TokenStream
-from restomod.errors import UserError
+from restomod.data.dataset import TokenStream
+from restomod.utils.errors import UserError
 
 seeds = st.integers(0, 2**40)
 epochs = st.integers(0, 1000)

@@ -12,11 +12,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from restomod.config_prepare import PrepareConfig
+from restomod.config.prepare import PrepareConfig
+from restomod.data.dataset import HEADER_BYTES, MAGIC
 from restomod.data.hub_datasets import HubFile, _matches, dataset_files, parse
-from restomod.data.pipeline import prepare_folder
-from restomod.data.shards import HEADER_BYTES, MAGIC
-from restomod.errors import UserError
+from restomod.data.prepare.run import prepare_folder
+from restomod.utils.errors import UserError
 from tests.fineweb import KEY, REPO, parquet
 from tests.hub import DATASETS, Hub
 
@@ -275,7 +275,7 @@ def test_going_on_stays_at_the_commit_that_was_begun_and_lists_nothing_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("restomod.data.plan.fetch", interrupted)
+        patch.setattr("restomod.data.prepare.units.fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepared(tmp_path / "out")
     hub.requests.clear()

@@ -24,13 +24,13 @@ import pyarrow
 import pytest
 
 from restomod.data import kinds, records, streams
+from restomod.data.dataset import open_shard
 from restomod.data.kinds import look
 from restomod.data.readers import read_documents
-from restomod.data.shards import open_shard
-from restomod.errors import UserError
 from restomod.evals.tasks import load_task
-from restomod.json_files import read_json
-from restomod.samples import choose_prompts
+from restomod.generate.text import choose_prompts
+from restomod.utils.errors import UserError
+from restomod.utils.json_files import read_json
 from tests.data.test_readers import json_lines, parquet, written, zstd
 
 TEXTS = ["one\n\n two", "naïve 中 🔥, [x] {y}", 'with "quotes", commas\tand tabs', "four"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from restomod.data.batches import Batches
+from restomod.data.dataset import TokenStream
 from restomod.data.prefetch import STEPS_AHEAD, MicroBatches, Prefetch
-from restomod.data.shards import TokenStream
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 
 class Watched(Batches):

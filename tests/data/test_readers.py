@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from restomod.data.readers import Document, read_documents
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 TEXTS = [f"document {i}\n\twith é, 中 and 🔥, {'long ' * (i % 50)}" for i in range(3000)]
 

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.cli import main
-from restomod.config import DataConfig
-from restomod.config_prepare import PrepareConfig
-from restomod.data import overview, readers, streams
-from restomod.data import plan as plan_module
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig
+from restomod.data import readers, streams, summary
+from restomod.data.dataset import open_dataset
 from restomod.data.documents import Document, LongDocument
-from restomod.data.pipeline import prepare_folder
-from restomod.data.prepare import prepare
+from restomod.data.prepare import units as plan_module
+from restomod.data.prepare.run import prepare_folder
 from restomod.data.reading import Reading, joined, told
-from restomod.data.shards import open_dataset
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import Tokenizer
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 END = "<|endoftext|>"
 EXPECTED = {
@@ -213,7 +213,7 @@ def test_data_tells_separators_from_literals(
     read_tokens: int,
 ) -> None:
     """In shards of others too, about whose text no manifest says anything."""
-    monkeypatch.setattr(overview, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(summary, "READ_TOKENS", read_tokens)
     text = f"{END}one.{END}.\n({END}) endoftext <|endoftext |endoftext|> {END}{END} {END}"
     tokens = [50256, *tiktoken_gpt2.encode_ordinary(text), 50256, *tiktoken_gpt2.encode_ordinary("b")]
     np.save(tmp_path / "x_train_0.npy", np.array(tokens, dtype=np.uint16))

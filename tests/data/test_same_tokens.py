@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from restomod.data import same_tokens
+from restomod.data.dataset import MANIFEST, Dataset, ShardWriter, open_dataset, write_shard
 from restomod.data.mix import mix
 from restomod.data.published import open_published
 from restomod.data.same_tokens import token_difference, with_hashes
-from restomod.data.shards import MANIFEST, Dataset, ShardWriter, open_dataset, write_shard
-from restomod.files import write_json_atomically
+from restomod.utils.files import write_json_atomically
 
 TOKENS = np.random.default_rng(0).integers(50257, size=5000).astype(np.uint16)
 

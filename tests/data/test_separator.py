@@ -13,18 +13,18 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.config import DataConfig
-from restomod.config_prepare import PrepareConfig
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig
 from restomod.data import readers, separator, streams
 from restomod.data.documents import Document, LongDocument
-from restomod.data.pipeline import prepare_folder
-from restomod.data.plan import describe, plan
-from restomod.data.prepare import prepare
+from restomod.data.prepare.run import prepare_folder
+from restomod.data.prepare.units import describe, plan
 from restomod.data.readers import read_documents
 from restomod.data.reading import Reading
 from restomod.data.separator import split_documents
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import Tokenizer
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 END = "<|endoftext|>"
 STORIES = f"Once upon a time.\nIt slept.\n{END}\n\nA dog, naïve 🔥.\r\n{END}\r\n{END}Three birds\n\nsang.{END}last\n"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import DataConfig
+from restomod.config.run import DataConfig
 from restomod.data import sources
 from restomod.data.sources import documents, source_name
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 
 def write(folder: Path, **files: str | bytes) -> Path:

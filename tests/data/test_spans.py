@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from restomod.data import readers, streams
 from restomod.data.documents import LongDocument
 from restomod.data.readers import Span, read_documents
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 from tests.data.test_readers import COMPRESSORS, parquet, written
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data.text_files import files_of, matches
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 
 def found(root: Path, glob: str = "**/*") -> tuple[list[str], dict[str, int]]:

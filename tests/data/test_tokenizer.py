@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, vocabulary_file
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 from tests.properties import examples
 
 odd_pieces = st.sampled_from(

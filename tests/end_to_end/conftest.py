@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 
 WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never and or but with under over"
 

@@ -17,20 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import restomod.train.step as step_module
-from restomod.config import RunConfig
+import restomod.engine.step as step_module
+from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.prefetch import Prefetch
-from restomod.errors import UserError
-from restomod.train import guard as guard_module
-from restomod.train import journal as journal_module
-from restomod.train import run as run_module
-from restomod.train import saver as saver_module
-from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
-from restomod.train.console import Display
+from restomod.engine.signals import StopSignal
+from restomod.runs import async_saver as saver_module
+from restomod.runs import folder as run_module
+from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.metrics import read_jsonl
+from restomod.train import spike_guard as guard_module
+from restomod.train import step_log as journal_module
 from restomod.train.loop import EXIT_INTERRUPTED, train
-from restomod.train.metrics import read_jsonl
-from restomod.train.signals import StopSignal
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
 
 QUIET = Display(interactive=False)
 

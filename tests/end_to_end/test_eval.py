@@ -13,20 +13,20 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from restomod.checks.device_parity import random_model
 from restomod.cli import main
-from restomod.config import RunConfig
-from restomod.config_json import read_config
-from restomod.data.prepare import prepare
+from restomod.config.run import RunConfig
+from restomod.config.serialize import read_config
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.references import REFERENCES, references
 from restomod.evals.scoring import ACCURACIES
 from restomod.evals.suite import HELDOUT, evaluate_model
 from restomod.evals.tasks import TASKS
-from restomod.model.pretrained import save_model
-from restomod.train.console import Display
+from restomod.model.hf_io import save_model
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
-from restomod.train.parity import random_model
+from restomod.utils.console import Display
 from tests.evals.plainly import SMALL, plain_score
 from tests.processes import results
 
@@ -71,7 +71,7 @@ def test_a_run_asks_its_tasks_at_every_validation(run: Path, questions: Path, to
 
 def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
     asking = dataclasses.replace(tiny, eval_tasks=(f"hellaswag={tmp_path}/none", str(questions)))
-    from restomod.errors import UserError
+    from restomod.utils.errors import UserError
 
     with pytest.raises(UserError, match="none: no such file"):
         train(asking, tmp_path / "run", display=QUIET)
@@ -178,7 +178,7 @@ def test_a_full_disk_loses_no_result(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("restomod.files.os.fsync", full)
+    monkeypatch.setattr("restomod.utils.files.os.fsync", full)
     file = tmp_path / "out.json"
     assert main(["eval", str(run), "--task", str(questions), "--tasks", "heldout", "--json", str(file)]) == 2
     captured = capsys.readouterr()

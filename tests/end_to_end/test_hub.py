@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import ModelConfig, RunConfig, SamplingConfig
-from restomod.model.pretrained import save_model
-from restomod.train.metrics import read_jsonl
-from restomod.train.parity import random_model
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig, RunConfig, SamplingConfig
+from restomod.model.hf_io import save_model
+from restomod.runs.metrics import read_jsonl
 from tests.hub import Hub
 
 from .conftest import flags

@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
+from restomod.checks.device_parity import random_model
 from restomod.cli import main
-from restomod.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
-from restomod.config_json import read_config
-from restomod.data.prepare import prepare
+from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.config.serialize import read_config
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.errors import UserError
-from restomod.model.pretrained import save_model
+from restomod.model.hf_io import save_model
+from restomod.runs.checkpoint import list_checkpoints
+from restomod.runs.metrics import read_jsonl
 from restomod.train import loop as loop_module
-from restomod.train.checkpoint import list_checkpoints
-from restomod.train.console import Display
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
-from restomod.train.parity import random_model
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
 from tests.models import to_transformers
 
 from .conftest import WORDS, flags
@@ -197,7 +197,7 @@ def test_a_relative_path_is_made_absolute_and_a_run_pinned_to_its_checkpoint(
 def test_a_name_on_the_hub_is_kept_as_it_is(
     tiny: RunConfig, theirs: tuple[Path, GPT2LMHeadModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.train.find.download_model", lambda repository: theirs[0])
+    monkeypatch.setattr("restomod.runs.open_model.download_model", lambda repository: theirs[0])
     started_from(tiny, "someone/tiny", tmp_path / "run")
     assert read_config(tmp_path / "run").init == "someone/tiny"
 

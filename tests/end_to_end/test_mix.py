@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from restomod.config import DataConfig, RunConfig
-from restomod.config_prepare import PrepareConfig
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig, RunConfig
+from restomod.data.dataset import write_shard
 from restomod.data.mix import mix
-from restomod.data.pipeline import prepare_folder
-from restomod.data.prepare import open_tokens
+from restomod.data.prepare.run import prepare_folder
 from restomod.data.reading import told
-from restomod.data.shards import write_shard
-from restomod.errors import UserError
+from restomod.data.tokenize import open_tokens
 from restomod.evals.heldout import heldout_loss
-from restomod.train.console import Display
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
 from restomod.train.setup import set_up
 from restomod.train.summary import summary
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
 
 QUIET = Display(interactive=False)
 
@@ -82,7 +82,7 @@ def test_a_run_on_a_mix_that_was_stopped_is_the_run_that_was_not(mixed: RunConfi
         for path in sorted(newest.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         newest.rmdir()
-    from restomod.config_json import read_config
+    from restomod.config.serialize import read_config
 
     assert train(read_config(parts), parts, resume=True, display=QUIET) == 0
     assert losses(parts) == losses(whole)

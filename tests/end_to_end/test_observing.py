@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from restomod.config import RunConfig, SamplingConfig
-from restomod.train.console import Display
+from restomod.config.run import RunConfig, SamplingConfig
+from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import SampleRecord, read_jsonl
+from restomod.utils.console import Display
 
 from .test_resume import same_checkpoint
 

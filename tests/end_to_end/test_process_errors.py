@@ -13,14 +13,15 @@ from typing import Any, NoReturn
 
 import pytest
 
-from restomod.check_result import Verdict
-from restomod.config import RunConfig
+from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
-from restomod.data.shards import Dataset, TokenStream
-from restomod.errors import UserError
-from restomod.train import checkpoint, setup
-from restomod.train import step as step_module
+from restomod.data.dataset import Dataset, TokenStream
+from restomod.engine import step as step_module
+from restomod.runs import checkpoint
+from restomod.train import setup
 from restomod.train.loop import train
+from restomod.utils.check_result import Verdict
+from restomod.utils.errors import UserError
 from tests.processes import Ended, error_lines, launch
 
 from .conftest import flags

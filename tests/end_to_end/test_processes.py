@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from restomod.cli import main
-from restomod.config import Parallel, RunConfig
+from restomod.config.run import Parallel, RunConfig
 from restomod.data.batches import Batches
-from restomod.data.prepare import prepare
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.train.checkpoint import verify_checkpoint
+from restomod.runs.checkpoint import verify_checkpoint
+from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import SampleRecord, read_jsonl
 from tests.processes import Ended, error_lines, launch, results
 
 from .conftest import flags

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import RunConfig
-from restomod.data.prepare import prepare
+from restomod.analysis.report.examine import examine
+from restomod.config.run import RunConfig
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import Tokenizer
-from restomod.errors import UserError
-from restomod.experiments.examine import examine
-from restomod.experiments.runs import open_run
-from restomod.train.console import Display
+from restomod.runs.folder import Run, reopen_run
+from restomod.runs.reader import open_run
+from restomod.runs.run_lock import RunLock
+from restomod.runs.trackers import Trackers
 from restomod.train.loop import train
-from restomod.train.run import Run, reopen_run
-from restomod.train.run_lock import RunLock
-from restomod.train.track import Trackers
-from tests.experiments.made_runs import make_run
-from tests.train.trainee import make_trainee, save_checkpoint
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
+from tests.runs.made_runs import make_run
+from tests.trainee import make_trainee, save_checkpoint
 
 SECRET = "a line of ~/.bashrc\n"
 

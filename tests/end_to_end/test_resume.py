@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from restomod.config import Precision, RunConfig
-from restomod.config_json import read_config
-from restomod.errors import UserError
-from restomod.temporary import NAME
-from restomod.train import run_lock
-from restomod.train.console import Display
+from restomod.config.run import Precision, RunConfig
+from restomod.config.serialize import read_config
+from restomod.runs import run_lock
+from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import EXIT_INTERRUPTED, train
-from restomod.train.metrics import SampleRecord, read_jsonl
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
+from restomod.utils.temporary import NAME
 
 from .conftest import flags
 
@@ -176,7 +176,7 @@ def test_a_signal_while_text_is_prepared_leaves_nothing_behind(
 ) -> None:
     slow = """
 import sys, time
-from restomod.data import prepare
+from restomod.data import tokenize
 encoded = prepare.encoded
 def waiting(*arguments):
     yield next(encoded(*arguments))

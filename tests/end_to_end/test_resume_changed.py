@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from restomod.cli import main
-from restomod.config import DataConfig, ModelConfig, OptimConfig, Precision, RunConfig, SamplingConfig
-from restomod.config_json import read_config
-from restomod.errors import UserError
-from restomod.files import sha256_file
-from restomod.train.checkpoint import list_checkpoints, progress
-from restomod.train.console import Display
-from restomod.train.identity import MAY_CHANGE_ON_RESUME
+from restomod.config.run import DataConfig, ModelConfig, OptimConfig, Precision, RunConfig, SamplingConfig
+from restomod.config.serialize import read_config
+from restomod.runs.checkpoint import list_checkpoints, progress
+from restomod.runs.identity import MAY_CHANGE_ON_RESUME
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
+from restomod.utils.files import sha256_file
 from tests.processes import launch
 
 from .conftest import WORDS

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from restomod.cli import main
-from restomod.config import RunConfig
-from restomod.errors import UserError
-from restomod.train.console import Display
+from restomod.config.run import RunConfig
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
-from tests.train.faults import QUICK_FAULTS, Plant
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
+from tests.checks.faults import QUICK_FAULTS, Plant
 
 from .conftest import flags
 

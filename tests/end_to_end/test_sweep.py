@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import RunConfig
+from restomod.config.run import RunConfig
 from tests.end_to_end.conftest import flags
-from tests.experiments.sweeping import losses, outcomes, run, start, trials
+from tests.experiments.sweep.sweeping import losses, outcomes, run, start, trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

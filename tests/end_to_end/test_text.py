@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from restomod.cli import main
-from restomod.config import DataConfig, RunConfig
-from restomod.config_json import read_config
-from restomod.data.shards import write_shard
-from restomod.train.console import Display
+from restomod.config.run import DataConfig, RunConfig
+from restomod.config.serialize import read_config
+from restomod.data.dataset import write_shard
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
 from restomod.train.setup import set_up
 from restomod.train.summary import summary
+from restomod.utils.console import Display
 from tests.end_to_end.conftest import flags
 
 QUIET = Display(interactive=False)

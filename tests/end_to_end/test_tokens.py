@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from restomod.config import DataConfig, RunConfig
-from restomod.config_prepare import PrepareConfig
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig, RunConfig
 from restomod.data.batches import Batches, permute
-from restomod.data.pipeline import prepare_folder
-from restomod.data.prepare import open_tokens
-from restomod.errors import UserError
-from restomod.train.console import Display
+from restomod.data.prepare.run import prepare_folder
+from restomod.data.tokenize import open_tokens
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
 
 QUIET = Display(interactive=False)
 KINDS = ["prepared", "llm.c", "build-nanogpt"]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from restomod.config import RunConfig
-from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.config.run import RunConfig
+from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
 from tests.processes import results
 
 from .conftest import flags

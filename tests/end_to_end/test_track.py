@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from restomod.cli import main
-from restomod.config import RunConfig
-from restomod.config_json import read_config
-from restomod.train import track
-from restomod.train.console import Display
+from restomod.config.run import RunConfig
+from restomod.config.serialize import read_config
+from restomod.runs import trackers
+from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import read_jsonl
+from restomod.utils.console import Display
 from tests.end_to_end.conftest import flags
-from tests.train.test_track import Quiet, events, hangs, raises
+from tests.runs.test_trackers import Quiet, events, hangs, raises
 
 QUIET = Display(muted=True)
 
@@ -47,9 +47,9 @@ def test_a_run_and_its_resumption_are_in_tensorboard(quick: RunConfig, tmp_path:
 def test_a_faulty_tracker_changes_nothing_in_a_run(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: object
 ) -> None:
-    monkeypatch.setattr(track, "CLOSING", 0.5)
-    monkeypatch.setitem(track.OPENERS, "tensorboard", type("Faulty", (Quiet,), {"write": fault}))
-    monkeypatch.setattr(track, "require_installed", lambda names: None)
+    monkeypatch.setattr(trackers, "CLOSING", 0.5)
+    monkeypatch.setitem(trackers.OPENERS, "tensorboard", type("Faulty", (Quiet,), {"write": fault}))
+    monkeypatch.setattr(trackers, "require_installed", lambda names: None)
     assert train(quick, tmp_path / "without", display=QUIET) == 0
     config = dataclasses.replace(quick, track=("tensorboard",))
     assert train(config, tmp_path / "with", display=Display(interactive=False)) == 0

@@ -13,14 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from restomod.config import RunConfig
-from restomod.config_json import from_dict
+from restomod.config.run import RunConfig
+from restomod.config.serialize import from_dict
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.errors import UserError
-from restomod.train.checkpoint import list_checkpoints, verify_checkpoint
-from restomod.train.console import Display
+from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
-from restomod.train.metrics import SampleRecord, read_jsonl
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError
 
 QUIET = Display(interactive=False)
 
@@ -104,7 +104,7 @@ def test_without_validation_text_none_is_measured(tiny: RunConfig, tmp_path: Pat
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import restomod.train.step as step_module
+    import restomod.engine.step as step_module
 
     run = tmp_path / "run"
     calls = []

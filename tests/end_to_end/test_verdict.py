@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from restomod.cli import main
-from restomod.config import RunConfig
-from restomod.experiments.runs import open_run
-from restomod.train.console import Display
+from restomod.config.run import RunConfig
+from restomod.runs.reader import open_run
 from restomod.train.loop import train
+from restomod.utils.console import Display
 
 
 def lines_of(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:

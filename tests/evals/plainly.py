@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from restomod.config import ModelConfig
+from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import Tokenizer
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=48)

@@ -14,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from restomod.errors import UserError
 from restomod.evals.examples import (
     Example,
     Record,
@@ -27,6 +26,7 @@ from restomod.evals.examples import (
     read_examples,
     winograd,
 )
+from restomod.utils.errors import UserError
 
 WIKIHOW = {
     "activity_label": "Home and Garden",

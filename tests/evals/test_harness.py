@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from restomod.checks.device_parity import random_model
 from restomod.evals.models import open_language_model
 from restomod.evals.scoring import Result, evaluate
 from restomod.evals.tasks import load_task
-from restomod.model.pretrained import save_model
-from restomod.train.parity import random_model
+from restomod.model.hf_io import save_model
 from tests.evals.plainly import SMALL
 from tests.models import CPU
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.config import ModelConfig
-from restomod.data.shards import Dataset, Part, TokenStream
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig
+from restomod.data.dataset import Dataset, Part, TokenStream
 from restomod.data.tokenizer import Tokenizer
+from restomod.engine.distributed import joined
 from restomod.evals.heldout import Heldout, dataset_loss, heldout_loss, heldout_windows
 from restomod.model.gpt import GPT
-from restomod.train.distributed import joined
-from restomod.train.parity import random_model
 from tests.models import CPU
 from tests.processes import results
 

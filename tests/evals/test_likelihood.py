@@ -11,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.config import ModelConfig
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.errors import UserError
+from restomod.engine.distributed import joined
+from restomod.engine.loss import linear_cross_entropy
 from restomod.evals.likelihood import Request, Score, encode_pair, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.evals.models import ScoredGPT
 from restomod.model.gpt import GPT, build_model
-from restomod.train.distributed import joined
-from restomod.train.loss import linear_cross_entropy
-from restomod.train.parity import random_model
+from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, harness_split, plain_score
 from tests.models import CPU, to_transformers
 from tests.processes import results

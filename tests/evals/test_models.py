@@ -13,12 +13,12 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from restomod.config import ModelConfig
-from restomod.errors import UserError
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
-from restomod.model.pretrained import save_model
-from restomod.train.parity import random_model
+from restomod.model.hf_io import save_model
+from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
 from tests.evals.test_likelihood import some_requests
 from tests.models import CPU, to_transformers

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
-from restomod.errors import UserError
 from restomod.evals.heldout import Heldout
 from restomod.evals.plots import draw_positions, position_means
+from restomod.utils.errors import UserError
 
 
 def test_means_cover_every_position_once() -> None:

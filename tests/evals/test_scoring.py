@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from restomod.errors import UserError
+from restomod.checks.device_parity import random_model
 from restomod.evals import scoring
 from restomod.evals.examples import Example, own
 from restomod.evals.likelihood import Request, Score
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import Estimate, evaluate, proportion, shown
 from restomod.evals.tasks import TASKS, LoadedTask, Task
-from restomod.train.parity import random_model
+from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
 from tests.models import to_transformers
 

@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from restomod.errors import UserError
 from restomod.evals import tasks
 from restomod.evals.tasks import TASKS, load_task, task_names, with_absolute_path
+from restomod.utils.errors import UserError
 from tests.hub import DATASETS, Hub
 
 SWAG = {"activity_label": "Sitting", "ctx": "A man sits. he", "endings": ["rises.", "falls."], "label": 1}

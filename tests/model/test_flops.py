@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from restomod.config import ModelConfig
+from restomod.config.run import ModelConfig
 from restomod.model.flops import flops_per_token, mfu, parameter_count, peak_flops
 from restomod.model.gpt import GPT
 

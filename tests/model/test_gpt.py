@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restomod.config import ModelConfig, OptimConfig
+from restomod.checks.device_parity import random_model
+from restomod.checks.model_quick import loss_gradients
+from restomod.config.presets import preset
+from restomod.config.run import ModelConfig, OptimConfig
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import GPT, KVCache, build_model
-from restomod.presets import preset
-from restomod.train.optimizer import build_optimizer
-from restomod.train.parity import random_model
-from restomod.train.sanity import loss_gradients
-from restomod.train.step import Compute, batch_loss
 from tests.models import CPU, paired, random_tokens, to_transformers
 
 FP32 = Compute(CPU, torch.float32, micro_batch=1)

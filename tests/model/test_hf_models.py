@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from restomod.config import ModelConfig, SamplingConfig
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.errors import UserError
 from restomod.evals.likelihood import Request, log_likelihoods
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
-from restomod.generate import cache_is_exact
+from restomod.generate.decode import cache_is_exact
+from restomod.generate.text import sample, streamed
+from restomod.model.hf_io import load_model, save_model, save_tokenizer
 from restomod.model.hf_models import TransformersModel, open_causal_model
-from restomod.model.pretrained import load_model, save_model, save_tokenizer
-from restomod.samples import sample, streamed
-from restomod.train.find import find_model
-from restomod.train.parity import random_model
+from restomod.runs.open_model import find_model
+from restomod.utils.errors import UserError
 from tests.models import CPU
 
 FP32 = torch.float32
@@ -337,7 +337,7 @@ def test_a_config_that_names_code_on_the_hub_is_refused(named: dict[str, Any], t
 
 def test_a_config_that_transformers_would_read_otherwise(tmp_path: Path) -> None:
     """A default of Qwen3's that is not Llama's: heads are 128 wide."""
-    from restomod.model.pretrained import read_model_config
+    from restomod.model.hf_io import read_model_config
 
     values = {"model_type": "qwen3", "num_attention_heads": 2, "num_hidden_layers": 1, "num_key_value_heads": 2}
     values |= {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 24, "vocab_size": 50257}

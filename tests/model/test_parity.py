@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from restomod.config import ModelConfig, SamplingConfig
-from restomod.generate import Request, generate
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig, SamplingConfig
+from restomod.engine.step import Compute, batch_loss
+from restomod.generate.decode import Request, generate
 from restomod.model.gpt import GPT
-from restomod.train.parity import random_model
-from restomod.train.step import Compute, batch_loss
 from tests.models import CPU, paired, random_tokens, to_transformers
 
 FP32 = Compute(CPU, torch.float32, micro_batch=1)

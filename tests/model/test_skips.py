@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restomod.config import ModelConfig, SamplingConfig
-from restomod.errors import UserError
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig, SamplingConfig
+from restomod.engine.step import Compute, batch_loss
 from restomod.evals.likelihood import gpt_log_probs
-from restomod.generate import Decoder, Request, RowCache, generate
+from restomod.generate.decode import Decoder, Request, RowCache, generate
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT, KVCache
-from restomod.model.pretrained import load_model, save_model
-from restomod.train.parity import random_model
-from restomod.train.step import Compute, batch_loss
+from restomod.model.hf_io import load_model, save_model
+from restomod.utils.errors import UserError
 from tests.models import CPU, random_tokens
 
 PLAIN = ModelConfig(

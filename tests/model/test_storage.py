@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from restomod.errors import UserError
 from restomod.model.storage import read_tensors, weights_files
+from restomod.utils.errors import UserError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([float("nan"), -0.0]), "c": torch.zeros(1).half()}
 

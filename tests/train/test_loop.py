@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from restomod.config import RunConfig
-from restomod.presets import preset
+from restomod.config.presets import preset
+from restomod.config.run import RunConfig
 from restomod.train.loop import is_due
 
 

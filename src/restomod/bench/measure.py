@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restomod.config import RunConfig
+from restomod.config.run import RunConfig
 from restomod.data.prefetch import MicroBatches, Prefetch
-from restomod.device import synchronize
-from restomod.memory import peak_resident_bytes
-from restomod.train.distributed import Processes
-from restomod.train.optimizer import Optimizers
-from restomod.train.step import Compute, train_step
+from restomod.engine.device import synchronize
+from restomod.engine.distributed import Processes
+from restomod.engine.optimizer import Optimizers
+from restomod.engine.step import Compute, train_step
+from restomod.utils.process_memory import peak_resident_bytes
 
 PHASES = ("data", "forward", "backward", "update")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from restomod.bench.measure import PHASES, Timings
-from restomod.config import RunConfig
-from restomod.config_json import to_dict
+from restomod.config.run import RunConfig
+from restomod.config.serialize import to_dict
 from restomod.model.flops import flops_per_token, mfu, parameter_count
 
 
@@ -41,7 +41,7 @@ class Report:
     warmup: int
     timings: Timings
     environment: dict[str, Any]
-    """See `restomod.train.run.environment`; with the number of processes."""
+    """See `restomod.runs.folder.environment`; with the number of processes."""
     device_type: str
     peak_flops: float | None
     """FLOP/s that all devices together can do at best; None where that is not known."""

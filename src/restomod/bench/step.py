@@ -11,25 +11,25 @@ import numpy as np
 
 from restomod.bench.measure import Steps, measure
 from restomod.bench.report import Report
-from restomod.config import RunConfig
-from restomod.config_model import VOCAB_SIZE
+from restomod.config.model import VOCAB_SIZE
+from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
+from restomod.data.dataset import TokenStream
 from restomod.data.prefetch import Prefetch
-from restomod.data.prepare import prepare
-from restomod.data.shards import TokenStream
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, describe_device, dtype_name
-from restomod.errors import UserError, is_out_of_memory, one_line
-from restomod.files import write_bytes_atomically, write_json_atomically
-from restomod.model.families import describe_shape
+from restomod.engine.device import choose_device, describe_device, dtype_name
+from restomod.engine.distributed import Processes, joined
+from restomod.engine.micro_batch import Say, choose_micro_batch, first_micro_batch
 from restomod.model.flops import parameter_count, peak_flops
-from restomod.output_files import Output, require_outputs, write_outputs
-from restomod.text import duration
-from restomod.train.console import Display
-from restomod.train.distributed import Processes, joined
-from restomod.train.memory import Say, choose_micro_batch, first_micro_batch
-from restomod.train.run import environment
+from restomod.model.hf_format import describe_shape
+from restomod.runs.folder import environment
 from restomod.train.setup import choose_compute, initial_model, make_ready, training_batches
+from restomod.utils.console import Display
+from restomod.utils.errors import UserError, is_out_of_memory, one_line
+from restomod.utils.files import write_bytes_atomically, write_json_atomically
+from restomod.utils.output_files import Output, require_outputs, write_outputs
+from restomod.utils.text import duration
 
 SYNTHETIC_TOKENS = 2**20
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from restomod.arguments import ResumeArguments
-from restomod.errors import EXIT_USER_ERROR, UserError, did_you_mean, reported_once
-from restomod.parsing import flags_in, ignored_by_run, parse_run, refuse_ignored
-from restomod.presets import preset
+from restomod.commands.flags import ResumeArguments
+from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, refuse_ignored
+from restomod.config.presets import preset
+from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean, reported_once
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from restomod.arguments import CheckArguments
-from restomod.config import require_seed
-from restomod.parsing import parse
+from restomod.commands.flags import CheckArguments
+from restomod.commands.parsing import parse
+from restomod.config.run import require_seed
 
 if TYPE_CHECKING:  # torch is imported when it is needed
-    from restomod.check_result import Verdict
-    from restomod.train.console import Display
+    from restomod.utils.check_result import Verdict
+    from restomod.utils.console import Display
 
 EXIT_CHECK_FAILED = 1
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
@@ -24,8 +24,8 @@ def run(arguments: list[str]) -> int:
     parsed = parse(CheckArguments, tyro.MISSING_NONPROP, arguments, "restomod check")
     require_seed("--seed", parsed.seed)
 
-    from restomod.train.check import check
-    from restomod.train.console import Display
+    from restomod.checks.model_slow import check
+    from restomod.utils.console import Display
 
     display = Display()
     return show(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)

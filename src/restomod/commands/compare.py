@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from restomod.errors import UserError
-from restomod.parsing import parse
+from restomod.commands.parsing import parse
+from restomod.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ def run(arguments: list[str]) -> int:
     if parsed.x == "dollars" and parsed.price is None:
         raise UserError("--x dollars needs --price, in US dollars for one GPU and one hour")
 
-    from restomod.destination import resolve_destination
-    from restomod.experiments.axes import AXES, Axis
-    from restomod.experiments.compare import compare
-    from restomod.experiments.compare_plot import draw_comparison
-    from restomod.experiments.compare_report import markdown, tables
-    from restomod.experiments.runs import open_run
-    from restomod.experiments.tables import show
-    from restomod.figures import require_matplotlib
-    from restomod.files import write_json_atomically, write_text_atomically
-    from restomod.output_files import Output, require_outputs, write_outputs
+    from restomod.analysis.compare.axes import AXES, Axis
+    from restomod.analysis.compare.groups import compare
+    from restomod.analysis.compare.plot import draw_comparison
+    from restomod.analysis.compare.tables import markdown, tables
+    from restomod.runs.reader import open_run
+    from restomod.utils.destination import resolve_destination
+    from restomod.utils.figures import require_matplotlib
+    from restomod.utils.files import write_json_atomically, write_text_atomically
+    from restomod.utils.output_files import Output, require_outputs, write_outputs
+    from restomod.utils.tables import show
 
     json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tyro
 
-from restomod.arguments import DoctorArguments
 from restomod.commands.check import show
-from restomod.parsing import parse
-from restomod.presets import preset
+from restomod.commands.flags import DoctorArguments
+from restomod.commands.parsing import parse
+from restomod.config.presets import preset
 
 
 def run(arguments: list[str]) -> int:
@@ -17,8 +17,8 @@ def run(arguments: list[str]) -> int:
     parsed = parse(DoctorArguments, tyro.MISSING_NONPROP, arguments, "restomod doctor")
     config = preset(parsed.preset)
 
-    from restomod.doctor.examine import examine
-    from restomod.train.console import Display
+    from restomod.checks.doctor import examine
+    from restomod.utils.console import Display
 
     verdicts = examine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
     return show(verdicts, "this machine", Display())

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restomod.arguments import ResumeArguments
-from restomod.config import RunConfig
-from restomod.errors import EXIT_USER_ERROR, UserError
-from restomod.experiments.hardware import find_gpu
-from restomod.experiments.offers import read_offers
-from restomod.experiments.plan import Measured, Plan
-from restomod.experiments.plan_text import lines
-from restomod.files import write_json_atomically
-from restomod.output_files import Output, require_outputs, write_outputs
-from restomod.parsing import ignored_by_run, parse_run, refuse_ignored
-from restomod.presets import PRESETS, preset
+from restomod.commands.flags import ResumeArguments
+from restomod.commands.parsing import ignored_by_run, parse_run, refuse_ignored
+from restomod.config.presets import PRESETS, preset
+from restomod.config.run import RunConfig
+from restomod.experiments.plan.estimate import Measured, Plan
+from restomod.experiments.plan.hardware import find_gpu
+from restomod.experiments.plan.prices import read_offers
+from restomod.experiments.plan.text import lines
+from restomod.utils.errors import EXIT_USER_ERROR, UserError
+from restomod.utils.files import write_json_atomically
+from restomod.utils.output_files import Output, require_outputs, write_outputs
 
 if TYPE_CHECKING:  # torch is imported for measuring only
     from restomod.bench.report import Report
@@ -90,7 +90,7 @@ def _plan(name: str, given: PlanArguments) -> Plan:
     if config.device in ("cpu", "mps"):
         import torch
 
-        from restomod.device import choose_dtype, dtype_name
+        from restomod.engine.device import choose_dtype, dtype_name
 
         found = dtype_name(choose_dtype(config.precision, torch.device(config.device)))
         return Plan(name, config, precision=found, device_type=config.device)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def _plan(name: str, given: PlanArguments) -> Plan:
 
 def _measure(name: str, config: RunConfig) -> Measured:
     from restomod.bench.step import measure_part
-    from restomod.train.console import Display
+    from restomod.utils.console import Display
 
     display = Display()
     report = measure_part(config, name, TIMED, display)
@@ -112,7 +112,7 @@ def _measure(name: str, config: RunConfig) -> Measured:
 
 def measured_of(report: Report) -> Measured:
     """The parts of a benchmark from which a run's steps are put together."""
-    from restomod.train.footprint import footprint
+    from restomod.engine.memory import footprint
 
     config, phases = report.config, report.phases_ms
     count = config.batch_sequences // report.micro_batch

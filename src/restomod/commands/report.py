@@ -9,11 +9,11 @@ from typing import Annotated
 
 import tyro
 
-from restomod.config import Device, Precision
-from restomod.errors import UserError
-from restomod.experiments.report_usage import Prices
-from restomod.files import require_inside
-from restomod.parsing import parse, refuse_ignored
+from restomod.analysis.report.usage import Prices
+from restomod.commands.parsing import parse, refuse_ignored
+from restomod.config.run import Device, Precision
+from restomod.utils.errors import UserError
+from restomod.utils.files import require_inside
 
 PAGE_HOLDS = """\
 The page contains losses and speeds, evaluations, samples and prompts, passages
@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
     alone = ("--examine-tokens", "--device", "--precision")
     refuse_ignored(arguments, {} if given.examine else dict.fromkeys(alone, "without --examine"))
 
-    from restomod.experiments.report import open_runs, report, require_writable
+    from restomod.analysis.report.write import open_runs, report, require_writable
 
     runs = open_runs(given.runs)
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
     markdown, png = (Path(name) if name is not None else None for name in (given.markdown, given.png))
     require_writable(out, markdown, png)
     if given.examine:
-        from restomod.experiments.examine import examine
+        from restomod.analysis.report.examine import examine
 
         for each in runs:
             examine(each, given.examine_tokens, given.device, given.precision)

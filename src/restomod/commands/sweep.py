@@ -11,15 +11,15 @@ from pathlib import Path
 
 import tyro
 
-from restomod.arguments import TrainArguments
-from restomod.config import RunConfig, require_seed
-from restomod.config_model import require_size
-from restomod.errors import EXIT_USER_ERROR, UserError
-from restomod.experiments import space
-from restomod.experiments.space import Method, Value, grid, parse_dimension
-from restomod.experiments.store import Plan, Pruning
-from restomod.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
-from restomod.presets import preset
+from restomod.commands.flags import TrainArguments
+from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
+from restomod.config.model import require_size
+from restomod.config.presets import preset
+from restomod.config.run import RunConfig, require_seed
+from restomod.experiments.sweep import space
+from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
+from restomod.experiments.sweep.study import Plan, Pruning
+from restomod.utils.errors import EXIT_USER_ERROR, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     if importlib.util.find_spec("optuna") is None:
         raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
 
-    from restomod.experiments.sweep import Limits, sweep
+    from restomod.experiments.sweep.worker import Limits, sweep
 
     return sweep(plan, Path(given.out), Limits(given.max_hours, given.max_dollars, given.price))
 

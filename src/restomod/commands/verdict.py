@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from restomod.parsing import parse
+from restomod.commands.parsing import parse
 
 EXIT_NOT_HEALTHY = 1
 
@@ -27,11 +27,11 @@ def run(arguments: list[str]) -> int:
     """Look for every symptom, and print what was found. Returns 0 if the run is healthy, else 1."""
     parsed = parse(VerdictArguments, tyro.MISSING_NONPROP, arguments, "restomod verdict")
 
-    from restomod.experiments.runs import open_run
-    from restomod.experiments.tables import Table, show
-    from restomod.experiments.verdict import verdict
-    from restomod.files import write_json_atomically
-    from restomod.output_files import Output, require_outputs, write_outputs
+    from restomod.analysis.health.verdict import verdict
+    from restomod.runs.reader import open_run
+    from restomod.utils.files import write_json_atomically
+    from restomod.utils.output_files import Output, require_outputs, write_outputs
+    from restomod.utils.tables import Table, show
 
     path = Path(parsed.json) if parsed.json is not None else None
     require_outputs({"--json": path})

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from restomod.commands.parsing import parse
 from restomod.commands.report import PAGE_HOLDS, PriceArguments
-from restomod.errors import UserError
-from restomod.parsing import parse
+from restomod.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"--port is {given.port}; it must lie between 0 and {2**16 - 1}")
     prices = given.prices()
 
-    from restomod.config_json import refuse_model
-    from restomod.experiments.watch import watch
+    from restomod.analysis.report.serve import watch
+    from restomod.config.serialize import refuse_model
 
     folder = Path(os.path.expanduser(given.folder))
     refuse_model(folder)  # it would wait for a run to begin there

@@ -18,10 +18,10 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from restomod.config_model import VOCAB_SIZE
-from restomod.data.shards import TokenStream
+from restomod.config.model import VOCAB_SIZE
+from restomod.data.dataset import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 FEISTEL_ROUNDS = 8
 

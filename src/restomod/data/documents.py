@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from restomod.data.streams import refuse_zeros
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 PIECE_CHARACTERS = 1_000_000  # of a long text, encoded at once
 LONGEST_RUN = 2_000_000  # characters without a place to cut; to encode one takes up to 150 bytes

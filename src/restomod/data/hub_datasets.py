@@ -14,8 +14,8 @@ from typing import Any
 from restomod.data.kinds import JSON_LINES, PARQUET, TABLES
 from restomod.data.streams import COMPRESSION_ENDINGS
 from restomod.data.text_files import matches
-from restomod.errors import UserError, did_you_mean, one_line
-from restomod.hub import hub_file
+from restomod.utils.errors import UserError, did_you_mean, one_line
+from restomod.utils.hub import hub_file
 
 READABLE = (PARQUET, ".txt", ".md", *JSON_LINES)
 IF_NAMED = (".json", *TABLES)  # text where a card says so (C4's .json.gz); elsewhere a description or a result

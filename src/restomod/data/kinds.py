@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from restomod.data.shards import MAGIC
+from restomod.data.dataset import MAGIC
 from restomod.data.streams import COMPRESSION_ENDINGS, chunks, compression_of
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 Kind = Literal["plain text", "JSON lines", "JSON", "CSV", "TSV", "Parquet"]
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import TypedDict
 
-from restomod.errors import UserError
-from restomod.json_files import as_tuple, checked, file_name, read_json
+from restomod.utils.errors import UserError
+from restomod.utils.json_files import as_tuple, checked, file_name, read_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
@@ -58,7 +58,7 @@ class Read(TypedDict, total=False):
 
 
 class UnitPlan(TypedDict):
-    """As `restomod.data.plan.describe` writes a unit."""
+    """As `restomod.data.prepare.units.describe` writes a unit."""
 
     files: list[str]
     bytes: Count
@@ -66,7 +66,7 @@ class UnitPlan(TypedDict):
 
 
 class Plan(TypedDict):
-    """As `restomod.data.plan.describe` makes it."""
+    """As `restomod.data.prepare.units.describe` makes it."""
 
     name: str
     settings: dict[str, str | int | float | bool | None]

@@ -6,9 +6,9 @@ import hashlib
 from fractions import Fraction
 from typing import Any
 
+from restomod.data.dataset import SPLITS, Dataset, Part, TokenStream
 from restomod.data.manifest import MANIFEST_FORMAT, READ
 from restomod.data.reading import joined
-from restomod.data.shards import SPLITS, Dataset, Part, TokenStream
 
 
 def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:

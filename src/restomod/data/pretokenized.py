@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from restomod.data.dataset import SPLITS, open_shard
 from restomod.data.hub_datasets import fetch, parse
 from restomod.data.published import split_of
-from restomod.data.shards import SPLITS, open_shard
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer
-from restomod.errors import UserError
-from restomod.files import fsync_path, sha256_file
-from restomod.temporary import Temporary
+from restomod.utils.errors import UserError
+from restomod.utils.files import fsync_path, sha256_file
+from restomod.utils.temporary import Temporary
 
 SUFFIXES = (".bin", ".npy")
 READ_TOKENS = 1_000_000

@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from restomod.data.dataset import SPLITS, Dataset, ShardFile, TokenStream, open_shard
 from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
-from restomod.data.shards import SPLITS, Dataset, ShardFile, TokenStream, open_shard
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 
 def split_of(name: str) -> str | None:

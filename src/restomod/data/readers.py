@@ -33,7 +33,7 @@ from restomod.data.streams import (
     open_stream,
     refuse_zeros,
 )
-from restomod.errors import UserError, one_line
+from restomod.utils.errors import UserError, one_line
 
 LONG_TEXT = 8_000_000  # bytes: a plain file that is longer is not held in memory
 PARQUET_ROWS = 256  # read at once, at most,

@@ -12,7 +12,7 @@ from restomod.data.documents import AnyDocument, Document, LongDocument
 from restomod.data.kinds import Look, ending
 from restomod.data.manifest import READ, Read
 from restomod.data.tokenizer import END_OF_TEXT_LITERAL
-from restomod.text import counted
+from restomod.utils.text import counted
 
 AS_TEXT = "plain text (JSON without the text field)"
 ADVICE = (

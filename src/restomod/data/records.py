@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from restomod.data.kinds import LONGEST_RECORD, SPACE, cut_short
-from restomod.errors import UserError, one_line
+from restomod.utils.errors import UserError, one_line
 
 NOT_SPACE = re.compile(f"[^{SPACE}]")
 OF_ITS_OWN = "put this document into a plain text file of its own, which may have any size"

@@ -16,10 +16,10 @@ from typing import Any, Required
 
 from typing_extensions import TypedDict
 
+from restomod.data.dataset import SPLITS, Dataset, TokenStream, shard_header
 from restomod.data.manifest import MAX_BYTES, Count
-from restomod.data.shards import SPLITS, Dataset, TokenStream, shard_header
-from restomod.json_files import read_json
-from restomod.text import duration
+from restomod.utils.json_files import read_json
+from restomod.utils.text import duration
 
 PIECE = 1 << 20  # tokens hashed at once
 TELL_EVERY = 5.0  # seconds

@@ -9,7 +9,7 @@ from typing import IO
 from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, LongDocument
 from restomod.data.reading import Reading
 from restomod.data.streams import BOM
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 NEWLINES = "\r\n"
 BEFORE = NEWLINES + BOM  # files that were put together keep their byte-order marks

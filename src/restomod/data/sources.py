@@ -9,12 +9,12 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from restomod.config import DataConfig
+from restomod.config.run import DataConfig
 from restomod.data.documents import AnyDocument, Document
 from restomod.data.readers import read_documents
 from restomod.data.reading import Reading
 from restomod.data.text_files import files_of
-from restomod.errors import UserError, one_line
+from restomod.utils.errors import UserError, one_line
 
 BUILT_IN = ("python-stdlib", "tinyshakespeare")  # sources that need no files of the user's
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -14,8 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, cast
 
-from restomod.errors import UserError
-from restomod.files import require_regular
+from restomod.utils.errors import UserError
+from restomod.utils.files import require_regular
 
 READ_BYTES = 1 << 20
 BOM = codecs.BOM_UTF8.decode()  # the byte-order mark: no part of the text

@@ -10,8 +10,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from restomod.errors import UserError
-from restomod.files import require_regular
+from restomod.utils.errors import UserError
+from restomod.utils.files import require_regular
 
 
 def files_of(path: Path, glob: str, left_out: collections.Counter[str] | None = None) -> Iterator[Path]:

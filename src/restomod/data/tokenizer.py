@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from restomod.errors import UserError
+from restomod.utils.errors import UserError
 
 END_OF_TEXT = 50256
 END_OF_TEXT_LITERAL = "<|endoftext|>"

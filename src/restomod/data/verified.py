@@ -13,9 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from restomod.errors import UserError
-from restomod.files import sha256_file, write_json_atomically
-from restomod.json_files import read_json
+from restomod.utils.errors import UserError
+from restomod.utils.files import sha256_file, write_json_atomically
+from restomod.utils.json_files import read_json
 
 VERIFIED = ".verified.json"
 SETTLED_SECONDS = 2.0  # a file that changed later than so long ago may change again unseen: clocks tick in steps

@@ -15,8 +15,8 @@ from restomod.data.kinds import look
 from restomod.data.readers import open_parquet, without_surrogates
 from restomod.data.records import json_objects
 from restomod.data.streams import compression_of, decoded, guarded, open_stream
-from restomod.errors import UserError, one_line, shortened
-from restomod.json_files import parse_json
+from restomod.utils.errors import UserError, one_line, shortened
+from restomod.utils.json_files import parse_json
 
 Record = dict[str, Any]
 

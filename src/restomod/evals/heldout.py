@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from restomod.data.batches import Batches
-from restomod.data.shards import Dataset, TokenStream
+from restomod.data.dataset import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
-from restomod.device import autocast, total_memory
+from restomod.engine.chunk_sizes import EVAL_TOKENS, tokens_at_once
+from restomod.engine.device import autocast, total_memory
+from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.likelihood import Batch, LanguageModel, gpt_log_probs
 from restomod.model.gpt import GPT
-from restomod.model.sizes import EVAL_TOKENS, tokens_at_once
-from restomod.train.distributed import SINGLE, Processes
 
 UNIT = 2**32  # losses are added up as whole numbers of this part of a nat: those have the same sum in any order
 

@@ -21,12 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from restomod.device import total_memory
-from restomod.errors import UserError
+from restomod.engine.chunk_sizes import SCORED_POSITIONS, tokens_at_once
+from restomod.engine.device import total_memory
+from restomod.engine.distributed import SINGLE, Processes
+from restomod.engine.loss import cross_entropies_
 from restomod.model.gpt import GPT, soft_cap
-from restomod.model.sizes import SCORED_POSITIONS, tokens_at_once
-from restomod.train.distributed import SINGLE, Processes
-from restomod.train.loss import cross_entropies_
+from restomod.utils.errors import UserError
 
 CPU_SOFTMAX_POSITIONS = 32  # fp32 rows that stay in a CPU's cache between the passes of a softmax
 PADDING = -1
@@ -270,7 +270,7 @@ def log_probs_of(
         logits_of: logits, (at most `SCORED_POSITIONS`, V), that predict a slice of the targets; may be overwritten.
         targets: (M,).
         target_logits: (M,) fp32, the targets' logits in place of those of ``logits_of``, which 16 bits have rounded.
-            As in training (`restomod.train.loss`) they take their place in the sum over the vocabulary, too.
+            As in training (`restomod.engine.loss`) they take their place in the sum over the vocabulary, too.
 
     Returns:
         (M,) fp32, at most 0; and (M,) bool, whether no other logit was higher than the target's.

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from restomod.device import autocast, total_memory
-from restomod.errors import UserError
+from restomod.engine.chunk_sizes import tokens_at_once
+from restomod.engine.device import autocast, total_memory
 from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.model.gpt import GPT
 from restomod.model.hf_models import TransformersModel, open_causal_model
-from restomod.model.sizes import tokens_at_once
-from restomod.train.find import find_model
+from restomod.runs.open_model import find_model
+from restomod.utils.errors import UserError
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 SAME = 1e-3  # nats by which two ways to compute one log-likelihood may differ in fp32
@@ -120,7 +120,7 @@ class ScoredTransformers:
 
 
 def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """The model that ``name`` stands for, as `restomod.train.find.find_model` says, ready to be scored.
+    """The model that ``name`` stands for, as `restomod.runs.open_model.find_model` says, ready to be scored.
 
     What this package computes exactly is run by it, all others by `transformers`; see `open_causal_model`.
 

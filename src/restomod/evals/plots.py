@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from restomod.errors import shortened
 from restomod.evals.heldout import Heldout
-from restomod.figures import INK, new_figure, quiet, require_matplotlib, write_figure
-from restomod.redaction import redact
+from restomod.utils.errors import shortened
+from restomod.utils.figures import INK, new_figure, quiet, require_matplotlib, write_figure
+from restomod.utils.redaction import redact
 
 POINTS = 60  # means over ranges of positions, each longer than the one before
 
@@ -30,7 +30,7 @@ def draw_positions(heldout: Heldout, title: str, path: Path, inside: Path | None
         heldout: what is drawn.
         title: the model's name.
         path: of the file.
-        inside: see `restomod.files.write_bytes_atomically`.
+        inside: see `restomod.utils.files.write_bytes_atomically`.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from restomod.errors import NOT_FINITE, UserError
+from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.examples import Example
 from restomod.evals.likelihood import LanguageModel, Request, Score, encode_pair, log_likelihoods
 from restomod.evals.tasks import LoadedTask
-from restomod.train.distributed import SINGLE, Processes
+from restomod.utils.errors import NOT_FINITE, UserError
 
 ACCURACIES = {
     "acc": "the choice of the highest log-probability",

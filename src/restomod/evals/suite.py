@@ -12,29 +12,29 @@ from typing import Any
 
 import torch
 
-from restomod.config import DataConfig, Device, Precision, RunConfig
-from restomod.config_json import read_config
+from restomod.config.run import DataConfig, Device, Precision, RunConfig
+from restomod.config.serialize import read_config
+from restomod.data.dataset import Dataset
 from restomod.data.manifest import is_fineweb_edu
-from restomod.data.prepare import prepare
 from restomod.data.same_tokens import read_run_data
-from restomod.data.shards import Dataset
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.errors import NOT_FINITE, UserError, reason, reported_once
+from restomod.engine.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
+from restomod.engine.distributed import Processes, device_of, joined
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import Reference, references
 from restomod.evals.scoring import Estimate, Result, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
-from restomod.files import short_name, write_json_atomically, write_text_atomically
-from restomod.output_files import Output, require_outputs, write_outputs
-from restomod.text import duration
-from restomod.train.checkpoint import STEP_FOLDER, step_of
-from restomod.train.console import Display
-from restomod.train.distributed import Processes, device_of, joined
-from restomod.train.find import find_model, is_run
-from restomod.train.run import environment
+from restomod.runs.checkpoint import STEP_FOLDER, step_of
+from restomod.runs.folder import environment
+from restomod.runs.open_model import find_model, is_run
+from restomod.utils.console import Display
+from restomod.utils.errors import NOT_FINITE, UserError, reason, reported_once
+from restomod.utils.files import short_name, write_json_atomically, write_text_atomically
+from restomod.utils.output_files import Output, require_outputs, write_outputs
+from restomod.utils.text import duration
 
 SHOWN = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")
 
@@ -80,7 +80,7 @@ def evaluate_model(
         data: folder of token shards for the held-out loss; None: the run's own.
         context: tokens of its windows; None: as many as the run trained on.
         batch: rows per forward pass.
-        device, precision: see `restomod.device`.
+        device, precision: see `restomod.engine.device`.
         json_file: write all results to this file, too, after they are shown.
         cache: folder for downloads.
         display: where to print.

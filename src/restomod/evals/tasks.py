@@ -13,10 +13,10 @@ from typing import Literal
 
 from restomod.data.hub_datasets import dataset_files, fetch
 from restomod.data.sources import download
-from restomod.errors import UserError, did_you_mean
 from restomod.evals import examples as of
 from restomod.evals.examples import Example, Record, read_examples
-from restomod.text import split_items
+from restomod.utils.errors import UserError, did_you_mean
+from restomod.utils.text import split_items
 
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"

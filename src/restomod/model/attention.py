@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from restomod.config_model import PLAIN_ATTENTION_TOKENS
+from restomod.config.model import PLAIN_ATTENTION_TOKENS
 
 Use = Literal["training", "masked training", "scoring", "decoding"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from restomod.config import ModelConfig
+from restomod.config.run import ModelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:

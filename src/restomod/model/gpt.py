@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from restomod.config import ModelConfig
-from restomod.memory import available_bytes
+from restomod.config.run import ModelConfig
 from restomod.model.attention import attention
 from restomod.model.flops import padded_parameters
+from restomod.utils.process_memory import available_bytes
 
 NORM_EPS = 1e-6  # of RMS norms, as in `transformers`' Llama and Qwen3; layer norms have torch's 1e-5, as GPT-2's
 

@@ -19,14 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from restomod.config_model import LARGEST, VOCAB_SIZE
+from restomod.config.model import LARGEST, VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
-from restomod.errors import UserError, is_out_of_memory, one_line
-from restomod.json_files import checked, read_json
-from restomod.memory import available_bytes
-from restomod.model.families import OtherModel
 from restomod.model.gpt import GPT
-from restomod.model.pretrained import (
+from restomod.model.hf_format import OtherModel
+from restomod.model.hf_io import (
     describe_misfit,
     load_model,
     read_model_config,
@@ -35,6 +32,9 @@ from restomod.model.pretrained import (
     wrapper_of,
 )
 from restomod.model.storage import read_tensors, refuse_not_finite
+from restomod.utils.errors import UserError, is_out_of_memory, one_line
+from restomod.utils.json_files import checked, read_json
+from restomod.utils.process_memory import available_bytes
 
 NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
 LARGEST_TOKENIZER = 256 * 2**20  # bytes of its file; those of 256,000 tokens have 32 MB

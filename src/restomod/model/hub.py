@@ -6,9 +6,9 @@ import contextlib
 import re
 from pathlib import Path
 
-from restomod.errors import UserError, one_line
-from restomod.hub import hub_file, quiet_client
 from restomod.model.storage import weights_files
+from restomod.utils.errors import UserError, one_line
+from restomod.utils.hub import hub_file, quiet_client
 
 OPENAI = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 VOCABULARIES = ("vocab.json", "tokenizer.json")

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from restomod.errors import UserError, one_line
-from restomod.json_files import file_name, read_json
-from restomod.locks import SAFE_OPEN
+from restomod.utils.errors import UserError, one_line
+from restomod.utils.json_files import file_name, read_json
+from restomod.utils.locks import SAFE_OPEN
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
-from restomod.check_result import Verdict
-from restomod.text import duration
-from restomod.train.metrics import read_jsonl
+from restomod.runs.metrics import read_jsonl
+from restomod.utils.check_result import Verdict
+from restomod.utils.text import duration
 
 
 def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finished: bool) -> list[str]:

@@ -14,25 +14,25 @@ import time
 from pathlib import Path
 from shlex import quote
 
-from restomod.config import RunConfig
-from restomod.config_json import read_config
+from restomod.config.run import RunConfig
+from restomod.config.serialize import read_config
 from restomod.data.prefetch import Prefetch
-from restomod.errors import describe_os_error
-from restomod.output import complain
-from restomod.train.checkpoint import list_checkpoints, step_of
-from restomod.train.console import Display
+from restomod.engine.distributed import Processes, joined
+from restomod.engine.signals import StopSignal
+from restomod.runs.async_saver import Saver
+from restomod.runs.checkpoint import list_checkpoints, step_of
+from restomod.runs.folder import refuse_existing
+from restomod.runs.run_lock import RunLock
+from restomod.runs.trackers import Trackers, require_installed
 from restomod.train.console_lines import closing_lines, sanity_lines
-from restomod.train.distributed import Processes, joined
-from restomod.train.journal import Journal
-from restomod.train.observe import Health, evaluate, write_samples
-from restomod.train.recover import roll_back, step_that_fits, warn
-from restomod.train.run import refuse_existing
-from restomod.train.run_lock import RunLock
-from restomod.train.saver import Saver
+from restomod.train.evaluate import Health, evaluate, write_samples
+from restomod.train.rollback import roll_back, step_that_fits, warn
 from restomod.train.setup import Training, set_up
-from restomod.train.signals import StopSignal
+from restomod.train.step_log import Journal
 from restomod.train.summary import length_warnings, summary
-from restomod.train.track import Trackers, require_installed
+from restomod.utils.console import Display
+from restomod.utils.errors import describe_os_error
+from restomod.utils.output import complain
 
 EXIT_FINISHED = 0
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal; the run can go on

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from restomod.check_result import Verdict
-from restomod.config import RunConfig
+from restomod.checks.device_parity import CHECKED_BEFORE_TRAINING, device_parity
+from restomod.checks.model_quick import Subject, quick_checks
+from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
-from restomod.data.prepare import prepare
-from restomod.data.shards import Dataset
+from restomod.data.dataset import Dataset
+from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
-from restomod.device import (
+from restomod.engine.device import (
     choose_compile,
     choose_device,
     choose_dtype,
@@ -26,13 +27,16 @@ from restomod.device import (
     dtype_name,
     keep_freed_memory,
 )
-from restomod.errors import UserError, is_out_of_memory, one_line
+from restomod.engine.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
+from restomod.engine.micro_batch import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
+from restomod.engine.optimizer import Optimizers, build_optimizer
+from restomod.engine.step import BatchLoss, Compute
 from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
-from restomod.model.families import OtherModel, as_saved
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
-from restomod.model.pretrained import load_model, read_model_config
-from restomod.train.checkpoint import (
+from restomod.model.hf_format import OtherModel, as_saved
+from restomod.model.hf_io import load_model, read_model_config
+from restomod.runs.checkpoint import (
     Unusable,
     load_optimizer,
     load_saved_weights,
@@ -40,16 +44,12 @@ from restomod.train.checkpoint import (
     progress,
     set_aside,
 )
-from restomod.train.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
-from restomod.train.find import find_model
-from restomod.train.memory import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
-from restomod.train.metrics import SampleRecord, iterate_jsonl
-from restomod.train.optimizer import Optimizers, build_optimizer
-from restomod.train.parity import CHECKED_BEFORE_TRAINING, device_parity
-from restomod.train.run import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
-from restomod.train.sanity import Subject, quick_checks
-from restomod.train.saved_tensors import require_shape
-from restomod.train.step import BatchLoss, Compute
+from restomod.runs.folder import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
+from restomod.runs.metrics import SampleRecord, iterate_jsonl
+from restomod.runs.open_model import find_model
+from restomod.runs.saved_tensors import require_shape
+from restomod.utils.check_result import Verdict
+from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from restomod.data.reading import told
-from restomod.device import describe_device, dtype_name
-from restomod.model.families import describe_shape
+from restomod.engine.device import describe_device, dtype_name
+from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
 from restomod.model.flops import parameter_count
-from restomod.text import counted, duration
-from restomod.train.schedule import describe_warmup, schedule_warnings
+from restomod.model.hf_format import describe_shape
 from restomod.train.setup import Training
+from restomod.utils.text import counted, duration
 
 
 def length_warnings(training: Training) -> list[str]:

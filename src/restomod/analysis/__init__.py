@@ -1,0 +1,1 @@
+"""After a run: its health, comparison with others, report, weights."""

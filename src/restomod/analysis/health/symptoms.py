@@ -1,0 +1,309 @@
+"""Is a run healthy? Symptoms that its numbers show, each named, with what was seen and what to do. Needs no torch.
+
+Thresholds are several standard errors of what noise does, and more than healthy runs do. What cannot be judged yet says
+so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from restomod.analysis.health.curves import Curves, blocks, curves, noise, period
+from restomod.analysis.health.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
+from restomod.analysis.health.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
+from restomod.analysis.health.trends import autocorrelation_time
+from restomod.config.run import RunConfig
+from restomod.utils.text import counted
+
+Status = Literal["well", "note", "sick", "unknown"]
+
+STUCK_AFTER = 100  # updates; by then every model that learns at all has learnt how frequent tokens are
+SHORT = 100  # steps; of fewer, the share that warms up may be a single one
+STUCK_WITHIN = 0.5  # nats below ln(V)
+RECENT = 32  # steps whose mean is the level of now
+
+DIVERGED_SIGMAS = 6.0
+DIVERGED_BY = 0.25  # nats
+GRADIENT_GREW = 4.0  # times; by 3 the norm of a healthy small model grew
+SLOWER = 1.5  # times the milliseconds of the fastest part
+FEWEST_BLOCKS = 4
+
+GAP_SIGMAS = 6.0
+OVERFITTED_BY = 0.3  # nats that the gap has grown by
+VAL_ROSE_BY = 0.1  # nats above its minimum; it is always measured on the same tokens
+VAL_SIGMAS = 5.0  # above what the lowest of them is below their mean
+BELOW_BY = 0.4  # nats
+NOTABLE_SKIPS = 0.01  # of the steps
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of looking for one symptom."""
+
+    symptom: str
+    status: Status
+    """well: not seen; note: seen, and over; sick: seen; unknown: cannot be judged."""
+    reason: str
+
+
+def judge(
+    config: RunConfig, records: Iterable[Mapping[str, Any]], lengths: Mapping[str, float] | None = None
+) -> list[Finding]:
+    """Look for every symptom in the records of a run, whether it is finished or not.
+
+    Args:
+        config: of the run.
+        records: of `metrics.jsonl`.
+        lengths: steps after which the data comes to a border, by what that is, such as an epoch.
+    """
+    return judge_curves(config, curves(records), lengths)
+
+
+def judge_curves(config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None) -> list[Finding]:
+    """Look for every symptom in curves that `restomod.analysis.health.curves.History` has gathered."""
+    return [*(look(config, seen) for look in SYMPTOMS), periodicity(seen, lengths or {})]
+
+
+def seen_now(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that say that the run is not healthy."""
+    return [finding for finding in findings if finding.status == "sick"]
+
+
+def not_finite(config: RunConfig, seen: Curves) -> Finding:
+    """Losses or gradients that are not finite; their updates were skipped."""
+    name, steps = "loss not finite", seen.not_finite
+    if not steps:
+        return _quiet(name, seen, "every loss and gradient norm is finite")
+    times = f"at step {steps[0]}" if len(steps) == 1 else f"at {len(steps)} steps, first at {steps[0]}"
+    return Finding(name, "sick", f"{times}; lower --optim.lr or raise --optim.warmup-steps in a new run")
+
+
+def skipped_updates(config: RunConfig, seen: Curves) -> Finding:
+    """Updates that were not made because the loss was far off."""
+    name, skips = "skipped updates", seen.skipped
+    if not skips and not seen.rollbacks:
+        return _quiet(name, seen, "every update was made")
+    parts = [f"{len(skips)} of {seen.steps_seen:,} steps, the last at {skips[-1][0]} ({skips[-1][1]})"] if skips else []
+    if seen.rollbacks:
+        parts.append(f"the run went back to a checkpoint {counted(seen.rollbacks, 'time')}")
+    often = seen.rollbacks > 0 or len(skips) > max(1, NOTABLE_SKIPS * seen.steps_seen)
+    return Finding(name, "sick" if often else "note", "; ".join(parts))
+
+
+def stuck(config: RunConfig, seen: Curves) -> Finding:
+    """A loss that stays near ln(V), that of a uniform prediction."""
+    name, guess = "stuck near ln(V)", math.log(config.model.vocab_size)
+    if seen.updates < STUCK_AFTER:
+        return _too_short(name, seen, STUCK_AFTER)
+    level = float(seen.recent_loss[-RECENT:].mean())
+    if level < guess - STUCK_WITHIN:
+        return Finding(name, "well", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}")
+    return Finding(
+        name,
+        "sick",
+        f"loss {level:.2f} after {seen.updates:,} updates, and a uniform prediction gives {guess:.2f}: "
+        f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model",
+    )
+
+
+def spikes(config: RunConfig, seen: Curves) -> Finding:
+    """Losses far above those before, for one step or a few."""
+    name, found = "spike", seen.spikes
+    if seen.updates <= SPIKE_ENOUGH:
+        return _too_short(name, seen, SPIKE_ENOUGH + 1)
+    if not found:
+        return Finding(name, "well", f"no loss {SPIKE_SIGMAS:.0f} standard deviations above those before")
+    last, largest = found[-1], max(found, key=lambda spike: spike.rise)
+    now = float(seen.recent_loss[-RECENT:].mean())
+    back = now <= last.mean + max(0.1, 4 * last.deviation * math.sqrt(1 / RECENT + 1 / last.count))
+    several = f"{len(found)} of them, the largest " if len(found) > 1 else ""
+    reason = f"{several}at step {largest.step}, {largest.rise:.2f} nats above the steps before"
+    if back:
+        return Finding(name, "note" if len(found) <= 3 else "sick", f"{reason}; the loss has come back")
+    return Finding(name, "sick", f"{reason}; the loss has not come back: go back to a checkpoint, or lower --optim.lr")
+
+
+def diverged(config: RunConfig, seen: Curves) -> Finding:
+    """A loss that has been lower, and rises."""
+    name, x = "divergence", seen.loss
+    width = max(RECENT, len(x) // 20)
+    if len(x) < FEWEST_BLOCKS * width:
+        return _too_short(name, seen, FEWEST_BLOCKS * width)
+    means = blocks(x, width).mean(axis=1)
+    lowest = int(means.argmin())
+    before = x[: max(len(x) // 2, len(x) - (len(means) - 1 - lowest) * width)]  # what rises afterwards is no noise
+    rise, error = means[-1] - means[lowest], noise(before) * math.sqrt(2 * autocorrelation_time(before) / width)
+    if rise <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
+        steps = width * seen.row_steps
+        return Finding(
+            name, "well", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
+        )
+    at = seen.step[len(x) - (len(means) - int(means.argmin())) * width]
+    return Finding(
+        name,
+        "sick",
+        f"the loss was {means.min():.3f} around step {at:.0f} and is {means[-1]:.3f} now: "
+        f"go back to a checkpoint from before, lower --optim.lr",
+    )
+
+
+def gradient(config: RunConfig, seen: Curves) -> Finding:
+    """A gradient norm that grows, which comes before many a divergence."""
+    name = "gradient norm growing"
+    x = seen.grad_norm[seen.step >= config.optim.warmup_steps]
+    x = x[np.isfinite(x)]
+    width = max(RECENT, len(x) // 20)
+    if len(x) < FEWEST_BLOCKS * width:
+        return _too_short(name, seen, config.optim.warmup_steps + FEWEST_BLOCKS * width)
+    levels = np.median(blocks(x, width), axis=1)
+    lowest, last = float(levels.min()), float(levels[-1])
+    if not last > GRADIENT_GREW * lowest > 0:
+        return Finding(name, "well", f"{last:.2f} now, and {lowest:.2f} to {levels.max():.2f} after the warm-up")
+    return Finding(
+        name, "sick", f"from {lowest:.2f} to {last:.2f}: a divergence may follow; lower --optim.lr or --optim.betas"
+    )
+
+
+def throughput(config: RunConfig, seen: Curves) -> Finding:
+    """Steps that take longer than they did."""
+    name, x = "throughput drop", seen.ms[np.isfinite(seen.ms) & (seen.ms > 0)]
+    width = max(20, len(x) // 10)
+    if len(x) < FEWEST_BLOCKS * width:
+        return _too_short(name, seen, FEWEST_BLOCKS * width)
+    parts = blocks(x, width)
+    levels = np.median(parts, axis=1)
+    fast, last = int(levels.argmin()), float(levels[-1])
+    apart = np.quantile(parts[-1], 0.25) > np.quantile(parts[fast], 0.75)
+    if last <= SLOWER * levels[fast] or not apart:
+        return Finding(name, "well", f"{last:.0f} ms a step now, {levels[fast]:.0f} where it was fastest")
+    return Finding(
+        name,
+        "sick",
+        f"{last:.0f} ms a step now, {levels[fast]:.0f} before: does something else use the machine, is it too hot, "
+        f"or does the data come late (data_ms)?",
+    )
+
+
+def warm_up(config: RunConfig, seen: Curves) -> Finding:
+    """A learning rate that begins at its maximum, or never gets there."""
+    name, optim = "no warm-up", config.optim
+    if config.steps <= optim.warmup_steps > 1:
+        return Finding(
+            "warm-up until the end",
+            "sick",
+            f"all {config.steps} steps lie within the warm-up of {optim.warmup_steps}, so the learning rate ends at "
+            f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps",
+        )
+    if optim.optimizer != "adamw":
+        return Finding(name, "well", f"{optim.optimizer} does without, and warms up for {optim.warmup_steps} steps")
+    first = seen.first_rate
+    if optim.warmup_steps == 1 and config.steps <= SHORT:
+        return Finding(name, "unknown", f"{config.steps} steps are too few for one")
+    if optim.warmup_steps <= 1 or (math.isfinite(first) and first > 0.9 * optim.lr):
+        return Finding(
+            name,
+            "sick",
+            f"the learning rate is {optim.lr:g} from the first step on, when AdamW has seen no gradients: "
+            f"add --optim.warmup-steps",
+        )
+    return Finding(name, "well", f"{optim.warmup_steps} steps of {config.steps:,}")
+
+
+def overfitting(config: RunConfig, seen: Curves) -> Finding:
+    """A held-out loss that rises, or stays behind, while the training loss falls."""
+    name, gaps = "overfitting", gaps_of(seen)
+    if len(gaps) < 2:
+        return _no_gap(name, seen, 2)
+    lowest = int(seen.val_loss.argmin())
+    rise = float(seen.val_loss[-1] - seen.val_loss[lowest])
+    near, now, error = seen.val_level[lowest], seen.val_level[-1], seen.val_level_error[-1]
+    allowed = max(VAL_ROSE_BY, val_noise(seen) * (VAL_SIGMAS + math.sqrt(2 * math.log(len(seen.val_loss)))))
+    if rise > allowed and now <= near + GAP_SIGMAS * error:
+        return Finding(
+            name,
+            "sick",
+            f"the held-out loss was {seen.val_loss[lowest]:.4f} at step {seen.val_step[lowest]:.0f} and is "
+            f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps",
+        )
+    first = gaps[0]
+    for last in latest_gaps(gaps[1:]):
+        grew = last.nats - first.nats
+        allowed = math.hypot(OVERFITTED_BY, GAP_SIGMAS * math.hypot(last.error, first.train_error))
+        if grew > allowed and last.nats > OVERFITTED_BY:
+            return Finding(
+                name,
+                "sick",
+                f"the held-out loss is {last.nats:.2f} above the training loss at step {last.step:.0f}, and was "
+                f"{first.nats:+.2f} from it before: more data, or fewer steps",
+            )
+    return _gap_is_well(name, gaps[-1])
+
+
+def below(config: RunConfig, seen: Curves) -> Finding:
+    """A held-out loss below the training loss."""
+    name, gaps = "validation below training", gaps_of(seen)
+    if not gaps:
+        return _no_gap(name, seen, 1)
+    for gap in latest_gaps(gaps):
+        if gap.nats < -math.hypot(BELOW_BY, GAP_SIGMAS * gap.error):
+            return Finding(
+                name,
+                "sick",
+                f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the held-out text is easier, is in the training text "
+                f"too and memorised, or the two losses are computed differently",
+            )
+    return _gap_is_well(name, gaps[-1])
+
+
+def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
+    """A loss that repeats itself, as with data that is not shuffled."""
+    name, needed = "periodic loss", 4 * 128 // 3 + 1
+    if seen.updates < needed:
+        return _too_short(name, seen, needed)
+    found = period(seen.recent_loss)
+    if found is None and seen.row_steps > 1 and (rows := period(seen.loss)) is not None:
+        found = rows * seen.row_steps  # longer than the newest steps can show
+    if found is None:
+        return Finding(name, "well", "no wave and no repetition in its noise")
+    known = next((what for what, steps in lengths.items() if abs(found / steps - 1) < 0.03), None)
+    of = f", the length of {known}" if known else ""
+    return Finding(name, "sick", f"it repeats itself every {found:.0f} steps{of}: is the data shuffled, as a whole?")
+
+
+def _gap_is_well(name: str, gap: Gap) -> Finding:
+    return Finding(
+        name, "well", f"held-out minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
+    )
+
+
+def _no_gap(name: str, seen: Curves, needed: int) -> Finding:
+    if not len(seen.val_step):
+        return Finding(name, "unknown", "the run has no validation")
+    return Finding(name, "unknown", f"needs {counted(needed, 'validation')} after step {GAPS_AFTER}")
+
+
+def _too_short(name: str, seen: Curves, needed: int) -> Finding:
+    return Finding(name, "unknown", f"needs {needed:,} steps, and there are {seen.updates:,}")
+
+
+def _quiet(name: str, seen: Curves, reason: str) -> Finding:
+    return Finding(name, "well", reason) if seen.steps_seen else Finding(name, "unknown", "no step has been made yet")
+
+
+SYMPTOMS: tuple[Callable[[RunConfig, Curves], Finding], ...] = (
+    not_finite,
+    skipped_updates,
+    stuck,
+    spikes,
+    diverged,
+    gradient,
+    overfitting,
+    below,
+    throughput,
+    warm_up,
+)

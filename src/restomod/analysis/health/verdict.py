@@ -1,0 +1,86 @@
+"""The verb `verdict`: is a run healthy? What its numbers, its data, its weights and a reference say."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from restomod.analysis.health.dead_layers import dead_layers
+from restomod.analysis.health.reference_loss import reference
+from restomod.analysis.health.symptoms import Finding, judge, seen_now
+from restomod.runs.metrics import iterate_jsonl
+from restomod.runs.reader import Run
+from restomod.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """What was found in a run."""
+
+    run: str
+    step: int
+    """Updates made so far."""
+    steps: int
+    """Updates planned."""
+    findings: list[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no symptom was seen."""
+        return not seen_now(self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        findings = [{"symptom": f.symptom, "status": f.status, "reason": f.reason} for f in self.findings]
+        return {
+            "run": self.run,
+            "healthy": self.healthy,
+            "step": self.step,
+            "steps": self.steps,
+            "findings": findings,
+        }
+
+    def summary(self) -> str:
+        """One line."""
+        sick = seen_now(self.findings)
+        unknown = sum(f.status == "unknown" for f in self.findings)
+        notes = sum(f.status == "note" for f in self.findings)
+        parts = [f"{len(self.findings) - unknown} symptoms looked for"]
+        parts += [f"{notes} to look at"] if notes else []
+        parts += [f"{unknown} cannot be judged"] if unknown else []
+        what = "healthy" if not sick else f"not healthy: {', '.join(f.symptom for f in sick)}"
+        return f"{self.run}, step {self.step:,} of {self.steps:,}: {what} ({', '.join(parts)})"
+
+
+def verdict(run: Run, weights: bool = True) -> RunVerdict:
+    """Look for every symptom.
+
+    Args:
+        run: finished or not.
+        weights: look into the newest checkpoint too.
+
+    Raises:
+        UserError: a file of the run is damaged, or no line of its records can be read.
+    """
+    if not run.records:
+        damage: list[str] = []
+        path = run.folder / "metrics.jsonl"
+        if not list(iterate_jsonl(path, damage.append)) and damage:
+            raise UserError(f"{path} is damaged: no line of it can be read, so the run cannot be judged")
+    findings = judge(run.config, run.records, data_lengths(run))
+    findings.append(reference(run))
+    if weights:
+        findings.append(dead_layers(run))
+    made = run.train[-1]["step"] + 1 if run.train else 0
+    return RunVerdict(str(run.folder), made, run.config.steps, findings)
+
+
+def data_lengths(run: Run) -> dict[str, float]:
+    """Steps after which the training data comes to the end of an epoch, and of a shard, if there are several."""
+    split = run.manifest.get("splits", {}).get("train", {})
+    shards = [shard["tokens"] for shard in split.get("shards", [])]
+    found = {"an epoch": split.get("tokens", 0) / run.config.batch_tokens}
+    if len(shards) > 1:
+        found["a shard"] = statistics.median(shards) / run.config.batch_tokens
+    return {what: steps for what, steps in found.items() if steps > 0}

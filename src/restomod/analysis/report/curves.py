@@ -1,0 +1,178 @@
+"""Curves of a run, with fewer points and all spikes: what a page can hold of a hundred thousand steps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from restomod.analysis.health.curves import LARGEST
+from restomod.runs.reader import Record, Run
+
+POINTS = 1600  # of a curve: more than a screen has columns, and tens of kilobytes
+MEANS = 400  # points of a mean
+DIGITS = 6  # significant ones
+
+
+def number(value: Any) -> float:
+    """A number that a record holds, or NaN for anything else: null, text, infinity, what no sum could hold."""
+    good = type(value) in (int, float) and abs(value) < LARGEST
+    return float(value) if good else math.nan
+
+
+def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
+    """Which of n points to keep so that a curve looks the same.
+
+    Of every range of neighbours the lowest and the highest point are kept, and the first and last of all, so no spike
+    is lost, be it a single step.
+
+    Args:
+        y: shape (n,); NaN where there is no number.
+        points: keep about so many.
+
+    Returns:
+        Rising indices, shape (m,), m <= points + 2.
+    """
+    n = len(y)
+    if n <= points:
+        return np.arange(n)
+    kept = {0, n - 1}
+    edges = np.linspace(0, n, max(1, points // 2) + 1).astype(int)
+    for a, b in itertools.pairwise(edges):
+        part = y[a:b]
+        if np.isnan(part).all():
+            kept.add(int(a))  # the gap stays a gap
+        else:
+            kept |= {int(a + np.nanargmin(part)), int(a + np.nanargmax(part))}
+    return np.array(sorted(kept))
+
+
+def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
+    """Mean of each number and its neighbours, ``width`` together, NaN left out, shape (n,).
+
+    Near the ends there are as few on one side as there can be on the other, so that the mean does not lag behind.
+    """
+    n, good = len(y), ~np.isnan(y)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(good, y, 0.0), good))
+    at = np.arange(n)
+    half = np.minimum(width // 2, np.minimum(at, n - 1 - at))
+    start, end = at - half, at + half + 1
+    found = counts[end] - counts[start]
+    return np.where(found > 0, (sums[end] - sums[start]) / np.maximum(found, 1), np.nan)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How long a run had spent in steps before each of them."""
+
+    steps: np.ndarray
+    hours: np.ndarray
+    """One more than `steps`: the last is the end."""
+
+    @classmethod
+    def of(cls, train: Sequence[Record]) -> Clock:
+        ms = np.nan_to_num(np.array([number(record.get("ms")) for record in train]))
+        steps = np.array([record["step"] for record in train], dtype=np.int64)
+        return cls(steps, np.concatenate([[0.0], np.cumsum(ms)]) / 3.6e6)
+
+    def at(self, steps: np.ndarray) -> np.ndarray:
+        """Hours in steps before each of ``steps``."""
+        return self.hours[np.searchsorted(self.steps, steps)]
+
+
+def curve(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
+    """A thinned curve for JSON: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
+    kept = thin(y, points)
+    return {
+        "x": steps[kept].tolist(),
+        "y": [rounded(value) for value in y[kept]],
+        "h": [rounded(value) for value in clock.at(steps[kept])],
+    }
+
+
+def rounded(value: float) -> float | None:
+    """A number with as many digits as a picture shows, None for NaN."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def curves(run: Run) -> dict[str, Any]:
+    """All curves of a run for a page: ``train`` metrics, means of noisy ones, ``val`` and ``tasks``; empty ones left
+    out.
+    """
+    train = run.train
+    steps = np.array([record["step"] for record in train], dtype=np.int64)
+    clock = Clock.of(train)
+    made: dict[str, Any] = {}
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
+        y = np.array([number(record.get(name)) for record in train])
+        if not len(y) or np.isnan(y).all():
+            continue
+        made[name] = curve(steps, y, clock)
+        width = len(y) // 100 | 1
+        if name != "lr" and width > 1:
+            kept = np.unique(np.linspace(0, len(y) - 1, MEANS).astype(int))
+            made[f"{name}_mean"] = curve(steps[kept], centred_mean(y, width)[kept], clock) | {"over": width}
+    val = run.val
+    if val:
+        at = np.array([record["step"] for record in val], dtype=np.int64)
+        made["val"] = curve(at, np.array([number(record.get("loss")) for record in val]), clock)
+    return made
+
+
+def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Accuracies along the way, by task: of the records of validations, and of `restomod eval`.
+
+    Those of as many examples follow each other by step, the smaller samples first; between samples of different sizes
+    stands a point without a value, so that no line joins them.
+
+    Args:
+        run: the run.
+        metric_of: the metric to show of each task.
+    """
+    clock = Clock.of(run.train)
+    found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
+    for record in [*run.records, *run.evaluations]:
+        task, step = record.get("task"), record.get("step")
+        if task is None or step is None or task == "heldout":
+            continue
+        known: Record = record.get("metrics", record)
+        name = metric_of.get(task, "acc_norm" if "acc_norm" in known else "acc")
+        value: Any = known.get(name)
+        error: Any = known.get(f"{name}_stderr")
+        if isinstance(value, dict):
+            value, error = value.get("value"), value.get("stderr")
+        if math.isfinite(number(value)):
+            n = record.get("examples")
+            found.setdefault(task, {})[n or 0, step] = (number(value), number(error))
+    return {task: _task_curve(points, metric_of.get(task, "acc_norm"), clock) for task, points in found.items()}
+
+
+def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str, clock: Clock) -> dict[str, Any]:
+    """The points of a task, by number of examples (0: not said) and step."""
+    sizes = {n for n, _ in points if n}
+    if len(sizes) == 1:  # what does not say its size is taken to be of the only one
+        points = {(max(sizes), step): value for (_, step), value in sorted(points.items())}
+    made: dict[str, Any] = {"metric": metric, "x": [], "y": [], "error": [], "examples": []}
+    kept: list[tuple[int, int]] = []
+    for _, same_size in itertools.groupby(sorted(points), key=lambda point: point[0]):
+        curve_of = list(same_size)
+        kept += [curve_of[i] for i in thin(np.array([points[point][0] for point in curve_of]))]
+    for n, step in kept:
+        value, error = points[n, step]
+        if made["examples"] and made["examples"][-1] != n:
+            for name, gap in (("x", step), ("y", None), ("error", 0.0), ("examples", n)):
+                made[name].append(gap)
+        for name, shown in (("x", step), ("y", rounded(value)), ("error", rounded(error) or 0.0), ("examples", n)):
+            made[name].append(shown)
+    made["h"] = [rounded(hours) for hours in clock.at(np.array(made["x"], dtype=np.int64))]
+    return made
+
+
+def sample_sizes(points: dict[str, Any]) -> str:
+    """Of how many examples the points of a task are: "200 and 10,042 examples"; nothing where that is not said."""
+    sizes = [f"{n:,}" for n in sorted(set(points["examples"]) - {0})]
+    return f"{' and '.join(sizes)} examples" if sizes else ""

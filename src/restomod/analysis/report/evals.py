@@ -1,0 +1,108 @@
+"""Evaluations of a run as tables: what `restomod eval` measured, beside what is published."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from restomod.analysis.report.curves import number
+from restomod.data.manifest import is_fineweb_edu
+from restomod.evals import references
+from restomod.evals.references import GPT2
+from restomod.evals.tasks import TASKS, is_whole
+from restomod.runs.config_diff import trains_on_fineweb_edu
+from restomod.runs.reader import Record, Run
+
+HEADLINES = {name: task.headline for name, task in TASKS.items()}
+HELDOUT = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
+
+
+def _on_fineweb_edu(values: Record, run: Run) -> bool:
+    """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
+    data = values.get("data")
+    if data is None or data.get("fingerprint") == run.manifest.get("fingerprint"):
+        return trains_on_fineweb_edu(run)
+    return is_fineweb_edu(data)
+
+
+def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies, where a task
+    was asked as a whole.
+    """
+    whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for task, metric in {"heldout": "loss", **HEADLINES}.items():
+        if task == "heldout" and not trains_on_fineweb_edu(run):
+            continue
+        published = references.references(task) if task == "heldout" or task in whole else []
+        lines = [{"name": r.model, "value": r.value} for r in published if r.model == GPT2 and r.metric == metric]
+        if task in CHANCE:
+            lines.append({"name": "chance", "value": CHANCE[task]})
+        if lines:
+            found["loss" if task == "heldout" else task] = lines
+    return found
+
+
+def evaluation_tables(run: Run) -> list[dict[str, Any]]:
+    """A table per task: every evaluation of the run, newest step first, then published results.
+
+    Returns:
+        Objects with ``task``, ``columns`` (names of metrics) and ``rows``: a name, a value per column, a remark.
+    """
+    by_task: dict[str, list[Record]] = {}
+    for values in run.evaluations:
+        by_task.setdefault(values["task"], []).append(values)
+    tables = []
+    for task, found in sorted(by_task.items(), key=lambda item: (item[0] != "heldout", item[0])):
+        found.sort(key=lambda values: number(values.get("step")), reverse=True)
+        measured = [_metrics(values) for values in found]
+        columns = list(dict.fromkeys(name for metrics in measured for name in metrics))
+        mine = [
+            [_at(values, run), *(metrics.get(name, "") for name in columns), _asked(values, run)]
+            for values, metrics in zip(found, measured, strict=True)
+        ]
+        published: dict[tuple[str, str], dict[str, str]] = {}
+        if any(_on_fineweb_edu(v, run) if task == "heldout" else is_whole(task, v.get("examples")) for v in found):
+            for r in references.references(task):
+                published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
+        others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
+        tables.append(
+            {
+                "task": task,
+                "columns": [HELDOUT.get(name, name) for name in columns],
+                "rows": mine + others,
+                "own": len(mine),
+            }
+        )
+    return tables
+
+
+def _metrics(values: Record) -> dict[str, str]:
+    """Names and values, with standard errors, as text."""
+    metrics = values.get("metrics")
+    given = {name: values.get(name) for name in HELDOUT if name in values} if metrics is None else metrics
+    shown = {}
+    for name, metric in given.items():
+        value, error = (metric.get("value"), metric.get("stderr")) if isinstance(metric, dict) else (metric, None)
+        if math.isfinite(number(value)):
+            digits = 4 if abs(number(value)) < 100 else 1
+            plus = f" ± {number(error):,.{digits}f}" if math.isfinite(number(error)) else ""
+            shown[name] = f"{number(value):,.{digits}f}{plus}"
+    return shown
+
+
+def _at(values: Record, run: Run) -> str:
+    step = values.get("step")
+    return f"{run.name}, step {step:,}" if step is not None else run.name
+
+
+def _asked(values: Record, run: Run) -> str:
+    examples, tokens = values.get("examples"), values.get("tokens")
+    parts = [f"{examples:,} examples"] if examples is not None else []
+    parts += [f"{tokens:,} tokens"] if tokens is not None else []
+    data = values.get("data")
+    if data is not None and data.get("fingerprint") != run.manifest.get("fingerprint"):
+        parts.append(f"of {data.get('name')}, which is not the run's data")
+    parts += [str(values["convention"])] if values.get("convention") else []
+    return "; ".join(parts)

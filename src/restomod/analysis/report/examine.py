@@ -1,0 +1,241 @@
+"""Where a model is strong and weak: its held-out loss by kind of token, by position, by source; passages in full.
+
+What is found is written into the run's folder, where reports read it without torch.
+
+Shapes: B = windows, T = tokens of each.
+"""
+
+from __future__ import annotations
+
+import codecs
+import heapq
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from restomod.analysis.report.examined import FILE, FORMAT, read_examined
+from restomod.config.run import Device, Precision
+from restomod.data.batches import Batches
+from restomod.data.dataset import Dataset, Part
+from restomod.data.tokenize import prepare
+from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from restomod.engine.chunk_sizes import EVAL_TOKENS, tokens_at_once
+from restomod.engine.device import choose_device, choose_dtype, keep_freed_memory, total_memory
+from restomod.evals.heldout import heldout_windows, token_losses
+from restomod.model.gpt import GPT
+from restomod.model.hf_io import load_model
+from restomod.runs.checkpoint import step_of
+from restomod.runs.open_model import find_model
+from restomod.runs.reader import Run
+from restomod.utils.errors import NOT_FINITE, UserError, reason
+from restomod.utils.files import write_json_atomically
+from restomod.utils.text import visible
+
+PASSAGE = 64  # tokens
+PASSAGES = 5  # of the best, and of the worst
+BEFORE = 24  # tokens that are shown before a passage
+POSITIONS = 30  # ranges at most
+
+KINDS = {
+    "word after a space": "a word or its beginning",
+    "word without a space": "the rest of a word, or one that comes first in a line or after a sign",
+    "number": "digits",
+    "punctuation": "signs, with or without a space",
+    "white space": "spaces, tabs, ends of lines",
+    "end of text": "the beginning of the next document",
+    "part of a character": "bytes that are no whole character",
+}
+
+
+def kind_of_token(piece: bytes, is_end: bool = False) -> str:
+    """Which of `KINDS` the bytes of a token are."""
+    if is_end:
+        return "end of text"
+    try:
+        text = piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "part of a character"
+    bare = text.strip()
+    if not bare:
+        return "white space"
+    if any(c.isdigit() for c in bare):
+        return "number"
+    if any(c.isalpha() for c in bare):
+        return "word after a space" if text[0] == " " else "word without a space"
+    return "punctuation"
+
+
+Passage = tuple[float, int, list[int], list[float]]
+"""Score, place among all passages (which settles ties), tokens, and the losses of the last of them."""
+
+
+@dataclass
+class _Sums:
+    """What is added up over windows."""
+
+    by_token: np.ndarray
+    """(V, 2): losses and counts of each target."""
+    by_position: np.ndarray
+    """(T, 2)."""
+    passages: int = 0
+    """Seen so far."""
+    best: list[Passage] = field(default_factory=list)
+    """A heap whose scores are negative mean losses."""
+    worst: list[Passage] = field(default_factory=list)
+    """A heap whose scores are mean losses."""
+
+
+def examine(
+    run: Run,
+    max_tokens: int,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Examine the newest checkpoint of a run and write the result into the run's folder, unless it is there already.
+
+    Args:
+        run: the run.
+        max_tokens: of the validation split, evenly spread.
+        device, precision: see `restomod.engine.device`.
+        say: takes a line about what is done, or why nothing is.
+    """
+    try:
+        checkpoint = find_model(str(run.folder))
+        known = read_examined(run)
+        if known is not None and (known.get("checkpoint"), known.get("asked")) == (checkpoint.name, max_tokens):
+            say(f"{run.folder}: {checkpoint.name} is examined already ({FILE})")
+            return
+        if not os.access(run.folder, os.W_OK):
+            raise UserError(f"its folder cannot be written to, and {FILE} belongs there")
+        where = choose_device(device)
+        if where.type == "cpu":
+            keep_freed_memory()
+        dataset = prepare(run.config.data, gpt2_tokenizer())
+        trained_on = run.manifest.get("fingerprint")
+        if trained_on is not None and trained_on != dataset.fingerprint:
+            raise UserError("its data has changed since it was trained")
+        found = _examine(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))
+    except UserError as e:
+        say(f"{run.folder}: not examined: {e}")
+        return
+    about = {"format": FORMAT, "checkpoint": checkpoint.name, "step": step_of(checkpoint), "asked": max_tokens}
+    try:
+        write_json_atomically(run.folder / FILE, about | found, run.folder)
+    except (OSError, UserError) as e:
+        say(f"{run.folder}: examined, but {FILE} cannot be written ({reason(e)})")
+        return
+    say(f"written: {run.folder / FILE}")
+
+
+@torch.no_grad()
+def _examine(
+    run: Run, model: GPT, dataset: Dataset, max_tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    T, tokenizer = run.config.sequence_length, gpt2_tokenizer()
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(f"the model's vocabulary of {model.config.vocab_size:,} tokens is not GPT-2's")
+    sources = [source for source in dataset.sources if len(source.dataset.val) > T]
+    if not sources:
+        raise UserError("nothing of its data is held out for validation")
+    sums = _Sums(np.zeros((tokenizer.vocab_size, 2)), np.zeros((T, 2)))
+    by_source = []
+    for source in sources:
+        before = sums.by_position.sum(0)
+        for tokens, targets in _windows(source, T, max(T, int(float(source.share) * max_tokens)), device):
+            losses = token_losses(model, tokens, targets, device, dtype).numpy()
+            if not np.isfinite(losses).all():
+                raise UserError(NOT_FINITE)
+            _add(sums, targets.numpy(), losses)
+        loss, count = sums.by_position.sum(0) - before
+        by_source.append({"name": visible(source.name), "loss": loss / count, "tokens": int(count)})
+    total, count = sums.by_position.sum(0)
+    return {
+        "tokens": int(count),
+        "loss": total / count,
+        "kinds": _kinds(sums.by_token, tokenizer),
+        "positions": _positions(sums.by_position),
+        "sources": by_source,
+        "best": [_passage(entry, tokenizer) for entry in sorted(sums.best, reverse=True)],
+        "worst": [_passage(entry, tokenizer) for entry in sorted(sums.worst, reverse=True)],
+    }
+
+
+def _windows(
+    source: Part, T: int, max_tokens: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and targets, (B, T) each, of windows that are spread over a source's validation split."""
+    batches = Batches(source.dataset.val, T, 1, seed=0, split="validation")
+    windows = heldout_windows(batches.n_windows, T, max_tokens)
+    at_once = max(1, tokens_at_once(EVAL_TOKENS, device.type, total_memory(device)) // T)
+    for start in range(0, len(windows), at_once):
+        yield batches.load(windows[start : start + at_once])
+
+
+def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
+    """Take the targets and losses of some windows, (B, T) each."""
+    T = targets.shape[1]
+    np.add.at(sums.by_token[:, 0], targets.ravel(), losses.ravel().astype(np.float64))
+    np.add.at(sums.by_token[:, 1], targets.ravel(), 1)
+    sums.by_position[:, 0] += losses.sum(0, dtype=np.float64)
+    sums.by_position[:, 1] += len(losses)
+    length = min(PASSAGE, T // 2)
+    for row, row_losses in zip(targets, losses, strict=True):
+        for start in range(T - length, T // 4 - 1, -length):  # those first in a window are hard for want of context
+            part = row_losses[start : start + length]
+            mean, sums.passages = float(part.mean()), sums.passages + 1
+            entry = (sums.passages, row[max(0, start - BEFORE) : start + length].tolist(), part.tolist())
+            for heap, score in ((sums.best, -mean), (sums.worst, mean)):
+                heapq.heappush(heap, (score, *entry))
+                if len(heap) > PASSAGES:
+                    heapq.heappop(heap)
+
+
+def _kinds(by_token: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Loss, share of the tokens and share of the loss of each kind that occurs, the hardest first."""
+    sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in KINDS}
+    for token in np.flatnonzero(by_token[:, 1]).tolist():
+        is_end = token == END_OF_TEXT
+        sums[kind_of_token(b"" if is_end else tokenizer.decode_bytes([token]), is_end)] += by_token[token]
+    loss, count = by_token.sum(0)
+    found = [
+        {"name": name, "meaning": KINDS[name], "loss": s / n, "share": n / count, "of_loss": s / loss if loss else 0.0}
+        for name, (s, n) in sums.items()
+        if n
+    ]
+    return sorted(found, key=lambda kind: kind["loss"], reverse=True)
+
+
+def _positions(by_position: np.ndarray) -> dict[str, list[float]]:
+    """Mean loss by how many tokens are seen, over ranges that grow with it."""
+    T = len(by_position)
+    edges = np.unique(np.geomspace(1, T + 1, min(POSITIONS, T + 1)).round().astype(int))
+    ranges = list(itertools.pairwise(edges.tolist()))
+    sums = [by_position[a - 1 : b - 1].sum(0) for a, b in ranges]
+    return {"x": [(a + b - 1) / 2 for a, b in ranges], "y": [float(s / n) for s, n in sums]}
+
+
+def _passage(entry: Passage, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A passage as pieces of text with their losses, and the text before it."""
+    _, _, tokens, losses = entry
+    texts = list(_pieces(tokens, tokenizer))
+    n = len(tokens) - len(losses)
+    return {
+        "loss": sum(losses) / len(losses),
+        "before": "".join(texts[:n]),
+        "tokens": [[text, round(loss, 3)] for text, loss in zip(texts[n:], losses, strict=True)],
+    }
+
+
+def _pieces(tokens: list[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of each token; a character that takes several tokens belongs to the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for i, token in enumerate(tokens):
+        is_end, last = token == END_OF_TEXT, i == len(tokens) - 1
+        text = decoder.decode(b"" if is_end else tokenizer.decode_bytes([token]), final=last or is_end)
+        yield visible(text) + ("<|endoftext|>" if is_end else "")

@@ -1,0 +1,105 @@
+"""The page: one file of HTML that needs no other and asks nothing of a network.
+
+Its policy allows two scripts, by their hashes: ours and plotly's. The data is JSON that no parser of HTML can leave,
+and is set into the page as text; so nothing that a run contains is ever run or read as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import hashlib
+import html
+import json
+import math
+import time
+from importlib import resources
+from typing import Any
+
+import restomod
+from restomod.utils.errors import UserError
+
+
+def footer(now: float | None = None) -> str:
+    """Who made a report, and when."""
+    return f"restomod {restomod.__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(now))}"
+
+
+def clean(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): clean(part) for key, part in value.items()}
+    return [clean(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def as_json(value: Any) -> str:
+    """JSON that is the same text within a script element: ASCII, without < > and &."""
+    text = json.dumps(clean(value), separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def as_page(data: dict[str, Any]) -> str:
+    """The page of a report.
+
+    Args:
+        data: ``title``, ``footer`` and ``runs`` (see `restomod.analysis.report.data.page_run`); for a page that
+            follows a run ``live``, ``seconds`` between questions, ``version``, and ``waiting`` while there is no run.
+
+    Raises:
+        UserError: plotly is missing.
+    """
+    parts = {
+        "POLICY": policy(bool(data.get("live"))),
+        "TITLE": html.escape(str(data["title"])),
+        "STYLE": _part("page.css"),
+        "DATA": as_json(data),
+        "PLOTLY": _plotly()[1],
+        "SCRIPT": _script(),
+    }
+    pieces = _part("page.html").split("@")  # no part is looked into: what it holds cannot be taken for a place
+    return "".join(parts.get(piece, piece) for piece in pieces)
+
+
+@functools.cache
+def policy(live: bool) -> str:
+    """What a page may do, as its Content-Security-Policy: its two scripts, its own styles, and nothing from elsewhere.
+
+    Args:
+        live: whether it asks the server that it comes from for news.
+
+    Raises:
+        UserError: plotly is missing.
+    """
+    own = "'self'" if live else "'none'"
+    return (
+        f"default-src 'none'; script-src '{_hash(_script())}' '{_hash(_plotly()[0])}'; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; connect-src {own}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _script() -> str:
+    return f"{_part('charts.js')}\n{_part('page.js')}"
+
+
+def _hash(script: str) -> str:
+    """How a page's policy names a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+@functools.cache
+def _part(name: str) -> str:
+    return resources.files("restomod.analysis.report").joinpath("page", name).read_text(encoding="utf-8").strip()
+
+
+@functools.cache
+def _plotly() -> tuple[str, str]:
+    """plotly.js, and the same compressed and in base64: a third of the size."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as e:
+        raise UserError(f"reports draw with plotly ({e}): pip install plotly") from None
+    script = get_plotlyjs()
+    return script, base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()

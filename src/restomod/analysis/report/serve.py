@@ -1,0 +1,288 @@
+"""The verb `watch`: a report that follows a run, served on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http
+import http.server
+import io
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from restomod.analysis.report.html import as_json, as_page, footer, policy
+from restomod.analysis.report.usage import Prices
+from restomod.analysis.report.write import page_data
+from restomod.runs.reader import open_run
+from restomod.utils.errors import UserError, one_line
+from restomod.utils.output import complain
+from restomod.utils.redaction import redact
+
+SECONDS = 3.0  # between two questions of a page
+REST = 20  # a page is made again only after so many times as long as that has taken: training needs the processor
+FRESH = 60.0  # seconds after which it is made again though no file has changed: a silent run has stopped
+LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # as a request gives it
+MAX_CONNECTIONS = 32  # at once, each with a thread
+REQUEST_TIMEOUT = 5.0  # seconds in which a request must be complete
+RESPONSE_TIMEOUT = 30.0  # seconds in which an answer must have been taken
+MAX_REQUEST = 2**16  # bytes of a request
+MAX_DISCARDED = 2**20  # bytes that are read of a request that is too long, so that its sender reads the answer
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class Watched:
+    """A run's folder, and the page's data made of it, no more often than its files change."""
+
+    def __init__(self, folder: Path, prices: Prices) -> None:
+        self.folder, self.prices = folder, prices
+        self._lock = threading.Lock()
+        self._seen: object = None
+        self._made = 0.0
+        self._took = 0.0
+        self._data: dict[str, Any] = {}
+
+    def data(self) -> dict[str, Any]:
+        """The newest data, or a little older; with ``waiting`` where there is no run yet, or none that can be read."""
+        with self._lock:
+            now = time.monotonic()
+            if self._data and now - self._made < REST * self._took:
+                return self._data
+            seen = self._files()
+            if self._data.get("runs") and seen == self._seen and now - self._made < FRESH:
+                return self._data
+            self._data, self._seen = self._make(), seen
+            self._made = time.monotonic()
+            self._took = self._made - now
+            return self._data
+
+    def _make(self) -> dict[str, Any]:
+        about = {"live": True, "seconds": SECONDS, "version": f"{time.time():.3f}"}
+        try:
+            warnings: list[str] = []
+            data = page_data([open_run(self.folder, warn=warnings.append)], self.prices) | about
+            for run in data["runs"]:
+                run["remark"] = "; ".join([run["remark"], *redact(warnings)])
+            return data
+        except Exception as e:  # not begun, being replaced, half written, damaged: it may be mended while this goes on
+            reason = str(e) if isinstance(e, UserError | OSError) else f"{self.folder} cannot be shown: {one_line(e)}"
+            if not os.path.exists(self.folder / "config.json"):
+                reason = "waiting for the run to begin"
+            name = os.path.basename(os.path.realpath(self.folder))
+            return about | redact({"title": name, "footer": footer(), "runs": [], "waiting": reason})
+
+    def _files(self) -> object:
+        """What changes when a file of the run does."""
+        names = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "examined.json")
+        paths = [
+            *(self.folder / name for name in names),
+            self.folder / "checkpoints",
+            *self.folder.glob("evals/*.json"),
+        ]
+        found = []
+        for path in paths:
+            try:
+                status = path.stat()
+                found.append((path.name, status.st_ino, status.st_size, status.st_mtime_ns))
+            except OSError:
+                found.append((path.name, 0, 0, 0))
+        return found
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Serves at most `MAX_CONNECTIONS` at once; beyond, it closes the oldest whose request is incomplete."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, host: str, port: int, watched: Watched) -> None:
+        self.watched, self.host = watched, host
+        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._pending: dict[socket.socket, None] = {}  # whose requests are not complete, oldest first
+        super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._connections.acquire(blocking=False):
+            for oldest in list(self._pending)[:1]:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads an end, and leaves
+            if not self._connections.acquire(timeout=1):
+                self.shutdown_request(request)
+                return
+        self._pending[request] = None
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # there is no room for a thread
+            self._leave(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._leave(request)
+
+    def _leave(self, request: socket.socket) -> None:
+        self.request_complete(request)
+        self._connections.release()
+
+    def request_complete(self, request: socket.socket) -> None:
+        """Note that a connection's request has been read."""
+        self._pending.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report errors of this program; a lost connection is none, since a page may be closed at any time."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            complain(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """One request, read whole within `REQUEST_TIMEOUT` seconds: a slow client holds no thread."""
+
+    server: _Server
+    connection: socket.socket
+    server_version = "restomod"
+    sys_version = ""
+
+    def handle(self) -> None:
+        head = self._head()
+        self.server.request_complete(self.connection)
+        self.connection.settimeout(RESPONSE_TIMEOUT)
+        if len(head) > MAX_REQUEST:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif head:
+            self.rfile = io.BytesIO(head)
+            self.handle_one_request()
+
+    def _head(self) -> bytes:
+        """A request up to its empty line; more than `MAX_REQUEST` bytes if it is too long, none if it is incomplete."""
+        until, head, last, size = time.monotonic() + REQUEST_TIMEOUT, bytearray(), b"", 0
+        while size < MAX_DISCARDED and (left := until - time.monotonic()) > 0:
+            self.connection.settimeout(left)
+            part = self.connection.recv(MAX_REQUEST)
+            size += len(part)
+            head += part[: MAX_REQUEST + 1 - len(head)]
+            if not part or re.search(rb"\n\r?\n", last + part):
+                return bytes(head)
+            last = (last + part)[-3:]
+        return bytes(head) if size > MAX_REQUEST else b""
+
+    def do_GET(self) -> None:
+        try:
+            asked = urlsplit(self.path)
+        except ValueError:
+            self.send_error(http.HTTPStatus.BAD_REQUEST)
+            return
+        if not self._is_for_us(asked.netloc):
+            self._answer(http.HTTPStatus.FORBIDDEN, "text/plain", b"this page is for its own machine\n")
+        elif asked.path == "/":
+            self._answer(http.HTTPStatus.OK, "text/html", as_page(self.server.watched.data()).encode(), policy(True))
+        elif asked.path == "/data.json":
+            data = self.server.watched.data()
+            if parse_qs(asked.query).get("since") == [data["version"]]:
+                self._answer(http.HTTPStatus.NO_CONTENT, "application/json", b"")
+            else:
+                self._answer(http.HTTPStatus.OK, "application/json", as_json(data).encode())
+        else:
+            self._answer(http.HTTPStatus.NOT_FOUND, "text/plain", b"there is only / and /data.json\n")
+
+    do_HEAD = do_GET
+
+    def _is_for_us(self, named: str) -> bool:
+        """Whether a request names this machine: a page from elsewhere whose name was made to lead here does not.
+
+        Args:
+            named: the host in the request's first line, which most leave out.
+        """
+        if self.server.host not in LOCAL:
+            return True
+        hosts = [*self.headers.get_all("Host", [""]), *([named] if named else [])]
+        return all(LOCAL_NAME.fullmatch(host.strip()) for host in hosts)
+
+    def _answer(self, status: http.HTTPStatus, kind: str, body: bytes, allowed: str = "") -> None:
+        """Answer.
+
+        Args:
+            status: of the answer.
+            kind: of the content.
+            body: the content.
+            allowed: the page's policy.
+        """
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self._allowed = allowed
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    _allowed = ""
+
+    def end_headers(self) -> None:
+        """End the headers of every answer, errors too, with those that keep other pages out."""
+        for name, value in HEADERS.items():
+            if name == "Content-Security-Policy" and self._allowed:
+                value = f"{self._allowed}; frame-ancestors 'none'"
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Questions every few seconds are not worth a line."""
+
+
+def open_server(folder: Path, host: str, port: int, prices: Prices) -> _Server:
+    """A server that is bound, but does not answer yet.
+
+    Raises:
+        UserError: the port is in use or not allowed, or the host is not one of this machine.
+    """
+    try:
+        return _Server(host, port, Watched(folder, prices))
+    except OSError as e:
+        if e.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is in use; choose another with --port, or 0 for any") from None
+        if e.errno == errno.EACCES:
+            raise UserError(f"port {port} is not allowed for you; choose one above 1023 with --port") from None
+        raise UserError(f"--host {host}: cannot listen there ({e.strerror or e})") from None
+
+
+def watch(folder: Path, host: str, port: int, prices: Prices, say: Callable[[str], None] = print) -> None:
+    """Serve the page of a run until Ctrl-C.
+
+    Args:
+        folder: the run's; it need not be there yet.
+        host: address to listen on.
+        port: 0 for any that is free.
+        prices: see `restomod.analysis.report.write`.
+        say: takes a line.
+
+    Raises:
+        UserError: see `open_server`; or plotly is missing.
+    """
+    with open_server(folder, host, port, prices) as server:
+        as_page(server.watched.data())
+        shown = f"[{host}]" if ":" in host else host
+        say(f"{folder} at http://{shown}:{server.server_address[1]}/ (Ctrl-C ends it)")
+        if host not in LOCAL:
+            say("warning: whoever reaches this address can read the run's numbers, samples and settings")
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            say("ended; the run goes on by itself")

@@ -1,0 +1,105 @@
+"""The verb `report`: runs' folders to one page of HTML, Markdown and pictures. Needs no torch, but to examine."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from restomod.analysis.report.data import page_run
+from restomod.analysis.report.html import as_page, footer
+from restomod.analysis.report.markdown import as_markdown
+from restomod.analysis.report.png import draw, write_picture
+from restomod.analysis.report.usage import Prices
+from restomod.runs.reader import Run, open_run
+from restomod.utils.errors import UserError, did_you_mean
+from restomod.utils.files import write_bytes_atomically, write_text_atomically
+from restomod.utils.output_files import Output, require_output_folder, require_outputs, write_outputs
+from restomod.utils.redaction import redact, redact_pieces
+
+
+def report(
+    runs: Sequence[Run],
+    out: Path,
+    markdown: Path | None = None,
+    png: Path | None = None,
+    prices: Prices | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write a report of runs.
+
+    Args:
+        runs: one or several.
+        out: the page; what is there is replaced.
+        markdown: a second file.
+        png: folder for pictures.
+        prices: of the machine, if known.
+        say: takes a line per file.
+
+    Raises:
+        UserError: a run's file is damaged, or one cannot be written.
+    """
+    require_writable(out, markdown, png)
+    data = page_data(runs, prices or Prices())
+    page = as_page(data).encode()  # all is made before the first file is written
+    pictures = draw(data["runs"], png) if png is not None else {}
+    outputs = [Output(out, lambda path: write_bytes_atomically(path, page), f" ({len(page) / 1e6:.1f} MB)")]
+    if markdown is not None:
+        text = as_markdown(data, list(pictures), markdown.parent)
+        outputs.append(Output(markdown, lambda path: write_text_atomically(path, text)))
+    outputs += [Output(path, functools.partial(write_picture, figure)) for path, figure in pictures.items()]
+    write_outputs(outputs, say)
+
+
+def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
+    """What pages are made of; see `restomod.analysis.report.html.as_page`.
+
+    Here all text is redacted: no secrets, home folders or control characters.
+    """
+    names = labels(runs)
+    made = [page_run(run, name, prices) for run, name in zip(runs, names, strict=True)]
+    for run in made:
+        for passage in [*run["examined"].get("best", []), *run["examined"].get("worst", [])]:
+            texts, losses = zip(*passage["tokens"], strict=True) if passage["tokens"] else ((), ())
+            passage["before"], *shown = redact_pieces([passage["before"], *texts])
+            passage["tokens"] = list(zip(shown, losses, strict=True))
+    title = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    found: dict[str, Any] = redact({"title": title, "footer": footer(), "runs": made})
+    return found
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What to call each run: its folder's name, or its path where two have the same."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
+
+
+def open_runs(folders: Sequence[str]) -> list[Run]:
+    """Read several runs, each once.
+
+    Raises:
+        UserError: there is none; the message suggests the nearest.
+    """
+    unique = list({Path(folder).resolve(): folder for folder in folders}.values())
+    runs = []
+    for folder in unique:
+        path = Path(os.path.expanduser(folder))
+        if not path.exists() and path.parent.is_dir():
+            near = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
+            raise UserError(f"{folder}: no such run{did_you_mean(path.name, near) if near else ''}")
+        runs.append(open_run(folder))
+    return runs
+
+
+def require_writable(out: Path, markdown: Path | None, png: Path | None) -> None:
+    """Raise UserError where a file of a report cannot be written, before anything is computed."""
+    require_outputs({"--out": out, "--markdown": markdown})
+    if png is None:
+        return
+    require_output_folder("--png", png)
+    for flag, path in (("--out", out), ("--markdown", markdown)):
+        inside = path is not None and path.suffix == ".png" and os.path.realpath(path.parent) == os.path.realpath(png)
+        if inside or (path is not None and os.path.realpath(path) == os.path.realpath(png)):
+            raise UserError(f"{flag} {path} and --png {png} would overwrite each other; name another file")

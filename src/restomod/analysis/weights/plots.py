@@ -1,0 +1,155 @@
+"""Pictures of a model's weights: what a trained model has that a fresh one lacks.
+
+Source of the first two: Karpathy, "Let's reproduce GPT-2 (124M)", 2024, which looks at the position embeddings of
+OpenAI's checkpoint and finds waves, and noise upon them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from restomod.analysis.weights.statistics import POSITIONS, roughness
+from restomod.utils.errors import UserError, shortened
+from restomod.utils.figures import INK, make_folder, new_figure, quiet, require_matplotlib, write_figure
+from restomod.utils.redaction import redact
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = {  # the matrices of a block, with what they do
+    "attn.c_attn": "attention, to queries, keys and values",
+    "attn.c_proj": "attention, back to the residual stream",
+    "mlp.c_fc": "MLP, to its hidden units",
+    "mlp.c_proj": "MLP, back to the residual stream",
+}
+CHANNELS = (150, 200, 250)
+BINS = 200
+
+
+def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
+    """Draw a model into ``folder`` (made if need be): PNG files, whose paths are returned.
+
+    Args:
+        tensors: weights by our own names; without position embeddings there are two pictures fewer.
+        title: the model's name.
+
+    Raises:
+        UserError: matplotlib is missing, a number is not finite, or the folder cannot be written.
+    """
+    require_matplotlib()
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{title} cannot be drawn: {name} holds numbers that are not finite")
+    pictures = {
+        **(
+            {"position_embeddings.png": position_matrix, "position_channels.png": position_channels}
+            if POSITIONS in tensors
+            else {}
+        ),
+        "weight_histograms.png": weight_histograms,
+        "singular_values.png": singular_values,
+    }
+    make_folder(folder)
+    for name, picture in pictures.items():
+        figure = picture(tensors)
+        subject = f"{shortened(redact(title))}: {figure.get_suptitle()}"
+        figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
+        write_figure(figure, folder / name, folder)
+    return [folder / name for name in pictures]
+
+
+def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
+    """The position embeddings as an image: a row per position, a column per channel."""
+    wpe = tensors[POSITIONS]  # (n_positions, D)
+    figure = new_figure("position embeddings", 9, 6.5)
+    axes = figure.subplots()
+    limit = 3 * wpe.std(correction=0).item() or 1.0
+    image = axes.imshow(wpe.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="weight", fraction=0.04)
+    axes.set_xlabel("channel")
+    axes.set_ylabel("position")
+    return figure
+
+
+def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
+    """Three channels of the position embeddings over position: smooth waves after long training, noise before."""
+    wpe = tensors[POSITIONS]
+    D = wpe.shape[1]
+    channels = CHANNELS if max(CHANNELS) < D else (D // 4, D // 2, 3 * D // 4)
+    rough = roughness(wpe)
+    measure = "" if math.isnan(rough) else f", roughness {rough:.2f} (1: noise, 0: smooth)"
+    figure = new_figure(f"position embeddings{measure}", 9, 5)
+    axes = figure.subplots()
+    for channel in dict.fromkeys(channels):
+        axes.plot(wpe[:, channel], linewidth=0.9, label=f"channel {channel}")
+    axes.set_xlabel("position")
+    axes.set_ylabel("weight")
+    axes.legend(frameon=False)
+    quiet(axes)
+    return figure
+
+
+def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
+    """For each kind of matrix, how its weights are distributed, a line per layer."""
+    figure = new_figure("weights, by layer", 11, 8)
+    layers = _layers(tensors)
+    for axes, weights in _panels(figure, tensors):
+        widest = max(4 * w.double().std(correction=0).item() for w in weights) or 1.0
+        for layer, weight in enumerate(weights):
+            counts = torch.histc(weight.float(), bins=BINS, min=-widest, max=widest)
+            width = 2 * widest / BINS
+            centres = (torch.arange(BINS) + 0.5) * width - widest
+            axes.plot(centres, counts / (width * weight.numel()), color=_colour(layer, layers), linewidth=0.9)
+        axes.set_xlabel("weight")
+        axes.set_ylabel("density")
+    _layer_scale(figure, layers)
+    return figure
+
+
+def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
+    """For each kind of matrix, its singular values from the largest to the smallest, a line per layer."""
+    figure = new_figure("singular values, by layer", 11, 8)
+    layers = _layers(tensors)
+    for axes, weights in _panels(figure, tensors):
+        for layer, weight in enumerate(weights):
+            spectrum = torch.linalg.svdvals(weight.float())
+            axes.plot(spectrum.clamp(min=1e-6), color=_colour(layer, layers), linewidth=0.9)
+        axes.set_yscale("log")
+        axes.set_xlabel("rank")
+        axes.set_ylabel("singular value")
+    _layer_scale(figure, layers)
+    return figure
+
+
+def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axes, list[Tensor]]]:
+    """A quarter of the figure for each kind of matrix, and its weights, layer by layer."""
+    for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
+        axes.set_title(f"{kind}: {does}", fontsize=10)
+        quiet(axes)
+        yield axes, [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(_layers(tensors))]
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(name.endswith("ln_1.weight") for name in tensors)
+
+
+def _colour(layer: int, layers: int) -> tuple[float, ...]:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * layer / max(1, layers - 1))  # the lightest yellow is unreadable on white
+
+
+def _layer_scale(figure: Figure, layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ListedColormap([_colour(layer, layers) for layer in range(layers)])
+    scale = ScalarMappable(Normalize(-0.5, layers - 0.5), colours)
+    figure.colorbar(scale, ax=figure.axes, label="layer", fraction=0.025, ticks=range(0, layers, max(1, layers // 12)))

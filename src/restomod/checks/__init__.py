@@ -1,0 +1,1 @@
+"""Is the model sound, and the machine fit?"""

@@ -1,0 +1,110 @@
+"""The verb `doctor`: every check of this machine, quick ones first. Whatever goes wrong in one is its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from restomod.checks.device_parity import device_parity
+from restomod.checks.gpu import attention, cudnn, known_faults
+from restomod.checks.machine import Machine, device, disk, memory, no_device, threads, versions
+from restomod.checks.speed import memory_bandwidth
+from restomod.checks.tools import compiler, processes
+from restomod.config.run import Device, Precision, RunConfig
+from restomod.engine.device import dtype_name
+from restomod.utils.check_result import Verdict
+from restomod.utils.errors import UserError
+
+Check = Callable[[Machine], Verdict]
+
+
+def examine(device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path) -> Iterator[Verdict]:
+    """Examine this machine; yield verdicts as they come.
+
+    Args:
+        device_name: the device to examine.
+        precision: of the products that are compared with exact ones.
+        config: a run that there should be room for.
+        preset: what it is called.
+        out: where runs are to go.
+    """
+    machine = Machine(device_name, precision, preset, config, out)
+    for check in (
+        versions,
+        device,
+        known_faults,
+        cudnn,
+        attention,
+        threads,
+        disk,
+        memory,
+        parity,
+        matrix_products,
+        bf16,
+        bandwidth,
+    ):
+        yield judge(check, machine)
+    with ThreadPoolExecutor(1) as background:  # these compute in processes of their own while the compiler compiles
+        later = background.submit(judge, processes, machine)
+        yield judge(compiler, machine)
+        yield later.result()
+
+
+def judge(check: Check, machine: Machine) -> Verdict:
+    """A check's verdict; an exception in it is a fail, and where there is no device it is skipped."""
+    name = check.__name__.replace("_", " ")
+    missing = no_device(machine)
+    if missing is not None and check in NEED_DEVICE:
+        return Verdict(name, "skip", "there is no device to try it on")
+    try:
+        return check(machine)
+    except Exception as e:
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        reason = f"{lines[0]:.200}" if lines else "no reason given"
+        kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+        return Verdict(name, "fail", f"{kind}{reason}")
+
+
+def parity(machine: Machine) -> Verdict:
+    """A small model's loss and gradients on the device are the exact ones."""
+    return device_parity(machine.device, machine.dtype)
+
+
+def matrix_products(machine: Machine) -> Verdict:
+    """How many operations a second; for information."""
+    best = {name: max(of.items(), key=lambda pair: pair[1]) for name, of in machine.rates.by_size.items()}
+    found = ", ".join(f"{name} {rate / 1e12:,.2f} TFLOP/s (at {size})" for name, (size, rate) in best.items())
+    return Verdict("matrix products", "pass", found)
+
+
+def bf16(machine: Machine) -> Verdict:
+    """Products in bf16 are faster than those in fp32, which they are not where the hardware leaves them to software."""
+    size, fast, plain = machine.rates.compared("bf16", "fp32")
+    found = f"{fast / plain:.2f} times as fast as fp32 at {size}"
+    if dtype_name(machine.dtype) == "fp32":
+        why = "products are in fp32 here"
+        if fast > plain and machine.precision == "auto":
+            return Verdict("bf16", "pass", f"{found}; {why} by default, and --precision bf16 can be tried")
+        return Verdict("bf16", "pass", f"{found}; {why}")
+    if fast < plain:
+        return Verdict("bf16", "warn", f"{found}, so it only costs precision; train with --precision fp32")
+    return Verdict("bf16", "pass", found)
+
+
+def bandwidth(machine: Machine) -> Verdict:
+    """How many bytes a second; for information."""
+    return Verdict("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
+
+
+NEED_DEVICE: tuple[Check, ...] = (
+    known_faults,
+    cudnn,
+    attention,
+    memory,
+    parity,
+    matrix_products,
+    bf16,
+    bandwidth,
+    compiler,
+)

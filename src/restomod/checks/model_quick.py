@@ -1,0 +1,214 @@
+"""Is this a GPT-2 that can learn? What is checked in seconds, before the first step of every new run.
+
+Each check takes a `Subject`, leaves it as it was, and returns a `Verdict`. The slower ones are in
+`restomod.checks.model_slow`. Most come from Karpathy, "A Recipe for Training Neural Networks", 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from restomod.data.batches import Batches
+from restomod.engine.optimizer import Optimizers
+from restomod.engine.step import Compute, batch_loss
+from restomod.model.flops import parameter_count
+from restomod.model.gpt import GPT
+from restomod.utils.check_result import Status, Verdict
+
+INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
+WRONG_INITIAL_LOSS = 1.5  # nats off, which no text explains
+INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
+FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
+LOSS_TOLERANCE = 1e-4  # nats between two ways to the same fp32 loss; padding in the softmax would add 9e-4
+SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little through, and rounding differs by 1e-7
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, text to try it on, and how it is to be trained."""
+
+    model: GPT
+    batches: Batches
+    compute: Compute
+    optimizer: Optimizers
+    fresh: bool
+    """Whether the weights are still those of the initialisation."""
+
+    def few_tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of the start of two windows of the text, (2, n) each, n at most `FEW_TOKENS`."""
+        last = self.batches.n_windows - 1
+        tokens, targets = self.batches.load(np.array([0, last]))
+        return tokens[:, :FEW_TOKENS], targets[:, :FEW_TOKENS]
+
+    @property
+    def fp32(self) -> Compute:
+        return Compute(self.compute.device, torch.float32, self.compute.micro_batch)
+
+
+def quick_checks(subject: Subject) -> list[Verdict]:
+    """Run all checks of this file."""
+    return [check(subject) for check in QUICK]
+
+
+@torch.no_grad()
+def initial_loss(subject: Subject) -> Verdict:
+    """Untrained weights guess evenly among the vocabulary, so their loss is ln(V)."""
+    batches, compute = subject.batches, subject.compute
+    windows = min(batches.n_windows, max(1, INITIAL_LOSS_TOKENS // batches.T))
+    spread = np.arange(windows) * batches.n_windows // windows
+    total = 0.0
+    for start in range(0, windows, compute.micro_batch):
+        tokens, targets = batches.load(spread[start : start + compute.micro_batch])
+        total += batch_loss(subject.model, tokens, targets, compute).item() * len(tokens)
+    loss, V = total / windows, subject.model.config.vocab_size
+    guessing = f"ln({V}) = {math.log(V):.2f}"
+    if not subject.fresh:
+        if not math.isfinite(loss):
+            return Verdict("loss", "fail", f"{loss} before training here: there is no going on from these weights")
+        if loss < math.log(V):
+            return Verdict("loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {guessing}")
+        return Verdict("loss", "warn", f"{loss:.2f} is worse than guessing evenly, {guessing}: another tokenizer?")
+    off = loss - math.log(V)
+    # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that
+    if -INITIAL_LOSS_TOLERANCE <= off <= INITIAL_LOSS_TOLERANCE + subject.model.config.n_embd * 0.02**2 / 2:
+        return Verdict("initial loss", "pass", f"{loss:.2f} ≈ {guessing}, as it should be for random weights")
+    status: Status = "warn" if abs(off) <= WRONG_INITIAL_LOSS else "fail"
+    why = "the text is unusual" if status == "warn" else "the initialisation is wrong"
+    return Verdict("initial loss", status, f"{loss:.2f}, but random weights should give {guessing}: {why}")
+
+
+@torch.no_grad()
+def next_token_targets(subject: Subject) -> Verdict:
+    """The targets are the next tokens of the text, and the loss is their cross-entropy and nothing else."""
+    name, model = "targets", subject.model
+    T = subject.batches.T
+    tokens, targets = subject.batches.load(np.array([0]))
+    text = torch.from_numpy(subject.batches.streams[0].read(0, T + 1).astype(np.int64))
+    for what, row, expected in (("tokens", tokens[0], text[:-1]), ("targets", targets[0], text[1:])):
+        if not torch.equal(row, expected):
+            ahead = [k for k in (-1, 0, 2) if what == "targets" and _is_shift(row, text, k)]
+            found = f"each is the token {ahead[0]} ahead of its input, not 1" if ahead else "they are not the text"
+            return Verdict(name, "fail", f"the {what} of the first window are wrong: {found}")
+    tokens, targets = subject.few_tokens()
+    ours = batch_loss(model, tokens, targets, subject.fp32).item()
+    logits = model(tokens.to(subject.compute.device)).float()  # (2, n, V)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten()).item()
+    if not abs(ours - plain) <= LOSS_TOLERANCE:
+        return Verdict(name, "fail", f"the training loss {ours:.4f} is not the next tokens' cross-entropy {plain:.4f}")
+    return Verdict(name, "pass", "the token at t + 1 for every t, and the loss is their cross-entropy")
+
+
+def _is_shift(row: Tensor, text: Tensor, ahead: int) -> bool:
+    """Whether ``row`` (T,) is ``text`` (T + 1,) from ``ahead`` tokens on, as far as both reach."""
+    first, end = max(0, -ahead), min(len(row), len(text) - ahead)
+    return bool(end > first) and torch.equal(row[first:end], text[first + ahead : end + ahead])
+
+
+@torch.no_grad()
+def causality(subject: Subject) -> Verdict:
+    """Changing a token changes the logits from its position on, and none before it."""
+    name = "causality"
+    tokens = subject.few_tokens()[0].to(subject.compute.device)
+    n = tokens.shape[1]
+    if n < 2:
+        return Verdict(name, "skip", "a context of one token has nothing before it")
+    t = n // 2
+    changed = tokens.clone()
+    changed[:, t] = (changed[:, t] + 1) % subject.model.config.vocab_size
+    difference = (subject.model(changed) - subject.model(tokens)).abs().amax((0, 2))  # (n,)
+    before, after = difference[:t].max().item(), difference[t:].max().item()
+    if not math.isfinite(before + after):
+        return Verdict(name, "fail", "the logits are not finite")
+    if after == 0:
+        return Verdict(name, "fail", f"changing token {t} changes no logit at all")
+    if before > SEES_AHEAD * after:
+        return Verdict(name, "fail", f"changing token {t} changes logits before it (by {before:.2g}): it sees ahead")
+    return Verdict(name, "pass", f"changing token {t} of {n} changes no logit before it")
+
+
+def gradients(subject: Subject) -> Verdict:
+    """A backward pass gives every parameter a gradient, and the optimizer holds every parameter."""
+    model = subject.model
+    reached = loss_gradients(model, batch_loss(model, *subject.few_tokens(), subject.compute))
+    held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
+    problems, squares = [], 0.0
+    for name, p in model.named_parameters():
+        norm = reached[name].norm().item() if name in reached else 0.0
+        squares += norm**2
+        if not p.requires_grad:
+            problems.append(f"{name} is frozen")
+        elif not math.isfinite(norm):
+            problems.append(f"that of {name} is {norm}")
+        elif norm == 0 and not (subject.fresh and model.config.zero_init_projections and ".h." in name):
+            problems.append(f"none reaches {name}")
+        elif id(p) not in held:
+            problems.append(f"the optimizer does not update {name}")
+    if problems:
+        more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+        return Verdict("gradients", "fail", "; ".join(problems[:2]) + more)
+    return Verdict("gradients", "pass", f"reach all {len(reached)} parameters, norm {math.sqrt(squares):.2f}")
+
+
+def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of ``loss`` by name of the parameters that it reaches; `Tensor.grad` is left as it is."""
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not loss.requires_grad:
+        return {}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
+
+
+def tied_head(subject: Subject) -> Verdict:
+    """The head is the token embedding itself, so the model has the parameters that GPT-2 has."""
+    model, config = subject.model, subject.model.config
+    embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd * len(model.vocabulary_matrices())
+    count, expected = sum(p.numel() for p in model.parameters()) - padding, parameter_count(config)
+    if count != expected:
+        return Verdict(
+            "tied head", "fail", f"the model has {count:,} parameters, and a model of its shape {expected:,}"
+        )
+    if not config.tied:
+        return Verdict("tied head", "skip", f"this model has a head of its own; there are {expected:,} parameters")
+    if model.head is not embedding:
+        return Verdict("tied head", "fail", "the head is a copy of the token embedding, or gets no gradient")
+    return Verdict("tied head", "pass", f"saves {saved:,} parameters; there are {expected:,}")
+
+
+def kernel_shapes(subject: Subject) -> Verdict:
+    """Matrix products are fastest where every dimension is a multiple of 64."""
+    config, T = subject.model.config, subject.batches.T
+    K = config.head_size
+    odd = [
+        f"{name} {size} is no multiple of {of}"
+        for name, size, of in (
+            ("n_embd", config.n_embd, 64),
+            ("the embedding's rows", subject.model.transformer.wte.weight.shape[0], 64),
+            ("tokens of a micro-batch", subject.compute.micro_batch * T, 64),
+            ("the width of a head", K, 8),  # what fused attention kernels ask for
+        )
+        if size % of
+    ]
+    if odd:
+        return Verdict("kernel shapes", "warn", "; ".join(odd) + ": it works, but slower than it could")
+    rows = config.padded_vocab_size
+    return Verdict(
+        "kernel shapes", "pass", f"multiples of 64: {config.n_embd} wide, {rows:,} embedding rows, heads of {K}"
+    )
+
+
+QUICK: tuple[Callable[[Subject], Verdict], ...] = (
+    initial_loss,
+    next_token_targets,
+    causality,
+    gradients,
+    tied_head,
+    kernel_shapes,
+)

@@ -1,0 +1,249 @@
+"""The verb `check`: all sanity checks of a preset or a model, the slow ones too, on a text that is always there."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from restomod.checks.model_quick import LOSS_TOLERANCE, QUICK, Subject, loss_gradients
+from restomod.config.run import DataConfig, Device, OptimConfig, Precision
+from restomod.data.batches import Batches
+from restomod.data.dataset import TokenStream
+from restomod.data.sources import documents
+from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.engine.device import autocast, choose_device, choose_dtype
+from restomod.engine.loss import linear_cross_entropy
+from restomod.engine.memory import state_bytes
+from restomod.engine.optimizer import build_optimizer, gradient_norm
+from restomod.engine.step import Compute, batch_loss
+from restomod.model.gpt import initial_std
+from restomod.runs.open_model import open_or_build
+from restomod.utils.check_result import Verdict
+from restomod.utils.errors import one_line
+
+OVERFIT_STEPS = 200
+OVERFIT_WARMUP_STEPS = 10  # without, deep and narrow models stumble over their first steps
+OVERFIT_LOSS = 0.05  # nats
+BF16_TOLERANCE = 0.05  # nats between the bf16 and the fp32 loss
+LARGEST_STD = 10.0  # of the residual stream after initialisation; GPT-2 124M's ends at about 0.3
+DEAD_STD = 1e-3
+DEAD_UNITS = 0.01  # share of the hidden units that may give nothing after initialisation
+CONTEXT = 1024
+VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
+
+
+def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[Verdict]:
+    """Check a preset (with its initial weights), a run, a model folder or a name on the hub; yield as results come.
+
+    Raises:
+        UserError: ``name`` is none of these, or the device is not there.
+    """
+    target = choose_device(device)
+    model, fresh = open_or_build(name, target, seed)
+    T = min(model.config.n_positions, CONTEXT)
+    batches = Batches(own_source(model.config.vocab_size), T, 1, seed)
+    compute = Compute(target, choose_dtype(precision, target), micro_batch=1)
+    subject = Subject(model, batches, compute, build_optimizer(model, OptimConfig()), fresh)
+    for one in (*QUICK, *SLOW):
+        yield one(subject)
+
+
+def own_source(vocab_size: int) -> TokenStream:
+    """This package's own source code as tokens: a text that lies beside every installation."""
+    config = DataConfig(source="text", path=str(Path(__file__).parent.parent), glob="**/*.py")
+    texts = ("".join(document.parts()) for document in documents(config))
+    tokens = np.concatenate([gpt2_tokenizer().encode(text) for text in texts])
+    return TokenStream([tokens % vocab_size if vocab_size < 2**16 else tokens])
+
+
+@torch.no_grad()
+def initial_weights(subject: Subject) -> Verdict:
+    """Every tensor has the mean and standard deviation that GPT-2's initialisation gives it, up to chance."""
+    name, config = "initial weights", subject.model.config
+    if not subject.fresh:
+        return Verdict(name, "skip", "these weights are trained")
+    problems = []
+    for parameter, value in subject.model.named_parameters():
+        if value.ndim < 2:
+            constant = 1.0 if parameter.endswith("weight") else 0.0
+            if not bool((value == constant).all()):
+                problems.append(f"{parameter} is not all {constant:.0f}")
+            continue
+        real = value[: config.vocab_size] if parameter in VOCABULARY else value
+        expected = initial_std(config, parameter)
+        if expected == 0:
+            if bool((value != 0).any()):
+                problems.append(f"{parameter} is not all 0")
+            continue
+        std, mean, n = real.std(correction=0).item(), real.mean().item(), real.numel()
+        if not abs(std / expected - 1) < 0.02 + 4 / math.sqrt(2 * n):  # four standard errors
+            problems.append(f"{parameter} has standard deviation {std:.4f}, not {expected:.4f}")
+        elif not abs(mean / expected) < 0.02 + 4 / math.sqrt(n):
+            problems.append(f"{parameter} has mean {mean:.4f}, not 0")
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        return Verdict(name, "fail", problems[0] + more)
+    added, embedded = (initial_std(config, n) for n in ("transformer.h.0.mlp.c_proj.weight", "transformer.wte.weight"))
+    scale = f"0.02 / √{2 * config.n_layer} = {added:.4f}" if added else "0"
+    found = f"standard deviation 0.02, and {scale} where a block adds to the residual stream"
+    found += f"; {embedded:.4f} in the token embedding" if embedded != 0.02 else ""
+    return Verdict(name, "pass", found)
+
+
+@torch.no_grad()
+def activations(subject: Subject) -> Verdict:
+    """The residual stream neither dies nor explodes on its way up, and no hidden unit is dead."""
+    name, model = "activations", subject.model
+    stds, dead = residual_stds(subject)
+    shown = stds[:: max(1, len(stds) // 6)]
+    path = " ".join(f"{std:.2g}" for std in (shown if shown[-1] == stds[-1] else [*shown, stds[-1]]))
+    found = f"residual stream's std from the embedding to the last block: {path}"
+    if not all(math.isfinite(std) for std in stds):
+        return Verdict(name, "fail", f"{found}: not finite")
+    if not subject.fresh:
+        found += f"; {dead:.1%} of the MLPs' units give nothing on this text"
+        return Verdict(name, "fail" if min(stds) < 1e-6 else "pass", found)
+    if max(stds) > LARGEST_STD or min(stds) < DEAD_STD or dead > DEAD_UNITS:
+        what = "exploding" if max(stds) > LARGEST_STD else "dead"
+        return Verdict(name, "fail", f"{what}: {found}; {dead:.1%} of the MLPs' units give nothing")
+    if model.config.zero_init_projections:
+        return Verdict(name, "pass", found)
+    depth = 2 * model.config.n_layer
+    unscaled = residual_stds(subject, projection_scale=math.sqrt(depth))[0][-1]
+    return Verdict(name, "pass", f"{found}; without the 1/√{depth} scaling it would end at {unscaled:.2g}")
+
+
+def residual_stds(subject: Subject, projection_scale: float = 1.0) -> tuple[list[float], float]:
+    """Standard deviations of the residual stream, and the share of hidden MLP units that are 0 on every token.
+
+    Args:
+        subject: its model is run once, uncompiled.
+        projection_scale: multiplies what every block adds to the residual stream, as larger weights would.
+
+    Returns:
+        One per block and one before the first, n_layer + 1 in all; the share, from 0 to 1.
+    """
+    stds: list[float] = []
+    dead: list[Tensor] = []
+    hooks: list[RemovableHandle] = []
+
+    def scaled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * projection_scale
+
+    def record_std(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not stds:
+            stds.append(inputs[0].float().std().item())
+        stds.append(output.float().std().item())
+
+    def record_units(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        dead.append(inputs[0].float().abs().amax((0, 1)) < 1e-6)  # (4D,)
+
+    for name, module in subject.model.named_modules():
+        if re.fullmatch(r"transformer\.h\.\d+", name):
+            hooks.append(module.register_forward_hook(record_std))
+        if name.endswith("mlp.c_proj"):
+            hooks.append(module.register_forward_pre_hook(record_units))
+        if name.endswith("c_proj"):
+            hooks.append(module.register_forward_hook(scaled))
+    try:
+        with torch.no_grad(), autocast(subject.compute.device, subject.compute.dtype):
+            subject.model.transformer.forward(subject.few_tokens()[0].to(subject.compute.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return stds, torch.cat(dead).float().mean().item() if dead else 0.0  # a projection may not be called as a module
+
+
+@torch.no_grad()
+def precision_agreement(subject: Subject) -> Verdict:
+    """bf16 products give the fp32 loss, up to rounding."""
+    tokens, targets = subject.few_tokens()
+    bf16 = Compute(subject.compute.device, torch.bfloat16, 1)
+    losses = [batch_loss(subject.model, tokens, targets, compute).item() for compute in (bf16, subject.fp32)]
+    agree = abs(losses[0] - losses[1]) <= BF16_TOLERANCE
+    reason = f"loss {losses[0]:.4f} in bf16 and {losses[1]:.4f} in fp32"
+    return Verdict(
+        "bf16", "pass" if agree else "fail", reason if agree else f"{reason}: more than {BF16_TOLERANCE} apart"
+    )
+
+
+def compiled_agreement(subject: Subject) -> Verdict:
+    """torch.compile changes the speed of a step, not its loss or gradient."""
+    model = subject.model
+
+    def loss_and_norm(transformer: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        tokens, targets = (x.to(subject.compute.device) for x in subject.few_tokens())
+        hidden = transformer(tokens).flatten(0, 1)
+        loss = linear_cross_entropy(
+            hidden,
+            model.head,
+            targets.flatten(),
+            model.config.vocab_size,
+            torch.float32,
+            cap=model.config.softcap,
+        )
+        gradients = loss_gradients(model, loss).values()
+        return loss.item(), math.sqrt(sum(g.norm().item() ** 2 for g in gradients))
+
+    loss, norm = loss_and_norm(model.transformer.forward)
+    try:
+        compiled_loss, compiled_norm = loss_and_norm(torch.compile(model.transformer))
+    except torch._dynamo.exc.TorchDynamoException as e:
+        reason = one_line(e)
+        return Verdict(
+            "compiled", "skip", f"torch.compile does not work here ({reason:.120}); train with --compile off"
+        )
+    reason = f"loss {compiled_loss:.4f} and gradient norm {compiled_norm:.3f}; {loss:.4f} and {norm:.3f} without"
+    agree = abs(compiled_loss - loss) <= LOSS_TOLERANCE and abs(compiled_norm - norm) <= 0.01 * norm
+    return Verdict("compiled", "pass" if agree else "fail", reason)
+
+
+def overfitting(subject: Subject) -> Verdict:
+    """A model that can learn learns one short text by heart. The last check: it changes the weights."""
+    name, model = "overfitting", subject.model
+    needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
+    if there is not None and needed > there:
+        return Verdict(name, "skip", f"training takes {needed / 1e9:.0f} GB, and this device has {there / 1e9:.0f}")
+    # plain AdamW learns narrow models fastest at higher rates: 6e-4 at GPT-2's 768
+    lr = min(0.02, 0.46 / model.config.n_embd)
+    optimizer = build_optimizer(model, OptimConfig(lr=lr, weight_decay=0.0))
+    tokens, targets = (x[:1] for x in subject.few_tokens())  # two could begin alike and go on differently
+    first = loss = math.nan
+    for step in range(OVERFIT_STEPS + 1):
+        batch = batch_loss(model, tokens, targets, subject.compute)
+        loss = batch.item()
+        first = loss if step == 0 else first
+        if not loss > OVERFIT_LOSS or step == OVERFIT_STEPS or not batch.requires_grad:
+            break
+        batch.backward()
+        clip = torch.clamp(gradient_norm(model), min=1.0)
+        optimizer.update(min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
+    reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
+    return Verdict(name, "pass" if loss <= OVERFIT_LOSS else "fail", reason)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """All memory of a device, or None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+SLOW: tuple[Callable[[Subject], Verdict], ...] = (
+    initial_weights,
+    activations,
+    precision_agreement,
+    compiled_agreement,
+    overfitting,
+)

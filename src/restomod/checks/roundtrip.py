@@ -1,0 +1,26 @@
+"""What each of two processes does for the doctor: rank 0 brings 1, rank 1 brings 2, and all should then have 3."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from restomod.engine.distributed import joined
+
+
+def main() -> None:
+    """Print a line `roundtrip BACKEND SUM` for each backend."""
+    with joined() as processes:
+        (total,) = processes.sum(processes.rank + 1.0)
+        answers = {"gloo": total}
+        if torch.cuda.device_count() >= processes.count:
+            value = torch.tensor(processes.rank + 1.0, device=torch.device("cuda", processes.local_rank))
+            dist.all_reduce(value)
+            answers["NCCL"] = value.item()
+        if processes.main:
+            for backend, answer in answers.items():
+                print(f"roundtrip {backend} {answer}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

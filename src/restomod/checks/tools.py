@@ -1,0 +1,130 @@
+"""Does what training can call upon work here: the compiler, several processes? Tried, not looked up."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+from torch import Tensor, nn
+
+from restomod.checks.machine import Machine
+from restomod.utils.check_result import Verdict
+
+COMPILED_TOLERANCE = 1e-5
+PATIENCE = 60.0  # seconds for a child process
+
+
+def compiler(machine: Machine) -> Verdict:
+    """torch.compile compiles, anew, a module of a few lines, and it computes the same."""
+    name, device = "compiler", machine.device
+    module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).to(device)
+    x = torch.randn(8, 64, device=device)
+    expected = module(x).detach()
+    try:
+        found = _compiled_anew(module, x)
+    except torch._dynamo.exc.TorchDynamoException as e:
+        why, fix = _compiler_problem(str(e))
+        return Verdict(name, "warn", f"torch.compile does not work ({why}); train with --compile off, or {fix}")
+    off = (found - expected).abs().max().item()
+    if not off <= COMPILED_TOLERANCE:
+        return Verdict(name, "fail", f"a compiled module is off by {off:.1e}; train with --compile off")
+    return Verdict(name, "pass", "torch.compile compiles a module here, which computes the same")
+
+
+def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module computes, compiled without torch's caches.
+
+    torch by itself would first compile, load and try a program for each kind of vector instructions that the processor
+    has, which takes longer than all the rest. So the best of them are used untried. A compiler may be too old for them,
+    and torch would go without; so that is the second attempt.
+    """
+    import torch._inductor.config
+    from torch._inductor.utils import fresh_cache
+
+    # precompiled headers pay from the second kernel on
+    options = {"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
+    problem: BaseException | None = None
+    for more in ({}, {"cpp.simdlen": 1}):
+        with fresh_cache(), torch._inductor.config.patch(options | more), torch.no_grad():
+            torch._dynamo.reset()
+            try:
+                return torch.compile(module)(x)
+            except torch._dynamo.exc.TorchDynamoException as e:  # not out of `fresh_cache`, which would keep its folder
+                problem = e
+    assert problem is not None
+    raise problem
+
+
+def _compiler_problem(message: str) -> tuple[str, str]:
+    """The line that says what is wrong, and what to do about it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
+    if "No working C++ compiler" in message:
+        return "there is no C++ compiler", "install g++ (apt install g++; on macOS xcode-select --install)"
+    if "Python.h" in message:
+        return "Python.h is missing", "install Python's headers (apt install python3-dev)"
+    if "triton" in message.lower():
+        return f"{lines[0]:.120}", "install triton (pip install triton) and a C compiler (apt install gcc)"
+    error = next((line for line in lines if re.search(r"\b(fatal )?error:", line)), lines[0])
+    return f"{error:.120}", "see that g++ compiles a file that includes <cmath>"
+
+
+def processes(machine: Machine) -> Verdict:
+    """Two processes, started as torchrun starts them, add their numbers up: over gloo, and over NCCL on two GPUs."""
+    name, fix = "processes", "training in one process is not touched by this; for several"
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "restomod.checks.roundtrip",
+    ]
+    done = _child(command, os.environ | {"OMP_NUM_THREADS": "1"})
+    if done is None:
+        return Verdict(name, "fail", f"two processes did not find each other in {PATIENCE:.0f} s; {fix} {_INTERFACE}")
+    answers = re.findall(r"^roundtrip (\S+) (\S+)$", done.stdout, re.MULTILINE)
+    if done.returncode or not answers:
+        errors = re.findall(r"^\S*(?:Error|Exception): .+$|^restomod: error: .+$", done.stderr, re.MULTILINE)
+        why = errors[0] if errors else f"exit code {done.returncode}"
+        return Verdict(name, "fail", f"two processes cannot work together ({why:.160}); {fix} {_INTERFACE}")
+    wrong = [f"{over} gave {total}" for over, total in answers if float(total) != 3.0]
+    if wrong:
+        return Verdict(name, "fail", f"1 + 2 over two processes: {', '.join(wrong)}; {fix} reinstall torch")
+    return Verdict(name, "pass", f"two processes add up over {' and '.join(over for over, _ in answers)}")
+
+
+_INTERFACE = "name the network that joins them: export GLOO_SOCKET_IFNAME=lo (on one machine)"
+
+
+def _child(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
+    """Run Python in a child process; None where it took too long and was ended, with those that it had started."""
+    with tempfile.TemporaryDirectory() as empty:  # -m looks into the current folder first
+        child = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={k: v for k, v in environment.items() if k not in _TORCHRUN} | {"PYTHONPATH": _python_path()},
+            cwd=empty,
+        )
+        try:
+            output, errors = child.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.terminate()  # torchrun ends its own children at this signal
+            child.communicate()
+            return None
+        return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
+
+
+_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def _python_path() -> str:
+    """Where this process finds modules, for a child in another folder."""
+    return os.pathsep.join(os.path.abspath(folder) for folder in sys.path)

@@ -1,0 +1,1 @@
+"""Dataclasses of a run's settings, their checks, JSON, and the presets."""

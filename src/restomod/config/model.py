@@ -1,0 +1,147 @@
+"""The shape of a model and its parts; what checks of all configurations share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from restomod.utils.errors import UserError, shortened
+
+LARGEST = 2**40  # of any size or number of steps: beyond, it is a slip, and divisors would be looked for for ever
+LARGEST_OF_MODEL = {  # far beyond any model that was built: layers would be made for ever
+    "n_layer": 4096,
+    "n_head": 65_536,
+    "n_embd": 2**20,
+    "n_positions": 2**28,
+    "vocab_size": 2**26,
+    "n_inner": 2**24,
+    "head_dim": 2**20,
+}
+VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
+# up to so many tokens attention in half precision is plain products on a CPU: the backward pass of torch's fused
+# kernel takes twice to four times as long as these
+PLAIN_ATTENTION_TOKENS = 256
+
+Norm = Literal["layernorm", "rmsnorm"]
+Positions = Literal["learned", "rope"]
+Activation = Literal["gelu", "relu2", "swiglu"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_size(name: str, value: int | None, least: int = 1, most: int = LARGEST) -> None:
+    """Raise UserError unless ``value`` is None, or lies between ``least`` and ``most``."""
+    if value is not None and not least <= value <= most:
+        at = f"at least {least}" if value < least else f"at most {most:,}"
+        raise UserError(f"{name} is {shortened(str(value))}; it must be {at}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, and its parts: GPT-2's by default."""
+
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block; divides n_embd, unless head_dim is given."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_positions: int = 1024
+    """Longest context the position embeddings cover, in tokens."""
+    vocab_size: int = VOCAB_SIZE
+    """Tokens in the vocabulary; 50257 for GPT-2's."""
+    norm: Norm = "layernorm"
+    """What the residual stream goes through before every part and at the end."""
+    positions: Positions = "learned"
+    """learned: an embedding of each position; rope: queries and keys are turned by their position."""
+    rope_theta: float = 10000.0
+    """The base of rope's angles."""
+    mlp: Activation = "gelu"
+    """The MLP's activation. gelu: by tanh, GPT-2's; relu2: relu(x)²; swiglu: a SiLU gate, which has a matrix more."""
+    n_inner: int | None = None
+    """Units of the MLP. None: 4 n_embd; of swiglu 8/3 n_embd, rounded up to a multiple of 64: as many parameters."""
+    head_dim: int | None = None
+    """Width of a head. None: n_embd / n_head."""
+    qk_norm: bool = False
+    """Give every head's queries and keys an RMS norm."""
+    bias: bool = True
+    """Linear layers and layer norms have biases."""
+    tied: bool = True
+    """The head is the token embedding."""
+    zero_init_projections: bool = False
+    """What adds to the residual stream begins at zero, so that every block begins as the identity."""
+
+    softcap: float | None = None
+    """Logits z become softcap * tanh(z / softcap). None: they stay."""
+    embedding_norm: bool = False
+    """Give the embeddings an RMS norm before the first block."""
+    embedding_skip: bool = False
+    """Every block is given the embeddings again, as much of each number as it learns to use."""
+    value_embedding: bool = False
+    """Tokens have a second embedding, of which every block adds to its values as much as it learns to use."""
+
+    def __post_init__(self) -> None:
+        for name, most in LARGEST_OF_MODEL.items():
+            require_size(f"model.{name}", getattr(self, name), most=most)
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
+                f"try model.n_head {nearest_divisor(self.n_embd, self.n_head)}"
+            )
+        require(
+            self.positions != "rope" or self.head_size % 2 == 0,
+            f"heads of {self.head_size} numbers cannot be turned in pairs; model.positions rope needs an even number",
+        )
+        require(
+            self.softcap is None or 0 < self.softcap < math.inf, f"model.softcap is {self.softcap}; it must be above 0"
+        )
+        require(0 < self.rope_theta < math.inf, f"model.rope_theta is {self.rope_theta}; it must be above 0")
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        """Units of the MLP."""
+        if self.n_inner is not None:
+            return self.n_inner
+        return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix in memory: the vocabulary, rounded up to a multiple of 64 (50304)."""
+        return 64 * math.ceil(self.vocab_size / 64)
+
+
+def _divisors(n: int) -> set[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return {*small, *(n // d for d in small)}
+
+
+def nearest_divisor(n: int, to: int) -> int:
+    """The divisor of ``n`` nearest to ``to`` (the smaller one where two are equally near)."""
+    return min(_divisors(n), key=lambda d: (abs(d - to), d))
+
+
+def divisors_near(n: int, to: int) -> str:
+    """The divisors of ``n`` on either side of ``to``, as text for an error message."""
+    below, above = [d for d in _divisors(n) if d < to], [d for d in _divisors(n) if d > to]
+    return " or ".join(str(d) for d in (*sorted(below)[-1:], *sorted(above)[:1]))
+
+
+def neighbours(n: int, multiple: int) -> str:
+    """The multiples of ``multiple`` on either side of ``n``, as text for an error message."""
+    below = n // multiple * multiple
+    return f"{below} and {below + multiple}" if below else f"{multiple}"
+
+
+def nearest_divisor_below(n: int, limit: int) -> int:
+    """The largest divisor of ``n`` that is at most ``limit`` (and at least 1)."""
+    return max(d for d in _divisors(n) if d <= max(1, limit))

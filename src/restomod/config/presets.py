@@ -1,0 +1,212 @@
+"""Named complete runs. A preset is a function that returns one; only what differs from the defaults is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+
+from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.utils.errors import UserError, did_you_mean
+
+
+def quickstart() -> RunConfig:
+    """A small GPT-2 (7.7M parameters) on the source code of your Python's standard library: minutes on a laptop CPU."""
+    return RunConfig(
+        model=ModelConfig(n_layer=6, n_head=4, n_embd=128, n_positions=256),
+        optim=OptimConfig(lr=2e-3, warmup_steps=45),
+        steps=900,
+        batch_tokens=512,  # 2 sequences * 256 tokens: with so few tokens in all, many small steps learn the most
+        sequence_length=256,
+        eval_every=300,
+        eval_tokens=32_768,
+        sample_every=300,
+        save_every=300,
+        sampling=SamplingConfig(
+            prompts=("def read(self", "class Error(Exception):\n", "import os\nimport sys\n"), max_tokens=64
+        ),
+    )
+
+
+def tinyshakespeare() -> RunConfig:
+    """GPT-2 124M learns TinyShakespeare by heart: training loss below 0.09, as in the public reproduction."""
+    return RunConfig(
+        data=DataConfig(source="tinyshakespeare", val_fraction=0.0),  # all 338,025 tokens are trained on
+        optim=OptimConfig(lr=6e-4, warmup_steps=100),
+        steps=3600,
+        batch_tokens=4096,  # 64 sequences * 64 tokens
+        sequence_length=64,
+        target_loss=0.09,
+        sampling=SamplingConfig(prompts=("ROMEO:", "First Citizen:\n")),
+    )
+
+
+def gpt2_124m() -> RunConfig:
+    """GPT-2 124M with the batch size, learning rate and schedule of the GPT-3 paper, on your own text (--data.path)."""
+    return gpt2_of(12)  # 19,073 steps, of which 715 warm up
+
+
+def gpt2_355m() -> RunConfig:
+    """GPT-2 medium with GPT-3 Medium's batch size and learning rate, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(n_layer=24, n_head=16, n_embd=1024), lr=3e-4, batch_tokens=2**19)
+
+
+def gpt2_774m() -> RunConfig:
+    """GPT-2 large with GPT-3 Large's batch size and learning rate, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(n_layer=36, n_head=20, n_embd=1280), lr=2.5e-4, batch_tokens=2**19)
+
+
+def gpt2_1558m() -> RunConfig:
+    """GPT-2 XL with the batch size and learning rate of GPT-3 XL, the nearest, on your own text (--data.path)."""
+    return _gpt2(ModelConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, batch_tokens=2**20)
+
+
+def llama_124m() -> RunConfig:
+    """Llama's parts at GPT-2's size, two epochs at three times the rate, as in public; on your text (--data.path)."""
+    return llama_of(12)
+
+
+def modern_124m() -> RunConfig:
+    """Qwen3's parts at GPT-2's size, trained with Muon: less loss per token; on your own text (--data.path)."""
+    return modern_of(12)
+
+
+def speedrun_124m() -> RunConfig:
+    """The least loss per token that this model file has, with a second embedding; only this package loads it."""
+    return speedrun_of(12)
+
+
+def shape_of(layers: int) -> ModelConfig:
+    """GPT-2's parts with heads of 64 and 64 of width for each layer: with 12 layers GPT-2 124M."""
+    return ModelConfig(n_layer=layers, n_head=layers, n_embd=64 * layers)
+
+
+def gpt2_of(layers: int) -> RunConfig:
+    """`gpt2-124m` at another size; AdamW's rate goes with 1 / width, as in table 2.1 of the GPT-3 paper."""
+    return _gpt2(shape_of(layers), lr=6e-4 * 12 / layers, batch_tokens=2**19)
+
+
+def llama_of(layers: int) -> RunConfig:
+    """`llama-124m` at another size. Source: PersonalRec/reproduce-gpt2, results/050226, a run of 20B tokens."""
+    gpt2 = gpt2_of(layers)
+    optim = dataclasses.replace(gpt2.optim, lr=3 * gpt2.optim.lr, warmup_steps=285)
+    return dataclasses.replace(gpt2, model=llama_parts(gpt2.model), optim=optim, steps=2 * gpt2.steps)
+
+
+def modern_of(layers: int) -> RunConfig:
+    """`modern-124m` at another size: Muon's updates, and so the rates, do not depend on the width."""
+    gpt2 = gpt2_of(layers)
+    model = dataclasses.replace(llama_parts(gpt2.model), qk_norm=True, zero_init_projections=True)
+    return dataclasses.replace(gpt2, model=model, optim=muon_recipe(warmup_steps=100))
+
+
+def speedrun_of(layers: int) -> RunConfig:
+    """`speedrun-124m` at another size."""
+    modern = modern_of(layers)
+    model = dataclasses.replace(
+        modern.model,
+        mlp="relu2",
+        tied=False,
+        softcap=15.0,
+        embedding_norm=True,
+        embedding_skip=True,
+        value_embedding=True,
+    )
+    return dataclasses.replace(modern, model=model)
+
+
+def llama_parts(model: ModelConfig) -> ModelConfig:
+    """The same shape with Llama's parts."""
+    return dataclasses.replace(model, norm="rmsnorm", positions="rope", mlp="swiglu", bias=False)
+
+
+def muon_recipe(warmup_steps: int) -> OptimConfig:
+    """Muon, and AdamW at a higher rate than it could have for all parameters; a long linear cooldown."""
+    return OptimConfig(
+        optimizer="muon",
+        muon_lr=0.02,
+        lr=4e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        decay="wsd",
+        cooldown=0.5,
+        min_lr_ratio=0.0,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _gpt2(model: ModelConfig, lr: float, batch_tokens: int) -> RunConfig:
+    """A GPT-2 on 10 billion tokens, trained as Brown et al., 2020, table 2.1 and appendix B say."""
+    return RunConfig(
+        model=model,
+        data=DataConfig(source="text", val_fraction=0.01),
+        optim=OptimConfig(lr=lr, warmup_steps=375 * 10**6 // batch_tokens),
+        steps=10**10 // batch_tokens,
+        batch_tokens=batch_tokens,  # "0.5M" and "1M": 512 and 1024 sequences * 1024 tokens
+        sequence_length=1024,
+        eval_tokens=10_485_760,
+        sampling=SamplingConfig(prompts=("Hello, I'm a language model,",)),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "quickstart": quickstart,
+    "tinyshakespeare": tinyshakespeare,
+    "gpt2-124m": gpt2_124m,
+    "gpt2-355m": gpt2_355m,
+    "gpt2-774m": gpt2_774m,
+    "gpt2-1558m": gpt2_1558m,
+    "llama-124m": llama_124m,
+    "modern-124m": modern_124m,
+    "speedrun-124m": speedrun_124m,
+}
+
+
+SIZES: dict[str, Callable[[int], RunConfig]] = {
+    "gpt2": gpt2_of,
+    "llama": llama_of,
+    "modern": modern_of,
+    "speedrun": speedrun_of,
+}
+"""Presets of any size: ``modern-d6`` has 6 layers, and its width and learning rates follow."""
+
+
+def preset(name: str) -> RunConfig:
+    """Return the preset called ``name``: one of `PRESETS`, or one of `SIZES` with its number of layers.
+
+    Raises:
+        UserError: there is none of that name; the message suggests the nearest.
+    """
+    made = _maker(name)
+    if made is None:
+        raise UserError(
+            f"unknown preset {name!r}{did_you_mean(name, [*PRESETS, *(f'{family}-dN' for family in SIZES)])}"
+        )
+    return made()
+
+
+def is_preset(name: str) -> bool:
+    """Whether there is a preset called ``name``."""
+    return _maker(name) is not None
+
+
+def with_scaled_warmup(config: RunConfig, base: RunConfig) -> RunConfig:
+    """``config`` with the warm-up of the preset ``base``, scaled to its own steps: the same share, in whole steps.
+
+    Rounded up, so that a preset that warms up does so for at least one step.
+    """
+    warmup_steps = -(-base.optim.warmup_steps * config.steps // base.steps)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps))
+
+
+def _maker(name: str) -> Callable[[], RunConfig] | None:
+    sized = re.fullmatch(r"(\w+)-d([1-9]\d?)", name)
+    if sized and sized[1] in SIZES:
+        return functools.partial(SIZES[sized[1]], int(sized[2]))
+    return PRESETS.get(name)
+
+
+def summary(name: str) -> str:
+    """The one line that describes a preset."""
+    return (PRESETS[name].__doc__ or "").strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""Preparation of any amount of text, by several workers, resumable."""

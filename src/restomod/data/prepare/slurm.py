@@ -1,0 +1,238 @@
+"""Hand the units of `restomod prepare` to Slurm: job arrays on datatrove's executor, and a last job for the manifest.
+
+    prepare ─────────────────────── finish      one task per unit; afterwards one that writes the manifest
+    hash ── choose ── prepare ───── finish      with --dedup, which has to know all documents before it writes any
+
+Every stage waits for the one before it, and is cancelled by Slurm if that one fails. What is done is in the folder's
+records alone, as ever: the same command asks the queue and the folder how far it is, and submits what is missing once
+no job is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from datatrove.executor.slurm import SlurmPipelineExecutor
+
+from restomod.config.prepare import PrepareConfig, SlurmConfig
+from restomod.data.dataset import Dataset
+from restomod.data.prepare.executors import ChosenUnits, standard_error_aside
+from restomod.data.prepare.folder import (
+    Work,
+    begin,
+    clean,
+    finish,
+    finished,
+    job_name,
+    locked,
+    planned,
+    slurm_jobs,
+    unfinished,
+)
+from restomod.data.prepare.worker import (
+    SLURM,
+    WORK,
+    HashUnit,
+    PrepareUnit,
+    choose_first_occurrences,
+    failure_path,
+    hashes_path,
+    quiet_datatrove,
+    record_path,
+)
+from restomod.utils.errors import UserError
+from restomod.utils.files import write_json_atomically
+from restomod.utils.json_files import read_json
+
+MAX_ARRAY = 1000  # tasks of an array, below Slurm's default of MaxArraySize; beyond it a task does several units
+
+
+def submit_folder(
+    sources: tuple[str, ...],
+    config: PrepareConfig,
+    out: Path,
+    workers: int,
+    slurm: SlurmConfig,
+    report: Callable[[str], None],
+) -> Dataset | None:
+    """Submit what is to be done, or say how far it is.
+
+    Args:
+        sources: as for `prepare_folder`.
+        config: likewise.
+        out: the folder, which like the sources has to be at the same place on every machine of the cluster.
+        workers: how many units to work on at once (0: as many as the cluster has room for).
+        slurm: what to ask of the cluster.
+        report: told what is going on, a line at a time.
+
+    Returns:
+        the data once the folder is finished, None before.
+
+    Raises:
+        UserError: as `prepare_folder`; a job could not prepare its unit; or Slurm refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--engine slurm needs Slurm's commands, and there is no sbatch here; run this on the cluster")
+    quiet_datatrove()
+    work = planned(sources, config, out)
+    if (dataset := finished(work)) is not None:
+        return dataset
+    with locked(out):
+        if (dataset := finished(work)) is not None:
+            return dataset
+        submitted = (out / WORK / SLURM).exists()
+        if submitted and (states := slurm_jobs(out)):
+            done = sum(record_path(out, unit).exists() for unit in range(len(work.units)))
+            running = len(states) - states.count("PENDING")
+            report(f"Slurm is at work on it: {running} tasks running, {states.count('PENDING')} waiting")
+            report(f"{done:,} of {len(work.units):,} units are finished")
+            report(_how_to_look(out))
+            return None
+        begin(work)
+        _raise_failure(work)
+        left = unfinished(work, report)
+        if not left:
+            return finish(work)
+        if submitted:
+            report(f"its jobs have ended without the others: out of time or memory? See {out / WORK / 'slurm'}")
+        _submit(work, left, workers, slurm, report)
+        report(_how_to_look(out))
+    return None
+
+
+def _how_to_look(out: Path) -> str:
+    name = job_name(out)
+    return f"how far it is: the same command again; the queue: squeue --name={name}; to stop it: scancel --name={name}"
+
+
+def _raise_failure(work: Work) -> None:
+    """Raise what a job left behind when it could not prepare its unit, once: the next command submits it again."""
+    failures = sorted((work.out / WORK).glob("failed_*.json"))
+    if failures:
+        error = read_json(failures[0], "failure of a job", dict[str, str]).get("error", "no reason is given")
+        for path in failures:
+            path.unlink()
+        raise UserError(f"{error} (mend it and run the same command again, which submits what is left)")
+
+
+def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
+    """Submit the stages, each waiting for the one before it."""
+    out, config, n = work.out.absolute(), work.config, len(work.units)
+    # before the jobs, which must not be forgotten in a crash
+    write_json_atomically(out / WORK / SLURM, {"name": job_name(out)}, out)
+    stages: list[tuple[str, Any, int]] = []
+    if config.dedup:
+        unhashed = [unit for unit in range(n) if not hashes_path(out, unit).exists()]
+        if unhashed:
+            stages.append(("hash", ChosenUnits(HashUnit(config, work.units, out), unhashed), len(unhashed)))
+        stages.append(("choose", Choose(out, n), 1))
+    stages.append(("prepare", ChosenUnits(PrepareUnit(config, work.units, out), left), len(left)))
+    stages.append(("finish", Finish(dataclasses.replace(work, out=out)), 1))
+    before = None
+    for name, step, tasks in stages:
+        executor = SlurmExecutor(out, name, step, tasks, workers, slurm, before)
+        with _refusal_in_one_line(before):
+            executor.launch_job()
+        before = str(executor.job_id)
+        units = f" {tasks:,} unit{'' if tasks == 1 else 's'}" if isinstance(step, ChosenUnits) else ""
+        report(f"submitted job {before}: {name}{units}")
+
+
+class Choose:
+    """A datatrove step for one task: choose what --dedup keeps, between the stages that hash and that prepare."""
+
+    def __init__(self, out: Path, units: int) -> None:
+        self.out, self.units = out, units
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> list[Any]:
+        choose_first_occurrences(self.out, self.units)
+        return []
+
+
+class Finish:
+    """A datatrove step for one task: write the manifest."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> list[Any]:
+        finish(self.work)
+        return []
+
+
+class SlurmExecutor(SlurmPipelineExecutor):
+    """datatrove's executor for Slurm, for one stage of a folder.
+
+    Against datatrove's: no further job that merges statistics, paths with spaces are quoted, the Python that submits
+    is the Python that runs, on PATH or not, and a failure is left where the same command finds it.
+    """
+
+    def __init__(
+        self, out: Path, stage: str, step: Any, tasks: int, workers: int, slurm: SlurmConfig, after: str | None
+    ) -> None:
+        super().__init__(
+            pipeline=[step],
+            tasks=tasks,
+            tasks_per_job=math.ceil(tasks / MAX_ARRAY),
+            workers=workers or -1,
+            time=slurm.slurm_time,
+            partition=slurm.slurm_partition,
+            mem_per_cpu_gb=slurm.slurm_mem_gb,
+            qos=None,
+            job_name=job_name(out),
+            depends_job_id=after,
+            sbatch_args={"kill-on-invalid-dep": "yes"},
+            logging_dir=str(out / WORK / "slurm" / stage),
+            skip_completed=False,
+            with_srun=False,
+        )
+        self.out, self.stage, self.step = out, stage, step
+
+    def launch_merge_stats(self) -> None:
+        """Nothing: the units' records hold what there is to know."""
+
+    def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        given = {key: value for key, value in super().get_sbatch_args(max_array).items() if value is not None}
+        return {key: f'"{value}"' if " " in str(value) else value for key, value in given.items()}
+
+    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        pickled = self.logging_dir.resolve_paths("executor.pik")
+        command = f"{quote(sys.executable)} -m datatrove.tools.launch_pickled_pipeline {quote(pickled)}"
+        return str(super().get_launch_file_contents(sbatch_args, command))
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        try:
+            stats = super()._run_for_rank(rank, local_rank, node_rank)
+        except Exception as e:
+            unit = self.step.units[rank] if isinstance(self.step, ChosenUnits) else 0
+            error = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+            write_json_atomically(failure_path(self.out, unit), {"error": error}, self.out)
+            raise
+        if self.stage == "finish":  # again: datatrove has left its log and statistics there since
+            clean(self.out)
+        return stats
+
+
+@contextlib.contextmanager
+def _refusal_in_one_line(before: str | None) -> Iterator[None]:
+    """What sbatch says, as an error of one line. datatrove lets it write to our standard error.
+
+    Raises:
+        UserError: sbatch refuses, or is not to be understood.
+    """
+    with standard_error_aside() as said:
+        try:
+            yield
+        except (subprocess.CalledProcessError, IndexError):
+            said.seek(0)
+            stays = f"; job {before} stays in the queue" if before else ""
+            raise UserError(f"sbatch refuses the job: {' '.join(said.read().split())}{stays}") from None

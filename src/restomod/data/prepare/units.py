@@ -1,0 +1,214 @@
+"""What is to be prepared: the settings, and the files cut into units of work that do not depend on each other.
+
+The plan of a folder is a pure function of the settings and the files' names and sizes. A unit's shards are a pure
+function of its files. So any number of workers, killed and started again at any moment, write the same bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig
+from restomod.data.documents import AnyDocument
+from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
+from restomod.data.kinds import ending
+from restomod.data.pretokenized import SUFFIXES
+from restomod.data.published import split_of
+from restomod.data.readers import Span, can_span, read_documents
+from restomod.data.reading import Reading
+from restomod.data.sources import BUILT_IN, documents
+from restomod.data.text_files import files_of
+from restomod.utils.errors import UserError, did_you_mean
+from restomod.utils.text import counted
+
+UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself, or several
+SPAN_BYTES = 64_000_000  # a larger file is cut into spans of at most this size, if it can be
+HUB = "hf:"
+PRETOKENIZED = "pretokenized:"
+DATASETS = {  # short names: repository on the hub, its default configuration
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Files that one task turns into shards, or a source by its name."""
+
+    files: tuple[str, ...]
+    bytes: int
+    """Size of the files as stored."""
+    source: str | None = None
+    """The name of a built-in source or a dataset on the hub; None for local files."""
+    span: Span | None = None
+    """Which part of its one file; None for whole files. ``bytes`` is the part's size."""
+
+
+def plan(
+    sources: tuple[str, ...],
+    config: PrepareConfig,
+    begun: dict[str, Any] | None = None,
+    reading: Reading | None = None,
+) -> list[Unit]:
+    """Cut the sources into units, in order.
+
+    A large file of JSON lines or Parquet becomes several units if it is not compressed. Any other large file is one,
+    and so is one of the hub: who works on a part of it would have to download all of it.
+
+    Args:
+        sources: files, folders, built-in sources or datasets on the hub.
+        config: how to read them.
+        begun: an earlier description of the same; datasets on the hub then stay at the commit that they had.
+        reading: where to count the files that are left out.
+
+    Raises:
+        UserError: a source does not exist or holds no file with anything in it.
+    """
+    pinned = begun["datasets"] if begun and begun.get("settings") == _settings(config) else {}
+    units: list[Unit] = []
+    for source in sources:
+        if source in BUILT_IN and not Path(source).exists():
+            units.append(Unit((), 0, source))
+            continue
+        if _on_hub(source):
+            repository = DATASETS.get(source, (source.removeprefix(HUB).removeprefix(PRETOKENIZED),))[0]
+            before = pinned.get(source, [])
+            if not all(address.startswith(f"{SCHEME}{repository}@") for address, _ in before):
+                before = []  # a received folder does not say what is read
+            found = before or _dataset(source, config)
+            units += [Unit((address,), size, source) for address, size in found]
+            continue
+        path = Path(source)
+        if not source or not path.exists():
+            known = [*BUILT_IN, *DATASETS]
+            raise UserError(f"{source or repr(source)}: no such file, folder or source{did_you_mean(source, known)}")
+        group: list[str] = []
+        size = 0
+        for file in files_of(path.absolute(), config.glob, reading.left_out if reading else None):
+            file_size = file.stat().st_size
+            if file_size > SPAN_BYTES and can_span(file, config.text_column):
+                if group:
+                    units.append(Unit(tuple(group), size))
+                    group, size = [], 0
+                units += _spans(file, file_size)
+                continue
+            group.append(str(file))
+            size += file_size
+            if size >= UNIT_BYTES:
+                units.append(Unit(tuple(group), size))
+                group, size = [], 0
+        if group:
+            units.append(Unit(tuple(group), size))
+    return units
+
+
+def _spans(file: Path, size: int) -> Iterator[Unit]:
+    """Units of about equal size that are together one large file."""
+    n = -(-size // SPAN_BYTES)
+    for i in range(n):
+        span = Span(i * size // n, (i + 1) * size // n, of=size)
+        yield Unit((str(file),), span.stop - span.start, span=span)
+
+
+def _on_hub(source: str) -> bool:
+    return source.startswith((HUB, PRETOKENIZED)) or source in DATASETS
+
+
+def ignored_by_sources(sources: tuple[str, ...]) -> dict[str, str]:
+    """The flags of `prepare` that have no effect on these sources, each with the reason."""
+    hub = [source for source in sources if _on_hub(source)]
+    local = [source for source in sources if source not in hub and (source not in BUILT_IN or Path(source).exists())]
+    folders = [source for source in local if Path(source).is_dir() or not Path(source).exists()]
+    datasets = [source for source in hub if not source.startswith(PRETOKENIZED)]
+    rules = (
+        (not hub, "without a source on the hub", ("--hub-revision", "--keep-downloads")),
+        (not datasets, "without a dataset on the hub", ("--hub-config", "--hub-split")),
+        (not folders, "without a folder of text", ("--glob",)),
+        (not (local or datasets), "on these sources, which are read in one way", ("--text-column", "--separator")),
+    )
+    return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
+
+
+def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
+    """The addresses and sizes of a dataset's files."""
+    if source.startswith(PRETOKENIZED):
+        if config.dedup:
+            raise UserError(f"{source}: published shards are taken as they are; leave --dedup out")
+        shards = repository_files(source.removeprefix(PRETOKENIZED), config.hub_revision, SUFFIXES)
+        shards = [file for file in shards if split_of(file.path)]
+        if not shards:
+            raise UserError(f"{source}: no shards there such as fineweb_train_000001.bin")
+        return [[str(file), file.bytes] for file in shards]
+    repository, default = DATASETS.get(source, (source.removeprefix(HUB), None))
+    files = dataset_files(repository, config.hub_config or default, config.hub_split, config.hub_revision)
+    return [[str(file), file.bytes] for file in files]
+
+
+def kinds_of(units: list[Unit]) -> str:
+    """What a plan reads, for people: how many files of which ending, and named sources."""
+    files = [file for unit in units for file in unit.files if not unit.span or unit.span.start == 0]
+    endings = collections.Counter(ending(Path(file)) for file in files)
+    kinds = [counted(n, f"{of} file") for of, n in sorted(endings.items())]
+    return ", ".join([*kinds, *(unit.source for unit in units if unit.source in BUILT_IN)])
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """The settings as a plan holds them: one that came later stands there only where it is used."""
+    settings = dataclasses.asdict(config)
+    if config.separator is None:
+        del settings["separator"]
+    return settings
+
+
+def describe(
+    sources: tuple[str, ...], config: PrepareConfig, units: list[Unit], tokenizer_sha256: str
+) -> dict[str, Any]:
+    """The plan as JSON values: equal plans make equal shards."""
+    names = [Path(os.path.abspath(source)).name for source in sources]
+    return {
+        "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
+        "settings": _settings(config),
+        "datasets": {
+            source: [[unit.files[0], unit.bytes] for unit in units if unit.source == source]
+            for source in sources
+            if _on_hub(source)
+        },
+        "units": [_described(unit) for unit in units],
+        "tokenizer": tokenizer_sha256,
+        **({"python": platform.python_version()} if any(u.source == "python-stdlib" for u in units) else {}),
+    }
+
+
+def _described(unit: Unit) -> dict[str, Any]:
+    values = dataclasses.asdict(unit) | {"files": list(unit.files)}
+    if unit.span is None:
+        del values["span"]
+    return values
+
+
+def unit_documents(
+    unit: Unit, config: PrepareConfig, downloads: Path | None, reading: Reading | None = None
+) -> Iterator[AnyDocument]:
+    """The documents of a unit, in order.
+
+    Args:
+        unit: what to read.
+        config: how.
+        downloads: folder for what comes from the hub; None: the hub client's cache.
+        reading: where to count what was read.
+    """
+    if unit.source == "tinyshakespeare":
+        yield from documents(DataConfig(source="tinyshakespeare"))
+    elif unit.source == "python-stdlib":
+        yield from documents(DataConfig(source="python-stdlib"))
+    for file in unit.files:
+        path = fetch(file, downloads) if file.startswith(SCHEME) else Path(file)
+        yield from read_documents(path, config.text_column, unit.span, config.separator, reading)

@@ -1,0 +1,1 @@
+"""One optimizer step: loss, optimizers, learning rate, precision, devices, several processes, memory."""

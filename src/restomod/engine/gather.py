@@ -1,0 +1,119 @@
+"""Models and tensors that processes share, made whole; and whole ones shared out. One tensor after the other.
+
+FSDP leaves each process a part of every tensor, in a DTensor. Where nothing is shared these functions copy, or do
+nothing, so callers never branch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from restomod.engine.distributed import Processes, linear_parameters
+from restomod.model.gpt import GPT
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether each process holds only a part of the model's weights."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@torch.no_grad()
+def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Processes) -> None:
+    """Copy what ``read`` returns in the main process into every process's ``tensor``. All processes have to call it.
+
+    Args:
+        read: called in the main process only; returns a whole tensor of the shape of ``tensor``, on any device.
+        tensor: whole, or a DTensor, of which each process gets its part.
+        processes: that have the tensor.
+
+    Raises:
+        UserError: as ``read`` does; in the other processes `ReportedElsewhere`.
+    """
+
+    def work() -> Tensor:
+        if processes.main:
+            return read().to(tensor.device, tensor.dtype)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    value = processes.together(work)
+    if processes.count > 1:
+        dist.broadcast(value, src=0)
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
+
+
+def fill(model: GPT, source: GPT | None, processes: Processes) -> None:
+    """Put the weights of ``source`` into the model of every process. All processes have to call it.
+
+    Args:
+        model: each process has all of its weights, or a part.
+        source: of the same shape; needed in the main process only.
+        processes: that have the model.
+    """
+    weights = {} if source is None else dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        copy_from_main(functools.partial(weights.__getitem__, name), parameter, processes)
+
+
+@torch.no_grad()
+def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the main process, nothing in the others. All processes have to call it.
+
+    A GPU holds no more than one whole tensor at a time.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.main:
+            gathered[name] = full.cpu()
+        del full  # before the next one is gathered
+    return gathered
+
+
+def whole_on_main(model: GPT, processes: Processes) -> GPT:
+    """A copy of a model that processes share: whole, on the CPU, in the main process; without weights in the others.
+
+    All processes have to call it.
+    """
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return _assembled(model, gather_on_main(parameters, processes))
+
+
+@torch.no_grad()
+def whole(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
+    """The model with all its weights on this process's device: itself, or a copy where they are shared out.
+
+    All processes have to call it.
+
+    Args:
+        model: as `distribute` left it.
+        dtype: of the linear layers in the blocks; that of the matmuls, as autocast would round them to it anyway.
+        keep: whether this process needs the weights. The copy is without them otherwise.
+    """
+    if not is_shared(model):
+        return model
+    linear, tensors = linear_parameters(model), {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.to(dtype) if parameter in linear else parameter.detach()
+        assert isinstance(tensor, DTensor)
+        full = tensor.full_tensor()
+        if keep:
+            tensors[name] = full
+        del full
+    return _assembled(model, tensors)
+
+
+def _assembled(like: GPT, tensors: Mapping[str, Tensor]) -> GPT:
+    """A model of the configuration of ``like`` with ``tensors`` for weights; on `meta` where there are none."""
+    with torch.device("meta"):
+        model = GPT(like.config)
+    if tensors:
+        model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False)

@@ -1,0 +1,165 @@
+"""The journal of a sweep: each line is checked before Optuna replays it, which trusts what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.storages.journal import JournalFileBackend
+from pydantic import AfterValidator, BeforeValidator, Field
+from typing_extensions import TypedDict
+
+from restomod.data.manifest import Count
+from restomod.utils.errors import UserError, one_line
+from restomod.utils.json_files import as_tuple, checked, file_name, parse_json
+
+STUDY = "sweep"
+LONGEST_LINE = 2**20
+CREATE_STUDY, CREATE_TRIAL, SET_STATE, SET_INTERMEDIATE, SET_USER_ATTR, LAST_OPERATION = 0, 4, 6, 7, 8, 10
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Time = Annotated[float, Field(ge=0, le=1e11)]  # seconds since 1970
+Attempt = tuple[Time, Time | None] | tuple[Time, Time | None, str | None]  # its start, its end, its GPU
+
+
+class Notes(TypedDict, total=False):
+    """What is noted about a trial."""
+
+    name: Annotated[str, AfterValidator(file_name)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    attempts: list[Annotated[Attempt, BeforeValidator(as_tuple)]]
+    step: Count
+    reason: str
+
+
+class NewNotes(Notes):
+    name: Annotated[str, AfterValidator(file_name)]  # type: ignore[misc]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # type: ignore[misc]
+
+
+class _Line(TypedDict):
+    op_code: Annotated[int, Field(ge=0, le=LAST_OPERATION)]
+    worker_id: str
+
+
+class _Trial(_Line):
+    trial_id: Count
+
+
+class _CreateStudy(_Line):
+    study_name: str
+    directions: list[int]
+
+
+class _CreateTrial(_Line):
+    study_id: Count
+    datetime_start: str | None
+    state: Annotated[int, Field(ge=0, le=4)]
+    distributions: dict[str, str]
+    params: dict[str, Finite]
+    user_attrs: NewNotes
+    system_attrs: dict[str, Any]
+    intermediate_values: dict[str, float]
+
+
+class _SetState(_Trial):
+    state: Annotated[int, Field(ge=0, le=4)]
+    values: Annotated[list[Finite], Field(min_length=1, max_length=1)] | None
+    datetime_complete: NotRequired[str]
+
+
+class _SetIntermediate(_Trial):
+    step: Count
+    intermediate_value: float
+
+
+class _SetUserAttr(_Trial):
+    user_attr: Annotated[Notes, Field(min_length=1)]
+
+
+KINDS: dict[int, Any] = {
+    CREATE_STUDY: _CreateStudy,
+    CREATE_TRIAL: _CreateTrial,
+    SET_STATE: _SetState,
+    SET_INTERMEDIATE: _SetIntermediate,
+    SET_USER_ATTR: _SetUserAttr,
+}
+
+
+class CheckedJournal(JournalFileBackend):
+    """Optuna's journal file, of a sweep over certain dimensions."""
+
+    def __init__(self, path: Path, lock: Any, distributions: dict[str, BaseDistribution]) -> None:
+        super().__init__(str(path), lock_obj=lock)
+        self.path, self._distributions = path, distributions
+        self._restart()
+
+    def _restart(self) -> None:
+        self.line = 0
+        """How many lines have been read."""
+        self._offset = 0
+        self.names: list[str] = []
+        """Of the trials."""
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The lines from a number on; a last one without its newline is still being written.
+
+        Raises:
+            UserError: a line is damaged; it is named.
+        """
+        if log_number_from < self.line:
+            self._restart()
+        with open(self.path, "rb") as f:
+            f.seek(self._offset)
+            while content := f.readline(LONGEST_LINE + 1):
+                if len(content) <= LONGEST_LINE and not content.endswith(b"\n"):
+                    return
+                self.line += 1
+                value = self._checked(content)
+                self._offset += len(content)
+                if self.line > log_number_from:
+                    yield value
+
+    def _checked(self, content: bytes) -> dict[str, Any]:
+        if len(content) > LONGEST_LINE:
+            raise self.damaged(f"it is longer than {LONGEST_LINE:,} bytes")
+        try:
+            value = parse_json(content)
+        except ValueError as e:
+            raise self.damaged(f"it is not JSON ({one_line(e)})") from None
+        try:
+            operation = checked(value, _Line, "it")["op_code"]
+            checked(value, KINDS.get(operation, _Line), "it")
+            assert isinstance(value, dict)
+            if (self.line == 1 and operation != CREATE_STUDY) or value.get("study_name", STUDY) != STUDY:
+                raise UserError("the first line of a sweep's journal begins its study")
+            if value.get("study_id", 0) != 0 or value.get("trial_id", -1) >= len(self.names):
+                raise UserError("the line that begins its trial is missing")
+            if operation == CREATE_TRIAL:
+                self._begin(value)
+        except UserError as e:
+            raise self.damaged(str(e)) from None
+        return value
+
+    def _begin(self, value: dict[str, Any]) -> None:
+        name, params = value["user_attrs"]["name"], value["params"]
+        try:
+            distributions = {key: json_to_distribution(text) for key, text in value["distributions"].items()}
+            inside = distributions == self._distributions and params.keys() == distributions.keys()
+            inside = inside and all(distributions[key]._contains(number) for key, number in params.items())
+        except Exception:  # of Optuna, on what may be anything
+            inside = False
+        if not inside:
+            raise UserError("its parameters are not those of plan.json")
+        if name in self.names:
+            raise UserError(f"it begins {name} a second time")
+        self.names.append(name)
+
+    def damaged(self, why: str) -> UserError:
+        """An error that names the line that was read last."""
+        return UserError(
+            f"{self.path}, line {self.line} is damaged: {why}; restore the file from a copy, or delete the line "
+            f"(what it says of a trial is lost)"
+        )

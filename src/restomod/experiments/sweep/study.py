@@ -1,0 +1,348 @@
+"""A sweep's folder: what is swept, and what has become of every trial. Optuna keeps the trials, in a journal file.
+
+SWEEP/
+    plan.json       what is swept; the same command goes on with it
+    journal.jsonl   the trials, as Optuna's JournalStorage writes them
+    locks/          who works on what
+    logs/           what each trial has printed
+    trials/NAME/    a run each
+    sweep.json      the results, best first
+
+Whoever looks for a trial holds the lock `locks/sweep`. Whoever works on one holds `locks/NAME.worker`, and the training
+process, which inherits it, `locks/NAME.run`. A trial that is begun and whose worker's lock is free belongs to nobody:
+the next that looks takes it over, once its training has ended too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from restomod.config.serialize import from_dict, to_dict
+from restomod.experiments.sweep.gpu_time import Span, Taken, gpu_in_use
+from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
+from restomod.runs.reader import process_count, read_environments, started
+from restomod.utils.errors import UserError, one_line
+from restomod.utils.files import require_inside, require_regular, write_json_atomically
+from restomod.utils.json_files import read_json
+from restomod.utils.locks import FileLock
+from restomod.utils.output import complain
+from restomod.utils.run_files import require_run_inside
+from restomod.utils.temporary import NAME
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+Pruning = Literal["none", "median", "hyperband"]
+
+PARTS = "plan.json", "journal.jsonl", "locks", "logs", "trials", "sweep.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is swept."""
+
+    preset: str
+    flags: tuple[str, ...]
+    """Those of `restomod train` that all trials share."""
+    method: Method
+    space: tuple[str, ...]
+    """NAME=VALUES for every field that varies."""
+    trials: int
+    """How many configurations."""
+    seeds: int
+    """How often each is run, with seeds that follow each other."""
+    first_seed: int
+    search_seed: int
+    """Of the sampler."""
+    prune: Pruning
+    prune_from: int
+    """The step before which nothing is pruned."""
+    prune_every: int
+    """Steps between validations."""
+    steps: int
+
+    @property
+    def runs(self) -> int:
+        """How many trials there are in all."""
+        return self.trials * self.seeds
+
+
+@dataclass
+class Claim:
+    """A trial that this process works on."""
+
+    number: int
+    trial_id: int
+    name: str
+    parameters: dict[str, Value]
+    seed: int
+    worker: FileLock
+    run: FileLock
+    attempts: list[list[Any]]
+    """Of each attempt: when it began and when it ended (None: not yet, or it was killed), in seconds since 1970, and
+    `gpu_in_use` (absent in sweeps that an earlier version began)."""
+
+
+class Store:
+    """The trials of a sweep, shared by all processes that work on it."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self._dimensions = [parse_dimension(text, plan.method) for text in plan.space]
+        if folder.exists() and any(not (path.name in PARTS or NAME.fullmatch(path.name)) for path in folder.iterdir()):
+            raise UserError(f"{folder} is not a sweep, and holds other files; choose another folder with --out")
+        require_inside(folder, *(folder / part for part in PARTS))
+        for part in ("locks", "logs", "trials"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(folder / "locks" / "sweep")
+        with self.lock:
+            if not self.lock.enforced:
+                raise UserError(
+                    f"a sweep needs file locks (flock), and {folder} is on a file system without them (or this is "
+                    f"Windows, where WSL has them); choose another --out"
+                )
+            self._agree()
+            self._study = self._open()
+
+    def _agree(self) -> None:
+        """See that the folder is of this sweep; more trials may be asked for than before."""
+        path = self.folder / "plan.json"
+        if path.exists():
+            old = from_dict(read_json(path, "sweep's plan"), Plan, str(path))
+            for field in dataclasses.fields(Plan):
+                before, now = getattr(old, field.name), getattr(self.plan, field.name)
+                if before != now and field.name != "trials":
+                    raise UserError(
+                        f"{self.folder} holds another sweep ({field.name}: {_shown(before)} there, {_shown(now)} now); "
+                        f"choose another folder with --out"
+                    )
+            if self.plan.trials < old.trials:
+                raise UserError(f"{self.folder} is a sweep of {old.trials} trials already, not {self.plan.trials}")
+            if self.plan == old:
+                return
+        write_json_atomically(path, to_dict(self.plan))
+
+    def _open(self) -> Any:
+        import optuna
+        from optuna.storages import JournalStorage
+
+        from restomod.experiments.sweep.journal import STUDY, CheckedJournal
+
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        path = self.folder / "journal.jsonl"
+        require_regular(path)
+        journal = CheckedJournal(path, _journal_lock(path), {d.name: d.distribution() for d in self._dimensions})
+        try:
+            self._storage = JournalStorage(journal)
+            pruner = self._pruner()
+            study = optuna.create_study(storage=self._storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
+        except (UserError, OSError):
+            raise
+        except Exception as e:  # of what Optuna makes of a line
+            raise journal.damaged(one_line(e)) from None
+        runs = {run.name for run in (self.folder / "trials").iterdir() if not run.name.startswith(".")}
+        if lost := sorted(runs - {*journal.names}):
+            raise UserError(f"{path} lacks {lost[0]}, which is in trials/; restore it from a copy, or delete that run")
+        return study
+
+    def _pruner(self) -> BasePruner:
+        from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
+
+        plan = self.plan
+        if plan.prune == "median":
+            return MedianPruner(n_warmup_steps=plan.prune_from)
+        if plan.prune == "hyperband":
+            least = min(plan.steps, max(plan.prune_every, plan.prune_from))
+            return HyperbandPruner(min_resource=least, max_resource=plan.steps)
+        return NopPruner()
+
+    # --- trials ----------------------------------------------------------------------------------------------
+
+    def trials(self) -> list[FrozenTrial]:
+        """All that have been begun, by number."""
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        return trials
+
+    def claim(self) -> Claim | None:
+        """Take a trial to work on: one that nobody works on any more, or else a new one. None: there is none."""
+        with self.lock:
+            trials = self.trials()
+            for trial in trials:
+                claim = None if trial.state.is_finished() else self._claimed(trial)
+                if claim is not None:
+                    return claim
+            if len(trials) >= self.plan.runs:
+                return None
+            self._begin(len(trials))
+            return self._claimed(self.trials()[-1])
+
+    def _claimed(self, trial: FrozenTrial) -> Claim | None:
+        name = trial.user_attrs["name"]
+        worker, run = (FileLock(self.folder / "locks" / f"{name}.{kind}") for kind in ("worker", "run"))
+        if not worker.acquire(wait=False):
+            return None
+        attempts = [list(attempt) for attempt in trial.user_attrs.get("attempts", [])]
+        return Claim(
+            trial.number, trial._trial_id, name, dict(trial.params), trial.user_attrs["seed"], worker, run, attempts
+        )
+
+    def _begin(self, number: int) -> None:
+        """Write a new trial down, with all its parameters in one line of the journal."""
+        import optuna
+
+        parameters = self._parameters(number)
+        seed = self.plan.first_seed + number % self.plan.seeds
+        name = f"{number:03d}"
+        for key, value in ({**parameters, "seed": seed} if self.plan.seeds > 1 else parameters).items():
+            name += f"-{key.rpartition('.')[2]}-{value:.4g}" if isinstance(value, float) else f"-{key}-{value}"
+        name = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)[:100]
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING,
+                params=parameters,
+                distributions={d.name: d.distribution() for d in self._dimensions},
+                user_attrs={"name": name, "seed": seed},
+            )
+        )
+
+    def _parameters(self, number: int) -> dict[str, Value]:
+        """What trial ``number`` has; it follows from the plan and the trials before it, so a killed sweep goes on."""
+        import optuna
+
+        if self.plan.method == "grid":
+            return grid(self._dimensions)[number // self.plan.seeds]
+        trials = self._study.get_trials()
+        if number % self.plan.seeds:  # another seed of the same
+            return dict(trials[number - number % self.plan.seeds].params)
+        scratch = optuna.create_study(sampler=self._sampler(number))  # in memory: the journal gets all or nothing
+        scratch.add_trials(trials)
+        return dict(scratch.ask({d.name: d.distribution() for d in self._dimensions}).params)
+
+    def _sampler(self, number: int) -> BaseSampler:
+        from optuna.samplers import RandomSampler, TPESampler
+
+        seed = self.plan.search_seed * 1_000_003 + number
+        if self.plan.method == "random":
+            return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, constant_liar=True)  # which keeps those at work elsewhere apart
+
+    # --- time ------------------------------------------------------------------------------------------------
+
+    def begin_attempt(self, claim: Claim) -> None:
+        """Write down that work on a trial begins; an attempt that was killed ended with its last sign of life."""
+        ended = [[start, end or self._last_sign(claim.name, start), *of] for start, end, *of in claim.attempts]
+        claim.attempts = [*ended, [time.time(), None, gpu_in_use()]]
+        self.note(claim, attempts=claim.attempts)
+
+    def end_attempt(self, claim: Claim) -> None:
+        """Write down that work on a trial ends."""
+        claim.attempts[-1][1] = time.time()
+        self.note(claim, attempts=claim.attempts)
+
+    def taken(self) -> Taken:
+        """What each trial has taken so far."""
+        now, spans, numbers = time.time(), [], []
+        with self.lock:  # so that a look at a worker's lock keeps nobody from taking it
+            for trial in self.trials():
+                numbers.append(trial.number)
+                for start, end, *of in trial.user_attrs.get("attempts", []):
+                    name = trial.user_attrs["name"]
+                    until = end or (now if self.at_work(name) else self._last_sign(name, start))
+                    gpu = of[0] if of else f"trial {trial.number}"
+                    spans.append(Span(trial.number, start, until, gpu, self._processes(name, until)))
+        return Taken.of(numbers, spans)
+
+    def _processes(self, name: str, until: float) -> int:
+        """With how many processes a trial was trained before a time; 1 where its run does not say so."""
+        run = self.folder / "trials" / name
+        require_run_inside(run)
+        begun = [start for start in read_environments(run, complain) if (started(start) or 0.0) <= until]
+        return process_count(begun[-1]) if begun else 1
+
+    def at_work(self, name: str) -> bool:
+        """Whether a process works on a trial. To be asked with the sweep's lock."""
+        lock = FileLock(self.folder / "locks" / f"{name}.worker")
+        free = lock.acquire(wait=False)
+        lock.release()
+        return not free
+
+    def _last_sign(self, name: str, start: float) -> float:
+        """When a trial was last seen to be at work, in seconds since 1970."""
+        files = self.folder / "logs" / f"{name}.log", self.folder / "trials" / name / "metrics.jsonl"
+        return max([start, *(path.stat().st_mtime for path in files if path.exists())])
+
+    # --- what becomes of one ---------------------------------------------------------------------------------
+
+    def note(self, claim: Claim, **values: Any) -> None:
+        """Write something about a trial down."""
+        for key, value in values.items():
+            self._storage.set_trial_user_attr(claim.trial_id, key, value)
+
+    def report(self, claim: Claim, losses: dict[int, float]) -> int | None:
+        """Write held-out losses down, by step. Returns the step at which the trial is to be pruned, if it is."""
+        import optuna
+
+        trial = self._trial(claim)
+        for step in sorted({*losses, *trial.intermediate_values}):
+            if step < (trial.last_step or 0):
+                continue
+            if step not in trial.intermediate_values:
+                optuna.trial.Trial(self._study, claim.trial_id).report(losses[step], step)
+                trial = self._trial(claim)
+            if self._study.pruner.prune(self._study, trial):
+                return step
+        return None
+
+    def _trial(self, claim: Claim) -> FrozenTrial:
+        return self.trials()[claim.number]
+
+    def finish(self, claim: Claim, state: Literal["COMPLETE", "PRUNED", "FAIL"], loss: float | None = None) -> None:
+        """Write the result of a trial down."""
+        import optuna
+
+        self._study.tell(claim.number, loss, optuna.trial.TrialState[state])
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _journal_lock(path: Path) -> Any:
+    """Optuna's own lock is a file that a killed process leaves behind, and then all wait for half a minute."""
+    from optuna.storages.journal import JournalFileOpenLock
+
+    class Lock(JournalFileOpenLock):
+        def __init__(self) -> None:
+            super().__init__(str(path))
+            self._lock = FileLock(path.with_name("locks") / "journal")
+
+        def acquire(self) -> bool:
+            got = self._lock.acquire()
+            drop_torn_line(path)
+            return got
+
+        def release(self) -> None:
+            self._lock.release()
+
+    return Lock()
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off the end of a file after its last newline: a full disk, or a loss of power, took the rest of the line."""
+    with open(path, "rb+") as f:
+        end = f.seek(0, os.SEEK_END)
+        if end == 0:
+            return
+        f.seek(end - 1)
+        if f.read(1) != b"\n":
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)

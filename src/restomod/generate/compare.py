@@ -1,0 +1,179 @@
+"""Two models' continuations of the same prompts side by side: in the terminal, as Markdown, as a page of HTML.
+
+What a prompt or a model says is text and nothing else in each of the three: no markup of it takes effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from restomod.config.run import Device, Precision, SamplingConfig
+from restomod.generate.text import find_writer, sample
+from restomod.utils.destination import resolve_destination
+from restomod.utils.errors import UserError
+from restomod.utils.files import write_text_atomically
+from restomod.utils.output_files import Output, require_outputs, write_outputs
+from restomod.utils.redaction import redact
+from restomod.utils.text import markdown_cell, visible
+
+DEFAULT_PROMPTS = ("Hello, I'm a language model,", "Once upon a time", "The capital of France is")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models wrote."""
+
+    models: tuple[str, str]
+    """Their names."""
+    settings: str
+    """How it was drawn, in words."""
+    rows: tuple[tuple[str, str, str], ...]
+    """Prompt and both continuations of it."""
+
+
+def compare(
+    a: str,
+    b: str,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    seed: int,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> Comparison:
+    """Let two models continue the same prompts, from the same random numbers.
+
+    Raises:
+        UserError: one of them is no model (see `find_writer`); both are looked for before anything is computed.
+    """
+    names = a, b
+    folders = [find_writer(name) for name in names]
+    texts = [
+        [text for (text,) in sample(name, prompts, 1, sampling, seed, device, precision, folder)]
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    labels = [_label(name, folder) for name, folder in zip(names, folders, strict=True)]
+    return Comparison(
+        (labels[0], labels[1]),
+        f"{sampling.max_tokens} tokens, temperature {sampling.temperature:g}, top-k {sampling.top_k}, "
+        f"top-p {sampling.top_p:g}, seed {seed}",
+        tuple(zip(prompts, *texts, strict=True)),
+    )
+
+
+def _label(name: str, folder: Path) -> str:
+    """A model's name; of a run, with the checkpoint that was used."""
+    return f"{name} ({folder.name})" if folder.parent == Path(name) / "checkpoints" else name
+
+
+def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[Comparison], None]:
+    """What writes a comparison into the file ``out`` (None: nothing), replacing it as a whole.
+
+    Args:
+        out: ends in .md or .html; a device or a named pipe may have any name and gets Markdown.
+        prompt_file: which is read.
+
+    Raises:
+        UserError: it could not be written: checked now, before anything is computed.
+    """
+    if out is None:
+        return lambda comparison: None
+    path = Path(out)
+    formats = {".md": as_markdown, ".html": as_html}
+    require_outputs({"--out": path}, {"--prompt-file": Path(prompt_file) if prompt_file is not None else None})
+    if path.suffix not in formats and resolve_destination(path).is_regular:
+        raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
+    text_of = formats.get(path.suffix, as_markdown)
+
+    def write(comparison: Comparison) -> None:
+        text = text_of(Comparison(*redact(dataclasses.astuple(comparison))))
+        write_outputs([Output(path, lambda path: write_text_atomically(path, text))])
+
+    return write
+
+
+def as_table(comparison: Comparison, width: int | None = None) -> str:
+    """A table of two columns, as wide as the terminal (or ``width`` characters), each pair under its prompt."""
+    from rich.box import HORIZONTALS
+    from rich.table import Table
+    from rich.text import Text
+
+    from restomod.utils.terminal import Terminal
+
+    console = Terminal(file=io.StringIO(), width=width or Terminal().width, highlight=False, force_terminal=False)
+    for i, (prompt, *texts) in enumerate(comparison.rows):
+        table = Table(box=HORIZONTALS, expand=True, show_header=True, padding=(0, 2, 0, 0))
+        for model in comparison.models:
+            table.add_column(Text(visible(model)), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(text)) for text in texts))
+        console.print(Text(f"{i + 1}. {prompt or '(a new document)'}"))
+        console.print(table)
+    console.print(Text(comparison.settings))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """A table (GitHub's Markdown) with a row per prompt."""
+    lines = [
+        f"# {markdown_cell(' and '.join(comparison.models))}",
+        "",
+        markdown_cell(comparison.settings),
+        "",
+        f"| prompt | {' | '.join(map(markdown_cell, comparison.models))} |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(map(markdown_cell, row))} |" for row in comparison.rows)]) + "\n"
+
+
+HTML_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
+.settings {{ opacity: 0.7; }}
+table {{ width: 100%; table-layout: fixed; border-collapse: collapse; margin: 1.5rem 0; }}
+caption, th {{ text-align: left; font-weight: 600; }}
+caption {{ padding: 0.5rem 0.75rem; background: #8883; border-radius: 0.4rem; }}
+th, td {{ padding: 0.5rem 0.75rem; vertical-align: top; border-bottom: 1px solid #8886; overflow-wrap: anywhere; }}
+th {{ font-size: 0.85rem; opacity: 0.7; }}
+caption, td {{ white-space: pre-wrap; }}
+td {{ font-family: ui-monospace, monospace; font-size: 0.85rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="settings">{settings}</p>
+{tables}
+</body>
+</html>
+"""
+
+
+def as_html(comparison: Comparison) -> str:
+    """A page that needs no other file and runs nothing, with a table per prompt."""
+    heads = "".join(f'<th scope="col">{_html(model)}</th>' for model in comparison.models)
+    tables = [
+        f"<table>\n<caption>{_html(prompt or '(a new document)')}</caption>\n<tr>{heads}</tr>\n"
+        f"<tr>{_cells(texts)}</tr>\n</table>"
+        for prompt, *texts in comparison.rows
+    ]
+    title = _html(" and ".join(comparison.models))
+    return HTML_PAGE.format(title=title, settings=_html(comparison.settings), tables="\n".join(tables))
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "".join(f'<td dir="auto">{_html(text)}</td>' for text in texts)
+
+
+def _html(text: str) -> str:
+    return html.escape(visible(text))

@@ -1,0 +1,89 @@
+"""From logits to the next token: temperature, then top-k, then top-p, and one draw per row.
+
+The randomness comes from outside, one uniform number per row, so that no row depends on its neighbours.
+
+Shapes: B = rows, V = vocabulary, C = candidates that may be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from restomod.config.run import SamplingConfig
+from restomod.utils.errors import NOT_FINITE, UserError
+
+
+def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[float]) -> Tensor:
+    """Draw one token per row.
+
+    Args:
+        logits: (B, V), on any device.
+        sampling: temperature 0 takes the likeliest token; else `candidates` says among which is drawn.
+        uniforms: B numbers in [0, 1), one per row; not used at temperature 0.
+
+    Returns:
+        (B,) int64 on the CPU.
+
+    Raises:
+        UserError: a row's largest logit is not a finite number.
+    """
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise UserError(NOT_FINITE)
+    if sampling.temperature == 0:
+        return logits.argmax(-1).cpu()
+    weights, ids = candidates(logits, sampling)
+    return ids.gather(-1, _pick(weights, torch.tensor(uniforms, dtype=torch.float64))).squeeze(-1)
+
+
+def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, and in which proportion.
+
+    Top-k: Fan et al., "Hierarchical Neural Story Generation", 2018, section 5.4. Top-p: Holtzman et al., "The Curious
+    Case of Neural Text Degeneration", 2020, section 3.1: the smallest set of likeliest tokens whose mass, after
+    temperature and top-k, reaches p. In the order and with the results of `transformers`' logits warpers.
+
+    Args:
+        logits: (B, V).
+        sampling: its temperature above 0, its top_k and its top_p.
+
+    Returns:
+        Weights (B, C) float64, 0 for what must not be drawn, and token ids (B, C) int64, both on the CPU.
+    """
+    logits = logits.float()
+    if 0 < sampling.top_k < logits.shape[-1]:
+        values, ids = _largest(logits, sampling.top_k)
+    elif sampling.top_p < 1:
+        values, ids = logits.sort(descending=True, stable=True)
+    else:
+        values, ids = logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    values, ids = values.cpu().double(), ids.cpu()  # a few numbers, in a precision that not all devices have
+    best = values.amax(-1, keepdim=True)  # subtracted first: dividing by a tiny temperature overflows
+    weights = torch.softmax((values - best) / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        likelier = weights.cumsum(-1) - weights  # the mass of all tokens before each
+        weights = weights.masked_fill(likelier >= sampling.top_p, 0.0)
+    return weights, ids
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their ids, in falling order; of those that equal the k-th, all."""
+    values, ids = logits.topk(k)
+    least = values[:, -1:]  # (B, 1)
+    kept = int((logits >= least).sum(-1).max())
+    if kept > k:  # in bf16 ties are common, and which of them topk returns depends on the device
+        values, ids = logits.topk(kept)
+        values = values.masked_fill(values < least, float("-inf"))
+    return values, ids
+
+
+def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The index at which each row's running sum of weights (B, C) passes its share (B,) of the total; (B, 1) int64.
+
+    A weight of 0 is never picked: the sum does not rise there, and a uniform number of 53 bits, being below 1, times
+    the total is rounded to less than the total.
+    """
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)

@@ -1,0 +1,1 @@
+"""A run's folder: settings, records, checkpoints, trackers."""

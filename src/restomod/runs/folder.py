@@ -1,0 +1,236 @@
+"""A run's folder: all that is known about a run, in files that need nothing of ours to be read.
+
+runs/NAME/
+    config.json        the complete configuration
+    environment.json   versions, machine and command of the start and of every resumption
+    data.json          the manifest of the token shards that were trained on
+    metrics.jsonl      losses, learning rate, gradient norm, speed, and when each was known
+    samples.jsonl      what the model wrote along the way
+    checkpoints/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+
+import restomod
+from restomod.config.run import RunConfig
+from restomod.config.serialize import read_config, to_dict, to_file
+from restomod.data.dataset import Dataset
+from restomod.data.same_tokens import read_run_data, token_difference, with_hashes
+from restomod.runs.identity import MAY_CHANGE_ON_RESUME, differences
+from restomod.runs.metrics import Record, SampleRecord, append_jsonl, iterate_jsonl, keep_records
+from restomod.runs.trackers import Trackers
+from restomod.utils.errors import UserError, reason
+from restomod.utils.files import move_folder, write_json_atomically
+from restomod.utils.json_files import read_json
+from restomod.utils.redaction import redact_command
+from restomod.utils.temporary import Temporary
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder and its configuration."""
+
+    folder: Path
+    config: RunConfig
+    writes: bool = True
+    """False in all processes but the main one."""
+    trackers: Trackers | None = None
+    """Where the records of `metrics.jsonl` go too."""
+    unwritten: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    """Records that the disk has refused so far, with the file of each: they are tried again with the next one."""
+
+    def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """Append a record to `metrics.jsonl` and return it."""
+        record = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
+        if not self.writes:
+            return record
+        self._append("metrics.jsonl", record)
+        if self.trackers is not None:
+            self.trackers.put(record)
+        return record
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        """Append a sample to `samples.jsonl`."""
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self.unwritten.append((name, record))
+        self.write_records()
+
+    def write_records(self) -> OSError | None:
+        """Write the records that are not on the disk yet. Returns what keeps them from being written, if anything does.
+
+        An error that one process alone raises in the middle of a run would leave the others waiting for it.
+        """
+        try:
+            while self.unwritten:
+                name, record = self.unwritten[0]
+                append_jsonl(self.folder / name, record)
+                self.unwritten.pop(0)
+        except OSError as e:
+            return e
+        return None
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
+
+        def keep(record: Record) -> bool:
+            at = record["step"]
+            after = record.get("kind") in ("train", "rollback")  # made after the checkpoint of their step
+            return bool(at < step or (at == step > 0 and not after))
+
+        keep_records(self.folder / "metrics.jsonl", keep)
+        keep_records(self.folder / "samples.jsonl", keep, SampleRecord)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise UserError if there is anything at ``folder``."""
+    if folder.exists():
+        how = (
+            f"go on with it by `restomod train --resume {quote(str(folder))}`, or "
+            if (folder / "config.json").exists()
+            else ""
+        )
+        raise UserError(f"{folder} exists already; {how}choose another folder with --out")
+
+
+def create_run(
+    folder: Path,
+    config: RunConfig,
+    dataset: Dataset,
+    environment: dict[str, Any],
+    say: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Make a new run folder. It appears under its name only when it is whole, so whatever is there can be resumed.
+
+    Raises:
+        UserError: there is one already, or it cannot be made.
+    """
+    refuse_existing(folder)
+    manifest = with_hashes(dataset, say)
+    real = folder.resolve()  # of a link to a folder that is still to be made
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with Temporary(real.parent, "folder") as temporary:
+            write_json_atomically(temporary.path / "data.json", manifest)
+            write_json_atomically(temporary.path / "environment.json", [environment])
+            write_json_atomically(temporary.path / "config.json", to_file(config))
+            move_folder(temporary.path, real, "config.json")
+    except OSError as e:
+        raise UserError(f"{folder}: cannot make the run's folder ({reason(e)})") from None
+    return Run(folder, config)
+
+
+def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
+    """See that an existing run can go on under ``config``, which may differ in what does not change its meaning.
+
+    Raises:
+        UserError: a setting has changed that must not, or the data is not what the run was trained on.
+    """
+    now, before = (
+        {name: value for name, value in to_dict(each).items() if name not in MAY_CHANGE_ON_RESUME}
+        for each in (config, read_config(folder))
+    )
+    if changed := differences(now, before):
+        raise UserError(f"this cannot change when a run goes on: {', '.join(changed)}")
+    _starts(folder)  # it will be written anew, so it has to be readable
+    manifest = read_run_data(folder)
+    trained_on = str(manifest.get("fingerprint"))
+    difference = None if dataset.fingerprint == trained_on else token_difference(manifest, dataset)
+    if difference is not None:
+        data = "this mix" if dataset.parts else dataset.folder
+        raise UserError(
+            f"{data} holds other tokens than {folder} was trained on: {difference} (fingerprint "
+            f"{dataset.fingerprint[:12]}, not {trained_on[:12]}); restore the original text, or start a new run"
+        )
+
+
+def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
+    """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
+    write_json_atomically(folder / "environment.json", [*_starts(folder), environment], folder)
+    write_json_atomically(folder / "config.json", to_file(config), folder)
+    run = Run(folder, config)
+    run.rewind(step)
+    return run
+
+
+def _target_reached(folder: Path, target: float | None, step: int) -> int | None:
+    """The step before ``step`` whose training loss was at or below ``target``, by `metrics.jsonl`; None: there is none.
+
+    Args:
+        folder: of the run.
+        target: the run's `target_loss`.
+        step: of the checkpoint from which the run goes on.
+    """
+    if target is None:
+        return None
+    for record in iterate_jsonl(folder / "metrics.jsonl"):
+        loss, made = record.get("loss"), record["kind"] == "train" and "skipped" not in record
+        if made and record["step"] < step and loss is not None and loss <= target:
+            return int(record["step"])
+    return None
+
+
+def _starts(folder: Path) -> list[Any]:
+    """The environments of all starts of a run so far."""
+    log = folder / "environment.json"
+    known = list[dict[str, Any]] | dict[str, Any]  # whatever their keys: they are written again
+    starts = read_json(log, "record of the run's environments", known) if log.exists() else []
+    return starts if isinstance(starts, list) else [starts]
+
+
+def nothing_left_to_do(folder: Path, config: RunConfig, step: int) -> str | None:
+    """Why a run that would go on from the checkpoint of ``step`` has nothing left to do; None where it has."""
+    if step >= config.steps:
+        return f"{folder} has made its {config.steps} steps already; --steps N continues to step N"
+    reached = _target_reached(folder, config.target_loss, step)
+    if reached is None:
+        return None
+    return (
+        f"{folder} has reached its target loss {config.target_loss} already, at step {reached}; "
+        f"continue with a lower --target-loss, or --target-loss None"
+    )
+
+
+def environment(device: str, precision: str) -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    return {
+        "restomod": restomod.__version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],  # a run's folder is passed around
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the source tree that this package runs from, "+changes" if it is not clean; None outside one."""
+    tree = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    revision = git("rev-parse", "HEAD") if tracked else None
+    return f"{revision}+changes" if revision and git("status", "--porcelain") else revision

@@ -1,0 +1,233 @@
+"""What a run's folder says, for comparisons and reports. Only files are read, and nothing here needs torch."""
+
+from __future__ import annotations
+
+import bisect
+import calendar
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Required
+
+from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
+
+from restomod.config.run import RunConfig
+from restomod.config.serialize import read_config
+from restomod.data.manifest import Count
+from restomod.data.same_tokens import read_run_data
+from restomod.model.flops import flops_per_token
+from restomod.runs.metrics import Record, SampleRecord, iterate_jsonl
+from restomod.utils.errors import UserError, describe_os_error
+from restomod.utils.json_files import read_json
+from restomod.utils.output import complain
+
+MOST_EVALUATIONS = 5000  # files that are read: more take too long
+
+Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
+
+
+def _whole(value: Any) -> Any:
+    """Text in which U+FFFD stands for halves of surrogate pairs: those of a command line that is not UTF-8."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_whole)]
+
+
+class Environment(TypedDict, total=False):
+    """A start or resumption in `environment.json`."""
+
+    restomod: Text | None
+    git_revision: Text | None
+    python: Text | None
+    torch: Text | None
+    platform: Text | None
+    device: Text | None
+    precision: Text | None
+    threads: Count | None
+    processes: Annotated[int, Field(ge=1, le=2**20)]
+    command: list[Text] | Text
+    started: Text | None
+
+
+class Metric(TypedDict, total=False):
+    """A metric of an evaluation, with its standard error."""
+
+    value: Finite | None
+    stderr: Finite | None
+
+
+class EvaluatedData(TypedDict, total=False):
+    """What a held-out loss is of."""
+
+    name: Text
+    fingerprint: str
+
+
+class Evaluation(TypedDict, total=False):
+    """A file in `evals/`."""
+
+    task: Required[Text]
+    step: Count | None
+    metrics: dict[Text, Metric | Finite | None]
+    loss: Finite | None
+    perplexity: float | None
+    bits_per_byte: Finite | None
+    examples: Count | None
+    tokens: Count | None
+    data: EvaluatedData
+    convention: Text | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it: finished, stopped, or still going on."""
+
+    folder: Path
+    config: RunConfig
+    environments: list[Record]
+    """Versions, machine and command of the start and of every resumption."""
+    records: list[Record]
+    """`metrics.jsonl`, in order."""
+    warn: Callable[[str], None] = field(default=complain, compare=False)
+    """Told what is damaged and left out."""
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def train(self) -> list[Record]:
+        """The steps, each once, in order: after a return to an earlier checkpoint the later record counts."""
+        return self._last("train")
+
+    @cached_property
+    def val(self) -> list[Record]:
+        """The held-out losses, each step once, in order."""
+        return self._last("val")
+
+    def _last(self, kind: str) -> list[Record]:
+        by_step = {record["step"]: record for record in self.records if record["kind"] == kind}
+        return [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def seconds(self) -> float:
+        """Spent in steps, what had to be done again included."""
+        return sum(r.get("ms") or 0.0 for r in self.records if r["kind"] == "train") / 1000
+
+    @cached_property
+    def starts(self) -> list[tuple[float, int]]:
+        """When the run was started and resumed, in seconds since 1970, and with how many processes; in order.
+
+        A start whose record does not say when is left out, but for the first (-infinity).
+        """
+        known = [(started(e), process_count(e)) for e in self.environments]
+        first = [(-math.inf, known[0][1])] if known and known[0][0] is None else []
+        return first + sorted((at, count) for at, count in known if at is not None)
+
+    def processes_at(self, seconds: float) -> int:
+        """Processes at a time in seconds since 1970: on a GPU, as many GPUs. Before the first start: the first's."""
+        after = bisect.bisect_right(self.starts, seconds, key=lambda start: start[0])
+        return self.starts[max(0, after - 1)][1] if self.starts else 1
+
+    def processes_of(self, record: Record) -> int:
+        """Processes in the step of a train record; those of the first start where it does not say when it was made."""
+        at, ms = record.get("time"), record.get("ms")
+        return self.processes_at(-math.inf if at is None else at - (ms or 0.0) / 2000)  # in the middle of the step
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens seen after ``step`` updates."""
+        return step * self.config.batch_tokens
+
+    def flops_at(self, step: int) -> int:
+        """Floating-point operations of ``step`` updates."""
+        return self.tokens_at(step) * flops_per_token(self.config.model, self.config.sequence_length)
+
+    @cached_property
+    def manifest(self) -> Record:
+        """The manifest of the tokens that the run trains on; empty if there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return read_run_data(self.folder)
+
+    @cached_property
+    def samples(self) -> list[Record]:
+        """What the model wrote along the way: ``step``, ``prompt``, ``text``."""
+        path = self.folder / "samples.jsonl"
+        try:
+            return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), SampleRecord))
+        except (UserError, OSError) as e:
+            self.warn(f"warning: samples are left out: {describe_os_error(e) if isinstance(e, OSError) else e}")
+            return []
+
+    @cached_property
+    def evaluations(self) -> list[Record]:
+        """What `restomod eval` wrote into `evals/`, by name of the file."""
+        paths = sorted(self.folder.glob("evals/*.json"))
+        if len(paths) > MOST_EVALUATIONS:
+            self.warn(
+                f"warning: left out: all but the last {MOST_EVALUATIONS:,} of {len(paths):,} evaluations in evals/"
+            )
+        found = [read_optional(path, "evaluation", Evaluation, self.warn) for path in paths[-MOST_EVALUATIONS:]]
+        return [values for values in found if values is not None]
+
+
+def read_optional(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:
+    """Read a JSON file that a run can lack; None if it is missing, or damaged, with a warning."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path, what, kind)
+    except UserError as e:
+        warn(f"warning: left out: {e}")
+        return None
+
+
+def read_environments(run: Path, warn: Callable[[str], None]) -> list[Record]:
+    """What `environment.json` says of each start of a run, keys that are not of an `Environment` left out."""
+    kind = list[Environment] | Environment
+    starts = read_optional(run / "environment.json", "record of the run's environments", kind, warn) or []
+    return list(starts) if isinstance(starts, list) else [starts]
+
+
+def started(environment: Record) -> float | None:
+    """When a session began, in seconds since 1970, or None where its record does not say so."""
+    try:
+        return float(calendar.timegm(time.strptime(environment.get("started") or "", "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return None
+
+
+def process_count(environment: Record) -> int:
+    """With how many processes a session trained; 1 where its record does not say so."""
+    return int(environment.get("processes", 1))
+
+
+def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
+    """Read a run's folder.
+
+    Args:
+        folder: the run's.
+        warn: told of what cannot be read and is left out: lines of records, environments, samples, evaluations.
+
+    Raises:
+        UserError: there is no run, or a file of it is damaged.
+    """
+    folder = Path(os.path.expanduser(folder))
+    if not folder.exists():
+        raise UserError(f"{folder}: no such run; `ls runs` shows what there is")
+    return Run(
+        folder,
+        read_config(folder),  # first: it sees that all files are the run's own
+        read_environments(folder, warn),
+        list(iterate_jsonl(folder / "metrics.jsonl", lambda damage: warn(f"warning: {damage}"))),
+        warn,
+    )

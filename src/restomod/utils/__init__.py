@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models or runs: errors, files, text, tables, pictures, the terminal."""

@@ -1,0 +1,179 @@
+"""What a run prints: a table, then a progress bar in a terminal or a line per step anywhere else."""
+
+from __future__ import annotations
+
+import io
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, TextIO, cast
+
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from restomod.utils import output
+from restomod.utils.check_result import Status, Verdict
+from restomod.utils.errors import UserError, reason
+from restomod.utils.terminal import Terminal
+from restomod.utils.text import duration, visible
+
+STATUS_STYLE: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+
+def numbers(record: dict[str, Any]) -> str:
+    """One train record of `metrics.jsonl` as text."""
+    mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+        f"{record['ms']:.0f} ms/step  {record['tokens_per_second']:,.0f} tok/s{mfu}"
+    )
+
+
+class _Output(io.TextIOBase):
+    """Standard output for rich, which prints from a thread too: a failure is passed on, and raised nowhere.
+
+    Args:
+        fail: told what has failed.
+    """
+
+    def __init__(self, fail: Callable[[Exception], None]) -> None:
+        self._fail = fail
+
+    @property
+    def _stream(self) -> TextIO | None:
+        return cast(TextIO | None, output.raw_stream(sys.stdout))
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return output.is_open("stdout") and bool(getattr(self._stream, "isatty", lambda: False)())
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, do: Callable[[TextIO], object]) -> None:
+        stream = self._stream
+        try:
+            if stream is not None:
+                do(stream)
+        except Exception as e:  # of the system, of a closed stream, of encoding, of whatever stands in for the stream
+            self._fail(e)
+
+
+class Display:
+    """Prints a run. ``interactive`` decides between the progress bar and plain lines; ``muted`` prints nothing.
+
+    Where printing fails, all further output is dropped: the work goes on. When the reader of standard output has left,
+    ``closed`` becomes true.
+    """
+
+    def __init__(self, interactive: bool | None = None, muted: bool = False) -> None:
+        file = _Output(self._fail)
+        self.interactive = (file.isatty() if interactive is None else interactive) and not muted
+        self.muted = muted
+        self.console = Terminal(file=cast(TextIO, file), highlight=False, soft_wrap=True)
+        self.on_failure: Callable[[str], None] = lambda reason: None
+        """Told once why nothing more is printed, unless the reader has left."""
+        self._failure: Exception | None = None
+        self._progress: Progress | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the reader of standard output has left."""
+        return isinstance(self._failure, BrokenPipeError)
+
+    def require_printed(self) -> None:
+        """Raise UserError if something could not be printed."""
+        if self._failure is not None and not self.closed:
+            raise UserError(f"standard output cannot be written ({reason(self._failure)})")
+
+    def _fail(self, e: Exception) -> None:
+        if self._failure is None:
+            self._failure = e
+            output.drop("stdout")
+            if not self.closed:
+                self.on_failure(reason(e))
+
+    def _print(self, text: RenderableType, soft_wrap: bool = True) -> None:
+        if self._failure is None and not self.muted:
+            self.console.print(text, soft_wrap=soft_wrap)
+            self.console.file.flush()
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """Two columns, what and its value, which is wrapped in a terminal."""
+        width = max(len(name) for name, _ in rows)
+        room = max(20, self.console.width - width - 2) if self.interactive else 10_000
+        for name, value in rows:
+            first, *more = textwrap.wrap(value, room, break_long_words=False)
+            self._print(Text.assemble((f"{name:<{width}}  ", "dim"), first))
+            for line in more:
+                self._print(Text(" " * (width + 2) + line))
+
+    def grid(self, headings: list[str], rows: list[list[str]]) -> None:
+        """A table with headings, its width that of the terminal; elsewhere what it needs."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for i, heading in enumerate(headings):
+            table.add_column(heading, overflow="fold", no_wrap=0 < i < len(headings) - 1)
+        for row in rows:
+            table.add_row(*(Text(visible(cell)) for cell in row))
+        if not self.interactive:
+            self.console.width = 200
+        self._print(table, soft_wrap=False)
+
+    def verdict(self, verdict: Verdict) -> None:
+        """One sanity check."""
+        status = f"{verdict.status}  ", STATUS_STYLE[verdict.status]
+        self._print(Text.assemble(status, f"{verdict.check:<16}  {verdict.reason}"))
+
+    def line(self, text: str, style: str = "") -> None:
+        """One line, above the progress bar if there is one."""
+        self._print(Text(text, style=style))
+
+    def lines(self, texts: list[str]) -> None:
+        """Several lines."""
+        for text in texts:
+            self.line(text)
+
+    def start(self, first: int, steps: int) -> None:
+        """Begin to show progress from step ``first`` of ``steps``."""
+        self._steps = steps
+        if self.interactive:
+            whole = Column(no_wrap=True, min_width=len(f"step {steps}/{steps}"))
+            columns = (
+                TextColumn("step {task.completed}/{task.total}", table_column=whole),
+                BarColumn(12),
+                TextColumn("{task.description}"),
+            )
+            self._progress = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._task = self._progress.add_task("", total=steps, completed=first)
+            self._progress.start()
+
+    def step(self, record: dict[str, Any], seconds_left: float) -> None:
+        """Show one train record; in a narrow terminal only what fits."""
+        eta = f"eta {duration(seconds_left)}"
+        if self._progress is None:
+            self._print(Text(f"step {record['step'] + 1}/{self._steps}  {numbers(record)}  {eta}"))
+            return
+        short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
+        text = f"{eta}  {numbers(record) if self.console.width >= 120 else short}"
+        self._progress.update(self._task, completed=record["step"] + 1, description=text)
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Show a sample, its prompt in bold, marked at its beginning."""
+        shown = Text.assemble((prompt, "bold"), text)
+        for i, row in enumerate(shown.split("\n")):
+            self._print(Text.assemble(("  ▸ " if i == 0 else "    ", "dim"), row))
+
+    def stop(self) -> None:
+        """Take the progress bar down."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None

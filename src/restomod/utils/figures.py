@@ -1,0 +1,82 @@
+"""What all pictures share: colours, and an empty figure without a window. Matplotlib is imported to draw."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from restomod.utils.errors import UserError, reason
+from restomod.utils.files import write_bytes_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, PAPER, GRID = "#222222", "#ffffff", "#dddddd"
+
+
+def require_matplotlib() -> None:
+    """Raise UserError where pictures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"pictures need matplotlib ({e}): pip install matplotlib") from None
+
+
+def use_default_style() -> None:
+    """Undo the settings of a matplotlibrc in the working folder, which may be another user's."""
+    import matplotlib
+
+    matplotlib.rcdefaults()
+
+
+def new_figure(subject: str, width: float, height: float) -> Figure:
+    """An empty figure, its size in inches."""
+    from matplotlib.figure import Figure
+
+    use_default_style()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
+    return figure
+
+
+def quiet(axes: Axes) -> None:
+    """A light grid, and no frame."""
+    axes.grid(color=GRID, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def write_figure(figure: Figure, path: Path, inside: Path | None = None, dpi: int = 120) -> None:
+    """Write a PNG file, whole or not at all.
+
+    Args:
+        figure: what is drawn.
+        path: of the file.
+        inside: see `restomod.utils.files.write_bytes_atomically`.
+        dpi: pixels per inch.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, facecolor=PAPER, format="png")
+    try:
+        write_bytes_atomically(path, drawn.getvalue(), inside)
+    except BrokenPipeError:  # of standard output
+        raise
+    except OSError as e:
+        raise UserError(f"{path}: cannot write the picture ({reason(e)})") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for pictures, if need be; raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder} is a file; name a folder for the pictures") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write pictures there ({reason(e)})") from None

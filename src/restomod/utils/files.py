@@ -1,0 +1,242 @@
+"""Writing files so that a crash at any moment leaves the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from restomod.utils.destination import Destination, open_special_file, resolve_destination
+from restomod.utils.errors import UserError
+from restomod.utils.locks import SAFE_OPEN
+from restomod.utils.temporary import Temporary
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def short_name(name: str) -> str:
+    """At most 200 bytes of a name, for file systems that allow 255; a hash replaces the end of a longer one."""
+    if len(os.fsencode(name)) <= 200:
+        return name
+    start = os.fsencode(name)[:180].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+
+
+NOT_REGULAR = {
+    stat.S_ISFIFO: "a named pipe (FIFO)",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what may block or never end when it is read: a device, a FIFO or a socket. Nothing is opened.
+
+    A missing file and a folder pass: opening them says what is wrong.
+
+    Raises:
+        UserError: ``path`` is none of these, after following links.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    what = next((name for is_kind, name in NOT_REGULAR.items() if is_kind(mode)), None)
+    if what is not None:
+        raise UserError(f"{path} is {what}, not a regular file; write its content to a file and name that")
+
+
+def read_limited(path: Path, what: str, max_bytes: int) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: of the file.
+        what: what it holds, for messages.
+        max_bytes: larger files are refused.
+
+    Raises:
+        UserError: it is too large, or no regular file.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    with open(path, "rb") as f:
+        content = f.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"{path} is too large: the {what} may have at most {max_bytes:,} bytes")
+    return content
+
+
+def require_inside(folder: Path, *paths: Path) -> None:
+    """Refuse symbolic links that lead out of a folder: a received folder must not expose or overwrite other files.
+
+    Args:
+        folder: may be a link itself.
+        paths: files and folders in it, which need not exist.
+
+    Raises:
+        UserError: one of them is elsewhere, after following links.
+    """
+    within = os.path.realpath(folder)
+    for path in paths:
+        there = os.path.realpath(path)
+        if not os.path.join(there, "").startswith(os.path.join(within, "")):
+            raise UserError(
+                f"{path} is a link out of {folder}, to {there}; put the file itself there, or delete the link"
+            )
+
+
+# what opening a folder, or syncing it, says where that does not exist; EIO and ENOSPC are failures
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
+def fsync_path(path: Path) -> None:
+    """Ask the operating system to put a file, or a folder's list of names, on the disk.
+
+    File systems that cannot do so for folders (network shares, Windows) write the names by themselves.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        if e.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise
+
+
+def move_folder(source: Path, target: Path, last: str) -> None:
+    """Give a folder its name in one step; where the file system cannot rename folders, move its files one by one.
+
+    Args:
+        source: a folder on the same file system.
+        target: where nothing is yet.
+        last: the file of ``source`` that says that the folder is whole. It is moved last.
+
+    Raises:
+        OSError: there is something at ``target``, or neither way works; nothing is left at ``target`` then.
+    """
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    try:
+        source.rename(target)
+    except OSError:
+        if not source.is_dir() or target.exists():
+            raise
+        try:
+            files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda file: (str(file) == last, file)):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source / file, target / file)
+            fsync_path(target)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        shutil.rmtree(source, ignore_errors=True)
+
+
+def write_text_atomically(path: Path, text: str, inside: Path | None = None) -> None:
+    """As `write_bytes_atomically`, in UTF-8."""
+    write_bytes_atomically(path, text.encode(), inside)
+
+
+def write_json_atomically(path: Path, value: Any, inside: Path | None = None) -> None:
+    """As `write_bytes_atomically`, indented JSON with a final newline."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n", inside)
+
+
+def write_bytes_atomically(path: Path, content: bytes, inside: Path | None = None) -> None:
+    """Write a whole file.
+
+    Links are followed. A regular file, or a new one, is written under a temporary name beside it, synced, and renamed
+    into place: a crash leaves the old one or the new one, and a failure nothing else. The permissions of a file that
+    exists are kept. A device, a named pipe (FIFO) and an open file of this process (/dev/stdout, /dev/fd/N) are
+    written to and stay what they are.
+
+    Args:
+        path: of the file.
+        content: of it.
+        inside: a folder that a link must not lead out of, for names that nobody has typed: folders are passed around.
+
+    Raises:
+        UserError: nothing can be written there; see `resolve_destination`.
+        OSError: the disk is full, or refuses. It names ``path``.
+    """
+    if inside is not None:
+        require_inside(inside, path)
+    try:
+        target = resolve_destination(path)
+        if target.is_regular:
+            _replace(target, content)
+        else:
+            _write_special_file(target, content)
+    except OSError as e:
+        if e.errno is not None:
+            e.filename, e.filename2 = str(path), None  # and not the temporary one
+        raise
+
+
+def _replace(target: Destination, content: bytes) -> None:
+    with Temporary(target.real.parent) as temporary:
+        assert temporary.fd is not None
+        if target.status is not None:
+            _keep_permissions(temporary.fd, target.status)
+        with open(temporary.fd, "wb", closefd=False) as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.move(target.real)
+    fsync_path(target.real.parent)
+
+
+def _keep_permissions(fd: int, status: os.stat_result) -> None:
+    """Give an open file the owner, where that is allowed, and the permissions of another one."""
+    if not hasattr(os, "fchown"):  # Windows
+        return
+    now = os.fstat(fd)
+    for owner, group in ((status.st_uid, status.st_gid), (-1, status.st_gid)):
+        if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
+            with contextlib.suppress(OSError):
+                os.fchown(fd, owner, group)
+                break
+    os.fchmod(fd, stat.S_IMODE(status.st_mode))
+
+
+def _write_special_file(target: Destination, content: bytes) -> None:
+    fd = open_special_file(target)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(fd, left) :]
+    except BrokenPipeError:
+        if target.descriptor is not None:
+            raise
+        raise UserError(f"{target.path}: its reader has left before all was written") from None
+    finally:
+        os.close(fd)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file of a run or a sweep to add to its end, unbuffered. It is made if it is missing.
+
+    Raises:
+        OSError: it is a link, which might lead out of the folder, or is not a regular file; or the disk refuses.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(path))
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFE_OPEN, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(fd, "ab", buffering=0)

@@ -1,0 +1,63 @@
+"""Tables of text, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from restomod.utils.redaction import redact
+from restomod.utils.terminal import Terminal
+from restomod.utils.text import visible
+
+WIDTH_ELSEWHERE = 200  # characters, where the output is no terminal
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
+STYLES = {"well": "green", "note": "yellow", "sick": "bold red", "unknown": "dim"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, headings, rows, and remarks below them."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """As Markdown, with the title as a heading."""
+        lines = [f"## {escaped(self.title)}", ""] if self.title else []
+        if self.rows:
+            lines += [_row(self.headings), _row(["---"] * len(self.headings), plain=True), *map(_row, self.rows), ""]
+        lines += [f"{escaped(note)}\n" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _row(cells: list[str], plain: bool = False) -> str:
+    return f"| {' | '.join(cells if plain else map(escaped, cells))} |"
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown shows it literally, on one line, redacted."""
+    return SPECIAL.sub(r"\\\1", " ".join(redact(text).split()))
+
+
+def show(table: Table) -> None:
+    """Print a table; in a terminal as wide as that."""
+    console = Terminal(highlight=False, markup=False)
+    if not sys.stdout.isatty():
+        console.width = WIDTH_ELSEWHERE
+    if table.title:
+        console.print(Text(table.title, style="bold"))
+    if table.rows:
+        grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in table.headings:
+            grid.add_column(heading, overflow="fold")
+        for row in table.rows:  # visible here already: it gives a column its width
+            grid.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
+        console.print(grid)
+    for note in table.notes:
+        console.print(Text(note, style="dim"), soft_wrap=True)

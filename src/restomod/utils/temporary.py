@@ -1,0 +1,127 @@
+"""Files and folders that get their name once they are whole, and removal of those that killed processes have left.
+
+A temporary file or folder lies in the folder where it is to stay, under a random name: `.restomod.<16 hex digits>.tmp`.
+It is made anew and never opened through a link, so nobody can put something in its way. Its process holds a lock
+(`flock`) on it; whoever makes the next one in the same folder removes those whose lock is free. Where the file system
+has no locks, those are removed that are older than a day.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from restomod.utils.locks import SAFE_OPEN, flock, is_at
+
+NAME = re.compile(r"\.restomod\.[0-9a-f]{16}\.tmp")
+STALE_AFTER = 24 * 3600.0  # seconds, where a file system has no locks
+
+
+class Temporary:
+    """A new file or folder under a temporary name; as a context manager it removes what has not been moved.
+
+    The user's umask decides on its permissions.
+
+    Args:
+        folder: where it is made.
+        kind: what it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    path: Path
+    fd: int | None
+    """The open file, to write to. Of a folder it only holds the lock."""
+
+    def __init__(self, folder: Path, kind: Literal["file", "folder"] = "file") -> None:
+        remove_leftovers(folder)
+        made = False
+        while not made:  # else another process has just taken it for a leftover
+            self.path = folder / f".restomod.{secrets.token_hex(8)}.tmp"
+            made = self._make(kind)
+
+    def _make(self, kind: str) -> bool:
+        self.fd, self._enforced = None, False
+        if kind == "file":
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE_OPEN, 0o666)
+        else:
+            os.mkdir(self.path)
+            with contextlib.suppress(PermissionError):  # Windows opens no folders
+                try:
+                    self.fd = os.open(self.path, os.O_RDONLY | SAFE_OPEN)
+                except FileNotFoundError:
+                    return False
+        if self.fd is None:
+            return True
+        try:
+            self._enforced = flock(self.fd, wait=False)
+            if is_at(self.fd, self.path):
+                return True
+        except BlockingIOError:
+            pass
+        self._close()
+        return False
+
+    def move(self, target: Path) -> None:
+        """Give a file its name, in place of what is there."""
+        if not self._enforced:
+            self._close()  # Windows renames no open file
+        os.replace(self.path, target)
+        self._close()
+
+    def __enter__(self) -> Temporary:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove what is left of it; nothing where it has been moved."""
+        _remove(self.path)
+        self._close()
+
+    def _close(self) -> None:
+        if self.fd is not None:
+            fd, self.fd = self.fd, None
+            os.close(fd)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders that no living process holds. What cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if NAME.fullmatch(name):
+                with contextlib.suppress(OSError):
+                    _remove_leftover(folder / name)
+
+
+def _remove_leftover(path: Path) -> None:
+    status = path.lstat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return  # none of ours
+    fd = os.open(path, (os.O_RDONLY if stat.S_ISDIR(status.st_mode) else os.O_RDWR) | SAFE_OPEN)
+    try:
+        enforced = flock(fd, wait=False)
+        if is_at(fd, path) and (enforced or time.time() > status.st_mtime + STALE_AFTER):
+            _remove(path)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,291 @@
+"""Runs beside each other: groups of seeds, equal tokens, targets, tables and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+
+from restomod.analysis.compare.groups import compare
+from restomod.analysis.compare.plot import picture
+from restomod.analysis.compare.tables import amount, markdown, newest_tasks, published_differ, tables
+from restomod.cli import main
+from restomod.config.run import DataConfig
+from restomod.evals.references import references
+from restomod.runs.reader import Run, open_run
+from restomod.utils.errors import UserError
+from tests.runs.making import SMALL, make_run, simple, train, val
+
+T = 512  # tokens of a step
+
+
+def run(folder: Path, name: str, losses: dict[int, float], seed: int = 0, lr: float = 2e-3, **changes: Any) -> Run:
+    """A run with these held-out losses by step."""
+    config = dataclasses.replace(SMALL, seed=seed, optim=dataclasses.replace(SMALL.optim, lr=lr), **changes)
+    steps = max(losses, default=100)
+    return open_run(make_run(folder / name, config, simple(losses, steps)))
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> list[Run]:
+    """Three seeds of each of two learning rates, in no order."""
+    a = [run(tmp_path, f"a{s}", {0: 10.8, 50: 6.0 + 0.1 * s, 100: 5.0 + 0.1 * s}, s) for s in range(3)]
+    b = [run(tmp_path, f"b{s}", {0: 10.8, 50: 5.0 + 0.1 * s, 100: 4.0 + 0.1 * s}, s, lr=3e-3) for s in range(3)]
+    return [a[0], b[0], a[1], b[1], b[2], a[2]]
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_their_seed_only_are_a_group(six: list[Run]) -> None:
+    found = compare(six)
+    assert [[r.name for r in g.runs] for g in found.groups] == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
+    assert found.differences() == {"optim.lr": [2e-3, 3e-3]}
+    for group, mean in zip(found.groups, (5.1, 4.1), strict=True):
+        assert group.final is not None
+        assert (group.final.n, group.final.mean, group.final.sd) == (3, pytest.approx(mean), pytest.approx(0.1))
+
+
+def test_trials_of_a_sweep_are_called_by_what_they_have_in_common(tmp_path: Path) -> None:
+    def trial(folder: str, number: int, lr: float, seed: int) -> Run:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return run(tmp_path / folder, f"{number:03}-optim.lr-{lr}-seed-{seed}", {0: 10.8, 100: 5.0}, seed, lr=lr)
+
+    trials = [trial("s", 2 * i + seed, lr, seed) for i, lr in enumerate((1e-3, 2e-3)) for seed in (0, 1)]
+    assert [g.name for g in compare(trials).groups] == ["optim.lr-0.001, 2 seeds", "optim.lr-0.002, 2 seeds"]
+    assert [g.name for g in compare(trials[1:]).groups] == ["001-optim.lr-0.001-seed-1", "optim.lr-0.002, 2 seeds"]
+    longer = [trial("t", seed, 1e-3, seed) for seed in (2, 3)]  # of another sweep, where it means something else
+    for other in longer:
+        object.__setattr__(other, "config", dataclasses.replace(other.config, batch_tokens=2 * T))
+    names = [g.name for g in compare([*trials, *longer]).groups]
+    assert names == ["000-optim.lr-0.001-seed-0 +1", "optim.lr-0.002, 2 seeds", "002-optim.lr-0.001-seed-2 +1"]
+
+
+def test_groups_are_tested_against_the_baseline_at_equal_tokens(six: list[Run]) -> None:
+    none, b = compare(six).against
+    assert none is None
+    assert b is not None
+    assert b.test is not None
+    # 3 and 3 values of equal variance 0.01: t = -1 / sqrt(0.02 / 3), 4 degrees of freedom
+    t = 1 / np.sqrt(0.02 / 3)
+    tail = 1 - t / np.sqrt(4 + t * t) * (1 + 2 / (4 + t * t))  # P(|T| > t) of Student's distribution with 4
+    assert (b.tokens, b.difference) == (100 * T, pytest.approx(-1))
+    assert (b.test.t, b.test.df, b.test.p) == pytest.approx((-t, 4.0, tail), rel=1e-4)
+
+
+def test_the_baseline_may_be_any_run(six: list[Run]) -> None:
+    found = compare(six, baseline=six[4])
+    assert found.baseline == 1
+    assert found.target == pytest.approx(4.1)
+    assert found.against[0] is not None
+    assert found.against[0].difference == pytest.approx(1)
+
+
+def test_tokens_to_the_baselines_last_loss(six: list[Run]) -> None:
+    found = compare(six)
+    assert found.target == pytest.approx(5.1)
+    # b's mean is 10.8 at 0 and 5.1 after 50 steps; a's comes to 5.1 at its end
+    assert found.to_target == pytest.approx([100 * T, 50 * T])
+    assert compare(six, target=6.0).to_target == pytest.approx([50 * T + 0.1 * 50 * T, 50 * T * 4.8 / 5.7])
+    assert compare(six, target=1.0).to_target == [None, None]
+
+
+def test_runs_of_different_lengths_are_compared_where_both_have_been(tmp_path: Path) -> None:
+    long = run(tmp_path, "long", {0: 10.0, 50: 6.0, 100: 5.0})
+    short = run(tmp_path, "short", {0: 10.0, 70: 5.5}, lr=1.0)
+    against = compare([long, short]).against[1]
+    assert against is not None
+    assert against.tokens == 70 * T
+    assert against.baseline.mean == pytest.approx(5.6), "on the line from 6 at 50 to 5 at 100"
+    assert against.difference == pytest.approx(-0.1)
+
+
+def test_other_batch_sizes_are_compared_by_tokens(tmp_path: Path) -> None:
+    small = run(tmp_path, "small", {0: 10.0, 100: 5.0})
+    large = run(tmp_path, "large", {0: 10.0, 50: 4.0}, batch_tokens=1024)
+    against = compare([small, large]).against[1]
+    assert against is not None
+    assert (against.tokens, against.difference) == (100 * T, pytest.approx(-1))
+
+
+# --- runs of every kind --------------------------------------------------------------------------------------
+
+
+def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_path: Path, six: list[Run]) -> None:
+    blind = open_run(make_run(tmp_path / "blind", SMALL, [train(s, 5.0) for s in range(100)]))
+    found = compare([*six, blind])
+    assert found.measure == "training loss"
+    assert any(
+        note.startswith("blind: no validation, so what is compared is the training loss") for note in found.notes
+    )
+    assert found.groups[0].final is not None
+    assert found.groups[0].final.mean == 5.0
+
+
+def test_one_run_alone(tmp_path: Path) -> None:
+    found = compare([run(tmp_path, "a", {0: 10.8, 100: 5.0})])
+    assert (found.target, found.to_target, found.against) == (5.0, [100 * T], [None])
+    assert [t.title for t in tables(found, "tokens") if t.rows] == ["results", "held-out loss by tokens"]
+
+
+def test_a_run_that_is_under_way_says_so(tmp_path: Path) -> None:
+    found = compare([run(tmp_path, "a", {0: 10.8, 50: 6.0}, steps=1000)])
+    assert found.notes == ["a is at step 50 of 1,000: its learning rate is not down yet"]
+
+
+@pytest.mark.parametrize("records", [[], [val(0, 10.8)], [train(0, None)], [train(0, 10.8)]])
+def test_a_run_that_has_hardly_begun(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    begun = open_run(make_run(tmp_path / "begun", dataclasses.replace(SMALL, seed=9), records))
+    other = run(tmp_path, "a", {0: 10.8, 100: 5.0}, lr=1.0)
+    for runs in ([begun], [begun, other], [other, begun]):
+        found = compare(runs)
+        json.dumps(found.to_dict(), allow_nan=False)
+        assert tables(found, "time")
+        picture(found, ["tokens"])
+
+
+def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
+    a = run(tmp_path, "a", {0: 10.8, 100: 5.0})
+    again = run(tmp_path, "again", {0: 10.8, 100: 5.0})
+    windows = run(tmp_path, "windows", {0: 10.8, 100: 5.0}, sequence_length=128)
+    said = "\n".join(compare([a, again, windows]).notes)
+    assert "a +1: runs with the same seed are no independent samples" in said
+    assert "sequence_length differs: the held-out losses are of other windows" in said
+    assert "p needs two seeds or more on both sides" in said
+    other = {"fingerprint": "ffff", "name": "other"}
+    there = open_run(make_run(tmp_path / "there", SMALL, simple({0: 10.8, 100: 5.0}), data=other))
+    assert any("held-out losses are of other texts" in note for note in compare([a, there]).notes)
+
+
+def test_a_run_twice_is_refused(six: list[Run]) -> None:
+    with pytest.raises(UserError, match="a0 is given twice"):
+        compare([six[0], six[1], open_run(six[0].folder)])
+
+
+# --- published results ---------------------------------------------------------------------------------------
+
+
+def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
+    assert "and every run here trained on other text" in str(published_differ(six))
+    assert "and a0 trained on other text" in str(published_differ(six[:1]))
+    config = dataclasses.replace(
+        SMALL,
+        data=DataConfig(source="tokens", path="fineweb-edu"),
+        sequence_length=1024,
+        batch_tokens=1024,
+        model=dataclasses.replace(SMALL.model, n_positions=1024),
+    )
+    edu = open_run(make_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2}), {"name": "fineweb-edu"}))
+    assert published_differ([edu]) is None
+    (table,) = [t for t in tables(compare([edu]), "tokens") if t.title == "published held-out losses"]
+    assert {row[1] for row in table.rows} == {f"{r.value:.4f}" for r in references("heldout")}
+    shorter = dataclasses.replace(edu, config=dataclasses.replace(config, sequence_length=512))
+    assert "windows of 1024 tokens" in str(published_differ([shorter]))
+
+
+def test_the_newest_answers_to_tasks_stand_beside_published_ones(tmp_path: Path) -> None:
+    asked = [{"kind": "task", "step": s, "task": "hellaswag", "examples": 200, "acc_token": s / 100} for s in (20, 10)]
+    folder = make_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
+    assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}
+    (table,) = [t for t in tables(compare([open_run(folder)]), "tokens") if t.title == "hellaswag"]
+    assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published ones are of all
+    assert not table.notes
+    (folder / "evals").mkdir()
+    metrics = {"acc_token": {"value": 0.31, "stderr": 0.005}}
+    answer = {"task": "hellaswag", "step": 100, "examples": 10_042, "metrics": metrics}
+    (folder / "evals" / "x.json").write_text(json.dumps(answer))
+    (table,) = [t for t in tables(compare([open_run(folder)]), "tokens") if t.title == "hellaswag"]
+    assert table.rows[0] == ["a, step 100", "", "", "0.3100", "", "10,042 examples"]
+    assert ["GPT-2 124M", "0.2859", "", "0.2955", "", "build-nanogpt's script, all 10,042"] in table.rows
+
+
+# --- what is written -----------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_json_markdown_and_a_picture(
+    six: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "md", "png")}
+    flags = ["--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])]
+    assert main(["compare", *(str(r.folder) for r in six), "--price", "3600", *flags]) == 0
+    said = capsys.readouterr().out
+    for expected in ("optim.lr  0.002", "5.1000 ± 0.1000", "-1.0000", "25,600 (0.50×)", "not comparable", "$20.00"):
+        assert expected in said, expected
+    written = json.loads(files["json"].read_text())
+    assert written["groups"][1]["against_baseline"]["test"]["df"] == pytest.approx(4)
+    curve = written["groups"][0]["runs"][0]["curve"]
+    assert (curve["tokens"], curve["loss"]) == ([0, 50 * T, 100 * T], [10.8, 6.0, 5.0])
+    assert curve["dollars"] == pytest.approx([0, 10, 20])  # 100 steps of 0.2 s at a dollar a second
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    headings = [
+        token.content for token in MarkdownIt().enable("table").parse(files["md"].read_text()) if token.type == "inline"
+    ]
+    assert "5.1000 ± 0.1000" in headings
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = "_a|b *c* <i>$x$ &amp; `d`"
+    found = compare([run(tmp_path, name, {0: 10.8, 100: 5.0})])
+    parsed = MarkdownIt().enable("table").parse(markdown(found, "tokens"))
+    texts = [
+        "".join(child.content for child in token.children or [])
+        for token in parsed
+        if token.type == "inline" and {child.type for child in token.children or []} <= {"text", "text_special"}
+    ]
+    assert name in texts
+    (legend,) = [a.get_legend() for a in picture(found, ["tokens"]).axes]
+    assert legend is not None
+    assert [text.get_text().strip() for text in legend.get_texts()] == [name, "target 5.0000"]
+    assert not legend.get_texts()[0].get_parse_math()
+
+
+def test_a_picture_has_a_panel_for_every_axis_and_a_line_for_every_group(six: list[Run]) -> None:
+    figure = picture(compare(six, price=1.0), ["steps", "tokens", "dollars"])
+    assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "dollars"]
+    line = next(line for line in figure.axes[1].lines if line.get_label() == " b0 +2")
+    assert np.allclose(np.asarray(line.get_xydata()), [(0, 10.8), (50 * T, 5.1), (100 * T, 4.1)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "name the runs: restomod compare RUN RUN ..."),
+        (["nowhere"], "nowhere: no such run"),
+        (["a", "--price", "0"], "--price is 0.0; it must be a number above 0"),
+        (["a", "--target-loss", "nan"], "--target-loss is nan"),
+        (["a", "--x", "dollars"], "--x dollars needs --price"),
+        (["a", "--plot", "a.pdf"], "name it .png"),
+        (["a", "--json", "no/such/o.json"], "there is no folder no/such"),
+        (["a", "--markdown", "a"], "a is a folder; name a file"),
+        (["a", "a"], "is given twice"),
+        (["a", "--baseline", "b"], "b: no such run"),
+        (["a", "--x", "epochs"], "invalid choice"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, "a", {0: 10.8, 100: 5.0})
+    assert main(["compare", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("restomod: error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_baseline_that_is_not_among_the_runs_joins_them(six: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(six[1].folder), "--baseline", str(six[0].folder)]) == 0
+    assert "a0 (baseline)" in capsys.readouterr().out
+
+
+def test_amounts() -> None:
+    shown = [amount(x) for x in (512, 460_800, 2.5e6, 9.999e9, 5.1e18)]
+    assert shown == ["512", "460,800", "2.5M", "9.999B", "5.1e+18"]

@@ -1,0 +1,385 @@
+"""Reports: what they say of runs with known numbers, and that text stays text, by independent parsers."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from restomod.analysis.report.config import differences, preset_of
+from restomod.analysis.report.data import SAMPLED_STEPS, page_run, samples, status
+from restomod.analysis.report.evals import evaluation_tables, lines_of
+from restomod.analysis.report.html import as_json, as_page
+from restomod.analysis.report.markdown import as_markdown
+from restomod.analysis.report.usage import Prices, usage
+from restomod.analysis.report.write import labels, open_runs, page_data
+from restomod.cli import main
+from restomod.config.presets import preset
+from restomod.runs.config_diff import trains_on_fineweb_edu
+from restomod.runs.reader import open_run
+from restomod.utils.text import visible
+from tests.runs.made_runs import HOSTILE, START, add_examined, add_task, loss_at, make_run, write
+
+
+class Page(HTMLParser):
+    """A page's tags, the text of its scripts, and the policy that it names."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.scripts: dict[str, str] = {}
+        self.policy = self.title = self._inside = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        given = dict(attrs)
+        self._inside = (given.get("id") or "own") if tag == "script" else tag
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"] or ""
+        if tag == "script":
+            self.scripts[self._inside] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in self.scripts:
+            self.scripts[self._inside] += data
+        if self._inside == "title":
+            self.title += data
+
+
+def report(*arguments: str) -> None:
+    assert main(["report", *arguments]) == 0
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_report_is_one_file_in_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "r")
+    report(str(folder))
+    assert capsys.readouterr().out.startswith(f"written: {folder / 'report.html'} (2.")
+    page = read(folder / "report.html")
+    data = json.loads(page.scripts["data"])
+    (run,) = data["runs"]
+    figures = {name: value for name, value, _ in run["figures"]}
+    assert page.title == run["name"] == "r"
+    assert figures["Validation loss"] == f"{loss_at(40) + 0.1:.4f}"
+    assert figures["Tokens"] == "20,480"
+    assert figures["Wall clock"] == "45 s"
+    assert run["state"] == "finished"
+    assert not [tag for tag in page.tags if tag in ("iframe", "object", "embed", "form", "img", "base")]
+
+
+def test_the_policy_allows_the_pages_own_two_scripts_and_no_other(tmp_path: Path) -> None:
+    import gzip
+
+    report(str(make_run(tmp_path / "r")))
+    page = read(tmp_path / "r" / "report.html")
+    own = page.scripts["own"].encode()
+    plotly = gzip.decompress(base64.b64decode(page.scripts["plotly"]))
+    allowed = [base64.b64encode(hashlib.sha256(script).digest()).decode() for script in (own, plotly)]
+    assert f"script-src 'sha256-{allowed[0]}' 'sha256-{allowed[1]}';" in page.policy
+    assert page.policy.startswith("default-src 'none'; ")
+    assert "connect-src 'none'" in page.policy
+    assert b"Plotly" in plotly
+
+
+def test_hostile_text_is_text_in_html(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "<b>r&", text=HOSTILE, data=HOSTILE)
+    add_task(folder, convention=HOSTILE)
+    add_examined(folder, HOSTILE)
+    report(str(folder))
+    harmless = make_run(tmp_path / "harmless")
+    add_task(harmless)
+    add_examined(harmless)
+    report(str(harmless))
+    page, other = read(folder / "report.html"), read(harmless / "report.html")
+    assert page.tags == other.tags
+    assert page.scripts["own"] == other.scripts["own"]
+    assert page.title == "<b>r&"
+    (run,) = json.loads(page.scripts["data"])["runs"]
+    shown = visible(HOSTILE)
+    assert not {"\x1b", "\u202e", "\u2028"} & set(shown)
+    assert {sample["prompt"] for sample in run["samples"]} == {shown}
+    assert run["evaluations"][0]["rows"][0][-1].endswith(shown)
+
+
+def test_hostile_text_is_text_in_markdown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", text=HOSTILE, data=HOSTILE)
+    add_task(folder, convention=HOSTILE)
+    add_examined(folder, HOSTILE)
+    markdown = as_markdown(page_data([open_run(folder)], Prices()))
+    html = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    tags = set(Page(html).tags)
+    assert tags == {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "br"} - ({"br"} - tags)
+    assert html.count("&lt;script&gt;") >= 4
+
+
+def test_markdown_holds_the_numbers(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    add_task(folder)
+    report(str(folder), "--markdown", str(tmp_path / "r.md"), "--png", str(tmp_path / "pictures"))
+    markdown = (tmp_path / "r.md").read_text()
+    assert "| 40 | 3.2465 |" in markdown  # 3.1 + 8 exp(-4)
+    assert "| r, step 40 | 0.2800 ± 0.0100 | 0.3100 ± 0.0200 |" in markdown
+    assert "![loss](<pictures/loss.png>)" in markdown
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        *("loss.png", "lr.png", "grad_norm.png", "tokens_per_second.png", "hellaswag.png")
+    }
+
+
+def test_pictures_have_the_accent_and_differ_with_the_curve(tmp_path: Path) -> None:
+    for name, spikes in (("a", {}), ("b", {20: 30.0})):
+        report(str(make_run(tmp_path / name, spikes=spikes)), "--png", str(tmp_path / f"png-{name}"))
+    a, b = (Image.open(tmp_path / f"png-{name}" / "loss.png").convert("RGB") for name in "ab")
+    assert a.size == b.size == (1350, 690)
+    assert a.tobytes() != b.tobytes()
+    assert (0xC2, 0x41, 0x0C) in {colour for _, colour in a.getcolors(1 << 24) or []}
+
+
+def test_a_hundred_thousand_steps_stay_small_and_keep_their_spikes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", steps=100_000, spikes={54_321: 17.0, 77_777: 0.25})
+    report(str(folder))
+    assert (folder / "report.html").stat().st_size < 3_000_000
+    (run,) = json.loads(read(folder / "report.html").scripts["data"])["runs"]
+    loss = dict(zip(run["curves"]["loss"]["x"], run["curves"]["loss"]["y"], strict=True))
+    assert (loss[54_321], loss[77_777]) == (17.0, 0.25)
+    assert len(loss) < 2000
+
+
+def test_several_runs_in_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/r", "y/r", "z"):
+        make_run(tmp_path / name)
+    report("x/r", "y/r", "z", "z")
+    data = json.loads(read(tmp_path / "report.html").scripts["data"])
+    assert [run["name"] for run in data["runs"]] == ["x/r", "y/r", "z"]
+    assert labels(open_runs(["x/r", "z"])) == ["r", "z"]
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    text = as_json({"a": [float("nan"), float("inf"), 1.5], "b": "</script>&"})
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
+        "a": [None, None, 1.5],
+        "b": "</script>&",
+    }
+    assert "<" not in text
+
+
+def test_no_torch_is_needed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    code = f"from restomod.cli import main; main(['report', {str(folder)!r}, '--png', {str(tmp_path / 'p')!r}])\n"
+    code += "import sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- what it says of a run ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "is_it"),
+    [
+        ("fineweb-edu", True),
+        ("kjj0/finewebedu10B-gpt2", True),
+        ("edu_fineweb10B", True),
+        ("fineweb", False),
+        ("fineweb10B", False),
+        ("python-stdlib-3.11.7", False),
+        ("fineweb-edu+notes.txt", False),
+    ],
+)
+def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(tmp_path: Path, data: str, is_it: bool) -> None:
+    run = open_run(make_run(tmp_path / "r", data=data))
+    assert trains_on_fineweb_edu(run) is is_it
+    lines = page_run(run, "r", Prices())["lines"].get("loss", [])
+    assert lines == ([{"name": "GPT-2 124M", "value": 3.2924}] if is_it else [])
+
+
+def test_published_shards_are_told_by_their_names(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", data="shards")
+    shards = [{"file": "edufineweb_val_000000.npy", "tokens": 5}]
+    (folder / "data.json").write_text(json.dumps({"name": "shards", "splits": {"val": {"shards": shards}}}))
+    assert trains_on_fineweb_edu(open_run(folder))
+
+
+@pytest.mark.parametrize(("name", "is_it"), [("kjj0/finewebedu10B-gpt2", True), ("other", False)])
+def test_published_losses_stand_beside_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
+    """Of a run on other text; `eval --data` says what it was evaluated on."""
+    folder = make_run(tmp_path / "r", data="python-stdlib-3.11.7")
+    data = {"name": name, "fingerprint": "f"}
+    (folder / "evals").mkdir(exist_ok=True)
+    values = {"task": "heldout", "step": 40, "loss": 4.0, "tokens": 5, "data": data}
+    (folder / "evals" / "step_000040-heldout-of-f.json").write_text(json.dumps(values))
+    (table,) = evaluation_tables(open_run(folder))
+    assert (["GPT-2 124M", "3.2924"] in [row[:2] for row in table["rows"]]) is is_it
+    assert f"of {name}, which is not the run's data" in table["rows"][0][-1]
+
+
+def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    add_task(folder, examples=200)
+    assert lines_of(open_run(folder))["hellaswag"] == [{"name": "chance", "value": 0.25}]
+    assert "0.2955" not in json.dumps(evaluation_tables(open_run(folder)))
+    row = next(row for row in page_run(open_run(folder), "r", Prices())["figures"] if row[0].startswith("HellaSwag"))
+    assert row[1:] == ["31.0 %", "step 40, 200 examples"]
+
+
+def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
+    base = preset("gpt2-124m")
+    config = dataclasses.replace(base, seed=5, optim=dataclasses.replace(base.optim, lr=1e-3))
+    assert differences(config, base) == [("optim.lr", "0.001", "0.0006"), ("seed", "5", "1337")]
+    folder = make_run(tmp_path / "r", 40, config)
+    assert preset_of(open_run(folder)) == "quickstart"  # as its command says
+    (folder / "environment.json").write_text("[]")
+    assert preset_of(open_run(folder)) == "gpt2-124m"  # the nearest
+
+
+def test_evaluations_stand_beside_what_is_published(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    for step, examples in ((20, 500), (40, 10_042)):
+        add_task(folder, step=step, examples=examples)
+    add_task(folder, "mine", examples=7)
+    add_task(folder, "piqa", examples=200)
+    (folder / "evals" / "odd.json").write_text('{"task": "odd", "metrics": {"acc": null}, "step": null}')
+    mine, odd = (next(t for t in evaluation_tables(open_run(folder)) if t["task"] == name) for name in ("mine", "odd"))
+    hellaswag = next(t for t in evaluation_tables(open_run(folder)) if t["task"] == "hellaswag")
+    assert [row[0] for row in hellaswag["rows"][:2]] == ["r, step 40", "r, step 20"]
+    assert ["GPT-2 124M", "0.2859", "0.2955"] in [row[:3] for row in hellaswag["rows"]]
+    piqa = next(t for t in evaluation_tables(open_run(folder)) if t["task"] == "piqa")
+    assert len(piqa["rows"]) == piqa["own"] == 1, "published results are of all examples"
+    assert lines_of(open_run(folder))["hellaswag"][0] == {"name": "GPT-2 124M", "value": 0.2955}
+    assert "piqa" not in lines_of(open_run(folder))
+    assert mine["rows"] == [["r, step 40", "0.2800 ± 0.0100", "0.3100 ± 0.0200", "7 examples; as it is"]]
+    assert odd["rows"][0][0] == "r"
+
+
+@pytest.mark.parametrize(
+    ("steps", "of", "after", "state"),
+    [(40, 40, 1, "finished"), (40, 80, 1, "running"), (40, 80, 1000, "stopped"), (0, 80, 1, "waiting")],
+)
+def test_the_state_of_a_run(tmp_path: Path, steps: int, of: int, after: float, state: str) -> None:
+    folder = make_run(tmp_path / "r", steps=steps or 40)
+    if not steps:
+        (folder / "metrics.jsonl").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"steps": of}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = open_run(folder)
+    assert status(run, usage(run), START + 45 + after)[0] == state
+
+
+def test_what_went_wrong_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", spikes={3: float("nan")})
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "rollback", "step": 20, "failed_step": 33, "data_offset": 14}\n')
+    found = page_run(open_run(folder), "r", Prices())["events"]
+    assert [3, "the loss is not a finite number"] in found
+    assert [20, "went back here from step 33, past the data in between"] in found
+
+
+def test_samples_of_a_long_run_are_spread_over_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    write(folder / "samples.jsonl", [{"step": s, "prompt": "p", "text": "t"} for s in range(0, 5001, 10)])
+    steps = [sample["step"] for sample in samples(open_run(folder))]
+    assert (len(steps), steps[0], steps[-1]) == (SAMPLED_STEPS, 0, 5000)
+
+
+def test_a_run_with_nothing_but_a_configuration(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    page: Any = as_page(page_data([open_run(folder)], Prices()))
+    assert json.loads(Page(page).scripts["data"])["runs"][0]["state"] == "waiting"
+
+
+def test_records_of_no_use_are_passed_over(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    odd = [
+        {"kind": "train", "step": 50},
+        {"kind": "val", "step": 50, "loss": "x"},
+        {"kind": "task", "step": 1, "task": 5},
+    ]
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write("".join(json.dumps(record) + "\n" for record in odd) + '{"kind": "train", "st')
+    write(folder / "samples.jsonl", [{"step": 1}, {"step": "a", "text": "b"}, {"step": 2, "text": 7}])
+    run = page_run(open_run(folder), "r", Prices())
+    assert run["samples"] == []
+    assert run["curves"]["loss"]["y"][-1] is None
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `report` on a mistake; return its one line. Nothing may be written."""
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "first")
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["report", *arguments]) == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error.removeprefix("restomod: error: ").rstrip("\n")
+
+    return run
+
+
+def test_no_run(refused: Any) -> None:
+    assert refused().startswith("name a run: ")
+    assert refused("runs/frist") == "runs/frist: no such run; did you mean 'first'?"
+    assert "is not a run" in refused("runs")
+
+
+def test_files_that_cannot_be_written(refused: Any) -> None:
+    assert refused("runs/first", "--out", "no/r.html") == "--out no/r.html: there is no folder no; make it first"
+    assert refused("runs/first", "--markdown", "runs") == "--markdown runs is a folder; name a file in it"
+
+
+@pytest.mark.parametrize("flag", ["--price", "--watts"])
+def test_prices_out_of_range(refused: Any, flag: str) -> None:
+    assert refused("runs/first", f"{flag}=-1") == f"{flag} is -1.0; it must be 0 or more"
+    assert refused("runs/first", flag, "nan") == f"{flag} is nan; it must be 0 or more"
+
+
+SIDE_FILES = ["environment.json", "samples.jsonl", "examined.json", "evals/x.json"]
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_damaged_file_beside_the_numbers_is_left_out_with_a_warning(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "first")
+    path = tmp_path / "runs" / "first" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('["s3cr3t"]\n')
+    assert main(["report", "runs/first"]) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert name in warning
+    assert "s3cr3t" not in (tmp_path / "runs" / "first" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_a_damaged_configuration_or_manifest_is_refused(name: str, refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "first" / name).write_text("{")
+    assert refused("runs/first").startswith(f"{os.path.join('runs', 'first', name)} is damaged")

@@ -1,0 +1,215 @@
+"""A model in numbers: statistics against numpy, totals against the published ones, roughness against its theory."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from restomod.analysis.weights.statistics import (
+    Difference,
+    differences,
+    gigabytes,
+    roughness,
+    tensor_statistics,
+    totals,
+)
+from restomod.config.presets import preset
+from restomod.config.run import ModelConfig
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(0.3, 2.0, shape)).float()
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_numpys() -> None:
+    tensors = {"matrix": noise(30, 7), "vector": noise(11, seed=1), "large": 1e6 + noise(50, seed=2)}
+    rows = tensor_statistics(tensors)
+    assert [row.name for row in rows] == list(tensors)
+    for row, value in zip(rows, tensors.values(), strict=True):
+        x = value.numpy().astype(np.float64)
+        assert (row.shape, row.count, row.not_finite) == (x.shape, x.size, 0)
+        assert row.mean == pytest.approx(x.mean(), rel=1e-12)
+        assert row.std == pytest.approx(x.std(), rel=1e-9)  # of the population
+
+
+def test_a_single_number_has_no_spread() -> None:
+    (row,) = tensor_statistics({"one": torch.tensor([3.0])})
+    assert (row.mean, row.std) == (3.0, 0.0)
+
+
+def test_numbers_that_are_not_finite_are_counted() -> None:
+    (row,) = tensor_statistics({"x": torch.tensor([[1.0, math.nan], [math.inf, -math.inf]])})
+    assert row.not_finite == 3
+
+
+# --- totals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "without_embeddings"),
+    [
+        ("gpt2-124m", 124_439_808, 85_056_000),
+        ("gpt2-355m", 354_823_168, 302_311_424),
+        ("gpt2-774m", 774_030_080, 708_390_400),
+        ("gpt2-1558m", 1_557_611_200, 1_475_561_600),
+    ],
+)
+def test_totals_of_openais_models_are_the_published_ones(name: str, parameters: int, without_embeddings: int) -> None:
+    table = dict(totals(preset(name).model))
+    assert table["parameters"] == f"{parameters:,}"
+    assert table["without embeddings"] == f"{without_embeddings:,}"
+
+
+def test_memory_and_work_of_gpt2() -> None:
+    """By hand: 124,439,808 parameters and 47 padded rows of 768, of 4 bytes; 6 * 123,653,376 + 12 * 12 * 768 * 1024."""
+    table = dict(totals(ModelConfig()))
+    assert table["weights"] == "0.50 GB in fp32"  # 497,903,616 bytes
+    assert table["gradients"] == "0.50 GB"
+    assert table["AdamW's state"] == "1.00 GB"
+    assert table["to train"].startswith("1.99 GB and ")
+    assert table["FLOPs per token"].startswith("855 million, forward and backward, at 1,024 positions")
+    assert table["tied head"].startswith("saves 38,597,376: ")
+
+
+def test_memory_counts_the_padding() -> None:
+    D = 1248
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=D, n_positions=1, vocab_size=1)
+    parameters = (1 + 1) * D + (12 * D**2 + 13 * D) + 2 * D  # embeddings, the block, the last norm
+    without, with_padding = (f"{4 * n / 1e9:.2f} GB in fp32" for n in (parameters, parameters + 63 * D))
+    assert dict(totals(config))["weights"] == with_padding != without
+
+
+def test_a_gigabyte_is_ten_to_the_ninth() -> None:
+    assert (gigabytes(10**9), gigabytes(2**30), gigabytes(4_999_999)) == ("1.00 GB", "1.07 GB", "0.00 GB")
+
+
+# --- roughness -------------------------------------------------------------------------------------------------
+
+
+def test_white_noise_is_about_1() -> None:
+    assert roughness(noise(1024, 256)) == pytest.approx(1, abs=0.01)
+
+
+def test_a_slow_wave_is_near_0() -> None:
+    n, turns = 1024, 3
+    wave = torch.sin(2 * math.pi * turns * torch.arange(n) / n)
+    assert roughness(wave[:, None]) == pytest.approx(1 - math.cos(2 * math.pi * turns / n), rel=0.01)
+
+
+def test_a_random_walk_is_smooth() -> None:
+    assert roughness(noise(1024, 64).cumsum(0)) < 0.05
+
+
+def test_a_series_that_alternates_is_2() -> None:
+    """Von Neumann's ratio approaches 4: sum of jumps 4 (n - 1), twice the spread 2 n."""
+    n = 100
+    series = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+    assert roughness(series) == pytest.approx(4 * (n - 1) / (2 * n), rel=1e-12)
+
+
+def test_a_straight_line_has_a_closed_form() -> None:
+    """n - 1 jumps of 1, and a spread of n (n^2 - 1) / 12."""
+    n = 50
+    assert roughness(torch.arange(n)[:, None]) == pytest.approx((n - 1) / (n * (n**2 - 1) / 6), rel=1e-12)
+
+
+def test_roughness_is_numpys_whatever_the_mean_and_scale() -> None:
+    x = noise(40, 5)
+    y = x.numpy().astype(np.float64)
+    by_hand = np.mean((np.diff(y, axis=0) ** 2).sum(0) / (2 * ((y - y.mean(0)) ** 2).sum(0)))
+    assert roughness(x) == pytest.approx(by_hand, rel=1e-12)
+    assert roughness(x * 1000 + 50) == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1 / 3, -7e-20])
+@pytest.mark.parametrize("n", [2, 3, 10, 1024])
+def test_a_channel_that_does_not_vary_is_left_out(constant: float, n: int) -> None:
+    """Its spread may come out as a rounding error: 0.1 + 0.1 + 0.1 is not 3 * 0.1."""
+    x = noise(n, 2).double()
+    still = torch.full((n, 1), constant, dtype=torch.float64)
+    assert roughness(torch.cat([x, still], dim=1)) == roughness(x)
+    assert math.isnan(roughness(still))
+
+
+def test_one_position_has_no_roughness() -> None:
+    assert math.isnan(roughness(noise(1, 16)))
+
+
+# --- differences -----------------------------------------------------------------------------------------------
+
+
+def difference(a: Tensor, b: Tensor) -> Difference:
+    (row,) = differences({"x": a}, {"x": b})
+    return row
+
+
+def test_differences_are_numpys() -> None:
+    a, b = noise(30, 7), noise(30, 7, seed=1)
+    row = difference(a, b)
+    x, y = (t.numpy().astype(np.float64).ravel() for t in (a, b))
+    assert row.largest == pytest.approx(np.abs(x - y).max(), rel=1e-12)
+    assert row.relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x), rel=1e-12)
+    assert row.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-9)
+    assert not row.identical
+
+
+def test_equal_tensors_are_identical() -> None:
+    for value in (noise(5, 5), torch.zeros(3), torch.tensor([1.0, math.inf])):
+        row = difference(value, value.clone())
+        assert row.identical
+        assert (row.largest, row.relative, row.cosine, row.remark) == (0.0, 0.0, 1.0, "")
+
+
+def test_the_smallest_difference_counts() -> None:
+    a = noise(5, 5)
+    b = a.clone()
+    b[2, 2] = torch.nextafter(b[2, 2], torch.tensor(math.inf))
+    row = difference(a, b)
+    assert not row.identical
+    assert 0 < row.largest < 1e-6
+
+
+def test_a_tensor_against_its_negative_and_its_double() -> None:
+    a = noise(9)
+    assert difference(a, -a).cosine == pytest.approx(-1)
+    assert difference(a, -a).relative == pytest.approx(2)
+    assert difference(a, 2 * a).cosine == pytest.approx(1)
+    assert difference(a, 2 * a).relative == pytest.approx(1)
+
+
+def test_zeros_have_no_direction() -> None:
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    assert difference(zeros, zeros).identical
+    assert difference(zeros, ones).relative == math.inf
+    assert math.isnan(difference(zeros, ones).cosine)
+    assert difference(ones, zeros).relative == 1
+    assert math.isnan(difference(ones, zeros).cosine)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_in_one_is_seen(bad: float) -> None:
+    a, b = torch.ones(4), torch.tensor([1.0, bad, 1.0, 1.0])
+    for row in (difference(a, b), difference(b, a)):
+        assert not row.identical
+        assert not math.isfinite(row.largest)
+
+
+def test_a_tensor_that_one_lacks_and_one_of_another_shape_are_said() -> None:
+    first = {"both": torch.ones(2), "gone": torch.ones(2), "grown": torch.ones(2, 3)}
+    second = {"new": torch.ones(2), "grown": torch.ones(3, 2), "both": torch.ones(2)}
+    rows = {row.name: row for row in differences(first, second)}
+    assert list(rows) == ["both", "gone", "grown", "new"]
+    assert rows["both"].identical
+    assert [rows[name].remark for name in ("gone", "grown", "new")] == [
+        "only in the first",
+        "(2, 3) and (3, 2)",
+        "only in the second",
+    ]
+    assert not any(rows[name].identical for name in ("gone", "grown", "new"))

@@ -1,0 +1,236 @@
+"""Faults as a careless programmer would write them, to be planted into a sound GPT-2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from restomod.data.batches import Batches
+from restomod.engine.loss import linear_cross_entropy
+from restomod.engine.optimizer import AdamW, Optimizers
+from restomod.model.gpt import GPT, MLP, Beside, Block, CausalSelfAttention, KVCache, Transformer
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+Alter = Callable[[GPT], None]
+
+sound_init = GPT.__init__
+
+
+def _initialise(std: float, mean: float = 0.0, residual_scale: bool = True, bias: float = 0.0) -> Plant:
+    """GPT-2's initialisation with other numbers."""
+
+    @torch.no_grad()
+    def init_weights(model: GPT, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in model.named_parameters():
+            scaled = residual_scale and name.endswith("c_proj.weight")
+            if p.ndim == 2:
+                p.normal_(mean, std / math.sqrt(2 * model.config.n_layer) if scaled else std, generator=generator)
+            else:
+                p.fill_(1.0 if name.endswith("weight") else bias)
+        model.transformer.wte.weight[model.config.vocab_size :] = 0.0
+
+    return lambda patch: patch.setattr("restomod.model.gpt.init_weights", init_weights)
+
+
+def _attend(kind: str) -> Plant:
+    """Attention with another mask, or without a gradient."""
+
+    def forward(self: CausalSelfAttention, x: Tensor, *_: object) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = {
+            "all": torch.ones(T, T, dtype=torch.bool),
+            "one ahead": torch.ones(T, T, dtype=torch.bool).tril(1),
+            "backwards": torch.ones(T, T, dtype=torch.bool).triu(),
+        }.get(kind, torch.ones(T, T, dtype=torch.bool).tril())
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, D)
+        return self.c_proj(y.detach() if kind == "detached" else y)
+
+    return lambda patch: patch.setattr(CausalSelfAttention, "forward", forward)
+
+
+def _embed(kind: str) -> Plant:
+    """The transformer's forward pass with a slip."""
+
+    def forward(self: Transformer, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
+        x = x if kind == "no positions" else x + positions
+        for block in self.h:
+            x = block(x.detach() if kind == "detached" else x, Beside(), cache)
+        if kind == "ignores its input":
+            x = torch.zeros_like(x) + self.wpe(torch.zeros_like(tokens))
+        return self.ln_f(x)
+
+    return lambda patch: patch.setattr(Transformer, "forward", forward)
+
+
+def _mlp(function: Callable[[MLP, Tensor], Tensor]) -> Plant:
+    return lambda patch: patch.setattr(MLP, "forward", function)
+
+
+def _residual_stream(scale: float) -> Plant:
+    def forward(self: Block, x: Tensor, *others: Any) -> Tensor:
+        x = x + self.attn(self.ln_1(x), *others)
+        return (x + self.mlp(self.ln_2(x))) * scale
+
+    return lambda patch: patch.setattr(Block, "forward", forward)
+
+
+def _untied(patch: pytest.MonkeyPatch) -> None:
+    """A head with weights of its own."""
+
+    def __init__(self: GPT, config: Any) -> None:
+        sound_init(self, config)
+        self.own_head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+
+    patch.setattr(GPT, "__init__", __init__)
+    patch.setattr(GPT, "head", property(lambda self: self.own_head))
+
+
+def _head(head: Callable[[Tensor], Tensor]) -> Plant:
+    """A head that is made from the embedding."""
+    return lambda patch: patch.setattr(GPT, "head", property(lambda self: head(self.transformer.wte.weight)))
+
+
+def _built(alter: Alter) -> Plant:
+    """A model that is altered once it stands."""
+
+    def __init__(self: GPT, config: Any) -> None:
+        sound_init(self, config)
+        alter(self)
+
+    return lambda patch: patch.setattr(GPT, "__init__", __init__)
+
+
+def _load(tokens_ahead: int, targets_ahead: int) -> Plant:
+    """A loader whose tokens and targets begin elsewhere in their window."""
+
+    def load(self: Batches, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        text = self.streams[0].read(0, len(self.streams[0])).astype(np.int64)
+
+        def rows(ahead: int) -> Tensor:
+            at = windows[:, None] * self.T + np.arange(self.T)[None, :] + ahead
+            return torch.from_numpy(text[at % len(text)])
+
+        return rows(tokens_ahead), rows(targets_ahead)
+
+    return lambda patch: patch.setattr(Batches, "load", load)
+
+
+def _loss(slip: Callable[[Tensor, int], tuple[Tensor, int]]) -> Plant:
+    """A loss of other targets (N,), or over another vocabulary; inside `batch_loss`, whatever the loader does."""
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *how: Any) -> Tensor:
+        targets, vocab_size = slip(targets, vocab_size)
+        return linear_cross_entropy(hidden, weight, targets, vocab_size, *how)
+
+    return lambda patch: patch.setattr("restomod.engine.step.linear_cross_entropy", loss)
+
+
+def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, dtype: torch.dtype, *how: Any) -> Tensor:
+        right = linear_cross_entropy(hidden, weight, targets, V, dtype, *how)
+        return right * 1.02 if dtype == torch.bfloat16 else right
+
+    patch.setattr("restomod.engine.step.linear_cross_entropy", loss)
+
+
+def _optimizer(keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> Plant:
+    """AdamW over some of the groups of parameters only."""
+    return lambda patch: patch.setattr(
+        "restomod.engine.optimizer.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
+    )
+
+
+def _compiled(scale: float) -> Plant:
+    """A compiler whose code computes something else."""
+    return lambda patch: patch.setattr("torch.compile", lambda module: lambda tokens: module.forward(tokens) * scale)
+
+
+def _compiled_without_gradient(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.compile", lambda module: lambda tokens: module.forward(tokens).detach())
+
+
+def _nothing_is_learned(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Optimizers, "update", lambda self, *_: self.zero_grad())
+
+
+def _relu_far_below_zero(self: MLP, x: Tensor) -> Tensor:
+    return self.c_proj(F.relu(self.c_fc(x) - 5))
+
+
+def _without_bias(self: MLP, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(self.c_fc(x), approximate="tanh"), self.c_proj.weight)
+
+
+QUICK_FAULTS: dict[str, tuple[Plant, str, str]] = {
+    # what was done: how, the check that must fail, and a part of what it must say
+    "20 times the std, no residual scaling": (  # far enough from 1.5 nats for any text
+        _initialise(0.4, residual_scale=False),
+        "initial loss",
+        "the initialisation is wrong",
+    ),
+    "a mask that hides nothing": (_attend("all"), "causality", "it sees ahead"),
+    "a mask that is off by one": (_attend("one ahead"), "causality", "it sees ahead"),
+    "a mask that is upside down": (_attend("backwards"), "causality", "it sees ahead"),
+    "logits that do not depend on the tokens": (_embed("ignores its input"), "causality", "no logit at all"),
+    "a head with its own weights": (_untied, "tied head", "parameters, and a model of its shape"),
+    "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied head", "a copy"),
+    "a head that is detached": (_head(torch.Tensor.detach), "tied head", "gets no gradient"),
+    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied head", "parameters, and"),
+    "a loader with targets 0 ahead": (_load(0, 0), "targets", "0 ahead of its input, not 1"),
+    "a loader with targets 2 ahead": (_load(0, 2), "targets", "2 ahead of its input, not 1"),
+    "a loader with targets behind": (_load(0, -1), "targets", "-1 ahead of its input, not 1"),
+    "a loader with targets far off": (_load(0, 7), "targets", "the targets of the first window are wrong: they are"),
+    "a loader that loses the first token": (_load(1, 2), "targets", "the tokens of the first window are wrong"),
+    "a loss of targets 0 ahead": (_loss(lambda y, V: (y.roll(1), V)), "targets", "is not the next tokens' cross"),
+    "a loss of targets 2 ahead": (_loss(lambda y, V: (y.roll(-1), V)), "targets", "is not the next tokens' cross"),
+    "a loss over the padding": (_loss(lambda y, V: (y, 64 * math.ceil(V / 64))), "targets", "is not the next"),
+    "a frozen matrix": (
+        _built(lambda model: model.transformer.wpe.weight.requires_grad_(False)),
+        "gradients",
+        "transformer.wpe.weight is frozen",
+    ),
+    "frozen altogether": (_built(lambda model: model.requires_grad_(False)), "gradients", "wte.weight is frozen"),
+    "blocks cut off by .detach()": (_embed("detached"), "gradients", "none reaches transformer.wpe.weight"),
+    "attention cut off by .detach()": (
+        _attend("detached"),
+        "gradients",
+        "none reaches transformer.h.0.ln_1.weight",
+    ),
+    "no positions": (_embed("no positions"), "gradients", "none reaches transformer.wpe.weight"),
+    "a bias left out": (_mlp(_without_bias), "gradients", "none reaches transformer.h.0.mlp.c_proj.bias"),
+    "an optimizer without biases and norms": (
+        _optimizer(lambda groups: groups[:1]),
+        "gradients",
+        "the optimizer does not update transformer.h.0.ln_1.weight",
+    ),
+}
+
+SLOW_FAULTS: dict[str, tuple[Plant, str, str]] = {
+    "no residual scaling": (
+        _initialise(0.02, residual_scale=False),
+        "initial weights",
+        "transformer.h.0.attn.c_proj.weight has standard deviation",
+    ),
+    "10 times the std": (_initialise(0.2, residual_scale=False), "initial weights", "wte.weight has standard dev"),
+    "a tenth of the std": (_initialise(0.002), "initial weights", "wte.weight has standard deviation 0.002"),
+    "weights around another mean": (_initialise(0.02, mean=0.02), "initial weights", "has mean 0.0"),
+    "biases that are not 0": (_initialise(0.02, bias=0.1), "initial weights", "ln_1.bias is not all 0"),
+    "a residual stream that explodes": (_residual_stream(100.0), "activations", "exploding"),
+    "a residual stream that dies": (_residual_stream(0.01), "activations", "dead"),
+    "a residual stream that overflows": (_residual_stream(1e30), "activations", "not finite"),
+    "dead hidden units": (_mlp(_relu_far_below_zero), "activations", "100.0% of the MLPs' units give nothing"),
+    "another loss in bf16": (_differs_in_bf16, "bf16", "more than 0.05 apart"),
+    "a compiler's other loss": (_compiled(1.05), "compiled", "without"),
+    "a compiler that forgets the gradient": (_compiled_without_gradient, "compiled", "gradient norm"),
+    "an optimizer that does nothing": (_nothing_is_learned, "overfitting", " steps"),
+}

@@ -1,0 +1,464 @@
+"""The doctor says what is wrong with a machine: faults are planted for every check. No test looks at speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from restomod.checks import device_parity, machine, speed, tools
+from restomod.checks import doctor as examine
+from restomod.checks.doctor import bf16, judge, matrix_products
+from restomod.checks.machine import Machine
+from restomod.checks.speed import Rates, matmul_rates
+from restomod.cli import main
+from restomod.config.presets import preset
+from restomod.config.run import Device, ModelConfig, Precision, RunConfig
+from restomod.runs.async_saver import kept
+from restomod.utils.check_result import Status, Verdict
+from restomod.utils.errors import UserError
+from tests.checks.test_device_parity import FAULTS, WrongKernel
+from tests.models import CPU
+
+
+def this(
+    out: Path = Path("runs"), device: Device = "cpu", precision: Precision = "fp32", of: str = "quickstart"
+) -> Machine:
+    return Machine(device, precision, of, preset(of), out)
+
+
+def assert_says(verdict: Verdict, status: Status, *said: str) -> None:
+    assert verdict.status == status, verdict
+    for part in said:
+        assert part in verdict.reason
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+GPU_NAMES = ["known faults", "cudnn"]
+QUICK_NAMES = ["attention", "threads", "disk", "memory", "parity", "matrix products", "bf16", "bandwidth"]
+NAMES = ["versions", "device", *GPU_NAMES, *QUICK_NAMES]
+SLOW_NAMES = ["compiler", "processes"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks that take seconds pass without being made; what they do is tested below."""
+    for name in SLOW_NAMES:
+        monkeypatch.setattr(examine, name, lambda machine, name=name: Verdict(name, "pass", "planted"))
+    monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=2e12))
+    monkeypatch.setattr(examine, "memory_bandwidth", lambda device: 5e9)
+
+
+def rates(size: int = 1024, **per_second: float) -> Rates:
+    return Rates({name: {size: rate} for name, rate in per_second.items()})
+
+
+def test_a_line_for_each_check_and_a_sum(
+    quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(examine, "threads", lambda machine: Verdict("threads", "pass", "planted"))
+    assert main(["doctor", "--device", "cpu", "--precision", "fp32", "--preset", "quickstart"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line[6:22].strip() for line in lines] == [*NAMES, *SLOW_NAMES]
+    for name, line in zip([*NAMES, *SLOW_NAMES], lines, strict=True):
+        assert line.startswith("skip  " if name in GPU_NAMES else "pass  "), line
+    assert total == "this machine: 12 passed, 2 skipped"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fail_is_exit_code_1_and_the_others_are_still_made(
+    quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(machine: Machine) -> Verdict:
+        raise ZeroDivisionError("a mistake\nof two lines")
+
+    monkeypatch.setattr(examine, "disk", breaks)
+    monkeypatch.setattr(breaks, "__name__", "disk")
+    assert main(["doctor", "--device", "cpu", "--preset", "quickstart"]) == 1
+    shown = capsys.readouterr()
+    *lines, total = shown.out.splitlines()
+    assert "fail  disk              ZeroDivisionError: a mistake" in lines
+    assert len(lines) == len(NAMES) + len(SLOW_NAMES)
+    assert "1 failed" in total
+    assert shown.err == ""
+
+
+def test_without_its_device_what_needs_it_is_skipped(
+    quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(examine, "NEED_DEVICE", (machine.memory, examine.parity, matrix_products, bf16))
+    assert main(["doctor", "--device", "cuda", "--preset", "quickstart"]) == 1
+    found = {line[6:22].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert found["device"].startswith("fail  device            device 'cuda' is not available here (there is: ")
+    for name in ("memory", "parity", "matrix products", "bf16"):
+        assert found[name].startswith("skip  ")
+        assert found[name].endswith("there is no device to try it on")
+    assert found["disk"].startswith("pass  ")
+
+
+def test_every_check_that_asks_for_the_device_is_skipped_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are not may be made: none of them may meet the error that there is no device, but `device`."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(tools, "_child", lambda *_: None)
+    for name in (*NAMES, *SLOW_NAMES):
+        verdict = judge(getattr(examine, name.replace(" ", "_")), this(device="cuda"))
+        assert ("not available here" in verdict.reason) == (name == "device"), verdict
+
+
+def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--preset", "quikstart"]) == 2
+    assert capsys.readouterr().err == "restomod: error: unknown preset 'quikstart'; did you mean 'quickstart'?\n"
+
+
+# --- versions and device ------------------------------------------------------------------------------------
+
+
+def test_versions_of_this_installation() -> None:
+    assert_says(machine.versions(this()), "pass", f"torch {torch.__version__}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "said"),
+    [
+        (["torch>=99"], "fail", f"torch is {importlib.metadata.version('torch')}; pip install 'torch>=99'"),
+        (["no-such-package>=2"], "fail", "no-such-package is missing; pip install 'no-such-package>=2'"),
+        (["no-such-package"], "fail", "no-such-package is missing; pip install 'no-such-package'"),
+        (["tokie==9.9"], "warn", "tokenized by tiktoken instead, 4 times slower; pip install 'tokie==9.9'"),
+        (["torch>=99", "tokie==9.9"], "fail", "pip install 'torch>=99' 'tokie==9.9'"),
+        (["no-such-package; extra == 'test'", "torch>=2"], "pass", "all 1 packages"),
+    ],
+)
+def test_a_package_of_another_release(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], status: Status, said: str
+) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: asked)
+    assert_says(machine.versions(this()), status, said)
+
+
+@pytest.mark.parametrize(
+    ("release", "status"), [((2, 11), "pass"), ((2, 15), "pass"), ((2, 16), "warn"), ((3, 0), "warn")]
+)
+def test_a_torch_that_nobody_has_tested_is_warned_of(
+    release: tuple[int, int], status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "torch_release", lambda: release)
+    assert_says(machine.versions(this()), status, "torch")
+
+
+def test_without_an_installation_versions_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PACKAGE", "no-such-package")
+    assert machine.versions(this()).status == "skip"
+
+
+@pytest.mark.parametrize(("cuda", "said"), [(None, "built without CUDA"), ("12.8", "built for CUDA 12.8, cannot use")])
+def test_a_gpu_that_lies_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, said: str) -> None:
+    monkeypatch.setattr(machine, "choose_device", lambda name: CPU)
+    assert machine.device(this(device="auto")).status == "pass"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    assert_says(machine.device(this(device="auto")), "warn", said)
+    assert machine.device(this(device="cpu")).status == "pass"  # as was asked for
+
+
+# --- disk, memory, threads ----------------------------------------------------------------------------------
+
+
+def test_room_for_checkpoints_is_that_of_those_kept_the_best_and_one_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = preset("quickstart")
+    saved = range(0, config.steps + 1, config.save_every)
+    kept_at_most = max(
+        len(kept(list(saved[: n + 1]), {step: float(step != best) for step in saved[: n + 1]}, {}, config))
+        for n in range(len(saved))
+        for best in saved
+    )
+    needed = (kept_at_most + 1) * 12 * 7_655_552
+    monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=needed))
+    assert_says(machine.disk(this(tmp_path / "runs" / "x")), "pass", "0.4 GB", "3 checkpoints of 0.1 GB")
+    monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=needed - 1))
+    assert_says(machine.disk(this(tmp_path / "runs" / "x")), "fail", f"free in {tmp_path}", "--out on another disk")
+
+
+def test_a_checkpoint_is_as_large_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A text that is long enough to be trained on.\n" * 200)
+    model = ("--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32", "--sequence-length", "64")
+    data = ("--data.source", "text", "--data.path", "text.txt", "--data.val-fraction", "0", "--batch-tokens", "64")
+    assert main(["train", "quickstart", *model, *data, "--steps", "1", "--device", "cpu", "--precision", "fp32"]) == 0
+    (checkpoint,) = (tmp_path / "runs/quickstart/checkpoints").iterdir()
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=256)
+    said = machine.CHECKPOINT_BYTES * machine.parameter_count(config)
+    assert said < size < said + 4 * 2**20  # the vocabulary's files are with it
+
+
+def test_a_file_where_runs_are_to_go(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    assert_says(machine.disk(this(tmp_path / "runs")), "fail", "cannot be written to; train with --out")
+
+
+@pytest.mark.parametrize(
+    ("free", "status", "said"),
+    [(6e9, "pass", "6.0 GB available"), (4.5e9, "warn", "lower --micro-batch"), (2e9, "fail", "train a smaller")],
+)
+def test_memory_for_gpt2_124m(monkeypatch: pytest.MonkeyPatch, free: float, status: Status, said: str) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: int(free))
+    assert_says(machine.memory(this(precision="bf16", of="gpt2-124m")), status, said, "micro-batches of 4")
+
+
+def test_memory_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: None)
+    assert machine.memory(this()).status == "skip"
+
+
+def cgroup(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(machine, "CGROUP", folder)
+    monkeypatch.setattr("restomod.utils.process_memory.CGROUP", folder)
+
+
+def test_a_containers_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = machine.available_bytes(CPU)
+    assert without is not None
+    cgroup(tmp_path, monkeypatch, memory_DOT_max="3000\n", memory_DOT_current="1000\n")
+    assert machine.available_bytes(CPU) == 2000
+    cgroup(tmp_path, monkeypatch, memory_DOT_max="max\n")
+    assert (machine.available_bytes(CPU) or 0) > 2000
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu_DOT_max": "150000 100000\n"}, 1.5),
+        ({"cpu_DOT_max": "max 100000\n"}, 8),
+        ({"cpu__cpu_DOT_cfs_quota_us": "200000\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"}, 2),
+        ({"cpu__cpu_DOT_cfs_quota_us": "-1\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_a_containers_limit_of_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: float
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    cgroup(tmp_path, monkeypatch, **files)
+    assert machine.usable_processors() == expected
+
+
+@pytest.mark.parametrize(
+    ("used", "there", "variable", "status", "said"),
+    [
+        (2, 2, None, "pass", "torch uses 2 threads, and this process has 2 processors"),
+        (8, 1.5, None, "warn", "they take turns; export OMP_NUM_THREADS=1"),
+        (8, 0.5, None, "warn", "export OMP_NUM_THREADS=1"),
+        (1, 1.5, "1", "pass", ""),
+        (1, 4, "1", "warn", "OMP_NUM_THREADS is 1; export OMP_NUM_THREADS=4"),
+        (2, 4, None, "pass", ""),  # torch's own choice: a thread per core, of two that share it
+    ],
+)
+def test_threads(
+    monkeypatch: pytest.MonkeyPatch, used: int, there: float, variable: str | None, status: Status, said: str
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: used)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(machine, "usable_processors", lambda: there)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert_says(machine.threads(this()), status, said)
+
+
+# --- right, and how fast ------------------------------------------------------------------------------------
+
+
+def test_a_wrong_kernel() -> None:
+    assert judge(examine.parity, this()).status == "pass"
+    with WrongKernel(*FAULTS["attention 2 % too large"]):
+        assert_says(judge(examine.parity, this()), "fail", "gradients by at most")
+    assert device_parity.SHAPE.n_embd == 64 * device_parity.SHAPE.n_head  # the heads are those of GPT-2
+
+
+@pytest.mark.parametrize(
+    ("precision", "bf16_rate", "status", "said"),
+    [
+        ("bf16", 2e12, "pass", "2.00 times as fast as fp32 at 1024"),
+        ("bf16", 0.5e12, "warn", "0.50 times as fast as fp32 at 1024, so it only costs precision; train with --prec"),
+        ("fp32", 0.5e12, "pass", "0.50 times as fast as fp32 at 1024; products are in fp32 here"),
+    ],
+)
+def test_bf16_slower_than_fp32(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, bf16_rate: float, status: Status, said: str
+) -> None:
+    monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=bf16_rate, fp16=3e12))
+    assert_says(bf16(this(precision=precision)), status, said)
+    assert_says(matrix_products(this()), "pass", "fp32 1.00 TFLOP/s (at 1024)", "fp16 3.00 TFLOP/s")
+
+
+def test_bf16_that_is_faster_where_it_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=2e12))
+    monkeypatch.setattr(machine, "choose_dtype", lambda precision, device: torch.float32)
+    assert_says(bf16(this(precision="auto")), "pass", "--precision bf16 can be tried")
+
+
+def test_products_grow_until_one_would_take_too_long() -> None:
+    """A device of 2e10 operations a second in fp32, 1e8 in fp16: 1024 takes 0.1 s, 2048 0.86 s, and 256 0.3 s."""
+    made: list[tuple[torch.dtype, int]] = []
+    per_second = {torch.float32: 2e10, torch.bfloat16: 1e13, torch.float16: 1e8}
+
+    def seconds(device: torch.device, dtype: torch.dtype, size: int) -> float:
+        made.append((dtype, size))
+        return 2 * size**3 / per_second[dtype]
+
+    found = matmul_rates(CPU, seconds)
+    sizes = {dtype: [size for d, size in made if d == dtype] for dtype in per_second}
+    assert sizes == {
+        torch.float32: [256, 1024],
+        torch.bfloat16: [256, 1024, 2048, 4096],
+        torch.float16: [256],
+    }
+    assert found.by_size["fp32"][1024] == pytest.approx(2e10)
+    assert found.compared("bf16", "fp32") == (1024, pytest.approx(1e13), pytest.approx(2e10))
+
+
+def test_rates_and_bandwidth_are_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "LONGEST_PRODUCT", 0.0)
+    monkeypatch.setattr(speed, "COPIED_BYTES", {"cpu": 2**20})
+    assert matrix_products(this()).status == "pass"
+    assert examine.bandwidth(this()).reason.endswith(" GB/s, copying")
+
+
+# --- tools --------------------------------------------------------------------------------------------------
+
+
+def compiler_verdict(path: str) -> Verdict:
+    """In a process of its own, as torch keeps what it has once found out about a compiler."""
+    program = (
+        "from pathlib import Path; from restomod.checks.doctor import *; from restomod.config.presets import preset;"
+        "v = judge(compiler, Machine('cpu', 'fp32', 'x', preset('quickstart'), Path()));"
+        "import json; print(json.dumps([v.check, v.status, v.reason]))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": path}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return Verdict(*json.loads(done.stdout))
+
+
+def test_a_compiler_that_is_absent(tmp_path: Path) -> None:
+    assert_says(
+        compiler_verdict(str(tmp_path)), "warn", "there is no C++ compiler", "train with --compile off", "install g++"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("x.h:1: fatal error: Python.h: No such file", "(Python.h is missing); train with --compile off, or install"),
+        ("x.cpp:1:1: error: no such thing", "(x.cpp:1:1: error: no such thing); train with --compile off, or see"),
+    ],
+)
+def test_a_compiler_that_fails(tmp_path: Path, message: str, said: str) -> None:
+    says_its_version = "case $1 in *version*) echo 'g++ (Planted) 12.2.0'; exit 0;; esac"
+    (tmp_path / "g++").write_text(f"#!/bin/sh\n{says_its_version}\necho '{message}' >&2\nexit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    assert_says(compiler_verdict(f"{tmp_path}:/usr/bin:/bin"), "warn", said)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_works() -> None:
+    assert_says(compiler_verdict(os.environ["PATH"]), "pass", "torch.compile compiles a module here")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path) -> None:
+    refuses = "case \"$*\" in *-mavx512*|*-mamx*) echo 'g++: error: unrecognized option' >&2; exit 1;; esac"
+    (tmp_path / "g++").write_text(f'#!/bin/sh\n{refuses}\nexec {shutil.which("g++")} "$@"\n')
+    (tmp_path / "g++").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert_says(compiler_verdict(path), "pass", "torch.compile compiles a module here")
+
+
+def test_a_compiler_that_compiles_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", lambda module: lambda x: module(x) * 1.001)
+    assert_says(judge(tools.compiler, this()), "fail", "a compiled module is off by", "--compile off")
+    monkeypatch.setattr("torch.compile", lambda module: module)
+    assert judge(tools.compiler, this()).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Cannot find a working triton installation", "install triton"),
+        ("CppCompileError: C++ compile error\n\nx.cpp:1:1: error: no such thing", "x.cpp:1:1: error: no such thing"),
+        ("", "no reason given"),
+    ],
+)
+def test_what_a_compilers_message_means(message: str, said: str) -> None:
+    assert said in " ".join(tools._compiler_problem(message))
+
+
+def test_two_processes_add_up() -> None:
+    assert_says(judge(tools.processes, this()), "pass", "two processes add up over gloo")
+
+
+def test_a_process_group_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-network")
+    assert_says(judge(tools.processes, this()), "fail", "two processes cannot work together (", "GLOO_SOCKET_IFNAME=lo")
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "PATIENCE", 0.01)
+    assert_says(judge(tools.processes, this()), "fail", "did not find each other")
+
+
+def _says(output: str, code: int = 0) -> Any:
+    return lambda *_: SimpleNamespace(returncode=code, stdout=output, stderr="")
+
+
+def test_processes_that_add_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "_child", _says("roundtrip gloo 3.0\nroundtrip NCCL 2.0\n"))
+    assert_says(tools.processes(this()), "fail", "1 + 2 over two processes: NCCL gave 2.0")
+    monkeypatch.setattr(tools, "_child", _says("roundtrip gloo 3.0\nroundtrip NCCL 3.0\n"))
+    assert_says(tools.processes(this()), "pass", "gloo and NCCL")
+    monkeypatch.setattr(tools, "_child", _says(""))
+    assert tools.processes(this()).status == "fail"
+
+
+def test_a_child_finds_this_package_wherever_it_is_run_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "restomod").mkdir()  # another one in the current folder
+    (tmp_path / "restomod" / "__init__.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    program = "import restomod, os; print(restomod.__file__, 'RANK' in os.environ)"
+    done = tools._child(["-c", program], dict(os.environ))
+    assert done is not None
+    assert done.stdout.split() == [sys.modules["restomod"].__file__, "False"]
+
+
+def test_a_user_error_in_a_check_is_its_reason() -> None:
+    def wants_more(machine: Machine) -> Verdict:
+        raise UserError("micro_batch 3 does not divide")
+
+    assert judge(wants_more, this()) == Verdict("wants more", "fail", "micro_batch 3 does not divide")
+
+
+def test_a_run_config_of_ones_own() -> None:
+    config = RunConfig(steps=1, batch_tokens=64, sequence_length=64)
+    assert Machine("cpu", "auto", "mine", config, Path()).dtype in (torch.float32, torch.bfloat16)

@@ -1,0 +1,552 @@
+"""`restomod check` finds planted faults, lets sound models of any shape pass, and changes nothing before its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import restomod
+from restomod.checks import model_slow as check_module
+from restomod.checks.model_quick import QUICK, Subject
+from restomod.checks.model_slow import (
+    SLOW,
+    activations,
+    check,
+    compiled_agreement,
+    initial_weights,
+    memory_bytes,
+    overfitting,
+    own_source,
+    precision_agreement,
+    residual_stds,
+)
+from restomod.cli import main
+from restomod.config.presets import PRESETS
+from restomod.config.run import ModelConfig, RunConfig
+from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import Compute
+from restomod.model.gpt import build_model
+from restomod.model.hf_io import save_model
+from restomod.utils.check_result import Status, Verdict
+from restomod.utils.errors import UserError
+from tests.checks.faults import QUICK_FAULTS, SLOW_FAULTS
+from tests.models import CPU, to_transformers
+from tests.trainee import assert_leaves_no_trace, make_subject, state_of
+
+NAMES = [
+    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
+    *("initial weights", "activations", "bf16", "compiled", "overfitting"),
+]
+WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=96, n_positions=32, vocab_size=97)
+cached_source = functools.cache(own_source)
+
+
+@pytest.fixture(autouse=True)
+def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's source is tokenized once for all tests."""
+    monkeypatch.setattr(check_module, "own_source", cached_source)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that takes no time: it leaves everything as it is."""
+    monkeypatch.setattr("torch.compile", lambda module: module.forward)
+
+
+Checked = Callable[..., dict[str, Verdict]]
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Checked:
+    """Checks a preset of a given model; nothing is compiled, and the initial loss is read off fewer tokens."""
+    monkeypatch.setattr("restomod.checks.model_quick.INITIAL_LOSS_TOKENS", 512)
+
+    def run(model: ModelConfig, seed: int = 1) -> dict[str, Verdict]:
+        T = model.n_positions
+        monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, T, T, model))
+        verdicts = list(check("mine", seed, "cpu", "fp32"))
+        assert [v.check for v in verdicts] == NAMES
+        return {v.check: v for v in verdicts}
+
+    return run
+
+
+def failures(verdicts: dict[str, Verdict]) -> dict[str, str]:
+    return {name: v.reason for name, v in verdicts.items() if v.status == "fail"}
+
+
+# --- sound models ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sound_model_passes_everything_whatever_its_seed(seed: int, checked: Checked) -> None:
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=64, vocab_size=499)
+    assert {v.status for v in checked(model, seed).values()} == {"pass"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(2, 2, 32, 64),  # GPT-2's vocabulary
+        ModelConfig(2, 2, 32, 16, 97),
+        ModelConfig(1, 1, 8, 1, 97),
+        ModelConfig(1, 1, 8, 2, 97),
+        ModelConfig(2, 4, 20, 5, 211),
+        ModelConfig(2, 3, 48, 33, 1000),
+        ModelConfig(1, 1, 32, 16, 2),
+        ModelConfig(2, 2, 32, 1500, 499),
+        ModelConfig(12, 4, 128, 64, 499),
+    ],
+    ids=str,
+)
+def test_a_sound_model_of_an_odd_shape_does_not_fail(model: ModelConfig, checked: Checked) -> None:
+    verdicts = checked(model)
+    assert failures(verdicts) == {}
+    slow = model.n_embd % 64 or model.n_positions % 64
+    assert {name for name, v in verdicts.items() if v.status == "warn"} == ({"kernel shapes"} if slow else set())
+    assert {name for name, v in verdicts.items() if v.status == "skip"} == (
+        {"causality"} if model.n_positions == 1 else set()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [ModelConfig(2), ModelConfig(1, 12, 768, 64), ModelConfig(2, 6, 384)], ids=str)
+def test_layers_of_real_width_pass_everything(model: ModelConfig, checked: Checked) -> None:
+    assert {v.status for v in checked(model).values()} == {"pass"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "gpt2-124m"])
+def test_the_presets_pass_everything(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    assert main(["check", name, "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:-1]] == ["pass"] * len(NAMES)
+    assert lines[-1] == f"{name}: 11 passed"
+
+
+def test_a_saved_model_is_checked_but_not_for_its_initial_weights(tmp_path: Path, uncompiled: None) -> None:
+    model = build_model(WIDE, 1, CPU)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[:100] = -10.0  # dead units are common in trained models
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model")
+    verdicts = {v.check: v for v in check(str(tmp_path / "model"), 1, "cpu", "fp32")}
+    assert list(verdicts) == ["loss", *NAMES[1:]]
+    assert failures(verdicts) == {}
+    assert verdicts["initial weights"].status == "skip"
+    assert f"; {100 / (8 * 96):.1%} of the MLPs' units give nothing on this text" in verdicts["activations"].reason
+
+
+def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them(
+    monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    model = build_model(WIDE, 1, CPU)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[3, 3] = math.nan
+    monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, 32, 32, WIDE))
+    monkeypatch.setattr("restomod.runs.open_model.build_model", lambda *_: model.eval())
+    failed = {v.check for v in check("mine", 1, "cpu", "fp32") if v.status == "fail"}
+    expected = {"targets", "causality", "gradients", "activations", "bf16", "compiled", "overfitting"}
+    assert failed == expected | {"initial loss", "initial weights"}
+
+
+def test_a_name_that_is_none_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="gpt2-124: no such preset, run or model; did you mean 'gpt2-124m'"):
+        next(check("gpt2-124", 1, "cpu", "fp32"))
+
+
+def test_verdicts_come_as_they_are_found(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(WIDE)
+    later: list[Subject] = []
+    monkeypatch.setattr(check_module, "SLOW", (later.append,))
+    verdicts = check("mine", 1, "cpu", "fp32")
+    assert [next(verdicts).check for _ in QUICK] == NAMES[: len(QUICK)]
+    assert later == []
+
+
+# --- planted faults -------------------------------------------------------------------------------------------
+
+
+FOUND_BY_ONE_CHECK = {
+    "a mask that hides nothing",
+    "a head with its own weights",
+    "a loader with targets 2 ahead",
+    "a loss of targets 2 ahead",
+    "a frozen matrix",
+    "no residual scaling",
+    "a residual stream that explodes",
+    "another loss in bf16",
+    "a compiler's other loss",
+    "an optimizer that does nothing",
+}
+
+
+@pytest.mark.parametrize("fault", [*QUICK_FAULTS, *SLOW_FAULTS])
+def test_a_planted_fault_is_found(fault: str, checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, name, said = {**QUICK_FAULTS, **SLOW_FAULTS}[fault]
+    plant(monkeypatch)
+    monkeypatch.setattr(check_module, "OVERFIT_STEPS", 40)  # the sound model takes 20
+    failed = failures(checked(WIDE))
+    assert said in failed.get(name, "passed")
+    if fault in FOUND_BY_ONE_CHECK:
+        assert len(failed) == 1
+
+
+# --- what is changed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", SLOW[:-1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_check_leaves_the_model_as_it_was(
+    one: Callable[[Subject], Verdict], training: bool, uncompiled: None
+) -> None:
+    assert_leaves_no_trace(one, training)
+
+
+def test_only_the_last_check_changes_the_weights() -> None:
+    assert SLOW[-1] is overfitting
+    subject = make_subject()
+    before = state_of(subject.model)
+    overfitting(subject)
+    assert state_of(subject.model) != before
+
+
+def test_a_model_that_breaks_while_it_is_looked_at_keeps_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = make_subject()
+    before = state_of(subject.model)
+    monkeypatch.setattr(F, "gelu", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        activations(subject)
+    assert state_of(subject.model) == before
+
+
+# --- the text -------------------------------------------------------------------------------------------------
+
+
+def test_the_text_is_this_packages_source() -> None:
+    files = sorted(Path(restomod.__file__).parent.rglob("*.py"))
+    text = own_source(50257)
+    assert len(files) > 20
+    assert gpt2_tokenizer().decode(text.read(0, len(text)).tolist()) == "".join(
+        f.read_text() for f in files if f.stat().st_size
+    )
+
+
+@pytest.mark.parametrize("V", [1, 97, 50256, 65_536, 70_000])
+def test_the_text_fits_any_vocabulary(V: int) -> None:
+    own, gpt2 = own_source(V), own_source(50257)
+    assert np.array_equal(own.read(0, 5000), gpt2.read(0, 5000).astype(np.int64) % V)
+
+
+@pytest.mark.parametrize(("n_positions", "T"), [(33, 33), (1024, 1024), (1025, 1024)])
+def test_windows_are_as_long_as_the_model_allows_up_to_1024(
+    n_positions: int, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Subject] = []
+    monkeypatch.setattr(check_module, "QUICK", (lambda subject: seen.append(subject),))
+    monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, T, T, dataclasses.replace(WIDE, n_positions=n_positions)))
+    next(check("mine", 7, "cpu", "bf16"))
+    assert (seen[0].batches.T, seen[0].compute, seen[0].fresh) == (T, Compute(CPU, torch.bfloat16, 1), True)
+    expected = build_model(dataclasses.replace(WIDE, n_positions=n_positions), 7, CPU)
+    assert torch.equal(seen[0].model.transformer.wpe.weight, expected.transformer.wpe.weight)
+
+
+# --- initial weights ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model", [ModelConfig(1, 1, 2, 1, 3), ModelConfig(2, 2, 8, 4, 17), WIDE, ModelConfig(6, 4, 64, 64, 997)]
+)
+def test_the_initialisation_is_within_chance(model: ModelConfig) -> None:
+    for seed in range(30):
+        subject = make_subject(model=model, seed=seed, sequence_length=1, text=np.zeros(9))
+        assert initial_weights(subject).status == "pass", seed
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "said"),
+    [
+        ("h.0.attn.c_attn.weight", 1.06, "transformer.h.0.attn.c_attn.weight has standard deviation 0.021"),
+        ("h.1.mlp.c_proj.weight", 0.94, "transformer.h.1.mlp.c_proj.weight has standard deviation 0.009"),
+        ("wpe.weight", 1.2, "transformer.wpe.weight has standard deviation 0.02"),
+        ("ln_f.weight", 1.001, "transformer.ln_f.weight is not all 1"),
+    ],
+)
+def test_a_tensor_slightly_off_is_named(name: str, by: float, said: str) -> None:
+    subject = make_subject(model=WIDE)
+    subject.model.transformer.get_parameter(name).data *= by
+    verdict = initial_weights(subject)
+    assert verdict.status == "fail"
+    assert verdict.reason.startswith(said)
+    assert "more" not in verdict.reason
+    subject.model.transformer.ln_f.bias.data += 1
+    assert initial_weights(subject).reason.endswith(" and 1 more")
+
+
+def test_a_mean_slightly_off_is_named() -> None:
+    subject = make_subject(model=WIDE)
+    weight = subject.model.transformer.h[0].mlp.c_fc.weight
+    weight.data += 0.002 - weight.mean()
+    assert initial_weights(subject).reason == "transformer.h.0.mlp.c_fc.weight has mean 0.0020, not 0"
+    weight.data -= 0.004
+    assert initial_weights(subject).reason == "transformer.h.0.mlp.c_fc.weight has mean -0.0020, not 0"
+
+
+def test_rows_that_pad_the_vocabulary_do_not_count() -> None:
+    """They are 0: a quarter of 128 rows here."""
+    subject = make_subject(model=WIDE)
+    assert initial_weights(subject).status == "pass"
+    assert initial_weights(subject).reason.startswith("standard deviation 0.02, and 0.02 / √4 = 0.0100 where")
+
+
+# --- activations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_residual_streams_std_is_that_of_transformers(scale: float) -> None:
+    model = ModelConfig(n_layer=3, n_head=2, n_embd=96, n_positions=16, vocab_size=97)
+    subject = make_subject(model=model)
+    ours, _ = residual_stds(subject, scale)
+    with torch.no_grad():
+        for block in subject.model.transformer.h:
+            block.attn.c_proj.weight *= scale
+            block.mlp.c_proj.weight *= scale
+    seen: list[Tensor] = []
+    theirs = to_transformers(subject.model).transformer
+    theirs.h[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for block in theirs.h:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        theirs(subject.few_tokens()[0])
+    hidden = [x[0] if isinstance(x, tuple) else x for x in seen]
+    assert len(ours) == 4
+    assert ours == pytest.approx([x.std().item() for x in hidden], rel=1e-4)
+
+
+def test_activations_tell_where_the_stream_would_end_without_scaling() -> None:
+    subject = make_subject(model=WIDE)
+    stds = residual_stds(subject)[0]
+    unscaled = residual_stds(subject, 2.0)[0]  # two layers: 1/√4
+    reason = activations(subject).reason
+    assert f": {stds[0]:.2g} {stds[1]:.2g} {stds[2]:.2g}; " in reason
+    assert reason.endswith(f"without the 1/√4 scaling it would end at {unscaled[-1]:.2g}")
+    assert unscaled[-1] > stds[-1]
+
+
+@pytest.mark.parametrize(("n_layer", "shown"), [(1, 2), (6, 7), (11, 7), (12, 7), (13, 8), (24, 7), (36, 7), (48, 7)])
+def test_of_a_deep_model_some_layers_are_shown_and_always_the_last(
+    n_layer: int, shown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stds = [0.1 + i / 1000 for i in range(n_layer + 1)]
+    monkeypatch.setattr(check_module, "residual_stds", lambda *_, **__: (stds, 0.0))
+    path = activations(make_subject()).reason.split(": ")[1].split(";")[0].split()
+    assert len(path) == shown
+    assert (path[0], path[-1]) == ("0.1", f"{stds[-1]:.2g}")
+
+
+@pytest.mark.parametrize(
+    ("stds", "dead", "fresh", "status", "said"),
+    [
+        ([0.03, 9.9], 0.0, True, "pass", "0.03 9.9"),
+        ([0.03, 10.1], 0.0, True, "fail", "exploding: "),
+        ([10.1, 0.03], 0.0, True, "fail", "exploding: "),
+        ([0.0011, 0.03], 0.0, True, "pass", "0.0011 0.03"),
+        ([0.03, 0.0009], 0.0, True, "fail", "dead: "),
+        ([0.0009, 0.03], 0.0, True, "fail", "dead: "),
+        ([0.03, 0.03], 0.009, True, "pass", "0.03 0.03"),
+        ([0.03, 0.03], 0.011, True, "fail", "1.1% of the MLPs' units give nothing"),
+        ([0.03, math.nan], 0.0, True, "fail", "not finite"),
+        ([0.03, math.inf], 0.0, False, "fail", "not finite"),
+        ([0.03, 500.0], 0.5, False, "pass", "50.0% of the MLPs' units give nothing on this text"),
+        ([0.03, 1e-7], 0.0, False, "fail", "0.03 1e-07"),
+    ],
+)
+def test_activations_that_explode_or_die_fail(
+    stds: list[float], dead: float, fresh: bool, status: Status, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_module, "residual_stds", lambda *_, **__: (stds, dead))
+    verdict = activations(make_subject(fresh=fresh))
+    assert verdict.status == status
+    assert said in verdict.reason
+
+
+def test_dead_units_are_counted_one_by_one() -> None:
+    subject = make_subject(model=WIDE)
+    assert residual_stds(subject)[1] == 0.0
+    with torch.no_grad():
+        subject.model.transformer.h[0].mlp.c_fc.bias[:7] = -20.0
+        subject.model.transformer.h[1].mlp.c_fc.bias[5] = -20.0
+    assert residual_stds(subject)[1] == pytest.approx(8 / (2 * 4 * 96))
+
+
+# --- precision and compilation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("apart", "status"), [(0.049, "pass"), (-0.049, "pass"), (0.051, "fail"), (-0.051, "fail")])
+def test_bf16_may_differ_by_rounding(apart: float, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(model: object, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
+        return torch.tensor(3.0 + (apart if compute.dtype == torch.bfloat16 else 0.0))
+
+    monkeypatch.setattr(check_module, "batch_loss", loss)
+    verdict = precision_agreement(make_subject(dtype=torch.bfloat16))
+    assert verdict.status == status
+    assert verdict.reason.startswith(f"loss {3 + apart:.4f} in bf16 and 3.0000 in fp32")
+
+
+def test_a_compiled_model_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated by the compiler, but not turned into machine code: that takes a minute."""
+    torch._dynamo.reset()
+    compiled, compile_ = [], torch.compile
+
+    def recording(module: torch.nn.Module) -> torch.nn.Module:
+        compiled.append(module)
+        return compile_(module, backend="aot_eager")
+
+    monkeypatch.setattr("torch.compile", recording)
+    subject = make_subject()
+    before = state_of(subject.model)
+    verdict = compiled_agreement(subject)
+    assert verdict.status == "pass", verdict.reason
+    assert compiled == [subject.model.transformer]
+    assert state_of(subject.model) == before
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("loss_by", "gradient_by", "status"),
+    [
+        (5e-5, 1.0, "pass"),
+        (5e-4, 1.0, "fail"),
+        (-5e-4, 1.0, "fail"),
+        (0, 1.009, "pass"),
+        (0, 1.02, "fail"),
+        (0, 0.98, "fail"),
+    ],
+)
+def test_a_compiled_model_may_differ_by_rounding(
+    loss_by: float, gradient_by: float, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cross_entropy, calls = check_module.linear_cross_entropy, []
+
+    def loss(hidden: Tensor, *rest: Any, **how: Any) -> Tensor:
+        calls.append(1)
+        right = cross_entropy(hidden, *rest, **how)
+        if len(calls) == 1:
+            return right
+        return right * gradient_by + (right * (1 - gradient_by) + loss_by).detach()
+
+    monkeypatch.setattr("torch.compile", lambda module: module.forward)
+    monkeypatch.setattr(check_module, "linear_cross_entropy", loss)
+    assert compiled_agreement(make_subject()).status == status
+
+
+def test_without_a_compiler_that_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        def fail(tokens: Tensor) -> Tensor:
+            raise torch._dynamo.exc.TorchDynamoException("\n  InvalidCxxCompiler: no C++ compiler\n\nmore")
+
+        return fail
+
+    monkeypatch.setattr("torch.compile", compile_)
+    verdict = compiled_agreement(make_subject())
+    assert verdict.status == "skip"
+    assert "does not work here (InvalidCxxCompiler: no C++ compiler)" in verdict.reason
+    assert "\n" not in verdict.reason
+
+
+# --- overfitting ----------------------------------------------------------------------------------------------
+
+
+def steps(verdict: Verdict) -> int:
+    return int(verdict.reason.split(" in ")[1].split()[0])
+
+
+def test_overfitting_stops_as_soon_as_the_text_is_known() -> None:
+    subject = make_subject()
+    verdict = overfitting(subject)
+    assert verdict.status == "pass"
+    assert 10 < steps(verdict) < 60
+    tokens, targets = (x[:1] for x in subject.few_tokens())
+    logits = subject.model(tokens)
+    assert F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item() <= 0.05
+    assert logits.argmax(-1).equal(targets)
+
+
+@pytest.mark.parametrize(("T", "n"), [(50, 50), (90, 64)])
+def test_overfitting_takes_up_to_64_tokens_in_any_precision(T: int, n: int) -> None:
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=T, vocab_size=97)
+    subject = make_subject(model=model, sequence_length=T, batch_tokens=T, dtype=torch.bfloat16)
+    verdict = overfitting(subject)
+    assert verdict.reason.startswith(f"{n} tokens: loss 4.")
+    assert verdict.status == "pass"
+
+
+def test_windows_that_begin_alike_and_go_on_differently_can_be_learned() -> None:
+    """Two targets for one token: no model gets below ln(2)."""
+    text = np.array([7, 1, 5, 7, 2])
+    model = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=1, vocab_size=97)
+    subject = make_subject(model=model, sequence_length=1, batch_tokens=1, text=text)
+    assert [x.tolist() for x in subject.few_tokens()] == [[[7], [7]], [[1], [2]]]
+    assert overfitting(subject).status == "pass"
+
+
+def test_a_deep_and_narrow_model_does_not_stumble() -> None:
+    model = ModelConfig(n_layer=24, n_head=2, n_embd=64, n_positions=64, vocab_size=97)
+    verdict = overfitting(make_subject(model=model, sequence_length=64, batch_tokens=64))
+    assert verdict.status == "pass"
+    assert steps(verdict) < 70
+
+
+@pytest.mark.parametrize(("short", "status"), [(0, "pass"), (1, "skip")])
+def test_where_memory_is_too_small_training_is_not_tried(
+    short: int, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = make_subject()
+    needed = 16 * sum(p.numel() for p in subject.model.parameters())  # weight, gradient, two moments: 4 bytes each
+    monkeypatch.setattr(check_module, "memory_bytes", lambda device: needed - short)
+    before = state_of(subject.model)
+    verdict = overfitting(subject)
+    assert verdict.status == status
+    assert (state_of(subject.model) == before) == (status == "skip")
+
+
+def test_where_the_memory_is_unknown_training_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "memory_bytes", lambda device: None)
+    assert overfitting(make_subject()).status == "pass"
+
+
+def test_a_model_too_large_is_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9)
+    monkeypatch.setattr(check_module, "memory_bytes", lambda device: 8 * 10**9)
+    assert overfitting(make_subject()).reason == "training takes 9 GB, and this device has 8"
+
+
+def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/proc/meminfo") as f:
+        total = 1024 * int(next(line for line in f if line.startswith("MemTotal")).split()[1])
+    assert memory_bytes(CPU) == pytest.approx(total, rel=0.01)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1, 2))
+    assert memory_bytes(torch.device("cuda")) == 2
+    monkeypatch.delattr("os.sysconf")
+    assert memory_bytes(CPU) is None
+
+
+def test_the_optimizer_of_the_check_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch, checked: Checked) -> None:
+    seen: list[Subject] = []
+    monkeypatch.setattr(check_module, "QUICK", (lambda subject: (seen.append(subject), Verdict("x", "pass", ""))[1],))
+    monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, 32, 32, WIDE))
+    next(check("mine", 1, "cpu", "fp32"))
+    theirs = build_optimizer(seen[0].model, RunConfig(1, 32, 32).optim)
+    assert [len(g["params"]) for g in seen[0].optimizer.param_groups] == [len(g["params"]) for g in theirs.param_groups]

@@ -1,0 +1,356 @@
+"""FSDP: the numbers of DistributedDataParallel, what is gathered where and in which dtype; and both compiled."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from restomod.config.run import ModelConfig, Parallel
+from restomod.data.prefetch import MicroBatches
+from restomod.engine.distributed import SINGLE, Processes, compiled_parts, distribute, synchronised
+from restomod.engine.gather import gather_on_main, whole, whole_on_main
+from restomod.engine.optimizer import build_optimizer, optimizer_tensors
+from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.evals.heldout import token_losses
+from restomod.model.gpt import GPT
+from restomod.runs.async_saver import Saver
+from restomod.runs.checkpoint import load_checkpoint
+from tests.models import CPU
+from tests.processes import error_lines, launch, member, results
+from tests.trainee import Trainee, assert_identical, make_trainee
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GPT2 = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
+MODERN = ModelConfig(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    n_positions=16,
+    vocab_size=97,
+    norm="rmsnorm",
+    positions="rope",
+    mlp="swiglu",
+    qk_norm=True,
+    bias=False,
+    tied=False,
+    embedding_norm=True,
+    embedding_skip=True,
+    value_embedding=True,
+)
+
+
+def shared_out(
+    processes: Processes, parallel: Parallel = "fsdp", dtype: torch.dtype = FP32, **changes: Any
+) -> tuple[Trainee, nn.Module]:
+    """A trainee of several processes, sixteen sequences a step, and what computes its loss."""
+    t = make_trainee(**{"batch_tokens": 256, **changes})
+    loss_of = distribute(BatchLoss(t.model, Compute(CPU, dtype, 2)), t.model, parallel, processes, dtype)
+    t.optimizer = build_optimizer(t.model, t.config.optim, dtype, processes)
+    return t, loss_of
+
+
+def share_of(t: Trainee, step: int, processes: Processes, micro_batch: int = 2) -> MicroBatches:
+    return t.batches.micro_batches(step, micro_batch, processes.rank, processes.count)
+
+
+def train(t: Trainee, loss_of: nn.Module, processes: Processes, first: int, end: int) -> list[tuple[float, bool]]:
+    """Loss of steps [first, end), and whether the update was refused."""
+    made = [
+        train_step(loss_of, t.optimizer, share_of(t, s, processes), t.config, s, processes) for s in range(first, end)
+    ]
+    return [(outcome.loss, outcome.refused) for outcome in (step.wait() for step in made)]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, in memory of its own."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def weights(model: GPT) -> dict[str, Tensor]:
+    return {name: full(parameter) for name, parameter in model.named_parameters()}
+
+
+# --- precision -----------------------------------------------------------------------------------------------
+
+
+def gradients_in_bf16(processes: Processes, parallel: Parallel, model: ModelConfig) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a step of four micro-batches."""
+    t, loss_of = shared_out(processes, parallel, BF16, model=model)
+    found: dict[str, Tensor] = {}
+    t.optimizer.parts[0].register_step_pre_hook(
+        lambda *_: found.update({name: full(p.grad) for name, p in t.model.named_parameters() if p.grad is not None})
+    )
+    ((loss, _),) = train(t, loss_of, processes, 0, 1)
+    return loss, found
+
+
+@pytest.mark.parametrize("model", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_gradients_in_bf16_are_bit_for_bit_those_of_ddp(model: ModelConfig) -> None:
+    """Linear layers are rounded before they are gathered, and autocast would round them after it; nothing else is."""
+    (loss, expected), *_ = results(2, member, gradients_in_bf16, "ddp", model)
+    for found_loss, found in results(2, member, gradients_in_bf16, "fsdp", model):
+        assert found_loss == loss
+        assert_identical(found, expected)
+
+
+def dtypes_in_forward(processes: Processes) -> tuple[dict[str, torch.dtype], set[torch.dtype], torch.dtype]:
+    """Dtypes of a block's parameters while it is computed, of the residual stream, and of the embedding."""
+    t, loss_of = shared_out(processes, "fsdp", BF16, model=MODERN)
+    block, parameters, stream = t.model.transformer.h[1], {}, set()
+    embedding = []
+
+    def within_block(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        parameters.update({name: p.dtype for name, p in block.named_parameters()})
+        stream.add(inputs[0].dtype)
+        embedding.append(t.model.transformer.wte.weight.dtype)
+
+    block.ln_2.register_forward_pre_hook(within_block)
+    train(t, loss_of, processes, 0, 1)
+    return parameters, stream, embedding[0]
+
+
+def test_linear_layers_are_gathered_in_the_compute_dtype_and_all_else_in_fp32() -> None:
+    for parameters, stream, embedding in results(2, member, dtypes_in_forward):
+        linear = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+        assert {name for name, dtype in parameters.items() if dtype == BF16} == linear
+        assert {"ln_1.weight", "attn.q_norm.weight", "attn.v_skip.skip", "x_skip.weight"} < parameters.keys()
+        assert {dtype for name, dtype in parameters.items() if name not in linear} == {FP32}
+        assert stream == {FP32}
+        assert embedding == FP32
+
+
+def on_the_cpu_of_a_machine_with_gpus(processes: Processes) -> list[tuple[float, bool]]:
+    torch._C._get_accelerator = lambda *_: torch.device("cuda")  # type: ignore[assignment]
+    t, loss_of = shared_out(processes)
+    return train(t, loss_of, processes, 0, 2)
+
+
+def test_a_model_on_the_cpu_stays_there_beside_gpus() -> None:
+    first, second = results(2, member, on_the_cpu_of_a_machine_with_gpus)
+    assert first == second
+    assert not any(refused for _, refused in first)
+
+
+def order_of_copies(processes: Processes) -> list[str]:
+    """How the tokens come to the device, and when FSDP's own hook runs, which would copy them and wait."""
+    t, loss_of = shared_out(processes)
+    tokens, targets = t.batches.load(t.batches.windows(0)[:2])
+    order, to, prepare = [], Tensor.to, FSDPState._root_pre_forward
+
+    def copied(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        order.extend(["copy", *options] if tensor is tokens or tensor is targets else [])
+        return to(tensor, *arguments, **options)
+
+    def prepared(self: FSDPState, module: nn.Module, *arguments: Any) -> Any:
+        order.extend(["FSDP"] if module is loss_of else [])
+        return prepare(self, module, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", copied)
+        patch.setattr(FSDPState, "_root_pre_forward", prepared)
+        loss_of(tokens, targets)
+    return order
+
+
+def test_tokens_are_on_the_device_before_fsdp_would_copy_them_and_wait() -> None:
+    expected = ["copy", "non_blocking", "copy", "non_blocking", "FSDP"]
+    assert [order[:5] for order in results(2, member, order_of_copies)] == [expected, expected]
+
+
+def overflow_in_one(
+    processes: Processes, parallel: Parallel
+) -> tuple[list[bool], list[float], bool, dict[str, Tensor]]:
+    """A step in fp16 whose gradients overflow in the second process alone, and the steps after it."""
+    t, loss_of = shared_out(processes, parallel, FP16)
+    t.optimizer.loss_scale.factor.fill_(2.0**10)
+    train(t, loss_of, processes, 0, 2)
+    before = weights(t.model)
+    inner = loss_of.module if isinstance(loss_of, DistributedDataParallel) else loss_of
+    hook = inner.register_forward_hook(lambda _, inputs, loss: loss * (2.0**60 if processes.rank == 1 else 1.0))
+    factors, refused = [t.optimizer.loss_scale.factor.item()], []
+    for step in range(2, 5):
+        refused.append(train(t, loss_of, processes, step, step + 1)[0][1])
+        factors.append(t.optimizer.loss_scale.factor.item())
+        if step == 2:
+            unchanged = all(torch.equal(value, before[name]) for name, value in weights(t.model).items())
+            hook.remove()
+    return refused, factors, unchanged, weights(t.model)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_overflow_of_fp16_in_one_process_is_one_in_all(parallel: Parallel) -> None:
+    found = results(2, member, overflow_in_one, parallel)
+    for refused, factors, unchanged, _ in found:
+        assert refused == [True, False, False]
+        assert factors == [2.0**10, 2.0**9, 2.0**9, 2.0**9]
+        assert unchanged
+    assert_identical(found[0][3], found[1][3])
+
+
+# --- gathering -----------------------------------------------------------------------------------------------
+
+
+def gathered(processes: Processes) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
+    """Weights and state as they are gathered for a checkpoint; and how many whole tensors there were at once."""
+    t, loss_of = shared_out(processes)
+    train(t, loss_of, processes, 0, 2)
+    expected = weights(t.model) | {n: full(v) for n, v in optimizer_tensors(t.model, t.optimizer).items()}
+    alive: list[weakref.ref[Tensor]] = []
+    most, gather = 0, DTensor.full_tensor
+
+    def counted(self: DTensor) -> Tensor:
+        nonlocal most
+        tensor = gather(self)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", counted)
+        model = whole_on_main(t.model, processes)
+        state = gather_on_main(optimizer_tensors(t.model, t.optimizer), processes)
+        whole(t.model, keep=processes.main)
+    return expected, {n: p for n, p in model.named_parameters() if not p.is_meta}, state, most
+
+
+def test_a_checkpoint_is_gathered_in_the_main_process_alone() -> None:
+    main, other = results(2, member, gathered)
+    expected, model, state, _ = main
+    assert_identical(model | state, expected)
+    _, model, state, most = other
+    assert not model
+    assert not state
+    assert most == 1
+
+
+def evaluated(processes: Processes) -> tuple[Tensor, Tensor, set[torch.dtype], set[str]]:
+    """Losses by a copy in bf16 and by one in fp32; the dtypes of the first; devices where there is to be none."""
+    t, loss_of = shared_out(processes, "fsdp", BF16, model=MODERN)
+    train(t, loss_of, processes, 0, 5)
+    small, large = whole(t.model, BF16), whole(t.model)
+    tokens, targets = t.batches.load(t.batches.windows(9))
+    with torch.no_grad():
+        losses = [token_losses(model, tokens, targets, CPU, BF16) for model in (small, large)]
+    none = whole(t.model, BF16, keep=False)
+    linear = {p.dtype for m in small.transformer.h.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+    return losses[0], losses[1], linear, {p.device.type for p in none.parameters()}
+
+
+def test_evaluation_takes_half_the_memory_for_blocks_and_gives_the_same_bits() -> None:
+    for small, large, linear, none in results(2, member, evaluated):
+        assert torch.equal(small, large)
+        assert linear == {BF16}
+        assert none == {"meta"}
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def saved_and_loaded(processes: Processes, parallel: Parallel, folder: Path, optimizer: str) -> bool:
+    """Save, load in new trainees, and train on; only the main process has a folder."""
+    run = folder / str(processes.rank)
+    optim = make_trainee().config.optim
+    changes = {"optim": type(optim)(lr=3e-3, warmup_steps=3, optimizer=optimizer)}  # type: ignore[arg-type]
+    old, old_loss = shared_out(processes, parallel, **changes)
+    train(old, old_loss, processes, 0, 3)
+    with Saver(run, old.config, processes) as saver:
+        saver.save(3, old.model, old.optimizer)
+        saver.finish()
+    assert run.exists() == processes.main
+    new, new_loss = shared_out(processes, parallel, seed=2, **changes)
+    train(new, new_loss, processes, 0, 1)
+    new.batches = old.batches
+    assert load_checkpoint(run / "checkpoints/step_000003", new.model, new.optimizer, processes) == 3
+    for t, loss_of in ((old, old_loss), (new, new_loss)):
+        train(t, loss_of, processes, 3, 5)
+    states = [
+        weights(t.model) | {n: full(v) for n, v in optimizer_tensors(t.model, t.optimizer).items()} for t in (old, new)
+    ]
+    assert_identical(*states)
+    return True
+
+
+@pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")])
+def test_the_main_process_alone_writes_and_reads_checkpoints(
+    tmp_path: Path, parallel: Parallel, optimizer: str
+) -> None:
+    assert results(2, member, saved_and_loaded, parallel, tmp_path, optimizer) == [True, True]
+
+
+def loaded_by_another(processes: Processes, folder: Path) -> None:
+    old, loss_of = shared_out(processes)
+    train(old, loss_of, processes, 0, 1)
+    with Saver(folder, old.config, processes) as saver:
+        saver.save(1, old.model, old.optimizer)
+        saver.finish()
+    other, _ = shared_out(processes, optim=type(old.config.optim)(optimizer="muon"))
+    load_checkpoint(folder / "checkpoints/step_000001", other.model, other.optimizer, processes)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_in_all_with_one_line(tmp_path: Path) -> None:
+    ended = launch(2, member, loaded_by_another, tmp_path, timeout=30)
+    (line,) = error_lines(ended)
+    assert "is of another optimizer or model" in line
+    assert [e.code for e in ended] == [2, 2]
+
+
+# --- compiled ------------------------------------------------------------------------------------------------
+
+WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=256, n_positions=16, vocab_size=97)  # gradients of several megabytes
+
+
+def gradients_of_two_steps(
+    processes: Processes, parallel: Parallel, recompute: bool, micro_batch: int
+) -> list[dict[str, Tensor]]:
+    t = make_trainee(batch_tokens=256, model=WIDE)
+    t.model.transformer.recompute = recompute
+    if processes.count > 1:
+        for module in compiled_parts(t.model, parallel):
+            module.compile(backend="aot_eager")  # traced and differentiated like any other, but not made to kernels
+    loss_of = distribute(BatchLoss(t.model, Compute(CPU, FP32, 2)), t.model, parallel, processes)
+    found = []
+    for step in range(2):
+        batch = share_of(t, step, processes, micro_batch)
+        for i, (tokens, targets) in enumerate(batch):
+            with synchronised(loss_of, last=i + 1 == len(batch)):
+                (loss_of(tokens, targets) / len(batch)).backward()
+        found.append({name: full(p.grad) for name, p in t.model.named_parameters() if p.grad is not None})
+        t.model.zero_grad(set_to_none=True)
+    return found
+
+
+def compiled(
+    processes: Processes, parallel: Parallel, recompute: bool, micro_batch: int
+) -> tuple[list[dict[str, Tensor]], int, int]:
+    """Gradients, how many operations were compiled, and how many graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=1)
+        patch.setattr(DistributedDataParallel, "__init__", small)  # several buckets, as of a large model
+        found = gradients_of_two_steps(processes, parallel, recompute, micro_batch)
+    return found, counters["stats"]["calls_captured"], counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("micro_batch", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_compiled_gradients_are_those_of_one_process_without_compilation(
+    parallel: Parallel, recompute: bool, micro_batch: int
+) -> None:
+    expected = gradients_of_two_steps(SINGLE, "ddp", False, 8)
+    for found, operations, graphs in results(2, member, compiled, parallel, recompute, micro_batch):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, gradient in theirs.items():
+                torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4)
+        assert operations > 0
+        assert graphs == 1, "the blocks share one, and nothing is compiled anew"

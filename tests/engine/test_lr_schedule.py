@@ -1,0 +1,59 @@
+"""The learning rate against torch's own schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from restomod.config.run import OptimConfig
+from restomod.engine.lr_schedule import learning_rate
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(50, 10), (50, 1), (200, 60), (12, 10)])
+def test_warmup_and_cosine_are_those_of_torch(steps: int, warmup: int) -> None:
+    config = OptimConfig(lr=6e-4, min_lr_ratio=0.1, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=6e-4)
+    linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(1, warmup - 1))
+    cosine = CosineAnnealingLR(optimizer, T_max=steps - 1 - warmup, eta_min=6e-5)
+    scheduler = SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
+    for step in range(steps):
+        assert learning_rate(config, step, steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
+def test_last_step_has_exactly_the_smallest_learning_rate(ratio: float) -> None:
+    config = OptimConfig(lr=3e-3, min_lr_ratio=ratio, warmup_steps=20)
+    assert learning_rate(config, 299, 300) == ratio * 3e-3
+
+
+def test_first_step_of_a_warmup_already_moves() -> None:
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=100), 0, 1000) == 0.01
+
+
+def test_warmup_ends_at_the_maximum() -> None:
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=100), 99, 1000) == 1.0
+
+
+def test_halfway_down_the_cosine_is_the_mean_of_both_ends() -> None:
+    config = OptimConfig(lr=1.0, min_lr_ratio=0.2, warmup_steps=10)
+    assert learning_rate(config, 60, 111) == pytest.approx(0.6)
+
+
+def test_without_warmup_the_first_step_has_the_maximum() -> None:
+    config = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=0)
+    assert [learning_rate(config, step, 3) for step in range(3)] == pytest.approx([1.0, 0.55, 0.1])
+
+
+@pytest.mark.parametrize("warmup", [4, 5, 6, 1000])
+def test_a_warmup_as_long_as_the_run_or_longer_only_rises(warmup: int) -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=warmup)
+    rates = [learning_rate(config, step, 5) for step in range(5)]
+    assert rates == sorted(rates)
+    assert 0 < rates[0] <= rates[-1] <= 1.0
+
+
+def test_a_run_of_one_step_without_warmup_has_the_maximum() -> None:
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=0), 0, 1) == 1.0

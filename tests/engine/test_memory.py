@@ -1,0 +1,174 @@
+"""The formula of memory against what torch really keeps, and what processes that train really needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from restomod.config.run import ModelConfig, OptimConfig, RunConfig
+from restomod.engine.memory import block_bytes_per_token, footprint, kept_bytes, optimizer_bytes, state_bytes
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import Compute, batch_loss
+from restomod.model.flops import padded_parameters
+from restomod.model.gpt import GPT, build_model
+from tests.models import CPU
+
+MIB = 2**20
+B = 2
+NUMBER = {torch.float32: 4, torch.bfloat16: 2}
+LLAMA: dict[str, Any] = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "bias": False}
+PARTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "rope": {"positions": "rope"},
+    "swiglu": {"mlp": "swiglu"},
+    "relu2": {"mlp": "relu2"},
+    "qk_norm": {"qk_norm": True},
+    "llama": LLAMA,
+    "modern": LLAMA | {"qk_norm": True},
+    "embedding skip": {"embedding_skip": True},
+    "embedding norm": {"embedding_norm": True},
+    "value embedding": {"value_embedding": True},
+    "narrow mlp": {"n_inner": 96},
+    "narrow heads": {"head_dim": 16},
+    "untied": {"tied": False},
+}
+
+
+def a_run(model: ModelConfig, T: int, sequences: int = B, **settings: Any) -> RunConfig:
+    return RunConfig(steps=10, batch_tokens=sequences * T, sequence_length=T, model=model, **settings)
+
+
+def saved_bytes(model: GPT, T: int, dtype: torch.dtype, mask: bool = False) -> int:
+    """Bytes of all that autograd saves of a forward pass and the loss, without the parameters themselves."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+        return tensor
+
+    tokens = torch.randint(0, model.config.vocab_size, (B, T))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch_loss(model, tokens, tokens, Compute(CPU, dtype, B, document_mask=mask))
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", NUMBER, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("T", [64, 320])  # plain attention in bf16, and torch's kernel
+def test_what_is_kept_is_what_autograd_saves(name: str, dtype: torch.dtype, T: int) -> None:
+    shape = ModelConfig(n_layer=3, n_head=2, n_embd=64, n_positions=512, vocab_size=128, **PARTS[name])
+    saved = saved_bytes(build_model(shape, 0, CPU), T, dtype)
+    head = 4 * shape.padded_vocab_size * shape.n_embd  # its gradient, which is counted with the loss
+    assert kept_bytes(a_run(shape, T), B * T, NUMBER[dtype], "cpu") + head == pytest.approx(saved, rel=0.03)
+
+
+def test_with_recomputation_one_block_is_kept_besides_what_goes_into_each() -> None:
+    T, shape = 320, ModelConfig(n_layer=6, n_head=2, n_embd=64, n_positions=512, vocab_size=128)
+    config, model = a_run(shape, T, recompute=True), build_model(shape, 0, CPU)
+    model.transformer.recompute = True
+    saved = saved_bytes(model, T, torch.float32) - 4 * shape.padded_vocab_size * shape.n_embd
+    block = block_bytes_per_token(config, 4, cpu=True) * B * T
+    assert kept_bytes(config, B * T, 4, "cpu") - block == pytest.approx(saved, rel=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["gpt2", "modern", "untied", "value embedding", "embedding skip"])
+def test_weights_and_the_optimizers_state_are_as_large_as_they_are(name: str, optimizer: Any) -> None:
+    shape = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97, **PARTS[name])
+    model, optim = build_model(shape, 0, CPU), OptimConfig(optimizer=optimizer)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert 4 * padded_parameters(shape) == weights
+    optimizers = build_optimizer(model, optim)
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    batch_loss(model, tokens, tokens, Compute(CPU, torch.float32, 1)).backward()
+    optimizers.update(1.0, torch.tensor(1.0), torch.tensor(False))
+    states = [value for part in optimizers.parts for state in part.state.values() for value in state.values()]
+    held = sum(value.numel() * value.element_size() for value in states if value.ndim)
+    assert optimizer_bytes(shape, optim) == held
+    assert state_bytes(shape, optim) == 2 * weights + held
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_footprint_grows_with_the_micro_batch_by_what_is_kept(number: int, device_type: str) -> None:
+    config = a_run(ModelConfig(), 1024, sequences=512)
+    small, large = (footprint(config, n, number, device_type) for n in (8, 16))
+    kept = kept_bytes(config, 8192, number, device_type)
+    copies = 2 * kept - kept_bytes(config, 2 * 8192, number, device_type)
+    assert large.activations - small.activations == kept - copies > 0
+    assert copies == (12 * 12 * 768**2 * 2 if number == 2 else 0)  # the blocks' matrices in bf16
+    assert (large.weights, large.optimizer) == (small.weights, small.optimizer)
+    assert small.total == sum(dataclasses.astuple(small))
+
+
+def test_gradients_are_there_while_they_are_accumulated_or_averaged() -> None:
+    one, shape = 4 * padded_parameters(ModelConfig()), ModelConfig()
+    assert footprint(a_run(shape, 1024, 16), 16, 2, "cuda").gradients == 0
+    assert footprint(a_run(shape, 1024, 16), 8, 2, "cuda").gradients == one
+    assert footprint(a_run(shape, 1024, 16), 8, 2, "cuda", processes=2).gradients == one
+
+
+def test_fsdp_shares_weights_gradients_and_state() -> None:
+    alone = footprint(a_run(ModelConfig(), 1024, 32), 8, 2, "cuda")
+    shared = footprint(a_run(ModelConfig(), 1024, 32, parallel="fsdp"), 8, 2, "cuda", processes=2)
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, part) == getattr(alone, part) / 2
+
+
+# layers, width, heads, T, micro-batch, micro-batches of a step, precision: peak MiB of `restomod bench step`, that is
+# VmHWM, on an AMD EPYC with one thread and torch 2.13, 2026-11-26
+MEASURED = (
+    (2, 128, 2, 256, 4, 1, "fp32", 795),
+    (2, 128, 2, 256, 4, 2, "fp32", 796),
+    (4, 256, 4, 256, 4, 1, "fp32", 958),
+    (4, 256, 4, 256, 4, 2, "fp32", 931),
+    (6, 384, 6, 256, 4, 2, "fp32", 1297),
+    (6, 384, 6, 256, 8, 1, "fp32", 1526),
+    (6, 384, 6, 256, 8, 2, "fp32", 1729),
+    (2, 128, 2, 256, 4, 2, "bf16", 646),
+    (4, 256, 4, 512, 4, 2, "bf16", 1010),
+    (12, 768, 12, 1024, 1, 1, "bf16", 2922),
+    (12, 768, 12, 1024, 3, 1, "bf16", 3960),
+    (12, 768, 12, 1024, 1, 1, "fp32", 2949),
+    (12, 768, 12, 1024, 3, 1, "fp32", 4447),
+    (12, 768, 12, 1024, 1, 2, "fp32", 3557),
+)
+
+
+def predicted(layers: int, width: int, heads: int, T: int, micro_batch: int, count: int, precision: str) -> int:
+    shape = ModelConfig(n_layer=layers, n_embd=width, n_head=heads, n_positions=T)
+    config = a_run(shape, T, sequences=micro_batch * count)
+    return footprint(config, micro_batch, 4 if precision == "fp32" else 2, "cpu").total
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_what_was_measured_is_predicted_within_15_percent(case: Any) -> None:
+    *what, measured = case
+    assert predicted(*what) / MIB == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [(2, 128, 2, 256, 4, 2), (4, 256, 4, 256, 4, 2), (6, 384, 6, 256, 4, 2)], ids=str)
+def test_a_process_that_trains_needs_what_is_predicted(what: Any, tmp_path: Path) -> None:
+    layers, width, heads, T, micro_batch, count = what
+    model = ("--model.n-layer", layers, "--model.n-embd", width, "--model.n-head", heads, "--model.n-positions", T)
+    batch = ("--sequence-length", T, "--micro-batch", micro_batch, "--batch-tokens", micro_batch * count * T)
+    how = ("--device", "cpu", "--precision", "fp32", "--warmup", 1, "--timed", 1, "--json", tmp_path / "r.json")
+    command = [sys.executable, "-m", "restomod", "bench", "step", "quickstart", *map(str, (*model, *batch, *how))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    measured = json.loads((tmp_path / "r.json").read_text())["peak_memory_bytes"]
+    assert predicted(*what, "fp32") == pytest.approx(measured, rel=0.15)

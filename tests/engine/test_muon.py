@@ -1,0 +1,175 @@
+"""Muon against singular value decompositions, against its formula, and in several processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from restomod.config.run import OptimConfig
+from restomod.engine import muon as module
+from restomod.engine.distributed import SINGLE, Processes, distribute
+from restomod.engine.muon import Muon, orthogonalised, step_factor
+from restomod.engine.optimizer import build_optimizer, optimizer_tensors
+from restomod.engine.step import BatchLoss, Compute, train_step
+from tests.models import CPU
+from tests.processes import member, results
+from tests.trainee import assert_identical, make_trainee, set_optimizer_tensors
+
+MUON = OptimConfig(optimizer="muon", lr=3e-3, muon_lr=0.02, muon_weight_decay=0.1, warmup_steps=3)
+YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+def with_singular_values(values: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A matrix (rows, columns) with these singular values, and U Vᵀ."""
+    n = len(values)
+    u = torch.linalg.qr(torch.randn(rows, n, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(columns, n, dtype=torch.float64))[0]
+    return (u * values.double()) @ v.T, u @ v.T
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (64, 192), (192, 64)])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 0.145), (torch.bfloat16, 0.16)])
+def test_singular_values_become_about_one_and_directions_stay(
+    rows: int, columns: int, dtype: torch.dtype, near: float
+) -> None:
+    torch.manual_seed(0)
+    # the norm is the root of the sum of their squares, so that the least is 0.0012 of it
+    x, direction = with_singular_values(torch.logspace(0, -2.5, 64), rows, columns)
+    found = orthogonalised(x.float()[None], dtype)[0]
+    assert found.dtype == dtype
+    values = torch.linalg.svdvals(found.double())
+    assert (values - 1).abs().max() < near
+    cosine = (found.double() * direction).sum() / (found.double().norm() * direction.norm())
+    assert cosine > 0.99
+
+
+def test_matrices_are_orthogonalised_each_for_itself() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 48) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None]
+    together = orthogonalised(x)
+    for one, found in zip(x, together, strict=True):
+        torch.testing.assert_close(orthogonalised(one[None])[0], found)
+
+
+def test_the_scale_of_a_gradient_does_not_matter_and_zero_stays_zero() -> None:
+    x = torch.randn(2, 16, 16)
+    torch.testing.assert_close(orthogonalised(x * 1e-4), orthogonalised(x), atol=1e-3, rtol=1e-3)
+    assert orthogonalised(torch.zeros(1, 8, 8)).abs().max() == 0
+
+
+def test_five_steps_are_those_of_the_formula() -> None:
+    """Momentum, Nesterov's look ahead, decay, and queries, keys and values each for itself."""
+    torch.manual_seed(0)
+    wide, stacked = torch.nn.Parameter(torch.randn(8, 24)), torch.nn.Parameter(torch.randn(36, 12))
+    optimizer = Muon([{"params": [wide], "parts": 1}, {"params": [stacked], "parts": 3}], 0.02, 0.9, 0.1)
+    expected = {p: p.detach().clone() for p in (wide, stacked)}
+    sums = {p: torch.zeros_like(p) for p in expected}
+    optimizer.found_inf = torch.tensor(0.0)
+    for t in range(1, 6):
+        optimizer.grad_scale = torch.tensor(2.0 * t)
+        for p, parts in ((wide, 1), (stacked, 3)):
+            p.grad = torch.randn_like(p)
+            g = p.grad / (2.0 * t)
+            sums[p] = 0.9 * sums[p] + g
+            pieces = [orthogonalised(piece[None])[0] for piece in (g + 0.9 * sums[p]).chunk(parts)]
+            scale = (max(1.0, p.shape[0] / parts / p.shape[1])) ** 0.5
+            expected[p] = expected[p] * (1 - 0.02 * 0.1) - 0.02 * scale * torch.cat(pieces)
+        optimizer.step()
+    for p, value in expected.items():
+        torch.testing.assert_close(p.detach(), value, atol=1e-5, rtol=1e-5)
+
+
+def test_tall_matrices_step_further() -> None:
+    assert step_factor(768, 768) == step_factor(768, 3072) == 1.0
+    assert step_factor(3072, 768) == 2.0
+
+
+# --- as part of a model's optimizers -------------------------------------------------------------------------
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_others() -> None:
+    trainee = make_trainee(optim=MUON)
+    adamw, muon = trainee.optimizer.parts
+    held = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {name for name, p in trainee.model.named_parameters() if id(p) in held}
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.{i}.{kind}.weight" for i in (0, 1) for kind in kinds}
+    others = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert len(held) + len(others) == len(list(trainee.model.parameters()))
+    assert not held & others
+
+
+def test_a_model_learns() -> None:
+    losses = [loss for loss, _ in make_trainee(optim=MUON).train(0, 20)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_refused_update_changes_nothing() -> None:
+    touched, spared = make_trainee(optim=MUON), make_trainee(optim=MUON)
+    touched.train(0, 2)
+    spared.train(0, 2)
+    for p in touched.model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    touched.optimizer.update(1.0, torch.tensor(float("nan")), YES)
+    assert touched.train(2, 4) == spared.train(2, 4)
+    assert_identical(touched.tensors(), spared.tensors())
+
+
+def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
+    old, new = make_trainee(optim=MUON), make_trainee(optim=MUON)
+    new.train(0, 1)
+    old.train(0, 3)
+    saved = {name: value.clone() for name, value in optimizer_tensors(old.model, old.optimizer).items()}
+    assert "state.transformer.h.0.attn.c_attn.weight.momentum" in saved
+    set_optimizer_tensors(new, saved)
+    new.model.load_state_dict(old.model.state_dict())
+    assert_identical(new.tensors(), old.tensors())
+    assert new.train(3, 6) == old.train(3, 6)
+
+
+def course(processes: Processes, parallel: str) -> dict[str, Tensor]:
+    """All weights after ten steps."""
+    t = make_trainee(optim=MUON)
+    compute = Compute(CPU, torch.float32, 2)
+    loss_of = distribute(BatchLoss(t.model, compute), t.model, parallel, processes)  # type: ignore[arg-type]
+    optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
+    for step in range(10):
+        batch = t.batches.micro_batches(step, 2, processes.rank, processes.count)
+        train_step(loss_of, optimizer, batch, t.config, step, processes).wait()
+    whole = {name: p.detach() for name, p in t.model.named_parameters()}
+    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in whole.items()}
+
+
+@pytest.mark.parametrize(("count", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_processes_share_the_work_and_end_where_one_ends(count: int, parallel: str) -> None:
+    alone = make_trainee(optim=MUON)
+    alone.train(0, 10, micro_batch=2)
+    for weights in results(count, member, course, parallel):
+        for name, parameter in alone.model.named_parameters():
+            torch.testing.assert_close(weights[name], parameter.detach(), atol=2e-5, rtol=1e-4)
+
+
+def products(processes: Processes, parallel: str) -> int:
+    """How many matrices this process orthogonalises in a step."""
+    found = []
+
+    def counted(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+        found.append(len(matrices))
+        return orthogonalised(matrices, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "orthogonalised", counted)
+        t = make_trainee(optim=MUON)
+        loss = BatchLoss(t.model, Compute(CPU, torch.float32, 2))
+        loss_of = distribute(loss, t.model, parallel, processes)  # type: ignore[arg-type]
+        optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
+        batch = t.batches.micro_batches(0, 2, processes.rank, processes.count)
+        train_step(loss_of, optimizer, batch, t.config, 0, processes).wait()
+    return sum(found)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_orthogonalise_half_of_the_matrices_each(parallel: str) -> None:
+    assert products(SINGLE, "ddp") == 12  # of two layers, queries, keys and values apart
+    assert results(2, member, products, parallel) == [6, 6]

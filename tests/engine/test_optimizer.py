@@ -1,0 +1,176 @@
+"""AdamW against its definition, and its state out and back in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from restomod.config.run import OptimConfig
+from restomod.engine.loss_scale import LossScale
+from restomod.engine.optimizer import Optimizers, build_optimizer, gradient_norm, optimizer_tensors
+from tests.trainee import assert_identical, make_trainee, set_optimizer_tensors
+
+YES, NO = torch.tensor(True), torch.tensor(False)
+
+CONFIG = OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def test_matrices_and_embeddings_are_decayed_and_biases_and_norms_are_not() -> None:
+    trainee = make_trainee()
+    decay = {id(p): group["weight_decay"] for group in trainee.optimizer.param_groups for p in group["params"]}
+    decayed = {name for name, p in trainee.model.named_parameters() if decay[id(p)] == 0.1}
+    spared = {name for name, p in trainee.model.named_parameters() if decay[id(p)] == 0.0}
+    products = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    matrices = {f"transformer.h.{i}.{name}.weight" for i in (0, 1) for name in products}
+    assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"} | matrices
+    assert len(decayed) + len(spared) == len(list(trainee.model.parameters()))
+
+
+def test_five_steps_are_those_of_adamw_written_out_in_fp64() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(7, 5)  # a matrix, decayed, and a bias, not
+    optimizer = build_optimizer(model, CONFIG)
+    state = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
+    for t in range(1, 6):
+        lr = 1e-3 * t  # the schedule's, another one in every step
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            w, m, v = state[name]
+            g = parameter.grad.double() / (3.0 * t)
+            m = 0.9 * m + (1 - 0.9) * g
+            v = 0.95 * v + (1 - 0.95) * g**2
+            w = w - lr * (0.1 if name == "weight" else 0.0) * w
+            w = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+            state[name] = [w, m, v]
+        optimizer.update(t, torch.tensor(3.0 * t), NO)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), state[name][0], atol=1e-7, rtol=1e-6)
+
+
+def test_a_refused_update_changes_nothing_and_drops_the_gradients() -> None:
+    touched, spared = make_trainee(), make_trainee()
+    touched.train(0, 2)
+    spared.train(0, 2)
+    for p in touched.model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    touched.optimizer.update(1.0, torch.tensor(float("nan")), YES)
+    assert all(p.grad is None for p in touched.model.parameters())
+    assert touched.train(2, 4) == spared.train(2, 4)
+    assert_identical(touched.tensors(), spared.tensors())
+
+
+# --- optimizers of one's own ---------------------------------------------------------------------------------
+
+OF_TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "fused sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.1),
+    "fused adam": lambda p: torch.optim.Adam(p, 0.1, amsgrad=True, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9, centered=True),
+    "fused adagrad": lambda p: torch.optim.Adagrad(p, 0.1, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_any_optimizer_gets_divided_gradients_and_is_not_called_where_an_update_is_refused(name: str) -> None:
+    """Against the same optimizer by itself, which never sees the refused steps; the first one is refused, too."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, alone = OF_TORCH[name](list(ours.parameters())), OF_TORCH[name](list(theirs.parameters()))
+    wrapped = Optimizers([optimizer], LossScale(torch.float32, torch.device("cpu")))
+    for refused in (True, True, False, False, True, False):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = torch.full_like(p, float("nan")) if refused else q.grad * 8
+        wrapped.update(0.5, torch.tensor(float("nan") if refused else 8.0), torch.tensor(refused))
+        if not refused:
+            alone.param_groups[0]["lr"] = 0.05
+            alone.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert p.grad is None
+            assert torch.equal(p, q)
+            assert not any(value.isnan().any() for value in optimizer.state[p].values())
+            for key, value in alone.state[q].items():
+                assert torch.equal(optimizer.state[p][key], value), key
+
+
+def test_an_optimizer_that_cannot_be_used_is_refused_when_it_is_added() -> None:
+    parameters = list(nn.Linear(3, 2).parameters())
+    with pytest.raises(TypeError, match=r"LBFGS cannot be used: .*closure"):
+        Optimizers([torch.optim.LBFGS(parameters)], LossScale(torch.float32, torch.device("cpu")))
+
+
+def test_resetting_forgets_all_state() -> None:
+    used, fresh = make_trainee(seed=1), make_trainee(seed=1)
+    used.train(0, 3)
+    used.optimizer.reset()
+    used.model.load_state_dict(fresh.model.state_dict())
+    assert used.train(0, 3) == fresh.train(0, 3)
+    assert_identical(used.tensors(), fresh.tensors())
+
+
+# --- state ---------------------------------------------------------------------------------------------------
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def test_state_is_named_after_its_parameters() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    names = {name for name, _ in trainee.model.named_parameters()}
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    expected = {f"state.{name}.{kind}" for name in names for kind in kinds}
+    assert optimizer_tensors(trainee.model, trainee.optimizer).keys() == expected
+
+
+def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
+    old, new = make_trainee(seed=1), make_trainee(seed=2)
+    old.train(0, 3)
+    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
+    new.model.load_state_dict(old.model.state_dict())
+    assert_identical(new.tensors(), old.tensors())
+
+
+def test_state_replaces_that_of_an_optimizer_that_has_stepped() -> None:
+    old, new = make_trainee(seed=1), make_trainee(seed=2)
+    old.train(0, 3)
+    new.train(0, 5)
+    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
+    new.model.load_state_dict(old.model.state_dict())
+    assert_identical(new.tensors(), old.tensors())
+
+
+def test_loading_state_keeps_the_hyperparameters_as_configured() -> None:
+    old, new = make_trainee(), make_trainee(optim=OptimConfig(lr=7e-4, betas=(0.8, 0.9), weight_decay=0.3))
+    old.train(0, 3)
+    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
+    for group, decay in zip(new.optimizer.param_groups, (0.3, 0.0), strict=True):
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (7e-4, (0.8, 0.9), decay)
+
+
+def test_asking_for_the_state_changes_nothing() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 3)
+    before = trainee.tensors()
+    optimizer_tensors(trainee.model, trainee.optimizer)
+    assert_identical(trainee.tensors(), before)
+
+
+# --- the gradients' norm -------------------------------------------------------------------------------------
+
+
+def test_the_norm_is_that_of_all_gradients_together() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.tensor([[2.0, 4.0], [4.0, 0.0]])
+    assert gradient_norm(model).item() == 6.0
+    model.bias.grad = torch.tensor([8.0, 0.0])
+    assert gradient_norm(model).item() == 10.0
+    assert model.weight.grad.tolist() == [[2.0, 4.0], [4.0, 0.0]]

@@ -1,0 +1,258 @@
+"""A training step: the same whatever the micro-batch, able to learn, and harmless where the numbers are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig, OptimConfig
+from restomod.data.tokenizer import END_OF_TEXT
+from restomod.engine.distributed import SINGLE
+from restomod.engine.micro_batch import choose_micro_batch
+from restomod.engine.step import BatchLoss, Compute, Outcome, Queued, batch_loss, train_step
+from restomod.utils.errors import UserError
+from tests.models import CPU
+from tests.trainee import assert_identical, make_trainee
+
+# --- micro-batches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_losses_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
+    whole, split = make_trainee(), make_trainee()
+    expected, losses = whole.train(0, 20, micro_batch=8), split.train(0, 20, micro_batch=micro_batch)
+    assert torch.tensor(losses).allclose(torch.tensor(expected), rtol=1e-4)  # the losses and the norms
+    assert expected[-1][0] < expected[0][0] - 0.1  # they have trained
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_weights_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
+    whole, split = make_trainee(), make_trainee()
+    whole.train(0, 20, micro_batch=8)
+    split.train(0, 20, micro_batch=micro_batch)
+    for (name, a), b in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
+        if name.endswith("c_attn.bias"):
+            # Softmax ignores what is added to all keys alike, so the true gradient of the key bias is 0. AdamW makes
+            # whole steps of its rounding errors, and no output depends on them.
+            D = len(a) // 3
+            a, b = (torch.cat([x[:D], x[2 * D :]]) for x in (a, b))
+        assert (a - b).norm() <= 1e-4 * a.norm(), name
+
+
+# --- learning ------------------------------------------------------------------------------------------------
+
+
+def test_learns_one_batch_by_heart() -> None:
+    trainee = make_trainee(
+        steps=100,
+        batch_tokens=64,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=16, vocab_size=97),
+        optim=OptimConfig(lr=1e-2, warmup_steps=5, weight_decay=0.0),
+    )
+    trainee.batches.source_windows = [4]  # the same four windows in every step
+    losses = [loss for loss, _ in trainee.train(0, 100)]
+    assert losses[0] == pytest.approx(math.log(97), abs=0.3)
+    assert losses[-1] < 0.05
+
+
+def test_uses_the_learning_rate_of_the_step() -> None:
+    trainee = make_trainee(steps=20, optim=OptimConfig(lr=1.0, warmup_steps=10))
+    trainee.train(4, 5)
+    assert [group["lr"] for group in trainee.optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_returns_the_loss_before_the_update_and_the_norm_before_clipping() -> None:
+    trainee, twin = make_trainee(optim=OptimConfig(grad_clip=1e-3)), make_trainee()
+    tokens, targets = twin.batches.load(twin.batches.windows(0))
+    expected = F.cross_entropy(twin.model(tokens).flatten(0, 1), targets.flatten())
+    expected.backward()
+    norm = sum(p.grad.square().sum() for p in twin.model.parameters()).sqrt()
+    ((loss, grad_norm),) = trainee.train(0, 1, micro_batch=2)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_clips_the_gradient_before_the_update() -> None:
+    trainee = make_trainee(optim=OptimConfig(grad_clip=1e-3, betas=(0.0, 0.95)))
+    trainee.train(0, 1)
+    means = [
+        state["exp_avg"].norm() for state in trainee.optimizer.parts[0].state.values()
+    ]  # beta 0: the gradient itself
+    assert torch.stack(means).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_leaves_no_gradients() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    assert all(p.grad is None for p in trainee.model.parameters())
+
+
+# --- numbers that are not finite -----------------------------------------------------------------------------
+
+
+def test_a_nan_among_the_weights_updates_nothing() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 2)
+    with torch.no_grad():
+        trainee.model.transformer.h[0].mlp.c_fc.weight[3, 4] = math.nan
+    before = trainee.tensors()
+    ((loss, norm),) = trainee.train(2, 3)
+    assert math.isnan(loss)
+    assert math.isnan(norm)
+    assert_identical(trainee.tensors(), before)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_updates_nothing(value: float) -> None:
+    trainee = make_trainee()
+    trainee.train(0, 2)
+    before = trainee.tensors()
+    hook = trainee.model.transformer.ln_f.bias.register_hook(lambda gradient: torch.full_like(gradient, value))
+    ((loss, norm),) = trainee.train(2, 3)
+    hook.remove()
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert_identical(trainee.tensors(), before)
+
+
+def test_training_goes_on_after_a_skipped_update() -> None:
+    hit, spared = make_trainee(), make_trainee()
+    hit.train(0, 2)
+    spared.train(0, 2)
+    hook = hit.model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
+    hit.train(2, 3)
+    hook.remove()
+    assert hit.train(2, 3) == spared.train(2, 3)
+    assert_identical(hit.tensors(), spared.tensors())
+
+
+def test_a_loss_above_the_limit_updates_nothing() -> None:
+    trainee = make_trainee()
+    trainee.train(0, 2)
+    before = trainee.tensors()
+    loss_of = BatchLoss(trainee.model, Compute(CPU, torch.float32, 8))
+
+    def step(highest: float) -> Outcome:
+        batches = trainee.batches.micro_batches(2, 8)
+        return train_step(loss_of, trainee.optimizer, batches, trainee.config, 2, SINGLE, highest).wait()
+
+    loss = step(highest=0.0).loss
+    assert_identical(trainee.tensors(), before)
+    assert step(highest=loss - 1e-3).refused
+    assert_identical(trainee.tensors(), before)
+    assert not step(highest=loss + 1e-3).refused
+    assert not torch.equal(trainee.tensors()["transformer.wpe.weight"], before["transformer.wpe.weight"])
+
+
+# --- the size of a micro-batch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 7, 12, 60, 97, 512])
+@pytest.mark.parametrize("length", [16, 300, 1024, 8192])
+def test_chosen_micro_batch_divides_the_batch_and_fits(sequences: int, length: int) -> None:
+    config = make_trainee().config
+    model = dataclasses.replace(config.model, n_positions=length)
+    config = dataclasses.replace(config, model=model, sequence_length=length, batch_tokens=sequences * length)
+    chosen = choose_micro_batch(config, CPU)
+    assert sequences % chosen == 0
+    assert chosen == 1 or chosen * length <= 4096
+
+
+def test_configured_micro_batch_is_used() -> None:
+    config = dataclasses.replace(make_trainee().config, micro_batch=4)
+    assert choose_micro_batch(config, CPU) == 4
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 6])
+@pytest.mark.parametrize("sequences", [1, 5, 12, 60, 97])
+def test_what_is_proposed_for_several_processes_is_valid(sequences: int, processes: int) -> None:
+    config = dataclasses.replace(make_trainee().config, batch_tokens=16 * sequences)
+    if sequences % processes:
+        with pytest.raises(UserError, match="cannot be shared evenly") as caught:
+            choose_micro_batch(config, CPU, processes)
+        batches, counts = (numbers_in(text) for text in str(caught.value).split("--batch-tokens")[1].split("start"))
+        assert batches
+        assert counts
+        for tokens in batches:
+            choose_micro_batch(dataclasses.replace(config, batch_tokens=tokens), CPU, processes)
+        for count in counts:
+            choose_micro_batch(config, CPU, count)
+        return
+    share = sequences // processes
+    for micro_batch in (b for b in range(1, sequences) if sequences % b == 0 and share % b):
+        with pytest.raises(UserError, match="each process has") as caught:
+            choose_micro_batch(dataclasses.replace(config, micro_batch=micro_batch), CPU, processes)
+        proposed = numbers_in(str(caught.value).split("--micro-batch")[1])
+        assert proposed
+        for better in proposed:
+            assert choose_micro_batch(dataclasses.replace(config, micro_batch=better), CPU, processes) == better
+
+
+def numbers_in(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+# --- documents -----------------------------------------------------------------------------------------------
+
+
+def test_a_token_sees_its_own_document_only() -> None:
+    """Positions are relative, so that a document's losses are those that it has alone in a window."""
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, norm="rmsnorm", positions="rope")
+    model = random_model(config)
+    first, second = (torch.randint(50256, (n,), generator=torch.Generator().manual_seed(n)) for n in (11, 20))
+    end = torch.tensor([END_OF_TEXT])
+    window = torch.cat([first, end, second])[None]
+    sums = []
+    for tokens, masked in ((window, True), (window, False), (first[None], False), (window[:, 11:], False)):
+        compute = Compute(CPU, torch.float32, 1, document_mask=masked)
+        sums.append(batch_loss(model, tokens[:, :-1], tokens[:, 1:], compute).item() * (tokens.shape[1] - 1))
+    whole, unmasked, *apart = sums
+    with torch.no_grad():  # the separator is predicted from the first document
+        to_the_end = F.cross_entropy(model(first[None])[0, -1:], end).item()
+    assert whole == pytest.approx(sum(apart) + to_the_end, rel=1e-5)
+    assert whole != pytest.approx(unmasked, rel=1e-4)
+
+
+# --- copies ---------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchFunctionMode):
+    """Notes of every copy to another device whether it was asked for without waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asynchronous: list[bool] = []
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(f, "__name__", "") == "to":
+            self.asynchronous.append(bool((kwargs or {}).get("non_blocking")))
+        return f(*args, **(kwargs or {}))
+
+
+def test_only_copies_from_and_to_cuda_do_not_wait() -> None:
+    """On MPS what is copied asynchronously is read before it is there, and there is no event to wait for."""
+    trainee = make_trainee()
+    tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
+    with Copies() as copies:
+        loss = batch_loss(trainee.model, tokens, targets, Compute(CPU, torch.float32, 2)).detach()
+        made = Queued(loss, loss, loss > 0)
+    assert len(copies.asynchronous) >= 3  # tokens, targets and the step's numbers
+    assert not any(copies.asynchronous)
+    assert made.wait() == Outcome(loss.item(), loss.item(), True)
+
+
+def test_an_untied_head_gets_its_gradient_once_a_step() -> None:
+    trainee = make_trainee(model=dataclasses.replace(make_trainee().config.model, tied=False))
+    head, grads = trainee.model.lm_head, []
+    assert head is not None
+    head.weight.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad is not None))
+    trainee.train(0, 1, micro_batch=2)
+    assert grads == [False, False, False, True]

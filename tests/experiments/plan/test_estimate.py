@@ -1,0 +1,194 @@
+"""Plans against published runs: each test says the published figure and how far ours may be from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from typing import Any
+
+import pytest
+
+from restomod.config.presets import preset
+from restomod.config.run import RunConfig
+from restomod.engine.memory import footprint
+from restomod.experiments.plan.estimate import Measured, Plan
+from restomod.experiments.plan.hardware import SPEEDS, find_gpu, tokens_per_second
+from restomod.experiments.plan.prices import Offer, read_offers
+from restomod.experiments.plan.text import lines, rows
+from tests.experiments.plan.test_hardware import speed_of
+
+COMPILED = preset("gpt2-124m")
+GPT2 = dataclasses.replace(COMPILED, compile="off")
+HOUR = 3600
+
+
+def on(gpu: str, gpus: int, price: float | None = None, config: RunConfig = GPT2) -> Plan:
+    return Plan("gpt2-124m", config, gpu, gpus, price)
+
+
+def from_another(plan: Plan, software: str) -> tuple[float, float]:
+    """Hours and dollars that one measurement alone gives: none that the published run is from."""
+    speed = tokens_per_second(speed_of(software), plan.config, plan.gpus)
+    hours = plan.work_tokens / speed / HOUR
+    return hours, hours * plan.gpus * (plan.price or 0.0)
+
+
+# --- published time and cost --------------------------------------------------------------------------------
+
+
+def test_build_nanogpt_on_eight_a100() -> None:
+    """Published, learning-rate study: 10.86 h with 3 h idle and $155.53 for three runs: 2.62 h, $37.52 each.
+
+    Ours, from another run's 1.1 million tokens/s: 2.60 h, $37.2. Error: -1 %. With its own speed: +3 %, as the
+    study's time has its validations in it already.
+    """
+    hours, dollars = (10.86 - 3) / 3, 155.53 * (10.86 - 3) / 10.86 / 3
+    price = 155.53 / 10.86 / 8  # $1.79 for a GPU and an hour
+    plan = on("a100", 8, price)
+    predicted = from_another(plan, "after build-nanogpt")
+    assert predicted[0] == pytest.approx(hours, rel=0.02)
+    assert predicted[1] == pytest.approx(dollars, rel=0.02)
+    assert (plan.seconds or 0) / HOUR == pytest.approx(hours, rel=0.04)
+    assert plan.dollars == pytest.approx(dollars, rel=0.04)
+
+
+def test_llm_c_on_eight_a100() -> None:
+    """Published: about 90 min and $20 (its script says 94.3 min at $14 an hour). Ours: 98 min, $22.9; +9 %, +14 %."""
+    hours, dollars = from_another(on("a100", 8, 14 / 8), "llm.c")
+    assert hours == pytest.approx(1.5, rel=0.10)
+    assert hours == pytest.approx(94.3 / 60, rel=0.05)
+    assert dollars == pytest.approx(20, rel=0.15)
+
+
+def test_the_hour_that_is_told_of_build_nanogpt_would_take_the_whole_peak() -> None:
+    """Published: "~1hr and ~$10" in its README, without hardware. Ours: 2.0 h and $28 from its own lecture's 90 ms.
+
+    An hour on eight A100 would be 95 % of what their data sheet says, and no measurement is above 76 %.
+    """
+    plan = on("a100", 8, 1.79, COMPILED)
+    a100 = find_gpu("a100")
+    assert a100 is not None
+    assert a100.peak is not None
+    assert plan.flops_per_token * plan.tokens / (8 * a100.peak) / HOUR == pytest.approx(0.95, abs=0.01)
+    assert max(speed.mfu for speed in SPEEDS) < 0.77
+    assert (plan.seconds or 0) / HOUR == pytest.approx(1.96, abs=0.01)
+    assert plan.dollars == pytest.approx(28.1, abs=0.1)
+
+
+def test_four_rtx_3090() -> None:
+    """Published: about 11 h and $7 for 10B tokens. Ours, from one 3090 Ti's share of its peak: 11.6 h, $7.4; +6 %."""
+    price = 7 / (4 * 11)
+    plan = on("rtx3090", 4, price)
+    ti = speed_of("a build-nanogpt by steps")
+    there = dataclasses.replace(ti, gpu="RTX 3090", tokens_per_second=ti.tokens_per_second * 71 / 80)  # the same share
+    hours = plan.work_tokens / tokens_per_second(there, plan.config, 4) / HOUR
+    assert hours == pytest.approx(11, rel=0.10)
+    assert hours * 4 * price == pytest.approx(7, rel=0.10)
+    assert (plan.seconds or 0) / HOUR == pytest.approx(11, rel=0.05)
+    assert plan.dollars == pytest.approx(7, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "config", "published"),
+    # modded-nanogpt's first record, 10B tokens in 45 min; rsaketh002/gpt2-fineweb-edu, "~27 hours"
+    [("h100", 8, COMPILED, 0.75), ("l40s", 1, GPT2, 27.0)],
+)
+def test_other_published_times(gpu: str, gpus: int, config: RunConfig, published: float) -> None:
+    """Ours: 46 min, +3 %; 26.9 h, 0 %."""
+    assert (on(gpu, gpus, config=config).seconds or 0) / HOUR == pytest.approx(published, rel=0.05)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------
+
+
+def test_validation_is_a_third_of_the_work_of_training() -> None:
+    plan = on("a100", 8)
+    assert plan.validations == 78  # at 0, 250, …, 19,000 and 19,073
+    assert plan.work_tokens == 19_073 * 524_288 + 78 * 10_485_760 / 3
+    even = dataclasses.replace(GPT2, steps=500)
+    assert on("a100", 8, config=even).validations == 3
+    assert Plan("tinyshakespeare", preset("tinyshakespeare")).validations == 0
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.parametrize("gpu", ["rtx3090", "a100-40gb"])
+def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu: str, gpus: int) -> None:
+    plan = on(gpu, gpus)
+    memory, most = find_gpu(gpu), plan.fitting
+    assert memory is not None
+    assert most is not None
+    assert footprint(GPT2, most, 2, "cuda", gpus).total <= memory.memory
+    assert most == 512 // gpus or footprint(GPT2, most + 1, 2, "cuda", gpus).total > memory.memory
+    assert plan.micro_batch == (32 if gpu == "rtx3090" else 64)
+    assert plan.fits is True
+
+
+def test_a_model_that_does_not_fit_has_no_time() -> None:
+    plan = Plan("gpt2-1558m", preset("gpt2-1558m"), "rtx3090", 1, 1.0)
+    assert (plan.fitting, plan.fits, plan.seconds, plan.dollars) == (0, False, None, None)
+    assert "does not fit" in (plan.unknown_speed or "")
+    too_many = dataclasses.replace(GPT2, micro_batch=128)
+    assert on("rtx3090", 1, config=too_many).fits is False
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why"), [("gtx1060", "no figures for 'gtx1060'"), ("t4", "nobody's measurement on t4")]
+)
+def test_unknown_hardware_is_unknown(gpu: str, why: str) -> None:
+    plan = on(gpu, 1, 0.3)
+    assert (plan.tokens_per_second, plan.seconds, plan.dollars) == (None, None, None)
+    assert why in (plan.unknown_speed or "")
+    shown = dict(rows(plan))
+    assert shown["time"] == shown["cost"] == "unknown"
+
+
+def measured(micro_batch: int) -> Measured:
+    return Measured("a CPU", "cpu", "fp32", micro_batch, 2.0, 4.0, 10**9, 10**9)
+
+
+def test_a_measured_step_is_its_micro_batches_and_one_update() -> None:
+    plan = Plan("gpt2-124m", GPT2, None, 1, 0.5, measured(4), "fp32", "cpu")
+    assert plan.tokens_per_second == pytest.approx(524_288 / (128 * 2.0 + 4.0))
+    assert plan.micro_batch == 4
+    assert plan.dollars == pytest.approx((plan.seconds or 0) / HOUR * 0.5)
+
+
+# --- what is said -------------------------------------------------------------------------------------------
+
+
+def test_parts_of_the_memory_add_up() -> None:
+    shown = dict(rows(on("a100", 8)))
+    parts = ("weights", "gradients", "optimizer state", "activations", "loss and head", "process", "between them")
+    total = sum(float(shown[f"  {part}"].split()[0]) for part in parts)
+    assert float(shown["  together"].split()[0]) == pytest.approx(total, abs=0.04)
+    assert shown["parameters"] == "124,439,808"
+
+
+def test_offers_are_sorted_by_cost_and_the_unknown_ones_last() -> None:
+    day = datetime.date(2026, 1, 1)
+    offers = [
+        Offer("Unknown", "gtx1060", 1, 0.01, day, "s", ""),
+        Offer("Dear", "a100", 8, 9.0, day, "s", ""),
+        Offer("Cheap", "a100", 8, 1.0, day, "s", ""),
+        Offer("Odd", "a100", 3, 1.0, day, "s", ""),
+        Offer("H", "h100", 1, 4.0, day, "s", ""),
+    ]
+    *_, head, cheap, h, dear, unknown, odd, star, why_odd, why_unknown = lines(on("a100", 8), offers)
+    assert head.startswith("offer ")
+    assert cheap.split() == ["Cheap", "8", "×", "a100", "1.00", "2026-01-01", "2.7", "h", "$21.53", "s"]
+    assert [line.split()[0] for line in (dear, h, unknown, odd)] == ["Dear", "H", "Unknown", "Odd"]
+    assert "6.1 h*" in h
+    assert star.startswith("* measured with torch.compile")
+    assert "3 GPUs cannot share 512 sequences evenly" in why_odd
+    assert "no figures for 'gtx1060'" in why_unknown
+
+
+@pytest.mark.parametrize("plan", [on("a100", 8, 1.79), on("gtx1060", 1), Plan("quickstart", preset("quickstart"))])
+def test_all_of_it_is_json(plan: Plan) -> None:
+    offers = read_offers()
+    written: dict[str, Any] = json.loads(json.dumps(plan.to_dict(offers)))
+    assert written["seconds"] == plan.seconds
+    assert written["memory_bytes"]["total"] == plan.footprint(plan.micro_batch).total
+    assert len(written["offers"]) == len(offers)
+    assert all(line for line in lines(plan, offers) if line != "")

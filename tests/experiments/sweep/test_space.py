@@ -1,0 +1,89 @@
+"""What a sweep varies."""
+
+from __future__ import annotations
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from restomod.commands.flags import TrainArguments
+from restomod.commands.parsing import parse
+from restomod.commands.sweep import SweepArguments, plan_of
+from restomod.config.presets import preset
+from restomod.experiments.sweep.space import flags, grid, parse_dimension
+from restomod.utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.lr=1e-4..1e-2", FloatDistribution(1e-4, 1e-2, log=True)),
+        ("optim.lr=1e-4..1e-2:linear", FloatDistribution(1e-4, 1e-2)),
+        ("optim.weight-decay=0..0.2", FloatDistribution(0.0, 0.2)),
+        ("optim.weight_decay=0.1..0.2:log", FloatDistribution(0.1, 0.2, log=True)),
+        ("model.n-layer=2..12", IntDistribution(2, 12)),
+        ("steps=10..1000", IntDistribution(10, 1000, log=True)),
+        ("micro-batch=1..4", IntDistribution(1, 4)),
+        ("optim.lr=6e-4, 1.2e-3", CategoricalDistribution(("6e-4", "1.2e-3"))),
+    ],
+)
+def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: object) -> None:
+    assert parse_dimension(text, "random").distribution() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr", "not NAME=VALUES"),
+        ("optim.learning=1", "nothing to sweep is called 'optim.learning'"),
+        ("optim.llr=1", "did you mean 'optim.lr'"),
+        ("optim=1", "holds several values"),
+        ("optim.betas=0.9", "holds several values"),
+        ("optim.lr=fast", "not a number"),
+        ("model.n_layer=1.5", "not a whole number"),
+        ("model.n_layer=1.5..3", "not a range LOW..HIGH of whole numbers"),
+        ("optim.lr=2..1", "must be below the second"),
+        ("optim.lr=0..1:log", "needs a range above 0"),
+        ("optim.decay=cosine,linnear", "did you mean 'linear'"),
+        ("recompute=yes", "true or false"),
+        ("optim.lr=1e-3,1e-3", "stands there twice"),
+    ],
+)
+def test_a_mistake_is_named(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        parse_dimension(text, "random")
+
+
+def test_a_grid_takes_no_range() -> None:
+    with pytest.raises(UserError, match="--random"):
+        parse_dimension("optim.lr=1e-4..1e-2", "grid")
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    points = grid([parse_dimension(text, "grid") for text in ("optim.lr=1,2", "model.n_layer=3,4,5")])
+    assert points == [{"optim.lr": a, "model.n_layer": b} for a in "12" for b in "345"]
+
+
+def test_more_trials_than_can_be_are_refused_before_they_are_listed() -> None:
+    values = ",".join(map(str, range(1, 1001)))
+    with pytest.raises(UserError, match="the number of the grid's trials is 1000000000; it must be at most"):
+        grid([parse_dimension(f"{name}={values}", "grid") for name in ("steps", "eval_every", "sample_every")])
+    for n, seeds in ((10**11, 1), (1, 10**9)):
+        given = SweepArguments(random=("optim.lr=1e-4..1e-2",), out="s", trials=n, seeds=seeds)
+        with pytest.raises(UserError, match="it must be at most 100,000"):
+            plan_of("quickstart", preset("quickstart"), given, [])
+
+
+def test_the_flags_give_a_run_the_parameters() -> None:
+    given = {"optim.lr": 0.0123, "model.n_layer": 3, "optim.decay": "wsd", "micro_batch": "None"}
+    given |= {
+        "model.bias": "false",
+        "compile": "on",
+        "recompute": "true",
+        "model.qk_norm": "true",
+        "sanity_checks": "false",
+    }
+    default = TrainArguments(preset("quickstart"), out="x")
+    config = parse(TrainArguments, default, flags(given), "restomod train").config  # type: ignore[arg-type]
+    assert (config.optim.lr, config.model.n_layer, config.optim.decay) == (0.0123, 3, "wsd")
+    assert (config.model.bias, config.compile, config.recompute, config.model.qk_norm) == (False, "on", True, True)
+    assert (config.sanity_checks, config.micro_batch) == (False, None)

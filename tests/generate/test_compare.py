@@ -1,0 +1,198 @@
+"""Two models side by side: the texts, and that no text is taken for markup, by independent parsers of each format."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig, OptimConfig, SamplingConfig
+from restomod.engine.optimizer import build_optimizer
+from restomod.generate.compare import Comparison, as_html, as_markdown, as_table, compare, report_writer
+from restomod.generate.text import sample
+from restomod.model.hf_io import save_model
+from restomod.utils.errors import UserError
+from tests.trainee import save_checkpoint
+
+SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=16, n_positions=16)
+HOSTILE = (
+    "a | b `code` ``` <script>alert(1)</script> &amp; &#124; \\| \\",
+    "# head\n\n- *item* **b** _u_ __v__ ~~s~~\n> q\n    indented  twice\n\ttab\n|---|\n",
+    "</td></table></pre><img src=x onerror=alert(1)> [l](javascript:a) ![i](x) <!-- x",
+    "\x1b[2J\r\x00 \x9b31m https://example.org $x$ {{ }} {title} %s ‮rtl 🦜",
+    "",
+)
+
+
+def comparison(*texts: str) -> Comparison:
+    """Each text as a model's name, a prompt, and either continuation."""
+    return Comparison((texts[0], texts[-1]), "5 tokens", tuple((text, text[::-1], text) for text in texts))
+
+
+def shown(text: str) -> str:
+    """As a reader sees it: control characters as pictures."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]",
+        lambda m: "�" if m[0] > "\x7f" else "␡" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])),
+        text,
+    )
+
+
+class Parsed(HTMLParser):
+    """The tags of a page, their attributes, and the text within cells and captions."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.cells: list[str] = []
+        self.inside = False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag in ("td", "caption", "th"):
+            self.inside = True
+            self.cells.append("")
+        if tag == "br" and self.inside:
+            self.cells[-1] += "\n"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "caption", "th"):
+            self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.cells[-1] += data
+
+
+def check_html(texts: tuple[str, ...]) -> None:
+    parsed = Parsed(as_html(comparison(*texts)))
+    allowed = {"html", "head", "meta", "title", "style", "body", "h1", "p", "table", "caption", "tr", "th", "td"}
+    assert parsed.tags <= allowed
+    assert parsed.attributes <= {"lang", "charset", "http-equiv", "content", "name", "class", "scope", "dir"}
+    names = [shown(texts[0]), shown(texts[-1])]
+    expected = [[shown(t) or "(a new document)", *names, shown(t[::-1]), shown(t)] for t in texts]
+    assert parsed.cells == [cell for cells in expected for cell in cells]
+
+
+def check_markdown(texts: tuple[str, ...]) -> None:
+    markdown = as_markdown(comparison(*texts))
+    rendered = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    parsed = Parsed(rendered)
+    assert parsed.tags <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "br"}
+    assert parsed.attributes == set()
+    cells = [cell.replace("\xa0", " ") for cell in parsed.cells]
+    seen = [re.sub("\xa0", " ", shown(text).replace("\t", "    ")) for text in texts]
+    backwards = [re.sub("\xa0", " ", shown(text[::-1]).replace("\t", "    ")) for text in texts]
+    rows = [[t, b, t] for t, b in zip(seen, backwards, strict=True)]
+    assert cells == ["prompt", seen[0], seen[-1], *(cell for row in rows for cell in row)]
+
+
+def test_html_shows_hostile_text_as_it_is() -> None:
+    check_html(HOSTILE)
+
+
+def test_markdown_shows_hostile_text_as_it_is() -> None:
+    check_markdown(HOSTILE)
+
+
+UGLY = st.text(alphabet=st.sampled_from("ab1 \n\t|`*_<>&#[]()!\\~-+=:.\"'{}$@/;x\x00\x1b\r🦜"), max_size=40)
+
+
+@given(st.tuples(UGLY, UGLY))
+def test_any_text_is_shown_as_it_is(texts: tuple[str, str]) -> None:
+    check_html(texts)
+    check_markdown(texts)
+
+
+def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:
+    page = as_html(comparison("a", "b"))
+    assert not re.search(r"https?:|src=|href=|url\(|<script|@import", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_terminal_shows_texts_beside_each_other_and_takes_no_markup() -> None:
+    table = as_table(Comparison(("left", "right"), "5 tokens", (("[bold]p\x1b[0m", "[red]one", "two\nlines"),)), 40)
+    lines = [line.split() for line in table.splitlines()]
+    assert ["1.", "[bold]p␛[0m"] in lines
+    assert ["left", "right"] in lines
+    assert ["[red]one", "two"] in lines
+    assert "\x1b" not in table
+    assert max(map(len, table.splitlines())) <= 40
+
+
+def test_the_texts_are_those_that_each_model_writes(tmp_path: Path) -> None:
+    names = []
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        save_model(random_model(SMALL, seed), tmp_path / name)
+        names.append(str(tmp_path / name))
+    sampling = SamplingConfig(max_tokens=9)
+    found = compare(*names, ["one", "two"], sampling, 5, "cpu", "fp32")
+    assert found.models == (names[0], names[1])
+    assert found.settings == "9 tokens, temperature 0.8, top-k 50, top-p 1, seed 5"
+    a, b = (sample(name, ["one", "two"], 1, sampling, 5, "cpu", "fp32") for name in names)
+    assert found.rows == (("one", a[0][0], b[0][0]), ("two", a[1][0], b[1][0]))
+    assert a != b
+
+
+def test_a_run_is_named_with_its_checkpoint(tmp_path: Path) -> None:
+    model = random_model(SMALL)
+    save_checkpoint(tmp_path, 7, model, build_optimizer(model, OptimConfig()))
+    found = compare(str(tmp_path), str(tmp_path), ["x"], SamplingConfig(max_tokens=1), 0, "cpu", "fp32")
+    assert found.models[0] == f"{tmp_path} (step_000007)"
+
+
+def test_both_models_are_looked_for_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(random_model(SMALL), tmp_path)
+    monkeypatch.setattr("restomod.generate.compare.sample", lambda *a: pytest.fail("computed"))
+    with pytest.raises(UserError, match="nowhere: no such run"):
+        compare(str(tmp_path), str(tmp_path / "nowhere"), ["x"], SamplingConfig(), 0)
+
+
+def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "samples.md"
+    path.write_text("before")
+    write = report_writer(str(path))
+    assert path.read_text() == "before"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(UserError, match="killed"):
+            write(comparison("a"))
+    assert path.read_text() == "before"
+    write(comparison("a"))
+    assert path.read_text() == as_markdown(comparison("a"))
+    report_writer(str(tmp_path / "x.html"))(comparison("a"))
+    assert (tmp_path / "x.html").read_text() == as_html(comparison("a"))
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("samples.txt", r"ends in \.md \(Markdown\) or \.html"),
+        ("samples", r"ends in \.md"),
+        ("nowhere/samples.md", "there is no folder"),
+        ("folder.md", "is a folder"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path, out: str, said: str) -> None:
+    (tmp_path / "folder.md").mkdir()
+    with pytest.raises(UserError, match=said):
+        report_writer(str(tmp_path / out))
+
+
+def test_a_folder_that_is_closed_to_writing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *a: False)  # root may write anywhere
+    with pytest.raises(UserError, match="read-only"):
+        report_writer(str(tmp_path / "samples.md"))

@@ -1,0 +1,546 @@
+"""Model folders: `transformers` reads ours and we read theirs, without changing a bit, or say what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+from restomod.checks.device_parity import random_model
+from restomod.config.run import ModelConfig
+from restomod.model.flops import parameter_count
+from restomod.model.gpt import GPT, build_model
+from restomod.model.hf_io import (
+    canonical_names,
+    hf_tensors,
+    load_model,
+    load_tensors,
+    read_model_config,
+    save_model,
+)
+from restomod.utils.errors import UserError
+from tests.models import CPU, random_tokens, to_transformers
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12)
+
+
+@pytest.fixture
+def model() -> GPT:
+    return random_model(CONFIG)
+
+
+@pytest.fixture
+def folder(model: GPT, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(model, folder)
+    return folder
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# --- ours in transformers ------------------------------------------------------------------------------------
+
+
+def test_transformers_loads_a_saved_model_without_missing_or_unexpected_tensors(folder: Path) -> None:
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(loaded, GPT2LMHeadModel)
+    assert not any(report.values()), report
+
+
+def test_transformers_gives_a_saved_model_the_same_logits(model: GPT, folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = random_tokens(CONFIG, 2, CONFIG.n_positions)
+    with torch.no_grad():
+        theirs = loaded(tokens).logits
+        assert theirs.shape[-1] == 50257
+        assert (model(tokens) - theirs).abs().max() < 1e-4
+
+
+def test_transformers_finds_the_tokenizer_of_a_saved_model(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Hello, I'm a language model,").input_ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.eos_token_id == 50256
+    assert tokenizer.model_max_length == CONFIG.n_positions
+
+
+def test_the_file_holds_the_real_vocabulary_only(folder: Path) -> None:
+    assert load_file(folder / "model.safetensors")["transformer.wte.weight"].shape == (50257, 16)
+
+
+# --- theirs here ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(model: GPT, tmp_path: Path) -> Path:
+    """A model that transformers saved."""
+    folder = tmp_path / "theirs"
+    to_transformers(model).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_transformers_saved_comes_back_with_the_same_weights(model: GPT, theirs: Path) -> None:
+    loaded = load_model(theirs, CPU)
+    assert loaded.config == CONFIG
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_loading_and_saving_changes_no_bit_of_any_tensor(theirs: Path, tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    save_model(load_model(theirs, CPU), tmp_path / "ours")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype == torch.float32
+        assert torch.equal(before[name].view(torch.int32), after[name].view(torch.int32)), name
+
+
+def test_a_loaded_models_padded_rows_are_zero(folder: Path) -> None:
+    loaded = load_model(folder, CPU)
+    assert loaded.head.shape == (50304, 16)
+    assert (loaded.head[50257:] == 0).all()
+
+
+# --- every layout that is in use ------------------------------------------------------------------------------
+
+OPENAIS_CONFIG = """{
+  "activation_function": "gelu_new",
+  "architectures": ["GPT2LMHeadModel"],
+  "attn_pdrop": 0.1,
+  "bos_token_id": 50256,
+  "embd_pdrop": 0.1,
+  "eos_token_id": 50256,
+  "initializer_range": 0.02,
+  "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2",
+  "n_ctx": 1024,
+  "n_embd": 768,
+  "n_head": 12,
+  "n_layer": 12,
+  "n_positions": 1024,
+  "resid_pdrop": 0.1,
+  "summary_activation": null,
+  "summary_first_dropout": 0.1,
+  "summary_proj_to_labels": true,
+  "summary_type": "cls_index",
+  "summary_use_proj": true,
+  "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
+  "vocab_size": 50257
+}"""  # openai-community/gpt2
+
+
+def test_openais_config_is_that_of_gpt2_124m(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(OPENAIS_CONFIG)
+    config = read_model_config(tmp_path)
+    assert config == ModelConfig(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257)
+    assert parameter_count(config) == 124_439_808
+
+
+def masks(prefix: str = "") -> dict[str, Tensor]:
+    """The buffers of attention that old versions of transformers saved."""
+    n = SMALL.n_positions
+    buffers = {}
+    for layer in range(SMALL.n_layer):
+        buffers[f"{prefix}h.{layer}.attn.bias"] = torch.ones(n, n, dtype=torch.uint8).tril().view(1, 1, n, n)
+        buffers[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return buffers
+
+
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=97)
+
+
+def old_style(theirs: GPT2LMHeadModel) -> dict[str, Tensor]:
+    """Names, buffers and head as `torch.save(model.state_dict())` left them for years."""
+    return {**theirs.state_dict(), **masks("transformer.")}
+
+
+def openai_style(theirs: GPT2LMHeadModel) -> dict[str, Tensor]:
+    """As in OpenAI's published files: the names of GPT2Model, with masks, without a head."""
+    return {**theirs.transformer.state_dict(), **masks()}
+
+
+def save_safetensors(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.save_pretrained(folder)
+
+
+def save_shards(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def save_openai(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.config.save_pretrained(folder)
+    change_config(folder, **{**json.loads(OPENAIS_CONFIG), **vars_of(SMALL), "n_ctx": SMALL.n_positions})
+    save_file({k: v.contiguous() for k, v in openai_style(theirs).items()}, folder / "model.safetensors")
+
+
+def save_pickle(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.config.save_pretrained(folder)
+    torch.save(old_style(theirs), folder / "pytorch_model.bin")
+
+
+def save_legacy_pickle(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.config.save_pretrained(folder)
+    torch.save(openai_style(theirs), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def save_pickle_shards(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.config.save_pretrained(folder)
+    tensors = old_style(theirs)
+    names = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(tensors)}
+    for file in set(names.values()):
+        torch.save({name: tensors[name] for name in tensors if names[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def vars_of(config: ModelConfig) -> dict[str, int]:
+    return {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+
+
+Save = Callable[[GPT2LMHeadModel, Path], None]
+LAYOUTS: list[Save] = [
+    save_safetensors,
+    save_shards,
+    save_openai,
+    save_pickle,
+    save_legacy_pickle,
+    save_pickle_shards,
+]
+
+
+@pytest.fixture(scope="module")
+def reference() -> GPT2LMHeadModel:
+    return to_transformers(random_model(SMALL))
+
+
+@pytest.mark.parametrize("save", LAYOUTS)
+def test_every_layout_gives_transformers_logits(save: Save, reference: GPT2LMHeadModel, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save(reference, folder)
+    tokens = random_tokens(SMALL, 2, SMALL.n_positions)
+    with torch.no_grad():
+        ours = load_model(folder, CPU)
+        assert not ours.training
+        assert (ours(tokens) - reference(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("save", LAYOUTS)
+def test_every_layout_goes_to_us_and_back_without_a_changed_bit(
+    save: Save, reference: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    save(reference, theirs)
+    save_model(load_model(theirs, CPU), ours)
+    back = AutoModelForCausalLM.from_pretrained(ours)
+    before, after = reference.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name].view(torch.int32), after[name].view(torch.int32)), name
+    first, second = AutoConfig.from_pretrained(theirs), AutoConfig.from_pretrained(ours)
+    for key in ("n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", *vars_of(SMALL)):
+        assert getattr(first, key) == getattr(second, key), key
+    assert (second.bos_token_id, second.eos_token_id) == (50256, 50256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_widened_and_nothing_else(
+    reference: GPT2LMHeadModel, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    theirs = copy.deepcopy(reference).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["transformer.wpe.weight"].dtype == dtype
+    ours = hf_tensors(load_model(tmp_path, CPU))
+    for name, value in theirs.state_dict().items():
+        if name != "lm_head.weight":
+            assert ours[name].dtype == torch.float32
+            assert torch.equal(ours[name], value.float()), name
+
+
+def test_names_are_told_apart_from_masks(reference: GPT2LMHeadModel) -> None:
+    expected = reference.state_dict().keys()
+    for tensors in (old_style(reference), openai_style(reference)):
+        named = canonical_names(tensors)
+        assert named.keys() | {"lm_head.weight"} == expected
+    assert "transformer.h.0.attn.c_attn.bias" in named, "a bias that is none of the masks'"
+
+
+def test_names_without_the_prefix_may_come_with_a_head(reference: GPT2LMHeadModel) -> None:
+    tensors = {**reference.transformer.state_dict(), "lm_head.weight": reference.lm_head.weight}
+    assert canonical_names(tensors).keys() == reference.state_dict().keys()
+
+
+def test_a_head_that_differs_from_the_embedding_is_refused(reference: GPT2LMHeadModel) -> None:
+    tensors = {**reference.state_dict(), "lm_head.weight": reference.lm_head.weight + 1e-3}
+    with pytest.raises(UserError, match=r"^somewhere .*: lm_head\.weight differs from transformer\.wte\.weight"):
+        load_tensors(random_model(SMALL, seed=1), tensors, Path("somewhere"))
+
+
+@pytest.mark.parametrize("shape", [(97,), (98, 16), (0,)])
+def test_a_head_of_another_shape_is_refused(reference: GPT2LMHeadModel, shape: tuple[int, ...]) -> None:
+    tensors = {**reference.state_dict(), "lm_head.weight": torch.zeros(shape)}
+    with pytest.raises(UserError, match=r"lm_head\.weight differs"):
+        load_tensors(random_model(SMALL, seed=1), tensors, Path("somewhere"))
+
+
+def test_weights_in_memory_are_views_of_the_models(model: GPT) -> None:
+    """`inspect` needs no second copy of a large model."""
+    tensors = hf_tensors(model)
+    assert tensors["transformer.wte.weight"].shape == (50257, 16)
+    assert tensors["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)  # (in, out)
+    storages = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {value.data_ptr() for value in tensors.values()} == storages
+    assert not any(value.requires_grad for value in tensors.values())
+
+
+# --- nothing is half loaded ------------------------------------------------------------------------------------
+
+WTE, FC = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("transformer.ln_f.bias"), "missing transformer.ln_f.bias"),
+        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}), "unexpected transformer.h.2.ln_1.bias"),
+        (lambda t: t.update({"score.weight": torch.zeros(2, 16)}), "unexpected score.weight"),
+        (lambda t: t.update({FC: torch.zeros(64, 16)}), f"{FC} has shape (64, 16) and not (16, 64)"),
+        (lambda t: t.update({FC: torch.zeros(1024)}), f"{FC} has shape (1024,) and not (16, 64)"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, 1)}), f"{FC} has shape (16, 64, 1) and not (16, 64)"),
+        (lambda t: t.update({FC: torch.tensor(0.0)}), f"{FC} has shape () and not (16, 64)"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.zeros(1)}), "has shape (1,) and not (16,)"),
+        (lambda t: t.update({WTE: torch.zeros(128, 16)}), f"{WTE} has shape (128, 16) and not (97, 16)"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.int8)}), f"{FC} holds int8, not floats"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.bool)}), f"{FC} holds bool, not floats"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.complex64)}), f"{FC} holds complex64, not floats"),
+        (lambda t: t.update({FC: torch.zeros(16, 64).to(torch.float8_e4m3fn)}), f"{FC} holds float8_e4m3fn, not"),
+        (lambda t: t.clear(), " and "),
+    ],
+)
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(
+    reference: GPT2LMHeadModel, change: Callable[[dict[str, Tensor]], Any], said: str
+) -> None:
+    tensors = {name: value for name, value in reference.state_dict().items() if name != "lm_head.weight"}
+    change(tensors)
+    model = random_model(SMALL, seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_tensors(model, tensors, Path("somewhere"))
+    assert str(caught.value).startswith("somewhere does not fit its config.json: ")
+    assert said in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_loading_does_not_touch_the_padding_nor_the_tensors_given(reference: GPT2LMHeadModel) -> None:
+    tensors = dict(reference.state_dict())
+    names = list(tensors)
+    model = random_model(SMALL, seed=1)
+    model.head.data[97:] = 7.0
+    load_tensors(model, tensors, Path("somewhere"))
+    assert (model.head[97:] == 7.0).all()
+    assert list(tensors) == names
+
+
+def test_a_config_that_asks_for_more_than_there_is_takes_no_memory(folder: Path) -> None:
+    """Found out before the weights are allocated: 10^15 bytes would be refused by the machine, or kill it."""
+    change_config(folder, n_embd=2 * 10**5, n_positions=2 * 10**8)
+    with pytest.raises(UserError, match=r"model\.safetensors does not fit its config\.json"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_layer": 10**9},
+        {"n_layer": 4000},
+        {"n_layer": 10**400},
+        {"n_embd": 10**9},
+        {"vocab_size": 10**9},
+        {"n_layer": [2]},
+        {"n_head": "2"},
+        {"n_positions": -1},
+        {"model_type": "restomod", "n_layer": 2, "mlp": 5},
+        {"model_type": "llama", "num_hidden_layers": 10**9, "num_attention_heads": 2},
+        {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "rope_parameters": [1]},
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_before_a_model_is_built(
+    folder: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restomod.model.hf_io.GPT", None)
+    change_config(folder, **values)
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        load_model(folder, CPU)
+
+
+def test_a_fresh_model_that_needs_more_memory_than_is_free_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restomod.model.gpt.available_bytes", lambda device: 10**6)
+    with pytest.raises(MemoryError, match=r"need 0\.5 GB"):
+        build_model(ModelConfig(), 0, CPU)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_damaged_header_of_safetensors_is_one_line(folder: Path, seed: int) -> None:
+    generator, path = random.Random(seed), folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    for _ in range(3):
+        at = generator.randrange(8 + length)
+        content[at : at + generator.choice((0, 1, 4))] = generator.randbytes(generator.choice((0, 1, 4)))
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        load_model(folder, CPU)
+
+
+# --- what cannot be loaded -----------------------------------------------------------------------------------
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.bias"))
+    with pytest.raises(UserError, match=r"model\.safetensors.*missing transformer\.h\.1\.mlp\.c_fc\.bias"):
+        load_model(folder, CPU)
+
+
+def test_a_tensor_too_many_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}))
+    with pytest.raises(UserError, match=r"unexpected transformer\.h\.2\.ln_1\.bias"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer.wpe.weight", (13, 16)),
+        ("transformer.wte.weight", (50304, 16)),  # padding belongs into memory only
+        ("transformer.h.0.attn.c_attn.weight", (48, 16)),  # (out, in), where the file holds (in, out)
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    with pytest.raises(UserError, match=re.escape(f"{name} has shape {shape}")):
+        load_model(folder, CPU)
+
+
+def test_many_wrong_tensors_still_make_one_short_line(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".h.0." in name])
+    with pytest.raises(UserError, match=r"and 9 more$") as caught:
+        load_model(folder, CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not safetensors at all" * 100], ids=["empty", "JSON", "text"])
+def test_a_file_that_is_no_safetensors_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_model(folder, CPU)
+
+
+def test_a_truncated_file_is_refused(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{re.escape(name)} is missing"):
+        load_model(folder, CPU)
+
+
+def test_another_kind_of_model_is_refused(folder: Path) -> None:
+    change_config(folder, model_type="mamba")
+    with pytest.raises(UserError, match=r"config\.json: model_type is 'mamba'"):
+        load_model(folder, CPU)
+
+
+def test_another_activation_is_refused(folder: Path) -> None:
+    change_config(folder, activation_function="relu")
+    with pytest.raises(UserError, match="'relu'"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"model_type": "gpt2"}', '{"model_type": "gpt2", "n_layer": "twelve"}'],
+)
+def test_a_damaged_config_is_named(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"n_inner": 100}, "n_inner is 100; GPT-2 has None"),
+        ({"n_inner": 0}, "n_inner is 0"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; GPT-2 has False"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; GPT-2 has 1e-05"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'; GPT-2 has 'gelu_new'"),
+        ({"activation_function": ["gelu_new"]}, "activation_function is ['gelu_new']"),
+        ({"model_type": None}, "model_type is None; those of this package are gpt2, "),
+        ({"n_head": 3}, "model.n_embd 16 is not a multiple of model.n_head 3"),
+        ({"n_head": 0}, "model.n_head is 0; it must be at least 1"),
+        ({"n_layer": -1}, "model.n_layer is -1; it must be at least 1"),
+        ({"n_layer": None}, "is damaged: n_layer should be a whole number, not None"),
+        ({"n_layer": 2.0}, "is damaged: n_layer should be a whole number, not 2.0"),
+        ({"n_layer": True}, "is damaged: n_layer should be a whole number, not True"),
+        ({"n_embd": "16"}, "is damaged: n_embd should be a whole number, not '16'"),
+        ({"vocab_size": [97]}, "is damaged: vocab_size should be a whole number, not [97]"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_with_the_files_name(
+    folder: Path, values: dict[str, Any], said: str
+) -> None:
+    change_config(folder, **values)
+    with pytest.raises(UserError, match=f"^{re.escape(str(folder / 'config.json'))}") as caught:
+        load_model(folder, CPU)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"n_inner": 64}, {"n_inner": None}, {"activation_function": "gelu_pytorch_tanh"}, {"n_ctx": 12}]
+)
+def test_another_way_to_say_the_same_is_accepted(folder: Path, values: dict[str, Any]) -> None:
+    change_config(folder, **values)
+    assert read_model_config(folder) == CONFIG
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "model_type"])
+def test_a_config_without_a_needed_key_is_refused_by_that_key(folder: Path, key: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    with pytest.raises(UserError, match=rf"config\.json.*{key}"):
+        load_model(folder, CPU)
+
+
+def test_what_a_config_need_not_say_is_gpt2s(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **vars_of(CONFIG)}))
+    assert load_model(folder, CPU).config == CONFIG

@@ -1,0 +1,72 @@
+"""Which settings are different, and which differences mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restomod.analysis.compare.tables import published_differ
+from restomod.config.run import DataConfig, RunConfig, SamplingConfig
+from restomod.runs.config_diff import CHANGES_NOTHING, differing, flat, settings, trains_on_fineweb_edu
+from restomod.runs.reader import open_run
+from tests.runs.test_folder import CONFIG as ANY
+from tests.runs.test_folder import MAY_CHANGE
+
+from .making import SMALL, make_run
+
+OF_TOKENS = {"fingerprint": "0123456789ab", "name": "text"}
+
+
+def test_only_what_differs_is_named() -> None:
+    other = dataclasses.replace(SMALL, seed=7, optim=dataclasses.replace(SMALL.optim, lr=1e-3, betas=(0.9, 0.99)))
+    assert differing([flat(SMALL), flat(other), flat(SMALL)], without=("seed",)) == {
+        "optim.lr": [2e-3, 1e-3, 2e-3],
+        "optim.betas": [[0.9, 0.95], [0.9, 0.99], [0.9, 0.95]],
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in CHANGES_NOTHING if "." not in n])
+def test_settings_that_change_no_result_are_no_difference(name: str) -> None:
+    assert name in {field.name for field in dataclasses.fields(RunConfig)}
+    changed: Any = {"save_every": 7, "sampling": SamplingConfig(max_tokens=5)} | MAY_CHANGE
+    other = dataclasses.replace(ANY, **{name: changed[name]})
+    assert other != ANY
+    assert differing([flat(ANY), flat(other)]) == {}
+
+
+def test_data_is_told_by_its_tokens_and_not_by_where_they_are(tmp_path: Path) -> None:
+    moved = dataclasses.replace(SMALL, data=DataConfig(source="text", path="elsewhere"))
+    a = open_run(make_run(tmp_path / "a", SMALL, data=OF_TOKENS))
+    b = open_run(make_run(tmp_path / "b", moved, data=OF_TOKENS))
+    c = open_run(make_run(tmp_path / "c", SMALL, data=OF_TOKENS | {"fingerprint": "ffff"}))
+    assert differing([settings(a), settings(b)]) == {}
+    assert differing([settings(a), settings(c)]) == {"data": ["text (01234567)", "text (ffff)"]}
+
+
+def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None:
+    a = open_run(make_run(tmp_path / "a", environments=[{"precision": "fp32"}]))
+    b = open_run(make_run(tmp_path / "b", environments=[{"precision": "fp32"}, {"precision": "bf16"}]))
+    assert differing([settings(a), settings(b)]) == {"precision": ["fp32", "bf16"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "is_it"),
+    [
+        ("fineweb-edu", "t", True),
+        ("finewebedu10B-gpt2", "t", True),
+        ("edu_fineweb10B", "data/edu_fineweb10B", True),
+        ("fineweb", "t", False),
+        ("books", "education", False),
+        ("text", "fineweb-edu/notes.txt", False),
+        ("fineweb-edu+notes.txt", "fineweb-edu+notes", False),
+    ],
+)
+def test_fineweb_edu_is_known_by_the_name_of_its_tokens(name: str, path: str, is_it: bool, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, data=DataConfig(source="tokens", path=path))
+    plan = {"units": [{"source": name, "files": [path]}]}
+    run = open_run(make_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
+    assert trains_on_fineweb_edu(run) is is_it
+    assert ("FineWeb-Edu" in str(published_differ([run]))) is not is_it

@@ -1,0 +1,283 @@
+"""What a user may call a model, and the folder that it leads to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+from restomod.checks.device_parity import random_model
+from restomod.config.presets import PRESETS, preset
+from restomod.config.run import ModelConfig
+from restomod.model.gpt import GPT, build_model
+from restomod.runs import open_model as module
+from restomod.runs.open_model import find_model, open_model, open_or_build
+from restomod.utils.errors import UserError
+from tests.models import CPU, to_transformers
+from tests.trainee import Trainee, make_trainee, save_checkpoint
+
+CONFIG = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=4, vocab_size=97)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and a hub that must not be asked."""
+
+    def asked(repository: str) -> NoReturn:
+        raise AssertionError(f"the hub was asked for {repository}")
+
+    monkeypatch.setattr(module, "download_model", asked)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the hub is asked for, where it may be."""
+    names: list[str] = []
+
+    def download(repository: str) -> Path:
+        names.append(repository)
+        return Path("downloaded")
+
+    monkeypatch.setattr(module, "download_model", download)
+    return names
+
+
+@pytest.fixture
+def trainee() -> Trainee:
+    trainee = make_trainee()
+    trainee.train(0, 1)
+    return trainee
+
+
+def save(trainee: Trainee, run: str, step: int) -> Path:
+    return save_checkpoint(Path(run), step, trainee.model, trainee.optimizer)
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        find_model(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same_weights(model: GPT, other: GPT) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+
+
+# --- runs and checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_its_newest_checkpoint(trainee: Trainee) -> None:
+    for step in (5, 999_999, 1_000_000):  # whose names do not sort as their numbers do
+        folder = save(trainee, "runs/mine", step)
+    assert find_model("runs/mine") == folder == Path("runs/mine/checkpoints/step_1000000")
+    assert find_model("runs/mine/") == folder
+
+
+def test_a_checkpoint_is_itself(trainee: Trainee) -> None:
+    old = save(trainee, "mine", 5)
+    save(trainee, "mine", 6)
+    assert find_model(str(old)) == old
+    assert same_weights(open_model(str(old), CPU), trainee.model)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(trainee: Trainee) -> None:
+    folder = save(trainee, "mine", 5)
+    save(trainee, "mine", 6).rename("mine/checkpoints/.step_000006.tmp")
+    assert find_model("mine") == folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vocab.json"])
+@pytest.mark.parametrize("as_run", [True, False])
+def test_an_altered_checkpoint_is_refused_by_the_files_name(trainee: Trainee, name: str, as_run: bool) -> None:
+    save(trainee, "mine", 5)
+    folder = save(trainee, "mine", 6)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    said = refusal("mine" if as_run else str(folder))
+    assert said.startswith(f"{folder / name} is damaged: its SHA-256 is not the one recorded")
+
+
+@pytest.mark.parametrize("gone", ["COMPLETE", "model.safetensors", "training_state/state.json"])
+def test_a_checkpoint_that_lacks_a_file_is_refused_and_not_taken_for_a_model_folder(
+    trainee: Trainee, gone: str
+) -> None:
+    folder = save(trainee, "mine", 5)
+    (folder / gone).unlink()
+    assert str(folder / gone) in refusal(str(folder))
+
+
+def test_a_checkpoint_without_its_training_state_is_none_either(trainee: Trainee) -> None:
+    folder = save(trainee, "mine", 5)
+    shutil.rmtree(folder / "training_state")
+    assert "is missing from the checkpoint" in refusal(str(folder))
+
+
+def test_a_run_without_a_checkpoint_says_how_to_go_on() -> None:
+    Path("my run").mkdir()
+    Path("my run/config.json").write_text(json.dumps({"steps": 9, "model": {}}))
+    assert refusal("my run") == (
+        "my run holds no checkpoint yet; go on training with `restomod train --resume 'my run'`"
+    )
+
+
+# --- model folders ---------------------------------------------------------------------------------------------
+
+
+def test_a_plain_model_folder_is_itself() -> None:
+    model = random_model(CONFIG)
+    to_transformers(model).save_pretrained("theirs")
+    assert find_model("theirs") == Path("theirs")
+    opened = open_model("theirs", CPU)
+    assert not opened.training
+    assert same_weights(opened, model)
+
+
+def test_a_model_folder_that_speaks_of_steps_is_no_run() -> None:
+    to_transformers(random_model(CONFIG)).save_pretrained("theirs")
+    path = Path("theirs/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 9}))
+    assert find_model("theirs") == Path("theirs")
+
+
+def test_a_folder_of_neither_is_refused() -> None:
+    Path("empty").mkdir()
+    assert refusal("empty") == "empty is neither a run nor a model folder: it has no config.json"
+
+
+def test_a_folder_with_a_damaged_config_is_refused_by_its_name() -> None:
+    Path("odd").mkdir()
+    Path("odd/config.json").write_text("{")
+    assert refusal("odd").startswith("odd/config.json is damaged")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "gpt2", "runs/a"])
+def test_a_file_is_refused_whatever_its_name(name: str) -> None:
+    Path("runs").mkdir()
+    Path(name).write_text("text")
+    assert refusal(name) == f"{name} is a file; give the folder of a run or a model"
+
+
+# --- what is on the hub, and what only looks like it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"), [("gpt2", "openai-community/gpt2"), ("gpt2-xl", "openai-community/gpt2-xl"), ("a/b", "a/b")]
+)
+def test_a_name_without_a_folder_is_looked_up_on_the_hub(asked: list[str], name: str, repository: str) -> None:
+    assert find_model(name) == Path("downloaded")
+    assert asked == [repository]
+
+
+def test_a_folder_is_preferred_to_the_hub() -> None:
+    for name in ("gpt2", "a/b"):
+        to_transformers(random_model(CONFIG)).save_pretrained(name)
+        assert find_model(name) == Path(name)
+
+
+def test_a_slip_in_a_path_is_not_sent_to_the_hub() -> None:
+    Path("runs/quickstart/checkpoints").mkdir(parents=True)
+    Path("runs/no run").mkdir()
+    Path("runs/notes.txt").write_text("no folder")
+    assert refusal("runs/quikstart") == "runs/quikstart: no such run or model folder; did you mean 'quickstart'?"
+    assert refusal("runs/zzz") == "runs/zzz: no such run or model folder; known: quickstart"
+
+
+def test_a_slip_in_a_folder_without_others_suggests_nothing() -> None:
+    Path("runs").mkdir()
+    assert refusal("runs/quikstart") == "runs/quikstart: no such run or model folder"
+
+
+@pytest.mark.parametrize("name", ["./mine", "../mine", "~/mine", "a/b/c", "/nowhere/mine", "mine/"])
+def test_what_can_only_be_a_path_is_not_sent_to_the_hub(name: str) -> None:
+    assert refusal(name).startswith(f"{name}: no such run or model folder")
+
+
+def test_a_slip_in_a_name_suggests_openais_and_the_folders_here() -> None:
+    Path("mine-2").mkdir()
+    Path("mine-2/config.json").write_text("{}")
+    assert refusal("gpt2-midium").endswith("; did you mean 'gpt2-medium'?")
+    assert refusal("mine2").endswith("; did you mean 'mine-2'?")
+
+
+def test_a_preset_is_not_a_model_but_can_become_one() -> None:
+    assert refusal("quickstart").startswith("quickstart is a preset: `restomod train quickstart` makes a run of it")
+
+
+# --- presets ---------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_is_built_from_its_seed() -> None:
+    model, fresh = open_or_build("quickstart", CPU, seed=3)
+    assert fresh
+    assert not model.training
+    assert model.config == preset("quickstart").model
+    assert same_weights(model, build_model(model.config, 3, CPU))
+    assert not same_weights(model, build_model(model.config, 4, CPU))
+
+
+def test_a_folder_of_a_presets_name_is_preferred_to_the_preset() -> None:
+    expected = random_model(CONFIG)
+    to_transformers(expected).save_pretrained("quickstart")
+    model, fresh = open_or_build("quickstart", CPU, seed=3)
+    assert not fresh
+    assert same_weights(model, expected)
+
+
+def test_a_file_of_a_presets_name_does_not_hide_the_preset() -> None:
+    Path("quickstart").write_text("notes")
+    assert open_or_build("quickstart", CPU, seed=3)[1]
+
+
+def test_a_run_is_opened_where_a_preset_could_stand(trainee: Trainee) -> None:
+    save(trainee, "mine", 5)
+    model, fresh = open_or_build("mine", CPU, seed=3)
+    assert not fresh
+    assert same_weights(model, trainee.model)
+
+
+def test_a_name_that_is_nothing_suggests_presets_too() -> None:
+    with pytest.raises(UserError, match=r"^quikstart: no such preset, run or model; did you mean 'quickstart'\?$"):
+        open_or_build("quikstart", CPU, seed=0)
+    with pytest.raises(UserError) as caught:
+        open_or_build("zzz", CPU, seed=0)
+    assert all(name in str(caught.value) for name in (*PRESETS, "gpt2-xl"))
+
+
+def test_a_short_name_of_the_hub_is_no_preset(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_model", lambda folder, device: random_model(CONFIG))
+    for name in ("gpt2", "a/b"):
+        assert not open_or_build(name, CPU, seed=0)[1]
+    assert asked == ["openai-community/gpt2", "a/b"]
+
+
+def test_a_preset_that_is_too_large_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: object) -> NoReturn:
+        raise RuntimeError("can't allocate memory\nand more")
+
+    monkeypatch.setattr("restomod.runs.open_model.build_model", too_large)
+    with pytest.raises(UserError, match=r"^quickstart does not fit into memory here \(can't allocate memory\)$"):
+        open_or_build("quickstart", CPU, seed=3)
+
+
+def test_a_model_that_transformers_runs_is_not_inspected(tmp_path: Path) -> None:
+    (tmp_path / "neox").mkdir()
+    (tmp_path / "neox" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(UserError, match=r"neox can be evaluated and sampled, but not inspected or checked: .*gpt_neox"):
+        open_or_build(str(tmp_path / "neox"), CPU, seed=0)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints").write_text("no folder")
+    with pytest.raises(OSError, match="checkpoints"):
+        find_model("run")

@@ -1,0 +1,77 @@
+"""Several processes on machines without a common disk: the main process alone reads the run's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restomod.engine.distributed import Processes, distribute
+from restomod.engine.optimizer import build_optimizer
+from restomod.engine.step import BatchLoss, Compute
+from restomod.runs.async_saver import Saver
+from restomod.runs.folder import Run
+from restomod.runs.metrics import append_jsonl
+from restomod.train.rollback import roll_back
+from restomod.train.spike_guard import ENOUGH
+from restomod.train.step_log import Journal
+from restomod.utils.console import Display
+from tests.models import CPU
+from tests.processes import member, results
+from tests.trainee import make_trainee
+
+QUIET = Display(muted=True)
+LOSSES = [5.0 + step / 1000 for step in range(2 * ENOUGH)]
+SAVED = ENOUGH + 1  # the step of the checkpoint
+
+
+def training(processes: Processes, folder: Path) -> Any:
+    """What a `Training` holds of a run with ``LOSSES`` in its log; only the main process has a folder."""
+    t = make_trainee()
+    compute = Compute(CPU, torch.float32, 2)
+    loss_of = distribute(BatchLoss(t.model, compute), t.model, "ddp", processes)
+    run = Run(folder / str(processes.rank), dataclasses.replace(t.config, spike_sigmas=5.0), writes=processes.main)
+    if processes.main:
+        run.folder.mkdir()
+        for step, loss in enumerate(LOSSES):
+            append_jsonl(run.folder / "metrics.jsonl", {"kind": "train", "step": step, "loss": loss})
+    return SimpleNamespace(
+        run=run,
+        config=run.config,
+        compute=compute,
+        processes=processes,
+        first_step=len(LOSSES),
+        model=t.model,
+        loss_of=loss_of,
+        optimizer=build_optimizer(t.model, t.config.optim, torch.float32, processes),
+    )
+
+
+def limits(processes: Processes, folder: Path) -> tuple[float, float, tuple[int, int], Tensor, bool]:
+    """The highest loss that is no spike at the start and after a return to a checkpoint; where the run goes on."""
+    subject = training(processes, folder)
+    guard = Journal(subject, QUIET).guard
+    at_start, weight = guard.highest(), subject.model.transformer.wte.weight
+    with Saver(subject.run.folder, subject.config, processes) as saver:
+        saver.save(SAVED, subject.model, subject.optimizer)
+        saved = weight.detach().clone()
+        with torch.no_grad():
+            weight.add_(1)
+        back = roll_back(subject, saver, guard, len(LOSSES), "a spike", 0, QUIET)
+    return at_start, guard.highest(), back, weight.detach() - saved, subject.run.folder.exists()
+
+
+def test_all_processes_have_the_spike_limit_of_the_one_log_and_go_back_to_the_one_checkpoint(tmp_path: Path) -> None:
+    main, other = results(2, member, limits, tmp_path)
+    for at_start, after, back, change, _ in (main, other):
+        assert at_start > after > 5.0
+        assert (at_start, after) == main[:2]
+        assert after < 6.0, "there are losses enough for a limit"
+        assert back == (SAVED, len(LOSSES) + 1 - SAVED)
+        assert not change.any()
+    assert main[-1]
+    assert not other[-1]

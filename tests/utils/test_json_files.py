@@ -1,0 +1,92 @@
+"""JSON files that are damaged, made to do harm, or of another type than they should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+import pytest
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from restomod.utils.errors import UserError
+from restomod.utils.json_files import parse_json, read_json
+
+
+class Point(TypedDict):
+    """What the tests read."""
+
+    step: Annotated[int, Field(ge=0)]
+    loss: float | None
+    names: NotRequired[list[str]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe{\x00}\x00",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"[" + b"9" * 400 + b"]",
+        b"[" + b"9" * 5000 + b"]",
+        b"[9223372036854775808]",
+        b"[-9223372036854775809]",
+    ],
+)
+def test_what_is_no_json_or_beyond_the_limits_is_one_kind_of_error(content: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # json's own messages differ between Pythons
+        parse_json(content)
+
+
+def test_what_is_within_the_limits_is_as_json_reads_it() -> None:
+    text = b'\xef\xbb\xbf{"a": [9223372036854775807, -9223372036854775808, 0.12345678901234567, "' + b"1" * 50 + b'"]}'
+    assert parse_json(text) == {"a": [2**63 - 1, -(2**63), 0.12345678901234567, "1" * 50]}
+
+
+def test_values_of_the_right_type_come_back_without_foreign_keys(tmp_path: Path) -> None:
+    path = tmp_path / "point.json"
+    path.write_text('{"step": 3, "loss": 1, "names": ["x"], "auths": {"token": "secret"}}')
+    assert read_json(path, "point", Point) == {"step": 3, "loss": 1.0, "names": ["x"]}
+    path.write_text('{"step": 0, "loss": null}')
+    assert read_json(path, "point", Point) == {"step": 0, "loss": None}
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("[]", "point"),
+        ("5", "point"),
+        ("{}", "step"),
+        ('{"step": -1, "loss": 1.0}', "step"),
+        ('{"step": true, "loss": 1.0}', "step"),
+        ('{"step": 1.0, "loss": 1.0}', "step"),
+        ('{"step": "1", "loss": 1.0}', "step"),
+        ('{"step": 1, "loss": "1.0"}', "loss"),
+        ('{"step": 1, "loss": 1.0, "names": ["a", 2]}', "names.1"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(tmp_path: Path, value: str, names: str) -> None:
+    path = tmp_path / "point.json"
+    path.write_text(value)
+    with pytest.raises(UserError) as refused:
+        read_json(path, "point", Point)
+    assert str(path) in str(refused.value)
+    assert names in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_too_large_or_endless_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    path.write_text('"' + "a" * 1000 + '"')
+    assert read_json(path, "text", max_bytes=1002) == "a" * 1000
+    with pytest.raises(UserError, match="too large"):
+        read_json(path, "text", max_bytes=1001)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe"):
+        read_json(tmp_path / "pipe", "text")
+    device: Any = Path("/dev/zero")
+    with pytest.raises(UserError, match="device"):
+        read_json(device, "text")

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from restomod.utils import process_memory
+from restomod.utils.process_memory import peak_resident_bytes
+
+TOUCHED = 500_000_000
+LARGE_PARENT = f"""
+import subprocess, sys
+held = bytearray(b"x" * {TOUCHED})
+subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+"""
+CHILD = "from restomod.utils.process_memory import peak_resident_bytes; print(peak_resident_bytes())"
+
+
+def test_a_process_does_not_count_what_its_parent_held() -> None:
+    printed = subprocess.run([sys.executable, "-c", LARGE_PARENT, CHILD], capture_output=True, check=True).stdout
+    assert 2**20 < int(printed) < TOUCHED / 5
+
+
+def test_it_is_what_was_touched_and_given_back() -> None:
+    child = f"held = bytearray(b'x' * {TOUCHED}); del held; {CHILD}"
+    printed = subprocess.run([sys.executable, "-c", child], capture_output=True, check=True).stdout
+    assert TOUCHED < int(printed) < 3 * TOUCHED
+
+
+def test_where_there_is_no_proc_the_system_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_memory, "STATUS", tmp_path / "status")
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert peak_resident_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
