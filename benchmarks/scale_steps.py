@@ -85,15 +85,15 @@ class Contender:
 
     def __init__(self, way: str, count: int, config: RunConfig, processes: Processes) -> None:
         self.config, self.processes, self.way = config, processes, way
-        self.micro_batch = config.batch_sequences // processes.count // count
+        self.micro_batch = config.batch_sequences // processes.world_size // count
         text = np.random.default_rng(0).integers(config.model.vocab_size, size=100 * config.batch_tokens)
         stream = TokenStream([text.astype(np.uint16)])
         self.batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
         net = build_model(config.model, config.seed, CPU)
-        self.together = SINGLE if way == "alone" else processes
+        self.run_on_all_ranks = SINGLE if way == "alone" else processes
         loss = BatchLoss(net, Compute(CPU, torch.float32, self.micro_batch))
-        self.loss_of = distribute(loss, net, "fsdp" if way == "fsdp" else "ddp", self.together)
-        self.optimizer = build_optimizer(net, config.optim, torch.float32, self.together)
+        self.loss_of = distribute(loss, net, "fsdp" if way == "fsdp" else "ddp", self.run_on_all_ranks)
+        self.optimizer = build_optimizer(net, config.optim, torch.float32, self.run_on_all_ranks)
         self.updating = 0.0
         update = self.optimizer.update
         self.optimizer.update = lambda *given: self._timed(update, *given)  # type: ignore[method-assign]
@@ -106,8 +106,8 @@ class Contender:
 
     def take(self) -> None:
         """Make a step, as the training loop does."""
-        micro = self.batches.micro_batches(self.step, self.micro_batch, self.processes.rank, self.processes.count)
-        train_step(self.loss_of, self.optimizer, micro, self.config, self.step, self.together).wait()
+        micro = self.batches.micro_batches(self.step, self.micro_batch, self.processes.rank, self.processes.world_size)
+        train_step(self.loss_of, self.optimizer, micro, self.config, self.step, self.run_on_all_ranks).wait()
         self.step += 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from restomod.checks.model_quick import Subject
+from restomod.checks.model_quick import CheckedModel
 from restomod.config.run import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
@@ -18,7 +18,7 @@ from restomod.engine.optimizer import Optimizers, build_optimizer, optimizer_ten
 from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.model.gpt import GPT, build_model
 from restomod.runs.checkpoint import write_checkpoint
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from tests.models import CPU
 
 
@@ -89,13 +89,13 @@ def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizers) -> 
 
 def make_subject(
     fresh: bool = True, dtype: torch.dtype = torch.float32, text: np.ndarray | None = None, **changes: object
-) -> Subject:
+) -> CheckedModel:
     """A trainee for the sanity checks, in micro-batches of two; ``text`` (n,) replaces its random tokens."""
     trainee = make_trainee(**changes)
     batches = trainee.batches
     if text is not None:
         batches = Batches(TokenStream([text.astype(np.uint16)]), batches.T, batches.batch_sequences, batches.seed)
-    return Subject(trainee.model, batches, Compute(CPU, dtype, 2), trainee.optimizer, fresh)
+    return CheckedModel(trainee.model, batches, Compute(CPU, dtype, 2), trainee.optimizer, fresh)
 
 
 def state_of(model: GPT) -> dict[str, object]:
@@ -122,7 +122,7 @@ def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
         assert torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)), name
 
 
-def assert_leaves_no_trace(check: Callable[[Subject], Verdict], training: bool) -> None:
+def assert_leaves_no_trace(check: Callable[[CheckedModel], CheckResult], training: bool) -> None:
     """Weights, gradients, modes and what is frozen are after a check what they were before."""
     subject = make_subject()
     model = subject.model.train(training)

@@ -24,7 +24,7 @@ from benchmarks.records import Comparison, Item, Metric
 from restomod.config.presets import preset
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.engine.device import autocast, choose_dtype, keep_freed_memory, synchronize
-from restomod.generate.decode import Request, generate
+from restomod.generate.decode import Prompt, generate
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_io import save_model
 
@@ -87,7 +87,7 @@ def rounds_of(make: Callable[[], Way], prompts: Tokens, new: int, device: torch.
 def cached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
     """Ours, as `restomod sample` does it."""
     sampling = SamplingConfig(max_tokens=n, temperature=0)
-    steps = list(generate(model, [Request(prompt, 0) for prompt in prompts], sampling, 0, dtype, stop=None))
+    steps = list(generate(model, [Prompt(prompt, 0) for prompt in prompts], sampling, 0, dtype, stop=None))
     return [[new[i] for new in steps] for i in range(len(prompts))]
 
 

@@ -282,7 +282,7 @@ def test_a_process_has_its_own_share_of_a_step(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Processes, "any", lambda self, *flags: list(flags))
     monkeypatch.setattr("restomod.train.setup.distribute", lambda loss, *_: loss)
     config = dataclasses.replace(make_trainee().config, micro_batch=2, device="cpu", precision="fp32")
-    steps, _ = bench._steps(config, "synthetic", 3, Processes(rank=1, count=2, local_rank=1), print)
+    steps, _ = bench._steps(config, "synthetic", 3, Processes(rank=1, world_size=2, local_rank=1), print)
     with steps.data as data:
         mine, _ = data.get(0)
     whole = [tokens for tokens, _ in data.batches.micro_batches(0, 2)]

@@ -24,7 +24,7 @@ from restomod.cli import main
 from restomod.config.presets import preset
 from restomod.config.run import Device, ModelConfig, Precision, RunConfig
 from restomod.runs.async_saver import kept
-from restomod.utils.check_result import Status, Verdict
+from restomod.utils.check_result import CheckResult, CheckStatus
 from restomod.utils.errors import UserError
 from tests.checks.test_device_parity import FAULTS, WrongKernel
 from tests.models import CPU
@@ -36,7 +36,7 @@ def this(
     return Machine(device, precision, of, preset(of), out)
 
 
-def assert_says(verdict: Verdict, status: Status, *said: str) -> None:
+def assert_says(verdict: CheckResult, status: CheckStatus, *said: str) -> None:
     assert verdict.status == status, verdict
     for part in said:
         assert part in verdict.reason
@@ -54,7 +54,7 @@ SLOW_NAMES = ["compiler", "processes"]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks that take seconds pass without being made; what they do is tested below."""
     for name in SLOW_NAMES:
-        monkeypatch.setattr(examine, name, lambda machine, name=name: Verdict(name, "pass", "planted"))
+        monkeypatch.setattr(examine, name, lambda machine, name=name: CheckResult(name, "pass", "planted"))
     monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=2e12))
     monkeypatch.setattr(examine, "memory_bandwidth", lambda device: 5e9)
 
@@ -67,7 +67,7 @@ def test_a_line_for_each_check_and_a_sum(
     quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(examine, "threads", lambda machine: Verdict("threads", "pass", "planted"))
+    monkeypatch.setattr(examine, "threads", lambda machine: CheckResult("threads", "pass", "planted"))
     assert main(["doctor", "--device", "cpu", "--precision", "fp32", "--preset", "quickstart"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
     assert [line[6:22].strip() for line in lines] == [*NAMES, *SLOW_NAMES]
@@ -80,7 +80,7 @@ def test_a_line_for_each_check_and_a_sum(
 def test_a_fail_is_exit_code_1_and_the_others_are_still_made(
     quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(machine: Machine) -> Verdict:
+    def breaks(machine: Machine) -> CheckResult:
         raise ZeroDivisionError("a mistake\nof two lines")
 
     monkeypatch.setattr(examine, "disk", breaks)
@@ -141,7 +141,7 @@ def test_versions_of_this_installation() -> None:
     ],
 )
 def test_a_package_of_another_release(
-    monkeypatch: pytest.MonkeyPatch, asked: list[str], status: Status, said: str
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], status: CheckStatus, said: str
 ) -> None:
     monkeypatch.setattr("importlib.metadata.requires", lambda name: asked)
     assert_says(machine.versions(this()), status, said)
@@ -151,7 +151,7 @@ def test_a_package_of_another_release(
     ("release", "status"), [((2, 11), "pass"), ((2, 15), "pass"), ((2, 16), "warn"), ((3, 0), "warn")]
 )
 def test_a_torch_that_nobody_has_tested_is_warned_of(
-    release: tuple[int, int], status: Status, monkeypatch: pytest.MonkeyPatch
+    release: tuple[int, int], status: CheckStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "torch_release", lambda: release)
     assert_says(machine.versions(this()), status, "torch")
@@ -216,7 +216,7 @@ def test_a_file_where_runs_are_to_go(tmp_path: Path) -> None:
     ("free", "status", "said"),
     [(6e9, "pass", "6.0 GB available"), (4.5e9, "warn", "lower --micro-batch"), (2e9, "fail", "train a smaller")],
 )
-def test_memory_for_gpt2_124m(monkeypatch: pytest.MonkeyPatch, free: float, status: Status, said: str) -> None:
+def test_memory_for_gpt2_124m(monkeypatch: pytest.MonkeyPatch, free: float, status: CheckStatus, said: str) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda device: int(free))
     assert_says(machine.memory(this(precision="bf16", of="gpt2-124m")), status, said, "micro-batches of 4")
 
@@ -274,7 +274,7 @@ def test_a_containers_limit_of_processors(
     ],
 )
 def test_threads(
-    monkeypatch: pytest.MonkeyPatch, used: int, there: float, variable: str | None, status: Status, said: str
+    monkeypatch: pytest.MonkeyPatch, used: int, there: float, variable: str | None, status: CheckStatus, said: str
 ) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: used)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
@@ -304,7 +304,7 @@ def test_a_wrong_kernel() -> None:
     ],
 )
 def test_bf16_slower_than_fp32(
-    monkeypatch: pytest.MonkeyPatch, precision: Precision, bf16_rate: float, status: Status, said: str
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, bf16_rate: float, status: CheckStatus, said: str
 ) -> None:
     monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=bf16_rate, fp16=3e12))
     assert_says(bf16(this(precision=precision)), status, said)
@@ -348,7 +348,7 @@ def test_rates_and_bandwidth_are_measured_here(monkeypatch: pytest.MonkeyPatch) 
 # --- tools --------------------------------------------------------------------------------------------------
 
 
-def compiler_verdict(path: str) -> Verdict:
+def compiler_verdict(path: str) -> CheckResult:
     """In a process of its own, as torch keeps what it has once found out about a compiler."""
     program = (
         "from pathlib import Path; from restomod.checks.doctor import *; from restomod.config.presets import preset;"
@@ -358,7 +358,7 @@ def compiler_verdict(path: str) -> Verdict:
     environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": path}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return Verdict(*json.loads(done.stdout))
+    return CheckResult(*json.loads(done.stdout))
 
 
 def test_a_compiler_that_is_absent(tmp_path: Path) -> None:
@@ -453,10 +453,10 @@ def test_a_child_finds_this_package_wherever_it_is_run_from(tmp_path: Path, monk
 
 
 def test_a_user_error_in_a_check_is_its_reason() -> None:
-    def wants_more(machine: Machine) -> Verdict:
+    def wants_more(machine: Machine) -> CheckResult:
         raise UserError("micro_batch 3 does not divide")
 
-    assert judge(wants_more, this()) == Verdict("wants more", "fail", "micro_batch 3 does not divide")
+    assert judge(wants_more, this()) == CheckResult("wants more", "fail", "micro_batch 3 does not divide")
 
 
 def test_a_run_config_of_ones_own() -> None:

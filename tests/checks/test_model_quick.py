@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from restomod.checks import model_quick
 from restomod.checks.model_quick import (
     QUICK,
-    Subject,
+    CheckedModel,
     causality,
     gradients,
     initial_loss,
@@ -26,7 +26,7 @@ from restomod.checks.model_quick import (
 )
 from restomod.config.run import ModelConfig
 from restomod.engine.step import Compute, batch_loss
-from restomod.utils.check_result import Status, Verdict
+from restomod.utils.check_result import CheckResult, CheckStatus
 from tests.checks.faults import QUICK_FAULTS
 from tests.models import CPU, to_transformers
 from tests.trainee import assert_identical, assert_leaves_no_trace, make_subject, make_trainee
@@ -39,11 +39,11 @@ def shape(n_embd: int = 32, n_head: int = 2, n_positions: int = 16, vocab_size: 
     return ModelConfig(n_layer=2, n_head=n_head, n_embd=n_embd, n_positions=n_positions, vocab_size=vocab_size)
 
 
-def statuses(verdicts: list[Verdict]) -> dict[str, Status]:
+def statuses(verdicts: list[CheckResult]) -> dict[str, CheckStatus]:
     return {verdict.check: verdict.status for verdict in verdicts}
 
 
-def found(subject: Subject, name: str) -> Verdict:
+def found(subject: CheckedModel, name: str) -> CheckResult:
     (verdict,) = [verdict for verdict in quick_checks(subject) if verdict.check == name]
     return verdict
 
@@ -100,7 +100,7 @@ def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them() -> N
 
 @pytest.mark.parametrize("check", QUICK)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_check_leaves_the_model_as_it_was(check: Callable[[Subject], Verdict], training: bool) -> None:
+def test_a_check_leaves_the_model_as_it_was(check: Callable[[CheckedModel], CheckResult], training: bool) -> None:
     assert_leaves_no_trace(check, training)
 
 
@@ -133,7 +133,7 @@ def loss_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     ],
 )
 def test_random_weights_have_a_loss_near_that_of_guessing(
-    off: float, status: Status, loss_is: Callable[[float], None]
+    off: float, status: CheckStatus, loss_is: Callable[[float], None]
 ) -> None:
     loss_is(LN_V + off)
     verdict = initial_loss(make_subject(model=WIDE))
@@ -154,7 +154,7 @@ def test_random_weights_have_a_loss_near_that_of_guessing(
     ],
 )
 def test_weights_that_were_trained_should_have_a_lower_loss(
-    loss: float, status: Status, said: str, loss_is: Callable[[float], None]
+    loss: float, status: CheckStatus, said: str, loss_is: Callable[[float], None]
 ) -> None:
     loss_is(loss)
     verdict = initial_loss(make_subject(fresh=False))

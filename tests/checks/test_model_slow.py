@@ -17,7 +17,7 @@ from torch import Tensor
 
 import restomod
 from restomod.checks import model_slow as check_module
-from restomod.checks.model_quick import QUICK, Subject
+from restomod.checks.model_quick import QUICK, CheckedModel
 from restomod.checks.model_slow import (
     SLOW,
     activations,
@@ -38,7 +38,7 @@ from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import Compute
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import save_model
-from restomod.utils.check_result import Status, Verdict
+from restomod.utils.check_result import CheckResult, CheckStatus
 from restomod.utils.errors import UserError
 from tests.checks.faults import QUICK_FAULTS, SLOW_FAULTS
 from tests.models import CPU, to_transformers
@@ -64,7 +64,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda module: module.forward)
 
 
-Checked = Callable[..., dict[str, Verdict]]
+Checked = Callable[..., dict[str, CheckResult]]
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Checked:
     """Checks a preset of a given model; nothing is compiled, and the initial loss is read off fewer tokens."""
     monkeypatch.setattr("restomod.checks.model_quick.INITIAL_LOSS_TOKENS", 512)
 
-    def run(model: ModelConfig, seed: int = 1) -> dict[str, Verdict]:
+    def run(model: ModelConfig, seed: int = 1) -> dict[str, CheckResult]:
         T = model.n_positions
         monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, T, T, model))
         verdicts = list(check("mine", seed, "cpu", "fp32"))
@@ -82,7 +82,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Checked:
     return run
 
 
-def failures(verdicts: dict[str, Verdict]) -> dict[str, str]:
+def failures(verdicts: dict[str, CheckResult]) -> dict[str, str]:
     return {name: v.reason for name, v in verdicts.items() if v.status == "fail"}
 
 
@@ -169,7 +169,7 @@ def test_a_name_that_is_none_suggests_the_nearest() -> None:
 
 def test_verdicts_come_as_they_are_found(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
     checked(WIDE)
-    later: list[Subject] = []
+    later: list[CheckedModel] = []
     monkeypatch.setattr(check_module, "SLOW", (later.append,))
     verdicts = check("mine", 1, "cpu", "fp32")
     assert [next(verdicts).check for _ in QUICK] == NAMES[: len(QUICK)]
@@ -210,7 +210,7 @@ def test_a_planted_fault_is_found(fault: str, checked: Checked, monkeypatch: pyt
 @pytest.mark.parametrize("one", SLOW[:-1])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_check_leaves_the_model_as_it_was(
-    one: Callable[[Subject], Verdict], training: bool, uncompiled: None
+    one: Callable[[CheckedModel], CheckResult], training: bool, uncompiled: None
 ) -> None:
     assert_leaves_no_trace(one, training)
 
@@ -254,7 +254,7 @@ def test_the_text_fits_any_vocabulary(V: int) -> None:
 def test_windows_are_as_long_as_the_model_allows_up_to_1024(
     n_positions: int, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Subject] = []
+    seen: list[CheckedModel] = []
     monkeypatch.setattr(check_module, "QUICK", (lambda subject: seen.append(subject),))
     monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, T, T, dataclasses.replace(WIDE, n_positions=n_positions)))
     next(check("mine", 7, "cpu", "bf16"))
@@ -374,7 +374,7 @@ def test_of_a_deep_model_some_layers_are_shown_and_always_the_last(
     ],
 )
 def test_activations_that_explode_or_die_fail(
-    stds: list[float], dead: float, fresh: bool, status: Status, said: str, monkeypatch: pytest.MonkeyPatch
+    stds: list[float], dead: float, fresh: bool, status: CheckStatus, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_module, "residual_stds", lambda *_, **__: (stds, dead))
     verdict = activations(make_subject(fresh=fresh))
@@ -395,7 +395,7 @@ def test_dead_units_are_counted_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("apart", "status"), [(0.049, "pass"), (-0.049, "pass"), (0.051, "fail"), (-0.051, "fail")])
-def test_bf16_may_differ_by_rounding(apart: float, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_may_differ_by_rounding(apart: float, status: CheckStatus, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(model: object, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
         return torch.tensor(3.0 + (apart if compute.dtype == torch.bfloat16 else 0.0))
 
@@ -436,7 +436,7 @@ def test_a_compiled_model_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_compiled_model_may_differ_by_rounding(
-    loss_by: float, gradient_by: float, status: Status, monkeypatch: pytest.MonkeyPatch
+    loss_by: float, gradient_by: float, status: CheckStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cross_entropy, calls = check_module.linear_cross_entropy, []
 
@@ -469,7 +469,7 @@ def test_without_a_compiler_that_check_is_skipped(monkeypatch: pytest.MonkeyPatc
 # --- overfitting ----------------------------------------------------------------------------------------------
 
 
-def steps(verdict: Verdict) -> int:
+def steps(verdict: CheckResult) -> int:
     return int(verdict.reason.split(" in ")[1].split()[0])
 
 
@@ -511,7 +511,7 @@ def test_a_deep_and_narrow_model_does_not_stumble() -> None:
 
 @pytest.mark.parametrize(("short", "status"), [(0, "pass"), (1, "skip")])
 def test_where_memory_is_too_small_training_is_not_tried(
-    short: int, status: Status, monkeypatch: pytest.MonkeyPatch
+    short: int, status: CheckStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = make_subject()
     needed = 16 * sum(p.numel() for p in subject.model.parameters())  # weight, gradient, two moments: 4 bytes each
@@ -544,8 +544,10 @@ def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_optimizer_of_the_check_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch, checked: Checked) -> None:
-    seen: list[Subject] = []
-    monkeypatch.setattr(check_module, "QUICK", (lambda subject: (seen.append(subject), Verdict("x", "pass", ""))[1],))
+    seen: list[CheckedModel] = []
+    monkeypatch.setattr(
+        check_module, "QUICK", (lambda subject: (seen.append(subject), CheckResult("x", "pass", ""))[1],)
+    )
     monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, 32, 32, WIDE))
     next(check("mine", 1, "cpu", "fp32"))
     theirs = build_optimizer(seen[0].model, RunConfig(1, 32, 32).optim)

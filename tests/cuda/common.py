@@ -27,7 +27,7 @@ from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.device import compile_module
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import Optimizers, build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, Outcome, train_step
+from restomod.engine.step import BatchLoss, Compute, StepResult, train_step
 from restomod.model.gpt import GPT, build_model
 
 REAL = torch.cuda.is_available()
@@ -136,7 +136,7 @@ class Trainee:
     def micro_batches(self, step: int) -> MicroBatches:
         return self.batches.micro_batches(step, self.compute.micro_batch)
 
-    def train(self, first: int, end: int) -> list[Outcome]:
+    def train(self, first: int, end: int) -> list[StepResult]:
         """Make steps [first, end) and wait for each."""
         return [
             train_step(self.loss_of, self.optimizer, self.micro_batches(step), self.config, step, SINGLE).wait()

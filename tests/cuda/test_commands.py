@@ -17,7 +17,7 @@ from restomod.checks import speed
 from restomod.cli import main
 from restomod.engine.device import choose_device, choose_dtype, describe_device
 from restomod.model.flops import peak_flops
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from tests.cuda.common import DEVICE, REAL, WORDS, write_text
 
 pytestmark = pytest.mark.cuda
@@ -133,7 +133,7 @@ def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU without what takes long there and is tried in `tests/doctor`: large products, compiler, processes."""
     if not REAL:
         for check in ("compiler", "processes"):
-            monkeypatch.setattr(examine, check, lambda machine, name=check: Verdict(name, "skip", ""))
+            monkeypatch.setattr(examine, check, lambda machine, name=check: CheckResult(name, "skip", ""))
         monkeypatch.setattr(speed, "SIZES", ())
         monkeypatch.setitem(speed.COPIED_BYTES, "cpu", 2**22)
 

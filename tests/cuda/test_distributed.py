@@ -28,7 +28,7 @@ from tests.cuda.common import (
 
 pytestmark = pytest.mark.cuda
 
-ONE_OF_TWO = Processes(rank=0, count=2, local_rank=0)
+ONE_OF_TWO = Processes(rank=0, world_size=2, local_rank=0)
 """With it restomod takes the way of several processes; the process group has one, so every sum is its own value."""
 
 

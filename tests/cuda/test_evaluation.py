@@ -23,7 +23,7 @@ from restomod.evals.heldout import heldout_loss
 from restomod.evals.likelihood import Request as Question
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT
-from restomod.generate.decode import Request, generate
+from restomod.generate.decode import Prompt, generate
 from restomod.model.attention import attention
 from restomod.model.gpt import GPT
 from tests.cuda.common import CPU, DEVICE, REAL, exact, random_text, relative_errors, small, worst
@@ -37,7 +37,7 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 def test_greedy_text_is_the_cpus(family: str) -> None:
     """Prompts of unequal lengths; 40 tokens on, the longest has outgrown its window and is read again."""
     model = device_parity.random_model(small(family))
-    requests = [Request([5, 6, 7], 0), Request([9] * 100, 0), Request([1], 0)]
+    requests = [Prompt([5, 6, 7], 0), Prompt([9] * 100, 0), Prompt([1], 0)]
     sampling = SamplingConfig(max_tokens=40, temperature=0)
     here = list(generate(model, requests, sampling, 0, stop=None))
     assert list(generate(model.to(DEVICE), requests, sampling, 0, stop=None)) == here
@@ -49,7 +49,7 @@ def test_how_long_decoding_takes() -> None:
     model = device_parity.random_model(small("modern-124m")).to(DEVICE)
     for attempt in (1, 2):
         start = time.perf_counter()
-        made = list(generate(model, [Request([5] * 7, 0)], SamplingConfig(max_tokens=60), 0, torch.bfloat16, stop=None))
+        made = list(generate(model, [Prompt([5] * 7, 0)], SamplingConfig(max_tokens=60), 0, torch.bfloat16, stop=None))
         print(f"\n60 tokens in bf16, time {attempt}: {time.perf_counter() - start:.2f} s")
         assert len(made) == 60
     q = torch.randn(1, 12, 1, 64, device=DEVICE, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data.batches import Batches, deal, document_ids, permute
+from restomod.data.batches import Batches, assign_sources, document_ids, permute
 from restomod.data.dataset import TokenStream
 from restomod.utils.errors import UserError
 
@@ -232,7 +232,7 @@ def shares_of(parts: list[int]) -> list[Fraction]:
 @given(parts=weights, n=st.integers(1, 400), start=st.integers(0, 10**12))
 def test_after_any_number_of_sequences_each_source_has_had_its_share(parts: list[int], n: int, start: int) -> None:
     shares = shares_of(parts)
-    source, index = deal(np.arange(start, start + n), shares)
+    source, index = assign_sources(np.arange(start, start + n), shares)
     for k, share in enumerate(shares):
         mine = index[source == k].tolist()
         assert mine == list(range(mine[0], mine[0] + len(mine))) if mine else True
@@ -244,14 +244,14 @@ def test_after_any_number_of_sequences_each_source_has_had_its_share(parts: list
 
 @given(parts=weights)
 def test_dealing_begins_at_the_first_sequence_of_every_source(parts: list[int]) -> None:
-    source, index = deal(np.arange(3 * sum(parts)), shares_of(parts))
+    source, index = assign_sources(np.arange(3 * sum(parts)), shares_of(parts))
     assert np.bincount(source, minlength=len(parts)).tolist() == [3 * part for part in parts]
     for k in range(len(parts)):
         assert index[source == k].tolist() == list(range(3 * parts[k]))
 
 
 def test_one_source_is_dealt_everything() -> None:
-    source, index = deal(np.arange(7, 12), [Fraction(1)])
+    source, index = assign_sources(np.arange(7, 12), [Fraction(1)])
     assert (source.tolist(), index.tolist()) == ([0] * 5, [7, 8, 9, 10, 11])
 
 

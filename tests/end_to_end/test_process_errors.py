@@ -20,7 +20,7 @@ from restomod.engine import step as step_module
 from restomod.runs import checkpoint
 from restomod.train import setup
 from restomod.train.loop import train
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from restomod.utils.errors import UserError
 from tests.processes import Ended, error_lines, launch
 
@@ -107,7 +107,7 @@ def without_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 def insane(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(setup, "quick_checks", lambda _: [Verdict("all", "fail", "this model is broken")])
+    patch.setattr(setup, "quick_checks", lambda _: [CheckResult("all", "fail", "this model is broken")])
 
 
 def without_disk(patch: pytest.MonkeyPatch) -> None:

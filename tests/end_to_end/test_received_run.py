@@ -13,7 +13,7 @@ from restomod.analysis.report.examine import examine
 from restomod.config.run import RunConfig
 from restomod.data.tokenize import prepare
 from restomod.data.tokenizer import Tokenizer
-from restomod.runs.folder import Run, reopen_run
+from restomod.runs.folder import RunFolder, reopen_run
 from restomod.runs.reader import open_run
 from restomod.runs.run_lock import RunLock
 from restomod.runs.trackers import Trackers
@@ -66,7 +66,7 @@ def test_what_a_resumption_writes(name: str, run: Path) -> None:
 
 @pytest.mark.parametrize("target", ["../secret", "../new"])
 def test_what_a_run_appends(target: str, run: Path) -> None:
-    mine = Run(run, open_run(str(run)).config)
+    mine = RunFolder(run, open_run(str(run)).config)
     put_link(run / "metrics.jsonl", target)  # afterwards: a run with such a link is not opened
     mine.log("train", 1, loss=1.0)
     assert isinstance(mine.write_records(), OSError)

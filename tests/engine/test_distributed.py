@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config.run import Parallel
 from restomod.engine import barrier, distributed
 from restomod.engine.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised
-from restomod.engine.gather import whole
+from restomod.engine.gather import gather_full_model
 from restomod.engine.lr_schedule import learning_rate
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import BatchLoss, Compute, train_step
@@ -115,7 +115,7 @@ def course(parallel: Parallel, micro_batch: int, processes: Processes) -> Course
     t.batches.load = recorded  # type: ignore[method-assign]
     for step in range(STEPS):
         windows.append([])
-        batch = t.batches.micro_batches(step, micro_batch, processes.rank, processes.count)
+        batch = t.batches.micro_batches(step, micro_batch, processes.rank, processes.world_size)
         made = train_step(loss_of, optimizer, batch, t.config, step, processes).wait()
         numbers.append((made.loss, made.grad_norm))
     weights = {name: full(p) for name, p in t.model.named_parameters()}
@@ -183,7 +183,7 @@ def averaged(processes: Processes, parallel: Parallel) -> list[tuple[int, bool]]
     """After each backward of a step: how many averaged gradients there are, and whether all processes have the same."""
     t = trainee()
     loss_of = distribute(BatchLoss(t.model, Compute(CPU, torch.float32, 2)), t.model, parallel, processes)
-    batch = t.batches.micro_batches(0, 2, processes.rank, processes.count)
+    batch = t.batches.micro_batches(0, 2, processes.rank, processes.world_size)
     called = []
     if isinstance(loss_of, DistributedDataParallel):
 
@@ -198,7 +198,7 @@ def averaged(processes: Processes, parallel: Parallel) -> list[tuple[int, bool]]
         with synchronised(loss_of, last=i + 1 == len(batch)):
             loss_of(tokens, targets).backward()
         gradients = [p.grad for p in t.model.parameters() if p.grad is not None]
-        norms: list[Any] = [None] * processes.count
+        norms: list[Any] = [None] * processes.world_size
         dist.all_gather_object(norms, [full(g).norm().item() for g in gradients])
         found.append((len(gradients if parallel == "fsdp" else called), all(n == norms[0] for n in norms)))
     return found
@@ -233,33 +233,33 @@ def fails(rank: int, error: type[BaseException]) -> None:
 
 
 def alone(processes: Processes, rank: int) -> None:
-    processes.together(lambda: fails(rank, UserError))
+    processes.run_on_all_ranks(lambda: fails(rank, UserError))
 
 
 def in_its_turn(processes: Processes, rank: int) -> None:
-    processes.together(lambda: fails(rank, UserError), one_first=True)
+    processes.run_on_all_ranks(lambda: fails(rank, UserError), one_first=True)
 
 
 def nested(processes: Processes, rank: int) -> None:
-    processes.together(lambda: processes.together(lambda: fails(rank, UserError), one_first=True))
+    processes.run_on_all_ranks(lambda: processes.run_on_all_ranks(lambda: fails(rank, UserError), one_first=True))
 
 
 def thrice_nested(processes: Processes, rank: int) -> None:
-    processes.together(lambda: nested(processes, rank))
+    processes.run_on_all_ranks(lambda: nested(processes, rank))
 
 
 def everywhere(processes: Processes, rank: int) -> None:
     def work() -> None:
         raise UserError("rank 0 cannot, and so say all")
 
-    processes.together(work)
+    processes.run_on_all_ranks(work)
 
 
 def known_everywhere(processes: Processes, rank: int) -> None:
     def work() -> None:
         raise processes.error("rank 0 cannot, which all know")
 
-    processes.together(work)
+    processes.run_on_all_ranks(work)
 
 
 def before_agreeing(processes: Processes, rank: int) -> None:
@@ -270,11 +270,11 @@ def before_agreeing(processes: Processes, rank: int) -> None:
         processes.agree()
         dist.broadcast(torch.ones(1000), src=0)
 
-    processes.together(work)
+    processes.run_on_all_ranks(work)
 
 
 def system_refuses(processes: Processes, rank: int) -> None:
-    processes.together(lambda: fails(rank, OSError))
+    processes.run_on_all_ranks(lambda: fails(rank, OSError))
 
 
 def outside(processes: Processes, rank: int) -> None:
@@ -312,7 +312,7 @@ def turns(processes: Processes) -> tuple[float, float]:
         time.sleep(0.1)
         return began, time.monotonic()
 
-    return processes.together(work, one_first=True)
+    return processes.run_on_all_ranks(work, one_first=True)
 
 
 def test_the_first_process_of_a_machine_works_before_the_others_where_that_is_asked() -> None:
@@ -429,7 +429,7 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     t = trainee()
     loss = BatchLoss(t.model, Compute(CPU, torch.float32, 2))
     assert distribute(loss, t.model, "ddp", processes) is loss
-    assert whole(t.model) is t.model
+    assert gather_full_model(t.model) is t.model
     with pytest.raises(UserError, match="torchrun"):
         distribute(loss, t.model, "fsdp", processes)
 
@@ -466,7 +466,7 @@ def slow_alone(rank: int, one_first: bool, work: str) -> list[Any]:
         return work
 
     with impatient(silence=60), joined() as processes:
-        found = [processes.together(lambda: slow(processes), one_first)]
+        found = [processes.run_on_all_ranks(lambda: slow(processes), one_first)]
         if rank == 0:
             found.append(processes.from_main(lambda: slow(processes)))
         return [*found, processes.sum(processes.rank)]
@@ -493,7 +493,7 @@ def dies_alone(how: str) -> None:
 
 
 def together(processes: Processes, work: Any) -> None:
-    processes.together(lambda: work(processes))
+    processes.run_on_all_ranks(lambda: work(processes))
 
 
 @pytest.mark.parametrize(

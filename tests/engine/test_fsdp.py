@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config.run import ModelConfig, Parallel
 from restomod.data.prefetch import MicroBatches
 from restomod.engine.distributed import SINGLE, Processes, compiled_parts, distribute, synchronised
-from restomod.engine.gather import gather_on_main, whole, whole_on_main
+from restomod.engine.gather import gather_full_model, gather_on_main, whole_on_main
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
 from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.evals.heldout import token_losses
@@ -60,7 +60,7 @@ def shared_out(
 
 
 def share_of(t: Trainee, step: int, processes: Processes, micro_batch: int = 2) -> MicroBatches:
-    return t.batches.micro_batches(step, micro_batch, processes.rank, processes.count)
+    return t.batches.micro_batches(step, micro_batch, processes.rank, processes.world_size)
 
 
 def train(t: Trainee, loss_of: nn.Module, processes: Processes, first: int, end: int) -> list[tuple[float, bool]]:
@@ -219,7 +219,7 @@ def gathered(processes: Processes) -> tuple[dict[str, Tensor], dict[str, Tensor]
         patch.setattr(DTensor, "full_tensor", counted)
         model = whole_on_main(t.model, processes)
         state = gather_on_main(optimizer_tensors(t.model, t.optimizer), processes)
-        whole(t.model, keep=processes.main)
+        gather_full_model(t.model, keep=processes.main)
     return expected, {n: p for n, p in model.named_parameters() if not p.is_meta}, state, most
 
 
@@ -237,11 +237,11 @@ def evaluated(processes: Processes) -> tuple[Tensor, Tensor, set[torch.dtype], s
     """Losses by a copy in bf16 and by one in fp32; the dtypes of the first; devices where there is to be none."""
     t, loss_of = shared_out(processes, "fsdp", BF16, model=MODERN)
     train(t, loss_of, processes, 0, 5)
-    small, large = whole(t.model, BF16), whole(t.model)
+    small, large = gather_full_model(t.model, BF16), gather_full_model(t.model)
     tokens, targets = t.batches.load(t.batches.windows(9))
     with torch.no_grad():
         losses = [token_losses(model, tokens, targets, CPU, BF16) for model in (small, large)]
-    none = whole(t.model, BF16, keep=False)
+    none = gather_full_model(t.model, BF16, keep=False)
     linear = {p.dtype for m in small.transformer.h.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
     return losses[0], losses[1], linear, {p.device.type for p in none.parameters()}
 
@@ -314,7 +314,7 @@ def gradients_of_two_steps(
 ) -> list[dict[str, Tensor]]:
     t = make_trainee(batch_tokens=256, model=WIDE)
     t.model.transformer.recompute = recompute
-    if processes.count > 1:
+    if processes.world_size > 1:
         for module in compiled_parts(t.model, parallel):
             module.compile(backend="aot_eager")  # traced and differentiated like any other, but not made to kernels
     loss_of = distribute(BatchLoss(t.model, Compute(CPU, FP32, 2)), t.model, parallel, processes)

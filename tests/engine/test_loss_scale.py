@@ -13,7 +13,7 @@ from restomod.engine import loss_scale as module
 from restomod.engine.distributed import SINGLE
 from restomod.engine.loss_scale import LossScale
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, Outcome, train_step
+from restomod.engine.step import BatchLoss, Compute, StepResult, train_step
 from tests.models import CPU
 from tests.trainee import Trainee, assert_identical, make_trainee, set_optimizer_tensors
 
@@ -49,7 +49,7 @@ def in_fp16() -> Trainee:
     return dataclasses.replace(trainee, optimizer=build_optimizer(trainee.model, trainee.config.optim, FP16))
 
 
-def train(trainee: Trainee, first: int, end: int) -> list[Outcome]:
+def train(trainee: Trainee, first: int, end: int) -> list[StepResult]:
     loss_of = BatchLoss(trainee.model, Compute(CPU, FP16, 4))
     batches = trainee.batches
     return [

@@ -135,7 +135,7 @@ def course(processes: Processes, parallel: str) -> dict[str, Tensor]:
     loss_of = distribute(BatchLoss(t.model, compute), t.model, parallel, processes)  # type: ignore[arg-type]
     optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
     for step in range(10):
-        batch = t.batches.micro_batches(step, 2, processes.rank, processes.count)
+        batch = t.batches.micro_batches(step, 2, processes.rank, processes.world_size)
         train_step(loss_of, optimizer, batch, t.config, step, processes).wait()
     whole = {name: p.detach() for name, p in t.model.named_parameters()}
     return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in whole.items()}
@@ -164,7 +164,7 @@ def products(processes: Processes, parallel: str) -> int:
         loss = BatchLoss(t.model, Compute(CPU, torch.float32, 2))
         loss_of = distribute(loss, t.model, parallel, processes)  # type: ignore[arg-type]
         optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
-        batch = t.batches.micro_batches(0, 2, processes.rank, processes.count)
+        batch = t.batches.micro_batches(0, 2, processes.rank, processes.world_size)
         train_step(loss_of, optimizer, batch, t.config, 0, processes).wait()
     return sum(found)
 

@@ -17,7 +17,7 @@ from restomod.config.run import ModelConfig, OptimConfig
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.distributed import SINGLE
 from restomod.engine.micro_batch import choose_micro_batch
-from restomod.engine.step import BatchLoss, Compute, Outcome, Queued, batch_loss, train_step
+from restomod.engine.step import BatchLoss, Compute, PendingStep, StepResult, batch_loss, train_step
 from restomod.utils.errors import UserError
 from tests.models import CPU
 from tests.trainee import assert_identical, make_trainee
@@ -140,7 +140,7 @@ def test_a_loss_above_the_limit_updates_nothing() -> None:
     before = trainee.tensors()
     loss_of = BatchLoss(trainee.model, Compute(CPU, torch.float32, 8))
 
-    def step(highest: float) -> Outcome:
+    def step(highest: float) -> StepResult:
         batches = trainee.batches.micro_batches(2, 8)
         return train_step(loss_of, trainee.optimizer, batches, trainee.config, 2, SINGLE, highest).wait()
 
@@ -243,10 +243,10 @@ def test_only_copies_from_and_to_cuda_do_not_wait() -> None:
     tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
     with Copies() as copies:
         loss = batch_loss(trainee.model, tokens, targets, Compute(CPU, torch.float32, 2)).detach()
-        made = Queued(loss, loss, loss > 0)
+        made = PendingStep(loss, loss, loss > 0)
     assert len(copies.asynchronous) >= 3  # tokens, targets and the step's numbers
     assert not any(copies.asynchronous)
-    assert made.wait() == Outcome(loss.item(), loss.item(), True)
+    assert made.wait() == StepResult(loss.item(), loss.item(), True)
 
 
 def test_an_untied_head_gets_its_gradient_once_a_step() -> None:

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, OptimConfig, SamplingConfig
 from restomod.engine.optimizer import build_optimizer
-from restomod.generate.compare import Comparison, as_html, as_markdown, as_table, compare, report_writer
+from restomod.generate.compare import SampleComparison, as_html, as_markdown, as_table, compare, report_writer
 from restomod.generate.text import sample
 from restomod.model.hf_io import save_model
 from restomod.utils.errors import UserError
@@ -30,9 +30,9 @@ HOSTILE = (
 )
 
 
-def comparison(*texts: str) -> Comparison:
+def comparison(*texts: str) -> SampleComparison:
     """Each text as a model's name, a prompt, and either continuation."""
-    return Comparison((texts[0], texts[-1]), "5 tokens", tuple((text, text[::-1], text) for text in texts))
+    return SampleComparison((texts[0], texts[-1]), "5 tokens", tuple((text, text[::-1], text) for text in texts))
 
 
 def shown(text: str) -> str:
@@ -121,7 +121,9 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:
 
 
 def test_the_terminal_shows_texts_beside_each_other_and_takes_no_markup() -> None:
-    table = as_table(Comparison(("left", "right"), "5 tokens", (("[bold]p\x1b[0m", "[red]one", "two\nlines"),)), 40)
+    table = as_table(
+        SampleComparison(("left", "right"), "5 tokens", (("[bold]p\x1b[0m", "[red]one", "two\nlines"),)), 40
+    )
     lines = [line.split() for line in table.splitlines()]
     assert ["1.", "[bold]p␛[0m"] in lines
     assert ["left", "right"] in lines

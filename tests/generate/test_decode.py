@@ -16,7 +16,7 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.device import autocast
-from restomod.generate.decode import CACHE_BYTES, Decoder, Request, RowCache, generate, rows_at_once
+from restomod.generate.decode import CACHE_BYTES, Decoder, Prompt, RowCache, generate, rows_at_once
 from restomod.model.gpt import GPT, KVCache, build_model
 from restomod.model.hf_io import save_model
 from restomod.utils.errors import UserError
@@ -44,7 +44,7 @@ def generated(
 ) -> list[list[int]]:
     """New tokens of each prompt; greedy, without an end and in the model's precision unless told otherwise."""
     sampling = SamplingConfig(max_tokens=max_tokens, **{"temperature": 0.0, "top_k": 0, **how})
-    requests = [Request(prompt, number) for prompt, number in zip(prompts, numbers or [0] * len(prompts), strict=True)]
+    requests = [Prompt(prompt, number) for prompt, number in zip(prompts, numbers or [0] * len(prompts), strict=True)]
     texts: list[list[int]] = [[] for _ in prompts]
     for new in generate(model, requests, sampling, seed, dtype or model.head.dtype, stop):
         for i, token in new.items():

@@ -16,7 +16,7 @@ from restomod.config.run import ModelConfig, OptimConfig, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.optimizer import build_optimizer
 from restomod.generate import decode as engine
-from restomod.generate.decode import Request, generate
+from restomod.generate.decode import Prompt, generate
 from restomod.generate.text import choose_prompts, continuations, prompt_tokens, sample, stream, streamed
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_io import save_model
@@ -68,7 +68,7 @@ def test_a_text_without_endoftext_has_the_length_asked_for(babbler: GPT, tokeniz
 
 def test_an_empty_prompt_starts_a_document(model: GPT, tokenizer: Tokenizer) -> None:
     greedy = SamplingConfig(max_tokens=5, temperature=0)
-    ids = [new[0] for new in generate(model, [Request([END_OF_TEXT], 0)], greedy, 0)]
+    ids = [new[0] for new in generate(model, [Prompt([END_OF_TEXT], 0)], greedy, 0)]
     assert END_OF_TEXT not in ids
     assert continuations(model, tokenizer, [""], 1, greedy, 0, FP32) == [[tokenizer.decode(ids)]]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.engine.step import Compute, batch_loss
-from restomod.generate.decode import Request, generate
+from restomod.generate.decode import Prompt, generate
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT, Beside, build_model
 from restomod.model.hf_format import as_saved, family_of
@@ -80,7 +80,10 @@ def test_the_same_text_is_generated(pair: tuple[GPT, Any]) -> None:
     model, theirs = random_model(config).double(), pair[1]
     prompts = [random_tokens(config, 1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
     how = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    sampling, requests = SamplingConfig(max_tokens=20, temperature=0.0), [Request(prompt, 0) for prompt in prompts]
+    sampling, requests = (
+        SamplingConfig(max_tokens=20, temperature=0.0),
+        [Prompt(prompt, 0) for prompt in prompts],
+    )
     steps = list(generate(model, requests, sampling, 0, torch.float64, stop=None))
     theirs.double()
     try:

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.engine.step import Compute, batch_loss
-from restomod.generate.decode import Request, generate
+from restomod.generate.decode import Prompt, generate
 from restomod.model.gpt import GPT
 from tests.models import CPU, paired, random_tokens, to_transformers
 
@@ -156,7 +156,7 @@ def test_greedy_continuations_are_those_of_transformers_token_for_token(config: 
     for i in range(20):
         prompt = random_tokens(config, 1, 1 + 3 * i, seed=i)
         greedy = SamplingConfig(max_tokens=64, temperature=0.0)
-        ours = [new[0] for new in generate(model, [Request(prompt[0].tolist(), 0)], greedy, seed=0, stop=None)]
+        ours = [new[0] for new in generate(model, [Prompt(prompt[0].tolist(), 0)], greedy, seed=0, stop=None)]
         theirs = reference.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

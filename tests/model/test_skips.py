@@ -14,7 +14,7 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.engine.step import Compute, batch_loss
 from restomod.evals.likelihood import gpt_log_probs
-from restomod.generate.decode import Decoder, Request, RowCache, generate
+from restomod.generate.decode import Decoder, Prompt, RowCache, generate
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT, KVCache
 from restomod.model.hf_io import load_model, save_model
@@ -148,7 +148,7 @@ def test_a_cache_changes_no_logits(config: ModelConfig) -> None:
 def test_generation_follows_the_plain_computation(config: ModelConfig) -> None:
     model, prompt = drawn(config).double(), random_tokens(config, 1, 6)[0].tolist()
     sampling = SamplingConfig(max_tokens=12, temperature=0.0)
-    new = [step[0] for step in generate(model, [Request(prompt, 0)], sampling, 0, torch.float64, stop=None)]
+    new = [step[0] for step in generate(model, [Prompt(prompt, 0)], sampling, 0, torch.float64, stop=None)]
     tokens = list(prompt)
     for token in new:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig,
 from restomod.config.serialize import read_config
 from restomod.data.dataset import Dataset, TokenStream
 from restomod.runs import folder as run_module
-from restomod.runs.folder import Run, check_resumable, create_run, environment, reopen_run
+from restomod.runs.folder import RunFolder, check_resumable, create_run, environment, reopen_run
 from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.utils import files as files_module
 from restomod.utils.errors import UserError
@@ -352,7 +352,7 @@ def test_a_damaged_configuration_is_named(text: str, folder: Path) -> None:
 
 def test_a_logged_record_is_returned_and_written(folder: Path) -> None:
     before = time.time()
-    record = Run(folder, CONFIG).log("train", 3, loss=1.5)
+    record = RunFolder(folder, CONFIG).log("train", 3, loss=1.5)
     assert before - 0.001 <= record["time"] <= time.time() + 0.001, "when it was known, in seconds since 1970"
     assert record == {"kind": "train", "step": 3, "loss": 1.5, "time": record["time"]}
     assert read_jsonl(folder / "metrics.jsonl") == [record]
@@ -360,7 +360,7 @@ def test_a_logged_record_is_returned_and_written(folder: Path) -> None:
 
 def test_rewinding_forgets_exactly_what_came_after_the_checkpoint(folder: Path) -> None:
     # In the order of the loop: at each step validation, samples and checkpoint of the weights, then the update.
-    run = Run(folder, CONFIG)
+    run = RunFolder(folder, CONFIG)
     for step in range(6):
         run.log("val", step, loss=1.0)
         run.log_sample(step, "prompt", "text")
@@ -373,7 +373,7 @@ def test_rewinding_forgets_exactly_what_came_after_the_checkpoint(folder: Path) 
 
 
 def test_rewinding_mends_a_line_that_a_crash_cut_short(folder: Path) -> None:
-    run = Run(folder, CONFIG)
+    run = RunFolder(folder, CONFIG)
     run.log("train", 0, loss=2.0)
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "st')
@@ -384,12 +384,12 @@ def test_rewinding_mends_a_line_that_a_crash_cut_short(folder: Path) -> None:
 
 def test_rewinding_a_run_that_has_logged_nothing_makes_no_files(folder: Path) -> None:
     before = content(folder)
-    Run(folder, CONFIG).rewind(0)
+    RunFolder(folder, CONFIG).rewind(0)
     assert content(folder) == before
 
 
 def test_without_a_checkpoint_everything_logged_is_forgotten(folder: Path) -> None:
-    run = Run(folder, CONFIG)
+    run = RunFolder(folder, CONFIG)
     run.log("val", 0, loss=1.0)
     run.log("train", 0, loss=2.0)
     run.log_sample(1, "prompt", "text")
@@ -399,7 +399,7 @@ def test_without_a_checkpoint_everything_logged_is_forgotten(folder: Path) -> No
 
 
 def test_reopening_rewinds_to_the_checkpoint(folder: Path) -> None:
-    run = Run(folder, CONFIG)
+    run = RunFolder(folder, CONFIG)
     for step in range(4):
         run.log("train", step, loss=2.0)
     reopen_run(folder, CONFIG, {}, 2)

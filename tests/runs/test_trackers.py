@@ -17,7 +17,7 @@ import pytest
 
 from restomod.config.run import RunConfig
 from restomod.runs import trackers as track
-from restomod.runs.folder import Run
+from restomod.runs.folder import RunFolder
 from restomod.runs.metrics import Record, read_jsonl
 from restomod.runs.trackers import OPENERS, Trackers, numbers, require_installed
 from restomod.utils.errors import UserError
@@ -30,7 +30,7 @@ def tracked(*names: Any) -> RunConfig:
     return dataclasses.replace(CONFIG, track=names)
 
 
-def log(run: Run, first: int, last: int) -> None:
+def log(run: RunFolder, first: int, last: int) -> None:
     """Steps as a run logs them, with a validation before every second."""
     for step in range(first, last):
         if step % 2 == 0:
@@ -41,7 +41,7 @@ def log(run: Run, first: int, last: int) -> None:
 
 def session(folder: Path, config: RunConfig, first: int, last: int, said: list[str]) -> None:
     """A start of a run, or its resumption from the checkpoint of step ``first``."""
-    run = Run(folder, config)
+    run = RunFolder(folder, config)
     if first > 0:
         run.rewind(first)
     with Trackers(folder, config, said.append) as trackers:
@@ -102,7 +102,7 @@ def test_tensorboard_forgets_what_a_run_goes_back_on(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     config = tracked("tensorboard")
     with Trackers(tmp_path, config, print) as trackers:
-        run = Run(tmp_path, config, trackers=trackers)
+        run = RunFolder(tmp_path, config, trackers=trackers)
         log(run, 0, 7)
         run.rewind(4)
         run.log("rollback", 4, failed_step=6, data_offset=3)
@@ -280,7 +280,7 @@ def test_a_full_queue_drops_the_tracker_and_never_waits(tmp_path: Path, monkeypa
     said: list[str] = []
     config = tracked("wandb")
     with Trackers(tmp_path, config, said.append) as trackers:
-        run = Run(tmp_path, config, trackers=trackers)
+        run = RunFolder(tmp_path, config, trackers=trackers)
         began = time.monotonic()
         for step in range(100):
             run.log("train", step, loss=1.0)

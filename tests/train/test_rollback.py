@@ -14,7 +14,7 @@ from restomod.engine.distributed import Processes, distribute
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import BatchLoss, Compute
 from restomod.runs.async_saver import Saver
-from restomod.runs.folder import Run
+from restomod.runs.folder import RunFolder
 from restomod.runs.metrics import append_jsonl
 from restomod.train.rollback import roll_back
 from restomod.train.spike_guard import ENOUGH
@@ -34,7 +34,9 @@ def training(processes: Processes, folder: Path) -> Any:
     t = make_trainee()
     compute = Compute(CPU, torch.float32, 2)
     loss_of = distribute(BatchLoss(t.model, compute), t.model, "ddp", processes)
-    run = Run(folder / str(processes.rank), dataclasses.replace(t.config, spike_sigmas=5.0), writes=processes.main)
+    run = RunFolder(
+        folder / str(processes.rank), dataclasses.replace(t.config, spike_sigmas=5.0), writes=processes.main
+    )
     if processes.main:
         run.folder.mkdir()
         for step, loss in enumerate(LOSSES):
@@ -55,14 +57,14 @@ def limits(processes: Processes, folder: Path) -> tuple[float, float, tuple[int,
     """The highest loss that is no spike at the start and after a return to a checkpoint; where the run goes on."""
     subject = training(processes, folder)
     guard = Journal(subject, QUIET).guard
-    at_start, weight = guard.highest(), subject.model.transformer.wte.weight
+    at_start, weight = guard.loss_limit(), subject.model.transformer.wte.weight
     with Saver(subject.run.folder, subject.config, processes) as saver:
         saver.save(SAVED, subject.model, subject.optimizer)
         saved = weight.detach().clone()
         with torch.no_grad():
             weight.add_(1)
         back = roll_back(subject, saver, guard, len(LOSSES), "a spike", 0, QUIET)
-    return at_start, guard.highest(), back, weight.detach() - saved, subject.run.folder.exists()
+    return at_start, guard.loss_limit(), back, weight.detach() - saved, subject.run.folder.exists()
 
 
 def test_all_processes_have_the_spike_limit_of_the_one_log_and_go_back_to_the_one_checkpoint(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from restomod.config.run import RunConfig
-from restomod.engine.step import Outcome
+from restomod.engine.step import StepResult
 from restomod.train.spike_guard import ENOUGH, HALVINGS, WINDOW, Guard
 
 
@@ -26,10 +26,10 @@ def run(subject: Guard, losses: list[float]) -> list[str]:
     return [subject.judge(made(subject, loss)) for loss in losses]
 
 
-def made(subject: Guard, loss: float, grad_norm: float = 1.0) -> Outcome:
+def made(subject: Guard, loss: float, grad_norm: float = 1.0) -> StepResult:
     """A step as `train_step` makes it under this guard."""
-    refused = not (math.isfinite(loss) and math.isfinite(grad_norm)) or loss > subject.highest()
-    return Outcome(loss, grad_norm, refused)
+    refused = not (math.isfinite(loss) and math.isfinite(grad_norm)) or loss > subject.loss_limit()
+    return StepResult(loss, grad_norm, refused)
 
 
 def problem(subject: Guard, loss: float, grad_norm: float = 1.0) -> str | None:
@@ -132,7 +132,7 @@ def test_going_back_to_the_same_checkpoint_is_tried_three_times() -> None:
 def test_gradients_that_overflow_fp16_are_no_trouble_while_a_scale_is_found(policy: str) -> None:
     config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike=policy)  # type: ignore[arg-type]
     subject = Guard(config, fp16=True)
-    overflow = Outcome(10.9, math.inf, refused=True)
+    overflow = StepResult(10.9, math.inf, refused=True)
     assert "fp16" in (subject.problem(overflow) or "")
     assert [subject.judge(overflow) for _ in range(HALVINGS)] == ["skip"] * HALVINGS
     assert subject.judge(overflow) == ("rollback" if policy == "rollback" else "stop")
@@ -140,4 +140,4 @@ def test_gradients_that_overflow_fp16_are_no_trouble_while_a_scale_is_found(poli
 
 def test_a_loss_that_is_not_finite_is_trouble_in_fp16_too() -> None:
     config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike="stop")
-    assert Guard(config, fp16=True).judge(Outcome(math.nan, math.nan, refused=True)) == "stop"
+    assert Guard(config, fp16=True).judge(StepResult(math.nan, math.nan, refused=True)) == "stop"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from restomod.runs.metrics import append_jsonl
 from restomod.train.console_lines import closing_lines, sanity_lines
-from restomod.utils.check_result import Status, Verdict
+from restomod.utils.check_result import CheckResult, CheckStatus
 from restomod.utils.console import Display, numbers
 
 RECORD: dict[str, Any] = {
@@ -109,9 +109,9 @@ def test_a_display_that_was_never_started_can_be_stopped() -> None:
 
 # --- sanity checks ------------------------------------------------------------------------------------------
 
-LOSS = Verdict("initial loss", "pass", "10.80 ≈ ln(50257) = 10.82")
-CAUSAL = Verdict("causality", "pass", "changing token 32 changes none before it")
-NARROW = Verdict("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
+LOSS = CheckResult("initial loss", "pass", "10.80 ≈ ln(50257) = 10.82")
+CAUSAL = CheckResult("causality", "pass", "changing token 32 changes none before it")
+NARROW = CheckResult("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ NARROW = Verdict("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
         ([], []),
         ([LOSS], ["initial loss 10.80 ≈ ln(50257) = 10.82"]),
         (
-            [LOSS, CAUSAL, Verdict("tied head", "pass", "")],
+            [LOSS, CAUSAL, CheckResult("tied head", "pass", "")],
             ["initial loss 10.80 ≈ ln(50257) = 10.82", "checked too: causality, tied head"],
         ),
         (
@@ -132,26 +132,26 @@ NARROW = Verdict("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
             ],
         ),
         (
-            [Verdict("loss", "warn", "11.00 is worse than guessing"), CAUSAL, Verdict("gradients", "skip", "")],
+            [CheckResult("loss", "warn", "11.00 is worse than guessing"), CAUSAL, CheckResult("gradients", "skip", "")],
             ["checked too: causality", "warning: loss: 11.00 is worse than guessing"],
         ),
     ],
 )
-def test_the_head_of_a_run_says_what_was_checked(verdicts: list[Verdict], lines: list[str]) -> None:
+def test_the_head_of_a_run_says_what_was_checked(verdicts: list[CheckResult], lines: list[str]) -> None:
     assert sanity_lines(verdicts) == lines
 
 
 @pytest.mark.parametrize(("status", "colour"), [("pass", "32"), ("warn", "33"), ("fail", "1;31"), ("skip", "2")])
-def test_a_verdict_is_one_line_in_columns_and_its_status_in_colour(status: Status, colour: str) -> None:
+def test_a_verdict_is_one_line_in_columns_and_its_status_in_colour(status: CheckStatus, colour: str) -> None:
     display = Display(interactive=True)
     output = io.StringIO()
     display.console = Console(file=output, force_terminal=True, color_system="standard", width=200, highlight=False)
-    display.verdict(Verdict("kernel shapes", status, "[64] of 64"))
+    display.verdict(CheckResult("kernel shapes", status, "[64] of 64"))
     assert output.getvalue() == f"\x1b[{colour}m{status}  \x1b[0mkernel shapes     [64] of 64\n"
 
 
 def test_a_verdict_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    Display(interactive=False).verdict(Verdict("bf16", "skip", "a reason " * 30))
+    Display(interactive=False).verdict(CheckResult("bf16", "skip", "a reason " * 30))
     assert capsys.readouterr().out == f"skip  bf16              {'a reason ' * 30}\n"
 
 

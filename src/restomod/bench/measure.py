@@ -168,7 +168,7 @@ def measure(steps: Steps, warmup: int, timed: int) -> Timings:
         whole.append(steps.whole(warmup + 2 * i))
         phases.append(steps.by_phase(warmup + 2 * i + 1))
     mine = peak_memory(device)
-    everyone = processes.sum(*(float(mine or 0) if r == processes.rank else 0.0 for r in range(processes.count)))
+    everyone = processes.sum(*(float(mine or 0) if r == processes.rank else 0.0 for r in range(processes.world_size)))
     return Timings(whole, phases, None if mine is None else int(max(everyone)))
 
 

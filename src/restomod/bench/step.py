@@ -64,7 +64,7 @@ def bench_step(
     with joined() as processes, _memory_errors():
         display = display or Display(muted=not processes.main)
         files = {flag: None if name is None else Path(name) for flag, name in (("--json", json), ("--trace", trace))}
-        processes.together(lambda: require_outputs(files))
+        processes.run_on_all_ranks(lambda: require_outputs(files))
         report, traced = _bench(config, preset, tokens, warmup, timed, trace is not None, display, processes)
         if not processes.main:
             return 0
@@ -124,8 +124,8 @@ def _bench(
     count = warmup + 2 * timed + 1  # the last is the traced one
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
-    steps, seconds = processes.together(lambda: _steps(config, tokens, count, processes, display.line))
-    accumulation = config.batch_sequences // steps.compute.micro_batch // processes.count
+    steps, seconds = processes.run_on_all_ranks(lambda: _steps(config, tokens, count, processes, display.line))
+    accumulation = config.batch_sequences // steps.compute.micro_batch // processes.world_size
     display.table(_head(steps, preset, tokens, warmup, timed, accumulation, seconds))
     with steps.data:
         timings = measure(steps, warmup, timed)
@@ -139,9 +139,9 @@ def _bench(
         steps.compute.micro_batch,
         warmup,
         timings,
-        environment(device, dtype_name(steps.compute.dtype)) | {"processes": processes.count},
+        environment(device, dtype_name(steps.compute.dtype)) | {"processes": processes.world_size},
         steps.compute.device.type,
-        None if peak is None else peak * processes.count,
+        None if peak is None else peak * processes.world_size,
     )
     return report, traced
 
@@ -151,15 +151,15 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
-        dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
+        dataset = processes.run_on_all_ranks(lambda: prepare(config.data, tokenizer), one_first=True)
         batches = training_batches(config, dataset, tokenizer)
     else:
         stream = synthetic_tokens(config.model.vocab_size, config.sequence_length, config.seed)
         batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
-    model = processes.together(lambda: initial_model(config, compute.device))
+    model = processes.run_on_all_ranks(lambda: initial_model(config, compute.device))
     loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
     seconds, compute = first_micro_batch(model, loss_of, batches, compute, config, 0, processes, say)
-    data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.count, compute.device)
+    data = Prefetch(batches, compute.micro_batch, count, processes.rank, processes.world_size, compute.device)
     return Steps(config, data, loss_of, optimizer, compute, processes), seconds
 
 
@@ -173,7 +173,7 @@ def synthetic_tokens(vocab_size: int, sequence_length: int, seed: int) -> TokenS
 def _head(
     steps: Steps, preset: str, tokens: str, warmup: int, timed: int, accumulation: int, seconds: float
 ) -> list[tuple[str, str]]:
-    config, compute, processes = steps.config, steps.compute, steps.processes.count
+    config, compute, processes = steps.config, steps.compute, steps.processes.world_size
     m = config.model
     among = f"{processes} processes × " if processes > 1 else ""
     precision = f"{dtype_name(compute.dtype)} products, fp32 weights"

@@ -19,7 +19,7 @@ from restomod.config.run import ModelConfig
 from restomod.engine.device import dtype_name
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import GPT, build_model
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 
 CHECKED_BEFORE_TRAINING = {"mps"}  # kinds of device where kernels have been wrong before
 
@@ -48,7 +48,7 @@ class Differences:
         return max(self.gradients, key=lambda name: _finite(self.gradients[name]))
 
 
-def device_parity(device: torch.device, dtype: torch.dtype) -> Verdict:
+def device_parity(device: torch.device, dtype: torch.dtype) -> CheckResult:
     """A small GPT-2 has the exact loss and gradients on this device in this precision, up to rounding."""
     found = differences(device, dtype)
     gradient = found.gradients[found.worst]
@@ -59,9 +59,11 @@ def device_parity(device: torch.device, dtype: torch.dtype) -> Verdict:
     )
     limits = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
     if found.loss <= limits[0] and gradient <= limits[1]:
-        return Verdict("parity", "pass", reason)
+        return CheckResult("parity", "pass", reason)
     other = "--precision fp32" if dtype != torch.float32 else "another torch release, or --device cpu"
-    return Verdict("parity", "fail", f"{reason}; rounding explains {limits[0]:.0e} and {limits[1]:.0e}: use {other}")
+    return CheckResult(
+        "parity", "fail", f"{reason}; rounding explains {limits[0]:.0e} and {limits[1]:.0e}: use {other}"
+    )
 
 
 def differences(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> Differences:

@@ -13,13 +13,15 @@ from restomod.checks.speed import memory_bandwidth
 from restomod.checks.tools import compiler, processes
 from restomod.config.run import Device, Precision, RunConfig
 from restomod.engine.device import dtype_name
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from restomod.utils.errors import UserError
 
-Check = Callable[[Machine], Verdict]
+Check = Callable[[Machine], CheckResult]
 
 
-def examine(device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path) -> Iterator[Verdict]:
+def examine(
+    device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path
+) -> Iterator[CheckResult]:
     """Examine this machine; yield verdicts as they come.
 
     Args:
@@ -51,50 +53,50 @@ def examine(device_name: Device, precision: Precision, config: RunConfig, preset
         yield later.result()
 
 
-def judge(check: Check, machine: Machine) -> Verdict:
+def judge(check: Check, machine: Machine) -> CheckResult:
     """A check's verdict; an exception in it is a fail, and where there is no device it is skipped."""
     name = check.__name__.replace("_", " ")
     missing = no_device(machine)
     if missing is not None and check in NEED_DEVICE:
-        return Verdict(name, "skip", "there is no device to try it on")
+        return CheckResult(name, "skip", "there is no device to try it on")
     try:
         return check(machine)
     except Exception as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         reason = f"{lines[0]:.200}" if lines else "no reason given"
         kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
-        return Verdict(name, "fail", f"{kind}{reason}")
+        return CheckResult(name, "fail", f"{kind}{reason}")
 
 
-def parity(machine: Machine) -> Verdict:
+def parity(machine: Machine) -> CheckResult:
     """A small model's loss and gradients on the device are the exact ones."""
     return device_parity(machine.device, machine.dtype)
 
 
-def matrix_products(machine: Machine) -> Verdict:
+def matrix_products(machine: Machine) -> CheckResult:
     """How many operations a second; for information."""
     best = {name: max(of.items(), key=lambda pair: pair[1]) for name, of in machine.rates.by_size.items()}
     found = ", ".join(f"{name} {rate / 1e12:,.2f} TFLOP/s (at {size})" for name, (size, rate) in best.items())
-    return Verdict("matrix products", "pass", found)
+    return CheckResult("matrix products", "pass", found)
 
 
-def bf16(machine: Machine) -> Verdict:
+def bf16(machine: Machine) -> CheckResult:
     """Products in bf16 are faster than those in fp32, which they are not where the hardware leaves them to software."""
     size, fast, plain = machine.rates.compared("bf16", "fp32")
     found = f"{fast / plain:.2f} times as fast as fp32 at {size}"
     if dtype_name(machine.dtype) == "fp32":
         why = "products are in fp32 here"
         if fast > plain and machine.precision == "auto":
-            return Verdict("bf16", "pass", f"{found}; {why} by default, and --precision bf16 can be tried")
-        return Verdict("bf16", "pass", f"{found}; {why}")
+            return CheckResult("bf16", "pass", f"{found}; {why} by default, and --precision bf16 can be tried")
+        return CheckResult("bf16", "pass", f"{found}; {why}")
     if fast < plain:
-        return Verdict("bf16", "warn", f"{found}, so it only costs precision; train with --precision fp32")
-    return Verdict("bf16", "pass", found)
+        return CheckResult("bf16", "warn", f"{found}, so it only costs precision; train with --precision fp32")
+    return CheckResult("bf16", "pass", found)
 
 
-def bandwidth(machine: Machine) -> Verdict:
+def bandwidth(machine: Machine) -> CheckResult:
     """How many bytes a second; for information."""
-    return Verdict("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
+    return CheckResult("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
 
 
 NEED_DEVICE: tuple[Check, ...] = (

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from restomod.checks.machine import Machine
 from restomod.engine.device import REDUCTIONS, WRONG_REDUCTIONS, avoid_wrong_reductions, torch_release
 from restomod.model.attention import BACKENDS, Use
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 
 TOKENS, HEADS, HEAD_SIZE = 1024, 12, 64  # GPT-2 124M's
 NAMES = {
@@ -25,16 +25,16 @@ NAMES = {
 MAPS = Path("/proc/self/maps")
 
 
-def attention(machine: Machine) -> Verdict:
+def attention(machine: Machine) -> CheckResult:
     """Which attention backend torch chooses for each use, among those that `restomod.model.attention` allows."""
     chosen = {use: NAMES[chosen_backend(machine.device, machine.dtype, use)] for use in BACKENDS}
     found = ", ".join(f"{backend} for {use}" for use, backend in chosen.items())
     slow = [use for use, backend in chosen.items() if backend == "math" and use in ("training", "scoring")]
     if machine.device.type == "cuda" and slow:
-        return Verdict(
+        return CheckResult(
             "attention", "warn", f"{found}: math is slow and needs memory for all pairs of tokens; update torch"
         )
-    return Verdict("attention", "pass", found)
+    return CheckResult("attention", "pass", found)
 
 
 def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBackend:
@@ -49,20 +49,20 @@ def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBac
         return SDPBackend(torch._fused_sdp_choice(q, k, k, attn_mask=mask, is_causal=causal))
 
 
-def cudnn(machine: Machine) -> Verdict:
+def cudnn(machine: Machine) -> CheckResult:
     """Which cuDNN is loaded, and from where; one found through LD_LIBRARY_PATH may be too old for this torch."""
     version = torch.backends.cudnn.version() if machine.device.type == "cuda" else None
     if version is None:
-        return Verdict("cudnn", "skip", "is used on CUDA devices only")
+        return CheckResult("cudnn", "skip", "is used on CUDA devices only")
     name = f"{version // 10_000}.{version // 100 % 100}.{version % 100}"
     paths = loaded_libraries("libcudnn")
     found = f"{name}, from {paths[0].parent if paths else 'an unknown folder'}"
     bundled = Path(torch.__file__).parents[1] / "nvidia"  # where pip puts it
     if paths and (bundled / "cudnn").exists() and bundled not in paths[0].parents:
-        return Verdict(
+        return CheckResult(
             "cudnn", "warn", f"{found}, not the one installed with torch in {bundled}: unset LD_LIBRARY_PATH"
         )
-    return Verdict("cudnn", "pass", found)
+    return CheckResult("cudnn", "pass", found)
 
 
 def loaded_libraries(name: str) -> list[Path]:
@@ -111,15 +111,15 @@ FAULTS = (
 )
 
 
-def known_faults(machine: Machine) -> Verdict:
+def known_faults(machine: Machine) -> CheckResult:
     """torch has kernels for this card, and no fault of this release on it is left."""
     name = "known faults"
     if machine.device.type != "cuda":
-        return Verdict(name, "skip", "are listed for CUDA devices only")
+        return CheckResult(name, "skip", "are listed for CUDA devices only")
     capability = torch.cuda.get_device_capability(machine.device)
     kernels = torch.cuda.get_arch_list()
     if not is_supported(capability, kernels):
-        return Verdict(
+        return CheckResult(
             name,
             "fail",
             f"this torch has no kernels for a card of compute capability {capability[0]}.{capability[1]}, only for "
@@ -143,12 +143,12 @@ def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
     return False
 
 
-def check_faults(capability: tuple[int, int], release: tuple[int, int]) -> Verdict:
+def check_faults(capability: tuple[int, int], release: tuple[int, int]) -> CheckResult:
     """Warn of the faults of a release of torch on a card that restomod does not avoid."""
     there = [fault for fault in FAULTS if fault.first <= release < fault.fixed and fault.affects(capability)]
     left = [f"{fault.what}: {fault.advice}" for fault in there if not fault.avoided()]
     if left:
-        return Verdict("known faults", "warn", "; ".join(left))
+        return CheckResult("known faults", "warn", "; ".join(left))
     avoided = [fault.what for fault in there]
     said = f"avoided: {'; '.join(avoided)}" if avoided else f"none of torch {release[0]}.{release[1]} on this card"
-    return Verdict("known faults", "pass", said)
+    return CheckResult("known faults", "pass", said)

@@ -27,7 +27,7 @@ from restomod.engine.device import (
 from restomod.engine.memory import footprint
 from restomod.engine.micro_batch import choose_micro_batch
 from restomod.model.flops import parameter_count
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from restomod.utils.errors import UserError
 from restomod.utils.process_memory import CGROUP, available_bytes
 
@@ -63,13 +63,15 @@ class Machine:
         return matmul_rates(self.device)
 
 
-def versions(machine: Machine) -> Verdict:
+def versions(machine: Machine) -> CheckResult:
     """Python and all packages are of releases that this one asks for."""
     name = "versions"
     try:
         asked = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
     except importlib.metadata.PackageNotFoundError:
-        return Verdict(name, "skip", f"{PACKAGE} runs from its source and is not installed: nothing says what it needs")
+        return CheckResult(
+            name, "skip", f"{PACKAGE} runs from its source and is not installed: nothing says what it needs"
+        )
     wrong: list[tuple[Requirement, str]] = []
     slower: list[tuple[Requirement, str]] = []
     here = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -84,17 +86,19 @@ def versions(machine: Machine) -> Verdict:
     said = "; ".join(f"{one.name} is {version}" for one, version in [*wrong, *slower])
     install = "pip install " + " ".join(f"'{one.name}{one.specifier}'" for one, _ in [*wrong, *slower])
     if wrong:
-        return Verdict(name, "fail", f"{said}; {install}")
+        return CheckResult(name, "fail", f"{said}; {install}")
     if slower:
-        return Verdict(name, "warn", f"{said}: {NOT_NEEDED[slower[0][0].name]}; {install}")
+        return CheckResult(name, "warn", f"{said}: {NOT_NEEDED[slower[0][0].name]}; {install}")
     oldest, newest = TESTED_TORCH
     if not oldest <= torch_release() <= newest:
         tested = f"{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
-        return Verdict(name, "warn", f"{here}: restomod is tested with torch {tested}; run `make test` with this one")
-    return Verdict(name, "pass", f"{here}, and all {len(asked)} packages are of releases that restomod asks for")
+        return CheckResult(
+            name, "warn", f"{here}: restomod is tested with torch {tested}; run `make test` with this one"
+        )
+    return CheckResult(name, "pass", f"{here}, and all {len(asked)} packages are of releases that restomod asks for")
 
 
-def device(machine: Machine) -> Verdict:
+def device(machine: Machine) -> CheckResult:
     """The device is there, and no better one lies idle."""
     chosen = machine.device
     found = f"{chosen.type}: {describe_device(chosen)}"
@@ -103,54 +107,56 @@ def device(machine: Machine) -> Verdict:
             why = "this torch is built without CUDA; install the one that pytorch.org names for this machine"
         else:
             why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: see nvidia-smi, update the driver"
-        return Verdict("device", "warn", f"{found}; but there is an NVIDIA driver, and {why}")
-    return Verdict("device", "pass", found)
+        return CheckResult("device", "warn", f"{found}; but there is an NVIDIA driver, and {why}")
+    return CheckResult("device", "pass", found)
 
 
-def disk(machine: Machine) -> Verdict:
+def disk(machine: Machine) -> CheckResult:
     """There is room for the checkpoints of a run: those that are kept, and the one that is being written."""
     folder = machine.out.absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        return Verdict("disk", "fail", f"{there} cannot be written to; train with --out in another folder")
+        return CheckResult("disk", "fail", f"{there} cannot be written to; train with --out in another folder")
     free = shutil.disk_usage(there).free
     each = CHECKPOINT_BYTES * parameter_count(machine.config.model)
     kept = machine.config.keep_checkpoints + machine.config.keep_best  # the best may be older than those
     needed = each * (kept + 1)
     what = f"{machine.preset} needs {_gb(needed)} ({kept} checkpoints of {_gb(each)} and one being written)"
     if free < needed:
-        return Verdict("disk", "fail", f"{_gb(free)} free in {there}, and {what}; train with --out on another disk")
-    return Verdict("disk", "pass", f"{_gb(free)} free in {there}; {what}")
+        return CheckResult("disk", "fail", f"{_gb(free)} free in {there}, and {what}; train with --out on another disk")
+    return CheckResult("disk", "pass", f"{_gb(free)} free in {there}; {what}")
 
 
-def memory(machine: Machine) -> Verdict:
+def memory(machine: Machine) -> CheckResult:
     """There is memory for a preset's weights, gradients, optimizer and one micro-batch."""
     name, free = "memory", available_bytes(machine.device)
     if free is None:
-        return Verdict(name, "skip", "this system does not tell how much memory is available")
+        return CheckResult(name, "skip", "this system does not tell how much memory is available")
     micro_batch = choose_micro_batch(machine.config, machine.device)
     number, kind = machine.dtype.itemsize, machine.device.type
     total = total_memory(machine.device)
     needed, least = (footprint(machine.config, n, number, kind, 1, total).total for n in (micro_batch, 1))
     found = f"{_gb(free)} available; {machine.preset} needs about {_gb(needed)} with micro-batches of {micro_batch}"
     if free < least:
-        return Verdict(name, "fail", f"{found}, {_gb(least)} with 1; train a smaller preset, or close other programs")
+        return CheckResult(
+            name, "fail", f"{found}, {_gb(least)} with 1; train a smaller preset, or close other programs"
+        )
     if free < needed:
-        return Verdict(name, "warn", f"{found}, {_gb(least)} with 1; lower --micro-batch")
-    return Verdict(name, "pass", found)
+        return CheckResult(name, "warn", f"{found}, {_gb(least)} with 1; lower --micro-batch")
+    return CheckResult(name, "pass", found)
 
 
-def threads(machine: Machine) -> Verdict:
+def threads(machine: Machine) -> CheckResult:
     """torch uses as many threads as this process has processors."""
     name, used, there = "threads", torch.get_num_threads(), usable_processors()
     variable = os.environ.get("OMP_NUM_THREADS")
     found = f"torch uses {used} threads, and this process has {there:g} processors"
     if used > max(1, there):
-        return Verdict(name, "warn", f"{found}: they take turns; export OMP_NUM_THREADS={max(1, int(there))}")
+        return CheckResult(name, "warn", f"{found}: they take turns; export OMP_NUM_THREADS={max(1, int(there))}")
     if variable is not None and used < min(int(there), os.cpu_count() or 1):
         fix = f"export OMP_NUM_THREADS={int(there)}, unless other processes train here too"
-        return Verdict(name, "warn", f"{found}: OMP_NUM_THREADS is {variable}; {fix}")
-    return Verdict(name, "pass", found)
+        return CheckResult(name, "warn", f"{found}: OMP_NUM_THREADS is {variable}; {fix}")
+    return CheckResult(name, "pass", found)
 
 
 def usable_processors() -> float:

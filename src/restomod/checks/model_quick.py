@@ -1,6 +1,6 @@
 """Is this a GPT-2 that can learn? What is checked in seconds, before the first step of every new run.
 
-Each check takes a `Subject`, leaves it as it was, and returns a `Verdict`. The slower ones are in
+Each check takes a `CheckedModel`, leaves it as it was, and returns a `Verdict`. The slower ones are in
 `restomod.checks.model_slow`. Most come from Karpathy, "A Recipe for Training Neural Networks", 2019.
 """
 
@@ -20,7 +20,7 @@ from restomod.engine.optimizer import Optimizers
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
-from restomod.utils.check_result import Status, Verdict
+from restomod.utils.check_result import CheckResult, CheckStatus
 
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
 WRONG_INITIAL_LOSS = 1.5  # nats off, which no text explains
@@ -31,7 +31,7 @@ SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little throu
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckedModel:
     """A model, text to try it on, and how it is to be trained."""
 
     model: GPT
@@ -52,13 +52,13 @@ class Subject:
         return Compute(self.compute.device, torch.float32, self.compute.micro_batch)
 
 
-def quick_checks(subject: Subject) -> list[Verdict]:
+def quick_checks(subject: CheckedModel) -> list[CheckResult]:
     """Run all checks of this file."""
     return [check(subject) for check in QUICK]
 
 
 @torch.no_grad()
-def initial_loss(subject: Subject) -> Verdict:
+def initial_loss(subject: CheckedModel) -> CheckResult:
     """Untrained weights guess evenly among the vocabulary, so their loss is ln(V)."""
     batches, compute = subject.batches, subject.compute
     windows = min(batches.n_windows, max(1, INITIAL_LOSS_TOKENS // batches.T))
@@ -71,21 +71,23 @@ def initial_loss(subject: Subject) -> Verdict:
     guessing = f"ln({V}) = {math.log(V):.2f}"
     if not subject.fresh:
         if not math.isfinite(loss):
-            return Verdict("loss", "fail", f"{loss} before training here: there is no going on from these weights")
+            return CheckResult("loss", "fail", f"{loss} before training here: there is no going on from these weights")
         if loss < math.log(V):
-            return Verdict("loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {guessing}")
-        return Verdict("loss", "warn", f"{loss:.2f} is worse than guessing evenly, {guessing}: another tokenizer?")
+            return CheckResult(
+                "loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {guessing}"
+            )
+        return CheckResult("loss", "warn", f"{loss:.2f} is worse than guessing evenly, {guessing}: another tokenizer?")
     off = loss - math.log(V)
     # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that
     if -INITIAL_LOSS_TOLERANCE <= off <= INITIAL_LOSS_TOLERANCE + subject.model.config.n_embd * 0.02**2 / 2:
-        return Verdict("initial loss", "pass", f"{loss:.2f} ≈ {guessing}, as it should be for random weights")
-    status: Status = "warn" if abs(off) <= WRONG_INITIAL_LOSS else "fail"
+        return CheckResult("initial loss", "pass", f"{loss:.2f} ≈ {guessing}, as it should be for random weights")
+    status: CheckStatus = "warn" if abs(off) <= WRONG_INITIAL_LOSS else "fail"
     why = "the text is unusual" if status == "warn" else "the initialisation is wrong"
-    return Verdict("initial loss", status, f"{loss:.2f}, but random weights should give {guessing}: {why}")
+    return CheckResult("initial loss", status, f"{loss:.2f}, but random weights should give {guessing}: {why}")
 
 
 @torch.no_grad()
-def next_token_targets(subject: Subject) -> Verdict:
+def next_token_targets(subject: CheckedModel) -> CheckResult:
     """The targets are the next tokens of the text, and the loss is their cross-entropy and nothing else."""
     name, model = "targets", subject.model
     T = subject.batches.T
@@ -95,14 +97,16 @@ def next_token_targets(subject: Subject) -> Verdict:
         if not torch.equal(row, expected):
             ahead = [k for k in (-1, 0, 2) if what == "targets" and _is_shift(row, text, k)]
             found = f"each is the token {ahead[0]} ahead of its input, not 1" if ahead else "they are not the text"
-            return Verdict(name, "fail", f"the {what} of the first window are wrong: {found}")
+            return CheckResult(name, "fail", f"the {what} of the first window are wrong: {found}")
     tokens, targets = subject.few_tokens()
     ours = batch_loss(model, tokens, targets, subject.fp32).item()
     logits = model(tokens.to(subject.compute.device)).float()  # (2, n, V)
     plain = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten()).item()
     if not abs(ours - plain) <= LOSS_TOLERANCE:
-        return Verdict(name, "fail", f"the training loss {ours:.4f} is not the next tokens' cross-entropy {plain:.4f}")
-    return Verdict(name, "pass", "the token at t + 1 for every t, and the loss is their cross-entropy")
+        return CheckResult(
+            name, "fail", f"the training loss {ours:.4f} is not the next tokens' cross-entropy {plain:.4f}"
+        )
+    return CheckResult(name, "pass", "the token at t + 1 for every t, and the loss is their cross-entropy")
 
 
 def _is_shift(row: Tensor, text: Tensor, ahead: int) -> bool:
@@ -112,28 +116,30 @@ def _is_shift(row: Tensor, text: Tensor, ahead: int) -> bool:
 
 
 @torch.no_grad()
-def causality(subject: Subject) -> Verdict:
+def causality(subject: CheckedModel) -> CheckResult:
     """Changing a token changes the logits from its position on, and none before it."""
     name = "causality"
     tokens = subject.few_tokens()[0].to(subject.compute.device)
     n = tokens.shape[1]
     if n < 2:
-        return Verdict(name, "skip", "a context of one token has nothing before it")
+        return CheckResult(name, "skip", "a context of one token has nothing before it")
     t = n // 2
     changed = tokens.clone()
     changed[:, t] = (changed[:, t] + 1) % subject.model.config.vocab_size
     difference = (subject.model(changed) - subject.model(tokens)).abs().amax((0, 2))  # (n,)
     before, after = difference[:t].max().item(), difference[t:].max().item()
     if not math.isfinite(before + after):
-        return Verdict(name, "fail", "the logits are not finite")
+        return CheckResult(name, "fail", "the logits are not finite")
     if after == 0:
-        return Verdict(name, "fail", f"changing token {t} changes no logit at all")
+        return CheckResult(name, "fail", f"changing token {t} changes no logit at all")
     if before > SEES_AHEAD * after:
-        return Verdict(name, "fail", f"changing token {t} changes logits before it (by {before:.2g}): it sees ahead")
-    return Verdict(name, "pass", f"changing token {t} of {n} changes no logit before it")
+        return CheckResult(
+            name, "fail", f"changing token {t} changes logits before it (by {before:.2g}): it sees ahead"
+        )
+    return CheckResult(name, "pass", f"changing token {t} of {n} changes no logit before it")
 
 
-def gradients(subject: Subject) -> Verdict:
+def gradients(subject: CheckedModel) -> CheckResult:
     """A backward pass gives every parameter a gradient, and the optimizer holds every parameter."""
     model = subject.model
     reached = loss_gradients(model, batch_loss(model, *subject.few_tokens(), subject.compute))
@@ -152,8 +158,8 @@ def gradients(subject: Subject) -> Verdict:
             problems.append(f"the optimizer does not update {name}")
     if problems:
         more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
-        return Verdict("gradients", "fail", "; ".join(problems[:2]) + more)
-    return Verdict("gradients", "pass", f"reach all {len(reached)} parameters, norm {math.sqrt(squares):.2f}")
+        return CheckResult("gradients", "fail", "; ".join(problems[:2]) + more)
+    return CheckResult("gradients", "pass", f"reach all {len(reached)} parameters, norm {math.sqrt(squares):.2f}")
 
 
 def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -165,24 +171,24 @@ def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
 
 
-def tied_head(subject: Subject) -> Verdict:
+def tied_head(subject: CheckedModel) -> CheckResult:
     """The head is the token embedding itself, so the model has the parameters that GPT-2 has."""
     model, config = subject.model, subject.model.config
     embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd * len(model.vocabulary_matrices())
     count, expected = sum(p.numel() for p in model.parameters()) - padding, parameter_count(config)
     if count != expected:
-        return Verdict(
+        return CheckResult(
             "tied head", "fail", f"the model has {count:,} parameters, and a model of its shape {expected:,}"
         )
     if not config.tied:
-        return Verdict("tied head", "skip", f"this model has a head of its own; there are {expected:,} parameters")
+        return CheckResult("tied head", "skip", f"this model has a head of its own; there are {expected:,} parameters")
     if model.head is not embedding:
-        return Verdict("tied head", "fail", "the head is a copy of the token embedding, or gets no gradient")
-    return Verdict("tied head", "pass", f"saves {saved:,} parameters; there are {expected:,}")
+        return CheckResult("tied head", "fail", "the head is a copy of the token embedding, or gets no gradient")
+    return CheckResult("tied head", "pass", f"saves {saved:,} parameters; there are {expected:,}")
 
 
-def kernel_shapes(subject: Subject) -> Verdict:
+def kernel_shapes(subject: CheckedModel) -> CheckResult:
     """Matrix products are fastest where every dimension is a multiple of 64."""
     config, T = subject.model.config, subject.batches.T
     K = config.head_size
@@ -197,14 +203,14 @@ def kernel_shapes(subject: Subject) -> Verdict:
         if size % of
     ]
     if odd:
-        return Verdict("kernel shapes", "warn", "; ".join(odd) + ": it works, but slower than it could")
+        return CheckResult("kernel shapes", "warn", "; ".join(odd) + ": it works, but slower than it could")
     rows = config.padded_vocab_size
-    return Verdict(
+    return CheckResult(
         "kernel shapes", "pass", f"multiples of 64: {config.n_embd} wide, {rows:,} embedding rows, heads of {K}"
     )
 
 
-QUICK: tuple[Callable[[Subject], Verdict], ...] = (
+QUICK: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     initial_loss,
     next_token_targets,
     causality,

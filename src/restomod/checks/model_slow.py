@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from restomod.checks.model_quick import LOSS_TOLERANCE, QUICK, Subject, loss_gradients
+from restomod.checks.model_quick import LOSS_TOLERANCE, QUICK, CheckedModel, loss_gradients
 from restomod.config.run import DataConfig, Device, OptimConfig, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
@@ -26,7 +26,7 @@ from restomod.engine.optimizer import build_optimizer, gradient_norm
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import initial_std
 from restomod.runs.open_model import open_or_build
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from restomod.utils.errors import one_line
 
 OVERFIT_STEPS = 200
@@ -40,7 +40,7 @@ CONTEXT = 1024
 VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
 
-def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[Verdict]:
+def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[CheckResult]:
     """Check a preset (with its initial weights), a run, a model folder or a name on the hub; yield as results come.
 
     Raises:
@@ -51,7 +51,7 @@ def check(name: str, seed: int, device: Device, precision: Precision) -> Iterato
     T = min(model.config.n_positions, CONTEXT)
     batches = Batches(own_source(model.config.vocab_size), T, 1, seed)
     compute = Compute(target, choose_dtype(precision, target), micro_batch=1)
-    subject = Subject(model, batches, compute, build_optimizer(model, OptimConfig()), fresh)
+    subject = CheckedModel(model, batches, compute, build_optimizer(model, OptimConfig()), fresh)
     for one in (*QUICK, *SLOW):
         yield one(subject)
 
@@ -65,11 +65,11 @@ def own_source(vocab_size: int) -> TokenStream:
 
 
 @torch.no_grad()
-def initial_weights(subject: Subject) -> Verdict:
+def initial_weights(subject: CheckedModel) -> CheckResult:
     """Every tensor has the mean and standard deviation that GPT-2's initialisation gives it, up to chance."""
     name, config = "initial weights", subject.model.config
     if not subject.fresh:
-        return Verdict(name, "skip", "these weights are trained")
+        return CheckResult(name, "skip", "these weights are trained")
     problems = []
     for parameter, value in subject.model.named_parameters():
         if value.ndim < 2:
@@ -90,16 +90,16 @@ def initial_weights(subject: Subject) -> Verdict:
             problems.append(f"{parameter} has mean {mean:.4f}, not 0")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        return Verdict(name, "fail", problems[0] + more)
+        return CheckResult(name, "fail", problems[0] + more)
     added, embedded = (initial_std(config, n) for n in ("transformer.h.0.mlp.c_proj.weight", "transformer.wte.weight"))
     scale = f"0.02 / √{2 * config.n_layer} = {added:.4f}" if added else "0"
     found = f"standard deviation 0.02, and {scale} where a block adds to the residual stream"
     found += f"; {embedded:.4f} in the token embedding" if embedded != 0.02 else ""
-    return Verdict(name, "pass", found)
+    return CheckResult(name, "pass", found)
 
 
 @torch.no_grad()
-def activations(subject: Subject) -> Verdict:
+def activations(subject: CheckedModel) -> CheckResult:
     """The residual stream neither dies nor explodes on its way up, and no hidden unit is dead."""
     name, model = "activations", subject.model
     stds, dead = residual_stds(subject)
@@ -107,21 +107,21 @@ def activations(subject: Subject) -> Verdict:
     path = " ".join(f"{std:.2g}" for std in (shown if shown[-1] == stds[-1] else [*shown, stds[-1]]))
     found = f"residual stream's std from the embedding to the last block: {path}"
     if not all(math.isfinite(std) for std in stds):
-        return Verdict(name, "fail", f"{found}: not finite")
+        return CheckResult(name, "fail", f"{found}: not finite")
     if not subject.fresh:
         found += f"; {dead:.1%} of the MLPs' units give nothing on this text"
-        return Verdict(name, "fail" if min(stds) < 1e-6 else "pass", found)
+        return CheckResult(name, "fail" if min(stds) < 1e-6 else "pass", found)
     if max(stds) > LARGEST_STD or min(stds) < DEAD_STD or dead > DEAD_UNITS:
         what = "exploding" if max(stds) > LARGEST_STD else "dead"
-        return Verdict(name, "fail", f"{what}: {found}; {dead:.1%} of the MLPs' units give nothing")
+        return CheckResult(name, "fail", f"{what}: {found}; {dead:.1%} of the MLPs' units give nothing")
     if model.config.zero_init_projections:
-        return Verdict(name, "pass", found)
+        return CheckResult(name, "pass", found)
     depth = 2 * model.config.n_layer
     unscaled = residual_stds(subject, projection_scale=math.sqrt(depth))[0][-1]
-    return Verdict(name, "pass", f"{found}; without the 1/√{depth} scaling it would end at {unscaled:.2g}")
+    return CheckResult(name, "pass", f"{found}; without the 1/√{depth} scaling it would end at {unscaled:.2g}")
 
 
-def residual_stds(subject: Subject, projection_scale: float = 1.0) -> tuple[list[float], float]:
+def residual_stds(subject: CheckedModel, projection_scale: float = 1.0) -> tuple[list[float], float]:
     """Standard deviations of the residual stream, and the share of hidden MLP units that are 0 on every token.
 
     Args:
@@ -163,19 +163,19 @@ def residual_stds(subject: Subject, projection_scale: float = 1.0) -> tuple[list
 
 
 @torch.no_grad()
-def precision_agreement(subject: Subject) -> Verdict:
+def precision_agreement(subject: CheckedModel) -> CheckResult:
     """bf16 products give the fp32 loss, up to rounding."""
     tokens, targets = subject.few_tokens()
     bf16 = Compute(subject.compute.device, torch.bfloat16, 1)
     losses = [batch_loss(subject.model, tokens, targets, compute).item() for compute in (bf16, subject.fp32)]
     agree = abs(losses[0] - losses[1]) <= BF16_TOLERANCE
     reason = f"loss {losses[0]:.4f} in bf16 and {losses[1]:.4f} in fp32"
-    return Verdict(
+    return CheckResult(
         "bf16", "pass" if agree else "fail", reason if agree else f"{reason}: more than {BF16_TOLERANCE} apart"
     )
 
 
-def compiled_agreement(subject: Subject) -> Verdict:
+def compiled_agreement(subject: CheckedModel) -> CheckResult:
     """torch.compile changes the speed of a step, not its loss or gradient."""
     model = subject.model
 
@@ -198,20 +198,20 @@ def compiled_agreement(subject: Subject) -> Verdict:
         compiled_loss, compiled_norm = loss_and_norm(torch.compile(model.transformer))
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = one_line(e)
-        return Verdict(
+        return CheckResult(
             "compiled", "skip", f"torch.compile does not work here ({reason:.120}); train with --compile off"
         )
     reason = f"loss {compiled_loss:.4f} and gradient norm {compiled_norm:.3f}; {loss:.4f} and {norm:.3f} without"
     agree = abs(compiled_loss - loss) <= LOSS_TOLERANCE and abs(compiled_norm - norm) <= 0.01 * norm
-    return Verdict("compiled", "pass" if agree else "fail", reason)
+    return CheckResult("compiled", "pass" if agree else "fail", reason)
 
 
-def overfitting(subject: Subject) -> Verdict:
+def overfitting(subject: CheckedModel) -> CheckResult:
     """A model that can learn learns one short text by heart. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
     needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
     if there is not None and needed > there:
-        return Verdict(name, "skip", f"training takes {needed / 1e9:.0f} GB, and this device has {there / 1e9:.0f}")
+        return CheckResult(name, "skip", f"training takes {needed / 1e9:.0f} GB, and this device has {there / 1e9:.0f}")
     # plain AdamW learns narrow models fastest at higher rates: 6e-4 at GPT-2's 768
     lr = min(0.02, 0.46 / model.config.n_embd)
     optimizer = build_optimizer(model, OptimConfig(lr=lr, weight_decay=0.0))
@@ -227,7 +227,7 @@ def overfitting(subject: Subject) -> Verdict:
         clip = torch.clamp(gradient_norm(model), min=1.0)
         optimizer.update(min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
     reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
-    return Verdict(name, "pass" if loss <= OVERFIT_LOSS else "fail", reason)
+    return CheckResult(name, "pass" if loss <= OVERFIT_LOSS else "fail", reason)
 
 
 def memory_bytes(device: torch.device) -> int | None:
@@ -240,7 +240,7 @@ def memory_bytes(device: torch.device) -> int | None:
         return None
 
 
-SLOW: tuple[Callable[[Subject], Verdict], ...] = (
+SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     initial_weights,
     activations,
     precision_agreement,

@@ -13,7 +13,7 @@ def main() -> None:
     with joined() as processes:
         (total,) = processes.sum(processes.rank + 1.0)
         answers = {"gloo": total}
-        if torch.cuda.device_count() >= processes.count:
+        if torch.cuda.device_count() >= processes.world_size:
             value = torch.tensor(processes.rank + 1.0, device=torch.device("cuda", processes.local_rank))
             dist.all_reduce(value)
             answers["NCCL"] = value.item()

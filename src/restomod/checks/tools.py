@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from restomod.checks.machine import Machine
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 
 COMPILED_TOLERANCE = 1e-5
 PATIENCE = 60.0  # seconds for a child process
 
 
-def compiler(machine: Machine) -> Verdict:
+def compiler(machine: Machine) -> CheckResult:
     """torch.compile compiles, anew, a module of a few lines, and it computes the same."""
     name, device = "compiler", machine.device
     module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).to(device)
@@ -28,11 +28,11 @@ def compiler(machine: Machine) -> Verdict:
         found = _compiled_anew(module, x)
     except torch._dynamo.exc.TorchDynamoException as e:
         why, fix = _compiler_problem(str(e))
-        return Verdict(name, "warn", f"torch.compile does not work ({why}); train with --compile off, or {fix}")
+        return CheckResult(name, "warn", f"torch.compile does not work ({why}); train with --compile off, or {fix}")
     off = (found - expected).abs().max().item()
     if not off <= COMPILED_TOLERANCE:
-        return Verdict(name, "fail", f"a compiled module is off by {off:.1e}; train with --compile off")
-    return Verdict(name, "pass", "torch.compile compiles a module here, which computes the same")
+        return CheckResult(name, "fail", f"a compiled module is off by {off:.1e}; train with --compile off")
+    return CheckResult(name, "pass", "torch.compile compiles a module here, which computes the same")
 
 
 def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _compiler_problem(message: str) -> tuple[str, str]:
     return f"{error:.120}", "see that g++ compiles a file that includes <cmath>"
 
 
-def processes(machine: Machine) -> Verdict:
+def processes(machine: Machine) -> CheckResult:
     """Two processes, started as torchrun starts them, add their numbers up: over gloo, and over NCCL on two GPUs."""
     name, fix = "processes", "training in one process is not touched by this; for several"
     command = [
@@ -86,16 +86,18 @@ def processes(machine: Machine) -> Verdict:
     ]
     done = _child(command, os.environ | {"OMP_NUM_THREADS": "1"})
     if done is None:
-        return Verdict(name, "fail", f"two processes did not find each other in {PATIENCE:.0f} s; {fix} {_INTERFACE}")
+        return CheckResult(
+            name, "fail", f"two processes did not find each other in {PATIENCE:.0f} s; {fix} {_INTERFACE}"
+        )
     answers = re.findall(r"^roundtrip (\S+) (\S+)$", done.stdout, re.MULTILINE)
     if done.returncode or not answers:
         errors = re.findall(r"^\S*(?:Error|Exception): .+$|^restomod: error: .+$", done.stderr, re.MULTILINE)
         why = errors[0] if errors else f"exit code {done.returncode}"
-        return Verdict(name, "fail", f"two processes cannot work together ({why:.160}); {fix} {_INTERFACE}")
+        return CheckResult(name, "fail", f"two processes cannot work together ({why:.160}); {fix} {_INTERFACE}")
     wrong = [f"{over} gave {total}" for over, total in answers if float(total) != 3.0]
     if wrong:
-        return Verdict(name, "fail", f"1 + 2 over two processes: {', '.join(wrong)}; {fix} reinstall torch")
-    return Verdict(name, "pass", f"two processes add up over {' and '.join(over for over, _ in answers)}")
+        return CheckResult(name, "fail", f"1 + 2 over two processes: {', '.join(wrong)}; {fix} reinstall torch")
+    return CheckResult(name, "pass", f"two processes add up over {' and '.join(over for over, _ in answers)}")
 
 
 _INTERFACE = "name the network that joins them: export GLOO_SOCKET_IFNAME=lo (on one machine)"

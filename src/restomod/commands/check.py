@@ -12,7 +12,7 @@ from restomod.commands.parsing import parse
 from restomod.config.run import require_seed
 
 if TYPE_CHECKING:  # torch is imported when it is needed
-    from restomod.utils.check_result import Verdict
+    from restomod.utils.check_result import CheckResult
     from restomod.utils.console import Display
 
 EXIT_CHECK_FAILED = 1
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     return show(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
 
 
-def show(verdicts: Iterable[Verdict], of: str, display: Display) -> int:
+def show(verdicts: Iterable[CheckResult], of: str, display: Display) -> int:
     """Print verdicts as they come, and their sum. Returns the exit code."""
     statuses = []
     for verdict in verdicts:

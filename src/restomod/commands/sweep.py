@@ -18,7 +18,7 @@ from restomod.config.presets import preset
 from restomod.config.run import RunConfig, require_seed
 from restomod.experiments.sweep import space
 from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
-from restomod.experiments.sweep.study import Plan, Pruning
+from restomod.experiments.sweep.study import Pruning, SweepPlan
 from restomod.utils.errors import EXIT_USER_ERROR, UserError
 
 
@@ -109,7 +109,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
-def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> Plan:
+def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
     """What the flags of a sweep ask for.
 
     Args:
@@ -157,7 +157,7 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     data = config.data
     if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:
         raise UserError("a sweep compares held-out losses, and nothing is held out; add --data.val-fraction 0.05")
-    return Plan(
+    return SweepPlan(
         name,
         tuple(flags),
         method,

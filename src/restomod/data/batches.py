@@ -61,7 +61,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def deal(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
+def assign_sources(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
     """Which source each sequence of a run is taken from, and how many that source has given before it.
 
     The first source gets sequence p where floor(p * share) rises, the second likewise among those that are left, and
@@ -131,7 +131,7 @@ class Batches:
         """
         first = step * self.batch_sequences + start
         position = np.arange(first, first + (self.batch_sequences - start if count is None else count))
-        source, index = deal(position, self.shares)
+        source, index = assign_sources(position, self.shares)
         windows = np.empty_like(index)
         for k, n in enumerate(self.source_windows):
             epoch, within = np.divmod(index, n)

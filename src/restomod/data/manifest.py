@@ -65,7 +65,7 @@ class UnitPlan(TypedDict):
     source: str | None
 
 
-class Plan(TypedDict):
+class PreparePlan(TypedDict):
     """As `restomod.data.prepare.units.describe` makes it."""
 
     name: str
@@ -94,7 +94,7 @@ class UnitRecord(TypedDict):
     read: NotRequired[Read]
 
 
-class Tokenizer(TypedDict):
+class TokenizerRecord(TypedDict):
     name: str
     sha256: str
 
@@ -104,12 +104,12 @@ class Manifest(TypedDict):
 
     name: str
     fingerprint: str
-    tokenizer: Tokenizer
+    tokenizer: TokenizerRecord
     documents: Count | None  # None: not known of published shards
     tokens: Count
     splits: Splits
     duplicates: NotRequired[Count]
-    plan: NotRequired[Plan]
+    plan: NotRequired[PreparePlan]
     read: NotRequired[Read]
 
 
@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_plan(path: Path) -> dict[str, Any]:
     """The plan that was begun in a folder, with all its keys; raises UserError where it is damaged."""
     plan = read_json(path, "plan of this folder", max_bytes=MAX_BYTES)
-    checked(plan, Plan, f"{path} is damaged: the plan of this folder")
+    checked(plan, PreparePlan, f"{path} is damaged: the plan of this folder")
     assert isinstance(plan, dict)
     return plan
 

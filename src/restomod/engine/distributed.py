@@ -44,7 +44,7 @@ class Processes:
     """The processes of a run, seen from one of them."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
     """Among those on the same machine."""
     barrier: Barrier | None = field(default=None, compare=False)
@@ -57,15 +57,15 @@ class Processes:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all processes, the same in each."""
-        if self.count > 1:
+        if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.count
+            value /= self.world_size
         return value
 
     def sum(self, *values: float) -> list[float]:
         """Sums of numbers over all processes, the same in each."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
@@ -73,15 +73,15 @@ class Processes:
 
     def gather(self, value: Result) -> list[Result]:
         """The values of all processes, by rank, the same in each."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def least(self, value: int) -> int:
         """The smallest of the values in the processes."""
-        if self.count > 1:
+        if self.world_size > 1:
             least = torch.tensor(value)
             dist.all_reduce(least, dist.ReduceOp.MIN)
             value = int(least)
@@ -91,7 +91,7 @@ class Processes:
         """Of each flag, whether it is set in one of the processes."""
         return [n > 0 for n in self.sum(*flags)]
 
-    def together(self, work: Callable[[], Result], one_first: bool = False) -> Result:
+    def run_on_all_ranks(self, work: Callable[[], Result], one_first: bool = False) -> Result:
         """Do the same in every process, and fail in all if one fails.
 
         Args:
@@ -101,7 +101,7 @@ class Processes:
         Raises:
             UserError: in the first process that fails; in the others `ReportedElsewhere`, which is not printed.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         result: list[Result] = []
         problem: UserError | OSError | None = None
@@ -117,7 +117,7 @@ class Processes:
                     problem = e
             if self.barrier is not None:
                 self.barrier.wait()
-            failed: list[bool] = [False] * self.count
+            failed: list[bool] = [False] * self.world_size
             dist.all_gather_object(failed, problem is not None)
             if any(failed):
                 raise self._shared(problem) if problem and failed.index(True) == self.rank else ReportedElsewhere()
@@ -129,8 +129,8 @@ class Processes:
         Raises:
             UserError: as ``work`` does; in the other processes `ReportedElsewhere`.
         """
-        result = [self.together(lambda: work() if self.main else None)]
-        if self.count > 1:
+        result = [self.run_on_all_ranks(lambda: work() if self.main else None)]
+        if self.world_size > 1:
             dist.broadcast_object_list(result)
         return cast(Result, result[0])
 
@@ -139,7 +139,7 @@ class Processes:
 
         To be called before what synchronises the processes by itself, which would wait for the one that has failed.
         """
-        self.together(lambda: None)
+        self.run_on_all_ranks(lambda: None)
 
     def error(self, message: str) -> UserError:
         """What to raise where all processes meet the same problem: one of them reports it."""
@@ -158,7 +158,7 @@ SINGLE = Processes()
 
 def device_of(device: torch.device, processes: Processes) -> torch.device:
     """The device of one process: its own GPU of those that the machine has."""
-    if device.type != "cuda" or processes.count == 1:
+    if device.type != "cuda" or processes.world_size == 1:
         return device
     if processes.local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -290,7 +290,7 @@ def distribute(
             )
         _shard(loss, model, processes, dtype)
         return loss
-    if processes.count == 1:
+    if processes.world_size == 1:
         return loss
     # with `device_ids` it would copy the tokens to the GPU itself, and wait there for all that the GPU has to do
     return DistributedDataParallel(loss, gradient_as_bucket_view=True)
@@ -307,7 +307,7 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
     """
     # the default mesh is that of the GPUs of a machine, even for a model on its CPU
     device = model.head.device
-    mesh = init_device_mesh(device.type, (processes.count,))
+    mesh = init_device_mesh(device.type, (processes.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks, linear = model.transformer.h, linear_parameters(model)
     # the root group takes the parameters of all modules to which a path leads that avoids the groups before it

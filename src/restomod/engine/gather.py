@@ -41,8 +41,8 @@ def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Proces
             return read().to(tensor.device, tensor.dtype)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    value = processes.together(work)
-    if processes.count > 1:
+    value = processes.run_on_all_ranks(work)
+    if processes.world_size > 1:
         dist.broadcast(value, src=0)
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -87,7 +87,7 @@ def whole_on_main(model: GPT, processes: Processes) -> GPT:
 
 
 @torch.no_grad()
-def whole(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
+def gather_full_model(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
     """The model with all its weights on this process's device: itself, or a copy where they are shared out.
 
     All processes have to call it.

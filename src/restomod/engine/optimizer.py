@@ -120,7 +120,7 @@ def build_optimizer(
             by_parts.setdefault(stacked_matrices(model.config, name), []).append(named[name])
         muon_groups = [{"params": ps, "parts": n} for n, ps in by_parts.items()]
         precise = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
-        share = processes.count > 1
+        share = processes.world_size > 1
         parts.append(Muon(muon_groups, config.muon_lr, config.muon_momentum, config.muon_weight_decay, precise, share))
     return Optimizers(parts, LossScale(dtype, next(model.parameters()).device))
 

@@ -88,7 +88,7 @@ class BatchLoss(nn.Module):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What became of a step."""
 
     loss: float
@@ -99,7 +99,7 @@ class Outcome:
     """Whether there was no update: something is not finite, or the loss is above the limit."""
 
 
-class Queued:
+class PendingStep:
     """A step that the device has been given."""
 
     def __init__(self, loss: Tensor, grad_norm: Tensor, refused: Tensor) -> None:
@@ -109,12 +109,12 @@ class Queued:
         if self._computed is not None:
             self._computed.record()
 
-    def wait(self) -> Outcome:
+    def wait(self) -> StepResult:
         """Wait until this step is computed, and for nothing after it."""
         if self._computed is not None:
             self._computed.synchronize()
         loss, grad_norm, refused = self._values.tolist()
-        return Outcome(loss, grad_norm, refused > 0)
+        return StepResult(loss, grad_norm, refused > 0)
 
 
 def train_step(
@@ -124,8 +124,8 @@ def train_step(
     config: RunConfig,
     step: int,
     processes: Processes,
-    highest: float = math.inf,
-) -> Queued:
+    loss_limit: float = math.inf,
+) -> PendingStep:
     """Update a model once, unless the loss or a gradient is not finite.
 
     Args:
@@ -135,7 +135,7 @@ def train_step(
         config: of the run.
         step: how many updates the weights have had.
         processes: that share the batch.
-        highest: a loss above it leads to no update either.
+        loss_limit: a loss above it leads to no update either.
     """
     scale = optimizer.loss_scale.factor
     losses, head_gradient = [], HeadGradient()
@@ -148,8 +148,8 @@ def train_step(
     loss = processes.mean(torch.stack(losses).sum())
     grad_norm = gradient_norm(loss_of) / scale
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-    refused = ~finite | (loss > highest)
+    refused = ~finite | (loss > loss_limit)
     clip = torch.clamp(grad_norm / config.optim.grad_clip, min=1.0)
     optimizer.update(rate_factor(config.optim, step, config.steps), scale * clip, refused)
     optimizer.loss_scale.update(~finite)
-    return Queued(loss, grad_norm, refused)
+    return PendingStep(loss, grad_norm, refused)

@@ -109,7 +109,7 @@ def heldout_loss(
     for i, (x, y) in enumerate(_inputs(stream, T, max_tokens, batch)):
         tokens += y.numel()
         n_bytes += tokenizer.byte_length(y.numpy().ravel()) if tokenizer else 0
-        if i % processes.count == processes.rank:
+        if i % processes.world_size == processes.rank:
             losses = token_losses(model, x, y, device, dtype)
             finite = finite and bool(losses.isfinite().all())
             total[: y.shape[1]] += (losses.nan_to_num(0, 0, 0).double() * UNIT).round().long().sum(0)

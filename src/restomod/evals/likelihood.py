@@ -149,11 +149,11 @@ def log_likelihoods(
     """
     fitted = [_fit(request, model.max_length) for request in requests]
     batches = list(_batches(_rows(fitted, model), batch, model.tokens_per_forward))
-    mine = [_score(model, rows) for rows in batches[processes.rank :: processes.count]]
+    mine = [_score(model, rows) for rows in batches[processes.rank :: processes.world_size]]
     parts = processes.gather(mine)
     found: dict[Request, tuple[float, bool]] = {}
     for i, rows in enumerate(batches):
-        answered = iter(parts[i % processes.count][i // processes.count])
+        answered = iter(parts[i % processes.world_size][i // processes.world_size])
         for row in rows:
             found |= {Request(row.context, continuation): next(answered) for continuation in row.continuations}
     return [

@@ -34,7 +34,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """A model's answers to a task."""
 
     metrics: dict[str, Estimate]
@@ -60,7 +60,7 @@ class Result:
 
 def evaluate(
     model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
-) -> Result:
+) -> TaskResult:
     """Ask a model all examples of a task.
 
     Args:
@@ -85,7 +85,7 @@ def evaluate(
     measure = _last_words if loaded.task.kind == "last-word" else _multiple_choice
     metrics, choices = measure(examples, scores)
     gold = [example.gold for example in examples]
-    return Result(metrics, choices, gold, truncated, time.perf_counter() - began)
+    return TaskResult(metrics, choices, gold, truncated, time.perf_counter() - began)
 
 
 def _requests(model: LanguageModel, example: Example) -> list[Request]:
@@ -147,7 +147,7 @@ def proportion(hits: Sequence[bool]) -> Estimate:
     return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None)
 
 
-def headline(loaded: LoadedTask, result: Result) -> str:
+def headline(loaded: LoadedTask, result: TaskResult) -> str:
     """The commonly quoted accuracy, with its standard error and the number of examples."""
     name = loaded.task.headline
     return f"{name} {shown(result.metrics[name])} ({len(result.gold):,} examples)"

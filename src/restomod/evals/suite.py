@@ -25,7 +25,7 @@ from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import Reference, references
-from restomod.evals.scoring import Estimate, Result, evaluate, shown
+from restomod.evals.scoring import Estimate, TaskResult, evaluate, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
 from restomod.runs.checkpoint import STEP_FOLDER, step_of
 from restomod.runs.folder import environment
@@ -40,7 +40,7 @@ SHOWN = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """What is evaluated."""
 
     name: str
@@ -100,25 +100,29 @@ def evaluate_model(
         if where.type == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(precision, where)
-        subject = processes.together(lambda: _subject(name), one_first=True)
+        subject = processes.run_on_all_ranks(lambda: _subject(name), one_first=True)
         config = read_config(subject.run) if subject.run else None
         wanted = tasks or ([HELDOUT] if config or data else []) + ["hellaswag"]
         _refuse_unused(wanted, data, context, limit)
-        loaded = processes.together(
+        loaded = processes.run_on_all_ranks(
             lambda: [load_task(task, cache, limit) for task in wanted if task != HELDOUT], one_first=True
         )
         _refuse_equal_names([task.task.name for task in loaded])
         dataset = (
-            processes.together(lambda: _dataset(name, data, config), one_first=True) if HELDOUT in wanted else None
+            processes.run_on_all_ranks(lambda: _dataset(name, data, config), one_first=True)
+            if HELDOUT in wanted
+            else None
         )
         # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
         found = processes.gather(str(subject.folder))[0] if Path(name).is_dir() else name
-        model = processes.together(lambda: open_language_model(found, where, dtype), one_first=True)
-        here = environment(describe_device(where), dtype_name(dtype)) | {"processes": processes.count}
+        model = processes.run_on_all_ranks(lambda: open_language_model(found, where, dtype), one_first=True)
+        here = environment(describe_device(where), dtype_name(dtype)) | {"processes": processes.world_size}
         report = _Report(subject, here, display, processes.main)
         report.warn_if_unwritable()
         if dataset is not None:
-            held = processes.together(lambda: _heldout(model, dataset, context, config, where, dtype, batch, processes))
+            held = processes.run_on_all_ranks(
+                lambda: _heldout(model, dataset, context, config, where, dtype, batch, processes)
+            )
             report.heldout(held, dataset, other_data=data is not None and not _is_of_run(dataset, subject))
         for task in loaded:
             report.task(task, evaluate(model, task, batch, processes), model)
@@ -143,12 +147,12 @@ def _refuse_equal_names(names: list[str]) -> None:
         raise UserError(f"two tasks are called {twice[0]}, and one result would replace the other: rename a file")
 
 
-def _subject(name: str) -> Subject:
+def _subject(name: str) -> EvaluatedModel:
     folder = find_model(name)
     run = folder.parent.parent
     if STEP_FOLDER.fullmatch(folder.name) is None or not is_run(run):
-        return Subject(name, folder, None, None)
-    return Subject(name, folder, run, step_of(folder))
+        return EvaluatedModel(name, folder, None, None)
+    return EvaluatedModel(name, folder, run, step_of(folder))
 
 
 def _dataset(name: str, data: str | None, config: RunConfig | None) -> Dataset:
@@ -161,7 +165,7 @@ def _dataset(name: str, data: str | None, config: RunConfig | None) -> Dataset:
     return dataset
 
 
-def _is_of_run(dataset: Dataset, subject: Subject) -> bool:
+def _is_of_run(dataset: Dataset, subject: EvaluatedModel) -> bool:
     """Whether tokens are those that the model's run was trained on."""
     return subject.run is not None and read_run_data(subject.run).get("fingerprint") == dataset.fingerprint
 
@@ -192,7 +196,7 @@ def _heldout(
     return held
 
 
-def _remarks(loaded: LoadedTask, result: Result, model: LanguageModel) -> list[str]:
+def _remarks(loaded: LoadedTask, result: TaskResult, model: LanguageModel) -> list[str]:
     n = len(result.gold)
     lines = [f"{loaded.task.name}: {n:,} examples in {duration(result.seconds)}, {n / result.seconds:.1f} a second"]
     if result.truncated:
@@ -206,7 +210,7 @@ def _remarks(loaded: LoadedTask, result: Result, model: LanguageModel) -> list[s
 class _Report:
     """Shows every result as soon as it is known, then writes it: a failed write loses none."""
 
-    def __init__(self, subject: Subject, here: dict[str, Any], display: Display, main: bool) -> None:
+    def __init__(self, subject: EvaluatedModel, here: dict[str, Any], display: Display, main: bool) -> None:
         self.subject, self.display = subject, display
         self.about = {"model": subject.name, "folder": str(subject.folder), "step": subject.step, "environment": here}
         self.run = subject.run if main else None
@@ -238,7 +242,7 @@ class _Report:
         if self.run is not None:
             self._try_to(lambda path: self._draw(held, path), self.subject.file(name, ".png"), "drawn")
 
-    def task(self, loaded: LoadedTask, result: Result, model: LanguageModel) -> None:
+    def task(self, loaded: LoadedTask, result: TaskResult, model: LanguageModel) -> None:
         task, n = loaded.task, len(result.gold)
         self.display.lines(_remarks(loaded, result, model))
         published, why_not = references(task.name), ""

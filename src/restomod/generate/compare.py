@@ -25,7 +25,7 @@ DEFAULT_PROMPTS = ("Hello, I'm a language model,", "Once upon a time", "The capi
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SampleComparison:
     """What two models wrote."""
 
     models: tuple[str, str]
@@ -44,7 +44,7 @@ def compare(
     seed: int,
     device: Device = "auto",
     precision: Precision = "auto",
-) -> Comparison:
+) -> SampleComparison:
     """Let two models continue the same prompts, from the same random numbers.
 
     Raises:
@@ -57,7 +57,7 @@ def compare(
         for name, folder in zip(names, folders, strict=True)
     ]
     labels = [_label(name, folder) for name, folder in zip(names, folders, strict=True)]
-    return Comparison(
+    return SampleComparison(
         (labels[0], labels[1]),
         f"{sampling.max_tokens} tokens, temperature {sampling.temperature:g}, top-k {sampling.top_k}, "
         f"top-p {sampling.top_p:g}, seed {seed}",
@@ -70,7 +70,7 @@ def _label(name: str, folder: Path) -> str:
     return f"{name} ({folder.name})" if folder.parent == Path(name) / "checkpoints" else name
 
 
-def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[Comparison], None]:
+def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[SampleComparison], None]:
     """What writes a comparison into the file ``out`` (None: nothing), replacing it as a whole.
 
     Args:
@@ -89,14 +89,14 @@ def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[
         raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
     text_of = formats.get(path.suffix, as_markdown)
 
-    def write(comparison: Comparison) -> None:
-        text = text_of(Comparison(*redact(dataclasses.astuple(comparison))))
+    def write(comparison: SampleComparison) -> None:
+        text = text_of(SampleComparison(*redact(dataclasses.astuple(comparison))))
         write_outputs([Output(path, lambda path: write_text_atomically(path, text))])
 
     return write
 
 
-def as_table(comparison: Comparison, width: int | None = None) -> str:
+def as_table(comparison: SampleComparison, width: int | None = None) -> str:
     """A table of two columns, as wide as the terminal (or ``width`` characters), each pair under its prompt."""
     from rich.box import HORIZONTALS
     from rich.table import Table
@@ -116,7 +116,7 @@ def as_table(comparison: Comparison, width: int | None = None) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: SampleComparison) -> str:
     """A table (GitHub's Markdown) with a row per prompt."""
     lines = [
         f"# {markdown_cell(' and '.join(comparison.models))}",
@@ -159,7 +159,7 @@ td {{ font-family: ui-monospace, monospace; font-size: 0.85rem; }}
 """
 
 
-def as_html(comparison: Comparison) -> str:
+def as_html(comparison: SampleComparison) -> str:
     """A page that needs no other file and runs nothing, with a table per prompt."""
     heads = "".join(f'<th scope="col">{_html(model)}</th>' for model in comparison.models)
     tables = [

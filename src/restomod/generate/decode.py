@@ -30,7 +30,7 @@ COLUMNS_BYTES = 2**30  # of weights, that are copied for it
 SAME = 1e-3  # of the largest logit, by which two ways to compute logits may differ in fp32
 
 
-class Request(NamedTuple):
+class Prompt(NamedTuple):
     """One text to generate."""
 
     prompt: Sequence[int]
@@ -140,7 +140,7 @@ def _with_linear(model: GPT, dtype: torch.dtype, columns: bool) -> GPT:
     return copy
 
 
-def random_numbers(seed: int, request: Request) -> np.random.Generator:
+def random_numbers(seed: int, request: Prompt) -> np.random.Generator:
     """The random numbers of one text: they follow from the seed, its prompt and its number, and from nothing else."""
     return np.random.default_rng([seed, request.number, *request.prompt])
 
@@ -148,7 +148,7 @@ def random_numbers(seed: int, request: Request) -> np.random.Generator:
 @torch.no_grad()
 def generate(
     model: GPT,
-    requests: Sequence[Request],
+    requests: Sequence[Prompt],
     sampling: SamplingConfig,
     seed: int,
     dtype: torch.dtype = torch.float32,
@@ -212,7 +212,7 @@ def rows_at_once(config: ModelConfig, longest_prompt: int, max_tokens: int, dtyp
 
 @torch.no_grad()
 def generate_with_transformers(
-    opened: TransformersModel, request: Request, sampling: SamplingConfig, seed: int, cached: bool
+    opened: TransformersModel, request: Prompt, sampling: SamplingConfig, seed: int, cached: bool
 ) -> Iterator[int]:
     """Yield the tokens of one text up to one that ends it, drawn as `generate` draws.
 

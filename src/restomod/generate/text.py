@@ -13,7 +13,13 @@ import torch
 from restomod.config.run import Device, Precision, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.device import choose_device, choose_dtype
-from restomod.generate.decode import Request, cache_is_exact, generate, generate_with_transformers, rows_at_once
+from restomod.generate.decode import (
+    Prompt,
+    cache_is_exact,
+    generate,
+    generate_with_transformers,
+    rows_at_once,
+)
 from restomod.model.gpt import GPT
 from restomod.model.hf_format import OtherModel
 from restomod.model.hf_io import read_model_config
@@ -41,7 +47,7 @@ def continuations(
     Returns:
         A list per prompt.
     """
-    requests = [Request(prompt_tokens(tokenizer, prompt), i) for prompt in prompts for i in range(n_samples)]
+    requests = [Prompt(prompt_tokens(tokenizer, prompt), i) for prompt in prompts for i in range(n_samples)]
     longest = max((len(request.prompt) for request in requests), default=0)
     at_once = rows_at_once(model.config, longest, sampling.max_tokens, dtype)
     texts: list[list[int]] = [[] for _ in requests]
@@ -67,7 +73,7 @@ def stream(
     Together the pieces are what `continuations` returns.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for new in generate(model, [Request(prompt_tokens(tokenizer, prompt), number)], sampling, seed, dtype):
+    for new in generate(model, [Prompt(prompt_tokens(tokenizer, prompt), number)], sampling, seed, dtype):
         if new[0] != END_OF_TEXT:
             yield decoder.decode(tokenizer.decode_bytes([new[0]]))
     yield decoder.decode(b"", final=True)
@@ -82,7 +88,7 @@ def stream_with_transformers(
         return str(opened.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     context = opened.encode(prompt, begin=True)
-    tokens = generate_with_transformers(opened, Request(context, number), sampling, seed, cached)
+    tokens = generate_with_transformers(opened, Prompt(context, number), sampling, seed, cached)
     ids = list(context)
     said = len(text_of(ids))
     for token in tokens:

@@ -98,7 +98,7 @@ class Saver:
         Raises:
             UserError: it could not be, and the run is to stop then.
         """
-        self.processes.together(self._finish)
+        self.processes.run_on_all_ranks(self._finish)
 
     def _finish(self) -> None:
         self._wait()

@@ -320,7 +320,7 @@ def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) 
     Raises:
         UserError: it is of another model.
     """
-    fill(model, processes.together(lambda: _read_weights(folder, model) if processes.main else None), processes)
+    fill(model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from restomod.utils.temporary import Temporary
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run folder and its configuration."""
 
     folder: Path
@@ -112,7 +112,7 @@ def create_run(
     dataset: Dataset,
     environment: dict[str, Any],
     say: Callable[[str], None] = lambda text: None,
-) -> Run:
+) -> RunFolder:
     """Make a new run folder. It appears under its name only when it is whole, so whatever is there can be resumed.
 
     Raises:
@@ -130,7 +130,7 @@ def create_run(
             move_folder(temporary.path, real, "config.json")
     except OSError as e:
         raise UserError(f"{folder}: cannot make the run's folder ({reason(e)})") from None
-    return Run(folder, config)
+    return RunFolder(folder, config)
 
 
 def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
@@ -157,11 +157,11 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         )
 
 
-def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> Run:
+def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> RunFolder:
     """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
     write_json_atomically(folder / "environment.json", [*_starts(folder), environment], folder)
     write_json_atomically(folder / "config.json", to_file(config), folder)
-    run = Run(folder, config)
+    run = RunFolder(folder, config)
     run.rewind(step)
     return run
 

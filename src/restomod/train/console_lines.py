@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from restomod.runs.metrics import read_jsonl
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from restomod.utils.text import duration
 
 
@@ -48,7 +48,7 @@ def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finishe
     ]
 
 
-def sanity_lines(verdicts: list[Verdict]) -> list[str]:
+def sanity_lines(verdicts: list[CheckResult]) -> list[str]:
     """The sanity checks in a few lines, for the head of a run: the first in full, the others by name, and warnings."""
     if not verdicts:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from restomod.analysis.health.curves import History
 from restomod.analysis.health.symptoms import Finding, judge_curves, seen_now
-from restomod.engine.gather import whole
+from restomod.engine.gather import gather_full_model
 from restomod.evals.heldout import dataset_loss
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import evaluate as evaluate_task
@@ -23,7 +23,7 @@ def evaluate(training: Training, step: int, display: Display) -> None:
     # all others), as each computes windows and questions of its own, and not equally many: with the weights shared out,
     # every forward pass would gather them, and those of all processes had to match. The activations and gradients of a
     # training step, which need more than that, are not there meanwhile.
-    model = whole(training.model, compute.dtype)
+    model = gather_full_model(training.model, compute.dtype)
     heldout = dataset_loss(
         model,
         training.dataset,
@@ -50,7 +50,7 @@ def evaluate(training: Training, step: int, display: Display) -> None:
 
 def write_samples(training: Training, step: int, display: Display) -> None:
     """Log and show one continuation of each prompt."""
-    model = whole(training.model, training.compute.dtype, keep=training.processes.main)
+    model = gather_full_model(training.model, training.compute.dtype, keep=training.processes.main)
     training.processes.from_main(lambda: _sample(training, model, step, display))
 
 

@@ -60,7 +60,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
         )
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
             resume = resume or processes.from_main((folder / "config.json").exists)
-        processes.together(lambda: require_installed(config.track))
+        processes.run_on_all_ranks(lambda: require_installed(config.track))
         lock = RunLock(folder, display.line)
         try:
             processes.from_main(lambda: _lock(lock, folder, resume))
@@ -83,7 +83,7 @@ def _lock(lock: RunLock, folder: Path, resume: bool) -> None:
 def _train(config: RunConfig, folder: Path, resume: bool, display: Display, processes: Processes, lock: RunLock) -> int:
     say = functools.partial(display.line, style="dim")
     say("preparing the data and the model …")
-    training = processes.together(lambda: set_up(config, folder, resume, processes, say))
+    training = processes.run_on_all_ranks(lambda: set_up(config, folder, resume, processes, say))
     processes.from_main(lock.made)
     if training.nothing_left is not None:
         display.line(training.nothing_left)
@@ -95,7 +95,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
     display.lines(sanity_lines(training.verdicts))
 
     started = time.perf_counter()
-    micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.count
+    micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.world_size
     with (
         StopSignal(lock.stopping) as stop,
         Trackers(folder, config, lambda text: display.line(text, style="bold yellow"), processes.main) as trackers,
@@ -173,7 +173,7 @@ def _loop(training: Training, data: Prefetch, saver: Saver, health: Health, disp
 
         start = time.perf_counter()
         micro_batches, waited = data.get(step + offset)
-        made, micro_batch = step_that_fits(training, step, micro_batches, micro_batch, guard.highest(), display)
+        made, micro_batch = step_that_fits(training, step, micro_batches, micro_batch, guard.loss_limit(), display)
         journal.add(step, made, start, waited)
         step += 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from restomod.data.prefetch import MicroBatches
 from restomod.engine.device import release_memory
 from restomod.engine.micro_batch import cut, smaller
-from restomod.engine.step import Queued, train_step
+from restomod.engine.step import PendingStep, train_step
 from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import describe_newest, load_checkpoint, newest_whole
 from restomod.runs.metrics import iterate_jsonl
@@ -59,9 +59,9 @@ def step_that_fits(
     step: int,
     micro_batches: MicroBatches,
     sequences: int,
-    highest: float,
+    loss_limit: float,
     display: Display,
-) -> tuple[Queued, int]:
+) -> tuple[PendingStep, int]:
     """Make a step, with fewer sequences at once where memory runs out.
 
     Args:
@@ -69,7 +69,7 @@ def step_that_fits(
         step: how many updates the weights have had.
         micro_batches: this process's share of the batch.
         sequences: at most so many go through the model at once.
-        highest: see `train_step`.
+        loss_limit: see `train_step`.
         display: told of it.
 
     Returns:
@@ -82,11 +82,11 @@ def step_that_fits(
     while True:
         parts = cut(micro_batches, sequences)
         try:
-            return train_step(loss_of, optimizer, parts, training.config, step, processes, highest), sequences
+            return train_step(loss_of, optimizer, parts, training.config, step, processes, loss_limit), sequences
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-            if sequences == 1 or processes.count > 1:
+            if sequences == 1 or processes.world_size > 1:
                 raise UserError(
                     f"step {step}: out of memory with {sequences} sequences at once ({one_line(e)}); "
                     f"go on with a smaller --micro-batch, or with --recompute"

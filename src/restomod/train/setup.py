@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from restomod.checks.device_parity import CHECKED_BEFORE_TRAINING, device_parity
-from restomod.checks.model_quick import Subject, quick_checks
+from restomod.checks.model_quick import CheckedModel, quick_checks
 from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
@@ -44,11 +44,11 @@ from restomod.runs.checkpoint import (
     progress,
     set_aside,
 )
-from restomod.runs.folder import Run, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
+from restomod.runs.folder import RunFolder, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
 from restomod.runs.metrics import SampleRecord, iterate_jsonl
 from restomod.runs.open_model import find_model
 from restomod.runs.saved_tensors import require_shape
-from restomod.utils.check_result import Verdict
+from restomod.utils.check_result import CheckResult
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
 
@@ -56,7 +56,7 @@ from restomod.utils.errors import UserError, is_out_of_memory, one_line
 class Training:
     """A run in memory."""
 
-    run: Run
+    run: RunFolder
     dataset: Dataset
     tokenizer: Tokenizer
     batches: Batches
@@ -74,7 +74,7 @@ class Training:
     """What every validation asks besides the held-out loss."""
     warnings: list[str]
     """Of a run that goes on: newer checkpoints that were set aside, records that cannot be read."""
-    verdicts: list[Verdict]
+    verdicts: list[CheckResult]
     """What the sanity checks found; empty for a run that goes on, or that does without them."""
     micro_batch_seconds: float
     """How long a micro-batch takes, forward and backward."""
@@ -93,7 +93,7 @@ class Training:
     def peak_flops(self) -> float | None:
         """The peak of all devices together, if it is known; see `restomod.model.flops`."""
         peak = peak_flops(describe_device(self.compute.device))
-        return None if peak is None else peak * self.processes.count
+        return None if peak is None else peak * self.processes.world_size
 
 
 def set_up(
@@ -123,13 +123,15 @@ def set_up(
     compute = choose_compute(config, processes)
     device = compute.device
     tokenizer = gpt2_tokenizer()
-    dataset = processes.together(lambda: prepare(config.data, tokenizer), one_first=True)
+    dataset = processes.run_on_all_ranks(lambda: prepare(config.data, tokenizer), one_first=True)
     batches = training_batches(config, dataset, tokenizer)
     for source in dataset.sources:
         if len(source.dataset.val):  # refused now rather than at the first use
             Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
     cache, limit = Path(config.data.cache), config.eval_limit
-    tasks = processes.together(lambda: [load_task(name, cache, limit) for name in config.eval_tasks], one_first=True)
+    tasks = processes.run_on_all_ranks(
+        lambda: [load_task(name, cache, limit) for name in config.eval_tasks], one_first=True
+    )
     if len(set(processes.gather(dataset.fingerprint))) > 1:
         raise processes.error(
             "the processes of this run found different data; give all machines the same files, or one folder that all "
@@ -145,13 +147,13 @@ def set_up(
                 f"this device computes wrongly: {parity.reason} (`restomod doctor` examines it; "
                 f"--no-sanity-checks trains all the same)"
             )
-    model = processes.together(lambda: initial_model(fresh, device))
+    model = processes.run_on_all_ranks(lambda: initial_model(fresh, device))
     if checkpoint is not None:
         load_saved_weights(checkpoint, model, processes)
     verdicts = []
     if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
         trial, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
-        verdicts = quick_checks(Subject(model, batches, eager, trial, fresh=config.init is None))
+        verdicts = quick_checks(CheckedModel(model, batches, eager, trial, fresh=config.init is None))
         for verdict in verdicts:
             if verdict.status == "fail":
                 raise UserError(
@@ -167,9 +169,9 @@ def set_up(
 
     nothing_left = processes.from_main(lambda: nothing_left_to_do(folder, config, first_step)) if resume else None
     warnings = processes.from_main(lambda: _warnings(folder, unusable, first_step)) if resume else []
-    run = Run(folder, config, writes=False)
+    run = RunFolder(folder, config, writes=False)
     if processes.main and nothing_left is None:
-        here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.count}
+        here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.world_size}
         if resume:
             set_aside(unusable)
         run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here, say)
@@ -241,7 +243,7 @@ def choose_compute(config: RunConfig, processes: Processes) -> Compute:
     device = device_of(choose_device(config.device), processes)
     if device.type == "cpu":
         keep_freed_memory()
-    micro_batch = choose_micro_batch(config, device, processes.count)
+    micro_batch = choose_micro_batch(config, device, processes.world_size)
     dtype = choose_dtype(config.precision, device)
     if config.residual_dtype == "bf16" and dtype != torch.bfloat16:
         raise UserError(

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from restomod.config.run import RunConfig
-from restomod.engine.step import Outcome
+from restomod.engine.step import StepResult
 
 WINDOW = 128  # losses that a new one is compared with
 ENOUGH = 64  # fewer of them say nothing
@@ -46,8 +46,8 @@ class Guard:
             if record.get("kind") == "train":
                 self._remember(record.get("loss"), "skipped" in record)
 
-    def highest(self) -> float:
-        """The highest loss that is no spike."""
+    def loss_limit(self) -> float:
+        """The loss_limit loss that is no spike."""
         if not self.sigmas or len(self.losses) < ENOUGH:
             return math.inf
         mean, deviation = self._usual()
@@ -58,7 +58,7 @@ class Guard:
         mean = statistics.fmean(self.losses)
         return mean, max(statistics.pstdev(self.losses, mean), SMALLEST_DEVIATION)
 
-    def problem(self, made: Outcome) -> str | None:
+    def problem(self, made: StepResult) -> str | None:
         """What was wrong with a step; None if nothing was."""
         if not made.refused:
             return None
@@ -70,7 +70,7 @@ class Guard:
         above = (made.loss - mean) / deviation
         return f"the loss is {made.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"
 
-    def judge(self, made: Outcome) -> Action:
+    def judge(self, made: StepResult) -> Action:
         """What to do about a step, and remember it."""
         self._remember(made.loss, made.refused)
         if not made.refused:
@@ -91,7 +91,7 @@ class Guard:
                 self._remember(record.get("loss"), "skipped" in record)
         return self.rollbacks[step] <= ROLLBACKS_BEFORE_STOP
 
-    def _overflowed(self, made: Outcome) -> bool:
+    def _overflowed(self, made: StepResult) -> bool:
         return self.fp16 and math.isfinite(made.loss) and not math.isfinite(made.grad_norm)
 
     def _remember(self, loss: float | None, refused: bool) -> None:

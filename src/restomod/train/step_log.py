@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from restomod.engine.lr_schedule import learning_rate
-from restomod.engine.step import Outcome, Queued
+from restomod.engine.step import PendingStep, StepResult
 from restomod.model.flops import mfu
 from restomod.runs.checkpoint import describe_newest
 from restomod.runs.metrics import iterate_jsonl
@@ -24,7 +24,7 @@ STEPS_BEHIND = {"cuda": 1}  # how many steps a kind of device may have before on
 @dataclass(frozen=True)
 class _Entry:
     step: int
-    made: Queued
+    made: PendingStep
     started: float
     """When the batch was asked for, in seconds."""
     waited: float
@@ -51,7 +51,7 @@ class Journal:
         self._seconds = 0.0  # in all steps since `began`
         self._read = 0.0  # when the last one was read
 
-    def add(self, step: int, made: Queued, started: float, waited: float) -> None:
+    def add(self, step: int, made: PendingStep, started: float, waited: float) -> None:
         """Take a step that the device has been given."""
         self._entries.append(_Entry(step, made, started, waited))
 
@@ -77,7 +77,7 @@ class Journal:
         """Go on from an earlier step."""
         self.began, self._seconds = step, 0.0
 
-    def _settle(self, entry: _Entry, made: Outcome) -> str | None:
+    def _settle(self, entry: _Entry, made: StepResult) -> str | None:
         """What was wrong with a step for which the run has to go back."""
         config, step, display = self.training.config, entry.step, self.display
         now = time.perf_counter()
@@ -104,7 +104,7 @@ class Journal:
                 )
         return problem if action == "rollback" else None
 
-    def _log(self, entry: _Entry, made: Outcome, problem: str | None, seconds: float) -> dict[str, object]:
+    def _log(self, entry: _Entry, made: StepResult, problem: str | None, seconds: float) -> dict[str, object]:
         """Log a step, with what it took; what is not finite as null."""
         training, config = self.training, self.training.config
         speed = config.batch_tokens / seconds

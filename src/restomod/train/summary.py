@@ -35,7 +35,7 @@ def summary(training: Training) -> list[tuple[str, str]]:
         training.dataset.manifest,
     )
     train, val = len(training.dataset.train), len(training.dataset.val)
-    processes = training.processes.count
+    processes = training.processes.world_size
     accumulation = config.batch_sequences // compute.micro_batch // processes
     seconds = training.micro_batch_seconds * accumulation * (config.steps - training.first_step)
     epochs = {name: config.steps * passes for name, passes in _passes_per_step(training).items()}

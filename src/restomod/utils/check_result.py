@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["pass", "warn", "fail", "skip"]
+CheckStatus = Literal["pass", "warn", "fail", "skip"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """What a check found."""
 
     check: str
-    status: Status
+    status: CheckStatus
     """fail: this is no GPT-2 that can learn. warn: unusual, or slow. skip: does not apply, or cannot run here."""
     reason: str

@@ -14,12 +14,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from restomod.utils import output
-from restomod.utils.check_result import Status, Verdict
+from restomod.utils.check_result import CheckResult, CheckStatus
 from restomod.utils.errors import UserError, reason
 from restomod.utils.terminal import Terminal
 from restomod.utils.text import duration, visible
 
-STATUS_STYLE: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+STATUS_STYLE: dict[CheckStatus, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
 def numbers(record: dict[str, Any]) -> str:
@@ -128,7 +128,7 @@ class Display:
             self.console.width = 200
         self._print(table, soft_wrap=False)
 
-    def verdict(self, verdict: Verdict) -> None:
+    def verdict(self, verdict: CheckResult) -> None:
         """One sanity check."""
         status = f"{verdict.status}  ", STATUS_STYLE[verdict.status]
         self._print(Text.assemble(status, f"{verdict.check:<16}  {verdict.reason}"))

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from restomod.experiments.sweep.study import Plan, Store
+from restomod.experiments.sweep.study import Store, SweepPlan
 from restomod.utils.errors import UserError
 
-PLAN = Plan("quickstart", (), "grid", ("optim.lr=1e-3,2e-3",), 2, 1, 1337, 0, "none", 0, 4, 4)
+PLAN = SweepPlan("quickstart", (), "grid", ("optim.lr=1e-3,2e-3",), 2, 1, 1337, 0, "none", 0, 4, 4)
 Change = Callable[[Any], Any]
 
 

@@ -21,7 +21,7 @@ import pytest
 from restomod.cli import main
 from restomod.commands.sweep import split
 from restomod.experiments.sweep import worker as sweep_module
-from restomod.experiments.sweep.gpu_time import Span, Taken, gpu_in_use
+from restomod.experiments.sweep.gpu_time import Interval, Taken, gpu_in_use
 from restomod.experiments.sweep.study import drop_torn_line
 from restomod.experiments.sweep.worker import Limits, patiently
 from restomod.utils.errors import UserError
@@ -246,11 +246,11 @@ def test_the_nearer_limit_counts() -> None:
 
 def test_gpu_time_counts_processes_and_a_shared_gpu_once() -> None:
     spans = [
-        Span(0, 0.0, 10.0, "a", 1),
-        Span(1, 4.0, 10.0, "a", 1),  # on the same GPU: of these 6 s each pays 3
-        Span(2, 0.0, 10.0, "b", 8),
-        Span(2, 20.0, 20.0, "b", 8),  # killed at once
-        Span(2, 30.0, 31.0, "b", 1),  # resumed on one GPU
+        Interval(0, 0.0, 10.0, "a", 1),
+        Interval(1, 4.0, 10.0, "a", 1),  # on the same GPU: of these 6 s each pays 3
+        Interval(2, 0.0, 10.0, "b", 8),
+        Interval(2, 20.0, 20.0, "b", 8),  # killed at once
+        Interval(2, 30.0, 31.0, "b", 1),  # resumed on one GPU
     ]
     taken = Taken.of(range(4), spans)
     assert taken.seconds == {0: 10.0, 1: 6.0, 2: 11.0, 3: 0.0}

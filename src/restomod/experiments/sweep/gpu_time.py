@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Span:
+class Interval:
     """An attempt at a trial: ``start`` to ``end``, in seconds since 1970."""
 
     number: int
@@ -36,11 +36,11 @@ class Taken:
         return sum(self.seconds.values()), sum(self.gpu_seconds.values())
 
     @classmethod
-    def of(cls, numbers: Iterable[int], spans: Sequence[Span]) -> Taken:
+    def of(cls, numbers: Iterable[int], spans: Sequence[Interval]) -> Taken:
         """Add up attempts; a trial without one has taken nothing."""
         seconds = dict.fromkeys(numbers, 0.0)
         gpu_seconds = dict(seconds)
-        by_gpu: dict[str, list[Span]] = {}
+        by_gpu: dict[str, list[Interval]] = {}
         for span in spans:
             seconds[span.number] += span.end - span.start
             by_gpu.setdefault(span.gpu, []).append(span)

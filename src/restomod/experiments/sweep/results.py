@@ -15,7 +15,7 @@ from rich.text import Text
 from restomod.config.serialize import to_dict
 from restomod.experiments.sweep.gpu_time import Taken
 from restomod.experiments.sweep.space import Value, label
-from restomod.experiments.sweep.study import Plan, Store
+from restomod.experiments.sweep.study import Store, SweepPlan
 from restomod.utils.files import write_json_atomically
 from restomod.utils.terminal import Terminal
 from restomod.utils.text import duration, visible
@@ -26,7 +26,7 @@ STATES: dict[str, State] = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": 
 
 
 @dataclass(frozen=True)
-class Result:
+class SweepResult:
     """What has become of one trial so far."""
 
     number: int
@@ -48,7 +48,7 @@ class Result:
     """Why it has no result."""
 
 
-def results(store: Store, taken: Taken) -> list[Result]:
+def results(store: Store, taken: Taken) -> list[SweepResult]:
     """All trials that have been begun, best first. To be asked with the sweep's lock.
 
     Args:
@@ -60,7 +60,7 @@ def results(store: Store, taken: Taken) -> list[Result]:
         notes = trial.user_attrs
         name = notes["name"]
         found.append(
-            Result(
+            SweepResult(
                 trial.number,
                 name,
                 STATES.get(trial.state.name) or ("running" if store.at_work(name) else "stopped"),
@@ -76,9 +76,9 @@ def results(store: Store, taken: Taken) -> list[Result]:
     return sorted(found, key=lambda r: (ORDER.index(r.state), math.inf if r.loss is None else r.loss, r.number))
 
 
-def configurations(found: list[Result]) -> list[dict[str, Any]]:
+def configurations(found: list[SweepResult]) -> list[dict[str, Any]]:
     """The finished trials by their parameters, best first: mean and standard deviation (n - 1) over the seeds."""
-    by_label: dict[str, list[Result]] = {}
+    by_label: dict[str, list[SweepResult]] = {}
     for result in found:
         if result.state == "finished":
             by_label.setdefault(repr(sorted(result.parameters.items())), []).append(result)
@@ -90,7 +90,7 @@ def configurations(found: list[Result]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["mean"])
 
 
-def write_results(found: list[Result], store: Store, price: float | None) -> None:
+def write_results(found: list[SweepResult], store: Store, price: float | None) -> None:
     """Write `sweep.json`."""
     gpu_hours = sum(result.gpu_seconds for result in found) / 3600
     content = {
@@ -104,7 +104,7 @@ def write_results(found: list[Result], store: Store, price: float | None) -> Non
     write_json_atomically(store.folder / "sweep.json", content, store.folder)
 
 
-def show(found: list[Result], folder: Path, plan: Plan) -> None:
+def show(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
     """Print the trials, best first, and where everything is."""
     console = Terminal(highlight=False)
     if not console.is_terminal:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from restomod.config.serialize import from_dict, to_dict
-from restomod.experiments.sweep.gpu_time import Span, Taken, gpu_in_use
+from restomod.experiments.sweep.gpu_time import Interval, Taken, gpu_in_use
 from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
 from restomod.runs.reader import process_count, read_environments, started
 from restomod.utils.errors import UserError, one_line
@@ -46,7 +46,7 @@ PARTS = "plan.json", "journal.jsonl", "locks", "logs", "trials", "sweep.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What is swept."""
 
     preset: str
@@ -94,7 +94,7 @@ class Claim:
 class Store:
     """The trials of a sweep, shared by all processes that work on it."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: SweepPlan) -> None:
         self.folder, self.plan = folder, plan
         self._dimensions = [parse_dimension(text, plan.method) for text in plan.space]
         if folder.exists() and any(not (path.name in PARTS or NAME.fullmatch(path.name)) for path in folder.iterdir()):
@@ -116,8 +116,8 @@ class Store:
         """See that the folder is of this sweep; more trials may be asked for than before."""
         path = self.folder / "plan.json"
         if path.exists():
-            old = from_dict(read_json(path, "sweep's plan"), Plan, str(path))
-            for field in dataclasses.fields(Plan):
+            old = from_dict(read_json(path, "sweep's plan"), SweepPlan, str(path))
+            for field in dataclasses.fields(SweepPlan):
                 before, now = getattr(old, field.name), getattr(self.plan, field.name)
                 if before != now and field.name != "trials":
                     raise UserError(
@@ -258,7 +258,7 @@ class Store:
                     name = trial.user_attrs["name"]
                     until = end or (now if self.at_work(name) else self._last_sign(name, start))
                     gpu = of[0] if of else f"trial {trial.number}"
-                    spans.append(Span(trial.number, start, until, gpu, self._processes(name, until)))
+                    spans.append(Interval(trial.number, start, until, gpu, self._processes(name, until)))
         return Taken.of(numbers, spans)
 
     def _processes(self, name: str, until: float) -> int:

@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from restomod.analysis.report.config import newest_checkpoint
 from restomod.engine.signals import StopSignal
-from restomod.experiments.sweep.results import Result, results, show, write_results
+from restomod.experiments.sweep.results import SweepResult, results, show, write_results
 from restomod.experiments.sweep.space import flags, label
-from restomod.experiments.sweep.study import Claim, Plan, Store
+from restomod.experiments.sweep.study import Claim, Store, SweepPlan
 from restomod.experiments.sweep.trial_process import TrainingProcess
 from restomod.runs.metrics import HeldoutLosses
 from restomod.utils.console import duration
@@ -59,7 +59,7 @@ class Limits:
         return " and ".join([*limits, *([] if self.dollars is None else [f"${self.dollars:.2f}"])])
 
 
-def sweep(plan: Plan, folder: Path, limits: Limits) -> int:
+def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
     """Run the trials of a sweep that are left.
 
     Args:
@@ -108,10 +108,10 @@ class _Worker:
                 claim.run.release()
                 claim.worker.release()
 
-    def write(self) -> list[Result]:
+    def write(self) -> list[SweepResult]:
         """Bring `sweep.json` up to date."""
 
-        def collect() -> list[Result]:
+        def collect() -> list[SweepResult]:
             taken = self.store.taken()
             with self.store.lock:
                 found = results(self.store, taken)
