@@ -22,7 +22,7 @@ from transformers import GPT2LMHeadModel
 
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import evaluate
+from restomod.evals.scoring import score_task
 from restomod.evals.tasks import load_task
 from restomod.model.hf_io import load_model
 
@@ -87,10 +87,10 @@ def main() -> None:
 
     model = ScoredGPT(load_model(given.folder, torch.device("cpu")))
     loaded = load_task(f"hellaswag={given.file}", Path(), given.examples)
-    ours = evaluate(model, loaded)
+    ours = score_task(model, loaded)
     print({name: (e.value, e.stderr) for name, e in ours.metrics.items()}, f"{ours.seconds:.0f} s", flush=True)
     for batch in (1, 8, 32):
-        same = evaluate(model, loaded, batch).choices == ours.choices
+        same = score_task(model, loaded, batch).choices == ours.choices
         print(f"batch {batch}: all choices are {'the same' if same else 'NOT the same'}", flush=True)
 
     with open(given.file, encoding="utf-8") as f:

@@ -30,7 +30,7 @@ from restomod.config.run import ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
 from restomod.engine.device import keep_freed_memory
-from restomod.engine.distributed import SINGLE, Processes, distribute, joined
+from restomod.engine.distributed import SINGLE, Processes, distribute, join_processes
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.model.gpt import GPT, build_model
@@ -159,7 +159,7 @@ def process(environment: dict[str, str], given: Trial, pipe: Connection) -> None
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     keep_freed_memory()  # as `restomod train` does
-    with joined() as processes:
+    with join_processes() as processes:
         samples = rounds_of(given, processes)
     pipe.send(samples)
 

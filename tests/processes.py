@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.world import world
-from restomod.engine.distributed import joined
+from restomod.engine.distributed import join_processes
 from restomod.utils.errors import ReportedElsewhere, UserError
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -112,7 +112,7 @@ def _result(path: Path) -> Any:
 def member(work: Any, *arguments: Any) -> Any:
     """Do ``work`` as one of several processes, and report errors as the command line does."""
     try:
-        with joined() as processes:
+        with join_processes() as processes:
             return work(processes, *arguments)
     except ReportedElsewhere:
         sys.exit(2)

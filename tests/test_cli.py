@@ -683,7 +683,9 @@ def test_models_are_compared(model: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_pictures_are_drawn_into_the_folder_that_is_named(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.analysis.weights.plots.draw", lambda tensors, title, folder: [folder / "a.png"])
+    monkeypatch.setattr(
+        "restomod.analysis.weights.plots.draw_weights", lambda tensors, title, folder: [folder / "a.png"]
+    )
     assert main(["inspect", model, "--plots", "pictures"]) == 0
     assert capsys.readouterr().out.endswith(f"drawn               {Path('pictures/a.png')}\n")
 

@@ -24,7 +24,7 @@ from benchmarks.texts import hellaswag
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import autocast, choose_dtype, keep_freed_memory, synchronize
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import evaluate
+from restomod.evals.scoring import score_task
 from restomod.evals.tasks import LoadedTask, load_task
 from restomod.model.gpt import GPT
 
@@ -86,7 +86,7 @@ def ours(model: GPT, file: Path, count: int, rounds: int) -> Round:
     loaded, scored = load_task(f"hellaswag={file}", Path(), count), ScoredGPT(model)
 
     def ask(part: slice) -> Choices:
-        chosen = evaluate(scored, LoadedTask(loaded.task, loaded.examples[part])).choices
+        chosen = score_task(scored, LoadedTask(loaded.task, loaded.examples[part])).choices
         return list(zip(chosen["acc"], chosen["acc_token"], strict=True))
 
     return timed(ask, count, rounds)

@@ -15,7 +15,7 @@ from benchmarks.recipe import BASELINE, RECIPES, base, changed, tokens_to, trial
 from benchmarks.records import Item, Metric
 from benchmarks.texts import to_train_on
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 
 Row = dict[str, Measured]
@@ -31,7 +31,7 @@ METRICS = [
 def measure(plan: Plan) -> Item:
     """A round is a seed, with which every recipe is trained once on the same tokens."""
     data, what = to_train_on(plan)
-    dataset = prepare(data, gpt2_tokenizer())
+    dataset = prepare_text(data, gpt2_tokenizer())
     sizes = argparse.Namespace(
         layers=plan.pick(4, 1, 12),
         width=plan.pick(128, 64, 768),

@@ -26,7 +26,7 @@ from restomod.commands.flags import (
 )
 from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
 from restomod.config.model import require_size
-from restomod.config.presets import PRESETS, SIZES, is_preset, preset, summary
+from restomod.config.presets import PRESETS, SIZES, is_preset, preset, preset_summary
 from restomod.config.run import RunConfig, require_seed
 from restomod.utils.errors import (
     EXIT_USER_ERROR,
@@ -35,7 +35,7 @@ from restomod.utils.errors import (
     reason,
     reported_once,
 )
-from restomod.utils.output import guarded, open_missing, raw_stream
+from restomod.utils.output import open_missing, raw_stream, run_guarded
 from restomod.utils.then import and_then, take_command
 
 IGNORED_BY_GREEDY = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
@@ -76,7 +76,7 @@ def _train_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool] | int
         print("       restomod train PRESET --help           every flag, with the preset's values\n")
         print("presets:")
         for name in PRESETS:
-            print(f"  {name:<{width}}  {summary(name)}")
+            print(f"  {name:<{width}}  {preset_summary(name)}")
         print(f"  {'|'.join(SIZES)}-dN  the same with N layers, 64 N wide, and the learning rates that belong to it")
         return 0 if arguments else EXIT_USER_ERROR
 
@@ -112,7 +112,7 @@ def sample(arguments: list[str]) -> int:
     settings, n = parsed.settings(), parsed.num_samples
 
     from restomod.generate.text import choose_prompts, streamed
-    from restomod.generate.text import sample as run
+    from restomod.generate.text import sample_texts as run
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
     terminal, count = sys.stdout.isatty(), len(prompts) * n
@@ -136,12 +136,13 @@ def compare_samples(arguments: list[str]) -> int:
     refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings = parsed.settings()
 
-    from restomod.generate.compare import DEFAULT_PROMPTS, as_table, compare, report_writer
+    from restomod.generate.compare import DEFAULT_PROMPTS, as_table, report_writer
+    from restomod.generate.compare import compare_samples as run
     from restomod.generate.text import choose_prompts
 
     write = report_writer(parsed.out, parsed.prompt_file)
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
-    compared = compare(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
+    compared = run(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
     print(as_table(compared), end="")
     write(compared)
     return 0
@@ -224,11 +225,11 @@ def inspect(arguments: list[str]) -> int:
     if parsed.plots is not None and parsed.diff is not None:
         raise UserError("--plots draws one model and --diff compares two: give one of them")
 
-    from restomod.analysis.weights.report import compare
-    from restomod.analysis.weights.report import inspect as run
+    from restomod.analysis.weights.report import compare_weights
+    from restomod.analysis.weights.report import inspect_weights as run
 
     if parsed.diff is not None:
-        lines = compare(parsed.model, parsed.diff, parsed.seed)
+        lines = compare_weights(parsed.model, parsed.diff, parsed.seed)
     else:
         lines = run(parsed.model, parsed.seed, Path(parsed.plots) if parsed.plots is not None else None)
     for line in lines:
@@ -297,4 +298,4 @@ def main(argv: list[str] | None = None) -> int:
     if goes_on:
         arguments, command = take_command(arguments)
     needs_less = NEEDS_LESS.get((arguments or [""])[0], NEEDS_LESS[""])
-    return and_then(lambda: guarded(lambda: _run(arguments), debug, goes_on, needs_less), command)
+    return and_then(lambda: run_guarded(lambda: _run(arguments), debug, goes_on, needs_less), command)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.checks import device_parity as parity
-from restomod.checks.device_parity import Differences, device_parity, differences
+from restomod.checks.device_parity import Differences, device_parity, parity_errors
 from restomod.cli import main
 from restomod.model import attention
 from tests.models import CPU
@@ -58,13 +58,13 @@ FAULTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(3))
 def test_rounding_passes_with_room(dtype: torch.dtype, seed: int) -> None:
-    found = differences(CPU, dtype, seed)
+    found = parity_errors(CPU, dtype, seed)
     assert 0 < found.loss < parity.LOSS_TOLERANCE[dtype] / 4
     assert 0 < found.gradients[found.worst] < parity.GRADIENT_TOLERANCE[dtype] / 3
 
 
 def test_every_parameter_is_compared() -> None:
-    assert len(differences(CPU, torch.float32).gradients) == len(list(parity.random_model(parity.SHAPE).parameters()))
+    assert len(parity_errors(CPU, torch.float32).gradients) == len(list(parity.random_model(parity.SHAPE).parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -105,7 +105,7 @@ def test_a_gradient_that_is_missing_is_a_difference(monkeypatch: pytest.MonkeyPa
         return found if loss.dtype == torch.float64 else {n: g for n, g in found.items() if "wpe" not in n}
 
     monkeypatch.setattr(parity, "loss_gradients", without_positions)
-    found = differences(CPU, torch.float32)
+    found = parity_errors(CPU, torch.float32)
     assert (found.worst, found.gradients["transformer.wpe.weight"]) == ("transformer.wpe.weight", pytest.approx(1))
     assert device_parity(CPU, torch.float32).status == "fail"
 

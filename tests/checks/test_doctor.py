@@ -17,7 +17,7 @@ import torch
 
 from restomod.checks import device_parity, machine, speed, tools
 from restomod.checks import doctor as examine
-from restomod.checks.doctor import bf16, judge, matrix_products
+from restomod.checks.doctor import bf16, matrix_products, run_check
 from restomod.checks.machine import Machine
 from restomod.checks.speed import Rates, matmul_rates
 from restomod.cli import main
@@ -113,7 +113,7 @@ def test_every_check_that_asks_for_the_device_is_skipped_without(monkeypatch: py
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(tools, "_child", lambda *_: None)
     for name in (*NAMES, *SLOW_NAMES):
-        verdict = judge(getattr(examine, name.replace(" ", "_")), this(device="cuda"))
+        verdict = run_check(getattr(examine, name.replace(" ", "_")), this(device="cuda"))
         assert ("not available here" in verdict.reason) == (name == "device"), verdict
 
 
@@ -289,9 +289,9 @@ def test_threads(
 
 
 def test_a_wrong_kernel() -> None:
-    assert judge(examine.parity, this()).status == "pass"
+    assert run_check(examine.parity, this()).status == "pass"
     with WrongKernel(*FAULTS["attention 2 % too large"]):
-        assert_says(judge(examine.parity, this()), "fail", "gradients by at most")
+        assert_says(run_check(examine.parity, this()), "fail", "gradients by at most")
     assert device_parity.SHAPE.n_embd == 64 * device_parity.SHAPE.n_head  # the heads are those of GPT-2
 
 
@@ -397,9 +397,9 @@ def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path) -> None:
 
 def test_a_compiler_that_compiles_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda module: lambda x: module(x) * 1.001)
-    assert_says(judge(tools.compiler, this()), "fail", "a compiled module is off by", "--compile off")
+    assert_says(run_check(tools.compiler, this()), "fail", "a compiled module is off by", "--compile off")
     monkeypatch.setattr("torch.compile", lambda module: module)
-    assert judge(tools.compiler, this()).status == "pass"
+    assert run_check(tools.compiler, this()).status == "pass"
 
 
 @pytest.mark.parametrize(
@@ -415,17 +415,19 @@ def test_what_a_compilers_message_means(message: str, said: str) -> None:
 
 
 def test_two_processes_add_up() -> None:
-    assert_says(judge(tools.processes, this()), "pass", "two processes add up over gloo")
+    assert_says(run_check(tools.processes, this()), "pass", "two processes add up over gloo")
 
 
 def test_a_process_group_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-network")
-    assert_says(judge(tools.processes, this()), "fail", "two processes cannot work together (", "GLOO_SOCKET_IFNAME=lo")
+    assert_says(
+        run_check(tools.processes, this()), "fail", "two processes cannot work together (", "GLOO_SOCKET_IFNAME=lo"
+    )
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "PATIENCE", 0.01)
-    assert_says(judge(tools.processes, this()), "fail", "did not find each other")
+    assert_says(run_check(tools.processes, this()), "fail", "did not find each other")
 
 
 def _says(output: str, code: int = 0) -> Any:
@@ -456,7 +458,7 @@ def test_a_user_error_in_a_check_is_its_reason() -> None:
     def wants_more(machine: Machine) -> CheckResult:
         raise UserError("micro_batch 3 does not divide")
 
-    assert judge(wants_more, this()) == CheckResult("wants more", "fail", "micro_batch 3 does not divide")
+    assert run_check(wants_more, this()) == CheckResult("wants more", "fail", "micro_batch 3 does not divide")
 
 
 def test_a_run_config_of_ones_own() -> None:

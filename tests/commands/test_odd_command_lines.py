@@ -86,7 +86,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").write_text("not to be lost")
     monkeypatch.setattr(restomod.analysis.report.serve, "watch", lambda *a: None)
-    monkeypatch.setattr(restomod.checks.doctor, "examine", lambda *a: iter(()))
+    monkeypatch.setattr(restomod.checks.doctor, "check_machine", lambda *a: iter(()))
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def run(*arguments: str) -> tuple[int, str]:

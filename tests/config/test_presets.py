@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from restomod.config.presets import PRESETS, SIZES, preset, summary
+from restomod.config.presets import PRESETS, SIZES, preset, preset_summary
 from restomod.config.run import ModelConfig
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.flops import parameter_count
@@ -107,8 +107,8 @@ def test_a_preset_like_none_lists_all() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_one_line_summary(name: str) -> None:
-    assert summary(name).endswith(".") or summary(name).endswith(")")
-    assert "\n" not in summary(name)
+    assert preset_summary(name).endswith(".") or preset_summary(name).endswith(")")
+    assert "\n" not in preset_summary(name)
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "llama-124m", "modern-124m", "speedrun-124m"])

@@ -14,7 +14,7 @@ import pytest
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data.dataset import HEADER_BYTES, MAGIC
-from restomod.data.hub_datasets import HubFile, _matches, dataset_files, parse
+from restomod.data.hub_datasets import HubFile, _matches, dataset_files, parse_address
 from restomod.data.prepare.run import prepare_folder
 from restomod.utils.errors import UserError
 from tests.fineweb import KEY, REPO, parquet
@@ -70,7 +70,7 @@ def test_without_a_name_the_default_configuration_is_taken(hub: Hub) -> None:
 def test_files_know_their_commit_and_size(hub: Hub) -> None:
     (file,) = dataset_files(REPO, "CC-MAIN-2013-20", "train", "main")
     assert (file.commit, file.bytes) == (hub.commit(KEY), len(FILES[file.path]))
-    assert parse(str(file)) == (REPO, file.commit, file.path)
+    assert parse_address(str(file)) == (REPO, file.commit, file.path)
 
 
 def test_a_commit_is_a_revision(hub: Hub) -> None:

@@ -20,8 +20,8 @@ from restomod.data.dataset import open_dataset
 from restomod.data.documents import Document, LongDocument
 from restomod.data.prepare import units as plan_module
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.reading import Reading, joined, told
-from restomod.data.tokenize import prepare
+from restomod.data.reading import Reading, merge_counts, told
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 
@@ -85,12 +85,12 @@ def test_train_counts_them_and_says_what_files_are_there_now(
     folder: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     config = DataConfig(source="text", path=str(folder), cache=str(tmp_path / "cache"))
-    first = prepare(config, tokenizer)
+    first = prepare_text(config, tokenizer)
     expected = EXPECTED | {"bytes": sizes_of(folder)}
     assert first.manifest["read"] == expected
     assert json.loads((first.folder / "manifest.json").read_text())["read"] == expected
     (folder / "b.md").rename(folder / "b.txt")
-    again = prepare(config, tokenizer)
+    again = prepare_text(config, tokenizer)
     assert again.folder == first.folder
     assert again.manifest["read"]["files"]["plain text"] == {".md": 1, ".txt": 1, ".xyz": 1}
 
@@ -193,7 +193,7 @@ def test_a_long_file_is_counted_as_a_short_one(
     monkeypatch.setattr(readers, "LONG_TEXT", 50)
     monkeypatch.setattr(streams, "READ_BYTES", 16)
     for made in (
-        prepare(DataConfig(source="text", path=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache")), tokenizer),
+        prepare_text(DataConfig(source="text", path=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache")), tokenizer),
         prepare_folder((str(tmp_path / "a.txt"),), PrepareConfig(), tmp_path / "out", 1),
     ):
         assert made.manifest["read"]["end_of_text_literals"] == 99
@@ -201,7 +201,7 @@ def test_a_long_file_is_counted_as_a_short_one(
 
 def test_sums_of_units_are_those_of_all_together() -> None:
     parts = [{"files": {"A": {".x": 1}}, "separators": 0}, {}, {"files": {"A": {".x": 2, ".y": 1}, "B": {".z": 1}}}]
-    assert joined(parts) == {"files": {"A": {".x": 3, ".y": 1}, "B": {".z": 1}}, "separators": 0}
+    assert merge_counts(parts) == {"files": {"A": {".x": 3, ".y": 1}, "B": {".z": 1}}, "separators": 0}
 
 
 @pytest.mark.parametrize("read_tokens", [1, 5, 1_000_000])

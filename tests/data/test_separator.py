@@ -22,7 +22,7 @@ from restomod.data.prepare.units import describe, plan
 from restomod.data.readers import read_documents
 from restomod.data.reading import Reading
 from restomod.data.separator import split_documents
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 
@@ -90,7 +90,7 @@ def test_the_tokens_are_tiktokens_of_the_split_text(
     config = DataConfig(
         source="text", path=str(tmp_path / "text"), separator=END, val_fraction=0.0, cache=str(tmp_path / "cache")
     )
-    for dataset in (made, prepare(config, tokenizer)):
+    for dataset in (made, prepare_text(config, tokenizer)):
         assert dataset.train.read(0, len(dataset.train)).tolist() == [t for d in documents for t in d]
         assert dataset.manifest["documents"] == len(documents)
         assert dataset.manifest["splits"]["train"]["text_bytes"] == len("".join(split(STORIES, END)).encode())
@@ -112,9 +112,9 @@ def test_a_separator_is_part_of_the_fingerprint_and_plan_only_where_it_is_given(
     digest = hashlib.sha256(f"{tokenizer.sha256} 0 0.05".encode())
     for content in texts:
         digest.update(hashlib.blake2b(content.encode(), digest_size=8, salt=bytes(8)).digest())
-    assert prepare(config, tokenizer).fingerprint == digest.hexdigest()
+    assert prepare_text(config, tokenizer).fingerprint == digest.hexdigest()
     with_one = DataConfig(source="text", path=str(tmp_path), glob="*.txt", cache=config.cache, separator="X")
-    assert prepare(with_one, tokenizer).fingerprint != digest.hexdigest()
+    assert prepare_text(with_one, tokenizer).fingerprint != digest.hexdigest()
     for settings, has in ((PrepareConfig(), False), (PrepareConfig(separator="X"), True)):
         described = describe((str(tmp_path),), settings, plan((str(tmp_path / "0.txt"),), settings), "f" * 64)
         assert ("separator" in described["settings"]) == has

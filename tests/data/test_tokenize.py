@@ -20,7 +20,7 @@ from restomod.data.bulk import BulkEncoder
 from restomod.data.dataset import Dataset, TokenStream
 from restomod.data.documents import Document
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.tokenize import open_tokens, prepare
+from restomod.data.tokenize import open_tokens, prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.data.verified import VERIFIED
 from restomod.utils import locks
@@ -76,7 +76,7 @@ def test_without_validation_tokens_are_tiktokens_with_end_of_text_before_each_do
     tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
 ) -> None:
     write_documents(tmp_path, numbered(5))
-    dataset = prepare(text_config(tmp_path, val_fraction=0.0), tokenizer)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer)
     assert all_tokens(dataset.train) == delimited(numbered(5), tiktoken_gpt2)
     assert len(dataset.val) == 0
 
@@ -86,7 +86,7 @@ def test_both_splits_keep_the_documents_order_and_lose_none(
 ) -> None:
     texts = numbered(40)
     write_documents(tmp_path, texts)
-    dataset = prepare(text_config(tmp_path), tokenizer)
+    dataset = prepare_text(text_config(tmp_path), tokenizer)
     train, val = as_documents(dataset.train, tiktoken_gpt2), as_documents(dataset.val, tiktoken_gpt2)
     assert train == [text for text in texts if text in set(train)]
     assert val == [text for text in texts if text in set(val)]
@@ -100,7 +100,7 @@ def test_a_single_document_is_written_bare_and_its_tail_is_the_validation(
 ) -> None:
     text = "To be, or not to be, that is the question. " * 50
     (tmp_path / "text").write_text(text)
-    dataset = prepare(text_config(tmp_path, val_fraction=0.1), tokenizer)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.1), tokenizer)
     expected = tiktoken_gpt2.encode_ordinary(text)
     assert all_tokens(dataset.train) + all_tokens(dataset.val) == expected
     assert len(dataset.val) == pytest.approx(0.1 * len(expected), abs=1)
@@ -110,7 +110,7 @@ def test_a_single_document_without_validation_is_all_for_training(
     tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
 ) -> None:
     (tmp_path / "text").write_text("To be, or not to be")
-    dataset = prepare(text_config(tmp_path, val_fraction=0.0), tokenizer)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer)
     assert all_tokens(dataset.train) == tiktoken_gpt2.encode_ordinary("To be, or not to be")
     assert len(dataset.val) == 0
 
@@ -119,7 +119,7 @@ def test_small_shards_hold_the_same_tokens(
     tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
 ) -> None:
     write_documents(tmp_path, numbered(9))
-    dataset = prepare(text_config(tmp_path, val_fraction=0.0), tokenizer, shard_tokens=50)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer, shard_tokens=50)
     expected = delimited(numbered(9), tiktoken_gpt2)
     assert all_tokens(dataset.train) == expected
     sizes = [path.stat().st_size - 1024 for path in sorted(dataset.folder.glob("train_*.bin"))]
@@ -131,7 +131,7 @@ def test_the_manifest_counts_documents_tokens_and_bytes(
     tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
 ) -> None:
     write_documents(tmp_path, numbered(20))
-    dataset = prepare(text_config(tmp_path), tokenizer)
+    dataset = prepare_text(text_config(tmp_path), tokenizer)
     manifest = dataset.manifest
     assert manifest["documents"] == 20
     assert manifest["tokens"] == len(dataset.train) + len(dataset.val)
@@ -150,7 +150,7 @@ def test_the_manifest_counts_a_single_document_in_every_split_it_is_part_of(
     tmp_path: Path, tokenizer: Tokenizer, val_fraction: float, in_splits: list[int]
 ) -> None:
     (tmp_path / "text").write_text("To be, or not to be")
-    manifest = prepare(text_config(tmp_path, val_fraction), tokenizer).manifest
+    manifest = prepare_text(text_config(tmp_path, val_fraction), tokenizer).manifest
     assert manifest["documents"] == 1
     assert [manifest["splits"][split]["documents"] for split in ("train", "val")] == in_splits
 
@@ -161,7 +161,7 @@ def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, toke
     if not play.exists():
         pytest.skip("needs TinyShakespeare's text in ../shared/data/tinyshakespeare/input.txt")
     config = DataConfig(source="tinyshakespeare", path=str(play), val_fraction=0.0, cache=str(tmp_path))
-    dataset = prepare(config, tokenizer)
+    dataset = prepare_text(config, tokenizer)
     assert (len(dataset.train), len(dataset.val)) == (338_025, 0)
 
 
@@ -184,11 +184,11 @@ def test_long_texts_become_the_bytes_that_short_ones_do(
     (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "0000.txt.gz")
     (tmp_path / "text" / "0000.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
     config = text_config(tmp_path, val_fraction)
-    first = prepare(config, tokenizer, shard_tokens=1000)
+    first = prepare_text(config, tokenizer, shard_tokens=1000)
     expected = contents(first.folder)
     shutil.rmtree(config.cache)
     with tiny_pieces():
-        again = prepare(config, tokenizer, shard_tokens=1000)
+        again = prepare_text(config, tokenizer, shard_tokens=1000)
     assert contents(again.folder) == expected
     assert len(expected) > (2 if n > 1 else 1)
 
@@ -197,7 +197,7 @@ def test_long_texts_become_the_bytes_that_short_ones_do(
 
 
 def splits(folder: Path, tokenizer: Tokenizer, encoding: tiktoken.Encoding, **values: float) -> list[set[str]]:
-    dataset = prepare(text_config(folder, **values), tokenizer)
+    dataset = prepare_text(text_config(folder, **values), tokenizer)
     return [set(as_documents(stream, encoding)) for stream in (dataset.train, dataset.val)]
 
 
@@ -223,7 +223,7 @@ def test_neither_split_is_empty_where_validation_is_asked_for(
 
 def test_one_text_repeated_is_all_for_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_documents(tmp_path, ["the same"] * 4)
-    dataset = prepare(text_config(tmp_path, val_fraction=0.5), tokenizer)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.5), tokenizer)
     assert len(dataset.train) == 4 * 3
     assert len(dataset.val) == 0
 
@@ -292,16 +292,16 @@ def fail(*_: object) -> NoReturn:
 def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
     book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = prepare(book, tokenizer)
+    first = prepare_text(book, tokenizer)
     before = state(Path(book.cache))
     monkeypatch.setattr(BulkEncoder, "encode", fail)
-    second = prepare(book, tokenizer)
+    second = prepare_text(book, tokenizer)
     assert state(Path(book.cache)) == before
     assert second.manifest == first.manifest
 
 
 def test_the_folder_is_named_after_source_and_fingerprint(book: DataConfig, tokenizer: Tokenizer) -> None:
-    dataset = prepare(book, tokenizer)
+    dataset = prepare_text(book, tokenizer)
     assert folders(book) == [dataset.folder.name] == [f"text-{dataset.fingerprint[:12]}"]
 
 
@@ -336,17 +336,17 @@ CHANGES = [changed_text, changed_boundaries, changed_order, changed_fraction, ch
 def test_what_changes_the_tokens_gets_another_folder(
     tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, change: Callable[[Path], DataConfig]
 ) -> None:
-    first = prepare(book, tokenizer)
-    second = prepare(change(tmp_path), tokenizer)
+    first = prepare_text(book, tokenizer)
+    second = prepare_text(change(tmp_path), tokenizer)
     assert first.folder != second.folder
     assert first.fingerprint != second.fingerprint
     assert first.folder.exists()
 
 
 def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: DataConfig, tokenizer: Tokenizer) -> None:
-    first = prepare(book, tokenizer)
+    first = prepare_text(book, tokenizer)
     (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "000.md")
-    assert prepare(book, tokenizer).folder == first.folder
+    assert prepare_text(book, tokenizer).folder == first.folder
 
 
 @pytest.mark.parametrize("at_document", [0, 3])
@@ -364,9 +364,9 @@ def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
         patch.setattr(module, "BATCH_CHARACTERS", 1)  # each document by itself
         patch.setattr(BulkEncoder, "encode", fail_at)
         with pytest.raises(RuntimeError):
-            prepare(book, tokenizer, shard_tokens=10)
+            prepare_text(book, tokenizer, shard_tokens=10)
     assert folders(book) == []
-    assert prepare(book, tokenizer).manifest["documents"] == 6
+    assert prepare_text(book, tokenizer).manifest["documents"] == 6
 
 
 def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
@@ -377,22 +377,22 @@ def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         patch.setattr(BulkEncoder, "encode", fail)
         with pytest.raises(RuntimeError):
-            prepare(book, tokenizer)
-    assert prepare(book, tokenizer).manifest["documents"] == 6
+            prepare_text(book, tokenizer)
+    assert prepare_text(book, tokenizer).manifest["documents"] == 6
 
 
 def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig, tokenizer: Tokenizer) -> None:
-    folder = prepare(book, tokenizer).folder
+    folder = prepare_text(book, tokenizer).folder
     (folder / "manifest.json").unlink()
     (folder / "train_000000.bin").write_bytes(b"half of this")
-    assert prepare(book, tokenizer).manifest["documents"] == 6
+    assert prepare_text(book, tokenizer).manifest["documents"] == 6
 
 
 def test_a_damaged_folder_is_refused(book: DataConfig, tokenizer: Tokenizer) -> None:
-    folder = prepare(book, tokenizer).folder
+    folder = prepare_text(book, tokenizer).folder
     (folder / "train_000000.bin").write_bytes(b"half of this")
     with pytest.raises(UserError, match=r"train_000000\.bin .*delete the folder and prepare it anew"):
-        prepare(book, tokenizer)
+        prepare_text(book, tokenizer)
 
 
 def test_a_text_that_changes_while_it_is_prepared_is_refused(
@@ -406,7 +406,7 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(
 
     monkeypatch.setattr(module, "documents", documents)
     with pytest.raises(UserError, match=r"b\.txt has changed since it was first read; run the same command again"):
-        prepare(book, tokenizer)
+        prepare_text(book, tokenizer)
     assert folders(book) == []
 
 
@@ -422,12 +422,12 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
 
     def overtaken(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
         monkeypatch.setattr(BulkEncoder, "encode", encode)
-        others.append(prepare(book, tokenizer))
+        others.append(prepare_text(book, tokenizer))
         finished.update(state(others[0].folder))
         return encode(encoder, texts)
 
     monkeypatch.setattr(BulkEncoder, "encode", overtaken)
-    mine = prepare(book, tokenizer)
+    mine = prepare_text(book, tokenizer)
     assert mine.manifest == others[0].manifest
     assert folders(book) == [mine.folder.name]
     assert state(mine.folder) == finished
@@ -445,7 +445,7 @@ def test_of_several_that_ask_at_once_one_works(
 
     monkeypatch.setattr(module, "_write", slow)
     found: list[Dataset] = []
-    threads = [threading.Thread(target=lambda: found.append(prepare(book, tokenizer))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(prepare_text(book, tokenizer))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -459,14 +459,14 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
     book: DataConfig, tokenizer: Tokenizer
 ) -> None:
     cache = Path(book.cache)
-    prepare(book, tokenizer)
+    prepare_text(book, tokenizer)
     killed, foreign = cache / f".restomod.{'a1' * 8}.tmp", cache / ".mine.tmp"
     with Temporary(cache, "folder") as at_work:
         for folder in (killed, foreign):
             folder.mkdir()
         for folder in (killed, foreign, at_work.path):
             (folder / "train_000000.bin").write_bytes(b"half of it")
-        prepare(book, tokenizer)
+        prepare_text(book, tokenizer)
         assert [path.exists() for path in (killed, foreign, at_work.path)] == [False, True, True]
 
 
@@ -476,7 +476,9 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
 def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_documents(tmp_path, numbered(9))
     made = prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0.3), tmp_path / "out", workers=1)
-    opened = prepare(DataConfig(source="tokens", path=str(tmp_path / "out"), cache=str(tmp_path / "cache")), tokenizer)
+    opened = prepare_text(
+        DataConfig(source="tokens", path=str(tmp_path / "out"), cache=str(tmp_path / "cache")), tokenizer
+    )
     assert opened.manifest == made.manifest
     assert all_tokens(opened.train) == all_tokens(made.train)
     assert not (tmp_path / "cache").exists()
@@ -485,7 +487,7 @@ def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tok
 def test_a_folder_of_published_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
     np.save(tmp_path / "x_train_0.npy", np.array([5, 6, 7], dtype=np.uint16))
     np.save(tmp_path / "x_val_0.npy", np.array([8], dtype=np.uint16))
-    opened = prepare(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
+    opened = prepare_text(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
     assert (all_tokens(opened.train), all_tokens(opened.val)) == ([5, 6, 7], [8])
 
 
@@ -508,7 +510,7 @@ def test_an_altered_folder_of_tokens_is_refused_unless_it_is_not_to_be_verified(
 )
 def test_missing_tokens_are_refused(tokenizer: Tokenizer, path: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        prepare(DataConfig(source="tokens", path=path), tokenizer)
+        prepare_text(DataConfig(source="tokens", path=path), tokenizer)
 
 
 def test_where_folders_cannot_be_renamed_the_cache_is_the_same(
@@ -516,9 +518,9 @@ def test_where_folders_cannot_be_renamed_the_cache_is_the_same(
 ) -> None:
     config = text_config(tmp_path)
     write_documents(tmp_path, numbered(5))
-    expected = contents(prepare(config, tokenizer).folder)
+    expected = contents(prepare_text(config, tokenizer).folder)
     shutil.rmtree(config.cache)
     refuse_renaming_folders(monkeypatch)
-    dataset = prepare(config, tokenizer)
+    dataset = prepare_text(config, tokenizer)
     assert contents(dataset.folder) == expected
     assert [path.name for path in Path(config.cache).iterdir()] == [dataset.folder.name]

@@ -17,7 +17,7 @@ from restomod.checks.device_parity import random_model
 from restomod.cli import main
 from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.references import REFERENCES, references
 from restomod.evals.scoring import ACCURACIES
@@ -122,7 +122,7 @@ def test_the_context_can_be_chosen(run: Path, tiny: RunConfig, tokenizer: Tokeni
     evaluate_model(str(run), [HELDOUT], context=5, device="cpu", precision="fp32", display=QUIET)
     held = json.loads((run / "evals" / "step_000012-heldout.json").read_text())
     model = GPT2LMHeadModel.from_pretrained(run / "checkpoints" / "step_000012").eval()
-    stream = prepare(tiny.data, tokenizer).val
+    stream = prepare_text(tiny.data, tokenizer).val
     text = stream.read(0, len(stream)).tolist()
     scores = [plain_score(model, text[at : at + 1], text[at + 1 : at + 6])[0] for at in range(0, len(text) - 1, 5)]
     assert held["tokens"] == len(text) - 1

@@ -21,7 +21,7 @@ from restomod.evals.heldout import heldout_loss
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.train.summary import summary
+from restomod.train.summary import run_summary
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 
@@ -54,7 +54,7 @@ def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Pat
     for step in range(30):  # 4 sequences a step, one of them from the short folder: beyond its epoch
         ((x, _),) = training.batches.micro_batches(step, 4)
         assert ((x >= 200).all(dim=1).sum().item(), (x < 100).all(dim=1).sum().item()) == (1, 3)
-    table = dict(summary(training))
+    table = dict(run_summary(training))
     assert table["data"].startswith("0.75 web + 0.25 books: 7,100 tokens; 6,700 for training, 400 for validation")
     assert table["steps"] == "8 (1,024 tokens, 0.13 epochs of web, 0.38 epochs of books)"
 

@@ -96,7 +96,7 @@ def without_data(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> NoReturn:
         raise UserError("this data is broken")
 
-    patch.setattr(setup, "prepare", refuse)
+    patch.setattr(setup, "prepare_text", refuse)
 
 
 def without_memory(patch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def with_other_data(patch: pytest.MonkeyPatch) -> None:
         dataset = prepare(*arguments)
         return dataclasses.replace(dataset, manifest=dataset.manifest | {"fingerprint": "another"})
 
-    patch.setattr(setup, "prepare", prepare_another)
+    patch.setattr(setup, "prepare_text", prepare_another)
 
 
 def test_machines_with_different_data_are_refused(shared: RunConfig, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from restomod.analysis.report.examine import examine
+from restomod.analysis.report.examine import analyse_errors
 from restomod.config.run import RunConfig
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.runs.folder import RunFolder, reopen_run
 from restomod.runs.reader import open_run
@@ -104,7 +104,7 @@ def test_no_checkpoint_is_saved_out_of_the_run(tmp_path: Path) -> None:
 def test_all_of_a_run_has_the_umasks_permissions_and_an_examination_stays_in_it(
     tiny: RunConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    prepare(tiny.data, tokenizer)
+    prepare_text(tiny.data, tokenizer)
     before = os.umask(0o027)
     try:
         assert train(tiny, tmp_path / "mine", display=Display(muted=True)) == 0
@@ -119,5 +119,5 @@ def test_all_of_a_run_has_the_umasks_permissions_and_an_examination_stays_in_it(
     said: list[str] = []
     opened = open_run(str(tmp_path / "mine"))
     put_link(tmp_path / "mine" / "examined.json", "../new")
-    examine(opened, 100, say=said.append)
+    analyse_errors(opened, 100, say=said.append)
     assert "link out of" in said[-1]

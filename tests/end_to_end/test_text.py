@@ -14,7 +14,7 @@ from restomod.data.dataset import write_shard
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.train.summary import summary
+from restomod.train.summary import run_summary
 from restomod.utils.console import Display
 from tests.end_to_end.conftest import flags
 
@@ -31,7 +31,7 @@ def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again
     (text / "link.txt").symlink_to("1.txt")
     n = stories.count(" cat ")
     for _ in range(2):
-        rows = summary(set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False))
+        rows = run_summary(set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False))
         assert ("read", f"8 files as plain text (.txt, {size:,} bytes)") in rows
         assert ("left out", "1 file or folder: met before 1") in rows
         (warning,) = (text for name, text in rows if name == "warning")
@@ -51,7 +51,7 @@ def test_separator_is_a_flag_of_train_and_stays_on_resuming(tiny: RunConfig, tex
     training = set_up(dataclasses.replace(config, steps=6), run, resume=True)
     assert training.first_step == 4
     assert training.dataset.manifest["documents"] == 7 + 6
-    assert not any(name == "warning" for name, _ in summary(training))
+    assert not any(name == "warning" for name, _ in run_summary(training))
 
 
 def test_a_mix_of_folders_with_commas_and_colons_resumes(tiny: RunConfig, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config.run import Parallel
 from restomod.engine import barrier, distributed
-from restomod.engine.distributed import SINGLE, Processes, device_of, distribute, joined, synchronised
+from restomod.engine.distributed import SINGLE, Processes, device_of, distribute, join_processes, synchronised
 from restomod.engine.gather import gather_full_model
 from restomod.engine.lr_schedule import learning_rate
 from restomod.engine.optimizer import build_optimizer
@@ -369,7 +369,7 @@ def left_at_the_end(error: bool, cycle: bool) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "destroy_process_group", observed)
         try:
-            with joined() as processes:
+            with join_processes() as processes:
                 training(processes)
         except UserError:
             assert error
@@ -389,7 +389,7 @@ def left(error: bool) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist.ProcessGroup, "abort", lambda group: (done.append("abort"), abort(group)))
         patch.setattr(dist, "destroy_process_group", lambda: (done.append("destroy"), destroy()))
-        with contextlib.suppress(UserError), joined():
+        with contextlib.suppress(UserError), join_processes():
             if error:
                 raise UserError("an error")
     return done
@@ -413,14 +413,14 @@ def test_where_torchrun_is_gone_its_processes_do_not_wait_for_it(monkeypatch: py
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(distributed, "CONNECTING", datetime.timedelta(seconds=1))
         began = time.monotonic()
-        with pytest.raises(UserError, match=f"nobody answers at 127.0.0.1:{port}"), joined():
+        with pytest.raises(UserError, match=f"nobody answers at 127.0.0.1:{port}"), join_processes():
             pass
     assert time.monotonic() - began < 30
 
 
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined() as processes:
+    with join_processes() as processes:
         assert processes == SINGLE
     assert processes.mean(torch.tensor(3.0)) == 3
     assert processes.sum(1.5, 2) == [1.5, 2]
@@ -465,7 +465,7 @@ def slow_alone(rank: int, one_first: bool, work: str) -> list[Any]:
             time.sleep(4.5)
         return work
 
-    with impatient(silence=60), joined() as processes:
+    with impatient(silence=60), join_processes() as processes:
         found = [processes.run_on_all_ranks(lambda: slow(processes), one_first)]
         if rank == 0:
             found.append(processes.from_main(lambda: slow(processes)))

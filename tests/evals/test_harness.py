@@ -13,7 +13,7 @@ import torch
 
 from restomod.checks.device_parity import random_model
 from restomod.evals.models import open_language_model
-from restomod.evals.scoring import TaskResult, evaluate
+from restomod.evals.scoring import TaskResult, score_task
 from restomod.evals.tasks import load_task
 from restomod.model.hf_io import save_model
 from tests.evals.plainly import SMALL
@@ -99,7 +99,7 @@ def harness(folder: Path, task: str, file: Path) -> tuple[dict, list[dict]]:
 
 
 def ours(folder: Path, task: str) -> TaskResult:
-    return evaluate(open_language_model(str(folder), CPU, torch.float32), load_task(task, Path()))
+    return score_task(open_language_model(str(folder), CPU, torch.float32), load_task(task, Path()))
 
 
 def test_multiple_choice_is_judged_alike(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig
 from restomod.data.dataset import Dataset, Part, TokenStream
 from restomod.data.tokenizer import Tokenizer
-from restomod.engine.distributed import joined
+from restomod.engine.distributed import join_processes
 from restomod.evals.heldout import Heldout, dataset_loss, heldout_loss, heldout_windows
 from restomod.model.gpt import GPT
 from tests.models import CPU
@@ -64,7 +64,7 @@ def test_bf16_products_come_close(model: GPT) -> None:
 
 
 def by_three(batch: int) -> Heldout:
-    with joined() as processes:
+    with join_processes() as processes:
         return heldout_loss(random_model(CONFIG), STREAM, T, CPU, torch.float32, batch=batch, processes=processes)
 
 

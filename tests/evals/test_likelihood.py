@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.engine.distributed import joined
+from restomod.engine.distributed import join_processes
 from restomod.engine.loss import linear_cross_entropy
 from restomod.evals.likelihood import Request, Score, encode_pair, gpt_log_probs, log_likelihoods, log_probs_of
 from restomod.evals.models import ScoredGPT
@@ -93,7 +93,7 @@ def test_the_order_changes_no_bit(batch: int | None, model: ScoredGPT) -> None:
 
 
 def shared_by_processes() -> list[Score]:
-    with joined() as processes:
+    with join_processes() as processes:
         return log_likelihoods(scored(), some_requests(), 3, processes)
 
 
@@ -108,7 +108,7 @@ def test_more_processes_than_rows(model: ScoredGPT) -> None:
 
 
 def one_row_for_two() -> list[Score]:
-    with joined() as processes:
+    with join_processes() as processes:
         return log_likelihoods(scored(), some_requests(1), processes=processes)
 
 

@@ -14,7 +14,7 @@ from restomod.evals import scoring
 from restomod.evals.examples import Example, own
 from restomod.evals.likelihood import Request, Score
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import Estimate, evaluate, proportion, shown
+from restomod.evals.scoring import Estimate, proportion, score_task, shown
 from restomod.evals.tasks import TASKS, LoadedTask, Task
 from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
@@ -62,7 +62,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_choices_are_those_of_a_row_for_every_ending(model: ScoredGPT) -> None:
     theirs, encode = to_transformers(model.model), model.tokenizer.encode
-    result = evaluate(model, loaded(QUESTIONS))
+    result = score_task(model, loaded(QUESTIONS))
     expected: dict[str, list[int]] = {name: [] for name in result.choices}
     for query, choices, _ in QUESTIONS:
         context = encode(query.rstrip()).tolist() or [50256]
@@ -86,7 +86,7 @@ def test_choices_are_those_of_a_row_for_every_ending(model: ScoredGPT) -> None:
 def test_each_accuracy_divides_by_its_own_length(model: ScoredGPT, answers: Any) -> None:
     answers(-10.0, -11.0, -12.0)
     # characters 3, 8, 11; bytes 3, 8, 20; tokens 1, 2 and many
-    result = evaluate(model, loaded([("q", ["cat", "cat's ca", "xyzéé中中中中中中"], 1)]))
+    result = score_task(model, loaded([("q", ["cat", "cat's ca", "xyzéé中中中中中中"], 1)]))
     assert {name: chosen[0] for name, chosen in result.choices.items()} == {
         "acc": 0,
         "acc_norm": 2,
@@ -94,16 +94,16 @@ def test_each_accuracy_divides_by_its_own_length(model: ScoredGPT, answers: Any)
         "acc_token": 2,
     }
     answers(-10.0, -19.0)
-    result = evaluate(model, loaded([("q", ["ééé", "aaaa aaaa aaaa aaaa"[:5]], 0)]))
+    result = score_task(model, loaded([("q", ["ééé", "aaaa aaaa aaaa aaaa"[:5]], 0)]))
     assert (result.choices["acc_norm"], result.choices["acc_bytes"]) == ([0], [0])
     answers(-10.0, -12.0)
-    result = evaluate(model, loaded([("q", ["ééé", "aaaa"], 0)]))
+    result = score_task(model, loaded([("q", ["ééé", "aaaa"], 0)]))
     assert (result.choices["acc_norm"], result.choices["acc_bytes"]) == ([1], [0])  # 3.33, 3; 1.67, 3
 
 
 def test_of_equally_good_choices_the_first_counts(model: ScoredGPT, answers: Any) -> None:
     answers(-2.0, -1.0, -1.0)
-    assert evaluate(model, loaded([("q", ["a", "b", "c"], 2)])).choices["acc"] == [1]
+    assert score_task(model, loaded([("q", ["a", "b", "c"], 2)])).choices["acc"] == [1]
 
 
 def test_standard_errors_are_those_of_a_mean() -> None:
@@ -122,31 +122,31 @@ def last_words(*words: str) -> LoadedTask:
 def test_lambada_counts_greedy_words_and_perplexity(model: ScoredGPT, answers: Any) -> None:
     losses = [1.0, 2.5, 4.0]
     answers(*(-loss for loss in losses), greedy=[True, False, True])
-    result = evaluate(model, last_words("c", "d", "e"))
+    result = score_task(model, last_words("c", "d", "e"))
     assert result.metrics["acc"] == proportion([True, False, True])
     perplexity = result.metrics["perplexity"]
     assert perplexity.value == pytest.approx(math.exp(2.5))
     assert perplexity.stderr == pytest.approx(math.exp(2.5) * np.std(losses, ddof=1) / math.sqrt(3))
     assert result.choices == {"acc": [1, 0, 1]}
     answers(-1e6)
-    assert evaluate(model, last_words("c")).metrics["perplexity"].value == math.inf
+    assert score_task(model, last_words("c")).metrics["perplexity"].value == math.inf
 
 
 def test_contexts_that_lost_their_beginning_are_counted_by_example(model: ScoredGPT, answers: Any) -> None:
     answers(-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, truncated=[True, True, False, False, False, True])
-    assert evaluate(model, loaded([("q", ["a", "b"], 0)] * 3)).truncated == 2
+    assert score_task(model, loaded([("q", ["a", "b"], 0)] * 3)).truncated == 2
 
 
 def test_a_long_question_is_cut_and_counted_and_a_long_choice_refused(model: ScoredGPT) -> None:
-    assert evaluate(model, loaded([("cat " * 100, ["a", "b"], 0), ("q", ["a", "b"], 0)])).truncated == 1
+    assert score_task(model, loaded([("cat " * 100, ["a", "b"], 0), ("q", ["a", "b"], 0)])).truncated == 1
     with pytest.raises(UserError, match="line 1: a choice of 100 tokens is longer than the model's window of 48"):
-        evaluate(model, loaded([("q", ["a", "b"], 0), ("q", ["a", ("cat " * 100)[:-1]], 0)]))
+        score_task(model, loaded([("q", ["a", "b"], 0), ("q", ["a", ("cat " * 100)[:-1]], 0)]))
 
 
 def test_what_is_not_a_number_is_refused(model: ScoredGPT, answers: Any) -> None:
     answers(-1.0, math.nan)
     with pytest.raises(UserError, match="line 0: the model's output is not finite"):
-        evaluate(model, loaded([("q", ["a", "b"], 0)]))
+        score_task(model, loaded([("q", ["a", "b"], 0)]))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,15 @@ from markdown_it import MarkdownIt
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, OptimConfig, SamplingConfig
 from restomod.engine.optimizer import build_optimizer
-from restomod.generate.compare import SampleComparison, as_html, as_markdown, as_table, compare, report_writer
-from restomod.generate.text import sample
+from restomod.generate.compare import (
+    SampleComparison,
+    as_html,
+    as_table,
+    compare_samples,
+    report_writer,
+    samples_markdown,
+)
+from restomod.generate.text import sample_texts
 from restomod.model.hf_io import save_model
 from restomod.utils.errors import UserError
 from tests.trainee import save_checkpoint
@@ -85,7 +92,7 @@ def check_html(texts: tuple[str, ...]) -> None:
 
 
 def check_markdown(texts: tuple[str, ...]) -> None:
-    markdown = as_markdown(comparison(*texts))
+    markdown = samples_markdown(comparison(*texts))
     rendered = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
     parsed = Parsed(rendered)
     assert parsed.tags <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "br"}
@@ -139,10 +146,10 @@ def test_the_texts_are_those_that_each_model_writes(tmp_path: Path) -> None:
         save_model(random_model(SMALL, seed), tmp_path / name)
         names.append(str(tmp_path / name))
     sampling = SamplingConfig(max_tokens=9)
-    found = compare(*names, ["one", "two"], sampling, 5, "cpu", "fp32")
+    found = compare_samples(*names, ["one", "two"], sampling, 5, "cpu", "fp32")
     assert found.models == (names[0], names[1])
     assert found.settings == "9 tokens, temperature 0.8, top-k 50, top-p 1, seed 5"
-    a, b = (sample(name, ["one", "two"], 1, sampling, 5, "cpu", "fp32") for name in names)
+    a, b = (sample_texts(name, ["one", "two"], 1, sampling, 5, "cpu", "fp32") for name in names)
     assert found.rows == (("one", a[0][0], b[0][0]), ("two", a[1][0], b[1][0]))
     assert a != b
 
@@ -150,7 +157,7 @@ def test_the_texts_are_those_that_each_model_writes(tmp_path: Path) -> None:
 def test_a_run_is_named_with_its_checkpoint(tmp_path: Path) -> None:
     model = random_model(SMALL)
     save_checkpoint(tmp_path, 7, model, build_optimizer(model, OptimConfig()))
-    found = compare(str(tmp_path), str(tmp_path), ["x"], SamplingConfig(max_tokens=1), 0, "cpu", "fp32")
+    found = compare_samples(str(tmp_path), str(tmp_path), ["x"], SamplingConfig(max_tokens=1), 0, "cpu", "fp32")
     assert found.models[0] == f"{tmp_path} (step_000007)"
 
 
@@ -160,7 +167,7 @@ def test_both_models_are_looked_for_before_anything_is_computed(
     save_model(random_model(SMALL), tmp_path)
     monkeypatch.setattr("restomod.generate.compare.sample", lambda *a: pytest.fail("computed"))
     with pytest.raises(UserError, match="nowhere: no such run"):
-        compare(str(tmp_path), str(tmp_path / "nowhere"), ["x"], SamplingConfig(), 0)
+        compare_samples(str(tmp_path), str(tmp_path / "nowhere"), ["x"], SamplingConfig(), 0)
 
 
 def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +181,7 @@ def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypa
             write(comparison("a"))
     assert path.read_text() == "before"
     write(comparison("a"))
-    assert path.read_text() == as_markdown(comparison("a"))
+    assert path.read_text() == samples_markdown(comparison("a"))
     report_writer(str(tmp_path / "x.html"))(comparison("a"))
     assert (tmp_path / "x.html").read_text() == as_html(comparison("a"))
 

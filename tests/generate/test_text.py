@@ -17,7 +17,7 @@ from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.optimizer import build_optimizer
 from restomod.generate import decode as engine
 from restomod.generate.decode import Prompt, generate
-from restomod.generate.text import choose_prompts, continuations, prompt_tokens, sample, stream, streamed
+from restomod.generate.text import choose_prompts, continuations, prompt_tokens, sample_texts, stream, streamed
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_io import save_model
 from restomod.utils.errors import UserError
@@ -139,7 +139,7 @@ def test_pieces_of_any_tokens_add_up_to_their_text(tokens: list[int]) -> None:
 def test_streamed_texts_are_those_of_a_batch(model: GPT, tmp_path: Path) -> None:
     save_model(model, tmp_path)
     how: Any = (str(tmp_path), ["one", ""], 2, SamplingConfig(max_tokens=20, temperature=1.0), 3, "cpu", "fp32")
-    whole = [text for texts in sample(*how) for text in texts]
+    whole = [text for texts in sample_texts(*how) for text in texts]
     assert ["".join(text) for text in streamed(*how)] == whole
 
 
@@ -199,9 +199,9 @@ def test_sampling_from_a_run_uses_its_newest_checkpoint(tokenizer: Tokenizer, tm
         optimizer.update(1.0, torch.tensor(1.0), torch.tensor(False))
         save_checkpoint(tmp_path, step, model, optimizer)
     expected = continuations(model, tokenizer, ["def "], 2, sampling, 3, FP32)
-    assert sample(str(tmp_path), ["def "], 2, sampling, 3, "cpu", "fp32") == expected
+    assert sample_texts(str(tmp_path), ["def "], 2, sampling, 3, "cpu", "fp32") == expected
     first = str(tmp_path / "checkpoints" / "step_000000")
-    assert sample(first, ["def "], 2, sampling, 3, "cpu", "fp32") != expected
+    assert sample_texts(first, ["def "], 2, sampling, 3, "cpu", "fp32") != expected
 
 
 def test_sampling_from_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -210,4 +210,4 @@ def test_sampling_from_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # still a safetensors file
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        sample(str(tmp_path), ["def "], 1, SamplingConfig(), 0, "cpu", "fp32")
+        sample_texts(str(tmp_path), ["def "], 1, SamplingConfig(), 0, "cpu", "fp32")

@@ -20,7 +20,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.evals.likelihood import Request, log_likelihoods
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.generate.decode import cache_is_exact
-from restomod.generate.text import sample, streamed
+from restomod.generate.text import sample_texts, streamed
 from restomod.model.hf_io import load_model, save_model, save_tokenizer
 from restomod.model.hf_models import TransformersModel, open_causal_model
 from restomod.runs.open_model import find_model
@@ -113,7 +113,7 @@ def test_greedy_text_is_that_of_transformers_generate(part: str, tmp_path: Path)
             suppress_tokens=padding or None,
         )[0, len(ids) :].tolist()
         expected = gpt2_tokenizer().decode(made[: made.index(50256)] if 50256 in made else made)
-        assert sample(str(tmp_path), [prompt], 1, GREEDY, 0, "cpu", "fp32") == [[expected]]
+        assert sample_texts(str(tmp_path), [prompt], 1, GREEDY, 0, "cpu", "fp32") == [[expected]]
 
 
 def test_caches_that_are_exact_are_used_and_others_not() -> None:
@@ -135,8 +135,8 @@ def test_padding_is_never_drawn(tmp_path: Path) -> None:
     how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 50256}
     assert (model.generate(ids, **how)[0] >= 50257).any()
     made = model.generate(ids, suppress_tokens=list(range(50257, 50304)), **how)[0, 1:].tolist()
-    assert sample(str(tmp_path), ["The"], 1, GREEDY, 0, "cpu", "fp32") == [[gpt2_tokenizer().decode(made)]]
-    ((text,),) = sample(str(tmp_path), ["The"], 1, SamplingConfig(max_tokens=20, top_k=0), 0, "cpu", "fp32")
+    assert sample_texts(str(tmp_path), ["The"], 1, GREEDY, 0, "cpu", "fp32") == [[gpt2_tokenizer().decode(made)]]
+    ((text,),) = sample_texts(str(tmp_path), ["The"], 1, SamplingConfig(max_tokens=20, top_k=0), 0, "cpu", "fp32")
     assert len(gpt2_tokenizer().encode(text)) >= 15, "of ids that stand for no text none would come"
 
 
@@ -144,9 +144,9 @@ def test_a_text_longer_than_the_window_goes_on(tmp_path: Path) -> None:
     save(build(*OTHER_PARTS["gelu"]), tmp_path)
     sampling = SamplingConfig(max_tokens=40, temperature=1.0)
     how: Any = (str(tmp_path), ["one two three " * 20, "", "The"], 2, sampling, 3, "cpu", "fp32")
-    texts = sample(*how)
+    texts = sample_texts(*how)
     assert [len(part) for part in texts] == [2, 2, 2]
-    assert texts == sample(*how)
+    assert texts == sample_texts(*how)
     assert texts[0][0] != texts[0][1]
     assert ["".join(text) for text in streamed(*how)] == [text for part in texts for text in part]
 
@@ -159,7 +159,9 @@ def test_our_own_draws_as_through_transformers(tmp_path: Path) -> None:
     save(model, tmp_path / "theirs")
     assert not isinstance(open_causal_model("ours", tmp_path / "ours", CPU, FP32), TransformersModel)
     sampling = SamplingConfig(max_tokens=15, temperature=0.9, top_k=40, top_p=0.95)
-    texts = [sample(str(tmp_path / name), ["The", ""], 2, sampling, 7, "cpu", "fp32") for name in ("ours", "theirs")]
+    texts = [
+        sample_texts(str(tmp_path / name), ["The", ""], 2, sampling, 7, "cpu", "fp32") for name in ("ours", "theirs")
+    ]
     assert texts[0] == texts[1]
 
 
@@ -187,7 +189,7 @@ def test_a_tokenizer_of_its_own_is_used(vocab_size: int, tmp_path: Path) -> None
     assert opened.encode("w5 w7 w96") == [5, 7, 96]
     assert isinstance(opened, ScoredTransformers)
     assert not opened.opened.reads_gpt2
-    ((text,),) = sample(str(tmp_path), ["w5 w7"], 1, GREEDY, 0, "cpu", "fp32")
+    ((text,),) = sample_texts(str(tmp_path), ["w5 w7"], 1, GREEDY, 0, "cpu", "fp32")
     assert all(word.startswith("w") for word in text.split())
 
 
@@ -272,7 +274,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     change_tensors(tmp_path, change)
     for use in (
         lambda: open_language_model(str(tmp_path), CPU, FP32),
-        lambda: sample(str(tmp_path), ["x"], 1, GREEDY, 0, "cpu", "fp32"),
+        lambda: sample_texts(str(tmp_path), ["x"], 1, GREEDY, 0, "cpu", "fp32"),
     ):
         with pytest.raises(UserError) as e:
             use()

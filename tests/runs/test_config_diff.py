@@ -10,7 +10,7 @@ import pytest
 
 from restomod.analysis.compare.tables import published_differ
 from restomod.config.run import DataConfig, RunConfig, SamplingConfig
-from restomod.runs.config_diff import CHANGES_NOTHING, differing, flat, settings, trains_on_fineweb_edu
+from restomod.runs.config_diff import CHANGES_NOTHING, differing, flatten_config, settings, trains_on_fineweb_edu
 from restomod.runs.reader import open_run
 from tests.runs.test_folder import CONFIG as ANY
 from tests.runs.test_folder import MAY_CHANGE
@@ -22,7 +22,7 @@ OF_TOKENS = {"fingerprint": "0123456789ab", "name": "text"}
 
 def test_only_what_differs_is_named() -> None:
     other = dataclasses.replace(SMALL, seed=7, optim=dataclasses.replace(SMALL.optim, lr=1e-3, betas=(0.9, 0.99)))
-    assert differing([flat(SMALL), flat(other), flat(SMALL)], without=("seed",)) == {
+    assert differing([flatten_config(SMALL), flatten_config(other), flatten_config(SMALL)], without=("seed",)) == {
         "optim.lr": [2e-3, 1e-3, 2e-3],
         "optim.betas": [[0.9, 0.95], [0.9, 0.99], [0.9, 0.95]],
     }
@@ -34,7 +34,7 @@ def test_settings_that_change_no_result_are_no_difference(name: str) -> None:
     changed: Any = {"save_every": 7, "sampling": SamplingConfig(max_tokens=5)} | MAY_CHANGE
     other = dataclasses.replace(ANY, **{name: changed[name]})
     assert other != ANY
-    assert differing([flat(ANY), flat(other)]) == {}
+    assert differing([flatten_config(ANY), flatten_config(other)]) == {}
 
 
 def test_data_is_told_by_its_tokens_and_not_by_where_they_are(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from restomod.config.run import RunConfig
 from restomod.runs import trackers as track
 from restomod.runs.folder import RunFolder
 from restomod.runs.metrics import Record, read_jsonl
-from restomod.runs.trackers import OPENERS, Trackers, numbers, require_installed
+from restomod.runs.trackers import OPENERS, Trackers, require_installed, tracked_values
 from restomod.utils.errors import UserError
 
 CONFIG = RunConfig(steps=8, batch_tokens=64, sequence_length=64)
@@ -311,8 +311,8 @@ def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyP
 
 
 def test_numbers_are_named_by_their_kind_and_nothing_else_is_one() -> None:
-    assert numbers({"kind": "train", "step": 3, "time": 1.0, "loss": None, "lr": 2, "skipped": "why"}) == {
+    assert tracked_values({"kind": "train", "step": 3, "time": 1.0, "loss": None, "lr": 2, "skipped": "why"}) == {
         "train/lr": 2.0
     }
-    assert numbers({"kind": "rollback", "step": 3, "time": 1.0}) == {}
-    assert math.isclose(numbers({"kind": "val", "step": 0, "sources": {"a": 1.5}})["val/loss/a"], 1.5)
+    assert tracked_values({"kind": "rollback", "step": 3, "time": 1.0}) == {}
+    assert math.isclose(tracked_values({"kind": "val", "step": 0, "sources": {"a": 1.5}})["val/loss/a"], 1.5)

@@ -12,7 +12,7 @@ from rich.console import Console
 from restomod.runs.metrics import append_jsonl
 from restomod.train.console_lines import closing_lines, sanity_lines
 from restomod.utils.check_result import CheckResult, CheckStatus
-from restomod.utils.console import Display, numbers
+from restomod.utils.console import Display, format_train_record
 
 RECORD: dict[str, Any] = {
     "kind": "train",
@@ -27,11 +27,11 @@ RECORD: dict[str, Any] = {
 
 
 def test_numbers_of_a_record() -> None:
-    assert numbers(RECORD) == "loss 3.1416  lr 6.00e-04  norm 0.57  1234 ms/step  98,765 tok/s"
+    assert format_train_record(RECORD) == "loss 3.1416  lr 6.00e-04  norm 0.57  1234 ms/step  98,765 tok/s"
 
 
 def test_mfu_is_shown_where_it_is_known() -> None:
-    assert numbers({**RECORD, "mfu": 0.4123}).endswith("tok/s  mfu 41.2%")
+    assert format_train_record({**RECORD, "mfu": 0.4123}).endswith("tok/s  mfu 41.2%")
 
 
 # --- the display ---------------------------------------------------------------------------------------------

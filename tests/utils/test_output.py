@@ -21,7 +21,7 @@ from rich.text import Text
 import restomod
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
-from restomod.utils.output import guarded, raw_stream, say
+from restomod.utils.output import raw_stream, run_guarded, say
 from restomod.utils.terminal import Terminal
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
@@ -75,7 +75,7 @@ def test_a_verb_that_cannot_print_ends_in_one_line(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", make())
-    assert guarded(printing) == 2
+    assert run_guarded(printing) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_encoded_is_one_line(
 ) -> None:
     error = UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)")
     monkeypatch.setattr(sys, "stdout", Failing(error, buffered=False))
-    assert guarded(printing) == 2
+    assert run_guarded(printing) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -100,7 +100,7 @@ def test_a_reader_that_has_left_is_no_error(
     monkeypatch.setattr(sys, "stdout", Failing(BrokenPipeError(errno.EPIPE, "Broken pipe"), buffered))
     monkeypatch.setattr("rich.console.os.dup2", lambda *_: None)  # of pytest's own output
     monkeypatch.setattr(Failing, "fileno", lambda _: 99)
-    assert guarded(tabulating if rich else printing) == 0
+    assert run_guarded(tabulating if rich else printing) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -117,7 +117,7 @@ def test_what_goes_on_without_output_keeps_its_exit_code(
         return 75
 
     monkeypatch.setattr(sys, "stdout", make())
-    assert guarded(work, goes_on=True) == 75
+    assert run_guarded(work, goes_on=True) == 75
     assert not display[0].closed
 
 
@@ -158,7 +158,7 @@ def test_an_error_that_cannot_be_printed_is_still_an_error(
         raise UserError("something is wrong")
 
     monkeypatch.setattr(sys, "stderr", stderr())
-    assert guarded(work) == 2
+    assert run_guarded(work) == 2
     assert capsys.readouterr().out == ""
 
 
@@ -167,7 +167,7 @@ def test_other_errors_keep_their_traceback() -> None:
         raise ValueError("a fault")
 
     with pytest.raises(ValueError, match="a fault"):
-        guarded(work)
+        run_guarded(work)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
@@ -198,7 +198,7 @@ def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixtu
         raise UserError(STEERS)
 
     streams = sys.stdout, sys.stderr
-    assert guarded(work) == 2
+    assert run_guarded(work) == 2
     assert (sys.stdout, sys.stderr) == streams
     out, error = capsys.readouterr()
     assert out == f"{SHOWN}\nexact \x1b\nsay ␛\n"
@@ -221,7 +221,7 @@ def test_escapes_of_rich_are_its_own_and_those_of_the_text_are_not(monkeypatch: 
         console.print(table)
         return 0
 
-    assert guarded(work) == 0
+    assert run_guarded(work) == 0
     shown = stream.getvalue()
     assert "\x1b[31mred␛[2J\ufffd\x1b[0m\n" in shown
     assert "evil" not in shown

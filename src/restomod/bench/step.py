@@ -16,10 +16,10 @@ from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
 from restomod.data.prefetch import Prefetch
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import choose_device, describe_device, dtype_name
-from restomod.engine.distributed import Processes, joined
+from restomod.engine.distributed import Processes, join_processes
 from restomod.engine.micro_batch import Say, choose_micro_batch, first_micro_batch
 from restomod.model.flops import parameter_count, peak_flops
 from restomod.model.hf_format import describe_shape
@@ -61,7 +61,7 @@ def bench_step(
     Raises:
         UserError: the device, the data, the memory or a file to write is not usable.
     """
-    with joined() as processes, _memory_errors():
+    with join_processes() as processes, _memory_errors():
         display = display or Display(muted=not processes.main)
         files = {flag: None if name is None else Path(name) for flag, name in (("--json", json), ("--trace", trace))}
         processes.run_on_all_ranks(lambda: require_outputs(files))
@@ -151,7 +151,7 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
-        dataset = processes.run_on_all_ranks(lambda: prepare(config.data, tokenizer), one_first=True)
+        dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data, tokenizer), one_first=True)
         batches = training_batches(config, dataset, tokenizer)
     else:
         stream = synthetic_tokens(config.model.vocab_size, config.sequence_length, config.seed)

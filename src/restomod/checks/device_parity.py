@@ -50,7 +50,7 @@ class Differences:
 
 def device_parity(device: torch.device, dtype: torch.dtype) -> CheckResult:
     """A small GPT-2 has the exact loss and gradients on this device in this precision, up to rounding."""
-    found = differences(device, dtype)
+    found = parity_errors(device, dtype)
     gradient = found.gradients[found.worst]
     where = f"{device.type} in {dtype_name(dtype)}"
     reason = (
@@ -66,7 +66,7 @@ def device_parity(device: torch.device, dtype: torch.dtype) -> CheckResult:
     )
 
 
-def differences(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> Differences:
+def parity_errors(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> Differences:
     """Compare one device and precision with the exact arithmetic."""
     model = random_model(SHAPE, seed)
     generator = torch.Generator().manual_seed(seed)

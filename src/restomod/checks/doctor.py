@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from restomod.checks.device_parity import device_parity
-from restomod.checks.gpu import attention, cudnn, known_faults
+from restomod.checks.gpu import attention_backends, cudnn, known_faults
 from restomod.checks.machine import Machine, device, disk, memory, no_device, threads, versions
 from restomod.checks.speed import memory_bandwidth
 from restomod.checks.tools import compiler, processes
@@ -19,7 +19,7 @@ from restomod.utils.errors import UserError
 Check = Callable[[Machine], CheckResult]
 
 
-def examine(
+def check_machine(
     device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path
 ) -> Iterator[CheckResult]:
     """Examine this machine; yield verdicts as they come.
@@ -37,7 +37,7 @@ def examine(
         device,
         known_faults,
         cudnn,
-        attention,
+        attention_backends,
         threads,
         disk,
         memory,
@@ -46,14 +46,14 @@ def examine(
         bf16,
         bandwidth,
     ):
-        yield judge(check, machine)
+        yield run_check(check, machine)
     with ThreadPoolExecutor(1) as background:  # these compute in processes of their own while the compiler compiles
-        later = background.submit(judge, processes, machine)
-        yield judge(compiler, machine)
+        later = background.submit(run_check, processes, machine)
+        yield run_check(compiler, machine)
         yield later.result()
 
 
-def judge(check: Check, machine: Machine) -> CheckResult:
+def run_check(check: Check, machine: Machine) -> CheckResult:
     """A check's verdict; an exception in it is a fail, and where there is no device it is skipped."""
     name = check.__name__.replace("_", " ")
     missing = no_device(machine)
@@ -102,7 +102,7 @@ def bandwidth(machine: Machine) -> CheckResult:
 NEED_DEVICE: tuple[Check, ...] = (
     known_faults,
     cudnn,
-    attention,
+    attention_backends,
     memory,
     parity,
     matrix_products,

@@ -206,7 +206,7 @@ def compiled_agreement(subject: CheckedModel) -> CheckResult:
     return CheckResult("compiled", "pass" if agree else "fail", reason)
 
 
-def overfitting(subject: CheckedModel) -> CheckResult:
+def memorises_batch(subject: CheckedModel) -> CheckResult:
     """A model that can learn learns one short text by heart. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
     needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
@@ -245,5 +245,5 @@ SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     activations,
     precision_agreement,
     compiled_agreement,
-    overfitting,
+    memorises_batch,
 )

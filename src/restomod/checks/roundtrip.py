@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from restomod.engine.distributed import joined
+from restomod.engine.distributed import join_processes
 
 
 def main() -> None:
     """Print a line `roundtrip BACKEND SUM` for each backend."""
-    with joined() as processes:
+    with join_processes() as processes:
         (total,) = processes.sum(processes.rank + 1.0)
         answers = {"gloo": total}
         if torch.cuda.device_count() >= processes.world_size:

@@ -28,10 +28,10 @@ def run(arguments: list[str]) -> int:
     from restomod.utils.console import Display
 
     display = Display()
-    return show(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
+    return show_results(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
 
 
-def show(verdicts: Iterable[CheckResult], of: str, display: Display) -> int:
+def show_results(verdicts: Iterable[CheckResult], of: str, display: Display) -> int:
     """Print verdicts as they come, and their sum. Returns the exit code."""
     statuses = []
     for verdict in verdicts:

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
         raise UserError("--x dollars needs --price, in US dollars for one GPU and one hour")
 
     from restomod.analysis.compare.axes import AXES, Axis
-    from restomod.analysis.compare.groups import compare
+    from restomod.analysis.compare.groups import compare_runs
     from restomod.analysis.compare.plot import draw_comparison
     from restomod.analysis.compare.tables import markdown, tables
     from restomod.runs.reader import open_run
@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
     from restomod.utils.figures import require_matplotlib
     from restomod.utils.files import write_json_atomically, write_text_atomically
     from restomod.utils.output_files import Output, require_outputs, write_outputs
-    from restomod.utils.tables import show
+    from restomod.utils.tables import print_table
 
     json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})
@@ -69,10 +69,10 @@ def run(arguments: list[str]) -> int:
         if baseline is None:
             baseline = open_run(parsed.baseline)
             runs.insert(0, baseline)
-    found = compare(runs, baseline, parsed.target_loss, parsed.price)
+    found = compare_runs(runs, baseline, parsed.target_loss, parsed.price)
     axis: Axis = "tokens" if parsed.x == "all" else parsed.x
     for table in tables(found, axis):
-        show(table)
+        print_table(table)
         print()
     outputs = []
     if plot is not None:

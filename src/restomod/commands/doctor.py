@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from restomod.commands.check import show
+from restomod.commands.check import show_results
 from restomod.commands.flags import DoctorArguments
 from restomod.commands.parsing import parse
 from restomod.config.presets import preset
@@ -17,8 +17,8 @@ def run(arguments: list[str]) -> int:
     parsed = parse(DoctorArguments, tyro.MISSING_NONPROP, arguments, "restomod doctor")
     config = preset(parsed.preset)
 
-    from restomod.checks.doctor import examine
+    from restomod.checks.doctor import check_machine
     from restomod.utils.console import Display
 
-    verdicts = examine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
-    return show(verdicts, "this machine", Display())
+    verdicts = check_machine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
+    return show_results(verdicts, "this machine", Display())

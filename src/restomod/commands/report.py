@@ -83,9 +83,9 @@ def run(arguments: list[str]) -> int:
     markdown, png = (Path(name) if name is not None else None for name in (given.markdown, given.png))
     require_writable(out, markdown, png)
     if given.examine:
-        from restomod.analysis.report.examine import examine
+        from restomod.analysis.report.examine import analyse_errors
 
         for each in runs:
-            examine(each, given.examine_tokens, given.device, given.precision)
+            analyse_errors(each, given.examine_tokens, given.device, given.precision)
     report(runs, out, markdown, png, prices)
     return 0

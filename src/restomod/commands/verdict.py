@@ -31,12 +31,12 @@ def run(arguments: list[str]) -> int:
     from restomod.runs.reader import open_run
     from restomod.utils.files import write_json_atomically
     from restomod.utils.output_files import Output, require_outputs, write_outputs
-    from restomod.utils.tables import Table, show
+    from restomod.utils.tables import Table, print_table
 
     path = Path(parsed.json) if parsed.json is not None else None
     require_outputs({"--json": path})
     found = verdict(open_run(parsed.run), parsed.weights)
-    show(Table("", ["", "symptom", "what was seen"], [[f.status, f.symptom, f.reason] for f in found.findings]))
+    print_table(Table("", ["", "symptom", "what was seen"], [[f.status, f.symptom, f.reason] for f in found.findings]))
     print(found.summary())
     if path is not None:
         write_outputs([Output(path, lambda path: write_json_atomically(path, found.to_dict()))])

@@ -207,6 +207,6 @@ def _maker(name: str) -> Callable[[], RunConfig] | None:
     return PRESETS.get(name)
 
 
-def summary(name: str) -> str:
+def preset_summary(name: str) -> str:
     """The one line that describes a preset."""
     return (PRESETS[name].__doc__ or "").strip().splitlines()[0]

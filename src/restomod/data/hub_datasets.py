@@ -35,7 +35,7 @@ class HubFile:
         return f"{SCHEME}{self.repository}@{self.commit}/{self.path}"
 
 
-def parse(address: str) -> tuple[str, str, str]:
+def parse_address(address: str) -> tuple[str, str, str]:
     """Repository, commit and path of a `HubFile` as text."""
     found = re.fullmatch(re.escape(SCHEME) + r"([^@]+)@([0-9a-f]{40})/(.+)", address)
     if found is None:
@@ -153,7 +153,7 @@ def _told_by_name(path: str, config: str | None, split: str) -> bool:
 
 def fetch(address: str, cache: Path | None) -> Path:
     """Download a `HubFile`, verified, into ``cache`` (None: the hub client's own)."""
-    repository, commit, name = parse(address)
+    repository, commit, name = parse_address(address)
     path = hub_file(repository, name, commit, kind="dataset", cache=cache)
     if path is None:
         raise UserError(f"{name} of {repository} is missing on the hub, although it is listed there; try again later")

@@ -8,7 +8,7 @@ from typing import Any
 
 from restomod.data.dataset import SPLITS, Dataset, Part, TokenStream
 from restomod.data.manifest import MANIFEST_FORMAT, READ
-from restomod.data.reading import joined
+from restomod.data.reading import merge_counts
 
 
 def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
@@ -32,7 +32,7 @@ def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
         "tokenizer": manifests[0]["tokenizer"],
         "documents": sum(counts) if None not in counts else None,
         "tokens": sum(manifest["tokens"] for manifest in manifests),
-        READ: joined([manifest.get(READ) or {} for manifest in manifests]),
+        READ: merge_counts([manifest.get(READ) or {} for manifest in manifests]),
         "splits": {
             split: {
                 "tokens": sum(manifest["splits"][split]["tokens"] for manifest in manifests),

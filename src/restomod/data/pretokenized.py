@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from restomod.data.dataset import SPLITS, open_shard
-from restomod.data.hub_datasets import fetch, parse
+from restomod.data.hub_datasets import fetch, parse_address
 from restomod.data.published import split_of
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer
 from restomod.utils.errors import UserError
@@ -27,7 +27,7 @@ def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Toke
     Raises:
         UserError: it cannot be downloaded, is damaged, or holds tokens that are not GPT-2's.
     """
-    name = Path(parse(address)[2]).name
+    name = Path(parse_address(address)[2]).name
     path = fetch(address, downloads)
     tokens = open_shard(path, "get it again")
     documents = text_bytes = 0

@@ -25,11 +25,11 @@ from restomod.data.records import OF_ITS_OWN, csv_rows, json_objects
 from restomod.data.separator import split_documents
 from restomod.data.streams import (
     READ_BYTES,
+    checked_reads,
     chunks,
     decode_line,
     decode_parts,
     decoded,
-    guarded,
     open_stream,
     refuse_zeros,
 )
@@ -159,7 +159,7 @@ def _json_lines(path: Path, column: str, span: Span | None) -> Iterator[Document
     with open_stream(path) as f:
         begin = _first_line(f, span) if span else 0
         numbers = itertools.count(1)  # enumerate would hold on to the line
-        for line in guarded(path, _lines(f, span)):
+        for line in checked_reads(path, _lines(f, span)):
             number = next(numbers)
             place = functools.partial(_line_number, path, begin, number)
             if number == 1 and begin == 0:

@@ -72,7 +72,7 @@ class Reading:
         return {key: value for key, value in values.items() if value} | separators
 
 
-def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum of what several units of work read, as `Reading.to_dict` gives it."""
     whole: dict[str, Any] = {}
     for record in records:

@@ -106,10 +106,10 @@ def chunks(path: Path) -> Generator[bytes, None, None]:
         UserError: the file cannot be read or is damaged.
     """
     with open_stream(path) as f:
-        yield from guarded(path, iter(lambda: f.read(READ_BYTES), b""))
+        yield from checked_reads(path, iter(lambda: f.read(READ_BYTES), b""))
 
 
-def guarded(path: Path, reads: Iterable[bytes]) -> Iterator[bytes]:
+def checked_reads(path: Path, reads: Iterable[bytes]) -> Iterator[bytes]:
     """Pass ``reads`` on, and turn what a damaged file raises into a UserError."""
     try:
         yield from reads

@@ -42,7 +42,7 @@ COPY_TOKENS = 1_000_000  # at once, from one file to another
 TELL_EVERY = 5.0  # seconds between lines about how far the tokens are
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
+def prepare_text(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
     """Return the dataset of ``config``, tokenizing its text unless an equal one lies in the cache.
 
     Every document is preceded by ``<|endoftext|>``, as in published FineWeb shards. A source that is one single

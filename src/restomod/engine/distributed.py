@@ -169,7 +169,7 @@ def device_of(device: torch.device, processes: Processes) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(mend: str = "start all of them again") -> Iterator[Processes]:
+def join_processes(mend: str = "start all of them again") -> Iterator[Processes]:
     """Join the processes that torchrun has started, if it has; leave them at the end.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from restomod.data.kinds import look
 from restomod.data.readers import open_parquet, without_surrogates
 from restomod.data.records import json_objects
-from restomod.data.streams import compression_of, decoded, guarded, open_stream
+from restomod.data.streams import checked_reads, compression_of, decoded, open_stream
 from restomod.utils.errors import UserError, one_line, shortened
 from restomod.utils.json_files import parse_json
 
@@ -75,7 +75,7 @@ def read_examples(path: Path, example: Callable[[Record, str], Example]) -> list
 def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
     number = 0
     with open_stream(path) as f:
-        for line in guarded(path, iter(lambda: f.readline(LONGEST_LINE + 1), b"")):
+        for line in checked_reads(path, iter(lambda: f.readline(LONGEST_LINE + 1), b"")):
             number += 1
             where = f"{path}, line {number}"
             if len(line) > LONGEST_LINE:

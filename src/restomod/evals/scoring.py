@@ -58,7 +58,7 @@ class TaskResult:
         }
 
 
-def evaluate(
+def score_task(
     model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
 ) -> TaskResult:
     """Ask a model all examples of a task.

@@ -17,15 +17,15 @@ from restomod.config.serialize import read_config
 from restomod.data.dataset import Dataset
 from restomod.data.manifest import is_fineweb_edu
 from restomod.data.same_tokens import read_run_data
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.engine.distributed import Processes, device_of, joined
+from restomod.engine.distributed import Processes, device_of, join_processes
 from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import Reference, references
-from restomod.evals.scoring import Estimate, TaskResult, evaluate, shown
+from restomod.evals.scoring import Estimate, TaskResult, score_task, shown
 from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
 from restomod.runs.checkpoint import STEP_FOLDER, step_of
 from restomod.runs.folder import environment
@@ -94,7 +94,7 @@ def evaluate_model(
     with reported_once():
         files = {f"the task {task}": Path(task.partition("=")[2] or task) for task in tasks or ()}
         require_outputs({"--json": json_file}, {task: path for task, path in files.items() if path.is_file()})
-    with joined() as processes:
+    with join_processes() as processes:
         display = display or Display(muted=not processes.main)
         where = device_of(choose_device(device), processes)
         if where.type == "cpu":
@@ -125,7 +125,7 @@ def evaluate_model(
             )
             report.heldout(held, dataset, other_data=data is not None and not _is_of_run(dataset, subject))
         for task in loaded:
-            report.task(task, evaluate(model, task, batch, processes), model)
+            report.task(task, score_task(model, task, batch, processes), model)
         report.finish(json_file)
         if processes.main:
             display.require_printed()
@@ -159,7 +159,7 @@ def _dataset(name: str, data: str | None, config: RunConfig | None) -> Dataset:
     if data is None and config is None:
         raise UserError(f"{name} is not of a run, and has no data of its own: name a folder of tokens with --data DIR")
     source = DataConfig(source="tokens", path=data) if data is not None or config is None else config.data
-    dataset = prepare(source, gpt2_tokenizer())
+    dataset = prepare_text(source, gpt2_tokenizer())
     if not len(dataset.val):
         raise UserError(f"{data or name}: nothing of its data is held out for validation; name another with --data DIR")
     return dataset

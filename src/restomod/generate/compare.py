@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.config.run import Device, Precision, SamplingConfig
-from restomod.generate.text import find_writer, sample
+from restomod.generate.text import find_writer, sample_texts
 from restomod.utils.destination import resolve_destination
 from restomod.utils.errors import UserError
 from restomod.utils.files import write_text_atomically
@@ -36,7 +36,7 @@ class SampleComparison:
     """Prompt and both continuations of it."""
 
 
-def compare(
+def compare_samples(
     a: str,
     b: str,
     prompts: Sequence[str],
@@ -53,7 +53,7 @@ def compare(
     names = a, b
     folders = [find_writer(name) for name in names]
     texts = [
-        [text for (text,) in sample(name, prompts, 1, sampling, seed, device, precision, folder)]
+        [text for (text,) in sample_texts(name, prompts, 1, sampling, seed, device, precision, folder)]
         for name, folder in zip(names, folders, strict=True)
     ]
     labels = [_label(name, folder) for name, folder in zip(names, folders, strict=True)]
@@ -83,11 +83,11 @@ def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[
     if out is None:
         return lambda comparison: None
     path = Path(out)
-    formats = {".md": as_markdown, ".html": as_html}
+    formats = {".md": samples_markdown, ".html": as_html}
     require_outputs({"--out": path}, {"--prompt-file": Path(prompt_file) if prompt_file is not None else None})
     if path.suffix not in formats and resolve_destination(path).is_regular:
         raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
-    text_of = formats.get(path.suffix, as_markdown)
+    text_of = formats.get(path.suffix, samples_markdown)
 
     def write(comparison: SampleComparison) -> None:
         text = text_of(SampleComparison(*redact(dataclasses.astuple(comparison))))
@@ -116,7 +116,7 @@ def as_table(comparison: SampleComparison, width: int | None = None) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def as_markdown(comparison: SampleComparison) -> str:
+def samples_markdown(comparison: SampleComparison) -> str:
     """A table (GitHub's Markdown) with a row per prompt."""
     lines = [
         f"# {markdown_cell(' and '.join(comparison.models))}",

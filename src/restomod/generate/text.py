@@ -145,7 +145,7 @@ def find_writer(where: str) -> Path:
     return folder
 
 
-def sample(
+def sample_texts(
     where: str,
     prompts: Sequence[str],
     n_samples: int,
@@ -187,7 +187,7 @@ def streamed(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> Iterator[Iterator[str]]:
-    """The texts of `sample`, one after the other, each in the pieces of `stream`."""
+    """The texts of `sample_texts`, one after the other, each in the pieces of `stream`."""
     target = choose_device(device)
     dtype = choose_dtype(precision, target)
     model = open_causal_model(where, find_writer(where), target, dtype)

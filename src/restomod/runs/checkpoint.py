@@ -36,7 +36,7 @@ from restomod.runs.identity import (
     DATA_FINGERPRINT,
     STATE_FORMAT,
     CheckpointFiles,
-    differences,
+    identity_differences,
     read_state,
     run_identity,
 )
@@ -244,7 +244,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 def _require_same(folder: Path, run: dict[str, Any]) -> None:
     """Raise UserError if a checkpoint's run is not the one with the identity ``run``."""
-    other = differences(read_state(folder / STATE / "state.json")["run"], run)
+    other = identity_differences(read_state(folder / STATE / "state.json")["run"], run)
     if other:
         raise UserError(
             f"{folder} belongs to another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"

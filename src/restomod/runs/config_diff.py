@@ -40,7 +40,7 @@ CHANGES_NOTHING = (  # when to look and to save, and how to compute the same
 WHERE_DATA_IS = re.compile(r"data\.(?!mix)\w+")  # said better by the fingerprint of its tokens
 
 
-def flat(config: RunConfig) -> Settings:
+def flatten_config(config: RunConfig) -> Settings:
     """Every setting under its dotted name, such as ``optim.lr``, but for those that change no result."""
     return {
         name: value
@@ -51,7 +51,7 @@ def flat(config: RunConfig) -> Settings:
 
 def settings(run: Run) -> Settings:
     """What decides a run's result, its seed included: the configuration, the data and the precision it came to."""
-    found, data = flat(run.config), run.manifest
+    found, data = flatten_config(run.config), run.manifest
     if "fingerprint" in data:
         found = {name: value for name, value in found.items() if not WHERE_DATA_IS.fullmatch(name)}
         found["data"] = f"{data.get('name', 'tokens')} ({str(data['fingerprint'])[:8]})"

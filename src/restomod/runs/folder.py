@@ -28,7 +28,7 @@ from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config, to_dict, to_file
 from restomod.data.dataset import Dataset
 from restomod.data.same_tokens import read_run_data, token_difference, with_hashes
-from restomod.runs.identity import MAY_CHANGE_ON_RESUME, differences
+from restomod.runs.identity import MAY_CHANGE_ON_RESUME, identity_differences
 from restomod.runs.metrics import Record, SampleRecord, append_jsonl, iterate_jsonl, keep_records
 from restomod.runs.trackers import Trackers
 from restomod.utils.errors import UserError, reason
@@ -143,7 +143,7 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
         {name: value for name, value in to_dict(each).items() if name not in MAY_CHANGE_ON_RESUME}
         for each in (config, read_config(folder))
     )
-    if changed := differences(now, before):
+    if changed := identity_differences(now, before):
         raise UserError(f"this cannot change when a run goes on: {', '.join(changed)}")
     _starts(folder)  # it will be written anew, so it has to be readable
     manifest = read_run_data(folder)

@@ -84,7 +84,7 @@ def run_identity(run: Path) -> dict[str, Any]:
     return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs among the settings that both sides have, each as ``NAME is A, not B``.
 
     Args:
@@ -96,7 +96,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
+            found += identity_differences(a, b, f"{prefix}{name}.")
         elif a != b:
             found.append(f"{prefix}{name} is {a!r}, not {b!r}")
     return sorted(found)

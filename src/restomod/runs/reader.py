@@ -52,7 +52,7 @@ class Environment(TypedDict, total=False):
     threads: Count | None
     processes: Annotated[int, Field(ge=1, le=2**20)]
     command: list[Text] | Text
-    started: Text | None
+    start_time: Text | None
 
 
 class Metric(TypedDict, total=False):
@@ -127,7 +127,7 @@ class Run:
 
         A start whose record does not say when is left out, but for the first (-infinity).
         """
-        known = [(started(e), process_count(e)) for e in self.environments]
+        known = [(start_time(e), process_count(e)) for e in self.environments]
         first = [(-math.inf, known[0][1])] if known and known[0][0] is None else []
         return first + sorted((at, count) for at, count in known if at is not None)
 
@@ -198,7 +198,7 @@ def read_environments(run: Path, warn: Callable[[str], None]) -> list[Record]:
     return list(starts) if isinstance(starts, list) else [starts]
 
 
-def started(environment: Record) -> float | None:
+def start_time(environment: Record) -> float | None:
     """When a session began, in seconds since 1970, or None where its record does not say so."""
     try:
         return float(calendar.timegm(time.strptime(environment.get("started") or "", "%Y-%m-%dT%H:%M:%SZ")))

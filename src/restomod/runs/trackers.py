@@ -53,7 +53,7 @@ class Sink(Protocol):
         """Finish what has been begun."""
 
 
-def numbers(record: Record) -> dict[str, float]:
+def tracked_values(record: Record) -> dict[str, float]:
     """The numbers of a record of `metrics.jsonl` by name: ``train/loss``, ``val/loss``, ``task/hellaswag/acc_norm``."""
     prefix = f"task/{record.get('task')}" if record["kind"] == "task" else record["kind"]
     values = {f"{prefix}/{name}": value for name, value in record.items() if name not in ("step", "time")}
@@ -79,7 +79,7 @@ class TensorBoard:
             self.write(record)
 
     def write(self, record: Record) -> None:
-        for name, value in numbers(record).items():
+        for name, value in tracked_values(record).items():
             self._writer.add_scalar(name, value, record["step"], record.get("time"), new_style=True)
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class _Online:
             self.write(record)
 
     def write(self, record: Record) -> None:
-        if values := numbers(record):
+        if values := tracked_values(record):
             self._log(values, record["step"])
 
     def _log(self, values: dict[str, float], step: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from restomod.analysis.health.curves import History
-from restomod.analysis.health.symptoms import Finding, judge_curves, seen_now
+from restomod.analysis.health.symptoms import Finding, find_symptoms_in_curves, seen_now
 from restomod.engine.gather import gather_full_model
 from restomod.evals.heldout import dataset_loss
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import evaluate as evaluate_task
 from restomod.evals.scoring import headline
+from restomod.evals.scoring import score_task as evaluate_task
 from restomod.generate.text import continuations
 from restomod.model.gpt import GPT
 from restomod.runs.metrics import NewRecords
@@ -91,7 +91,7 @@ class Health:
         if not self.training.processes.main:
             return []
         self._gather()
-        return seen_now(judge_curves(self.training.config, self._history.curves()))
+        return seen_now(find_symptoms_in_curves(self.training.config, self._history.curves()))
 
     def _gather(self) -> None:
         if not self.training.processes.main:

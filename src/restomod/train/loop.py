@@ -17,7 +17,7 @@ from shlex import quote
 from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
 from restomod.data.prefetch import Prefetch
-from restomod.engine.distributed import Processes, joined
+from restomod.engine.distributed import Processes, join_processes
 from restomod.engine.signals import StopSignal
 from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import list_checkpoints, step_of
@@ -29,7 +29,7 @@ from restomod.train.evaluate import Health, evaluate, write_samples
 from restomod.train.rollback import roll_back, step_that_fits, warn
 from restomod.train.setup import Training, set_up
 from restomod.train.step_log import Journal
-from restomod.train.summary import length_warnings, summary
+from restomod.train.summary import length_warnings, run_summary
 from restomod.utils.console import Display
 from restomod.utils.errors import describe_os_error
 from restomod.utils.output import complain
@@ -53,7 +53,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     Raises:
         UserError: something is not as it should be and the user can mend it; the message says what and how.
     """
-    with joined("go on with `restomod train --resume RUN`") as processes:
+    with join_processes("go on with `restomod train --resume RUN`") as processes:
         display = display or Display(muted=not processes.main)
         display.on_failure = lambda reason: complain(
             f"standard output cannot be written ({reason}); training goes on without it"
@@ -88,7 +88,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
     if training.nothing_left is not None:
         display.line(training.nothing_left)
         return EXIT_FINISHED
-    display.table(summary(training))
+    display.table(run_summary(training))
     display.lines([f"warning: {text}" for text in [*training.warnings, *length_warnings(training)]])
     if training.first_step > 0:
         display.line(f"going on from step {training.first_step}")

@@ -15,7 +15,7 @@ from restomod.checks.model_quick import CheckedModel, quick_checks
 from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.engine.device import (
     choose_compile,
@@ -123,7 +123,7 @@ def set_up(
     compute = choose_compute(config, processes)
     device = compute.device
     tokenizer = gpt2_tokenizer()
-    dataset = processes.run_on_all_ranks(lambda: prepare(config.data, tokenizer), one_first=True)
+    dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data, tokenizer), one_first=True)
     batches = training_batches(config, dataset, tokenizer)
     for source in dataset.sources:
         if len(source.dataset.val):  # refused now rather than at the first use

@@ -26,7 +26,7 @@ def _passes_per_step(training: Training) -> dict[str, float]:
     return {s.name: training.config.batch_sequences * float(s.share) / n for s, n in sources}
 
 
-def summary(training: Training) -> list[tuple[str, str]]:
+def run_summary(training: Training) -> list[tuple[str, str]]:
     """The table that is printed before the first step, as (name, value) rows."""
     config, m, compute, manifest = (
         training.config,

@@ -22,7 +22,7 @@ from restomod.utils.text import duration, visible
 STATUS_STYLE: dict[CheckStatus, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
-def numbers(record: dict[str, Any]) -> str:
+def format_train_record(record: dict[str, Any]) -> str:
     """One train record of `metrics.jsonl` as text."""
     mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
     return (
@@ -98,7 +98,7 @@ class Display:
     def _fail(self, e: Exception) -> None:
         if self._failure is None:
             self._failure = e
-            output.drop("stdout")
+            output.drop_stream("stdout")
             if not self.closed:
                 self.on_failure(reason(e))
 
@@ -160,10 +160,10 @@ class Display:
         """Show one train record; in a narrow terminal only what fits."""
         eta = f"eta {duration(seconds_left)}"
         if self._progress is None:
-            self._print(Text(f"step {record['step'] + 1}/{self._steps}  {numbers(record)}  {eta}"))
+            self._print(Text(f"step {record['step'] + 1}/{self._steps}  {format_train_record(record)}  {eta}"))
             return
         short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
-        text = f"{eta}  {numbers(record) if self.console.width >= 120 else short}"
+        text = f"{eta}  {format_train_record(record) if self.console.width >= 120 else short}"
         self._progress.update(self._task, completed=record["step"] + 1, description=text)
 
     def sample(self, prompt: str, text: str) -> None:

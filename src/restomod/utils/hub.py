@@ -85,7 +85,7 @@ def hub_file(
         if as_published(path):
             return path
         reason = "what came is not what the hub promised: its SHA differs"
-        drop(path)
+        remove_download(path)
     raise UserError(
         f"cannot download {name} of {repository}: {one_line(reason)}; "
         f"run the same command again when the connection is better"
@@ -122,7 +122,7 @@ def as_published(path: Path) -> bool:
     return True  # a file system without links keeps no hash
 
 
-def drop(path: Path) -> None:
+def remove_download(path: Path) -> None:
     """Remove a file from the cache, and the content that it links to."""
     for part in (path.resolve(), path):
         part.unlink(missing_ok=True)

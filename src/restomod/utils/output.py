@@ -1,6 +1,6 @@
 """What reaches the terminal: control characters made visible, and errors in one line.
 
-Names, texts and messages come from files, which may be malicious. Within `guarded`, standard output and error are
+Names, texts and messages come from files, which may be malicious. Within `run_guarded`, standard output and error are
 sanitized streams, so callers need not escape anything. Colours and progress bars (`restomod.utils.terminal`) are
 written to the raw stream.
 """
@@ -89,7 +89,7 @@ def _sanitized_output() -> Iterator[None]:
     ours = sys.stdout, sys.stderr
     try:
         yield
-    finally:  # a stream that has replaced them meanwhile stays (see `drop`)
+    finally:  # a stream that has replaced them meanwhile stays (see `drop_stream`)
         if sys.stdout is ours[0]:
             sys.stdout = before[0]
         if sys.stderr is ours[1]:
@@ -102,20 +102,20 @@ def is_open(name: Name) -> bool:
     return stream is not None and not getattr(stream, "closed", False)  # a stand-in may have `write` alone
 
 
-def finish(name: Name) -> Exception | None:
+def flush_stream(name: Name) -> Exception | None:
     """Write out what has been printed. Returns why that failed, and drops it then."""
     try:
         if is_open(name):
             getattr(sys, name).flush()
             return None
     except (OSError, ValueError) as e:
-        drop(name)
+        drop_stream(name)
         return e
-    drop(name)
+    drop_stream(name)
     return None
 
 
-def drop(name: Name) -> None:
+def drop_stream(name: Name) -> None:
     """Discard pending and further output, so that Python's own last flush succeeds."""
     stream = getattr(sys, name)
     try:
@@ -133,7 +133,7 @@ def complain(line: str) -> None:
         if is_open("stderr"):  # print() takes None for standard output
             print(visible(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        drop("stderr")
+        drop_stream("stderr")
 
 
 def say(line: str) -> None:
@@ -143,11 +143,11 @@ def say(line: str) -> None:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as e:
-        drop("stdout")
+        drop_stream("stdout")
         complain(f"standard output cannot be written ({reason(e)}); going on without it")
 
 
-def guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:
+def run_guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:
     """Do ``work`` and report in one line what goes wrong in it, or in printing.
 
     Args:
@@ -171,7 +171,7 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
         if not goes_on and not is_open("stdout"):
             raise UserError("standard output is closed")
         code = work()
-        failure = finish("stdout")  # noticed here and not when Python exits
+        failure = flush_stream("stdout")  # noticed here and not when Python exits
         if failure is not None and not goes_on and not isinstance(failure, BrokenPipeError):
             raise UserError(_cannot_print(failure))
         return code
@@ -188,7 +188,7 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
         if not (no_memory or isinstance(e, UserError | OSError | ValueError)):
             raise
         of_printing = isinstance(e, UnicodeEncodeError) or not is_open("stdout")
-        failure = finish("stdout")
+        failure = flush_stream("stdout")
         if debug or (isinstance(e, ValueError) and not of_printing):
             raise
         if no_memory:
@@ -203,8 +203,8 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
         complain("restomod: stopped")
         return EXIT_ABORTED
     finally:
-        finish("stdout")
-        finish("stderr")
+        flush_stream("stdout")
+        flush_stream("stderr")
 
 
 def _cannot_print(e: Exception) -> str:

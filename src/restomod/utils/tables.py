@@ -45,7 +45,7 @@ def escaped(text: str) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(redact(text).split()))
 
 
-def show(table: Table) -> None:
+def print_table(table: Table) -> None:
     """Print a table; in a terminal as wide as that."""
     console = Terminal(highlight=False, markup=False)
     if not sys.stdout.isatty():

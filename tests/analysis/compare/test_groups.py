@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from restomod.analysis.compare.groups import compare
+from restomod.analysis.compare.groups import compare_runs
 from restomod.analysis.compare.plot import picture
-from restomod.analysis.compare.tables import amount, markdown, newest_tasks, published_differ, tables
+from restomod.analysis.compare.tables import markdown, newest_tasks, published_differ, short_number, tables
 from restomod.cli import main
 from restomod.config.run import DataConfig
 from restomod.evals.references import references
@@ -43,7 +43,7 @@ def six(tmp_path: Path) -> list[Run]:
 
 
 def test_runs_that_differ_in_their_seed_only_are_a_group(six: list[Run]) -> None:
-    found = compare(six)
+    found = compare_runs(six)
     assert [[r.name for r in g.runs] for g in found.groups] == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
     assert found.differences() == {"optim.lr": [2e-3, 3e-3]}
     for group, mean in zip(found.groups, (5.1, 4.1), strict=True):
@@ -57,17 +57,17 @@ def test_trials_of_a_sweep_are_called_by_what_they_have_in_common(tmp_path: Path
         return run(tmp_path / folder, f"{number:03}-optim.lr-{lr}-seed-{seed}", {0: 10.8, 100: 5.0}, seed, lr=lr)
 
     trials = [trial("s", 2 * i + seed, lr, seed) for i, lr in enumerate((1e-3, 2e-3)) for seed in (0, 1)]
-    assert [g.name for g in compare(trials).groups] == ["optim.lr-0.001, 2 seeds", "optim.lr-0.002, 2 seeds"]
-    assert [g.name for g in compare(trials[1:]).groups] == ["001-optim.lr-0.001-seed-1", "optim.lr-0.002, 2 seeds"]
+    assert [g.name for g in compare_runs(trials).groups] == ["optim.lr-0.001, 2 seeds", "optim.lr-0.002, 2 seeds"]
+    assert [g.name for g in compare_runs(trials[1:]).groups] == ["001-optim.lr-0.001-seed-1", "optim.lr-0.002, 2 seeds"]
     longer = [trial("t", seed, 1e-3, seed) for seed in (2, 3)]  # of another sweep, where it means something else
     for other in longer:
         object.__setattr__(other, "config", dataclasses.replace(other.config, batch_tokens=2 * T))
-    names = [g.name for g in compare([*trials, *longer]).groups]
+    names = [g.name for g in compare_runs([*trials, *longer]).groups]
     assert names == ["000-optim.lr-0.001-seed-0 +1", "optim.lr-0.002, 2 seeds", "002-optim.lr-0.001-seed-2 +1"]
 
 
 def test_groups_are_tested_against_the_baseline_at_equal_tokens(six: list[Run]) -> None:
-    none, b = compare(six).against
+    none, b = compare_runs(six).against
     assert none is None
     assert b is not None
     assert b.test is not None
@@ -79,7 +79,7 @@ def test_groups_are_tested_against_the_baseline_at_equal_tokens(six: list[Run]) 
 
 
 def test_the_baseline_may_be_any_run(six: list[Run]) -> None:
-    found = compare(six, baseline=six[4])
+    found = compare_runs(six, baseline=six[4])
     assert found.baseline == 1
     assert found.target == pytest.approx(4.1)
     assert found.against[0] is not None
@@ -87,18 +87,18 @@ def test_the_baseline_may_be_any_run(six: list[Run]) -> None:
 
 
 def test_tokens_to_the_baselines_last_loss(six: list[Run]) -> None:
-    found = compare(six)
+    found = compare_runs(six)
     assert found.target == pytest.approx(5.1)
     # b's mean is 10.8 at 0 and 5.1 after 50 steps; a's comes to 5.1 at its end
     assert found.to_target == pytest.approx([100 * T, 50 * T])
-    assert compare(six, target=6.0).to_target == pytest.approx([50 * T + 0.1 * 50 * T, 50 * T * 4.8 / 5.7])
-    assert compare(six, target=1.0).to_target == [None, None]
+    assert compare_runs(six, target=6.0).to_target == pytest.approx([50 * T + 0.1 * 50 * T, 50 * T * 4.8 / 5.7])
+    assert compare_runs(six, target=1.0).to_target == [None, None]
 
 
 def test_runs_of_different_lengths_are_compared_where_both_have_been(tmp_path: Path) -> None:
     long = run(tmp_path, "long", {0: 10.0, 50: 6.0, 100: 5.0})
     short = run(tmp_path, "short", {0: 10.0, 70: 5.5}, lr=1.0)
-    against = compare([long, short]).against[1]
+    against = compare_runs([long, short]).against[1]
     assert against is not None
     assert against.tokens == 70 * T
     assert against.baseline.mean == pytest.approx(5.6), "on the line from 6 at 50 to 5 at 100"
@@ -108,7 +108,7 @@ def test_runs_of_different_lengths_are_compared_where_both_have_been(tmp_path: P
 def test_other_batch_sizes_are_compared_by_tokens(tmp_path: Path) -> None:
     small = run(tmp_path, "small", {0: 10.0, 100: 5.0})
     large = run(tmp_path, "large", {0: 10.0, 50: 4.0}, batch_tokens=1024)
-    against = compare([small, large]).against[1]
+    against = compare_runs([small, large]).against[1]
     assert against is not None
     assert (against.tokens, against.difference) == (100 * T, pytest.approx(-1))
 
@@ -118,7 +118,7 @@ def test_other_batch_sizes_are_compared_by_tokens(tmp_path: Path) -> None:
 
 def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_path: Path, six: list[Run]) -> None:
     blind = open_run(make_run(tmp_path / "blind", SMALL, [train(s, 5.0) for s in range(100)]))
-    found = compare([*six, blind])
+    found = compare_runs([*six, blind])
     assert found.measure == "training loss"
     assert any(
         note.startswith("blind: no validation, so what is compared is the training loss") for note in found.notes
@@ -128,13 +128,13 @@ def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_p
 
 
 def test_one_run_alone(tmp_path: Path) -> None:
-    found = compare([run(tmp_path, "a", {0: 10.8, 100: 5.0})])
+    found = compare_runs([run(tmp_path, "a", {0: 10.8, 100: 5.0})])
     assert (found.target, found.to_target, found.against) == (5.0, [100 * T], [None])
     assert [t.title for t in tables(found, "tokens") if t.rows] == ["results", "held-out loss by tokens"]
 
 
 def test_a_run_that_is_under_way_says_so(tmp_path: Path) -> None:
-    found = compare([run(tmp_path, "a", {0: 10.8, 50: 6.0}, steps=1000)])
+    found = compare_runs([run(tmp_path, "a", {0: 10.8, 50: 6.0}, steps=1000)])
     assert found.notes == ["a is at step 50 of 1,000: its learning rate is not down yet"]
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_has_hardly_begun(records: list[dict[str, Any]], tmp_path: Pa
     begun = open_run(make_run(tmp_path / "begun", dataclasses.replace(SMALL, seed=9), records))
     other = run(tmp_path, "a", {0: 10.8, 100: 5.0}, lr=1.0)
     for runs in ([begun], [begun, other], [other, begun]):
-        found = compare(runs)
+        found = compare_runs(runs)
         json.dumps(found.to_dict(), allow_nan=False)
         assert tables(found, "time")
         picture(found, ["tokens"])
@@ -153,18 +153,18 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
     a = run(tmp_path, "a", {0: 10.8, 100: 5.0})
     again = run(tmp_path, "again", {0: 10.8, 100: 5.0})
     windows = run(tmp_path, "windows", {0: 10.8, 100: 5.0}, sequence_length=128)
-    said = "\n".join(compare([a, again, windows]).notes)
+    said = "\n".join(compare_runs([a, again, windows]).notes)
     assert "a +1: runs with the same seed are no independent samples" in said
     assert "sequence_length differs: the held-out losses are of other windows" in said
     assert "p needs two seeds or more on both sides" in said
     other = {"fingerprint": "ffff", "name": "other"}
     there = open_run(make_run(tmp_path / "there", SMALL, simple({0: 10.8, 100: 5.0}), data=other))
-    assert any("held-out losses are of other texts" in note for note in compare([a, there]).notes)
+    assert any("held-out losses are of other texts" in note for note in compare_runs([a, there]).notes)
 
 
 def test_a_run_twice_is_refused(six: list[Run]) -> None:
     with pytest.raises(UserError, match="a0 is given twice"):
-        compare([six[0], six[1], open_run(six[0].folder)])
+        compare_runs([six[0], six[1], open_run(six[0].folder)])
 
 
 # --- published results ---------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: lis
     )
     edu = open_run(make_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2}), {"name": "fineweb-edu"}))
     assert published_differ([edu]) is None
-    (table,) = [t for t in tables(compare([edu]), "tokens") if t.title == "published held-out losses"]
+    (table,) = [t for t in tables(compare_runs([edu]), "tokens") if t.title == "published held-out losses"]
     assert {row[1] for row in table.rows} == {f"{r.value:.4f}" for r in references("heldout")}
     shorter = dataclasses.replace(edu, config=dataclasses.replace(config, sequence_length=512))
     assert "windows of 1024 tokens" in str(published_differ([shorter]))
@@ -192,14 +192,14 @@ def test_the_newest_answers_to_tasks_stand_beside_published_ones(tmp_path: Path)
     asked = [{"kind": "task", "step": s, "task": "hellaswag", "examples": 200, "acc_token": s / 100} for s in (20, 10)]
     folder = make_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
     assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}
-    (table,) = [t for t in tables(compare([open_run(folder)]), "tokens") if t.title == "hellaswag"]
+    (table,) = [t for t in tables(compare_runs([open_run(folder)]), "tokens") if t.title == "hellaswag"]
     assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published ones are of all
     assert not table.notes
     (folder / "evals").mkdir()
     metrics = {"acc_token": {"value": 0.31, "stderr": 0.005}}
     answer = {"task": "hellaswag", "step": 100, "examples": 10_042, "metrics": metrics}
     (folder / "evals" / "x.json").write_text(json.dumps(answer))
-    (table,) = [t for t in tables(compare([open_run(folder)]), "tokens") if t.title == "hellaswag"]
+    (table,) = [t for t in tables(compare_runs([open_run(folder)]), "tokens") if t.title == "hellaswag"]
     assert table.rows[0] == ["a, step 100", "", "", "0.3100", "", "10,042 examples"]
     assert ["GPT-2 124M", "0.2859", "", "0.2955", "", "build-nanogpt's script, all 10,042"] in table.rows
 
@@ -231,7 +231,7 @@ def test_the_command_writes_json_markdown_and_a_picture(
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     name = "_a|b *c* <i>$x$ &amp; `d`"
-    found = compare([run(tmp_path, name, {0: 10.8, 100: 5.0})])
+    found = compare_runs([run(tmp_path, name, {0: 10.8, 100: 5.0})])
     parsed = MarkdownIt().enable("table").parse(markdown(found, "tokens"))
     texts = [
         "".join(child.content for child in token.children or [])
@@ -246,7 +246,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_picture_has_a_panel_for_every_axis_and_a_line_for_every_group(six: list[Run]) -> None:
-    figure = picture(compare(six, price=1.0), ["steps", "tokens", "dollars"])
+    figure = picture(compare_runs(six, price=1.0), ["steps", "tokens", "dollars"])
     assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "dollars"]
     line = next(line for line in figure.axes[1].lines if line.get_label() == " b0 +2")
     assert np.allclose(np.asarray(line.get_xydata()), [(0, 10.8), (50 * T, 5.1), (100 * T, 4.1)])
@@ -287,5 +287,5 @@ def test_a_baseline_that_is_not_among_the_runs_joins_them(six: list[Run], capsys
 
 
 def test_amounts() -> None:
-    shown = [amount(x) for x in (512, 460_800, 2.5e6, 9.999e9, 5.1e18)]
+    shown = [short_number(x) for x in (512, 460_800, 2.5e6, 9.999e9, 5.1e18)]
     assert shown == ["512", "460,800", "2.5M", "9.999B", "5.1e+18"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from restomod.analysis.health.curves import ERROR_OF_TOKEN, Array, Curves, level_at
 from restomod.analysis.health.spikes import SpikeFinder
-from restomod.analysis.health.symptoms import judge_curves
+from restomod.analysis.health.symptoms import find_symptoms_in_curves
 from tests.runs.making import QUICKSTART
 
 LENGTHS = (60, 130, 150, 200, 400, 1000, 3000)
@@ -57,7 +57,7 @@ def level(rng: np.random.Generator, steps: int) -> Array:
 
 
 def healthy_run(seed: int, steps: int) -> Curves:
-    """One healthy run, as `restomod.analysis.health.curves.curves` gives it."""
+    """One healthy run, as `restomod.analysis.health.curves.curves_of_records` gives it."""
     rng = np.random.default_rng((seed, steps))
     t = np.arange(steps, dtype=np.float64)
     truth = level(rng, steps)
@@ -90,7 +90,7 @@ def alarms(runs: int, steps: int, run: Callable[[int, int], Curves] = healthy_ru
     config = dataclasses.replace(QUICKSTART, steps=steps)
     found: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     for seed in range(runs):
-        for finding in judge_curves(config, run(seed, steps)):
+        for finding in find_symptoms_in_curves(config, run(seed, steps)):
             if finding.status in ("sick", "note"):
                 found[finding.symptom, finding.status].append(seed)
     return dict(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from restomod.analysis.health.curves import Array, blocks, curves, level_at, noise, period
+from restomod.analysis.health.curves import Array, blocks, curves_of_records, level_at, noise, period
 from restomod.analysis.health.trends import autocorrelation_time, moving_median
 from tests.runs.making import healthy, quickstart_records, train, val
 
@@ -31,14 +31,14 @@ def test_the_level_and_its_error_are_those_of_a_least_squares_line() -> None:
     off = []
     for _ in range(300):
         loss = 5 - 0.01 * np.arange(400) + 0.5 * rng.standard_normal(400)
-        seen = curves([train(s, float(v)) for s, v in enumerate(loss)])
+        seen = curves_of_records([train(s, float(v)) for s, v in enumerate(loss)])
         for step in (200, 400):  # among its neighbours, and at the end
             level = level_at(seen, step)
             assert level is not None
             off.append((level[0] - (5 - 0.01 * step)) / level[1])
     assert np.mean(off) == pytest.approx(0, abs=0.15)
     assert np.std(off) == pytest.approx(1, abs=0.12)
-    assert level_at(curves([train(s, 5.0) for s in range(20)]), 20) is None
+    assert level_at(curves_of_records([train(s, 5.0) for s in range(20)]), 20) is None
 
 
 def test_records_are_sorted_and_the_later_counts() -> None:
@@ -48,7 +48,7 @@ def test_records_are_sorted_and_the_later_counts() -> None:
         *(train(4, 99.0, skipped="the loss is 99"), train(5, None, grad_norm=None, skipped="the loss is nan")),
         *(train(6, 4.0, grad_norm=None, skipped=overflow), {"kind": "train"}, {"step": "x", "kind": "train"}),
     ]
-    seen = curves(records)
+    seen = curves_of_records(records)
     assert (seen.step.tolist(), seen.loss.tolist()) == ([1, 3], [5, 4])
     assert [step for step, _ in seen.skipped] == [4, 5]
     assert (seen.not_finite, seen.rollbacks, seen.steps_seen) == ([5], 1, 7)
@@ -70,9 +70,11 @@ def test_a_wave_is_found_with_about_its_length(n: int, length: int, size: float)
 
 
 def test_noise_does_not_repeat_itself() -> None:
-    found = [s for s in range(300) if period(curves(healthy(s, (150, 300, 900, 3000)[s % 4])).loss) is not None]
+    found = [
+        s for s in range(300) if period(curves_of_records(healthy(s, (150, 300, 900, 3000)[s % 4])).loss) is not None
+    ]
     assert found == []
-    assert period(curves(quickstart_records()).loss) is None
+    assert period(curves_of_records(quickstart_records()).loss) is None
 
 
 def test_a_curve_that_stands_still_or_is_short_has_no_period() -> None:

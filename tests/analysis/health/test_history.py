@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from restomod.analysis.health.curves import RECENT, ROWS, Curves, History, curves, period
-from restomod.analysis.health.symptoms import Finding, judge, judge_curves, seen_now
+from restomod.analysis.health.curves import RECENT, ROWS, Curves, History, curves_of_records, period
+from restomod.analysis.health.symptoms import Finding, find_symptoms, find_symptoms_in_curves, seen_now
 from restomod.runs.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.evaluate import Health
 from tests.runs.making import QUICKSTART, healthy, quickstart_records, train, val
@@ -41,7 +41,7 @@ def records(run: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def findings(run: dict[str, np.ndarray], lengths: dict[str, float] | None = None) -> dict[str, Finding]:
-    return {finding.symptom: finding for finding in judge(LONG_RUN, records(run), lengths)}
+    return {finding.symptom: finding for finding in find_symptoms(LONG_RUN, records(run), lengths)}
 
 
 def assert_equal(a: Curves, b: Curves) -> None:
@@ -65,12 +65,12 @@ def test_looking_in_between_changes_nothing(pauses: tuple[int, ...]) -> None:
         if i in pauses:
             one_by_one.curves()
         one_by_one.add(record)
-    assert_equal(one_by_one.curves(), curves(together))
+    assert_equal(one_by_one.curves(), curves_of_records(together))
 
 
 def test_rows_are_means_of_their_steps_and_the_newest_steps_are_whole() -> None:
     run = long_run()
-    seen = curves(records(run))
+    seen = curves_of_records(records(run))
     width = seen.row_steps
     assert width == 8
     assert ROWS // 2 <= len(seen.loss) == LONG // width <= ROWS
@@ -85,11 +85,11 @@ def test_rows_are_means_of_their_steps_and_the_newest_steps_are_whole() -> None:
 def test_times_that_come_in_a_rhythm_are_drawn_in_proportion() -> None:
     run = long_run()
     run["ms"][:] = np.where(np.arange(LONG) % 8 == 0, 900, 100)  # eight steps a row
-    assert np.mean(curves(records(run)).ms == 900) == pytest.approx(1 / 8, abs=0.03)
+    assert np.mean(curves_of_records(records(run)).ms == 900) == pytest.approx(1 / 8, abs=0.03)
 
 
 def test_the_training_loss_at_early_validations_stays_known() -> None:
-    seen = curves(records(long_run()))
+    seen = curves_of_records(records(long_run()))
     assert len(seen.val_step) == 21
     inner = (seen.val_step > 0) & (seen.val_step < LONG)
     off = (seen.val_level - TRUTH[seen.val_step.astype(int)])[inner] / seen.val_level_error[inner]
@@ -200,7 +200,9 @@ def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> 
     assert symptoms() == ["spike", "divergence"]
     keep_records(log, lambda record: record["step"] < 450)
     write([{"kind": "rollback", "step": 450}, *(r for r in usual if r["step"] >= 450)])
-    assert symptoms() == ["skipped updates"] == [f.symptom for f in seen_now(judge(QUICKSTART, read_jsonl(log)))]
+    assert (
+        symptoms() == ["skipped updates"] == [f.symptom for f in seen_now(find_symptoms(QUICKSTART, read_jsonl(log)))]
+    )
     training.processes.main = False
     assert symptoms() == []
     assert Health(training).verdict_line().startswith("verdict: healthy")
@@ -208,4 +210,4 @@ def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> 
 
 def test_judging_gathered_curves_is_judging_records() -> None:
     some = healthy(3, 900)
-    assert judge_curves(QUICKSTART, curves(some)) == judge(QUICKSTART, some)
+    assert find_symptoms_in_curves(QUICKSTART, curves_of_records(some)) == find_symptoms(QUICKSTART, some)

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from restomod.analysis.health.spikes import SpikeFinder
-from restomod.analysis.health.symptoms import Finding, judge, seen_now
+from restomod.analysis.health.symptoms import Finding, find_symptoms, seen_now
 from restomod.config.run import RunConfig
 from tests.analysis.health.healthy_runs import LENGTHS, alarms
 from tests.properties import examples
@@ -27,7 +27,7 @@ SICK = {"sick"}
 def found(
     records: Records, config: RunConfig = QUICKSTART, lengths: dict[str, float] | None = None
 ) -> dict[str, Finding]:
-    return {finding.symptom: finding for finding in judge(config, records, lengths)}
+    return {finding.symptom: finding for finding in find_symptoms(config, records, lengths)}
 
 
 def changed(records: Records, kind: str, name: str, new: Callable[[int, float], float | None]) -> Records:
@@ -39,7 +39,7 @@ def changed(records: Records, kind: str, name: str, new: Callable[[int, float], 
 
 
 def test_the_quickstart_is_healthy_and_all_of_it_can_be_judged() -> None:
-    statuses = {finding.symptom: finding.status for finding in judge(QUICKSTART, quickstart_records())}
+    statuses = {finding.symptom: finding.status for finding in find_symptoms(QUICKSTART, quickstart_records())}
     assert set(statuses.values()) == {"well"}
     assert len(statuses) == 11
 
@@ -48,7 +48,7 @@ def test_the_quickstart_is_healthy_at_every_moment() -> None:
     records = quickstart_records()
     for upto in range(0, 900, 45):
         so_far = [r for r in records if r["step"] < upto or (r["step"] == upto and r["kind"] == "val")]
-        assert [f for f in judge(QUICKSTART, so_far) if f.status in ("sick", "note")] == [], upto
+        assert [f for f in find_symptoms(QUICKSTART, so_far) if f.status in ("sick", "note")] == [], upto
 
 
 @given(st.integers(0, 10**6), st.sampled_from([60, 100, 130, 150, 200, 300, 400, 900, 1000, 3000]))
@@ -61,7 +61,7 @@ def test_the_quickstart_is_healthy_at_every_moment() -> None:
 @examples(150)
 def test_healthy_noise_is_no_symptom(seed: int, steps: int) -> None:
     config = dataclasses.replace(QUICKSTART, steps=steps)
-    assert [f for f in judge(config, healthy(seed, steps)) if f.status in ("sick", "note")] == []
+    assert [f for f in find_symptoms(config, healthy(seed, steps)) if f.status in ("sick", "note")] == []
 
 
 @pytest.mark.parametrize("steps", LENGTHS)
@@ -94,7 +94,7 @@ def test_losses_that_are_not_finite() -> None:
 def test_a_gradient_that_overflows_fp16_is_usual() -> None:
     why = "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
     records = [r | ({"grad_norm": None, "skipped": why} if r["step"] < 5 else {}) for r in quickstart_records()]
-    assert {f.status for f in judge(QUICKSTART, records)} == {"well"}
+    assert {f.status for f in find_symptoms(QUICKSTART, records)} == {"well"}
 
 
 @pytest.mark.parametrize(("skips", "status"), [(1, "note"), (9, "note"), (10, "sick")])
@@ -279,7 +279,7 @@ def test_a_periodic_loss_is_named_by_the_length_it_has() -> None:
 
 def test_planted_faults_are_the_only_symptoms() -> None:
     records = changed(quickstart_records(), "train", "ms", lambda s, x: x * (2 if s >= 600 else 1))
-    assert [f.symptom for f in seen_now(judge(QUICKSTART, records))] == ["throughput drop"]
+    assert [f.symptom for f in seen_now(find_symptoms(QUICKSTART, records))] == ["throughput drop"]
 
 
 # --- whatever the records hold -------------------------------------------------------------------------------
@@ -296,5 +296,5 @@ RECORD = st.fixed_dictionaries(
 def test_no_record_makes_it_fail(strange: Records, level: float, steps: int) -> None:
     """It runs within training, which must not stop for it."""
     usual: Records = [train(s, level, ms=0.0, grad_norm=0.0) for s in range(steps)]
-    for finding in judge(QUICKSTART, [*usual, *strange, val(200, 5.0), val(300, 5.0)]):
+    for finding in find_symptoms(QUICKSTART, [*usual, *strange, val(200, 5.0), val(300, 5.0)]):
         assert finding.status in ("well", "note", "sick", "unknown")

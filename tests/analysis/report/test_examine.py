@@ -12,13 +12,13 @@ import tiktoken
 import torch
 from transformers import GPT2LMHeadModel
 
-from restomod.analysis.report.examine import KINDS, PASSAGE, _examine, _pieces, examine, kind_of_token
+from restomod.analysis.report.examine import KINDS, PASSAGE, _examine, _pieces, analyse_errors, kind_of_token
 from restomod.analysis.report.usage import Prices
 from restomod.analysis.report.write import page_data
 from restomod.cli import main
 from restomod.config.run import DataConfig
 from restomod.data.mix import mix
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.heldout import heldout_loss
 from restomod.model.hf_io import load_model
@@ -61,7 +61,7 @@ def reference(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def test_losses_are_those_of_transformers(run: Path, tiktoken_gpt2: tiktoken.Encoding) -> None:
     lines: list[str] = []
-    examine(open_run(run), 10**9, "cpu", "fp32", lines.append)
+    analyse_errors(open_run(run), 10**9, "cpu", "fp32", lines.append)
     assert lines == [f"written: {run / 'examined.json'}"]
     found = json.loads((run / "examined.json").read_text())
     targets, losses = reference(run)
@@ -93,7 +93,7 @@ def test_losses_are_those_of_transformers(run: Path, tiktoken_gpt2: tiktoken.Enc
 def test_what_is_known_is_not_computed_again_and_is_shown(run: Path) -> None:
     lines: list[str] = []
     for _ in range(2):
-        examine(open_run(run), 256, "cpu", "fp32", lines.append)
+        analyse_errors(open_run(run), 256, "cpu", "fp32", lines.append)
     assert lines[-1] == f"{run}: step_000003 is examined already (examined.json)"
     (shown,) = page_data([open_run(run)], Prices())["runs"]
     assert shown["examined"]["tokens"] == 256
@@ -123,7 +123,7 @@ def test_data_that_has_changed_is_not_examined(run: Path) -> None:
     path, lines = run / "data.json", list[str]()
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"fingerprint": "another"}))
-    examine(open_run(run), 512, "cpu", "fp32", lines.append)
+    analyse_errors(open_run(run), 512, "cpu", "fp32", lines.append)
     path.write_text(before)
     assert lines == [f"{run}: not examined: its data has changed since it was trained"]
 
@@ -133,7 +133,7 @@ def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, 
     for name, text in (("words", "the cat sat on the mat " * 300), ("digits", "31 41 59 26 53 " * 300)):
         (tmp_path / f"{name}.txt").write_text(text)
         config = DataConfig(source="text", path=str(tmp_path / f"{name}.txt"), val_fraction=0.5, cache=str(tmp_path))
-        parts.append((prepare(config, tokenizer), Fraction(1, 2)))
+        parts.append((prepare_text(config, tokenizer), Fraction(1, 2)))
     opened, model = open_run(run), load_model(sorted((run / "checkpoints").iterdir())[-1], torch.device("cpu"))
     found = _examine(opened, model, mix(parts), 10**9, torch.device("cpu"), torch.float32)
     for source, (dataset, _) in zip(found["sources"], parts, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.analysis.report.usage import Prices, amount, flops_text, usage, usage_rows
+from restomod.analysis.report.usage import Prices, flops_text, quantity, usage, usage_rows
 from restomod.config.presets import preset
 from restomod.runs.reader import open_run
 from tests.runs.made_runs import START, make_run, stamp
@@ -87,7 +87,7 @@ def test_rows_with_prices(tmp_path: Path) -> None:
     [(0, "0"), (999_999, "999,999"), (460_800, "460,800"), (1e10, "10B"), (8.55e8, "855M"), (1e13, "10T")],
 )
 def test_amounts(value: float, text: str) -> None:
-    assert amount(value) == text
+    assert quantity(value) == text
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from restomod.analysis.report.config import differences, preset_of
+from restomod.analysis.report.config import changed_settings, preset_of
 from restomod.analysis.report.data import SAMPLED_STEPS, page_run, samples, status
 from restomod.analysis.report.evals import evaluation_tables, lines_of
 from restomod.analysis.report.html import as_json, as_page
-from restomod.analysis.report.markdown import as_markdown
+from restomod.analysis.report.markdown import report_markdown
 from restomod.analysis.report.usage import Prices, usage
 from restomod.analysis.report.write import labels, open_runs, page_data
 from restomod.cli import main
@@ -124,7 +124,7 @@ def test_hostile_text_is_text_in_markdown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", text=HOSTILE, data=HOSTILE)
     add_task(folder, convention=HOSTILE)
     add_examined(folder, HOSTILE)
-    markdown = as_markdown(page_data([open_run(folder)], Prices()))
+    markdown = report_markdown(page_data([open_run(folder)], Prices()))
     html = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
     tags = set(Page(html).tags)
     assert tags == {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "br"} - ({"br"} - tags)
@@ -244,7 +244,7 @@ def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
 def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     base = preset("gpt2-124m")
     config = dataclasses.replace(base, seed=5, optim=dataclasses.replace(base.optim, lr=1e-3))
-    assert differences(config, base) == [("optim.lr", "0.001", "0.0006"), ("seed", "5", "1337")]
+    assert changed_settings(config, base) == [("optim.lr", "0.001", "0.0006"), ("seed", "5", "1337")]
     folder = make_run(tmp_path / "r", 40, config)
     assert preset_of(open_run(folder)) == "quickstart"  # as its command says
     (folder / "environment.json").write_text("[]")

@@ -20,7 +20,7 @@ from torch import Tensor
 from restomod.analysis.weights.plots import (
     BINS,
     KINDS,
-    draw,
+    draw_weights,
     position_channels,
     position_matrix,
     singular_values,
@@ -145,7 +145,7 @@ def is_drawn(path: Path) -> bool:
 def test_four_pictures_are_written_into_a_new_folder(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "new" / "pictures"
     before = dict(rcParams)
-    paths = draw(tensors, "runs/a $x_{$ model", folder)  # what would be a broken formula
+    paths = draw_weights(tensors, "runs/a $x_{$ model", folder)  # what would be a broken formula
     assert paths == [folder / name for name in SIZES]
     assert sorted(path.name for path in folder.iterdir()) == sorted(SIZES)
     for path in paths:
@@ -169,7 +169,7 @@ def test_four_pictures_are_written_into_a_new_folder(tensors: dict[str, Tensor],
 def test_a_model_of_any_size_can_be_written(config: ModelConfig, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert all(is_drawn(path) for path in draw(hf_tensors(random_model(config)), "tiny", tmp_path))
+        assert all(is_drawn(path) for path in draw_weights(hf_tensors(random_model(config)), "tiny", tmp_path))
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -201,17 +201,17 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tensors: dict[str, Tens
     bad = tensors[name].clone()
     bad[0, 0] = float("nan")
     with pytest.raises(UserError, match=rf"^mine cannot be drawn: {name} holds numbers that are not finite$"):
-        draw({**tensors, name: bad}, "mine", tmp_path / "new")
+        draw_weights({**tensors, name: bad}, "mine", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match="taken is a file; name a folder for the pictures"):
-        draw(tensors, "mine", tmp_path / "taken")
+        draw_weights(tensors, "mine", tmp_path / "taken")
     for folder in (tmp_path / "taken" / "deeper",):
         with pytest.raises(UserError) as caught:
-            draw(tensors, "mine", folder)
+            draw_weights(tensors, "mine", folder)
         assert str(caught.value).startswith(f"{folder}: cannot write pictures there (")
         assert "\n" not in str(caught.value)
 
@@ -219,7 +219,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tensors: dict[str, Tensor], tm
 def test_a_picture_that_cannot_be_written_is_one_line(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "position_embeddings.png").mkdir()
     with pytest.raises(UserError, match=r"position_embeddings\.png is a folder"):
-        draw(tensors, "mine", tmp_path)
+        draw_weights(tensors, "mine", tmp_path)
 
 
 def test_without_matplotlib_the_way_to_get_it_is_said(
@@ -234,7 +234,7 @@ def test_without_matplotlib_the_way_to_get_it_is_said(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"^pictures need matplotlib \(.*\): pip install matplotlib$"):
-        draw(tensors, "mine", tmp_path / "new")
+        draw_weights(tensors, "mine", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

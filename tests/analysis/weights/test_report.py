@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from restomod.analysis.weights.report import compare, inspect
+from restomod.analysis.weights.report import compare_weights, inspect_weights
 from restomod.checks.device_parity import random_model
 from restomod.cli import main
 from restomod.config.run import ModelConfig
@@ -39,7 +39,7 @@ def table(lines: list[str]) -> dict[str, list[str]]:
 
 
 def test_every_tensor_has_a_line_with_numpys_statistics(theirs: GPT2LMHeadModel, folder: Path) -> None:
-    rows = table(list(inspect(str(folder), seed=0)))
+    rows = table(list(inspect_weights(str(folder), seed=0)))
     values = {name: value.numpy() for name, value in theirs.state_dict().items() if name != "lm_head.weight"}
     assert list(rows) == list(values), "in the model's order"
     for name, value in values.items():
@@ -49,7 +49,7 @@ def test_every_tensor_has_a_line_with_numpys_statistics(theirs: GPT2LMHeadModel,
 
 
 def test_the_totals_follow(theirs: GPT2LMHeadModel, folder: Path) -> None:
-    lines = list(inspect(str(folder), seed=0))
+    lines = list(inspect_weights(str(folder), seed=0))
     count = sum(parameter.numel() for parameter in theirs.parameters())
     embeddings = (97 + 12) * 16
     assert f"{'parameters':<19} {count:,}" in lines
@@ -65,7 +65,7 @@ def test_numbers_that_are_not_finite_are_pointed_out(theirs: GPT2LMHeadModel, tm
     bias[:2] = torch.tensor([torch.nan, torch.inf])
     theirs.save_pretrained(tmp_path)
     bias[:2] = before
-    rows = table(list(inspect(str(tmp_path), seed=0)))
+    rows = table(list(inspect_weights(str(tmp_path), seed=0)))
     assert rows[BIAS][-1] == "2 not finite"
     assert len(rows[WPE]) == 4
 
@@ -73,13 +73,13 @@ def test_numbers_that_are_not_finite_are_pointed_out(theirs: GPT2LMHeadModel, tm
 @pytest.mark.parametrize("n_positions", [1, 2])
 def test_one_position_has_no_roughness(tmp_path: Path, n_positions: int) -> None:
     to_transformers(random_model(ModelConfig(1, 1, 4, n_positions, 7))).save_pretrained(tmp_path)
-    shown = "\n".join(inspect(str(tmp_path), seed=0))
+    shown = "\n".join(inspect_weights(str(tmp_path), seed=0))
     assert "nan" not in shown
     assert ("roughness" in shown) == (n_positions > 1)
 
 
 def test_a_presets_initial_weights_follow_the_seed() -> None:
-    first, again, other = (list(inspect("quickstart", seed)) for seed in (1, 1, 2))
+    first, again, other = (list(inspect_weights("quickstart", seed)) for seed in (1, 1, 2))
     assert first == again != other
     rows = table(first)
     assert rows[WPE][-1].startswith(("0.0199", "0.0200", "0.0201"))  # GPT-2's 0.02
@@ -93,15 +93,15 @@ def test_pictures_are_named_at_the_end(folder: Path, tmp_path: Path, monkeypatch
         drawn.update({"tensors": set(tensors), "title": title, "where": where})
         return [where / "a.png", where / "b.png"]
 
-    monkeypatch.setattr("restomod.analysis.weights.plots.draw", draw)
-    lines = list(inspect(str(folder), 0, tmp_path / "new"))
+    monkeypatch.setattr("restomod.analysis.weights.plots.draw_weights", draw)
+    lines = list(inspect_weights(str(folder), 0, tmp_path / "new"))
     assert lines[-2:] == [f"{'drawn':<19} {tmp_path / 'new' / name}" for name in ("a.png", "b.png")]
     assert (drawn["title"], drawn["where"]) == (str(folder), tmp_path / "new")
     assert drawn["tensors"] == set(table(lines))
 
 
 def test_a_model_is_identical_to_itself(folder: Path) -> None:
-    lines = list(compare(str(folder), str(folder), 0))
+    lines = list(compare_weights(str(folder), str(folder), 0))
     assert lines[-1] == "all 28 tensors are identical"
     assert all(cells == ["=", "=", "="] for cells in table(lines).values())
 
@@ -113,7 +113,7 @@ def test_one_changed_number_shows_in_one_line(theirs: GPT2LMHeadModel, folder: P
     y = bias.numpy().astype(np.float64).copy()
     theirs.save_pretrained(tmp_path / "changed")
     bias[3] = float(x[3])
-    lines = list(compare(str(folder), str(tmp_path / "changed"), 0))
+    lines = list(compare_weights(str(folder), str(tmp_path / "changed"), 0))
     assert "27 of 28 tensors are identical" in lines
     assert lines[-1].endswith(f", of {BIAS}")
     changed = {name: cells for name, cells in table(lines).items() if cells != ["=", "=", "="]}
@@ -125,7 +125,7 @@ def test_one_changed_number_shows_in_one_line(theirs: GPT2LMHeadModel, folder: P
 def test_models_of_different_depth_can_be_compared(folder: Path, tmp_path: Path) -> None:
     deeper = random_model(ModelConfig(n_layer=3, n_head=2, n_embd=16, n_positions=10, vocab_size=97))
     to_transformers(deeper).save_pretrained(tmp_path / "deeper")
-    lines = list(compare(str(folder), str(tmp_path / "deeper"), 0))
+    lines = list(compare_weights(str(folder), str(tmp_path / "deeper"), 0))
     rows = table(lines)
     assert rows[WPE] == ["(12, 16) and (10, 16)"]
     assert rows["transformer.h.2.ln_1.bias"] == ["only in the second"]
@@ -136,7 +136,7 @@ def test_models_of_different_depth_can_be_compared(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("second", ["nowhere", "quikstart"])
 def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: Path, second: str) -> None:
     with pytest.raises(UserError, match=f"^{second}: no such preset, run or model"):
-        next(compare(str(folder), second, 0))
+        next(compare_weights(str(folder), second, 0))
 
 
 @pytest.mark.parametrize(

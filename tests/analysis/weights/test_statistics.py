@@ -11,11 +11,11 @@ from torch import Tensor
 
 from restomod.analysis.weights.statistics import (
     Difference,
-    differences,
     gigabytes,
     roughness,
     tensor_statistics,
     totals,
+    weight_differences,
 )
 from restomod.config.presets import preset
 from restomod.config.run import ModelConfig
@@ -146,7 +146,7 @@ def test_one_position_has_no_roughness() -> None:
 
 
 def difference(a: Tensor, b: Tensor) -> Difference:
-    (row,) = differences({"x": a}, {"x": b})
+    (row,) = weight_differences({"x": a}, {"x": b})
     return row
 
 
@@ -204,7 +204,7 @@ def test_a_number_that_is_not_finite_in_one_is_seen(bad: float) -> None:
 def test_a_tensor_that_one_lacks_and_one_of_another_shape_are_said() -> None:
     first = {"both": torch.ones(2), "gone": torch.ones(2), "grown": torch.ones(2, 3)}
     second = {"new": torch.ones(2), "grown": torch.ones(3, 2), "both": torch.ones(2)}
-    rows = {row.name: row for row in differences(first, second)}
+    rows = {row.name: row for row in weight_differences(first, second)}
     assert list(rows) == ["both", "gone", "grown", "new"]
     assert rows["both"].identical
     assert [rows[name].remark for name in ("gone", "grown", "new")] == [

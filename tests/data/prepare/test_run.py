@@ -379,7 +379,7 @@ def test_a_kill_right_after_the_manifest_leaves_nothing_once_it_is_run_again(
     tmp_path: Path, text: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "clean", fail)
+        patch.setattr(folder_module, "remove_leftovers", fail)
         with pytest.raises(RuntimeError):
             prepared(tmp_path)
     assert (tmp_path / "out" / ".prepare").exists()

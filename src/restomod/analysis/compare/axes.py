@@ -98,7 +98,7 @@ def hours_at(run: Run, steps: Array, of_gpus: bool = False) -> Array:
     return hours[np.searchsorted(at, steps - 1, side="right") - 1]
 
 
-def curve(run: Run, measure: Measure, axis: Axis = "tokens", price: float | None = None) -> Curve:
+def loss_curve(run: Run, measure: Measure, axis: Axis = "tokens", price: float | None = None) -> Curve:
     """The losses of a run along an axis. On one where it stood still (no times are known) it has no points."""
     steps, loss = measured(run, measure)
     x = positions(run, steps, axis, price)

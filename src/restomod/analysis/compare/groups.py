@@ -1,4 +1,4 @@
-"""The verb `compare`: runs in groups that differ in more than their seed, measured against one of them."""
+"""The verb `compare_runs`: runs in groups that differ in more than their seed, measured against one of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from restomod.analysis.compare.axes import AXES, Axis, Curve, Measure, curve, hours_at, mean_curve, measured
+from restomod.analysis.compare.axes import AXES, Axis, Curve, Measure, hours_at, loss_curve, mean_curve, measured
 from restomod.analysis.compare.statistics import Summary, Welch, summarize, welch
 from restomod.runs.config_diff import Settings, differing, settings
 from restomod.runs.reader import Run
@@ -119,7 +119,7 @@ class Comparison:
     def _run(self, run: Run, by_tokens: Curve) -> dict[str, Any]:
         steps, loss = measured(run, self.measure)
         curves = {
-            axis: curve(run, self.measure, axis, self.price).x.tolist()
+            axis: loss_curve(run, self.measure, axis, self.price).x.tolist()
             for axis in AXES
             if axis != "dollars" or self.price is not None
         }
@@ -138,7 +138,7 @@ class Comparison:
 
     def mean(self, i: int, axis: Axis) -> Curve:
         """The mean curve of a group along an axis."""
-        return mean_curve([curve(run, self.measure, axis, self.price) for run in self.groups[i].runs])
+        return mean_curve([loss_curve(run, self.measure, axis, self.price) for run in self.groups[i].runs])
 
 
 def made(run: Run) -> int:
@@ -151,7 +151,7 @@ def spent_hours(run: Run, of_gpus: bool = False) -> float:
     return float(hours_at(run, np.array([float(made(run))]), of_gpus)[0])
 
 
-def compare(
+def compare_runs(
     runs: Sequence[Run], baseline: Run | None = None, target: float | None = None, price: float | None = None
 ) -> Comparison:
     """Group runs, and measure every group against one of them.
@@ -191,7 +191,7 @@ def _grouped(runs: Sequence[Run], measure: Measure) -> list[Group]:
             same = Group([], mine, [])
             groups.append(same)
         same.runs.append(run)
-        same.curves.append(curve(run, measure))
+        same.curves.append(loss_curve(run, measure))
     points = [_point(group.runs) for group in groups]
     return [
         dataclasses.replace(group, name=point if point and points.count(point) == 1 else _first(group.runs))

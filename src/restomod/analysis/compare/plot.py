@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from restomod.analysis.compare.axes import LABELS, Axis, curve
+from restomod.analysis.compare.axes import LABELS, Axis, loss_curve
 from restomod.analysis.compare.groups import Comparison
 from restomod.analysis.compare.tables import published_differ
 from restomod.evals.references import references
@@ -60,7 +60,7 @@ def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
             continue
         if len(group.runs) > 1:
             for run in group.runs:
-                one = curve(run, found.measure, axis, found.price)
+                one = loss_curve(run, found.measure, axis, found.price)
                 panel.plot(one.x, one.loss, color=colour, linewidth=0.6, alpha=0.4)
         marker = "o" if len(mean.x) <= 30 else ""
         panel.plot(mean.x, mean.loss, color=colour, marker=marker, markersize=3, label=_label(group.name))

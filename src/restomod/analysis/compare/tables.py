@@ -42,7 +42,7 @@ def markdown(found: Comparison, axis: Axis, plot: Path | None = None) -> str:
     return head + "\n".join(table.markdown() for table in tables(found, axis)) + picture
 
 
-def amount(x: float) -> str:
+def short_number(x: float) -> str:
     """A count in few digits: 1,234, 2.5M, 10B, 5.1e18."""
     for size, unit in ((1e9, "B"), (1e6, "M")):
         if size <= x < 1000 * size:
@@ -97,7 +97,7 @@ def _against(found: Comparison) -> Table:
     rows = []
     for name, against in zip(_names(found), found.against, strict=True):
         if against is not None:
-            row = [name, amount(against.tokens), against.loss.shown(), against.baseline.shown()]
+            row = [name, short_number(against.tokens), against.loss.shown(), against.baseline.shown()]
             rows.append([*row, f"{against.difference:+.4f}", *_test(against.test)])
     return Table("against the baseline", headings, rows) if rows else Table("", [], [])
 
@@ -115,7 +115,7 @@ def _seeds(groups: Sequence[Group]) -> bool:
 
 def _range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
-    return amount(low) if low == high else f"{amount(low)} to {amount(high)}"
+    return short_number(low) if low == high else f"{short_number(low)} to {short_number(high)}"
 
 
 def _to_target(found: Comparison, i: int) -> str:
@@ -123,7 +123,7 @@ def _to_target(found: Comparison, i: int) -> str:
     if tokens is None:
         return "not reached" if found.target is not None else "–"
     beside = f" ({tokens / base:.2f}×)" if base and i != found.baseline else ""
-    return f"{amount(tokens)}{beside}"
+    return f"{short_number(tokens)}{beside}"
 
 
 def _curves(found: Comparison, axis: Axis) -> Table:
@@ -143,7 +143,7 @@ def _curves(found: Comparison, axis: Axis) -> Table:
 def _position(x: float, axis: Axis) -> str:
     if axis == "time":
         return hours(x)
-    return f"${x:.3g}" if axis == "dollars" else amount(x)
+    return f"${x:.3g}" if axis == "dollars" else short_number(x)
 
 
 def _published(found: Comparison) -> Table:

@@ -71,7 +71,7 @@ class History:
 
     Up to `ROWS` steps nothing is lost. Then neighbouring rows are merged, again and again: the loss of a row is the
     mean of its steps; of gradient norms and times, whose medians matter, it has those of one step, drawn at random. The
-    newest steps are kept one by one. So neither the memory nor the time of `curves` grows with the run.
+    newest steps are kept one by one. So neither the memory nor the time of `curves_of_records` grows with the run.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ def _merged(groups: Array, first: int) -> Array:
     return np.column_stack((groups[:, 0, 0], groups[:, :, 1].mean(axis=1), drawn[:, 2:]))
 
 
-def curves(records: Iterable[Mapping[str, Any]]) -> Curves:
+def curves_of_records(records: Iterable[Mapping[str, Any]]) -> Curves:
     """The curves of records in any order; of several records of one step the last counts."""
     history = History()
     last: dict[tuple[int, bool], Mapping[str, Any]] = {}

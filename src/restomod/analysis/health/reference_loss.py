@@ -17,7 +17,7 @@ import numpy as np
 from restomod.analysis.health.symptoms import Finding
 from restomod.config.presets import preset
 from restomod.evals.references import GPT2, LR_STUDY, references
-from restomod.runs.config_diff import differing, flat, trains_on_fineweb_edu
+from restomod.runs.config_diff import differing, flatten_config, trains_on_fineweb_edu
 from restomod.runs.reader import Run
 
 NAME = "reference band"
@@ -91,7 +91,9 @@ def reference(run: Run) -> Finding:
     if not known:
         return Finding(NAME, "unknown", f"needs a validation after {_tokens(band.tokens[0])} tokens: {band.source}")
     record, (low, high) = known[-1]
-    off = differing([flat(preset(band.preset)), flat(run.config)], without=("seed", *_data_settings(run)))
+    off = differing(
+        [flatten_config(preset(band.preset)), flatten_config(run.config)], without=("seed", *_data_settings(run))
+    )
     shown = [f"{name} {values[1]} (not {values[0]})" for name, values in off.items()][:NAMED_DIFFERENCES]
     but = f"; this run differs from {band.preset} in {', '.join(shown)}" if off else ""
     where = f"held-out loss {record['loss']:.4f} at step {record['step']}, {band.preset} on {band.data} has"
@@ -103,7 +105,7 @@ def reference(run: Run) -> Finding:
 
 
 def _data_settings(run: Run) -> list[str]:
-    return [name for name in flat(run.config) if name.startswith("data.")]
+    return [name for name in flatten_config(run.config) if name.startswith("data.")]
 
 
 def _tokens(n: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restomod.analysis.health.curves import Curves, blocks, curves, noise, period
+from restomod.analysis.health.curves import Curves, blocks, curves_of_records, noise, period
 from restomod.analysis.health.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
 from restomod.analysis.health.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
 from restomod.analysis.health.trends import autocorrelation_time
@@ -51,7 +51,7 @@ class Finding:
     reason: str
 
 
-def judge(
+def find_symptoms(
     config: RunConfig, records: Iterable[Mapping[str, Any]], lengths: Mapping[str, float] | None = None
 ) -> list[Finding]:
     """Look for every symptom in the records of a run, whether it is finished or not.
@@ -61,10 +61,12 @@ def judge(
         records: of `metrics.jsonl`.
         lengths: steps after which the data comes to a border, by what that is, such as an epoch.
     """
-    return judge_curves(config, curves(records), lengths)
+    return find_symptoms_in_curves(config, curves_of_records(records), lengths)
 
 
-def judge_curves(config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None) -> list[Finding]:
+def find_symptoms_in_curves(
+    config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None
+) -> list[Finding]:
     """Look for every symptom in curves that `restomod.analysis.health.curves.History` has gathered."""
     return [*(look(config, seen) for look in SYMPTOMS), periodicity(seen, lengths or {})]
 

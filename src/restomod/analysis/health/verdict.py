@@ -8,7 +8,7 @@ from typing import Any
 
 from restomod.analysis.health.dead_layers import dead_layers
 from restomod.analysis.health.reference_loss import reference
-from restomod.analysis.health.symptoms import Finding, judge, seen_now
+from restomod.analysis.health.symptoms import Finding, find_symptoms, seen_now
 from restomod.runs.metrics import iterate_jsonl
 from restomod.runs.reader import Run
 from restomod.utils.errors import UserError
@@ -68,7 +68,7 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
         path = run.folder / "metrics.jsonl"
         if not list(iterate_jsonl(path, damage.append)) and damage:
             raise UserError(f"{path} is damaged: no line of it can be read, so the run cannot be judged")
-    findings = judge(run.config, run.records, data_lengths(run))
+    findings = find_symptoms(run.config, run.records, data_lengths(run))
     findings.append(reference(run))
     if weights:
         findings.append(dead_layers(run))

@@ -17,20 +17,20 @@ from restomod.runs.reader import Record, Run
 from restomod.utils.redaction import redact_command
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def shown_settings(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted names and JSON values."""
     made: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            made |= flat(value, f"{prefix}{key}.")
+            made |= shown_settings(value, f"{prefix}{key}.")
         else:
             made[prefix + key] = json.dumps(value, ensure_ascii=False)
     return made
 
 
-def differences(config: RunConfig, other: RunConfig) -> list[tuple[str, str, str]]:
+def changed_settings(config: RunConfig, other: RunConfig) -> list[tuple[str, str, str]]:
     """Name, value and the other's value of every setting that is not the same."""
-    mine, theirs = flat(to_dict(config)), flat(to_dict(other))
+    mine, theirs = shown_settings(to_dict(config)), shown_settings(to_dict(other))
     return [(name, value, theirs[name]) for name, value in mine.items() if value != theirs[name]]
 
 
@@ -39,7 +39,7 @@ def preset_of(run: Run) -> str:
     command = run.environments[0].get("command") if run.environments else None
     words = [str(word) for word in command] if isinstance(command, list) else []
     named = [after for word, after in itertools.pairwise(words) if word == "train" and is_preset(after)]
-    return named[0] if named else min(PRESETS, key=lambda name: len(differences(run.config, preset(name))))
+    return named[0] if named else min(PRESETS, key=lambda name: len(changed_settings(run.config, preset(name))))
 
 
 def describe_model(config: RunConfig) -> str:

@@ -84,7 +84,7 @@ class Clock:
         return self.hours[np.searchsorted(self.steps, steps)]
 
 
-def curve(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
+def thinned_curve(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
     """A thinned curve for JSON: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
     kept = thin(y, points)
     return {
@@ -99,7 +99,7 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def curves(run: Run) -> dict[str, Any]:
+def page_curves(run: Run) -> dict[str, Any]:
     """All curves of a run for a page: ``train`` metrics, means of noisy ones, ``val`` and ``tasks``; empty ones left
     out.
     """
@@ -111,15 +111,15 @@ def curves(run: Run) -> dict[str, Any]:
         y = np.array([number(record.get(name)) for record in train])
         if not len(y) or np.isnan(y).all():
             continue
-        made[name] = curve(steps, y, clock)
+        made[name] = thinned_curve(steps, y, clock)
         width = len(y) // 100 | 1
         if name != "lr" and width > 1:
             kept = np.unique(np.linspace(0, len(y) - 1, MEANS).astype(int))
-            made[f"{name}_mean"] = curve(steps[kept], centred_mean(y, width)[kept], clock) | {"over": width}
+            made[f"{name}_mean"] = thinned_curve(steps[kept], centred_mean(y, width)[kept], clock) | {"over": width}
     val = run.val
     if val:
         at = np.array([record["step"] for record in val], dtype=np.int64)
-        made["val"] = curve(at, np.array([number(record.get("loss")) for record in val]), clock)
+        made["val"] = thinned_curve(at, np.array([number(record.get("loss")) for record in val]), clock)
     return made
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from restomod.analysis.report.config import (
+    changed_settings,
     describe_model,
-    differences,
     environment_rows,
-    flat,
     newest_checkpoint,
     preset_of,
+    shown_settings,
 )
-from restomod.analysis.report.curves import curves, number, task_curves
+from restomod.analysis.report.curves import number, page_curves, task_curves
 from restomod.analysis.report.evals import HEADLINES, evaluation_tables, lines_of
 from restomod.analysis.report.examined import examined
-from restomod.analysis.report.usage import Prices, Usage, amount, flops_text, usage, usage_rows
+from restomod.analysis.report.usage import Prices, Usage, flops_text, quantity, usage, usage_rows
 from restomod.config.presets import preset
 from restomod.config.serialize import to_dict
 from restomod.model.flops import parameter_count
@@ -56,7 +56,7 @@ def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> d
         "about": about(run),
         "figures": figures(run, used, prices),
         "batch_tokens": run.config.batch_tokens,
-        "curves": curves(run),
+        "curves": page_curves(run),
         "tasks": task_curves(run, HEADLINES),
         "lines": lines_of(run),
         "fineweb_edu": trains_on_fineweb_edu(run),
@@ -65,8 +65,8 @@ def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> d
         "examined": examined(run, newest_checkpoint(run.folder)),
         "samples": samples(run),
         "preset": name_of_preset,
-        "changed": [list(row) for row in differences(run.config, preset(name_of_preset))],
-        "settings": [list(row) for row in flat(to_dict(run.config)).items()],
+        "changed": [list(row) for row in changed_settings(run.config, preset(name_of_preset))],
+        "settings": [list(row) for row in shown_settings(to_dict(run.config)).items()],
         "environments": [[list(row) for row in environment_rows(e)] for e in run.environments[:EVENTS]],
         "usage": [list(row) for row in usage_rows(used, prices)],
     }
@@ -113,7 +113,7 @@ def figures(run: Run, used: Usage, prices: Prices) -> list[list[str]]:
             )
             of = f", {n:,} examples" if n else ""
             rows.append([f"HellaSwag, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
-    rows.append(["Tokens", amount(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
+    rows.append(["Tokens", quantity(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
     speeds = [number(r.get("tokens_per_second")) for r in run.train]
     speeds = [speed for speed in speeds if math.isfinite(speed)]
     if speeds:

@@ -22,7 +22,7 @@ from restomod.analysis.report.examined import FILE, FORMAT, read_examined
 from restomod.config.run import Device, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset, Part
-from restomod.data.tokenize import prepare
+from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.chunk_sizes import EVAL_TOKENS, tokens_at_once
 from restomod.engine.device import choose_device, choose_dtype, keep_freed_memory, total_memory
@@ -90,7 +90,7 @@ class _Sums:
     """A heap whose scores are mean losses."""
 
 
-def examine(
+def analyse_errors(
     run: Run,
     max_tokens: int,
     device: Device = "auto",
@@ -116,7 +116,7 @@ def examine(
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
-        dataset = prepare(run.config.data, gpt2_tokenizer())
+        dataset = prepare_text(run.config.data, gpt2_tokenizer())
         trained_on = run.manifest.get("fingerprint")
         if trained_on is not None and trained_on != dataset.fingerprint:
             raise UserError("its data has changed since it was trained")

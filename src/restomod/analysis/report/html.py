@@ -26,18 +26,18 @@ def footer(now: float | None = None) -> str:
     return f"restomod {restomod.__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(now))}"
 
 
-def clean(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """A value as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): clean(part) for key, part in value.items()}
-    return [clean(part) for part in value] if isinstance(value, list | tuple) else value
+        return {str(key): json_safe(part) for key, part in value.items()}
+    return [json_safe(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def as_json(value: Any) -> str:
     """JSON that is the same text within a script element: ASCII, without < > and &."""
-    text = json.dumps(clean(value), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(json_safe(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

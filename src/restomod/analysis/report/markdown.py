@@ -10,7 +10,7 @@ from typing import Any
 from restomod.utils.text import markdown_cell
 
 
-def as_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), beside: Path = Path()) -> str:
+def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), beside: Path = Path()) -> str:
     """A report.
 
     Args:

@@ -27,7 +27,7 @@ CHARTS = {
 }
 
 
-def draw(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
+def draw_curves(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
     """Draw the curves of runs (see `restomod.analysis.report.data.page_run`). Nothing is written yet.
 
     Returns:

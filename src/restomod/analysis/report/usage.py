@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from restomod.analysis.report.curves import number
-from restomod.runs.reader import Run, started
+from restomod.runs.reader import Run, start_time
 from restomod.utils.text import duration
 
 
@@ -68,7 +68,7 @@ def usage(run: Run) -> Usage:
     took = [(max(0.0, number(r.get("ms"))) / 1000, run.processes_of(r)) for r in run.train]
     took = [(seconds, count) for seconds, count in took if math.isfinite(seconds)]
     in_steps, gpus_in_steps = sum(s for s, _ in took), sum(s * count for s, count in took)
-    starts = [started(environment) for environment in run.environments]
+    starts = [start_time(environment) for environment in run.environments]
     times = sorted(at for at in (number(record.get("time")) for record in run.records) if math.isfinite(at))
     wall, stopped, gpu_seconds = None, 0.0, gpus_in_steps
     if starts and starts[0] is not None and times:
@@ -95,7 +95,7 @@ def usage(run: Run) -> Usage:
     )
 
 
-def amount(value: float) -> str:
+def quantity(value: float) -> str:
     """A large number in a few letters: 855M, 10.0B, 8.55e18 beyond that."""
     for least, unit in ((1e15, None), (1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= least:
@@ -114,7 +114,7 @@ def flops_text(flops: float) -> str:
 def usage_rows(used: Usage, prices: Prices) -> list[tuple[str, str, str]]:
     """Name, value and remark of everything that is known."""
     rows = [
-        ("Compute", f"{flops_text(used.flops)} FLOPs", f"{amount(used.tokens)} tokens in {used.steps:,} steps"),
+        ("Compute", f"{flops_text(used.flops)} FLOPs", f"{quantity(used.tokens)} tokens in {used.steps:,} steps"),
         ("Time in steps", duration(used.in_steps), ""),
     ]
     sessions = f", {used.sessions} sessions" if used.sessions > 1 else ""

@@ -10,8 +10,8 @@ from typing import Any
 
 from restomod.analysis.report.data import page_run
 from restomod.analysis.report.html import as_page, footer
-from restomod.analysis.report.markdown import as_markdown
-from restomod.analysis.report.png import draw, write_picture
+from restomod.analysis.report.markdown import report_markdown
+from restomod.analysis.report.png import draw_curves, write_picture
 from restomod.analysis.report.usage import Prices
 from restomod.runs.reader import Run, open_run
 from restomod.utils.errors import UserError, did_you_mean
@@ -44,10 +44,10 @@ def report(
     require_writable(out, markdown, png)
     data = page_data(runs, prices or Prices())
     page = as_page(data).encode()  # all is made before the first file is written
-    pictures = draw(data["runs"], png) if png is not None else {}
+    pictures = draw_curves(data["runs"], png) if png is not None else {}
     outputs = [Output(out, lambda path: write_bytes_atomically(path, page), f" ({len(page) / 1e6:.1f} MB)")]
     if markdown is not None:
-        text = as_markdown(data, list(pictures), markdown.parent)
+        text = report_markdown(data, list(pictures), markdown.parent)
         outputs.append(Output(markdown, lambda path: write_text_atomically(path, text)))
     outputs += [Output(path, functools.partial(write_picture, figure)) for path, figure in pictures.items()]
     write_outputs(outputs, say)

@@ -33,7 +33,7 @@ CHANNELS = (150, 200, 250)
 BINS = 200
 
 
-def draw(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
+def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
     """Draw a model into ``folder`` (made if need be): PNG files, whose paths are returned.
 
     Args:

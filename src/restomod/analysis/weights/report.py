@@ -1,4 +1,4 @@
-"""The verb `inspect`: print, draw or compare the weights of models."""
+"""The verb `inspect_weights`: print, draw or compare the weights of models."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from restomod.analysis.weights.statistics import (
     POSITIONS,
     Difference,
-    differences,
     roughness,
     tensor_statistics,
     totals,
+    weight_differences,
 )
 from restomod.config.run import ModelConfig
 from restomod.model.hf_format import family_of, named_views
@@ -24,7 +24,7 @@ from restomod.runs.open_model import open_or_build
 from restomod.utils.output_files import require_output_folder
 
 
-def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
+def inspect_weights(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
     """Lines about a model: a table of its tensors, then its totals; with ``plots``, pictures in that folder.
 
     Args:
@@ -48,16 +48,16 @@ def inspect(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
     if not math.isnan(rough):
         yield f"{'positions':<19} roughness {rough:.2f} (1: noise, as at initialisation; 0: smooth)"
     if plots is not None:
-        from restomod.analysis.weights.plots import draw
+        from restomod.analysis.weights.plots import draw_weights
 
-        for path in draw(tensors, name, plots):
+        for path in draw_weights(tensors, name, plots):
             yield f"{'drawn':<19} {path}"
 
 
-def compare(first: str, second: str, seed: int) -> Iterator[str]:
-    """Lines that compare two models tensor by tensor, each named as for `inspect`."""
+def compare_weights(first: str, second: str, seed: int) -> Iterator[str]:
+    """Lines that compare two models tensor by tensor, each named as for `inspect_weights`."""
     (config, a), (other, b) = _open(first, seed), _open(second, seed)
-    rows = differences(a, b)
+    rows = weight_differences(a, b)
     width = max(len(row.name) for row in rows)
     yield f"{'tensor':<{width}}  {'largest':>9}  {'relative':>9}  {'cosine':>8}"
     for row in rows:

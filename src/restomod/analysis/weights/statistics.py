@@ -103,7 +103,7 @@ class Difference:
         return not self.remark and self.largest == 0
 
 
-def differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[Difference]:
+def weight_differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[Difference]:
     """Compare two models tensor by tensor, in the order of the first."""
     rows = []
     for name in [*first, *(name for name in second if name not in first)]:

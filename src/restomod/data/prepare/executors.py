@@ -50,7 +50,7 @@ class ChosenUnits:
 
 
 def run_units(engine: Engine, step: UnitStep, units: list[int], workers: int, out: Path) -> None:
-    """Run a step for some units, within `started`.
+    """Run a step for some units, within `started_engine`.
 
     Args:
         engine: local or ray.
@@ -76,7 +76,7 @@ def run_units(engine: Engine, step: UnitStep, units: list[int], workers: int, ou
 
 
 @contextlib.contextmanager
-def started(engine: Engine, report: Callable[[str], None]) -> Iterator[None]:
+def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[None]:
     """What an engine needs while it runs: for Ray, a cluster."""
     if engine != "ray":
         yield

@@ -24,7 +24,7 @@ from restomod.data.dataset import SPLITS, Dataset, open_dataset
 from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT, READ, Prepared, read_manifest, read_plan, read_unit
 from restomod.data.prepare.units import Unit, describe, kinds_of, plan
 from restomod.data.prepare.worker import SLURM, WORK, failure_path, hashes_path, record_path
-from restomod.data.reading import Reading, joined
+from restomod.data.reading import Reading, merge_counts
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside, write_json_atomically
@@ -67,7 +67,7 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked_folder(out: Path) -> Iterator[None]:
     """Hold a folder for this process alone. The system lets go of it when the process ends, however it ends.
 
     Raises:
@@ -119,7 +119,7 @@ def finished(work: Work) -> Dataset | None:
             f"{work.out} holds other data already (other text or settings); choose another folder with --out"
         )
     checked(dataset.manifest, Prepared, f"{work.out / MANIFEST} is damaged: the manifest of token shards")
-    clean(work.out)  # after a kill between the manifest and this
+    remove_working_folder(work.out)  # after a kill between the manifest and this
     return dataset
 
 
@@ -182,7 +182,7 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
                 shard.unlink()
 
 
-def finish(work: Work) -> Dataset:
+def finish_folder(work: Work) -> Dataset:
     """Write the manifest from the units' records, and drop what was only needed on the way.
 
     Raises:
@@ -205,7 +205,7 @@ def finish(work: Work) -> Dataset:
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             digest.update(f"{split} {shard['sha256']}".encode())
-    read = joined([work.reading.to_dict(), *(record[READ] for record in records if READ in record)])
+    read = merge_counts([work.reading.to_dict(), *(record[READ] for record in records if READ in record)])
     write_json_atomically(
         out / MANIFEST,
         {
@@ -226,11 +226,11 @@ def finish(work: Work) -> Dataset:
         },
         out,
     )
-    clean(out)
+    remove_working_folder(out)
     return open_dataset(out, tokenizer.sha256, verify="all")
 
 
-def clean(out: Path) -> None:
+def remove_working_folder(out: Path) -> None:
     """Drop what was only needed on the way."""
     shutil.rmtree(out / WORK, ignore_errors=True)
     remove_leftovers(out)

@@ -18,7 +18,7 @@ from types import FrameType
 from restomod.config.prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.data.dataset import Dataset
 from restomod.data.manifest import MANIFEST, read_unit
-from restomod.data.prepare.folder import begin, finish, finished, locked, planned, unfinished
+from restomod.data.prepare.folder import begin, finish_folder, finished, locked_folder, planned, unfinished
 from restomod.data.prepare.worker import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
 from restomod.data.reading import told_lines
 from restomod.utils.errors import UserError
@@ -50,20 +50,20 @@ def prepare_folder(
     Raises:
         UserError: the sources cannot be read, ``out`` holds something else, or another process is at work on it.
     """
-    from restomod.data.prepare.executors import require_engine, run_units, started
+    from restomod.data.prepare.executors import require_engine, run_units, started_engine
 
     require_engine(engine)
     work = planned(sources, config, out)
     if (dataset := finished(work)) is not None:
         return dataset
-    with locked(out):
+    with locked_folder(out):
         if (dataset := finished(work)) is not None:  # by another process, meanwhile
             return dataset
         begin(work)
         left = unfinished(work, report)
         step_out = out if engine == "local" else out.absolute()  # workers elsewhere are in another folder
         try:
-            with started(engine if left else "local", report):
+            with started_engine(engine if left else "local", report):
                 if config.dedup and left:
                     report("looking for duplicates …")
                     unhashed = [i for i in range(len(work.units)) if not hashes_path(out, i).exists()]
@@ -76,7 +76,7 @@ def prepare_folder(
             raise
         finally:
             remove_leftovers(out)  # of workers that were stopped because another one failed
-        return finish(work)
+        return finish_folder(work)
 
 
 def prepare_and_report(

@@ -29,12 +29,12 @@ from restomod.data.prepare.executors import ChosenUnits, standard_error_aside
 from restomod.data.prepare.folder import (
     Work,
     begin,
-    clean,
-    finish,
+    finish_folder,
     finished,
     job_name,
-    locked,
+    locked_folder,
     planned,
+    remove_working_folder,
     slurm_jobs,
     unfinished,
 )
@@ -86,7 +86,7 @@ def submit_folder(
     work = planned(sources, config, out)
     if (dataset := finished(work)) is not None:
         return dataset
-    with locked(out):
+    with locked_folder(out):
         if (dataset := finished(work)) is not None:
             return dataset
         submitted = (out / WORK / SLURM).exists()
@@ -101,7 +101,7 @@ def submit_folder(
         _raise_failure(work)
         left = unfinished(work, report)
         if not left:
-            return finish(work)
+            return finish_folder(work)
         if submitted:
             report(f"its jobs have ended without the others: out of time or memory? See {out / WORK / 'slurm'}")
         _submit(work, left, workers, slurm, report)
@@ -165,7 +165,7 @@ class Finish:
         self.work = work
 
     def __call__(self, data: Any, rank: int, world_size: int) -> list[Any]:
-        finish(self.work)
+        finish_folder(self.work)
         return []
 
 
@@ -218,7 +218,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
             write_json_atomically(failure_path(self.out, unit), {"error": error}, self.out)
             raise
         if self.stage == "finish":  # again: datatrove has left its log and statistics there since
-            clean(self.out)
+            remove_working_folder(self.out)
         return stats
 
 

@@ -104,7 +104,7 @@ def write_results(found: list[SweepResult], store: Store, price: float | None) -
     write_json_atomically(store.folder / "sweep.json", content, store.folder)
 
 
-def show(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
+def show_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
     """Print the trials, best first, and where everything is."""
     console = Terminal(highlight=False)
     if not console.is_terminal:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from restomod.config.serialize import from_dict, to_dict
 from restomod.experiments.sweep.gpu_time import Interval, Taken, gpu_in_use
 from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
-from restomod.runs.reader import process_count, read_environments, started
+from restomod.runs.reader import process_count, read_environments, start_time
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.files import require_inside, require_regular, write_json_atomically
 from restomod.utils.json_files import read_json
@@ -265,7 +265,7 @@ class Store:
         """With how many processes a trial was trained before a time; 1 where its run does not say so."""
         run = self.folder / "trials" / name
         require_run_inside(run)
-        begun = [start for start in read_environments(run, complain) if (started(start) or 0.0) <= until]
+        begun = [start for start in read_environments(run, complain) if (start_time(start) or 0.0) <= until]
         return process_count(begun[-1]) if begun else 1
 
     def at_work(self, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from restomod.analysis.report.config import newest_checkpoint
 from restomod.engine.signals import StopSignal
-from restomod.experiments.sweep.results import SweepResult, results, show, write_results
+from restomod.experiments.sweep.results import SweepResult, results, show_results, write_results
 from restomod.experiments.sweep.space import flags, label
 from restomod.experiments.sweep.study import Claim, Store, SweepPlan
 from restomod.experiments.sweep.trial_process import TrainingProcess
@@ -77,7 +77,7 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
     with StopSignal() as worker.stop:
         worker.work()
     found = worker.write()
-    show(found, folder, plan)
+    show_results(found, folder, plan)
     running = sum(result.state == "running" for result in found)
     if worker.stopped_by:
         say(f"{worker.stopped_by}; the same command goes on")
