@@ -278,7 +278,7 @@ def test_another_error_of_torch_is_not_taken_for_one_of_memory(monkeypatch: pyte
 
 def test_a_process_has_its_own_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from the second of two processes, with no other there."""
-    monkeypatch.setattr(Processes, "together", lambda self, work, one_first=False: work())
+    monkeypatch.setattr(Processes, "run_on_all_ranks", lambda self, work, one_first=False: work())
     monkeypatch.setattr(Processes, "any", lambda self, *flags: list(flags))
     monkeypatch.setattr("restomod.train.setup.distribute", lambda loss, *_: loss)
     config = dataclasses.replace(make_trainee().config, micro_batch=2, device="cpu", precision="fp32")

@@ -195,7 +195,7 @@ def test_a_result_is_kept_before_the_next_task_is_asked(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("restomod.evals.suite.evaluate", stop)
+    monkeypatch.setattr("restomod.evals.suite.score_task", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", display=QUIET)
     assert (run / "evals" / "step_000012-heldout.json").exists()

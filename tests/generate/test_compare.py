@@ -165,7 +165,7 @@ def test_both_models_are_looked_for_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(random_model(SMALL), tmp_path)
-    monkeypatch.setattr("restomod.generate.compare.sample", lambda *a: pytest.fail("computed"))
+    monkeypatch.setattr("restomod.generate.compare.sample_texts", lambda *a: pytest.fail("computed"))
     with pytest.raises(UserError, match="nowhere: no such run"):
         compare_samples(str(tmp_path), str(tmp_path / "nowhere"), ["x"], SamplingConfig(), 0)
 
