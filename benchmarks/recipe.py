@@ -46,7 +46,7 @@ from restomod.engine.device import (
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import BatchLoss, Compute, train_step
-from restomod.evals.heldout import dataset_loss
+from restomod.evals.validation import dataset_loss
 from restomod.model.gpt import build_model
 from restomod.runs.folder import environment
 from restomod.utils.files import write_text_atomically
@@ -135,7 +135,7 @@ class Training:
         return time.perf_counter() - began
 
     def held_out(self, tokens: int) -> float:
-        """The loss on this many held-out tokens."""
+        """The loss on this many validation tokens."""
         length = self.config.sequence_length
         held = dataset_loss(self.model, self.dataset, length, self.device, self.compute.dtype, tokens)
         assert held is not None
@@ -143,7 +143,7 @@ class Training:
 
 
 def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
-    """Train once; held-out losses by tokens, the seconds of all steps, and the speed of a median one."""
+    """Train once; validation losses by tokens, the seconds of all steps, and the speed of a median one."""
     training, curve = Training(config, dataset), []
     seconds: list[float] = []
     for step in range(config.steps + 1):
@@ -198,7 +198,7 @@ def table(rows: list[Row]) -> str:
     baseline = max((key for key in groups if key[0] == BASELINE), default=None)
     target = statistics.mean(row["loss"] for row in groups[baseline]) if baseline else None
     lines = [
-        "| recipe | tokens | held-out loss, mean ± sd | n | tokens to the baseline's loss | time of a token |",
+        "| recipe | tokens | validation loss, mean ± sd | n | tokens to the baseline's loss | time of a token |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for (name, tokens), group in sorted(groups.items(), key=lambda item: (item[0] != baseline, item[0])):

@@ -90,7 +90,9 @@ COMPARE = Command("compare run run2", every=3)
 INSPECT = Command("inspect run")
 RESUME = Command("train --resume run --steps 13", every=50, writes=True, exact=True)
 OFTEN = dataclasses.replace(RESUME, every=10)  # where nothing else reads as much
-EVAL = Command(f"eval run --tasks heldout --data data --context 16 {ON_CPU} --json result.json", every=40, writes=True)
+EVAL = Command(
+    f"eval run --tasks validation --data data --context 16 {ON_CPU} --json result.json", every=40, writes=True
+)
 SAMPLE = Command(f"sample run --prompt a --max-tokens 1 --num-samples 1 {ON_CPU}", every=20, exact=True)
 OTHER, GPT2 = (
     (dataclasses.replace(SAMPLE, line=SAMPLE.line.replace("run", name), every=1),) for name in ("other", "model")
@@ -144,7 +146,7 @@ FORMATS = {
     "run-examined": Format(
         "run/examined.json", "json", (REPORT, Command("report run --out page.html --examine", 25, writes=True))
     ),
-    "run-heldout": Format("run/evals/step_000012-heldout.json", "json", (REPORT,)),
+    "run-validation": Format("run/evals/step_000012-validation.json", "json", (REPORT,)),
     "run-task": Format("run/evals/step_000012-questions.json", "json", (REPORT,)),
     "run-track": Format("run/track.json", "json", (Command("trackers", writes=True),)),
     "checkpoint-record": Format(RECORD, "json", (INSPECT, Command("verdict run"), SAMPLE, OFTEN)),
@@ -275,7 +277,7 @@ def make_fixtures() -> None:
     Path("questions.json").write_text(json.dumps(records))
     pq.write_table(pa.Table.from_pylist(records), "questions.parquet", write_page_checksum=True)
     Path("prompts.txt").write_text("".join(f"{d['text']}\n" for d in documents[:3]))
-    _do(f"eval run --tasks heldout --data data {ON_CPU}")
+    _do(f"eval run --tasks validation --data data {ON_CPU}")
     _do(f"eval run --task questions.jsonl {ON_CPU}")
     _do("report run --out page.html --examine --examine-tokens 200")
     _without_times(Path("run"))

@@ -142,7 +142,7 @@ def _from_recipe(file: Path, part: Part) -> Item:
     for row in rows:
         by_seed.setdefault(row["seed"], {})[row["recipe"]] = row
     whole = [results for results in by_seed.values() if {"modern", BASELINE} <= results.keys()]
-    notes = [f"{row['recipe']}, seed {row['seed']}: held-out loss {row['loss']:.4f}" for row in rows]
+    notes = [f"{row['recipe']}, seed {row['seed']}: validation loss {row['loss']:.4f}" for row in rows]
     config = rows[0]["config"]
     case = f"{config['model']['n_layer']} layers × {config['model']['n_embd']}, {rows[0]['tokens']:,} tokens"
     rounds = [measured(results) for results in whole]

@@ -23,7 +23,7 @@ Row = dict[str, Measured]
 OURS = ("modern", "speedrun", BASELINE)
 METRICS = [
     Metric("tokens to GPT-2's loss", "", "lower"),
-    Metric("held-out loss", "nats", "lower"),
+    Metric("validation loss", "nats", "lower"),
     Metric("tokens/s", "", "higher"),
 ]
 
@@ -67,7 +67,7 @@ def measured(results: dict[str, dict[str, Any]]) -> Row:
     target = results[BASELINE]["loss"]
     row = {}
     for name, result in results.items():
-        values = {"held-out loss": result["loss"], "tokens/s": result["tokens_per_second"]}
+        values = {"validation loss": result["loss"], "tokens/s": result["tokens_per_second"]}
         reached = tokens_to(result["curve"], target)
         row[name] = Measured(values | ({METRICS[0].name: reached} if reached is not None else {}))
     return row

@@ -37,7 +37,7 @@ _HOME = {  # public name -> module that defines it
     "open_model": "restomod.runs.open_model",
     "find_model": "restomod.runs.open_model",
     "save_model": "restomod.model.hf_io",
-    "heldout_loss": "restomod.evals.heldout",
+    "validation_loss": "restomod.evals.validation",
 }
 
 __all__ = sorted(_HOME)

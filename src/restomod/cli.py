@@ -149,7 +149,7 @@ def compare_samples(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Measure a model: held-out loss, HellaSwag, LAMBADA, ARC, PIQA, Winograd, your own questions."""
+    """Measure a model: validation loss, HellaSwag, LAMBADA, ARC, PIQA, Winograd, your own questions."""
     with reported_once():
         parsed = parse(EvalArguments, tyro.MISSING_NONPROP, arguments, "restomod eval")
         for flag in ("limit", "context", "batch"):

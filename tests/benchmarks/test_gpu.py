@@ -148,12 +148,12 @@ def test_trials_of_recipes_become_an_item(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(rows))
     (comparison,) = collect.collect("recipe", tmp_path, None, 0, 45, None).comparisons
     modern, gpt2 = comparison.entries
-    assert modern.values == {"tokens to GPT-2's loss": [50.0], "held-out loss": [2.0], "tokens/s": [5.0]}
+    assert modern.values == {"tokens to GPT-2's loss": [50.0], "validation loss": [2.0], "tokens/s": [5.0]}
     assert gpt2.values["tokens to GPT-2's loss"] == [100.0]
     (tmp_path / "recipe.json").write_text(json.dumps(rows[:1]))
     unfinished = collect.collect("recipe", tmp_path, None, 124, 160, None)
     assert unfinished.comparisons == []
-    assert unfinished.notes == ["gpt2, seed 0: held-out loss 4.0000"]
+    assert unfinished.notes == ["gpt2, seed 0: validation loss 4.0000"]
     assert unfinished.left_out == ["modern beside gpt2: stopped after its 160 s"]
 
 

@@ -166,7 +166,7 @@ def test_no_path_is_empty(verb: str, answer: Answer) -> None:
         ("report runs/a --out runs/a/config.json", "runs/a/config.json would overwrite a file"),
         ("compare runs/a --json runs/b/metrics.jsonl", "would overwrite a file"),
         ("verdict runs/a --json runs/a/data.json", "would overwrite a file"),
-        ("eval runs/a --tasks heldout --json runs/a/config.json", "would overwrite a file"),
+        ("eval runs/a --tasks validation --json runs/a/config.json", "would overwrite a file"),
         # flags without an effect
         ("report runs/a --examine-tokens 5", "--examine-tokens has no effect without --examine"),
         ("report runs/a --device cpu", "--device has no effect without --examine"),

@@ -101,10 +101,10 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
     weights = "checkpoints/step_000024/model.safetensors"
     assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
 
-    printed = command("eval", str(whole), "--tasks", "heldout", "--task", str(questions))
+    printed = command("eval", str(whole), "--tasks", "validation", "--task", str(questions))
     last = metrics(whole, "val")[-1]["loss"]
     print(f"validation loss {last} while training\n{printed}")
-    found = json.loads((whole / "evals" / "step_000024-heldout.json").read_text())
+    found = json.loads((whole / "evals" / "step_000024-validation.json").read_text())
     assert found["loss"] == pytest.approx(last, rel=1e-3)  # with the last, shorter window
     printed = command("sample", str(whole), "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "12")
     assert printed.count("the cat") >= 2

@@ -1,4 +1,4 @@
-"""Scores, held-out loss and text on the device are the CPU's; attention with masks is finite and right."""
+"""Scores, validation loss and text on the device are the CPU's; attention with masks is finite and right."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from restomod.config.run import SamplingConfig
 from restomod.data.dataset import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.step import Compute, batch_loss
-from restomod.evals.heldout import heldout_loss
 from restomod.evals.likelihood import Request as Question
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT
+from restomod.evals.validation import validation_loss
 from restomod.generate.decode import Prompt, generate
 from restomod.model.attention import attention
 from restomod.model.gpt import GPT
@@ -84,12 +84,12 @@ def test_scores_are_the_cpus(family: str) -> None:
         assert off < tolerance
 
 
-def test_heldout_loss_is_the_cpus() -> None:
+def test_validation_loss_is_the_cpus() -> None:
     model = device_parity.random_model(small("gpt2-124m"))
     tokens = np.random.default_rng(0).integers(1009, size=40 * 128 + 70).astype(np.uint16)  # the last window is short
     stream = TokenStream([tokens])
-    here = heldout_loss(model, stream, 128, CPU, torch.float32)
-    there = heldout_loss(model.to(DEVICE), stream, 128, DEVICE, torch.float32)
+    here = validation_loss(model, stream, 128, CPU, torch.float32)
+    there = validation_loss(model.to(DEVICE), stream, 128, DEVICE, torch.float32)
     assert there.tokens == here.tokens == len(tokens) - 1
     assert there.loss == pytest.approx(here.loss, rel=1e-6)
     assert there.by_position == pytest.approx(here.by_position, rel=1e-5)

@@ -21,7 +21,7 @@ from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.references import REFERENCES, references
 from restomod.evals.scoring import ACCURACIES
-from restomod.evals.suite import HELDOUT, evaluate_model
+from restomod.evals.suite import VALIDATION, evaluate_model
 from restomod.evals.tasks import TASKS
 from restomod.model.hf_io import save_model
 from restomod.runs.metrics import read_jsonl
@@ -86,11 +86,11 @@ def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, question
 def test_a_runs_results_are_written_into_it(
     run: Path, questions: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", precision="fp32") == 0
+    assert evaluate_model(str(run), [VALIDATION, str(questions)], device="cpu", precision="fp32") == 0
     shown = capsys.readouterr().out
     assert sorted(path.name for path in (run / "evals").iterdir()) == [
-        "step_000012-heldout.json",
-        "step_000012-heldout.png",
+        "step_000012-validation.json",
+        "step_000012-validation.png",
         "step_000012-questions.json",
     ]
     result = json.loads((run / "evals" / "step_000012-questions.json").read_text())
@@ -100,12 +100,12 @@ def test_a_runs_results_are_written_into_it(
     assert (result["examples"], result["truncated"], result["step"]) == (5, 1, 12)
     assert result["environment"]["precision"] == "fp32"
     assert "warning: questions: 1 of 5 examples do not fit into the model's 32 tokens" in shown
-    heldout = json.loads((run / "evals" / "step_000012-heldout.json").read_text())
+    validation = json.loads((run / "evals" / "step_000012-validation.json").read_text())
     last = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "val"][-1]
-    assert heldout["loss"] == pytest.approx(last["loss"], rel=1e-6)
-    assert f"{heldout['loss']:.4f}" in shown
+    assert validation["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert f"{validation['loss']:.4f}" in shown
     assert "3.292" not in shown, "GPT-2's loss is one of FineWeb-Edu"
-    assert heldout["data"]["fingerprint"] == json.loads((run / "data.json").read_text())["fingerprint"]
+    assert validation["data"]["fingerprint"] == json.loads((run / "data.json").read_text())["fingerprint"]
 
 
 def test_a_limited_result_does_not_replace_a_whole_one(run: Path, questions: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_checkpoint_is_of_its_run(run: Path, questions: Path) -> None:
 
 
 def test_the_context_can_be_chosen(run: Path, tiny: RunConfig, tokenizer: Tokenizer) -> None:
-    evaluate_model(str(run), [HELDOUT], context=5, device="cpu", precision="fp32", display=QUIET)
-    held = json.loads((run / "evals" / "step_000012-heldout.json").read_text())
+    evaluate_model(str(run), [VALIDATION], context=5, device="cpu", precision="fp32", display=QUIET)
+    held = json.loads((run / "evals" / "step_000012-validation.json").read_text())
     model = GPT2LMHeadModel.from_pretrained(run / "checkpoints" / "step_000012").eval()
     stream = prepare_text(tiny.data, tokenizer).val
     text = stream.read(0, len(stream)).tolist()
@@ -137,7 +137,7 @@ def evaluate_quietly(run: str, tasks: list[str], file: Path) -> int:
 
 
 def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_path: Path) -> None:
-    wanted = [HELDOUT, str(questions)]
+    wanted = [VALIDATION, str(questions)]
     evaluate_quietly(str(run), wanted, tmp_path / "one.json")
     assert results(2, evaluate_quietly, str(run), wanted, tmp_path / "two.json") == [0, 0]
     one, two = (json.loads((tmp_path / name).read_text())["results"] for name in ("one.json", "two.json"))
@@ -153,7 +153,7 @@ def test_what_cannot_be_written_into_the_run_is_shown(
     run: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "evals").write_text("not a folder")
-    assert evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", precision="fp32") == 0
+    assert evaluate_model(str(run), [VALIDATION, str(questions)], device="cpu", precision="fp32") == 0
     out = capsys.readouterr().out
     assert out.index("perplexity") < out.index("warning: ")
     assert "acc_norm" in out
@@ -180,7 +180,7 @@ def test_a_full_disk_loses_no_result(
 
     monkeypatch.setattr("restomod.utils.files.os.fsync", full)
     file = tmp_path / "out.json"
-    assert main(["eval", str(run), "--task", str(questions), "--tasks", "heldout", "--json", str(file)]) == 2
+    assert main(["eval", str(run), "--task", str(questions), "--tasks", "validation", "--json", str(file)]) == 2
     captured = capsys.readouterr()
     assert "perplexity" in captured.out
     assert "acc_norm" in captured.out
@@ -197,8 +197,8 @@ def test_a_result_is_kept_before_the_next_task_is_asked(
 
     monkeypatch.setattr("restomod.evals.suite.score_task", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_model(str(run), [HELDOUT, str(questions)], device="cpu", display=QUIET)
-    assert (run / "evals" / "step_000012-heldout.json").exists()
+        evaluate_model(str(run), [VALIDATION, str(questions)], device="cpu", display=QUIET)
+    assert (run / "evals" / "step_000012-validation.json").exists()
 
 
 def test_a_loss_on_other_data_does_not_replace_the_runs(
@@ -211,10 +211,10 @@ def test_a_loss_on_other_data_does_not_replace_the_runs(
     for name, is_it in (("other.txt", False), ("fineweb-edu", True), ("fineweb-edu+other.txt", False)):
         (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest | {"name": name}))
         capsys.readouterr()
-        assert main(["eval", str(run), "--tasks", "heldout", "--data", str(tmp_path / "tokens")]) == 0
+        assert main(["eval", str(run), "--tasks", "validation", "--data", str(tmp_path / "tokens")]) == 0
         assert ("3.292" in capsys.readouterr().out) is is_it
     (found,) = (run / "evals").glob("*.json")
-    assert found.name == f"step_000012-heldout-of-{manifest['fingerprint'][:8]}.json"
+    assert found.name == f"step_000012-validation-of-{manifest['fingerprint'][:8]}.json"
     assert json.loads(found.read_text())["data"]["fingerprint"] == manifest["fingerprint"]
 
 
@@ -253,9 +253,9 @@ def test_a_model_whose_logits_are_not_finite_is_refused(folder: Path, capsys: py
     save_model(model, folder)
     Path("other.txt").write_text("one two three four " * 3000)
     assert main(["prepare", "other.txt", "--out", "tokens", "--workers", "1"]) == 0
-    command = ["eval", "model", "--tasks", "heldout", "--data", "tokens", "--device", "cpu", "--json", "out.json"]
+    command = ["eval", "model", "--tasks", "validation", "--data", "tokens", "--device", "cpu", "--json", "out.json"]
     assert main(command) == 2
-    assert "heldout: the model's output is not finite" in capsys.readouterr().err
+    assert "validation: the model's output is not finite" in capsys.readouterr().err
     assert not Path("out.json").exists()
 
 
@@ -299,17 +299,20 @@ def test_a_file_of_ones_own_is_not_the_task_of_its_name(folder: Path, tmp_path: 
     ("arguments", "said"),
     [
         (["--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
-        (["--tasks", "heldout"], "model is not of a run, and has no data of its own: name a folder of tokens with"),
-        (["--tasks", "heldout", "--data", "nowhere"], "nowhere: no such folder of token shards"),
+        (["--tasks", "validation"], "model is not of a run, and has no data of its own: name a folder of tokens with"),
+        (["--tasks", "validation", "--data", "nowhere"], "nowhere: no such folder of token shards"),
         (["--task", "none.jsonl"], "none.jsonl: no such file"),
         (["--task", "questions.jsonl", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--task", "questions.jsonl", "--batch", "-1"], "--batch is -1; it must be at least 1"),
         (["--task", "questions.jsonl", "--json", "no/out.json"], "no/out.json: there is no folder no"),
         (["--task", "bad.jsonl"], "bad.jsonl, line 1: not JSON"),
         (["--tsks", "hellaswag"], "did you mean --task"),
-        (["--task", "questions.jsonl", "--data", "nope"], "--data is for the held-out loss, which is not asked for"),
-        (["--task", "questions.jsonl", "--context", "5"], "--context is for the held-out loss, which is not asked for"),
-        (["--tasks", "heldout", "--data", "x", "--limit", "5"], "--limit is for the examples of tasks"),
+        (["--task", "questions.jsonl", "--data", "nope"], "--data is for the validation loss, which is not asked for"),
+        (
+            ["--task", "questions.jsonl", "--context", "5"],
+            "--context is for the validation loss, which is not asked for",
+        ),
+        (["--tasks", "validation", "--data", "x", "--limit", "5"], "--limit is for the examples of tasks"),
         (["--task", ""], "--task is empty"),
         (["--task", "questions.jsonl", "--json", ""], "--json is empty"),
         (["--task", "questions.jsonl", "--json", "questions.jsonl"], "questions.jsonl; name two different files"),
@@ -331,14 +334,14 @@ def test_a_mistake_is_one_line(
 
 
 def test_a_context_beyond_the_positions_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(run), "--tasks", "heldout", "--context", "33"]) == 2
+    assert main(["eval", str(run), "--tasks", "validation", "--context", "33"]) == 2
     assert "--context 33 is longer than the model's 32 positions" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_torchrun_evaluates_with_two_processes(run: Path, questions: Path, restomod: Callable, tmp_path: Path) -> None:
     program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "restomod")
-    flags = ("--tasks", "heldout", "--task", str(questions), "--device", "cpu", "--precision", "fp32")
+    flags = ("--tasks", "validation", "--task", str(questions), "--device", "cpu", "--precision", "fp32")
     process = restomod("eval", str(run), *flags, "--json", "two.json", program=program)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -351,7 +354,7 @@ def test_torchrun_evaluates_with_two_processes(run: Path, questions: Path, resto
 
 def test_published_numbers_are_of_tasks_and_numbers_that_there_are() -> None:
     names = {"loss", "perplexity", *ACCURACIES}
-    assert {r.task for r in REFERENCES} <= {HELDOUT, *TASKS}
+    assert {r.task for r in REFERENCES} <= {VALIDATION, *TASKS}
     assert {r.metric for r in REFERENCES} <= names
     assert all(0.2 < r.value < 0.7 for r in REFERENCES if r.metric.startswith("acc"))
     assert all(r.convention for r in REFERENCES)

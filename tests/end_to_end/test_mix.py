@@ -17,7 +17,7 @@ from restomod.data.mix import mix
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.reading import told
 from restomod.data.tokenize import open_tokens
-from restomod.evals.heldout import heldout_loss
+from restomod.evals.validation import validation_loss
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from restomod.train.setup import set_up
@@ -66,7 +66,7 @@ def test_validation_is_told_of_each_and_its_mean_goes_by_share(
     last = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "val"][-1]
     training = set_up(dataclasses.replace(mixed), tmp_path / "run", resume=True)
     for folder in folders:
-        held = heldout_loss(
+        held = validation_loss(
             training.model, open_tokens(folder).val, 32, training.compute.device, training.compute.dtype
         )
         assert last["sources"][folder.name] == pytest.approx(held.loss, rel=1e-6)

@@ -21,7 +21,7 @@ from restomod.engine.distributed import SINGLE, Processes, compiled_parts, distr
 from restomod.engine.gather import gather_full_model, gather_on_main, whole_on_main
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
 from restomod.engine.step import BatchLoss, Compute, train_step
-from restomod.evals.heldout import token_losses
+from restomod.evals.validation import token_losses
 from restomod.model.gpt import GPT
 from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import load_checkpoint

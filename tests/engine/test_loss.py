@@ -259,7 +259,7 @@ def test_no_grad_gives_the_same_loss() -> None:
 
 
 def test_no_grad_does_not_compute_gradients() -> None:
-    # Two of the three large products are for the gradients; held-out losses need only one.
+    # Two of the three large products are for the gradients; validation losses need only one.
     hidden, weight, targets = problem(30, D=12, V=50, padded=64)
     with torch.no_grad(), Sizes() as sizes:
         linear_cross_entropy(hidden, weight, targets, 50, FP32)

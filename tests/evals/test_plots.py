@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
-from restomod.evals.heldout import Heldout
 from restomod.evals.plots import draw_positions, position_means
+from restomod.evals.validation import ValidationLoss
 from restomod.utils.errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_means_cover_every_position_once() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    held = Heldout(4.0, 640, 2000, [6.0 - t / 32 for t in range(64)], {})
+    held = ValidationLoss(4.0, 640, 2000, [6.0 - t / 32 for t in range(64)], {})
     draw_positions(held, "runs/mine_$x", tmp_path / "a.png")
     pixels = image.imread(tmp_path / "a.png")
     assert pixels.shape[1] > 800
@@ -29,4 +29,4 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.png: there is no folder"):
-        draw_positions(Heldout(4.0, 1, 1, [4.0], {}), "", tmp_path / "none" / "a.png")
+        draw_positions(ValidationLoss(4.0, 1, 1, [4.0], {}), "", tmp_path / "none" / "a.png")

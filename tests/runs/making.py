@@ -48,7 +48,7 @@ def val(step: int, loss: float, tokens: int = 32_768) -> dict[str, Any]:
 
 
 def simple(losses: dict[int, float], steps: int = 100, ms: float = 200.0) -> list[dict[str, Any]]:
-    """Records of a run with these held-out losses by step, and steps of equal length."""
+    """Records of a run with these validation losses by step, and steps of equal length."""
     return [train(s, 5.0, ms) for s in range(steps)] + [val(s, loss) for s, loss in losses.items()]
 
 

@@ -38,7 +38,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     name = "<img src=x onerror=window.hurt=5>\x1b[2J\u202e" + TOKEN
     folder = make_run(tmp_path_factory.mktemp("hostile") / name, config=config, text=TEXT, data=TEXT)
-    add_task(folder, "heldout", convention=TEXT)
+    add_task(folder, "validation", convention=TEXT)
     add_task(folder, "<b>task\x1b[2J", convention=TEXT)
     add_examined(folder, TEXT)
     starts = json.loads((folder / "environment.json").read_text())

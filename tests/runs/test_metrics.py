@@ -9,9 +9,9 @@ import pytest
 from restomod.runs import metrics
 from restomod.runs.metrics import (
     MAX_LINE,
-    HeldoutLosses,
     NewRecords,
     SampleRecord,
+    ValidationLosses,
     append_jsonl,
     iterate_jsonl,
     keep_records,
@@ -160,8 +160,8 @@ def test_a_file_may_come_and_go(tmp_path: Path) -> None:
     assert (fresh, list(records)) == (True, [])
 
 
-def test_held_out_losses_are_followed(tmp_path: Path) -> None:
-    losses, path = HeldoutLosses(tmp_path), tmp_path / "metrics.jsonl"
+def test_validation_losses_are_followed(tmp_path: Path) -> None:
+    losses, path = ValidationLosses(tmp_path), tmp_path / "metrics.jsonl"
     assert losses.read() == {}
     for kind, step, loss in (("val", 0, 9.0), ("train", 1, 8.0), ("val", 2, 7.0), ("val", 4, None), ("val", "x", 1.0)):
         append_jsonl(path, {"kind": kind, "step": step, "loss": loss})

@@ -87,16 +87,16 @@ class EvalArguments:
     """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2. Models
     other than GPT-2 are run by transformers."""
     tasks: str | None = None
-    """Names, with commas between: heldout, hellaswag, hellaswag-harness, arc-easy, arc-challenge, piqa, winograd,
-    lambada. NAME=FILE takes a task's data from a file. Default: heldout (where there is data) and hellaswag."""
+    """Names, with commas between: validation, hellaswag, hellaswag-harness, arc-easy, arc-challenge, piqa, winograd,
+    lambada. NAME=FILE takes a task's data from a file. Default: validation (where there is data) and hellaswag."""
     task: str | None = None
     """Your own questions: a .jsonl file with query (or ctx), choices (or endings) and gold (or label) in every line."""
     limit: int | None = None
     """Ask only the first so many examples of each task."""
     data: str | None = None
-    """Folder of tokens for the held-out loss. Default: the validation split of the run's data."""
+    """Folder of tokens for the validation loss. Default: the validation split of the run's data."""
     context: int | None = None
-    """Tokens of the windows of the held-out loss. Default: as many as the run trained on."""
+    """Tokens of the windows of the validation loss. Default: as many as the run trained on."""
     batch: int | None = None
     """Contexts (windows) per forward pass. It changes the speed and no result. Default: what is fast."""
     json: str | None = None

@@ -17,7 +17,7 @@ from restomod.utils.files import require_inside
 
 PAGE_HOLDS = """\
 The page contains losses and speeds, evaluations, samples and prompts, passages
-of the held-out text (with report --examine), all settings with the paths of the
+of the validation text (with report --examine), all settings with the paths of the
 data, the commands without --then, versions and the kind of machine; no host
 names and no environment variables. Home folders are shortened to ~, and what
 looks like a token, key or password is redacted. Look at it before you share it:
@@ -55,7 +55,7 @@ class ReportArguments(PriceArguments):
     """First find out where the newest checkpoint is strong and weak, by kind of token, position, source and passage;
     kept in the run's folder for later reports. The only part that needs the model, its data, and time."""
     examine_tokens: int = 100_000
-    """On so many held-out tokens, spread over all there are."""
+    """On so many validation tokens, spread over all there are."""
     device: Device = "auto"
     """Where to examine. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"

@@ -39,7 +39,7 @@ class SweepArguments:
     search_seed: int = 0
     """Of --random and --tpe."""
     prune: Pruning = "none"
-    """Stop trials whose held-out loss is bad along the way: above the median of the trials before at that step (from
+    """Stop trials whose validation loss is bad along the way: above the median of the trials before at that step (from
     the sixth trial on, after the warm-up), or by Hyperband."""
     max_hours: float | None = None
     """Stop before a trial that would take all trials together, on all machines, beyond so many hours, judged by those
@@ -156,7 +156,7 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     require_seed("the last seed", config.seed + given.seeds - 1)
     data = config.data
     if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:
-        raise UserError("a sweep compares held-out losses, and nothing is held out; add --data.val-fraction 0.05")
+        raise UserError("a sweep compares validation losses, and nothing is held out; add --data.val-fraction 0.05")
     return SweepPlan(
         name,
         tuple(flags),

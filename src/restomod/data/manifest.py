@@ -166,7 +166,7 @@ def read_unit(path: Path) -> dict[str, Any]:
 
 
 def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:
-    """Whether tokens are FineWeb-Edu's, on which the published held-out losses were measured: told by their names.
+    """Whether tokens are FineWeb-Edu's, on which the published validation losses were measured: told by their names.
 
     Args:
         manifest: of the tokens, with their name and their shards. A mix is another text.

@@ -1,4 +1,4 @@
-"""A picture of the held-out loss by position in the window."""
+"""A picture of the validation loss by position in the window."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from restomod.evals.heldout import Heldout
+from restomod.evals.validation import ValidationLoss
 from restomod.utils.errors import shortened
 from restomod.utils.figures import INK, new_figure, quiet, require_matplotlib, write_figure
 from restomod.utils.redaction import redact
@@ -23,11 +23,11 @@ def position_means(by_position: list[float]) -> tuple[list[float], list[float]]:
     return [(a + b - 1) / 2 for a, b in ranges], [float(np.mean(by_position[a - 1 : b - 1])) for a, b in ranges]
 
 
-def draw_positions(heldout: Heldout, title: str, path: Path, inside: Path | None = None) -> None:
+def draw_positions(validation: ValidationLoss, title: str, path: Path, inside: Path | None = None) -> None:
     """Draw the loss by position as a PNG file; the position is the number of tokens that are seen.
 
     Args:
-        heldout: what is drawn.
+        validation: what is drawn.
         title: the model's name.
         path: of the file.
         inside: see `restomod.utils.files.write_bytes_atomically`.
@@ -36,14 +36,14 @@ def draw_positions(heldout: Heldout, title: str, path: Path, inside: Path | None
         UserError: matplotlib is missing, or the file cannot be written.
     """
     require_matplotlib()
-    figure = new_figure("held-out loss by position", 9, 5)
-    subject = f"{shortened(redact(title))}: held-out loss by position in the window"
+    figure = new_figure("validation loss by position", 9, 5)
+    subject = f"{shortened(redact(title))}: validation loss by position in the window"
     figure.suptitle(subject, color=INK, fontsize=13, parse_math=False)
     axes = figure.subplots()
-    positions = np.arange(1, len(heldout.by_position) + 1)
-    axes.plot(positions, heldout.by_position, ".", color="#bbbbbb", markersize=2, label="each position")
-    axes.plot(*position_means(heldout.by_position), color="#2a6fbb", label="mean over neighbours")
-    axes.axhline(heldout.loss, color=INK, linewidth=0.7, linestyle="--", label=f"mean {heldout.loss:.4f}")
+    positions = np.arange(1, len(validation.by_position) + 1)
+    axes.plot(positions, validation.by_position, ".", color="#bbbbbb", markersize=2, label="each position")
+    axes.plot(*position_means(validation.by_position), color="#2a6fbb", label="mean over neighbours")
+    axes.axhline(validation.loss, color=INK, linewidth=0.7, linestyle="--", label=f"mean {validation.loss:.4f}")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss, nats per token")

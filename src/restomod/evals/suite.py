@@ -21,12 +21,12 @@ from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
 from restomod.engine.distributed import Processes, device_of, join_processes
-from restomod.evals.heldout import Heldout, dataset_loss
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.references import Reference, references
 from restomod.evals.scoring import Estimate, TaskResult, score_task, shown
-from restomod.evals.tasks import HELDOUT, LoadedTask, load_task
+from restomod.evals.tasks import VALIDATION, LoadedTask, load_task
+from restomod.evals.validation import ValidationLoss, dataset_loss
 from restomod.runs.checkpoint import STEP_FOLDER, step_of
 from restomod.runs.folder import environment
 from restomod.runs.open_model import find_model, is_run
@@ -74,10 +74,10 @@ def evaluate_model(
 
     Args:
         name: a run, a model folder, or a name on the hub; not only GPT-2s.
-        tasks: as `restomod.evals.tasks.load_task` takes them, and "heldout" for the held-out loss. None: that, where
-            there is data, and HellaSwag.
+        tasks: as `restomod.evals.tasks.load_task` takes them, and "validation" for the validation loss. None: that,
+            where there is data, and HellaSwag.
         limit: ask only the first examples of each task.
-        data: folder of token shards for the held-out loss; None: the run's own.
+        data: folder of token shards for the validation loss; None: the run's own.
         context: tokens of its windows; None: as many as the run trained on.
         batch: rows per forward pass.
         device, precision: see `restomod.engine.device`.
@@ -102,15 +102,15 @@ def evaluate_model(
         dtype = choose_dtype(precision, where)
         subject = processes.run_on_all_ranks(lambda: _subject(name), one_first=True)
         config = read_config(subject.run) if subject.run else None
-        wanted = tasks or ([HELDOUT] if config or data else []) + ["hellaswag"]
+        wanted = tasks or ([VALIDATION] if config or data else []) + ["hellaswag"]
         _refuse_unused(wanted, data, context, limit)
         loaded = processes.run_on_all_ranks(
-            lambda: [load_task(task, cache, limit) for task in wanted if task != HELDOUT], one_first=True
+            lambda: [load_task(task, cache, limit) for task in wanted if task != VALIDATION], one_first=True
         )
         _refuse_equal_names([task.task.name for task in loaded])
         dataset = (
             processes.run_on_all_ranks(lambda: _dataset(name, data, config), one_first=True)
-            if HELDOUT in wanted
+            if VALIDATION in wanted
             else None
         )
         # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
@@ -121,9 +121,9 @@ def evaluate_model(
         report.warn_if_unwritable()
         if dataset is not None:
             held = processes.run_on_all_ranks(
-                lambda: _heldout(model, dataset, context, config, where, dtype, batch, processes)
+                lambda: _validation(model, dataset, context, config, where, dtype, batch, processes)
             )
-            report.heldout(held, dataset, other_data=data is not None and not _is_of_run(dataset, subject))
+            report.validation(held, dataset, other_data=data is not None and not _is_of_run(dataset, subject))
         for task in loaded:
             report.task(task, score_task(model, task, batch, processes), model)
         report.finish(json_file)
@@ -135,10 +135,10 @@ def evaluate_model(
 def _refuse_unused(wanted: list[str], data: str | None, context: int | None, limit: int | None) -> None:
     """Refuse flags that would change nothing."""
     for flag, value in (("--data", data), ("--context", context)):
-        if value is not None and HELDOUT not in wanted:
-            raise UserError(f"{flag} is for the held-out loss, which is not asked for: add {HELDOUT} to --tasks")
-    if limit is not None and set(wanted) == {HELDOUT}:
-        raise UserError("--limit is for the examples of tasks, and the held-out loss uses all tokens; leave it out")
+        if value is not None and VALIDATION not in wanted:
+            raise UserError(f"{flag} is for the validation loss, which is not asked for: add {VALIDATION} to --tasks")
+    if limit is not None and set(wanted) == {VALIDATION}:
+        raise UserError("--limit is for the examples of tasks, and the validation loss uses all tokens; leave it out")
 
 
 def _refuse_equal_names(names: list[str]) -> None:
@@ -170,7 +170,7 @@ def _is_of_run(dataset: Dataset, subject: EvaluatedModel) -> bool:
     return subject.run is not None and read_run_data(subject.run).get("fingerprint") == dataset.fingerprint
 
 
-def _heldout(
+def _validation(
     model: LanguageModel,
     dataset: Dataset,
     context: int | None,
@@ -179,9 +179,9 @@ def _heldout(
     dtype: torch.dtype,
     batch: int | None,
     processes: Processes,
-) -> Heldout:
+) -> ValidationLoss:
     if isinstance(model, ScoredTransformers) and not model.opened.reads_gpt2:
-        raise UserError("the held-out loss is that of GPT-2's tokens: of this model only tasks can be evaluated")
+        raise UserError("the validation loss is that of GPT-2's tokens: of this model only tasks can be evaluated")
     T = context or (config.sequence_length if config else model.max_length)
     if model.max_length < T:
         raise UserError(f"--context {T} is longer than the model's {model.max_length} positions")
@@ -192,7 +192,7 @@ def _heldout(
         held = dataset_loss(model, dataset, T, device, dtype, None, at_once, processes, gpt2_tokenizer())
     assert held is not None
     if not math.isfinite(held.loss):
-        raise UserError(f"{HELDOUT}: {NOT_FINITE}")
+        raise UserError(f"{VALIDATION}: {NOT_FINITE}")
     return held
 
 
@@ -228,17 +228,17 @@ class _Report:
             )
             self.run = None
 
-    def heldout(self, held: Heldout, dataset: Dataset, other_data: bool) -> None:
+    def validation(self, held: ValidationLoss, dataset: Dataset, other_data: bool) -> None:
         data = {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}
-        published, why_not = references(HELDOUT), ""
+        published, why_not = references(VALIDATION), ""
         if not is_fineweb_edu(dataset.manifest):
             published, why_not = [], "published losses are not shown: they are of FineWeb-Edu, and this is other text"
         values = {"loss": held.loss, "perplexity": held.perplexity, "bits_per_byte": held.bits_per_byte}
         estimates = {name: Estimate(value, None) for name, value in values.items() if value is not None}
         windows = f"{held.tokens:,} tokens: windows of {len(held.by_position):,}"
-        self._show(HELDOUT, estimates, windows, published, why_not)
-        name = f"{HELDOUT}-of-{dataset.fingerprint[:8]}" if other_data else HELDOUT
-        self._keep(HELDOUT, name, held.to_dict() | {"data": data})
+        self._show(VALIDATION, estimates, windows, published, why_not)
+        name = f"{VALIDATION}-of-{dataset.fingerprint[:8]}" if other_data else VALIDATION
+        self._keep(VALIDATION, name, held.to_dict() | {"data": data})
         if self.run is not None:
             self._try_to(lambda path: self._draw(held, path), self.subject.file(name, ".png"), "drawn")
 
@@ -293,7 +293,7 @@ class _Report:
         else:
             self.display.line(f"{done}: {path}")
 
-    def _draw(self, held: Heldout, path: Path) -> None:
+    def _draw(self, held: ValidationLoss, path: Path) -> None:
         from restomod.evals.plots import draw_positions
 
         draw_positions(held, self.subject.name, path, self.run)

@@ -21,7 +21,7 @@ from restomod.utils.text import split_items
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
-HELDOUT = "heldout"  # the held-out loss, which is asked for by a task's name
+VALIDATION = "validation"  # the validation loss, which is asked for by a task's name
 Kind = Literal["multiple-choice", "last-word"]
 
 
@@ -161,7 +161,7 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
         examples = task.read(Path(file)) if file else task.load(cache)
     elif not file and (Path(name).exists() or Path(name).suffix):
         stem = Path(name).stem
-        if stem in TASKS or stem == HELDOUT:  # not the task of that name
+        if stem in TASKS or stem == VALIDATION:  # not the task of that name
             stem = f"own-{stem}"
         task = Task(stem, "query, a space, the choice (your own file)", of.own, "acc_norm")
         examples = task.read(Path(name))

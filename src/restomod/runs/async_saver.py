@@ -22,7 +22,7 @@ from restomod.engine.gather import gather_on_main, is_shared, whole_on_main
 from restomod.engine.optimizer import Optimizers, optimizer_tensors
 from restomod.model.gpt import GPT
 from restomod.runs.checkpoint import list_checkpoints, remove_checkpoint, step_of, write_checkpoint
-from restomod.runs.metrics import HeldoutLosses
+from restomod.runs.metrics import ValidationLosses
 from restomod.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future[None] | None = None
         self._failure: UserError | None = None
-        self._losses = HeldoutLosses(run)
+        self._losses = ValidationLosses(run)
 
     def save(self, step: int, model: GPT, optimizer: Optimizers, data_offset: int = 0) -> None:
         """Begin to save the checkpoint of ``step`` updates, once the one before it is written. All processes call this.
@@ -141,7 +141,7 @@ def drop_others(run: Path, config: RunConfig, losses: Mapping[int, float] | None
         config: its configuration.
         losses: on validation, by step; None: those of `metrics.jsonl`.
     """
-    losses = HeldoutLosses(run).read() if losses is None else losses
+    losses = ValidationLosses(run).read() if losses is None else losses
     folders = {step_of(folder): folder for folder in list_checkpoints(run)}
     sizes = {step: _size(folder) for step, folder in folders.items()} if config.keep_gb is not None else {}
     known = {step: losses[step] for step in folders if step in losses}

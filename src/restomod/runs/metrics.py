@@ -1,8 +1,8 @@
 """A run's numbers, one JSON object per line, on disk as soon as they are known.
 
 `metrics.jsonl` holds these kinds of records: "train" (step s: the loss under the weights after s updates, before update
-s is applied), "val" (step s: the held-out loss under those same weights), "task" (the same, of a task that was asked),
-and "rollback" (step s: the run goes back). Each says at which time it was known, in seconds since 1970.
+s is applied), "val" (step s: the validation loss under those same weights), "task" (the same, of a task that was
+asked), and "rollback" (step s: the run goes back). Each says at which time it was known, in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -176,15 +176,15 @@ class NewRecords:
                     yield record
 
 
-class HeldoutLosses:
-    """The held-out losses of a run while it goes on; each call reads only what is new."""
+class ValidationLosses:
+    """The validation losses of a run while it goes on; each call reads only what is new."""
 
     def __init__(self, run: Path) -> None:
         self._records = NewRecords(run / "metrics.jsonl", containing=b'"val"')
         self._losses: dict[int, float] = {}
 
     def read(self) -> dict[int, float]:
-        """The finite held-out losses by step."""
+        """The finite validation losses by step."""
         fresh, records = self._records.read()
         if fresh:
             self._losses.clear()
@@ -195,7 +195,7 @@ class HeldoutLosses:
         return self._losses
 
     def after_start(self) -> dict[int, float]:
-        """The finite held-out losses by step, without step 0."""
+        """The finite validation losses by step, without step 0."""
         return {step: loss for step, loss in self.read().items() if step > 0}
 
 

@@ -63,7 +63,7 @@ class Metric(TypedDict, total=False):
 
 
 class EvaluatedData(TypedDict, total=False):
-    """What a held-out loss is of."""
+    """What a validation loss is of."""
 
     name: Text
     fingerprint: str
@@ -109,7 +109,7 @@ class Run:
 
     @cached_property
     def val(self) -> list[Record]:
-        """The held-out losses, each step once, in order."""
+        """The validation losses, each step once, in order."""
         return self._last("val")
 
     def _last(self, kind: str) -> list[Record]:

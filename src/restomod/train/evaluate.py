@@ -5,10 +5,10 @@ from __future__ import annotations
 from restomod.analysis.health.curves import History
 from restomod.analysis.health.symptoms import Finding, find_symptoms_in_curves, seen_now
 from restomod.engine.gather import gather_full_model
-from restomod.evals.heldout import dataset_loss
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import headline
 from restomod.evals.scoring import score_task as evaluate_task
+from restomod.evals.validation import dataset_loss
 from restomod.generate.text import continuations
 from restomod.model.gpt import GPT
 from restomod.runs.metrics import NewRecords
@@ -24,7 +24,7 @@ def evaluate(training: Training, step: int, display: Display) -> None:
     # every forward pass would gather them, and those of all processes had to match. The activations and gradients of a
     # training step, which need more than that, are not there meanwhile.
     model = gather_full_model(training.model, compute.dtype)
-    heldout = dataset_loss(
+    validation = dataset_loss(
         model,
         training.dataset,
         config.sequence_length,
@@ -33,11 +33,11 @@ def evaluate(training: Training, step: int, display: Display) -> None:
         config.eval_tokens,
         processes=processes,
     )
-    if heldout is not None:
-        parts = {"sources": heldout.sources} if heldout.sources else {}
-        training.run.log("val", step, loss=heldout.loss, tokens=heldout.tokens, **parts)
-        of = ", ".join(f"{name} {part:.4f}" for name, part in heldout.sources.items())
-        display.line(f"step {step}  validation loss {heldout.loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
+    if validation is not None:
+        parts = {"sources": validation.sources} if validation.sources else {}
+        training.run.log("val", step, loss=validation.loss, tokens=validation.tokens, **parts)
+        of = ", ".join(f"{name} {part:.4f}" for name, part in validation.sources.items())
+        display.line(f"step {step}  validation loss {validation.loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
     for loaded in training.tasks:
         result = evaluate_task(ScoredGPT(model, compute.dtype), loaded, processes=processes)
         metrics = {name: estimate.value for name, estimate in result.metrics.items()}

@@ -71,7 +71,7 @@ class Training:
     data_offset: int
     """How many batches have been passed over: step s trains on batch s + data_offset."""
     tasks: list[LoadedTask]
-    """What every validation asks besides the held-out loss."""
+    """What every validation asks besides the validation loss."""
     warnings: list[str]
     """Of a run that goes on: newer checkpoints that were set aside, records that cannot be read."""
     verdicts: list[CheckResult]

@@ -20,7 +20,8 @@ def line(*points: tuple[float, float]) -> Curve:
 def test_every_axis_measures_the_same_points(tmp_path: Path) -> None:
     run = open_run(make_run(tmp_path / "a", SMALL, simple({0: 10.8, 50: 6.0, 100: 5.0}, ms=36_000)))
     points = {
-        axis: loss_curve(run, "held-out loss", axis, 2.0).x.tolist() for axis in ("steps", "tokens", "time", "dollars")
+        axis: loss_curve(run, "validation loss", axis, 2.0).x.tolist()
+        for axis in ("steps", "tokens", "time", "dollars")
     }
     assert points == {
         "steps": [0, 50, 100],
@@ -28,7 +29,7 @@ def test_every_axis_measures_the_same_points(tmp_path: Path) -> None:
         "time": pytest.approx([0, 0.5, 1.0]),  # steps of 36 s
         "dollars": pytest.approx([0, 1.0, 2.0]),
     }
-    flops = loss_curve(run, "held-out loss", "flops").x
+    flops = loss_curve(run, "validation loss", "flops").x
     assert flops.tolist() == [0, run.flops_at(50), run.flops_at(100)]
 
 
@@ -42,14 +43,14 @@ def test_time_is_of_the_steps_before(tmp_path: Path) -> None:
         val(3, 7),
     ]
     run = open_run(make_run(tmp_path / "a", SMALL, records))
-    assert loss_curve(run, "held-out loss", "time").x.tolist() == [0, 1, 3]
+    assert loss_curve(run, "validation loss", "time").x.tolist() == [0, 1, 3]
 
 
 def test_a_run_without_times_has_no_curve_by_time(tmp_path: Path) -> None:
     records = [{"kind": "train", "step": 0, "loss": 9.0}, val(0, 9), val(1, 8)]
     run = open_run(make_run(tmp_path / "a", SMALL, records))
-    assert len(loss_curve(run, "held-out loss", "time").x) == 0
-    assert len(loss_curve(run, "held-out loss", "tokens").x) == 2
+    assert len(loss_curve(run, "validation loss", "time").x) == 0
+    assert len(loss_curve(run, "validation loss", "tokens").x) == 2
 
 
 def test_training_losses_are_means_over_blocks_that_end_with_the_last_step(tmp_path: Path) -> None:

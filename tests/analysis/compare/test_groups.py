@@ -25,7 +25,7 @@ T = 512  # tokens of a step
 
 
 def run(folder: Path, name: str, losses: dict[int, float], seed: int = 0, lr: float = 2e-3, **changes: Any) -> Run:
-    """A run with these held-out losses by step."""
+    """A run with these validation losses by step."""
     config = dataclasses.replace(SMALL, seed=seed, optim=dataclasses.replace(SMALL.optim, lr=lr), **changes)
     steps = max(losses, default=100)
     return open_run(make_run(folder / name, config, simple(losses, steps)))
@@ -130,7 +130,7 @@ def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_p
 def test_one_run_alone(tmp_path: Path) -> None:
     found = compare_runs([run(tmp_path, "a", {0: 10.8, 100: 5.0})])
     assert (found.target, found.to_target, found.against) == (5.0, [100 * T], [None])
-    assert [t.title for t in tables(found, "tokens") if t.rows] == ["results", "held-out loss by tokens"]
+    assert [t.title for t in tables(found, "tokens") if t.rows] == ["results", "validation loss by tokens"]
 
 
 def test_a_run_that_is_under_way_says_so(tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
     windows = run(tmp_path, "windows", {0: 10.8, 100: 5.0}, sequence_length=128)
     said = "\n".join(compare_runs([a, again, windows]).notes)
     assert "a +1: runs with the same seed are no independent samples" in said
-    assert "sequence_length differs: the held-out losses are of other windows" in said
+    assert "sequence_length differs: the validation losses are of other windows" in said
     assert "p needs two seeds or more on both sides" in said
     other = {"fingerprint": "ffff", "name": "other"}
     there = open_run(make_run(tmp_path / "there", SMALL, simple({0: 10.8, 100: 5.0}), data=other))
-    assert any("held-out losses are of other texts" in note for note in compare_runs([a, there]).notes)
+    assert any("validation losses are of other texts" in note for note in compare_runs([a, there]).notes)
 
 
 def test_a_run_twice_is_refused(six: list[Run]) -> None:
@@ -182,8 +182,8 @@ def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: lis
     )
     edu = open_run(make_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2}), {"name": "fineweb-edu"}))
     assert published_differ([edu]) is None
-    (table,) = [t for t in tables(compare_runs([edu]), "tokens") if t.title == "published held-out losses"]
-    assert {row[1] for row in table.rows} == {f"{r.value:.4f}" for r in references("heldout")}
+    (table,) = [t for t in tables(compare_runs([edu]), "tokens") if t.title == "published validation losses"]
+    assert {row[1] for row in table.rows} == {f"{r.value:.4f}" for r in references("validation")}
     shorter = dataclasses.replace(edu, config=dataclasses.replace(config, sequence_length=512))
     assert "windows of 1024 tokens" in str(published_differ([shorter]))
 

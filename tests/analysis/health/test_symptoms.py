@@ -175,13 +175,13 @@ def test_a_gradient_norm_that_grows() -> None:
     assert found(passed)["gradient norm growing"].status == "well", "it has come down again"
 
 
-def test_a_held_out_loss_that_rises_while_the_training_loss_falls() -> None:
+def test_a_validation_loss_that_rises_while_the_training_loss_falls() -> None:
     records = changed(quickstart_records(), "val", "loss", lambda s, x: x + max(0, s - 300) * 1e-3)
     assert found(records)["overfitting"].status == "sick"
     assert "was 5.2391 at step 300" in found(records)["overfitting"].reason
 
 
-def test_a_held_out_loss_that_stays_behind() -> None:
+def test_a_validation_loss_that_stays_behind() -> None:
     records = healthy(2, 3000, sigma=0.02)
     records = changed(records, "train", "loss", lambda s, x: x - s * 3e-4)
     records = changed(records, "val", "loss", lambda s, x: x - s * 1e-4)
@@ -189,12 +189,12 @@ def test_a_held_out_loss_that_stays_behind() -> None:
     assert found(records)["overfitting"].status == "sick"
 
 
-def test_a_held_out_loss_that_is_higher_from_the_start_is_another_text() -> None:
+def test_a_validation_loss_that_is_higher_from_the_start_is_another_text() -> None:
     records = changed(quickstart_records(), "val", "loss", lambda s, x: x + 1.5 * (s > 0))
     assert found(records)["overfitting"].status == "well"
 
 
-def test_a_held_out_loss_below_the_training_loss() -> None:
+def test_a_validation_loss_below_the_training_loss() -> None:
     records = changed(quickstart_records(), "val", "loss", lambda s, x: x - 1.0 * (s > 0))
     assert found(records)["validation below training"].status == "sick"
     few = [r | {"tokens": 256} if r["kind"] == "val" else r for r in records]

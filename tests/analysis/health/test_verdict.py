@@ -47,7 +47,7 @@ def test_the_quickstart_lies_in_its_band(quickstart: Run) -> None:
     finding = reference(quickstart)
     assert finding.status == "well"
     assert finding.reason.startswith(
-        "held-out loss 4.8383 at step 900, quickstart on Python's library has 4.54 to 5.14"
+        "validation loss 4.8383 at step 900, quickstart on Python's library has 4.54 to 5.14"
     )
 
 
@@ -80,7 +80,7 @@ def test_gpt2_124m_is_measured_by_openais(loss: float, status: str, tmp_path: Pa
     run = with_val(tmp_path, config, {19_073: loss}, {"name": "fineweb-edu"})
     finding = reference(run)
     assert finding.status == status
-    published = {r.model: r.value for r in references("heldout")}["GPT-2 124M"]
+    published = {r.model: r.value for r in references("validation")}["GPT-2 124M"]
     assert f"OpenAI's GPT-2 {published}" in finding.reason
 
 

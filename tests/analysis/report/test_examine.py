@@ -20,7 +20,7 @@ from restomod.config.run import DataConfig
 from restomod.data.mix import mix
 from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
-from restomod.evals.heldout import heldout_loss
+from restomod.evals.validation import validation_loss
 from restomod.model.hf_io import load_model
 from restomod.runs.reader import open_run
 
@@ -138,7 +138,7 @@ def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, 
     found = _examine(opened, model, mix(parts), 10**9, torch.device("cpu"), torch.float32)
     for source, (dataset, _) in zip(found["sources"], parts, strict=True):
         windows = (len(dataset.val) - 1) // T
-        held = heldout_loss(model, dataset.val, T, torch.device("cpu"), torch.float32, windows * T)
+        held = validation_loss(model, dataset.val, T, torch.device("cpu"), torch.float32, windows * T)
         assert source["tokens"] == held.tokens
         assert source["loss"] == pytest.approx(held.loss, rel=1e-5)
     assert found["sources"][0]["loss"] != pytest.approx(found["sources"][1]["loss"], rel=1e-3)

@@ -225,8 +225,8 @@ def test_published_losses_stand_beside_a_loss_on_their_data(tmp_path: Path, name
     folder = make_run(tmp_path / "r", data="python-stdlib-3.11.7")
     data = {"name": name, "fingerprint": "f"}
     (folder / "evals").mkdir(exist_ok=True)
-    values = {"task": "heldout", "step": 40, "loss": 4.0, "tokens": 5, "data": data}
-    (folder / "evals" / "step_000040-heldout-of-f.json").write_text(json.dumps(values))
+    values = {"task": "validation", "step": 40, "loss": 4.0, "tokens": 5, "data": data}
+    (folder / "evals" / "step_000040-validation-of-f.json").write_text(json.dumps(values))
     (table,) = evaluation_tables(open_run(folder))
     assert (["GPT-2 124M", "3.2924"] in [row[:2] for row in table["rows"]]) is is_it
     assert f"of {name}, which is not the run's data" in table["rows"][0][-1]

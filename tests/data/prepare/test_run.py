@@ -85,7 +85,7 @@ def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
     return [token for text in texts for token in [END, *encoding.encode_ordinary(text)]]
 
 
-def is_held_out(text: str, fraction: float, seed: int) -> bool:
+def is_validation(text: str, fraction: float, seed: int) -> bool:
     """The rule as documented: the document's 64-bit BLAKE2b hash, salted with the seed, as a fraction of 2^64."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little") / 2**64 < fraction
@@ -106,7 +106,7 @@ def test_shards_hold_tiktokens_tokens_in_the_order_of_the_files(
     dataset = prepared(tmp_path, val_fraction=0.3, split_seed=3)
     texts = [t for file in text.values() for t in file]
     for split, stream in (("train", dataset.train), ("val", dataset.val)):
-        expected = [t for t in texts if is_held_out(t, 0.3, 3) == (split == "val")]
+        expected = [t for t in texts if is_validation(t, 0.3, 3) == (split == "val")]
         assert all_tokens(stream) == delimited(expected, tiktoken_gpt2)
         part = dict(dataset.manifest["splits"][split])
         del part["shards"]
@@ -174,7 +174,9 @@ def test_dedup_keeps_the_first_occurrence_across_files_and_units(
     kept = list(dict.fromkeys(everything))
     dataset = prepared(tmp_path, dedup=True, val_fraction=0.25)
     for stream, held_out in ((dataset.train, False), (dataset.val, True)):
-        assert all_tokens(stream) == delimited([t for t in kept if is_held_out(t, 0.25, 0) == held_out], tiktoken_gpt2)
+        assert all_tokens(stream) == delimited(
+            [t for t in kept if is_validation(t, 0.25, 0) == held_out], tiktoken_gpt2
+        )
     assert dataset.manifest["documents"] == len(kept)
     assert dataset.manifest["duplicates"] == len(everything) - len(kept) > 10
     assert hashes(tmp_path / "out").keys() == {"manifest.json"} | {p.name for p in (tmp_path / "out").glob("*.bin")}

@@ -49,7 +49,7 @@ def test_failing_trials_are_recorded_and_the_others_finish(tmp_path: Path) -> No
     assert found[1]["reason"] == "killed by SIGKILL, as the system does where memory runs out"
     assert found[2]["reason"] == "step 3: the loss is nan, so nothing was updated"
     assert found[3]["reason"] == "exit code 1: RuntimeError: a fault"
-    assert found[4]["reason"] == "it has no finite held-out loss"
+    assert found[4]["reason"] == "it has no finite validation loss"
     for t in (found[0], found[-1]):
         rate = float(t["parameters"]["optim.lr"])
         assert (t["loss"], t["step"]) == (pytest.approx(stand_in_loss(rate, 4)), 4)
@@ -174,7 +174,7 @@ def test_a_trial_above_the_median_is_pruned_after_the_warm_up(tmp_path: Path) ->
 
 
 def stand_in_loss(rate: float, steps: int) -> float:
-    """What the stand-in's held-out loss is after so many steps."""
+    """What the stand-in's validation loss is after so many steps."""
     return 10 - steps + rate + sum(math.sin(1000 * rate + 1337 + s) / s for s in range(1, steps + 1))
 
 

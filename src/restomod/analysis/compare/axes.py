@@ -23,7 +23,7 @@ LABELS: dict[Axis, str] = {
     "time": "hours in steps",
     "dollars": "dollars",
 }
-Measure = Literal["held-out loss", "training loss"]
+Measure = Literal["validation loss", "training loss"]
 TRAIN_POINTS = 60  # means over blocks of steps, of which the last is the level at the end
 
 
@@ -54,7 +54,7 @@ class Curve:
 
 def measured(run: Run, measure: Measure) -> tuple[Array, Array]:
     """Steps at which a loss is known, and that loss, both (n,): each validation, or means of the training loss."""
-    if measure == "held-out loss":
+    if measure == "validation loss":
         known = [(r["step"], r["loss"]) for r in run.val if _is_number(r.get("loss"))]
         table = np.array(known, dtype=np.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1]

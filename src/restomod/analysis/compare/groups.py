@@ -168,7 +168,7 @@ def compare_runs(
     folders = [run.folder.resolve() for run in runs]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"{twice[0]} is given twice; name each run once")
-    measure: Measure = "held-out loss" if all(run.val for run in runs) else "training loss"
+    measure: Measure = "validation loss" if all(run.val for run in runs) else "training loss"
     groups = _grouped(runs, measure)
     wanted = (baseline or runs[0]).folder.resolve()
     chosen = next(i for i, g in enumerate(groups) if wanted in [run.folder.resolve() for run in g.runs])
@@ -241,10 +241,10 @@ def _notes(
         if len(set(seeds)) < len(seeds):
             notes.append(f"{group.name}: runs with the same seed are no independent samples")
     if len({str(group.settings.get("data")) for group in groups}) > 1:
-        notes.append("the groups have other data: their held-out losses are of other texts")
+        notes.append("the groups have other data: their validation losses are of other texts")
     for name in ("eval_tokens", "sequence_length"):
-        if measure == "held-out loss" and len({str(group.settings.get(name)) for group in groups}) > 1:
-            notes.append(f"{name} differs: the held-out losses are of other windows")
+        if measure == "validation loss" and len({str(group.settings.get(name)) for group in groups}) > 1:
+            notes.append(f"{name} differs: the validation losses are of other windows")
     tested = sum(a is not None and a.test is not None for a in against)
     if len(groups) > 1 and tested < sum(a is not None for a in against):
         notes.append("p needs two seeds or more on both sides")

@@ -68,8 +68,8 @@ def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
     if found.target is not None:
         panel.axhline(found.target, color=INK, linewidth=0.7, linestyle="--", label=f"target {found.target:.4f}")
         late.append(found.target)
-    if found.measure == "held-out loss" and published_differ([r for g in found.groups for r in g.runs]) is None:
-        for reference in references("heldout"):
+    if found.measure == "validation loss" and published_differ([r for g in found.groups for r in g.runs]) is None:
+        for reference in references("validation"):
             panel.axhline(reference.value, color="#999999", linewidth=0.7, linestyle=":")
             panel.annotate(
                 reference.model, (0.99, reference.value), xycoords=("axes fraction", "data"), ha="right", size=7

@@ -147,18 +147,18 @@ def _position(x: float, axis: Axis) -> str:
 
 
 def _published(found: Comparison) -> Table:
-    """GPT-2 and its public reproductions, where the held-out losses are of comparable text."""
+    """GPT-2 and its public reproductions, where the validation losses are of comparable text."""
     runs = [run for group in found.groups for run in group.runs]
-    why_not = published_differ(runs) if found.measure == "held-out loss" else "no held-out loss is known here"
+    why_not = published_differ(runs) if found.measure == "validation loss" else "no validation loss is known here"
     if why_not is not None:
-        return Table("", [], [], [f"published held-out losses are not comparable: {why_not}"])
-    rows = [[r.model, f"{r.value:.4f}", r.convention] for r in references("heldout")]
-    note = "FineWeb-Edu like here, but held-out documents are the same only with the published validation shard"
-    return Table("published held-out losses", ["", "loss", ""], rows, [note])
+        return Table("", [], [], [f"published validation losses are not comparable: {why_not}"])
+    rows = [[r.model, f"{r.value:.4f}", r.convention] for r in references("validation")]
+    note = "FineWeb-Edu like here, but validation documents are the same only with the published validation shard"
+    return Table("published validation losses", ["", "loss", ""], rows, [note])
 
 
 def published_differ(runs: Sequence[Run]) -> str | None:
-    """Why published held-out losses say nothing about these runs; None if they do."""
+    """Why published validation losses say nothing about these runs; None if they do."""
     others = [run.name for run in runs if not trains_on_fineweb_edu(run)]
     if others:
         return f"they are of FineWeb-Edu, and {_who(others, runs)} trained on other text"

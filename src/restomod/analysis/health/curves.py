@@ -52,7 +52,7 @@ class Curves:
     """Of the validations whose loss is finite, (validations,), as are the next four."""
     val_loss: Array
     val_error: Array
-    """An allowance for the sampling error of each held-out loss, from the number of its tokens."""
+    """An allowance for the sampling error of each validation loss, from the number of its tokens."""
     val_level: Array
     """The training loss at that step, and its standard error; see `level_at`."""
     val_level_error: Array

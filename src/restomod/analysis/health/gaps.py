@@ -1,4 +1,4 @@
-"""Held-out minus training loss, with standard errors. Needs no torch."""
+"""Validation minus training loss, with standard errors. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ VAL_NOISE = 0.02  # nats; what it is at small batches
 
 @dataclass(frozen=True)
 class Gap:
-    """Held-out minus training loss at a validation."""
+    """Validation minus training loss at a validation."""
 
     step: float
     nats: float
     train_error: float
     """Standard error of the training loss."""
     val_error: float
-    """Allowance for the choice of the held-out tokens, which are the same at every validation."""
+    """Allowance for the choice of the validation tokens, which are the same at every validation."""
 
     @property
     def error(self) -> float:
@@ -54,6 +54,6 @@ def latest_gaps(gaps: list[Gap]) -> tuple[Gap, ...]:
 
 
 def val_noise(seen: Curves) -> float:
-    """Standard deviation of the held-out losses upon their trend; an assumption where they are few."""
+    """Standard deviation of the validation losses upon their trend; an assumption where they are few."""
     latest = seen.val_loss[-2 * VALS_FOR_NOISE :]
     return noise(np.diff(latest)) / math.sqrt(3) if len(latest) >= VALS_FOR_NOISE else VAL_NOISE

@@ -1,7 +1,7 @@
 """Where the losses of a preset should lie on its data, and whether a run's do.
 
-The quickstart's held-out losses are those of runs on two machines (an Intel Xeon in fp32: 5.2391, 4.9584 and 4.8383 at
-steps 300, 600 and 900; an AMD EPYC in bf16: 5.2379, 4.9784 and 4.8488), with one seed and Python 3.11's library. The
+The quickstart's validation losses are those of runs on two machines (an Intel Xeon in fp32: 5.2391, 4.9584 and 4.8383
+at steps 300, 600 and 900; an AMD EPYC in bf16: 5.2379, 4.9784 and 4.8488), with one seed and Python 3.11's library. The
 width is a judgement and not a measurement: it leaves room for other seeds and other Pythons. GPT-2 124M on 10 billion
 tokens of FineWeb-Edu: published, see `restomod.evals.references`.
 """
@@ -26,7 +26,7 @@ NAMED_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class Band:
-    """The held-out loss that a preset has on its data, by tokens seen; between two of them along a line."""
+    """The validation loss that a preset has on its data, by tokens seen; between two of them along a line."""
 
     preset: str
     data: str
@@ -47,7 +47,7 @@ class Band:
 
 
 def _published(model: str) -> float:
-    return next(r.value for r in references("heldout") if r.model == model)
+    return next(r.value for r in references("validation") if r.model == model)
 
 
 def bands() -> tuple[Band, ...]:
@@ -78,7 +78,7 @@ def bands() -> tuple[Band, ...]:
 
 
 def reference(run: Run) -> Finding:
-    """The newest held-out loss that a band speaks of, against that band."""
+    """The newest validation loss that a band speaks of, against that band."""
     band = next((b for b in bands() if b.is_on(run) and run.config.model == preset(b.preset).model), None)
     if band is None:
         return Finding(NAME, "unknown", "there is none for this model on this data")
@@ -96,7 +96,7 @@ def reference(run: Run) -> Finding:
     )
     shown = [f"{name} {values[1]} (not {values[0]})" for name, values in off.items()][:NAMED_DIFFERENCES]
     but = f"; this run differs from {band.preset} in {', '.join(shown)}" if off else ""
-    where = f"held-out loss {record['loss']:.4f} at step {record['step']}, {band.preset} on {band.data} has"
+    where = f"validation loss {record['loss']:.4f} at step {record['step']}, {band.preset} on {band.data} has"
     usual = f"{low:.2f} to {high:.2f} ({band.source})"
     if low <= record["loss"] <= high:
         return Finding(NAME, "well", f"{where} {usual}{but}")

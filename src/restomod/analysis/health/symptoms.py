@@ -217,7 +217,7 @@ def warm_up(config: RunConfig, seen: Curves) -> Finding:
 
 
 def overfitting(config: RunConfig, seen: Curves) -> Finding:
-    """A held-out loss that rises, or stays behind, while the training loss falls."""
+    """A validation loss that rises, or stays behind, while the training loss falls."""
     name, gaps = "overfitting", gaps_of(seen)
     if len(gaps) < 2:
         return _no_gap(name, seen, 2)
@@ -229,7 +229,7 @@ def overfitting(config: RunConfig, seen: Curves) -> Finding:
         return Finding(
             name,
             "sick",
-            f"the held-out loss was {seen.val_loss[lowest]:.4f} at step {seen.val_step[lowest]:.0f} and is "
+            f"the validation loss was {seen.val_loss[lowest]:.4f} at step {seen.val_step[lowest]:.0f} and is "
             f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps",
         )
     first = gaps[0]
@@ -240,14 +240,14 @@ def overfitting(config: RunConfig, seen: Curves) -> Finding:
             return Finding(
                 name,
                 "sick",
-                f"the held-out loss is {last.nats:.2f} above the training loss at step {last.step:.0f}, and was "
+                f"the validation loss is {last.nats:.2f} above the training loss at step {last.step:.0f}, and was "
                 f"{first.nats:+.2f} from it before: more data, or fewer steps",
             )
     return _gap_is_well(name, gaps[-1])
 
 
 def below(config: RunConfig, seen: Curves) -> Finding:
-    """A held-out loss below the training loss."""
+    """A validation loss below the training loss."""
     name, gaps = "validation below training", gaps_of(seen)
     if not gaps:
         return _no_gap(name, seen, 1)
@@ -256,8 +256,8 @@ def below(config: RunConfig, seen: Curves) -> Finding:
             return Finding(
                 name,
                 "sick",
-                f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the held-out text is easier, is in the training text "
-                f"too and memorised, or the two losses are computed differently",
+                f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the validation text is easier, is in the training "
+                f"text too and memorised, or the two losses are computed differently",
             )
     return _gap_is_well(name, gaps[-1])
 
@@ -279,7 +279,7 @@ def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
 
 def _gap_is_well(name: str, gap: Gap) -> Finding:
     return Finding(
-        name, "well", f"held-out minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
+        name, "well", f"validation minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
     )
 
 

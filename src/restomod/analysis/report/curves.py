@@ -137,7 +137,7 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
     for record in [*run.records, *run.evaluations]:
         task, step = record.get("task"), record.get("step")
-        if task is None or step is None or task == "heldout":
+        if task is None or step is None or task == "validation":
             continue
         known: Record = record.get("metrics", record)
         name = metric_of.get(task, "acc_norm" if "acc_norm" in known else "acc")

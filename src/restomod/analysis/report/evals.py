@@ -14,12 +14,12 @@ from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Record, Run
 
 HEADLINES = {name: task.headline for name, task in TASKS.items()}
-HELDOUT = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+VALIDATION = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
 CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
 
 
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
-    """Whether a held-out loss is of FineWeb-Edu; one that does not name its data is of the run's."""
+    """Whether a validation loss is of FineWeb-Edu; one that does not name its data is of the run's."""
     data = values.get("data")
     if data is None or data.get("fingerprint") == run.manifest.get("fingerprint"):
         return trains_on_fineweb_edu(run)
@@ -32,15 +32,15 @@ def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
     """
     whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
     found: dict[str, list[dict[str, Any]]] = {}
-    for task, metric in {"heldout": "loss", **HEADLINES}.items():
-        if task == "heldout" and not trains_on_fineweb_edu(run):
+    for task, metric in {"validation": "loss", **HEADLINES}.items():
+        if task == "validation" and not trains_on_fineweb_edu(run):
             continue
-        published = references.references(task) if task == "heldout" or task in whole else []
+        published = references.references(task) if task == "validation" or task in whole else []
         lines = [{"name": r.model, "value": r.value} for r in published if r.model == GPT2 and r.metric == metric]
         if task in CHANCE:
             lines.append({"name": "chance", "value": CHANCE[task]})
         if lines:
-            found["loss" if task == "heldout" else task] = lines
+            found["loss" if task == "validation" else task] = lines
     return found
 
 
@@ -54,7 +54,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
     for values in run.evaluations:
         by_task.setdefault(values["task"], []).append(values)
     tables = []
-    for task, found in sorted(by_task.items(), key=lambda item: (item[0] != "heldout", item[0])):
+    for task, found in sorted(by_task.items(), key=lambda item: (item[0] != "validation", item[0])):
         found.sort(key=lambda values: number(values.get("step")), reverse=True)
         measured = [_metrics(values) for values in found]
         columns = list(dict.fromkeys(name for metrics in measured for name in metrics))
@@ -63,14 +63,14 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
             for values, metrics in zip(found, measured, strict=True)
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
-        if any(_on_fineweb_edu(v, run) if task == "heldout" else is_whole(task, v.get("examples")) for v in found):
+        if any(_on_fineweb_edu(v, run) if task == "validation" else is_whole(task, v.get("examples")) for v in found):
             for r in references.references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
         others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
         tables.append(
             {
                 "task": task,
-                "columns": [HELDOUT.get(name, name) for name in columns],
+                "columns": [VALIDATION.get(name, name) for name in columns],
                 "rows": mine + others,
                 "own": len(mine),
             }
@@ -81,7 +81,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
 def _metrics(values: Record) -> dict[str, str]:
     """Names and values, with standard errors, as text."""
     metrics = values.get("metrics")
-    given = {name: values.get(name) for name in HELDOUT if name in values} if metrics is None else metrics
+    given = {name: values.get(name) for name in VALIDATION if name in values} if metrics is None else metrics
     shown = {}
     for name, metric in given.items():
         value, error = (metric.get("value"), metric.get("stderr")) if isinstance(metric, dict) else (metric, None)

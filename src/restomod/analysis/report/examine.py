@@ -1,4 +1,4 @@
-"""Where a model is strong and weak: its held-out loss by kind of token, by position, by source; passages in full.
+"""Where a model is strong and weak: its validation loss by kind of token, by position, by source; passages in full.
 
 What is found is written into the run's folder, where reports read it without torch.
 
@@ -26,7 +26,7 @@ from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.chunk_sizes import EVAL_TOKENS, tokens_at_once
 from restomod.engine.device import choose_device, choose_dtype, keep_freed_memory, total_memory
-from restomod.evals.heldout import heldout_windows, token_losses
+from restomod.evals.validation import token_losses, validation_windows
 from restomod.model.gpt import GPT
 from restomod.model.hf_io import load_model
 from restomod.runs.checkpoint import step_of
@@ -171,7 +171,7 @@ def _windows(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and targets, (B, T) each, of windows that are spread over a source's validation split."""
     batches = Batches(source.dataset.val, T, 1, seed=0, split="validation")
-    windows = heldout_windows(batches.n_windows, T, max_tokens)
+    windows = validation_windows(batches.n_windows, T, max_tokens)
     at_once = max(1, tokens_at_once(EVAL_TOKENS, device.type, total_memory(device)) // T)
     for start in range(0, len(windows), at_once):
         yield batches.load(windows[start : start + at_once])

@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def validations(self) -> int:
-        """How often the held-out loss is computed: at step 0, every so many steps, and at the end."""
+        """How often the validation loss is computed: at step 0, every so many steps, and at the end."""
         steps, every, data = self.config.steps, self.config.eval_every, self.config.data
         if data.val_fraction == 0 and data.source != "tokens" and data.mix is None:
             return 0

@@ -102,13 +102,13 @@ def _llama(config: RunConfig) -> Expected:
         return _unknown("the published run reads FineWeb-Edu")
     if config.optim != same.optim or (config.steps, config.batch_tokens) != (same.steps, same.batch_tokens):
         return _unknown("the published run of Llama's parts is that of the preset: two epochs at 1.8e-3")
-    (loss,) = (r.value for r in references("heldout") if r.model == LLAMA)
+    (loss,) = (r.value for r in references("validation") if r.model == LLAMA)
     return Expected(loss, None, None, "validation loss, if the text is FineWeb-Edu: one public run, its spread unknown")
 
 
 def _fineweb_edu(config: RunConfig) -> Expected:
     tokens, lr = config.steps * config.batch_tokens, config.optim.lr
-    published = {r.model: r.value for r in references("heldout")}
+    published = {r.model: r.value for r in references("validation")}
     if not _near(config.batch_tokens, BATCH_TOKENS) or config.sequence_length != 1024:
         return _unknown(f"the published runs take {BATCH_TOKENS:,} tokens a step, in sequences of 1,024")
     text = "validation loss, if the text is FineWeb-Edu"

@@ -65,7 +65,7 @@ def _validation(plan: Plan) -> str:
     if not plan.validations:
         return "none: nothing is held out"
     if tokens is None:
-        return f"{plan.validations} times the whole held-out part, whose size is not known yet and not counted below"
+        return f"{plan.validations} times the whole validation part, whose size is not known yet and not counted below"
     more = plan.work_tokens / plan.tokens - 1
     return f"{plan.validations} times {_count(tokens)} tokens, forward only: {more:.1%} more work"
 

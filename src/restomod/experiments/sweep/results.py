@@ -110,8 +110,8 @@ def show_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> Non
     if not console.is_terminal:
         console.width = 200
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("", "held-out loss", "parameters", *(["seed"] if plan.seeds > 1 else []), "step", "time", ""):
-        table.add_column(heading, justify="right" if heading in ("held-out loss", "step", "time") else "left")
+    for heading in ("", "validation loss", "parameters", *(["seed"] if plan.seeds > 1 else []), "step", "time", ""):
+        table.add_column(heading, justify="right" if heading in ("validation loss", "step", "time") else "left")
     for rank, r in enumerate(found, 1):
         cells = [
             str(rank) if r.state == "finished" else "",

@@ -288,7 +288,7 @@ class Store:
             self._storage.set_trial_user_attr(claim.trial_id, key, value)
 
     def report(self, claim: Claim, losses: dict[int, float]) -> int | None:
-        """Write held-out losses down, by step. Returns the step at which the trial is to be pruned, if it is."""
+        """Write validation losses down, by step. Returns the step at which the trial is to be pruned, if it is."""
         import optuna
 
         trial = self._trial(claim)

@@ -19,7 +19,7 @@ from restomod.experiments.sweep.results import SweepResult, results, show_result
 from restomod.experiments.sweep.space import flags, label
 from restomod.experiments.sweep.study import Claim, Store, SweepPlan
 from restomod.experiments.sweep.trial_process import TrainingProcess
-from restomod.runs.metrics import HeldoutLosses
+from restomod.runs.metrics import ValidationLosses
 from restomod.utils.console import duration
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.output import say
@@ -197,7 +197,7 @@ class _Worker:
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
         """Wait for the end of a training. Returns its exit code, and the step at which it was pruned, if it was."""
-        asked, pruned, losses = False, None, HeldoutLosses(run)
+        asked, pruned, losses = False, None, ValidationLosses(run)
         while True:
             code = process.wait(POLL)
             if self.plan.prune != "none" and pruned is None:
@@ -216,7 +216,7 @@ class _Worker:
 
     def _settle(self, claim: Claim, run: Path, code: int, pruned: int | None, reason: str) -> None:
         """Write the result of a trial down."""
-        store, losses = self.store, HeldoutLosses(run).after_start()
+        store, losses = self.store, ValidationLosses(run).after_start()
         took = duration(store.taken().seconds[claim.number])
         if pruned is not None:
             store.note(claim, step=pruned, reason=f"pruned at step {pruned}")
@@ -226,9 +226,9 @@ class _Worker:
             step = max(losses)
             store.note(claim, step=step)
             store.finish(claim, "COMPLETE", losses[step])
-            say(f"  held-out loss {losses[step]:.4f} at step {step} in {took}")
+            say(f"  validation loss {losses[step]:.4f} at step {step} in {took}")
         else:
-            reason = "it has no finite held-out loss" if code == EXIT_FINISHED else reason
+            reason = "it has no finite validation loss" if code == EXIT_FINISHED else reason
             store.note(claim, reason=reason)
             store.finish(claim, "FAIL")
             say(f"  failed after {took}: {reason}")

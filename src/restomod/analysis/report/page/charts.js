@@ -9,7 +9,7 @@ const CHARTS = [
   { id: "mfu", title: "Model FLOP utilisation", metric: "mfu", digits: ".1%", tick: ".0%" },
 ];
 const TASKS = {
-  heldout: "Held-out loss", hellaswag: "HellaSwag", "hellaswag-harness": "HellaSwag, as lm-evaluation-harness asks it", lambada: "LAMBADA",
+  validation: "Validation loss", hellaswag: "HellaSwag", "hellaswag-harness": "HellaSwag, as lm-evaluation-harness asks it", lambada: "LAMBADA",
   "arc-easy": "ARC, easy", "arc-challenge": "ARC, challenge", piqa: "PIQA", winograd: "Winograd",
 };
 const AXES = { step: "step", tokens: "tokens seen", hours: "hours in steps" };

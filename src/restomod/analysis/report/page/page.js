@@ -110,7 +110,7 @@ function examined(run) {
   const meter = (loss) => el("span", { class: "share", style: "width:" + (100 * loss / most).toFixed(1) + "%" });
   const percent = (share) => (100 * share).toFixed(1) + " %";
   return [title,
-    el("p", { class: "soft" }, "Step " + found.step.toLocaleString("en") + ", on " + found.tokens.toLocaleString("en") + " held-out tokens: " + found.loss.toFixed(4) + " nats per token." + (found.remark ? " " + found.remark : "")),
+    el("p", { class: "soft" }, "Step " + found.step.toLocaleString("en") + ", on " + found.tokens.toLocaleString("en") + " validation tokens: " + found.loss.toFixed(4) + " nats per token." + (found.remark ? " " + found.remark : "")),
     el("h3", {}, "Loss by kind of token"),
     table(["Kind", "", "Loss", "Share of tokens", "Share of loss", ""], found.kinds.map((kind) => [kind.name, meter(kind.loss), kind.loss.toFixed(3), percent(kind.share), percent(kind.of_loss), kind.meaning]),
       { numeric: [2, 3, 4], remark: 5, label: "loss by kind of token", class: "kinds" }),

@@ -1,4 +1,4 @@
-"""Loss on held-out tokens: always the same tokens, added up to the same number by any number of processes.
+"""Loss on validation tokens: always the same tokens, added up to the same number by any number of processes.
 
 Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
 """
@@ -27,7 +27,7 @@ UNIT = 2**32  # losses are added up as whole numbers of this part of a nat: thos
 
 
 @dataclass(frozen=True)
-class Heldout:
+class ValidationLoss:
     """The loss on a split, or on a mix: the means over its sources, weighted by their shares."""
 
     loss: float
@@ -71,14 +71,14 @@ class Heldout:
         }
 
 
-def heldout_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:
+def validation_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:
     """Which windows to evaluate, (m,): all, or as many as ``max_tokens`` allow, spread evenly over the split."""
     m = n_windows if max_tokens is None else min(n_windows, max_tokens // sequence_length)
     return np.arange(m) * n_windows // m
 
 
 @torch.no_grad()
-def heldout_loss(
+def validation_loss(
     model: GPT | LanguageModel,
     stream: TokenStream,
     sequence_length: int,
@@ -88,7 +88,7 @@ def heldout_loss(
     batch: int | None = None,
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
-) -> Heldout:
+) -> ValidationLoss:
     """Mean cross-entropy per token over a split.
 
     Args:
@@ -120,13 +120,13 @@ def heldout_loss(
     loss = sum(sums) / UNIT / tokens
     if not all(finite for _, finite in parts):
         loss, by_position = math.nan, [math.nan] * T
-    return Heldout(loss, tokens, n_bytes, by_position, {}, n_bytes / tokens)
+    return ValidationLoss(loss, tokens, n_bytes, by_position, {}, n_bytes / tokens)
 
 
 def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and targets, (B, T) each; where all is asked for, the rest behind the windows comes last."""
     batches = Batches(stream, T, 1, seed=0, split="validation")
-    windows = heldout_windows(batches.n_windows, T, max_tokens)
+    windows = validation_windows(batches.n_windows, T, max_tokens)
     for start in range(0, len(windows), batch):
         yield batches.load(windows[start : start + batch])
     rest = (len(stream) - 1) % T
@@ -160,8 +160,8 @@ def dataset_loss(
     batch: int | None = None,
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
-) -> Heldout | None:
-    """`heldout_loss` of a dataset's validation split; of a mix, means weighted by share, and the loss of each source.
+) -> ValidationLoss | None:
+    """`validation_loss` of a dataset's validation split; of a mix, means weighted by share and the loss of each source.
 
     None where nothing is held out. Of ``max_tokens`` each source has its share, but a window at least.
     """
@@ -174,13 +174,15 @@ def dataset_loss(
     for source, share in zip(sources, shares, strict=True):
         limit = None if max_tokens is None else max(sequence_length, int(share * max_tokens))
         parts.append(
-            heldout_loss(model, source.dataset.val, sequence_length, device, dtype, limit, batch, processes, tokenizer)
+            validation_loss(
+                model, source.dataset.val, sequence_length, device, dtype, limit, batch, processes, tokenizer
+            )
         )
 
     def by_share(values: Iterable[float]) -> float:
         return sum(share * value for share, value in zip(shares, values, strict=True))
 
-    return Heldout(
+    return ValidationLoss(
         by_share(part.loss for part in parts),
         sum(part.tokens for part in parts),
         sum(part.bytes for part in parts),

@@ -1,4 +1,4 @@
-"""The held-out loss against the plain computation, and that taking it changes nothing."""
+"""The validation loss against the plain computation, and that taking it changes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from restomod.config.run import ModelConfig
 from restomod.data.dataset import Dataset, Part, TokenStream
 from restomod.data.tokenizer import Tokenizer
 from restomod.engine.distributed import join_processes
-from restomod.evals.heldout import Heldout, dataset_loss, heldout_loss, heldout_windows
+from restomod.evals.validation import ValidationLoss, dataset_loss, validation_loss, validation_windows
 from restomod.model.gpt import GPT
 from tests.models import CPU
 from tests.processes import results
@@ -46,38 +46,38 @@ def plain_loss(model: GPT, windows: list[int]) -> float:
 
 
 def test_equals_cross_entropy_over_all_windows(model: GPT) -> None:
-    held = heldout_loss(model, STREAM, T, CPU, torch.float32)
+    held = validation_loss(model, STREAM, T, CPU, torch.float32)
     assert held.loss == pytest.approx(plain_loss(model, list(range(11))), rel=1e-6)
     assert held.tokens == 10 * T + 6
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 10, 100])
 def test_does_not_depend_on_the_batch(batch: int, model: GPT) -> None:
-    held = heldout_loss(model, STREAM, T, CPU, torch.float32, batch=batch)
-    assert held.loss == pytest.approx(heldout_loss(model, STREAM, T, CPU, torch.float32).loss, rel=1e-6)
+    held = validation_loss(model, STREAM, T, CPU, torch.float32, batch=batch)
+    assert held.loss == pytest.approx(validation_loss(model, STREAM, T, CPU, torch.float32).loss, rel=1e-6)
     assert held.tokens == 10 * T + 6
 
 
 def test_bf16_products_come_close(model: GPT) -> None:
-    held = heldout_loss(model, STREAM, T, CPU, torch.bfloat16)
+    held = validation_loss(model, STREAM, T, CPU, torch.bfloat16)
     assert held.loss == pytest.approx(plain_loss(model, list(range(11))), rel=0.01)
 
 
-def by_three(batch: int) -> Heldout:
+def by_three(batch: int) -> ValidationLoss:
     with join_processes() as processes:
-        return heldout_loss(random_model(CONFIG), STREAM, T, CPU, torch.float32, batch=batch, processes=processes)
+        return validation_loss(random_model(CONFIG), STREAM, T, CPU, torch.float32, batch=batch, processes=processes)
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_number_of_processes_changes_no_bit(count: int, model: GPT) -> None:
-    alone = heldout_loss(model, STREAM, T, CPU, torch.float32, batch=2)
+    alone = validation_loss(model, STREAM, T, CPU, torch.float32, batch=2)
     assert results(count, by_three, 2) == [alone] * count
 
 
 @pytest.mark.parametrize("context", [1, 5, 8])
 @torch.no_grad()
 def test_other_contexts_cover_every_token_too(context: int, model: GPT) -> None:
-    held = heldout_loss(model, STREAM, context, CPU, torch.float32)
+    held = validation_loss(model, STREAM, context, CPU, torch.float32)
     tokens, losses = torch.from_numpy(TEXT.astype(np.int64)), []
     for start in range(0, len(TEXT) - 1, context):
         x = tokens[start : start + context][: len(TEXT) - 1 - start]
@@ -90,19 +90,19 @@ def test_other_contexts_cover_every_token_too(context: int, model: GPT) -> None:
 
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss(model: GPT, tokenizer: Tokenizer) -> None:
-    held = heldout_loss(model, STREAM, T, CPU, torch.float32, tokenizer=tokenizer)
+    held = validation_loss(model, STREAM, T, CPU, torch.float32, tokenizer=tokenizer)
     text = tokenizer._encoding.decode_bytes(TEXT[1:].tolist())  # what is predicted
     assert held.bytes == len(text)
     assert held.perplexity == pytest.approx(np.exp(held.loss))
     assert held.bits_per_byte == pytest.approx(held.loss * (len(TEXT) - 1) / np.log(2) / len(text))
-    assert heldout_loss(model, STREAM, T, CPU, torch.float32).bits_per_byte is None
+    assert validation_loss(model, STREAM, T, CPU, torch.float32).bits_per_byte is None
 
 
 def test_what_is_not_a_number_is_not_left_out() -> None:
     model = random_model(CONFIG)
     with torch.no_grad():
         model.head[3, 3] = torch.nan
-    assert np.isnan(heldout_loss(model, STREAM, T, CPU, torch.float32).loss)
+    assert np.isnan(validation_loss(model, STREAM, T, CPU, torch.float32).loss)
 
 
 def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
@@ -112,7 +112,7 @@ def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
         for (name, stream), n in zip(streams.items(), (1, 3, 4), strict=True)
     )
     mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
-    a, b = (heldout_loss(model, streams[name], T, CPU, torch.float32) for name in "ab")
+    a, b = (validation_loss(model, streams[name], T, CPU, torch.float32) for name in "ab")
     held = dataset_loss(model, mixed, T, CPU, torch.float32)
     assert held is not None
     assert held.sources == {"a": a.loss, "b": b.loss}
@@ -135,7 +135,7 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
     many = np.where(words < 90, words + 400, words)  # tokens of several letters
     model = random_model(dataclasses.replace(CONFIG, vocab_size=500))
     streams = {"singles": TokenStream([singles]), "words": TokenStream([many.astype(np.uint16)])}
-    a, b = (heldout_loss(model, s, T, CPU, torch.float32, tokenizer=tokenizer) for s in streams.values())
+    a, b = (validation_loss(model, s, T, CPU, torch.float32, tokenizer=tokenizer) for s in streams.values())
     assert a.bits_per_byte is not None
     assert b.bits_per_byte is not None
     assert b.bytes / b.tokens > 1.5 * a.bytes / a.tokens
@@ -176,14 +176,14 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
 def test_max_tokens_takes_whole_windows_from_all_over_the_split(
     max_tokens: int, windows: list[int], model: GPT
 ) -> None:
-    held = heldout_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
+    held = validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
     assert held.loss == pytest.approx(plain_loss(model, windows), rel=1e-6)
     assert held.tokens == len(windows) * T
 
 
 @given(n=st.integers(1, 100_000), T=st.integers(1, 1024), extra=st.integers(0, 10_000_000))
 def test_windows_are_distinct_and_evenly_spread(n: int, T: int, extra: int) -> None:
-    windows = heldout_windows(n, T, T + extra)
+    windows = validation_windows(n, T, T + extra)
     gaps = np.diff([*windows, n])  # up to the end of the split
     assert len(windows) == min(n, (T + extra) // T)
     assert windows[0] == 0
@@ -193,9 +193,9 @@ def test_windows_are_distinct_and_evenly_spread(n: int, T: int, extra: int) -> N
 
 def test_the_windows_are_always_the_same(model: GPT) -> None:
     torch.manual_seed(1)
-    first = heldout_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T)
+    first = validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T)
     torch.manual_seed(2)
-    assert heldout_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T) == first
+    assert validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T) == first
 
 
 # --- harmless ------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_changes_nothing(training: bool) -> None:
     model = random_model(CONFIG).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    heldout_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T)
+    validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert all(module.training == training for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -218,12 +218,12 @@ def test_leaves_gradients_that_are_there(model: GPT) -> None:
     model = random_model(CONFIG)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    heldout_loss(model, STREAM, T, CPU, torch.float32)
+    validation_loss(model, STREAM, T, CPU, torch.float32)
     assert all((p.grad == 1).all() for p in model.parameters())
 
 
 def test_keeps_nothing_for_a_backward_pass(model: GPT) -> None:
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
-        heldout_loss(model, STREAM, T, CPU, torch.float32)
+        validation_loss(model, STREAM, T, CPU, torch.float32)
     assert not kept
