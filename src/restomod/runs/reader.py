@@ -52,7 +52,7 @@ class Environment(TypedDict, total=False):
     threads: Count | None
     processes: Annotated[int, Field(ge=1, le=2**20)]
     command: list[Text] | Text
-    start_time: Text | None
+    started: Text | None
 
 
 class Metric(TypedDict, total=False):
