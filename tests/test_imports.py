@@ -28,6 +28,7 @@ LAYERS = (
     "restomod.model",
     "restomod.engine",
     "restomod.runs",
+    "restomod.evals.tasks",
     "restomod.evals",
     "restomod.generate",
     "restomod.checks",

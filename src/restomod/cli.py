@@ -157,24 +157,24 @@ def evaluate(arguments: list[str]) -> int:
             if value is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; it must be at least 1")
 
-    from restomod.evals.suite import evaluate_model
-    from restomod.evals.tasks import task_names
+    from restomod.evals.suite import EvalRequest, run_eval
+    from restomod.evals.tasks.registry import task_names
 
     tasks = [] if parsed.tasks is None else task_names(parsed.tasks)
     tasks += [] if parsed.task is None else [parsed.task]
 
-    return evaluate_model(
+    request = EvalRequest(
         parsed.model,
-        tasks or None,
+        tuple(tasks),
         parsed.limit,
         parsed.data,
         parsed.context,
         parsed.batch,
         parsed.device,
         parsed.precision,
-        Path(parsed.json) if parsed.json is not None else None,
         Path(parsed.cache),
     )
+    return run_eval(request, Path(parsed.json) if parsed.json is not None else None)
 
 
 def prepare(arguments: list[str]) -> int:

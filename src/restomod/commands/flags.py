@@ -9,6 +9,7 @@ import tyro
 
 from restomod.config.prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.config.run import Device, Precision, RunConfig, SamplingConfig, require_seed
+from restomod.evals.tasks.registry import TASKS, VALIDATION
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,18 @@ class CompareSamplesArguments(_WritingArguments):
     """Write them into this file too: Markdown (.md) or a page for the browser (.html)."""
 
 
+EVAL_TASKS_HELP = (
+    f"Names, separated by commas: {', '.join([VALIDATION, *TASKS])}. NAME=FILE takes a task's data from a file. "
+    f"Default: {VALIDATION} (where there is data) and hellaswag."
+)
+
+
 @dataclass(frozen=True)
 class EvalArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2. Models
     other than GPT-2 are run by transformers."""
-    tasks: str | None = None
-    """Names, with commas between: validation, hellaswag, hellaswag-harness, arc-easy, arc-challenge, piqa, winograd,
-    lambada. NAME=FILE takes a task's data from a file. Default: validation (where there is data) and hellaswag."""
+    tasks: Annotated[str | None, tyro.conf.arg(help=EVAL_TASKS_HELP)] = None
     task: str | None = None
     """Your own questions: a .jsonl file with query (or ctx), choices (or endings) and gold (or label) in every line."""
     limit: int | None = None
