@@ -111,7 +111,7 @@ def sample(arguments: list[str]) -> int:
     refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings, n = parsed.settings(), parsed.num_samples
 
-    from restomod.generate.text import choose_prompts, streamed
+    from restomod.generate.text import choose_prompts, stream_texts
     from restomod.generate.text import sample_texts as run
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
@@ -119,7 +119,7 @@ def sample(arguments: list[str]) -> int:
     how = parsed.model, prompts, n, settings, parsed.seed, parsed.device, parsed.precision
     pieces: Iterable[Iterable[str]]
     if parsed.stream or (terminal and count == 1):
-        pieces = streamed(*how)
+        pieces = stream_texts(*how)
     else:
         pieces = ([text] for texts in run(*how) for text in texts)
     for i, text in enumerate(pieces):
@@ -136,14 +136,14 @@ def compare_samples(arguments: list[str]) -> int:
     refuse_ignored(arguments, IGNORED_BY_GREEDY if parsed.temperature == 0 else {})
     settings = parsed.settings()
 
-    from restomod.generate.compare import DEFAULT_PROMPTS, as_table, report_writer
+    from restomod.generate.compare import DEFAULT_PROMPTS, samples_table, samples_writer
     from restomod.generate.compare import compare_samples as run
     from restomod.generate.text import choose_prompts
 
-    write = report_writer(parsed.out, parsed.prompt_file)
+    write = samples_writer(parsed.out, parsed.prompt_file)
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
     compared = run(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
-    print(as_table(compared), end="")
+    print(samples_table(compared), end="")
     write(compared)
     return 0
 

@@ -237,7 +237,7 @@ def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
     add_task(folder, examples=200)
     assert lines_of(open_run(folder))["hellaswag"] == [{"name": "chance", "value": 0.25}]
     assert "0.2955" not in json.dumps(evaluation_tables(open_run(folder)))
-    row = next(row for row in page_run(open_run(folder), "r", Prices())["figures"] if row[0].startswith("HellaSwag"))
+    row = next(row for row in page_run(open_run(folder), "r", Prices())["figures"] if row[0].startswith("hellaswag, "))
     assert row[1:] == ["31.0 %", "step 40, 200 examples"]
 
 
