@@ -20,8 +20,11 @@ from restomod.config.serialize import read_config
 from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.scoring import ACCURACIES
-from restomod.evals.suite import EvalRequest, run_eval
+from restomod.evals.suite import EvalRequest, evaluate_model, run_eval
+from restomod.evals.tasks.example import Example, Record, get_index, get_text, question
+from restomod.evals.tasks.references import Reference
 from restomod.evals.tasks.registry import TASKS, VALIDATION, references
+from restomod.evals.tasks.task import Task
 from restomod.model.hf_io import save_model
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
@@ -149,6 +152,59 @@ def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_pat
     for result in (*one.values(), *two.values()):
         result.pop("seconds", None)
     assert one == two
+
+
+def test_results_are_values_before_anything_is_shown_or_written(
+    run: Path, questions: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    results = evaluate_model(EvalRequest(str(run), (VALIDATION, str(questions)), limit=4, device="cpu"))
+    assert capsys.readouterr() == ("", "")
+    assert not (run / "evals").exists()
+    expected, _ = accuracy(run / "checkpoints" / "step_000012", questions, tokenizer, 4, window=32)
+    assert results["questions"].metrics["acc"].value == pytest.approx(expected)
+    assert results[VALIDATION].values["loss"] == results[VALIDATION].metrics["loss"].value
+
+
+# --- a new task ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A task added as a module would add it: a `Task`, registered by name. Returns a file of its records."""
+
+    def example(record: Record) -> Example:
+        return question(get_text(record, "claim"), ("no", "yes"), get_index(record, "answer"))
+
+    published = (Reference("oracle", "acc", 0.9876, "made up"),)
+    task = Task("truth", "a claim, yes or no", example, "acc", size=3, chance=0.5, references=published)
+    monkeypatch.setitem(TASKS, "truth", task)
+    path = tmp_path / "claims.jsonl"
+    path.write_text("".join(json.dumps({"claim": f"Claim {i}:", "answer": i % 2}) + "\n" for i in range(3)))
+    return path
+
+
+def test_a_new_task_is_asked_in_training_by_eval_and_in_reports(
+    truth: Path, tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(dataclasses.replace(tiny, eval_tasks=(f"truth={truth}",)), run, display=QUIET) == 0
+    assert [(record["task"], record["examples"]) for record in tasks(run)] == [("truth", 3)] * 4
+    assert main(["eval", str(run), "--tasks", f"truth={truth}", "--device", "cpu"]) == 0
+    assert "0.9876" in capsys.readouterr().out
+    assert (
+        main(["report", str(run), "--out", str(tmp_path / "page.html"), "--markdown", str(tmp_path / "page.md")]) == 0
+    )
+    page = (tmp_path / "page.md").read_text()
+    assert "truth, acc" in page
+    assert "0.9876" in page
+
+
+def test_every_task_is_named_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    shown = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert all(name in shown for name in (VALIDATION, *TASKS))
 
 
 # --- results that cannot be kept -----------------------------------------------------------------------------
