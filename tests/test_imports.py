@@ -25,6 +25,8 @@ LAYERS = (
     "restomod.config",
     "restomod.data",
     "restomod.data.prepare",
+    "restomod.model.norms",
+    "restomod.model.activations",
     "restomod.model",
     "restomod.engine",
     "restomod.runs",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from restomod.data.batches import Batches
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.optimizer import AdamW, Optimizers
-from restomod.model.gpt import GPT, MLP, Beside, Block, CausalSelfAttention, KVCache, Transformer
+from restomod.model.gpt import GPT, MLP, Block, BlockInputs, CausalSelfAttention, KVCache, Transformer
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Alter = Callable[[GPT], None]
@@ -64,7 +64,7 @@ def _embed(kind: str) -> Plant:
         x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
         x = x if kind == "no positions" else x + positions
         for block in self.h:
-            x = block(x.detach() if kind == "detached" else x, Beside(), cache)
+            x = block(x.detach() if kind == "detached" else x, BlockInputs(), cache)
         if kind == "ignores its input":
             x = torch.zeros_like(x) + self.wpe(torch.zeros_like(tokens))
         return self.ln_f(x)
