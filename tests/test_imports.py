@@ -260,7 +260,6 @@ CHECKING = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
     [
         ("--help", PARSING),
         ("train quickstart --help", PARSING),
-        ("plan quickstart", PARSING | CHECKING),
         ("report run", PARSING | CHECKING | {"numpy", "plotly"}),
         ("compare run run2", PARSING | CHECKING | {"numpy", "rich", "scipy", "markdown_it", "mdurl", "pygments"}),
         ("verdict run --no-weights", PARSING | CHECKING | {"numpy", "rich"}),

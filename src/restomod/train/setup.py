@@ -171,7 +171,12 @@ def set_up(
     warnings = processes.from_main(lambda: _warnings(folder, unusable, first_step)) if resume else []
     run = RunFolder(folder, config, writes=False)
     if processes.main and nothing_left is None:
-        here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.world_size}
+        here = environment(describe_device(device), dtype_name(compute.dtype))
+        here |= {
+            "processes": processes.world_size,
+            "parameters": parameter_count(config.model),
+            "flops_per_token": flops_per_token(config.model, config.sequence_length),
+        }
         if resume:
             set_aside(unusable)
         run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here, say)
