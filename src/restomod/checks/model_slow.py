@@ -24,7 +24,7 @@ from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.memory import state_bytes
 from restomod.engine.optimizer import build_optimizer, gradient_norm
 from restomod.engine.step import Compute, batch_loss
-from restomod.model.gpt import initial_std
+from restomod.model.gpt import ScaledResidual, initial_std
 from restomod.runs.open_model import open_or_build
 from restomod.utils.check_result import CheckResult
 from restomod.utils.errors import one_line
@@ -37,6 +37,7 @@ LARGEST_STD = 10.0  # of the residual stream after initialisation; GPT-2 124M's 
 DEAD_STD = 1e-3
 DEAD_UNITS = 0.01  # share of the hidden units that may give nothing after initialisation
 CONTEXT = 1024
+KNOWN_INITIALISATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, ScaledResidual)
 VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
 
@@ -72,6 +73,8 @@ def initial_weights(subject: CheckedModel) -> CheckResult:
         return CheckResult(name, "skip", "these weights are trained")
     problems = []
     for parameter, value in subject.model.named_parameters():
+        if not isinstance(subject.model.get_submodule(parameter.rpartition(".")[0]), KNOWN_INITIALISATION):
+            continue
         if value.ndim < 2:
             constant = 1.0 if parameter.endswith("weight") else 0.0
             if not bool((value == constant).all()):
