@@ -122,7 +122,7 @@ def test_a_new_part_learns(config: ModelConfig) -> None:
         loss.backward()
         optimizer.update(1.0, torch.tensor(1.0), torch.tensor(False))
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
