@@ -26,6 +26,7 @@ LAYERS = (
     "restomod.data",
     "restomod.data.prepare",
     "restomod.model",
+    "restomod.engine.optimizers",
     "restomod.engine",
     "restomod.runs",
     "restomod.evals",
