@@ -28,6 +28,7 @@ LAYERS = (
     "restomod.model.norms",
     "restomod.model.activations",
     "restomod.model",
+    "restomod.engine.optimizers",
     "restomod.engine",
     "restomod.runs",
     "restomod.evals",
