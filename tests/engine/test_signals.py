@@ -15,7 +15,7 @@ import pytest
 
 from restomod.engine import signals
 from restomod.engine.signals import StopSignal
-from restomod.utils.then import clean_up
+from restomod.utils.on_exit import clean_up
 
 
 def test_signals_that_come_together_are_one_request(capfd: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_a_second_request_ends_a_command_at_once() -> None:
     """Without leaving the loop in order, which takes as long as the checkpoint that is being written."""
     script = """
 import signal, time
-from restomod.utils.then import and_then
+from restomod.utils.on_exit import and_then
 from restomod.engine import signals
 def work():
     with signals.StopSignal():

@@ -117,7 +117,7 @@ def test_what_goes_on_without_output_keeps_its_exit_code(
         return 75
 
     monkeypatch.setattr(sys, "stdout", make())
-    assert run_guarded(work, goes_on=True) == 75
+    assert run_guarded(work, without_output=True) == 75
     assert not display[0].closed
 
 

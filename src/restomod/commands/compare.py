@@ -1,4 +1,4 @@
-"""`restomod compare`: runs side by side."""
+"""Command `compare`: compare runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CompareArguments:
 
 def run(arguments: list[str]) -> int:
     """Compare runs: print tables, and write what is asked for. Returns 0."""
-    parsed = parse(CompareArguments, tyro.MISSING_NONPROP, arguments, "restomod compare")
+    parsed = parse(CompareArguments, arguments, "restomod compare")
     if not parsed.runs:
         raise UserError("name the runs: restomod compare RUN RUN ... (restomod compare --help)")
     for flag, value in (("--price", parsed.price), ("--target-loss", parsed.target_loss)):

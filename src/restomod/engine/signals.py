@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from restomod.utils.then import STOPPING, clean_up
+from restomod.utils.on_exit import STOPPING, clean_up
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CONNECTING = 5.0  # seconds

@@ -147,32 +147,37 @@ def say(line: str) -> None:
         complain(f"standard output cannot be written ({reason(e)}); going on without it")
 
 
-def run_guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:
-    """Do ``work`` and report in one line what goes wrong in it, or in printing.
+def run_guarded(
+    work: Callable[[], int],
+    debug: bool = False,
+    without_output: bool = False,
+    memory_hint: Callable[[], str] = lambda: "use less",
+) -> int:
+    """Run ``work`` and report errors in it, or in printing, in one line.
 
     Args:
-        work: a verb.
+        work: a command.
         debug: raise errors, for their traceback.
-        goes_on: whether ``work`` is worth doing where nothing can be printed.
-        needs_less: what to do where there is not enough memory.
+        without_output: whether ``work`` shall run even if nothing can be printed.
+        memory_hint: returns what to do if there is not enough memory.
 
     Returns:
-        What ``work`` does, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
+        The exit code of ``work``, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
     """
     with _sanitized_output():
-        return _guarded(work, debug, goes_on, needs_less)
+        return _guarded(work, debug, without_output, memory_hint)
 
 
-def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: str) -> int:
+def _guarded(work: Callable[[], int], debug: bool, without_output: bool, memory_hint: Callable[[], str]) -> int:
     behind = raw_stream(sys.stdout)
     if isinstance(behind, io.TextIOWrapper) and is_open("stdout"):
         behind.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
     try:
-        if not goes_on and not is_open("stdout"):
+        if not without_output and not is_open("stdout"):
             raise UserError("standard output is closed")
         code = work()
         failure = flush_stream("stdout")  # noticed here and not when Python exits
-        if failure is not None and not goes_on and not isinstance(failure, BrokenPipeError):
+        if failure is not None and not without_output and not isinstance(failure, BrokenPipeError):
             raise UserError(_cannot_print(failure))
         return code
     except BrokenPipeError:  # the reader of a pipe has left
@@ -180,7 +185,9 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
     except SystemExit as e:
         if isinstance(e.__context__, BrokenPipeError):  # rich has met it
             return 0
-        raise
+        if isinstance(e.code, str):
+            raise
+        return e.code or 0
     except ReportedElsewhere:
         return EXIT_USER_ERROR
     except Exception as e:
@@ -192,7 +199,7 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
         if debug or (isinstance(e, ValueError) and not of_printing):
             raise
         if no_memory:
-            message = f"out of memory ({one_line(e)}); {needs_less}"
+            message = f"out of memory ({one_line(e)}); {memory_hint()}"
         elif isinstance(e, OSError) and failure is None:
             message = describe_os_error(e)
         else:

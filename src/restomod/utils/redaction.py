@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from restomod.utils.on_exit import split_then
 from restomod.utils.text import visible
-from restomod.utils.then import take_command
 
 REDACTED = "[redacted]"
 
@@ -135,7 +135,7 @@ def redact_pieces(pieces: Sequence[str]) -> list[str]:
 def redact_command(words: Sequence[str]) -> list[str]:
     """The words of a command line without ``--then``, its value and secrets. Paths are kept."""
     made: list[str] = []
-    for word in take_command(list(words))[0]:
+    for word in split_then(list(words))[0]:
         of_secret = bool(made) and re.fullmatch(rf"--(?!no-)[\w.-]*?{ARGUMENT}[\w.-]*", made[-1]) is not None
         made.append(REDACTED if of_secret and not word.startswith("--") else redact_secrets(word))
     return made

@@ -38,7 +38,7 @@ def clean_up(signum: int, frame: FrameType | None) -> None:
     raise _Terminated(signum)
 
 
-def take_command(arguments: list[str]) -> tuple[list[str], str | None]:
+def split_then(arguments: list[str]) -> tuple[list[str], str | None]:
     """Split ``--then COMMAND`` off, before anything else in the arguments can turn out to be wrong.
 
     Returns:
@@ -61,7 +61,7 @@ def take_command(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, command
 
 
-def and_then(work: Callable[[], int], command: str | None) -> int:
+def run_then(work: Callable[[], int], command: str | None) -> int:
     """Do ``work``, and run ``command``, if there is one, once it has ended, in whatever way.
 
     Of the processes of a torchrun the first runs it; where torchrun will start a failed one again, only after the last
