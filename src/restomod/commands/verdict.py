@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     from restomod.runs.reader import open_run
     from restomod.utils.files import write_json_atomically
     from restomod.utils.output_files import Output, require_outputs, write_outputs
-    from restomod.utils.tables import Table, print_table
+    from restomod.utils.terminal import Table, print_table
 
     path = Path(parsed.json) if parsed.json is not None else None
     require_outputs({"--json": path})

@@ -1,4 +1,4 @@
-"""What reaches the terminal: control characters made visible, and errors in one line.
+"""Standard output and error: control characters made visible, and errors in one line.
 
 Names, texts and messages come from files, which may be malicious. Within `run_guarded`, standard output and error are
 sanitized streams, so callers need not escape anything. Colours and progress bars (`restomod.utils.terminal`) are
@@ -97,13 +97,13 @@ def _sanitized_output() -> Iterator[None]:
 
 
 def is_open(name: Name) -> bool:
-    """Whether there is something to print to."""
+    """Return whether a stream is there and open."""
     stream = getattr(sys, name)
     return stream is not None and not getattr(stream, "closed", False)  # a stand-in may have `write` alone
 
 
 def flush_stream(name: Name) -> Exception | None:
-    """Write out what has been printed. Returns why that failed, and drops it then."""
+    """Flush standard output or error. Returns the error, if any, after which the stream is dropped."""
     try:
         if is_open(name):
             getattr(sys, name).flush()
@@ -127,8 +127,8 @@ def drop_stream(name: Name) -> None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
-def complain(line: str) -> None:
-    """Print a line to standard error, if that can be."""
+def print_error(line: str) -> None:
+    """Print a line to standard error, if it can be written."""
     try:
         if is_open("stderr"):  # print() takes None for standard output
             print(visible(line), file=sys.stderr, flush=True)
@@ -136,15 +136,15 @@ def complain(line: str) -> None:
         drop_stream("stderr")
 
 
-def say(line: str) -> None:
-    """Print a line about work that goes on where that fails, unless the reader of a pipe has left."""
+def print_if_possible(line: str) -> None:
+    """Print a line; warn on standard error if it cannot be printed. Raises BrokenPipeError if a pipe's reader left."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as e:
         drop_stream("stdout")
-        complain(f"standard output cannot be written ({reason(e)}); going on without it")
+        print_error(f"standard output cannot be written ({reason(e)}); continuing without it")
 
 
 def run_guarded(
@@ -204,10 +204,10 @@ def _guarded(work: Callable[[], int], debug: bool, without_output: bool, memory_
             message = describe_os_error(e)
         else:
             message = str(e) if isinstance(e, UserError) else _cannot_print(failure or e)
-        complain(f"restomod: error: {' '.join(message.split())}")
+        print_error(f"restomod: error: {' '.join(message.split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        complain("restomod: stopped")
+        print_error("restomod: stopped")
         return EXIT_ABORTED
     finally:
         flush_stream("stdout")
