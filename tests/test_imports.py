@@ -31,6 +31,7 @@ LAYERS = (
     "restomod.engine.optimizers",
     "restomod.engine",
     "restomod.runs",
+    "restomod.evals.tasks",
     "restomod.evals",
     "restomod.generate",
     "restomod.checks",
