@@ -12,8 +12,7 @@ from restomod.commands.parsing import parse
 from restomod.config.run import require_seed
 
 if TYPE_CHECKING:  # torch is imported when it is needed
-    from restomod.utils.check_result import CheckResult
-    from restomod.utils.console import Display
+    from restomod.utils.console import CheckResult, Display
 
 EXIT_CHECK_FAILED = 1
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
@@ -35,7 +34,7 @@ def show_results(verdicts: Iterable[CheckResult], of: str, display: Display) -> 
     """Print verdicts as they come, and their sum. Returns the exit code."""
     statuses = []
     for verdict in verdicts:
-        display.verdict(verdict)
+        display.check_result(verdict)
         statuses.append(verdict.status)
     counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
     display.line(f"{of}: {', '.join(counts)}")
