@@ -537,7 +537,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CHECK_NAMES = [
-    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
+    *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
     *("initial weights", "activations", "bf16", "compiled", "overfitting"),
 ]
 
