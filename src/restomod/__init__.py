@@ -28,7 +28,7 @@ _HOME = {  # public name -> module that defines it
     "SamplingConfig": "restomod.config.run",
     "UserError": "restomod.utils.errors",
     "preset": "restomod.config.presets",
-    "prepare": "restomod.data.tokenize",
+    "prepare_text": "restomod.data.prepare.text_cache",
     "Batches": "restomod.data.batches",
     "gpt2_tokenizer": "restomod.data.tokenizer",
     "GPT": "restomod.model.gpt",

@@ -209,7 +209,7 @@ def data(arguments: list[str]) -> int:
     """Show what is in a folder of token shards."""
     parsed = parse(DataArguments, tyro.MISSING_NONPROP, arguments, "restomod data")
 
-    from restomod.data.summary import overview
+    from restomod.data.overview import overview
 
     for line in overview(Path(parsed.folder), parsed.verify):
         print(line)
