@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from restomod.config.model import nearest_divisor_below
 from restomod.config.run import OptimConfig, RunConfig
-from restomod.data.batches import Batches
-from restomod.data.prefetch import MicroBatches
+from restomod.data.batches import Batches, MicroBatches
 from restomod.engine.chunk_sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
 from restomod.engine.device import release_memory, total_memory
 from restomod.engine.distributed import Processes, synchronised

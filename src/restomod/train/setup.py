@@ -15,7 +15,7 @@ from restomod.checks.model_quick import CheckedModel, quick_checks
 from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.engine.device import (
     choose_compile,
