@@ -177,9 +177,7 @@ def tied_head(subject: CheckedModel) -> CheckResult:
     embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
     blocks, expected = len(model.transformer.h), parameter_count(config)
     if blocks != config.n_layer:
-        return CheckResult(
-            "tied head", "fail", f"the model has {blocks} blocks, and its configuration {config.n_layer}"
-        )
+        return CheckResult("tied head", "fail", f"the model has {blocks} blocks, not {config.n_layer}")
     if not config.tied:
         return CheckResult("tied head", "skip", f"this model has a head of its own; there are {expected:,} parameters")
     if model.head is not embedding:
