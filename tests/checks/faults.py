@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from restomod.data.batches import Batches
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.optimizer import AdamW, Optimizers
+from restomod.engine.optimizers.muon import Muon
 from restomod.model.gpt import GPT, MLP, Block, BlockInputs, CausalSelfAttention, KVCache, Transformer
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -146,7 +147,7 @@ def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
 def _optimizer(keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> Plant:
     """AdamW over some of the groups of parameters only."""
     return lambda patch: patch.setattr(
-        "restomod.engine.optimizer.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
+        "restomod.engine.optimizers.adamw.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
     )
 
 
@@ -161,6 +162,11 @@ def _compiled_without_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def _nothing_is_learned(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Optimizers, "update", lambda self, *_: self.zero_grad())
+
+
+def _takes_nan(patch: pytest.MonkeyPatch) -> None:
+    step = Muon.step
+    patch.setattr(Muon, "step", lambda self: (setattr(self, "found_inf", None), step(self)))
 
 
 def _relu_far_below_zero(self: MLP, x: Tensor) -> Tensor:
@@ -232,5 +238,6 @@ SLOW_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "another loss in bf16": (_differs_in_bf16, "bf16", "more than 0.05 apart"),
     "a compiler's other loss": (_compiled(1.05), "compiled", "without"),
     "a compiler that forgets the gradient": (_compiled_without_gradient, "compiled", "gradient norm"),
+    "an optimizer that takes NaN": (_takes_nan, "refused updates", "with optimizer muon change transformer"),
     "an optimizer that does nothing": (_nothing_is_learned, "overfitting", " steps"),
 }

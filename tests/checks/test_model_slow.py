@@ -46,7 +46,7 @@ from tests.trainee import assert_leaves_no_trace, make_subject, state_of
 
 NAMES = [
     *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
-    *("initial weights", "activations", "bf16", "compiled", "overfitting"),
+    *("initial weights", "activations", "bf16", "compiled", "refused updates", "overfitting"),
 ]
 WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=96, n_positions=32, vocab_size=97)
 cached_source = functools.cache(own_source)
@@ -189,6 +189,7 @@ FOUND_BY_ONE_CHECK = {
     "a residual stream that explodes",
     "another loss in bf16",
     "a compiler's other loss",
+    "an optimizer that takes NaN",
     "an optimizer that does nothing",
 }
 

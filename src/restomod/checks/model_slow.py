@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from restomod.checks.model_quick import LOSS_TOLERANCE, QUICK, CheckedModel, loss_gradients
-from restomod.config.run import DataConfig, Device, OptimConfig, Precision
+from restomod.config.run import DataConfig, Device, OptimConfig, Optimizer, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
 from restomod.data.sources import documents
@@ -22,7 +23,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import autocast, choose_device, choose_dtype
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.memory import state_bytes
-from restomod.engine.optimizer import build_optimizer, gradient_norm
+from restomod.engine.optimizer import build_optimizer, changed_by_nan, gradient_norm
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import ScaledResidual, initial_std
 from restomod.runs.open_model import open_or_build
@@ -209,6 +210,17 @@ def compiled_agreement(subject: CheckedModel) -> CheckResult:
     return CheckResult("compiled", "pass" if agree else "fail", reason)
 
 
+def refused_updates(subject: CheckedModel) -> CheckResult:
+    """A step with NaN gradients changes neither weights nor optimizer state, with every optimizer of this package."""
+    device, dtype = subject.compute.device, subject.compute.dtype
+    for name in get_args(Optimizer):
+        config = OptimConfig(optimizer=name)
+        changed = changed_by_nan(lambda model, config=config: build_optimizer(model, config, dtype), device)  # type: ignore[misc]
+        if changed:
+            return CheckResult("refused updates", "fail", f"NaN gradients with optimizer {name} change {changed[0]}")
+    return CheckResult("refused updates", "pass", f"NaN gradients change nothing ({', '.join(get_args(Optimizer))})")
+
+
 def memorises_batch(subject: CheckedModel) -> CheckResult:
     """A model that can learn learns one short text by heart. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
@@ -248,5 +260,6 @@ SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     activations,
     precision_agreement,
     compiled_agreement,
+    refused_updates,
     memorises_batch,
 )

@@ -24,7 +24,7 @@ from restomod.model.flops import flops_per_token, parameter_count
 from restomod.runs.metrics import Record, SampleRecord, iterate_jsonl
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.json_files import read_json
-from restomod.utils.output import complain
+from restomod.utils.output import print_error
 
 MOST_EVALUATIONS = 5000  # files that are read: more take too long
 
@@ -96,7 +96,7 @@ class Run:
     """Versions, machine and command of the start and of every resumption."""
     records: list[Record]
     """`metrics.jsonl`, in order."""
-    warn: Callable[[str], None] = field(default=complain, compare=False)
+    warn: Callable[[str], None] = field(default=print_error, compare=False)
     """Told what is damaged and left out."""
 
     @property
@@ -228,7 +228,7 @@ def process_count(environment: Record) -> int:
     return int(environment.get("processes", 1))
 
 
-def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
+def open_run(folder: str | Path, warn: Callable[[str], None] = print_error) -> Run:
     """Read a run's folder.
 
     Args:

@@ -31,7 +31,7 @@ from restomod.engine.distributed import SINGLE, Processes, compiled_parts, devic
 from restomod.engine.micro_batch import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.engine.optimizer import Optimizers, build_optimizer
 from restomod.engine.step import BatchLoss, Compute
-from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
+from restomod.evals.tasks.registry import LoadedTask, load_task, with_absolute_path
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import OtherModel, as_saved

@@ -105,13 +105,12 @@ def figures(run: Run, used: Usage, prices: Prices) -> list[list[str]]:
     elif train:
         rows.append(["Training loss", f"{np.mean(train[-20:]):.4f}", f"mean of the last {len(train[-20:])} steps"])
     for task, points in task_curves(run, HEADLINES).items():
-        if task in ("hellaswag", "hellaswag-harness"):
-            # the newest; at one step that of the most examples
-            step, n, share = max(
-                (x, n, y) for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True) if y is not None
-            )
-            of = f", {n:,} examples" if n else ""
-            rows.append([f"HellaSwag, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
+        # the newest; at one step that of the most examples
+        step, n, share = max(
+            (x, n, y) for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True) if y is not None
+        )
+        of = f", {n:,} examples" if n else ""
+        rows.append([f"{task}, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
     rows.append(["Tokens", quantity(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
     speeds = [number(r.get("tokens_per_second")) for r in run.train]
     speeds = [speed for speed in speeds if math.isfinite(speed)]
