@@ -25,7 +25,10 @@ LAYERS = (
     "restomod.config",
     "restomod.data",
     "restomod.data.prepare",
+    "restomod.model.norms",
+    "restomod.model.activations",
     "restomod.model",
+    "restomod.engine.optimizers",
     "restomod.engine",
     "restomod.runs",
     "restomod.evals.tasks",
@@ -259,7 +262,6 @@ CHECKING = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
     [
         ("--help", PARSING),
         ("train quickstart --help", PARSING),
-        ("plan quickstart", PARSING | CHECKING),
         ("report run", PARSING | CHECKING | {"numpy", "plotly"}),
         ("compare run run2", PARSING | CHECKING | {"numpy", "rich", "scipy", "markdown_it", "mdurl", "pygments"}),
         ("verdict run --no-weights", PARSING | CHECKING | {"numpy", "rich"}),

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from restomod.config.run import Device, Precision, SamplingConfig
 from restomod.generate.text import find_readable_model, sample_texts
-from restomod.utils.destination import resolve_destination
 from restomod.utils.errors import UserError
-from restomod.utils.files import write_text_atomically
+from restomod.utils.files import resolve_destination, write_text_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
 from restomod.utils.redaction import redact
 from restomod.utils.text import markdown_cell, visible

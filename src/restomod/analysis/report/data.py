@@ -25,7 +25,6 @@ from restomod.analysis.report.examined import examined
 from restomod.analysis.report.usage import Prices, Usage, flops_text, quantity, usage, usage_rows
 from restomod.config.presets import preset
 from restomod.config.serialize import to_dict
-from restomod.model.flops import parameter_count
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Record, Run
 from restomod.utils.text import duration
@@ -80,7 +79,7 @@ def about(run: Run) -> list[list[str]]:
     first = run.environments[0] if run.environments else {}
     return [
         ["Model", describe_model(run.config)],
-        ["Parameters", f"{parameter_count(run.config.model):,}"],
+        ["Parameters", f"{run.parameters:,}"],
         ["Data", f"{data}, {tokens:,} tokens" if tokens is not None else data],
         ["Device", ", ".join(first[key] for key in ("device", "precision") if first.get(key))],
         ["Started", str(first.get("started", "unknown"))],
