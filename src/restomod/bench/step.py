@@ -80,7 +80,7 @@ def bench_step(
     return 0
 
 
-def measure_part(config: RunConfig, preset: str, timed: int, display: Display) -> Report:
+def measure_micro_batches(config: RunConfig, preset: str, timed: int, display: Display) -> Report:
     """Measure steps of a run's own micro-batches, two of them at most, in this process alone.
 
     Args:

@@ -18,7 +18,7 @@ from restomod.engine.distributed import Processes, linear_parameters
 from restomod.model.gpt import GPT
 
 
-def is_shared(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds only a part of the model's weights."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
@@ -49,7 +49,7 @@ def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Proces
     tensor.copy_(value)
 
 
-def fill(model: GPT, source: GPT | None, processes: Processes) -> None:
+def broadcast_weights(model: GPT, source: GPT | None, processes: Processes) -> None:
     """Put the weights of ``source`` into the model of every process. All processes have to call it.
 
     Args:
@@ -77,7 +77,7 @@ def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[
     return gathered
 
 
-def whole_on_main(model: GPT, processes: Processes) -> GPT:
+def gather_model_on_main(model: GPT, processes: Processes) -> GPT:
     """A copy of a model that processes share: whole, on the CPU, in the main process; without weights in the others.
 
     All processes have to call it.
@@ -97,7 +97,7 @@ def gather_full_model(model: GPT, dtype: torch.dtype = torch.float32, keep: bool
         dtype: of the linear layers in the blocks; that of the matmuls, as autocast would round them to it anyway.
         keep: whether this process needs the weights. The copy is without them otherwise.
     """
-    if not is_shared(model):
+    if not is_sharded(model):
         return model
     linear, tensors = linear_parameters(model), {}
     for name, parameter in model.named_parameters():

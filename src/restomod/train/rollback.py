@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from restomod.data.prefetch import MicroBatches
 from restomod.engine.device import release_memory
-from restomod.engine.micro_batch import cut, smaller
+from restomod.engine.micro_batch import next_smaller_divisor, split_micro_batches
 from restomod.engine.step import PendingStep, train_step
 from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import describe_newest, load_checkpoint, newest_whole
@@ -80,7 +80,7 @@ def step_that_fits(
     """
     loss_of, optimizer, processes = training.loss_of, training.optimizer, training.processes
     while True:
-        parts = cut(micro_batches, sequences)
+        parts = split_micro_batches(micro_batches, sequences)
         try:
             return train_step(loss_of, optimizer, parts, training.config, step, processes, loss_limit), sequences
         except Exception as e:
@@ -93,7 +93,7 @@ def step_that_fits(
                 ) from e
         optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
         release_memory(training.compute.device)
-        sequences = smaller(sequences)
+        sequences = next_smaller_divisor(sequences)
         display.line(f"step {step}  out of memory: {sequences} sequences at once from here on", style="bold yellow")
 
 
