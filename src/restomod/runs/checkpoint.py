@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from restomod.engine.distributed import SINGLE, Processes
-from restomod.engine.gather import copy_from_main, fill
+from restomod.engine.gather import broadcast_weights, copy_from_main
 from restomod.engine.loss_scale import LOSS_SCALE
 from restomod.engine.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.model.gpt import GPT
@@ -319,7 +319,9 @@ def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) 
     Raises:
         UserError: it is of another model.
     """
-    fill(model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes)
+    broadcast_weights(
+        model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes
+    )
 
 
 @torch.no_grad()
