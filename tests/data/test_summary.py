@@ -15,9 +15,9 @@ import tiktoken
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data import summary as module
-from restomod.data import verified
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.summary import overview
+from restomod.utils import verified
 from restomod.utils.errors import UserError
 
 END = 50256  # <|endoftext|>
