@@ -33,7 +33,7 @@ import torch
 from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import (
     choose_device,

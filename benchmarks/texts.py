@@ -10,9 +10,9 @@ from pathlib import Path
 from benchmarks.harness import Plan
 from restomod.config.run import DataConfig
 from restomod.data.documents import AnyDocument, Document
+from restomod.data.find_files import find_files
 from restomod.data.readers import read_documents
-from restomod.data.sources import documents as documents_of
-from restomod.data.text_files import files_of
+from restomod.data.sources import python_stdlib
 
 CORPUS, HELLASWAG, SHAKESPEARE = "corpus", "eval/hellaswag_val.jsonl", "tinyshakespeare/input.txt"
 GLOB = "*train*.jsonl*"
@@ -27,9 +27,9 @@ WORDS = (
 def texts(plan: Plan, megabytes: float) -> tuple[list[str], str]:
     """Documents of about so much text in all, and what they are."""
     corpus = plan.file(CORPUS)
-    source: Iterable[AnyDocument] = documents_of(DataConfig())
+    source: Iterable[AnyDocument] = python_stdlib()
     if corpus is not None:
-        source = (document for file in files_of(corpus, GLOB) for document in read_documents(file))
+        source = (document for file in find_files(corpus, GLOB) for document in read_documents(file))
     found, size = [], 0
     for document in source:
         if not isinstance(document, Document):
@@ -55,7 +55,7 @@ def to_train_on(plan: Plan) -> tuple[DataConfig, str]:
         return DataConfig(source="text", path=str(small), cache=cache), what
     if corpus is None:
         return DataConfig(cache=cache), INSTEAD
-    first = next(files_of(corpus, GLOB))
+    first = next(find_files(corpus, GLOB))
     return DataConfig(source="text", path=str(first), cache=cache), "prose of --data"
 
 

@@ -15,7 +15,7 @@ from benchmarks.recipe import BASELINE, RECIPES, base, changed, tokens_to, trial
 from benchmarks.records import Item, Metric
 from benchmarks.texts import to_train_on
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 
 Row = dict[str, Measured]

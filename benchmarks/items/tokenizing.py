@@ -17,10 +17,10 @@ from benchmarks.contenders import Command, Contender, Measured, Round, Worker
 from benchmarks.harness import Plan, compare
 from benchmarks.records import Comparison, Item, Metric
 from benchmarks.texts import texts, written
-from restomod.data.bulk import BulkEncoder
+from restomod.data.bulk_encoder import BulkEncoder
 from restomod.data.dataset import write_shard
+from restomod.data.prepare.worker import document_batches
 from restomod.data.readers import Document, read_documents
-from restomod.data.tokenize import document_batches
 from restomod.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from restomod.utils.process_memory import peak_resident_bytes
 

@@ -49,7 +49,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CHECK_NAMES = [
-    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
+    *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
     *("initial weights", "activations", "bf16", "compiled", "overfitting"),
 ]
 
@@ -199,7 +199,7 @@ def test_prompts_are_continued_in_the_order_of_the_flags_or_of_the_file(
 def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
+    monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: iter(["one", "\x1b[2J", "two"]))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--prompt", "The", "--stream", "--num-samples", "1", "--device", "cpu"]) == 0
     start = "--- 1 of 1 ---\nThe"
@@ -209,13 +209,13 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
 def test_a_text_is_exact_where_the_output_is_no_terminal(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
+    monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
     assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--stream", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "--- 1 of 1 ---\nTheone\x1b[2J\r\u202etwo\n"
 
 
 def test_several_texts_in_a_terminal_are_made_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: pytest.fail("streamed"))
+    monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: pytest.fail("streamed"))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--num-samples", "2", "--max-tokens", "2", "--device", "cpu"]) == 0
     assert len(texts(sys.stdout.getvalue())) == 2

@@ -13,8 +13,7 @@ from restomod.commands.parsing import parse
 from restomod.config.run import require_seed
 
 if TYPE_CHECKING:  # torch is imported when it is needed
-    from restomod.utils.check_result import CheckResult
-    from restomod.utils.console import Display
+    from restomod.utils.console import CheckResult, Display
 
 EXIT_CHECK_FAILED = 1
 STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
@@ -44,7 +43,7 @@ def show_results(results: Iterable[CheckResult], subject: str, display: Display)
     """Print results as they come, and a summary. Returns the exit code."""
     statuses = []
     for result in results:
-        display.verdict(result)
+        display.check_result(result)
         statuses.append(result.status)
     counts = [f"{statuses.count(s)} {word}" for s, word in STATUS_WORDS.items() if s in statuses]
     display.line(f"{subject}: {', '.join(counts)}")

@@ -28,12 +28,12 @@ def run(arguments: list[str]) -> int:
     parsed = parse(CompareSamplesArguments, arguments, "restomod compare-samples")
     settings = parsed.settings(arguments)
 
-    from restomod.generate.compare import DEFAULT_PROMPTS, as_table, compare_samples, report_writer
+    from restomod.generate.compare import DEFAULT_PROMPTS, compare_samples, samples_table, samples_writer
     from restomod.generate.text import choose_prompts
 
-    write = report_writer(parsed.out, parsed.prompt_file)
+    write = samples_writer(parsed.out, parsed.prompt_file)
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, DEFAULT_PROMPTS)
     compared = compare_samples(parsed.a, parsed.b, prompts, settings, parsed.seed, parsed.device, parsed.precision)
-    print(as_table(compared), end="")
+    print(samples_table(compared), end="")
     write(compared)
     return 0

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from restomod.commands.flags import ModelArguments
 from restomod.commands.parsing import parse
+from restomod.evals.tasks.registry import TASKS, VALIDATION
 from restomod.utils.errors import UserError, reported_once
 
 MEMORY_HINT = "lower --batch or --context"
+TASKS_HELP = (
+    f"Comma-separated names: {', '.join([VALIDATION, *TASKS])}. NAME=FILE reads a task's data from a file. "
+    f"Default: {VALIDATION} (where there is data) and hellaswag."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments(ModelArguments):
-    tasks: str | None = None
-    """Comma-separated names: validation, hellaswag, hellaswag-harness, arc-easy, arc-challenge, piqa, winograd,
-    lambada. NAME=FILE reads a task's data from a file. Default: validation (where there is data) and hellaswag."""
+    tasks: Annotated[str | None, tyro.conf.arg(help=TASKS_HELP)] = None
     task: str | None = None
     """Your own questions: a .jsonl file with query (or ctx), choices (or endings) and gold (or label) in every line."""
     limit: int | None = None
@@ -42,21 +48,21 @@ def run(arguments: list[str]) -> int:
             if value is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; it must be at least 1")
 
-    from restomod.evals.suite import evaluate_model
-    from restomod.evals.tasks import task_names
+    from restomod.evals.suite import EvalRequest, run_eval
+    from restomod.evals.tasks.registry import task_names
 
     tasks = [] if parsed.tasks is None else task_names(parsed.tasks)
     tasks += [] if parsed.task is None else [parsed.task]
 
-    return evaluate_model(
+    request = EvalRequest(
         parsed.model,
-        tasks or None,
+        tuple(tasks),
         parsed.limit,
         parsed.data,
         parsed.context,
         parsed.batch,
         parsed.device,
         parsed.precision,
-        Path(parsed.json) if parsed.json is not None else None,
         Path(parsed.cache),
     )
+    return run_eval(request, Path(parsed.json) if parsed.json is not None else None)

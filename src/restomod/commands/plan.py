@@ -112,13 +112,13 @@ def _measure(name: str, config: RunConfig) -> Measured:
 
 def measured_of(report: Report) -> Measured:
     """The parts of a benchmark from which a run's steps are put together."""
-    from restomod.engine.memory import footprint
+    from restomod.engine.memory import estimate_memory
 
     config, phases = report.config, report.phases_ms
     count = config.batch_sequences // report.micro_batch
     repeated = sum(phases[phase].median for phase in ("data", "forward", "backward"))
     precision, kind = report.environment["precision"], report.device_type
-    predicted = footprint(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
+    predicted = estimate_memory(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
     return Measured(
         report.environment["device"],
         kind,

@@ -29,14 +29,14 @@ def run(arguments: list[str]) -> int:
     require_size("--num-samples", parsed.num_samples, most=10**6)
     settings, n = parsed.settings(arguments), parsed.num_samples
 
-    from restomod.generate.text import choose_prompts, sample_texts, streamed
+    from restomod.generate.text import choose_prompts, sample_texts, stream_texts
 
     prompts = choose_prompts(parsed.prompt, parsed.prompt_file, ("",))
     terminal, count = sys.stdout.isatty(), len(prompts) * n
     how = parsed.model, prompts, n, settings, parsed.seed, parsed.device, parsed.precision
     pieces: Iterable[Iterable[str]]
     if parsed.stream or (terminal and count == 1):
-        pieces = streamed(*how)
+        pieces = stream_texts(*how)
     else:
         pieces = ([text] for texts in sample_texts(*how) for text in texts)
     for i, text in enumerate(pieces):

@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from restomod.config.model import nearest_divisor_below
 from restomod.config.run import OptimConfig, RunConfig
-from restomod.data.batches import Batches
-from restomod.data.prefetch import MicroBatches
+from restomod.data.batches import Batches, MicroBatches
 from restomod.engine.chunk_sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
 from restomod.engine.device import release_memory, total_memory
 from restomod.engine.distributed import Processes, synchronised
@@ -54,7 +53,7 @@ def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: O
     taken = [_bytes_taken(model, batches, trial, n) for n in TRIED]
     release_memory(compute.device)
     free, _ = torch.cuda.mem_get_info(compute.device)
-    free -= optimizer_bytes(model.config, optim)
+    free -= optimizer_bytes(model.config, optim)[0]
     logits = model.config.padded_vocab_size * compute.dtype.itemsize * (2 if compute.compiled else 1)
     free -= (chunk - tried) * logits
     fits = sequences_that_fit((TRIED[0], taken[0]), (TRIED[1], taken[1]), ROOM * free)

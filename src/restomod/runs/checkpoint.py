@@ -30,8 +30,7 @@ from restomod.engine.gather import copy_from_main, fill
 from restomod.engine.loss_scale import LOSS_SCALE
 from restomod.engine.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.model.gpt import GPT
-from restomod.model.hf_io import load_weights, save_model
-from restomod.model.storage import WEIGHTS, write_tensors
+from restomod.model.hf_io import WEIGHTS, load_weights, save_model, write_tensors
 from restomod.runs.identity import (
     DATA_FINGERPRINT,
     STATE_FORMAT,

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from restomod.config.run import ModelConfig
 from restomod.model.flops import parameter_count
 from restomod.model.hf_format import as_saved
-from restomod.model.hf_io import read_model_config
-from restomod.model.storage import WEIGHTS, require_short_header
+from restomod.model.hf_io import WEIGHTS, read_model_config, require_short_header
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.files import require_regular
 

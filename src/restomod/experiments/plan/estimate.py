@@ -1,4 +1,4 @@
-"""What a run takes before it is paid for: memory, time, money, and where its loss may end. Needs no torch."""
+"""What a run takes before it is paid for: memory, time, money, and where its loss may end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from restomod.config.model import nearest_divisor_below
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
 from restomod.engine.chunk_sizes import FAST_TOKENS, share_of
-from restomod.engine.memory import Footprint, footprint
+from restomod.engine.memory import MemoryEstimate, estimate_memory
 from restomod.experiments.plan.expected_loss import Expected, expected_loss
 from restomod.experiments.plan.hardware import GPU, GPUS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
 from restomod.experiments.plan.prices import Offer
@@ -33,7 +33,7 @@ class Measured:
     update_seconds: float
     peak_bytes: int | None
     predicted_bytes: int
-    """What `footprint` says of the steps that were measured."""
+    """What `estimate_memory` predicts for the steps that were measured."""
 
     def tokens_per_second(self, config: RunConfig) -> float:
         """At the run's own number of micro-batches in a step."""
@@ -110,10 +110,10 @@ class Plan:
         """Bytes of a number in the matrix products."""
         return 4 if self.precision == "fp32" else 2
 
-    def footprint(self, micro_batch: int) -> Footprint:
+    def memory(self, micro_batch: int) -> MemoryEstimate:
         """Memory of one process."""
-        memory = self.gpu.memory if self.gpu is not None else None
-        return footprint(self.config, micro_batch, self.number, self.device_type, self.gpus, memory)
+        total = self.gpu.memory if self.gpu is not None else None
+        return estimate_memory(self.config, micro_batch, self.number, self.device_type, self.gpus, total)
 
     @property
     def fitting(self) -> int | None:
@@ -123,7 +123,7 @@ class Plan:
         low, high = 0, share_of(self.config, self.gpus) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.footprint(middle).total <= self.gpu.memory
+            fits = self.memory(middle).total <= self.gpu.memory
             low, high = (middle, high) if fits else (low, middle)
         return low
 
@@ -224,7 +224,7 @@ class Plan:
             "micro_batch": self.micro_batch,
             "largest_micro_batch": self.fitting,
             "fits": self.fits,
-            "memory_bytes": self.footprint(self.micro_batch).to_dict(),
+            "memory_bytes": self.memory(self.micro_batch).to_dict(),
             "tokens_per_second": self.tokens_per_second,
             "speeds": [
                 dataclasses.asdict(speed) | {"mfu": speed.mfu, "predicted_tokens_per_second": predicted}
