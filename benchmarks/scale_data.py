@@ -33,8 +33,8 @@ from restomod.data.dataset import (
     open_dataset,
 )
 from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
-from restomod.data.verified import VERIFIED, _seen
 from restomod.utils.files import sha256_file, write_json_atomically
+from restomod.utils.verified import VERIFIED, _seen
 
 BASE, DIGITS = 50_000, 3  # a window's number in tokens: up to 1.25e14 windows
 NAMES_PER_FILE = 1000  # file systems allow 65,000 on ext4, fewer elsewhere
