@@ -135,10 +135,7 @@ def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: BenchPlan) 
 
 
 def test_how_many_fit() -> None:
-    assert together(6, 5e9, None) == 6
-    assert together(6, 5e9, int(21e9)) == 4
-    assert together(6, 5e9, int(64e9)) == 6
-    assert together(6, 5e9, int(1e9)) == 2
+    assert [together(6, 5e9, held) for held in (None, int(21e9), int(64e9), int(1e9))] == [6, 4, 6, 2]
 
 
 # functions of a `Worker`'s process

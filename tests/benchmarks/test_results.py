@@ -18,14 +18,11 @@ from tests.benchmarks.made import ENVIRONMENT, SECONDS, SPEED, items
 
 def test_json_and_back(tmp_path: Path) -> None:
     path = tmp_path / "cpu.json"
+    assert records.read(path) == {}
     records.write(path, items())
     assert records.read(path) == items()
     raw = json.loads(path.read_text())
     assert raw["items"]["step"]["comparisons"][0]["entries"][1]["values"]["tokens/s"] == [100.0, 110.0, 105.0]
-
-
-def test_no_file_is_no_items(tmp_path: Path) -> None:
-    assert records.read(tmp_path / "none.json") == {}
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 0, "items": {}}', '{"format": 1, "items": {"a": {}}}', "{"])

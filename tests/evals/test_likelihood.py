@@ -92,24 +92,14 @@ def test_the_order_changes_no_bit(batch: int | None, model: ScoredGPT) -> None:
     assert log_likelihoods(model, [requests[i] for i in order], batch) == [expected[i] for i in order]
 
 
-def shared_by_processes() -> list[Score]:
+def shared_by_processes(n: int) -> list[Score]:
     with join_processes() as processes:
-        return log_likelihoods(scored(), some_requests(), 3, processes)
+        return log_likelihoods(scored(), some_requests(n), 3, processes)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_number_of_processes_changes_no_bit(count: int, model: ScoredGPT) -> None:
-    expected = log_likelihoods(model, some_requests(), 3)
-    assert results(count, shared_by_processes) == [expected] * count
-
-
-def test_more_processes_than_rows(model: ScoredGPT) -> None:
-    assert results(2, one_row_for_two) == [log_likelihoods(model, some_requests(1))] * 2
-
-
-def one_row_for_two() -> list[Score]:
-    with join_processes() as processes:
-        return log_likelihoods(scored(), some_requests(1), processes=processes)
+@pytest.mark.parametrize(("count", "n"), [(2, 60), (3, 60), (2, 1)])  # at last, more processes than rows
+def test_the_number_of_processes_changes_no_bit(count: int, n: int, model: ScoredGPT) -> None:
+    assert results(count, shared_by_processes, n) == [log_likelihoods(model, some_requests(n), 3)] * count
 
 
 def test_each_context_goes_through_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:

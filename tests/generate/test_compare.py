@@ -183,18 +183,10 @@ def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypa
     assert (tmp_path / "x.html").read_text() == samples_html(comparison("a"))
 
 
-@pytest.mark.parametrize(
-    ("out", "said"),
-    [
-        ("samples.txt", r"ends in \.md \(Markdown\) or \.html"),
-        ("samples", r"ends in \.md"),
-        ("nowhere/samples.md", "there is no folder"),
-        ("folder.md", "is a folder"),
-    ],
-)
-def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path, out: str, said: str) -> None:
+@pytest.mark.parametrize("out", ["samples.txt", "samples", "nowhere/samples.md", "folder.md"])
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path, out: str) -> None:
     (tmp_path / "folder.md").mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=out):
         samples_writer(str(tmp_path / out))
 
 
