@@ -47,7 +47,7 @@ NEEDS_LESS = {  # what needs less memory, by verb
     "sample": "give fewer prompts, or lower --num-samples or --max-tokens",
     "compare-samples": "give fewer prompts, or lower --max-tokens",
     "prepare": "lower --workers",
-    "report": "lower --examine-tokens, or report fewer runs",
+    "report": "lower --error-analysis-tokens, or report fewer runs",
     "": "end other programs, or use a machine with more memory",
 }
 

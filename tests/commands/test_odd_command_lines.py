@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import restomod.analysis.report.serve
+import restomod.analysis.report.watch
 import restomod.checks.doctor
 from restomod.cli import main
 from restomod.commands.bench import BenchArguments
@@ -62,7 +62,7 @@ VERBS: dict[str, tuple[type, tuple[str, ...]]] = {  # what comes before a flag; 
     "train": (TrainArguments, ("quickstart", "--data.source", "text", "--data.path", "nowhere")),
     "plan": (PlanArguments, ("quickstart", "--gpus", "0")),
 }
-SKIPPED = {"then", "examine"}  # a command of the shell; needs a checkpoint
+SKIPPED = {"then", "error_analysis"}  # a command of the shell; needs a checkpoint
 
 Answer = Callable[..., tuple[int, str]]
 
@@ -85,7 +85,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     make_run(tmp_path / "runs" / "b")
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").write_text("not to be lost")
-    monkeypatch.setattr(restomod.analysis.report.serve, "watch", lambda *a: None)
+    monkeypatch.setattr(restomod.analysis.report.watch, "watch", lambda *a: None)
     monkeypatch.setattr(restomod.checks.doctor, "check_machine", lambda *a: iter(()))
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -132,7 +132,7 @@ def test_odd_arguments_of_every_verb(verb: str, answer: Answer) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_path_is_empty(verb: str, answer: Answer) -> None:
     cls, before = VERBS[verb]
-    paths = {"--out", "--json", "--markdown", "--png", "--plot", "--trace", "--offers", "--baseline", "--prompt-file"}
+    paths = {"--out", "--json", "--markdown", "--png", "--plot", "--trace", "--prices", "--baseline", "--prompt-file"}
     for flag in paths & set(flags_of(cls)):
         code, said = answer(verb, *(part for part in before if part not in ("--micro-batch", "3")), flag, "")
         assert (code, said) == (2, f"restomod: error: {flag} is empty; give it a value or leave it out\n")
@@ -159,7 +159,7 @@ def test_no_path_is_empty(verb: str, answer: Answer) -> None:
         ("report runs/a --png file", "--png file is a file"),
         ("compare runs/a --json link --plot target.png", "--json and --plot are the same file"),
         ("bench step quickstart --json o --trace o", "--json and --trace are the same file"),
-        ("plan quickstart --offers offers.toml --json offers.toml", "--offers and --json are the same file"),
+        ("plan quickstart --prices prices.toml --json prices.toml", "--prices and --json are the same file"),
         ("compare-samples a b --prompt-file p.md --out p.md", "--prompt-file and --out are the same file"),
         ("prepare dir --out ./dir", "--out ./dir is also a source"),
         # files that restomod needs
@@ -168,8 +168,8 @@ def test_no_path_is_empty(verb: str, answer: Answer) -> None:
         ("verdict runs/a --json runs/a/data.json", "would overwrite a file"),
         ("eval runs/a --tasks validation --json runs/a/config.json", "would overwrite a file"),
         # flags without an effect
-        ("report runs/a --examine-tokens 5", "--examine-tokens has no effect without --examine"),
-        ("report runs/a --device cpu", "--device has no effect without --examine"),
+        ("report runs/a --error-analysis-tokens 5", "--error-analysis-tokens has no effect without --error-analysis"),
+        ("report runs/a --device cpu", "--device has no effect without --error-analysis"),
         ("plan quickstart --optim.muon-lr 1", "--optim.muon-lr has no effect with --optim.optimizer adamw"),
         ("train quickstart --optim.cooldown=0.2", "--optim.cooldown has no effect with --optim.decay cosine"),
         ("train quickstart --model.rope_theta 5", "--model.rope-theta has no effect with --model.positions learned"),
@@ -186,7 +186,9 @@ def test_no_path_is_empty(verb: str, answer: Answer) -> None:
 )
 def test_the_line_names_what_is_wrong(line: str, said: str, answer: Answer) -> None:
     Path("link").symlink_to("target.png")
-    Path("offers.toml").write_text('[[offer]]\nprovider="M"\ngpu="a100"\ngpus=1\nprice=1\ndate=2026-01-01\nsource=""\n')
+    Path("prices.toml").write_text(
+        '[[price]]\nprovider="M"\ngpu="a100"\ngpus=1\ndollars_per_gpu_hour=1\ndate=2026-01-01\nsource=""\n'
+    )
     Path("p.md").write_text("a prompt\n")
     before = {path for path in Path().rglob("*") if "data" not in path.parts}
     code, error = answer(*line.split())

@@ -1,4 +1,4 @@
-"""`restomod plan`: what a run takes, before it is paid for."""
+"""Command `plan`: predicts memory, time, cost and final loss of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from restomod.commands.flags import ResumeArguments
 from restomod.commands.parsing import ignored_by_run, parse_run, refuse_ignored
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
-from restomod.experiments.plan.estimate import Measured, Plan
+from restomod.experiments.plan.estimate import MeasuredStep, Plan
 from restomod.experiments.plan.hardware import find_gpu
-from restomod.experiments.plan.prices import read_offers
-from restomod.experiments.plan.text import lines
+from restomod.experiments.plan.prices import read_prices
+from restomod.experiments.plan.text import plan_lines
 from restomod.utils.errors import EXIT_USER_ERROR, UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
@@ -22,7 +22,7 @@ from restomod.utils.output_files import Output, require_outputs, write_outputs
 if TYPE_CHECKING:  # torch is imported for measuring only
     from restomod.bench.report import Report
 
-TIMED = 2  # steps, whole and by phase
+TIMED = 2  # steps timed as a whole, and as many by phase
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class PlanArguments(ResumeArguments):
     gpu: str | None = None
     """Plan for this GPU: a100, a100-40gb, h100, h200, l40s, rtx3090, rtx3090ti, rtx4090, ..."""
     gpus: int = 1
-    """How many of them, in one machine."""
+    """Number of GPUs, in one machine."""
     price: float | None = None
     """US dollars for one GPU and one hour."""
     measure: bool = False
-    """Make a few real steps on this machine and plan for it."""
-    offers: str | None = None
-    """A file of offers to compare instead of the ones that come with restomod (TOML; that one explains itself)."""
+    """Time a few real steps on this machine and plan for it."""
+    prices: str | None = None
+    """TOML file of GPU prices to use instead of those of restomod, whose file explains the format."""
     json: str | None = None
-    """Write the plan to this file, too."""
+    """Also write the plan to this JSON file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Say what a run takes."""
+    """Print the plan of a run."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: restomod plan PRESET [FLAGS]     memory, time, cost and final loss of a run, before it is made")
-        print("       restomod plan PRESET --help      every flag; those of `restomod train` count too")
+        print("usage: restomod plan PRESET [FLAGS]     predict memory, time, cost and final loss of a run")
+        print("       restomod plan PRESET --help      every flag, including those of `restomod train`")
         print(f"\npresets: {', '.join(PRESETS)}")
         return 0 if arguments else EXIT_USER_ERROR
     name, rest = arguments[0], arguments[1:]
@@ -54,12 +54,12 @@ def run(arguments: list[str]) -> int:
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))
-    offers = read_offers(Path(given.offers) if given.offers is not None else None)
+    prices = read_prices(Path(given.prices) if given.prices is not None else None)
     plan = _plan(name, given)
-    print("\n".join(list(lines(plan, offers))))  # all of it, or the one line of an error
+    print("\n".join(list(plan_lines(plan, prices))))  # all of it, or the one line of an error
     if given.json is not None:
         print()
-        content = plan.to_dict(offers)
+        content = plan.to_dict(prices)
         write_outputs([Output(Path(given.json), lambda path: write_json_atomically(path, content))])
     return 0
 
@@ -73,11 +73,11 @@ def _refuse(given: PlanArguments) -> None:
     if given.measure and (given.gpu is not None or given.gpus > 1):
         raise UserError("--measure plans for one device of this machine; leave --gpu and --gpus out")
     if given.gpu is None and not given.measure and (given.price is not None or given.gpus > 1):
-        raise UserError("--price and --gpus are of the GPU that --gpu names; add --gpu, for example --gpu a100")
+        raise UserError("--price and --gpus need a GPU; add --gpu, for example --gpu a100")
     if given.gpu is not None and given.config.device in ("cpu", "mps"):
         raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; leave one out")
-    json, offers = (Path(name) if name is not None else None for name in (given.json, given.offers))
-    require_outputs({"--json": json}, {"--offers": offers})
+    json, prices = (Path(name) if name is not None else None for name in (given.json, given.prices))
+    require_outputs({"--json": json}, {"--prices": prices})
 
 
 def _plan(name: str, given: PlanArguments) -> Plan:
@@ -99,7 +99,7 @@ def _plan(name: str, given: PlanArguments) -> Plan:
     return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision)
 
 
-def _measure(name: str, config: RunConfig) -> Measured:
+def _measure(name: str, config: RunConfig) -> MeasuredStep:
     from restomod.bench.step import measure_part
     from restomod.utils.console import Display
 
@@ -110,8 +110,8 @@ def _measure(name: str, config: RunConfig) -> Measured:
     return measured_of(report)
 
 
-def measured_of(report: Report) -> Measured:
-    """The parts of a benchmark from which a run's steps are put together."""
+def measured_of(report: Report) -> MeasuredStep:
+    """Time and memory of a step, from a benchmark."""
     from restomod.engine.memory import footprint
 
     config, phases = report.config, report.phases_ms
@@ -119,7 +119,7 @@ def measured_of(report: Report) -> Measured:
     repeated = sum(phases[phase].median for phase in ("data", "forward", "backward"))
     precision, kind = report.environment["precision"], report.device_type
     predicted = footprint(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
-    return Measured(
+    return MeasuredStep(
         report.environment["device"],
         kind,
         precision,

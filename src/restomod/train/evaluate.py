@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from restomod.analysis.health.curves import History
-from restomod.analysis.health.symptoms import Finding, find_symptoms_in_curves, seen_now
+from restomod.analysis.health.history import History
+from restomod.analysis.health.symptoms import Finding, failures, find_symptoms_in_curves
 from restomod.engine.gather import gather_full_model
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import headline
@@ -82,16 +82,16 @@ class Health:
 
     def verdict_line(self) -> str:
         """Whether the run has been healthy, in one line."""
-        sick, folder = [symptom.symptom for symptom in self._symptoms()], self.training.run.folder
-        if sick:
-            return f"verdict: not healthy: {', '.join(sick)}; `restomod verdict {folder}` says what to do"
+        failed, folder = [symptom.symptom for symptom in self._symptoms()], self.training.run.folder
+        if failed:
+            return f"verdict: not healthy: {', '.join(failed)}; `restomod verdict {folder}` says what to do"
         return f"verdict: healthy; `restomod verdict {folder}` says what was looked for"
 
     def _symptoms(self) -> list[Finding]:
         if not self.training.processes.main:
             return []
         self._gather()
-        return seen_now(find_symptoms_in_curves(self.training.config, self._history.curves()))
+        return failures(find_symptoms_in_curves(self.training.config, self._history.curves()))
 
     def _gather(self) -> None:
         if not self.training.processes.main:

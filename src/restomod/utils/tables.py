@@ -15,7 +15,7 @@ from restomod.utils.text import visible
 
 WIDTH_ELSEWHERE = 200  # characters, where the output is no terminal
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
-STYLES = {"well": "green", "note": "yellow", "sick": "bold red", "unknown": "dim"}
+STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "unknown": "dim"}
 
 
 @dataclass(frozen=True)
