@@ -101,7 +101,7 @@ def test_no_checkpoint_is_saved_out_of_the_run(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "run", 0, trainee.model, trainee.optimizer)
 
 
-def test_all_of_a_run_has_the_umasks_permissions_and_an_examination_stays_in_it(
+def test_all_of_a_run_has_the_umasks_permissions_and_an_error_analysis_stays_in_it(
     tiny: RunConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     prepare_text(tiny.data, tokenizer)

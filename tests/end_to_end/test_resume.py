@@ -177,12 +177,12 @@ def test_a_signal_while_text_is_prepared_leaves_nothing_behind(
     slow = """
 import sys, time
 from restomod.data import tokenize
-encoded = prepare.encoded
+encoded = tokenize.encoded
 def waiting(*arguments):
     yield next(encoded(*arguments))
     open("began", "w").close()
     time.sleep(60)
-prepare.encoded = waiting
+tokenize.encoded = waiting
 from restomod.cli import main
 sys.exit(main())
 """

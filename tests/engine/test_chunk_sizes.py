@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from restomod.engine.chunk_sizes import CHUNK_TOKENS, EVAL_TOKENS, SCORED_POSITIONS, tokens_at_once
+from restomod.engine.chunk_sizes import CHUNK_TOKENS, EVAL_TOKENS, tokens_at_once
 from restomod.engine.micro_batch import choose_chunk
 
 
-@pytest.mark.parametrize("table", [CHUNK_TOKENS, EVAL_TOKENS, SCORED_POSITIONS])
+@pytest.mark.parametrize("table", [CHUNK_TOKENS, EVAL_TOKENS])
 def test_a_gpu_computes_more_at_once_than_a_cpu_and_a_small_one_proportionally_less(table: dict[str, int]) -> None:
     full = tokens_at_once(table, "cuda", 80 * 10**9)
     assert full == tokens_at_once(table, "cuda") == tokens_at_once(table, "cuda", 24 * 10**9) == table["cuda"]

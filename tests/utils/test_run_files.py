@@ -201,7 +201,7 @@ def changed(value: Any, at: list[str | int], new: Any) -> Any:
         (["format"], "restomod-error-analysis-9"),
     ],
 )
-def test_an_examination_that_does_not_fit_is_left_out_and_told(
+def test_an_error_analysis_that_does_not_fit_is_left_out_and_told(
     at: list[str | int], new: Any, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "error_analysis.json"
@@ -209,7 +209,7 @@ def test_an_examination_that_does_not_fit_is_left_out_and_told(
     assert main(["report", "run", "--out", "page.html", "--markdown", "page.md"]) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert "error_analysis.json" in warning
-    assert "Not examined" in Path("page.md").read_text()
+    assert "None: " in Path("page.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Command `plan`: predicts memory, time, cost and final loss of a run."""
+"""Command `plan`: estimate memory, time, cost and final loss of a run."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restomod.commands.flags import ResumeArguments
-from restomod.commands.parsing import ignored_by_run, parse_run, refuse_ignored
+from restomod.commands.flags import ConfigArguments
+from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored, usage_unless_given
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
 from restomod.experiments.plan.estimate import MeasuredStep, Plan
 from restomod.experiments.plan.hardware import find_gpu
 from restomod.experiments.plan.prices import read_prices
 from restomod.experiments.plan.text import plan_lines
-from restomod.utils.errors import EXIT_USER_ERROR, UserError
+from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
 
 if TYPE_CHECKING:  # torch is imported for measuring only
     from restomod.bench.report import Report
 
-TIMED = 2  # steps timed as a whole, and as many by phase
+MEMORY_HINT = "lower --micro-batch, --batch-tokens or --sequence-length"
+TIMED = 2  # steps, whole and by phase
+USAGE = f"""\
+usage: restomod plan PRESET [FLAGS]     estimate memory, time, cost and final loss of a run
+       restomod plan PRESET --help      list all flags; those of `restomod train` may be given too
+
+presets: {", ".join(PRESETS)}"""
 
 
 @dataclass(frozen=True)
-class PlanArguments(ResumeArguments):
+class PlanArguments(ConfigArguments):
     gpu: str | None = None
     """Plan for this GPU: a100, a100-40gb, h100, h200, l40s, rtx3090, rtx3090ti, rtx4090, ..."""
     gpus: int = 1
-    """Number of GPUs, in one machine."""
+    """Number of these GPUs in one machine."""
     price: float | None = None
-    """US dollars for one GPU and one hour."""
+    """Price of one GPU for one hour, in US dollars."""
     measure: bool = False
-    """Time a few real steps on this machine and plan for it."""
+    """Time a few training steps on this machine and plan for it."""
     prices: str | None = None
     """TOML file of GPU prices to use instead of those of restomod, whose file explains the format."""
     json: str | None = None
-    """Also write the plan to this JSON file."""
+    """Also write the plan to this file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Print the plan of a run."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: restomod plan PRESET [FLAGS]     predict memory, time, cost and final loss of a run")
-        print("       restomod plan PRESET --help      every flag, including those of `restomod train`")
-        print(f"\npresets: {', '.join(PRESETS)}")
-        return 0 if arguments else EXIT_USER_ERROR
-    name, rest = arguments[0], arguments[1:]
-    if name.startswith("-"):
-        raise UserError(f"name a preset first: restomod plan PRESET {' '.join(arguments)} (restomod plan --help)")
+    """Print the plan, and write it if asked to. Returns 0."""
+    usage_unless_given(arguments, lambda: USAGE)
+    name, rest = preset_first("plan", arguments)
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))
@@ -112,13 +112,13 @@ def _measure(name: str, config: RunConfig) -> MeasuredStep:
 
 def measured_of(report: Report) -> MeasuredStep:
     """Time and memory of a step, from a benchmark."""
-    from restomod.engine.memory import footprint
+    from restomod.engine.memory import estimate_memory
 
     config, phases = report.config, report.phases_ms
     count = config.batch_sequences // report.micro_batch
     repeated = sum(phases[phase].median for phase in ("data", "forward", "backward"))
     precision, kind = report.environment["precision"], report.device_type
-    predicted = footprint(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
+    predicted = estimate_memory(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
     return MeasuredStep(
         report.environment["device"],
         kind,

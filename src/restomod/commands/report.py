@@ -1,4 +1,4 @@
-"""Command `report`: writes runs as an HTML page, Markdown and pictures."""
+"""Command `report`: write a page about runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from restomod.config.run import Device, Precision
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside
 
+MEMORY_HINT = "lower --error-analysis-tokens, or report fewer runs"
 PAGE_CONTENT = """\
 The page contains losses and speeds, evaluations, samples and prompts, passages
 of the validation text (with report --error-analysis), all settings with the paths of the
@@ -64,7 +65,7 @@ class ReportArguments(PriceArguments):
 
 def run(arguments: list[str]) -> int:
     """Write a report."""
-    given = parse(ReportArguments, ReportArguments(), arguments, "restomod report", PAGE_CONTENT)
+    given = parse(ReportArguments, arguments, "restomod report", description=PAGE_CONTENT)
     if not given.runs:
         raise UserError("name a run: restomod report runs/NAME (restomod report --help)")
     if given.error_analysis_tokens < 1:

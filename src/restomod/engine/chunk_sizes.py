@@ -12,9 +12,8 @@ FAST_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 65_536}  # more in one forward 
 CHUNK_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 16_384}
 # rows of an eager softmax, in fp32: what stays in a CPU's cache between its passes; elsewhere what fits
 SOFTMAX_TOKENS = {"cpu": 32, "mps": 1024, "cuda": 1024}
-# of an evaluation: tokens in one forward pass of the validation loss, and positions whose logits exist at once
+# of the validation loss: tokens in one forward pass
 EVAL_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65_536}
-SCORED_POSITIONS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
 ROOM = 0.9  # of a GPU's free memory; the rest is lost to fragmentation
 LARGE_GPU = 24 * 10**9  # bytes; GPUs with less memory compute proportionally less at once
 

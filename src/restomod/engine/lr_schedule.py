@@ -9,7 +9,7 @@ from restomod.utils.text import counted
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """AdamW's learning rate in step ``step`` of ``steps``, counted from 0."""
+    """Learning rate in step ``step`` of ``steps``, counted from 0."""
     return config.lr * rate_factor(config, step, steps)
 
 
@@ -62,6 +62,6 @@ def schedule_warnings(config: RunConfig) -> list[str]:
 
 
 def _rates(optim: OptimConfig, factor: float) -> str:
-    """A fraction of the maximum learning rates, AdamW's and where it is used Muon's."""
-    adamw = f"{factor * optim.lr:.4g}"
-    return adamw if optim.optimizer == "adamw" else f"{adamw} (Muon: {factor * optim.muon_lr:.4g})"
+    """A fraction of the maximum learning rate, and of Muon's where it is used."""
+    rate = f"{factor * optim.lr:.4g}"
+    return f"{rate} (Muon: {factor * optim.muon_lr:.4g})" if optim.optimizer == "muon" else rate

@@ -54,7 +54,7 @@ def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: O
     taken = [_bytes_taken(model, batches, trial, n) for n in TRIED]
     release_memory(compute.device)
     free, _ = torch.cuda.mem_get_info(compute.device)
-    free -= optimizer_bytes(model.config, optim)
+    free -= optimizer_bytes(model.config, optim)[0]
     logits = model.config.padded_vocab_size * compute.dtype.itemsize * (2 if compute.compiled else 1)
     free -= (chunk - tried) * logits
     fits = sequences_that_fit((TRIED[0], taken[0]), (TRIED[1], taken[1]), ROOM * free)

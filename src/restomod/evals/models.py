@@ -12,7 +12,8 @@ from torch import Tensor
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.chunk_sizes import tokens_at_once
 from restomod.engine.device import autocast, total_memory
-from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods, log_probs_of
+from restomod.engine.loss import log_probs_of
+from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods
 from restomod.model.gpt import GPT
 from restomod.model.hf_models import TransformersModel, open_causal_model
 from restomod.runs.open_model import find_model

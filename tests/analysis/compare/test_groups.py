@@ -22,7 +22,7 @@ from restomod.analysis.compare.tables import (
 )
 from restomod.cli import main
 from restomod.config.run import DataConfig
-from restomod.evals.references import references
+from restomod.evals.tasks.registry import references
 from restomod.runs.reader import Run, open_run
 from restomod.utils.errors import UserError
 from tests.runs.making import SMALL, make_run, simple, train, val

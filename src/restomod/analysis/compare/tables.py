@@ -12,11 +12,10 @@ import numpy as np
 from restomod.analysis.compare.axes import LABELS, Axis
 from restomod.analysis.compare.groups import Comparison, Group, Welch, hours_in_steps, updates_made
 from restomod.analysis.health.history import number
-from restomod.evals.references import references
-from restomod.evals.tasks import is_whole
+from restomod.evals.tasks.registry import is_whole, references
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Run
-from restomod.utils.tables import Table
+from restomod.utils.terminal import Table
 from restomod.utils.text import duration, short_count
 
 ROWS = 12  # rows of the table of curves

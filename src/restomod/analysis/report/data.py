@@ -28,7 +28,6 @@ from restomod.config.presets import PRESETS, is_preset, preset
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
 from restomod.data.manifest import Count
-from restomod.model.flops import parameter_count
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Finite, Record, Run, Text, read_optional
 from restomod.utils.json_files import as_tuple
@@ -88,7 +87,7 @@ def about(run: Run) -> list[list[str]]:
     first = run.environments[0] if run.environments else {}
     return [
         ["Model", describe_model(run.config)],
-        ["Parameters", f"{parameter_count(run.config.model):,}"],
+        ["Parameters", f"{run.parameters:,}"],
         ["Data", f"{data}, {tokens:,} tokens" if tokens is not None else data],
         ["Device", ", ".join(first[key] for key in ("device", "precision") if first.get(key))],
         ["Started", str(first.get("started", "unknown"))],
@@ -113,12 +112,11 @@ def headline_numbers(run: Run, used: Usage, rates: HourlyRates) -> list[list[str
     elif train:
         rows.append(["Training loss", f"{np.mean(train):.4f}", f"mean of the last {len(train)} steps"])
     for task, points in task_curves(run, HEADLINES).items():
-        if task in ("hellaswag", "hellaswag-harness"):
-            # the newest; at one step that of the most examples
-            columns = zip(points["x"], points["examples"], points["y"], strict=True)
-            step, n, share = max(point for point in columns if point[2] is not None)
-            of = f", {n:,} examples" if n else ""
-            rows.append([f"HellaSwag, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
+        # the newest; at one step that of the most examples
+        columns = zip(points["x"], points["examples"], points["y"], strict=True)
+        step, n, share = max(point for point in columns if point[2] is not None)
+        of = f", {n:,} examples" if n else ""
+        rows.append([f"{task}, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
     rows.append(["Tokens", short_count(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
     if speeds := _numbers(run.train, "tokens_per_second"):
         utilisation = _numbers(run.train, "mfu")

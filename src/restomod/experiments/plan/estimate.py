@@ -1,4 +1,4 @@
-"""Plan of a run: memory, time, cost and expected final loss. Needs no torch."""
+"""Plan of a run: memory, time, cost and expected final loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from restomod.config.model import nearest_divisor_below
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
 from restomod.engine.chunk_sizes import FAST_TOKENS, share_of
-from restomod.engine.memory import Footprint, footprint
+from restomod.engine.memory import MemoryEstimate, estimate_memory
 from restomod.experiments.plan.expected_loss import ExpectedLoss, expected_loss
 from restomod.experiments.plan.hardware import GPU, GPUS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
 from restomod.experiments.plan.prices import GpuPrice
@@ -33,7 +33,7 @@ class MeasuredStep:
     update_seconds: float
     peak_bytes: int | None
     predicted_bytes: int
-    """Prediction of `footprint` for the measured steps."""
+    """Prediction of `estimate_memory` for the measured steps."""
 
     def tokens_per_second(self, config: RunConfig) -> float:
         """Tokens per second with the run's own number of micro-batches per step."""
@@ -110,10 +110,10 @@ class Plan:
         """Bytes per element of the compute dtype of matmuls."""
         return 4 if self.precision == "fp32" else 2
 
-    def footprint(self, micro_batch: int) -> Footprint:
+    def memory(self, micro_batch: int) -> MemoryEstimate:
         """Peak memory of one process."""
-        memory = self.gpu.memory if self.gpu is not None else None
-        return footprint(self.config, micro_batch, self.dtype_bytes, self.device_type, self.gpus, memory)
+        total = self.gpu.memory if self.gpu is not None else None
+        return estimate_memory(self.config, micro_batch, self.dtype_bytes, self.device_type, self.gpus, total)
 
     @property
     def largest_micro_batch(self) -> int | None:
@@ -123,7 +123,7 @@ class Plan:
         low, high = 0, share_of(self.config, self.gpus) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.footprint(middle).total <= self.gpu.memory
+            fits = self.memory(middle).total <= self.gpu.memory
             low, high = (middle, high) if fits else (low, middle)
         return low
 
@@ -224,7 +224,7 @@ class Plan:
             "micro_batch": self.micro_batch,
             "largest_micro_batch": self.largest_micro_batch,
             "fits": self.fits,
-            "memory_bytes": self.footprint(self.micro_batch).to_dict(),
+            "memory_bytes": self.memory(self.micro_batch).to_dict(),
             "tokens_per_second": self.tokens_per_second,
             "speeds": [
                 dataclasses.asdict(speed) | {"mfu": speed.mfu, "predicted_tokens_per_second": predicted}

@@ -21,8 +21,8 @@ PARTS = {
     "optimizer": "optimizer state",
     "activations": "activations",
     "temporary": "loss and lm_head",
-    "process": "CUDA context",
-    "lost": "fragmentation",
+    "runtime": "Python and libraries",
+    "fragmentation": "fragmentation",
 }
 
 
@@ -80,11 +80,9 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     where = "per GPU" if plan.gpus > 1 else "on the GPU" if plan.device_type == "cuda" else "on this machine"
     compiled = "; torch.compile needs less" if plan.compiled else ""
     yield "peak memory", f"{where}, micro-batch {n} × {T:,} tokens, compute dtype {plan.precision}{compiled}"
-    parts = plan.footprint(n).to_dict()
-    for key, label in PARTS.items():
-        if key == "process" and plan.device_type != "cuda":
-            label = "process"
-        yield f"  {label}", gigabytes(parts[key])
+    parts = plan.memory(n).to_dict()
+    labels = PARTS | ({"runtime": "CUDA context"} if plan.device_type == "cuda" else {})
+    yield from ((f"  {label}", gigabytes(parts[key])) for key, label in labels.items())
     total = gigabytes(parts["total"])
     if plan.measured is not None:
         peak = plan.measured.peak_bytes

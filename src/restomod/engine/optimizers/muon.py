@@ -1,7 +1,8 @@
-"""Muon: momentum whose update has, for every matrix, all its singular values made equal.
+"""Muon for the matrices of the blocks, AdamW for all other parameters.
 
-Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. The orthogonalisation is the
-Newton-Schulz iteration with the coefficients of Amsel et al., "The Polar Express", 2025.
+Muon's update is the momentum of a matrix with all singular values made equal. Source: Jordan et al., "Muon: An
+optimizer for hidden layers in neural networks", 2024. The orthogonalisation is the Newton-Schulz iteration with the
+coefficients of Amsel et al., "The Polar Express", 2025.
 
 Shapes: n = matrices of equal shape, R = rows, C = columns.
 """
@@ -15,9 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
-# x (a + b x² + c x⁴), step after step: the odd polynomials of degree 5 that bring singular values between 0.001 and 1
-# nearest to 1 together. The largest singular value has to be 1 or a little less.
+from restomod.config.run import OptimConfig
+from restomod.engine.optimizers.adamw import adamw
+from restomod.model.gpt import GPT, stacked_matrices
+
+# x (a + b x² + c x⁴), applied in turn: the odd polynomials of degree 5 whose composition brings singular values between
+# 0.001 and 1 nearest to 1. The largest singular value has to be at most 1.
 COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -28,19 +34,38 @@ COEFFICIENTS = (
 MARGIN = 1.02  # the norm is made this much less than 1, as rounding may add to it
 
 
-def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U Vᵀ, nearly, of each matrix U S Vᵀ: singular values above a thousandth of the norm become about 1.
+def build(model: GPT, config: OptimConfig, dtype: torch.dtype, distributed: bool) -> list[Optimizer]:
+    """Muon over the matrices of the blocks, AdamW over all other parameters.
+
+    Queries, keys and values, and the two matrices of SwiGLU, are stacked in one parameter each and orthogonalised
+    separately.
+    """
+    named = dict(model.named_parameters())
+    matrices = [name for name, p in named.items() if p.ndim == 2 and ".h." in name]
+    by_stack: dict[int, list[Tensor]] = {}
+    for name in matrices:
+        by_stack.setdefault(stacked_matrices(model.config, name), []).append(named[name])
+    groups = [{"params": parameters, "stacked": n} for n, parameters in by_stack.items()]
+    precise = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16's range is too small
+    return [
+        adamw((p for name, p in named.items() if name not in matrices), config),
+        Muon(groups, config.muon_lr, config.muon_momentum, config.muon_weight_decay, precise, distributed),
+    ]
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Approximate U Vᵀ of each matrix U S Vᵀ: singular values above a thousandth of the norm become about 1.
 
     Args:
-        matrices: (n, R, C); all at once, so that the products are large.
-        dtype: of the products. bf16 is precise enough.
+        matrices: (n, R, C).
+        dtype: compute dtype of the matmuls. bf16 is precise enough.
 
     Returns:
         (n, R, C) in ``dtype``.
     """
     x = matrices.to(dtype)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # the smaller of the two products
+    x = x if wide else x.mT  # x @ x.mT is then the smaller of the two
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * MARGIN + 1e-7)
     for a, b, c in COEFFICIENTS:
         square = x @ x.mT  # (n, R, R)
@@ -48,8 +73,8 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     return x if wide else x.mT
 
 
-def _whole(direction: Tensor, dtype: torch.dtype) -> Tensor:
-    """All of a direction; one that processes share is gathered in ``dtype``, the dtype of the products."""
+def _full(direction: Tensor, dtype: torch.dtype) -> Tensor:
+    """The full tensor of a direction; a sharded one is gathered in ``dtype``."""
     if not isinstance(direction, DTensor):
         return direction
     rounded = direction.to(dtype)
@@ -58,7 +83,7 @@ def _whole(direction: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def step_factor(rows: int, columns: int) -> float:
-    """What a matrix's update is multiplied with, so that updates of all shapes change their layer's output alike.
+    """Factor of a matrix's update by its shape, so that updates of all shapes change their layer's output equally.
 
     Args:
         rows: outputs of the linear layer.
@@ -67,12 +92,14 @@ def step_factor(rows: int, columns: int) -> float:
     return max(1.0, rows / columns) ** 0.5
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon over matrices. What is stacked in one parameter, as queries, keys and values, is taken apart.
+class Muon(Optimizer):
+    """Muon over matrices, several of which may be stacked in one parameter.
 
-    The interface is that of torch's fused optimizers: where ``grad_scale`` and ``found_inf`` are set, gradients are
-    divided by the first, and nothing changes where the second is 1. Nothing is read from the device.
+    As in torch's fused optimizers, gradients are divided by ``grad_scale``, and nothing changes where ``found_inf`` is
+    1. Nothing is read from the device.
     """
+
+    refuses_on_device = True  # see `restomod.engine.optimizer.Optimizers`
 
     def __init__(
         self,
@@ -81,19 +108,19 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
-        share: bool = False,
+        distributed: bool = False,
     ) -> None:
         """Args:
-        groups: ``params`` of two dimensions each, and into how many ``parts`` of equal size their rows are divided.
+        groups: ``params``, matrices; ``stacked``, how many matrices of equal size each of them has one below the other.
         lr: learning rate.
         momentum: decay of the running sum of gradients.
         weight_decay: decoupled, times lr.
-        dtype: of the orthogonalisation's products.
-        share: let each process orthogonalise a part of the matrices. All have to hold the same gradients, or parts
-            of them in DTensors.
+        dtype: compute dtype of the orthogonalisation.
+        distributed: each process orthogonalises a part of the matrices. All must hold the same gradients, or their
+            shards in DTensors.
         """
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
-        self.dtype, self.share = dtype, share
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1})
+        self.dtype, self.distributed = dtype, distributed
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
 
@@ -126,31 +153,30 @@ class Muon(torch.optim.Optimizer):
             state["momentum"].copy_(sum_)
             directions.append(gradient + group["momentum"] * sum_)  # Nesterov's
         kept = 1.0 if refused is None else 1.0 - refused
-        changes = self._orthogonalised(directions, group["parts"])
+        changes = self._orthogonalised(directions, group["stacked"])
         for p, change in zip(parameters, changes, strict=True):
-            rows, columns = p.shape[0] // group["parts"], p.shape[1]
+            rows, columns = p.shape[0] // group["stacked"], p.shape[1]
             p.mul_(1 - kept * (group["lr"] * group["weight_decay"]))
             p.sub_(change * (kept * (group["lr"] * step_factor(rows, columns))))
 
-    def _orthogonalised(self, directions: list[Tensor], parts: int) -> list[Tensor]:
-        """Every direction, or each of its parts, orthogonalised; all have one shape."""
+    def _orthogonalised(self, directions: list[Tensor], stacked: int) -> list[Tensor]:
+        """Orthogonalise directions of one shape, each of the matrices ``stacked`` in them separately."""
         first = directions[0]
-        stacked = (
-            torch.stack([_whole(d, self.dtype) for d in directions]).unflatten(1, (parts, -1)).flatten(0, 1)
-        )  # (n, R, C)
-        result = self._shared(stacked) if self.share else orthogonalised(stacked, self.dtype)
-        changes = result.to(first.dtype).unflatten(0, (-1, parts)).flatten(1, 2).unbind()
+        full = torch.stack([_full(d, self.dtype) for d in directions])
+        matrices = full.unflatten(1, (stacked, -1)).flatten(0, 1)  # (n, R, C)
+        result = self._divided_among_ranks(matrices) if self.distributed else orthogonalise(matrices, self.dtype)
+        changes = result.to(first.dtype).unflatten(0, (-1, stacked)).flatten(1, 2).unbind()
         if not isinstance(first, DTensor):
             return list(changes)
         mesh, placements = first.device_mesh, first.placements
         return [distribute_tensor(c, mesh, placements, src_data_rank=None) for c in changes]
 
-    def _shared(self, matrices: Tensor) -> Tensor:
-        """`orthogonalised`, each process a part of the matrices."""
+    def _divided_among_ranks(self, matrices: Tensor) -> Tensor:
+        """`orthogonalise`, each process a part of the matrices."""
         count, rank, n = dist.get_world_size(), dist.get_rank(), len(matrices)
         each = -(-n // count)
         mine = matrices[rank * each : (rank + 1) * each]
         mine = torch.cat([mine, mine.new_zeros(each - len(mine), *mine.shape[1:])])
         found = mine.new_empty(count, *mine.shape, dtype=self.dtype)
-        dist.all_gather(list(found), orthogonalised(mine, self.dtype).contiguous())
+        dist.all_gather(list(found), orthogonalise(mine, self.dtype).contiguous())
         return found.flatten(0, 1)[:n]
