@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from restomod.engine.chunk_sizes import share_of
 from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
+from restomod.engine.micro_batch import sequences_per_process
 from restomod.experiments.plan.estimate import Plan, Quote
 from restomod.experiments.plan.hardware import Speed
 from restomod.experiments.plan.prices import GpuPrice
@@ -89,7 +89,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
         found = "an unknown amount" if peak is None else gigabytes(peak)
         total += f"; measured {found}, predicted {gigabytes(plan.measured.predicted_bytes)}"
     elif plan.gpu is not None:
-        share = share_of(plan.config, plan.gpus)
+        share = sequences_per_process(plan.config, plan.gpus)
         most = plan.largest_micro_batch
         largest = f"largest micro-batch {most:,}{' (the whole batch)' if most == share else ''}"
         total += f" of {gigabytes(plan.gpu.memory)}; {largest}" + ("" if plan.fits else "; this one does not fit")
