@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import restomod.analysis.report.serve
+import restomod.analysis.report.watch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -376,7 +376,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     make_run(tmp_path / "runs" / "b")
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").write_text("not to be lost")
-    monkeypatch.setattr(restomod.analysis.report.serve, "watch", lambda *a: None)
+    monkeypatch.setattr(restomod.analysis.report.watch, "watch", lambda *a: None)
     monkeypatch.setattr(restomod.checks.doctor, "check_machine", lambda *a: iter(()))
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
