@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import restomod.analysis.report.watch
 import torch
 from safetensors.torch import load_file, save_file
 
+import restomod.analysis.report.watch
 import restomod.checks.doctor
 from restomod.checks.device_parity import random_model
 from restomod.cli import main
@@ -221,6 +221,40 @@ BAD: list[tuple[str, ...]] = [
     ("bench step quickstart --data.path file --data.source text", "has no effect with --tokens synthetic"),
     ("sweep quickstart --grid optim.lr=1,2 --search-seed 3", "--search-seed has no effect with --grid"),
     ("sweep quickstart --grid optim.lr=1,2 --optim.muon-lr 3", "--optim.muon-lr has no effect"),
+    # --- analysis and sweeps
+    ("compare nowhere", "nowhere: no such run"),
+    ("compare", "restomod compare RUN RUN"),
+    ("compare runs/a --price 0", "--price is 0.0"),
+    ("compare runs/a --target-loss nan", "--target-loss is nan"),
+    ("compare runs/a --x dollars", "--x dollars needs --price"),
+    ("compare runs/a --x epochs", "--x", "epochs"),
+    ("compare runs/a --plot a.pdf", "a.pdf", ".png"),
+    ("compare runs/a --json no/such/o.json", "there is no folder no/such"),
+    ("compare runs/a --markdown runs/b", "runs/b is a folder"),
+    ("compare runs/a runs/a", "runs/a is given twice"),
+    ("compare runs/a --baseline nowhere", "nowhere: no such run"),
+    ("verdict nowhere", "nowhere: no such run"),
+    ("verdict runs/a --json no/such/o.json", "there is no folder no/such"),
+    ("verdict runs/a --wieghts", "--weights"),
+    ("report", "restomod report runs/NAME"),
+    ("report runs/aa", "runs/aa: no such run; did you mean 'a'?"),
+    ("report runs", "is not a run"),
+    ("report runs/a --out no/r.html", "--out no/r.html", "no folder no"),
+    ("report runs/a --markdown runs", "--markdown runs is a folder"),
+    ("report runs/a --price nan", "--price is nan"),
+    ("report runs/a --watts -1", "--watts is -1.0"),
+    ("sweep quickstart", "--grid", "--random", "--tpe"),
+    ("sweep quickstart --grid optim.lr=1 --tpe seed=1,2 --trials 1", "--grid", "--random", "--tpe"),
+    ("sweep quickstart --random optim.lr=1e-3..1e-2", "--random needs --trials N"),
+    ("sweep quickstart --grid optim.lr=1,2 --trials 2", "--trials belongs to"),
+    ("sweep quickstart --grid optim.lr=1,2 --optim.lr 3", "optim.lr is swept and fixed by --optim.lr"),
+    ("sweep quickstart --grid optim.lr=1 optim.lr=2", "optim.lr is swept twice"),
+    ("sweep quickstart --grid seed=1,2 --seeds 2", "--seeds"),
+    ("sweep quickstart --grid optim.lr=1 --max-dollars 3", "--max-dollars", "--price"),
+    ("sweep quickstart --grid optim.lr=1 --max-hours 0", "--max-hours is 0.0"),
+    ("sweep quickstart --grid optim.lr=1 --steps 0", "steps is 0"),
+    ("sweep quickstart --grid optim.lr=1 --stepz 1", "--stepz"),
+    ("sweep quickstart --grid optim.lr=1 --data.val-fraction 0", "--data.val-fraction"),
     ("compare-samples a b --temperature 0 --top-k 3", "--top-k has no effect with --temperature 0"),
     ("prepare text.txt --out o --hub-config x", "--hub-config has no effect"),
     ("prepare text.txt --out o --hub-split=test", "--hub-split has no effect"),
@@ -248,7 +282,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "damaged/missing/config.json": '{"steps": 1}',
         "damaged/unknown/config.json": '{"stepps": 1}',
         "p.md": "a prompt\n",
-        "prices.toml": '[[price]]\nprovider="M"\ngpu="a100"\ngpus=1\ndollars_per_gpu_hour=1\ndate=2026-01-01\nsource=""\n',
+        "prices.toml": '[[price]]\nprovider=""\ngpu=""\ngpus=1\ndollars_per_gpu_hour=1\ndate=2026-01-01\nsource=""\n',
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

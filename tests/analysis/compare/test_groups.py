@@ -14,12 +14,7 @@ from markdown_it import MarkdownIt
 
 from restomod.analysis.compare.groups import compare_runs, summarize, welch
 from restomod.analysis.compare.plot import comparison_figure
-from restomod.analysis.compare.tables import (
-    comparison_markdown,
-    comparison_tables,
-    newest_tasks,
-    why_not_published,
-)
+from restomod.analysis.compare.tables import comparison_markdown, comparison_tables, newest_tasks, why_not_published
 from restomod.cli import main
 from restomod.config.run import DataConfig
 from restomod.evals.tasks.registry import references
@@ -254,35 +249,6 @@ def test_a_picture_has_a_panel_for_every_axis_and_a_line_for_every_group(six: li
     assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "dollars"]
     line = next(line for line in figure.axes[1].lines if line.get_label() == " b0 +2")
     assert np.allclose(np.asarray(line.get_xydata()), [(0, 10.8), (50 * T, 5.1), (100 * T, 4.1)])
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ([], "name the runs: restomod compare RUN RUN ..."),
-        (["nowhere"], "nowhere: no such run"),
-        (["a", "--price", "0"], "--price is 0.0; it must be a number above 0"),
-        (["a", "--target-loss", "nan"], "--target-loss is nan"),
-        (["a", "--x", "dollars"], "--x dollars needs --price"),
-        (["a", "--plot", "a.pdf"], "name it .png"),
-        (["a", "--json", "no/such/o.json"], "there is no folder no/such"),
-        (["a", "--markdown", "a"], "a is a folder; name a file"),
-        (["a", "a"], "is given twice"),
-        (["a", "--baseline", "b"], "b: no such run"),
-        (["a", "--x", "epochs"], "invalid choice"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run(tmp_path, "a", {0: 10.8, 100: 5.0})
-    assert main(["compare", *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("restomod: error: ")
-    assert error.count("\n") == 1
-    assert said in error
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_baseline_that_is_not_among_the_runs_joins_them(six: list[Run], capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,23 +226,3 @@ def test_a_run_that_has_hardly_begun_is_healthy_so_far(records: list[dict[str, A
     found = verdict(open_run(make_run(tmp_path / "a", QUICKSTART, records)))
     assert found.healthy
     assert sum(f.status == "unknown" for f in found.findings) >= 9
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ([], "restomod verdict needs RUN"),
-        (["nowhere"], "nowhere: no such run"),
-        (["a", "--json", "no/such/o.json"], "there is no folder no/such"),
-        (["a", "--wieghts"], "did you mean --weights"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "a")
-    assert main(["verdict", *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert said in error

@@ -345,23 +345,6 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
-def test_no_run(refused: Any) -> None:
-    assert refused().startswith("name a run: ")
-    assert refused("runs/frist") == "runs/frist: no such run; did you mean 'first'?"
-    assert "is not a run" in refused("runs")
-
-
-def test_files_that_cannot_be_written(refused: Any) -> None:
-    assert refused("runs/first", "--out", "no/r.html") == "--out no/r.html: there is no folder no; make it first"
-    assert refused("runs/first", "--markdown", "runs") == "--markdown runs is a folder; name a file in it"
-
-
-@pytest.mark.parametrize("flag", ["--price", "--watts"])
-def test_prices_out_of_range(refused: Any, flag: str) -> None:
-    assert refused("runs/first", f"{flag}=-1") == f"{flag} is -1.0; it must be 0 or more"
-    assert refused("runs/first", flag, "nan") == f"{flag} is nan; it must be 0 or more"
-
-
 SIDE_FILES = ["environment.json", "samples.jsonl", "error_analysis.json", "evals/x.json"]
 
 

@@ -9,13 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from restomod.analysis.weights.statistics import (
-    Difference,
-    roughness,
-    tensor_statistics,
-    totals,
-    weight_differences,
-)
+from restomod.analysis.weights.statistics import Difference, roughness, tensor_statistics, totals, weight_differences
 from restomod.config.presets import preset
 from restomod.config.run import ModelConfig
 

@@ -7,15 +7,7 @@ import dataclasses
 import pytest
 
 from restomod.config.presets import preset
-from restomod.experiments.plan.hardware import (
-    GPUS,
-    SPEEDS,
-    Speed,
-    find_gpu,
-    not_covered,
-    speeds_on,
-    tokens_per_second,
-)
+from restomod.experiments.plan.hardware import GPUS, SPEEDS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
 from restomod.model.flops import PEAK_FLOPS
 
 GPT2 = preset("gpt2-124m")

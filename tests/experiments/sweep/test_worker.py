@@ -281,33 +281,6 @@ def test_a_sweep_under_torchrun_is_refused(
 # --- mistakes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "one of --grid, --random and --tpe"),
-        (("--grid", "optim.lr=1", "--tpe", "seed=1,2", "--trials", "1"), "one of --grid, --random and --tpe"),
-        (("--random", "optim.lr=1e-3..1e-2"), "--random needs --trials N"),
-        (("--grid", "optim.lr=1,2", "--trials", "2"), "--trials belongs to"),
-        (("--grid", "optim.lr=1,2", "--optim.lr", "3"), "optim.lr is swept and fixed by --optim.lr"),
-        (("--grid", "optim.lr=1", "optim.lr=2"), "optim.lr is swept twice"),
-        (("--grid", "seed=1,2", "--seeds", "2"), "leave --seeds out"),
-        (("--grid", "optim.lr=1", "--max-dollars", "3"), "add --price"),
-        (("--grid", "optim.lr=1", "--max-hours", "0"), "--max-hours is 0.0"),
-        (("--grid", "optim.lr=1", "--steps", "0"), "steps is 0"),
-        (("--grid", "optim.lr=1", "--stepz", "1"), "--stepz"),
-        (("--grid", "optim.lr=1", "--data.val-fraction", "0"), "no validation split"),
-    ],
-)
-def test_mistakes_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
-) -> None:
-    assert main(["sweep", "quickstart", *arguments, "--out", str(tmp_path / "s")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not (tmp_path / "s").exists()
-
-
 def test_a_folder_of_another_sweep_is_left_alone(tmp_path: Path) -> None:
     assert run(tmp_path / "s", "--grid", "optim.lr=0.1", "--steps", "2")[0] == 0
     before = outcomes(tmp_path / "s")

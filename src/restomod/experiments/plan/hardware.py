@@ -88,68 +88,29 @@ class Speed:
 TOKENS_10B = 19_073 * 524_288  # one epoch of FineWeb-Edu's sample, as build-nanogpt counts its steps
 
 # for each GPU and kind, the software most similar to this package first
+# fmt: off
 SPEEDS = (
-    Speed(
-        "A100",
-        8,
-        3 * TOKENS_10B / ((10.86 - 3) * 3600),
-        "eager",
-        "build-nanogpt as shipped",
-        "README of a learning-rate study: three runs in 10.86 h, of which 3 h idle; with validation and HellaSwag",
-    ),
-    Speed(
-        "A100",
-        8,
-        1.1e6,
-        "unknown",
-        "after build-nanogpt",
-        "debtirthasaha.github.io/blog/2026/gpt2-124m: sustained; whether compiled is not said",
-    ),
-    Speed(
-        "A100",
-        1,
-        16 * 1024 / 0.090,
-        "compiled",
-        "build-nanogpt in its lecture",
-        'lecture "Let\'s reproduce GPT-2 (124M)": 90 ms for 16 × 1024 tokens',
-    ),
+    Speed("A100", 8, 3 * TOKENS_10B / ((10.86 - 3) * 3600), "eager", "build-nanogpt as shipped",
+          "README of a learning-rate study: three runs in 10.86 h, of which 3 h idle; with validation and HellaSwag"),
+    Speed("A100", 8, 1.1e6, "unknown", "after build-nanogpt",
+          "debtirthasaha.github.io/blog/2026/gpt2-124m: sustained; whether compiled is not said"),
+    Speed("A100", 1, 16 * 1024 / 0.090, "compiled", "build-nanogpt in its lecture",
+          'lecture "Let\'s reproduce GPT-2 (124M)": 90 ms for 16 × 1024 tokens'),
     Speed("A100", 8, 300e9 / (4 * 86_400), "compiled", "nanoGPT", "nanoGPT's README: 300B tokens in 4 days"),
     Speed("A100", 8, 524_288 / 0.300, "kernels", "llm.c", "llm.c's run_gpt2_124M.sh: about 300 ms for 524,288 tokens"),
     Speed("H100", 8, 8 * 468e3, "compiled", "modded-nanogpt, first record", "its log: 468k tokens/s on each of 8"),
-    Speed("H200", 1, 490e3, "compiled", "modded-nanogpt, track 3", "log of 2026-05-17, torch 2.11, 64 × 1024 tokens"),
-    Speed(
-        "L40S",
-        1,
-        106e3,
-        "eager",
-        "rsaketh002/gpt2-fineweb-edu",
-        "its readme: 4.9 s for 524,288 tokens; no compilation is mentioned",
-    ),
-    Speed(
-        "RTX 3090",
-        4,
-        TOKENS_10B / (11 * 3600),
-        "compiled",
-        "a reproduction on four",
-        "PersonalRec/reproduce-gpt2, results/230126: 19,073 steps in about 11 h, $7",
-    ),
-    Speed(
-        "RTX 3090 Ti",
-        1,
-        69_163.8,
-        "compiled",
-        "a build-nanogpt by steps",
-        'README of "Build a GPT2 from Scratch": the last line of its table',
-    ),
-    Speed(
-        "RTX 4090",
-        2,
-        220.7e3,
-        "compiled",
-        "llm.c's PyTorch trainer",
-        "tylerromero.com/posts/nanogpt-speedrun-worklog: baseline, 2025-01-16",
-    ),
+    Speed("H200", 1, 490e3, "compiled", "modded-nanogpt, track 3",
+          "log of 2026-05-17, torch 2.11, 64 × 1024 tokens"),
+    Speed("L40S", 1, 106e3, "eager", "rsaketh002/gpt2-fineweb-edu",
+          "its readme: 4.9 s for 524,288 tokens; no compilation is mentioned"),
+    Speed("RTX 3090", 4, TOKENS_10B / (11 * 3600), "compiled", "a reproduction on four",
+          "PersonalRec/reproduce-gpt2, results/230126: 19,073 steps in about 11 h, $7"),
+    Speed("RTX 3090 Ti", 1, 69_163.8, "compiled", "a build-nanogpt by steps",
+          'README of "Build a GPT2 from Scratch": the last line of its table'),
+    Speed("RTX 4090", 2, 220.7e3, "compiled", "llm.c's PyTorch trainer",
+          "tylerromero.com/posts/nanogpt-speedrun-worklog: baseline, 2025-01-16"),
 )
+# fmt: on
 
 
 def speeds_on(gpu: GPU, compiled: bool) -> list[Speed]:
