@@ -38,15 +38,15 @@ from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import Compute
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import save_model
-from restomod.utils.check_result import CheckResult, CheckStatus
+from restomod.utils.console import CheckResult, CheckStatus
 from restomod.utils.errors import UserError
 from tests.checks.faults import QUICK_FAULTS, SLOW_FAULTS
 from tests.models import CPU, to_transformers
 from tests.trainee import assert_leaves_no_trace, make_subject, state_of
 
 NAMES = [
-    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
-    *("initial weights", "activations", "bf16", "compiled", "overfitting"),
+    *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
+    *("initial weights", "activations", "bf16", "compiled", "refused updates", "overfitting"),
 ]
 WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=96, n_positions=32, vocab_size=97)
 cached_source = functools.cache(own_source)
@@ -146,7 +146,7 @@ def test_a_saved_model_is_checked_but_not_for_its_initial_weights(tmp_path: Path
     assert list(verdicts) == ["loss", *NAMES[1:]]
     assert failures(verdicts) == {}
     assert verdicts["initial weights"].status == "skip"
-    assert f"; {100 / (8 * 96):.1%} of the MLPs' units give nothing on this text" in verdicts["activations"].reason
+    assert f"; {100 / (8 * 96):.1%} of MLP units are 0 on this text" in verdicts["activations"].reason
 
 
 def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them(
@@ -189,6 +189,7 @@ FOUND_BY_ONE_CHECK = {
     "a residual stream that explodes",
     "another loss in bf16",
     "a compiler's other loss",
+    "an optimizer that takes NaN",
     "an optimizer that does nothing",
 }
 
@@ -366,10 +367,10 @@ def test_of_a_deep_model_some_layers_are_shown_and_always_the_last(
         ([0.03, 0.0009], 0.0, True, "fail", "dead: "),
         ([0.0009, 0.03], 0.0, True, "fail", "dead: "),
         ([0.03, 0.03], 0.009, True, "pass", "0.03 0.03"),
-        ([0.03, 0.03], 0.011, True, "fail", "1.1% of the MLPs' units give nothing"),
+        ([0.03, 0.03], 0.011, True, "fail", "1.1% of MLP units are 0"),
         ([0.03, math.nan], 0.0, True, "fail", "not finite"),
         ([0.03, math.inf], 0.0, False, "fail", "not finite"),
-        ([0.03, 500.0], 0.5, False, "pass", "50.0% of the MLPs' units give nothing on this text"),
+        ([0.03, 500.0], 0.5, False, "pass", "50.0% of MLP units are 0 on this text"),
         ([0.03, 1e-7], 0.0, False, "fail", "0.03 1e-07"),
     ],
 )
