@@ -213,7 +213,7 @@ class TokenStream:
         return cls([shard for stream in streams for shard in stream._shards])
 
     def expect_random_reads(self) -> None:
-        """Turn off the system's read-ahead, which on some machines reads megabytes for the two kilobytes of a window."""
+        """Turn off read-ahead, which on some systems reads megabytes for the two kilobytes of a window."""
         self._random_reads = True
         for shard in self._shards:
             if not isinstance(shard, ShardFile):

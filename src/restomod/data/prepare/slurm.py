@@ -121,7 +121,7 @@ def _raise_failure(work: Work) -> None:
         error = read_json(failures[0], "failure of a job", dict[str, str]).get("error", "no reason is given")
         for path in failures:
             path.unlink()
-        raise UserError(f"{error} (mend it and run the same command again, which submits what is left)")
+        raise UserError(f"{error} (fix it and run the same command again, which submits what is left)")
 
 
 def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
