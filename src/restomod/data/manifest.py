@@ -23,6 +23,7 @@ READ = "read"  # key of the counts of `restomod.data.read_counts`; older manifes
 PREPARE_AGAIN = "delete the folder and prepare it anew"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(ge=-1e100, le=1e100)]  # neither NaN nor infinite, and sums of squares stay so
 
 
 class Shard(TypedDict):
