@@ -29,7 +29,6 @@ from restomod.utils.output import print_error
 MOST_EVALUATIONS = 5000  # files that are read: more take too long
 
 
-
 def _whole(value: Any) -> Any:
     """Text in which U+FFFD stands for halves of surrogate pairs: those of a command line that is not UTF-8."""
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
