@@ -11,7 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import TypedDict
 
-from restomod.data.manifest import Count
+from restomod.data.manifest import Count, Finite
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.json_files import as_tuple, checked, file_name, parse_json
 
@@ -19,7 +19,6 @@ STUDY = "sweep"
 LONGEST_LINE = 2**20
 CREATE_STUDY, CREATE_TRIAL, SET_STATE, SET_INTERMEDIATE, SET_USER_ATTR, LAST_OPERATION = 0, 4, 6, 7, 8, 10
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Time = Annotated[float, Field(ge=0, le=1e11)]  # seconds since 1970
 Attempt = tuple[Time, Time | None] | tuple[Time, Time | None, str | None]  # its start, its end, its GPU
 
