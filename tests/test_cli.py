@@ -235,7 +235,7 @@ def test_a_run_folder_that_can_be_resumed(here: Path, refused: Refused) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "config.json").write_text("{}")
     said = refused("train", "quickstart", *SMALL, "--out", "mine")
-    assert "go on with it by `restomod train --resume mine`" in said
+    assert "resume it with `restomod train --resume mine`" in said
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
