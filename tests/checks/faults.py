@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from restomod.data.batches import Batches
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.optimizer import AdamW, Optimizers
-from restomod.model.gpt import GPT, MLP, Beside, Block, CausalSelfAttention, KVCache, Transformer
+from restomod.engine.optimizers.muon import Muon
+from restomod.model.gpt import GPT, MLP, Block, BlockInputs, CausalSelfAttention, KVCache, Transformer
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Alter = Callable[[GPT], None]
@@ -64,7 +65,7 @@ def _embed(kind: str) -> Plant:
         x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
         x = x if kind == "no positions" else x + positions
         for block in self.h:
-            x = block(x.detach() if kind == "detached" else x, Beside(), cache)
+            x = block(x.detach() if kind == "detached" else x, BlockInputs(), cache)
         if kind == "ignores its input":
             x = torch.zeros_like(x) + self.wpe(torch.zeros_like(tokens))
         return self.ln_f(x)
@@ -89,10 +90,10 @@ def _untied(patch: pytest.MonkeyPatch) -> None:
 
     def __init__(self: GPT, config: Any) -> None:
         sound_init(self, config)
-        self.own_head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.own_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
 
     patch.setattr(GPT, "__init__", __init__)
-    patch.setattr(GPT, "head", property(lambda self: self.own_head))
+    patch.setattr(GPT, "head", property(lambda self: self.own_head.weight))
 
 
 def _head(head: Callable[[Tensor], Tensor]) -> Plant:
@@ -146,7 +147,7 @@ def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
 def _optimizer(keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> Plant:
     """AdamW over some of the groups of parameters only."""
     return lambda patch: patch.setattr(
-        "restomod.engine.optimizer.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
+        "restomod.engine.optimizers.adamw.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
     )
 
 
@@ -161,6 +162,11 @@ def _compiled_without_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def _nothing_is_learned(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Optimizers, "update", lambda self, *_: self.zero_grad())
+
+
+def _takes_nan(patch: pytest.MonkeyPatch) -> None:
+    step = Muon.step
+    patch.setattr(Muon, "step", lambda self: (setattr(self, "found_inf", None), step(self)))
 
 
 def _relu_far_below_zero(self: MLP, x: Tensor) -> Tensor:
@@ -182,10 +188,10 @@ QUICK_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "a mask that is off by one": (_attend("one ahead"), "causality", "it sees ahead"),
     "a mask that is upside down": (_attend("backwards"), "causality", "it sees ahead"),
     "logits that do not depend on the tokens": (_embed("ignores its input"), "causality", "no logit at all"),
-    "a head with its own weights": (_untied, "tied lm_head", "parameters, and a model of its shape"),
+    "a head with its own weights": (_untied, "tied lm_head", "a copy"),
     "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied lm_head", "a copy"),
     "a head that is detached": (_head(torch.Tensor.detach), "tied lm_head", "gets no gradient"),
-    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied lm_head", "parameters, and"),
+    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied lm_head", "1 blocks, not 2"),
     "a loader with targets 0 ahead": (_load(0, 0), "targets", "0 ahead of its input, not 1"),
     "a loader with targets 2 ahead": (_load(0, 2), "targets", "2 ahead of its input, not 1"),
     "a loader with targets behind": (_load(0, -1), "targets", "-1 ahead of its input, not 1"),
@@ -232,5 +238,6 @@ SLOW_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "another loss in bf16": (_differs_in_bf16, "bf16", "more than 0.05 apart"),
     "a compiler's other loss": (_compiled(1.05), "compiled", "without"),
     "a compiler that forgets the gradient": (_compiled_without_gradient, "compiled", "gradient norm"),
+    "an optimizer that takes NaN": (_takes_nan, "refused updates", "with optimizer muon change transformer"),
     "an optimizer that does nothing": (_nothing_is_learned, "overfitting", " steps"),
 }

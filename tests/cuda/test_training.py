@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.config.run import OptimConfig
-from restomod.data.prefetch import Prefetch
+from restomod.data.batches import Prefetch
 from restomod.engine.distributed import SINGLE
-from restomod.engine.muon import Muon
 from restomod.engine.optimizer import build_optimizer
+from restomod.engine.optimizers.muon import Muon
 from restomod.engine.step import train_step
 from tests.cuda.common import CPU, DEVICE, REAL, assert_identical, make_trainee, relative_errors
 
@@ -127,7 +127,7 @@ def test_muon_updates_as_on_the_cpu(dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
         parameters = [nn.Parameter(torch.randn(384, 128, generator=generator).to(device)) for _ in range(3)]
         start = torch.stack(list(parameters)).detach()
-        muon = Muon([{"params": parameters, "parts": 3}], 0.02, 0.95, 0.1, dtype)
+        muon = Muon([{"params": parameters, "stacked": 3}], 0.02, 0.95, 0.1, dtype)
         muon.grad_scale, muon.found_inf = torch.tensor(2.0, device=device), torch.tensor(0.0, device=device)
         for _ in range(3):
             for p in parameters:

@@ -216,16 +216,6 @@ def test_a_renamed_checkpoint_is_refused_by_name(run: Path, capsys: pytest.Captu
     assert trained(run) == [0, 1]
 
 
-def test_a_run_whose_configuration_lacks_newer_settings_resumes(run: Path) -> None:
-    values = json.loads((run / "config.json").read_text())
-    del values["version"], values["residual_dtype"], values["track"]
-    values["compile"] = False
-    (run / "config.json").write_text(json.dumps(values))
-    assert train(dataclasses.replace(read_config(run), steps=3), run, resume=True, display=QUIET) == 0
-    assert trained(run) == [0, 1, 2]
-    assert read_config(run).compile == "off"
-
-
 @pytest.mark.parametrize("key", ["step", "data_offset", "run", "format"])
 def test_a_state_that_lacks_a_value_is_refused(key: str, run: Path) -> None:
     state = run / "checkpoints/step_000002/training_state/state.json"

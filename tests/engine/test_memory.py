@@ -8,15 +8,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from restomod.config.run import ModelConfig, OptimConfig, RunConfig
-from restomod.engine.memory import block_bytes_per_token, footprint, kept_bytes, optimizer_bytes, state_bytes
-from restomod.engine.optimizer import build_optimizer
+from restomod.config.run import ModelConfig, OptimConfig, Optimizer, RunConfig
+from restomod.engine.memory import (
+    activation_bytes,
+    block_activation_bytes,
+    estimate_memory,
+    optimizer_bytes,
+    state_bytes,
+)
+from restomod.engine.optimizer import build_optimizer, optimizer_tensors
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.flops import padded_parameters
 from restomod.model.gpt import GPT, build_model
@@ -72,7 +78,7 @@ def test_what_is_kept_is_what_autograd_saves(name: str, dtype: torch.dtype, T: i
     shape = ModelConfig(n_layer=3, n_head=2, n_embd=64, n_positions=512, vocab_size=128, **PARTS[name])
     saved = saved_bytes(build_model(shape, 0, CPU), T, dtype)
     head = 4 * shape.padded_vocab_size * shape.n_embd  # its gradient, which is counted with the loss
-    assert kept_bytes(a_run(shape, T), B * T, NUMBER[dtype], "cpu") + head == pytest.approx(saved, rel=0.03)
+    assert activation_bytes(a_run(shape, T), B * T, NUMBER[dtype], "cpu") + head == pytest.approx(saved, rel=0.03)
 
 
 def test_with_recomputation_one_block_is_kept_besides_what_goes_into_each() -> None:
@@ -80,34 +86,58 @@ def test_with_recomputation_one_block_is_kept_besides_what_goes_into_each() -> N
     config, model = a_run(shape, T, recompute=True), build_model(shape, 0, CPU)
     model.transformer.recompute = True
     saved = saved_bytes(model, T, torch.float32) - 4 * shape.padded_vocab_size * shape.n_embd
-    block = block_bytes_per_token(config, 4, cpu=True) * B * T
-    assert kept_bytes(config, B * T, 4, "cpu") - block == pytest.approx(saved, rel=0.03)
+    block = block_activation_bytes(config, 4, cpu=True) * B * T
+    assert activation_bytes(config, B * T, 4, "cpu") - block == pytest.approx(saved, rel=0.03)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 @pytest.mark.parametrize("name", ["gpt2", "modern", "untied", "value embedding", "embedding skip"])
-def test_weights_and_the_optimizers_state_are_as_large_as_they_are(name: str, optimizer: Any) -> None:
+def test_weights_and_optimizer_state_are_as_large_as_they_are(name: str, optimizer: Any) -> None:
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97, **PARTS[name])
     model, optim = build_model(shape, 0, CPU), OptimConfig(optimizer=optimizer)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
     assert 4 * padded_parameters(shape) == weights
-    optimizers = build_optimizer(model, optim)
-    tokens = torch.zeros(1, 16, dtype=torch.long)
-    batch_loss(model, tokens, tokens, Compute(CPU, torch.float32, 1)).backward()
-    optimizers.update(1.0, torch.tensor(1.0), torch.tensor(False))
-    states = [value for part in optimizers.parts for state in part.state.values() for value in state.values()]
-    held = sum(value.numel() * value.element_size() for value in states if value.ndim)
-    assert optimizer_bytes(shape, optim) == held
+    states = optimizer_tensors(model, build_optimizer(model, optim)).values()
+    held = sum(state.nbytes for state in states if state.ndim)  # counts of steps are left out
+    assert optimizer_bytes(shape, optim)[0] == held
     assert state_bytes(shape, optim) == 2 * weights + held
+
+
+class OneMoment(torch.optim.Optimizer):
+    """Keeps a tensor per parameter, and makes two of each for a moment."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["moment"] = p.grad.clone()
+            p.data.sub_((p.grad * 2).sqrt())
+
+
+@pytest.mark.parametrize("layers", [12, 48])
+def test_any_optimizers_memory_is_counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(model: GPT, *_: Any) -> list[torch.optim.Optimizer]:
+        return [OneMoment(model.parameters(), {"lr": 1.0})]
+
+    monkeypatch.setattr("restomod.engine.optimizers.adamw.build", build)
+    shape, optim = ModelConfig(n_layer=layers, n_embd=1600, n_head=25), OptimConfig(lr=0.123)  # not cached before
+    largest = 4 * shape.padded_vocab_size * shape.n_embd
+    assert optimizer_bytes(shape, optim) == (4 * padded_parameters(shape), 2 * largest)
+
+
+def test_muons_update_needs_what_its_largest_stack_of_matrices_takes() -> None:
+    shape, largest = ModelConfig(), 12 * 768 * 4 * 768  # numbers in the MLP's first matrices of all layers
+    _, fp32 = optimizer_bytes(shape, OptimConfig(optimizer="muon"))
+    _, bf16 = optimizer_bytes(shape, OptimConfig(optimizer="muon"), 2)
+    assert 2 * 4 * largest < bf16 < fp32 < 6 * 4 * largest  # directions and their stack in fp32; the matmuls' operands
+    assert optimizer_bytes(shape, OptimConfig())[1] == 0, "AdamW's kernel updates in place"
 
 
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_a_footprint_grows_with_the_micro_batch_by_what_is_kept(number: int, device_type: str) -> None:
+def test_memory_grows_with_the_micro_batch_by_the_activations(number: int, device_type: str) -> None:
     config = a_run(ModelConfig(), 1024, sequences=512)
-    small, large = (footprint(config, n, number, device_type) for n in (8, 16))
-    kept = kept_bytes(config, 8192, number, device_type)
-    copies = 2 * kept - kept_bytes(config, 2 * 8192, number, device_type)
+    small, large = (estimate_memory(config, n, number, device_type) for n in (8, 16))
+    kept = activation_bytes(config, 8192, number, device_type)
+    copies = 2 * kept - activation_bytes(config, 2 * 8192, number, device_type)
     assert large.activations - small.activations == kept - copies > 0
     assert copies == (12 * 12 * 768**2 * 2 if number == 2 else 0)  # the blocks' matrices in bf16
     assert (large.weights, large.optimizer) == (small.weights, small.optimizer)
@@ -116,14 +146,14 @@ def test_a_footprint_grows_with_the_micro_batch_by_what_is_kept(number: int, dev
 
 def test_gradients_are_there_while_they_are_accumulated_or_averaged() -> None:
     one, shape = 4 * padded_parameters(ModelConfig()), ModelConfig()
-    assert footprint(a_run(shape, 1024, 16), 16, 2, "cuda").gradients == 0
-    assert footprint(a_run(shape, 1024, 16), 8, 2, "cuda").gradients == one
-    assert footprint(a_run(shape, 1024, 16), 8, 2, "cuda", processes=2).gradients == one
+    assert estimate_memory(a_run(shape, 1024, 16), 16, 2, "cuda").gradients == 0
+    assert estimate_memory(a_run(shape, 1024, 16), 8, 2, "cuda").gradients == one
+    assert estimate_memory(a_run(shape, 1024, 16), 8, 2, "cuda", processes=2).gradients == one
 
 
 def test_fsdp_shares_weights_gradients_and_state() -> None:
-    alone = footprint(a_run(ModelConfig(), 1024, 32), 8, 2, "cuda")
-    shared = footprint(a_run(ModelConfig(), 1024, 32, parallel="fsdp"), 8, 2, "cuda", processes=2)
+    alone = estimate_memory(a_run(ModelConfig(), 1024, 32), 8, 2, "cuda")
+    shared = estimate_memory(a_run(ModelConfig(), 1024, 32, parallel="fsdp"), 8, 2, "cuda", processes=2)
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(shared, part) == getattr(alone, part) / 2
 
@@ -151,7 +181,7 @@ MEASURED = (
 def predicted(layers: int, width: int, heads: int, T: int, micro_batch: int, count: int, precision: str) -> int:
     shape = ModelConfig(n_layer=layers, n_embd=width, n_head=heads, n_positions=T)
     config = a_run(shape, T, sequences=micro_batch * count)
-    return footprint(config, micro_batch, 4 if precision == "fp32" else 2, "cpu").total
+    return estimate_memory(config, micro_batch, 4 if precision == "fp32" else 2, "cpu").total
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=str)

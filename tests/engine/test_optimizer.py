@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from restomod.config.run import OptimConfig
+from restomod.config.run import Optimizer as OptimizerName
 from restomod.engine.loss_scale import LossScale
-from restomod.engine.optimizer import Optimizers, build_optimizer, gradient_norm, optimizer_tensors
+from restomod.engine.optimizer import Optimizers, build_optimizer, changed_by_nan, gradient_norm, optimizer_tensors
+from tests.models import CPU
 from tests.trainee import assert_identical, make_trainee, set_optimizer_tensors
-
-YES, NO = torch.tensor(True), torch.tensor(False)
 
 CONFIG = OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -45,21 +46,9 @@ def test_five_steps_are_those_of_adamw_written_out_in_fp64() -> None:
             w = w - lr * (0.1 if name == "weight" else 0.0) * w
             w = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
             state[name] = [w, m, v]
-        optimizer.update(t, torch.tensor(3.0 * t), NO)
+        optimizer.update(t, torch.tensor(3.0 * t), torch.tensor(False))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), state[name][0], atol=1e-7, rtol=1e-6)
-
-
-def test_a_refused_update_changes_nothing_and_drops_the_gradients() -> None:
-    touched, spared = make_trainee(), make_trainee()
-    touched.train(0, 2)
-    spared.train(0, 2)
-    for p in touched.model.parameters():
-        p.grad = torch.full_like(p, float("nan"))
-    touched.optimizer.update(1.0, torch.tensor(float("nan")), YES)
-    assert all(p.grad is None for p in touched.model.parameters())
-    assert touched.train(2, 4) == spared.train(2, 4)
-    assert_identical(touched.tensors(), spared.tensors())
 
 
 # --- optimizers of one's own ---------------------------------------------------------------------------------
@@ -83,7 +72,7 @@ def test_any_optimizer_gets_divided_gradients_and_is_not_called_where_an_update_
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     optimizer, alone = OF_TORCH[name](list(ours.parameters())), OF_TORCH[name](list(theirs.parameters()))
-    wrapped = Optimizers([optimizer], LossScale(torch.float32, torch.device("cpu")))
+    wrapped = Optimizers([optimizer], LossScale(torch.float32, CPU))
     for refused in (True, True, False, False, True, False):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             q.grad = torch.randn_like(q)
@@ -100,10 +89,63 @@ def test_any_optimizer_gets_divided_gradients_and_is_not_called_where_an_update_
                 assert torch.equal(optimizer.state[p][key], value), key
 
 
+class Lion(torch.optim.Optimizer):
+    """As an ordinary optimizer is written: it knows nothing of loss scales and refusals. Chen et al., 2023."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * (beta1 * m + (1 - beta1) * p.grad).sign())
+                    m.mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
+class ClaimsToRefuse(Lion):
+    refuses_on_device = True
+
+
+class InheritsTheClaim(ClaimsToRefuse):
+    pass
+
+
+def changed(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], loss_scale: float) -> list[str]:
+    def build(model: nn.Module) -> Optimizers:
+        return Optimizers([make(list(model.parameters()))], LossScale(torch.float32, CPU))
+
+    return changed_by_nan(build, CPU, loss_scale)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("name", [*OF_TORCH, "lion", "inherits"])
+def test_nan_gradients_change_neither_weights_nor_state(name: str, loss_scale: float) -> None:
+    makers = OF_TORCH | {"lion": lambda p: Lion(p, 0.1), "inherits": lambda p: InheritsTheClaim(p, 0.1)}
+    assert changed(makers[name], loss_scale) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_nan_gradients_change_nothing_with_any_optimizer_of_the_package(
+    name: OptimizerName, dtype: torch.dtype
+) -> None:
+    config = OptimConfig(optimizer=name)
+    assert changed_by_nan(lambda model: build_optimizer(model, config, dtype), CPU, 2.0**16) == []
+
+
+def test_an_optimizer_that_claims_to_refuse_and_does_not_is_found() -> None:
+    assert "transformer.wte.weight" in changed(lambda p: ClaimsToRefuse(p, 0.1), 1.0)
+
+
 def test_an_optimizer_that_cannot_be_used_is_refused_when_it_is_added() -> None:
     parameters = list(nn.Linear(3, 2).parameters())
     with pytest.raises(TypeError, match=r"LBFGS cannot be used: .*closure"):
-        Optimizers([torch.optim.LBFGS(parameters)], LossScale(torch.float32, torch.device("cpu")))
+        Optimizers([torch.optim.LBFGS(parameters)], LossScale(torch.float32, CPU))
 
 
 def test_resetting_forgets_all_state() -> None:
@@ -131,18 +173,11 @@ def test_state_is_named_after_its_parameters() -> None:
     assert optimizer_tensors(trainee.model, trainee.optimizer).keys() == expected
 
 
-def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
+@pytest.mark.parametrize("steps", [0, 5])
+def test_state_goes_into_another_optimizer_bit_for_bit(steps: int) -> None:
     old, new = make_trainee(seed=1), make_trainee(seed=2)
     old.train(0, 3)
-    set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
-    new.model.load_state_dict(old.model.state_dict())
-    assert_identical(new.tensors(), old.tensors())
-
-
-def test_state_replaces_that_of_an_optimizer_that_has_stepped() -> None:
-    old, new = make_trainee(seed=1), make_trainee(seed=2)
-    old.train(0, 3)
-    new.train(0, 5)
+    new.train(0, steps)
     set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
     new.model.load_state_dict(old.model.state_dict())
     assert_identical(new.tensors(), old.tensors())
@@ -167,7 +202,7 @@ def test_asking_for_the_state_changes_nothing() -> None:
 # --- the gradients' norm -------------------------------------------------------------------------------------
 
 
-def test_the_norm_is_that_of_all_gradients_together() -> None:
+def test_the_norm_is_global() -> None:
     model = nn.Linear(2, 2)
     model.weight.grad = torch.tensor([[2.0, 4.0], [4.0, 0.0]])
     assert gradient_norm(model).item() == 6.0

@@ -15,8 +15,8 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.distributed import join_processes
-from restomod.engine.loss import linear_cross_entropy
-from restomod.evals.likelihood import Request, Score, encode_pair, gpt_log_probs, log_likelihoods, log_probs_of
+from restomod.engine.loss import linear_cross_entropy, log_probs_of
+from restomod.evals.likelihood import Request, Score, encode_pair, gpt_log_probs, log_likelihoods
 from restomod.evals.models import ScoredGPT
 from restomod.model.gpt import GPT, build_model
 from restomod.utils.errors import UserError
@@ -137,8 +137,8 @@ def test_only_positions_that_predict_go_through_the_head(model: ScoredGPT, monke
 
 def test_logits_in_several_chunks_are_the_same(model: ScoredGPT, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = log_likelihoods(model, some_requests())
-    monkeypatch.setattr("restomod.evals.likelihood.SCORED_POSITIONS", {"cpu": 5})
-    monkeypatch.setattr("restomod.evals.likelihood.CPU_SOFTMAX_POSITIONS", 2)
+    monkeypatch.setattr("restomod.engine.loss.CHUNK_TOKENS", {"cpu": 5})
+    monkeypatch.setattr("restomod.engine.loss.SOFTMAX_TOKENS", {"cpu": 2})
     assert close(log_likelihoods(model, some_requests()), expected)
 
 
@@ -172,7 +172,7 @@ def certain(scale: float, cap: float | None = None) -> tuple[GPT, torch.Tensor, 
 def test_no_log_probability_is_above_0(
     scale: float, cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.evals.likelihood.SCORED_POSITIONS", {"cpu": 24})
+    monkeypatch.setattr("restomod.engine.loss.CHUNK_TOKENS", {"cpu": 24})
     model, hidden, likeliest = certain(scale, cap)
     found, best = gpt_log_probs(model, hidden, torch.arange(40), likeliest, dtype)
     assert (found <= 0).all()

@@ -24,7 +24,7 @@ from restomod.engine.device import (
     torch_release,
     total_memory,
 )
-from restomod.engine.memory import footprint
+from restomod.engine.memory import estimate_memory
 from restomod.engine.micro_batch import choose_micro_batch
 from restomod.model.flops import parameter_count
 from restomod.utils.console import CheckResult
@@ -135,7 +135,7 @@ def memory(machine: Machine) -> CheckResult:
     micro_batch = choose_micro_batch(machine.config, machine.device)
     number, kind = machine.dtype.itemsize, machine.device.type
     total = total_memory(machine.device)
-    needed, least = (footprint(machine.config, n, number, kind, 1, total).total for n in (micro_batch, 1))
+    needed, least = (estimate_memory(machine.config, n, number, kind, 1, total).total for n in (micro_batch, 1))
     found = f"{_gb(free)} available; {machine.preset} needs about {_gb(needed)} with micro-batches of {micro_batch}"
     if free < least:
         return CheckResult(

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from restomod.checks.model_quick import LOSS_TOLERANCE, QUICK, CheckedModel, loss_gradients
-from restomod.config.run import DataConfig, Device, OptimConfig, Precision
+from restomod.config.run import Device, OptimConfig, Optimizer, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
-from restomod.data.sources import documents
+from restomod.data.find_files import find_files
+from restomod.data.readers import read_documents
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import autocast, choose_device, choose_dtype
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.memory import state_bytes
-from restomod.engine.optimizer import build_optimizer, gradient_norm
+from restomod.engine.optimizer import build_optimizer, changed_by_nan, gradient_norm
 from restomod.engine.step import Compute, batch_loss
-from restomod.model.gpt import initial_std
+from restomod.model.gpt import ScaledResidual, initial_std
 from restomod.runs.open_model import open_or_build
 from restomod.utils.console import CheckResult
 from restomod.utils.errors import one_line
@@ -37,6 +39,7 @@ LARGEST_STD = 10.0  # of the residual stream after initialisation; GPT-2 124M's 
 DEAD_STD = 1e-3
 DEAD_UNITS = 0.01  # largest share of MLP units that are 0 on all tokens after initialisation
 CONTEXT = 1024
+KNOWN_INITIALISATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, ScaledResidual)
 VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
 
@@ -58,8 +61,8 @@ def check(name: str, seed: int, device: Device, precision: Precision) -> Iterato
 
 def own_source(vocab_size: int) -> TokenStream:
     """Tokens of this package's source code: a text that every installation has."""
-    config = DataConfig(source="text", path=str(Path(__file__).parent.parent), glob="**/*.py")
-    texts = ("".join(document.parts()) for document in documents(config))
+    files = find_files(Path(__file__).parent.parent, "**/*.py")
+    texts = ("".join(document.parts()) for file in files for document in read_documents(file))
     tokens = np.concatenate([gpt2_tokenizer().encode(text) for text in texts])
     return TokenStream([tokens % vocab_size if vocab_size < 2**16 else tokens])
 
@@ -72,6 +75,8 @@ def initial_weights(subject: CheckedModel) -> CheckResult:
         return CheckResult(name, "skip", "these weights are trained")
     problems = []
     for parameter, value in subject.model.named_parameters():
+        if not isinstance(subject.model.get_submodule(parameter.rpartition(".")[0]), KNOWN_INITIALISATION):
+            continue
         if value.ndim < 2:
             constant = 1.0 if parameter.endswith("weight") else 0.0
             if not bool((value == constant).all()):
@@ -206,7 +211,18 @@ def compiled_agreement(subject: CheckedModel) -> CheckResult:
     return CheckResult("compiled", "pass" if agree else "fail", reason)
 
 
-def overfitting(subject: CheckedModel) -> CheckResult:
+def refused_updates(subject: CheckedModel) -> CheckResult:
+    """Check that NaN gradients change neither weights nor optimizer state, with every optimizer of this package."""
+    device, dtype = subject.compute.device, subject.compute.dtype
+    for name in get_args(Optimizer):
+        config = OptimConfig(optimizer=name)
+        changed = changed_by_nan(lambda model, config=config: build_optimizer(model, config, dtype), device)  # type: ignore[misc]
+        if changed:
+            return CheckResult("refused updates", "fail", f"NaN gradients with optimizer {name} change {changed[0]}")
+    return CheckResult("refused updates", "pass", f"NaN gradients change nothing ({', '.join(get_args(Optimizer))})")
+
+
+def memorises_batch(subject: CheckedModel) -> CheckResult:
     """Check that the model memorises one short text. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
     needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
@@ -245,5 +261,6 @@ SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     activations,
     precision_agreement,
     compiled_agreement,
-    overfitting,
+    refused_updates,
+    memorises_batch,
 )

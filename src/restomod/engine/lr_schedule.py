@@ -9,12 +9,12 @@ from restomod.utils.text import counted
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """AdamW's learning rate in step ``step`` of ``steps``, counted from 0."""
+    """Learning rate in step ``step`` of ``steps``, counted from 0."""
     return config.lr * rate_factor(config, step, steps)
 
 
 def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
-    """The fraction of their maximum that all learning rates have in step ``step`` of ``steps``, counted from 0.
+    """Factor of all maximum learning rates in step ``step`` of ``steps``, counted from 0.
 
     Linear warm-up over ``warmup_steps`` (the first step already moves), then down as ``decay`` says, to
     ``min_lr_ratio`` at the last step. Sources: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B
@@ -35,7 +35,7 @@ def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def describe_warmup(config: RunConfig) -> str:
-    """The course of the learning rate in a line: 715 steps of 19,073 to 0.0006, then cosine decay to 6e-05."""
+    """Describe the schedule in a line: 715 steps of 19,073 to 0.0006, then cosine decay to 6e-05."""
     optim, steps = config.optim, config.steps
     length = f"{counted(optim.warmup_steps, 'step')} of {steps:,}"
     if optim.warmup_steps >= steps:
@@ -62,6 +62,6 @@ def schedule_warnings(config: RunConfig) -> list[str]:
 
 
 def _rates(optim: OptimConfig, factor: float) -> str:
-    """A fraction of the maximum learning rates, AdamW's and where it is used Muon's."""
-    adamw = f"{factor * optim.lr:.4g}"
-    return adamw if optim.optimizer == "adamw" else f"{adamw} (Muon: {factor * optim.muon_lr:.4g})"
+    """A fraction of the maximum learning rate, and of Muon's where it is used."""
+    rate = f"{factor * optim.lr:.4g}"
+    return f"{rate} (Muon: {factor * optim.muon_lr:.4g})" if optim.optimizer == "muon" else rate

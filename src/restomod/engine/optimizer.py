@@ -1,9 +1,11 @@
-"""AdamW as GPT-2 is trained with it, Muon beside it if asked for, and their state as named tensors."""
+"""The optimizers of a model: built by name, update or refusal, gradient norm, state as named tensors."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,25 +14,27 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from restomod.config.run import OptimConfig
+from restomod.config.run import ModelConfig, OptimConfig
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.engine.loss_scale import LossScale
-from restomod.engine.muon import Muon
-from restomod.model.gpt import GPT, stacked_matrices
+from restomod.model.gpt import GPT, build_model
 
 
 class Optimizers:
-    """The optimizers of a model, each with the parameters that it suits, for gradients of a scaled loss.
+    """The torch optimizers of a model, each with its parameters, for gradients of a scaled loss.
 
-    Any `torch.optim.Optimizer` is right whose ``step`` takes no closure. AdamW and Adam with ``fused=True`` and Muon
-    divide the gradients and refuse updates in their own kernels; for all others that is done here, for which the
-    device has to be waited for at every step.
+    Contract: `update` changes nothing where ``refused``, whatever the optimizer. Any `torch.optim.Optimizer` whose
+    ``step`` needs no closure can be a part. Before ``step`` its gradients are divided here, and where the update is
+    refused ``step`` is not called, for which the device has to be waited for. Only optimizers that are known to divide
+    by ``grad_scale`` and to refuse where ``found_inf`` is 1 in their own kernels are called without waiting: Adam and
+    AdamW with ``fused=True``, and classes that themselves define ``refuses_on_device = True``. `changed_by_nan` tests
+    the contract.
     """
 
     def __init__(self, parts: Sequence[Optimizer], loss_scale: LossScale) -> None:
         """Args:
-        parts: all their groups have the learning rate that is their maximum.
-        loss_scale: what the loss is multiplied with.
+        parts: between them they hold all parameters; every group's ``lr`` is its maximum learning rate.
+        loss_scale: factor of the loss.
 
         Raises:
             TypeError: a part needs a closure, or a group has no learning rate.
@@ -47,21 +51,21 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of all parts."""
+        """Parameter groups of all parts."""
         return [group for part in self.parts for group in part.param_groups]
 
     def update(self, rate_factor: float, divisor: Tensor, refused: Tensor) -> None:
-        """Make an update, or none, and drop the gradients. Nothing is read from the device; see the class.
+        """Update the parameters unless ``refused``, and drop the gradients; see the class.
 
         Args:
             rate_factor: fraction of the maximum learning rates.
-            divisor: scalar; the gradients are divided by it, in the same kernel.
-            refused: scalar bool; whether nothing must change.
+            divisor: scalar; the gradients are divided by it.
+            refused: scalar bool; whether neither parameters nor state must change.
         """
         for group in self.param_groups:
             group["lr"] = rate_factor * group["max_lr"]
         for part in self.parts:
-            if _refuses_by_itself(part):
+            if refuses_on_device(part):
                 # what torch calls them; its fused kernels read them if they exist
                 part.grad_scale, part.found_inf = divisor, refused.float()  # type: ignore[attr-defined]
                 part.step()
@@ -85,52 +89,62 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
 
-def _refuses_by_itself(part: Optimizer) -> bool:
-    """Whether an optimizer divides gradients by ``grad_scale`` and changes nothing where ``found_inf`` is 1.
+def refuses_on_device(part: Optimizer) -> bool:
+    """Whether an optimizer divides by ``grad_scale`` and refuses where ``found_inf`` is 1 by itself; see `Optimizers`.
 
     torch's other fused optimizers read them too, but a first step that SGD refuses leaves its momentum uninitialised.
+    A subclass may have another ``step``, so what its base class defines does not count.
     """
     if type(part) in (Adam, AdamW):
         return all(group["fused"] for group in part.param_groups)
-    return type(part) is Muon
+    return vars(type(part)).get("refuses_on_device") is True
 
 
 def build_optimizer(
     model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32, processes: Processes = SINGLE
 ) -> Optimizers:
-    """What `config` asks for over ``model``'s parameters, computed in ``dtype``.
+    """Build the optimizer that ``config`` names, by its file in `restomod.engine.optimizers`.
 
-    Weight decay applies to what has two dimensions (matrices and embeddings), not to biases and norms. Source: Brown
-    et al., 2020, appendix B (betas 0.9 and 0.95, eps 1e-8, decay 0.1). Muon takes the matrices of the blocks, queries,
-    keys and values (and the two of SwiGLU) each for itself.
+    Args:
+        model: as `restomod.engine.distributed.distribute` left it.
+        config: the optimizer's name and settings.
+        dtype: compute dtype of the matmuls.
+        processes: that hold the model.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = (
-        [name for name, p in named.items() if p.ndim == 2 and ".h." in name] if config.optimizer == "muon" else []
-    )
-    rest = [p for name, p in named.items() if name not in matrices]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    parts: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
-    if matrices:
-        by_parts: dict[int, list[Tensor]] = {}
-        for name in matrices:
-            by_parts.setdefault(stacked_matrices(model.config, name), []).append(named[name])
-        muon_groups = [{"params": ps, "parts": n} for n, ps in by_parts.items()]
-        precise = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
-        share = processes.world_size > 1
-        parts.append(Muon(muon_groups, config.muon_lr, config.muon_momentum, config.muon_weight_decay, precise, share))
+    module = importlib.import_module(f"restomod.engine.optimizers.{config.optimizer}")
+    parts = module.build(model, config, dtype, processes.world_size > 1)
     return Optimizers(parts, LossScale(dtype, next(model.parameters()).device))
+
+
+def changed_by_nan(build: Callable[[GPT], Optimizers], device: torch.device, loss_scale: float = 1.0) -> list[str]:
+    """Names of weights and optimizer state that NaN gradients change; none where the contract of `Optimizers` holds.
+
+    Of two equal small models both get the same three updates, one of them with a refused update before each.
+
+    Args:
+        build: makes the optimizers of a model.
+        device: of the models.
+        loss_scale: the gradients of the second model are multiplied and divided by it; a power of 2 changes no bit.
+    """
+    config, ends = ModelConfig(n_layer=2, n_head=2, n_embd=8, n_positions=4, vocab_size=8), []
+    for with_nan in (False, True):
+        model, generator = build_model(config, 0, device), torch.Generator().manual_seed(0)
+        optimizers, scale = build(model), loss_scale if with_nan else 1.0
+        for factor in (math.nan, scale) * 3 if with_nan else (scale,) * 3:
+            refused = math.isnan(factor)
+            for p in model.parameters():
+                drawn = torch.ones(p.shape) if refused else torch.randn(p.shape, generator=generator)
+                p.grad = (drawn * factor).to(device)
+            optimizers.update(1.0, torch.tensor(factor, device=device), torch.tensor(refused, device=device))
+        ends.append(dict(model.named_parameters()) | optimizer_tensors(model, optimizers))
+    return [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """The optimizer's state by parameter name (``state.transformer.wte.weight.exp_avg``), sharing its memory.
 
-    Its hyperparameters are left out: they are functions of the configuration and the step. An optimizer that has not
-    stepped yet gets its state made first, for which all processes have to call this. Of a tensor that processes share,
-    each has its part, in a DTensor.
+    Hyperparameters are left out: they are functions of the configuration and the step. The state of an optimizer that
+    has not stepped yet is created first, for which all processes have to call this. Sharded state is in DTensors.
     """
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     flat = cast(dict[str, Any], get_optimizer_state_dict(model, tuple(optimizer.parts), options=options))
@@ -139,12 +153,12 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
 
 
 def put_numbers_back(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
-    """Set the state that is Python's numbers, as an optimizer of one's own may count its steps, to that in ``tensors``.
+    """Set the optimizer state that is Python numbers (a count of steps, say) to the values in ``tensors``.
 
     Args:
         model: the one that is optimized.
-        optimizer: has the state of `optimizer_tensors`.
-        tensors: those of `optimizer_tensors`, which do not share memory with numbers, with other values.
+        optimizer: whose state is set.
+        tensors: named as those of `optimizer_tensors`.
     """
     for name, parameter in model.named_parameters():
         for part in optimizer.parts:
@@ -163,6 +177,6 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients together, a scalar."""
+    """Global norm of all gradients, a scalar."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

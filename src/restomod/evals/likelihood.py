@@ -21,14 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from restomod.engine.chunk_sizes import SCORED_POSITIONS, tokens_at_once
-from restomod.engine.device import total_memory
 from restomod.engine.distributed import SINGLE, Processes
-from restomod.engine.loss import cross_entropies_
-from restomod.model.gpt import GPT, soft_cap
+from restomod.engine.loss import linear_log_probs
+from restomod.model.gpt import GPT
 from restomod.utils.errors import UserError
 
-CPU_SOFTMAX_POSITIONS = 32  # fp32 rows that stay in a CPU's cache between the passes of a softmax
 PADDING = -1
 
 Tokens = tuple[int, ...]
@@ -261,41 +258,6 @@ def _mask(branches: Tensor) -> Tensor:
     return (((key == 0) | (key == query)) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
 
 
-def log_probs_of(
-    logits_of: Callable[[slice], Tensor], targets: Tensor, target_logits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens, from logits that need not exist all at once.
-
-    Args:
-        logits_of: logits, (at most `SCORED_POSITIONS`, V), that predict a slice of the targets; may be overwritten.
-        targets: (M,).
-        target_logits: (M,) fp32, the targets' logits in place of those of ``logits_of``, which 16 bits have rounded.
-            As in training (`restomod.engine.loss`) they take their place in the sum over the vocabulary, too.
-
-    Returns:
-        (M,) fp32, at most 0; and (M,) bool, whether no other logit was higher than the target's.
-    """
-    log_probs = torch.empty(len(targets), device=targets.device)
-    best = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
-    positions = tokens_at_once(SCORED_POSITIONS, targets.device.type, total_memory(targets.device))
-    for start in range(0, len(targets), positions):
-        logits = logits_of(slice(start, start + positions))  # (n, V)
-        rows = CPU_SOFTMAX_POSITIONS if logits.device.type == "cpu" else len(logits)
-        for first in range(0, len(logits), rows):
-            z = logits[first : first + rows].float()
-            block = slice(start + first, start + first + len(z))
-            y = targets[block, None]
-            rounded = target = z.gather(1, y)
-            limit = None
-            if target_logits is not None:
-                target, limit = target_logits[block, None], z.amax(-1, keepdim=True)
-                z.scatter_(1, y, target)
-            losses, _, highest = cross_entropies_(z, target)
-            log_probs[block] = (0.0 - losses).squeeze(1)  # not -0.0
-            best[block] = (rounded >= (highest if limit is None else limit)).squeeze(1)
-    return log_probs, best
-
-
 def gpt_log_probs(
     model: GPT, hidden: Tensor, which: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -306,14 +268,10 @@ def gpt_log_probs(
         hidden: (N, D).
         which: (M,), the hidden state that predicts each target.
         targets: (M,).
-        dtype: of the matrix products; the softmax, and the targets' own logits, are in fp32.
+        dtype: compute dtype of the matmuls.
 
     Returns:
         (M,) fp32, at most 0, and whether no other token was likelier, (M,) bool.
     """
-    hidden = hidden[which]  # (M, D)
-    x, w = hidden.to(dtype), model.head[: model.config.vocab_size].to(dtype)
-    cap, target_logits = model.config.softcap, None
-    if dtype != torch.float32:
-        target_logits = soft_cap((hidden.float() * model.head[targets].float()).sum(-1), cap)
-    return log_probs_of(lambda part: soft_cap(x[part] @ w.t(), cap), targets, target_logits)
+    config = model.config
+    return linear_log_probs(hidden[which], model.head, targets, config.vocab_size, dtype, config.softcap)

@@ -31,14 +31,20 @@ from typing_extensions import TypedDict
 from restomod.config.run import ModelConfig
 from restomod.data.manifest import Count
 from restomod.engine.distributed import SINGLE, Processes
-from restomod.engine.gather import copy_from_main, fill
+from restomod.engine.gather import broadcast_weights, copy_from_main
 from restomod.engine.loss_scale import LOSS_SCALE
 from restomod.engine.optimizer import Optimizers, optimizer_tensors, put_numbers_back
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.model.hf_format import as_saved
-from restomod.model.hf_io import load_weights, read_model_config, save_model
-from restomod.model.storage import WEIGHTS, require_short_header, write_tensors
+from restomod.model.hf_io import (
+    WEIGHTS,
+    load_weights,
+    read_model_config,
+    require_short_header,
+    save_model,
+    write_tensors,
+)
 from restomod.runs.config_diff import DATA_FINGERPRINT, identity_differences, run_identity
 from restomod.utils.errors import UserError, one_line, reason
 from restomod.utils.files import fsync_path, move_folder, require_inside, require_regular, sha256_file
@@ -395,7 +401,9 @@ def _optimizer_tensor_names(path: Path, shapes: dict[str, torch.Size]) -> list[s
 
 def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:
     """Load the weights of a verified checkpoint. All processes call this. Raises UserError if the model differs."""
-    fill(model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes)
+    broadcast_weights(
+        model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes
+    )
 
 
 @torch.no_grad()

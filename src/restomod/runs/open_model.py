@@ -10,8 +10,7 @@ import torch
 from restomod.config.presets import PRESETS, is_preset, preset
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import OtherModel
-from restomod.model.hf_io import load_model
-from restomod.model.hub import OPENAI, download_model, hub_name
+from restomod.model.hf_io import OPENAI, download_model, hub_name, load_model
 from restomod.runs.checkpoint import COMPLETE, STATE, list_checkpoints, verify_model
 from restomod.utils.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from restomod.utils.json_files import read_json

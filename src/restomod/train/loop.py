@@ -16,7 +16,7 @@ from shlex import quote
 
 from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
-from restomod.data.prefetch import Prefetch
+from restomod.data.batches import Prefetch
 from restomod.engine.distributed import Processes, join_processes
 from restomod.engine.signals import StopSignal
 from restomod.runs.async_saver import Saver
@@ -31,7 +31,7 @@ from restomod.train.setup import Training, set_up
 from restomod.train.step_log import StepLog
 from restomod.utils.console import Display
 from restomod.utils.errors import describe_os_error
-from restomod.utils.output import complain
+from restomod.utils.output import print_error
 
 EXIT_FINISHED = 0
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal; the run can be resumed
@@ -54,7 +54,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     """
     with join_processes("resume with `restomod train --resume RUN`") as processes:
         display = display or Display(muted=not processes.main)
-        display.on_failure = lambda reason: complain(
+        display.on_failure = lambda reason: print_error(
             f"standard output cannot be written ({reason}); training goes on without it"
         )
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
@@ -115,7 +115,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         newest = list_checkpoints(folder)[-1:]
         closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
         if display.closed:
-            complain("\n".join(["standard output was closed", *closing]))
+            print_error("\n".join(["standard output was closed", *closing]))
         if finished:
             display.line(health.verdict_line())
         display.lines(closing)

@@ -15,7 +15,7 @@ from restomod.checks.model_quick import CheckedModel, quick_checks
 from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.engine.device import (
     choose_compile,
@@ -31,7 +31,7 @@ from restomod.engine.distributed import SINGLE, Processes, compiled_parts, devic
 from restomod.engine.micro_batch import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.engine.optimizer import Optimizers, build_optimizer
 from restomod.engine.step import BatchLoss, Compute
-from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
+from restomod.evals.tasks.registry import LoadedTask, load_task, with_absolute_path
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import OtherModel, as_saved
@@ -153,7 +153,11 @@ def set_up(
     run = RunFolder(folder, config, writes=False)
     if processes.main and nothing_left is None:
         here = environment(describe_device(compute.device), dtype_name(compute.dtype))
-        here["processes"] = processes.world_size
+        here |= {
+            "processes": processes.world_size,
+            "parameters": parameter_count(config.model),
+            "flops_per_token": flops_per_token(config.model, config.sequence_length),
+        }
         if resume:
             set_aside(start.unusable)
             run = reopen_run(folder, config, here, start.step)

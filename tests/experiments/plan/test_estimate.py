@@ -11,7 +11,7 @@ import pytest
 
 from restomod.config.presets import preset
 from restomod.config.run import RunConfig
-from restomod.engine.memory import footprint
+from restomod.engine.memory import estimate_memory
 from restomod.experiments.plan.estimate import Measured, Plan
 from restomod.experiments.plan.hardware import SPEEDS, find_gpu, tokens_per_second
 from restomod.experiments.plan.prices import Offer, read_offers
@@ -118,8 +118,8 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu: str, gpus: int)
     memory, most = find_gpu(gpu), plan.fitting
     assert memory is not None
     assert most is not None
-    assert footprint(GPT2, most, 2, "cuda", gpus).total <= memory.memory
-    assert most == 512 // gpus or footprint(GPT2, most + 1, 2, "cuda", gpus).total > memory.memory
+    assert estimate_memory(GPT2, most, 2, "cuda", gpus).total <= memory.memory
+    assert most == 512 // gpus or estimate_memory(GPT2, most + 1, 2, "cuda", gpus).total > memory.memory
     assert plan.micro_batch == (32 if gpu == "rtx3090" else 64)
     assert plan.fits is True
 
@@ -159,9 +159,9 @@ def test_a_measured_step_is_its_micro_batches_and_one_update() -> None:
 
 def test_parts_of_the_memory_add_up() -> None:
     shown = dict(rows(on("a100", 8)))
-    parts = ("weights", "gradients", "optimizer state", "activations", "loss and head", "process", "between them")
+    parts = ("weights", "gradients", "optimizer state", "activations", "loss and head", "CUDA context", "fragmentation")
     total = sum(float(shown[f"  {part}"].split()[0]) for part in parts)
-    assert float(shown["  together"].split()[0]) == pytest.approx(total, abs=0.04)
+    assert float(shown["  total"].split()[0]) == pytest.approx(total, abs=0.04)
     assert shown["parameters"] == "124,439,808"
 
 
@@ -189,6 +189,6 @@ def test_all_of_it_is_json(plan: Plan) -> None:
     offers = read_offers()
     written: dict[str, Any] = json.loads(json.dumps(plan.to_dict(offers)))
     assert written["seconds"] == plan.seconds
-    assert written["memory_bytes"]["total"] == plan.footprint(plan.micro_batch).total
+    assert written["memory_bytes"]["total"] == plan.memory(plan.micro_batch).total
     assert len(written["offers"]) == len(offers)
     assert all(line for line in lines(plan, offers) if line != "")

@@ -1,4 +1,4 @@
-"""What a run takes before it is paid for: memory, time, money, and where its loss may end. Needs no torch."""
+"""What a run takes before it is paid for: memory, time, money, and where its loss may end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Literal
 from restomod.config.model import nearest_divisor_below
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
-from restomod.engine.chunk_sizes import FAST_TOKENS, share_of
-from restomod.engine.memory import Footprint, footprint
+from restomod.engine.device import FORWARD_TOKENS
+from restomod.engine.memory import MemoryEstimate, estimate_memory
+from restomod.engine.micro_batch import sequences_per_process
 from restomod.experiments.plan.expected_loss import Expected, expected_loss
 from restomod.experiments.plan.hardware import GPU, GPUS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
 from restomod.experiments.plan.prices import Offer
@@ -33,7 +34,7 @@ class Measured:
     update_seconds: float
     peak_bytes: int | None
     predicted_bytes: int
-    """What `footprint` says of the steps that were measured."""
+    """What `estimate_memory` predicts for the steps that were measured."""
 
     def tokens_per_second(self, config: RunConfig) -> float:
         """At the run's own number of micro-batches in a step."""
@@ -110,20 +111,20 @@ class Plan:
         """Bytes of a number in the matrix products."""
         return 4 if self.precision == "fp32" else 2
 
-    def footprint(self, micro_batch: int) -> Footprint:
+    def memory(self, micro_batch: int) -> MemoryEstimate:
         """Memory of one process."""
-        memory = self.gpu.memory if self.gpu is not None else None
-        return footprint(self.config, micro_batch, self.number, self.device_type, self.gpus, memory)
+        total = self.gpu.memory if self.gpu is not None else None
+        return estimate_memory(self.config, micro_batch, self.number, self.device_type, self.gpus, total)
 
     @property
     def fitting(self) -> int | None:
         """The most sequences at once that fit into the GPU's memory (0: not even one); None where it is unknown."""
         if self.gpu is None:
             return None
-        low, high = 0, share_of(self.config, self.gpus) + 1
+        low, high = 0, sequences_per_process(self.config, self.gpus) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.footprint(middle).total <= self.gpu.memory
+            fits = self.memory(middle).total <= self.gpu.memory
             low, high = (middle, high) if fits else (low, middle)
         return low
 
@@ -132,10 +133,10 @@ class Plan:
         """Sequences at once: those configured, else as training chooses; at least 1, whether it fits or not."""
         if self.measured is not None:
             return self.measured.micro_batch
-        share = share_of(self.config, self.gpus)
+        share = sequences_per_process(self.config, self.gpus)
         if self.config.micro_batch is not None:
             return self.config.micro_batch
-        fast = FAST_TOKENS[self.device_type] // self.config.sequence_length
+        fast = FORWARD_TOKENS[self.device_type] // self.config.sequence_length
         return nearest_divisor_below(share, fast if self.fitting is None else min(fast, self.fitting))
 
     @property
@@ -224,7 +225,7 @@ class Plan:
             "micro_batch": self.micro_batch,
             "largest_micro_batch": self.fitting,
             "fits": self.fits,
-            "memory_bytes": self.footprint(self.micro_batch).to_dict(),
+            "memory_bytes": self.memory(self.micro_batch).to_dict(),
             "tokens_per_second": self.tokens_per_second,
             "speeds": [
                 dataclasses.asdict(speed) | {"mfu": speed.mfu, "predicted_tokens_per_second": predicted}

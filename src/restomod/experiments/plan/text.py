@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from restomod.engine.chunk_sizes import share_of
 from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
+from restomod.engine.micro_batch import sequences_per_process
 from restomod.experiments.plan.estimate import Plan, Quote
 from restomod.experiments.plan.hardware import Speed
 from restomod.experiments.plan.prices import Offer
@@ -19,8 +19,8 @@ PARTS = {
     "optimizer": "optimizer state",
     "activations": "activations",
     "temporary": "loss and head",
-    "process": "process",
-    "lost": "between them",
+    "runtime": "Python and libraries",
+    "fragmentation": "fragmentation",
 }
 
 
@@ -76,22 +76,23 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     compiled = "; torch.compile needs less" if plan.compiled else ""
     when = "when a step needs most"
     yield "memory", f"{one} {when}, with {n} × {T:,} tokens at once, {plan.precision} products{compiled}"
-    parts = plan.footprint(n).to_dict()
-    for key, label in PARTS.items():
+    parts = plan.memory(n).to_dict()
+    labels = PARTS | ({"runtime": "CUDA context"} if plan.device_type == "cuda" else {})
+    for key, label in labels.items():
         yield f"  {label}", _gb(parts[key])
-    together = _gb(parts["total"])
+    total = _gb(parts["total"])
     if plan.measured is not None:
         peak = plan.measured.peak_bytes
         found = "not told" if peak is None else _gb(peak)
-        together += f"; the steps measured here needed {found}, predicted {_gb(plan.measured.predicted_bytes)}"
+        total += f"; the steps measured here needed {found}, predicted {_gb(plan.measured.predicted_bytes)}"
     elif plan.gpu is not None:
-        share = share_of(plan.config, plan.gpus)
+        share = sequences_per_process(plan.config, plan.gpus)
         most = f"up to {plan.fitting:,} sequences at once fit" if plan.fitting else "not even one sequence fits"
         most = f"all {share:,} sequences of its step fit at once" if plan.fitting == share else most
-        together += f" of {_gb(plan.gpu.memory)}; {most}" + ("" if plan.fits else "; this does not fit")
+        total += f" of {_gb(plan.gpu.memory)}; {most}" + ("" if plan.fits else "; this does not fit")
     elif plan.gpu_name is not None:
-        together += "; the memory of this GPU is unknown"
-    yield "  together", together
+        total += "; the memory of this GPU is unknown"
+    yield "  total", total
 
 
 def _speed(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,147 @@
+"""The verb `data`: what is in a folder of token shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from restomod.config.prepare import PrepareConfig
+from restomod.data.dataset import Dataset, TokenStream, open_tokens
+from restomod.data.manifest import MANIFEST
+from restomod.data.read_counts import summary_lines
+from restomod.data.sources import BUILT_IN
+from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
+from restomod.utils.errors import UserError
+from restomod.utils.text import counted
+
+SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
+READ_TOKENS = 1_000_000
+MOST_COMMON = 20
+WINDOW_TOKENS = 64
+BAR = 40
+
+
+def overview(folder: Path, verify: bool) -> Iterator[str]:
+    """Lines about a folder: its splits, the lengths of its documents, its commonest tokens, three windows.
+
+    Args:
+        folder: as prepared, or pre-tokenized shards without a manifest.
+        verify: read every byte and compare its SHA-256 with the manifest.
+
+    Raises:
+        UserError: the folder does not hold whole token shards.
+    """
+    tokenizer = gpt2_tokenizer()
+    dataset = open_tokens(folder, "all" if verify else "sizes")
+    manifest = dataset.manifest
+    vocabulary = manifest["tokenizer"]["name"]
+    yield f"{folder}: {manifest['name']}, {manifest['tokens']:,} tokens of the {vocabulary} vocabulary"
+    for name, stream in (("train", dataset.train), ("val", dataset.val)):
+        yield _split_line(dataset, name, stream)
+    yield from _origin(manifest)
+    if manifest.get("duplicates"):
+        yield f"{counted(manifest['duplicates'], 'duplicate document')} left out"
+    yield from summary_lines(manifest)
+    if len(dataset.train):
+        yield from _statistics(folder, dataset.train, tokenizer)
+        yield from _windows(dataset.train, tokenizer)
+    if not (folder / MANIFEST).exists():
+        yield "sizes are right; these shards came without hashes to compare"
+    else:
+        yield (
+            "every shard has the SHA-256 of the manifest" if verify else "sizes are right; --verify compares every byte"
+        )
+
+
+def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
+    split = dataset.manifest["splits"][name]
+    documents, text_bytes = split.get("documents"), split.get("text_bytes")
+    parts = [counted(len(stream), "token"), counted(len(split["shards"]), "shard")]
+    if documents is not None:
+        parts.append(counted(documents, "document"))
+    if text_bytes and len(stream):
+        parts.append(f"{text_bytes:,} bytes of text, {text_bytes / len(stream):.2f} per token")
+    return f"{name:<6}{', '.join(parts)}"
+
+
+def _origin(manifest: dict[str, Any]) -> Iterator[str]:
+    """What `restomod prepare` was told, as far as the manifest says it."""
+    plan = manifest.get("plan")
+    if not plan:
+        return
+    files = list(dict.fromkeys(file for unit in plan["units"] for file in unit["files"]))
+    defaults = dataclasses.asdict(PrepareConfig())
+    changed = {key: value for key, value in plan["settings"].items() if value != defaults.get(key)}
+    flags = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {quote(str(v))}") for k, v in sorted(changed.items())
+    ]
+    named = [*plan["datasets"], *sorted({u["source"] for u in plan["units"] if u["source"] in BUILT_IN})]
+    origin = ", ".join([*named, *files[: not named]]) + (" …" if len(files) > 1 and not named else "")
+    in_files = f" ({counted(len(files), 'file')})" if files else ""
+    yield f"made of {origin}{in_files}" + (f" with {' '.join(flags)}" if flags else "")
+
+
+def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
+    """Lengths of documents and commonest tokens, over the first `SAMPLE_TOKENS` of a split."""
+    n, literals = min(len(stream), SAMPLE_TOKENS), 0
+    counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
+    for start in range(0, n, READ_TOKENS):
+        tokens = stream.read(start, min(READ_TOKENS, n - start))
+        if tokens.max() >= tokenizer.vocab_size:
+            raise UserError(
+                f"{folder} holds the token {tokens.max()}, and GPT-2's vocabulary ends at {tokenizer.vocab_size - 1}: "
+                f"these shards are damaged or of another tokenizer"
+            )
+        counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
+        literals += _literals(stream, start, min(start + READ_TOKENS, n), tokenizer)
+        ends.append(start + np.flatnonzero(tokens == END_OF_TEXT))
+    of = "" if n == len(stream) else f", of the first {n:,} tokens"
+    lengths = np.diff(np.concatenate([*ends, [n]])) - 1
+    lengths = lengths[lengths > 0]
+    yield (
+        f"separators{of}: the token {END_OF_TEXT} {counts[END_OF_TEXT]:,} times, the characters "
+        f"{END_OF_TEXT_LITERAL} {literals:,} times"
+    )
+    if len(lengths):
+        low, middle, high = np.percentile(lengths, [5, 50, 95])
+        yield f"document lengths in tokens{of}: 5 % up to {low:,.0f}, half up to {middle:,.0f}, 95 % up to {high:,.0f}"
+        yield from _histogram(lengths)
+    yield f"most common tokens{of}:"
+    for token in np.argsort(counts)[::-1][:MOST_COMMON]:
+        if counts[token]:
+            yield f"  {counts[token] / n:6.2%}  {token:>5}  {tokenizer.decode([int(token)])!r}"
+
+
+def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) -> int:
+    """How often the characters ``<|endoftext|>`` stand in a stream, begun between two places."""
+    word = tokenizer.encode("endoftext").tolist()  # a word of its own between other characters
+    low = max(0, start - 4)
+    tokens = stream.read(low, min(stop + len(word) + 4, len(stream)) - low).tolist()
+    found = 0
+    for i in range(start - low, stop - low):
+        if tokens[i] == word[0] and tokens[i : i + len(word)] == word:
+            before, after = tokens[max(0, i - 4) : i], tokens[i + len(word) : i + len(word) + 4]
+            found += tokenizer.decode(before).endswith("<|") and tokenizer.decode(after).startswith("|>")
+    return found
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    """A bar per power of two."""
+    powers = np.floor(np.log2(lengths)).astype(int)
+    counts = np.bincount(powers)
+    for power in range(int(powers.min()), len(counts)):
+        bar = "█" * round(BAR * counts[power] / counts.max())
+        yield f"  {2**power:>9,} to {2 ** (power + 1) - 1:>9,}  {counts[power]:>9,}  {bar}"
+
+
+def _windows(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
+    """Three decoded windows: from the beginning, the middle and the end."""
+    length = min(WINDOW_TOKENS, len(stream))
+    for start in dict.fromkeys([0, (len(stream) - length) // 2, len(stream) - length]):
+        yield f"tokens {start:,} to {start + length - 1:,}:"
+        yield f"  {tokenizer.decode(stream.read(start, length).tolist())!r}"

@@ -1,0 +1,34 @@
+"""AdamW, with weight decay on matrices and embeddings only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from restomod.config.run import OptimConfig
+from restomod.model.gpt import GPT
+
+
+def build(model: GPT, config: OptimConfig, dtype: torch.dtype, distributed: bool) -> list[Optimizer]:
+    """AdamW over all parameters."""
+    return [adamw(model.parameters(), config)]
+
+
+def adamw(parameters: Iterable[Tensor], config: OptimConfig) -> AdamW:
+    """torch's AdamW, fused. Source: Brown et al., 2020, appendix B (betas 0.9 and 0.95, eps 1e-8, decay 0.1)."""
+    return AdamW(
+        decay_groups(parameters, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices and embeddings with ``weight_decay``, biases and norms without."""
+    every = list(parameters)
+    return [
+        {"params": [p for p in every if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]

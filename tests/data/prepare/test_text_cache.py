@@ -1,0 +1,575 @@
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import tiktoken
+
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig
+from restomod.data.bulk_encoder import BulkEncoder
+from restomod.data.dataset import Dataset, TokenStream, open_tokens
+from restomod.data.prepare import text_cache, units, worker
+from restomod.data.prepare.run import prepare_folder
+from restomod.data.prepare.text_cache import prepare_text
+from restomod.data.tokenizer import Tokenizer
+from restomod.utils import locks
+from restomod.utils.errors import UserError
+from restomod.utils.temporary import Temporary
+from restomod.utils.verified import VERIFIED
+from tests.data.pieces import tiny_pieces
+from tests.filesystems import refuse_renaming_folders
+
+END = 50256  # <|endoftext|>
+
+
+def text_config(folder: Path, val_fraction: float = 0.3, split_seed: int = 0) -> DataConfig:
+    """A config that reads the folder or file ``folder/text`` and caches in ``folder/cache``."""
+    return DataConfig(
+        source="text",
+        path=str(folder / "text"),
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        cache=str(folder / "cache"),
+    )
+
+
+def write_documents(folder: Path, texts: list[str]) -> None:
+    shutil.rmtree(folder / "text", ignore_errors=True)
+    (folder / "text").mkdir(parents=True)
+    for i, text in enumerate(texts):
+        (folder / "text" / f"{i:04d}.txt").write_text(text, encoding="utf-8")
+
+
+def numbered(n: int) -> list[str]:
+    return [f"Document {i} — naïve café: {'word ' * (i % 7)}end {i}" for i in range(n)]
+
+
+def all_tokens(stream: TokenStream) -> list[int]:
+    return stream.read(0, len(stream)).tolist()
+
+
+def as_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list[str]:
+    """The documents of a split, read back with the genuine tiktoken."""
+    tokens = all_tokens(stream)
+    starts = [i for i, token in enumerate(tokens) if token == END]
+    return [encoding.decode(tokens[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+
+
+def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
+    return [token for text in texts for token in [END, *encoding.encode_ordinary(text)]]
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+
+def test_without_validation_tokens_are_tiktokens_with_end_of_text_before_each_document(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(5))
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer)
+    assert all_tokens(dataset.train) == delimited(numbered(5), tiktoken_gpt2)
+    assert len(dataset.val) == 0
+
+
+def test_both_splits_keep_the_documents_order_and_lose_none(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    texts = numbered(40)
+    write_documents(tmp_path, texts)
+    dataset = prepare_text(text_config(tmp_path), tokenizer)
+    train, val = as_documents(dataset.train, tiktoken_gpt2), as_documents(dataset.val, tiktoken_gpt2)
+    assert train == [text for text in texts if text in set(train)]
+    assert val == [text for text in texts if text in set(val)]
+    assert sorted(train + val) == sorted(texts)
+    assert all_tokens(dataset.train) == delimited(train, tiktoken_gpt2)
+    assert all_tokens(dataset.val) == delimited(val, tiktoken_gpt2)
+
+
+def test_a_single_document_is_written_bare_and_its_tail_is_the_validation(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    text = "To be, or not to be, that is the question. " * 50
+    (tmp_path / "text").write_text(text)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.1), tokenizer)
+    expected = tiktoken_gpt2.encode_ordinary(text)
+    assert all_tokens(dataset.train) + all_tokens(dataset.val) == expected
+    assert len(dataset.val) == pytest.approx(0.1 * len(expected), abs=1)
+
+
+def test_a_single_document_without_validation_is_all_for_training(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    (tmp_path / "text").write_text("To be, or not to be")
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer)
+    assert all_tokens(dataset.train) == tiktoken_gpt2.encode_ordinary("To be, or not to be")
+    assert len(dataset.val) == 0
+
+
+def test_small_shards_hold_the_same_tokens(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(9))
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer, shard_tokens=50)
+    expected = delimited(numbered(9), tiktoken_gpt2)
+    assert all_tokens(dataset.train) == expected
+    sizes = [path.stat().st_size - 1024 for path in sorted(dataset.folder.glob("train_*.bin"))]
+    assert len(sizes) > 2
+    assert sizes == [100] * (len(expected) // 50) + [2 * (len(expected) % 50)] * (len(expected) % 50 > 0)
+
+
+def test_the_manifest_counts_documents_tokens_and_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(20))
+    dataset = prepare_text(text_config(tmp_path), tokenizer)
+    manifest = dataset.manifest
+    assert manifest["documents"] == 20
+    assert manifest["tokens"] == len(dataset.train) + len(dataset.val)
+    for split, stream in (("train", dataset.train), ("val", dataset.val)):
+        texts = as_documents(stream, tiktoken_gpt2)
+        counts = {key: manifest["splits"][split][key] for key in ("tokens", "documents", "text_bytes")}
+        assert counts == {
+            "tokens": len(stream),
+            "documents": len(texts),
+            "text_bytes": sum(len(text.encode()) for text in texts),
+        }
+
+
+@pytest.mark.parametrize(("val_fraction", "in_splits"), [(0.0, [1, 0]), (0.5, [1, 1])])
+def test_the_manifest_counts_a_single_document_in_every_split_it_is_part_of(
+    tmp_path: Path, tokenizer: Tokenizer, val_fraction: float, in_splits: list[int]
+) -> None:
+    (tmp_path / "text").write_text("To be, or not to be")
+    manifest = prepare_text(text_config(tmp_path, val_fraction), tokenizer).manifest
+    assert manifest["documents"] == 1
+    assert [manifest["splits"][split]["documents"] for split in ("train", "val")] == in_splits
+
+
+def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    repository = Path(__file__).parents[3]
+    play = repository.parent / "shared/data/tinyshakespeare/input.txt"
+    if not play.exists():
+        pytest.skip("needs TinyShakespeare's text in ../shared/data/tinyshakespeare/input.txt")
+    config = DataConfig(source="tinyshakespeare", path=str(play), val_fraction=0.0, cache=str(tmp_path))
+    dataset = prepare_text(config, tokenizer)
+    assert (len(dataset.train), len(dataset.val)) == (338_025, 0)
+
+
+def test_train_and_prepare_make_the_same_tokens(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several units of work, too."""
+    write_documents(tmp_path, numbered(60))
+    monkeypatch.setattr(units, "UNIT_BYTES", 500)
+    cached = prepare_text(text_config(tmp_path), tokenizer)
+    settings = PrepareConfig(val_fraction=0.3)
+    prepared = prepare_folder((str(tmp_path / "text"),), settings, tmp_path / "out", workers=1)
+    assert len(cached.manifest["splits"]["val"]["shards"]) > 2
+    assert contents(cached.folder).keys() == contents(prepared.folder).keys()
+    shards = [{name: b for name, b in contents(d.folder).items() if b[:4] != b"{"} for d in (cached, prepared)]
+    assert {n: b for n, b in shards[0].items() if n != "manifest.json"} == {
+        n: b for n, b in shards[1].items() if n != "manifest.json"
+    }
+    assert cached.manifest.keys() == prepared.manifest.keys()
+    assert cached.fingerprint == prepared.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "no text to read: add --data.path"),
+        ({"path": ""}, "no text to read: add --data.path"),
+        ({"path": "nowhere"}, "nowhere: no such file or folder"),
+        ({"path": "fineweb-edu"}, "fineweb-edu: no such file or folder"),  # no source on the hub
+        ({"path": "empty.txt"}, "empty.txt is empty"),
+        ({"path": "blank.jsonl"}, "the sources hold no text"),
+        ({"path": "latin.txt"}, "latin.txt is not UTF-8 text: byte 0xef at offset 2"),
+        ({"path": "tokens"}, "tokens holds prepared tokens, not text: add --data.source tokens"),
+    ],
+)
+def test_a_source_without_text_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        prepare_text(DataConfig(source="text", cache=str(tmp_path / "cache"), **values), tokenizer)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("text*"))
+
+
+# --- long texts ---------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the record of verified shards, which is written where preparing has taken a while."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != VERIFIED}
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("n", [1, 12])
+def test_long_texts_become_the_bytes_that_short_ones_do(
+    tmp_path: Path, tokenizer: Tokenizer, n: int, val_fraction: float
+) -> None:
+    words = "some words,\r\n   and 1 more. " * 40
+    texts = [f"Document {i} — naïve café 🔥: {words * i}end" for i in range(1, n + 1)]
+    write_documents(tmp_path, texts)
+    (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "0000.txt.gz")
+    (tmp_path / "text" / "0000.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
+    config = text_config(tmp_path, val_fraction)
+    first = prepare_text(config, tokenizer, shard_tokens=1000)
+    expected = contents(first.folder)
+    shutil.rmtree(config.cache)
+    with tiny_pieces():
+        again = prepare_text(config, tokenizer, shard_tokens=1000)
+    assert contents(again.folder) == expected
+    assert len(expected) > (2 if n > 1 else 1)
+
+
+# --- the split ----------------------------------------------------------------------------------------------
+
+
+def splits(folder: Path, tokenizer: Tokenizer, encoding: tiktoken.Encoding, **values: float) -> list[set[str]]:
+    dataset = prepare_text(text_config(folder, **values), tokenizer)
+    return [set(as_documents(stream, encoding)) for stream in (dataset.train, dataset.val)]
+
+
+def test_no_text_is_in_both_splits_even_where_documents_repeat(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(20) * 3)
+    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=0.5)
+    assert train & val == set()
+    assert train | val == set(numbered(20))
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 0.05, 0.5, 0.999999])
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_neither_split_is_empty_where_validation_is_asked_for(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, n: int, val_fraction: float
+) -> None:
+    write_documents(tmp_path, numbered(n))
+    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=val_fraction)
+    assert len(train) >= 1
+    assert len(val) >= 1
+
+
+def test_one_text_repeated_is_all_for_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_documents(tmp_path, ["the same"] * 4)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.5), tokenizer)
+    assert len(dataset.train) == 4 * 3
+    assert len(dataset.val) == 0
+
+
+def test_the_share_of_documents_held_out_is_the_fraction(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(400))
+    _, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=0.25)
+    assert len(val) == pytest.approx(100, abs=35)  # four standard deviations of a binomial
+
+
+def test_another_split_seed_holds_out_other_documents(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(60))
+    held_out = [splits(tmp_path, tokenizer, tiktoken_gpt2, split_seed=seed)[1] for seed in (0, 1)]
+    assert held_out[0] != held_out[1]
+
+
+def test_new_documents_move_no_other_between_the_splits(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    """With this many documents the fraction alone decides; "at least one, never all" does not come into it."""
+    texts = numbered(120)
+    write_documents(tmp_path, texts[30:90])
+    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2)
+    for more in (texts[29:90], texts[30:91], texts):
+        write_documents(tmp_path, more)
+        more_train, more_val = splits(tmp_path, tokenizer, tiktoken_gpt2)
+        assert train <= more_train
+        assert val <= more_val
+
+
+def test_the_order_of_documents_does_not_move_them_between_the_splits(
+    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
+) -> None:
+    write_documents(tmp_path, numbered(30))
+    before = splits(tmp_path, tokenizer, tiktoken_gpt2)
+    write_documents(tmp_path, numbered(30)[::-1])
+    assert splits(tmp_path, tokenizer, tiktoken_gpt2) == before
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> DataConfig:
+    write_documents(tmp_path, numbered(6))
+    return text_config(tmp_path)
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below ``folder`` with its inode and time of change."""
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def folders(config: DataConfig) -> list[str]:
+    return os.listdir(config.cache) if os.path.exists(config.cache) else []
+
+
+def fail(*_: object) -> NoReturn:
+    raise RuntimeError("this was not to be called")
+
+
+def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_text(book, tokenizer)
+    before = state(Path(book.cache))
+    monkeypatch.setattr(BulkEncoder, "encode", fail)
+    second = prepare_text(book, tokenizer)
+    assert state(Path(book.cache)) == before
+    assert second.manifest == first.manifest
+
+
+def test_the_folder_is_named_after_its_source(book: DataConfig, tokenizer: Tokenizer) -> None:
+    assert folders(book) == []
+    folder = prepare_text(book, tokenizer).folder
+    assert folders(book) == [folder.name]
+    assert re.fullmatch("text-[0-9a-f]{12}", folder.name)
+
+
+def changed_text(folder: Path) -> DataConfig:
+    write_documents(folder, [*numbered(5), "other"])
+    return text_config(folder)
+
+
+def changed_boundaries(folder: Path) -> DataConfig:
+    texts = numbered(6)
+    write_documents(folder, [texts[0] + texts[1], *texts[2:]])
+    return text_config(folder)
+
+
+def changed_order(folder: Path) -> DataConfig:
+    write_documents(folder, numbered(6)[::-1])
+    return text_config(folder)
+
+
+def changed_fraction(folder: Path) -> DataConfig:
+    return text_config(folder, val_fraction=0.31)
+
+
+def changed_seed(folder: Path) -> DataConfig:
+    return text_config(folder, split_seed=1)
+
+
+CHANGES = [changed_text, changed_boundaries, changed_order, changed_fraction, changed_seed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_tokens_gets_another_folder(
+    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, change: Callable[[Path], DataConfig]
+) -> None:
+    first = prepare_text(book, tokenizer)
+    second = prepare_text(change(tmp_path), tokenizer)
+    assert first.folder != second.folder
+    assert first.folder.exists()
+
+
+def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: DataConfig, tokenizer: Tokenizer) -> None:
+    first = prepare_text(book, tokenizer)
+    (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "000.md")
+    assert prepare_text(book, tokenizer).folder == first.folder
+
+
+@pytest.mark.parametrize("at_document", [0, 3])
+def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_document: int
+) -> None:
+    calls, encode = iter(range(100)), BulkEncoder.encode
+
+    def fail_at(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
+        if next(calls) == at_document:
+            fail()
+        return encode(encoder, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "BATCH_CHARACTERS", 1)  # each document by itself
+        patch.setattr(BulkEncoder, "encode", fail_at)
+        with pytest.raises(RuntimeError):
+            prepare_text(book, tokenizer, shard_tokens=10)
+    assert folders(book) == []
+    assert prepare_text(book, tokenizer).manifest["documents"] == 6
+
+
+def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process cleans nothing up, and in a container the next one often has the same process id."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(BulkEncoder, "encode", fail)
+        with pytest.raises(RuntimeError):
+            prepare_text(book, tokenizer)
+    assert prepare_text(book, tokenizer).manifest["documents"] == 6
+
+
+def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig, tokenizer: Tokenizer) -> None:
+    folder = prepare_text(book, tokenizer).folder
+    (folder / "manifest.json").unlink()
+    (folder / "train_00000_000000.bin").write_bytes(b"half of this")
+    assert prepare_text(book, tokenizer).manifest["documents"] == 6
+
+
+def test_a_damaged_folder_is_refused(book: DataConfig, tokenizer: Tokenizer) -> None:
+    folder = prepare_text(book, tokenizer).folder
+    (folder / "train_00000_000000.bin").write_bytes(b"half of this")
+    with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it anew"):
+        prepare_text(book, tokenizer)
+
+
+def test_a_text_that_changes_while_it_is_prepared_is_refused(
+    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assign_splits = text_cache.assign_splits
+
+    def change_and_assign(*arguments: Any) -> None:
+        assign_splits(*arguments)
+        (tmp_path / "text" / "0003.txt").write_text("another")
+
+    monkeypatch.setattr(text_cache, "assign_splits", change_and_assign)
+    with pytest.raises(UserError, match=r"0003\.txt has changed since it was first read; run the same command again"):
+        prepare_text(book, tokenizer)
+    assert folders(book) == []
+
+
+def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process may be about to open it. Without locks, nothing else keeps the two apart."""
+    monkeypatch.setattr(locks, "fcntl", None)
+    others: list[Dataset] = []
+    finished = {}
+
+    encode = BulkEncoder.encode
+
+    def overtaken(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
+        monkeypatch.setattr(BulkEncoder, "encode", encode)
+        others.append(prepare_text(book, tokenizer))
+        finished.update(state(others[0].folder))
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(BulkEncoder, "encode", overtaken)
+    mine = prepare_text(book, tokenizer)
+    assert mine.manifest == others[0].manifest
+    assert folders(book) == [mine.folder.name]
+    assert state(mine.folder) == finished
+
+
+def test_of_several_that_ask_at_once_one_works(
+    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = text_cache._prepare, []
+
+    def slow(*arguments: Any) -> None:
+        written.append(threading.current_thread())
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(text_cache, "_prepare", slow)
+    found: list[Dataset] = []
+    threads = [threading.Thread(target=lambda: found.append(prepare_text(book, tokenizer))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 1
+    assert [dataset.manifest for dataset in found] == [found[0].manifest] * 3
+    assert folders(book) == [found[0].folder.name]
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
+    book: DataConfig, tokenizer: Tokenizer
+) -> None:
+    cache = Path(book.cache)
+    prepare_text(book, tokenizer)
+    killed, foreign = cache / f".restomod.{'a1' * 8}.tmp", cache / ".mine.tmp"
+    with Temporary(cache, "folder") as at_work:
+        for folder in (killed, foreign):
+            folder.mkdir()
+        for folder in (killed, foreign, at_work.path):
+            (folder / "train_00000_000000.bin").write_bytes(b"half of it")
+        prepare_text(book, tokenizer)
+        assert [path.exists() for path in (killed, foreign, at_work.path)] == [False, True, True]
+
+
+# --- tokens that are there already --------------------------------------------------------------------------
+
+
+def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_documents(tmp_path, numbered(9))
+    made = prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0.3), tmp_path / "out", workers=1)
+    opened = prepare_text(
+        DataConfig(source="tokens", path=str(tmp_path / "out"), cache=str(tmp_path / "cache")), tokenizer
+    )
+    assert opened.manifest == made.manifest
+    assert all_tokens(opened.train) == all_tokens(made.train)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_of_published_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    np.save(tmp_path / "x_train_0.npy", np.array([5, 6, 7], dtype=np.uint16))
+    np.save(tmp_path / "x_val_0.npy", np.array([8], dtype=np.uint16))
+    opened = prepare_text(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
+    assert (all_tokens(opened.train), all_tokens(opened.val)) == ([5, 6, 7], [8])
+
+
+def test_an_altered_folder_of_tokens_is_refused_unless_it_is_not_to_be_verified(tmp_path: Path) -> None:
+    write_documents(tmp_path, numbered(9))
+    prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0), tmp_path / "out", workers=1)
+    shard = tmp_path / "out" / "train_00000_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UserError, match=r"train_00000_000000\.bin is damaged: its SHA-256"):
+        open_tokens(tmp_path / "out")
+    assert open_tokens(tmp_path / "out", verify="sizes").manifest["documents"] == 9
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (None, "no tokens to read: add --data.path FOLDER"),
+        ("nowhere", "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere` makes one"),
+    ],
+)
+def test_missing_tokens_are_refused(tokenizer: Tokenizer, path: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare_text(DataConfig(source="tokens", path=path), tokenizer)
+
+
+def test_where_folders_cannot_be_renamed_the_cache_is_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text_config(tmp_path)
+    write_documents(tmp_path, numbered(5))
+    expected = contents(prepare_text(config, tokenizer).folder)
+    shutil.rmtree(config.cache)
+    refuse_renaming_folders(monkeypatch)
+    dataset = prepare_text(config, tokenizer)
+    assert contents(dataset.folder) == expected
+    assert [path.name for path in Path(config.cache).iterdir()] == [dataset.folder.name]
