@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_cannot_be_given_other_initial_weights(
     for init in (str(source), "someone/unreachable"):
         assert main(["train", "--resume", str(run), "--steps", "2", "--init", init]) == 2
         said = capsys.readouterr().err
-        assert re.match(r"restomod: error: this cannot change when a run goes on: init is .*, not None$", said), said
+        assert re.match(r"restomod: error: cannot change on resume: init is .*, not None$", said), said
     assert (run / "config.json").read_text() == before
 
 

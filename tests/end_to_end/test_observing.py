@@ -21,12 +21,14 @@ QUIET = Display(interactive=False)
 SAMPLING = SamplingConfig(prompts=("the cat", "", "a dog runs under the old tree and"), max_tokens=40, top_p=0.9)
 
 
-def runs(tiny: RunConfig, folder: Path, **values: Any) -> tuple[Path, Path]:
-    """Two runs: one evaluated and sampled every 5 steps and at the end, the other at the end only."""
+def runs(tiny: RunConfig, folder: Path, task: Path, **values: Any) -> tuple[Path, Path]:
+    """Two runs: one evaluated and sampled every 5 steps and saved at each, the other only at the end."""
     config = dataclasses.replace(tiny, sampling=SAMPLING, sanity_checks=False, **values)
     watched, alone = folder / "watched", folder / "alone"
-    train(dataclasses.replace(config, eval_every=5, sample_every=5), watched, display=QUIET)
-    train(dataclasses.replace(config, eval_every=1000, sample_every=1000), alone, display=QUIET)
+    often = dataclasses.replace(config, eval_every=5, sample_every=5, save_every=1, eval_tasks=(str(task),))
+    train(often, watched, display=QUIET)
+    torch.manual_seed(99)  # a run must not depend on the process's own random state either
+    train(dataclasses.replace(config, eval_every=1000, sample_every=1000, save_every=1000), alone, display=QUIET)
     assert [r["step"] for r in read_jsonl(watched / "metrics.jsonl") if r["kind"] == "val"] == [0, 5, 10, 12]
     assert [r["step"] for r in read_jsonl(watched / "samples.jsonl", SampleRecord)] == [
         step for step in (5, 10, 12) for _ in range(3)
@@ -45,17 +47,24 @@ def check_equal(watched: Path, alone: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_evaluating_and_sampling_change_nothing(tiny: RunConfig, tmp_path: Path, precision: str) -> None:
-    check_equal(*runs(tiny, tmp_path, precision=precision), tiny.steps)
+def test_evaluating_and_sampling_change_nothing(
+    tiny: RunConfig, questions: Path, tmp_path: Path, precision: str
+) -> None:
+    check_equal(*runs(tiny, tmp_path, questions, precision=precision), tiny.steps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluating_and_sampling_change_nothing_in_a_compiled_run(
-    tiny: RunConfig, tmp_path: Path, precision: str
+    tiny: RunConfig, questions: Path, tmp_path: Path, precision: str
 ) -> None:
     torch.compiler.reset()
-    check_equal(*runs(tiny, tmp_path, precision=precision, compile="on"), tiny.steps)
+    watched, alone = runs(tiny, tmp_path, questions, precision=precision, compile="on")
+    check_equal(watched, alone, tiny.steps)
+    train(dataclasses.replace(tiny, precision=precision), tmp_path / "eager", display=QUIET)
+
+    tolerance = 1e-4 if precision == "fp32" else 1e-2
+    assert training_losses(watched) == pytest.approx(training_losses(tmp_path / "eager"), rel=tolerance)
 
 
 def graphs(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:

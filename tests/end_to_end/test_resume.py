@@ -247,7 +247,7 @@ def test_a_stop_before_the_first_step_can_be_resumed_too(
 def test_a_resumed_run_may_take_more_steps_but_not_another_seed(tiny: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(dataclasses.replace(tiny, steps=2), run, display=QUIET)
-    with pytest.raises(UserError, match="cannot change when a run goes on: seed is"):
+    with pytest.raises(UserError, match="cannot change on resume: seed is"):
         train(dataclasses.replace(tiny, steps=4, seed=1), run, resume=True, display=QUIET)
     assert train(dataclasses.replace(tiny, steps=4), run, resume=True, display=QUIET) == 0
     assert [step for kind, step, _ in losses(run) if kind == "train"] == [0, 1, 2, 3]

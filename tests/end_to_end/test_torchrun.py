@@ -90,7 +90,7 @@ def test_a_stop_signal_stops_all_after_the_same_step(
     output, error = process.communicate(timeout=60)
     assert process.returncode != 0
     assert not errors(error)
-    assert f"go on with: restomod train --resume {run}" in output
+    assert f"resume with: restomod train --resume {run}" in output
     (checkpoint,) = list_checkpoints(run)
     assert checkpoint.name == f"step_{trained(run):06d}"
     assert trained(run) < config.steps
@@ -127,7 +127,7 @@ def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
         for pid in filter(alive, started):
             os.kill(pid, signal.SIGKILL)
     assert not errors(error)
-    assert f"go on with: restomod train --resume {run}" in output
+    assert f"resume with: restomod train --resume {run}" in output
     (checkpoint,) = list_checkpoints(run)
     verify_checkpoint(checkpoint)
     assert checkpoint.name == f"step_{trained(run):06d}"
@@ -189,7 +189,7 @@ def test_without_restarts_a_kill_ends_in_one_line(
     assert process.returncode == 1
     assert len(errors(error)) == 1, error
     assert "another process of this run is gone" in errors(error)[0]
-    assert errors(error)[0].endswith("; go on with `restomod train --resume RUN`")
+    assert errors(error)[0].endswith("; resume with `restomod train --resume RUN`")
     assert error.count("Traceback") == 1, "torchrun's own, which it prints last"
 
 

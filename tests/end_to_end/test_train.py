@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from restomod.cli import main
 from restomod.config.run import RunConfig
 from restomod.config.serialize import from_dict
 from restomod.data.tokenizer import gpt2_tokenizer
@@ -27,10 +28,6 @@ QUIET = Display(interactive=False)
 
 def records(run: Path, kind: str) -> list[dict]:
     return [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == kind]
-
-
-def weights(run: Path) -> bytes:
-    return (list_checkpoints(run)[-1] / "model.safetensors").read_bytes()
 
 
 def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) -> None:
@@ -49,30 +46,6 @@ def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) 
     assert [r["step"] for r in read_jsonl(run / "samples.jsonl", SampleRecord)] == [*range(5, 60, 5), 60]
     assert [p.name for p in list_checkpoints(run)] == ["step_000056", "step_000060"]
     verify_checkpoint(list_checkpoints(run)[-1])
-
-
-def test_looking_at_a_run_does_not_change_it(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
-    rarely = dataclasses.replace(tiny, eval_every=1000, sample_every=1000, save_every=1000)
-    often = dataclasses.replace(tiny, eval_every=1, sample_every=1, save_every=1, eval_tasks=(str(questions),))
-    train(rarely, tmp_path / "rarely", display=QUIET)
-    torch.manual_seed(99)  # a run must not depend on the process's own random state either
-    train(often, tmp_path / "often", display=QUIET)
-    assert weights(tmp_path / "rarely") == weights(tmp_path / "often")
-
-
-@pytest.mark.slow
-def test_looking_at_a_compiled_run_does_not_change_it(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    rarely = dataclasses.replace(tiny, compile="on", eval_every=1000, sample_every=1000, save_every=1000)
-    often = dataclasses.replace(tiny, compile="on", eval_every=1, sample_every=1, save_every=1)
-    often = dataclasses.replace(often, eval_tasks=(str(questions),))
-    train(rarely, tmp_path / "rarely", display=QUIET)
-    with torch._dynamo.config.patch(error_on_recompile="on"):
-        train(often, tmp_path / "often", display=QUIET)
-    assert weights(tmp_path / "rarely") == weights(tmp_path / "often")
-    train(tiny, tmp_path / "eager", display=QUIET)
-    eager, compiled = (records(tmp_path / name, "train") for name in ("eager", "often"))
-    assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in eager], rel=1e-4)
 
 
 def test_the_micro_batch_does_not_change_the_losses(tiny: RunConfig, tmp_path: Path) -> None:
@@ -172,3 +145,36 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(tiny: RunConfig, tmp
     model = dataclasses.replace(tiny.model, vocab_size=vocab_size)
     with pytest.raises(UserError, match="tokenizer has 50257 tokens"):
         train(dataclasses.replace(tiny, model=model), tmp_path / "run", display=QUIET)
+
+
+# --- the verdict -------------------------------------------------------------------------------------------------
+
+
+def lines_of(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert train(config, folder, display=Display(interactive=False)) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_healthy_run_ends_with_its_verdict(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = lines_of(tiny, tmp_path / "run", capsys)
+    assert [line for line in said if "verdict" in line] == [
+        f"verdict: healthy; `restomod verdict {tmp_path / 'run'}` says what was looked for"
+    ]
+    warnings = [line for line in said if line.startswith("warning")]
+    assert [w for w in warnings if not w.startswith("warning: kernel shapes")] == []
+    assert {record["kind"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")} == {"train", "val"}
+    assert main(["verdict", str(tmp_path / "run")]) == 0
+
+
+def test_a_symptom_is_a_warning_at_every_validation_and_in_the_verdict(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, warmup_steps=0), sanity_checks=False)
+    said = lines_of(config, tmp_path / "run", capsys)
+    warnings = [line for line in said if line.startswith("warning: no warm-up: the learning rate is 0.003 from")]
+    assert len(warnings) == 2, "at steps 5 and 10, and at the end only the verdict"
+    (last,) = [line for line in said if line.startswith("verdict")]
+    assert last == f"verdict: not healthy: no warm-up; `restomod verdict {tmp_path / 'run'}` says what to do"
+    assert main(["verdict", str(tmp_path / "run")]) == 1

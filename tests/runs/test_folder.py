@@ -177,7 +177,7 @@ def test_every_setting_either_must_stay_or_may_change() -> None:
 
 @pytest.mark.parametrize(("name", "value"), MUST_STAY.items())
 def test_what_changes_the_meaning_of_a_run_cannot_change(name: str, value: Any, folder: Path) -> None:
-    with pytest.raises(UserError, match=f"cannot change when a run goes on: {name}"):
+    with pytest.raises(UserError, match=f"cannot change on resume: {name}"):
         check_resumable(folder, dataclasses.replace(CONFIG, **{name: value}), dataset())
 
 

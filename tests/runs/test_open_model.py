@@ -164,7 +164,7 @@ def test_a_run_without_a_checkpoint_says_how_to_go_on() -> None:
     Path("my run").mkdir()
     Path("my run/config.json").write_text(json.dumps({"steps": 9, "model": {}}))
     assert refusal("my run") == (
-        "my run holds no checkpoint yet; go on training with `restomod train --resume 'my run'`"
+        "my run holds no checkpoint yet; continue training with `restomod train --resume 'my run'`"
     )
 
 

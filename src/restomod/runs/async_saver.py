@@ -1,8 +1,7 @@
-"""Saves checkpoints while training goes on, and keeps those that are worth their room.
+"""Saves checkpoints while training continues, and deletes those that are not to be kept.
 
-The step loop waits only while the tensors are copied; a thread then writes the copy. The copy's memory is reused by the
-next one. From a GPU it is page-locked memory, into which copies are several times as fast and need not wait for each
-other.
+The training loop waits only while the tensors are copied to CPU memory, which is reused; a thread writes the copy.
+For a GPU it is page-locked memory: copies are several times as fast, and asynchronous.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ class Saver:
         self._losses = ValidationLosses(run)
 
     def save(self, step: int, model: GPT, optimizer: Optimizers, data_offset: int = 0) -> None:
-        """Begin to save the checkpoint of ``step`` updates, once the one before it is written. All processes call this.
+        """Start saving the checkpoint of ``step`` updates, after the previous one is written. All processes call this.
 
         Raises:
-            UserError: the one before could not be written, and the run is to stop then.
+            UserError: the previous one could not be written, and ``on_save_error`` is "stop".
         """
         state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
         self.finish()
@@ -55,9 +54,9 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, model: GPT, state: dict[str, Tensor]) -> torch.cuda.Event | None:
-        """Copy everything to the CPU. Returns what to wait for before the copies are read, if they come from a GPU.
+        """Copy everything to the CPU. Returns the event after which copies from a GPU are complete.
 
-        The GPU makes them between the steps before and after, so the step loop need not wait for them.
+        The GPU makes the copies between two steps, so the training loop does not wait for them.
         """
         if self._model is None:
             with torch.device("meta"):
@@ -86,7 +85,7 @@ class Saver:
         drop_others(self.run, self.config, self._losses.read())
 
     def failure(self) -> UserError | None:
-        """What kept the last checkpoint from being written, told once; None if nothing did, or it is being written."""
+        """The error of the last save, once; None if there is none, or the save is in progress."""
         if self._writing is not None and self._writing.done():
             self._wait()
         failure, self._failure = self._failure, None
@@ -96,7 +95,7 @@ class Saver:
         """Wait until everything is written. All processes call this.
 
         Raises:
-            UserError: it could not be, and the run is to stop then.
+            UserError: it failed, and ``on_save_error`` is "stop".
         """
         self.processes.run_on_all_ranks(self._finish)
 
@@ -123,7 +122,7 @@ class Saver:
 
 
 def staging(tensor: Tensor) -> Tensor:
-    """Memory on the CPU for a copy of ``tensor``; page-locked for one on a GPU, if the system allows so much of it.
+    """CPU memory for a copy of ``tensor``; page-locked for a tensor on a GPU, if the system's limit allows it.
 
     torch rounds each page-locked block up to a power of two: GPT-2 124M with AdamW takes 2.5 GB for 1.5.
     """
@@ -134,12 +133,12 @@ def staging(tensor: Tensor) -> Tensor:
 
 
 def drop_others(run: Path, config: RunConfig, losses: Mapping[int, float] | None = None) -> None:
-    """Delete the checkpoints of a run that its configuration does not ask to be kept.
+    """Delete the checkpoints of a run that ``config`` does not keep.
 
     Args:
-        run: its folder.
-        config: its configuration.
-        losses: on validation, by step; None: those of `metrics.jsonl`.
+        run: the run's folder.
+        config: the run's configuration.
+        losses: validation losses by step; None: those of `metrics.jsonl`.
     """
     losses = ValidationLosses(run).read() if losses is None else losses
     folders = {step_of(folder): folder for folder in list_checkpoints(run)}
@@ -151,14 +150,16 @@ def drop_others(run: Path, config: RunConfig, losses: Mapping[int, float] | None
 
 
 def kept(steps: list[int], losses: dict[int, float], sizes: dict[int, int], config: RunConfig) -> set[int]:
-    """Which checkpoints to keep.
+    """Steps of the checkpoints to keep.
+
+    By priority: the newest (always), the best, the ``keep_checkpoints`` newest, one every ``keep_every`` steps, up to
+    ``keep_gb`` in total.
 
     Args:
         steps: of all checkpoints.
-        losses: on validation, of those that have one.
+        losses: validation losses, of the checkpoints that have one.
         sizes: in bytes; needed only with ``keep_gb``.
-        config: the newest, the best, then ``keep_checkpoints`` newest, then one every ``keep_every`` steps, as far as
-            ``keep_gb`` goes. The newest is kept in any case.
+        config: the run's configuration.
     """
     newest = sorted(steps, reverse=True)
     best = [min(losses, key=lambda step: (losses[step], -step))] if losses and config.keep_best else []

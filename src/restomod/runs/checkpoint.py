@@ -58,20 +58,20 @@ STATE = "training_state"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
 STATE_FORMAT = "restomod-state-2"  # of state.json
-REPLACED = ".old.tmp"  # what an earlier checkpoint of the same step is called until the new one has its name
+REPLACED = ".old.tmp"  # suffix of an older checkpoint of the same step until the new one has its name
 STEP_FOLDER = re.compile(r"step_\d+")
 NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # of AdamW: their roots, or powers, would make the weights NaN
 
 
 class Size(TypedDict):
-    """Of a file."""
+    """Size and hash of a file."""
 
     bytes: Count
     sha256: str
 
 
 class CheckpointFiles(TypedDict):
-    """What `COMPLETE` says."""
+    """Contents of `COMPLETE`."""
 
     format: Literal["restomod-checkpoint-1"]
     files: dict[str, Size]
@@ -99,33 +99,33 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder, by its name."""
+    """The step of a checkpoint folder, from its name."""
     return int(folder.name.removeprefix("step_"))
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """A checkpoint that a run cannot go on from."""
+    """A checkpoint that a run cannot resume from."""
 
     folder: Path
     problem: str
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """`newest_usable`, and what is wrong with the checkpoints after it, which are set aside."""
+    """`newest_usable`, and the problems of newer checkpoints, which are set aside."""
     folder, unusable = newest_usable(run)
     set_aside(unusable)
     return folder, [each.problem for each in unusable]
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
-    """The newest checkpoint from which a run can go on, and those after it, which are for `set_aside`.
+    """The newest checkpoint from which a run can resume, and newer ones, which are for `set_aside`.
 
-    It is whole, of this run and of the step in its name, and its tensors are finite. Not to be called while a
+    It is complete, of this run and of the step in its name, and its tensors are finite. Not to be called while a
     checkpoint is being written: what a killed process has half written or deleted is removed.
 
     Raises:
-        UserError: there are checkpoints, and the run can go on from none.
+        UserError: there are checkpoints, and none is usable.
     """
     with contextlib.suppress(OSError):  # the next save will say what is the matter
         _remove_leftovers(run)
@@ -141,8 +141,8 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
         return folder, unusable
     if unusable:
         raise UserError(
-            f"{run} can go on from none of its {len(unusable)} checkpoints: {unusable[0].problem}; "
-            f"put that right, or delete {run / 'checkpoints'} to start the run from step 0"
+            f"{run} can resume from none of its {len(unusable)} checkpoints: {unusable[0].problem}; "
+            f"mend it, or delete {run / 'checkpoints'} to start the run from step 0"
         )
     return None, []
 
@@ -156,7 +156,7 @@ def set_aside(unusable: list[Unusable]) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint so that it is never seen half deleted."""
+    """Delete a checkpoint; it is never visible half deleted."""
     with Temporary(folder.parent, "folder") as doomed:
         try:
             folder.rename(doomed.path)  # which is empty
@@ -166,7 +166,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _remove_leftovers(run: Path) -> None:
-    """Remove what a save, or the deletion of a checkpoint, has left when it was killed; bring back what it replaced."""
+    """Remove what a killed save or deletion has left; restore the checkpoint that a killed save was replacing."""
     checkpoints = run / "checkpoints"
     for replaced in checkpoints.glob(f".step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED)[1:])
@@ -186,10 +186,10 @@ def write_checkpoint(
 
     Args:
         run: its folder.
-        step: how many updates the weights have had.
-        model: with all its weights in this process.
+        step: number of updates.
+        model: holds all its weights in this process.
         optimizer_state: from `optimizer_tensors`; empty before the first step.
-        data_offset: how many batches have been passed over.
+        data_offset: number of skipped batches.
 
     Raises:
         UserError: the disk is full or refuses; older checkpoints are untouched.
@@ -214,13 +214,13 @@ def write_checkpoint(
             _remove_leftovers(run)
         raise UserError(
             f"cannot save {folder}: {reason(e)}; {describe_newest(run)}: "
-            f"mend it, then go on with `restomod train --resume {quote(str(run))}`"
+            f"mend it, then resume with `restomod train --resume {quote(str(run))}`"
         ) from None
     return folder
 
 
 def _write_files(folder: Path, model: GPT, optimizer_state: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Fill an empty folder with a checkpoint's files, and put them on the disk."""
+    """Write a checkpoint's files into an empty folder, and sync them to disk."""
     (folder / STATE).mkdir()
     save_model(model, folder)
     if optimizer_state:
@@ -236,7 +236,7 @@ def _write_files(folder: Path, model: GPT, optimizer_state: dict[str, Tensor], s
 
 
 def describe_newest(run: Path) -> str:
-    """Which checkpoint a run would go on from, as its folder has it now."""
+    """Name the newest checkpoint in a run's folder, for messages."""
     newest = list_checkpoints(run)[-1:]
     return f"the newest checkpoint is {newest[0].name}" if newest else "there is no checkpoint yet"
 
@@ -307,22 +307,14 @@ def read_state(folder: Path) -> State:
 
 
 def progress(folder: Path) -> tuple[int, int]:
-    """Of a checkpoint: how many updates its weights have had, and how many batches were passed over.
-
-    Raises:
-        UserError: its training state is damaged.
-    """
+    """Step and data offset of a checkpoint; raises UserError if its training state is damaged."""
     state = read_state(folder)
     return state["step"], state["data_offset"]
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file.
-
-    Raises:
-        UserError: it is damaged, or a tensor is of a kind that torch cannot compute with.
-    """
+    """Open a safetensors file; raises UserError if it is damaged, or torch lacks a tensor's dtype."""
     require_regular(path)
     try:
         require_short_header(path)
@@ -333,11 +325,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def require_shape(folder: Path, config: ModelConfig) -> None:
-    """See that a checkpoint is of the model that a run's configuration describes, before memory is taken for that.
-
-    Raises:
-        UserError: its config.json, or the number of its parameters, is another.
-    """
+    """Raise UserError if a checkpoint is not of the model ``config`` describes; called before memory is allocated."""
     if read_model_config(folder) != as_saved(config):
         raise UserError(f"{folder} is of another model than config.json of the run; restore the original files")
     with opened(folder / WEIGHTS) as saved:
@@ -362,19 +350,19 @@ def require_finite(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
-    """Put the optimizer's state of a verified checkpoint back, one tensor after the other. All processes call this.
+    """Load the optimizer state of a verified checkpoint, tensor by tensor. All processes call this.
 
-    The state of step 0 is that of an optimizer that has not stepped. The loss scale of fp16 is left out in other
-    precisions, and begins anew where the checkpoint has none.
+    Step 0 resets the optimizer. The loss scale of fp16 is ignored in other precisions, and starts anew if the
+    checkpoint has none.
 
     Args:
-        folder: of the checkpoint; the main process alone reads it.
-        model: the one that is optimized.
-        optimizer: gets the state.
-        processes: that train the model.
+        folder: of the checkpoint; only the main process reads it.
+        model: the model that is optimized.
+        optimizer: receives the state.
+        processes: those that train the model.
 
     Raises:
-        UserError: it is that of another optimizer or model.
+        UserError: the state is of another optimizer or model.
     """
     if processes.from_main(lambda: progress(folder)[0]) == 0:
         optimizer.reset()
@@ -412,11 +400,7 @@ def _optimizer_tensor_names(path: Path, shapes: dict[str, torch.Size]) -> list[s
 
 
 def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:
-    """Put the weights of a verified checkpoint back. All processes call this; the main process alone reads.
-
-    Raises:
-        UserError: it is of another model.
-    """
+    """Load the weights of a verified checkpoint. All processes call this. Raises UserError if the model differs."""
     broadcast_weights(
         model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes
     )
@@ -424,7 +408,7 @@ def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) 
 
 @torch.no_grad()
 def _read_weights(folder: Path, like: GPT) -> GPT:
-    """The weights of a checkpoint on the CPU, in a model of the configuration of ``like``."""
+    """A model on the CPU with the configuration of ``like`` and the weights of a checkpoint."""
     with torch.device("meta"):
         model = GPT(like.config)
     model.to_empty(device="cpu")
@@ -435,10 +419,10 @@ def _read_weights(folder: Path, like: GPT) -> GPT:
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> int:
-    """Verify a checkpoint and put its weights and optimizer state back; return its step. All processes call this.
+    """Verify a checkpoint, load its weights and optimizer state, return its step. All processes call this.
 
     Raises:
-        UserError: it is damaged, or is of another model.
+        UserError: it is damaged, or of another model.
     """
     processes.from_main(lambda: verify_checkpoint(folder))
     load_saved_weights(folder, model, processes)

@@ -49,7 +49,7 @@ MAY_CHANGE_ON_RESUME = {
 }
 _NOT_SETTINGS = {"version"}
 DATA_FINGERPRINT = "data fingerprint"
-CHANGES_NOTHING = (  # when to look and to save, and how to compute the same
+CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same result
     "eval_every",
     "eval_tasks",
     "eval_limit",
@@ -65,18 +65,18 @@ CHANGES_NOTHING = (  # when to look and to save, and how to compute the same
     "sanity_checks",
     "micro_batch",
     "device",
-    "precision",  # as asked for; what it came to is in the environment
+    "precision",  # as requested; the one that was used is in the environment
     "parallel",
     "recompute",
     "deterministic",
     "compile",
     "data.cache",
 )
-WHERE_DATA_IS = re.compile(r"data\.(?!mix)\w+")  # said better by the fingerprint of its tokens
+WHERE_DATA_IS = re.compile(r"data\.(?!mix)\w+")  # the fingerprint of the tokens says more
 
 
 def flatten_config(config: RunConfig) -> Settings:
-    """Every setting under its dotted name, such as ``optim.lr``, but for those that change no result."""
+    """Settings by dotted name, such as ``optim.lr``, without those that change no result."""
     return {
         name: value
         for name, value in _flattened(to_dict(config)).items()
@@ -85,7 +85,7 @@ def flatten_config(config: RunConfig) -> Settings:
 
 
 def settings(run: Run) -> Settings:
-    """What decides a run's result, its seed included: the configuration, the data and the precision it came to."""
+    """What determines a run's result, its seed included: configuration, data and actual precision."""
     found, data = flatten_config(run.config), run.manifest
     if "fingerprint" in data:
         found = {name: value for name, value in found.items() if not WHERE_DATA_IS.fullmatch(name)}
@@ -95,7 +95,7 @@ def settings(run: Run) -> Settings:
 
 
 def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """The settings that are not the same in all of ``many``, with the value of each; None where one is absent."""
+    """Settings that differ among ``many``, with the value in each; None where one is absent."""
     names = dict.fromkeys(name for each in many for name in each)
     values = {name: [each.get(name) for each in many] for name in names if name not in without}
     return {name: found for name, found in values.items() if len({_key(value) for value in found}) > 1}
@@ -107,10 +107,10 @@ def trains_on_fineweb_edu(run: Run) -> bool:
 
 
 def run_identity(run: Path) -> dict[str, Any]:
-    """The settings of a run that cannot change, and the fingerprint of its data, as JSON values.
+    """Settings of a run that cannot change, and the fingerprint of its data, as JSON values.
 
-    Two runs of equal identity make the same checkpoints, so nothing random is needed to tell runs apart, and a run's
-    folder may be copied and moved. Empty where ``run`` has no readable `config.json`.
+    Runs of equal identity make the same checkpoints, so a run's folder may be copied and moved.
+    Empty where ``run`` has no readable `config.json`.
     """
     try:
         config = read_json(run / "config.json", "run's configuration", dict[str, Any])
@@ -122,11 +122,11 @@ def run_identity(run: Path) -> dict[str, Any]:
 
 
 def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs among the settings that both sides have, each as ``NAME is A, not B``.
+    """Differences among the settings that both sides have, each as ``NAME is A, not B``.
 
     Args:
         theirs: settings as JSON values, nested or not.
-        ours: those that they should equal. Settings that only one side has were added later and are passed over.
+        ours: the settings that they should equal. Settings that only one side has are ignored.
         prefix: dotted path of both, for the names.
     """
     found = []

@@ -1,11 +1,11 @@
-"""A run's folder: all that is known about a run, in files that need nothing of ours to be read.
+"""A run's folder: everything about a run, in files of standard formats.
 
 runs/NAME/
     config.json        the complete configuration
     environment.json   versions, machine and command of the start and of every resumption
     data.json          the manifest of the token shards that were trained on
     metrics.jsonl      losses, learning rate, gradient norm, speed, and when each was known
-    samples.jsonl      what the model wrote along the way
+    samples.jsonl      texts generated during training
     checkpoints/
 """
 
@@ -40,16 +40,16 @@ from restomod.utils.temporary import Temporary
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run folder and its configuration."""
+    """An open run folder."""
 
     folder: Path
     config: RunConfig
     writes: bool = True
     """False in all processes but the main one."""
     trackers: Trackers | None = None
-    """Where the records of `metrics.jsonl` go too."""
+    """Receive the records of `metrics.jsonl` too."""
     unwritten: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    """Records that the disk has refused so far, with the file of each: they are tried again with the next one."""
+    """Records that could not be written, as (file name, record); retried with the next one."""
 
     def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Append a record to `metrics.jsonl` and return it."""
@@ -70,9 +70,9 @@ class RunFolder:
         self.write_records()
 
     def write_records(self) -> OSError | None:
-        """Write the records that are not on the disk yet. Returns what keeps them from being written, if anything does.
+        """Write pending records. Returns the error that prevents it, if any.
 
-        An error that one process alone raises in the middle of a run would leave the others waiting for it.
+        An exception in one process in the middle of a run would leave the others waiting for it.
         """
         try:
             while self.unwritten:
@@ -84,7 +84,7 @@ class RunFolder:
         return None
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after the checkpoint of ``step`` (0: there is none): it will happen again."""
+        """Remove records after the checkpoint of ``step`` (0: there is none), as these steps are repeated."""
 
         def keep(record: Record) -> bool:
             at = record["step"]
@@ -99,7 +99,7 @@ def refuse_existing(folder: Path) -> None:
     """Raise UserError if there is anything at ``folder``."""
     if folder.exists():
         how = (
-            f"go on with it by `restomod train --resume {quote(str(folder))}`, or "
+            f"resume it with `restomod train --resume {quote(str(folder))}`, or "
             if (folder / "config.json").exists()
             else ""
         )
@@ -111,15 +111,15 @@ def create_run(
     config: RunConfig,
     dataset: Dataset,
     environment: dict[str, Any],
-    say: Callable[[str], None] = lambda text: None,
+    print_line: Callable[[str], None] = lambda text: None,
 ) -> RunFolder:
-    """Make a new run folder. It appears under its name only when it is whole, so whatever is there can be resumed.
+    """Create a run folder. It gets its name when it is complete, so an existing folder can always be resumed.
 
     Raises:
-        UserError: there is one already, or it cannot be made.
+        UserError: the folder exists, or cannot be created.
     """
     refuse_existing(folder)
-    manifest = with_hashes(dataset, say)
+    manifest = with_hashes(dataset, print_line)
     real = folder.resolve()  # of a link to a folder that is still to be made
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -134,18 +134,18 @@ def create_run(
 
 
 def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
-    """See that an existing run can go on under ``config``, which may differ in what does not change its meaning.
+    """Check that an existing run can resume with ``config``.
 
     Raises:
-        UserError: a setting has changed that must not, or the data is not what the run was trained on.
+        UserError: a setting that must not change has changed, or the data differ from those of the run.
     """
     now, before = (
         {name: value for name, value in to_dict(each).items() if name not in MAY_CHANGE_ON_RESUME}
         for each in (config, read_config(folder))
     )
     if changed := identity_differences(now, before):
-        raise UserError(f"this cannot change when a run goes on: {', '.join(changed)}")
-    _starts(folder)  # it will be written anew, so it has to be readable
+        raise UserError(f"cannot change on resume: {', '.join(changed)}")
+    _starts(folder)  # it will be rewritten, so it has to be readable
     manifest = read_run_data(folder)
     trained_on = str(manifest.get("fingerprint"))
     difference = None if dataset.fingerprint == trained_on else token_difference(manifest, dataset)
@@ -158,7 +158,7 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
 
 
 def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> RunFolder:
-    """Open an existing run to go on with it from the checkpoint of ``step`` (0: from its beginning)."""
+    """Open an existing run to resume from the checkpoint of ``step`` (0: from its start)."""
     write_json_atomically(folder / "environment.json", [*_starts(folder), environment], folder)
     write_json_atomically(folder / "config.json", to_file(config), folder)
     run = RunFolder(folder, config)
@@ -167,13 +167,7 @@ def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], ste
 
 
 def _target_reached(folder: Path, target: float | None, step: int) -> int | None:
-    """The step before ``step`` whose training loss was at or below ``target``, by `metrics.jsonl`; None: there is none.
-
-    Args:
-        folder: of the run.
-        target: the run's `target_loss`.
-        step: of the checkpoint from which the run goes on.
-    """
+    """The first step before ``step`` with a training loss of at most ``target``; None if there is none."""
     if target is None:
         return None
     for record in iterate_jsonl(folder / "metrics.jsonl"):
@@ -184,15 +178,15 @@ def _target_reached(folder: Path, target: float | None, step: int) -> int | None
 
 
 def _starts(folder: Path) -> list[Any]:
-    """The environments of all starts of a run so far."""
+    """The environments of all starts of a run."""
     log = folder / "environment.json"
-    known = list[dict[str, Any]] | dict[str, Any]  # whatever their keys: they are written again
+    known = list[dict[str, Any]] | dict[str, Any]  # with unknown keys, as they are written again
     starts = read_json(log, "record of the run's environments", known) if log.exists() else []
     return starts if isinstance(starts, list) else [starts]
 
 
 def nothing_left_to_do(folder: Path, config: RunConfig, step: int) -> str | None:
-    """Why a run that would go on from the checkpoint of ``step`` has nothing left to do; None where it has."""
+    """Why a run that would resume from ``step`` has nothing left to do; None where it has."""
     if step >= config.steps:
         return f"{folder} has made its {config.steps} steps already; --steps N continues to step N"
     reached = _target_reached(folder, config.target_loss, step)
@@ -205,7 +199,7 @@ def nothing_left_to_do(folder: Path, config: RunConfig, step: int) -> str | None
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:
-    """What a result may depend on besides the configuration."""
+    """Versions, device and command: what a result may depend on besides the configuration."""
     return {
         "restomod": restomod.__version__,
         "git_revision": _git_revision(),
@@ -221,7 +215,7 @@ def environment(device: str, precision: str) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The revision of the source tree that this package runs from, "+changes" if it is not clean; None outside one."""
+    """Git revision of this package's source tree, with "+changes" if it is not clean; None outside of one."""
     tree = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:

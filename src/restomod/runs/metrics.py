@@ -1,8 +1,8 @@
-"""A run's numbers, one JSON object per line, on disk as soon as they are known.
+"""A run's metrics: one JSON object per line, written immediately.
 
-`metrics.jsonl` holds these kinds of records: "train" (step s: the loss under the weights after s updates, before update
-s is applied), "val" (step s: the validation loss under those same weights), "task" (the same, of a task that was
-asked), and "rollback" (step s: the run goes back). Each says at which time it was known, in seconds since 1970.
+Kinds of records in `metrics.jsonl`: "train" (step s: the loss of the weights after s updates, before the next), "val"
+(the validation loss of the same weights), "task" (metrics of a task), and "rollback" (the run rolls back to step s).
+Each has its time, in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TASK_RESULT = dict[str, float | str | None]  # a "task" record, which has keys b
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Add one record to the end of a `.jsonl` file; nothing of it where that fails.
+    """Append one record to a `.jsonl` file; on failure no part of it stays.
 
     Raises:
         OSError: the disk is full, or refuses.
@@ -84,17 +84,17 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path, kind: Any = MetricsRecord) -> list[Record]:
-    """The records of a `.jsonl` file; none if there is no file, and without the lines that are damaged."""
+    """All readable records of a `.jsonl` file; none if there is no file."""
     return list(iterate_jsonl(path, kind=kind))
 
 
 def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None, kind: Any = MetricsRecord) -> Iterator[Record]:
-    """Yield the records of a `.jsonl` file one by one; together, those of a long run take a gigabyte.
+    """Yield the records of a `.jsonl` file one by one, as those of a long run take a gigabyte.
 
     Args:
         path: the file.
-        warn: told at the end how many lines are damaged, if any are: no JSON, of other types, or too long. A last line
-            that a crash has cut short is no damage: what it said is done and logged again.
+        warn: called at the end if lines are damaged: not JSON, of other types, or too long. A last line that a crash
+            has cut short does not count: its step is repeated and logged again.
         kind: `MetricsRecord` or `SampleRecord`.
 
     Raises:
@@ -120,7 +120,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(f: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Each line, and its bytes in the file; `TOO_LONG` for one of more than `MAX_LINE` bytes, which is not kept."""
+    """Each line and its size in the file; `TOO_LONG` stands for a line of more than `MAX_LINE` bytes."""
     while line := f.readline(MAX_LINE):
         size = len(line)
         if size == MAX_LINE and not line.endswith(b"\n"):
@@ -134,11 +134,11 @@ def _lines(f: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 class NewRecords:
-    """Reads a `.jsonl` file that grows: each time what has been added since, however long the file is.
+    """Reads a growing `.jsonl` file: each time only what is new.
 
     Args:
         path: need not be there yet.
-        containing: lines without these bytes are passed over unread.
+        containing: lines without these bytes are skipped unparsed.
     """
 
     def __init__(self, path: Path, containing: bytes = b"") -> None:
@@ -147,9 +147,9 @@ class NewRecords:
         self._last = b""  # the line before that: whether the file has been replaced meanwhile
 
     def read(self) -> tuple[bool, Iterator[Record]]:
-        """Whether the file has to be read from its beginning, as the first time, and the new records.
+        """Whether the file is read from its start (the first time, or after a rewrite), and the new records.
 
-        A last line without an end is left for the next time: it may be half written.
+        A last line without a newline is left for the next time: it may be half written.
         """
         if self._end and not self._goes_on():
             self._end, self._last = 0, b""
@@ -177,7 +177,7 @@ class NewRecords:
 
 
 class ValidationLosses:
-    """The validation losses of a run while it goes on; each call reads only what is new."""
+    """The validation losses of a running run; each call reads only what is new."""
 
     def __init__(self, run: Path) -> None:
         self._records = NewRecords(run / "metrics.jsonl", containing=b'"val"')
@@ -200,9 +200,9 @@ class ValidationLosses:
 
 
 def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = MetricsRecord) -> None:
-    """Rewrite a `.jsonl` file with only the records that ``keep`` wants, and the damaged lines among them.
+    """Rewrite a `.jsonl` file with only the records for which ``keep`` is true, and damaged lines among them.
 
-    Lines that are too long for any record are left out. ``kind`` is as for `iterate_jsonl`.
+    Lines that are too long for a record are dropped. ``kind`` is as for `iterate_jsonl`.
     """
     if not path.exists():
         return
@@ -218,7 +218,7 @@ def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = Metrics
 
 
 def _parsed(line: bytes, kind: Any) -> Record | None:
-    """The record of a line; None where it is not JSON, or of other types."""
+    """Parse a line; None if it is not JSON, or of other types."""
     record: Record | None = parse_line(line, kind)
     if record is not None and record.get("kind") == "task":
         others = parse_line(line, TASK_RESULT)

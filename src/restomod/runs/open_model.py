@@ -1,7 +1,4 @@
-"""From what a user calls a model to a folder that holds one.
-
-A run (its newest checkpoint), one checkpoint, any Hugging Face model folder, or a name on the hub.
-"""
+"""Opening a model: a run (its newest checkpoint), a checkpoint, a Hugging Face model folder, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from restomod.utils.json_files import read_json
 
 
 def find_model(name: str) -> Path:
-    """The model folder that ``name`` stands for: verified if it is a checkpoint, downloaded if it is on the hub.
+    """The model folder that ``name`` stands for. A checkpoint is verified (`verify_model`), a hub model downloaded.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -36,8 +33,10 @@ def find_model(name: str) -> Path:
         verify_model(checkpoints[-1])
         return checkpoints[-1]
     if is_run(path):
-        raise UserError(f"{path} holds no checkpoint yet; go on training with `restomod train --resume {quote(name)}`")
-    if (path / "adapter_config.json").exists():  # whatever lies beside it: the weights without it are another model
+        raise UserError(
+            f"{path} holds no checkpoint yet; continue training with `restomod train --resume {quote(name)}`"
+        )
+    if (path / "adapter_config.json").exists():  # weights beside it, without the adapter, are another model
         raise UserError(
             f"{path} holds an adapter (LoRA): merge it into the weights of its model (PEFT: merge_and_unload), "
             f"and give the folder of that"
@@ -52,18 +51,18 @@ def find_model(name: str) -> Path:
 
 
 def open_model(name: str, device: torch.device) -> GPT:
-    """The model that ``name`` stands for (see `find_model`), on ``device``, ready to evaluate."""
+    """The model that ``name`` stands for (see `find_model`), on ``device``, in evaluation mode."""
     return load_model(find_model(name), device)
 
 
 def open_or_build(name: str, device: torch.device, seed: int, finite: bool = True) -> tuple[GPT, bool]:
-    """The model of a preset, with the initial weights of ``seed``, or one that `open_model` opens; whether it is fresh.
+    """A preset's model with the initial weights of ``seed``, or an existing model; and whether it is a preset's.
 
     Args:
         name: a preset, or what `find_model` takes.
-        device: where to.
+        device: for the model.
         seed: of a preset's weights.
-        finite: refuse weights that are infinite or not a number.
+        finite: refuse weights that are not finite.
 
     Raises:
         UserError: ``name`` is neither.
@@ -84,7 +83,7 @@ def open_or_build(name: str, device: torch.device, seed: int, finite: bool = Tru
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder's `config.json` is that of a run, and not of a model."""
+    """Whether a folder's `config.json` is of a run, and not of a model."""
     path = folder / "config.json"
     values = read_json(path, "configuration") if path.exists() else None
     return isinstance(values, dict) and "model_type" not in values and "steps" in values

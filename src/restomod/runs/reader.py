@@ -1,4 +1,4 @@
-"""What a run's folder says, for comparisons and reports. Only files are read, and nothing here needs torch."""
+"""Reading a run's folder, for comparisons and reports; without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_EVALUATIONS = 5000  # files that are read: more take too long
 
 
 def _whole(value: Any) -> Any:
-    """Text in which U+FFFD stands for halves of surrogate pairs: those of a command line that is not UTF-8."""
+    """Replace lone surrogates, from a command line that is not UTF-8, by U+FFFD."""
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
@@ -63,7 +63,7 @@ class Metric(TypedDict, total=False):
 
 
 class EvaluatedData(TypedDict, total=False):
-    """What a validation loss is of."""
+    """The data of a validation loss."""
 
     name: Text
     fingerprint: str
@@ -86,7 +86,7 @@ class Evaluation(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it: finished, stopped, or still going on."""
+    """A run as read from its folder: finished, stopped, or running."""
 
     folder: Path
     config: RunConfig
@@ -95,7 +95,7 @@ class Run:
     records: list[Record]
     """`metrics.jsonl`, in order."""
     warn: Callable[[str], None] = field(default=print_error, compare=False)
-    """Told what is damaged and left out."""
+    """Called with what is damaged and left out."""
 
     @property
     def name(self) -> str:
@@ -104,12 +104,12 @@ class Run:
 
     @cached_property
     def train(self) -> list[Record]:
-        """The steps, each once, in order: after a return to an earlier checkpoint the later record counts."""
+        """Train records, one per step, in order; after a rollback the later record counts."""
         return self._last("train")
 
     @cached_property
     def val(self) -> list[Record]:
-        """The validation losses, each step once, in order."""
+        """Validation records, one per step, in order."""
         return self._last("val")
 
     def _last(self, kind: str) -> list[Record]:
@@ -118,12 +118,12 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Spent in steps, what had to be done again included."""
+        """Time in steps, repeated steps included."""
         return sum(r.get("ms") or 0.0 for r in self.records if r["kind"] == "train") / 1000
 
     @cached_property
     def starts(self) -> list[tuple[float, int]]:
-        """When the run was started and resumed, in seconds since 1970, and with how many processes; in order.
+        """Time of each start and resumption, in seconds since 1970, and number of processes; in order.
 
         A start whose record does not say when is left out, but for the first (-infinity).
         """
@@ -132,12 +132,12 @@ class Run:
         return first + sorted((at, count) for at, count in known if at is not None)
 
     def processes_at(self, seconds: float) -> int:
-        """Processes at a time in seconds since 1970: on a GPU, as many GPUs. Before the first start: the first's."""
+        """Number of processes (GPUs) at a time in seconds since 1970; before the first start, that of the first."""
         after = bisect.bisect_right(self.starts, seconds, key=lambda start: start[0])
         return self.starts[max(0, after - 1)][1] if self.starts else 1
 
     def processes_of(self, record: Record) -> int:
-        """Processes in the step of a train record; those of the first start where it does not say when it was made."""
+        """Number of processes in the step of a train record; without a time, that of the first start."""
         at, ms = record.get("time"), record.get("ms")
         return self.processes_at(-math.inf if at is None else at - (ms or 0.0) / 2000)  # in the middle of the step
 
@@ -175,7 +175,7 @@ class Run:
 
     @cached_property
     def samples(self) -> list[Record]:
-        """What the model wrote along the way: ``step``, ``prompt``, ``text``."""
+        """Samples generated during training: ``step``, ``prompt``, ``text``."""
         path = self.folder / "samples.jsonl"
         try:
             return list(iterate_jsonl(path, lambda damage: self.warn(f"warning: {damage}"), SampleRecord))
@@ -185,7 +185,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[Record]:
-        """What `restomod eval` wrote into `evals/`, by name of the file."""
+        """Evaluations that `restomod eval` wrote into `evals/`, by file name."""
         paths = sorted(self.folder.glob("evals/*.json"))
         if len(paths) > MOST_EVALUATIONS:
             self.warn(
@@ -207,14 +207,14 @@ def read_optional(path: Path, what: str, kind: Any, warn: Callable[[str], None])
 
 
 def read_environments(run: Path, warn: Callable[[str], None]) -> list[Record]:
-    """What `environment.json` says of each start of a run, keys that are not of an `Environment` left out."""
+    """Environments of all starts of a run, with the keys of `Environment`."""
     kind = list[Environment] | Environment
     starts = read_optional(run / "environment.json", "record of the run's environments", kind, warn) or []
     return list(starts) if isinstance(starts, list) else [starts]
 
 
 def start_time(environment: Record) -> float | None:
-    """When a session began, in seconds since 1970, or None where its record does not say so."""
+    """Start time of an environment, in seconds since 1970; None if unknown."""
     try:
         return float(calendar.timegm(time.strptime(environment.get("started") or "", "%Y-%m-%dT%H:%M:%SZ")))
     except ValueError:
@@ -222,7 +222,7 @@ def start_time(environment: Record) -> float | None:
 
 
 def process_count(environment: Record) -> int:
-    """With how many processes a session trained; 1 where its record does not say so."""
+    """Number of processes of an environment; 1 if unknown."""
     return int(environment.get("processes", 1))
 
 
@@ -231,7 +231,7 @@ def open_run(folder: str | Path, warn: Callable[[str], None] = print_error) -> R
 
     Args:
         folder: the run's.
-        warn: told of what cannot be read and is left out: lines of records, environments, samples, evaluations.
+        warn: called with what cannot be read and is left out: records, environments, samples, evaluations.
 
     Raises:
         UserError: there is no run, or a file of it is damaged.

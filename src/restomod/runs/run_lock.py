@@ -3,9 +3,9 @@
 RUN/.lock           held while the run is trained; says by whom
 .NAME.lock          beside a folder that is still to be made, until it is
 
-The lock is the kernel's (`restomod.utils.locks`), so nothing has to be cleaned up after a kill. The file says who holds
-it, and works as a heartbeat for machines whose file system does not share locks between them: the holder rewrites it
-every few seconds, and a record that keeps changing belongs to a running process.
+The lock is the kernel's (`restomod.utils.locks`), so nothing has to be cleaned up after a kill. The file names
+the holder, and is a heartbeat for machines whose file system does not share locks: the holder rewrites it every few
+seconds, and a record that keeps changing belongs to a running process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECORD = 300  # characters, padded: a reader never sees the end of an older reco
 
 
 class Holder(TypedDict, total=False):
-    """What the file of a lock says."""
+    """Contents of a lock file."""
 
     host: str
     pid: int
@@ -50,13 +50,13 @@ class RunLock:
 
     Args:
         folder: the run's.
-        say: told why it takes so long.
+        print_line: called with the reason for waiting.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
-        self.folder, self._say = folder, say
+    def __init__(self, folder: Path, print_line: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self._print_line = folder, print_line
         self._lock: FileLock | None = None
-        self._made: list[Path] = []  # folders above that of a new run
+        self._created: list[Path] = []  # parent folders of a new run
         self._record: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -67,7 +67,7 @@ class RunLock:
         self._over = threading.Event()
 
     def take(self, resume: bool) -> None:
-        """Lock an existing run, waiting for a job that is about to end; or the name of a new one, without waiting.
+        """Lock an existing run, waiting for a job that is about to end; or the name of a new run, without waiting.
 
         Raises:
             UserError: another job trains it.
@@ -76,19 +76,19 @@ class RunLock:
             self._acquire(self.folder / ".lock", PATIENCE)
             return
         parent = self.folder.resolve().parent
-        self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
         self._acquire(parent / f".{short_name(self.folder.resolve().name)}.lock", 0.0)
 
     def move_into_folder(self) -> None:
-        """Switch to the lock inside the folder of a new run, once that exists."""
+        """Switch to the lock inside a new run's folder, once that exists."""
         before = self._lock
         self._acquire(self.folder / ".lock", 0.0)
         if before is not None and before is not self._lock:
             before.release(remove=True)
 
     def stopping(self) -> None:
-        """Tell waiting jobs that this one has been asked to stop. May be called from a signal handler."""
+        """Tell waiting jobs that this job is stopping. May be called from a signal handler."""
         self._record["stopping"] = True
         self._write()
 
@@ -97,7 +97,7 @@ class RunLock:
         self._over.set()
         if self._lock is not None:
             self._lock.release(remove=True)
-        for folder in self._made:  # where no run was made in them
+        for folder in self._created:  # if no run was created in them
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -115,14 +115,14 @@ class RunLock:
             if time.monotonic() > began + limit:
                 raise UserError(
                     f"{self.folder} is already being trained by {_describe(holder)}; wait for it or stop it, then "
-                    f"go on with `restomod train --resume {quote(str(self.folder))}`"
+                    f"resume with `restomod train --resume {quote(str(self.folder))}`"
                 )
             if not told:
                 told = True
-                self._say(f"{self.folder} is being trained by {_describe(holder)}; waiting until it ends")
+                self._print_line(f"{self.folder} is being trained by {_describe(holder)}; waiting until it ends")
             time.sleep(POLL)
         if not lock.enforced:
-            self._say(f"the file system of {path} has no locks; make sure that no other job trains this run")
+            self._print_line(f"the file system of {path} has no locks; make sure that no other job trains this run")
         first, self._lock = self._lock is None, lock
         self._write()
         if first:
@@ -132,7 +132,7 @@ class RunLock:
         """Whether another machine holds a lock that could be taken here, as the file system does not share locks."""
         if not holder or (holder.get("host") == self._record["host"] and lock.enforced):
             return False
-        self._say(
+        self._print_line(
             f"{self.folder} was last trained by {_describe(holder)}; checking for {SILENT:.0f} s whether it still is"
         )
         end = time.monotonic() + SILENT
@@ -151,7 +151,7 @@ class RunLock:
             self._write()
 
     def _write(self) -> None:
-        """Say in the file who holds it."""
+        """Write the holder into the lock file."""
         fd = self._lock.fd if self._lock is not None else None
         if fd is not None:
             with contextlib.suppress(OSError):  # a full disk: the lock holds without it
@@ -160,7 +160,7 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Who holds a lock; empty where its file does not say."""
+    """The holder of a lock; empty if the file does not say."""
     with contextlib.suppress(UserError):
         return dict(read_json(path, "record of who trains the run", Holder, max_bytes=16 * RECORD))
     return {}

@@ -1,7 +1,7 @@
-"""TensorBoard, Weights & Biases and Trackio: the numbers of a run, sent there too.
+"""Trackers: TensorBoard, Weights & Biases and Trackio receive a run's metrics.
 
-Each tracker has a thread of its own with a bounded queue. One that fails, hangs or is too slow is dropped with a
-warning and costs the run nothing: `metrics.jsonl` has everything. Their packages are imported in that thread.
+Each tracker has its own thread and a bounded queue. One that fails, hangs or is too slow is dropped with a warning, and
+training continues: `metrics.jsonl` has everything. Their packages are imported in that thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from restomod.utils.json_files import read_json
 from restomod.utils.redaction import redact
 
 PROJECT = "restomod"
-QUEUE = 2000  # records that wait for a tracker; one with so many is dropped
+QUEUE = 2000  # pending records at which a tracker is dropped
 Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it becomes a part of paths and addresses
 CLOSING = 20.0  # seconds that the end of a run waits for all of them
 
@@ -39,7 +39,7 @@ class Sink(Protocol):
     """One tracker, used from one thread."""
 
     def begin(self, records: list[Record], fresh: bool) -> None:
-        """Take what is known of the run: at its start or resumption, and when it has gone back to a checkpoint.
+        """Take all records so far: at the start or resumption of a run, and after a rollback.
 
         Args:
             records: all of `metrics.jsonl`.
@@ -50,7 +50,7 @@ class Sink(Protocol):
         """Take one more record."""
 
     def close(self) -> None:
-        """Finish what has been begun."""
+        """Finish."""
 
 
 def tracked_values(record: Record) -> dict[str, float]:
@@ -88,7 +88,7 @@ class TensorBoard:
 
 
 class _Online:
-    """What Weights & Biases and Trackio share: a run that is known by its identity, and goes on under it."""
+    """Base of Weights & Biases and Trackio: a run resumes under its identity."""
 
     _run: Any
 
@@ -128,7 +128,7 @@ class WandB(_Online):
                 host="",
             ),
         )
-        # a step of one's own: W&B's only ever grows, and a run may go back to a checkpoint
+        # its own step metric: W&B's step only grows, and a run may roll back
         self._run.define_metric("*", step_metric="step")
 
     def _log(self, values: dict[str, float], step: int) -> None:

@@ -53,7 +53,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     Raises:
         UserError: something is wrong that the user can mend; the message says what and how.
     """
-    with join_processes("go on with `restomod train --resume RUN`") as processes:
+    with join_processes("resume with `restomod train --resume RUN`") as processes:
         display = display or Display(muted=not processes.main)
         display.on_failure = lambda reason: print_error(
             f"standard output cannot be written ({reason}); training goes on without it"
@@ -193,7 +193,7 @@ def _require_saved(training: Training, step: int | None, saver: Saver, display: 
     if incomplete:
         raise processes.error(
             f"{describe_os_error(unlogged) if unlogged else 'a record'}: cannot be written, so the run has stopped; "
-            f"mend it, then go on with `restomod train --resume {quote(str(run.folder))}`"
+            f"mend it, then resume with `restomod train --resume {quote(str(run.folder))}`"
         )
     print_save_failure(display, failure)
 

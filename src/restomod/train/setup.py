@@ -228,8 +228,8 @@ def check_device(compute: Compute) -> None:
         parity = device_parity(compute.device, compute.dtype)
         if parity.status == "fail":
             raise UserError(
-                f"this device computes wrongly: {parity.reason} (`restomod doctor` examines it; "
-                f"--no-sanity-checks trains all the same)"
+                f"this device computes wrongly: {parity.reason} (`restomod doctor` checks it; "
+                f"--no-sanity-checks trains anyway)"
             )
 
 
@@ -254,7 +254,7 @@ def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunCon
         if result.status == "fail":
             raise UserError(
                 f"sanity check {result.check!r} failed: {result.reason} "
-                f"(`restomod check` shows all checks; --no-sanity-checks trains all the same)"
+                f"(`restomod check` shows all checks; --no-sanity-checks trains anyway)"
             )
     return results
 
