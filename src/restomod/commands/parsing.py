@@ -23,8 +23,8 @@ from restomod.utils.text import visible
 Arguments = TypeVar("Arguments")
 
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
-NUMBER = re.compile(r"-(\d|\.\d)")  # tyro itself takes these for values
-DASH = "\ue000"  # a private character in place of the dash of a value that tyro would take for a flag
+NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses these as values
+DASH = "\ue000"  # stands for the first dash of a value, which tyro would take for a flag
 MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a document; a glob has a message of its own
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
@@ -76,26 +76,26 @@ def parse(
     problem = io.StringIO()
     columns = os.environ.get("COLUMNS")
     helps = bool({"-h", "--help"} & set(arguments))
-    if helps:  # tyro prints its own colours, and the values of a run that may come from elsewhere
-        default, program = _changed(default, visible), visible(program)
+    if helps:  # tyro prints colours, which must pass, and values of a run, which may be hostile
+        default, program = _map_texts(default, visible), visible(program)
     else:
         os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
-    shown_at = contextlib.redirect_stdout(raw_stream(sys.stdout)) if helps else contextlib.nullcontext()
+    output = contextlib.redirect_stdout(raw_stream(sys.stdout)) if helps else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(problem), shown_at:
+        with contextlib.redirect_stderr(problem), output:
             parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description=description)
     except UserError as e:
-        raise UserError(_said(str(e))) from None
+        raise UserError(_restore_dashes(str(e))) from None
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        message = _said(_one_line(problem.getvalue()))
+        message = _restore_dashes(_one_line(problem.getvalue()))
         raise UserError(f"{message} ({program} --help lists the flags)") from None
     finally:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    shown = parsed if hidden == arguments else _changed(parsed, _with_dash)
+    shown = parsed if hidden == arguments else _map_texts(parsed, _restore_dash)
     _refuse_empty(shown, default)
     return typing.cast(Arguments, shown)
 
@@ -119,12 +119,12 @@ def parse_run(default: Arguments, arguments: list[str], program: str) -> Argumen
 
 
 def is_flag(argument: str) -> bool:
-    """Whether an argument is a flag and not a value, such as -2 or -hello."""
+    """Return whether an argument is a flag, and not a value such as -2 or -hello."""
     return FLAG.fullmatch(argument) is not None
 
 
 def flags_in(arguments: Iterable[str]) -> set[str]:
-    """The names of the flags among arguments, without values, with dashes for underscores."""
+    """Return the names of the flags among arguments, without values, with dashes for underscores."""
     return {argument.partition("=")[0].replace("_", "-") for argument in arguments if is_flag(argument)}
 
 
@@ -133,7 +133,7 @@ def refuse_ignored(arguments: Iterable[str], ignored: Mapping[str, str]) -> None
 
     Args:
         arguments: the command line.
-        ignored: by flag, what makes it useless, such as "with --optim.optimizer adamw".
+        ignored: maps a flag to the setting that disables it, such as "with --optim.optimizer adamw".
     """
     given = flags_in(arguments)
     for flag, why in ignored.items():
@@ -142,7 +142,7 @@ def refuse_ignored(arguments: Iterable[str], ignored: Mapping[str, str]) -> None
 
 
 def ignored_by_run(config: RunConfig) -> dict[str, str]:
-    """The flags of a run that have no effect, each with the setting that makes it so: "with --optim.decay cosine"."""
+    """Map each flag of a run that has no effect to the setting that disables it: "with --optim.decay cosine"."""
     data, optim = config.data, config.optim
     source = "with --data.mix" if data.mix is not None else f"with --data.source {data.source}"
     prepared = data.mix is not None or data.source == "tokens"
@@ -167,29 +167,29 @@ def ignored_by_run(config: RunConfig) -> dict[str, str]:
     return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """A dataclass with every text in it changed."""
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy of a dataclass with ``change`` applied to every text in it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = {f.name: _changed(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        new = {f.name: _map_texts(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         changed = {name: v for name, v in new.items() if v != getattr(value, name)}
         return dataclasses.replace(value, **changed) if changed else value
     if isinstance(value, tuple):
-        return tuple(_changed(part, change) for part in value)
+        return tuple(_map_texts(part, change) for part in value)
     return change(value) if isinstance(value, str) else value
 
 
-def _with_dash(text: str) -> str:
-    """A value with the dash back that `parse` has hidden."""
+def _restore_dash(text: str) -> str:
+    """Put back the dash at the beginning of a value that `parse` has hidden."""
     return "-" + text[1:] if text.startswith(DASH) else text
 
 
-def _said(message: str) -> str:
-    """A message, which may quote values by `repr`, with the dashes back that `parse` has hidden."""
+def _restore_dashes(message: str) -> str:
+    """Put back the dashes that `parse` has hidden into a message, which may quote values by `repr`."""
     return message.replace(DASH, "-").replace(ascii(DASH)[1:-1], "-")
 
 
 def _refuse_empty(value: Any, default: Any, prefix: str = "") -> None:
-    """Raise UserError where a text that is given is empty: as a path it would stand for the present folder."""
+    """Raise UserError where a given text is empty: as a path it would mean the current folder."""
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         found, before = getattr(value, field.name), getattr(default, field.name, None)
@@ -208,7 +208,7 @@ def _refuse_empty(value: Any, default: Any, prefix: str = "") -> None:
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's boxed error, and its nearest suggestion, as one line."""
+    """Turn tyro's boxed error into one line: its message and the nearest suggestion."""
     rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
     if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
         rows = rows[1:]
@@ -225,7 +225,7 @@ def _one_line(box: str) -> str:
 
 
 def _in_words(message: str) -> str:
-    """What tyro says of a value that cannot be read, without Python's types and errors."""
+    """Rephrase tyro's message about a value that cannot be parsed, without Python's types and errors."""
     flag, _, said = message.partition(": ")
     union = re.match(r"no type matching (\S+) could be instantiated from \[(.*)\]\.\s+Got errors", said, re.DOTALL)
     number = re.match(r"(invalid literal for int\(\)|could not convert string to float|Exceeds the limit)", said)
