@@ -29,23 +29,16 @@ MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a documen
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
 
-def usage_unless_given(arguments: list[str], usage: Callable[[], str]) -> None:
-    """Print the usage where there are no arguments, or only a flag for help.
+def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    """Split the first argument, the name of a preset, off a command line.
 
     Raises:
-        SystemExit: it has been printed; the code is 0 where help was asked for.
+        UserError: it is a flag.
+        SystemExit: there is none, or only a flag for help, and the usage has been printed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage)
         raise SystemExit(0 if arguments else EXIT_USER_ERROR)
-
-
-def preset_first(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """Split a command line into the name of a preset and the flags.
-
-    Raises:
-        UserError: it begins with a flag.
-    """
     if arguments[0].startswith("-"):
         given = " ".join(arguments)
         raise UserError(f"name a preset first: restomod {command} PRESET {given} (restomod {command} --help)")
@@ -72,6 +65,7 @@ def parse(
         UserError: a flag is wrong.
         SystemExit: help has been printed.
     """
+    _refuse_empty(arguments)
     hidden = [a if is_flag(a) or NUMBER.match(a) or a == "--" else re.sub("^-(?=.)", DASH, a) for a in arguments]
     problem = io.StringIO()
     columns = os.environ.get("COLUMNS")
@@ -95,9 +89,7 @@ def parse(
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    shown = parsed if hidden == arguments else _map_texts(parsed, _restore_dash)
-    _refuse_empty(shown, default)
-    return typing.cast(Arguments, shown)
+    return typing.cast(Arguments, parsed if hidden == arguments else _map_texts(parsed, _restore_dash))
 
 
 def parse_run(default: Arguments, arguments: list[str], program: str) -> Arguments:
@@ -146,25 +138,18 @@ def ignored_by_run(config: RunConfig) -> dict[str, str]:
     data, optim = config.data, config.optim
     source = "with --data.mix" if data.mix is not None else f"with --data.source {data.source}"
     prepared = data.mix is not None or data.source == "tokens"
-    rules = (
-        (prepared or data.source != "text", source, ("--data.glob", "--data.text-column")),
-        (prepared, source, ("--data.val-fraction", "--data.split-seed")),
-        (
-            optim.optimizer == "adamw",
-            "with --optim.optimizer adamw",
-            ("--optim.muon-lr", "--optim.muon-momentum", "--optim.muon-weight-decay"),
-        ),
-        (optim.decay in ("cosine", "linear"), f"with --optim.decay {optim.decay}", ("--optim.cooldown",)),
-        (config.model.positions == "learned", "with --model.positions learned", ("--model.rope-theta",)),
-        (
-            config.sampling.temperature == 0,
-            "with --sampling.temperature 0",
-            ("--sampling.top-k", "--sampling.top-p"),
-        ),
-        (config.keep_checkpoints == 0, "with --keep-checkpoints 0, which keeps all", ("--keep-every",)),
-        (config.eval_limit is not None and not config.eval_tasks, "without --eval-tasks", ("--eval-limit",)),
-    )
-    return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
+    adamw = optim.optimizer == "adamw" and "with --optim.optimizer adamw"
+    rules = {
+        "--data.glob --data.text-column": (prepared or data.source != "text") and source,
+        "--data.val-fraction --data.split-seed": prepared and source,
+        "--optim.muon-lr --optim.muon-momentum --optim.muon-weight-decay": adamw,
+        "--optim.cooldown": optim.decay in ("cosine", "linear") and f"with --optim.decay {optim.decay}",
+        "--model.rope-theta": config.model.positions == "learned" and "with --model.positions learned",
+        "--sampling.top-k --sampling.top-p": config.sampling.temperature == 0 and "with --sampling.temperature 0",
+        "--keep-every": config.keep_checkpoints == 0 and "with --keep-checkpoints 0, which keeps all",
+        "--eval-limit": config.eval_limit is not None and not config.eval_tasks and "without --eval-tasks",
+    }
+    return {flag: why for flags, why in rules.items() if why for flag in flags.split()}
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -188,23 +173,22 @@ def _restore_dashes(message: str) -> str:
     return message.replace(DASH, "-").replace(ascii(DASH)[1:-1], "-")
 
 
-def _refuse_empty(value: Any, default: Any, prefix: str = "") -> None:
-    """Raise UserError where a given text is empty: as a path it would mean the current folder."""
-    hints = typing.get_type_hints(type(value), include_extras=True)
-    for field in dataclasses.fields(value):
-        found, before = getattr(value, field.name), getattr(default, field.name, None)
-        if dataclasses.is_dataclass(found):
-            unnamed = any(getattr(part, "name", None) == "" for part in typing.get_args(hints[field.name]))
-            _refuse_empty(found, before, prefix if unnamed else f"{prefix}{field.name}.")
-            continue
-        texts = [text for text in (found if isinstance(found, tuple) else (found,)) if isinstance(text, str)]
-        flag = f"--{prefix}{field.name}".replace("_", "-")
-        if tyro.conf.Positional in typing.get_args(hints[field.name]):
-            flag = "an argument"
-        if "" in texts and found != before and field.name not in MAY_BE_EMPTY:
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UserError where a value is empty: as a path it would mean the current folder."""
+    flag = "an argument"
+    for argument in arguments:
+        value = argument
+        if is_flag(argument):
+            name, equals, value = argument.partition("=")
+            flag = name.replace("_", "-")
+            if not equals:
+                continue
+        if value == "" and flag.lstrip("-").rpartition(".")[2] not in MAY_BE_EMPTY:
             raise UserError(f"{flag} is empty; give it a value or leave it out")
-        if any("\0" in text for text in texts):
+        if "\0" in value:
             raise UserError(f"{flag} contains a NUL byte, which no file name can contain")
+        if not flag.endswith("prompts"):  # which may have several values
+            flag = "an argument"
 
 
 def _one_line(box: str) -> str:
