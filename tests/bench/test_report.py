@@ -57,7 +57,7 @@ def test_phases_have_medians_of_their_own_and_shares_of_their_sum() -> None:
     ("processes", "peak_bytes", "said"),
     [
         (1, 3 * 2**20, "3 MiB, resident memory of the process"),
-        (2, 3 * 2**20, "3 MiB, resident memory of the process of 2, the one that needs most"),
+        (2, 3 * 2**20, "3 MiB, resident memory of the process, maximum over 2 processes"),
         (1, None, "unknown"),
     ],
 )

@@ -163,13 +163,13 @@ def test_peak_memory_grows_with_what_is_used() -> None:
     assert needed <= (peak_memory(CPU) or 0) < needed + before + 2**26
 
 
-# --- the verb -----------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------
 
 
 def test_it_prints_results_and_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_step() == 0
     shown = capsys.readouterr().out
-    assert "tokens per step  256 = 2 × 2 sequences × 64 tokens, synthetic" in shown
+    assert "tokens per step  256 = gradient accumulation 2 × micro-batch 2 × sequence length 64, synthetic" in shown
     for row in ("tokens/s ", "step ", *(f"  {phase} " for phase in PHASES), "peak memory ", "compute ", "MFU "):
         assert re.search(rf"^{row}", shown, re.MULTILINE), row
     assert os.listdir(here) == []
@@ -296,7 +296,7 @@ def test_two_processes_share_a_step_and_one_prints(here: Path) -> None:
         [*command, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert "256 = 2 processes × 1 × 2 sequences × 64 tokens" in done.stdout
+    assert "256 = 2 processes × gradient accumulation 1 × micro-batch 2 × sequence length 64" in done.stdout
     assert (done.stdout.count("tokens/s "), done.stdout.count("tokens per step")) == (1, 1)
     read = json.loads((here / "r.json").read_text())
     assert read["environment"]["processes"] == 2

@@ -16,8 +16,8 @@ checkpoint. What torch does not do without a GPU is replaced here:
 - `nn.Module.to_empty` cannot exchange the memory of fake tensors; the one here makes new parameters.
 
 - `torch.compile` of the loss's softmax: it is run as it is written.
-- torch has no rule for `torch.addmm(..., out_dtype=...)`, which `restomod.engine.loss.add_product` is on CUDA;
-  `add_product` here compares devices and dtypes and leaves the product out.
+- torch has no rule for `torch.addmm(..., out_dtype=...)`, which `restomod.engine.loss.add_matmul` is on CUDA;
+  `add_matmul` here compares devices and dtypes and leaves the product out.
 
 Not walked: what takes numbers from the device (`tolist`, `item`, drawing a token), pinned memory, compiled code,
 several processes, and which kernel computes an operation: a fake tensor has none.
@@ -147,8 +147,8 @@ def to_empty(module: nn.Module, device: torch.device | str) -> nn.Module:
     return module
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`restomod.engine.loss.add_product` without numbers."""
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`restomod.engine.loss.add_matmul` without numbers."""
     assert total.device == a.device == b.device == CUDA
     assert total.dtype == torch.float32
     assert a.dtype == b.dtype
@@ -160,7 +160,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Within, every new tensor is fake; what cannot be done without a GPU is replaced."""
     for module in (restomod.engine.step, restomod.evals.models, restomod.generate.decode):
         monkeypatch.setattr(module, "autocast", forced_autocast)
-    monkeypatch.setattr(restomod.engine.loss, "add_product", add_product)
+    monkeypatch.setattr(restomod.engine.loss, "add_matmul", add_matmul)
     monkeypatch.setattr(torch.Tensor, "backward", walk_backward)
     monkeypatch.setattr(torch.cuda, "Event", NoEvent)
     monkeypatch.setattr(nn.Module, "to_empty", to_empty)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from restomod.checks import device_parity
 from restomod.checks.model_quick import loss_gradients
-from restomod.engine.chunk_sizes import CHUNK_TOKENS
+from restomod.engine.device import CHUNK_TOKENS
 from restomod.engine.loss import HeadGradient, linear_cross_entropy
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import GPT

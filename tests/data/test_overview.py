@@ -15,9 +15,9 @@ import tiktoken
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data import overview as module
-from restomod.data import verified
 from restomod.data.overview import overview
 from restomod.data.prepare.run import prepare_folder
+from restomod.utils import verified
 from restomod.utils.errors import UserError
 
 END = 50256  # <|endoftext|>

@@ -242,7 +242,7 @@ def test_the_release_of_torch() -> None:
 
 
 def test_an_error_that_was_caused_by_lack_of_memory_is_one() -> None:
-    """Errors of each kind are planted in `tests/engine/test_first_micro_batch.py`."""
+    """Errors of each kind are planted in `tests/engine/test_micro_batch.py`."""
     error = RuntimeError("compiled code failed")
     assert not is_out_of_memory(error)
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")

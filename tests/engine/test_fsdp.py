@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from restomod.config.run import ModelConfig, Parallel
 from restomod.data.batches import MicroBatches
 from restomod.engine.distributed import SINGLE, Processes, compiled_parts, distribute, synchronised
-from restomod.engine.gather import gather_full_model, gather_on_main, whole_on_main
+from restomod.engine.gather import gather_full_model, gather_model_on_main, gather_on_main
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
 from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.evals.validation import token_losses
@@ -217,7 +217,7 @@ def gathered(processes: Processes) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", counted)
-        model = whole_on_main(t.model, processes)
+        model = gather_model_on_main(t.model, processes)
         state = gather_on_main(optimizer_tensors(t.model, t.optimizer), processes)
         gather_full_model(t.model, keep=processes.main)
     return expected, {n: p for n, p in model.named_parameters() if not p.is_meta}, state, most

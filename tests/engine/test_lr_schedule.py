@@ -29,22 +29,20 @@ def test_last_step_has_exactly_the_smallest_learning_rate(ratio: float) -> None:
     assert learning_rate(config, 299, 300) == ratio * 3e-3
 
 
-def test_first_step_of_a_warmup_already_moves() -> None:
-    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=100), 0, 1000) == 0.01
-
-
-def test_warmup_ends_at_the_maximum() -> None:
-    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=100), 99, 1000) == 1.0
-
-
-def test_halfway_down_the_cosine_is_the_mean_of_both_ends() -> None:
-    config = OptimConfig(lr=1.0, min_lr_ratio=0.2, warmup_steps=10)
-    assert learning_rate(config, 60, 111) == pytest.approx(0.6)
-
-
-def test_without_warmup_the_first_step_has_the_maximum() -> None:
-    config = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=0)
-    assert [learning_rate(config, step, 3) for step in range(3)] == pytest.approx([1.0, 0.55, 0.1])
+@pytest.mark.parametrize(
+    ("warmup", "ratio", "step", "steps", "rate"),
+    [
+        (100, 0.1, 0, 1000, 0.01),  # the first step of a warm-up already moves
+        (100, 0.1, 99, 1000, 1.0),
+        (10, 0.2, 60, 111, 0.6),  # halfway down the cosine: the mean of both ends
+        (0, 0.1, 0, 3, 1.0),
+        (0, 0.1, 1, 3, 0.55),
+        (0, 0.1, 0, 1, 1.0),
+    ],
+)
+def test_rates_at_known_steps(warmup: int, ratio: float, step: int, steps: int, rate: float) -> None:
+    config = OptimConfig(lr=1.0, min_lr_ratio=ratio, warmup_steps=warmup)
+    assert learning_rate(config, step, steps) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("warmup", [4, 5, 6, 1000])
@@ -53,7 +51,3 @@ def test_a_warmup_as_long_as_the_run_or_longer_only_rises(warmup: int) -> None:
     rates = [learning_rate(config, step, 5) for step in range(5)]
     assert rates == sorted(rates)
     assert 0 < rates[0] <= rates[-1] <= 1.0
-
-
-def test_a_run_of_one_step_without_warmup_has_the_maximum() -> None:
-    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=0), 0, 1) == 1.0

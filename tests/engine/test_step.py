@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, OptimConfig
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.distributed import SINGLE
-from restomod.engine.micro_batch import choose_micro_batch
 from restomod.engine.step import BatchLoss, Compute, PendingStep, StepResult, batch_loss, train_step
-from restomod.utils.errors import UserError
 from tests.models import CPU
 from tests.trainee import assert_identical, make_trainee
 
@@ -50,7 +47,7 @@ def test_weights_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
 # --- learning ------------------------------------------------------------------------------------------------
 
 
-def test_learns_one_batch_by_heart() -> None:
+def test_memorises_one_batch() -> None:
     trainee = make_trainee(
         steps=100,
         batch_tokens=64,
@@ -140,64 +137,16 @@ def test_a_loss_above_the_limit_updates_nothing() -> None:
     before = trainee.tensors()
     loss_of = BatchLoss(trainee.model, Compute(CPU, torch.float32, 8))
 
-    def step(highest: float) -> StepResult:
+    def step(limit: float) -> StepResult:
         batches = trainee.batches.micro_batches(2, 8)
-        return train_step(loss_of, trainee.optimizer, batches, trainee.config, 2, SINGLE, highest).wait()
+        return train_step(loss_of, trainee.optimizer, batches, trainee.config, 2, SINGLE, limit).wait()
 
-    loss = step(highest=0.0).loss
+    loss = step(limit=0.0).loss
     assert_identical(trainee.tensors(), before)
-    assert step(highest=loss - 1e-3).refused
+    assert step(limit=loss - 1e-3).refused
     assert_identical(trainee.tensors(), before)
-    assert not step(highest=loss + 1e-3).refused
+    assert not step(limit=loss + 1e-3).refused
     assert not torch.equal(trainee.tensors()["transformer.wpe.weight"], before["transformer.wpe.weight"])
-
-
-# --- the size of a micro-batch -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sequences", [1, 2, 7, 12, 60, 97, 512])
-@pytest.mark.parametrize("length", [16, 300, 1024, 8192])
-def test_chosen_micro_batch_divides_the_batch_and_fits(sequences: int, length: int) -> None:
-    config = make_trainee().config
-    model = dataclasses.replace(config.model, n_positions=length)
-    config = dataclasses.replace(config, model=model, sequence_length=length, batch_tokens=sequences * length)
-    chosen = choose_micro_batch(config, CPU)
-    assert sequences % chosen == 0
-    assert chosen == 1 or chosen * length <= 4096
-
-
-def test_configured_micro_batch_is_used() -> None:
-    config = dataclasses.replace(make_trainee().config, micro_batch=4)
-    assert choose_micro_batch(config, CPU) == 4
-
-
-@pytest.mark.parametrize("processes", [2, 3, 4, 6])
-@pytest.mark.parametrize("sequences", [1, 5, 12, 60, 97])
-def test_what_is_proposed_for_several_processes_is_valid(sequences: int, processes: int) -> None:
-    config = dataclasses.replace(make_trainee().config, batch_tokens=16 * sequences)
-    if sequences % processes:
-        with pytest.raises(UserError, match="cannot be shared evenly") as caught:
-            choose_micro_batch(config, CPU, processes)
-        batches, counts = (numbers_in(text) for text in str(caught.value).split("--batch-tokens")[1].split("start"))
-        assert batches
-        assert counts
-        for tokens in batches:
-            choose_micro_batch(dataclasses.replace(config, batch_tokens=tokens), CPU, processes)
-        for count in counts:
-            choose_micro_batch(config, CPU, count)
-        return
-    share = sequences // processes
-    for micro_batch in (b for b in range(1, sequences) if sequences % b == 0 and share % b):
-        with pytest.raises(UserError, match="each process has") as caught:
-            choose_micro_batch(dataclasses.replace(config, micro_batch=micro_batch), CPU, processes)
-        proposed = numbers_in(str(caught.value).split("--micro-batch")[1])
-        assert proposed
-        for better in proposed:
-            assert choose_micro_batch(dataclasses.replace(config, micro_batch=better), CPU, processes) == better
-
-
-def numbers_in(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 # --- documents -----------------------------------------------------------------------------------------------

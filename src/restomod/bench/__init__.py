@@ -1,1 +1,1 @@
-"""Measurements of speed, as a verb."""
+"""Benchmark of a training step: the command `restomod bench`."""

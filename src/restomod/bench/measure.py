@@ -1,7 +1,7 @@
-"""Times training steps: whole ones as training makes them, and others with a mark at the end of every phase.
+"""Timing of training steps, whole and by phase.
 
-A mark waits for the device, which keeps it from working ahead. So whole steps are timed without marks, in turns with
-the marked ones, and only the whole ones count for the speed.
+Timing a phase waits for the device, which keeps it from working ahead. So whole steps are timed alternately with steps
+by phase, and only whole steps count for the speed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PHASES = ("data", "forward", "backward", "update")
 
 @dataclass(frozen=True)
 class Steps:
-    """What is needed to make training steps, without a run."""
+    """Everything for training steps without a run."""
 
     config: RunConfig
     data: Prefetch
@@ -41,10 +41,10 @@ class Steps:
     processes: Processes
 
     def whole(self, step: int) -> float:
-        """Make a step; return its seconds.
+        """Time a step, in seconds.
 
         Raises:
-            UserError: its loss is not finite, so that nothing was updated and its time says nothing.
+            UserError: its loss is not finite, so nothing was updated and its time means nothing.
         """
         start = time.perf_counter()
         micro_batches, _ = self.data.get(step)
@@ -53,7 +53,7 @@ class Steps:
         return time.perf_counter() - start
 
     def by_phase(self, step: int) -> dict[str, float]:
-        """Make a step; return the seconds of each of `PHASES`, which together are all of it.
+        """Time the phases of a step, in seconds; they add up to the step.
 
         data: waiting for the batch. forward: copying it to the device and computing the loss, and the loss's own
         gradient, which is computed along with it. backward: the rest of the gradients, and averaging them over
@@ -69,7 +69,7 @@ class Steps:
         return clock.seconds
 
     def traced(self, step: int) -> bytes:
-        """Make a step; return what it did as a Chrome trace, empty in all processes but the main one."""
+        """Trace a step in Chrome's format; empty in all processes but rank 0."""
         if not self.processes.main:
             self.whole(step)
             return b""
@@ -94,14 +94,14 @@ class Steps:
 
 
 class PhaseClock:
-    """Adds up the seconds of a step by phase. No moment between two marks is lost or counted twice."""
+    """Seconds of a step by phase."""
 
     def __init__(self, wait: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
-        """Starts the first phase.
+        """Start the first phase.
 
         Args:
-            wait: for the device to have done all it was given.
-            now: the time in seconds.
+            wait: waits for the device.
+            now: returns the time in seconds.
         """
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._wait, self._now = wait, now
@@ -109,7 +109,7 @@ class PhaseClock:
         self._computed = False  # whether a micro-batch has gone forward, and backward is what follows
 
     def mark(self, phase: str) -> None:
-        """Count the time since the last mark as ``phase``."""
+        """Add the time since the last mark to ``phase``."""
         self._wait()
         now = self._now()
         self.seconds[phase] += now - self._last
@@ -117,7 +117,7 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def marks_forward(self, loss_of: nn.Module) -> Iterator[None]:
-        """Within, calls of ``loss_of`` are forward, and what lies between two of them is backward."""
+        """Count calls of ``loss_of`` as forward, and the time between two of them as backward."""
 
         def before(module: nn.Module, inputs: Any) -> None:
             if self._computed:
@@ -137,7 +137,7 @@ class PhaseClock:
 
 @dataclass(frozen=True)
 class _MarkingProcesses(Processes):
-    """Processes that mark the end of backward: a step's first common act after it is to average the loss."""
+    """Processes that mark the end of backward, after which a step first averages the loss."""
 
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(lambda: None))
 
@@ -148,16 +148,16 @@ class _MarkingProcesses(Processes):
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, in the order in which they were measured."""
+    """Seconds of steps, in the order of measurement."""
 
     whole: list[float]
     phases: list[dict[str, float]]
     peak_bytes: int | None
-    """Of the process that needed most; None where the system does not tell."""
+    """Largest peak memory of a process; None where the system does not tell."""
 
 
 def measure(steps: Steps, warmup: int, timed: int) -> Timings:
-    """Make ``warmup`` steps, then ``timed`` whole ones in turns with as many by phase."""
+    """Make ``warmup`` steps, then time ``timed`` whole steps alternately with as many by phase."""
     device, processes = steps.compute.device, steps.processes
     for step in range(warmup):
         steps.whole(step)
@@ -173,7 +173,7 @@ def measure(steps: Steps, warmup: int, timed: int) -> Timings:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes in use so far: CUDA's allocations since their last reset; elsewhere this process's own memory."""
+    """Peak bytes so far: allocated on the GPU since the last reset; elsewhere resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()

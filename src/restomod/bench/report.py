@@ -1,4 +1,4 @@
-"""What the timings of a benchmark mean: arithmetic, a table, JSON. Needs no device."""
+"""Report of a benchmark: throughput, MFU, table and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from restomod.model.flops import flops_per_token, mfu, parameter_count
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one number."""
+    """Median and range of measurements."""
 
     median: float
     low: float
@@ -31,7 +31,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of `restomod bench step`."""
+    """Results of `restomod bench step`."""
 
     preset: str
     config: RunConfig
@@ -44,7 +44,7 @@ class Report:
     """See `restomod.runs.folder.environment`; with the number of processes."""
     device_type: str
     peak_flops: float | None
-    """FLOP/s that all devices together can do at best; None where that is not known."""
+    """Peak FLOP/s of all devices; None where unknown."""
 
     @property
     def step_ms(self) -> Spread:
@@ -61,7 +61,7 @@ class Report:
 
     @property
     def phased_step_ms(self) -> Spread:
-        """Whole steps that were measured by phase."""
+        """Steps that were timed by phase."""
         return Spread.of([1000 * sum(step.values()) for step in self.timings.phases])
 
     @property
@@ -79,7 +79,7 @@ class Report:
         )
 
     def rows(self) -> list[tuple[str, str]]:
-        """The results for people, as the rows of a table."""
+        """Rows of the printed table."""
         speed, step, phased = self.tokens_per_second, self.step_ms, self.phased_step_ms
         processes = self.environment["processes"]
         rows = [
@@ -89,17 +89,17 @@ class Report:
         total = sum(spread.median for spread in self.phases_ms.values())
         for phase, spread in self.phases_ms.items():
             rows.append((f"  {phase}", f"{_ms(spread)}, {spread.median / total:.0%}"))
-        rows.append(("  together", f"{_ms(phased)}, in steps that wait for the device after every phase"))
-        most = f" of {processes}, the one that needs most" if processes > 1 else ""
+        rows.append(("  total", f"{_ms(phased)}, in steps that wait for the device after every phase"))
+        most = f", maximum over {processes} processes" if processes > 1 else ""
         peak = self.timings.peak_bytes
         rows.append(("peak memory", f"{peak / 2**20:,.0f} MiB, {self.memory_is}{most}" if peak else "unknown"))
         achieved = speed.median * self.flops_per_token
         rows.append(("compute", f"{achieved / 1e12:,.2f} TFLOP/s at {self.flops_per_token / 1e6:,.1f} MFLOP a token"))
-        share = "unknown: no data sheet for this device is at hand" if self.mfu is None else f"{self.mfu:.1%}"
+        share = "unknown: the peak of this device is not known" if self.mfu is None else f"{self.mfu:.1%}"
         return [*rows, ("MFU", share)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The results for programs: what JSON can hold."""
+        """Results for JSON."""
         return {
             "benchmark": "step",
             "preset": self.preset,

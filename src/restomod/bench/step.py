@@ -1,4 +1,4 @@
-"""The verb `bench step`: the training step of a run, without the run."""
+"""Command `bench step`: measures the training step of a run, without the run."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def bench_step(
     trace: str | None = None,
     display: Display | None = None,
 ) -> int:
-    """Measure the training step of ``config`` and print what was found.
+    """Measure the training step of ``config`` and print the results.
 
     Args:
-        config: a complete run. Where the model comes from, how it is computed and the size of a step count.
-        preset: what to call it.
+        config: a complete run.
+        preset: its name.
         tokens: synthetic for random ones; real for those of ``config.data``.
         warmup: steps to make before any is timed.
         timed: steps to time as a whole, and as many again by phase.
@@ -79,12 +79,12 @@ def bench_step(
     return 0
 
 
-def measure_part(config: RunConfig, preset: str, timed: int, display: Display) -> Report:
-    """Measure steps of a run's own micro-batches, two of them at most, in this process alone.
+def measure_micro_batches(config: RunConfig, preset: str, timed: int, display: Display) -> Report:
+    """Measure steps of at most two micro-batches of a run, in this process alone.
 
     Args:
-        config: the run. It is measured with random tokens.
-        preset: what to call it.
+        config: the run. Tokens are random.
+        preset: its name.
         timed: steps to time as a whole, and as many again by phase.
         display: where to print.
 
@@ -100,7 +100,7 @@ def measure_part(config: RunConfig, preset: str, timed: int, display: Display) -
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Within, memory that runs out is something the user can mend."""
+    """Turn out-of-memory errors into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -119,7 +119,7 @@ def _bench(
     display: Display,
     processes: Processes,
 ) -> tuple[Report, bytes]:
-    """What was found, and a trace of one more step where it is asked for."""
+    """The report, and a trace of one more step if ``trace``."""
     count = warmup + 2 * timed + 1  # the last is the traced one
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
@@ -146,7 +146,7 @@ def _bench(
 
 
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say: Say) -> tuple[Steps, float]:
-    """Everything as training sets it up, and the seconds of a micro-batch."""
+    """Set up everything as training does; with the seconds of a micro-batch."""
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
@@ -163,7 +163,7 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say
 
 
 def synthetic_tokens(vocab_size: int, sequence_length: int, seed: int) -> TokenStream:
-    """Random tokens of a vocabulary, at least a window and its target. The speed of a step does not depend on them."""
+    """Random tokens of a vocabulary, at least a window and its target."""
     n = max(SYNTHETIC_TOKENS, sequence_length + 1)
     drawn = np.random.default_rng(seed).integers(min(vocab_size, VOCAB_SIZE), size=n)
     return TokenStream([drawn.astype(np.uint16)])
@@ -175,7 +175,7 @@ def _head(
     config, compute, processes = steps.config, steps.compute, steps.processes.world_size
     m = config.model
     among = f"{processes} processes × " if processes > 1 else ""
-    precision = f"{dtype_name(compute.dtype)} products, fp32 weights"
+    precision = f"compute dtype {dtype_name(compute.dtype)}, fp32 weights"
     precision += ", bf16 residual stream" if config.residual_dtype == "bf16" else ""
     estimate = duration(seconds * accumulation * (warmup + 2 * timed))
     return [
@@ -183,12 +183,12 @@ def _head(
         ("model", f"{describe_shape(m)}; {parameter_count(m):,} parameters"),
         (
             "tokens per step",
-            f"{config.batch_tokens:,} = {among}{accumulation} × {compute.micro_batch} sequences × "
-            f"{config.sequence_length} tokens, {tokens}",
+            f"{config.batch_tokens:,} = {among}gradient accumulation {accumulation} × micro-batch "
+            f"{compute.micro_batch} × sequence length {config.sequence_length}, {tokens}",
         ),
         ("device", describe_device(compute.device)),
         ("precision", precision + (f", {config.parallel}" if processes > 1 else "")),
         ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
-        ("steps", f"{warmup} to warm up, {timed} timed whole and {timed} by phase, in turns"),
-        ("estimated time", f"{estimate}; fewer --batch-tokens give shorter steps"),
+        ("steps", f"{warmup} warm-up, {timed} timed whole and {timed} by phase, alternating"),
+        ("estimated time", f"{estimate}; fewer --batch-tokens make steps shorter"),
     ]

@@ -99,11 +99,11 @@ def _plan(name: str, given: PlanArguments) -> Plan:
 
 
 def _measure(name: str, config: RunConfig) -> Measured:
-    from restomod.bench.step import measure_part
+    from restomod.bench.step import measure_micro_batches
     from restomod.utils.console import Display
 
     display = Display()
-    report = measure_part(config, name, TIMED, display)
+    report = measure_micro_batches(config, name, TIMED, display)
     display.line("")
     display.require_printed()
     return measured_of(report)

@@ -22,10 +22,10 @@ import numpy as np
 
 from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT, PREPARE_AGAIN, READ, merge_counts, read_manifest
 from restomod.data.tokenizer import Tokenizer
-from restomod.data.verified import changed_file
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.files import require_regular, sha256_file
 from restomod.utils.temporary import Temporary
+from restomod.utils.verified import changed_file
 
 MAGIC = 20240520
 VERSION = 1

@@ -1,1 +1,1 @@
-"""One optimizer step: loss, optimizers, learning rate, precision, devices, several processes, memory."""
+"""One optimizer step: loss, optimizers, schedule, precision, devices, data parallelism, memory."""

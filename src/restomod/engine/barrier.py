@@ -1,7 +1,7 @@
-"""A barrier with heartbeats: processes wait for one that works alone, outside of collective operations.
+"""Barrier with heartbeats, for waiting without the time-out of collective operations.
 
 A collective operation ends the run when one process exceeds its time-out, even if that process is working. Here a
-thread of each process writes heartbeats into torchrun's store, and processes wait as long as those of all change.
+thread of each process writes heartbeats into torchrun's store, and the others wait as long as they change.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-HEARTBEAT_EVERY = 1.0  # seconds between heartbeats
+HEARTBEAT_EVERY = 1.0  # seconds
 SILENCE = 60.0  # seconds without a heartbeat after which a process is gone; some work delays the thread for a while
-LONGEST_PAUSE = 0.25  # seconds between looks
+LONGEST_PAUSE = 0.25  # seconds between polls
 GONE = b"gone"
 
 
 class Barrier:
-    """The barriers of a run. Every process has one object, and calls it equally often."""
+    """Barriers of a run. Every process has one object and calls it equally often."""
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
         self._store: dist.Store | None = store
@@ -57,7 +57,7 @@ class Barrier:
             came = self._came(name, 0)
 
     def leave(self) -> None:
-        """Tell the others that this process reaches no further barrier."""
+        """Announce that this process reaches no further barrier."""
         self._over.set()
         self._thread.join(HEARTBEAT_EVERY)
         with contextlib.suppress(RuntimeError):
@@ -103,7 +103,7 @@ class Barrier:
 
 
 def _place() -> str:
-    """The running system and its process IDs, which are this process's own in a container; another text elsewhere."""
+    """Identify the machine and its PID namespace, within which process IDs can be compared."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
@@ -116,6 +116,6 @@ def _is_dead(process: str) -> bool:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return True
-    except OSError:  # it may not be looked at
+    except OSError:  # no permission
         return False
     return state in ("Z", "X")

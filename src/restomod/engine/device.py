@@ -1,4 +1,4 @@
-"""Where to compute and how precisely: the one place that decides."""
+"""Choice of device, compute dtype, compilation and chunk sizes: the one place that decides."""
 
 from __future__ import annotations
 
@@ -24,9 +24,42 @@ TESTED_TORCH = (2, 11), (2, 15)  # the oldest and the newest release with which 
 WRONG_REDUCTIONS = (2, 10), (2, 15)
 REDUCTIONS = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
 
+# Tokens by kind of device; see `scaled_tokens`.
+FORWARD_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 65_536}  # more in one forward pass are not faster
+# chunk of the loss: enough rows for fast matmuls, and on CUDA few additions to the head's fp32 gradient; 100 MB and
+# 1.6 GB of logits in bf16
+CHUNK_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 16_384}
+# rows of an eager softmax in fp32: what stays in a CPU's cache between its passes; elsewhere what fits
+SOFTMAX_TOKENS = {"cpu": 32, "mps": 1024, "cuda": 1024}
+EVAL_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65_536}  # one forward pass of the validation loss
+LARGE_GPU = 24 * 10**9  # bytes; smaller GPUs get proportionally fewer tokens
+
+
+def scaled_tokens(table: dict[str, int], device_type: str, memory: int | None) -> int:
+    """Tokens of one of the tables above; on a GPU with less memory than `LARGE_GPU` proportionally fewer.
+
+    They follow from the device's total memory, not from its free memory, so that a resumed run computes the same bits.
+
+    Args:
+        table: tokens by kind of device.
+        device_type: cpu, mps or cuda.
+        memory: total memory of a GPU in bytes; None: large.
+
+    Returns:
+        A multiple of 1,024 where it is reduced.
+    """
+    if device_type != "cuda" or memory is None or memory >= LARGE_GPU:
+        return table[device_type]
+    return max(1024, table[device_type] * memory // LARGE_GPU // 1024 * 1024)
+
+
+def tokens_on(device: torch.device, table: dict[str, int]) -> int:
+    """`scaled_tokens` on a device of this machine."""
+    return scaled_tokens(table, device.type, total_memory(device))
+
 
 def choose_device(name: Device) -> torch.device:
-    """The device called ``name``; "auto" takes CUDA, else MPS, else the CPU.
+    """Choose the device called ``name``; "auto" takes CUDA, else MPS, else the CPU.
 
     Raises:
         UserError: the device asked for is not there.
@@ -41,7 +74,7 @@ def choose_device(name: Device) -> torch.device:
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type in which matrix products are computed.
+    """Choose the compute dtype of the matmuls.
 
     "auto" is bf16 where the hardware itself computes it; else fp16 on a GPU with tensor cores (a T4, a V100); else
     fp32. TF32 is not needed: a GPU that has it has bf16.
@@ -56,7 +89,7 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(setting: Compile, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile the model, and why, for the console."""
+    """Choose whether to compile the model; with the reason, for the console."""
     if setting != "auto":
         return setting == "on", f"--compile {setting}"
     if device.type != "cuda":
@@ -66,7 +99,7 @@ def choose_compile(setting: Compile, device: torch.device) -> tuple[bool, str]:
 
 
 def compiler_problem() -> str | None:
-    """What torch.compile lacks to compile for CUDA, found without compiling anything; None where nothing is missing."""
+    """Name what torch.compile lacks to compile for CUDA, without compiling anything; None where nothing is missing."""
     from torch.utils._triton import has_triton
 
     if not has_triton():
@@ -79,7 +112,7 @@ def compiler_problem() -> str | None:
 
 
 def compile_module(module: nn.Module, device: torch.device) -> None:
-    """Compile a module in place; its first call compiles. Every new shape of its inputs is compiled for itself."""
+    """Compile a module in place at its first call, separately for every shape of its inputs."""
     if device.type == "cuda":
         avoid_wrong_reductions()
     module.compile(dynamic=False)
@@ -105,7 +138,7 @@ def torch_release() -> tuple[int, int]:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give cached memory back to a GPU, so that allocations of other sizes find room."""
+    """Return cached memory to a GPU, so that allocations of other sizes find room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -113,12 +146,12 @@ def release_memory(device: torch.device) -> None:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """All memory of a GPU in bytes; None for other devices."""
+    """Total memory of a GPU in bytes; None for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The short name of a type: fp32, bf16, fp16."""
+    """Short name of a dtype: fp32, bf16, fp16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
@@ -135,7 +168,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _cpu() -> dict[str, str]:
-    """What Linux says of the first processor; nothing on other systems."""
+    """Fields of the first processor in /proc/cpuinfo; none on other systems."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
         lines = [line.split(":", 1) for line in f if ":" in line]
         return {key.strip(): value.strip() for key, value in reversed(lines)}
@@ -143,14 +176,14 @@ def _cpu() -> dict[str, str]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Compute matrix products in ``dtype``; in fp32 and fp64 this does nothing."""
+    """Compute matmuls in ``dtype``; no-op for fp32 and fp64."""
     if dtype in (torch.float32, torch.float64):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's name for people: the GPU's, or the processor's with its number of threads."""
+    """Name of a device for people: the GPU, or the processor with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = _cpu().get("model name") or platform.processor() or platform.machine()
@@ -158,14 +191,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def compute_deterministically() -> None:
-    """Use only kernels that give the same bits every time; to be called before the GPU is used."""
+    """Use deterministic kernels only; to be called before the GPU is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait for all work queued on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -173,7 +206,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory be used again, where the C library is glibc, rather than go back to the system.
+    """Keep freed memory in the process for reuse, where the C library is glibc, instead of returning it to the system.
 
     By default every large tensor is mapped anew, and the system fills it with zeros page by page as it is first used:
     6 % of the time of a step of GPT-2 124M on a CPU, and more where the arithmetic is faster.

@@ -1,8 +1,8 @@
-"""Several processes that train one model, as torchrun starts them. One process is a world of one: callers never branch.
+"""Data-parallel training: joining torchrun's processes, their collectives and errors, DDP and FSDP.
 
-Every process computes its slice of the global batch and the gradients are averaged after the last micro-batch, so
-the numbers of a run do not depend on how many processes there are. DistributedDataParallel keeps the whole model in
-each process; FSDP2 (`fully_shard`) keeps a part of every tensor in each.
+Every process computes its slice of the global batch, and gradients are averaged after the last micro-batch, so the
+results of a run do not depend on the number of processes. DistributedDataParallel replicates the model; FSDP2
+(`fully_shard`) shards every tensor. A single process has a world size of 1, so callers never branch.
 
     torchrun --nproc-per-node 8 -m restomod train gpt2-124m ...
 """
@@ -33,7 +33,7 @@ from restomod.engine.signals import stop_with_torchrun
 from restomod.model.gpt import GPT
 from restomod.utils.errors import ReportedElsewhere, UserError, describe_os_error, one_line
 
-PATIENCE = datetime.timedelta(minutes=30)  # others wait so long in a collective operation
+PATIENCE = datetime.timedelta(minutes=30)  # time-out of collective operations
 CONNECTING = datetime.timedelta(minutes=1)  # to torchrun's store, which is there before the processes are
 
 Result = TypeVar("Result")
@@ -41,22 +41,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them."""
+    """Rank and world size of this process, and collectives over all processes of the run."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Among those on the same machine."""
+    """Rank among the processes of the same machine."""
     barrier: Barrier | None = field(default=None, compare=False)
-    """Where they wait for each other's work; None: in the collective operation after it."""
+    """Where processes wait for one that works alone; None: in the next collective operation."""
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over all processes, the same in each."""
+        """Mean of a scalar over all processes, the same in each."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -72,7 +72,7 @@ class Processes:
         return [float(value) for value in total]
 
     def gather(self, value: Result) -> list[Result]:
-        """The values of all processes, by rank, the same in each."""
+        """Values of all processes, by rank, the same in each."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -80,7 +80,7 @@ class Processes:
         return values
 
     def least(self, value: int) -> int:
-        """The smallest of the values in the processes."""
+        """Smallest value over all processes."""
         if self.world_size > 1:
             least = torch.tensor(value)
             dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -88,15 +88,15 @@ class Processes:
         return value
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set in one of the processes."""
+        """For each flag, whether it is set in any process."""
         return [n > 0 for n in self.sum(*flags)]
 
     def run_on_all_ranks(self, work: Callable[[], Result], one_first: bool = False) -> Result:
-        """Do the same in every process, and fail in all if one fails.
+        """Run ``work`` in every process; if it fails in one, all fail.
 
         Args:
-            work: what to do.
-            one_first: the first process of each machine does it before the others; for what leaves files behind.
+            work: called once.
+            one_first: local rank 0 of each machine runs it before the others do; for work that writes files.
 
         Raises:
             UserError: in the first process that fails; in the others `ReportedElsewhere`, which is not printed.
@@ -110,7 +110,7 @@ class Processes:
                 try:
                     result.append(work())
                 except UserError as e:
-                    if e.known_to_all:  # from a `together` within this one
+                    if e.known_to_all:  # from a `run_on_all_ranks` within this one
                         raise
                     problem = e
                 except OSError as e:
@@ -124,7 +124,7 @@ class Processes:
         return result[0]
 
     def from_main(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns in the main process, which alone does it.
+        """Run ``work`` in rank 0 only, and return its result in every process.
 
         Raises:
             UserError: as ``work`` does; in the other processes `ReportedElsewhere`.
@@ -135,19 +135,19 @@ class Processes:
         return cast(Result, result[0])
 
     def agree(self) -> None:
-        """Within a `together`: stop here if another process has failed in it.
+        """Within a `run_on_all_ranks`: stop if another process has failed in it.
 
-        To be called before what synchronises the processes by itself, which would wait for the one that has failed.
+        To be called before a collective operation, which would wait for the process that has failed.
         """
         self.run_on_all_ranks(lambda: None)
 
     def error(self, message: str) -> UserError:
-        """What to raise where all processes meet the same problem: one of them reports it."""
+        """Error to raise where all processes meet the same problem; rank 0 reports it."""
         return self._shared(UserError(message)) if self.main else ReportedElsewhere(message)
 
     @staticmethod
     def _shared(problem: UserError | OSError) -> UserError:
-        """``problem``, marked as one that the other processes know of."""
+        """Mark ``problem`` as known to the other processes."""
         error = problem if isinstance(problem, UserError) else UserError(describe_os_error(problem))
         error.known_to_all = True
         return error
@@ -157,7 +157,7 @@ SINGLE = Processes()
 
 
 def device_of(device: torch.device, processes: Processes) -> torch.device:
-    """The device of one process: its own GPU of those that the machine has."""
+    """Device of this process: on CUDA the GPU of its local rank."""
     if device.type != "cuda" or processes.world_size == 1:
         return device
     if processes.local_rank >= torch.cuda.device_count():
@@ -170,10 +170,10 @@ def device_of(device: torch.device, processes: Processes) -> torch.device:
 
 @contextlib.contextmanager
 def join_processes(mend: str = "start all of them again") -> Iterator[Processes]:
-    """Join the processes that torchrun has started, if it has; leave them at the end.
+    """Join the processes that torchrun has started, if any, and leave them at the end.
 
     Args:
-        mend: what the user is to do where one of them is lost.
+        mend: what the user is to do where a process is lost.
     """
     stop_with_torchrun()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -206,7 +206,7 @@ def join_processes(mend: str = "start all of them again") -> Iterator[Processes]
         if isinstance(e, UserError) and e.known_to_all:
             raise
         lost = isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)))
-        if not _speaks_first(store) and (lost or isinstance(e, (UserError, OSError))):
+        if not _reports_first(store) and (lost or isinstance(e, (UserError, OSError))):
             raise ReportedElsewhere from e
         if lost:
             raise UserError(f"another process of this run is gone ({one_line(e)}); {mend}") from e
@@ -225,7 +225,7 @@ def join_processes(mend: str = "start all of them again") -> Iterator[Processes]
 
 
 def _store() -> tuple[dist.Store, int]:
-    """Where the processes find each other, and the number of this one.
+    """Connect to the store of the run; return it and the rank of this process.
 
     Raises:
         UserError: nobody answers there.
@@ -240,8 +240,8 @@ def _store() -> tuple[dist.Store, int]:
     return store, rank
 
 
-def _speaks_first(store: dist.Store) -> bool:
-    """Whether no other process has said yet why the run ends. The store is torchrun's, which outlives them."""
+def _reports_first(store: dist.Store) -> bool:
+    """Whether no other process has reported yet why the run ends. The store is torchrun's, which outlives them."""
     try:
         return store.add("reported", 1) == 1
     except (dist.DistError, RuntimeError):  # it is gone too
@@ -249,17 +249,17 @@ def _speaks_first(store: dist.Store) -> bool:
 
 
 def _drop_locals(e: BaseException | None) -> None:
-    """Let go of what the functions held that an exception has left."""
+    """Drop the local variables in the traceback of an exception."""
     while e is not None:
         traceback.clear_frames(e.__traceback__)
         e = e.__cause__ or e.__context__
 
 
 def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:
-    """The modules to compile, each for itself, before `distribute`; blocks share one graph.
+    """Modules to compile separately, before `distribute`; blocks share one graph.
 
-    torch does not trace FSDP's hooks on the blocks. With activation checkpointing around them it would compile nothing
-    of a whole transformer, silently. Under DDP torch splits the transformer where buckets of gradients end.
+    torch does not trace FSDP's hooks on the blocks; with activation checkpointing around them it would silently compile
+    nothing of the transformer. Under DDP torch splits the transformer where buckets of gradients end.
     """
     return list(model.transformer.h) if parallel == "fsdp" else [model.transformer]
 
@@ -267,13 +267,13 @@ def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:
 def distribute(
     loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Make a module that computes the loss of one process's tokens synchronise its gradients with the others.
+    """Wrap a module that computes the loss, so that its gradients are averaged over the processes.
 
     Args:
         loss: called with tokens and targets; holds ``model``.
         model: the language model within it, with fp32 weights.
         parallel: ddp or fsdp.
-        processes: with one, nothing is done for ddp.
+        processes: with a world size of 1, nothing is done for ddp.
         dtype: compute dtype of the matmuls, which run under autocast.
 
     Returns:
@@ -297,13 +297,13 @@ def distribute(
 
 
 def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype) -> None:
-    """Apply FSDP2 in place: a group per block, and a root group with all that is not in one.
+    """Apply FSDP2 in place: a group per block, and a root group with all other parameters.
 
-    A block's linear layers are gathered in the compute dtype, to which autocast would round them anyway, so the numbers
+    A block's linear layers are gathered in the compute dtype, to which autocast would round them anyway, so the results
     are those of fp32 weights at half the traffic and memory. Gradients are averaged in fp32. All else stays in fp32:
     embeddings, head and norms. A norm of the fp32 residual stream with 16-bit weights is an error on the CPU and, as an
     RMS norm, leaves the fused kernel on CUDA (torch 2.11). Norms are therefore in the root group, which a pass gathers
-    once; that takes no hooks inside of the blocks, where each would break the graph of `torch.compile`.
+    once; hooks inside of the blocks would break the graph of `torch.compile`.
     """
     # the default mesh is that of the GPUs of a machine, even for a model on its CPU
     device = model.head.device
@@ -326,14 +326,14 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
 
 
 def linear_parameters(model: GPT) -> set[nn.Parameter]:
-    """The parameters of the blocks that autocast rounds to the compute dtype: weights and biases of linear layers."""
+    """Parameters of the blocks that autocast casts to the compute dtype: weights and biases of linear layers."""
     layers = [module for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
     return {parameter for layer in layers for parameter in layer.parameters()}
 
 
 @contextlib.contextmanager
 def synchronised(loss: nn.Module, last: bool) -> Iterator[None]:
-    """Within, a backward pass averages the gradients over the processes only if it is the ``last`` of its step."""
+    """Average gradients over the processes in a backward pass only if it is the ``last`` of its step."""
     if isinstance(loss, FSDPModule):
         loss.set_requires_gradient_sync(last)
         yield

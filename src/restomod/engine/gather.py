@@ -1,7 +1,7 @@
-"""Models and tensors that processes share, made whole; and whole ones shared out. One tensor after the other.
+"""Gathering of sharded models and tensors, and broadcasting of full ones, tensor by tensor.
 
-FSDP leaves each process a part of every tensor, in a DTensor. Where nothing is shared these functions copy, or do
-nothing, so callers never branch.
+FSDP leaves each process a shard of every tensor, in a DTensor. Without shards these functions copy, or do nothing, so
+callers never branch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from restomod.engine.distributed import Processes, linear_parameters
 from restomod.model.gpt import GPT
 
 
-def is_shared(model: nn.Module) -> bool:
-    """Whether each process holds only a part of the model's weights."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only a shard of the model's weights."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @torch.no_grad()
 def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Processes) -> None:
-    """Copy what ``read`` returns in the main process into every process's ``tensor``. All processes have to call it.
+    """Broadcast what ``read`` returns in rank 0 into ``tensor`` of every process. All processes must call it.
 
     Args:
-        read: called in the main process only; returns a whole tensor of the shape of ``tensor``, on any device.
-        tensor: whole, or a DTensor, of which each process gets its part.
+        read: called in rank 0 only; returns a full tensor of the shape of ``tensor``, on any device.
+        tensor: full, or a DTensor, of which each process gets its shard.
         processes: that have the tensor.
 
     Raises:
@@ -49,12 +49,12 @@ def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Proces
     tensor.copy_(value)
 
 
-def fill(model: GPT, source: GPT | None, processes: Processes) -> None:
-    """Put the weights of ``source`` into the model of every process. All processes have to call it.
+def broadcast_weights(model: GPT, source: GPT | None, processes: Processes) -> None:
+    """Broadcast the weights of ``source`` into the model of every process. All processes must call it.
 
     Args:
-        model: each process has all of its weights, or a part.
-        source: of the same shape; needed in the main process only.
+        model: each process has all of its weights, or shards.
+        source: of the same shape; needed in rank 0 only.
         processes: that have the model.
     """
     weights = {} if source is None else dict(source.named_parameters())
@@ -64,9 +64,9 @@ def fill(model: GPT, source: GPT | None, processes: Processes) -> None:
 
 @torch.no_grad()
 def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of the main process, nothing in the others. All processes have to call it.
+    """Gather full tensors on the CPU of rank 0, nothing in the others. All processes must call it.
 
-    A GPU holds no more than one whole tensor at a time.
+    A GPU holds at most one full tensor at a time.
     """
     gathered = {}
     for name, tensor in tensors.items():
@@ -77,10 +77,10 @@ def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[
     return gathered
 
 
-def whole_on_main(model: GPT, processes: Processes) -> GPT:
-    """A copy of a model that processes share: whole, on the CPU, in the main process; without weights in the others.
+def gather_model_on_main(model: GPT, processes: Processes) -> GPT:
+    """Gather a full copy of a sharded model on the CPU of rank 0; without weights in the others.
 
-    All processes have to call it.
+    All processes must call it.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return _assembled(model, gather_on_main(parameters, processes))
@@ -88,16 +88,16 @@ def whole_on_main(model: GPT, processes: Processes) -> GPT:
 
 @torch.no_grad()
 def gather_full_model(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
-    """The model with all its weights on this process's device: itself, or a copy where they are shared out.
+    """Gather the full model on this process's device: itself, or a copy where it is sharded.
 
-    All processes have to call it.
+    All processes must call it.
 
     Args:
         model: as `distribute` left it.
-        dtype: of the linear layers in the blocks; that of the matmuls, as autocast would round them to it anyway.
+        dtype: of the linear layers in the blocks: the compute dtype, to which autocast would cast them anyway.
         keep: whether this process needs the weights. The copy is without them otherwise.
     """
-    if not is_shared(model):
+    if not is_sharded(model):
         return model
     linear, tensors = linear_parameters(model), {}
     for name, parameter in model.named_parameters():
@@ -111,7 +111,7 @@ def gather_full_model(model: GPT, dtype: torch.dtype = torch.float32, keep: bool
 
 
 def _assembled(like: GPT, tensors: Mapping[str, Tensor]) -> GPT:
-    """A model of the configuration of ``like`` with ``tensors`` for weights; on `meta` where there are none."""
+    """Model of the configuration of ``like`` with ``tensors`` as weights; on `meta` where there are none."""
     with torch.device("meta"):
         model = GPT(like.config)
     if tensors:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restomod.engine.chunk_sizes import CHUNK_TOKENS, SOFTMAX_TOKENS, tokens_at_once
-from restomod.engine.device import total_memory
+from restomod.engine.device import CHUNK_TOKENS, SOFTMAX_TOKENS, tokens_on
 from restomod.model.gpt import soft_cap
 
 # Gradients are kept at this multiple of those of the summed loss: fp16's range is 6e-8 to 65504. A power of two changes
@@ -114,7 +113,7 @@ def log_probs_of(
         As `linear_log_probs`.
     """
     kind = targets.device.type
-    n = chunk or tokens_at_once(CHUNK_TOKENS, kind, total_memory(targets.device))
+    n = chunk or tokens_on(targets.device, CHUNK_TOKENS)
     log_probs = torch.empty(len(targets), device=targets.device)
     best = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     for start in range(0, len(targets), n):

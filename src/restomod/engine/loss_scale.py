@@ -1,7 +1,8 @@
-"""Keeps the gradients of fp16 within its range: the loss is multiplied before it goes backward, the update divides.
+"""Dynamic loss scaling for fp16.
 
-fp16 holds nothing below 6e-8, where most gradients of a language model lie. Source: Micikevicius et al., "Mixed
-Precision Training", 2018, section 3.2; the constants are those of `torch.amp.GradScaler`.
+The loss is multiplied by a factor before the backward pass, and the update divides the gradients by it: fp16 has
+nothing below 6e-8, where most gradients of a language model lie. Source: Micikevicius et al., "Mixed Precision
+Training", 2018, section 3.2; the constants are those of `torch.amp.GradScaler`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LOSS_SCALE = ("loss_scale.factor", "loss_scale.finite_steps")  # in checkpoints 
 
 
 class LossScale:
-    """What the loss is multiplied by: in fp16 as much as its range allows, found by trying; otherwise 1."""
+    """Factor of the loss: in fp16 as large as its range allows, found by trying; otherwise 1."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.adapts = dtype == torch.float16
@@ -35,12 +36,12 @@ class LossScale:
         self.finite_steps.mul_(~grows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold of it, sharing its memory; nothing where it never changes."""
+        """State for a checkpoint, sharing its memory; none where the factor is constant."""
         if not self.adapts:
             return {}
         return dict(zip(LOSS_SCALE, (self.factor, self.finite_steps), strict=True))
 
     def reset(self) -> None:
-        """Begin anew, in place."""
+        """Reset to the initial state, in place."""
         self.factor.fill_(START if self.adapts else 1.0)
         self.finite_steps.zero_()

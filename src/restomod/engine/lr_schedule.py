@@ -14,7 +14,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
-    """The fraction of their maximum that all learning rates have in step ``step`` of ``steps``, counted from 0.
+    """Factor of all maximum learning rates in step ``step`` of ``steps``, counted from 0.
 
     Linear warm-up over ``warmup_steps`` (the first step already moves), then down as ``decay`` says, to
     ``min_lr_ratio`` at the last step. Sources: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B
@@ -35,7 +35,7 @@ def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def describe_warmup(config: RunConfig) -> str:
-    """The course of the learning rate in a line: 715 steps of 19,073 to 0.0006, then cosine decay to 6e-05."""
+    """Describe the schedule in a line: 715 steps of 19,073 to 0.0006, then cosine decay to 6e-05."""
     optim, steps = config.optim, config.steps
     length = f"{counted(optim.warmup_steps, 'step')} of {steps:,}"
     if optim.warmup_steps >= steps:

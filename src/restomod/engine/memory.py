@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from restomod.config.model import PLAIN_ATTENTION_TOKENS
 from restomod.config.run import ModelConfig, OptimConfig, RunConfig
-from restomod.engine.chunk_sizes import CHUNK_TOKENS, SOFTMAX_TOKENS, tokens_at_once
+from restomod.engine.device import CHUNK_TOKENS, SOFTMAX_TOKENS, scaled_tokens
 from restomod.engine.optimizer import build_optimizer, refuses_on_device
 from restomod.model.flops import padded_parameters
 from restomod.model.gpt import GPT, build_part
@@ -233,7 +233,7 @@ def _temporary(config: RunConfig, tokens: int, itemsize: int, device_type: str, 
     m, half = config.model, itemsize < FP32
     V, D, stream = m.padded_vocab_size, m.n_embd, FP32 * m.n_embd * tokens
     compiled, cuda = config.compiles_on(device_type), device_type == "cuda"
-    chunk = min(tokens, tokens_at_once(CHUNK_TOKENS, device_type, memory))
+    chunk = min(tokens, scaled_tokens(CHUNK_TOKENS, device_type, memory))
     logits = itemsize * chunk * V * (2 if compiled else 1)  # eager, their gradient overwrites them
     rows = FP32 * min(chunk, SOFTMAX_TOKENS[device_type]) * V if half and not compiled else 0
     # the head in half precision, and a chunk's part of its gradient where that is not summed in place

@@ -1,4 +1,4 @@
-"""How much is computed at once: what is fast and fits, less where memory has run out."""
+"""Choice of the micro-batch: as large as is fast and fits into memory, smaller after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from restomod.config.model import nearest_divisor_below
+from restomod.config.model import divisors_near, nearest_divisor_below
 from restomod.config.run import OptimConfig, RunConfig
 from restomod.data.batches import Batches, MicroBatches
-from restomod.engine.chunk_sizes import CHUNK_TOKENS, FAST_TOKENS, ROOM, share_of, tokens_at_once
-from restomod.engine.device import release_memory, total_memory
+from restomod.engine.device import CHUNK_TOKENS, FORWARD_TOKENS, release_memory, tokens_on
 from restomod.engine.distributed import Processes, synchronised
 from restomod.engine.memory import optimizer_bytes
 from restomod.engine.step import BatchLoss, Compute, batch_loss
@@ -26,25 +25,49 @@ Say = Callable[[str], None]
 """Shows a line to the user."""
 
 TRIED = (2, 4)  # sequences
+USABLE_MEMORY = 0.9  # share of a GPU's free memory; the rest is lost to fragmentation
 LONG_MICRO_BATCH = 20.0  # seconds; one that takes longer is not repeated to be timed, unless it was compiled
 
 
+def sequences_per_process(config: RunConfig, processes: int) -> int:
+    """Sequences of a step that each process computes.
+
+    Raises:
+        UserError: they cannot be divided evenly, or not into micro-batches of the configured size.
+    """
+    sequences, T = config.batch_sequences, config.sequence_length
+    if sequences % processes:
+        below = sequences // processes * processes
+        tokens = " or ".join(str(T * n) for n in (below, below + processes) if n)
+        raise UserError(
+            f"the {sequences} sequences of a step cannot be shared evenly by {processes} processes; "
+            f"choose --batch-tokens {tokens}, or start {divisors_near(sequences, processes)} processes"
+        )
+    share = sequences // processes
+    if config.micro_batch and share % config.micro_batch:
+        raise UserError(
+            f"micro_batch {config.micro_batch} does not divide the {share} sequences of a step that each process "
+            f"has; choose --micro-batch {divisors_near(share, config.micro_batch)}"
+        )
+    return share
+
+
 def choose_micro_batch(config: RunConfig, device: torch.device, processes: int = 1) -> int:
-    """Sequences per forward pass: what is configured, or what is fast on this kind of device; raises as `share_of`."""
-    share = share_of(config, processes)
-    return config.micro_batch or nearest_divisor_below(share, FAST_TOKENS[device.type] // config.sequence_length)
+    """Sequences per forward pass: configured or chosen by the kind of device. Raises as `sequences_per_process`."""
+    share = sequences_per_process(config, processes)
+    return config.micro_batch or nearest_divisor_below(share, FORWARD_TOKENS[device.type] // config.sequence_length)
 
 
 def choose_chunk(device: torch.device) -> int:
-    """Tokens whose logits exist at once in the loss."""
-    return tokens_at_once(CHUNK_TOKENS, device.type, total_memory(device))
+    """Tokens of one chunk of the loss."""
+    return tokens_on(device, CHUNK_TOKENS)
 
 
 def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: OptimConfig) -> int:
-    """The largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
+    """Find the largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
 
-    Two small micro-batches go forward and backward, uncompiled; what they take tells what a larger one would. The loss
-    is computed in chunks that both fill, so that its memory does not look as if it grew with the micro-batch.
+    The memory of a forward and backward pass of two small micro-batches, uncompiled, is extrapolated linearly. Both
+    fill the chunks of the loss, so that the memory of these does not seem to grow with the micro-batch.
     """
     chunk = min(compute.chunk or choose_chunk(compute.device), compute.micro_batch * batches.T)
     tried = min(chunk, TRIED[0] * batches.T)
@@ -56,7 +79,7 @@ def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: O
     free -= optimizer_bytes(model.config, optim)[0]
     logits = model.config.padded_vocab_size * compute.dtype.itemsize * (2 if compute.compiled else 1)
     free -= (chunk - tried) * logits
-    fits = sequences_that_fit((TRIED[0], taken[0]), (TRIED[1], taken[1]), ROOM * free)
+    fits = sequences_that_fit((TRIED[0], taken[0]), (TRIED[1], taken[1]), USABLE_MEMORY * free)
     return nearest_divisor_below(compute.micro_batch, fits)
 
 
@@ -71,9 +94,9 @@ def _bytes_taken(model: GPT, batches: Batches, compute: Compute, sequences: int)
 
 
 def sequences_that_fit(small: tuple[int, int], large: tuple[int, int], room: float) -> int:
-    """How many sequences fit into ``room`` bytes, at least 1, given how many bytes two other numbers of them took.
+    """Extrapolate how many sequences fit into ``room`` bytes, at least 1, from two pairs (sequences, bytes).
 
-    Short sequences may take so little that both numbers take the same; then any number fits, as far as can be told.
+    Both pairs may have the same bytes, where sequences are short; then any number fits.
     """
     each = max(1.0, (large[1] - small[1]) / (large[0] - small[0]))
     return max(1, int((room - (small[1] - each * small[0])) / each))
@@ -89,7 +112,7 @@ def first_micro_batch(
     processes: Processes,
     say: Say,
 ) -> tuple[float, Compute]:
-    """Compute a micro-batch of ``step`` forward and backward, the first of a process. All processes call this.
+    """Compute the first micro-batch of a process, forward and backward. All processes call this.
 
     torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
     is halved; where torch.compile fails and was chosen automatically, the model is run without it.
@@ -130,7 +153,7 @@ def first_micro_batch(
                 raise UserError(
                     f"out of memory with one sequence at once ({reason}); try --recompute, or a smaller model"
                 )
-            compute = dataclasses.replace(compute, micro_batch=smaller(n))
+            compute = dataclasses.replace(compute, micro_batch=next_smaller_divisor(n))
             say(f"warning: out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
         elif repeated or (long and not compute.compiled):
             return seconds, compute
@@ -146,7 +169,7 @@ def first_micro_batch(
 def _try_micro_batch(
     model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int
 ) -> tuple[float, Literal["memory", "compiler"] | None, str]:
-    """Seconds of a micro-batch, what kept it from being computed, and the reason in a line. Changes nothing.
+    """Try a micro-batch: its seconds, what failed, and the reason in a line. Changes nothing.
 
     Gradients are not averaged over processes, so that one that fails leaves no other waiting. FSDP cannot do without:
     there, out of memory is an error at once.
@@ -172,8 +195,8 @@ def _try_micro_batch(
     return time.perf_counter() - start, None, ""
 
 
-def cut(micro_batches: MicroBatches, sequences: int) -> MicroBatches:
-    """The same batch in micro-batches of at most so many sequences."""
+def split_micro_batches(micro_batches: MicroBatches, sequences: int) -> MicroBatches:
+    """Split a batch into micro-batches of at most ``sequences`` sequences."""
     return [
         (tokens[i : i + sequences], targets[i : i + sequences])
         for tokens, targets in micro_batches
@@ -181,6 +204,6 @@ def cut(micro_batches: MicroBatches, sequences: int) -> MicroBatches:
     ]
 
 
-def smaller(sequences: int) -> int:
-    """The next smaller size of a micro-batch that divides it."""
+def next_smaller_divisor(sequences: int) -> int:
+    """Next smaller micro-batch that divides this one."""
     return nearest_divisor_below(sequences, sequences // 2)

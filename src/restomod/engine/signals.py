@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals of schedulers: the step is finished and saved before the run ends."""
+"""Signals that stop a run after the present step: Ctrl-C, schedulers, the death of the parent process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE_REQUEST = 1.0  # seconds; a parent's death is told once for each of its thre
 
 
 def stop_with_parent() -> None:
-    """Have the system send this process SIGTERM when the one that started it dies, however it does; on Linux only."""
+    """Have the kernel send this process SIGTERM when its parent dies; on Linux only."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
@@ -32,10 +32,10 @@ def stop_with_parent() -> None:
 
 
 def stop_with_torchrun() -> None:
-    """In a process that torchrun has started: end with it. To be called before anything that takes time.
+    """End with torchrun, in a process that it has started. To be called before anything that takes time.
 
-    torchrun ends its processes itself, unless it is killed. Where that has happened already, the parent of this process
-    is another one, of which nothing can be told; but torchrun's store is there before its processes, and gone with it.
+    torchrun ends its processes itself, unless it is killed. If that has happened already, this process has another
+    parent; but torchrun's store exists before its processes, and is gone with it.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -51,7 +51,7 @@ def stop_with_torchrun() -> None:
 
 
 class StopSignal:
-    """Turns the first of `STOP_SIGNALS` into a request to stop after the present step; a later one acts as usual.
+    """Turn the first of `STOP_SIGNALS` into a request to stop after this step; a later one acts as usual.
 
     Args:
         on_request: called with the first one.

@@ -1,6 +1,6 @@
-"""One optimizer step: the batch in micro-batches forward and backward, clip, update.
+"""One optimizer step: forward and backward over micro-batches, clipping, update.
 
-The processor only says what is to be done: nothing waits for the device, which may be a step behind.
+Nothing waits for the device, which may be a step behind the CPU.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from restomod.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how precisely a step is computed."""
+    """Device, precision and micro-batch of a step."""
 
     device: torch.device
     dtype: torch.dtype
     micro_batch: int
     compiled: bool = False
     document_mask: bool = False
-    """Whether a token sees only its own document."""
+    """Whether a token attends to its own document only."""
     chunk: int | None = None
-    """Tokens whose logits exist at once in the loss; None: what is fast on this kind of device."""
+    """Tokens of a chunk of the loss; None: what is fast on this kind of device."""
     compile_reason: str = ""
-    """Why the model is compiled or not, for the console."""
+    """Reason why the model is compiled or not, for the console."""
 
 
 def batch_loss(
@@ -44,8 +44,8 @@ def batch_loss(
 
     Args:
         model: on ``compute.device``.
-        tokens, targets: int64, in page-locked memory where the device is a GPU, so that copying them waits for nothing.
-        compute: where and how precisely.
+        tokens, targets: int64; in pinned memory where the device is a GPU, so that copying is asynchronous.
+        compute: device, precision, chunk.
         head_gradient: see `linear_cross_entropy`.
     """
     asynchronous = compute.device.type == "cuda"  # MPS may read or write such a copy too early
@@ -69,14 +69,14 @@ def batch_loss(
 
 
 def document_mask(tokens: Tensor) -> Tensor:
-    """Which token (last) each token of (B, T) windows sees, (B, 1, T, T) bool: those before it in its own document."""
+    """Attention mask, (B, 1, T, T) bool, of (B, T) windows: causal and within the token's own document."""
     T, documents = tokens.shape[1], document_ids(tokens)  # (B, T)
     same = documents[:, :, None] == documents[:, None, :]
     return (same & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril())[:, None]
 
 
 class BatchLoss(nn.Module):
-    """`batch_loss` as a module, so that its gradients can be synchronised."""
+    """`batch_loss` as a module, which DDP and FSDP can wrap."""
 
     def __init__(self, model: GPT, compute: Compute) -> None:
         super().__init__()
@@ -88,18 +88,18 @@ class BatchLoss(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of a step."""
+    """Result of a step."""
 
     loss: float
-    """In nats, before the update."""
+    """Loss before the update, in nats."""
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     refused: bool
     """Whether there was no update: something is not finite, or the loss is above the limit."""
 
 
 class PendingStep:
-    """A step that the device has been given."""
+    """Step that is queued on the device."""
 
     def __init__(self, loss: Tensor, grad_norm: Tensor, refused: Tensor) -> None:
         values = torch.stack([loss, grad_norm, refused.float()])
@@ -109,7 +109,7 @@ class PendingStep:
             self._computed.record()
 
     def wait(self) -> StepResult:
-        """Wait until this step is computed, and for nothing after it."""
+        """Wait until this step is computed; later steps may go on."""
         if self._computed is not None:
             self._computed.synchronize()
         loss, grad_norm, refused = self._values.tolist()
@@ -130,11 +130,11 @@ def train_step(
     Args:
         loss_of: `BatchLoss`, or what `distribute` made of it.
         optimizer: of the model's parameters.
-        micro_batches: tokens and targets, (B, T) each: this process's share of the batch of step ``step``.
+        micro_batches: tokens and targets, (B, T) each: this process's part of the batch of step ``step``.
         config: of the run.
-        step: how many updates the weights have had.
-        processes: that share the batch.
-        loss_limit: a loss above it leads to no update either.
+        step: number of updates so far.
+        processes: that compute parts of the batch.
+        loss_limit: a larger loss is refused as well.
     """
     scale = optimizer.loss_scale.factor
     losses, head_gradient = [], HeadGradient()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from restomod.engine.chunk_sizes import tokens_at_once
-from restomod.engine.device import autocast, total_memory
+from restomod.engine.device import autocast, tokens_on
 from restomod.engine.loss import log_probs_of
 from restomod.evals.likelihood import Batch, LanguageModel, Request, gpt_log_probs, log_likelihoods
 from restomod.model.gpt import GPT
@@ -46,7 +45,7 @@ class ScoredGPT:
             )
         self.max_length = model.config.n_positions
         device = model.head.device
-        self.tokens_per_forward = tokens_at_once(TOKENS_PER_FORWARD, device.type, total_memory(device))
+        self.tokens_per_forward = tokens_on(device, TOKENS_PER_FORWARD)
 
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer.encode_special(text)]
@@ -78,7 +77,7 @@ class ScoredTransformers:
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.prefix = self.opened.max_length, self.opened.prefix
         # logits are computed for all positions from the first that is needed on: fewer tokens at once
-        self.tokens_per_forward = tokens_at_once(TOKENS_PER_FORWARD, model.device.type, total_memory(model.device)) // 2
+        self.tokens_per_forward = tokens_on(model.device, TOKENS_PER_FORWARD) // 2
         parameters = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in parameters
         attends_to_all = getattr(model.config.get_text_config(), "sliding_window", None) is None

@@ -17,8 +17,7 @@ from torch import Tensor
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset, TokenStream
 from restomod.data.tokenizer import Tokenizer
-from restomod.engine.chunk_sizes import EVAL_TOKENS, tokens_at_once
-from restomod.engine.device import autocast, total_memory
+from restomod.engine.device import EVAL_TOKENS, autocast, tokens_on
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.likelihood import Batch, LanguageModel, gpt_log_probs
 from restomod.model.gpt import GPT
@@ -104,7 +103,7 @@ def validation_loss(
         tokenizer: counts the bytes; None: they are not counted.
     """
     T = sequence_length
-    batch = batch or max(1, tokens_at_once(EVAL_TOKENS, device.type, total_memory(device)) // T)
+    batch = batch or max(1, tokens_on(device, EVAL_TOKENS) // T)
     total, tokens, n_bytes, finite = torch.zeros(T, dtype=torch.int64), 0, 0, True
     for i, (x, y) in enumerate(_inputs(stream, T, max_tokens, batch)):
         tokens += y.numel()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from restomod.config.run import RunConfig
 from restomod.engine.distributed import SINGLE, Processes
-from restomod.engine.gather import gather_on_main, is_shared, whole_on_main
+from restomod.engine.gather import gather_model_on_main, gather_on_main, is_sharded
 from restomod.engine.optimizer import Optimizers, optimizer_tensors
 from restomod.model.gpt import GPT
 from restomod.runs.checkpoint import list_checkpoints, remove_checkpoint, step_of, write_checkpoint
@@ -46,8 +46,8 @@ class Saver:
         """
         state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
         self.finish()
-        if is_shared(model):
-            model, state = whole_on_main(model, self.processes), gather_on_main(state, self.processes)
+        if is_sharded(model):
+            model, state = gather_model_on_main(model, self.processes), gather_on_main(state, self.processes)
         if self.processes.main:
             copied = self._copy(model, state)
             assert self._model is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from restomod.data.batches import MicroBatches
 from restomod.engine.device import release_memory
-from restomod.engine.micro_batch import cut, smaller
+from restomod.engine.micro_batch import next_smaller_divisor, split_micro_batches
 from restomod.engine.step import PendingStep, train_step
 from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import describe_newest, load_checkpoint, newest_whole
@@ -84,7 +84,7 @@ def train_step_retrying_oom(
     """
     loss_of, optimizer, processes = training.loss_of, training.optimizer, training.processes
     while True:
-        parts = cut(micro_batches, micro_batch)
+        parts = split_micro_batches(micro_batches, micro_batch)
         try:
             return train_step(loss_of, optimizer, parts, training.config, step, processes, loss_limit), micro_batch
         except Exception as e:
@@ -97,7 +97,7 @@ def train_step_retrying_oom(
                 ) from e
         optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
         release_memory(training.compute.device)
-        micro_batch = smaller(micro_batch)
+        micro_batch = next_smaller_divisor(micro_batch)
         display.line(f"step {step}  out of memory: micro-batch {micro_batch} from here on", style="bold yellow")
 
 

@@ -22,10 +22,10 @@ from restomod.data.prepare import text_cache, units, worker
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
-from restomod.data.verified import VERIFIED
 from restomod.utils import locks
 from restomod.utils.errors import UserError
 from restomod.utils.temporary import Temporary
+from restomod.utils.verified import VERIFIED
 from tests.data.pieces import tiny_pieces
 from tests.filesystems import refuse_renaming_folders
 

@@ -24,8 +24,7 @@ from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset, Part
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from restomod.engine.chunk_sizes import EVAL_TOKENS, tokens_at_once
-from restomod.engine.device import choose_device, choose_dtype, keep_freed_memory, total_memory
+from restomod.engine.device import EVAL_TOKENS, choose_device, choose_dtype, keep_freed_memory, tokens_on
 from restomod.evals.validation import token_losses, validation_windows
 from restomod.model.gpt import GPT
 from restomod.model.hf_io import load_model
@@ -172,7 +171,7 @@ def _windows(
     """Tokens and targets, (B, T) each, of windows that are spread over a source's validation split."""
     batches = Batches(source.dataset.val, T, 1, seed=0, split="validation")
     windows = validation_windows(batches.n_windows, T, max_tokens)
-    at_once = max(1, tokens_at_once(EVAL_TOKENS, device.type, total_memory(device)) // T)
+    at_once = max(1, tokens_on(device, EVAL_TOKENS) // T)
     for start in range(0, len(windows), at_once):
         yield batches.load(windows[start : start + at_once])
 

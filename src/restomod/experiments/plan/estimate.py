@@ -9,8 +9,9 @@ from typing import Any, Literal
 from restomod.config.model import nearest_divisor_below
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
-from restomod.engine.chunk_sizes import FAST_TOKENS, share_of
+from restomod.engine.device import FORWARD_TOKENS
 from restomod.engine.memory import MemoryEstimate, estimate_memory
+from restomod.engine.micro_batch import sequences_per_process
 from restomod.experiments.plan.expected_loss import Expected, expected_loss
 from restomod.experiments.plan.hardware import GPU, GPUS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
 from restomod.experiments.plan.prices import Offer
@@ -120,7 +121,7 @@ class Plan:
         """The most sequences at once that fit into the GPU's memory (0: not even one); None where it is unknown."""
         if self.gpu is None:
             return None
-        low, high = 0, share_of(self.config, self.gpus) + 1
+        low, high = 0, sequences_per_process(self.config, self.gpus) + 1
         while high - low > 1:
             middle = (low + high) // 2
             fits = self.memory(middle).total <= self.gpu.memory
@@ -132,10 +133,10 @@ class Plan:
         """Sequences at once: those configured, else as training chooses; at least 1, whether it fits or not."""
         if self.measured is not None:
             return self.measured.micro_batch
-        share = share_of(self.config, self.gpus)
+        share = sequences_per_process(self.config, self.gpus)
         if self.config.micro_batch is not None:
             return self.config.micro_batch
-        fast = FAST_TOKENS[self.device_type] // self.config.sequence_length
+        fast = FORWARD_TOKENS[self.device_type] // self.config.sequence_length
         return nearest_divisor_below(share, fast if self.fitting is None else min(fast, self.fitting))
 
     @property

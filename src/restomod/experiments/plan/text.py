@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from restomod.engine.chunk_sizes import share_of
 from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
+from restomod.engine.micro_batch import sequences_per_process
 from restomod.experiments.plan.estimate import Plan, Quote
 from restomod.experiments.plan.hardware import Speed
 from restomod.experiments.plan.prices import Offer
@@ -86,7 +86,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
         found = "not told" if peak is None else _gb(peak)
         total += f"; the steps measured here needed {found}, predicted {_gb(plan.measured.predicted_bytes)}"
     elif plan.gpu is not None:
-        share = share_of(plan.config, plan.gpus)
+        share = sequences_per_process(plan.config, plan.gpus)
         most = f"up to {plan.fitting:,} sequences at once fit" if plan.fitting else "not even one sequence fits"
         most = f"all {share:,} sequences of its step fit at once" if plan.fitting == share else most
         total += f" of {_gb(plan.gpu.memory)}; {most}" + ("" if plan.fits else "; this does not fit")
