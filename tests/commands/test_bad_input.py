@@ -86,6 +86,10 @@ BAD: list[tuple[str, ...]] = [
     ("plan quickstart --target-loss x", "--target-loss: 'x' is not a number or None"),
     ("plan quickstart --optim.betas a b", "--optim.betas: 'a', 'b' are not 2 numbers"),
     ("compare-samples dir dir --prompt --hello", "--flag=VALUE"),
+    ("sample ''", "an argument is empty"),
+    ("sample --prompt a ''", "an argument is empty"),
+    ("plan quickstart --steps ''", "--steps is empty"),
+    ("plan quickstart --json=", "--json is empty"),
     # values that begin with a dash are values
     ("compare-samples dir dir --prompt -hello", "dir is neither a run nor"),
     ("compare-samples dir dir --out -x", "--out -x"),

@@ -17,10 +17,8 @@ from restomod.utils.files import (
     require_inside,
     sha256_file,
     short_name,
-    write_json_atomically,
     write_text_atomically,
 )
-from restomod.utils.json_files import read_json
 from restomod.utils.output_files import Output, write_outputs
 from tests.filesystems import refuse_renaming_folders
 
@@ -135,34 +133,6 @@ def test_fsync_takes_files_and_folders_and_closes_them(tmp_path: Path) -> None:
     again = os.open(tmp_path, os.O_RDONLY)
     os.close(again)
     assert again == free
-
-
-def test_json_comes_back_and_ends_with_a_line_end(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, None, True], "b": {"c": "é"}}
-    write_json_atomically(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json", "thing") == value
-    assert (tmp_path / "a.json").read_text().endswith("}\n")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"{'a': 1}"])
-def test_damaged_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged: the manifest is not valid JSON") as caught:
-        read_json(path, "manifest")
-    assert str(path) in str(caught.value)
-
-
-def test_missing_json_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is missing: there is no manifest here") as caught:
-        read_json(tmp_path / "a.json", "manifest")
-    assert str(tmp_path / "a.json") in str(caught.value)
-
-
-def test_json_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the manifest: Is a directory") as caught:
-        read_json(tmp_path, "manifest")
-    assert str(tmp_path) in str(caught.value)
 
 
 # --- folders -------------------------------------------------------------------------------------------------

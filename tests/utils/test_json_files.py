@@ -11,6 +11,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from restomod.utils.errors import UserError
+from restomod.utils.files import write_json_atomically
 from restomod.utils.json_files import parse_json, read_json
 
 
@@ -44,6 +45,24 @@ def test_what_is_no_json_or_beyond_the_limits_is_one_kind_of_error(content: byte
 def test_what_is_within_the_limits_is_as_json_reads_it() -> None:
     text = b'\xef\xbb\xbf{"a": [9223372036854775807, -9223372036854775808, 0.12345678901234567, "' + b"1" * 50 + b'"]}'
     assert parse_json(text) == {"a": [2**63 - 1, -(2**63), 0.12345678901234567, "1" * 50]}
+
+
+def test_json_comes_back_and_ends_with_a_line_end(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, True], "b": {"c": "é"}}
+    write_json_atomically(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", "thing") == value
+    assert (tmp_path / "a.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"{'a': 1}", "folder", "missing"])
+def test_json_that_cannot_be_read_is_refused_by_name(content: bytes | str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"{path}.*manifest"):
+        read_json(path, "manifest")
 
 
 def test_values_of_the_right_type_come_back_without_foreign_keys(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from restomod.commands.flags import ConfigArguments
-from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, refuse_ignored, usage_unless_given
+from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, preset_first, refuse_ignored
 from restomod.config.presets import preset
 from restomod.utils.errors import UserError, did_you_mean, reported_once
 
@@ -42,10 +42,10 @@ def run(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> tuple[str, BenchArguments]:
     """Return the preset's name and all flags."""
-    usage_unless_given(arguments, lambda: USAGE)
-    if arguments[0] != "step":
-        raise UserError(f"unknown benchmark {arguments[0]!r}{did_you_mean(arguments[0], ['step'])}")
-    name, rest = "quickstart", arguments[1:]
+    benchmark, rest = preset_first("bench step", arguments, USAGE)
+    if benchmark != "step":
+        raise UserError(f"unknown benchmark {benchmark!r}{did_you_mean(benchmark, ['step'])}")
+    name = "quickstart"
     if rest and not rest[0].startswith("-"):
         name, rest = rest[0], rest[1:]
     given = parse_run(BenchArguments(preset(name)), rest, f"restomod bench step {name}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is imported when it is needed
     from restomod.utils.console import CheckResult, Display
 
 EXIT_CHECK_FAILED = 1
-STATUS_WORDS = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "skipped"}
+STATUS_WORDS = {"pass": "passed", "warn": "with a warning", "fail": "failed", "skip": "skipped"}
 
 
 @dataclass(frozen=True, kw_only=True)

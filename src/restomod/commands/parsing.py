@@ -23,29 +23,22 @@ from restomod.utils.text import visible
 Arguments = TypeVar("Arguments")
 
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
-NUMBER = re.compile(r"-(\d|\.\d)")  # tyro itself takes these for values
-DASH = "\ue000"  # a private character in place of the dash of a value that tyro would take for a flag
+NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses these as values
+DASH = "\ue000"  # stands for the first dash of a value, which tyro would take for a flag
 MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a document; a glob has a message of its own
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
 
-def usage_unless_given(arguments: list[str], usage: Callable[[], str]) -> None:
-    """Print the usage where there are no arguments, or only a flag for help.
+def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    """Split the first argument, the name of a preset, off a command line.
 
     Raises:
-        SystemExit: it has been printed; the code is 0 where help was asked for.
+        UserError: it is a flag.
+        SystemExit: there is none, or only a flag for help, and the usage has been printed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage)
         raise SystemExit(0 if arguments else EXIT_USER_ERROR)
-
-
-def preset_first(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """Split a command line into the name of a preset and the flags.
-
-    Raises:
-        UserError: it begins with a flag.
-    """
     if arguments[0].startswith("-"):
         given = " ".join(arguments)
         raise UserError(f"name a preset first: restomod {command} PRESET {given} (restomod {command} --help)")
@@ -72,32 +65,31 @@ def parse(
         UserError: a flag is wrong.
         SystemExit: help has been printed.
     """
+    _refuse_empty(arguments)
     hidden = [a if is_flag(a) or NUMBER.match(a) or a == "--" else re.sub("^-(?=.)", DASH, a) for a in arguments]
     problem = io.StringIO()
     columns = os.environ.get("COLUMNS")
     helps = bool({"-h", "--help"} & set(arguments))
-    if helps:  # tyro prints its own colours, and the values of a run that may come from elsewhere
-        default, program = _changed(default, visible), visible(program)
+    if helps:  # tyro prints colours, which must pass, and values of a run, which may be hostile
+        default, program = _map_texts(default, visible), visible(program)
     else:
         os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
-    shown_at = contextlib.redirect_stdout(raw_stream(sys.stdout)) if helps else contextlib.nullcontext()
+    output = contextlib.redirect_stdout(raw_stream(sys.stdout)) if helps else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(problem), shown_at:
+        with contextlib.redirect_stderr(problem), output:
             parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description=description)
     except UserError as e:
-        raise UserError(_said(str(e))) from None
+        raise UserError(_restore_dashes(str(e))) from None
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        message = _said(_one_line(problem.getvalue()))
+        message = _restore_dashes(_one_line(problem.getvalue()))
         raise UserError(f"{message} ({program} --help lists the flags)") from None
     finally:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    shown = parsed if hidden == arguments else _changed(parsed, _with_dash)
-    _refuse_empty(shown, default)
-    return typing.cast(Arguments, shown)
+    return typing.cast(Arguments, parsed if hidden == arguments else _map_texts(parsed, _restore_dash))
 
 
 def parse_run(default: Arguments, arguments: list[str], program: str) -> Arguments:
@@ -119,12 +111,12 @@ def parse_run(default: Arguments, arguments: list[str], program: str) -> Argumen
 
 
 def is_flag(argument: str) -> bool:
-    """Whether an argument is a flag and not a value, such as -2 or -hello."""
+    """Return whether an argument is a flag, and not a value such as -2 or -hello."""
     return FLAG.fullmatch(argument) is not None
 
 
 def flags_in(arguments: Iterable[str]) -> set[str]:
-    """The names of the flags among arguments, without values, with dashes for underscores."""
+    """Return the names of the flags among arguments, without values, with dashes for underscores."""
     return {argument.partition("=")[0].replace("_", "-") for argument in arguments if is_flag(argument)}
 
 
@@ -133,7 +125,7 @@ def refuse_ignored(arguments: Iterable[str], ignored: Mapping[str, str]) -> None
 
     Args:
         arguments: the command line.
-        ignored: by flag, what makes it useless, such as "with --optim.optimizer adamw".
+        ignored: maps a flag to the setting that disables it, such as "with --optim.optimizer adamw".
     """
     given = flags_in(arguments)
     for flag, why in ignored.items():
@@ -142,73 +134,65 @@ def refuse_ignored(arguments: Iterable[str], ignored: Mapping[str, str]) -> None
 
 
 def ignored_by_run(config: RunConfig) -> dict[str, str]:
-    """The flags of a run that have no effect, each with the setting that makes it so: "with --optim.decay cosine"."""
+    """Map each flag of a run that has no effect to the setting that disables it: "with --optim.decay cosine"."""
     data, optim = config.data, config.optim
     source = "with --data.mix" if data.mix is not None else f"with --data.source {data.source}"
     prepared = data.mix is not None or data.source == "tokens"
-    rules = (
-        (prepared or data.source != "text", source, ("--data.glob", "--data.text-column")),
-        (prepared, source, ("--data.val-fraction", "--data.split-seed")),
-        (
-            optim.optimizer == "adamw",
-            "with --optim.optimizer adamw",
-            ("--optim.muon-lr", "--optim.muon-momentum", "--optim.muon-weight-decay"),
-        ),
-        (optim.decay in ("cosine", "linear"), f"with --optim.decay {optim.decay}", ("--optim.cooldown",)),
-        (config.model.positions == "learned", "with --model.positions learned", ("--model.rope-theta",)),
-        (
-            config.sampling.temperature == 0,
-            "with --sampling.temperature 0",
-            ("--sampling.top-k", "--sampling.top-p"),
-        ),
-        (config.keep_checkpoints == 0, "with --keep-checkpoints 0, which keeps all", ("--keep-every",)),
-        (config.eval_limit is not None and not config.eval_tasks, "without --eval-tasks", ("--eval-limit",)),
-    )
-    return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
+    adamw = optim.optimizer == "adamw" and "with --optim.optimizer adamw"
+    rules = {
+        "--data.glob --data.text-column": (prepared or data.source != "text") and source,
+        "--data.val-fraction --data.split-seed": prepared and source,
+        "--optim.muon-lr --optim.muon-momentum --optim.muon-weight-decay": adamw,
+        "--optim.cooldown": optim.decay in ("cosine", "linear") and f"with --optim.decay {optim.decay}",
+        "--model.rope-theta": config.model.positions == "learned" and "with --model.positions learned",
+        "--sampling.top-k --sampling.top-p": config.sampling.temperature == 0 and "with --sampling.temperature 0",
+        "--keep-every": config.keep_checkpoints == 0 and "with --keep-checkpoints 0, which keeps all",
+        "--eval-limit": config.eval_limit is not None and not config.eval_tasks and "without --eval-tasks",
+    }
+    return {flag: why for flags, why in rules.items() if why for flag in flags.split()}
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """A dataclass with every text in it changed."""
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy of a dataclass with ``change`` applied to every text in it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = {f.name: _changed(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        new = {f.name: _map_texts(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         changed = {name: v for name, v in new.items() if v != getattr(value, name)}
         return dataclasses.replace(value, **changed) if changed else value
     if isinstance(value, tuple):
-        return tuple(_changed(part, change) for part in value)
+        return tuple(_map_texts(part, change) for part in value)
     return change(value) if isinstance(value, str) else value
 
 
-def _with_dash(text: str) -> str:
-    """A value with the dash back that `parse` has hidden."""
+def _restore_dash(text: str) -> str:
+    """Put back the dash at the beginning of a value that `parse` has hidden."""
     return "-" + text[1:] if text.startswith(DASH) else text
 
 
-def _said(message: str) -> str:
-    """A message, which may quote values by `repr`, with the dashes back that `parse` has hidden."""
+def _restore_dashes(message: str) -> str:
+    """Put back the dashes that `parse` has hidden into a message, which may quote values by `repr`."""
     return message.replace(DASH, "-").replace(ascii(DASH)[1:-1], "-")
 
 
-def _refuse_empty(value: Any, default: Any, prefix: str = "") -> None:
-    """Raise UserError where a text that is given is empty: as a path it would stand for the present folder."""
-    hints = typing.get_type_hints(type(value), include_extras=True)
-    for field in dataclasses.fields(value):
-        found, before = getattr(value, field.name), getattr(default, field.name, None)
-        if dataclasses.is_dataclass(found):
-            unnamed = any(getattr(part, "name", None) == "" for part in typing.get_args(hints[field.name]))
-            _refuse_empty(found, before, prefix if unnamed else f"{prefix}{field.name}.")
-            continue
-        texts = [text for text in (found if isinstance(found, tuple) else (found,)) if isinstance(text, str)]
-        flag = f"--{prefix}{field.name}".replace("_", "-")
-        if tyro.conf.Positional in typing.get_args(hints[field.name]):
-            flag = "an argument"
-        if "" in texts and found != before and field.name not in MAY_BE_EMPTY:
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UserError where a value is empty: as a path it would mean the current folder."""
+    flag = "an argument"
+    for argument in arguments:
+        value = argument
+        if is_flag(argument):
+            name, equals, value = argument.partition("=")
+            flag = name.replace("_", "-")
+            if not equals:
+                continue
+        if value == "" and flag.lstrip("-").rpartition(".")[2] not in MAY_BE_EMPTY:
             raise UserError(f"{flag} is empty; give it a value or leave it out")
-        if any("\0" in text for text in texts):
+        if "\0" in value:
             raise UserError(f"{flag} contains a NUL byte, which no file name can contain")
+        if not flag.endswith("prompts"):  # which may have several values
+            flag = "an argument"
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's boxed error, and its nearest suggestion, as one line."""
+    """Turn tyro's boxed error into one line: its message and the nearest suggestion."""
     rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
     if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
         rows = rows[1:]
@@ -225,7 +209,7 @@ def _one_line(box: str) -> str:
 
 
 def _in_words(message: str) -> str:
-    """What tyro says of a value that cannot be read, without Python's types and errors."""
+    """Rephrase tyro's message about a value that cannot be parsed, without Python's types and errors."""
     flag, _, said = message.partition(": ")
     union = re.match(r"no type matching (\S+) could be instantiated from \[(.*)\]\.\s+Got errors", said, re.DOTALL)
     number = re.match(r"(invalid literal for int\(\)|could not convert string to float|Exceeds the limit)", said)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from restomod.commands.flags import ConfigArguments
-from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored, usage_unless_given
+from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
 from restomod.experiments.plan.estimate import MeasuredStep, Plan
@@ -49,8 +49,7 @@ class PlanArguments(ConfigArguments):
 
 def run(arguments: list[str]) -> int:
     """Print the plan, and write it if asked to. Returns 0."""
-    usage_unless_given(arguments, lambda: USAGE)
-    name, rest = preset_first("plan", arguments)
+    name, rest = preset_first("plan", arguments, USAGE)
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))

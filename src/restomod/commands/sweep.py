@@ -11,15 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from restomod.commands.parsing import (
-    ignored_by_run,
-    is_flag,
-    parse,
-    parse_run,
-    preset_first,
-    refuse_ignored,
-    usage_unless_given,
-)
+from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, preset_first, refuse_ignored
 from restomod.commands.train import TrainArguments
 from restomod.config.model import require_size
 from restomod.config.presets import preset
@@ -73,8 +65,7 @@ OWN = {field.name for field in dataclasses.fields(SweepArguments)}
 
 def run(arguments: list[str]) -> int:
     """Train the trials of a sweep. Returns the exit code."""
-    usage_unless_given(arguments, lambda: USAGE)
-    name, rest = preset_first("sweep", arguments)
+    name, rest = preset_first("sweep", arguments, USAGE)
     base = preset(name)
     own, others = split(rest)
     given = parse(SweepArguments, own, f"restomod sweep {name}", SweepArguments(out=f"sweeps/{name}"))

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.commands.flags import ConfigArguments
-from restomod.commands.parsing import (
-    ignored_by_run,
-    is_flag,
-    parse,
-    parse_run,
-    preset_first,
-    refuse_ignored,
-    usage_unless_given,
-)
+from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, preset_first, refuse_ignored
 from restomod.config.presets import PRESETS, SIZES, preset, preset_summary
 from restomod.config.run import RunConfig
 from restomod.utils.errors import UserError, reported_once
@@ -54,10 +46,9 @@ def parse_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool]:
     """
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
     arguments = [re.sub(r"^--(mix|separator)(?==|$)", r"--data.\1", a) for a in arguments]
-    usage_unless_given(arguments, _usage)
     if "--resume" in arguments:
         return _parse_resume(arguments)
-    name, rest = preset_first("train", arguments)
+    name, rest = preset_first("train", arguments, _usage())
     parsed = parse_run(TrainArguments(preset(name), out=f"runs/{name}"), rest, f"restomod train {name}")
     folder = Path(parsed.out)
     in_sweep = (folder.parent.parent / "plan.json").exists()  # all trials share the flags, and one may need them

@@ -76,7 +76,7 @@ def run_then(work: Callable[[], int], command: str | None) -> int:
     ours = command is not None and os.environ.get("RANK", "0") == "0"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < restarts
-    watcher = _Watcher(command) if command is not None and ours and not started_again else None
+    watcher = _start_watcher(command) if command is not None and ours and not started_again else None
     taken: list[int] = []
     if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
         taken = [s for s in STOP_SIGNALS if alone and signal.getsignal(s) is signal.SIG_DFL]
@@ -94,7 +94,8 @@ def run_then(work: Callable[[], int], command: str | None) -> int:
                 signal.signal(s, lambda *_: None)  # not SIG_IGN, which the command would inherit
             if code == 0 or not started_again:
                 if watcher is not None:
-                    watcher.dismiss()
+                    with contextlib.suppress(OSError):  # it is gone already
+                        watcher.communicate(b"dismissed\n", timeout=10)
                 _run(command)
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -120,22 +121,13 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
-class _Watcher:
-    """A shell that runs a command when this process ends, unless it is dismissed before."""
-
-    def __init__(self, command: str) -> None:
-        self._shell: subprocess.Popen[bytes] | None = None
-        if os.name == "posix":
-            script = 'read -r dismissed || exec /bin/sh -c "$1"'
-            self._shell = subprocess.Popen(
-                ["/bin/sh", "-c", script, "sh", command],
-                stdin=subprocess.PIPE,
-                env=_environment(),
-                start_new_session=True,  # Ctrl-C, or the end of the terminal, is not meant for it
-            )
-
-    def dismiss(self) -> None:
-        """End the shell without running the command."""
-        if self._shell is not None:
-            with contextlib.suppress(OSError):  # it is gone already
-                self._shell.communicate(b"dismissed\n", timeout=10)
+def _start_watcher(command: str) -> subprocess.Popen[bytes] | None:
+    """Start a shell that runs a command when this process ends, unless it is sent a line before."""
+    if os.name != "posix":
+        return None
+    return subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r dismissed || exec /bin/sh -c "$1"', "sh", command],
+        stdin=subprocess.PIPE,
+        env=_environment(),
+        start_new_session=True,  # Ctrl-C, or the end of the terminal, is not meant for it
+    )

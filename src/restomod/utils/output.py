@@ -147,6 +147,7 @@ def print_if_possible(line: str) -> None:
         print_error(f"standard output cannot be written ({reason(e)}); continuing without it")
 
 
+@_sanitized_output()
 def run_guarded(
     work: Callable[[], int],
     debug: bool = False,
@@ -164,11 +165,6 @@ def run_guarded(
     Returns:
         The exit code of ``work``, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
     """
-    with _sanitized_output():
-        return _guarded(work, debug, without_output, memory_hint)
-
-
-def _guarded(work: Callable[[], int], debug: bool, without_output: bool, memory_hint: Callable[[], str]) -> int:
     behind = raw_stream(sys.stdout)
     if isinstance(behind, io.TextIOWrapper) and is_open("stdout"):
         behind.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
