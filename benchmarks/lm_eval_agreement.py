@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import score_task
-from restomod.evals.tasks import load_task
+from restomod.evals.tasks.registry import load_task
 from restomod.model.hf_io import load_model
 
 TASK = """\

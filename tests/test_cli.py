@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written(here: Path, refused: Refused) -> None:
 
 
 def test_an_unknown_verb(refused: Refused) -> None:
-    assert refused("trian") == "unknown verb 'trian'; did you mean 'train'?"
+    assert refused("trian") == "unknown command 'trian'; did you mean 'train'?"
 
 
 def test_an_unknown_preset(refused: Refused) -> None:
@@ -500,14 +500,11 @@ def test_training_on_missing_tokens(refused: Refused, flags: tuple[str, ...], sa
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], *([verb] for verb in cli.VERBS), *(["train", name] for name in PRESETS)], ids=" ".join
+    "arguments", [[], *([verb] for verb in cli.COMMANDS), *(["train", name] for name in PRESETS)], ids=" ".join
 )
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str) -> None:
-    try:
-        code = main([*arguments, flag])
-    except SystemExit as e:
-        code = e.code or 0
+    code = main([*arguments, flag])
     shown = capsys.readouterr()
     assert (code, shown.err) == (0, "")
     assert shown.out.startswith(" ".join(["usage: restomod", *arguments]))
@@ -517,12 +514,11 @@ def test_help_names_every_verb_and_preset(capsys: pytest.CaptureFixture[str]) ->
     main(["--help"])
     main(["train", "--help"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*cli.VERBS, *PRESETS))
+    assert all(name in shown for name in (*cli.COMMANDS, *PRESETS))
 
 
 def test_help_of_a_preset_shows_what_flags_mean_and_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "gpt2-124m", "--help"])
+    assert main(["train", "gpt2-124m", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Optimizer steps. (default: 19073)" in shown
 
@@ -541,7 +537,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CHECK_NAMES = [
-    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
+    *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
     *("initial weights", "activations", "bf16", "compiled", "overfitting"),
 ]
 
@@ -593,7 +589,7 @@ def test_an_error_of_the_operating_system_is_one_line(refused: Refused, monkeypa
     def fail(arguments: list[str]) -> int:
         raise PermissionError(13, "Permission denied", "there")
 
-    monkeypatch.setitem(cli.VERBS, "train", fail)
+    monkeypatch.setattr("restomod.commands.train.run", fail)
     assert refused("train") == "there: Permission denied"
 
 
@@ -601,7 +597,7 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     def interrupt(arguments: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "train", interrupt)
+    monkeypatch.setattr("restomod.commands.train.run", interrupt)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "restomod: stopped\n"
 
@@ -726,7 +722,7 @@ def test_prompts_are_continued_in_the_order_of_the_flags_or_of_the_file(
 def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: iter(["one", "\x1b[2J", "two"]))
+    monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: iter(["one", "\x1b[2J", "two"]))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--prompt", "The", "--stream", "--num-samples", "1", "--device", "cpu"]) == 0
     start = "--- 1 of 1 ---\nThe"
@@ -736,13 +732,13 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
 def test_a_text_is_exact_where_the_output_is_no_terminal(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
+    monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
     assert main(["sample", model, "--prompt", "The", "--num-samples", "1", "--stream", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "--- 1 of 1 ---\nTheone\x1b[2J\r\u202etwo\n"
 
 
 def test_several_texts_in_a_terminal_are_made_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.generate.text.stream", lambda *a: pytest.fail("streamed"))
+    monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: pytest.fail("streamed"))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--num-samples", "2", "--max-tokens", "2", "--device", "cpu"]) == 0
     assert len(texts(sys.stdout.getvalue())) == 2

@@ -18,7 +18,7 @@ from restomod.engine.optimizer import Optimizers, build_optimizer, optimizer_ten
 from restomod.engine.step import BatchLoss, Compute, train_step
 from restomod.model.gpt import GPT, build_model
 from restomod.runs.checkpoint import write_checkpoint
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from tests.models import CPU
 
 

@@ -25,7 +25,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import autocast, choose_dtype, keep_freed_memory, synchronize
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import score_task
-from restomod.evals.tasks import LoadedTask, load_task
+from restomod.evals.tasks.registry import LoadedTask, load_task
 from restomod.model.gpt import GPT
 
 Choices = list[tuple[int, int]]

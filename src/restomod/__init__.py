@@ -3,14 +3,13 @@
     from pathlib import Path
 
     import restomod
-    from restomod.generate.text import sample
     from restomod.train.loop import train
 
     config = restomod.preset("quickstart")
     train(config, Path("runs/mine"))
-    (texts,) = sample("runs/mine", ["def "], 3, config.sampling, seed=1)
+    (texts,) = restomod.sample_texts("runs/mine", ["def "], 3, config.sampling, seed=1)
 
-The names below can be used from here. Nothing imports torch before it is used.
+The names in `__all__` are the public API. Importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _HOME = {  # public name -> module that defines it
     "SamplingConfig": "restomod.config.run",
     "UserError": "restomod.utils.errors",
     "preset": "restomod.config.presets",
-    "prepare": "restomod.data.tokenize",
+    "prepare_folder": "restomod.data.prepare.run",
     "Batches": "restomod.data.batches",
     "gpt2_tokenizer": "restomod.data.tokenizer",
     "GPT": "restomod.model.gpt",
@@ -37,6 +36,8 @@ _HOME = {  # public name -> module that defines it
     "open_model": "restomod.runs.open_model",
     "find_model": "restomod.runs.open_model",
     "save_model": "restomod.model.hf_io",
+    "sample_texts": "restomod.generate.text",
+    "open_run": "restomod.runs.reader",
     "validation_loss": "restomod.evals.validation",
 }
 

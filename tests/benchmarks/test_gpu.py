@@ -23,7 +23,7 @@ from benchmarks.gpu import collect
 from benchmarks.harness import Plan
 from benchmarks.items import shakespeare
 from benchmarks.records import Comparison, Entry, Item, Metric
-from restomod.cli import _train_arguments
+from restomod.commands.train import parse_arguments
 from restomod.experiments.plan.expected_loss import TINYSHAKESPEARE
 from tests.benchmarks.made import ENVIRONMENT
 
@@ -212,11 +212,10 @@ def test_tinyshakespeare_is_saved_at_the_end_only(tmp_path: Path, monkeypatch: p
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
     made = shakespeare.measure(Plan(tmp_path, data=tmp_path, out=tmp_path))
-    parsed = _train_arguments(asked[1:])
-    assert not isinstance(parsed, int)
-    assert parsed[0].save_every is not None
-    assert parsed[0].save_every > parsed[0].steps
-    assert parsed[0].save_every_minutes is None
+    config, _, _ = parse_arguments(asked[1:])
+    assert config.save_every is not None
+    assert config.save_every > config.steps
+    assert config.save_every_minutes is None
     (curve,) = made.series
     assert curve.published == list(TINYSHAKESPEARE)
     assert (tmp_path / "shakespeare.jsonl").exists()

@@ -15,7 +15,7 @@ from benchmarks.harness import Plan
 from benchmarks.items import growth, loader
 from benchmarks.items.hellaswag import parts
 from benchmarks.peers import Shape, Task
-from restomod.evals.tasks import load_task
+from restomod.evals.tasks.registry import load_task
 
 
 def task(path: Path | None = None) -> Task:

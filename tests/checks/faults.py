@@ -16,7 +16,7 @@ from restomod.data.batches import Batches
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.optimizer import AdamW, Optimizers
 from restomod.engine.optimizers.muon import Muon
-from restomod.model.gpt import GPT, MLP, Beside, Block, CausalSelfAttention, KVCache, Transformer
+from restomod.model.gpt import GPT, MLP, Block, BlockInputs, CausalSelfAttention, KVCache, Transformer
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Alter = Callable[[GPT], None]
@@ -65,7 +65,7 @@ def _embed(kind: str) -> Plant:
         x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
         x = x if kind == "no positions" else x + positions
         for block in self.h:
-            x = block(x.detach() if kind == "detached" else x, Beside(), cache)
+            x = block(x.detach() if kind == "detached" else x, BlockInputs(), cache)
         if kind == "ignores its input":
             x = torch.zeros_like(x) + self.wpe(torch.zeros_like(tokens))
         return self.ln_f(x)
@@ -90,10 +90,10 @@ def _untied(patch: pytest.MonkeyPatch) -> None:
 
     def __init__(self: GPT, config: Any) -> None:
         sound_init(self, config)
-        self.own_head = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.own_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
 
     patch.setattr(GPT, "__init__", __init__)
-    patch.setattr(GPT, "head", property(lambda self: self.own_head))
+    patch.setattr(GPT, "head", property(lambda self: self.own_head.weight))
 
 
 def _head(head: Callable[[Tensor], Tensor]) -> Plant:
@@ -188,10 +188,10 @@ QUICK_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "a mask that is off by one": (_attend("one ahead"), "causality", "it sees ahead"),
     "a mask that is upside down": (_attend("backwards"), "causality", "it sees ahead"),
     "logits that do not depend on the tokens": (_embed("ignores its input"), "causality", "no logit at all"),
-    "a head with its own weights": (_untied, "tied head", "parameters, and a model of its shape"),
-    "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied head", "a copy"),
-    "a head that is detached": (_head(torch.Tensor.detach), "tied head", "gets no gradient"),
-    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied head", "parameters, and"),
+    "a head with its own weights": (_untied, "tied lm_head", "a copy"),
+    "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied lm_head", "a copy"),
+    "a head that is detached": (_head(torch.Tensor.detach), "tied lm_head", "gets no gradient"),
+    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied lm_head", "1 blocks, and"),
     "a loader with targets 0 ahead": (_load(0, 0), "targets", "0 ahead of its input, not 1"),
     "a loader with targets 2 ahead": (_load(0, 2), "targets", "2 ahead of its input, not 1"),
     "a loader with targets behind": (_load(0, -1), "targets", "-1 ahead of its input, not 1"),
@@ -234,7 +234,7 @@ SLOW_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "a residual stream that explodes": (_residual_stream(100.0), "activations", "exploding"),
     "a residual stream that dies": (_residual_stream(0.01), "activations", "dead"),
     "a residual stream that overflows": (_residual_stream(1e30), "activations", "not finite"),
-    "dead hidden units": (_mlp(_relu_far_below_zero), "activations", "100.0% of the MLPs' units give nothing"),
+    "dead hidden units": (_mlp(_relu_far_below_zero), "activations", "100.0% of MLP units are 0"),
     "another loss in bf16": (_differs_in_bf16, "bf16", "more than 0.05 apart"),
     "a compiler's other loss": (_compiled(1.05), "compiled", "without"),
     "a compiler that forgets the gradient": (_compiled_without_gradient, "compiled", "gradient norm"),

@@ -17,14 +17,14 @@ import torch
 
 from restomod.checks import device_parity, machine, speed, tools
 from restomod.checks import doctor as examine
-from restomod.checks.doctor import bf16, matrix_products, run_check
+from restomod.checks.doctor import bf16, matmuls, run_check
 from restomod.checks.machine import Machine
 from restomod.checks.speed import Rates, matmul_rates
 from restomod.cli import main
 from restomod.config.presets import preset
 from restomod.config.run import Device, ModelConfig, Precision, RunConfig
 from restomod.runs.async_saver import kept
-from restomod.utils.check_result import CheckResult, CheckStatus
+from restomod.utils.console import CheckResult, CheckStatus
 from restomod.utils.errors import UserError
 from tests.checks.test_device_parity import FAULTS, WrongKernel
 from tests.models import CPU
@@ -45,7 +45,7 @@ def assert_says(verdict: CheckResult, status: CheckStatus, *said: str) -> None:
 # --- the table ----------------------------------------------------------------------------------------------
 
 GPU_NAMES = ["known faults", "cudnn"]
-QUICK_NAMES = ["attention", "threads", "disk", "memory", "parity", "matrix products", "bf16", "bandwidth"]
+QUICK_NAMES = ["attention", "threads", "disk", "memory", "parity", "matmuls", "bf16", "bandwidth"]
 NAMES = ["versions", "device", *GPU_NAMES, *QUICK_NAMES]
 SLOW_NAMES = ["compiler", "processes"]
 
@@ -98,11 +98,11 @@ def test_without_its_device_what_needs_it_is_skipped(
     quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(examine, "NEED_DEVICE", (machine.memory, examine.parity, matrix_products, bf16))
+    monkeypatch.setattr(examine, "NEED_DEVICE", (machine.memory, examine.parity, matmuls, bf16))
     assert main(["doctor", "--device", "cuda", "--preset", "quickstart"]) == 1
     found = {line[6:22].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert found["device"].startswith("fail  device            device 'cuda' is not available here (there is: ")
-    for name in ("memory", "parity", "matrix products", "bf16"):
+    for name in ("memory", "parity", "matmuls", "bf16"):
         assert found[name].startswith("skip  ")
         assert found[name].endswith("there is no device to try it on")
     assert found["disk"].startswith("pass  ")
@@ -300,7 +300,7 @@ def test_a_wrong_kernel() -> None:
     [
         ("bf16", 2e12, "pass", "2.00 times as fast as fp32 at 1024"),
         ("bf16", 0.5e12, "warn", "0.50 times as fast as fp32 at 1024, so it only costs precision; train with --prec"),
-        ("fp32", 0.5e12, "pass", "0.50 times as fast as fp32 at 1024; products are in fp32 here"),
+        ("fp32", 0.5e12, "pass", "0.50 times as fast as fp32 at 1024; the compute dtype is fp32 here"),
     ],
 )
 def test_bf16_slower_than_fp32(
@@ -308,7 +308,7 @@ def test_bf16_slower_than_fp32(
 ) -> None:
     monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=bf16_rate, fp16=3e12))
     assert_says(bf16(this(precision=precision)), status, said)
-    assert_says(matrix_products(this()), "pass", "fp32 1.00 TFLOP/s (at 1024)", "fp16 3.00 TFLOP/s")
+    assert_says(matmuls(this()), "pass", "fp32 1.00 TFLOP/s (at 1024)", "fp16 3.00 TFLOP/s")
 
 
 def test_bf16_that_is_faster_where_it_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_bf16_that_is_faster_where_it_is_not_the_default(monkeypatch: pytest.Mon
     assert_says(bf16(this(precision="auto")), "pass", "--precision bf16 can be tried")
 
 
-def test_products_grow_until_one_would_take_too_long() -> None:
+def test_matmuls_grow_until_one_would_take_too_long() -> None:
     """A device of 2e10 operations a second in fp32, 1e8 in fp16: 1024 takes 0.1 s, 2048 0.86 s, and 256 0.3 s."""
     made: list[tuple[torch.dtype, int]] = []
     per_second = {torch.float32: 2e10, torch.bfloat16: 1e13, torch.float16: 1e8}
@@ -339,9 +339,9 @@ def test_products_grow_until_one_would_take_too_long() -> None:
 
 def test_rates_and_bandwidth_are_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "REPEAT_SECONDS", 0.0)
-    monkeypatch.setattr(speed, "LONGEST_PRODUCT", 0.0)
+    monkeypatch.setattr(speed, "LONGEST_MATMUL", 0.0)
     monkeypatch.setattr(speed, "COPIED_BYTES", {"cpu": 2**20})
-    assert matrix_products(this()).status == "pass"
+    assert matmuls(this()).status == "pass"
     assert examine.bandwidth(this()).reason.endswith(" GB/s, copying")
 
 
@@ -352,7 +352,7 @@ def compiler_verdict(path: str) -> CheckResult:
     """In a process of its own, as torch keeps what it has once found out about a compiler."""
     program = (
         "from pathlib import Path; from restomod.checks.doctor import *; from restomod.config.presets import preset;"
-        "v = judge(compiler, Machine('cpu', 'fp32', 'x', preset('quickstart'), Path()));"
+        "v = run_check(compiler, Machine('cpu', 'fp32', 'x', preset('quickstart'), Path()));"
         "import json; print(json.dumps([v.check, v.status, v.reason]))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": path}
@@ -426,7 +426,7 @@ def test_a_process_group_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools, "PATIENCE", 0.01)
+    monkeypatch.setattr(tools, "TIMEOUT", 0.01)
     assert_says(run_check(tools.processes, this()), "fail", "did not find each other")
 
 

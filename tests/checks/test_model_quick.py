@@ -22,11 +22,11 @@ from restomod.checks.model_quick import (
     loss_gradients,
     next_token_targets,
     quick_checks,
-    tied_head,
+    tied_lm_head,
 )
 from restomod.config.run import ModelConfig
 from restomod.engine.step import Compute, batch_loss
-from restomod.utils.check_result import CheckResult, CheckStatus
+from restomod.utils.console import CheckResult, CheckStatus
 from tests.checks.faults import QUICK_FAULTS
 from tests.models import CPU, to_transformers
 from tests.trainee import assert_identical, assert_leaves_no_trace, make_subject, make_trainee
@@ -60,7 +60,7 @@ def test_a_sound_model_passes_everything(seed: int, dtype: torch.dtype) -> None:
         "targets": "pass",
         "causality": "pass",
         "gradients": "pass",
-        "tied head": "pass",
+        "tied lm_head": "pass",
         "kernel shapes": "warn",  # micro-batches of 32 tokens
     }
 
@@ -148,7 +148,7 @@ def test_random_weights_have_a_loss_near_that_of_guessing(
     ("loss", "status", "said"),
     [
         (3.0, "pass", "3.00 before training here; a uniform prediction gives ln(97) = 4.57"),
-        (LN_V + 0.01, "warn", "4.58 is worse than guessing evenly, ln(97) = 4.57: another tokenizer?"),
+        (LN_V + 0.01, "warn", "4.58 is worse than a uniform prediction, ln(97) = 4.57: another tokenizer?"),
         (math.nan, "fail", "nan before training here"),
         (math.inf, "fail", "inf before training here"),
     ],
@@ -324,7 +324,7 @@ def test_logits_that_are_not_numbers_are_not_said_to_leak() -> None:
 
 def test_the_tied_head_saves_the_embeddings_parameters() -> None:
     expected = sum(p.numel() for p in to_transformers(make_subject().model).parameters())
-    assert tied_head(make_subject()).reason == f"saves {97 * 32:,} parameters; there are {expected:,}"
+    assert tied_lm_head(make_subject()).reason == f"saves {97 * 32:,} of {expected + 97 * 32:,} parameters"
 
 
 @pytest.mark.parametrize(
@@ -333,11 +333,11 @@ def test_the_tied_head_saves_the_embeddings_parameters() -> None:
         (shape(64), 32, "multiples of 64: 64 wide, 128 embedding rows, heads of 32"),
         (shape(48), 32, "n_embd 48 is no multiple of 64: "),
         (shape(64), 33, "tokens of a micro-batch 66 is no multiple of 64: "),
-        (shape(64, n_head=16), 32, "the width of a head 4 is no multiple of 8: "),
+        (shape(64, n_head=16), 32, "head width 4 is no multiple of 8: "),
         (
             shape(20),
             16,
-            "n_embd 20 is no multiple of 64; tokens of a micro-batch 32 is no multiple of 64; the width of ",
+            "n_embd 20 is no multiple of 64; tokens of a micro-batch 32 is no multiple of 64; head width",
         ),
     ],
 )
@@ -351,4 +351,4 @@ def test_shapes_that_are_slow_are_warned_of(model: ModelConfig, T: int, said: st
 def test_embedding_rows_that_are_not_padded_are_warned_of() -> None:
     subject = make_subject(model=shape(64), sequence_length=16)
     subject.model.transformer.wte = torch.nn.Embedding(97, 64)
-    assert "the embedding's rows 97 is no multiple of 64" in kernel_shapes(subject).reason
+    assert "embedding rows 97 is no multiple of 64" in kernel_shapes(subject).reason

@@ -24,8 +24,8 @@ from restomod.checks.model_slow import (
     check,
     compiled_agreement,
     initial_weights,
-    memorises_batch,
     memory_bytes,
+    overfitting,
     own_source,
     precision_agreement,
     residual_stds,
@@ -38,14 +38,14 @@ from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import Compute
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import save_model
-from restomod.utils.check_result import CheckResult, CheckStatus
+from restomod.utils.console import CheckResult, CheckStatus
 from restomod.utils.errors import UserError
 from tests.checks.faults import QUICK_FAULTS, SLOW_FAULTS
 from tests.models import CPU, to_transformers
 from tests.trainee import assert_leaves_no_trace, make_subject, state_of
 
 NAMES = [
-    *("initial loss", "targets", "causality", "gradients", "tied head", "kernel shapes"),
+    *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
     *("initial weights", "activations", "bf16", "compiled", "refused updates", "overfitting"),
 ]
 WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=96, n_positions=32, vocab_size=97)
@@ -146,7 +146,7 @@ def test_a_saved_model_is_checked_but_not_for_its_initial_weights(tmp_path: Path
     assert list(verdicts) == ["loss", *NAMES[1:]]
     assert failures(verdicts) == {}
     assert verdicts["initial weights"].status == "skip"
-    assert f"; {100 / (8 * 96):.1%} of the MLPs' units give nothing on this text" in verdicts["activations"].reason
+    assert f"; {100 / (8 * 96):.1%} of MLP units are 0 on this text" in verdicts["activations"].reason
 
 
 def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them(
@@ -217,10 +217,10 @@ def test_a_check_leaves_the_model_as_it_was(
 
 
 def test_only_the_last_check_changes_the_weights() -> None:
-    assert SLOW[-1] is memorises_batch
+    assert SLOW[-1] is overfitting
     subject = make_subject()
     before = state_of(subject.model)
-    memorises_batch(subject)
+    overfitting(subject)
     assert state_of(subject.model) != before
 
 
@@ -367,10 +367,10 @@ def test_of_a_deep_model_some_layers_are_shown_and_always_the_last(
         ([0.03, 0.0009], 0.0, True, "fail", "dead: "),
         ([0.0009, 0.03], 0.0, True, "fail", "dead: "),
         ([0.03, 0.03], 0.009, True, "pass", "0.03 0.03"),
-        ([0.03, 0.03], 0.011, True, "fail", "1.1% of the MLPs' units give nothing"),
+        ([0.03, 0.03], 0.011, True, "fail", "1.1% of MLP units are 0"),
         ([0.03, math.nan], 0.0, True, "fail", "not finite"),
         ([0.03, math.inf], 0.0, False, "fail", "not finite"),
-        ([0.03, 500.0], 0.5, False, "pass", "50.0% of the MLPs' units give nothing on this text"),
+        ([0.03, 500.0], 0.5, False, "pass", "50.0% of MLP units are 0 on this text"),
         ([0.03, 1e-7], 0.0, False, "fail", "0.03 1e-07"),
     ],
 )
@@ -476,7 +476,7 @@ def steps(verdict: CheckResult) -> int:
 
 def test_overfitting_stops_as_soon_as_the_text_is_known() -> None:
     subject = make_subject()
-    verdict = memorises_batch(subject)
+    verdict = overfitting(subject)
     assert verdict.status == "pass"
     assert 10 < steps(verdict) < 60
     tokens, targets = (x[:1] for x in subject.few_tokens())
@@ -489,7 +489,7 @@ def test_overfitting_stops_as_soon_as_the_text_is_known() -> None:
 def test_overfitting_takes_up_to_64_tokens_in_any_precision(T: int, n: int) -> None:
     model = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=T, vocab_size=97)
     subject = make_subject(model=model, sequence_length=T, batch_tokens=T, dtype=torch.bfloat16)
-    verdict = memorises_batch(subject)
+    verdict = overfitting(subject)
     assert verdict.reason.startswith(f"{n} tokens: loss 4.")
     assert verdict.status == "pass"
 
@@ -500,12 +500,12 @@ def test_windows_that_begin_alike_and_go_on_differently_can_be_learned() -> None
     model = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=1, vocab_size=97)
     subject = make_subject(model=model, sequence_length=1, batch_tokens=1, text=text)
     assert [x.tolist() for x in subject.few_tokens()] == [[[7], [7]], [[1], [2]]]
-    assert memorises_batch(subject).status == "pass"
+    assert overfitting(subject).status == "pass"
 
 
 def test_a_deep_and_narrow_model_does_not_stumble() -> None:
     model = ModelConfig(n_layer=24, n_head=2, n_embd=64, n_positions=64, vocab_size=97)
-    verdict = memorises_batch(make_subject(model=model, sequence_length=64, batch_tokens=64))
+    verdict = overfitting(make_subject(model=model, sequence_length=64, batch_tokens=64))
     assert verdict.status == "pass"
     assert steps(verdict) < 70
 
@@ -518,20 +518,20 @@ def test_where_memory_is_too_small_training_is_not_tried(
     needed = 16 * sum(p.numel() for p in subject.model.parameters())  # weight, gradient, two moments: 4 bytes each
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: needed - short)
     before = state_of(subject.model)
-    verdict = memorises_batch(subject)
+    verdict = overfitting(subject)
     assert verdict.status == status
     assert (state_of(subject.model) == before) == (status == "skip")
 
 
 def test_where_the_memory_is_unknown_training_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: None)
-    assert memorises_batch(make_subject()).status == "pass"
+    assert overfitting(make_subject()).status == "pass"
 
 
 def test_a_model_too_large_is_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9)
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: 8 * 10**9)
-    assert memorises_batch(make_subject()).reason == "training takes 9 GB, and this device has 8"
+    assert overfitting(make_subject()).reason == "training takes 9 GB, and this device has 8"
 
 
 def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

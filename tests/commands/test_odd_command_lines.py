@@ -20,10 +20,13 @@ import restomod.checks.doctor
 from restomod.cli import main
 from restomod.commands.bench import BenchArguments
 from restomod.commands.compare import CompareArguments
-from restomod.commands.flags import CompareSamplesArguments, DoctorArguments, PrepareArguments, TrainArguments
+from restomod.commands.compare_samples import CompareSamplesArguments
+from restomod.commands.doctor import DoctorArguments
 from restomod.commands.plan import PlanArguments
+from restomod.commands.prepare import PrepareArguments
 from restomod.commands.report import ReportArguments
 from restomod.commands.sweep import SweepArguments
+from restomod.commands.train import TrainArguments, parse_arguments
 from restomod.commands.verdict import VerdictArguments
 from restomod.commands.watch import WatchArguments
 from restomod.config.run import RunConfig
@@ -205,13 +208,9 @@ def test_a_flag_that_other_trials_need_is_no_mistake(answer: Answer) -> None:
     assert "nowhere: no such file" in answer("train", "quickstart", *nothing, "--out", str(trial))[1]
 
 
-def test_values_keep_their_dashes(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from restomod import cli
-
+def test_values_keep_their_dashes() -> None:
     flags = ["--sampling.prompts", "-a", "- b", "--- c", "--out", "-x", "--target-loss", "-1.5", "--data.cache=--d"]
-    parsed = cli._train_arguments(["quickstart", *flags])
-    assert not isinstance(parsed, int)
-    config, folder, _ = parsed
+    config, folder, _ = parse_arguments(["quickstart", *flags])
     assert config.sampling.prompts == ("-a", "- b", "--- c")
     assert (str(folder), config.target_loss, config.data.cache) == ("-x", -1.5, "--d")
 

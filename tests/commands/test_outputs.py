@@ -180,7 +180,7 @@ def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path
 def test_a_named_pipe_that_nothing_reads_is_given_up(
     flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restomod.utils.destination.FIFO_TIMEOUT", 0.15)
+    monkeypatch.setattr("restomod.utils.files.FIFO_TIMEOUT", 0.15)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     answer = command(flag, pipe)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from restomod import cli
 from restomod.cli import main
-from restomod.commands.flags import TrainArguments
 from restomod.commands.parsing import parse_run
 from restomod.commands.sweep import SweepArguments, plan_of
+from restomod.commands.train import TrainArguments, parse_arguments
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
 from restomod.engine.lr_schedule import learning_rate, schedule_warnings
@@ -34,9 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config_of(name: str, *flags: str) -> RunConfig:
     """What `restomod train` makes of a preset and flags."""
-    parsed = cli._train_arguments([name, *flags])
-    assert not isinstance(parsed, int)
-    return parsed[0]
+    return parse_arguments([name, *flags])[0]
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "modern-d6"])

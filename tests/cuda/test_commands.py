@@ -17,7 +17,7 @@ from restomod.checks import speed
 from restomod.cli import main
 from restomod.engine.device import choose_device, choose_dtype, describe_device
 from restomod.model.flops import peak_flops
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from tests.cuda.common import DEVICE, REAL, WORDS, write_text
 
 pytestmark = pytest.mark.cuda

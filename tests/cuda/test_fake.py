@@ -270,7 +270,7 @@ def test_decoding_with_a_cache(family: str, dtype: torch.dtype, fake: FakeTensor
     cache = RowCache(model.config, 2, CUDA, dtype, 16)
     for contexts in ([[1, 2, 3], [4, 5]], [[1, 2], [4, 5]]):
         cache.lengths = [0, 0]
-        decoder.read(contexts, cache, [0, 1])
+        decoder.prefill(contexts, cache, [0, 1])
         logits = decoder.step([6, 7], cache)
         assert logits.shape == (2, model.config.vocab_size)
         assert where(logits, cache.keys, cache.values) == {(CUDA, dtype)}

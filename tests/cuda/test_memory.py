@@ -19,7 +19,7 @@ from restomod.config.run import DataConfig, RunConfig
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import BatchLoss, Compute, batch_loss
-from restomod.train.rollback import step_that_fits
+from restomod.train.rollback import train_step_retrying_oom
 from restomod.train.setup import set_up
 from tests.cuda.common import DEVICE, REAL, random_text, wide, write_text
 
@@ -99,7 +99,7 @@ def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pyt
     display = Lines()
 
     def step(number: int, sequences: int) -> tuple[float, int]:
-        made, fitting = step_that_fits(training, number, micro_batches, sequences, float("inf"), display)  # type: ignore[arg-type]
+        made, fitting = train_step_retrying_oom(training, number, micro_batches, sequences, float("inf"), display)  # type: ignore[arg-type]
         return made.wait().loss, fitting
 
     step(0, FIT)  # makes the optimizer's state
@@ -113,7 +113,7 @@ def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pyt
         loss, fitting = step(2, SEQUENCES)
     print(f"\n{reserved[0] / 1e9:.2f} GB for {FIT} sequences; {display.said}; loss {loss:.4f}, expected {expected:.4f}")
     assert fitting < SEQUENCES
-    assert display.said[-1] == f"step 2  out of memory: {fitting} sequences at once from here on"
+    assert display.said[-1] == f"step 2  out of memory: micro-batch {fitting} from here on"
     assert loss == pytest.approx(expected, abs=2e-3)
     assert step(3, SEQUENCES)[1] == SEQUENCES  # with all its memory back
 

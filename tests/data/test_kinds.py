@@ -27,7 +27,7 @@ from restomod.data import kinds, records, streams
 from restomod.data.dataset import open_shard
 from restomod.data.kinds import look
 from restomod.data.readers import read_documents
-from restomod.evals.tasks import load_task
+from restomod.evals.tasks.registry import load_task
 from restomod.generate.text import choose_prompts
 from restomod.utils.errors import UserError
 from restomod.utils.json_files import read_json

@@ -133,7 +133,7 @@ def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
     assert train(quick, run, display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
     assert "step 8  the loss is nan" in said
-    assert "back to step 4, past the data of 5 steps" in said
+    assert "rolled back to step 4; skips the data of 5 steps" in said
     assert records(run, "rollback") == [{"kind": "rollback", "step": 4, "failed_step": 8, "data_offset": 5}]
     log = records(run, "train")
     assert [record["step"] for record in log] == list(range(12))
@@ -190,7 +190,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
 def test_a_spike_never_reaches_the_weights(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard_module, "ENOUGH", 4)
+    monkeypatch.setattr(guard_module, "MIN_LOSSES", 4)
     poisoned[9] = 3.0
     config = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, lr=1e-5))
     assert train(config, tmp_path / "run", display=QUIET) == 0
@@ -306,7 +306,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
     said = capsys.readouterr().out
     assert "warning: set aside: " in said
     assert "step_000008" in said
-    assert "going on from step 4" in said
+    assert "resuming from step 4" in said
     assert (run / "checkpoints/step_000008.damaged").is_dir()
     assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(whole).values(), strict=True))
     verify_checkpoint(run / "checkpoints/step_000008")
@@ -502,8 +502,8 @@ def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
     assert train(config, tmp_path / "run", display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
     assert said.count("out of memory") == 2
-    assert "out of memory: 2 sequences at once from here on" in said
-    assert "out of memory: 1 sequences at once from here on" in said
+    assert "out of memory: micro-batch 2 from here on" in said
+    assert "out of memory: micro-batch 1 from here on" in said
     assert sizes[:20] == [4] * 20
     assert set(sizes[20:]) == {1}
     for ours, theirs in zip(records(tmp_path / "run", "train"), records(tmp_path / "whole", "train"), strict=True):
@@ -523,7 +523,7 @@ def test_where_not_one_sequence_fits_the_run_ends_in_one_line(
         return loss_of(*arguments)
 
     monkeypatch.setattr(step_module, "batch_loss", limited)
-    with pytest.raises(UserError, match=r"step 0: out of memory with 1 sequences at once .*--recompute") as caught:
+    with pytest.raises(UserError, match=r"step 0: out of memory with a micro-batch of 1 .*--recompute") as caught:
         train(quick, tmp_path / "run", display=QUIET)
     assert "\n" not in str(caught.value)
 

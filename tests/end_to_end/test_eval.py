@@ -19,10 +19,12 @@ from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
 from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import Tokenizer
-from restomod.evals.references import REFERENCES, references
 from restomod.evals.scoring import ACCURACIES
-from restomod.evals.suite import VALIDATION, evaluate_model
-from restomod.evals.tasks import TASKS
+from restomod.evals.suite import EvalRequest, evaluate_model, run_eval
+from restomod.evals.tasks.example import Example, Record, get_index, get_text, question
+from restomod.evals.tasks.references import Reference
+from restomod.evals.tasks.registry import TASKS, VALIDATION, references
+from restomod.evals.tasks.task import Task
 from restomod.model.hf_io import save_model
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
@@ -38,6 +40,12 @@ def run(tiny: RunConfig, questions: Path, tmp_path: Path) -> Path:
     config = dataclasses.replace(tiny, eval_tasks=(str(questions),), eval_limit=3)
     assert train(config, tmp_path / "run", display=QUIET) == 0
     return tmp_path / "run"
+
+
+def evaluate(
+    name: str, *tasks: str, display: Display | None = None, json_file: Path | None = None, **settings: Any
+) -> int:
+    return run_eval(EvalRequest(name, tasks, device="cpu", precision="fp32", **settings), json_file, display)
 
 
 def tasks(run: Path) -> list[dict[str, Any]]:
@@ -86,12 +94,12 @@ def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, question
 def test_a_runs_results_are_written_into_it(
     run: Path, questions: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate_model(str(run), [VALIDATION, str(questions)], device="cpu", precision="fp32") == 0
+    assert evaluate(str(run), VALIDATION, str(questions)) == 0
     shown = capsys.readouterr().out
     assert sorted(path.name for path in (run / "evals").iterdir()) == [
+        "step_000012-questions.json",
         "step_000012-validation.json",
         "step_000012-validation.png",
-        "step_000012-questions.json",
     ]
     result = json.loads((run / "evals" / "step_000012-questions.json").read_text())
     expected, choices = accuracy(run / "checkpoints" / "step_000012", questions, tokenizer, 5, window=32)
@@ -109,17 +117,17 @@ def test_a_runs_results_are_written_into_it(
 
 
 def test_a_limited_result_does_not_replace_a_whole_one(run: Path, questions: Path) -> None:
-    evaluate_model(str(run), [str(questions)], limit=2, device="cpu", display=QUIET)
+    evaluate(str(run), str(questions), limit=2, display=QUIET)
     assert [path.name for path in (run / "evals").iterdir()] == ["step_000012-questions-first2.json"]
 
 
 def test_a_checkpoint_is_of_its_run(run: Path, questions: Path) -> None:
-    evaluate_model(str(run / "checkpoints" / "step_000008"), [str(questions)], device="cpu", display=QUIET)
+    evaluate(str(run / "checkpoints" / "step_000008"), str(questions), display=QUIET)
     assert [path.name for path in (run / "evals").iterdir()] == ["step_000008-questions.json"]
 
 
 def test_the_context_can_be_chosen(run: Path, tiny: RunConfig, tokenizer: Tokenizer) -> None:
-    evaluate_model(str(run), [VALIDATION], context=5, device="cpu", precision="fp32", display=QUIET)
+    evaluate(str(run), VALIDATION, context=5, display=QUIET)
     held = json.loads((run / "evals" / "step_000012-validation.json").read_text())
     model = GPT2LMHeadModel.from_pretrained(run / "checkpoints" / "step_000012").eval()
     stream = prepare_text(tiny.data, tokenizer).val
@@ -133,7 +141,7 @@ def test_the_context_can_be_chosen(run: Path, tiny: RunConfig, tokenizer: Tokeni
 
 
 def evaluate_quietly(run: str, tasks: list[str], file: Path) -> int:
-    return evaluate_model(run, tasks, device="cpu", precision="fp32", json_file=file, display=QUIET)
+    return evaluate(run, *tasks, json_file=file, display=QUIET)
 
 
 def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_path: Path) -> None:
@@ -146,6 +154,59 @@ def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_pat
     assert one == two
 
 
+def test_results_are_values_before_anything_is_shown_or_written(
+    run: Path, questions: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    results = evaluate_model(EvalRequest(str(run), (VALIDATION, str(questions)), limit=4, device="cpu"))
+    assert capsys.readouterr() == ("", "")
+    assert not (run / "evals").exists()
+    expected, _ = accuracy(run / "checkpoints" / "step_000012", questions, tokenizer, 4, window=32)
+    assert results["questions"].metrics["acc"].value == pytest.approx(expected)
+    assert results[VALIDATION].values["loss"] == results[VALIDATION].metrics["loss"].value
+
+
+# --- a new task ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A task added as a module would add it: a `Task`, registered by name. Returns a file of its records."""
+
+    def example(record: Record) -> Example:
+        return question(get_text(record, "claim"), ("no", "yes"), get_index(record, "answer"))
+
+    published = (Reference("oracle", "acc", 0.9876, "made up"),)
+    task = Task("truth", "a claim, yes or no", example, "acc", size=3, chance=0.5, references=published)
+    monkeypatch.setitem(TASKS, "truth", task)
+    path = tmp_path / "claims.jsonl"
+    path.write_text("".join(json.dumps({"claim": f"Claim {i}:", "answer": i % 2}) + "\n" for i in range(3)))
+    return path
+
+
+def test_a_new_task_is_asked_in_training_by_eval_and_in_reports(
+    truth: Path, tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(dataclasses.replace(tiny, eval_tasks=(f"truth={truth}",)), run, display=QUIET) == 0
+    assert [(record["task"], record["examples"]) for record in tasks(run)] == [("truth", 3)] * 4
+    assert main(["eval", str(run), "--tasks", f"truth={truth}", "--device", "cpu"]) == 0
+    assert "0.9876" in capsys.readouterr().out
+    assert (
+        main(["report", str(run), "--out", str(tmp_path / "page.html"), "--markdown", str(tmp_path / "page.md")]) == 0
+    )
+    page = (tmp_path / "page.md").read_text()
+    assert "truth, acc" in page
+    assert "0.9876" in page
+
+
+def test_every_task_is_named_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    shown = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert all(name in shown for name in (VALIDATION, *TASKS))
+
+
 # --- results that cannot be kept -----------------------------------------------------------------------------
 
 
@@ -153,7 +214,7 @@ def test_what_cannot_be_written_into_the_run_is_shown(
     run: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "evals").write_text("not a folder")
-    assert evaluate_model(str(run), [VALIDATION, str(questions)], device="cpu", precision="fp32") == 0
+    assert evaluate(str(run), VALIDATION, str(questions)) == 0
     out = capsys.readouterr().out
     assert out.index("perplexity") < out.index("warning: ")
     assert "acc_norm" in out
@@ -166,7 +227,7 @@ def test_a_run_that_cannot_be_written_to_is_said_first(
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != run)
     before = sorted(run.rglob("*"))
-    assert evaluate_model(str(run), [str(questions)], device="cpu", precision="fp32") == 0
+    assert evaluate(str(run), str(questions)) == 0
     out = capsys.readouterr().out
     assert out.index("cannot be written to, so results are only shown") < out.index("acc_norm")
     assert sorted(run.rglob("*")) == before
@@ -197,7 +258,7 @@ def test_a_result_is_kept_before_the_next_task_is_asked(
 
     monkeypatch.setattr("restomod.evals.suite.score_task", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_model(str(run), [VALIDATION, str(questions)], device="cpu", display=QUIET)
+        evaluate(str(run), VALIDATION, str(questions), display=QUIET)
     assert (run / "evals" / "step_000012-validation.json").exists()
 
 
@@ -352,13 +413,11 @@ def test_torchrun_evaluates_with_two_processes(run: Path, questions: Path, resto
 # --- published numbers --------------------------------------------------------------------------------------
 
 
-def test_published_numbers_are_of_tasks_and_numbers_that_there_are() -> None:
-    names = {"loss", "perplexity", *ACCURACIES}
-    assert {r.task for r in REFERENCES} <= {VALIDATION, *TASKS}
-    assert {r.metric for r in REFERENCES} <= names
-    assert all(0.2 < r.value < 0.7 for r in REFERENCES if r.metric.startswith("acc"))
-    assert all(r.convention for r in REFERENCES)
-    assert {(r.model, r.metric, r.value) for r in references("hellaswag")} >= {
+def test_published_numbers_are_of_metrics_that_there_are() -> None:
+    found = {name: references(name) for name in (VALIDATION, *TASKS)}
+    assert all(r.metric in ("loss", "perplexity", *ACCURACIES) and r.convention for rs in found.values() for r in rs)
+    assert all(0.2 < r.value < 0.7 for rs in found.values() for r in rs if r.metric.startswith("acc"))
+    assert {(r.model, r.metric, r.value) for r in found["hellaswag"]} >= {
         ("GPT-2 124M", "acc_token", 0.2955),  # 10042 acc_norm: 0.2955, build-nanogpt
         ("GPT-3 125M", "acc_token", 0.337),
     }

@@ -19,9 +19,9 @@ from restomod.data.reading import told
 from restomod.data.tokenize import open_tokens
 from restomod.evals.validation import validation_loss
 from restomod.runs.metrics import read_jsonl
+from restomod.train.console_lines import run_summary
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.train.summary import run_summary
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 
@@ -52,7 +52,7 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Path) -> None:
     training = set_up(mixed, tmp_path / "run", resume=False)
     for step in range(30):  # 4 sequences a step, one of them from the short folder: beyond its epoch
-        ((x, _),) = training.batches.micro_batches(step, 4)
+        ((x, _),) = training.data.batches.micro_batches(step, 4)
         assert ((x >= 200).all(dim=1).sum().item(), (x < 100).all(dim=1).sum().item()) == (1, 3)
     table = dict(run_summary(training))
     assert table["data"].startswith("0.75 web + 0.25 books: 7,100 tokens; 6,700 for training, 400 for validation")

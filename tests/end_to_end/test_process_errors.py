@@ -20,7 +20,7 @@ from restomod.engine import step as step_module
 from restomod.runs import checkpoint
 from restomod.train import setup
 from restomod.train.loop import train
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError
 from tests.processes import Ended, error_lines, launch
 

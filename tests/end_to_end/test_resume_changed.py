@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_seed_is_set_aside_by_name(run: Path, made: Path
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=6), run, resume=True, display=heard(said)) == 0
     assert any("step_000004 belongs to another run: seed is 1, not 1337" in line for line in said)
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert trained(run) == list(range(6))
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(other / "checkpoints", run / "checkpoints")
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_is_not_finite_is_set_aside(name: str, run: Path, made
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=4), run, resume=True, display=heard(said)) == 0
     assert any(f"set aside: {file}: {first} holds values that are not finite" in line for line in said)
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert trained(run) == [0, 1, 2, 3]
 
 

@@ -48,7 +48,7 @@ def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
     first_step = next(i for i, line in enumerate(lines) if line.startswith("step "))
     (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss 1")]
     assert lines[initial + 1 : first_step] == [
-        "checked too: targets, causality, gradients, tied head",
+        "also checked: targets, causality, gradients, tied lm_head",
         "warning: kernel shapes: n_embd 32 is no multiple of 64: it works, but slower than it could",
     ]
     train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)

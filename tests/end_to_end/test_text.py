@@ -12,9 +12,9 @@ from restomod.config.run import DataConfig, RunConfig
 from restomod.config.serialize import read_config
 from restomod.data.dataset import write_shard
 from restomod.runs.metrics import read_jsonl
+from restomod.train.console_lines import run_summary
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.train.summary import run_summary
 from restomod.utils.console import Display
 from tests.end_to_end.conftest import flags
 
@@ -49,8 +49,8 @@ def test_separator_is_a_flag_of_train_and_stays_on_resuming(tiny: RunConfig, tex
     config = read_config(run)
     assert config.data.separator == END
     training = set_up(dataclasses.replace(config, steps=6), run, resume=True)
-    assert training.first_step == 4
-    assert training.dataset.manifest["documents"] == 7 + 6
+    assert training.start.step == 4
+    assert training.data.dataset.manifest["documents"] == 7 + 6
     assert not any(name == "warning" for name, _ in run_summary(training))
 
 

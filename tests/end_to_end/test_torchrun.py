@@ -152,7 +152,7 @@ def test_torchrun_starts_a_killed_run_again(
     assert process.returncode == 0, error
     assert losses(run) == losses(reference)
     assert same_checkpoint(run, reference, shared.steps)
-    assert ("going on from step 4" in output) == (when > 0)
+    assert ("resuming from step 4" in output) == (when > 0)
 
 
 def train_two(config: RunConfig, run: Path) -> bool:

@@ -137,7 +137,7 @@ def test_the_head_of_a_run_states_what_will_happen(
     lines = capsys.readouterr().out.splitlines()
     tokens = sum(len(gpt2_tokenizer().encode(p.read_text())) + 1 for p in Path(tiny.data.path or "").iterdir())
     assert any(f"{tokens:,} tokens in 8 documents" in line for line in lines)
-    assert any("128 = 2 × 2 sequences × 32 tokens" in line for line in lines)
+    assert any("128 tokens = gradient accumulation 2 × micro-batch 2 × sequence length 32" in line for line in lines)
     assert any("≈ ln(50257) = 10.82" in line for line in lines)
     assert sum(line.startswith("step ") and "tok/s" in line for line in lines) == tiny.steps
     assert any("restomod sample" in line for line in lines)

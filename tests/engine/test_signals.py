@@ -15,7 +15,7 @@ import pytest
 
 from restomod.engine import signals
 from restomod.engine.signals import StopSignal
-from restomod.utils.then import clean_up
+from restomod.utils.on_exit import raise_terminated
 
 
 def test_signals_that_come_together_are_one_request(capfd: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_a_request_is_taken_where_nobody_reads_the_errors(monkeypatch: pytest.Mo
 def test_all_that_asks_a_process_to_end_asks_for_a_checkpoint(sent: str, within_main: bool) -> None:
     """With the handlers of the system, and with those that the command line has for everything before training."""
     number = getattr(signal, sent)
-    usual = signal.default_int_handler if sent == "SIGINT" else clean_up if within_main else signal.SIG_DFL
+    usual = signal.default_int_handler if sent == "SIGINT" else raise_terminated if within_main else signal.SIG_DFL
     before, asked = signal.signal(number, usual), []
     try:
         with StopSignal(lambda: asked.append(sent)) as stop:
@@ -102,7 +102,7 @@ def test_a_second_request_ends_a_command_at_once() -> None:
     """Without leaving the loop in order, which takes as long as the checkpoint that is being written."""
     script = """
 import signal, time
-from restomod.utils.then import and_then
+from restomod.utils.on_exit import run_then
 from restomod.engine import signals
 def work():
     with signals.StopSignal():
@@ -112,7 +112,7 @@ def work():
             signal.raise_signal(signal.SIGTERM)
         finally:
             time.sleep(60)
-and_then(work, None)
+run_then(work, None)
 """
     done = subprocess.run([sys.executable, "-c", script], timeout=30, capture_output=True)
     assert done.returncode == -signal.SIGTERM
@@ -150,10 +150,10 @@ def test_a_process_whose_torchrun_is_gone_already_ends_before_anything_else(ther
 def test_a_process_of_torchrun_ends_with_it_while_it_imports(tmp_path: Path) -> None:
     """Before torch is imported, in which no handler of Python's runs."""
     importing = "import sys, time; open('began', 'w').close(); time.sleep(60)"
-    (tmp_path / "tyro.py").write_text(importing)  # what the command line imports first
+    (tmp_path / "tyro.py").write_text(importing)  # what the module of a command imports first
     parent = (
         "import os, signal, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'restomod', '--version'])\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'restomod', 'data', '--help'])\n"
         "print(child.pid, flush=True)\n"
         "while not os.path.exists('began'): time.sleep(0.01)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

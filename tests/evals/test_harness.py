@@ -14,7 +14,7 @@ import torch
 from restomod.checks.device_parity import random_model
 from restomod.evals.models import open_language_model
 from restomod.evals.scoring import TaskResult, score_task
-from restomod.evals.tasks import load_task
+from restomod.evals.tasks.registry import load_task
 from restomod.model.hf_io import save_model
 from tests.evals.plainly import SMALL
 from tests.models import CPU

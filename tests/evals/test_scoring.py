@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 
 from restomod.checks.device_parity import random_model
 from restomod.evals import scoring
-from restomod.evals.examples import Example, own
 from restomod.evals.likelihood import Request, Score
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import Estimate, proportion, score_task, shown
-from restomod.evals.tasks import TASKS, LoadedTask, Task
+from restomod.evals.scoring import Estimate, format_estimate, proportion, score_task
+from restomod.evals.tasks import own
+from restomod.evals.tasks.example import Example
+from restomod.evals.tasks.registry import TASKS, LoadedTask
+from restomod.evals.tasks.task import Task
 from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
 from tests.models import to_transformers
@@ -30,12 +33,14 @@ QUESTIONS = [
 
 
 def task(kind: str = "multiple-choice") -> Task:
-    return Task("mine", "", own, "acc", kind=kind)  # type: ignore[arg-type]
+    return Task("mine", "", own.example, "acc", kind=kind)  # type: ignore[arg-type]
 
 
 def loaded(questions: Sequence[tuple[str, list[str], int]]) -> LoadedTask:
     records = [{"query": q, "choices": c, "gold": g} for q, c, g in questions]
-    return LoadedTask(task(), [own(record, f"line {i}") for i, record in enumerate(records)])
+    return LoadedTask(
+        task(), [dataclasses.replace(own.example(record), where=f"line {i}") for i, record in enumerate(records)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -158,4 +163,4 @@ def test_what_is_not_a_number_is_refused(model: ScoredGPT, answers: Any) -> None
     ],
 )
 def test_numbers_are_shown_with_their_errors(estimate: Estimate, text: str) -> None:
-    assert shown(estimate) == text
+    assert format_estimate(estimate) == text

@@ -16,11 +16,11 @@ from restomod.config.run import ModelConfig, OptimConfig, SamplingConfig
 from restomod.engine.optimizer import build_optimizer
 from restomod.generate.compare import (
     SampleComparison,
-    as_html,
-    as_table,
     compare_samples,
-    report_writer,
+    samples_html,
     samples_markdown,
+    samples_table,
+    samples_writer,
 )
 from restomod.generate.text import sample_texts
 from restomod.model.hf_io import save_model
@@ -82,7 +82,7 @@ class Parsed(HTMLParser):
 
 
 def check_html(texts: tuple[str, ...]) -> None:
-    parsed = Parsed(as_html(comparison(*texts)))
+    parsed = Parsed(samples_html(comparison(*texts)))
     allowed = {"html", "head", "meta", "title", "style", "body", "h1", "p", "table", "caption", "tr", "th", "td"}
     assert parsed.tags <= allowed
     assert parsed.attributes <= {"lang", "charset", "http-equiv", "content", "name", "class", "scope", "dir"}
@@ -122,13 +122,13 @@ def test_any_text_is_shown_as_it_is(texts: tuple[str, str]) -> None:
 
 
 def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:
-    page = as_html(comparison("a", "b"))
+    page = samples_html(comparison("a", "b"))
     assert not re.search(r"https?:|src=|href=|url\(|<script|@import", page)
     assert "default-src 'none'" in page
 
 
 def test_the_terminal_shows_texts_beside_each_other_and_takes_no_markup() -> None:
-    table = as_table(
+    table = samples_table(
         SampleComparison(("left", "right"), "5 tokens", (("[bold]p\x1b[0m", "[red]one", "two\nlines"),)), 40
     )
     lines = [line.split() for line in table.splitlines()]
@@ -173,7 +173,7 @@ def test_both_models_are_looked_for_before_anything_is_computed(
 def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "samples.md"
     path.write_text("before")
-    write = report_writer(str(path))
+    write = samples_writer(str(path))
     assert path.read_text() == "before"
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
@@ -182,8 +182,8 @@ def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypa
     assert path.read_text() == "before"
     write(comparison("a"))
     assert path.read_text() == samples_markdown(comparison("a"))
-    report_writer(str(tmp_path / "x.html"))(comparison("a"))
-    assert (tmp_path / "x.html").read_text() == as_html(comparison("a"))
+    samples_writer(str(tmp_path / "x.html"))(comparison("a"))
+    assert (tmp_path / "x.html").read_text() == samples_html(comparison("a"))
 
 
 @pytest.mark.parametrize(
@@ -198,10 +198,10 @@ def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypa
 def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path, out: str, said: str) -> None:
     (tmp_path / "folder.md").mkdir()
     with pytest.raises(UserError, match=said):
-        report_writer(str(tmp_path / out))
+        samples_writer(str(tmp_path / out))
 
 
 def test_a_folder_that_is_closed_to_writing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *a: False)  # root may write anywhere
     with pytest.raises(UserError, match="read-only"):
-        report_writer(str(tmp_path / "samples.md"))
+        samples_writer(str(tmp_path / "samples.md"))

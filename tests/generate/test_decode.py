@@ -331,7 +331,7 @@ def test_casting_once_gives_the_logits_of_autocast_bit_for_bit(model: GPT) -> No
     cache = RowCache(CONFIG, 1, CPU, torch.bfloat16, 24)
     plain = KVCache(CONFIG, 1, CPU, torch.bfloat16)
     with torch.no_grad():
-        decoder.read([tokens[0, :8].tolist()], cache, [0])
+        decoder.prefill([tokens[0, :8].tolist()], cache, [0])
         with autocast(CPU, torch.bfloat16):
             model(tokens[:, :8], plain)
             plain.length = 8

@@ -17,7 +17,7 @@ from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.optimizer import build_optimizer
 from restomod.generate import decode as engine
 from restomod.generate.decode import Prompt, generate
-from restomod.generate.text import choose_prompts, continuations, prompt_tokens, sample_texts, stream, streamed
+from restomod.generate.text import choose_prompts, continuations, prompt_tokens, sample_texts, stream_text, stream_texts
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_io import save_model
 from restomod.utils.errors import UserError
@@ -109,7 +109,7 @@ def saying(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pieces(model: GPT, tokenizer: Tokenizer) -> list[str]:
-    return list(stream(model, tokenizer, "", 0, SamplingConfig(), 0, FP32))
+    return list(stream_text(model, tokenizer, "", 0, SamplingConfig(), 0, FP32))
 
 
 def test_a_character_is_held_back_until_it_is_whole(
@@ -140,7 +140,7 @@ def test_streamed_texts_are_those_of_a_batch(model: GPT, tmp_path: Path) -> None
     save_model(model, tmp_path)
     how: Any = (str(tmp_path), ["one", ""], 2, SamplingConfig(max_tokens=20, temperature=1.0), 3, "cpu", "fp32")
     whole = [text for texts in sample_texts(*how) for text in texts]
-    assert ["".join(text) for text in streamed(*how)] == whole
+    assert ["".join(text) for text in stream_texts(*how)] == whole
 
 
 # --- prompts and models --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.engine.step import Compute, batch_loss
 from restomod.generate.decode import Prompt, generate
 from restomod.model.flops import parameter_count
-from restomod.model.gpt import GPT, Beside, build_model
+from restomod.model.gpt import GPT, BlockInputs, build_model
 from restomod.model.hf_format import as_saved, family_of
 from restomod.model.hf_io import load_model, read_model_config, save_model
 from restomod.utils.errors import UserError
@@ -178,9 +178,9 @@ def test_relu2_is_the_square_of_relu() -> None:
 def test_projections_that_begin_at_zero_make_every_block_the_identity() -> None:
     model = build_model(dataclasses.replace(QWEN3, zero_init_projections=True), 0, CPU)
     x = torch.randn(1, 7, 64)
-    turn = model.transformer.h[0].attn.q_norm.weight.new_ones(7, 8), torch.zeros(7, 8)
-    assert torch.equal(model.transformer.h[1](x, Beside(turn)), x)
-    assert not torch.equal(random_model(QWEN3).transformer.h[1](x, Beside(turn)), x)
+    rope = model.transformer.h[0].attn.q_norm.weight.new_ones(7, 8), torch.zeros(7, 8)
+    assert torch.equal(model.transformer.h[1](x, BlockInputs(rope)), x)
+    assert not torch.equal(random_model(QWEN3).transformer.h[1](x, BlockInputs(rope)), x)
 
 
 def test_rotary_positions_are_relative() -> None:

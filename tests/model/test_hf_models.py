@@ -20,7 +20,7 @@ from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.evals.likelihood import Request, log_likelihoods
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.generate.decode import cache_is_exact
-from restomod.generate.text import sample_texts, streamed
+from restomod.generate.text import sample_texts, stream_texts
 from restomod.model.hf_io import load_model, save_model, save_tokenizer
 from restomod.model.hf_models import TransformersModel, open_causal_model
 from restomod.runs.open_model import find_model
@@ -148,7 +148,7 @@ def test_a_text_longer_than_the_window_goes_on(tmp_path: Path) -> None:
     assert [len(part) for part in texts] == [2, 2, 2]
     assert texts == sample_texts(*how)
     assert texts[0][0] != texts[0][1]
-    assert ["".join(text) for text in streamed(*how)] == [text for part in texts for text in part]
+    assert ["".join(text) for text in stream_texts(*how)] == [text for part in texts for text in part]
 
 
 def test_our_own_draws_as_through_transformers(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_logits_that_tokens_are_drawn_from_are_capped() -> None:
     model, tokens = drawn(ALL).double(), random_tokens(ALL, 1, 8)[0].tolist()
     decoder, cache = Decoder(model, torch.float64), RowCache(ALL, 1, CPU, torch.float64, 48)
     with torch.no_grad():
-        decoder.read([tokens[:-1]], cache, [0])
+        decoder.prefill([tokens[:-1]], cache, [0])
         torch.testing.assert_close(decoder.step(tokens[-1:], cache)[0], plain_logits(model, torch.tensor(tokens))[-1])
 
 

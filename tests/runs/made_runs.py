@@ -12,6 +12,7 @@ from typing import Any
 from restomod.config.presets import preset
 from restomod.config.run import RunConfig, SamplingConfig
 from restomod.config.serialize import to_dict
+from restomod.model.flops import flops_per_token, parameter_count
 
 START = 1_763_700_000  # seconds since 1970, as `stamp` writes them
 HOSTILE = (
@@ -57,6 +58,8 @@ def make_run(
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     (folder / "data.json").write_text(json.dumps({"name": data, "fingerprint": "0", "tokens": 1000, "splits": {}}))
     environment = {"restomod": "0.1.0", "git_revision": "abc", "device": text, "precision": "fp32"}
+    work = flops_per_token(config.model, config.sequence_length)
+    environment |= {"parameters": parameter_count(config.model), "flops_per_token": work}
     environment |= {"command": ["restomod", "train", "quickstart", text], "started": stamp(START)}
     (folder / "environment.json").write_text(json.dumps([environment]))
     records: list[dict[str, Any]] = []

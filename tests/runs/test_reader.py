@@ -11,6 +11,7 @@ import pytest
 
 from restomod.cli import main
 from restomod.config.presets import preset
+from restomod.model.flops import flops_per_token, parameter_count
 from restomod.runs import reader
 from restomod.runs.reader import open_run
 from restomod.utils.errors import UserError
@@ -82,6 +83,14 @@ def test_evaluations_samples_and_environments_are_read(tmp_path: Path) -> None:
     assert [e["task"] for e in run.evaluations] == ["a", "b"]
 
 
+def test_parameters_and_flops_are_those_recorded_at_the_start_or_else_computed(tmp_path: Path) -> None:
+    recorded = open_run(make_run(tmp_path / "a", SMALL, environments=[{"parameters": 5, "flops_per_token": 7}, {}]))
+    assert (recorded.parameters, recorded.flops_at(2)) == (5, 2 * SMALL.batch_tokens * 7)
+    computed = open_run(make_run(tmp_path / "b", SMALL, environments=[{}]))
+    assert computed.parameters == parameter_count(SMALL.model)
+    assert computed.flops_per_token == flops_per_token(SMALL.model, SMALL.sequence_length)
+
+
 def test_only_so_many_evaluations_are_read_as_do_not_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, said = make_run(tmp_path / "a"), list[str]()
     (folder / "evals").mkdir()
@@ -106,7 +115,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["compare"], ["verdict", "--no-weights"]])
 def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Path) -> None:
-    make_run(tmp_path / "a", SMALL, [train(0, 9.0), val(0, 9.0)])
+    recorded = {"parameters": 5, "flops_per_token": 7}
+    make_run(tmp_path / "a", SMALL, [train(0, 9.0), val(0, 9.0)], environments=[recorded])
     code = (
         f"import sys; from restomod.cli import main; main({[*verb, 'a']!r}); "
         f"assert not set(sys.modules) & {{'torch', 'matplotlib'}}, 'torch or matplotlib was imported'"

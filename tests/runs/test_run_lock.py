@@ -92,7 +92,7 @@ def test_of_two_that_begin_one_new_run_one_is_refused_at_once(tmp_path: Path) ->
     assert time.monotonic() - began < 0.2
     second.release()
     (tmp_path / "runs/new").mkdir()
-    first.made()
+    first.move_into_folder()
     assert os.listdir(tmp_path / "runs") == ["new"]
     with pytest.raises(UserError, match=f"process {os.getpid()}"):
         RunLock(tmp_path / "runs/new").take(resume=True)

@@ -8,7 +8,7 @@ import pytest
 
 from restomod.config.presets import preset
 from restomod.config.run import RunConfig
-from restomod.train.loop import is_due
+from restomod.train.loop import save_is_due
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from restomod.train.loop import is_due
 )
 def test_a_save_by_time_waits_for_a_validation_if_one_comes_soon(step: int, minutes: float, due: bool) -> None:
     config = RunConfig(steps=1000, batch_tokens=64, sequence_length=64, eval_every=250)
-    assert is_due(config, step, minutes) == due
-    assert not is_due(dataclasses.replace(config, save_every_minutes=None), step, minutes)
+    assert save_is_due(config, step, minutes) == due
+    assert not save_is_due(dataclasses.replace(config, save_every_minutes=None), step, minutes)
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare", "gpt2-124m", "modern-124m"])
@@ -26,4 +26,4 @@ def test_presets_for_gpus_save_by_time_alone(name: str) -> None:
     """By steps, a fast GPU would save all the time."""
     config = preset(name)
     assert config.save_every is None
-    assert not any(is_due(config, step, minutes=0.05) for step in range(1000))
+    assert not any(save_is_due(config, step, minutes=0.05) for step in range(1000))

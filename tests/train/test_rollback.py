@@ -17,16 +17,17 @@ from restomod.runs.async_saver import Saver
 from restomod.runs.folder import RunFolder
 from restomod.runs.metrics import append_jsonl
 from restomod.train.rollback import roll_back
-from restomod.train.spike_guard import ENOUGH
-from restomod.train.step_log import Journal
+from restomod.train.setup import Start
+from restomod.train.spike_guard import MIN_LOSSES
+from restomod.train.step_log import StepLog
 from restomod.utils.console import Display
 from tests.models import CPU
 from tests.processes import member, results
 from tests.trainee import make_trainee
 
 QUIET = Display(muted=True)
-LOSSES = [5.0 + step / 1000 for step in range(2 * ENOUGH)]
-SAVED = ENOUGH + 1  # the step of the checkpoint
+LOSSES = [5.0 + step / 1000 for step in range(2 * MIN_LOSSES)]
+SAVED = MIN_LOSSES + 1  # the step of the checkpoint
 
 
 def training(processes: Processes, folder: Path) -> Any:
@@ -46,7 +47,7 @@ def training(processes: Processes, folder: Path) -> Any:
         config=run.config,
         compute=compute,
         processes=processes,
-        first_step=len(LOSSES),
+        start=Start(step=len(LOSSES)),
         model=t.model,
         loss_of=loss_of,
         optimizer=build_optimizer(t.model, t.config.optim, torch.float32, processes),
@@ -56,7 +57,7 @@ def training(processes: Processes, folder: Path) -> Any:
 def limits(processes: Processes, folder: Path) -> tuple[float, float, tuple[int, int], Tensor, bool]:
     """The highest loss that is no spike at the start and after a return to a checkpoint; where the run goes on."""
     subject = training(processes, folder)
-    guard = Journal(subject, QUIET).guard
+    guard = StepLog(subject, QUIET).guard
     at_start, weight = guard.loss_limit(), subject.model.transformer.wte.weight
     with Saver(subject.run.folder, subject.config, processes) as saver:
         saver.save(SAVED, subject.model, subject.optimizer)

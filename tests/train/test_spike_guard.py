@@ -8,12 +8,12 @@ import pytest
 
 from restomod.config.run import RunConfig
 from restomod.engine.step import StepResult
-from restomod.train.spike_guard import ENOUGH, HALVINGS, WINDOW, Guard
+from restomod.train.spike_guard import MAX_HALVINGS, MIN_LOSSES, WINDOW, SpikeGuard
 
 
-def guard(policy: str = "rollback", sigmas: float = 10.0, records: list[dict[str, Any]] | None = None) -> Guard:
+def guard(policy: str = "rollback", sigmas: float = 10.0, records: list[dict[str, Any]] | None = None) -> SpikeGuard:
     config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike=policy, spike_sigmas=sigmas)  # type: ignore[arg-type]
-    return Guard(config, records or [])
+    return SpikeGuard(config, records or [])
 
 
 def healthy(n: int, mean: float = 4.0, deviation: float = 0.1) -> list[float]:
@@ -21,18 +21,18 @@ def healthy(n: int, mean: float = 4.0, deviation: float = 0.1) -> list[float]:
     return [chance.gauss(mean, deviation) for _ in range(n)]
 
 
-def run(subject: Guard, losses: list[float]) -> list[str]:
+def run(subject: SpikeGuard, losses: list[float]) -> list[str]:
     """What is done about each loss."""
-    return [subject.judge(made(subject, loss)) for loss in losses]
+    return [subject.decide(made(subject, loss)) for loss in losses]
 
 
-def made(subject: Guard, loss: float, grad_norm: float = 1.0) -> StepResult:
+def made(subject: SpikeGuard, loss: float, grad_norm: float = 1.0) -> StepResult:
     """A step as `train_step` makes it under this guard."""
     refused = not (math.isfinite(loss) and math.isfinite(grad_norm)) or loss > subject.loss_limit()
     return StepResult(loss, grad_norm, refused)
 
 
-def problem(subject: Guard, loss: float, grad_norm: float = 1.0) -> str | None:
+def problem(subject: SpikeGuard, loss: float, grad_norm: float = 1.0) -> str | None:
     return subject.problem(made(subject, loss, grad_norm))
 
 
@@ -44,7 +44,7 @@ def test_what_is_not_finite_is_never_an_update(loss: float, policy: str) -> None
         said = problem(subject, *where)
         assert said is not None
         assert "nan" in said or "inf" in said
-        assert subject.judge(made(subject, *where)) != "update"
+        assert subject.decide(made(subject, *where)) != "update"
 
 
 def test_each_policy_acts_in_its_time() -> None:
@@ -75,7 +75,7 @@ def test_a_spike_is_not_counted_among_the_losses_that_the_next_is_compared_with(
 
 def test_too_few_losses_say_nothing() -> None:
     subject = guard()
-    run(subject, healthy(ENOUGH - 1))
+    run(subject, healthy(MIN_LOSSES - 1))
     assert problem(subject, 100.0) is None
     run(subject, [4.0])
     assert problem(subject, 100.0) is not None
@@ -107,7 +107,7 @@ def test_a_resumed_run_judges_as_one_that_was_not_stopped() -> None:
     records = []
     for step, loss in enumerate(losses):
         said = problem(whole, loss)
-        whole.judge(made(whole, loss))
+        whole.decide(made(whole, loss))
         record = {"kind": "train", "step": step, "loss": loss if math.isfinite(loss) else None}
         records.append(record | ({"skipped": said} if said else {}))
         records.append({"kind": "val", "step": step, "loss": 99.0})
@@ -131,13 +131,13 @@ def test_going_back_to_the_same_checkpoint_is_tried_three_times() -> None:
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
 def test_gradients_that_overflow_fp16_are_no_trouble_while_a_scale_is_found(policy: str) -> None:
     config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike=policy)  # type: ignore[arg-type]
-    subject = Guard(config, fp16=True)
+    subject = SpikeGuard(config, fp16=True)
     overflow = StepResult(10.9, math.inf, refused=True)
     assert "fp16" in (subject.problem(overflow) or "")
-    assert [subject.judge(overflow) for _ in range(HALVINGS)] == ["skip"] * HALVINGS
-    assert subject.judge(overflow) == ("rollback" if policy == "rollback" else "stop")
+    assert [subject.decide(overflow) for _ in range(MAX_HALVINGS)] == ["skip"] * MAX_HALVINGS
+    assert subject.decide(overflow) == ("rollback" if policy == "rollback" else "stop")
 
 
 def test_a_loss_that_is_not_finite_is_trouble_in_fp16_too() -> None:
     config = RunConfig(steps=1, batch_tokens=8, sequence_length=8, on_spike="stop")
-    assert Guard(config, fp16=True).judge(StepResult(math.nan, math.nan, refused=True)) == "stop"
+    assert SpikeGuard(config, fp16=True).decide(StepResult(math.nan, math.nan, refused=True)) == "stop"

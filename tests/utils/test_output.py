@@ -21,7 +21,7 @@ from rich.text import Text
 import restomod
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
-from restomod.utils.output import raw_stream, run_guarded, say
+from restomod.utils.output import print_if_possible, raw_stream, run_guarded
 from restomod.utils.terminal import Terminal
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
@@ -117,7 +117,7 @@ def test_what_goes_on_without_output_keeps_its_exit_code(
         return 75
 
     monkeypatch.setattr(sys, "stdout", make())
-    assert run_guarded(work, goes_on=True) == 75
+    assert run_guarded(work, without_output=True) == 75
     assert not display[0].closed
 
 
@@ -128,7 +128,7 @@ def test_work_that_goes_on_is_not_ended_by_a_line_about_it(
     stream = make()
     monkeypatch.setattr(sys, "stdout", stream)
     for _ in range(3):
-        say("a line")
+        print_if_possible("a line")
     assert capsys.readouterr().err.count("cannot be written") == (stream is not None)
 
 
@@ -194,7 +194,7 @@ def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixtu
         print("exact \x1b", file=raw_stream(sys.stdout))
         sys.stderr.writelines(["\r 50 % of \x1b", "\n"])
         logging.lastResort.handle(logging.makeLogRecord({"msg": "log \x1b", "levelno": 50}))  # type: ignore[union-attr]
-        say("say \x1b")
+        print_if_possible("say \x1b")
         raise UserError(STEERS)
 
     streams = sys.stdout, sys.stderr

@@ -1,1 +1,1 @@
-"""Is the model sound, and the machine fit?"""
+"""Checks of models (`check`) and machines (`doctor`)"""

@@ -1,7 +1,7 @@
-"""Does this device compute what GPT-2 is? A small model's loss and gradients, against exact ones.
+"""Device parity: a small GPT-2's loss and gradients on a device, compared with a reference in fp64.
 
-The exact ones are computed on the CPU in fp64, attention as plain products and a softmax, the loss from all logits:
-other kernels than training uses on any device, the CPU included. So a kernel that is wrong shows, whichever it is.
+The reference is computed on the CPU in fp64, attention as plain matmuls and a softmax, the loss from all logits.
+Training uses none of these kernels on any device, so any wrong kernel shows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from restomod.config.run import ModelConfig
 from restomod.engine.device import dtype_name
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.gpt import GPT, build_model
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 
-CHECKED_BEFORE_TRAINING = {"mps"}  # kinds of device where kernels have been wrong before
+CHECKED_BEFORE_TRAINING = {"mps"}  # device types whose kernels have been wrong before
 
 # Largest relative differences that count as rounding. Over 20 seeds a CPU with AVX-512 BF16 was off by at most 7e-8
 # (loss) and 1.2e-6 (gradients) in fp32, by 1.4e-4 and 0.013 in bf16. Other devices add in another order, so there is
@@ -36,7 +36,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Differences:
-    """How far a device is from exact: relative to the exact loss, and to the norm of each tensor's exact gradient."""
+    """Relative differences of the loss, and of each gradient in its norm, from the reference."""
 
     loss: float
     gradients: dict[str, float]
@@ -44,12 +44,12 @@ class Differences:
 
     @property
     def worst(self) -> str:
-        """The parameter whose gradient is the furthest off; one that is not a number is."""
+        """The parameter with the largest gradient difference; NaN counts as infinite."""
         return max(self.gradients, key=lambda name: _finite(self.gradients[name]))
 
 
 def device_parity(device: torch.device, dtype: torch.dtype) -> CheckResult:
-    """A small GPT-2 has the exact loss and gradients on this device in this precision, up to rounding."""
+    """Check that a small GPT-2 has the reference's loss and gradients on this device in this dtype, up to rounding."""
     found = parity_errors(device, dtype)
     gradient = found.gradients[found.worst]
     where = f"{device.type} in {dtype_name(dtype)}"
@@ -67,7 +67,7 @@ def device_parity(device: torch.device, dtype: torch.dtype) -> CheckResult:
 
 
 def parity_errors(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> Differences:
-    """Compare one device and precision with the exact arithmetic."""
+    """Compare a device and compute dtype with the reference."""
     model = random_model(SHAPE, seed)
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(SHAPE.vocab_size, (SEQUENCES, SHAPE.n_positions + 1), generator=generator)
@@ -84,7 +84,7 @@ def parity_errors(device: torch.device, dtype: torch.dtype, seed: int = SEED) ->
 
 
 def random_model(config: ModelConfig, seed: int = SEED) -> GPT:
-    """Weights large enough that attention looks somewhere, and no bias or norm that could be left out unnoticed."""
+    """A model whose attention is not uniform, and whose biases and norms all matter, unlike at initialisation."""
     model = build_model(config, seed, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def random_model(config: ModelConfig, seed: int = SEED) -> GPT:
 
 
 def _exact(model: GPT, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients by parameter name, in fp64."""
+    """Reference loss and gradients by parameter name, in fp64."""
     model = copy.deepcopy(model).double()
     with sdpa_kernel(SDPBackend.MATH):
         logits = model(tokens)  # (B, T, V)

@@ -1,4 +1,4 @@
-"""The verb `doctor`: every check of this machine, quick ones first. Whatever goes wrong in one is its verdict."""
+"""The command `doctor`: all checks of this machine, quick ones first. An exception in a check is a fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from restomod.checks.speed import memory_bandwidth
 from restomod.checks.tools import compiler, processes
 from restomod.config.run import Device, Precision, RunConfig
 from restomod.engine.device import dtype_name
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError
 
 Check = Callable[[Machine], CheckResult]
@@ -22,14 +22,14 @@ Check = Callable[[Machine], CheckResult]
 def check_machine(
     device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path
 ) -> Iterator[CheckResult]:
-    """Examine this machine; yield verdicts as they come.
+    """Check this machine; yield results as they come.
 
     Args:
-        device_name: the device to examine.
-        precision: of the products that are compared with exact ones.
-        config: a run that there should be room for.
-        preset: what it is called.
-        out: where runs are to go.
+        device_name: the device to check.
+        precision: the compute dtype for the parity check.
+        config: a run that should fit into memory and onto the disk.
+        preset: its name.
+        out: the folder for runs.
     """
     machine = Machine(device_name, precision, preset, config, out)
     for check in (
@@ -42,7 +42,7 @@ def check_machine(
         disk,
         memory,
         parity,
-        matrix_products,
+        matmuls,
         bf16,
         bandwidth,
     ):
@@ -54,7 +54,7 @@ def check_machine(
 
 
 def run_check(check: Check, machine: Machine) -> CheckResult:
-    """A check's verdict; an exception in it is a fail, and where there is no device it is skipped."""
+    """Run one check; an exception in it is a fail, and without a device it is skipped."""
     name = check.__name__.replace("_", " ")
     missing = no_device(machine)
     if missing is not None and check in NEED_DEVICE:
@@ -69,23 +69,23 @@ def run_check(check: Check, machine: Machine) -> CheckResult:
 
 
 def parity(machine: Machine) -> CheckResult:
-    """A small model's loss and gradients on the device are the exact ones."""
+    """See `device_parity`."""
     return device_parity(machine.device, machine.dtype)
 
 
-def matrix_products(machine: Machine) -> CheckResult:
-    """How many operations a second; for information."""
+def matmuls(machine: Machine) -> CheckResult:
+    """Measure the speed of matmuls; for information."""
     best = {name: max(of.items(), key=lambda pair: pair[1]) for name, of in machine.rates.by_size.items()}
     found = ", ".join(f"{name} {rate / 1e12:,.2f} TFLOP/s (at {size})" for name, (size, rate) in best.items())
-    return CheckResult("matrix products", "pass", found)
+    return CheckResult("matmuls", "pass", found)
 
 
 def bf16(machine: Machine) -> CheckResult:
-    """Products in bf16 are faster than those in fp32, which they are not where the hardware leaves them to software."""
+    """Check that matmuls in bf16 are faster than in fp32; they are not where hardware support is missing."""
     size, fast, plain = machine.rates.compared("bf16", "fp32")
     found = f"{fast / plain:.2f} times as fast as fp32 at {size}"
     if dtype_name(machine.dtype) == "fp32":
-        why = "products are in fp32 here"
+        why = "the compute dtype is fp32 here"
         if fast > plain and machine.precision == "auto":
             return CheckResult("bf16", "pass", f"{found}; {why} by default, and --precision bf16 can be tried")
         return CheckResult("bf16", "pass", f"{found}; {why}")
@@ -95,7 +95,7 @@ def bf16(machine: Machine) -> CheckResult:
 
 
 def bandwidth(machine: Machine) -> CheckResult:
-    """How many bytes a second; for information."""
+    """Measure the memory bandwidth; for information."""
     return CheckResult("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
 
 
@@ -105,7 +105,7 @@ NEED_DEVICE: tuple[Check, ...] = (
     attention_backends,
     memory,
     parity,
-    matrix_products,
+    matmuls,
     bf16,
     bandwidth,
     compiler,

@@ -1,4 +1,4 @@
-"""What `restomod doctor` says of a GPU's libraries: attention backends, cuDNN, and faults of known releases."""
+"""Checks of GPU libraries for `doctor`: attention backends, cuDNN, known faults of torch releases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from restomod.checks.machine import Machine
 from restomod.engine.device import REDUCTIONS, WRONG_REDUCTIONS, avoid_wrong_reductions, torch_release
 from restomod.model.attention import BACKENDS, Use
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 
 TOKENS, HEADS, HEAD_SIZE = 1024, 12, 64  # GPT-2 124M's
 NAMES = {
@@ -26,7 +26,7 @@ MAPS = Path("/proc/self/maps")
 
 
 def attention_backends(machine: Machine) -> CheckResult:
-    """Which attention backend torch chooses for each use, among those that `restomod.model.attention` allows."""
+    """Report which attention backend torch chooses for each use, of those that `restomod.model.attention` allows."""
     chosen = {use: NAMES[chosen_backend(machine.device, machine.dtype, use)] for use in BACKENDS}
     found = ", ".join(f"{backend} for {use}" for use, backend in chosen.items())
     slow = [use for use, backend in chosen.items() if backend == "math" and use in ("training", "scoring")]
@@ -38,7 +38,7 @@ def attention_backends(machine: Machine) -> CheckResult:
 
 
 def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBackend:
-    """The backend that torch takes for inputs of GPT-2's shape."""
+    """The backend that torch chooses for inputs of GPT-2's shape."""
     trains, single = use in ("training", "masked training"), use == "decoding"
     shape = (1, HEADS, TOKENS, HEAD_SIZE)
     k = torch.zeros(shape, device=device, dtype=dtype, requires_grad=trains)
@@ -50,7 +50,7 @@ def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBac
 
 
 def cudnn(machine: Machine) -> CheckResult:
-    """Which cuDNN is loaded, and from where; one found through LD_LIBRARY_PATH may be too old for this torch."""
+    """Check which cuDNN is loaded, and from where; one found through LD_LIBRARY_PATH may be too old for this torch."""
     version = torch.backends.cudnn.version() if machine.device.type == "cuda" else None
     if version is None:
         return CheckResult("cudnn", "skip", "is used on CUDA devices only")
@@ -66,7 +66,7 @@ def cudnn(machine: Machine) -> CheckResult:
 
 
 def loaded_libraries(name: str) -> list[Path]:
-    """Files of shared libraries with this beginning of a name that the process has loaded (Linux only)."""
+    """Loaded shared libraries whose file name starts with ``name`` (Linux only)."""
     try:
         lines = MAPS.read_text().splitlines()
     except OSError:
@@ -112,7 +112,7 @@ FAULTS = (
 
 
 def known_faults(machine: Machine) -> CheckResult:
-    """torch has kernels for this card, and no fault of this release on it is left."""
+    """Check that torch has kernels for this GPU, and that known faults of this release are avoided."""
     name = "known faults"
     if machine.device.type != "cuda":
         return CheckResult(name, "skip", "are listed for CUDA devices only")
@@ -144,7 +144,7 @@ def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
 
 
 def check_faults(capability: tuple[int, int], release: tuple[int, int]) -> CheckResult:
-    """Warn of the faults of a release of torch on a card that restomod does not avoid."""
+    """Warn of faults of a torch release on a GPU that restomod does not avoid."""
     there = [fault for fault in FAULTS if fault.first <= release < fault.fixed and fault.affects(capability)]
     left = [f"{fault.what}: {fault.advice}" for fault in there if not fault.avoided()]
     if left:

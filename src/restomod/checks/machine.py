@@ -1,4 +1,4 @@
-"""What the doctor examines, and what can be seen of it without computing: versions, device, disk, memory, threads."""
+"""Checks of a machine that need no computation: versions, device, disk, memory, threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from restomod.engine.device import (
 from restomod.engine.memory import estimate_memory
 from restomod.engine.micro_batch import choose_micro_batch
 from restomod.model.flops import parameter_count
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError
 from restomod.utils.process_memory import CGROUP, available_bytes
 
@@ -38,7 +38,7 @@ CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two AdamW moments
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, and what it is wanted for."""
+    """The machine under check, and the run planned for it."""
 
     device_name: Device
     precision: Precision
@@ -46,11 +46,11 @@ class Machine:
     config: RunConfig
     """The preset's."""
     out: Path
-    """Folder where runs are to go."""
+    """Folder for runs."""
 
     @property
     def device(self) -> torch.device:
-        """Raises UserError where it is not there."""
+        """The device; raises UserError where it is missing."""
         return choose_device(self.device_name)
 
     @property
@@ -59,12 +59,12 @@ class Machine:
 
     @functools.cached_property
     def rates(self) -> Rates:
-        """Of matrix products; measured once."""
+        """Matmul speeds; measured once."""
         return matmul_rates(self.device)
 
 
 def versions(machine: Machine) -> CheckResult:
-    """Python and all packages are of releases that this one asks for."""
+    """Check that all packages are of releases that restomod requires."""
     name = "versions"
     try:
         asked = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
@@ -99,7 +99,7 @@ def versions(machine: Machine) -> CheckResult:
 
 
 def device(machine: Machine) -> CheckResult:
-    """The device is there, and no better one lies idle."""
+    """Check that the device exists, and that no GPU stays unused."""
     chosen = machine.device
     found = f"{chosen.type}: {describe_device(chosen)}"
     if chosen.type == "cpu" and machine.device_name == "auto" and shutil.which("nvidia-smi"):
@@ -112,7 +112,7 @@ def device(machine: Machine) -> CheckResult:
 
 
 def disk(machine: Machine) -> CheckResult:
-    """There is room for the checkpoints of a run: those that are kept, and the one that is being written."""
+    """Check for disk space for a run's checkpoints: those that are kept, and the one being written."""
     folder = machine.out.absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -128,7 +128,7 @@ def disk(machine: Machine) -> CheckResult:
 
 
 def memory(machine: Machine) -> CheckResult:
-    """There is memory for a preset's weights, gradients, optimizer and one micro-batch."""
+    """Check for memory for a preset's weights, gradients, optimizer state and one micro-batch."""
     name, free = "memory", available_bytes(machine.device)
     if free is None:
         return CheckResult(name, "skip", "this system does not tell how much memory is available")
@@ -147,7 +147,7 @@ def memory(machine: Machine) -> CheckResult:
 
 
 def threads(machine: Machine) -> CheckResult:
-    """torch uses as many threads as this process has processors."""
+    """Check that torch uses as many threads as this process has processors."""
     name, used, there = "threads", torch.get_num_threads(), usable_processors()
     variable = os.environ.get("OMP_NUM_THREADS")
     found = f"torch uses {used} threads, and this process has {there:g} processors"
@@ -160,7 +160,7 @@ def threads(machine: Machine) -> CheckResult:
 
 
 def usable_processors() -> float:
-    """Processors that this process may use: those it is bound to, and what its container's limit leaves of them."""
+    """Processors available to this process, by its affinity and its container's limit."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [float(bound)]
     with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max 100000" is no limit
@@ -178,7 +178,7 @@ def _gb(size: float) -> str:
 
 
 def no_device(machine: Machine) -> str | None:
-    """Why nothing can be computed, or None."""
+    """Why there is no device, or None."""
     try:
         machine.device  # noqa: B018
     except UserError as e:

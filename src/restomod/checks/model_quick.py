@@ -1,6 +1,6 @@
-"""Is this a GPT-2 that can learn? What is checked in seconds, before the first step of every new run.
+"""Quick sanity checks of a model, before the first step of every new run.
 
-Each check takes a `CheckedModel`, leaves it as it was, and returns a `Verdict`. The slower ones are in
+Each check takes a `CheckedModel`, leaves it unchanged, and returns a `CheckResult`. Slower checks are in
 `restomod.checks.model_slow`. Most come from Karpathy, "A Recipe for Training Neural Networks", 2019.
 """
 
@@ -20,9 +20,9 @@ from restomod.engine.optimizer import Optimizers
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
-from restomod.utils.check_result import CheckResult, CheckStatus
+from restomod.utils.console import CheckResult, CheckStatus
 
-INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); a text that repeats itself may move the mean so far
+INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); repetitive text may move the mean so far
 WRONG_INITIAL_LOSS = 1.5  # nats off, which no text explains
 INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
 FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
@@ -32,7 +32,7 @@ SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little throu
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model, text to try it on, and how it is to be trained."""
+    """A model, text, and how it is to be trained."""
 
     model: GPT
     batches: Batches
@@ -59,7 +59,7 @@ def quick_checks(subject: CheckedModel) -> list[CheckResult]:
 
 @torch.no_grad()
 def initial_loss(subject: CheckedModel) -> CheckResult:
-    """Untrained weights guess evenly among the vocabulary, so their loss is ln(V)."""
+    """Check that the loss of initial weights is ln(V): that of a uniform prediction."""
     batches, compute = subject.batches, subject.compute
     windows = min(batches.n_windows, max(1, INITIAL_LOSS_TOKENS // batches.T))
     spread = np.arange(windows) * batches.n_windows // windows
@@ -68,27 +68,27 @@ def initial_loss(subject: CheckedModel) -> CheckResult:
         tokens, targets = batches.load(spread[start : start + compute.micro_batch])
         total += batch_loss(subject.model, tokens, targets, compute).item() * len(tokens)
     loss, V = total / windows, subject.model.config.vocab_size
-    guessing = f"ln({V}) = {math.log(V):.2f}"
+    uniform = f"ln({V}) = {math.log(V):.2f}"
     if not subject.fresh:
         if not math.isfinite(loss):
-            return CheckResult("loss", "fail", f"{loss} before training here: there is no going on from these weights")
+            return CheckResult("loss", "fail", f"{loss} before training here: these weights cannot be trained further")
         if loss < math.log(V):
-            return CheckResult(
-                "loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {guessing}"
-            )
-        return CheckResult("loss", "warn", f"{loss:.2f} is worse than guessing evenly, {guessing}: another tokenizer?")
+            return CheckResult("loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {uniform}")
+        return CheckResult(
+            "loss", "warn", f"{loss:.2f} is worse than a uniform prediction, {uniform}: another tokenizer?"
+        )
     off = loss - math.log(V)
     # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that
     if -INITIAL_LOSS_TOLERANCE <= off <= INITIAL_LOSS_TOLERANCE + subject.model.config.n_embd * 0.02**2 / 2:
-        return CheckResult("initial loss", "pass", f"{loss:.2f} ≈ {guessing}, as it should be for random weights")
+        return CheckResult("initial loss", "pass", f"{loss:.2f} ≈ {uniform}, as it should be for random weights")
     status: CheckStatus = "warn" if abs(off) <= WRONG_INITIAL_LOSS else "fail"
     why = "the text is unusual" if status == "warn" else "the initialisation is wrong"
-    return CheckResult("initial loss", status, f"{loss:.2f}, but random weights should give {guessing}: {why}")
+    return CheckResult("initial loss", status, f"{loss:.2f}, but random weights should give {uniform}: {why}")
 
 
 @torch.no_grad()
 def next_token_targets(subject: CheckedModel) -> CheckResult:
-    """The targets are the next tokens of the text, and the loss is their cross-entropy and nothing else."""
+    """Check that the targets are the next tokens, and that the loss is their cross-entropy."""
     name, model = "targets", subject.model
     T = subject.batches.T
     tokens, targets = subject.batches.load(np.array([0]))
@@ -117,7 +117,7 @@ def _is_shift(row: Tensor, text: Tensor, ahead: int) -> bool:
 
 @torch.no_grad()
 def causality(subject: CheckedModel) -> CheckResult:
-    """Changing a token changes the logits from its position on, and none before it."""
+    """Check that changing a token changes the logits from its position on, and none before it."""
     name = "causality"
     tokens = subject.few_tokens()[0].to(subject.compute.device)
     n = tokens.shape[1]
@@ -140,7 +140,7 @@ def causality(subject: CheckedModel) -> CheckResult:
 
 
 def gradients(subject: CheckedModel) -> CheckResult:
-    """A backward pass gives every parameter a gradient, and the optimizer holds every parameter."""
+    """Check that every parameter gets a gradient, and that the optimizer holds every parameter."""
     model = subject.model
     reached = loss_gradients(model, batch_loss(model, *subject.few_tokens(), subject.compute))
     held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
@@ -163,7 +163,7 @@ def gradients(subject: CheckedModel) -> CheckResult:
 
 
 def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of ``loss`` by name of the parameters that it reaches; `Tensor.grad` is left as it is."""
+    """Gradients of ``loss`` by parameter name, of parameters that it depends on; `Tensor.grad` stays unchanged."""
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not loss.requires_grad:
         return {}
@@ -171,34 +171,33 @@ def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
 
 
-def tied_head(subject: CheckedModel) -> CheckResult:
-    """The head is the token embedding itself, so the model has the parameters that GPT-2 has."""
+def tied_lm_head(subject: CheckedModel) -> CheckResult:
+    """Check that lm_head is the token embedding itself, and the number of parameters."""
     model, config = subject.model, subject.model.config
     embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
-    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd * len(model.vocabulary_matrices())
-    count, expected = sum(p.numel() for p in model.parameters()) - padding, parameter_count(config)
-    if count != expected:
+    blocks, expected = len(model.transformer.h), parameter_count(config)
+    if blocks != config.n_layer:
         return CheckResult(
-            "tied head", "fail", f"the model has {count:,} parameters, and a model of its shape {expected:,}"
+            "tied lm_head", "fail", f"the model has {blocks} blocks, and its configuration {config.n_layer}"
         )
     if not config.tied:
-        return CheckResult("tied head", "skip", f"this model has a head of its own; there are {expected:,} parameters")
+        return CheckResult("tied lm_head", "skip", f"untied lm_head; {expected:,} parameters")
     if model.head is not embedding:
-        return CheckResult("tied head", "fail", "the head is a copy of the token embedding, or gets no gradient")
-    return CheckResult("tied head", "pass", f"saves {saved:,} parameters; there are {expected:,}")
+        return CheckResult("tied lm_head", "fail", "lm_head is a copy of the token embedding, or gets no gradient")
+    return CheckResult("tied lm_head", "pass", f"saves {saved:,} of {expected + saved:,} parameters")
 
 
 def kernel_shapes(subject: CheckedModel) -> CheckResult:
-    """Matrix products are fastest where every dimension is a multiple of 64."""
+    """Check that dimensions are multiples of 64, where matmuls are fastest."""
     config, T = subject.model.config, subject.batches.T
     K = config.head_size
     odd = [
         f"{name} {size} is no multiple of {of}"
         for name, size, of in (
             ("n_embd", config.n_embd, 64),
-            ("the embedding's rows", subject.model.transformer.wte.weight.shape[0], 64),
+            ("embedding rows", subject.model.transformer.wte.weight.shape[0], 64),
             ("tokens of a micro-batch", subject.compute.micro_batch * T, 64),
-            ("the width of a head", K, 8),  # what fused attention kernels ask for
+            ("head width", K, 8),  # required by fused attention kernels
         )
         if size % of
     ]
@@ -215,6 +214,6 @@ QUICK: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     next_token_targets,
     causality,
     gradients,
-    tied_head,
+    tied_lm_head,
     kernel_shapes,
 )

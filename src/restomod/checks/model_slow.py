@@ -1,4 +1,4 @@
-"""The verb `check`: all sanity checks of a preset or a model, the slow ones too, on a text that is always there."""
+"""The command `check`: all sanity checks of a preset or a model, the slow ones too, on this package's source code."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.memory import state_bytes
 from restomod.engine.optimizer import build_optimizer, changed_by_nan, gradient_norm
 from restomod.engine.step import Compute, batch_loss
-from restomod.model.gpt import initial_std
+from restomod.model.gpt import ScaledResidual, initial_std
 from restomod.runs.open_model import open_or_build
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from restomod.utils.errors import one_line
 
 OVERFIT_STEPS = 200
-OVERFIT_WARMUP_STEPS = 10  # without, deep and narrow models stumble over their first steps
+OVERFIT_WARMUP_STEPS = 10  # without it, the first steps of deep, narrow models diverge
 OVERFIT_LOSS = 0.05  # nats
 BF16_TOLERANCE = 0.05  # nats between the bf16 and the fp32 loss
 LARGEST_STD = 10.0  # of the residual stream after initialisation; GPT-2 124M's ends at about 0.3
 DEAD_STD = 1e-3
-DEAD_UNITS = 0.01  # share of the hidden units that may give nothing after initialisation
+DEAD_UNITS = 0.01  # largest share of MLP units that are 0 on all tokens after initialisation
 CONTEXT = 1024
+KNOWN_INITIALISATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, ScaledResidual)
 VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
 
@@ -58,7 +59,7 @@ def check(name: str, seed: int, device: Device, precision: Precision) -> Iterato
 
 
 def own_source(vocab_size: int) -> TokenStream:
-    """This package's own source code as tokens: a text that lies beside every installation."""
+    """Tokens of this package's source code: a text that every installation has."""
     config = DataConfig(source="text", path=str(Path(__file__).parent.parent), glob="**/*.py")
     texts = ("".join(document.parts()) for document in documents(config))
     tokens = np.concatenate([gpt2_tokenizer().encode(text) for text in texts])
@@ -67,12 +68,14 @@ def own_source(vocab_size: int) -> TokenStream:
 
 @torch.no_grad()
 def initial_weights(subject: CheckedModel) -> CheckResult:
-    """Every tensor has the mean and standard deviation that GPT-2's initialisation gives it, up to chance."""
+    """Check the mean and standard deviation of every initial tensor, within four standard errors."""
     name, config = "initial weights", subject.model.config
     if not subject.fresh:
         return CheckResult(name, "skip", "these weights are trained")
     problems = []
     for parameter, value in subject.model.named_parameters():
+        if not isinstance(subject.model.get_submodule(parameter.rpartition(".")[0]), KNOWN_INITIALISATION):
+            continue
         if value.ndim < 2:
             constant = 1.0 if parameter.endswith("weight") else 0.0
             if not bool((value == constant).all()):
@@ -101,7 +104,7 @@ def initial_weights(subject: CheckedModel) -> CheckResult:
 
 @torch.no_grad()
 def activations(subject: CheckedModel) -> CheckResult:
-    """The residual stream neither dies nor explodes on its way up, and no hidden unit is dead."""
+    """Check that the residual stream neither vanishes nor explodes with depth, and that MLP units are not dead."""
     name, model = "activations", subject.model
     stds, dead = residual_stds(subject)
     shown = stds[:: max(1, len(stds) // 6)]
@@ -110,11 +113,11 @@ def activations(subject: CheckedModel) -> CheckResult:
     if not all(math.isfinite(std) for std in stds):
         return CheckResult(name, "fail", f"{found}: not finite")
     if not subject.fresh:
-        found += f"; {dead:.1%} of the MLPs' units give nothing on this text"
+        found += f"; {dead:.1%} of MLP units are 0 on this text"
         return CheckResult(name, "fail" if min(stds) < 1e-6 else "pass", found)
     if max(stds) > LARGEST_STD or min(stds) < DEAD_STD or dead > DEAD_UNITS:
         what = "exploding" if max(stds) > LARGEST_STD else "dead"
-        return CheckResult(name, "fail", f"{what}: {found}; {dead:.1%} of the MLPs' units give nothing")
+        return CheckResult(name, "fail", f"{what}: {found}; {dead:.1%} of MLP units are 0")
     if model.config.zero_init_projections:
         return CheckResult(name, "pass", found)
     depth = 2 * model.config.n_layer
@@ -165,7 +168,7 @@ def residual_stds(subject: CheckedModel, projection_scale: float = 1.0) -> tuple
 
 @torch.no_grad()
 def precision_agreement(subject: CheckedModel) -> CheckResult:
-    """bf16 products give the fp32 loss, up to rounding."""
+    """Check that the loss in bf16 equals that in fp32, up to rounding."""
     tokens, targets = subject.few_tokens()
     bf16 = Compute(subject.compute.device, torch.bfloat16, 1)
     losses = [batch_loss(subject.model, tokens, targets, compute).item() for compute in (bf16, subject.fp32)]
@@ -177,7 +180,7 @@ def precision_agreement(subject: CheckedModel) -> CheckResult:
 
 
 def compiled_agreement(subject: CheckedModel) -> CheckResult:
-    """torch.compile changes the speed of a step, not its loss or gradient."""
+    """Check that torch.compile changes neither the loss nor the gradients."""
     model = subject.model
 
     def loss_and_norm(transformer: Callable[[Tensor], Tensor]) -> tuple[float, float]:
@@ -208,7 +211,7 @@ def compiled_agreement(subject: CheckedModel) -> CheckResult:
 
 
 def refused_updates(subject: CheckedModel) -> CheckResult:
-    """A step with NaN gradients changes neither weights nor optimizer state, with every optimizer of this package."""
+    """Check that NaN gradients change neither weights nor optimizer state, with every optimizer of this package."""
     device, dtype = subject.compute.device, subject.compute.dtype
     for name in get_args(Optimizer):
         config = OptimConfig(optimizer=name)
@@ -219,15 +222,15 @@ def refused_updates(subject: CheckedModel) -> CheckResult:
 
 
 def memorises_batch(subject: CheckedModel) -> CheckResult:
-    """A model that can learn learns one short text by heart. The last check: it changes the weights."""
+    """Check that the model memorises one short text. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
     needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
     if there is not None and needed > there:
         return CheckResult(name, "skip", f"training takes {needed / 1e9:.0f} GB, and this device has {there / 1e9:.0f}")
-    # plain AdamW learns narrow models fastest at higher rates: 6e-4 at GPT-2's 768
+    # AdamW trains narrow models fastest at higher learning rates: 6e-4 at GPT-2's 768
     lr = min(0.02, 0.46 / model.config.n_embd)
     optimizer = build_optimizer(model, OptimConfig(lr=lr, weight_decay=0.0))
-    tokens, targets = (x[:1] for x in subject.few_tokens())  # two could begin alike and go on differently
+    tokens, targets = (x[:1] for x in subject.few_tokens())  # two could begin alike and continue differently
     first = loss = math.nan
     for step in range(OVERFIT_STEPS + 1):
         batch = batch_loss(model, tokens, targets, subject.compute)
@@ -243,7 +246,7 @@ def memorises_batch(subject: CheckedModel) -> CheckResult:
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """All memory of a device, or None where it is not known."""
+    """Total memory of a device in bytes, or None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     try:

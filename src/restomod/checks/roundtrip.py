@@ -1,4 +1,4 @@
-"""What each of two processes does for the doctor: rank 0 brings 1, rank 1 brings 2, and all should then have 3."""
+"""A process of the two that `doctor` starts: rank 0 contributes 1, rank 1 contributes 2, and the sum is 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a device is: matrix products in each precision, and memory."""
+"""Speed of a device: matmuls in each dtype, and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ import torch
 from restomod.engine.device import synchronize
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROBE = 256  # a first product, from which the time of larger ones is told
+PROBE = 256  # size of a first matmul, which predicts the time of larger ones
 SIZES = (1024, 2048, 4096)
-LONGEST_PRODUCT = 0.5  # seconds
+LONGEST_MATMUL = 0.5  # seconds
 REPEAT_SECONDS = 0.15
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30, "mps": 2**28}
 
-Product = Callable[[torch.device, torch.dtype, int], float]
+Matmul = Callable[[torch.device, torch.dtype, int], float]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of square matrix products, by precision and size."""
+    """FLOP/s of square matmuls, by dtype and size."""
 
     by_size: dict[str, dict[int, float]]
 
     def compared(self, name: str, other: str) -> tuple[int, float, float]:
-        """The largest size that both precisions have, and their rates there."""
+        """The largest size measured in both dtypes, and their FLOP/s."""
         size = max(self.by_size[name].keys() & self.by_size[other].keys())
         return size, self.by_size[name][size], self.by_size[other][size]
 
 
-def matmul_rates(device: torch.device, product_seconds: Product | None = None) -> Rates:
-    """Measure products of growing size, the precisions in turns, as long as one takes no more than half a second."""
-    seconds = product_seconds or fastest_product
+def matmul_rates(device: torch.device, matmul_seconds: Matmul | None = None) -> Rates:
+    """Measure matmuls of growing size, alternating dtypes, while one takes at most `LONGEST_MATMUL` seconds."""
+    seconds = matmul_seconds or fastest_matmul
     rates: dict[str, dict[int, float]] = {name: {} for name in TYPES}
     for size in (PROBE, *SIZES):
         for name, dtype in TYPES.items():
             known = rates[name]
-            if not known or 2 * size**3 / known[max(known)] <= LONGEST_PRODUCT:
+            if not known or 2 * size**3 / known[max(known)] <= LONGEST_MATMUL:
                 known[size] = 2 * size**3 / seconds(device, dtype, size)
     return Rates(rates)
 
 
-def fastest_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Seconds of one product of two (size, size) matrices: the fastest of several, as other programs only slow it."""
+def fastest_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Seconds of one matmul of two (size, size) matrices: the fastest of several."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return fastest(lambda: a @ b, device)
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of copying a tensor that no cache holds."""
+    """Bytes per second, read and written, of copying a tensor larger than any cache."""
     source = torch.ones(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)

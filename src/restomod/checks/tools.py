@@ -1,4 +1,4 @@
-"""Does what training can call upon work here: the compiler, several processes? Tried, not looked up."""
+"""Checks that try tools of training: the compiler, and several processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from restomod.checks.machine import Machine
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 
 COMPILED_TOLERANCE = 1e-5
-PATIENCE = 60.0  # seconds for a child process
+TIMEOUT = 60.0  # seconds for a child process
 
 
 def compiler(machine: Machine) -> CheckResult:
-    """torch.compile compiles, anew, a module of a few lines, and it computes the same."""
+    """Check that torch.compile compiles a small module, without its caches, and computes the same."""
     name, device = "compiler", machine.device
     module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).to(device)
     x = torch.randn(8, 64, device=device)
@@ -36,16 +36,15 @@ def compiler(machine: Machine) -> CheckResult:
 
 
 def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module computes, compiled without torch's caches.
+    """The output of a module, compiled without torch's caches.
 
-    torch by itself would first compile, load and try a program for each kind of vector instructions that the processor
-    has, which takes longer than all the rest. So the best of them are used untried. A compiler may be too old for them,
-    and torch would go without; so that is the second attempt.
+    torch would first compile and run a test program for each vector instruction set of the processor, which takes
+    longer than the rest. The best set is used untested instead; a second attempt does without, for old compilers.
     """
     import torch._inductor.config
     from torch._inductor.utils import fresh_cache
 
-    # precompiled headers pay from the second kernel on
+    # precompiled headers pay off from the second kernel on
     options = {"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
     problem: BaseException | None = None
     for more in ({}, {"cpp.simdlen": 1}):
@@ -60,7 +59,7 @@ def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _compiler_problem(message: str) -> tuple[str, str]:
-    """The line that says what is wrong, and what to do about it."""
+    """The line of an error message with the cause, and what to do about it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
     if "No working C++ compiler" in message:
         return "there is no C++ compiler", "install g++ (apt install g++; on macOS xcode-select --install)"
@@ -73,7 +72,7 @@ def _compiler_problem(message: str) -> tuple[str, str]:
 
 
 def processes(machine: Machine) -> CheckResult:
-    """Two processes, started as torchrun starts them, add their numbers up: over gloo, and over NCCL on two GPUs."""
+    """Check that two processes, started by torchrun, add up their numbers: over gloo, and over NCCL on two GPUs."""
     name, fix = "processes", "training in one process is not touched by this; for several"
     command = [
         "-m",
@@ -87,7 +86,7 @@ def processes(machine: Machine) -> CheckResult:
     done = _child(command, os.environ | {"OMP_NUM_THREADS": "1"})
     if done is None:
         return CheckResult(
-            name, "fail", f"two processes did not find each other in {PATIENCE:.0f} s; {fix} {_INTERFACE}"
+            name, "fail", f"two processes did not find each other in {TIMEOUT:.0f} s; {fix} {_INTERFACE}"
         )
     answers = re.findall(r"^roundtrip (\S+) (\S+)$", done.stdout, re.MULTILINE)
     if done.returncode or not answers:
@@ -104,7 +103,7 @@ _INTERFACE = "name the network that joins them: export GLOO_SOCKET_IFNAME=lo (on
 
 
 def _child(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
-    """Run Python in a child process; None where it took too long and was ended, with those that it had started."""
+    """Run Python in a child process; None after `TIMEOUT`, when it and its own children have been ended."""
     with tempfile.TemporaryDirectory() as empty:  # -m looks into the current folder first
         child = subprocess.Popen(
             [sys.executable, *arguments],
@@ -116,7 +115,7 @@ def _child(arguments: list[str], environment: dict[str, str]) -> subprocess.Comp
             cwd=empty,
         )
         try:
-            output, errors = child.communicate(timeout=PATIENCE)
+            output, errors = child.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             child.terminate()  # torchrun ends its own children at this signal
             child.communicate()

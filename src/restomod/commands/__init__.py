@@ -1,1 +1,1 @@
-"""Verbs of the command line: each module has its flags, and ``run``, which gives the exit code."""
+"""Commands of the command line: one module each, with its flags and `run(arguments)`, which returns the exit code."""

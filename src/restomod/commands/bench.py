@@ -1,24 +1,29 @@
-"""`restomod bench`: measure."""
+"""Command `bench`: measure the speed of a training step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from restomod.commands.flags import ResumeArguments
-from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, refuse_ignored
+from restomod.commands.flags import ConfigArguments
+from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, refuse_ignored, usage_unless_given
 from restomod.config.presets import preset
-from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean, reported_once
+from restomod.utils.errors import UserError, did_you_mean, reported_once
+
+MEMORY_HINT = "lower --micro-batch, --batch-tokens or --sequence-length"
+USAGE = """\
+usage: restomod bench step [PRESET] [FLAGS]    measure a training step (default preset: quickstart)
+       restomod bench step PRESET --help       list all flags; those of `restomod train` may be given too"""
 
 
 @dataclass(frozen=True)
-class BenchArguments(ResumeArguments):
+class BenchArguments(ConfigArguments):
     tokens: Literal["synthetic", "real"] = "synthetic"
-    """synthetic: random tokens, nothing to prepare; real: those of the run's data."""
+    """Training tokens. synthetic: random, nothing to prepare; real: from the run's data."""
     warmup: int = 3
-    """Steps before the first one that counts."""
+    """Steps to discard before the measurement."""
     timed: int = 10
-    """Steps to time as a whole, and as many again by phase, in turns."""
+    """Steps to time as a whole, and the same number to time phase by phase, alternately."""
     json: str | None = None
     """Write all results, the configuration and the environment to this file."""
     trace: str | None = None
@@ -26,24 +31,18 @@ class BenchArguments(ResumeArguments):
 
 
 def run(arguments: list[str]) -> int:
-    """Measure the speed of a training step."""
+    """Measure. Returns the exit code."""
     with reported_once():
-        parsed = _parsed(arguments)
-    if isinstance(parsed, int):
-        return parsed
-    name, given = parsed
+        name, given = _parse(arguments)
 
     from restomod.bench.step import bench_step
 
     return bench_step(given.config, name, given.tokens, given.warmup, given.timed, given.json, given.trace)
 
 
-def _parsed(arguments: list[str]) -> tuple[str, BenchArguments] | int:
-    """The preset's name and all flags; an exit code where only help was asked for."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: restomod bench step [PRESET] [FLAGS]    measure a training step (default: quickstart)")
-        print("       restomod bench step PRESET --help       every flag; those of `restomod train` count too")
-        return 0 if arguments else EXIT_USER_ERROR
+def _parse(arguments: list[str]) -> tuple[str, BenchArguments]:
+    """Return the preset's name and all flags."""
+    usage_unless_given(arguments, lambda: USAGE)
     if arguments[0] != "step":
         raise UserError(f"unknown benchmark {arguments[0]!r}{did_you_mean(arguments[0], ['step'])}")
     name, rest = "quickstart", arguments[1:]

@@ -1,4 +1,4 @@
-"""`restomod compare`: runs side by side."""
+"""Command `compare`: compare runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CompareArguments:
 
 def run(arguments: list[str]) -> int:
     """Compare runs: print tables, and write what is asked for. Returns 0."""
-    parsed = parse(CompareArguments, tyro.MISSING_NONPROP, arguments, "restomod compare")
+    parsed = parse(CompareArguments, arguments, "restomod compare")
     if not parsed.runs:
         raise UserError("name the runs: restomod compare RUN RUN ... (restomod compare --help)")
     for flag, value in (("--price", parsed.price), ("--target-loss", parsed.target_loss)):
@@ -49,11 +49,10 @@ def run(arguments: list[str]) -> int:
     from restomod.analysis.compare.plot import draw_comparison
     from restomod.analysis.compare.tables import markdown, tables
     from restomod.runs.reader import open_run
-    from restomod.utils.destination import resolve_destination
     from restomod.utils.figures import require_matplotlib
-    from restomod.utils.files import write_json_atomically, write_text_atomically
+    from restomod.utils.files import resolve_destination, write_json_atomically, write_text_atomically
     from restomod.utils.output_files import Output, require_outputs, write_outputs
-    from restomod.utils.tables import print_table
+    from restomod.utils.terminal import print_table
 
     json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})

@@ -1,170 +1,65 @@
-"""The flags of every verb: a dataclass each, of which tyro makes flags. A field's docstring is its help text."""
+"""Flags that several commands share: dataclasses that tyro turns into flags. A field's docstring is its help text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from restomod.config.prepare import Engine, PrepareConfig, SlurmConfig
+from restomod.commands.parsing import refuse_ignored
 from restomod.config.run import Device, Precision, RunConfig, SamplingConfig, require_seed
+
+IGNORED_BY_GREEDY = {"--top-k": "with --temperature 0", "--top-p": "with --temperature 0"}
 
 
 @dataclass(frozen=True)
-class ResumeArguments:
+class ConfigArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoOnArguments(ResumeArguments):
-    then: str | None = None
-    """Run this command of the shell at the very end, however it ends (--then "sudo shutdown now")."""
+class DeviceArguments:
+    device: Device = "auto"
+    """Device to compute on. auto: CUDA, else MPS, else CPU."""
+    precision: Precision = "auto"
+    """Compute dtype of matmuls. auto: bf16 if supported in hardware, else fp16 on a GPU that has it, else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments(GoOnArguments):
-    out: str
-    """Folder of the run; it must not exist yet."""
+class ModelArguments(DeviceArguments):
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WritingArguments:
+class GenerateArguments(DeviceArguments):
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; may be given several times. <|endoftext|> in it becomes that token: a new document begins."""
+    """Text to continue. The flag may be repeated. <|endoftext|> in the text becomes that token: a new document."""
     prompt_file: str | None = None
-    """Continue every line of this file (UTF-8) instead; blank ones are left out."""
+    """Text file (UTF-8) with one prompt per line. Blank lines are skipped."""
     max_tokens: int = 100
     """Length of each continuation, in tokens."""
     temperature: float = 0.8
-    """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
+    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it, 0 is greedy decoding."""
     top_k: int = 50
-    """Sample among this many likeliest tokens (0: all)."""
+    """Sample from this many most likely tokens (0: all)."""
     top_p: float = 1.0
-    """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
+    """Sample from the smallest set of most likely tokens whose probabilities add up to this value (1: all)."""
     seed: int = 1337
-    """The same seed gives the same text of a prompt, whatever the other prompts are."""
-    device: Device = "auto"
-    """Where to compute. auto: CUDA, else MPS, else CPU."""
-    precision: Precision = "auto"
-    """Of the matrix products."""
+    """Random seed. The text of a prompt depends on the seed, and not on the other prompts."""
 
-    def settings(self) -> SamplingConfig:
-        """How to sample.
+    def settings(self, arguments: list[str]) -> SamplingConfig:
+        """Return the sampling settings.
+
+        Args:
+            arguments: the command line, which must not have flags without an effect.
 
         Raises:
-            UserError: a value is out of its range.
+            UserError: a value is out of its range, or a flag has no effect.
         """
+        refuse_ignored(arguments, IGNORED_BY_GREEDY if self.temperature == 0 else {})
         require_seed("--seed", self.seed)
         return SamplingConfig(
             max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleArguments(_WritingArguments):
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
-    num_samples: int = 3
-    """How many continuations of each prompt. Without a prompt they start new documents."""
-    stream: bool = False
-    """Print texts as they are made, one after the other. A single one in a terminal always is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareSamplesArguments(_WritingArguments):
-    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
-    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """The other one."""
-    out: str | None = None
-    """Write them into this file too: Markdown (.md) or a page for the browser (.html)."""
-
-
-@dataclass(frozen=True)
-class EvalArguments:
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2. Models
-    other than GPT-2 are run by transformers."""
-    tasks: str | None = None
-    """Names, with commas between: validation, hellaswag, hellaswag-harness, arc-easy, arc-challenge, piqa, winograd,
-    lambada. NAME=FILE takes a task's data from a file. Default: validation (where there is data) and hellaswag."""
-    task: str | None = None
-    """Your own questions: a .jsonl file with query (or ctx), choices (or endings) and gold (or label) in every line."""
-    limit: int | None = None
-    """Ask only the first so many examples of each task."""
-    data: str | None = None
-    """Folder of tokens for the validation loss. Default: the validation split of the run's data."""
-    context: int | None = None
-    """Tokens of the windows of the validation loss. Default: as many as the run trained on."""
-    batch: int | None = None
-    """Contexts (windows) per forward pass. It changes the speed and no result. Default: what is fast."""
-    json: str | None = None
-    """Write all results to this file. Those of a run's model are written into its folder evals/ as well."""
-    cache: str = "data"
-    """Folder for HellaSwag's file; other data sets go into the cache of the hub's client."""
-    device: Device = "auto"
-    """Where to compute. auto: CUDA, else MPS, else CPU."""
-    precision: Precision = "auto"
-    """Of the matrix products."""
-
-
-@dataclass(frozen=True)
-class InspectArguments:
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run, a model folder, a name on the Hugging Face hub, such as gpt2, or a preset (its initial weights)."""
-    plots: str | None = None
-    """Draw the weights into this folder as PNG files."""
-    diff: str | None = None
-    """Compare with this model instead, tensor by tensor; named like MODEL."""
-    seed: int = 1337
-    """Of a preset's initial weights."""
-
-
-@dataclass(frozen=True)
-class CheckArguments:
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2-124m"
-    """A preset (its initial weights), a run, a model folder, or a name on the Hugging Face hub, such as gpt2."""
-    seed: int = 1337
-    """Of a preset's initial weights."""
-    device: Device = "auto"
-    """Where to compute. auto: CUDA, else MPS, else CPU."""
-    precision: Precision = "auto"
-    """Of the matrix products."""
-
-
-@dataclass(frozen=True)
-class PrepareArguments:
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    """Text to read, in this order: files and folders (plain text, JSON, CSV or Parquet, also compressed; the content
-    says which); on the hub fineweb-edu, fineweb, hf:OWNER/NAME, or token shards pretokenized:OWNER/NAME; python-stdlib;
-    tinyshakespeare."""
-    config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
-    out: str
-    """Folder of the token shards; what an interrupted run left there is gone on with."""
-    workers: int = 0
-    """Files to work on at once, each in a process of its own (0: one per processor; on a cluster, as it has room)."""
-    engine: Engine = "local"
-    """Where to work: processes of this machine, a Ray cluster (RAY_ADDRESS, or one that runs here, or else a new one),
-    or jobs of Slurm. The bytes are the same. Clusters need the files and the folder on all their machines."""
-    slurm: Annotated[SlurmConfig, tyro.conf.arg(name="")] = field(default_factory=SlurmConfig)
-
-
-@dataclass(frozen=True)
-class DataArguments:
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """A folder that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
-    verify: bool = False
-    """Read every byte and compare its SHA-256 with the manifest."""
-
-
-@dataclass(frozen=True)
-class DoctorArguments:
-    device: Device = "auto"
-    """The device to examine. auto: CUDA, else MPS, else CPU."""
-    precision: Precision = "auto"
-    """Of the matrix products that are compared with exact ones."""
-    preset: str = "gpt2-124m"
-    """Is there disk and memory for this one?"""
-    out: str = "runs"
-    """Folder where runs are to go."""

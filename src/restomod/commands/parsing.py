@@ -1,4 +1,4 @@
-"""Command lines to dataclasses, by tyro. Every mistake is one line that names the flag and what it should be."""
+"""Parsing of flags into dataclasses with tyro. Each mistake is one line that names the flag and what it should be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tyro
 
 from restomod.config.presets import with_scaled_warmup
 from restomod.config.run import RunConfig
-from restomod.utils.errors import UserError, shortened
+from restomod.utils.errors import EXIT_USER_ERROR, UserError, shortened
 from restomod.utils.output import raw_stream
 from restomod.utils.text import visible
 
@@ -29,18 +29,48 @@ MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a documen
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
 
-def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str, description: str = "") -> Arguments:
-    """Fill ``cls`` from flags.
-
-    Args:
-        cls: a dataclass whose fields are flags (`restomod.commands.flags`).
-        default: an instance with the values of flags that are not given, or tyro.MISSING_NONPROP.
-        arguments: the flags. A value may begin with a dash; one that looks like a flag is given as --flag=VALUE.
-        program: how the command begins, for help and messages.
-        description: what else to say at the head of the help.
+def usage_unless_given(arguments: list[str], usage: Callable[[], str]) -> None:
+    """Print the usage where there are no arguments, or only a flag for help.
 
     Raises:
-        UserError: a flag is wrong; tyro's box has become one line.
+        SystemExit: it has been printed; the code is 0 where help was asked for.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if arguments else EXIT_USER_ERROR)
+
+
+def preset_first(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """Split a command line into the name of a preset and the flags.
+
+    Raises:
+        UserError: it begins with a flag.
+    """
+    if arguments[0].startswith("-"):
+        given = " ".join(arguments)
+        raise UserError(f"name a preset first: restomod {command} PRESET {given} (restomod {command} --help)")
+    return arguments[0], arguments[1:]
+
+
+def parse(
+    cls: type[Arguments],
+    arguments: list[str],
+    program: str,
+    default: Any = tyro.MISSING_NONPROP,
+    description: str = "",
+) -> Arguments:
+    """Parse flags into a dataclass.
+
+    Args:
+        cls: a dataclass whose fields are flags.
+        arguments: the flags. A value may begin with a dash; one that looks like a flag is given as --flag=VALUE.
+        program: how the command line begins, for help and messages.
+        default: an instance with the values of flags that are not given. Default: those of ``cls``.
+        description: text at the head of the help.
+
+    Raises:
+        UserError: a flag is wrong.
+        SystemExit: help has been printed.
     """
     hidden = [a if is_flag(a) or NUMBER.match(a) or a == "--" else re.sub("^-(?=.)", DASH, a) for a in arguments]
     problem = io.StringIO()
@@ -71,17 +101,17 @@ def parse(cls: type[Arguments], default: Any, arguments: list[str], program: str
 
 
 def parse_run(default: Arguments, arguments: list[str], program: str) -> Arguments:
-    """Fill a dataclass whose ``config`` is a preset. Its warm-up is scaled with --steps, unless it is given.
+    """Parse flags into a dataclass whose ``config`` is a preset, and scale the warm-up with --steps unless it is given.
 
     Args:
         default: an instance with the preset.
         arguments: the flags.
-        program: how the command begins, for help and messages.
+        program: how the command line begins, for help and messages.
 
     Raises:
         UserError: as `parse`.
     """
-    given: Any = parse(type(default), default, arguments, program)
+    given: Any = parse(type(default), arguments, program, default)
     if "--optim.warmup-steps" not in flags_in(arguments):
         base: RunConfig = default.config  # type: ignore[attr-defined]
         given = dataclasses.replace(given, config=with_scaled_warmup(given.config, base))

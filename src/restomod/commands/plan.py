@@ -1,4 +1,4 @@
-"""`restomod plan`: what a run takes, before it is paid for."""
+"""Command `plan`: estimate memory, time, cost and final loss of a run."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from restomod.commands.flags import ResumeArguments
-from restomod.commands.parsing import ignored_by_run, parse_run, refuse_ignored
+from restomod.commands.flags import ConfigArguments
+from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored, usage_unless_given
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
 from restomod.experiments.plan.estimate import Measured, Plan
 from restomod.experiments.plan.hardware import find_gpu
 from restomod.experiments.plan.prices import read_offers
 from restomod.experiments.plan.text import lines
-from restomod.utils.errors import EXIT_USER_ERROR, UserError
+from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
 
 if TYPE_CHECKING:  # torch is imported for measuring only
     from restomod.bench.report import Report
 
+MEMORY_HINT = "lower --micro-batch, --batch-tokens or --sequence-length"
 TIMED = 2  # steps, whole and by phase
+USAGE = f"""\
+usage: restomod plan PRESET [FLAGS]     estimate memory, time, cost and final loss of a run
+       restomod plan PRESET --help      list all flags; those of `restomod train` may be given too
+
+presets: {", ".join(PRESETS)}"""
 
 
 @dataclass(frozen=True)
-class PlanArguments(ResumeArguments):
+class PlanArguments(ConfigArguments):
     gpu: str | None = None
     """Plan for this GPU: a100, a100-40gb, h100, h200, l40s, rtx3090, rtx3090ti, rtx4090, ..."""
     gpus: int = 1
-    """How many of them, in one machine."""
+    """Number of these GPUs in one machine."""
     price: float | None = None
-    """US dollars for one GPU and one hour."""
+    """Price of one GPU for one hour, in US dollars."""
     measure: bool = False
-    """Make a few real steps on this machine and plan for it."""
+    """Run a few training steps on this machine and plan for it."""
     offers: str | None = None
     """A file of offers to compare instead of the ones that come with restomod (TOML; that one explains itself)."""
     json: str | None = None
-    """Write the plan to this file, too."""
+    """Also write the plan to this file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Say what a run takes."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: restomod plan PRESET [FLAGS]     memory, time, cost and final loss of a run, before it is made")
-        print("       restomod plan PRESET --help      every flag; those of `restomod train` count too")
-        print(f"\npresets: {', '.join(PRESETS)}")
-        return 0 if arguments else EXIT_USER_ERROR
-    name, rest = arguments[0], arguments[1:]
-    if name.startswith("-"):
-        raise UserError(f"name a preset first: restomod plan PRESET {' '.join(arguments)} (restomod plan --help)")
+    """Print the plan, and write it if asked to. Returns 0."""
+    usage_unless_given(arguments, lambda: USAGE)
+    name, rest = preset_first("plan", arguments)
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))

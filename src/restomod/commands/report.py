@@ -1,4 +1,4 @@
-"""`restomod report`: runs as a page."""
+"""Command `report`: write a page about runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from restomod.config.run import Device, Precision
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside
 
+MEMORY_HINT = "lower --examine-tokens, or report fewer runs"
 PAGE_HOLDS = """\
 The page contains losses and speeds, evaluations, samples and prompts, passages
 of the validation text (with report --examine), all settings with the paths of the
@@ -64,7 +65,7 @@ class ReportArguments(PriceArguments):
 
 def run(arguments: list[str]) -> int:
     """Write a report."""
-    given = parse(ReportArguments, ReportArguments(), arguments, "restomod report", PAGE_HOLDS)
+    given = parse(ReportArguments, arguments, "restomod report", description=PAGE_HOLDS)
     if not given.runs:
         raise UserError("name a run: restomod report runs/NAME (restomod report --help)")
     if given.examine_tokens < 1:

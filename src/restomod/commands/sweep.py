@@ -1,4 +1,4 @@
-"""`restomod sweep`: train a run for every point of a grid, or for points that a sampler chooses."""
+"""Command `sweep`: train a run for every point of a grid, or for points chosen by a sampler."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from pathlib import Path
 
 import tyro
 
-from restomod.commands.flags import TrainArguments
-from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, refuse_ignored
+from restomod.commands.parsing import (
+    ignored_by_run,
+    is_flag,
+    parse,
+    parse_run,
+    preset_first,
+    refuse_ignored,
+    usage_unless_given,
+)
+from restomod.commands.train import TrainArguments
 from restomod.config.model import require_size
 from restomod.config.presets import preset
 from restomod.config.run import RunConfig, require_seed
 from restomod.experiments.sweep import space
 from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
 from restomod.experiments.sweep.study import Pruning, SweepPlan
-from restomod.utils.errors import EXIT_USER_ERROR, UserError
+from restomod.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +63,21 @@ class SweepArguments:
 
 
 SPACES = ("--grid", "--random", "--tpe")
+USAGE = """\
+usage: restomod sweep PRESET --grid NAME=VALUE,VALUE [FLAGS]                train all combinations of values
+       restomod sweep PRESET --random NAME=LOW..HIGH --trials N [FLAGS]    train random points (--tpe: chosen ones)
+       restomod sweep PRESET --help                                        list the flags of sweep; those of
+                                                                           `restomod train PRESET` may be given too"""
 OWN = {field.name for field in dataclasses.fields(SweepArguments)}
 
 
 def run(arguments: list[str]) -> int:
     """Train the trials of a sweep. Returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: restomod sweep PRESET --grid NAME=VALUE,VALUE [FLAGS]    all combinations")
-        print("       restomod sweep PRESET --random NAME=LOW..HIGH --trials N [FLAGS]    or --tpe: chosen ones")
-        print("       restomod sweep PRESET --help    its own flags; all those of `restomod train PRESET` may be given")
-        return 0 if arguments else EXIT_USER_ERROR
-    name, rest = arguments[0], arguments[1:]
-    if name.startswith("-"):
-        raise UserError(f"name a preset first: restomod sweep PRESET {' '.join(arguments)} (restomod sweep --help)")
+    usage_unless_given(arguments, lambda: USAGE)
+    name, rest = preset_first("sweep", arguments)
     base = preset(name)
     own, others = split(rest)
-    given = parse(SweepArguments, SweepArguments(out=f"sweeps/{name}"), own, f"restomod sweep {name}")
+    given = parse(SweepArguments, own, f"restomod sweep {name}", SweepArguments(out=f"sweeps/{name}"))
     plan = plan_of(name, base, given, others)
     refuse_ignored(own, {"--search-seed": "with --grid"} if given.grid else {})
     for flag in ("max_hours", "max_dollars", "price"):

@@ -1,4 +1,4 @@
-"""`restomod verdict`: is a run healthy?"""
+"""Command `verdict`: look for symptoms of an unhealthy run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class VerdictArguments:
 
 def run(arguments: list[str]) -> int:
     """Look for every symptom, and print what was found. Returns 0 if the run is healthy, else 1."""
-    parsed = parse(VerdictArguments, tyro.MISSING_NONPROP, arguments, "restomod verdict")
+    parsed = parse(VerdictArguments, arguments, "restomod verdict")
 
     from restomod.analysis.health.verdict import verdict
     from restomod.runs.reader import open_run
     from restomod.utils.files import write_json_atomically
     from restomod.utils.output_files import Output, require_outputs, write_outputs
-    from restomod.utils.tables import Table, print_table
+    from restomod.utils.terminal import Table, print_table
 
     path = Path(parsed.json) if parsed.json is not None else None
     require_outputs({"--json": path})

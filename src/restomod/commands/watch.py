@@ -1,4 +1,4 @@
-"""`restomod watch`: the page of a run while it goes on."""
+"""Command `watch`: serve the page of a run while it trains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WatchArguments(PriceArguments):
 
 def run(arguments: list[str]) -> int:
     """Serve the page of a run until Ctrl-C."""
-    given = parse(WatchArguments, tyro.MISSING_NONPROP, arguments, "restomod watch", PAGE_HOLDS)
+    given = parse(WatchArguments, arguments, "restomod watch", description=PAGE_HOLDS)
     if not 0 <= given.port < 2**16:
         raise UserError(f"--port is {given.port}; it must lie between 0 and {2**16 - 1}")
     prices = given.prices()

@@ -108,11 +108,16 @@ class ModelConfig:
         return self.head_dim or self.n_embd // self.n_head
 
     @property
+    def gated(self) -> bool:
+        """Whether the MLP's activation takes 2 I inputs, a gate and a value for each unit: its name ends in "glu"."""
+        return self.mlp.endswith("glu")
+
+    @property
     def inner_size(self) -> int:
-        """Units of the MLP."""
+        """I, hidden units of the MLP."""
         if self.n_inner is not None:
             return self.n_inner
-        return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+        return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.gated else 4 * self.n_embd
 
     @property
     def padded_vocab_size(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from restomod.utils.then import STOPPING, clean_up
+from restomod.utils.on_exit import STOP_SIGNALS, raise_terminated
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CONNECTING = 5.0  # seconds
@@ -51,7 +51,7 @@ def stop_with_torchrun() -> None:
 
 
 class StopSignal:
-    """Turn the first of the signals `STOPPING` into a request to stop after this step; a later one acts as usual.
+    """Turn the first of the signals `STOP_SIGNALS` into a request to stop after this step; a later one acts as usual.
 
     Args:
         on_request: called with the first one.
@@ -67,7 +67,9 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
             always = signal.SIGINT, signal.SIGTERM
             # of the others only those that would end the process: nohup ignores SIGHUP, others have handlers
-            taken = [s for s in STOPPING if s in always or signal.getsignal(s) in (signal.SIG_DFL, clean_up)]
+            taken = [
+                s for s in STOP_SIGNALS if s in always or signal.getsignal(s) in (signal.SIG_DFL, raise_terminated)
+            ]
             self._before = {s: signal.signal(s, self._request) for s in taken}
         return self
 
@@ -87,6 +89,6 @@ class StopSignal:
             self._on_request()
         elif time.monotonic() > self._since + ONE_REQUEST:
             self._restore()
-            if signal.getsignal(signum) is clean_up:
+            if signal.getsignal(signum) is raise_terminated:
                 signal.signal(signum, signal.SIG_DFL)  # now means now
             signal.raise_signal(signum)

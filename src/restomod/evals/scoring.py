@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from restomod.engine.distributed import SINGLE, Processes
-from restomod.evals.examples import Example
 from restomod.evals.likelihood import LanguageModel, Request, Score, encode_pair, log_likelihoods
-from restomod.evals.tasks import LoadedTask
+from restomod.evals.tasks.example import Example
+from restomod.evals.tasks.registry import LoadedTask
 from restomod.utils.errors import NOT_FINITE, UserError
 
 ACCURACIES = {
@@ -150,10 +150,10 @@ def proportion(hits: Sequence[bool]) -> Estimate:
 def headline(loaded: LoadedTask, result: TaskResult) -> str:
     """The commonly quoted accuracy, with its standard error and the number of examples."""
     name = loaded.task.headline
-    return f"{name} {shown(result.metrics[name])} ({len(result.gold):,} examples)"
+    return f"{name} {format_estimate(result.metrics[name])} ({len(result.gold):,} examples)"
 
 
-def shown(estimate: Estimate) -> str:
+def format_estimate(estimate: Estimate) -> str:
     """A number and its standard error; a share below 1 with four digits, anything else with as many in all."""
     digits = 4 if estimate.value < 10 else 2
     error = "" if estimate.stderr is None else f" ± {estimate.stderr:,.{digits}f}"

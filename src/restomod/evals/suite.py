@@ -1,12 +1,19 @@
-"""The verb `eval`: a model, the tasks it is asked, a table beside published results, and JSON."""
+"""Evaluates a model: validation loss and tasks, collected as values, written as JSON, shown beside published results.
+
+from restomod.evals.suite import EvalRequest, evaluate_model
+
+results = evaluate_model(EvalRequest("runs/mine", tasks=("validation", "hellaswag"), limit=200))
+results["hellaswag"].metrics["acc_norm"].value
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +27,12 @@ from restomod.data.same_tokens import read_run_data
 from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
-from restomod.engine.distributed import Processes, device_of, join_processes
+from restomod.engine.distributed import SINGLE, Processes, device_of, join_processes
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
-from restomod.evals.references import Reference, references
-from restomod.evals.scoring import Estimate, TaskResult, score_task, shown
-from restomod.evals.tasks import VALIDATION, LoadedTask, load_task
+from restomod.evals.scoring import Estimate, format_estimate, score_task
+from restomod.evals.tasks.references import Reference
+from restomod.evals.tasks.registry import VALIDATION, LoadedTask, load_task, references
 from restomod.evals.validation import ValidationLoss, dataset_loss
 from restomod.runs.checkpoint import STEP_FOLDER, step_of
 from restomod.runs.folder import environment
@@ -36,118 +43,215 @@ from restomod.utils.files import short_name, write_json_atomically, write_text_a
 from restomod.utils.output_files import Output, require_outputs, write_outputs
 from restomod.utils.text import duration
 
-SHOWN = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")
+COLUMNS = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Which model to evaluate, on what, and how."""
+
+    model: str
+    """A run, a model folder, or a name on the hub; not only GPT-2s."""
+    tasks: tuple[str, ...] = ()
+    """As `restomod.evals.tasks.registry.load_task` takes them, and "validation" for the validation loss. Empty: that,
+    where there is data, and HellaSwag."""
+    limit: int | None = None
+    """Ask only the first examples of each task."""
+    data: str | None = None
+    """Folder of token shards for the validation loss; None: the run's own data."""
+    context: int | None = None
+    """Tokens of the windows of the validation loss; None: as many as the run trained on."""
+    batch: int | None = None
+    """Rows per forward pass; None: what is fast."""
+    device: Device = "auto"
+    precision: Precision = "auto"
+    cache: Path = Path("data")
+    """Folder for downloads."""
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What is evaluated."""
+    """A model and, where it is a checkpoint of a run, the run and the step."""
 
     name: str
     folder: Path
-    """The model's."""
     run: Path | None
-    """The run that it is of."""
     step: int | None
 
-    def file(self, task: str, suffix: str) -> Path:
-        """Where in its run a result belongs."""
-        assert self.run is not None
-        at = f"step_{self.step:06d}" if self.step is not None else "model"
-        return self.run / "evals" / f"{short_name(f'{at}-{task}')}{suffix}"
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A model's result on one task, or its validation loss."""
+
+    task: str
+    metrics: dict[str, Estimate]
+    scope: str
+    """On which examples or tokens, and under which convention."""
+    values: dict[str, Any]
+    """All that was measured, for JSON."""
+    file_stem: str
+    """Tells results on other data or fewer examples apart."""
+    references: tuple[Reference, ...] = ()
+    """Published results on the same data."""
+    notes: list[str] = field(default_factory=list)
+    validation: ValidationLoss | None = None
 
 
-def evaluate_model(
-    name: str,
-    tasks: list[str] | None,
-    limit: int | None = None,
-    data: str | None = None,
-    context: int | None = None,
-    batch: int | None = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    json_file: Path | None = None,
-    cache: Path = Path("data"),
-    display: Display | None = None,
-) -> int:
-    """Evaluate a model; print a table and write JSON into the run that it is of, if it is of one.
+@dataclass(frozen=True)
+class Evaluation:
+    """A model and its tasks, loaded and checked."""
+
+    request: EvalRequest
+    subject: EvaluatedModel
+    model: LanguageModel
+    tasks: list[LoadedTask]
+    dataset: Dataset | None
+    """Data of the validation loss; None: it is not asked for."""
+    config: RunConfig | None
+    device: torch.device
+    dtype: torch.dtype
+    processes: Processes
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """Model and environment, for JSON."""
+        here = environment(describe_device(self.device), dtype_name(self.dtype))
+        return {
+            "model": self.subject.name,
+            "folder": str(self.subject.folder),
+            "step": self.subject.step,
+            "environment": here | {"processes": self.processes.world_size},
+        }
+
+    def results(self) -> Iterator[EvalResult]:
+        """Measure one task after the other. All processes have to iterate, and get the same.
+
+        Raises:
+            UserError: an example cannot be scored, or the model's output is not finite.
+        """
+        if self.dataset is not None:
+            dataset = self.dataset
+            loss = self.processes.run_on_all_ranks(lambda: self._validation_loss(dataset))
+            yield self._validation_result(loss, dataset)
+        for loaded in self.tasks:
+            yield self._task_result(loaded)
+
+    def _validation_loss(self, dataset: Dataset) -> ValidationLoss:
+        model, batch = self.model, self.request.batch
+        if isinstance(model, ScoredTransformers) and not model.opened.reads_gpt2:
+            raise UserError("the validation loss is that of GPT-2's tokens: of this model only tasks can be evaluated")
+        T = self.request.context or (self.config.sequence_length if self.config else model.max_length)
+        if model.max_length < T:
+            raise UserError(f"--context {T} is longer than the model's {model.max_length} positions")
+        if not isinstance(model, ScoredGPT):
+            batch = batch or max(1, model.tokens_per_forward // T)
+        scored = model.model if isinstance(model, ScoredGPT) else model
+        tokenizer = gpt2_tokenizer()
+        loss = dataset_loss(scored, dataset, T, self.device, self.dtype, None, batch, self.processes, tokenizer)
+        assert loss is not None
+        if not math.isfinite(loss.loss):
+            raise UserError(f"{VALIDATION}: {NOT_FINITE}")
+        return loss
+
+    def _validation_result(self, loss: ValidationLoss, dataset: Dataset) -> EvalResult:
+        run = self.subject.run
+        other_data = self.request.data is not None and (
+            run is None or read_run_data(run).get("fingerprint") != dataset.fingerprint
+        )
+        published = is_fineweb_edu(dataset.manifest)
+        values = {"loss": loss.loss, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
+        return EvalResult(
+            VALIDATION,
+            {name: Estimate(value, None) for name, value in values.items() if value is not None},
+            f"{loss.tokens:,} tokens: windows of {len(loss.by_position):,}",
+            loss.to_dict() | {"data": {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}},
+            f"{VALIDATION}-of-{dataset.fingerprint[:8]}" if other_data else VALIDATION,
+            references(VALIDATION) if published else (),
+            [] if published else ["published losses are not shown: they are of FineWeb-Edu, and this is other text"],
+            loss,
+        )
+
+    def _task_result(self, loaded: LoadedTask) -> EvalResult:
+        task, result = loaded.task, score_task(self.model, loaded, self.request.batch, self.processes)
+        n = len(result.gold)
+        notes = [f"{task.name}: {n:,} examples in {duration(result.seconds)}, {n / result.seconds:.1f} a second"]
+        if result.truncated:
+            notes.append(
+                f"warning: {task.name}: {result.truncated:,} of {n:,} examples do not fit into the model's "
+                f"{self.model.max_length:,} tokens; their contexts lost their beginning"
+            )
+        published = task.references if n == task.size else ()
+        if task.references and not published:
+            notes.append(f"published results are not shown: they are of all {task.size:,} examples")
+        asked = f"the first {n:,}" if loaded.limited else f"all {n:,}"
+        return EvalResult(
+            task.name,
+            result.metrics,
+            f"{asked}: {task.convention}",
+            result.to_dict() | {"convention": task.convention},
+            f"{task.name}-first{n}" if loaded.limited else task.name,
+            published,
+            notes,
+        )
+
+
+def evaluate_model(request: EvalRequest, processes: Processes = SINGLE) -> dict[str, EvalResult]:
+    """Evaluate a model; nothing is printed or written.
 
     Args:
-        name: a run, a model folder, or a name on the hub; not only GPT-2s.
-        tasks: as `restomod.evals.tasks.load_task` takes them, and "validation" for the validation loss. None: that,
-            where there is data, and HellaSwag.
-        limit: ask only the first examples of each task.
-        data: folder of token shards for the validation loss; None: the run's own.
-        context: tokens of its windows; None: as many as the run trained on.
-        batch: rows per forward pass.
-        device, precision: see `restomod.engine.device`.
-        json_file: write all results to this file, too, after they are shown.
-        cache: folder for downloads.
-        display: where to print.
+        request: what to evaluate.
+        processes: that share the work; all have to call this, and get the same.
 
     Returns:
-        0.
+        Results by task.
 
     Raises:
-        UserError: the model, a task, the data or a file is not usable, or an argument would change nothing.
+        UserError: as `open_evaluation` and `Evaluation.results`.
     """
-    with reported_once():
-        files = {f"the task {task}": Path(task.partition("=")[2] or task) for task in tasks or ()}
-        require_outputs({"--json": json_file}, {task: path for task, path in files.items() if path.is_file()})
-    with join_processes() as processes:
-        display = display or Display(muted=not processes.main)
-        where = device_of(choose_device(device), processes)
-        if where.type == "cpu":
-            keep_freed_memory()
-        dtype = choose_dtype(precision, where)
-        subject = processes.run_on_all_ranks(lambda: _subject(name), one_first=True)
-        config = read_config(subject.run) if subject.run else None
-        wanted = tasks or ([VALIDATION] if config or data else []) + ["hellaswag"]
-        _refuse_unused(wanted, data, context, limit)
-        loaded = processes.run_on_all_ranks(
-            lambda: [load_task(task, cache, limit) for task in wanted if task != VALIDATION], one_first=True
-        )
-        _refuse_equal_names([task.task.name for task in loaded])
-        dataset = (
-            processes.run_on_all_ranks(lambda: _dataset(name, data, config), one_first=True)
-            if VALIDATION in wanted
-            else None
-        )
-        # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
-        found = processes.gather(str(subject.folder))[0] if Path(name).is_dir() else name
-        model = processes.run_on_all_ranks(lambda: open_language_model(found, where, dtype), one_first=True)
-        here = environment(describe_device(where), dtype_name(dtype)) | {"processes": processes.world_size}
-        report = _Report(subject, here, display, processes.main)
-        report.warn_if_unwritable()
-        if dataset is not None:
-            held = processes.run_on_all_ranks(
-                lambda: _validation(model, dataset, context, config, where, dtype, batch, processes)
-            )
-            report.validation(held, dataset, other_data=data is not None and not _is_of_run(dataset, subject))
-        for task in loaded:
-            report.task(task, score_task(model, task, batch, processes), model)
-        report.finish(json_file)
-        if processes.main:
-            display.require_printed()
-    return 0
+    return {result.task: result for result in open_evaluation(request, processes).results()}
 
 
-def _refuse_unused(wanted: list[str], data: str | None, context: int | None, limit: int | None) -> None:
-    """Refuse flags that would change nothing."""
-    for flag, value in (("--data", data), ("--context", context)):
-        if value is not None and VALIDATION not in wanted:
-            raise UserError(f"{flag} is for the validation loss, which is not asked for: add {VALIDATION} to --tasks")
-    if limit is not None and set(wanted) == {VALIDATION}:
-        raise UserError("--limit is for the examples of tasks, and the validation loss uses all tokens; leave it out")
+def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Evaluation:
+    """Load the model and the data of its tasks, downloaded where they are missing.
 
-
-def _refuse_equal_names(names: list[str]) -> None:
+    Raises:
+        UserError: the model, a task or its data is not usable, or a part of the request would change nothing.
+    """
+    device = device_of(choose_device(request.device), processes)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = choose_dtype(request.precision, device)
+    subject = processes.run_on_all_ranks(lambda: _find_subject(request.model), one_first=True)
+    config = read_config(subject.run) if subject.run else None
+    has_data = config is not None or request.data is not None
+    wanted = request.tasks or (*([VALIDATION] if has_data else []), "hellaswag")
+    _refuse_unused(request, wanted)
+    tasks = processes.run_on_all_ranks(
+        lambda: [load_task(task, request.cache, request.limit) for task in wanted if task != VALIDATION], one_first=True
+    )
+    names = [loaded.task.name for loaded in tasks]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"two tasks are called {twice[0]}, and one result would replace the other: rename a file")
+    dataset = None
+    if VALIDATION in wanted:
+        dataset = processes.run_on_all_ranks(lambda: _open_data(request, config), one_first=True)
+    # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
+    found = processes.gather(str(subject.folder))[0] if Path(request.model).is_dir() else request.model
+    model = processes.run_on_all_ranks(lambda: open_language_model(found, device, dtype), one_first=True)
+    return Evaluation(request, subject, model, tasks, dataset, config, device, dtype, processes)
 
 
-def _subject(name: str) -> EvaluatedModel:
+def _refuse_unused(request: EvalRequest, wanted: tuple[str, ...]) -> None:
+    """Refuse flags that would change nothing."""
+    for flag, value in (("--data", request.data), ("--context", request.context)):
+        if value is not None and VALIDATION not in wanted:
+            raise UserError(f"{flag} is for the validation loss, which is not asked for: add {VALIDATION} to --tasks")
+    if request.limit is not None and set(wanted) == {VALIDATION}:
+        raise UserError("--limit is for the examples of tasks, and the validation loss uses all tokens; leave it out")
+
+
+def _find_subject(name: str) -> EvaluatedModel:
     folder = find_model(name)
     run = folder.parent.parent
     if STEP_FOLDER.fullmatch(folder.name) is None or not is_run(run):
@@ -155,145 +259,110 @@ def _subject(name: str) -> EvaluatedModel:
     return EvaluatedModel(name, folder, run, step_of(folder))
 
 
-def _dataset(name: str, data: str | None, config: RunConfig | None) -> Dataset:
-    if data is None and config is None:
-        raise UserError(f"{name} is not of a run, and has no data of its own: name a folder of tokens with --data DIR")
-    source = DataConfig(source="tokens", path=data) if data is not None or config is None else config.data
+def _open_data(request: EvalRequest, config: RunConfig | None) -> Dataset:
+    if request.data is not None:
+        source = DataConfig(source="tokens", path=request.data)
+    elif config is not None:
+        source = config.data
+    else:
+        raise UserError(
+            f"{request.model} is not of a run, and has no data of its own: name a folder of tokens with --data DIR"
+        )
     dataset = prepare_text(source, gpt2_tokenizer())
     if not len(dataset.val):
-        raise UserError(f"{data or name}: nothing of its data is held out for validation; name another with --data DIR")
+        name = request.data or request.model
+        raise UserError(f"{name}: nothing of its data is held out for validation; name another with --data DIR")
     return dataset
 
 
-def _is_of_run(dataset: Dataset, subject: EvaluatedModel) -> bool:
-    """Whether tokens are those that the model's run was trained on."""
-    return subject.run is not None and read_run_data(subject.run).get("fingerprint") == dataset.fingerprint
+def run_eval(request: EvalRequest, json_file: Path | None = None, display: Display | None = None) -> int:
+    """Evaluate a model, under torchrun by all processes: show every result as soon as it is known, then write it.
+
+    Results of a run's model are written into its folder `evals/`; one that cannot be written is a warning.
+
+    Args:
+        request: what to evaluate.
+        json_file: write all results to this file, too.
+        display: where to print.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: as `evaluate_model`, or ``json_file`` cannot be written.
+    """
+    with reported_once():
+        files = {f"the task {task}": Path(task.partition("=")[2] or task) for task in request.tasks}
+        require_outputs({"--json": json_file}, {task: path for task, path in files.items() if path.is_file()})
+    with join_processes() as processes:
+        display = display or Display(muted=not processes.main)
+        evaluation = open_evaluation(request, processes)
+        folder = _result_folder(evaluation, display)
+        results = {}
+        for result in evaluation.results():
+            show_result(result, evaluation.subject, display)
+            results[result.task] = result.values
+            if folder is not None:
+                _write_result(result, evaluation, folder, display)
+        if processes.main:
+            if json_file is not None:
+                content = evaluation.about | {"results": results}
+                write_outputs([Output(json_file, lambda path: write_json_atomically(path, content))], display.line)
+            display.require_printed()
+    return 0
 
 
-def _validation(
-    model: LanguageModel,
-    dataset: Dataset,
-    context: int | None,
-    config: RunConfig | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int | None,
-    processes: Processes,
-) -> ValidationLoss:
-    if isinstance(model, ScoredTransformers) and not model.opened.reads_gpt2:
-        raise UserError("the validation loss is that of GPT-2's tokens: of this model only tasks can be evaluated")
-    T = context or (config.sequence_length if config else model.max_length)
-    if model.max_length < T:
-        raise UserError(f"--context {T} is longer than the model's {model.max_length} positions")
-    if isinstance(model, ScoredGPT):
-        held = dataset_loss(model.model, dataset, T, device, dtype, None, batch, processes, gpt2_tokenizer())
-    else:
-        at_once = batch or max(1, model.tokens_per_forward // T)
-        held = dataset_loss(model, dataset, T, device, dtype, None, at_once, processes, gpt2_tokenizer())
-    assert held is not None
-    if not math.isfinite(held.loss):
-        raise UserError(f"{VALIDATION}: {NOT_FINITE}")
-    return held
+def show_result(result: EvalResult, subject: EvaluatedModel, display: Display) -> None:
+    """Print a table: this model, then published results, each with its convention."""
+    at = f", step {subject.step}" if subject.step is not None else ""
+    names = [name for name in COLUMNS if name in result.metrics]
+    mine = [f"{subject.name}{at}", *(format_estimate(result.metrics[name]) for name in names), result.scope]
+    published: dict[tuple[str, str], dict[str, str]] = {}
+    for r in result.references:
+        published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
+    others = [[model, *(v.get(name, "") for name in names), whose] for (model, whose), v in published.items()]
+    display.lines(result.notes)
+    display.line("")
+    display.grid([result.task, *names, ""], [mine, *others])
 
 
-def _remarks(loaded: LoadedTask, result: TaskResult, model: LanguageModel) -> list[str]:
-    n = len(result.gold)
-    lines = [f"{loaded.task.name}: {n:,} examples in {duration(result.seconds)}, {n / result.seconds:.1f} a second"]
-    if result.truncated:
-        lines.append(
-            f"warning: {loaded.task.name}: {result.truncated:,} of {n:,} examples do not fit into the model's "
-            f"{model.max_length:,} tokens; their contexts lost their beginning"
-        )
-    return lines
+def _result_folder(evaluation: Evaluation, display: Display) -> Path | None:
+    """The folder of the run that results are written into; None, with a warning beforehand, where they cannot be."""
+    run = evaluation.subject.run
+    if run is None or not evaluation.processes.main:
+        return None
+    folder = run / "evals"
+    if os.access(folder if folder.exists() else run, os.W_OK):
+        return folder
+    display.line(f"warning: {folder} cannot be written to, so results are only shown; --json FILE keeps them")
+    return None
 
 
-class _Report:
-    """Shows every result as soon as it is known, then writes it: a failed write loses none."""
+def _write_result(result: EvalResult, evaluation: Evaluation, folder: Path, display: Display) -> None:
+    """Write a result as JSON and, of a validation loss, a picture of it by position."""
+    subject = evaluation.subject
+    at = f"step_{subject.step:06d}" if subject.step is not None else "model"
+    stem = f"{at}-{result.file_stem}"
+    # on one line: thousands of choices, one a line, are no easier to read
+    text = json.dumps({"task": result.task} | evaluation.about | result.values) + "\n"
 
-    def __init__(self, subject: EvaluatedModel, here: dict[str, Any], display: Display, main: bool) -> None:
-        self.subject, self.display = subject, display
-        self.about = {"model": subject.name, "folder": str(subject.folder), "step": subject.step, "environment": here}
-        self.run = subject.run if main else None
-        self.main = main
-        self.results: dict[str, dict[str, Any]] = {}
-
-    def warn_if_unwritable(self) -> None:
-        """Warn, before the work is done, that its results can only be shown."""
-        if self.run is None:
-            return
-        folder = self.run / "evals"
-        if not os.access(folder if folder.exists() else self.run, os.W_OK):
-            self.display.line(
-                f"warning: {folder} cannot be written to, so results are only shown; --json FILE keeps them"
-            )
-            self.run = None
-
-    def validation(self, held: ValidationLoss, dataset: Dataset, other_data: bool) -> None:
-        data = {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}
-        published, why_not = references(VALIDATION), ""
-        if not is_fineweb_edu(dataset.manifest):
-            published, why_not = [], "published losses are not shown: they are of FineWeb-Edu, and this is other text"
-        values = {"loss": held.loss, "perplexity": held.perplexity, "bits_per_byte": held.bits_per_byte}
-        estimates = {name: Estimate(value, None) for name, value in values.items() if value is not None}
-        windows = f"{held.tokens:,} tokens: windows of {len(held.by_position):,}"
-        self._show(VALIDATION, estimates, windows, published, why_not)
-        name = f"{VALIDATION}-of-{dataset.fingerprint[:8]}" if other_data else VALIDATION
-        self._keep(VALIDATION, name, held.to_dict() | {"data": data})
-        if self.run is not None:
-            self._try_to(lambda path: self._draw(held, path), self.subject.file(name, ".png"), "drawn")
-
-    def task(self, loaded: LoadedTask, result: TaskResult, model: LanguageModel) -> None:
-        task, n = loaded.task, len(result.gold)
-        self.display.lines(_remarks(loaded, result, model))
-        published, why_not = references(task.name), ""
-        if n != task.size and published:
-            published, why_not = [], f"published results are not shown: they are of all {task.size:,} examples"
-        asked = f"the first {n:,}" if loaded.limited else f"all {n:,}"
-        self._show(task.name, result.metrics, f"{asked}: {task.convention}", published, why_not)
-        name = f"{task.name}-first{n}" if loaded.limited else task.name
-        self._keep(task.name, name, result.to_dict() | {"convention": task.convention})
-
-    def finish(self, json_file: Path | None) -> None:
-        """Write all results to one file, where that is asked."""
-        if json_file is not None and self.main:
-            content = self.about | {"results": self.results}
-            write_outputs([Output(json_file, lambda path: write_json_atomically(path, content))], self.display.line)
-
-    def _show(
-        self, task: str, metrics: dict[str, Estimate], asked: str, published: list[Reference], why_not: str
-    ) -> None:
-        """A table: this model, then what is published, with whose convention it follows."""
-        at = f", step {self.subject.step}" if self.subject.step is not None else ""
-        names = [name for name in SHOWN if name in metrics]
-        mine = [f"{self.subject.name}{at}", *(shown(metrics[name]) for name in names), asked]
-        values: dict[tuple[str, str], dict[str, str]] = {}
-        for r in published:
-            values.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
-        others = [
-            [model, *(numbers.get(name, "") for name in names), whose] for (model, whose), numbers in values.items()
-        ]
-        self.display.line("")
-        self.display.grid([task, *names, ""], [mine, *others])
-        self.display.lines([why_not] if why_not else [])
-
-    def _keep(self, task: str, file: str, result: dict[str, Any]) -> None:
-        self.results[task] = result
-        if self.run is not None:
-            # on one line: thousands of choices, one a line, are no easier to read
-            text = json.dumps({"task": task} | self.about | result) + "\n"
-            file_of_task = self.subject.file(file, ".json")
-            self._try_to(lambda path: write_text_atomically(path, text, self.run), file_of_task, "written")
-
-    def _try_to(self, write: Callable[[Path], None], path: Path, done: str) -> None:
+    def write(suffix: str, done: str, write_to: Callable[[Path], None]) -> None:
+        path = folder / f"{short_name(stem)}{suffix}"
         try:
-            path.parent.mkdir(exist_ok=True)
-            write(path)
+            folder.mkdir(exist_ok=True)
+            write_to(path)
         except (OSError, UserError) as e:
-            self.display.line(f"warning: {path} is not {done}: {reason(e)}")
+            display.line(f"warning: {path} is not {done}: {reason(e)}")
         else:
-            self.display.line(f"{done}: {path}")
+            display.line(f"{done}: {path}")
 
-    def _draw(self, held: ValidationLoss, path: Path) -> None:
-        from restomod.evals.plots import draw_positions
+    write(".json", "written", lambda path: write_text_atomically(path, text, subject.run))
+    if result.validation is not None:
+        loss = result.validation
 
-        draw_positions(held, self.subject.name, path, self.run)
+        def draw(path: Path) -> None:
+            from restomod.evals.plots import draw_positions
+
+            draw_positions(loss, subject.name, path, subject.run)
+
+        write(".png", "drawn", draw)

@@ -1,6 +1,6 @@
-"""Two models' continuations of the same prompts side by side: in the terminal, as Markdown, as a page of HTML.
+"""Comparison of two models' continuations of the same prompts: in the terminal, as Markdown, as HTML.
 
-What a prompt or a model says is text and nothing else in each of the three: no markup of it takes effect.
+Prompts and continuations are escaped in all three: no markup in them takes effect.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.config.run import Device, Precision, SamplingConfig
-from restomod.generate.text import find_writer, sample_texts
-from restomod.utils.destination import resolve_destination
+from restomod.generate.text import find_readable_model, sample_texts
 from restomod.utils.errors import UserError
-from restomod.utils.files import write_text_atomically
+from restomod.utils.files import resolve_destination, write_text_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
 from restomod.utils.redaction import redact
 from restomod.utils.text import markdown_cell, visible
@@ -26,14 +25,13 @@ DEFAULT_PROMPTS = ("Hello, I'm a language model,", "Once upon a time", "The capi
 
 @dataclass(frozen=True)
 class SampleComparison:
-    """What two models wrote."""
+    """Continuations of the same prompts by two models."""
 
     models: tuple[str, str]
-    """Their names."""
     settings: str
-    """How it was drawn, in words."""
+    """How the texts were sampled, in words."""
     rows: tuple[tuple[str, str, str], ...]
-    """Prompt and both continuations of it."""
+    """Prompt, and each model's continuation."""
 
 
 def compare_samples(
@@ -45,13 +43,13 @@ def compare_samples(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> SampleComparison:
-    """Let two models continue the same prompts, from the same random numbers.
+    """Continue the same prompts with two models, from the same random numbers.
 
     Raises:
-        UserError: one of them is no model (see `find_writer`); both are looked for before anything is computed.
+        UserError: a model is missing or damaged; both are checked before anything is computed.
     """
     names = a, b
-    folders = [find_writer(name) for name in names]
+    folders = [find_readable_model(name) for name in names]
     texts = [
         [text for (text,) in sample_texts(name, prompts, 1, sampling, seed, device, precision, folder)]
         for name, folder in zip(names, folders, strict=True)
@@ -66,24 +64,24 @@ def compare_samples(
 
 
 def _label(name: str, folder: Path) -> str:
-    """A model's name; of a run, with the checkpoint that was used."""
+    """Name of a model; of a run, with the checkpoint that was used."""
     return f"{name} ({folder.name})" if folder.parent == Path(name) / "checkpoints" else name
 
 
-def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[SampleComparison], None]:
-    """What writes a comparison into the file ``out`` (None: nothing), replacing it as a whole.
+def samples_writer(out: str | None, prompt_file: str | None = None) -> Callable[[SampleComparison], None]:
+    """Return a function that writes a comparison to the file ``out`` atomically (None: that does nothing).
 
     Args:
         out: ends in .md or .html; a device or a named pipe may have any name and gets Markdown.
-        prompt_file: which is read.
+        prompt_file: an input, which ``out`` must not overwrite.
 
     Raises:
-        UserError: it could not be written: checked now, before anything is computed.
+        UserError: ``out`` cannot be written; checked before anything is computed.
     """
     if out is None:
         return lambda comparison: None
     path = Path(out)
-    formats = {".md": samples_markdown, ".html": as_html}
+    formats = {".md": samples_markdown, ".html": samples_html}
     require_outputs({"--out": path}, {"--prompt-file": Path(prompt_file) if prompt_file is not None else None})
     if path.suffix not in formats and resolve_destination(path).is_regular:
         raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
@@ -96,8 +94,8 @@ def report_writer(out: str | None, prompt_file: str | None = None) -> Callable[[
     return write
 
 
-def as_table(comparison: SampleComparison, width: int | None = None) -> str:
-    """A table of two columns, as wide as the terminal (or ``width`` characters), each pair under its prompt."""
+def samples_table(comparison: SampleComparison, width: int | None = None) -> str:
+    """Format as a table of two columns, ``width`` characters wide (None: as the terminal), a pair under each prompt."""
     from rich.box import HORIZONTALS
     from rich.table import Table
     from rich.text import Text
@@ -117,7 +115,7 @@ def as_table(comparison: SampleComparison, width: int | None = None) -> str:
 
 
 def samples_markdown(comparison: SampleComparison) -> str:
-    """A table (GitHub's Markdown) with a row per prompt."""
+    """Format as a table in GitHub's Markdown with a row per prompt."""
     lines = [
         f"# {markdown_cell(' and '.join(comparison.models))}",
         "",
@@ -159,8 +157,8 @@ td {{ font-family: ui-monospace, monospace; font-size: 0.85rem; }}
 """
 
 
-def as_html(comparison: SampleComparison) -> str:
-    """A page that needs no other file and runs nothing, with a table per prompt."""
+def samples_html(comparison: SampleComparison) -> str:
+    """Format as a page without scripts or other files, with a table per prompt."""
     heads = "".join(f'<th scope="col">{_html(model)}</th>' for model in comparison.models)
     tables = [
         f"<table>\n<caption>{_html(prompt or '(a new document)')}</caption>\n<tr>{heads}</tr>\n"

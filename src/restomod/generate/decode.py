@@ -1,9 +1,10 @@
-"""Generation: `read` puts contexts into a key/value cache, then every new token costs a pass over one position.
+"""Decoding with a key/value cache: prefill with the contexts, then one position per new token.
 
-The rows of a batch have lengths of their own. Each keeps its keys and values from place 0 of its row on, so that a
-token's place is its position, no row is padded on the left, and what lies behind a row's length is hidden by a mask.
+The rows of a batch have different lengths. Each is stored from index 0 on, so that the index of a token is its
+position; no row is padded on the left, and a mask hides what lies behind a row's length.
 
-Shapes: B = rows that go on, n = contexts read together, T = tokens of the longest of these, V = vocabulary.
+Shapes: B = active rows, n = distinct contexts, T = tokens of the longest of these, H = heads, K = head size,
+V = vocabulary.
 """
 
 from __future__ import annotations
@@ -24,84 +25,88 @@ from restomod.generate.sampling import next_tokens
 from restomod.model.gpt import GPT, KVCache, soft_cap
 from restomod.model.hf_models import TransformersModel
 
-CACHE_BYTES = 2**30  # of keys and values; what needs more is generated in several batches
-COLUMNS_FROM = 8  # rows: products with fewer are quicker, on a CPU, where the weights lie as they are
-COLUMNS_BYTES = 2**30  # of weights, that are copied for it
-SAME = 1e-3  # of the largest logit, by which two ways to compute logits may differ in fp32
+CACHE_BYTES = 2**30  # keys and values at once; more prompts are generated in several batches
+COLUMN_MAJOR_ROWS = 8  # on a CPU, matmuls with fewer rows are faster with row-major weights
+COLUMN_MAJOR_BYTES = 2**30  # largest model whose weights are copied for it
+CACHE_TOLERANCE = 1e-3  # relative to the largest logit, in fp32: with and without a cache
 
 
 class Prompt(NamedTuple):
-    """One text to generate."""
+    """A prompt, and which of its samples to generate."""
 
-    prompt: Sequence[int]
+    tokens: Sequence[int]
     """Token ids, at least one."""
-    number: int
-    """Which sample of this prompt: others are drawn from other random numbers."""
+    sample: int
+    """Index of the sample: each is drawn from its own random numbers."""
 
 
 class RowCache(KVCache):
-    """A cache whose row i holds ``lengths[i]`` tokens; only the first ``len(lengths)`` rows are in use."""
+    """Cache of rows of different lengths: row i holds ``lengths[i]`` tokens; the first ``len(lengths)`` are in use."""
 
     def __init__(
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, capacity: int
     ) -> None:
         super().__init__(config, batch, device, dtype, capacity)
-        self.keys.zero_()  # a hidden value has weight 0 in attention, and 0 times what is not a number is not one
+        self.keys.zero_()  # masked values have weight 0 in attention, and 0 * NaN is NaN
         self.values.zero_()
         self.lengths = [0] * batch
 
     def fill(self, row: int, source: KVCache, source_row: int, length: int) -> None:
-        """Make ``row`` hold the first ``length`` tokens of another row."""
+        """Copy the first ``length`` tokens of a row of ``source`` into ``row``."""
         self.keys[:, row, :, :length] = source.keys[:, source_row, :, :length]
         self.values[:, row, :, :length] = source.values[:, source_row, :, :length]
         self.lengths[row] = length
 
-    def drop(self, row: int) -> None:
-        """Give up a row; the last one takes its place."""
+    def remove(self, row: int) -> None:
+        """Remove a row; the last one takes its index."""
         last = len(self.lengths) - 1
         if row != last:
             self.fill(row, self, last, self.lengths[last])
         self.lengths.pop()
 
     def begin_step(self) -> tuple[Tensor, Tensor | None]:
-        """Get ready for one more token per row: its position, (B, 1), and which keys it sees, (B, 1, 1, places)."""
+        """Prepare for one more token per row.
+
+        Returns:
+            Its position, (B, 1), and which keys it attends to, (B, 1, 1, longest), None for all.
+        """
         device = self.keys.device
         self._rows = torch.arange(len(self.lengths), device=device)
-        self._places = torch.tensor(self.lengths, device=device)
+        self._positions = torch.tensor(self.lengths, device=device)
         self._end = max(self.lengths) + 1
-        positions = self._places[:, None]
+        positions = self._positions[:, None]
         if min(self.lengths) == max(self.lengths):
-            return positions, None  # every row sees all there is
+            return positions, None
         return positions, (torch.arange(self._end, device=device) <= positions)[:, None, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add each row's (B, H, 1, K) new key and value behind its own; return those of all, (B, H, places, K)."""
+        """Append a key and a value, (B, H, 1, K), to each row; return those of all positions, (B, H, longest, K)."""
         keys, values = (whole[layer, : len(self.lengths)] for whole in (self.keys, self.values))
-        keys[self._rows, :, self._places] = k.squeeze(2)
-        values[self._rows, :, self._places] = v.squeeze(2)
+        keys[self._rows, :, self._positions] = k.squeeze(2)
+        values[self._rows, :, self._positions] = v.squeeze(2)
         return keys[:, :, : self._end], values[:, :, : self._end]
 
 
 class Decoder:
-    """A model ready to generate: what autocast would cast for every token anew is cast once.
+    """A model prepared for decoding: weights that autocast would cast for every token are cast once.
 
-    For many ``rows`` on a CPU in fp32 the weights lie in columns, where MKL's products are quicker (by a third with 8).
+    For many ``rows`` on a CPU in fp32 the weights are column-major, where MKL's matmuls are faster (by a third with 8).
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, rows: int = 1) -> None:
         self.config, self.dtype, self.device = model.config, dtype, model.head.device
         size = sum(p.nbytes for p in model.parameters())
-        columns = rows >= COLUMNS_FROM and size <= COLUMNS_BYTES
-        columns = columns and self.device.type == "cpu" and dtype == model.head.dtype == torch.float32
-        self.head = _laid(model.head[: model.config.vocab_size], dtype, columns)  # without padding: never drawn
-        as_it_is = dtype == model.head.dtype and not columns
-        self.transformer = (model if as_it_is else _with_linear(model, dtype, columns)).transformer
+        column_major = rows >= COLUMN_MAJOR_ROWS and size <= COLUMN_MAJOR_BYTES
+        column_major = column_major and self.device.type == "cpu" and dtype == model.head.dtype == torch.float32
+        self.head = _cast(model.head[: model.config.vocab_size], dtype, column_major)  # without the padded rows
+        as_it_is = dtype == model.head.dtype and not column_major
+        self.transformer = (model if as_it_is else _cast_linear_layers(model, dtype, column_major)).transformer
 
-    def read(self, contexts: Sequence[Sequence[int]], cache: RowCache, rows: Sequence[int]) -> None:
-        """Fill ``rows`` of the cache with ``contexts``; equal ones are computed once. No logits are computed."""
+    def prefill(self, contexts: Sequence[Sequence[int]], cache: RowCache, rows: Sequence[int]) -> None:
+        """Fill ``rows`` of the cache with ``contexts``; equal ones are computed once, logits not at all."""
         distinct = {tuple(context): i for i, context in enumerate(dict.fromkeys(map(tuple, contexts)))}
         T = max(map(len, distinct))
-        # padded on the right, where no token before can see it
+        # right padding: causal attention does not see it
         tokens = torch.tensor([[*context, *[0] * (T - len(context))] for context in distinct], device=self.device)
         filled = KVCache(self.config, len(distinct), self.device, self.dtype, T)
         with autocast(self.device, self.dtype):
@@ -110,7 +115,7 @@ class Decoder:
             cache.fill(row, filled, distinct[tuple(context)], len(context))
 
     def step(self, tokens: list[int], cache: RowCache) -> Tensor:
-        """Logits of the next token, (B, V), after one more token of each row."""
+        """Append a token to each row; return the logits of the next one, (B, V)."""
         positions, mask = cache.begin_step()
         with autocast(self.device, self.dtype):
             new = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
@@ -120,18 +125,18 @@ class Decoder:
         return logits
 
 
-def _laid(weight: Tensor, dtype: torch.dtype, columns: bool) -> Tensor:
-    """The same matrix, (out, in), in ``dtype``, and in memory column after column where that is asked."""
-    return weight.to(dtype).t().contiguous().t() if columns else weight.to(dtype)
+def _cast(weight: Tensor, dtype: torch.dtype, column_major: bool) -> Tensor:
+    """Cast a matrix, (out, in), row-major or column-major in memory."""
+    return weight.to(dtype).t().contiguous().t() if column_major else weight.to(dtype)
 
 
-def _with_linear(model: GPT, dtype: torch.dtype, columns: bool) -> GPT:
-    """A copy whose linear layers are in ``dtype``, as autocast makes them; it shares everything else."""
+def _cast_linear_layers(model: GPT, dtype: torch.dtype, column_major: bool) -> GPT:
+    """Copy a model with its linear layers in ``dtype``, as autocast casts them; all else is shared."""
     with torch.device("meta"):
         copy = GPT(model.config)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tensors = {
-        name: _laid(tensor.detach(), dtype, columns and tensor.ndim == 2)
+        name: _cast(tensor.detach(), dtype, column_major and tensor.ndim == 2)
         if name.rpartition(".")[0] in linear
         else tensor.detach()
         for name, tensor in model.named_parameters()
@@ -140,68 +145,68 @@ def _with_linear(model: GPT, dtype: torch.dtype, columns: bool) -> GPT:
     return copy
 
 
-def random_numbers(seed: int, request: Prompt) -> np.random.Generator:
-    """The random numbers of one text: they follow from the seed, its prompt and its number, and from nothing else."""
-    return np.random.default_rng([seed, request.number, *request.prompt])
+def text_rng(seed: int, prompt: Prompt) -> np.random.Generator:
+    """Random number generator of one text: it depends on the seed, the prompt and the sample's index only."""
+    return np.random.default_rng([seed, prompt.sample, *prompt.tokens])
 
 
 @torch.no_grad()
 def generate(
     model: GPT,
-    requests: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     seed: int,
     dtype: torch.dtype = torch.float32,
     stop: int | None = END_OF_TEXT,
 ) -> Iterator[dict[int, int]]:
-    """Yield ``sampling.max_tokens`` times the next token of every text that goes on, by its index in ``requests``.
+    """Yield the next token of every active text, by its index in ``prompts``, at most ``sampling.max_tokens`` times.
 
-    A context that is longer than the model's positions is cut to its newest half of them and read again, at the
-    beginning or on the way. A text does not depend on the others of its batch, but for the rounding of products whose
-    shapes differ. Nothing in the model changes, and no random state is touched.
+    A context longer than the model's window is cut to its last half window and prefilled again, at any time. A text
+    does not depend on the others of its batch, except for rounding: shapes of matmuls differ. The model and the global
+    random state are not changed.
 
     Args:
-        model: computes as it is; a compiled transformer is run uncompiled.
-        requests: B texts, of any lengths.
-        sampling: how many tokens, and how they are drawn.
+        model: a compiled transformer is run uncompiled.
+        prompts: of any lengths.
+        sampling: maximal number of tokens, temperature, top-k and top-p.
         seed: at least 0.
-        dtype: of the matrix products.
-        stop: a text ends with this token (None: with none). When all have ended, so does the generation.
+        dtype: compute dtype of matmuls.
+        stop: token that ends a text; None: none does.
 
     Raises:
-        UserError: the model computes what is not a number.
+        UserError: the model's logits are not finite.
     """
     window = model.config.n_positions
-    contexts = [list(request.prompt) for request in requests]
-    chances = [random_numbers(seed, request) for request in requests]
-    decoder = Decoder(model, dtype, len(requests))
+    contexts = [list(prompt.tokens) for prompt in prompts]
+    rngs = [text_rng(seed, prompt) for prompt in prompts]
+    decoder = Decoder(model, dtype, len(prompts))
     capacity = min(window, max(map(len, contexts)) + sampling.max_tokens)
     cache = RowCache(model.config, len(contexts), decoder.device, dtype, capacity)
-    going = list(range(len(contexts)))  # the text in each row of the cache
+    active = list(range(len(contexts)))  # index of the text in each row of the cache
     for _ in range(sampling.max_tokens):
-        for row, text in enumerate(going):
+        for row, text in enumerate(active):
             if len(contexts[text]) > window:
                 contexts[text] = contexts[text][-max(1, window // 2) :]
                 cache.lengths[row] = 0
-        unread = [row for row, text in enumerate(going) if cache.lengths[row] < len(contexts[text]) - 1]
-        if unread:
-            decoder.read([contexts[going[row]][:-1] for row in unread], cache, unread)
-        logits = decoder.step([contexts[text][-1] for text in going], cache)
-        drawn = next_tokens(logits, sampling, [chances[text].random() for text in going]).tolist()
-        yield dict(zip(going, drawn, strict=True))
-        for text, token in zip(going, drawn, strict=True):
+        stale = [row for row, text in enumerate(active) if cache.lengths[row] < len(contexts[text]) - 1]
+        if stale:
+            decoder.prefill([contexts[active[row]][:-1] for row in stale], cache, stale)
+        logits = decoder.step([contexts[text][-1] for text in active], cache)
+        drawn = next_tokens(logits, sampling, [rngs[text].random() for text in active]).tolist()
+        yield dict(zip(active, drawn, strict=True))
+        for text, token in zip(active, drawn, strict=True):
             contexts[text].append(token)
-        for row in reversed(range(len(going))):
+        for row in reversed(range(len(active))):
             if drawn[row] == stop:
-                cache.drop(row)
-                going[row] = going[-1]
-                going.pop()
-        if not going:
+                cache.remove(row)
+                active[row] = active[-1]
+                active.pop()
+        if not active:
             return
 
 
 def rows_at_once(config: ModelConfig, longest_prompt: int, max_tokens: int, dtype: torch.dtype) -> int:
-    """How many texts, of prompts up to so many tokens, have their keys and values in `CACHE_BYTES`; at least 1."""
+    """Number of texts whose keys and values fit into `CACHE_BYTES`, at least 1."""
     tokens = min(config.n_positions, longest_prompt + max_tokens)
     row = 2 * config.n_layer * config.n_head * config.head_size * tokens * dtype.itemsize
     return max(1, CACHE_BYTES // row)
@@ -212,25 +217,25 @@ def rows_at_once(config: ModelConfig, longest_prompt: int, max_tokens: int, dtyp
 
 @torch.no_grad()
 def generate_with_transformers(
-    opened: TransformersModel, request: Prompt, sampling: SamplingConfig, seed: int, cached: bool
+    opened: TransformersModel, prompt: Prompt, sampling: SamplingConfig, seed: int, cached: bool
 ) -> Iterator[int]:
     """Yield the tokens of one text up to one that ends it, drawn as `generate` draws.
 
     Args:
         opened: the model.
-        request: the text; what is longer than the window is cut to its newest half of it.
-        sampling: how many tokens, and how they are drawn.
+        prompt: a context longer than the window is cut to its last half window.
+        sampling: maximal number of tokens, temperature, top-k and top-p.
         seed: at least 0.
-        cached: whether its key/value cache can be used (see `cache_is_exact`); else all is read for every token.
+        cached: use its key/value cache (see `cache_is_exact`); else the whole context is computed for every token.
     """
-    window, ids, cache = opened.max_length, list(request.prompt), None
-    chance, is_text, ends = random_numbers(seed, request), opened.text_tokens(), opened.ends()
+    window, ids, cache = opened.max_length, list(prompt.tokens), None
+    rng, is_text, ends = text_rng(seed, prompt), opened.text_tokens(), opened.ends()
     for _ in range(sampling.max_tokens):
         if len(ids) > window:
             ids, cache = ids[-max(1, window // 2) :], None
         logits, cache = _step(opened.model, ids if cache is None else ids[-1:], cache, cached)
         logits = logits.masked_fill(~is_text, float("-inf"))  # padding is never drawn
-        token = int(next_tokens(logits, sampling, [chance.random()]))
+        token = int(next_tokens(logits, sampling, [rng.random()]))
         if token in ends:
             return
         yield token
@@ -238,7 +243,7 @@ def generate_with_transformers(
 
 
 def _step(model: Any, ids: list[int], cache: Any, cached: bool) -> tuple[Tensor, Any]:
-    """Logits of the next token, (1, V), and the cache that holds ``ids``, too."""
+    """Compute the logits of the next token, (1, V), and the cache with ``ids`` appended."""
     given = {"past_key_values": cache, "use_cache": True} if cached else {}
     result = model(input_ids=torch.tensor([ids], device=model.device), **given)
     return result.logits[:, -1], getattr(result, "past_key_values", None) if cached else None
@@ -246,9 +251,9 @@ def _step(model: Any, ids: list[int], cache: Any, cached: bool) -> tuple[Tensor,
 
 @torch.no_grad()
 def cache_is_exact(model: Any) -> bool:
-    """Whether a model of `transformers` computes, token after token with its cache, the logits of the whole context.
+    """Whether a model of `transformers` computes the same logits with its cache as from the whole context.
 
-    Found out by trying: some have no cache, or one that they are given in another way.
+    Tried on six tokens: some models have no cache, or take it under another name.
     """
     tokens = [1, 2, 3, 4, 5, 6]
     with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError):
@@ -258,6 +263,8 @@ def cache_is_exact(model: Any) -> bool:
                 return False
             logits, cache = _step(model, [token], cache, True)
         whole, _ = _step(model, tokens, None, False)
-        tolerance = (SAME if whole.dtype == torch.float32 else 100 * SAME) * float(whole.abs().max())
+        tolerance = (CACHE_TOLERANCE if whole.dtype == torch.float32 else 100 * CACHE_TOLERANCE) * float(
+            whole.abs().max()
+        )
         return bool(torch.allclose(logits.float(), whole.float(), atol=tolerance, rtol=0))
     return False

@@ -1,6 +1,6 @@
-"""From logits to the next token: temperature, then top-k, then top-p, and one draw per row.
+"""Sampling of the next token: temperature, then top-k, then top-p, then one draw per row.
 
-The randomness comes from outside, one uniform number per row, so that no row depends on its neighbours.
+The caller gives one uniform number per row, so that no row depends on the others.
 
 Shapes: B = rows, V = vocabulary, C = candidates that may be drawn.
 """
@@ -21,14 +21,14 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[flo
 
     Args:
         logits: (B, V), on any device.
-        sampling: temperature 0 takes the likeliest token; else `candidates` says among which is drawn.
+        sampling: at temperature 0 the likeliest token is taken; else see `candidates`.
         uniforms: B numbers in [0, 1), one per row; not used at temperature 0.
 
     Returns:
         (B,) int64 on the CPU.
 
     Raises:
-        UserError: a row's largest logit is not a finite number.
+        UserError: a row's largest logit is not finite.
     """
     if not torch.isfinite(logits.amax(-1)).all():
         raise UserError(NOT_FINITE)
@@ -39,15 +39,15 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[flo
 
 
 def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, and in which proportion.
+    """Weights of the tokens that may be drawn.
 
     Top-k: Fan et al., "Hierarchical Neural Story Generation", 2018, section 5.4. Top-p: Holtzman et al., "The Curious
     Case of Neural Text Degeneration", 2020, section 3.1: the smallest set of likeliest tokens whose mass, after
-    temperature and top-k, reaches p. In the order and with the results of `transformers`' logits warpers.
+    temperature and top-k, reaches p. Order and results are those of `transformers`' logits warpers.
 
     Args:
         logits: (B, V).
-        sampling: its temperature above 0, its top_k and its top_p.
+        sampling: temperature (above 0), top_k and top_p.
 
     Returns:
         Weights (B, C) float64, 0 for what must not be drawn, and token ids (B, C) int64, both on the CPU.
@@ -59,7 +59,7 @@ def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor
         values, ids = logits.sort(descending=True, stable=True)
     else:
         values, ids = logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    values, ids = values.cpu().double(), ids.cpu()  # a few numbers, in a precision that not all devices have
+    values, ids = values.cpu().double(), ids.cpu()  # few numbers; not all devices have fp64
     best = values.amax(-1, keepdim=True)  # subtracted first: dividing by a tiny temperature overflows
     weights = torch.softmax((values - best) / sampling.temperature, -1)
     if sampling.top_p < 1:
@@ -69,7 +69,7 @@ def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor
 
 
 def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row and their ids, in falling order; of those that equal the k-th, all."""
+    """The k largest logits of each row and their ids, in descending order; all that equal the k-th are kept."""
     values, ids = logits.topk(k)
     least = values[:, -1:]  # (B, 1)
     kept = int((logits >= least).sum(-1).max())
@@ -80,10 +80,10 @@ def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The index at which each row's running sum of weights (B, C) passes its share (B,) of the total; (B, 1) int64.
+    """Inverse of the cumulative weights (B, C) at ``uniforms`` (B,): an index per row, (B, 1) int64.
 
-    A weight of 0 is never picked: the sum does not rise there, and a uniform number of 53 bits, being below 1, times
-    the total is rounded to less than the total.
+    A weight of 0 is never picked: the sum does not rise there, and a number below 1 with 53 bits, times the total, is
+    rounded to less than the total.
     """
     sums = weights.cumsum(-1)
     return torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)

@@ -1,4 +1,4 @@
-"""Texts that continue prompts: all at once in batches, or one piece by piece as it is made."""
+"""Sampling of texts: continuations of prompts in batches, or streamed in pieces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from restomod.runs.open_model import find_model
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.files import read_limited
 
-MAX_PROMPT_BYTES = 32 * 2**20  # of a file of prompts
+MAX_PROMPT_BYTES = 32 * 2**20  # size of a file of prompts
 
 
 def continuations(
@@ -40,26 +40,26 @@ def continuations(
     seed: int,
     dtype: torch.dtype,
 ) -> list[list[str]]:
-    """Continue each prompt ``n_samples`` times, each up to ``<|endoftext|>``.
+    """Continue each prompt ``n_samples`` times, up to ``<|endoftext|>``.
 
-    The texts of a prompt follow from the model, the prompt and the seed, whatever the other prompts are.
+    The texts of a prompt depend on the model, the prompt and the seed, not on other prompts.
 
     Returns:
-        A list per prompt.
+        A list of texts per prompt.
     """
-    requests = [Prompt(prompt_tokens(tokenizer, prompt), i) for prompt in prompts for i in range(n_samples)]
-    longest = max((len(request.prompt) for request in requests), default=0)
+    samples = [Prompt(prompt_tokens(tokenizer, prompt), i) for prompt in prompts for i in range(n_samples)]
+    longest = max((len(prompt.tokens) for prompt in samples), default=0)
     at_once = rows_at_once(model.config, longest, sampling.max_tokens, dtype)
-    texts: list[list[int]] = [[] for _ in requests]
-    for start in range(0, len(requests), at_once):
-        for new in generate(model, requests[start : start + at_once], sampling, seed, dtype):
+    texts: list[list[int]] = [[] for _ in samples]
+    for start in range(0, len(samples), at_once):
+        for new in generate(model, samples[start : start + at_once], sampling, seed, dtype):
             for i, token in new.items():
                 texts[start + i].append(token)
     decoded = [tokenizer.decode([token for token in text if token != END_OF_TEXT]) for text in texts]
     return [decoded[start : start + n_samples] for start in range(0, len(decoded), n_samples)]
 
 
-def stream(
+def stream_text(
     model: GPT,
     tokenizer: Tokenizer,
     prompt: str,
@@ -68,10 +68,7 @@ def stream(
     seed: int,
     dtype: torch.dtype,
 ) -> Iterator[str]:
-    """Sample ``number`` of a prompt in pieces, as soon as they are made; a character comes when its bytes are whole.
-
-    Together the pieces are what `continuations` returns.
-    """
+    """Yield sample ``number`` of a prompt in pieces of whole characters, which join to the text of `continuations`."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for new in generate(model, [Prompt(prompt_tokens(tokenizer, prompt), number)], sampling, seed, dtype):
         if new[0] != END_OF_TEXT:
@@ -79,10 +76,10 @@ def stream(
     yield decoder.decode(b"", final=True)
 
 
-def stream_with_transformers(
+def stream_text_with_transformers(
     opened: TransformersModel, prompt: str, number: int, sampling: SamplingConfig, seed: int, cached: bool
 ) -> Iterator[str]:
-    """`stream` with a model that `transformers` runs; ``cached`` as for `generate_with_transformers`."""
+    """Like `stream_text`, by `transformers`; ``cached``: see `generate_with_transformers`."""
 
     def text_of(ids: list[int]) -> str:
         return str(opened.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -90,26 +87,26 @@ def stream_with_transformers(
     context = opened.encode(prompt, begin=True)
     tokens = generate_with_transformers(opened, Prompt(context, number), sampling, seed, cached)
     ids = list(context)
-    said = len(text_of(ids))
+    end = len(text_of(ids))
     for token in tokens:
         ids.append(token)
         text = text_of(ids)
         if not text.endswith("\ufffd"):
-            yield text[said:]
-            said = max(said, len(text))
-    yield text_of(ids)[said:]
+            yield text[end:]
+            end = max(end, len(text))
+    yield text_of(ids)[end:]
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt; an empty one starts a new document, and so does ``<|endoftext|>`` in it."""
+    """Encode a prompt; an empty one is ``<|endoftext|>``, which starts a document, and so does one within a prompt."""
     return tokenizer.encode_special(prompt).tolist() or [END_OF_TEXT]
 
 
 def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The prompts that a command names: those given, or the lines of a file that are not blank, or ``default``.
+    """Return the prompts that are given, or the lines of a file that are not blank, or ``default``.
 
     Raises:
-        UserError: both are named, or the file is no regular one, cannot be read, is not UTF-8, or holds no prompt.
+        UserError: both are given, or the file is not regular, cannot be read, is not UTF-8, or holds no prompt.
     """
     if file is None:
         return prompts or default
@@ -133,8 +130,8 @@ def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[st
     return found
 
 
-def find_writer(where: str) -> Path:
-    """The folder of the model that ``where`` names: a run, a model folder, or a name on the hub.
+def find_readable_model(where: str) -> Path:
+    """Find the folder of a model, a run or a name on the hub, and read its config.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -155,30 +152,28 @@ def sample_texts(
     precision: Precision = "auto",
     folder: Path | None = None,
 ) -> list[list[str]]:
-    """Continue each prompt ``n_samples`` times with the model that ``where`` names (see `find_writer`).
+    """Continue each prompt ``n_samples`` times with the model that ``where`` names (see `find_readable_model`).
 
     Args:
         where: a run, a model folder, or a name on the hub.
-        prompts: texts to continue; an empty one starts a new document.
-        n_samples: how many times each.
-        sampling: how many tokens, and how they are drawn.
+        prompts: texts to continue; an empty one starts a document.
+        n_samples: number of texts per prompt.
+        sampling: maximal number of tokens, temperature, top-k and top-p.
         seed: at least 0.
         device, precision: see `restomod.engine.device`.
-        folder: of the model, where `find_writer` has been asked already.
+        folder: result of `find_readable_model`, where it is known.
 
     Returns:
         A list of texts per prompt.
     """
-    target = choose_device(device)
-    dtype = choose_dtype(precision, target)
-    model = open_causal_model(where, folder or find_writer(where), target, dtype)
+    model, dtype = _open(where, device, precision, folder)
     if isinstance(model, GPT):
         return continuations(model, gpt2_tokenizer(), prompts, n_samples, sampling, seed, dtype)
     texts = _streams(model, prompts, n_samples, sampling, seed, dtype)
     return [["".join(next(texts)) for _ in range(n_samples)] for _ in prompts]
 
 
-def streamed(
+def stream_texts(
     where: str,
     prompts: Sequence[str],
     n_samples: int,
@@ -187,11 +182,17 @@ def streamed(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> Iterator[Iterator[str]]:
-    """The texts of `sample_texts`, one after the other, each in the pieces of `stream`."""
+    """Yield the texts of `sample_texts` one after the other, each in pieces."""
+    model, dtype = _open(where, device, precision)
+    yield from _streams(model, prompts, n_samples, sampling, seed, dtype)
+
+
+def _open(
+    where: str, device: Device, precision: Precision, folder: Path | None = None
+) -> tuple[GPT | TransformersModel, torch.dtype]:
     target = choose_device(device)
     dtype = choose_dtype(precision, target)
-    model = open_causal_model(where, find_writer(where), target, dtype)
-    yield from _streams(model, prompts, n_samples, sampling, seed, dtype)
+    return open_causal_model(where, folder or find_readable_model(where), target, dtype), dtype
 
 
 def _streams(
@@ -206,6 +207,6 @@ def _streams(
     for prompt in prompts:
         for number in range(n_samples):
             if isinstance(model, GPT):
-                yield stream(model, gpt2_tokenizer(), prompt, number, sampling, seed, dtype)
+                yield stream_text(model, gpt2_tokenizer(), prompt, number, sampling, seed, dtype)
             else:
-                yield stream_with_transformers(model, prompt, number, sampling, seed, cached)
+                yield stream_text_with_transformers(model, prompt, number, sampling, seed, cached)

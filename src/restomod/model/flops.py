@@ -1,49 +1,68 @@
-"""Known-answer arithmetic about a model: its parameters and the work of training it. Needs no torch."""
+"""Parameter counts, FLOPs per token, and MFU.
+
+Counts come from the model itself, built on the meta device; torch is imported when the first one is asked for.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import NamedTuple
 
-from restomod.config.run import ModelConfig
+from restomod.config.model import ModelConfig
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters."""
+
+    padded: int
+    """In memory, with the padding rows of the vocabulary."""
+    total: int
+    """Without padding; a tied lm_head counts once."""
+    embeddings: int
+    """Of all embeddings and an untied lm_head, without padding."""
+
+
+@functools.lru_cache
+def _counts(config: ModelConfig) -> Counts:
+    import torch
+
+    from restomod.model.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    padded = sum(p.numel() for p in model.parameters())
+    padding = (config.padded_vocab_size - config.vocab_size) * sum(m.shape[1] for m in model.vocabulary_matrices())
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) or m is model.lm_head]
+    return Counts(padded, padded - padding, sum(table.numel() for table in tables) - padding)
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a model, a tied head counted once and padding not at all (124,439,808 for the smallest GPT-2)."""
-    D, width, bias = config.n_embd, config.n_head * config.head_size, int(config.bias)
-    units = config.inner_size * (2 if config.mlp == "swiglu" else 1)
-    norm = D * (2 if config.norm == "layernorm" and config.bias else 1)
-    attention = (D + bias) * 3 * width + (width + bias) * D + (2 * config.head_size if config.qk_norm else 0)
-    mlp = (D + bias) * units + (config.inner_size + bias) * D
-    skips = 2 * (D * config.embedding_skip + width * config.value_embedding)
-    block = norm + attention + norm + mlp + skips
-    return embedding_parameters(config) + D * config.embedding_norm + config.n_layer * block + norm
+    """Number of parameters without padding; a tied lm_head counts once (124,439,808 for the smallest GPT-2)."""
+    return _counts(config).total
 
 
 def padded_parameters(config: ModelConfig) -> int:
-    """Parameters as they lie in memory, with the vocabulary's extra rows."""
-    tables = (1 if config.tied else 2) * config.n_embd
-    tables += config.n_head * config.head_size if config.value_embedding else 0
-    return parameter_count(config) + (config.padded_vocab_size - config.vocab_size) * tables
+    """Number of parameters in memory, with the padding rows of the vocabulary."""
+    return _counts(config).padded
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """Parameters of the embeddings and the head, without padding."""
-    vocabularies = 1 if config.tied else 2
-    positions = config.n_positions if config.positions == "learned" else 0
-    values = config.vocab_size * config.n_head * config.head_size if config.value_embedding else 0
-    return (vocabularies * config.vocab_size + positions) * config.n_embd + values
+    """Number of parameters of embeddings and an untied lm_head, without padding."""
+    return _counts(config).embeddings
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of a forward and backward pass, per token.
 
-    6 per parameter that takes part in a product (embeddings do not; a tied one does, as the head), and 12 * n_layer *
-    n_head * head_size * T for attention's two products, counted over the full square. Source: Chowdhery et al.,
-    "PaLM", 2022, appendix B. GPT-2 124M at T = 1024: 855 MFLOP.
+    6 per parameter outside the embeddings (a matmul uses each weight once per token: 2 forward, 4 backward), 6 per
+    weight of the lm_head, and 12 * n_layer * n_head * head_size * T for the two matmuls of attention over the full
+    square. All parameters of a new part count so. Source: Chowdhery et al., "PaLM", 2022, appendix B. GPT-2 124M at
+    T = 1024: 855 MFLOP.
     """
-    head = config.vocab_size * config.n_embd
-    in_products = parameter_count(config) - embedding_parameters(config) + head
-    return 6 * in_products + 12 * config.n_layer * config.n_head * config.head_size * sequence_length
+    counts, head = _counts(config), config.vocab_size * config.n_embd
+    in_matmuls = counts.total - counts.embeddings + head
+    return 6 * in_matmuls + 12 * config.n_layer * config.n_head * config.head_size * sequence_length
 
 
 # dense bf16 peaks in FLOP/s, from the makers' data sheets, by a part of the name that the driver reports

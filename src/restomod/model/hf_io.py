@@ -18,7 +18,6 @@ from torch import Tensor
 
 from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
-from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.model.hf_format import FAMILIES, HEAD, OtherModel, family_of
 from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite, write_tensors
@@ -190,9 +189,10 @@ def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     """
     config = read_model_config(folder)
     tensors, where = read_tensors(folder)
-    require_size_of(tensors, where, config.n_layer, parameter_count(config))
+    require_size_of(tensors, where, layers=config.n_layer)
     with torch.device("meta"):
         model = GPT(config)
+    require_size_of(tensors, where, parameters=sum(parameter.numel() for parameter in model.parameters()))
     values = _fitting(model, tensors, where, finite)  # before memory is taken: a config may say anything
     model = model.to_empty(device=device)
     with torch.no_grad():

@@ -20,11 +20,11 @@ from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
 from restomod.data.manifest import Count
 from restomod.data.same_tokens import read_run_data
-from restomod.model.flops import flops_per_token
+from restomod.model.flops import flops_per_token, parameter_count
 from restomod.runs.metrics import Record, SampleRecord, iterate_jsonl
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.json_files import read_json
-from restomod.utils.output import complain
+from restomod.utils.output import print_error
 
 MOST_EVALUATIONS = 5000  # files that are read: more take too long
 
@@ -50,6 +50,8 @@ class Environment(TypedDict, total=False):
     device: Text | None
     precision: Text | None
     threads: Count | None
+    parameters: Count
+    flops_per_token: Count
     processes: Annotated[int, Field(ge=1, le=2**20)]
     command: list[Text] | Text
     started: Text | None
@@ -94,7 +96,7 @@ class Run:
     """Versions, machine and command of the start and of every resumption."""
     records: list[Record]
     """`metrics.jsonl`, in order."""
-    warn: Callable[[str], None] = field(default=complain, compare=False)
+    warn: Callable[[str], None] = field(default=print_error, compare=False)
     """Told what is damaged and left out."""
 
     @property
@@ -147,7 +149,22 @@ class Run:
 
     def flops_at(self, step: int) -> int:
         """Floating-point operations of ``step`` updates."""
-        return self.tokens_at(step) * flops_per_token(self.config.model, self.config.sequence_length)
+        return self.tokens_at(step) * self.flops_per_token
+
+    @cached_property
+    def flops_per_token(self) -> int:
+        """As recorded when the run started; of a run without the record computed, which imports torch."""
+        recorded = self._recorded("flops_per_token")
+        return flops_per_token(self.config.model, self.config.sequence_length) if recorded is None else recorded
+
+    @cached_property
+    def parameters(self) -> int:
+        """As `flops_per_token`."""
+        recorded = self._recorded("parameters")
+        return parameter_count(self.config.model) if recorded is None else recorded
+
+    def _recorded(self, name: str) -> int | None:
+        return next((start[name] for start in self.environments if name in start), None)
 
     @cached_property
     def manifest(self) -> Record:
@@ -211,7 +228,7 @@ def process_count(environment: Record) -> int:
     return int(environment.get("processes", 1))
 
 
-def open_run(folder: str | Path, warn: Callable[[str], None] = complain) -> Run:
+def open_run(folder: str | Path, warn: Callable[[str], None] = print_error) -> Run:
     """Read a run's folder.
 
     Args:

@@ -80,7 +80,7 @@ class RunLock:
         parent.mkdir(parents=True, exist_ok=True)
         self._acquire(parent / f".{short_name(self.folder.resolve().name)}.lock", 0.0)
 
-    def made(self) -> None:
+    def move_into_folder(self) -> None:
         """Switch to the lock inside the folder of a new run, once that exists."""
         before = self._lock
         self._acquire(self.folder / ".lock", 0.0)

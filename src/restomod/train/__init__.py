@@ -1,1 +1,1 @@
-"""The training step and all around it: loss, schedule, optimizer, checkpoints, metrics, the loop."""
+"""Training a run: setup, the loop, recovery, what it prints"""

@@ -1,36 +1,108 @@
-"""Lines at the head and at the end of a run."""
+"""Console lines at the head and at the end of a run: its settings, warnings, sanity checks, results, next steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
 
+from restomod.data.reading import told
+from restomod.engine.device import describe_device, dtype_name
+from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
+from restomod.model.flops import parameter_count
+from restomod.model.hf_format import describe_shape
+from restomod.runs.checkpoint import step_of
 from restomod.runs.metrics import read_jsonl
-from restomod.utils.check_result import CheckResult
-from restomod.utils.text import duration
+from restomod.train.setup import Training
+from restomod.utils.console import CheckResult
+from restomod.utils.text import counted, duration
+
+
+def run_summary(training: Training) -> list[tuple[str, str]]:
+    """The table before the first step, as (name, value) rows."""
+    config, compute, dataset = training.config, training.compute, training.data.dataset
+    manifest, train, val = dataset.manifest, len(dataset.train), len(dataset.val)
+    processes = training.processes.world_size
+    accumulation = config.batch_sequences // compute.micro_batch // processes
+    seconds = training.micro_batch_seconds * accumulation * (config.steps - training.start.step)
+    epochs = {name: config.steps * n for name, n in _epochs_per_step(training).items()}
+    in_epochs = ", ".join(f"{n:.2g} epochs" + (f" of {name}" if len(epochs) > 1 else "") for name, n in epochs.items())
+    split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
+    count = manifest["documents"]  # unknown for published shards
+    documents = f" in {counted(count, 'document')}" if count is not None else ""
+    residual = ", bf16 residual stream" if config.residual_dtype == "bf16" else ""
+    return [
+        ("run", str(training.run.folder)),
+        ("model", describe_shape(config.model)),
+        (
+            "parameters",
+            f"{parameter_count(config.model):,}, " + (f"from {config.init}" if config.init else "random at the start"),
+        ),
+        ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
+        *told(manifest),
+        (
+            "batch",
+            f"{config.batch_tokens:,} tokens = {f'{processes} processes × ' if processes > 1 else ''}"
+            f"gradient accumulation {accumulation} × micro-batch {compute.micro_batch}"
+            f"{'' if config.micro_batch else ' (chosen automatically)'} × sequence length {config.sequence_length}",
+        ),
+        ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
+        ("warm-up", describe_warmup(config)),
+        ("device", describe_device(compute.device)),
+        ("compute dtype", f"{dtype_name(compute.dtype)}, fp32 weights{residual}"),
+        ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
+        ("estimated time", f"{duration(seconds)} for the steps alone, from timing one micro-batch"),
+    ]
+
+
+def length_warnings(training: Training) -> list[str]:
+    """Warnings about the length of a run, its schedule and its data."""
+    found = schedule_warnings(training.config)
+    for name, epochs in _epochs_per_step(training).items():
+        if epochs > 1:
+            found.append(f"a step trains on all of {name} {epochs:,.3g} times; lower --batch-tokens or add text")
+    return found
+
+
+def _epochs_per_step(training: Training) -> dict[str, float]:
+    """How much of the training text of each source one step takes, in epochs."""
+    sources = zip(training.data.dataset.sources, training.data.batches.source_windows, strict=True)
+    return {s.name: training.config.batch_sequences * float(s.share) / n for s, n in sources}
+
+
+def check_lines(results: list[CheckResult]) -> list[str]:
+    """The sanity checks in a few lines: the first in full, the names of others that passed, and warnings."""
+    if not results:
+        return []
+    first, *others = results
+    passed = [result.check for result in others if result.status == "pass"]
+    return [
+        *([f"{first.check} {first.reason}"] if first.status == "pass" else []),
+        *([f"also checked: {', '.join(passed)}"] if passed else []),
+        *(f"warning: {result.check}: {result.reason}" for result in results if result.status == "warn"),
+    ]
 
 
 def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finished: bool) -> list[str]:
-    """What stands at the end of a run: its losses, where it is, and what to do next, by the files that it has left.
+    """The end of a run: first and final losses, where it is, and what to do next, from the files in its folder.
 
     Args:
         folder: of the run.
-        checkpoints: the newest that is there, or none.
-        seconds: that it has taken.
-        finished: whether it has made all of its steps.
+        checkpoints: the newest checkpoint, or none.
+        seconds: the duration of training.
+        finished: whether all steps were made.
     """
     run = quote(str(folder))
     records = read_jsonl(folder / "metrics.jsonl")
     made = max((r["step"] + 1 for r in records if r["kind"] == "train"), default=0)
-    saved = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+    saved = step_of(checkpoints[-1]) if checkpoints else 0
     if not finished:
-        go_on = f"go on with: restomod train --resume {run}"
+        resume = f"resume with: restomod train --resume {run}"
         if not checkpoints:
-            return [f"stopped after {made} steps without a checkpoint, so they will be repeated; {go_on}"]
+            return [f"stopped after {made} steps without a checkpoint, so they will be repeated; {resume}"]
         if saved < made:
-            again = f"the newest checkpoint is that of step {saved}, and the steps after it will be repeated"
-            return [f"stopped after {made} steps; {again}; {go_on}"]
-        return [f"stopped with the checkpoint of step {saved}; {go_on}"]
+            repeated = f"the newest checkpoint is that of step {saved}, and the steps after it will be repeated"
+            return [f"stopped after {made} steps; {repeated}; {resume}"]
+        return [f"stopped with the checkpoint of step {saved}; {resume}"]
     lines = [f"finished in {duration(seconds)}"]
     for kind, name in (("train", "training loss"), ("val", "validation loss")):
         losses = [r["loss"] for r in records if r.get("kind") == kind and r.get("loss") is not None]
@@ -42,19 +114,7 @@ def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finishe
     return [
         *lines,
         f"everything is in {folder}; next:",
-        f'  restomod sample {run} --prompt "..."     # let it write',
-        f"  restomod train --resume {run} --steps N   # go on to step N",
+        f'  restomod sample {run} --prompt "..."      # generate text',
+        f"  restomod train --resume {run} --steps N   # continue training to step N",
         *(f"  AutoModelForCausalLM.from_pretrained({str(path)!r})   # use it elsewhere" for path in checkpoints),
     ]
-
-
-def sanity_lines(verdicts: list[CheckResult]) -> list[str]:
-    """The sanity checks in a few lines, for the head of a run: the first in full, the others by name, and warnings."""
-    if not verdicts:
-        return []
-    first, *others = verdicts
-    passed = [verdict.check for verdict in others if verdict.status == "pass"]
-    warnings = [f"warning: {v.check}: {v.reason}" for v in verdicts if v.status == "warn"]
-    head = [f"{first.check} {first.reason}"] if first.status == "pass" else []
-    too = [f"checked too: {', '.join(passed)}"] if passed else []
-    return [*head, *too, *warnings]

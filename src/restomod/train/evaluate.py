@@ -1,4 +1,4 @@
-"""What is looked at along the way: the validation loss, samples, and whether the run is healthy."""
+"""Evaluation during training: validation loss, tasks, samples, and symptoms of an unhealthy run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from restomod.utils.console import Display
 
 
 def evaluate(training: Training, step: int, display: Display) -> None:
-    """Log and show the loss on the validation split, if there is one, and how well the run's tasks are done."""
+    """Log and show the validation loss, if there is a validation split, and the metrics of the run's tasks."""
     config, compute, processes = training.config, training.compute, training.processes
-    # Under FSDP every process has the whole model while it evaluates (2 bytes of every block parameter in 16 bits, 4 of
-    # all others), as each computes windows and questions of its own, and not equally many: with the weights shared out,
-    # every forward pass would gather them, and those of all processes had to match. The activations and gradients of a
-    # training step, which need more than that, are not there meanwhile.
+    # Under FSDP every process gathers the whole model to evaluate (2 bytes per block parameter in 16 bits, 4 per other
+    # parameter): processes score different numbers of windows and questions, so forward passes that gather weights
+    # would not match. Activations and gradients of a training step, which need more memory, are not allocated then.
     model = gather_full_model(training.model, compute.dtype)
     validation = dataset_loss(
         model,
-        training.dataset,
+        training.data.dataset,
         config.sequence_length,
         compute.device,
         compute.dtype,
@@ -38,7 +37,7 @@ def evaluate(training: Training, step: int, display: Display) -> None:
         training.run.log("val", step, loss=validation.loss, tokens=validation.tokens, **parts)
         of = ", ".join(f"{name} {part:.4f}" for name, part in validation.sources.items())
         display.line(f"step {step}  validation loss {validation.loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
-    for loaded in training.tasks:
+    for loaded in training.data.tasks:
         result = evaluate_task(ScoredGPT(model, compute.dtype), loaded, processes=processes)
         metrics = {name: estimate.value for name, estimate in result.metrics.items()}
         errors = {f"{name}_stderr": estimate.stderr for name, estimate in result.metrics.items()}
@@ -58,33 +57,30 @@ def _sample(training: Training, model: GPT, step: int, display: Display) -> None
     sampling, dtype = training.config.sampling, training.compute.dtype
     display.line(f"step {step}  samples", style="bold cyan")
     seed = training.config.seed + step
-    texts = continuations(model, training.tokenizer, sampling.prompts, 1, sampling, seed, dtype)
+    texts = continuations(model, training.data.tokenizer, sampling.prompts, 1, sampling, seed, dtype)
     for prompt, (text,) in zip(sampling.prompts, texts, strict=True):
         training.run.log_sample(step, prompt, text)
         display.sample(prompt, text)
 
 
 class Health:
-    """Looks for symptoms in the records of a run while it goes on, reading only those that are new.
-
-    Only the main process does; the others see none.
-    """
+    """Symptoms in the records of a run in progress; each call reads only new records, in the main process only."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
         self._records, self._history = NewRecords(training.run.folder / "metrics.jsonl"), History()
-        self._gather()  # what a run that goes on has made already: before its steps, and not among them
+        self._gather()  # the records of a resumed run, before the first step
 
-    def warn(self, display: Display) -> None:
-        """Show what is wrong with the run so far, a line for each symptom."""
+    def print_warnings(self, display: Display) -> None:
+        """Show one line for each symptom so far."""
         for symptom in self._symptoms():
             display.line(f"warning: {symptom.symptom}: {symptom.reason}", style="bold yellow")
 
     def verdict_line(self) -> str:
-        """Whether the run has been healthy, in one line."""
-        sick, folder = [symptom.symptom for symptom in self._symptoms()], self.training.run.folder
-        if sick:
-            return f"verdict: not healthy: {', '.join(sick)}; `restomod verdict {folder}` says what to do"
+        """The verdict on the run, in one line."""
+        symptoms, folder = [symptom.symptom for symptom in self._symptoms()], self.training.run.folder
+        if symptoms:
+            return f"verdict: not healthy: {', '.join(symptoms)}; `restomod verdict {folder}` says what to do"
         return f"verdict: healthy; `restomod verdict {folder}` says what was looked for"
 
     def _symptoms(self) -> list[Finding]:
@@ -97,7 +93,7 @@ class Health:
         if not self.training.processes.main:
             return
         fresh, records = self._records.read()
-        if fresh:  # of a run that has gone back to a checkpoint, too
+        if fresh:  # also after a rollback
             self._history = History()
         for record in records:
             self._history.add(record)

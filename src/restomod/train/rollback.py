@@ -1,4 +1,4 @@
-"""What a run does about failures: goes back to a checkpoint, or takes a smaller micro-batch."""
+"""Recovery from failures: roll back to a checkpoint, retry a step with a smaller micro-batch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import describe_newest, load_checkpoint, newest_whole
 from restomod.runs.metrics import iterate_jsonl
 from restomod.train.setup import Training
-from restomod.train.spike_guard import Guard
+from restomod.train.spike_guard import SpikeGuard
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
 
 def roll_back(
-    training: Training, saver: Saver, guard: Guard, step: int, problem: str, offset: int, display: Display
+    training: Training, saver: Saver, guard: SpikeGuard, step: int, problem: str, offset: int, display: Display
 ) -> tuple[int, int]:
-    """Go back to the newest checkpoint. Returns its step, and the offset at which the data goes on after ``step``.
+    """Load the newest checkpoint, and skip the batches that were trained on since.
 
     Args:
         training: the run.
         saver: of its checkpoints.
-        guard: has judged ``step``.
-        step: the last of the bad ones.
+        guard: has decided about ``step``.
+        step: the last skipped step.
         problem: what was wrong with it.
-        offset: how many batches have been passed over before.
-        display: told of it.
+        offset: the data offset so far.
+        display: shows the rollback.
+
+    Returns:
+        The checkpoint's step, and the new data offset.
 
     Raises:
-        UserError: there is none, or it has been gone back to too often.
+        UserError: there is no checkpoint, or rolling back to it has not helped.
     """
     run, processes = training.run, training.processes
     saver.finish()
@@ -49,55 +52,56 @@ def roll_back(
         )
     if run.writes:
         run.rewind(back)
-    run.log("rollback", back, failed_step=step, data_offset=offset + step + 1 - back)
-    display.line(f"back to step {back}, past the data of {step + 1 - back} steps", style="bold yellow")
-    return back, offset + step + 1 - back
+    offset += step + 1 - back
+    run.log("rollback", back, failed_step=step, data_offset=offset)
+    display.line(f"rolled back to step {back}; skips the data of {step + 1 - back} steps", style="bold yellow")
+    return back, offset
 
 
-def step_that_fits(
+def train_step_retrying_oom(
     training: Training,
     step: int,
     micro_batches: MicroBatches,
-    sequences: int,
+    micro_batch: int,
     loss_limit: float,
     display: Display,
 ) -> tuple[PendingStep, int]:
-    """Make a step, with fewer sequences at once where memory runs out.
+    """Make a step, with a smaller micro-batch where memory runs out.
 
     Args:
         training: the run.
-        step: how many updates the weights have had.
+        step: updates that the weights have had.
         micro_batches: this process's share of the batch.
-        sequences: at most so many go through the model at once.
+        micro_batch: sequences per forward pass, at most.
         loss_limit: see `train_step`.
-        display: told of it.
+        display: shows a smaller micro-batch.
 
     Returns:
-        What `train_step` returns, and how many sequences at once it took.
+        What `train_step` returns, and the micro-batch that fitted.
 
     Raises:
         UserError: one sequence does not fit, or other processes wait for this one in the middle of the step.
     """
     loss_of, optimizer, processes = training.loss_of, training.optimizer, training.processes
     while True:
-        parts = split_micro_batches(micro_batches, sequences)
+        parts = split_micro_batches(micro_batches, micro_batch)
         try:
-            return train_step(loss_of, optimizer, parts, training.config, step, processes, loss_limit), sequences
+            return train_step(loss_of, optimizer, parts, training.config, step, processes, loss_limit), micro_batch
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-            if sequences == 1 or processes.world_size > 1:
+            if micro_batch == 1 or processes.world_size > 1:
                 raise UserError(
-                    f"step {step}: out of memory with {sequences} sequences at once ({one_line(e)}); "
-                    f"go on with a smaller --micro-batch, or with --recompute"
+                    f"step {step}: out of memory with a micro-batch of {micro_batch} sequences ({one_line(e)}); "
+                    f"resume with a smaller --micro-batch, or with --recompute"
                 ) from e
         optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
         release_memory(training.compute.device)
-        sequences = next_smaller_divisor(sequences)
-        display.line(f"step {step}  out of memory: {sequences} sequences at once from here on", style="bold yellow")
+        micro_batch = next_smaller_divisor(micro_batch)
+        display.line(f"step {step}  out of memory: micro-batch {micro_batch} from here on", style="bold yellow")
 
 
-def warn(display: Display, failure: UserError | None) -> None:
-    """Tell of a checkpoint that could not be written."""
+def print_save_failure(display: Display, failure: UserError | None) -> None:
+    """Show a warning if a checkpoint could not be written."""
     if failure is not None:
         display.line(f"warning: {failure}", style="bold yellow")

@@ -1,10 +1,10 @@
-"""From a configuration to everything a training loop needs, ready at its first step."""
+"""Everything a training loop needs, from a configuration: data, model, checks, state of a checkpoint."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from restomod.engine.distributed import SINGLE, Processes, compiled_parts, devic
 from restomod.engine.micro_batch import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.engine.optimizer import Optimizers, build_optimizer
 from restomod.engine.step import BatchLoss, Compute
-from restomod.evals.tasks import LoadedTask, load_task, with_absolute_path
+from restomod.evals.tasks.registry import LoadedTask, load_task, with_absolute_path
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import OtherModel, as_saved
@@ -48,38 +48,55 @@ from restomod.runs.folder import RunFolder, check_resumable, create_run, environ
 from restomod.runs.metrics import SampleRecord, iterate_jsonl
 from restomod.runs.open_model import find_model
 from restomod.runs.saved_tensors import require_shape
-from restomod.utils.check_result import CheckResult
+from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a run starts: step 0, or the checkpoint from which it resumes."""
+
+    checkpoint: Path | None = None
+    unusable: list[Unusable] = field(default_factory=list)
+    """Newer checkpoints, which are set aside."""
+    step: int = 0
+    """Updates that the weights have had."""
+    data_offset: int = 0
+    """Skipped batches: step s trains on batch s + data_offset."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is evaluated on."""
+
+    dataset: Dataset
+    tokenizer: Tokenizer
+    batches: Batches
+    tasks: list[LoadedTask]
+    """Evaluated at every validation, besides the validation loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """A run in memory."""
 
     run: RunFolder
-    dataset: Dataset
-    tokenizer: Tokenizer
-    batches: Batches
+    start: Start
+    data: TrainingData
     model: GPT
     loss_of: nn.Module
-    """What is called with tokens and targets to train; the model is in it."""
+    """Takes tokens and targets, returns the training loss; contains the model."""
     optimizer: Optimizers
     compute: Compute
     processes: Processes
-    first_step: int
-    """How many updates the weights have had: 0, or those of the checkpoint that was loaded."""
-    data_offset: int
-    """How many batches have been passed over: step s trains on batch s + data_offset."""
-    tasks: list[LoadedTask]
-    """What every validation asks besides the validation loss."""
-    warnings: list[str]
-    """Of a run that goes on: newer checkpoints that were set aside, records that cannot be read."""
-    verdicts: list[CheckResult]
-    """What the sanity checks found; empty for a run that goes on, or that does without them."""
+    check_results: list[CheckResult]
+    """Of the sanity checks; empty for a run that resumes or is not checked."""
     micro_batch_seconds: float
-    """How long a micro-batch takes, forward and backward."""
-    nothing_left: str | None = None
-    """Why a run that is resumed has nothing left to do; None where it has."""
+    """Forward and backward pass of one micro-batch."""
+    warnings: list[str]
+    """Of a resumed run: checkpoints that were set aside, records that cannot be read."""
+    nothing_left: str | None
+    """Why a resumed run has nothing left to do; None where it has."""
 
     @property
     def config(self) -> RunConfig:
@@ -91,37 +108,102 @@ class Training:
 
     @property
     def peak_flops(self) -> float | None:
-        """The peak of all devices together, if it is known; see `restomod.model.flops`."""
+        """Peak FLOP/s of all devices together, if known; see `restomod.model.flops`."""
         peak = peak_flops(describe_device(self.compute.device))
         return None if peak is None else peak * self.processes.world_size
 
 
 def set_up(
-    config: RunConfig, folder: Path, resume: bool, processes: Processes = SINGLE, say: Say = lambda text: None
+    config: RunConfig, folder: Path, resume: bool, processes: Processes = SINGLE, print_line: Say = lambda text: None
 ) -> Training:
-    """Prepare data, model and optimizer, and make or reopen the run's folder.
+    """Prepare data, model and optimizer, and create or reopen the run's folder. All processes call this.
 
     Nothing is written before the data and the configuration have been found good, and nothing at all into a run that
-    has nothing left to do. A resumed run starts from its newest checkpoint, or from the beginning if it was stopped
-    before its first.
+    has nothing left to do. A resumed run starts from its newest checkpoint, or from step 0 if it has none.
 
     Raises:
         UserError: the data, the device, the folder or the checkpoint is not usable.
     """
-    checkpoint, unusable = processes.from_main(lambda: newest_usable(folder)) if resume else (None, [])
-    first_step, data_offset = processes.from_main(lambda: progress(checkpoint)) if checkpoint else (0, 0)
-    if checkpoint is not None:
-        processes.from_main(lambda: require_shape(checkpoint, config.model))
-    if config.steps < first_step:
-        raise processes.error(
-            f"{folder} has made {first_step} steps already, more than --steps {config.steps}; "
-            f"leave --steps out, or raise it to go on"
-        )
-    config = _with_absolute_paths(config, needs_init=checkpoint is None)
+    start = processes.from_main(lambda: find_start(config, folder)) if resume else Start()
+    config = _with_absolute_paths(config, needs_init=start.checkpoint is None)
     # a run that is still trained may have a newer checkpoint by the time another process looks
     config = dataclasses.replace(config, init=processes.gather(config.init)[0])
     compute = choose_compute(config, processes)
-    device = compute.device
+
+    data = build_data(config, processes)
+    if resume:
+        processes.from_main(lambda: check_resumable(folder, config, data.dataset))
+    if config.sanity_checks:
+        check_device(compute)
+    model = build_weights(config, start.checkpoint, compute.device, processes)
+    check_results = check_model(model, data, compute, config) if config.sanity_checks and start.step == 0 else []
+    processes.agree()
+    loss_of, optimizer, compute = make_ready(model, data.batches, compute, config, processes)
+    if start.checkpoint is not None:
+        load_optimizer(start.checkpoint, model, optimizer, processes)
+    processes.agree()
+    seconds, compute = first_micro_batch(
+        model, loss_of, data.batches, compute, config, start.step, processes, print_line
+    )
+
+    nothing_left, warnings = None, []
+    if resume:
+        nothing_left = processes.from_main(lambda: nothing_left_to_do(folder, config, start.step))
+        warnings = processes.from_main(lambda: _warnings(folder, start))
+    run = RunFolder(folder, config, writes=False)
+    if processes.main and nothing_left is None:
+        here = environment(describe_device(compute.device), dtype_name(compute.dtype))
+        here |= {
+            "processes": processes.world_size,
+            "parameters": parameter_count(config.model),
+            "flops_per_token": flops_per_token(config.model, config.sequence_length),
+        }
+        if resume:
+            set_aside(start.unusable)
+            run = reopen_run(folder, config, here, start.step)
+        else:
+            run = create_run(folder, config, data.dataset, here, print_line)
+    return Training(
+        run=run,
+        start=start,
+        data=data,
+        model=model,
+        loss_of=loss_of,
+        optimizer=optimizer,
+        compute=compute,
+        processes=processes,
+        check_results=check_results,
+        micro_batch_seconds=seconds,
+        warnings=warnings,
+        nothing_left=nothing_left,
+    )
+
+
+def find_start(config: RunConfig, folder: Path) -> Start:
+    """The newest usable checkpoint of a run; step 0 if it was stopped before its first.
+
+    Raises:
+        UserError: no checkpoint is usable, it is of another model, or it is beyond ``config.steps``.
+    """
+    checkpoint, unusable = newest_usable(folder)
+    if checkpoint is None:
+        return Start(None, unusable)
+    start = Start(checkpoint, unusable, *progress(checkpoint))
+    require_shape(checkpoint, config.model)
+    if config.steps < start.step:
+        raise UserError(
+            f"{folder} has made {start.step} steps already, more than --steps {config.steps}; "
+            f"omit --steps, or raise it to continue"
+        )
+    return start
+
+
+def build_data(config: RunConfig, processes: Processes) -> TrainingData:
+    """Tokens, batches and evaluation tasks, the same in all processes. All processes call this.
+
+    Raises:
+        UserError: there is too little text, the model is for another vocabulary, or processes found different tokens.
+    """
     tokenizer = gpt2_tokenizer()
     dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data, tokenizer), one_first=True)
     batches = training_batches(config, dataset, tokenizer)
@@ -137,72 +219,54 @@ def set_up(
             "the processes of this run found different data; give all machines the same files, or one folder that all "
             "can read (--data.path, --data.cache)"
         )
-    if resume:
-        processes.from_main(lambda: check_resumable(folder, config, dataset))
-    fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
-    if config.sanity_checks and device.type in CHECKED_BEFORE_TRAINING:
-        parity = device_parity(device, compute.dtype)
+    return TrainingData(dataset, tokenizer, batches, tasks)
+
+
+def check_device(compute: Compute) -> None:
+    """Raise UserError if the device is of a kind that has computed wrongly before, and does so here."""
+    if compute.device.type in CHECKED_BEFORE_TRAINING:
+        parity = device_parity(compute.device, compute.dtype)
         if parity.status == "fail":
             raise UserError(
                 f"this device computes wrongly: {parity.reason} (`restomod doctor` examines it; "
                 f"--no-sanity-checks trains all the same)"
             )
+
+
+def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.device, processes: Processes) -> GPT:
+    """The model with the weights of ``checkpoint``, or its initial ones. All processes call this."""
+    fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
     model = processes.run_on_all_ranks(lambda: initial_model(fresh, device))
     if checkpoint is not None:
         load_saved_weights(checkpoint, model, processes)
-    verdicts = []
-    if config.sanity_checks and first_step == 0:  # before torch.compile, which would compile for their shapes too
-        trial, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
-        verdicts = quick_checks(CheckedModel(model, batches, eager, trial, fresh=config.init is None))
-        for verdict in verdicts:
-            if verdict.status == "fail":
-                raise UserError(
-                    f"sanity check {verdict.check!r} failed: {verdict.reason} "
-                    f"(`restomod check` shows all checks; --no-sanity-checks trains all the same)"
-                )
-    processes.agree()
-    loss_of, optimizer, compute = make_ready(model, batches, compute, config, processes)
-    if checkpoint is not None:
-        load_optimizer(checkpoint, model, optimizer, processes)
-    processes.agree()
-    seconds, compute = first_micro_batch(model, loss_of, batches, compute, config, first_step, processes, say)
-
-    nothing_left = processes.from_main(lambda: nothing_left_to_do(folder, config, first_step)) if resume else None
-    warnings = processes.from_main(lambda: _warnings(folder, unusable, first_step)) if resume else []
-    run = RunFolder(folder, config, writes=False)
-    if processes.main and nothing_left is None:
-        here = environment(describe_device(device), dtype_name(compute.dtype)) | {"processes": processes.world_size}
-        if resume:
-            set_aside(unusable)
-        run = reopen_run(folder, config, here, first_step) if resume else create_run(folder, config, dataset, here, say)
-    return Training(
-        run,
-        dataset,
-        tokenizer,
-        batches,
-        model,
-        loss_of,
-        optimizer,
-        compute,
-        processes,
-        first_step,
-        data_offset,
-        tasks,
-        warnings,
-        verdicts,
-        seconds,
-        nothing_left,
-    )
+    return model
 
 
-def _warnings(folder: Path, unusable: list[Unusable], first_step: int) -> list[str]:
-    """What is wrong with the files of a run that goes on from ``first_step``, and does not stop it."""
-    found = [f"set aside: {each.problem}" for each in unusable]
+def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunConfig) -> list[CheckResult]:
+    """Run the quick sanity checks, before torch.compile, which would compile for their shapes too.
+
+    Raises:
+        UserError: a check has failed.
+    """
+    optimizer, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
+    results = quick_checks(CheckedModel(model, data.batches, eager, optimizer, fresh=config.init is None))
+    for result in results:
+        if result.status == "fail":
+            raise UserError(
+                f"sanity check {result.check!r} failed: {result.reason} "
+                f"(`restomod check` shows all checks; --no-sanity-checks trains all the same)"
+            )
+    return results
+
+
+def _warnings(folder: Path, start: Start) -> list[str]:
+    """What is wrong with the files of a run that resumes from ``start``, but does not stop it."""
+    found = [f"set aside: {each.problem}" for each in start.unusable]
     log, before = folder / "metrics.jsonl", len(found)
     records = (record for record in iterate_jsonl(log, found.append) if record["kind"] == "train")
-    lacking = first_step - sum(record["step"] < first_step for record in records)
-    if lacking > 0 and len(found) == before:  # damaged lines have been told of
-        found.append(f"{log} lacks {lacking} of the {first_step} steps before this one")
+    lacking = start.step - sum(record["step"] < start.step for record in records)
+    if lacking > 0 and len(found) == before:  # damaged lines have been reported
+        found.append(f"{log} lacks {lacking} of the {start.step} steps before this one")
     collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append, SampleRecord), maxlen=0)
     return found
 
@@ -233,10 +297,10 @@ def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) 
 
 
 def choose_compute(config: RunConfig, processes: Processes) -> Compute:
-    """Where and how precisely this process computes, and how many sequences at once.
+    """The device, compute dtype and micro-batch of this process.
 
     Raises:
-        UserError: the device is not there, or the batch cannot be shared out.
+        UserError: the device is not there, or the batch cannot be divided among the processes.
     """
     if config.deterministic:
         compute_deterministically()
@@ -247,8 +311,8 @@ def choose_compute(config: RunConfig, processes: Processes) -> Compute:
     dtype = choose_dtype(config.precision, device)
     if config.residual_dtype == "bf16" and dtype != torch.bfloat16:
         raise UserError(
-            f"residual_dtype bf16 needs bf16 matrix products, and this device uses {dtype_name(dtype)}; "
-            f"leave --residual-dtype out, or add --precision bf16"
+            f"residual_dtype bf16 needs the compute dtype bf16, and this device uses {dtype_name(dtype)}; "
+            f"omit --residual-dtype, or add --precision bf16"
         )
     compiled, reason = choose_compile(config.compile, device)
     return Compute(device, dtype, micro_batch, compiled, config.document_mask, choose_chunk(device), reason)
@@ -275,10 +339,10 @@ def make_ready(
 
 
 def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
-    """The same run, fit to be resumed from any folder; initial weights are pinned to one checkpoint of their run.
+    """The configuration with absolute paths, so that the run resumes from any folder; ``init`` names one checkpoint.
 
     Args:
-        needs_init: whether the initial weights are still to be read. A run with a checkpoint goes on without them.
+        needs_init: whether the initial weights are still to be read; a run that has a checkpoint does not need them.
     """
     data = config.data
     path = str(Path(data.path).absolute()) if data.path else None
@@ -294,7 +358,11 @@ def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
 
 
 def initial_model(config: RunConfig, device: torch.device) -> GPT:
-    """The model of step 0."""
+    """The model at step 0: random weights, or those that ``config.init`` names.
+
+    Raises:
+        UserError: ``config.init`` is no model of the run's shape, or memory is too small.
+    """
     shape = config.model
     try:
         if config.init is None:

@@ -1,7 +1,7 @@
-"""Keeps bad steps away from the weights: losses and gradients that are not finite, and spikes.
+"""Spike guard: which steps are skipped, and when a run rolls back or stops, after losses that spike or are not finite.
 
-A spike is a loss far above the last ones, in units of their standard deviation. What a step is judged by is in
-`metrics.jsonl`, so a run that was stopped judges as one that was not.
+A spike is a loss far above the recent ones, in units of their standard deviation. The guard's state follows from
+`metrics.jsonl`, so a resumed run decides like one that was never stopped.
 """
 
 from __future__ import annotations
@@ -15,84 +15,76 @@ from typing import Any, Literal
 from restomod.config.run import RunConfig
 from restomod.engine.step import StepResult
 
-WINDOW = 128  # losses that a new one is compared with
-ENOUGH = 64  # fewer of them say nothing
-SMALLEST_DEVIATION = 0.02  # nats; a run that has learnt its text by heart has losses that hardly differ
+WINDOW = 128  # recent losses that a new one is compared with
+MIN_LOSSES = 64  # fewer give no limit
+MIN_DEVIATION = 0.02  # nats; a run that has memorised its text has losses that hardly differ
 SKIPS_BEFORE_ROLLBACK = 3
 SKIPS_BEFORE_STOP = 10
 ROLLBACKS_BEFORE_STOP = 3
-HALVINGS = 24  # of fp16's loss scale in a row: from any that it can have to far below 1
+MAX_HALVINGS = 24  # of fp16's loss scale in a row: from its largest value to far below 1
 
 Action = Literal["update", "skip", "rollback", "stop"]
 
 
-class Guard:
-    """Judges the steps of a run, in order."""
+class SpikeGuard:
+    """Decides about the steps of a run, in order.
+
+    Args:
+        config: of the run.
+        records: of `metrics.jsonl`, from which a resumed run continues.
+        fp16: whether gradients may overflow while the loss scale is being found.
+    """
 
     def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = (), fp16: bool = False) -> None:
-        """Go on where the train records of `metrics.jsonl` end.
-
-        Args:
-            config: of the run.
-            records: of `metrics.jsonl`.
-            fp16: whether the gradients overflow now and then, while the scale of the loss is found.
-        """
         self.fp16 = fp16
         self.policy, self.sigmas = config.on_spike, config.spike_sigmas
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.skipped = 0  # steps in a row
-        self.rollbacks: dict[int, int] = {}  # how many, by the checkpoint that was gone back to
-        for record in records:
-            if record.get("kind") == "train":
-                self._remember(record.get("loss"), "skipped" in record)
+        self.skipped = 0  # consecutive skipped steps
+        self.rollbacks: dict[int, int] = {}  # number of rollbacks by the checkpoint's step
+        self._replay(records)
 
     def loss_limit(self) -> float:
-        """The loss_limit loss that is no spike."""
-        if not self.sigmas or len(self.losses) < ENOUGH:
+        """The largest loss that is not a spike."""
+        if not self.sigmas or len(self.losses) < MIN_LOSSES:
             return math.inf
-        mean, deviation = self._usual()
+        mean, deviation = self._mean_and_deviation()
         return mean + self.sigmas * deviation
 
-    def _usual(self) -> tuple[float, float]:
-        """Mean and standard deviation of the last losses."""
-        mean = statistics.fmean(self.losses)
-        return mean, max(statistics.pstdev(self.losses, mean), SMALLEST_DEVIATION)
-
-    def problem(self, made: StepResult) -> str | None:
-        """What was wrong with a step; None if nothing was."""
-        if not made.refused:
+    def problem(self, result: StepResult) -> str | None:
+        """What was wrong with a step; None if it was an update."""
+        if not result.refused:
             return None
-        if self._overflowed(made):
+        if self._overflowed(result):
             return "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
-        if not math.isfinite(made.loss) or not math.isfinite(made.grad_norm):
-            return f"the loss is {made.loss} and the gradient norm {made.grad_norm}"
-        mean, deviation = self._usual()
-        above = (made.loss - mean) / deviation
-        return f"the loss is {made.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            return f"the loss is {result.loss} and the gradient norm {result.grad_norm}"
+        mean, deviation = self._mean_and_deviation()
+        above = (result.loss - mean) / deviation
+        return f"the loss is {result.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"
 
-    def judge(self, made: StepResult) -> Action:
-        """What to do about a step, and remember it."""
-        self._remember(made.loss, made.refused)
-        if not made.refused:
+    def decide(self, result: StepResult) -> Action:
+        """What to do after a step, which is remembered."""
+        self._remember(result.loss, result.refused)
+        if not result.refused:
             return "update"
-        if self._overflowed(made) and self.skipped <= HALVINGS:
+        if self._overflowed(result) and self.skipped <= MAX_HALVINGS:
             return "skip"
         if self.policy == "rollback":
             return "rollback" if self.skipped >= SKIPS_BEFORE_ROLLBACK else "skip"
         return "stop" if self.policy == "stop" or self.skipped >= SKIPS_BEFORE_STOP else "skip"
 
     def rolled_back(self, step: int, records: Iterable[dict[str, Any]]) -> bool:
-        """Go on from the checkpoint of ``step``, before which ``records`` were made; False if that was tried enough."""
+        """Continue from the checkpoint of ``step``, which ``records`` precede; False after too many rollbacks to it."""
         self.rollbacks[step] = self.rollbacks.get(step, 0) + 1
         self.losses.clear()
         self.skipped = 0
+        self._replay(records)
+        return self.rollbacks[step] <= ROLLBACKS_BEFORE_STOP
+
+    def _replay(self, records: Iterable[dict[str, Any]]) -> None:
         for record in records:
             if record.get("kind") == "train":
                 self._remember(record.get("loss"), "skipped" in record)
-        return self.rollbacks[step] <= ROLLBACKS_BEFORE_STOP
-
-    def _overflowed(self, made: StepResult) -> bool:
-        return self.fp16 and math.isfinite(made.loss) and not math.isfinite(made.grad_norm)
 
     def _remember(self, loss: float | None, refused: bool) -> None:
         if not refused and isinstance(loss, (int, float)) and math.isfinite(loss):
@@ -100,3 +92,10 @@ class Guard:
             self.skipped = 0
         else:
             self.skipped += 1
+
+    def _mean_and_deviation(self) -> tuple[float, float]:
+        mean = statistics.fmean(self.losses)
+        return mean, max(statistics.pstdev(self.losses, mean), MIN_DEVIATION)
+
+    def _overflowed(self, result: StepResult) -> bool:
+        return self.fp16 and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)

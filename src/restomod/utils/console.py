@@ -1,4 +1,4 @@
-"""What a run prints: a table, then a progress bar in a terminal or a line per step anywhere else."""
+"""Console output of commands: tables, check results, a progress bar in a terminal or a line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import Any, TextIO, cast
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO, cast
 
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
@@ -14,16 +15,26 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from restomod.utils import output
-from restomod.utils.check_result import CheckResult, CheckStatus
 from restomod.utils.errors import UserError, reason
 from restomod.utils.terminal import Terminal
 from restomod.utils.text import duration, visible
 
+CheckStatus = Literal["pass", "warn", "fail", "skip"]
 STATUS_STYLE: dict[CheckStatus, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of one check of a model or a machine."""
+
+    check: str
+    status: CheckStatus
+    """fail: not a GPT-2 that can learn. warn: unusual, or slow. skip: does not apply, or cannot run here."""
+    reason: str
+
+
 def format_train_record(record: dict[str, Any]) -> str:
-    """One train record of `metrics.jsonl` as text."""
+    """Format one train record of `metrics.jsonl`."""
     mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
     return (
         f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
@@ -32,11 +43,7 @@ def format_train_record(record: dict[str, Any]) -> str:
 
 
 class _Output(io.TextIOBase):
-    """Standard output for rich, which prints from a thread too: a failure is passed on, and raised nowhere.
-
-    Args:
-        fail: told what has failed.
-    """
+    """Standard output for rich, which also prints from a thread: exceptions go to ``fail`` and are not raised."""
 
     def __init__(self, fail: Callable[[Exception], None]) -> None:
         self._fail = fail
@@ -69,10 +76,10 @@ class _Output(io.TextIOBase):
 
 
 class Display:
-    """Prints a run. ``interactive`` decides between the progress bar and plain lines; ``muted`` prints nothing.
+    """Prints a run: a progress bar if ``interactive``, plain lines otherwise, nothing if ``muted``.
 
-    Where printing fails, all further output is dropped: the work goes on. When the reader of standard output has left,
-    ``closed`` becomes true.
+    Where printing fails, all further output is dropped and the work continues. ``closed`` becomes true when the reader
+    of standard output has left.
     """
 
     def __init__(self, interactive: bool | None = None, muted: bool = False) -> None:
@@ -81,7 +88,7 @@ class Display:
         self.muted = muted
         self.console = Terminal(file=cast(TextIO, file), highlight=False, soft_wrap=True)
         self.on_failure: Callable[[str], None] = lambda reason: None
-        """Told once why nothing more is printed, unless the reader has left."""
+        """Called once with the reason why nothing more is printed, unless the reader has left."""
         self._failure: Exception | None = None
         self._progress: Progress | None = None
 
@@ -108,7 +115,7 @@ class Display:
             self.console.file.flush()
 
     def table(self, rows: list[tuple[str, str]]) -> None:
-        """Two columns, what and its value, which is wrapped in a terminal."""
+        """Print (name, value) rows; values are wrapped in a terminal."""
         width = max(len(name) for name, _ in rows)
         room = max(20, self.console.width - width - 2) if self.interactive else 10_000
         for name, value in rows:
@@ -118,7 +125,7 @@ class Display:
                 self._print(Text(" " * (width + 2) + line))
 
     def grid(self, headings: list[str], rows: list[list[str]]) -> None:
-        """A table with headings, its width that of the terminal; elsewhere what it needs."""
+        """Print a table with headings, as wide as the terminal, or as its cells outside of one."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for i, heading in enumerate(headings):
             table.add_column(heading, overflow="fold", no_wrap=0 < i < len(headings) - 1)
@@ -128,17 +135,17 @@ class Display:
             self.console.width = 200
         self._print(table, soft_wrap=False)
 
-    def verdict(self, verdict: CheckResult) -> None:
-        """One sanity check."""
-        status = f"{verdict.status}  ", STATUS_STYLE[verdict.status]
-        self._print(Text.assemble(status, f"{verdict.check:<16}  {verdict.reason}"))
+    def check_result(self, result: CheckResult) -> None:
+        """Print the result of one check."""
+        status = f"{result.status}  ", STATUS_STYLE[result.status]
+        self._print(Text.assemble(status, f"{result.check:<16}  {result.reason}"))
 
     def line(self, text: str, style: str = "") -> None:
-        """One line, above the progress bar if there is one."""
+        """Print one line, above the progress bar if there is one."""
         self._print(Text(text, style=style))
 
     def lines(self, texts: list[str]) -> None:
-        """Several lines."""
+        """Print several lines."""
         for text in texts:
             self.line(text)
 
@@ -146,9 +153,9 @@ class Display:
         """Begin to show progress from step ``first`` of ``steps``."""
         self._steps = steps
         if self.interactive:
-            whole = Column(no_wrap=True, min_width=len(f"step {steps}/{steps}"))
+            column = Column(no_wrap=True, min_width=len(f"step {steps}/{steps}"))
             columns = (
-                TextColumn("step {task.completed}/{task.total}", table_column=whole),
+                TextColumn("step {task.completed}/{task.total}", table_column=column),
                 BarColumn(12),
                 TextColumn("{task.description}"),
             )

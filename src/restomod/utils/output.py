@@ -1,4 +1,4 @@
-"""What reaches the terminal: control characters made visible, and errors in one line.
+"""Standard output and error: control characters made visible, and errors in one line.
 
 Names, texts and messages come from files, which may be malicious. Within `run_guarded`, standard output and error are
 sanitized streams, so callers need not escape anything. Colours and progress bars (`restomod.utils.terminal`) are
@@ -97,13 +97,13 @@ def _sanitized_output() -> Iterator[None]:
 
 
 def is_open(name: Name) -> bool:
-    """Whether there is something to print to."""
+    """Return whether a stream is there and open."""
     stream = getattr(sys, name)
     return stream is not None and not getattr(stream, "closed", False)  # a stand-in may have `write` alone
 
 
 def flush_stream(name: Name) -> Exception | None:
-    """Write out what has been printed. Returns why that failed, and drops it then."""
+    """Flush standard output or error. Returns the error, if any, after which the stream is dropped."""
     try:
         if is_open(name):
             getattr(sys, name).flush()
@@ -127,8 +127,8 @@ def drop_stream(name: Name) -> None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
-def complain(line: str) -> None:
-    """Print a line to standard error, if that can be."""
+def print_error(line: str) -> None:
+    """Print a line to standard error, if it can be written."""
     try:
         if is_open("stderr"):  # print() takes None for standard output
             print(visible(line), file=sys.stderr, flush=True)
@@ -136,43 +136,48 @@ def complain(line: str) -> None:
         drop_stream("stderr")
 
 
-def say(line: str) -> None:
-    """Print a line about work that goes on where that fails, unless the reader of a pipe has left."""
+def print_if_possible(line: str) -> None:
+    """Print a line; warn on standard error if it cannot be printed. Raises BrokenPipeError if a pipe's reader left."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as e:
         drop_stream("stdout")
-        complain(f"standard output cannot be written ({reason(e)}); going on without it")
+        print_error(f"standard output cannot be written ({reason(e)}); continuing without it")
 
 
-def run_guarded(work: Callable[[], int], debug: bool = False, goes_on: bool = False, needs_less: str = "") -> int:
-    """Do ``work`` and report in one line what goes wrong in it, or in printing.
+def run_guarded(
+    work: Callable[[], int],
+    debug: bool = False,
+    without_output: bool = False,
+    memory_hint: Callable[[], str] = lambda: "use less",
+) -> int:
+    """Run ``work`` and report errors in it, or in printing, in one line.
 
     Args:
-        work: a verb.
+        work: a command.
         debug: raise errors, for their traceback.
-        goes_on: whether ``work`` is worth doing where nothing can be printed.
-        needs_less: what to do where there is not enough memory.
+        without_output: whether ``work`` shall run even if nothing can be printed.
+        memory_hint: returns what to do if there is not enough memory.
 
     Returns:
-        What ``work`` does, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
+        The exit code of ``work``, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
     """
     with _sanitized_output():
-        return _guarded(work, debug, goes_on, needs_less)
+        return _guarded(work, debug, without_output, memory_hint)
 
 
-def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: str) -> int:
+def _guarded(work: Callable[[], int], debug: bool, without_output: bool, memory_hint: Callable[[], str]) -> int:
     behind = raw_stream(sys.stdout)
     if isinstance(behind, io.TextIOWrapper) and is_open("stdout"):
         behind.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
     try:
-        if not goes_on and not is_open("stdout"):
+        if not without_output and not is_open("stdout"):
             raise UserError("standard output is closed")
         code = work()
         failure = flush_stream("stdout")  # noticed here and not when Python exits
-        if failure is not None and not goes_on and not isinstance(failure, BrokenPipeError):
+        if failure is not None and not without_output and not isinstance(failure, BrokenPipeError):
             raise UserError(_cannot_print(failure))
         return code
     except BrokenPipeError:  # the reader of a pipe has left
@@ -180,7 +185,9 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
     except SystemExit as e:
         if isinstance(e.__context__, BrokenPipeError):  # rich has met it
             return 0
-        raise
+        if isinstance(e.code, str):
+            raise
+        return e.code or 0
     except ReportedElsewhere:
         return EXIT_USER_ERROR
     except Exception as e:
@@ -192,15 +199,15 @@ def _guarded(work: Callable[[], int], debug: bool, goes_on: bool, needs_less: st
         if debug or (isinstance(e, ValueError) and not of_printing):
             raise
         if no_memory:
-            message = f"out of memory ({one_line(e)}); {needs_less}"
+            message = f"out of memory ({one_line(e)}); {memory_hint()}"
         elif isinstance(e, OSError) and failure is None:
             message = describe_os_error(e)
         else:
             message = str(e) if isinstance(e, UserError) else _cannot_print(failure or e)
-        complain(f"restomod: error: {' '.join(message.split())}")
+        print_error(f"restomod: error: {' '.join(message.split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        complain("restomod: stopped")
+        print_error("restomod: stopped")
         return EXIT_ABORTED
     finally:
         flush_stream("stdout")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from restomod.utils.destination import Destination, resolve_destination
 from restomod.utils.errors import UserError, reason
+from restomod.utils.files import Destination, resolve_destination
 from restomod.utils.temporary import Temporary
 
 # (signs, files): a folder with one of the signs is a run or checkpoint, a sweep, or prepared data, and needs its files

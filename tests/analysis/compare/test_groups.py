@@ -16,7 +16,7 @@ from restomod.analysis.compare.plot import picture
 from restomod.analysis.compare.tables import markdown, newest_tasks, published_differ, short_number, tables
 from restomod.cli import main
 from restomod.config.run import DataConfig
-from restomod.evals.references import references
+from restomod.evals.tasks.registry import references
 from restomod.runs.reader import Run, open_run
 from restomod.utils.errors import UserError
 from tests.runs.making import SMALL, make_run, simple, train, val

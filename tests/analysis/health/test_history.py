@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> 
 
     def symptoms() -> list[str]:
         shown.clear()
-        health.warn(display)
+        health.print_warnings(display)
         return [text.split(": ")[1] for text in shown]
 
     def write(some: list[dict[str, Any]]) -> None:

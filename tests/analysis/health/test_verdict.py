@@ -18,7 +18,7 @@ from restomod.analysis.health.verdict import data_lengths, verdict
 from restomod.cli import main
 from restomod.config.presets import preset
 from restomod.config.run import DataConfig, ModelConfig, RunConfig
-from restomod.evals.references import references
+from restomod.evals.tasks.registry import references
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import load_model
 from restomod.runs.checkpoint import write_checkpoint

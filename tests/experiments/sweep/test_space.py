@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from restomod.commands.flags import TrainArguments
 from restomod.commands.parsing import parse
 from restomod.commands.sweep import SweepArguments, plan_of
+from restomod.commands.train import TrainArguments
 from restomod.config.presets import preset
 from restomod.experiments.sweep.space import flags, grid, parse_dimension
 from restomod.utils.errors import UserError
@@ -83,7 +83,7 @@ def test_the_flags_give_a_run_the_parameters() -> None:
         "sanity_checks": "false",
     }
     default = TrainArguments(preset("quickstart"), out="x")
-    config = parse(TrainArguments, default, flags(given), "restomod train").config  # type: ignore[arg-type]
+    config = parse(TrainArguments, flags(given), "restomod train", default).config  # type: ignore[arg-type]
     assert (config.optim.lr, config.model.n_layer, config.optim.decay) == (0.0123, 3, "wsd")
     assert (config.model.bias, config.compile, config.recompute, config.model.qk_norm) == (False, "on", True, True)
     assert (config.sanity_checks, config.micro_batch) == (False, None)

@@ -11,7 +11,7 @@ import numpy as np
 from restomod.analysis.compare.axes import LABELS, Axis, loss_curve
 from restomod.analysis.compare.groups import Comparison
 from restomod.analysis.compare.tables import published_differ
-from restomod.evals.references import references
+from restomod.evals.tasks.registry import references
 from restomod.utils.figures import INK, new_figure, quiet, write_figure
 from restomod.utils.redaction import redact
 

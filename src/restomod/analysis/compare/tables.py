@@ -11,11 +11,10 @@ import numpy as np
 from restomod.analysis.compare.axes import LABELS, Axis
 from restomod.analysis.compare.groups import Comparison, Group, made, spent_hours
 from restomod.analysis.compare.statistics import Welch
-from restomod.evals.references import references
-from restomod.evals.tasks import is_whole
+from restomod.evals.tasks.registry import is_whole, references
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Run
-from restomod.utils.tables import Table
+from restomod.utils.terminal import Table
 
 ROWS = 12  # of a table of curves
 TASK_METRICS = ("acc", "acc_norm", "acc_token", "perplexity")

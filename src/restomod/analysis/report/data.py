@@ -25,7 +25,6 @@ from restomod.analysis.report.examined import examined
 from restomod.analysis.report.usage import Prices, Usage, flops_text, quantity, usage, usage_rows
 from restomod.config.presets import preset
 from restomod.config.serialize import to_dict
-from restomod.model.flops import parameter_count
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Record, Run
 from restomod.utils.text import duration
@@ -80,7 +79,7 @@ def about(run: Run) -> list[list[str]]:
     first = run.environments[0] if run.environments else {}
     return [
         ["Model", describe_model(run.config)],
-        ["Parameters", f"{parameter_count(run.config.model):,}"],
+        ["Parameters", f"{run.parameters:,}"],
         ["Data", f"{data}, {tokens:,} tokens" if tokens is not None else data],
         ["Device", ", ".join(first[key] for key in ("device", "precision") if first.get(key))],
         ["Started", str(first.get("started", "unknown"))],
@@ -106,13 +105,12 @@ def figures(run: Run, used: Usage, prices: Prices) -> list[list[str]]:
     elif train:
         rows.append(["Training loss", f"{np.mean(train[-20:]):.4f}", f"mean of the last {len(train[-20:])} steps"])
     for task, points in task_curves(run, HEADLINES).items():
-        if task in ("hellaswag", "hellaswag-harness"):
-            # the newest; at one step that of the most examples
-            step, n, share = max(
-                (x, n, y) for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True) if y is not None
-            )
-            of = f", {n:,} examples" if n else ""
-            rows.append([f"HellaSwag, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
+        # the newest; at one step that of the most examples
+        step, n, share = max(
+            (x, n, y) for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True) if y is not None
+        )
+        of = f", {n:,} examples" if n else ""
+        rows.append([f"{task}, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
     rows.append(["Tokens", quantity(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
     speeds = [number(r.get("tokens_per_second")) for r in run.train]
     speeds = [speed for speed in speeds if math.isfinite(speed)]

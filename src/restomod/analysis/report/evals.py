@@ -7,15 +7,13 @@ from typing import Any
 
 from restomod.analysis.report.curves import number
 from restomod.data.manifest import is_fineweb_edu
-from restomod.evals import references
-from restomod.evals.references import GPT2
-from restomod.evals.tasks import TASKS, is_whole
+from restomod.evals.tasks.references import GPT2
+from restomod.evals.tasks.registry import TASKS, is_whole, references
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Record, Run
 
 HEADLINES = {name: task.headline for name, task in TASKS.items()}
 VALIDATION = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-CHANCE = {"hellaswag": 0.25, "hellaswag-harness": 0.25}
 
 
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
@@ -35,10 +33,10 @@ def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
     for task, metric in {"validation": "loss", **HEADLINES}.items():
         if task == "validation" and not trains_on_fineweb_edu(run):
             continue
-        published = references.references(task) if task == "validation" or task in whole else []
+        published = references(task) if task == "validation" or task in whole else []
         lines = [{"name": r.model, "value": r.value} for r in published if r.model == GPT2 and r.metric == metric]
-        if task in CHANCE:
-            lines.append({"name": "chance", "value": CHANCE[task]})
+        if task in TASKS and TASKS[task].chance is not None:
+            lines.append({"name": "chance", "value": TASKS[task].chance})
         if lines:
             found["loss" if task == "validation" else task] = lines
     return found
@@ -64,7 +62,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
         if any(_on_fineweb_edu(v, run) if task == "validation" else is_whole(task, v.get("examples")) for v in found):
-            for r in references.references(task):
+            for r in references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
         others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
         tables.append(

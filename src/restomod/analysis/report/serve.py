@@ -23,7 +23,7 @@ from restomod.analysis.report.usage import Prices
 from restomod.analysis.report.write import page_data
 from restomod.runs.reader import open_run
 from restomod.utils.errors import UserError, one_line
-from restomod.utils.output import complain
+from restomod.utils.output import print_error
 from restomod.utils.redaction import redact
 
 SECONDS = 3.0  # between two questions of a page
@@ -149,7 +149,7 @@ class _Server(http.server.ThreadingHTTPServer):
         """Report errors of this program; a lost connection is none, since a page may be closed at any time."""
         error = sys.exception()
         if not isinstance(error, OSError):
-            complain(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
+            print_error(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -12,7 +12,8 @@ from restomod.config.model import ModelConfig
 from restomod.config.presets import llama_124m, quickstart
 from restomod.config.run import RunConfig
 from restomod.data.manifest import is_fineweb_edu
-from restomod.evals.references import LLAMA, LR_STUDY, references
+from restomod.evals.tasks.references import LLAMA, LR_STUDY
+from restomod.evals.tasks.registry import references
 
 NEAR = 0.05  # how far the number of tokens, or tokens per step, may be from those of a published run
 BATCH_TOKENS, TOKENS = 2**19, 10**10  # of the published runs of GPT-2 124M on FineWeb-Edu

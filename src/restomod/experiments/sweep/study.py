@@ -31,7 +31,7 @@ from restomod.utils.errors import UserError, one_line
 from restomod.utils.files import require_inside, require_regular, write_json_atomically
 from restomod.utils.json_files import read_json
 from restomod.utils.locks import FileLock
-from restomod.utils.output import complain
+from restomod.utils.output import print_error
 from restomod.utils.run_files import require_run_inside
 from restomod.utils.temporary import NAME
 
@@ -265,7 +265,7 @@ class Store:
         """With how many processes a trial was trained before a time; 1 where its run does not say so."""
         run = self.folder / "trials" / name
         require_run_inside(run)
-        begun = [start for start in read_environments(run, complain) if (start_time(start) or 0.0) <= until]
+        begun = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
         return process_count(begun[-1]) if begun else 1
 
     def at_work(self, name: str) -> bool:

@@ -22,7 +22,7 @@ from restomod.experiments.sweep.trial_process import TrainingProcess
 from restomod.runs.metrics import ValidationLosses
 from restomod.utils.console import duration
 from restomod.utils.errors import UserError, describe_os_error
-from restomod.utils.output import say
+from restomod.utils.output import print_if_possible
 
 EXIT_FINISHED = 0
 EXIT_ALL_FAILED = 1
@@ -80,10 +80,10 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
     show_results(found, folder, plan)
     running = sum(result.state == "running" for result in found)
     if worker.stopped_by:
-        say(f"{worker.stopped_by}; the same command goes on")
+        print_if_possible(f"{worker.stopped_by}; the same command goes on")
         return EXIT_INTERRUPTED
     if running:
-        say(f"nothing is left to begin; other processes are still at work on {running}")
+        print_if_possible(f"nothing is left to begin; other processes are still at work on {running}")
     return EXIT_FINISHED if running or any(r.state == "finished" for r in found) else EXIT_ALL_FAILED
 
 
@@ -132,7 +132,7 @@ class _Worker:
             if self._stopped():
                 return False
             if not told:
-                say(f"{claim.name}: waiting for its training to end, whose sweep was killed")
+                print_if_possible(f"{claim.name}: waiting for its training to end, whose sweep was killed")
             told = True
             time.sleep(0.2)
         return True
@@ -170,7 +170,7 @@ class _Worker:
             arguments, how = ["--resume", str(run)], "goes on"
         else:
             arguments, how = [*self._flags(claim), "--out", str(run)], "begins"
-        say(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}")
+        print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}")
         patiently(lambda: store.begin_attempt(claim))
         log = store.folder / "logs" / f"{claim.name}.log"
         assert claim.run.fd is not None
@@ -183,7 +183,7 @@ class _Worker:
         if code != EXIT_FINISHED and pruned is None and (self._stopped() or code == EXIT_INTERRUPTED):
             self.stopped_by = self.stopped_by or "the training was stopped by a signal"
             newest = newest_checkpoint(run)
-            say(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}")
+            print_if_possible(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}")
             return
         patiently(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
 
@@ -221,17 +221,17 @@ class _Worker:
         if pruned is not None:
             store.note(claim, step=pruned, reason=f"pruned at step {pruned}")
             store.finish(claim, "PRUNED")
-            say(f"  pruned at step {pruned} after {took}")
+            print_if_possible(f"  pruned at step {pruned} after {took}")
         elif code == EXIT_FINISHED and losses:
             step = max(losses)
             store.note(claim, step=step)
             store.finish(claim, "COMPLETE", losses[step])
-            say(f"  validation loss {losses[step]:.4f} at step {step} in {took}")
+            print_if_possible(f"  validation loss {losses[step]:.4f} at step {step} in {took}")
         else:
             reason = "it has no finite validation loss" if code == EXIT_FINISHED else reason
             store.note(claim, reason=reason)
             store.finish(claim, "FAIL")
-            say(f"  failed after {took}: {reason}")
+            print_if_possible(f"  failed after {took}: {reason}")
         self.write()
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from restomod import cli
 from restomod.cli import main
-from restomod.utils.then import take_command
+from restomod.utils.on_exit import split_then
 
 WORK = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what they start in the background
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 from restomod import cli
+from restomod.commands import train
 from restomod.utils.errors import UserError
 def work(arguments):
     print("at work", flush=True)
@@ -32,7 +32,7 @@ def work(arguments):
     if kind == "stopped": return 75
     if kind == "wait": time.sleep(60)
     return 0
-cli.VERBS["train"] = work
+train.run = work
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -102,30 +102,30 @@ def test_one_process_runs_it_and_none_that_is_started_again(
 def test_a_mistake_in_the_arguments_is_an_end_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = tmp_path / "said"
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    for verb in ("train", "sweep"):
-        assert main([verb, "quikstart", "--then", f"echo {verb} >> '{said}'", "--nonsense"]) == 2
+    for command in ("train", "sweep"):
+        assert main([command, "quikstart", "--then", f"echo {command} >> '{said}'", "--nonsense"]) == 2
     assert said.read_text() == "train\nsweep\n"
     assert "did you mean 'quickstart'" in capfd.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_other_verbs_keep_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_commands_keep_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
-    def verb(arguments: list[str]) -> int:
+    def command(arguments: list[str]) -> int:
         seen.append(arguments)
         return 0
 
-    monkeypatch.setitem(cli.VERBS, "sample", verb)
+    monkeypatch.setattr("restomod.commands.sample.run", command)
     assert main(["sample", "--then", "exit 1"]) == 0
     assert seen == [["--then", "exit 1"]]
 
 
 def test_the_command_is_taken_off_before_anything_else_is_read() -> None:
-    assert take_command(["a", "--then", "x y", "-b"]) == (["a", "-b"], "x y")
-    assert take_command(["a", "--then=x=y", "-b"]) == (["a", "-b"], "x=y")
-    assert take_command(["a", "--then"]) == (["a", "--then"], None)
-    assert take_command(["a"]) == (["a"], None)
+    assert split_then(["a", "--then", "x y", "-b"]) == (["a", "-b"], "x y")
+    assert split_then(["a", "--then=x=y", "-b"]) == (["a", "-b"], "x=y")
+    assert split_then(["a", "--then"]) == (["a", "--then"], None)
+    assert split_then(["a"]) == (["a"], None)
 
 
 def test_a_flag_without_a_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,13 +177,14 @@ def test_after_sigterm_the_process_itself_runs_it_before_it_ends(tmp_path: Path)
 HALF_DONE = """
 import pathlib, signal, sys, time
 from restomod import cli
+from restomod.commands import data
 def work(arguments):
     try:
         print("at work", flush=True)
         time.sleep(60)
     finally:
         pathlib.Path(sys.argv[1]).unlink()
-cli.VERBS["data"] = work
+data.run = work
 sys.exit(cli.main(["data"]))
 """
 

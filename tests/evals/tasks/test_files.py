@@ -14,18 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from restomod.evals.examples import (
-    Example,
-    Record,
-    arc,
-    hellaswag,
-    hellaswag_harness,
-    lambada,
-    own,
-    piqa,
-    read_examples,
-    winograd,
-)
+from restomod.evals.tasks import arc, hellaswag, lambada, own, piqa, winograd
+from restomod.evals.tasks.example import Example, Record
+from restomod.evals.tasks.files import read_examples
 from restomod.utils.errors import UserError
 
 WIKIHOW = {
@@ -56,55 +47,55 @@ def texts(example: Example) -> list[tuple[str, str]]:
 
 
 def test_hellaswag_is_scored_as_it_stands_or_as_the_harness_writes_it() -> None:
-    plain = hellaswag(WIKIHOW, "")
+    plain = hellaswag.plain_example(WIKIHOW)
     assert texts(plain) == [(WIKIHOW["ctx"], " it [substeps] again."), (WIKIHOW["ctx"], " the  cat.")]
     assert (plain.gold, plain.choices) == (1, ("it [substeps] again.", "the  cat."))
     # by hand, from lm-evaluation-harness's tasks/hellaswag/utils.py
     context = "Home and Garden:  How to mow. Wait. Mow dry grass. Then mow".replace(":  ", ": ")
-    assert texts(hellaswag_harness(WIKIHOW, "")) == [(context, " it again."), (context, " the cat.")]
+    assert texts(hellaswag.harness_example(WIKIHOW)) == [(context, " it again."), (context, " the cat.")]
     without_parts = {k: v for k, v in WIKIHOW.items() if k not in ("ctx_a", "ctx_b")}
-    assert hellaswag_harness(without_parts, "").contexts[0].endswith("grass. then mow")
+    assert hellaswag.harness_example(without_parts).contexts[0].endswith("grass. then mow")
 
 
 def test_arc_and_piqa_ask_a_question() -> None:
-    example = arc(ARC, "")
+    example = arc.example(ARC)
     assert texts(example)[1] == ("Question: What is wet?\nAnswer:", " water")
     assert (example.gold, len(example.choices)) == (1, 3)
-    example = piqa({"goal": "Open it", "sol1": "Push.", "sol2": "Wait.", "label": 1}, "")
+    example = piqa.example({"goal": "Open it", "sol1": "Push.", "sol2": "Wait.", "label": 1})
     assert texts(example) == [("Question: Open it\nAnswer:", " Push."), ("Question: Open it\nAnswer:", " Wait.")]
     assert example.gold == 1
 
 
 def test_a_winograd_schema_asks_how_likely_the_rest_is_after_each_candidate() -> None:
     before = "The trophy does not fit in the case because "
-    assert texts(winograd(WSC, "")) == [
+    assert texts(winograd.example(WSC)) == [
         (f"{before}the trophy", " is too big."),
         (f"{before}the case", " is too big."),
     ]
     his = {"text": "Joe paid Sam. His money was gone.", "pronoun": "His", "pronoun_loc": 14, "options": ["Joe", "Sam"]}
-    example = winograd(his | {"label": 0}, "")
+    example = winograd.example(his | {"label": 0})
     assert example.contexts == ("Joe paid Sam. Joe's", "Joe paid Sam. Sam's")
     started = {"text": "A saw B. It fell.", "pronoun": "It", "pronoun_loc": 9, "options": ["The A", "The B"]}
-    assert winograd(started | {"label": 0}, "").contexts[0] == "A saw B. The A"
+    assert winograd.example(started | {"label": 0}).contexts[0] == "A saw B. The A"
 
 
 def test_lambada_asks_for_the_last_word() -> None:
     expected = [("I don't care about", " signs")]
-    assert texts(lambada({"text": "I don't care about signs"}, "")) == expected
-    assert texts(lambada({"context": "I don't care about", "continuation": "signs"}, "")) == expected
-    assert texts(lambada({"context": "I don't care about", "continuation": " signs"}, "")) == expected
+    assert texts(lambada.example({"text": "I don't care about signs"})) == expected
+    assert texts(lambada.example({"context": "I don't care about", "continuation": "signs"})) == expected
+    assert texts(lambada.example({"context": "I don't care about", "continuation": " signs"})) == expected
 
 
 def test_own_questions_have_either_names() -> None:
-    assert own(GOOD, "") == own({"ctx": "One and one is", "endings": ["two", "three"], "label": 0}, "")
-    assert texts(own(GOOD, "")) == [("One and one is", " two"), ("One and one is", " three")]
+    assert own.example(GOOD) == own.example({"ctx": "One and one is", "endings": ["two", "three"], "label": 0})
+    assert texts(own.example(GOOD)) == [("One and one is", " two"), ("One and one is", " three")]
 
 
 def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
     other = GOOD | {"gold": 1}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(other)}\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, other]), tmp_path / "a.parquet")
-    lines, rows = (read_examples(tmp_path / name, own) for name in ("a.jsonl", "a.parquet"))
+    lines, rows = (read_examples(tmp_path / name, own.example) for name in ("a.jsonl", "a.parquet"))
     assert [example.where for example in lines] == [f"{tmp_path}/a.jsonl, line {n}" for n in (1, 3)]
     assert [(texts(e), e.gold) for e in lines] == [(texts(e), e.gold) for e in rows]
     assert [example.gold for example in lines] == [0, 1]
@@ -113,32 +104,32 @@ def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("example", "record", "said"),
     [
-        (own, GOOD | {"gold": 2}, "the right choice is 2, but the 2 choices are numbered 0 to 1"),
-        (own, GOOD | {"gold": -1}, "the right choice is -1"),
-        (own, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
-        (own, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
-        (own, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
-        (own, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
-        (own, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
-        (own, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
-        (own, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),
-        (own, GOOD | {"choices": ["two", 3]}, "choice 1 should be text, not 3"),
-        (own, GOOD | {"query": 3}, "'query' should be text, not 3"),
-        (own, {"query": "a", "gold": 0}, "has no 'choices' or 'endings'; it has 'query', 'gold'"),
-        (own, {}, "has no 'query' or 'ctx'; it has no fields"),
-        (hellaswag, GOOD, "has no 'ctx'; it has 'query', 'choices', 'gold'"),
-        (arc, ARC | {"answerKey": "D"}, "the answer 'D' is none of the choices' labels ['A', 'B', 'C']"),
-        (winograd, WSC | {"pronoun_loc": 3}, "the pronoun 'it' does not stand at character 3 of the text"),
-        (winograd, WSC | {"options": ["the cat", ""]}, "choice 1 is empty"),
-        (own, GOOD | {"gold": "9" * 4000}, f"the right choice is {'9' * 80}…, but"),
-        (winograd, WSC | {"pronoun": "x" * 10**6}, f"the pronoun '{'x' * 79}… does not stand"),
-        (arc, ARC | {"answerKey": "D" * 10**6}, f"the answer '{'D' * 79}… is none of"),
-        (lambada, {"text": "word"}, "has no word before its last one"),
-        (lambada, {"text": "two words "}, "choice 0 is empty"),
+        (own.example, GOOD | {"gold": 2}, "the right choice is 2, but the 2 choices are numbered 0 to 1"),
+        (own.example, GOOD | {"gold": -1}, "the right choice is -1"),
+        (own.example, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
+        (own.example, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
+        (own.example, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
+        (own.example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
+        (own.example, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
+        (own.example, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
+        (own.example, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),
+        (own.example, GOOD | {"choices": ["two", 3]}, "choice 1 should be text, not 3"),
+        (own.example, GOOD | {"query": 3}, "'query' should be text, not 3"),
+        (own.example, {"query": "a", "gold": 0}, "has no 'choices' or 'endings'; it has 'query', 'gold'"),
+        (own.example, {}, "has no 'query' or 'ctx'; it has no fields"),
+        (hellaswag.plain_example, GOOD, "has no 'ctx'; it has 'query', 'choices', 'gold'"),
+        (arc.example, ARC | {"answerKey": "D"}, "the answer 'D' is none of the choices' labels ['A', 'B', 'C']"),
+        (winograd.example, WSC | {"pronoun_loc": 3}, "the pronoun 'it' does not stand at character 3 of the text"),
+        (winograd.example, WSC | {"options": ["the cat", ""]}, "choice 1 is empty"),
+        (own.example, GOOD | {"gold": "9" * 4000}, f"the right choice is {'9' * 80}…, but"),
+        (winograd.example, WSC | {"pronoun": "x" * 10**6}, f"the pronoun '{'x' * 79}… does not stand"),
+        (arc.example, ARC | {"answerKey": "D" * 10**6}, f"the answer '{'D' * 79}… is none of"),
+        (lambada.example, {"text": "word"}, "has no word before its last one"),
+        (lambada.example, {"text": "two words "}, "choice 0 is empty"),
     ],
 )
 def test_a_wrong_record_is_named_by_file_and_line(
-    example: Callable[[Record, str], Example], record: dict[str, Any], said: str, tmp_path: Path
+    example: Callable[[Record], Example], record: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"\n{json.dumps(record)}\n")
@@ -162,7 +153,7 @@ def test_a_wrong_file_is_refused(content: bytes, said: str, tmp_path: Path) -> N
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        read_examples(path, own)
+        read_examples(path, own.example)
     assert str(caught.value).startswith(f"{path}{said}")
     assert "\n" not in str(caught.value)
 
@@ -180,7 +171,7 @@ def test_a_file_is_read_for_what_it_holds(
     array = json.dumps([GOOD, other], indent=2).encode()
     for content in (mark + lines, mark + array, rows.getvalue()):
         (tmp_path / name).write_bytes(compress(content))
-        assert [example.gold for example in read_examples(tmp_path / name, own)] == [0, 1]
+        assert [example.gold for example in read_examples(tmp_path / name, own.example)] == [0, 1]
 
 
 def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
@@ -188,17 +179,17 @@ def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"query": text}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet is damaged: .*utf-8"):
-        read_examples(tmp_path / "a.parquet", own)
+        read_examples(tmp_path / "a.parquet", own.example)
 
 
 def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
-        read_examples(tmp_path / "a.jsonl", own)
+        read_examples(tmp_path / "a.jsonl", own.example)
     with pytest.raises(UserError, match="is a folder; name a file"):
-        read_examples(tmp_path, own)
+        read_examples(tmp_path, own.example)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"a\.parquet is damaged: "):
-        read_examples(tmp_path / "a.parquet", own)
+        read_examples(tmp_path / "a.parquet", own.example)
 
 
 def test_a_page_of_parquet_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
@@ -206,16 +197,16 @@ def test_a_page_of_parquet_with_a_wrong_checksum_is_refused(tmp_path: Path) -> N
     table = pyarrow.table({"query": ["a question"], "choices": [["this", "that"]], "gold": [1]})
     as_is = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     pyarrow.parquet.write_table(table, path, write_page_checksum=True, **as_is)
-    assert read_examples(path, own)[0].contexts == ("a question",) * 2
+    assert read_examples(path, own.example)[0].contexts == ("a question",) * 2
     path.write_bytes(path.read_bytes().replace(b"a question", b"a quession", 1))
     with pytest.raises(UserError, match=r"a\.parquet is damaged: .*CRC"):
-        read_examples(path, own)
+        read_examples(path, own.example)
 
 
 def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "a\\ud800", "choices": ["\\udfff", "b"], "gold": 0}\n')
-    (example,) = read_examples(path, own)
+    (example,) = read_examples(path, own.example)
     assert (example.contexts[0], example.choices) == ("a\ufffd", ("\ufffd", "b"))
 
 
@@ -227,7 +218,7 @@ def test_a_giant_line_is_refused_without_being_held(tmp_path: Path, head: str) -
         for _ in range(100):
             f.write(b"a" * 2**20)
     with pytest.raises(UserError, match=r"a\.jsonl, line \d: .*(longer|not JSON)"):
-        read_examples(path, own)
+        read_examples(path, own.example)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +228,14 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
-        read_examples(path, own)
+        read_examples(path, own.example)
 
 
 def test_too_many_examples_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.evals.examples.MOST_EXAMPLES", 3)
+    monkeypatch.setattr("restomod.evals.tasks.files.MOST_EXAMPLES", 3)
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
-    assert len(read_examples(path, own)) == 3
+    assert len(read_examples(path, own.example)) == 3
     path.write_text(path.read_text() + path.read_text())
     with pytest.raises(UserError, match=r"line 4: .*at most 3 examples"):
-        read_examples(path, own)
+        read_examples(path, own.example)

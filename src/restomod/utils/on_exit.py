@@ -1,8 +1,8 @@
-"""What is done when all is over, however it ends: cleaning up, and ``--then "sudo shutdown now"``.
+"""Cleanup on signals, and the shell command of ``--then``, which runs when the process ends, however it ends.
 
-A signal that ends a process at once would leave behind what is half written, so it becomes an exception first. The
-command of ``--then`` is run by the process itself, last of all. Where it cannot any more (it was killed, the
-interpreter crashed), a shell does that waits for the end of its standard input, which comes with that of the process.
+A signal that ends a process at once would leave half-written files behind, so it becomes an exception first. The
+process itself runs the command of ``--then`` last of all. If it cannot (it was killed, the interpreter crashed), a
+shell runs it that waits for the end of its standard input, which comes with the end of the process.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from restomod.utils.output import complain
+from restomod.utils.output import print_error
 
 FLAG = "--then"
 
 # Ctrl-C and Ctrl-\, the end of a terminal, what schedulers send (Slurm: --signal=USR1@60), limits of time, no power
 _NAMES = "INT TERM HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR"
-STOPPING = [
+STOP_SIGNALS = [
     getattr(signal, f"SIG{name}")
     for name in _NAMES.split()
     if hasattr(signal, f"SIG{name}")  # Windows lacks most
@@ -30,19 +30,19 @@ STOPPING = [
 
 
 class _Terminated(BaseException):
-    """A signal has come; a BaseException, so that nothing takes it for an error of its own."""
+    """A signal has arrived. A BaseException, so that no handler of errors catches it."""
 
 
-def clean_up(signum: int, frame: FrameType | None) -> None:
-    """Handle a signal that ends the process: leave everything in order first."""
+def raise_terminated(signum: int, frame: FrameType | None) -> None:
+    """Signal handler: raise an exception, so that `finally` blocks and context managers clean up."""
     raise _Terminated(signum)
 
 
-def take_command(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Split ``--then COMMAND`` off, before anything else in the arguments can turn out to be wrong.
+def split_then(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Split off ``--then COMMAND``, before other arguments are parsed and may turn out to be wrong.
 
     Returns:
-        The other arguments, and the last command given. A flag without one stays, to be complained of.
+        The other arguments, and the last command given. A flag without a command stays, so that parsing refuses it.
     """
     rest: list[str] = []
     command = None
@@ -61,16 +61,16 @@ def take_command(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, command
 
 
-def and_then(work: Callable[[], int], command: str | None) -> int:
-    """Do ``work``, and run ``command``, if there is one, once it has ended, in whatever way.
+def run_then(work: Callable[[], int], command: str | None) -> int:
+    """Run ``work``, and then ``command``, if there is one, however ``work`` has ended.
 
-    Of the processes of a torchrun the first runs it; where torchrun will start a failed one again, only after the last
-    time. A signal that ends this process does so after ``work`` is left and the command has run. Those that are
-    ignored, as nohup has it, stay so. A process that waits for others in the middle of a run answers no handler, so
-    without a command all signals keep their usual effect there.
+    Under torchrun, rank 0 runs the command; if torchrun will restart a failed process, only after the last restart. A
+    signal that ends this process does so after ``work`` has been left and the command has run. Ignored signals (nohup)
+    stay ignored. A process that waits for others in a collective operation runs no handler, so with several processes
+    and without a command all signals keep their default effect.
 
     Returns:
-        What ``work`` does.
+        The exit code of ``work``.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     ours = command is not None and os.environ.get("RANK", "0") == "0"
@@ -79,9 +79,9 @@ def and_then(work: Callable[[], int], command: str | None) -> int:
     watcher = _Watcher(command) if command is not None and ours and not started_again else None
     taken: list[int] = []
     if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-        taken = [s for s in STOPPING if alone and signal.getsignal(s) is signal.SIG_DFL]
+        taken = [s for s in STOP_SIGNALS if alone and signal.getsignal(s) is signal.SIG_DFL]
         taken += [signal.SIGTERM] if ours and signal.SIGTERM not in taken else []
-    before = {s: signal.signal(s, clean_up) for s in taken}
+    before = {s: signal.signal(s, raise_terminated) for s in taken}
     code = ended_by = None
     try:
         code = work()
@@ -111,17 +111,17 @@ def _run(command: str) -> None:
         sys.stdout.flush()
     code = subprocess.run(command, shell=True, env=_environment()).returncode
     if code != 0:
-        complain(f"restomod: {FLAG}: {command!r} has ended with exit code {code}")
+        print_error(f"restomod: {FLAG}: {command!r} has ended with exit code {code}")
 
 
 def _environment() -> dict[str, str]:
-    """The user's own: `restomod.__main__` sets PYTHONSAFEPATH, which is not meant for the user's programs."""
+    """Return the user's environment: without PYTHONSAFEPATH, which `restomod.__main__` has set for itself."""
     ours = {} if sys.flags.safe_path else {"PYTHONSAFEPATH"}
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 class _Watcher:
-    """A shell that runs a command once this process is gone, unless it is dismissed before."""
+    """A shell that runs a command when this process ends, unless it is dismissed before."""
 
     def __init__(self, command: str) -> None:
         self._shell: subprocess.Popen[bytes] | None = None
@@ -135,7 +135,7 @@ class _Watcher:
             )
 
     def dismiss(self) -> None:
-        """Send it home."""
+        """End the shell without running the command."""
         if self._shell is not None:
             with contextlib.suppress(OSError):  # it is gone already
                 self._shell.communicate(b"dismissed\n", timeout=10)

@@ -1,0 +1,1 @@
+"""Tasks: a module each, and the registry of them."""

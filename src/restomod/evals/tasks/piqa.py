@@ -1,0 +1,27 @@
+"""PIQA (Bisk et al., 2020): which of two solutions reaches a goal?"""
+
+from __future__ import annotations
+
+from restomod.evals.tasks.example import Example, Record, get_index, get_text, question
+from restomod.evals.tasks.references import GPT3, GPT3_PAPER, Reference
+from restomod.evals.tasks.task import HubData, Task
+
+
+def example(record: Record) -> Example:
+    """As lm-evaluation-harness scores it: "Question: …\\nAnswer:", then a solution."""
+    context = f"Question: {get_text(record, 'goal')}\nAnswer:"
+    return question(context, (get_text(record, "sol1"), get_text(record, "sol2")), get_index(record, "label"))
+
+
+TASKS = (
+    Task(
+        "piqa",
+        "Question: …, Answer:, the solution (lm-evaluation-harness)",
+        example,
+        headline="acc_norm",
+        source=HubData("baber/piqa", None, "validation"),
+        size=1_838,
+        chance=0.5,
+        references=(Reference(GPT3, "acc_token", 0.646, GPT3_PAPER),),
+    ),
+)

@@ -1,0 +1,100 @@
+"""The tasks by name, their published results, and how users name them: NAME, NAME=FILE or a file of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from restomod.evals.tasks import arc, hellaswag, lambada, piqa, winograd
+from restomod.evals.tasks.example import Example
+from restomod.evals.tasks.own import own_task
+from restomod.evals.tasks.references import VALIDATION_LOSSES, Reference
+from restomod.evals.tasks.task import Task
+from restomod.utils.errors import UserError, did_you_mean
+from restomod.utils.text import split_items
+
+VALIDATION = "validation"  # the validation loss, which is asked for by a task's name
+MODULES = (hellaswag, arc, piqa, winograd, lambada)
+TASKS: dict[str, Task] = {task.name: task for module in MODULES for task in module.TASKS}
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its examples."""
+
+    task: Task
+    examples: list[Example]
+    limited: bool = False
+    """Whether these are only the first ones."""
+
+
+def references(task: str) -> tuple[Reference, ...]:
+    """Published results of a task or, of "validation", losses on FineWeb-Edu's validation shard."""
+    if task == VALIDATION:
+        return VALIDATION_LOSSES
+    return TASKS[task].references if task in TASKS else ()
+
+
+def is_whole(task: str, examples: object) -> bool:
+    """Whether ``examples`` is the number of all examples of a task, which published results are of."""
+    return task in TASKS and examples == TASKS[task].size
+
+
+def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
+    """Load the task that ``wanted`` names.
+
+    Args:
+        wanted: a name of `TASKS`, NAME=FILE for its data in a file, or a file of one's own questions.
+        cache: folder for downloads.
+        limit: take the first examples only.
+
+    Raises:
+        UserError: there is no such task or file, or its data is wrong.
+    """
+    name, _, file = wanted.partition("=")
+    _require_name(name)
+    if wanted.endswith("=") and not file:
+        raise UserError(f"{wanted}: there is no file after the =; name one, or leave the = out for the official data")
+    if name in TASKS:
+        task = TASKS[name]
+        examples = task.read(Path(file)) if file else task.load(cache)
+    elif not file and (Path(name).exists() or Path(name).suffix):
+        stem = Path(name).stem
+        if stem in TASKS or stem == VALIDATION:  # not the task of that name
+            stem = f"own-{stem}"
+        task = own_task(stem)
+        examples = task.read(Path(name))
+    else:
+        raise UserError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
+    return LoadedTask(task, examples[:limit], limited=limit is not None and limit < len(examples))
+
+
+def task_names(given: str) -> list[str]:
+    """Split a list of tasks at its commas, for `load_task`; the name of a file may contain commas, too.
+
+    Raises:
+        UserError: one is empty.
+    """
+
+    def names_a_file(item: str) -> bool:
+        name, _, file = item.strip().partition("=")
+        return Path(file).is_file() and "," not in name if file else Path(name).is_file()
+
+    commas = [i for i, character in enumerate(given) if character == ","]
+    names = [item.strip() for item in split_items(given, commas, names_a_file)]
+    for name in names:
+        _require_name(name)
+    return names
+
+
+def _require_name(name: str) -> None:
+    if not name:
+        raise UserError("a task has no name (a comma too many?); leave it out, or name one of: " + ", ".join(TASKS))
+
+
+def with_absolute_path(wanted: str) -> str:
+    """Make a task's file absolute in ``wanted`` (see `load_task`), so that it is found from any folder."""
+    name, _, file = wanted.partition("=")
+    if file:
+        return f"{name}={Path(file).absolute()}"
+    return wanted if not name or name in TASKS or not Path(name).exists() else str(Path(name).absolute())
