@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: restomod beside others, in turns, on one machine (`docs/benchmarks.md`)."""
+"""Repeatable measurements of restomod and other projects, in alternating rounds on one machine."""

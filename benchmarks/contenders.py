@@ -1,6 +1,6 @@
-"""Whoever takes part in a comparison: a function of this process, one of a process of its own, or a command.
+"""Contenders of a comparison: a function in this process, a function in its own process, or a command.
 
-What a contender cannot do is no error of the measurement: `Absent` says why, and the others go on.
+A contender that cannot take part raises `Absent` with the reason; the others continue.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Absent(Exception):
 
 
 class Measured(NamedTuple):
-    """What one round has given."""
+    """Result of one round."""
 
     values: Values
     output: Any = None
-    """What was computed, to be compared with the first contender's."""
+    """Output, to be compared with the first contender's."""
 
 
 Round = Callable[[], Measured]
@@ -90,7 +90,7 @@ class Here:
 
 @dataclass
 class Worker:
-    """The same in a process of its own, whose memory and whose death are its own.
+    """A function in its own process: its peak memory is measured alone, and a crash ends only that process.
 
     ``make`` is a function of a module, called there with ``arguments``. The process computes on as many threads as
     this one. What it prints is dropped, unless an environment variable BENCH_OUTPUT is set.

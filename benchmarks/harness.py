@@ -1,4 +1,4 @@
-"""The one way in which things are compared: in turns, after a warm-up, all on one machine, as long as there is time.
+"""Comparison of contenders in alternating rounds, after a warm-up, until a deadline.
 
 Rounds alternate between forward and backward order (A B C, C B A, …): a machine that grows slower or faster at a steady
 pace favours nobody, and nobody always follows the same other.
@@ -25,8 +25,8 @@ Agree = Callable[[Any, Any], float]
 
 
 @dataclass
-class Plan:
-    """What is to be measured, and with what."""
+class BenchPlan:
+    """Settings of a measurement."""
 
     scratch: Path
     """A folder that is deleted afterwards."""
@@ -43,7 +43,7 @@ class Plan:
     deadline: float = math.inf
     """When the item at work should end, on the clock of `time.monotonic`."""
     command: list[str] = field(default_factory=list)
-    """How this measurement was asked for."""
+    """Arguments of `benchmarks.run`."""
     out: Path | None = None
     """Where the results go."""
     say: Callable[[str], None] = print
@@ -58,8 +58,8 @@ class Plan:
         """Whether the item at work has had its time."""
         return time.monotonic() > self.deadline
 
-    def part(self, parts: int) -> Plan:
-        """The same with one of so many equal parts of the time that is left."""
+    def part(self, parts: int) -> BenchPlan:
+        """Copy with a deadline after 1 / ``parts`` of the time that is left."""
         now = time.monotonic()
         return dataclasses.replace(self, deadline=now + (self.deadline - now) / parts)
 
@@ -79,7 +79,7 @@ class Plan:
 
 
 def compare(
-    plan: Plan,
+    plan: BenchPlan,
     case: str,
     contenders: Sequence[Contender],
     metrics: list[Metric],
@@ -89,7 +89,7 @@ def compare(
     agree: Agree | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Let contenders do the same in turns.
+    """Run contenders in alternating rounds.
 
     Args:
         plan: its number of rounds counts before ``rounds``; after its deadline no round begins, but the first.
@@ -130,14 +130,14 @@ def comparison_of(
     agree: Agree | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """What rounds have given: ``rows`` has one dictionary a round, by the names of those who are not ``absent``."""
+    """Make a comparison of rounds: ``rows`` has a dictionary per round, by names of contenders not ``absent``."""
     absent = absent or {}
     mine = _entry(names[0], rows, absent, metrics, None, None)
     entries = [mine, *(_entry(name, rows, absent, metrics, mine, agree) for name in names[1:])]
     return Comparison(case, metrics, entries, warmup, list(notes))
 
 
-def _rounds(plan: Plan, contenders: list[Contender], rounds: int, warmup: int) -> tuple[Rows, dict[str, str]]:
+def _rounds(plan: BenchPlan, contenders: list[Contender], rounds: int, warmup: int) -> tuple[Rows, dict[str, str]]:
     """The timed rounds of those who made all of them, and why the others did not."""
     rows: Rows = []
     absent: dict[str, str] = {}
@@ -206,5 +206,5 @@ def _joined(first: Entry, more: Entry) -> Entry:
 
 
 def together(contenders: int, each_bytes: float, available: int | None) -> int:
-    """How many of ``contenders``, each of which needs ``each_bytes``, can be held at once: two at least."""
+    """Number of contenders of ``each_bytes`` that fit into memory at once, at least two."""
     return contenders if available is None else max(2, min(contenders, int(available / each_bytes)))

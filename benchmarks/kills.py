@@ -1,4 +1,4 @@
-"""Can a run be lost, or changed, by killing it? Kills tiny runs at random moments until it is known.
+"""Kill tests: tiny runs are killed at random moments, resumed, and compared with an undisturbed run.
 
     python -m benchmarks.kills [--kills 200] [--processes 1 2] [--seed 0] [--folder DIR]
 
@@ -105,7 +105,7 @@ class Trial:
         self.flags = [*FLAGS.split(), "--data.path", str(folder / "text"), "--data.cache", str(folder / "data")]
 
     def command(self, run: Path) -> list[str]:
-        """What goes on with a run, or begins it."""
+        """Arguments that resume a run, or start it."""
         if (run / "config.json").exists():
             return ["train", "--resume", str(run)]
         return ["train", "quickstart", "--out", str(run), *self.flags]

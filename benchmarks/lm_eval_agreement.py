@@ -1,4 +1,4 @@
-"""HellaSwag by restomod, by lm-evaluation-harness and by a plain loop on one model: do all examples agree?
+"""Agreement of restomod, lm-evaluation-harness and a plain loop on HellaSwag, example by example.
 
     pip install -c constraints.txt -e '.[lm-eval]'
     python -m benchmarks.lm_eval_agreement MODEL_FOLDER hellaswag_val.jsonl [--examples 500]
@@ -42,7 +42,7 @@ metric_list:
 
 
 def by_harness(folder: Path, file: Path, examples: int) -> dict[str, Any]:
-    """What lm-evaluation-harness reports, with its samples."""
+    """Results of lm-evaluation-harness, with its samples."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -62,7 +62,7 @@ def by_harness(folder: Path, file: Path, examples: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def plainly(folder: Path, records: list[dict[str, Any]]) -> list[list[tuple[float, int]]]:
+def score_one_row_at_a_time(folder: Path, records: list[dict[str, Any]]) -> list[list[tuple[float, int]]]:
     """Log-probability and number of tokens of each ending: one row at a time, all logits, no batches."""
     model, encode = GPT2LMHeadModel.from_pretrained(folder).eval(), gpt2_tokenizer().encode
     scores = []
@@ -95,7 +95,7 @@ def main() -> None:
 
     with open(given.file, encoding="utf-8") as f:
         records = [json.loads(line) for _, line in zip(range(given.examples), f, strict=False)]
-    scores = plainly(given.folder, records)
+    scores = score_one_row_at_a_time(given.folder, records)
     sums = [np.array([p for p, _ in part]) for part in scores]
     lengths = {
         "acc": [np.ones(len(r["endings"])) for r in records],

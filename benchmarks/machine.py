@@ -1,4 +1,4 @@
-"""What a measurement may depend on besides the programs."""
+"""Environment of a measurement: machine, packages, revisions of the peers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from restomod.checks.machine import available_bytes, usable_processors
 from restomod.engine.device import choose_dtype, describe_device, dtype_name
 from restomod.runs.folder import environment as of_run
@@ -18,8 +18,8 @@ from restomod.runs.folder import environment as of_run
 PACKAGES = ("numpy", "tiktoken", "tokie", "transformers", "tokenizers", "litgpt", "safetensors")
 
 
-def environment(plan: Plan) -> dict[str, Any]:
-    """As a run's `environment.json`, with processors, memory, load, packages and the revisions of the peers."""
+def environment(plan: BenchPlan) -> dict[str, Any]:
+    """A run's `environment.json`, plus processors, memory, load, packages and revisions of the peers."""
     device = torch.device(plan.device)
     about = of_run(describe_device(device), dtype_name(choose_dtype("auto", device)))
     return about | {
@@ -36,7 +36,7 @@ def environment(plan: Plan) -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """Version of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

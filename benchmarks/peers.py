@@ -28,17 +28,21 @@ PADDED_VOCABULARY = 50304
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a GPT-2."""
+    """Sizes of a GPT-2."""
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     n_positions: int = 1024
 
+    def nanogpt_sizes(self) -> dict[str, int]:
+        """As nanoGPT and its descendants name them."""
+        return {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "block_size": self.n_positions}
+
 
 @dataclass(frozen=True)
-class Task:
-    """What a step is made of."""
+class StepInputs:
+    """Shape, tokens and code of a training step."""
 
     shape: Shape
     x: Tensor
@@ -52,7 +56,21 @@ class Task:
         return self.x.device
 
 
-def restomod(task: Task, compiled: bool, change: Callable[[GPT], None] = lambda model: None) -> Step:
+def clipped_step(loss_of: Callable[[], Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The step that most of these projects make: backward, clip the gradients' norm to 1, update."""
+
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+def restomod(inputs: StepInputs, compiled: bool, change: Callable[[GPT], None] = lambda model: None) -> Step:
     """Ours, as `restomod train gpt2-124m` makes it; ``change`` is called with the model before it is compiled."""
     from restomod.config.presets import preset
     from restomod.engine.device import choose_dtype, compile_module, keep_freed_memory
@@ -61,11 +79,11 @@ def restomod(task: Task, compiled: bool, change: Callable[[GPT], None] = lambda 
     from restomod.engine.step import BatchLoss, Compute, train_step
     from restomod.model.gpt import build_model
 
-    x, device = task.x, task.device
+    x, device = inputs.x, inputs.device
     if device.type == "cpu":
         keep_freed_memory()  # as `restomod train` does
     config = preset("gpt2-124m")
-    model_config = dataclasses.replace(config.model, **dataclasses.asdict(task.shape))
+    model_config = dataclasses.replace(config.model, **dataclasses.asdict(inputs.shape))
     config = dataclasses.replace(config, model=model_config, batch_tokens=x.numel(), sequence_length=x.shape[1])
     model = build_model(config.model, 1, device)
     change(model)
@@ -73,16 +91,16 @@ def restomod(task: Task, compiled: bool, change: Callable[[GPT], None] = lambda 
         compile_module(model.transformer, device)
     compute = Compute(device, choose_dtype("auto", device), len(x), compiled)
     loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
-    return lambda: train_step(loss_of, optimizer, [(x, task.y)], config, 1000, SINGLE).wait().loss
+    return lambda: train_step(loss_of, optimizer, [(x, inputs.y)], config, 1000, SINGLE).wait().loss
 
 
-def transformers(task: Task) -> Step:
+def transformers(inputs: StepInputs) -> Step:
     """GPT2LMHeadModel with what `Trainer` does in a step: bf16 where the device has it, fused AdamW, clip to 1."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from restomod.engine.device import autocast, choose_dtype
 
-    shape, device = task.shape, task.device
+    shape, device = inputs.shape, inputs.device
     sizes: dict[str, Any] = dataclasses.asdict(shape)
     sizes |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     model: Any = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=PADDED_VOCABULARY))
@@ -90,75 +108,60 @@ def transformers(task: Task) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     dtype = choose_dtype("auto", device)
 
-    def step() -> float:
+    def loss_of() -> Tensor:
         with autocast(device, dtype):
-            # the model itself moves labels by one; a position whose target is known is one of x
-            loss = model(input_ids=task.x, labels=task.x).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.item())
+            # the model itself shifts labels by one; a position whose target is known is one of x
+            return model(input_ids=inputs.x, labels=inputs.x).loss
 
-    return step
+    return clipped_step(loss_of, model, optimizer)
 
 
-def litgpt(task: Task) -> Step:
+def litgpt(inputs: StepInputs) -> Step:
     """litgpt's GPT with the lines of its pretrain.py. It has no GPT-2: rotary positions, else the same sizes."""
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 
     from restomod.engine.device import autocast, choose_dtype
 
-    shape, device = task.shape, task.device
-    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    shape, device = inputs.shape, inputs.device
+    sizes = shape.nanogpt_sizes()
     config = Config(**sizes, padded_vocab_size=PADDED_VOCABULARY)
     model = GPT(config).to(device)
     with torch.device(device):
-        model.max_seq_length = task.x.shape[1]
+        model.max_seq_length = inputs.x.shape[1]
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     dtype = choose_dtype("auto", device)
 
-    def step() -> float:
+    def loss_of() -> Tensor:
         with autocast(device, dtype):
-            loss = chunked_cross_entropy(compiled(task.x), task.y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.item())
+            return chunked_cross_entropy(compiled(inputs.x), inputs.y)
 
-    return step
+    return clipped_step(loss_of, model, optimizer)
 
 
-def build_nanogpt(task: Task) -> Step:
+def build_nanogpt(inputs: StepInputs) -> Step:
     """train_gpt2.py: bf16 on every device, not compiled."""
-    names = definitions(_file(task.path, "train_gpt2.py"))
+    names = definitions(_file(inputs.path, "train_gpt2.py"))
     names["master_process"] = False
     torch.set_float32_matmul_precision("high")
-    shape, device = task.shape, task.device
-    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    shape, device = inputs.shape, inputs.device
+    sizes = shape.nanogpt_sizes()
     model = names["GPT"](names["GPTConfig"](**sizes, vocab_size=PADDED_VOCABULARY)).to(device)
     optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, device_type=device.type)
 
-    def step() -> float:
-        optimizer.zero_grad()
+    def loss_of() -> Tensor:
         with torch.autocast(device_type=device.type, dtype=torch.bfloat16):
-            _, loss = model(task.x, task.y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.item())
+            return model(inputs.x, inputs.y)[1]
 
-    return step
+    return clipped_step(loss_of, model, optimizer)
 
 
-def nanogpt(task: Task) -> Step:
+def nanogpt(inputs: StepInputs) -> Step:
     """train.py: on a GPU bf16 and compiled; on a CPU, as its README says, fp32 and not compiled."""
-    names = definitions(_file(task.path, "model.py"))
-    shape, device = task.shape, task.device
-    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    names = definitions(_file(inputs.path, "model.py"))
+    shape, device = inputs.shape, inputs.device
+    sizes = shape.nanogpt_sizes()
     model = names["GPT"](names["GPTConfig"](**sizes, vocab_size=PADDED_VOCABULARY, dropout=0.0, bias=True)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     on_gpu = device.type == "cuda"
@@ -167,35 +170,30 @@ def nanogpt(task: Task) -> Step:
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-    def step() -> float:
+    def loss_of() -> Tensor:
         with context:
-            _, loss = forward(task.x, task.y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.item())
+            return forward(inputs.x, inputs.y)[1]
 
-    return step
+    return clipped_step(loss_of, model, optimizer)
 
 
-def nanochat(task: Task) -> Step:
-    """base_train.py: its own architecture (value embeddings, a head of its own) and its own Muon, compiled."""
-    file = _file(task.path, "nanochat/gpt.py")
+def nanochat(inputs: StepInputs) -> Step:
+    """base_train.py: its own architecture (value embeddings, untied lm_head) and its own Muon, compiled."""
+    file = _file(inputs.path, "nanochat/gpt.py")
     sys.path.insert(0, str(file.parents[1].absolute()))
     from nanochat.gpt import GPT, GPTConfig
 
-    shape, device = task.shape, task.device
+    shape, device = inputs.shape, inputs.device
     heads = max(1, shape.n_embd // 128)  # base_train.py: 128 of width each
     sizes = {"n_layer": shape.n_layer, "n_head": heads, "n_kv_head": heads, "n_embd": shape.n_embd}
     with torch.device("meta"):
-        model = GPT(GPTConfig(**sizes, vocab_size=PADDED_VOCABULARY, sequence_len=task.x.shape[1]))
+        model = GPT(GPTConfig(**sizes, vocab_size=PADDED_VOCABULARY, sequence_len=inputs.x.shape[1]))
     model.to_empty(device=device)
     model.init_weights()
     compiled, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer()
 
     def step() -> float:
-        loss = compiled(task.x, task.y)
+        loss = compiled(inputs.x, inputs.y)
         loss.backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -204,8 +202,8 @@ def nanochat(task: Task) -> Step:
     return step
 
 
-PACKAGES: dict[str, Callable[[Task], Step]] = {"transformers": transformers, "litgpt": litgpt}
-CHECKOUTS: dict[str, Callable[[Task], Step]] = {
+PACKAGES: dict[str, Callable[[StepInputs], Step]] = {"transformers": transformers, "litgpt": litgpt}
+CHECKOUTS: dict[str, Callable[[StepInputs], Step]] = {
     "build-nanogpt": build_nanogpt,
     "nanogpt": nanogpt,
     "nanochat": nanochat,

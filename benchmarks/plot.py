@@ -1,13 +1,12 @@
-"""A picture of measurements: how much better ours is, with intervals, and what grows over time."""
+"""Plots of measurements: how many times better ours is, with intervals, and numbers over time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.ratios import advantage, ratio_of
+from benchmarks.ratios import Ratio, advantage, ratio_of
 from benchmarks.records import Item
-from benchmarks.stats import Ratio
 from benchmarks.table import machine, number
 from restomod.utils.figures import INK, new_figure, quiet, write_figure
 

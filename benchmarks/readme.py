@@ -68,7 +68,7 @@ def rendered(text: str, results: Path, where: str) -> str:
 
 
 def content(name: str, results: Path, where: str) -> str:
-    """What belongs between the markers of ``name``."""
+    """Markdown to put between the markers of ``name``."""
     machine, _, item = name.partition("/")
     if machine == "scale":
         return of_scale(item, results / "scale.json", where)

@@ -1,13 +1,13 @@
-"""What each modern part is worth: the same model size and text, one part at a time, several seeds.
+"""Ablations of the modern recipe: the same model size and text, one part at a time, several seeds.
 
     python -m benchmarks.recipe TOKENS --out results.json [--seeds 3] [--only gpt2,modern] [--budget 0.5]
     python -m benchmarks.recipe TOKENS --out results.json --only ablations
     python -m benchmarks.recipe TOKENS --out results.json --speed 5
     python -m benchmarks.recipe --out results.json --table table.md
 
-TOKENS is a folder that `restomod prepare` made. A trial trains a small model from scratch and writes down its held-out
-loss as it goes; finished trials are in the JSON file and are not repeated, so the same command goes on after an
-interruption and with more seeds, and several processes can share the file. The table says how many tokens a recipe
+TOKENS is a folder that `restomod prepare` made. A trial trains a small model from scratch and records its
+validation loss; finished trials are in the JSON file and are not repeated, so the same command resumes after an
+interruption or with more seeds, and several processes can share the file. The table says how many tokens a recipe
 needs to reach the final loss of the baseline, GPT-2's own recipe with its learning rate tuned, and how many times as
 long as there a token takes, if that was measured (`--speed`).
 
@@ -33,7 +33,7 @@ import torch
 from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import (
     choose_device,
@@ -134,12 +134,12 @@ class Training:
         train_step(self.loss_of, self.optimizer, micro, self.config, step, SINGLE).wait()
         return time.perf_counter() - began
 
-    def held_out(self, tokens: int) -> float:
+    def validation_loss(self, tokens: int) -> float:
         """The loss on this many validation tokens."""
         length = self.config.sequence_length
-        held = dataset_loss(self.model, self.dataset, length, self.device, self.compute.dtype, tokens)
-        assert held is not None
-        return held.loss
+        validation = dataset_loss(self.model, self.dataset, length, self.device, self.compute.dtype, tokens)
+        assert validation is not None
+        return validation.loss
 
 
 def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
@@ -148,7 +148,7 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
     seconds: list[float] = []
     for step in range(config.steps + 1):
         if step == config.steps or step % max(1, config.steps // looks) == 0:
-            curve.append((step * config.batch_tokens, training.held_out(eval_tokens)))
+            curve.append((step * config.batch_tokens, training.validation_loss(eval_tokens)))
         if step < config.steps:
             seconds.append(training.step(step))
     speed = config.batch_tokens / statistics.median(seconds)  # the first step may have compiled the model

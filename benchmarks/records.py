@@ -1,4 +1,4 @@
-"""What was measured, as it stands in JSON: raw values of every round, from which all that is said is computed."""
+"""Measurements and their JSON: raw values of every round, from which tables and plots are computed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Entry:
     values: dict[str, list[float]] = field(default_factory=dict)
     """By metric, one value per round."""
     beside: dict[str, list[float]] = field(default_factory=dict)
-    """What the first contender measured in the same rounds."""
+    """By metric, the first contender's values in the same rounds."""
     agreement: list[float] = field(default_factory=list)
-    """Of each round, the part of the output that was the first contender's; empty where that is not asked."""
+    """Per round, the share of the output that equals the first contender's; empty where it is not compared."""
     absent: str | None = None
     """Why it did not take part; None if it did."""
 
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def rounds(self) -> int:
-        """Of the first contender."""
+        """Number of rounds of the first contender."""
         return max((len(values) for values in self.entries[0].values.values()), default=0)
 
 
@@ -78,7 +78,7 @@ class Item:
     comparisons: list[Comparison] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    """What was not measured, and why."""
+    """Parts that were not measured, with the reason."""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def to_dict(items: dict[str, Item]) -> dict[str, Any]:
 
 
 def from_dict(data: Any) -> dict[str, Item]:
-    """What `to_dict` made of items.
+    """Read items from what `to_dict` returned.
 
     Raises:
         KeyError, TypeError, ValueError: it is something else.

@@ -1,4 +1,4 @@
-"""All measurements, or some.
+"""Runs all benchmarks, or some, and writes JSON, Markdown and a picture.
 
     python -m benchmarks.run [--only step,loss] [--smoke] [--peer build-nanogpt=PATH] [--data DIR] [--out FOLDER]
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import peers, plot, records, table
 from benchmarks.contenders import reason
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from benchmarks.machine import environment
 from benchmarks.records import Item
 from restomod.engine.device import choose_device
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     device = choose_device(given.device).type
     if device not in MINUTES:
         device = "cpu"  # nothing here measures MPS
-    items = chosen(given.only, device)
+    items = chosen_items(given.only, device)
     file = folder_of(given.out) / f"{'gpu' if device == 'cuda' else 'cpu'}.json"
     if given.smoke:
         items = dict.fromkeys(items, 5.0)
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     minutes = given.minutes or sum(items.values())
     failed = []
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
-        plan = Plan(
+        plan = BenchPlan(
             Path(scratch),
             device,
             given.smoke,
@@ -120,7 +120,7 @@ def run(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def measured(name: str, plan: Plan) -> Item:
+def measured(name: str, plan: BenchPlan) -> Item:
     """Measure one item."""
     start = time.perf_counter()
     about = environment(plan)
@@ -136,13 +136,13 @@ def write(file: Path, items: dict[str, Item]) -> None:
 
 
 @contextlib.contextmanager
-def folder_within(plan: Plan) -> Iterator[Plan]:
+def folder_within(plan: BenchPlan) -> Iterator[BenchPlan]:
     """The plan with a scratch folder that is deleted at once: a checkpoint takes gigabytes."""
     with tempfile.TemporaryDirectory(dir=plan.scratch) as own:
         yield dataclasses.replace(plan, scratch=Path(own))
 
 
-def chosen(only: str | None, device: str) -> dict[str, float]:
+def chosen_items(only: str | None, device: str) -> dict[str, float]:
     """The items to measure, with their minutes. Raises UserError for an unknown one."""
     names = [name for name in ITEMS if name not in ON_REQUEST] if only is None else only.split(",")
     for name in names:

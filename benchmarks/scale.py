@@ -38,12 +38,12 @@ from restomod.utils.files import write_json_atomically
 from restomod.utils.output_files import require_outputs
 
 SEED = 1
-AT = (0.0, 0.5, 0.999)  # of an epoch, where a rank goes on
+AT = (0.0, 0.5, 0.999)  # fractions of an epoch at which a rank resumes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the simulation of data is."""
+    """Sizes of the simulation of data."""
 
     ranks: int
     share: int
@@ -76,7 +76,7 @@ FULL = Scale(
 SMOKE = Scale(ranks=16, share=2, T=16, sizes=((4, 10_000), (40, 10_000)), steps=4, windows=20, exhaustive=500)
 
 
-def examine_data(scale: Scale, folder: Path) -> dict[str, Any]:
+def measure_data(scale: Scale, folder: Path) -> dict[str, Any]:
     """All about the data; ``folder`` is to hold the sparse files."""
     shards, shard_tokens = max(scale.sizes, key=lambda size: size[0] * size[1])
     batches = Batches(numbered_stream(shards * shard_tokens, shard_tokens, scale.T), scale.T, scale.batch, SEED)
@@ -105,7 +105,7 @@ def examine_data(scale: Scale, folder: Path) -> dict[str, Any]:
 
 
 def costs(scale: Scale, shards: int, shard_tokens: int, folder: Path) -> dict[str, Any]:
-    """What a rank needs to go on at each of `AT`, in a new process."""
+    """Measure the cost of resuming a rank at each of `AT`, in a new process."""
     say(f"{shards:,} shards of {shard_tokens:,} tokens")
     data = folder / f"{shards}x{shard_tokens}"
     write_sparse_dataset(data, shards, shard_tokens)
@@ -138,7 +138,7 @@ def data_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def examine_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
+def measure_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
     """Measured and predicted steps, and predictions for GPUs."""
     trial = scale_steps.trial(smoke)
     if rounds is not None:
@@ -200,10 +200,10 @@ def run(given: argparse.Namespace) -> None:
         if given.folder and not given.folder.is_dir():
             raise UserError(f"{given.folder}: no such folder; make it, or leave --folder out")
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            result["data"] = examine_data(SMOKE if given.smoke else FULL, Path(folder))
+            result["data"] = measure_data(SMOKE if given.smoke else FULL, Path(folder))
         lines += data_lines(result["data"])
     if given.part in ("steps", "all"):
-        result["steps"] = examine_steps(given.smoke, given.rounds)
+        result["steps"] = measure_steps(given.smoke, given.rounds)
         lines += ["", *step_lines(result["steps"]), "", *prediction_lines(result["steps"])]
     print("\n".join(lines))
     if given.json:

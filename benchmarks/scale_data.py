@@ -1,4 +1,4 @@
-"""What 1,024 ranks read of 10 trillion tokens, and what it takes each of them: the measurements behind `scale.py`.
+"""Reading of 10 trillion tokens by 1,024 ranks: correctness and cost per rank.
 
 The code that orders and reads is the package's own (`Batches`, `TokenStream`, `open_dataset`). Two stand-ins take the
 place of 20 TB: shards that make their tokens when they are read, each window telling its own number, so that what a
@@ -33,8 +33,8 @@ from restomod.data.dataset import (
     open_dataset,
 )
 from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
-from restomod.data.verified import VERIFIED, _seen
 from restomod.utils.files import sha256_file, write_json_atomically
+from restomod.utils.verified import VERIFIED, _seen
 
 BASE, DIGITS = 50_000, 3  # a window's number in tokens: up to 1.25e14 windows
 NAMES_PER_FILE = 1000  # file systems allow 65,000 on ext4, fewer elsewhere
@@ -108,7 +108,7 @@ class Reader:
         return count, count - len(seen)
 
     def missing(self, epoch: int = 0) -> int:
-        """Of all windows, how many no rank reads in an epoch; every step of it is read, by all ranks."""
+        """Number of windows not read exactly once in an epoch, by all ranks in all steps."""
         n, size = self.batches.n_windows, self.batches.batch_sequences
         times = np.zeros(n, dtype=np.int64)
         for step in range(epoch * n // size, ((epoch + 1) * n - 1) // size + 1):
@@ -118,7 +118,7 @@ class Reader:
         return int((times != 1).sum())
 
     def not_found(self, windows: np.ndarray, epoch: int = 0) -> int:
-        """How many of ``windows`` are not read where the inverse of the permutation says that they are."""
+        """Number of ``windows`` that are not read at the step and rank that the inverse permutation gives."""
         b = self.batches
         positions = epoch * b.n_windows + unpermute(windows, b.n_windows, b.seed, epoch)
         lost = 0
@@ -191,7 +191,7 @@ def anonymous_bytes() -> int:
 
 
 def rank_cost(folder: Path, T: int, batch_sequences: int, ranks: int, at: Sequence[float]) -> dict[str, Any]:
-    """What one rank takes to go on with a run; to be called in a fresh process.
+    """Measure the cost of resuming one rank; to be called in a fresh process.
 
     Args:
         folder: of tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks.scale_network import Network, Payload, Step, Tree, Work, ddp, fsdp
+from benchmarks.scale_network import Network, Payload, StepTime, Tree, Work, ddp, fsdp
 from restomod.config.presets import preset
 from restomod.experiments.plan.hardware import SPEEDS, Speed, tokens_per_second
 
@@ -84,7 +84,7 @@ def predictions(payloads: dict[str, Payload]) -> list[dict[str, Any]]:
     return rows
 
 
-def _step(way: str, payload: Payload, work: Work, n: int, network: Network, overlap: float) -> Step:
+def _step(way: str, payload: Payload, work: Work, n: int, network: Network, overlap: float) -> StepTime:
     if way == "ddp":
         return ddp(payload, work, n, network, overlap)
     return fsdp(payload, work, n, network, network, network, overlap)

@@ -1,4 +1,4 @@
-"""How long a data-parallel step takes: a model of collectives and of what hides them. Arithmetic only.
+"""A model of the time of a data-parallel step: collectives, and how much computation hides them.
 
 Collectives are rings (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009): an all-gather or a
 reduce-scatter of M bytes over n processes is n - 1 messages of M / n bytes one after the other, an all-reduce is both.
@@ -32,21 +32,21 @@ class Tree:
 
 @dataclass(frozen=True)
 class Network:
-    """What connects the processes."""
+    """Bandwidths and latencies between processes."""
 
     name: str
     bandwidth: float
-    """Of one process to the others of its machine."""
+    """From one process to the others of its machine."""
     latency: float
-    """Of one message of a ring within a machine."""
+    """Per message of a ring within a machine."""
     per_machine: int
     """Processes of a machine."""
     bandwidth_out: float = math.inf
-    """Of one process's network card."""
+    """Per process, through its network card."""
     latency_out: float = 0.0
-    """Of one message of a ring between machines."""
+    """Per message of a ring between machines."""
     start: float = 0.0
-    """Of any ring."""
+    """Fixed cost of any ring."""
     tree: Tree | None = None
     source: str = ""
 
@@ -104,14 +104,14 @@ def fit(sizes: Sequence[float], seconds: Sequence[float], rounds: int, n: int = 
 
 @dataclass(frozen=True)
 class Payload:
-    """What a model has to communicate."""
+    """Bytes that a model communicates."""
 
     blocks: tuple[int, ...]
     """Bytes of each block's parameters, which FSDP gathers together."""
     outside: int
-    """Of the embeddings, the last norm and the head."""
+    """Bytes of the embeddings, the last norm and the head."""
     buckets: tuple[int, ...]
-    """Of DistributedDataParallel, in the order in which they are ready."""
+    """Bytes of DistributedDataParallel's buckets, in the order in which they are ready."""
 
     @property
     def total(self) -> int:
@@ -119,7 +119,7 @@ class Payload:
 
 
 def buckets(sizes: Sequence[int], first: int = FIRST_BUCKET, cap: int = BUCKET) -> tuple[int, ...]:
-    """How DistributedDataParallel puts together gradients of ``sizes`` bytes, in the order in which they are ready.
+    """Bytes of DistributedDataParallel's buckets for gradients of ``sizes`` bytes, in the order they are ready.
 
     A bucket is closed by the tensor with which it reaches its limit; the first one's is lower.
     """
@@ -135,22 +135,22 @@ def buckets(sizes: Sequence[int], first: int = FIRST_BUCKET, cap: int = BUCKET) 
 
 @dataclass(frozen=True)
 class Work:
-    """What one process computes in a step, alone."""
+    """Compute time of one process in a step, in seconds."""
 
     micro_batches: int
     forward_backward: float
-    """Of one micro-batch."""
+    """Per micro-batch."""
     update: float
-    """Of all parameters."""
+    """Update of all parameters."""
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """A predicted step."""
 
     compute: float
     communication: float
-    """Of all collectives, one after the other."""
+    """Sum of all collectives."""
     hidden: float
     """The part of it for which no process waits."""
 
@@ -164,7 +164,7 @@ class Step:
         return self.compute / self.seconds
 
 
-def ddp(payload: Payload, work: Work, n: int, network: Network, overlap: float) -> Step:
+def ddp(payload: Payload, work: Work, n: int, network: Network, overlap: float) -> StepTime:
     """DistributedDataParallel: every bucket is all-reduced once it is ready, in the last micro-batch's backward pass.
 
     Args:
@@ -176,12 +176,14 @@ def ddp(payload: Payload, work: Work, n: int, network: Network, overlap: float) 
     """
     times = [all_reduce(network, n, size) for size in payload.buckets]
     hidden = overlap * min(sum(times[:-1]), 2 / 3 * work.forward_backward)
-    return Step(work.micro_batches * work.forward_backward + work.update, sum(times) + _scalars(network, n, 1), hidden)
+    return StepTime(
+        work.micro_batches * work.forward_backward + work.update, sum(times) + _scalars(network, n, 1), hidden
+    )
 
 
 def fsdp(
     payload: Payload, work: Work, n: int, network: Network, gathers: Network, scatters: Network, overlap: float
-) -> Step:
+) -> StepTime:
     """FSDP2: blocks are gathered for the forward and again for the backward pass of every micro-batch.
 
     What is outside of the blocks is gathered once for both. Gradients are reduce-scattered in the last micro-batch; a
@@ -197,7 +199,7 @@ def fsdp(
     total = work.micro_batches * (outside + 2 * sum(blocks)) + sum(scattered)
     computing = work.micro_batches * work.forward_backward
     hidden = overlap * min(total - outside - scattered[-1], computing)
-    return Step(computing + work.update / n, total + _scalars(network, n, 2), hidden)
+    return StepTime(computing + work.update / n, total + _scalars(network, n, 2), hidden)
 
 
 def _scalars(network: Network, n: int, count: int) -> float:

@@ -1,4 +1,4 @@
-"""Real steps of two processes, and what they should take by the model of `scale_network.py`.
+"""Measured steps of two processes, compared with the predictions of `scale_network.py`.
 
 Everything is measured in the same two processes, in alternating rounds: collectives of several sizes; the training step
 without any communication, in both at once, because they share the caches and the memory's bandwidth; and the step with
@@ -39,7 +39,7 @@ from restomod.utils.errors import UserError
 COUNT = 2
 CPU = torch.device("cpu")
 COLLECTIVES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""How often each goes around a ring."""
+"""Rounds of each through a ring."""
 WAYS = ("alone", "ddp", "fsdp")
 OVERLAP = 0.0  # on a CPU the sending, the copying and the adding are done by the cores that compute
 
@@ -49,15 +49,15 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What to measure."""
+    """Settings of the measurement."""
 
     config: RunConfig
     micro_batches: tuple[int, ...]
     sizes: tuple[int, ...]
-    """Of collectives, in bytes."""
+    """Sizes of collectives, in bytes."""
     rounds: int
     steps: int
-    """Of each kind in a round; their median counts."""
+    """Steps of each kind per round; their median counts."""
 
 
 def trial(smoke: bool) -> Trial:
@@ -72,7 +72,7 @@ def trial(smoke: bool) -> Trial:
 
 
 def payload(shape: ModelConfig) -> model.Payload:
-    """What a model of this shape communicates, in fp32."""
+    """Bytes that a model of this shape communicates, in fp32."""
     with torch.device("meta"):
         net = GPT(shape)
     sizes = [model.FP32 * p.numel() for p in net.parameters()]
@@ -80,7 +80,7 @@ def payload(shape: ModelConfig) -> model.Payload:
     return model.Payload(blocks, sum(sizes) - sum(blocks), model.buckets(sizes[::-1]))
 
 
-class Contender:
+class StepRunner:
     """A training in one process of two, and its next steps."""
 
     def __init__(self, way: str, count: int, config: RunConfig, processes: Processes) -> None:
@@ -132,7 +132,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def rounds_of(given: Trial, processes: Processes) -> Samples:
     """All measurements of one process."""
-    trainings = {f"{way} {m}": Contender(way, m, given.config, processes) for m in given.micro_batches for way in WAYS}
+    trainings = {f"{way} {m}": StepRunner(way, m, given.config, processes) for m in given.micro_batches for way in WAYS}
     exchanges = {f"{kind} {size}": collective(kind, size) for kind in COLLECTIVES for size in given.sizes}
     samples: Samples = {name: [] for name in (*trainings, *exchanges)}
     samples |= {f"update {m}": [] for m in given.micro_batches}

@@ -1,4 +1,4 @@
-"""Measurements as Markdown. Everything is computed from the raw values."""
+"""Measurements as Markdown tables, computed from the raw values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.ratios import advantage, ahead, ratio_of
+from benchmarks.ratios import Ratio, advantage, ahead, ratio_of
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
-from benchmarks.stats import Ratio, Spread
 
 NO_RIVALS = (  # other ways of ours, floors, and what does something else
     "nothing prepared",
@@ -156,8 +155,8 @@ def machine(environment: dict[str, Any], seconds: float | None = None) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Median and range."""
-    s = Spread.of(values)
-    return number(s.median) + (f" ({number(s.low)} to {number(s.high)})" if len(values) > 1 else "")
+    median = number(statistics.median(values))
+    return f"{median} ({number(min(values))} to {number(max(values))})" if len(values) > 1 else median
 
 
 def in_words(ratio: Ratio) -> str:

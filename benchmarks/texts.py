@@ -1,4 +1,4 @@
-"""What is measured on: text and questions of a folder of data, or what every machine has instead."""
+"""Texts and questions for measurements: from --data, or the standard library's source and random words."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from restomod.config.run import DataConfig
 from restomod.data.documents import AnyDocument, Document
+from restomod.data.find_files import find_files
 from restomod.data.readers import read_documents
-from restomod.data.sources import documents as documents_of
-from restomod.data.text_files import files_of
+from restomod.data.sources import python_stdlib
 
 CORPUS, HELLASWAG, SHAKESPEARE = "corpus", "eval/hellaswag_val.jsonl", "tinyshakespeare/input.txt"
 GLOB = "*train*.jsonl*"
@@ -24,12 +24,12 @@ WORDS = (
 )
 
 
-def texts(plan: Plan, megabytes: float) -> tuple[list[str], str]:
+def texts(plan: BenchPlan, megabytes: float) -> tuple[list[str], str]:
     """Documents of about so much text in all, and what they are."""
     corpus = plan.file(CORPUS)
-    source: Iterable[AnyDocument] = documents_of(DataConfig())
+    source: Iterable[AnyDocument] = python_stdlib()
     if corpus is not None:
-        source = (document for file in files_of(corpus, GLOB) for document in read_documents(file))
+        source = (document for file in find_files(corpus, GLOB) for document in read_documents(file))
     found, size = [], 0
     for document in source:
         if not isinstance(document, Document):
@@ -41,25 +41,25 @@ def texts(plan: Plan, megabytes: float) -> tuple[list[str], str]:
     return found, "prose of --data" if corpus is not None else INSTEAD
 
 
-def written(documents: list[str], file: Path) -> None:
+def write_json_lines(documents: list[str], file: Path) -> None:
     """Documents as JSON lines."""
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
 
 
-def to_train_on(plan: Plan) -> tuple[DataConfig, str]:
+def training_text(plan: BenchPlan) -> tuple[DataConfig, str]:
     """Text for a small training run, and what it is."""
     corpus, cache = plan.file(CORPUS), str(plan.scratch / "tokens")
     if plan.smoke:
         found, what = texts(plan, 0.3)
-        written(found, small := plan.scratch / "small.jsonl")
+        write_json_lines(found, small := plan.scratch / "small.jsonl")
         return DataConfig(source="text", path=str(small), cache=cache), what
     if corpus is None:
         return DataConfig(cache=cache), INSTEAD
-    first = next(files_of(corpus, GLOB))
+    first = next(find_files(corpus, GLOB))
     return DataConfig(source="text", path=str(first), cache=cache), "prose of --data"
 
 
-def hellaswag(plan: Plan, count: int) -> tuple[Path, str]:
+def hellaswag(plan: BenchPlan, count: int) -> tuple[Path, str]:
     """A file of so many examples, and what they are.
 
     Without HellaSwag itself they are random words, as many as it has: a fifth of its contexts have 17 words on average

@@ -1,4 +1,4 @@
-"""Several processes that form one run, as torchrun starts them."""
+"""Rendezvous of several processes of one run, as under torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of check.sh and measure.sh have written, as one file that `benchmarks.records` reads.
+"""Collects the results of check.sh and measure.sh into one file for `benchmarks.records`.
 
     python -m benchmarks.gpu.collect part NAME --results FOLDER --out gpu.json --exit-code 0 --limit 85 --log NAME.log
     python -m benchmarks.gpu.collect merge CHECK/gpu.json MEASURE/gpu.json    # into benchmarks/results/gpu.json
@@ -40,7 +40,7 @@ class Part:
 
     item: str
     title: str
-    """Of the item."""
+    """Title of the item."""
     what: str
     """The part's own share of it, in a few words."""
     script: str = "measure.sh"

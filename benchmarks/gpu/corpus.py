@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.harness import Plan
-from benchmarks.texts import texts, written
+from benchmarks.harness import BenchPlan
+from benchmarks.texts import texts, write_json_lines
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--megabytes", type=float, required=True, help="of text; English has about 4.4 bytes a token")
     given = parser.parse_args()
-    found, what = texts(Plan(given.out.parent, data=given.data), given.megabytes)
-    written(found, given.out)
+    found, what = texts(BenchPlan(given.out.parent, data=given.data), given.megabytes)
+    write_json_lines(found, given.out)
     print(f"{len(found):,} documents: {what}")
 
 

@@ -1,4 +1,4 @@
-"""Where a micro-batch of GPT-2 124M takes its time, and what other settings of the training step would bring.
+"""Time of a micro-batch of GPT-2 124M by part, and with other settings of the training step.
 
     python -m benchmarks.gpu.variants --out variants.json --kernels kernels.txt [--seconds 120] [--smoke]
 
@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import peers, records, table
 from benchmarks.contenders import Contender, Here, Measured, Round, Worker, reason
 from benchmarks.gpu.collect import PARTS
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.loss import close
 from benchmarks.items.step import METRICS, SMALL, Shape, task_of, timed
 from benchmarks.machine import environment
@@ -49,7 +49,7 @@ MILLISECONDS = Metric("time", "ms", "lower")
 ROWS = 60  # of the table of kernels
 
 
-def measure(plan: Plan, kernels: Path, write: Callable[[Item], None]) -> None:
+def measure(plan: BenchPlan, kernels: Path, write: Callable[[Item], None]) -> None:
     """Call ``write`` after every comparison with all that is measured so far."""
     shape, (batch, length) = plan.pick(Shape(), SMALL), plan.pick((64, 1024), (2, 16))
     about = environment(plan) | {"command": "python -m benchmarks.gpu.variants"}
@@ -80,7 +80,7 @@ def without_ratios(comparison: Comparison) -> Comparison:
     return dataclasses.replace(comparison, entries=entries)
 
 
-def attention_backends(plan: Plan, shape: Shape, batch: int, length: int) -> Comparison:
+def attention_backends(plan: BenchPlan, shape: Shape, batch: int, length: int) -> Comparison:
     """Causal attention and its gradient for all layers, by backend."""
     backends = {"math": SDPBackend.MATH} if plan.device == "cpu" else BACKENDS
     contenders: list[Contender] = [
@@ -114,7 +114,7 @@ def attention_round(device_type: str, shape: Shape, batch: int, length: int, bac
 class MicroBatch:
     """A micro-batch forward and backward, compiled on a GPU."""
 
-    def __init__(self, plan: Plan, shape: Shape, batch: int, length: int) -> None:
+    def __init__(self, plan: BenchPlan, shape: Shape, batch: int, length: int) -> None:
         self.device = torch.device(plan.device)
         self.compiled = plan.device == "cuda"
         self.task = task_of(None, shape, batch, length, plan.device)
@@ -157,8 +157,8 @@ class MicroBatch:
         return profile.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
 
 
-def loss_chunks(plan: Plan, micro_batch: MicroBatch) -> Comparison:
-    """The same micro-batch with other chunks of the loss."""
+def loss_chunks(plan: BenchPlan, micro_batch: MicroBatch) -> Comparison:
+    """Time the micro-batch with other chunk sizes of the loss."""
     repeat = plan.pick(5, 1)
 
     def contender(chunk: int) -> Contender:
@@ -182,7 +182,7 @@ def switch_mix_order_reduction(model: GPT) -> None:
 
 
 def residual_in_bf16(model: GPT) -> None:
-    """As `--residual-dtype bf16`."""
+    """Keep the residual stream in bf16, as `--residual-dtype bf16`."""
     model.transformer.residual_dtype = torch.bfloat16
 
 
@@ -193,7 +193,7 @@ SETTINGS: dict[str, Callable[[GPT], None]] = {
 }
 
 
-def settings(plan: Plan, shape: Shape, batch: int, length: int) -> Comparison:
+def settings(plan: BenchPlan, shape: Shape, batch: int, length: int) -> Comparison:
     """Whole training steps; every setting in a process of its own, which compiles for itself."""
     sizes = (shape, batch, length, plan.device, plan.pick(5, 1))
     contenders: list[Contender] = [Worker(name, setting_rounds, (name, *sizes)) for name in SETTINGS]
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         deadline = time.monotonic() + given.seconds
-        plan = Plan(Path(scratch), "cpu" if given.smoke else "cuda", given.smoke, deadline=deadline, command=words)
+        plan = BenchPlan(Path(scratch), "cpu" if given.smoke else "cuda", given.smoke, deadline=deadline, command=words)
         measure(plan, given.kernels, write)
     return 0
 

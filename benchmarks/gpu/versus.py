@@ -18,14 +18,14 @@ from pathlib import Path
 from benchmarks import peers, records, table
 from benchmarks.contenders import Contender, Worker
 from benchmarks.gpu.collect import PARTS
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.step import EAGER, METRICS, OURS, SMALL, Shape, rounds
 from benchmarks.machine import environment
 from benchmarks.records import Item
 from restomod.utils.errors import EXIT_USER_ERROR, UserError
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """Ours and every checkout that ``plan`` names."""
     ours, shape = plan.pick(OURS, EAGER), plan.pick(Shape(), SMALL)
     batch, length = plan.pick((64, 1024), (2, 16))
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
             deadline = time.monotonic() + given.seconds
             chosen = dict(peers.parse(peer) for peer in given.peer)
-            plan = Plan(Path(scratch), device, given.smoke, chosen, deadline=deadline, command=words)
+            plan = BenchPlan(Path(scratch), device, given.smoke, chosen, deadline=deadline, command=words)
             about = environment(plan) | {"command": "python -m benchmarks.gpu.versus"}
             item = dataclasses.replace(measure(plan), environment=about)
         records.write(given.out, {"step": item})

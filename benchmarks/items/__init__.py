@@ -1,1 +1,1 @@
-"""One subject each: a function `measure` from a `Plan` to an `Item`."""
+"""Benchmarks, a module each with a function `measure` from a `BenchPlan` to an `Item`."""

@@ -1,4 +1,4 @@
-"""A checkpoint of GPT-2 124M with AdamW's state: training stands still, the disk has it, it is loaded."""
+"""Checkpoints of GPT-2 124M with AdamW's state: stall of training, time to disk, time to load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import Contender, Here, Measured, Round
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.generation import random_model
 from benchmarks.records import Item, Metric
 from restomod.config.presets import preset
@@ -32,7 +32,7 @@ METRICS = [
 ]
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """Beside `torch.save` and `torch.load` of the same tensors, synced to the disk as ours are."""
     model = random_model(plan).train()
     config = dataclasses.replace(preset("gpt2-124m"), model=model.config, keep_checkpoints=1)
@@ -42,7 +42,7 @@ def measure(plan: Plan) -> Item:
     optimizer.update(1.0, torch.ones((), device=plan.device), torch.zeros((), dtype=torch.bool, device=plan.device))
     contenders: list[Contender] = [
         Here("restomod", lambda: ours(plan.scratch, Saver(plan.scratch / "run", config), model, optimizer)),
-        Here("torch.save", lambda: plainly(plan.scratch, model, optimizer)),
+        Here("torch.save", lambda: torch_save_rounds(plan.scratch, model, optimizer)),
     ]
     return Item("Checkpoints of GPT-2 124M", [compare(plan, "weights and AdamW's state", contenders, METRICS, 3)])
 
@@ -84,7 +84,7 @@ def ours(scratch: Path, saver: Saver, model: GPT, optimizer: Optimizers) -> Roun
     return timed(lambda: saver.save(next(numbers), model, optimizer), saver.finish, load, size)
 
 
-def plainly(folder: Path, model: GPT, optimizer: Optimizers) -> Round:
+def torch_save_rounds(folder: Path, model: GPT, optimizer: Optimizers) -> Round:
     """All tensors into one new file, after which the one before is deleted; training stands still meanwhile."""
     numbers = itertools.count(1)
     files: list[Path] = []

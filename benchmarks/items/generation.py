@@ -1,4 +1,4 @@
-"""How fast text is generated: with the key/value cache, without, and by `transformers`.
+"""Speed of generation with the key/value cache, without it, and by `transformers`.
 
 Greedy, from random weights. "without cache" passes the whole context for every token, and only its last position
 through the head. `transformers` runs the same weights, with its cache, in the same precision (bf16: all weights
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import Contender, Here, Measured, Round
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Comparison, Item, Metric
 from restomod.config.presets import preset
 from restomod.config.run import ModelConfig, SamplingConfig
@@ -34,7 +34,7 @@ Ways = dict[str, Callable[[], Way]]
 PROMPT, WARM = 16, 4  # tokens of a prompt; new ones in the warm-up
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """256 new tokens of one text, and of eight at once."""
     device = torch.device(plan.device)
     if device.type == "cpu":
@@ -93,7 +93,7 @@ def cached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
 
 @torch.no_grad()
 def uncached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
-    """The same model without a cache."""
+    """Generate without a cache."""
     device = model.head.device
     context = torch.tensor(prompts, device=device)
     for _ in range(n):
@@ -116,7 +116,7 @@ def by_transformers(model: Any) -> Way:
     return way
 
 
-def random_model(plan: Plan) -> GPT:
+def random_model(plan: BenchPlan) -> GPT:
     """GPT-2 124M, or a tiny one in a smoke test, with random weights, on the device."""
     config = preset("gpt2-124m").model
     config = plan.pick(config, dataclasses.replace(config, n_layer=2, n_head=2, n_embd=64))
@@ -125,7 +125,7 @@ def random_model(plan: Plan) -> GPT:
 
 
 def exported(model: GPT, dtype: torch.dtype) -> Any:
-    """The same weights in a model of transformers."""
+    """Load the weights into a model of transformers."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

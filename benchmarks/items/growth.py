@@ -1,4 +1,4 @@
-"""What should not grow: the time of a step and the memory of a run, over its steps. And what two processes bring."""
+"""Step time and memory over a long run, and the speed-up of two processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from benchmarks.contenders import Absent, Command, Contender, Measured
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.startup import TINY, has_step, training
 from benchmarks.records import Comparison, Item, Metric, Series
-from benchmarks.texts import to_train_on
+from benchmarks.texts import training_text
 from restomod.runs.metrics import read_jsonl
 
 SAMPLES_A_SECOND = 4
@@ -21,9 +21,9 @@ SMALL = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", 
 SMALL += ["--batch-tokens", "64", "--sequence-length", "32", "--precision", "fp32"]
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """The training loop with validation, samples and checkpoints on the way; on a CPU of a model small enough."""
-    data, what = to_train_on(plan)
+    data, what = training_text(plan)
     steps = plan.pick(10_000, 8, 2_000)
     where = ["--data.source", data.source, "--data.cache", data.cache]
     where += ["--data.path", data.path] if data.path else []
@@ -49,7 +49,7 @@ def measure(plan: Plan) -> Item:
 
 
 def medians(points: list[tuple[float, float]], of: int) -> list[tuple[float, float]]:
-    """Of every so many points, which are too many to keep, the first's x and the median y."""
+    """Thin a curve: of each ``of`` points, the first x and the median y."""
     groups = [points[i : i + of] for i in range(0, len(points), of)]
     return [(group[0][0], statistics.median(y for _, y in group)) for group in groups]
 
@@ -76,7 +76,7 @@ def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:
 
 
 def resident_bytes(process: int) -> int | None:
-    """What a process holds now; None where the system does not tell, or it has just ended."""
+    """Resident memory of a process; None where the system does not tell, or it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -85,8 +85,8 @@ def resident_bytes(process: int) -> int | None:
     return 1024 * int(held.split()[1]) if held else None
 
 
-def processes(plan: Plan) -> Comparison:
-    """The same steps by one process and by two that torchrun starts, on one thread each."""
+def processes(plan: BenchPlan) -> Comparison:
+    """Compare steps of one process and of two under torchrun, one thread each."""
     metrics = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
     sizes = TINY if plan.smoke else ["--batch-tokens", "2048"]
     contenders: list[Contender] = [
@@ -99,7 +99,7 @@ def processes(plan: Plan) -> Comparison:
 class Bench(Command):
     """`restomod bench step` under torchrun; its tokens/s are those that it reports."""
 
-    def __init__(self, name: str, count: int, plan: Plan, sizes: list[str]) -> None:
+    def __init__(self, name: str, count: int, plan: BenchPlan, sizes: list[str]) -> None:
         self.report = plan.scratch / f"bench-{count}.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         words = ["-m", "restomod", "bench", "step", "quickstart", "--json", str(self.report), "--micro-batch", "1"]

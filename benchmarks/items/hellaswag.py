@@ -1,4 +1,4 @@
-"""HellaSwag's examples a second, beside the way that feeds the four full rows of one example at a time.
+"""Speed of HellaSwag, compared with scoring four full rows of one example at a time.
 
 That way is the method of build-nanogpt's `hellaswag.py`, written anew: context and ending of all four choices as rows
 of equal length, `transformers`' GPT-2, logits of all positions, cross-entropy, and the endings' part of it. It runs in
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import Contender, Here, Measured, Round
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.generation import exported, random_model
 from benchmarks.records import Item, Metric
 from benchmarks.texts import hellaswag
@@ -31,8 +31,8 @@ from restomod.model.gpt import GPT
 Choices = list[tuple[int, int]]
 
 
-def measure(plan: Plan) -> Item:
-    """The same examples, in as many parts as there are rounds, with the same random weights."""
+def measure(plan: BenchPlan) -> Item:
+    """Score the same examples with the same random weights, a part of them per round."""
     count, rounds = plan.pick(500, 6, 1000), plan.rounds or plan.pick(5, 2)
     file, what = hellaswag(plan, count)
     model = random_model(plan)
@@ -62,7 +62,7 @@ def alike(ours: Choices, theirs: Choices) -> float:
 
 
 def parts(count: int, rounds: int) -> Iterator[slice]:
-    """What each round asks: four examples to warm up, then all of them in equal parts."""
+    """Examples of each round: four to warm up, then all in equal parts."""
     yield slice(0, min(4, count))
     size = -(-count // rounds)
     for start in range(0, count, size):
@@ -82,7 +82,7 @@ def timed(ask: Callable[[slice], Choices], count: int, rounds: int) -> Round:
 
 
 def ours(model: GPT, file: Path, count: int, rounds: int) -> Round:
-    """As `restomod eval` asks."""
+    """Score as `restomod eval` does."""
     loaded, scored = load_task(f"hellaswag={file}", Path(), count), ScoredGPT(model)
 
     def ask(part: slice) -> Choices:
@@ -92,7 +92,7 @@ def ours(model: GPT, file: Path, count: int, rounds: int) -> Round:
     return timed(ask, count, rounds)
 
 
-def theirs(model: GPT, plan: Plan, file: Path, count: int, rounds: int, dtype: torch.dtype) -> Round:
+def theirs(model: GPT, plan: BenchPlan, file: Path, count: int, rounds: int, dtype: torch.dtype) -> Round:
     """One example at a time, as four full rows."""
     device = torch.device(plan.device)
     other = exported(model, torch.float32).to(device)

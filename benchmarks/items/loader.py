@@ -1,4 +1,4 @@
-"""Batches of half a million tokens out of 10 billion: how many a second, and how long until the first of a resumed run.
+"""Speed of batches out of 10 billion tokens, and time to the first batch of a resumed run.
 
 The shards are sparse files: they take no room on the disk and hold zeros, but are read as any others.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.contenders import Contender, Here, Measured, Round
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Item, Metric
 from restomod.data.batches import Batches
 from restomod.data.dataset import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_shard
@@ -25,7 +25,7 @@ T, SEQUENCES = 1024, 512
 Fetch = Callable[[], torch.Tensor]
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """Beside the ways of nanoGPT's `get_batch` (random windows of one mapped file) and of torch's DataLoader."""
     shards, tokens = plan.pick(100, 4), plan.pick(100_000_000, 2_000_000)
     paths = write_sparse(plan.scratch, shards, tokens)
@@ -34,9 +34,9 @@ def measure(plan: Plan) -> Item:
     with open(single, "wb") as f:
         f.truncate(2 * shards * tokens)
     ways: list[Contender] = [
-        Here("restomod", lambda: drawn(ours(paths, itertools.count(middle)))),
-        Here("random windows of one mapped file", lambda: drawn(random_windows(single), 1)),
-        Here("torch DataLoader, shuffled", lambda: drawn(data_loader(paths, 0))),
+        Here("restomod", lambda: timed_batches(ours(paths, itertools.count(middle)))),
+        Here("random windows of one mapped file", lambda: timed_batches(random_windows(single), 1)),
+        Here("torch DataLoader, shuffled", lambda: timed_batches(data_loader(paths, 0))),
     ]
     size = f"{T * SEQUENCES:,} tokens out of {shards * tokens / 1e9:.3g} billion"
     ahead = "a mapped file: for a page that is not in memory the system reads those around it, too, unless told not to"
@@ -45,17 +45,17 @@ def measure(plan: Plan) -> Item:
         plan, f"batches of {size}", ways, [Metric("batches/s", "", "higher")], plan.pick(5, 2), notes=[ahead]
     )
     starts: list[Contender] = [
-        Here("restomod", lambda: begun(lambda: ours(paths, itertools.count(middle)))),
-        Here("torch DataLoader, indices skipped", lambda: begun(lambda: data_loader(paths, middle))),
+        Here("restomod", lambda: timed_first_batch(lambda: ours(paths, itertools.count(middle)))),
+        Here("torch DataLoader, indices skipped", lambda: timed_first_batch(lambda: data_loader(paths, middle))),
     ]
-    note = "the DataLoader's sampler is drawn anew and its indices are passed over, without reading what they stand for"
+    note = "the DataLoader's sampler is drawn anew and its indices are skipped, without reading what they stand for"
     case = f"from nothing to the batch of token {middle * T * SEQUENCES:,}"
     resumed = compare(plan, case, starts, [Metric("ms", "", "lower")], plan.pick(5, 2), notes=[note])
     return Item("Batches of 10 billion tokens", [speed, resumed])
 
 
 def read_ahead(folder: Path) -> str:
-    """How much a system reads around a page of a mapped file."""
+    """Read-ahead of the system for mapped files."""
     device = os.stat(folder).st_dev
     block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     for queue in (block / "queue", block / ".." / "queue"):  # of a disk, or of the disk of a partition
@@ -76,7 +76,7 @@ def write_sparse(folder: Path, shards: int, tokens: int) -> list[Path]:
     return paths
 
 
-def drawn(fetch: Fetch, batches: int = 5) -> Round:
+def timed_batches(fetch: Fetch, batches: int = 5) -> Round:
     """A round of some batches."""
 
     def one_round() -> Measured:
@@ -88,7 +88,7 @@ def drawn(fetch: Fetch, batches: int = 5) -> Round:
     return one_round
 
 
-def begun(make: Callable[[], Fetch]) -> Round:
+def timed_first_batch(make: Callable[[], Fetch]) -> Round:
     """A round that opens everything and takes one batch."""
 
     def one_round() -> Measured:
@@ -139,7 +139,7 @@ class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def data_loader(paths: list[Path], skipped: int) -> Fetch:
-    """A DataLoader in this process, of which the batch sampler has passed over so many batches."""
+    """A DataLoader in this process, of which the batch sampler has skipped so many batches."""
     windows = Windows(stream_of(paths))
     order = torch.utils.data.RandomSampler(windows, generator=torch.Generator().manual_seed(1))
     every = torch.utils.data.BatchSampler(order, SEQUENCES, drop_last=True)
@@ -149,7 +149,7 @@ def data_loader(paths: list[Path], skipped: int) -> Fetch:
 
 
 class _Rest(torch.utils.data.Sampler[list[int]]):
-    """What is left of a batch sampler after some batches, as accelerate resumes one."""
+    """Rest of a batch sampler after some batches, as accelerate resumes one."""
 
     def __init__(self, every: torch.utils.data.BatchSampler, skipped: int) -> None:
         self.every, self.skipped = every, skipped

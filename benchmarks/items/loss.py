@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token and its gradient: ours without a tensor of all logits, beside torch's."""
+"""Speed and memory of the cross-entropy and its gradient: chunked, and torch's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contenders import Absent, Contender, Measured, Round, Worker
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Item, Metric
 from restomod.bench.measure import peak_memory
 from restomod.config.model import VOCAB_SIZE
@@ -21,7 +21,7 @@ METRICS = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower"
 WAYS = ("restomod", "restomod, compiled", "all logits, F.cross_entropy", "F.linear_cross_entropy, chunked")
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """Forward and backward, every contender in a process of its own."""
     tokens, width = plan.pick(2048, 64, 32_768), plan.pick(768, 32)
     contenders: list[Contender] = [Worker(way, rounds, (way, tokens, width, plan.device)) for way in WAYS]
@@ -30,7 +30,7 @@ def measure(plan: Plan) -> Item:
     return Item("Loss", [compare(plan, case, contenders, METRICS, plan.pick(5, 2), agree=close, notes=[note])])
 
 
-TOLERANCE = 2e-3  # rounding of products in bf16
+TOLERANCE = 2e-3  # rounding of matmuls in bf16
 
 
 def close(ours: float, theirs: float) -> float:

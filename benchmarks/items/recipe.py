@@ -1,4 +1,4 @@
-"""How many tokens the modern recipe needs for the loss of GPT-2's own: small models from scratch, several seeds.
+"""Tokens that the modern recipe needs to reach the loss of GPT-2's: small models from scratch, several seeds.
 
 A shortened run of `benchmarks.recipe`, which measures every part at length.
 """
@@ -10,12 +10,12 @@ import dataclasses
 from typing import Any
 
 from benchmarks.contenders import Measured
-from benchmarks.harness import Plan, comparison_of
+from benchmarks.harness import BenchPlan, comparison_of
 from benchmarks.recipe import BASELINE, RECIPES, base, changed, tokens_to, trial
 from benchmarks.records import Item, Metric
-from benchmarks.texts import to_train_on
+from benchmarks.texts import training_text
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 
 Row = dict[str, Measured]
@@ -28,9 +28,9 @@ METRICS = [
 ]
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """A round is a seed, with which every recipe is trained once on the same tokens."""
-    data, what = to_train_on(plan)
+    data, what = training_text(plan)
     dataset = prepare_text(data, gpt2_tokenizer())
     sizes = argparse.Namespace(
         layers=plan.pick(4, 1, 12),

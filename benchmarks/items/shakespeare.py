@@ -9,7 +9,7 @@ import shutil
 import time
 
 from benchmarks.contenders import Absent
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from benchmarks.items.startup import TINY, training
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
 from benchmarks.texts import SHAKESPEARE
@@ -24,7 +24,7 @@ METRICS = [
 ]
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """One run of `restomod train tinyshakespeare`, whose metrics.jsonl is kept beside the results."""
     title, text = "TinyShakespeare to a loss of 0.09", plan.file(SHAKESPEARE)
     if text is None:

@@ -1,4 +1,4 @@
-"""How long one waits: for a word from the command, for an import, for the first step of the quickstart."""
+"""Start-up times: `--help`, imports, the first step of the quickstart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.contenders import Absent, Command, Contender, Here, Measured, Round
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Item, Metric
 
 SECONDS, MEMORY = Metric("seconds", "", "lower"), Metric("peak memory", "GB", "lower")
@@ -23,7 +23,7 @@ SHAPE = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32"]
 TINY = [*SHAPE, "--batch-tokens", "512", "--precision", "fp32"]
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """Every round is a new process; the warm-up has read its files once."""
 
     def python(name: str, *words: str) -> Command:
@@ -55,7 +55,7 @@ def measure(plan: Plan) -> Item:
     )
 
 
-def first_step(plan: Plan, cache: Path, before: Callable[[], None]) -> Round:
+def first_step(plan: BenchPlan, cache: Path, before: Callable[[], None]) -> Round:
     """Start a run, wait until its first step is on record, and end it."""
     numbers = itertools.count()
 

@@ -1,4 +1,4 @@
-"""A training step of GPT-2 124M: forward, backward, clip to 1, AdamW; tokens a second and peak memory."""
+"""Speed and memory of a training step of GPT-2 124M: forward, backward, clip to 1, AdamW."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contenders import Contender, Measured, Round, Worker
-from benchmarks.harness import Plan, compare, together
-from benchmarks.peers import Shape, Step, Task
+from benchmarks.harness import BenchPlan, compare, together
+from benchmarks.peers import Shape, Step, StepInputs
 from benchmarks.records import Comparison, Item, Metric
 from restomod.bench.measure import peak_memory
 from restomod.checks.machine import Machine, available_bytes
@@ -25,7 +25,7 @@ NANOCHAT = 256
 NEEDS = 4e9  # bytes of a process on a CPU: weights, gradients, two moments, activations, and what the C library keeps
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """Every contender in a process of its own, all on the same random tokens."""
     notes: list[str] = []
     left_out = [f"{name}: --peer {name}=PATH was not given" for name in peers.CHECKOUTS.keys() - plan.peers]
@@ -80,14 +80,14 @@ def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, 
     return timed((peers.PACKAGES | peers.CHECKOUTS)[name](task), task, repeat)
 
 
-def task_of(path: Path | None, shape: Shape, batch: int, length: int, device: str) -> Task:
+def task_of(path: Path | None, shape: Shape, batch: int, length: int, device: str) -> StepInputs:
     """Random tokens on the device; the same in every process."""
     tokens = torch.randint(50257, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     x, y = (part.contiguous().to(device) for part in (tokens[:, :-1], tokens[:, 1:]))
-    return Task(shape, x, y, path)
+    return StepInputs(shape, x, y, path)
 
 
-def timed(step: Step, task: Task, repeat: int) -> Round:
+def timed(step: Step, task: StepInputs, repeat: int) -> Round:
     """A round of ``repeat`` steps of a contender."""
     on_gpu = task.device.type == "cuda"
 

@@ -1,4 +1,4 @@
-"""Text becomes token shards: in memory on one core beside tiktoken, and from files with one worker and all."""
+"""Speed of tokenization: in memory on one core, compared with tiktoken, and from files with one worker and all."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.contenders import Command, Contender, Measured, Round, Worker
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Comparison, Item, Metric
-from benchmarks.texts import texts, written
-from restomod.data.bulk import BulkEncoder
+from benchmarks.texts import texts, write_json_lines
+from restomod.data.bulk_encoder import BulkEncoder
 from restomod.data.dataset import write_shard
+from restomod.data.prepare.worker import document_batches
 from restomod.data.readers import Document, read_documents
-from restomod.data.tokenize import document_batches
 from restomod.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from restomod.utils.process_memory import peak_resident_bytes
 
 
-def measure(plan: Plan) -> Item:
+def measure(plan: BenchPlan) -> Item:
     """The text is written to a file first, which every contender reads before the clock runs."""
     found, what = texts(plan, plan.pick(40.0, 0.3))
     megabytes = sum(len(text.encode()) for text in found) / 1e6
     file = plan.scratch / "text.jsonl"
-    written(found, file)
+    write_json_lines(found, file)
     note = f"{len(found):,} documents, {megabytes:.1f} MB: {what}"
     return Item("Text to token shards", [in_memory(plan, file), from_file(plan, file, megabytes)], notes=[note])
 
 
-def in_memory(plan: Plan, file: Path) -> Comparison:
+def in_memory(plan: BenchPlan, file: Path) -> Comparison:
     """One core, from strings to a shard on the disk."""
     metrics = [Metric("MB/s", "", "higher"), Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
     ways: dict[str, Iterable[str]] = {"restomod": ["bulk"], "tiktoken": ["tiktoken"]}
@@ -77,7 +77,7 @@ def rounds(way: str, file: Path, shard: Path) -> Round:
     return one_round
 
 
-def from_file(plan: Plan, file: Path, megabytes: float) -> Comparison:
+def from_file(plan: BenchPlan, file: Path, megabytes: float) -> Comparison:
     """`restomod prepare` from its start to verified shards, with a worker for each processor and with one."""
     metrics = [Metric("MB/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
     out, all_workers = plan.scratch / "shards", os.cpu_count() or 1

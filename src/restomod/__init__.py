@@ -28,6 +28,7 @@ _HOME = {  # public name -> module that defines it
     "UserError": "restomod.utils.errors",
     "preset": "restomod.config.presets",
     "prepare_folder": "restomod.data.prepare.run",
+    "prepare_text": "restomod.data.prepare.text_cache",
     "Batches": "restomod.data.batches",
     "gpt2_tokenizer": "restomod.data.tokenizer",
     "GPT": "restomod.model.gpt",

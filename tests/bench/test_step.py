@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from restomod.bench import step as bench
 from restomod.bench.measure import PHASES, PhaseClock, Steps, measure, peak_memory
 from restomod.cli import main
-from restomod.data.prefetch import Prefetch
+from restomod.data.batches import Prefetch
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.engine.step import BatchLoss, Compute

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from benchmarks import records, run
 from benchmarks.gpu import collect
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from benchmarks.items import shakespeare
 from benchmarks.records import Comparison, Entry, Item, Metric
 from restomod.commands.train import parse_arguments
@@ -211,7 +211,7 @@ def test_tinyshakespeare_is_saved_at_the_end_only(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(shakespeare, "training", training)
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
-    made = shakespeare.measure(Plan(tmp_path, data=tmp_path, out=tmp_path))
+    made = shakespeare.measure(BenchPlan(tmp_path, data=tmp_path, out=tmp_path))
     config, _, _ = parse_arguments(asked[1:])
     assert config.save_every is not None
     assert config.save_every > config.steps

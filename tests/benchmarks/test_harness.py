@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.contenders import Absent, Command, Contender, Here, Measured, Round, Worker
-from benchmarks.harness import Plan, compare, together
+from benchmarks.harness import BenchPlan, compare, together
 from benchmarks.records import Comparison, Metric
 
 SPEED = Metric("speed", "", "higher")
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    return Plan(tmp_path, say=lambda text: None)
+def plan(tmp_path: Path) -> BenchPlan:
+    return BenchPlan(tmp_path, say=lambda text: None)
 
 
 class Diary:
@@ -51,13 +51,13 @@ class Diary:
         return "".join(event for event in self.events if " " not in event)
 
 
-def test_rounds_alternate_between_forward_and_backward(plan: Plan) -> None:
+def test_rounds_alternate_between_forward_and_backward(plan: BenchPlan) -> None:
     diary = Diary()
     compare(plan, "x", [diary.contender(name, 1.0) for name in "ABC"], [SPEED], rounds=3, warmup=1)
     assert diary.rounds == "ABC" + "CBA" + "ABC" + "CBA"
 
 
-def test_a_warm_up_does_not_count(plan: Plan) -> None:
+def test_a_warm_up_does_not_count(plan: BenchPlan) -> None:
     diary = Diary()
     found = compare(plan, "x", [diary.contender("A", 2.0), diary.contender("B", 1.0)], [SPEED], rounds=2, warmup=2)
     assert found.entries[0].values == {"speed": [6.0, 8.0]}  # the third and the fourth round
@@ -67,7 +67,7 @@ def test_a_warm_up_does_not_count(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_one_that_fails_is_absent_and_the_others_go_on(plan: Plan, at: int) -> None:
+def test_one_that_fails_is_absent_and_the_others_go_on(plan: BenchPlan, at: int) -> None:
     diary = Diary()
     contenders = [diary.contender("A", 1.0), diary.contender("B", 1.0, fails_at=at), diary.contender("C", 1.0)]
     found = compare(plan, "x", contenders, [SPEED], rounds=2, warmup=1)
@@ -77,7 +77,7 @@ def test_one_that_fails_is_absent_and_the_others_go_on(plan: Plan, at: int) -> N
     assert diary.rounds.count("B") == at + 1, "it gets no turn after its failure"
 
 
-def test_ours_may_be_the_one_that_fails(plan: Plan) -> None:
+def test_ours_may_be_the_one_that_fails(plan: BenchPlan) -> None:
     diary = Diary()
     found = compare(plan, "x", [diary.contender("A", 1.0, 0), diary.contender("B", 1.0)], [SPEED], 2)
     assert found.entries[0].absent
@@ -85,7 +85,7 @@ def test_ours_may_be_the_one_that_fails(plan: Plan) -> None:
     assert found.entries[1].beside == {}
 
 
-def test_groups_share_ours_and_are_paired_within(plan: Plan) -> None:
+def test_groups_share_ours_and_are_paired_within(plan: BenchPlan) -> None:
     diary = Diary()
     contenders = [diary.contender("A", 1.0), *(diary.contender(name, 1.0) for name in "BCD")]
     found = compare(plan, "x", contenders, [SPEED], rounds=2, warmup=0, together=3)
@@ -95,7 +95,7 @@ def test_groups_share_ours_and_are_paired_within(plan: Plan) -> None:
     assert all(len(e.beside["speed"]) == 2 for e in found.entries[1:])
 
 
-def test_after_the_deadline_one_round_is_made(plan: Plan) -> None:
+def test_after_the_deadline_one_round_is_made(plan: BenchPlan) -> None:
     plan.deadline = time.monotonic() - 1
     diary = Diary()
     found = compare(plan, "x", [diary.contender("A", 1.0), diary.contender("B", 1.0)], [SPEED], rounds=5)
@@ -104,7 +104,7 @@ def test_after_the_deadline_one_round_is_made(plan: Plan) -> None:
     assert any("time was up" in note for note in found.notes)
 
 
-def test_outputs_are_compared(plan: Plan) -> None:
+def test_outputs_are_compared(plan: BenchPlan) -> None:
     def agree(a: int, b: int) -> float:
         return float(a == b)
 
@@ -116,7 +116,7 @@ def test_outputs_are_compared(plan: Plan) -> None:
     assert found.entries[1].agreement == [0.0, 0.0]
 
 
-def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: Plan) -> None:
+def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: BenchPlan) -> None:
     events: list[str] = []
 
     class Stubborn(Here):
@@ -167,7 +167,7 @@ def sleeps() -> Round:
     raise AssertionError("not reached")
 
 
-def test_processes_may_lack_a_package_die_or_hang(plan: Plan) -> None:
+def test_processes_may_lack_a_package_die_or_hang(plan: BenchPlan) -> None:
     contenders: list[Contender] = [
         Worker("steady", steady, (2.0,)),
         Worker("lacking", misses_a_package),
@@ -193,7 +193,7 @@ def command(name: str, code: str, **more: object) -> Command:
     return Command(name, [sys.executable, "-S", "-c", code], **more)  # type: ignore[arg-type]
 
 
-def test_commands_are_timed_and_their_memory_is_their_own(plan: Plan) -> None:
+def test_commands_are_timed_and_their_memory_is_their_own(plan: BenchPlan) -> None:
     contenders: list[Contender] = [
         command("small", "import time; time.sleep(0.3)"),
         command("large", "b = bytearray(300_000_000)", also=lambda seconds: {"speed": 1 / seconds}),
@@ -217,7 +217,7 @@ def test_commands_are_timed_and_their_memory_is_their_own(plan: Plan) -> None:
     assert hanging.absent == "no end after 1 s"
 
 
-def test_what_comes_before_a_command_is_not_timed(plan: Plan) -> None:
+def test_what_comes_before_a_command_is_not_timed(plan: BenchPlan) -> None:
     calls: list[int] = []
     slow: Callable[[], None] = lambda: (calls.append(1), time.sleep(1.0))[0]  # noqa: E731
     metrics = [Metric("seconds", "", "lower")]
@@ -229,12 +229,12 @@ def test_what_comes_before_a_command_is_not_timed(plan: Plan) -> None:
 def test_the_command_line_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     peers, data = {"nanogpt": Path("/home/me/nanoGPT")}, Path("/home/me/data")
     words = ["--peer", "nanogpt=/home/me/nanoGPT", "--data=/home/me/data", "--smoke", "--out", "/tmp/x"]
-    plan = Plan(tmp_path, peers=peers, data=data, command=words, out=Path("/tmp/x"))
+    plan = BenchPlan(tmp_path, peers=peers, data=data, command=words, out=Path("/tmp/x"))
     expected = "python -m benchmarks.run --peer nanogpt=PATH --data=DATA --smoke --out OUT"
     assert plan.command_line() == expected
 
 
-def test_reasons_name_no_folder_of_this_machine(plan: Plan) -> None:
+def test_reasons_name_no_folder_of_this_machine(plan: BenchPlan) -> None:
     def make() -> Round:
         (plan.scratch / "absent").read_text()
         raise AssertionError("not reached")
@@ -244,8 +244,8 @@ def test_reasons_name_no_folder_of_this_machine(plan: Plan) -> None:
 
 
 def test_sizes(tmp_path: Path) -> None:
-    assert Plan(tmp_path).pick(3, 1, 9) == 3
-    assert Plan(tmp_path, device="cuda").pick(3, 1, 9) == 9
-    assert Plan(tmp_path, device="cuda").pick(3, 1) == 3
-    assert Plan(tmp_path, device="cuda", smoke=True).pick(3, 1, 9) == 1
-    assert Plan(tmp_path).deadline == math.inf
+    assert BenchPlan(tmp_path).pick(3, 1, 9) == 3
+    assert BenchPlan(tmp_path, device="cuda").pick(3, 1, 9) == 9
+    assert BenchPlan(tmp_path, device="cuda").pick(3, 1) == 3
+    assert BenchPlan(tmp_path, device="cuda", smoke=True).pick(3, 1, 9) == 1
+    assert BenchPlan(tmp_path).deadline == math.inf

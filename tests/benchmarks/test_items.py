@@ -11,16 +11,16 @@ import torch
 
 from benchmarks import peers, texts
 from benchmarks.contenders import Absent
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from benchmarks.items import growth, loader
 from benchmarks.items.hellaswag import parts
-from benchmarks.peers import Shape, Task
+from benchmarks.peers import Shape, StepInputs
 from restomod.evals.tasks.registry import load_task
 
 
-def task(path: Path | None = None) -> Task:
+def task(path: Path | None = None) -> StepInputs:
     tokens = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
-    return Task(Shape(1, 2, 16, 32), tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), path)
+    return StepInputs(Shape(1, 2, 16, 32), tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), path)
 
 
 @pytest.mark.parametrize("make", [lambda t: peers.restomod(t, False), peers.transformers])
@@ -81,7 +81,7 @@ def test_a_checkout_of_something_else_is_absent(name: str, tmp_path: Path) -> No
 
 def test_made_up_questions_are_as_long_as_hellaswags(tmp_path: Path) -> None:
     """Words of HellaSwag's validation set: 38.0 in a context, 24.7 in an ending, on average."""
-    file, what = texts.hellaswag(Plan(tmp_path), 1000)
+    file, what = texts.hellaswag(BenchPlan(tmp_path), 1000)
     assert "random words" in what
     examples = load_task(f"hellaswag={file}", tmp_path).examples
     assert len(examples) == 1000
@@ -92,18 +92,18 @@ def test_made_up_questions_are_as_long_as_hellaswags(tmp_path: Path) -> None:
 def test_official_questions_are_taken_where_they_are(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     (tmp_path / texts.HELLASWAG).write_text("{}")
-    file, _ = texts.hellaswag(Plan(tmp_path, data=tmp_path), 5)
+    file, _ = texts.hellaswag(BenchPlan(tmp_path, data=tmp_path), 5)
     assert file == tmp_path / texts.HELLASWAG
 
 
 def test_text_of_a_corpus_or_of_python(tmp_path: Path) -> None:
-    found, what = texts.texts(Plan(tmp_path), 0.2)
+    found, what = texts.texts(BenchPlan(tmp_path), 0.2)
     assert sum(len(text.encode()) for text in found) >= 0.2e6
     assert "Python's standard library" in what
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "train-0.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "corpus" / "val.jsonl").write_text('{"text": "held out"}\n')
-    assert texts.texts(Plan(tmp_path, data=tmp_path), 1.0)[0] == ["one", "two"]
+    assert texts.texts(BenchPlan(tmp_path, data=tmp_path), 1.0)[0] == ["one", "two"]
 
 
 def test_many_points_become_medians() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plot, ratios, readme, reasons, records, table
+from benchmarks import plot, ratios, readme, records, table
+from benchmarks.ratios import Ratio
 from benchmarks.records import Item
-from benchmarks.stats import Ratio
 from benchmarks.table import NO_RIVALS
 from restomod.utils.errors import UserError
 from tests.benchmarks.made import ENVIRONMENT, SECONDS, SPEED, items
@@ -80,7 +80,7 @@ def test_who_is_ahead_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -
     other = dataclasses.replace(other, beside={"tokens/s": [50.0, 50.0, 50.0], "load": [3.96, 3.96, 3.96]})
     changed = dataclasses.replace(step, entries=[mine, other, gone])
     assert ratios.ahead(changed) == [("other", "tokens/s", ratios.NO_REASON)]
-    monkeypatch.setitem(reasons.REASONS, ("other", "tokens/s"), "it cheats")
+    monkeypatch.setitem(ratios.REASONS, ("other", "tokens/s"), "it cheats")
     assert "- **other is ahead** in tokens/s: it cheats" in table.section(Item("Step", [changed]))
     nearly = dataclasses.replace(other, beside={"tokens/s": [100.0, 90.0, 120.0], "load": [4.02, 4.02, 4.02]})
     assert ratios.ahead(dataclasses.replace(step, entries=[mine, nearly])) == [], "noise, and less than 2 %"

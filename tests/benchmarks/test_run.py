@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks import records, run
-from benchmarks.harness import Plan
+from benchmarks.harness import BenchPlan
 from benchmarks.records import Item
 
 ROOT = Path(run.__file__).parents[1]
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Plan]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, BenchPlan]:
     """Items that measure nothing, but `loss`, which fails; the plans that they were given."""
-    plans: dict[str, Plan] = {}
+    plans: dict[str, BenchPlan] = {}
 
     def module(name: str) -> types.SimpleNamespace:
-        def measure(plan: Plan) -> Item:
+        def measure(plan: BenchPlan) -> Item:
             plans[name] = plan
             (plan.scratch / "large").write_text("x")
             if name.endswith("loss"):
@@ -43,12 +43,12 @@ def test_every_item_has_a_file_and_a_time_on_every_device() -> None:
 
 
 def test_hours_are_asked_for() -> None:
-    assert "shakespeare" not in run.chosen(None, "cpu")
-    assert list(run.chosen("shakespeare,step", "cuda")) == ["step", "shakespeare"]
+    assert "shakespeare" not in run.chosen_items(None, "cpu")
+    assert list(run.chosen_items("shakespeare,step", "cuda")) == ["step", "shakespeare"]
 
 
 def test_a_failing_item_stops_no_other_and_what_others_measured_is_kept(
-    fake: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: dict[str, BenchPlan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records.write(tmp_path / "cpu.json", {"bench": Item("of benchmarks.gpu")})
     assert run.main(["--only", "step", "--out", str(tmp_path), "--device", "cpu"]) == 0
@@ -62,7 +62,7 @@ def test_a_failing_item_stops_no_other_and_what_others_measured_is_kept(
     assert not any(plan.scratch.exists() for plan in fake.values()), "what an item wrote is deleted after it"
 
 
-def test_time_is_shared_out_in_proportion(fake: dict[str, Plan], tmp_path: Path) -> None:
+def test_time_is_shared_out_in_proportion(fake: dict[str, BenchPlan], tmp_path: Path) -> None:
     import time
 
     start = time.monotonic()

@@ -191,7 +191,7 @@ QUICK_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "a head with its own weights": (_untied, "tied lm_head", "a copy"),
     "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied lm_head", "a copy"),
     "a head that is detached": (_head(torch.Tensor.detach), "tied lm_head", "gets no gradient"),
-    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied lm_head", "1 blocks, and"),
+    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied lm_head", "1 blocks, not 2"),
     "a loader with targets 0 ahead": (_load(0, 0), "targets", "0 ahead of its input, not 1"),
     "a loader with targets 2 ahead": (_load(0, 2), "targets", "2 ahead of its input, not 1"),
     "a loader with targets behind": (_load(0, -1), "targets", "-1 ahead of its input, not 1"),

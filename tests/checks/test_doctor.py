@@ -113,7 +113,8 @@ def test_every_check_that_asks_for_the_device_is_skipped_without(monkeypatch: py
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(tools, "_child", lambda *_: None)
     for name in (*NAMES, *SLOW_NAMES):
-        verdict = run_check(getattr(examine, name.replace(" ", "_")), this(device="cuda"))
+        function = {"attention": "attention_backends"}.get(name, name.replace(" ", "_"))
+        verdict = run_check(getattr(examine, function), this(device="cuda"))
         assert ("not available here" in verdict.reason) == (name == "device"), verdict
 
 

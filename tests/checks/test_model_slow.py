@@ -24,8 +24,8 @@ from restomod.checks.model_slow import (
     check,
     compiled_agreement,
     initial_weights,
+    memorises_batch,
     memory_bytes,
-    overfitting,
     own_source,
     precision_agreement,
     residual_stds,
@@ -217,10 +217,10 @@ def test_a_check_leaves_the_model_as_it_was(
 
 
 def test_only_the_last_check_changes_the_weights() -> None:
-    assert SLOW[-1] is overfitting
+    assert SLOW[-1] is memorises_batch
     subject = make_subject()
     before = state_of(subject.model)
-    overfitting(subject)
+    memorises_batch(subject)
     assert state_of(subject.model) != before
 
 
@@ -476,7 +476,7 @@ def steps(verdict: CheckResult) -> int:
 
 def test_overfitting_stops_as_soon_as_the_text_is_known() -> None:
     subject = make_subject()
-    verdict = overfitting(subject)
+    verdict = memorises_batch(subject)
     assert verdict.status == "pass"
     assert 10 < steps(verdict) < 60
     tokens, targets = (x[:1] for x in subject.few_tokens())
@@ -489,7 +489,7 @@ def test_overfitting_stops_as_soon_as_the_text_is_known() -> None:
 def test_overfitting_takes_up_to_64_tokens_in_any_precision(T: int, n: int) -> None:
     model = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=T, vocab_size=97)
     subject = make_subject(model=model, sequence_length=T, batch_tokens=T, dtype=torch.bfloat16)
-    verdict = overfitting(subject)
+    verdict = memorises_batch(subject)
     assert verdict.reason.startswith(f"{n} tokens: loss 4.")
     assert verdict.status == "pass"
 
@@ -500,12 +500,12 @@ def test_windows_that_begin_alike_and_go_on_differently_can_be_learned() -> None
     model = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=1, vocab_size=97)
     subject = make_subject(model=model, sequence_length=1, batch_tokens=1, text=text)
     assert [x.tolist() for x in subject.few_tokens()] == [[[7], [7]], [[1], [2]]]
-    assert overfitting(subject).status == "pass"
+    assert memorises_batch(subject).status == "pass"
 
 
 def test_a_deep_and_narrow_model_does_not_stumble() -> None:
     model = ModelConfig(n_layer=24, n_head=2, n_embd=64, n_positions=64, vocab_size=97)
-    verdict = overfitting(make_subject(model=model, sequence_length=64, batch_tokens=64))
+    verdict = memorises_batch(make_subject(model=model, sequence_length=64, batch_tokens=64))
     assert verdict.status == "pass"
     assert steps(verdict) < 70
 
@@ -518,20 +518,20 @@ def test_where_memory_is_too_small_training_is_not_tried(
     needed = 16 * sum(p.numel() for p in subject.model.parameters())  # weight, gradient, two moments: 4 bytes each
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: needed - short)
     before = state_of(subject.model)
-    verdict = overfitting(subject)
+    verdict = memorises_batch(subject)
     assert verdict.status == status
     assert (state_of(subject.model) == before) == (status == "skip")
 
 
 def test_where_the_memory_is_unknown_training_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: None)
-    assert overfitting(make_subject()).status == "pass"
+    assert memorises_batch(make_subject()).status == "pass"
 
 
 def test_a_model_too_large_is_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9)
     monkeypatch.setattr(check_module, "memory_bytes", lambda device: 8 * 10**9)
-    assert overfitting(make_subject()).reason == "training takes 9 GB, and this device has 8"
+    assert memorises_batch(make_subject()).reason == "training takes 9 GB, and this device has 8"
 
 
 def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

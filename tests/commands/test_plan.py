@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,44 +59,3 @@ def test_this_machine_is_measured(here: Path, capsys: pytest.CaptureFixture[str]
     assert plan["dollars"] == pytest.approx(plan["seconds"] / 3600 * 2)
     assert measured["micro_batch_seconds"] > 0
     assert measured["update_seconds"] > 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--gpu", "a100", "--gpus", "3"], "cannot be shared evenly by 3 processes"),
-        (["--gpu", "a100", "--gpus", "0"], "--gpus is 0; it must be at least 1"),
-        (["--gpu", "a100", "--price", "-1"], "--price is -1.0; it must be 0 or more"),
-        (["--gpu", "a100", "--price", "nan"], "--price is nan; it must be 0 or more"),
-        (["--gpu", "a100", "--device", "cpu"], "--gpu a100 and --device cpu exclude each other"),
-        (["--price", "1"], "add --gpu, for example --gpu a100"),
-        (["--measure", "--gpu", "a100"], "leave --gpu and --gpus out"),
-        (["--measure", "--json", "no/p.json"], "no/p.json: there is no folder no"),
-        (["--offers", "none.toml"], "none.toml: cannot read the offers"),
-        (["--gpu", "a100", "--json", "."], ". is a folder; name a file"),
-        (["--stepz", "3"], "did you mean --steps?"),
-    ],
-)
-def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
-    assert main(["plan", "gpt2-124m", *flags]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("restomod: error: ")
-    assert shown.err.count("\n") == 1
-    assert said in shown.err
-    assert os.listdir(here) == []
-
-
-def test_without_a_preset_it_says_how(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan"]) == 2
-    assert "usage: restomod plan PRESET" in capsys.readouterr().out
-    assert main(["plan", "--help"]) == 0
-    assert main(["plan", "--gpu", "a100"]) == 2
-    assert "name a preset first: restomod plan PRESET --gpu a100" in capsys.readouterr().err
-
-
-def test_planning_needs_no_torch(here: Path) -> None:
-    plan = "main(['plan', 'gpt2-124m', '--gpu', 'a100', '--json', 'p.json'])"
-    code = f"from restomod.cli import main\nassert {plan} == 0\nimport sys\nassert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

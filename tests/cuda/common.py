@@ -20,9 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from restomod.checks.model_quick import loss_gradients
 from restomod.config.presets import preset
 from restomod.config.run import ModelConfig, OptimConfig, RunConfig
-from restomod.data.batches import Batches
+from restomod.data.batches import Batches, MicroBatches
 from restomod.data.dataset import TokenStream
-from restomod.data.prefetch import MicroBatches
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.device import compile_module
 from restomod.engine.distributed import SINGLE

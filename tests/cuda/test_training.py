@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.config.run import OptimConfig
-from restomod.data.prefetch import Prefetch
+from restomod.data.batches import Prefetch
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.optimizers.muon import Muon

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from restomod.data import documents, readers, streams, tokenize
+from restomod.data import documents, readers, streams
+from restomod.data.prepare import worker
 
 
 @contextlib.contextmanager
@@ -18,6 +19,6 @@ def tiny_pieces(read_bytes: int = 11, piece: int = 30) -> Iterator[None]:
         patch.setattr(readers, "READ_BYTES", read_bytes)
         patch.setattr(readers, "LONG_TEXT", 0)
         patch.setattr(documents, "PIECE_CHARACTERS", piece)
-        patch.setattr(tokenize, "PIECE_CHARACTERS", piece)
-        patch.setattr(tokenize, "COPY_TOKENS", 70)
+        patch.setattr(worker, "PIECE_CHARACTERS", piece)
+        patch.setattr(worker, "COPY_TOKENS", 70)
         yield

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data.dataset import ShardWriter, TokenStream, open_dataset, open_shard, write_shard
-from restomod.data.published import open_published
+from restomod.data.dataset import ShardWriter, TokenStream, open_dataset, open_published, open_shard, write_shard
 from restomod.utils.errors import UserError
 from tests.properties import examples
 

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restomod.data import documents as module
-from restomod.data.bulk import BulkEncoder
-from restomod.data.documents import Document, LongDocument, can_cut, kind, pieces, split_hash
-from restomod.data.tokenize import document_batches, encoded
+from restomod.data.bulk_encoder import BulkEncoder
+from restomod.data.documents import Document, LongDocument, can_cut, character_class, pieces, split_hash
+from restomod.data.prepare.worker import document_batches, encoded
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.utils.errors import UserError
-from tests.data.test_bulk import TRICKY
+from tests.data.test_bulk_encoder import TRICKY
 from tests.properties import examples
 
 AT_CUTS = [
@@ -99,7 +99,7 @@ def test_any_usual_text_is_cut_into_pieces_of_the_size_that_is_asked_for(text: s
 @pytest.mark.slow
 def test_every_character_is_of_the_class_that_tiktoken_takes_it_for(tiktoken_gpt2: tiktoken.Encoding) -> None:
     encode = tiktoken_gpt2.encode_ordinary
-    certain = [c for c in map(chr, range(0x110000)) if not 0xD800 <= ord(c) < 0xE000 and kind(c)]
+    certain = [c for c in map(chr, range(0x110000)) if not 0xD800 <= ord(c) < 0xE000 and character_class(c)]
     assert len(certain) > 90_000
     for character in certain:
         for other in "sé中7½!'—🔥 \n\r":
@@ -138,7 +138,7 @@ def long(text: str, *later: str) -> LongDocument:
 
 
 def test_long_documents_come_by_themselves_and_short_ones_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.data.tokenize.PIECE_CHARACTERS", 10)
+    monkeypatch.setattr("restomod.data.prepare.worker.PIECE_CHARACTERS", 10)
     documents = [Document("", "a"), Document("", "b"), long("c"), long("d"), Document("", "e" * 11), Document("", "f")]
     assert list(document_batches(documents)) == [documents[:2], *([d] for d in documents[2:5]), documents[5:]]
 
@@ -152,8 +152,8 @@ def test_documents_are_encoded_in_order_with_their_hashes(
     documents = [long(text) if i % 7 == 3 else Document("", text) for i, text in enumerate(texts)]
     hashes = [split_hash([text], seed=4) for text in texts]
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 50)
-    monkeypatch.setattr("restomod.data.tokenize.PIECE_CHARACTERS", 50)
-    monkeypatch.setattr("restomod.data.tokenize.BATCH_CHARACTERS", 60)
+    monkeypatch.setattr("restomod.data.prepare.worker.PIECE_CHARACTERS", 50)
+    monkeypatch.setattr("restomod.data.prepare.worker.BATCH_CHARACTERS", 60)
     found = encoded(documents, BulkEncoder(gpt2_tokenizer()), 4, hashes if known else None)
     counts = []
     for text, expected, (h, parts) in zip(texts, hashes, found, strict=True):

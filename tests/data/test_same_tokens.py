@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from restomod.data import same_tokens
-from restomod.data.dataset import MANIFEST, Dataset, ShardWriter, open_dataset, write_shard
-from restomod.data.mix import mix
-from restomod.data.published import open_published
+from restomod.data.dataset import MANIFEST, Dataset, ShardWriter, mix, open_dataset, open_published, write_shard
 from restomod.data.same_tokens import token_difference, with_hashes
 from restomod.utils.files import write_json_atomically
 

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 
 import restomod.engine.step as step_module
 from restomod.config.run import RunConfig
-from restomod.data.batches import Batches
-from restomod.data.prefetch import Prefetch
+from restomod.data.batches import Batches, Prefetch
 from restomod.engine.signals import StopSignal
 from restomod.runs import async_saver as saver_module
 from restomod.runs import folder as run_module

@@ -17,7 +17,7 @@ from restomod.checks.device_parity import random_model
 from restomod.cli import main
 from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.scoring import ACCURACIES
 from restomod.evals.suite import EvalRequest, evaluate_model, run_eval

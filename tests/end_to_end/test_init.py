@@ -20,7 +20,7 @@ from restomod.checks.device_parity import random_model
 from restomod.cli import main
 from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from restomod.config.serialize import read_config
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.model.hf_io import save_model
 from restomod.runs.checkpoint import list_checkpoints

@@ -12,11 +12,9 @@ import pytest
 
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig, RunConfig
-from restomod.data.dataset import write_shard
-from restomod.data.mix import mix
+from restomod.data.dataset import mix, open_tokens, write_shard
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.reading import told
-from restomod.data.tokenize import open_tokens
+from restomod.data.read_counts import summary_rows
 from restomod.evals.validation import validation_loss
 from restomod.runs.metrics import read_jsonl
 from restomod.train.console_lines import run_summary
@@ -115,6 +113,6 @@ def test_what_the_text_of_its_folders_was_is_told(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(content * 9)
         prepare_folder((str(tmp_path / f"{name}.txt"),), PrepareConfig(), tmp_path / name, 1)
     parts = [(open_tokens(tmp_path / name, "sizes"), Fraction(1, 3)) for name in "abc"]
-    said = dict(told(mix(parts).manifest))
+    said = dict(summary_rows(mix(parts).manifest))
     assert said["read"].startswith("3 files as plain text (.txt, ")
     assert said["warning"].startswith("the text holds <|endoftext|> 18 times as characters")

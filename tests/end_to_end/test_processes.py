@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from restomod.cli import main
 from restomod.config.run import Parallel, RunConfig
 from restomod.data.batches import Batches
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import SampleRecord, read_jsonl

@@ -11,7 +11,7 @@ import pytest
 
 from restomod.analysis.report.examine import analyse_errors
 from restomod.config.run import RunConfig
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.runs.folder import RunFolder, reopen_run
 from restomod.runs.reader import open_run

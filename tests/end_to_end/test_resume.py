@@ -176,13 +176,13 @@ def test_a_signal_while_text_is_prepared_leaves_nothing_behind(
 ) -> None:
     slow = """
 import sys, time
-from restomod.data import tokenize
-encoded = tokenize.encoded
+from restomod.data.prepare import worker
+encoded = worker.encoded
 def waiting(*arguments):
     yield next(encoded(*arguments))
     open("began", "w").close()
     time.sleep(60)
-tokenize.encoded = waiting
+worker.encoded = waiting
 from restomod.cli import main
 sys.exit(main())
 """

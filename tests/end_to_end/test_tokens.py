@@ -15,8 +15,8 @@ import torch
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig, RunConfig
 from restomod.data.batches import Batches, permute
+from restomod.data.dataset import open_tokens
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.tokenize import open_tokens
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from restomod.utils.console import Display

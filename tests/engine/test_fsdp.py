@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from restomod.config.run import ModelConfig, Parallel
-from restomod.data.prefetch import MicroBatches
+from restomod.data.batches import MicroBatches
 from restomod.engine.distributed import SINGLE, Processes, compiled_parts, distribute, synchronised
 from restomod.engine.gather import gather_full_model, gather_model_on_main, gather_on_main
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors

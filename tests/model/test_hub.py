@@ -20,7 +20,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-from restomod.model.hub import download_model, hub_name
+from restomod.model.hf_io import download_model, hub_name
 from restomod.utils import hub as module
 from restomod.utils.errors import UserError
 from tests.hub import Hub, etag

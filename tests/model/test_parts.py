@@ -18,11 +18,13 @@ from restomod.checks.device_parity import random_model
 from restomod.config import model as config_model
 from restomod.config.model import Activation, ModelConfig, Norm
 from restomod.config.run import OptimConfig
+from restomod.engine.memory import activation_bytes
 from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.flops import embedding_parameters, flops_per_token, padded_parameters, parameter_count
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import load_model, read_model_config, save_model
+from tests.engine.test_memory import a_run, saved_bytes
 from tests.models import CPU, random_tokens
 
 
@@ -99,6 +101,12 @@ def test_a_new_part_has_its_own_initial_values(config: ModelConfig) -> None:
         elif name.endswith(".ln_1.weight"):
             assert (parameter == 1).all()
     assert model.transformer.h[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_autograd_saves_of_a_new_part_is_estimated(config: ModelConfig, dtype: torch.dtype, itemsize: int) -> None:
+    saved = saved_bytes(build_model(config, 0, CPU), 32, dtype) - 4 * config.padded_vocab_size * config.n_embd
+    assert activation_bytes(a_run(config, 32), 2 * 32, itemsize, "cpu") == pytest.approx(saved, rel=0.03)
 
 
 def test_a_part_without_initial_values_is_named(add_part: Any) -> None:

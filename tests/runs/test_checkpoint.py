@@ -15,9 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
 from restomod.config.run import ModelConfig
@@ -162,19 +160,6 @@ def test_another_models_checkpoint_is_refused(folder: Path) -> None:
 
 
 # --- damage --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_state_that_torchs_distributed_checkpoint_wrote_is_read(folder: Path, saved: tuple[Trainee, Path]) -> None:
-    """Its safetensors format, in which checkpoints used to be."""
-    state = folder / module.STATE
-    (state / module.OPTIMIZER).unlink()
-    tensors = optimizer_tensors(saved[0].model, saved[0].optimizer)
-    writer = HuggingFaceStorageWriter(str(state), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-    other = make_trainee(seed=2)
-    module.load_optimizer(folder, other.model, other.optimizer)
-    assert_identical(optimizer_tensors(other.model, other.optimizer), tensors)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +343,7 @@ def test_a_file_that_cannot_be_written_whole_is_a_users_error(limit: int, tmp_pa
 
 
 def test_what_a_killed_save_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
-    stale = folder.with_name(".step_000004.tmp")
+    stale = folder.with_name(".restomod.0123456789abcdef.tmp")
     (stale / "training_state").mkdir(parents=True)
     (stale / "training_state" / "stale.safetensors").write_bytes(b"half a file")
     assert list_checkpoints(tmp_path) == [folder]

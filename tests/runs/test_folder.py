@@ -279,59 +279,6 @@ def test_a_file_of_this_version_that_lacks_any_field_is_refused_by_name(folder: 
         read_config(folder)
 
 
-OLDEST: dict[str, Any] = {  # as the first release wrote it
-    "steps": 100,
-    "batch_tokens": 256,
-    "sequence_length": 16,
-    "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 50257},
-    "data": {
-        "source": "text",
-        "path": "x.txt",
-        "glob": "**/*",
-        "val_fraction": 0.05,
-        "split_seed": 0,
-        "cache": "data",
-    },
-    "optim": {
-        "lr": 0.001,
-        "min_lr_ratio": 0.1,
-        "warmup_steps": 10,
-        "betas": [0.9, 0.95],
-        "eps": 1e-08,
-        "weight_decay": 0.1,
-        "grad_clip": 1.0,
-    },
-    "sampling": {"prompts": [""], "max_tokens": 64, "temperature": 0.8, "top_k": 50},
-    "micro_batch": None,
-    "target_loss": None,
-    "eval_every": 250,
-    "eval_tokens": None,
-    "sample_every": 250,
-    "save_every": 250,
-    "keep_checkpoints": 2,
-    "seed": 1337,
-    "device": "auto",
-    "precision": "auto",
-    "compile": True,
-}
-
-
-def test_a_file_from_before_there_were_versions_lacks_only_what_did_not_exist_then(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(OLDEST))
-    config = read_config(folder)
-    assert (config.compile, config.save_every_minutes, config.model.mlp) == ("on", None, "gelu")
-    assert (config.optim.lr, config.optim.optimizer, config.on_spike) == (0.001, "adamw", "rollback")
-    for name in paths(OLDEST):
-        path.write_text(json.dumps(without(OLDEST, name)))
-        with pytest.raises(UserError, match=rf"missing (.*, )?{re.escape(name)}\b"):
-            read_config(folder)
-    later = OLDEST | {"residual_dtype": "fp32"}  # which came last, so all that came before has to be there
-    path.write_text(json.dumps(later))
-    with pytest.raises(UserError, match=r"missing .*optim\.muon_lr"):
-        read_config(folder)
-
-
 @pytest.mark.parametrize("version", [2, "1", None, -1])
 def test_an_unknown_version_is_refused(version: Any, folder: Path) -> None:
     path = folder / "config.json"

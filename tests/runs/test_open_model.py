@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -15,8 +16,11 @@ from restomod.config.presets import PRESETS, preset
 from restomod.config.run import ModelConfig
 from restomod.model.gpt import GPT, build_model
 from restomod.runs import open_model as module
+from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.open_model import find_model, open_model, open_or_build
+from restomod.utils import verified
 from restomod.utils.errors import UserError
+from restomod.utils.files import sha256_file
 from tests.models import CPU, to_transformers
 from tests.trainee import Trainee, make_trainee, save_checkpoint
 
@@ -104,6 +108,41 @@ def test_an_altered_checkpoint_is_refused_by_the_files_name(trainee: Trainee, na
     (folder / name).write_bytes(content)
     said = refusal("mine" if as_run else str(folder))
     assert said.startswith(f"{folder / name} is damaged: its SHA-256 is not the one recorded")
+
+
+def test_a_checkpoint_is_read_once_and_again_only_where_a_file_has_changed(
+    trainee: Trainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(verified, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(verified, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    save(trainee, "mine", 5)
+    folder = save(trainee, "mine", 6)
+    find_model("mine")
+    assert {"model.safetensors", "config.json"} < set(read)
+    assert "optimizer.safetensors" not in read
+    read.clear()
+    find_model("mine")
+    assert read == []
+    weights = folder / "model.safetensors"
+    time = weights.stat().st_mtime_ns
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(time, time))
+    assert refusal("mine").startswith(f"{weights} is damaged")
+    assert read == ["model.safetensors"]
+
+
+def test_a_damaged_optimizer_state_stops_a_resume_and_no_sample(trainee: Trainee) -> None:
+    folder = save(trainee, "mine", 6)
+    state = folder / "training_state/optimizer.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    assert find_model("mine") == folder
+    with pytest.raises(UserError, match=f"{state} is damaged"):
+        verify_checkpoint(folder)
 
 
 @pytest.mark.parametrize("gone", ["COMPLETE", "model.safetensors", "training_state/state.json"])

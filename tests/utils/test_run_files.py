@@ -17,9 +17,8 @@ import pytest
 from restomod.cli import main
 from restomod.model.hf_format import family_of
 from restomod.model.hf_io import read_model_config
-from restomod.runs.checkpoint import COMPLETE, newest_usable, verify_checkpoint
+from restomod.runs.checkpoint import COMPLETE, newest_usable, require_shape, verify_checkpoint
 from restomod.runs.open_model import find_model
-from restomod.runs.saved_tensors import require_shape
 from restomod.utils.errors import UserError
 from restomod.utils.files import sha256_file
 from restomod.utils.run_files import CHECKPOINTS, EVALUATIONS, RUN_FILES

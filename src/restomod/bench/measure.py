@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from restomod.config.run import RunConfig
-from restomod.data.prefetch import MicroBatches, Prefetch
+from restomod.data.batches import MicroBatches, Prefetch
 from restomod.engine.device import synchronize
 from restomod.engine.distributed import Processes
 from restomod.engine.optimizer import Optimizers

@@ -13,10 +13,9 @@ from restomod.bench.measure import Steps, measure
 from restomod.bench.report import Report
 from restomod.config.model import VOCAB_SIZE
 from restomod.config.run import RunConfig
-from restomod.data.batches import Batches
+from restomod.data.batches import Batches, Prefetch
 from restomod.data.dataset import TokenStream
-from restomod.data.prefetch import Prefetch
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import choose_device, describe_device, dtype_name
 from restomod.engine.distributed import Processes, join_processes

@@ -177,9 +177,7 @@ def tied_lm_head(subject: CheckedModel) -> CheckResult:
     embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
     blocks, expected = len(model.transformer.h), parameter_count(config)
     if blocks != config.n_layer:
-        return CheckResult(
-            "tied lm_head", "fail", f"the model has {blocks} blocks, and its configuration {config.n_layer}"
-        )
+        return CheckResult("tied lm_head", "fail", f"the model has {blocks} blocks, not {config.n_layer}")
     if not config.tied:
         return CheckResult("tied lm_head", "skip", f"untied lm_head; {expected:,} parameters")
     if model.head is not embedding:

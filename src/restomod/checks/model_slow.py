@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from restomod.checks.model_quick import LOSS_TOLERANCE, QUICK, CheckedModel, loss_gradients
-from restomod.config.run import DataConfig, Device, OptimConfig, Optimizer, Precision
+from restomod.config.run import Device, OptimConfig, Optimizer, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
-from restomod.data.sources import documents
+from restomod.data.find_files import find_files
+from restomod.data.readers import read_documents
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import autocast, choose_device, choose_dtype
 from restomod.engine.loss import linear_cross_entropy
@@ -60,8 +61,8 @@ def check(name: str, seed: int, device: Device, precision: Precision) -> Iterato
 
 def own_source(vocab_size: int) -> TokenStream:
     """Tokens of this package's source code: a text that every installation has."""
-    config = DataConfig(source="text", path=str(Path(__file__).parent.parent), glob="**/*.py")
-    texts = ("".join(document.parts()) for document in documents(config))
+    files = find_files(Path(__file__).parent.parent, "**/*.py")
+    texts = ("".join(document.parts()) for file in files for document in read_documents(file))
     tokens = np.concatenate([gpt2_tokenizer().encode(text) for text in texts])
     return TokenStream([tokens % vocab_size if vocab_size < 2**16 else tokens])
 

@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     """Print the overview. Returns 0."""
     parsed = parse(DataArguments, arguments, "restomod data")
 
-    from restomod.data.summary import overview
+    from restomod.data.overview import overview
 
     for line in overview(Path(parsed.folder), parsed.verify):
         print(line)

@@ -1,4 +1,4 @@
-"""The shape of a model and its parts; what checks of all configurations share."""
+"""`ModelConfig`: the architecture of a model; range checks and divisors that all configurations use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 from restomod.utils.errors import UserError, shortened
 
-LARGEST = 2**40  # of any size or number of steps: beyond, it is a slip, and divisors would be looked for for ever
-LARGEST_OF_MODEL = {  # far beyond any model that was built: layers would be made for ever
+LARGEST = 2**40  # largest size or number of steps: beyond it is a typing error, and finding divisors takes for ever
+LARGEST_OF_MODEL = {  # far beyond any model that was built
     "n_layer": 4096,
     "n_head": 65_536,
     "n_embd": 2**20,
@@ -19,8 +19,8 @@ LARGEST_OF_MODEL = {  # far beyond any model that was built: layers would be mad
     "head_dim": 2**20,
 }
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
-# up to so many tokens attention in half precision is plain products on a CPU: the backward pass of torch's fused
-# kernel takes twice to four times as long as these
+# longest context for which attention in half precision on a CPU is computed by plain matmuls: the backward pass of
+# torch's fused kernel takes two to four times as long
 PLAIN_ATTENTION_TOKENS = 256
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -43,47 +43,48 @@ def require_size(name: str, value: int | None, least: int = 1, most: int = LARGE
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, and its parts: GPT-2's by default."""
+    """Architecture of a model; the defaults are GPT-2 124M's."""
 
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12
-    """Attention heads per block; divides n_embd, unless head_dim is given."""
+    """Attention heads per block. Must divide n_embd unless head_dim is given."""
     n_embd: int = 768
     """Width of the residual stream."""
     n_positions: int = 1024
-    """Longest context the position embeddings cover, in tokens."""
+    """Maximum context length, in tokens."""
     vocab_size: int = VOCAB_SIZE
-    """Tokens in the vocabulary; 50257 for GPT-2's."""
+    """Vocabulary size; 50257 for GPT-2's tokenizer."""
     norm: Norm = "layernorm"
-    """What the residual stream goes through before every part and at the end."""
+    """Normalization before attention, before the MLP and before lm_head."""
     positions: Positions = "learned"
-    """learned: an embedding of each position; rope: queries and keys are turned by their position."""
+    """Position encoding. learned: a learned embedding per position; rope: rotary embedding of queries and keys."""
     rope_theta: float = 10000.0
-    """The base of rope's angles."""
+    """Base of the rotary embedding's frequencies; used with positions rope."""
     mlp: Activation = "gelu"
-    """The MLP's activation. gelu: by tanh, GPT-2's; relu2: relu(x)²; swiglu: a SiLU gate, which has a matrix more."""
+    """Activation of the MLP. gelu: GELU with the tanh approximation, as GPT-2; relu2: relu(x)²; swiglu: gated by SiLU,
+    with a third matrix."""
     n_inner: int | None = None
-    """Units of the MLP. None: 4 n_embd; of swiglu 8/3 n_embd, rounded up to a multiple of 64: as many parameters."""
+    """Hidden size of the MLP. None: 4 n_embd; for swiglu 8/3 n_embd rounded up to a multiple of 64, which has about
+    as many parameters."""
     head_dim: int | None = None
-    """Width of a head. None: n_embd / n_head."""
+    """Channels per attention head. None: n_embd / n_head."""
     qk_norm: bool = False
-    """Give every head's queries and keys an RMS norm."""
+    """RMS-normalize the queries and keys of every head."""
     bias: bool = True
-    """Linear layers and layer norms have biases."""
+    """Use biases in linear layers and layer norms."""
     tied: bool = True
-    """The head is the token embedding."""
+    """Tie lm_head to the token embedding; otherwise lm_head is an untied matrix."""
     zero_init_projections: bool = False
-    """What adds to the residual stream begins at zero, so that every block begins as the identity."""
-
+    """Initialise the output projections of attention and MLP to zero, so that every block starts as the identity."""
     softcap: float | None = None
-    """Logits z become softcap * tanh(z / softcap). None: they stay."""
+    """Soft-cap the logits z: softcap * tanh(z / softcap). None: no cap."""
     embedding_norm: bool = False
-    """Give the embeddings an RMS norm before the first block."""
+    """RMS-normalize the token embedding before the first block."""
     embedding_skip: bool = False
-    """Every block is given the embeddings again, as much of each number as it learns to use."""
+    """Add a learned per-channel residual from the embedding to the input of every block."""
     value_embedding: bool = False
-    """Tokens have a second embedding, of which every block adds to its values as much as it learns to use."""
+    """Add a second token embedding to the attention values of every block, with a learned scale."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST_OF_MODEL.items():
@@ -95,7 +96,7 @@ class ModelConfig:
             )
         require(
             self.positions != "rope" or self.head_size % 2 == 0,
-            f"heads of {self.head_size} numbers cannot be turned in pairs; model.positions rope needs an even number",
+            f"model.positions rope needs an even number of channels per head, and there are {self.head_size}",
         )
         require(
             self.softcap is None or 0 < self.softcap < math.inf, f"model.softcap is {self.softcap}; it must be above 0"
@@ -104,7 +105,7 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """Width of a head."""
+        """Channels per attention head."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
@@ -114,7 +115,7 @@ class ModelConfig:
 
     @property
     def inner_size(self) -> int:
-        """I, hidden units of the MLP."""
+        """I, hidden size of the MLP."""
         if self.n_inner is not None:
             return self.n_inner
         return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.gated else 4 * self.n_embd

@@ -1,4 +1,4 @@
-"""How `restomod prepare` works: as `restomod.config.run`, for what is not part of a run."""
+"""`PrepareConfig` and `SlurmConfig`: settings of the command `prepare`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ Engine = Literal["local", "ray", "slurm"]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How `restomod prepare` reads text and cuts it into splits and shards."""
+    """How text is read, split and cut into shards."""
 
     glob: str = "**/*"
-    """Which files of a folder to read. Links are followed; hidden files are left out."""
+    """Which files of a folder to read. Links are followed; hidden files are skipped."""
     text_column: str = "text"
-    """The field of JSON, or column of CSV and Parquet files, that holds the text."""
+    """Field of JSON files, or column of CSV and Parquet files, that holds the text."""
     separator: str | None = None
-    """Split plain text files into documents where this stands, such as '<|endoftext|>'. The newlines around it
-    belong to neither. Without it, a plain text file is one document."""
+    """Text that separates the documents of a plain text file, such as '<|endoftext|>'. Newlines around it are
+    dropped. None: a plain text file is one document."""
     val_fraction: float = 0.01
-    """Share of the documents held out for validation, chosen by their hash (0: none)."""
+    """Fraction of the documents held out for validation, chosen by the hash of their text (0: none). Of a single
+    document, its last part is held out."""
     split_seed: int = 0
-    """Chooses which documents are held out."""
+    """Seed that chooses which documents are held out."""
     hub_config: str | None = None
-    """Configuration of a dataset on the hub; for fineweb-edu sample-10BT if none is named."""
+    """Configuration of a dataset on the Hugging Face hub. None: its default; for fineweb and
+    fineweb-edu sample-10BT."""
     hub_split: str = "train"
-    """Split of a dataset on the hub. Validation documents are taken from it by hash."""
+    """Split of a dataset on the hub. Validation documents are taken from the same split."""
     hub_revision: str = "main"
     """Branch, tag or commit of a dataset on the hub."""
     keep_downloads: bool = False
-    """Keep what is downloaded from the hub in its client's cache; else it is deleted as soon as it is tokenized."""
+    """Keep downloads in the hub client's cache; otherwise each file is deleted once it is tokenized."""
     dedup: bool = False
-    """Leave out documents whose text has occurred before."""
+    """Drop documents whose text is identical to that of an earlier document."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard file, at most."""
+    """Maximum number of tokens per shard file."""
 
     def __post_init__(self) -> None:
         if self.separator == "":
@@ -51,14 +53,14 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What `restomod prepare --engine slurm` asks of the cluster, for each unit of work."""
+    """Slurm options for each unit of work; used with --engine slurm."""
 
     slurm_partition: str | None = None
-    """With --engine slurm: the partition; without one, the cluster's default."""
+    """Slurm partition. None: the cluster's default."""
     slurm_time: str | None = None
-    """With --engine slurm: time limit of a unit of work, such as 2:00:00; without one, the partition's."""
+    """Slurm time limit of a unit of work, such as 2:00:00. None: the partition's default."""
     slurm_mem_gb: int = 2
-    """With --engine slurm: memory for a unit of work, in GB."""
+    """Slurm memory for a unit of work, in GB."""
 
     def __post_init__(self) -> None:
         if self.slurm_mem_gb < 1:

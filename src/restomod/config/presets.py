@@ -1,4 +1,4 @@
-"""Named complete runs. A preset is a function that returns one; only what differs from the defaults is said."""
+"""Presets: functions that return a complete `RunConfig` and name only what differs from the defaults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quickstart() -> RunConfig:
 
 
 def tinyshakespeare() -> RunConfig:
-    """GPT-2 124M learns TinyShakespeare by heart: training loss below 0.09, as in the public reproduction."""
+    """GPT-2 124M memorises TinyShakespeare: training loss below 0.09, as in the public reproduction."""
     return RunConfig(
         data=DataConfig(source="tinyshakespeare", val_fraction=0.0),  # all 338,025 tokens are trained on
         optim=OptimConfig(lr=6e-4, warmup_steps=100),
@@ -63,46 +63,46 @@ def gpt2_1558m() -> RunConfig:
 
 
 def llama_124m() -> RunConfig:
-    """Llama's parts at GPT-2's size, two epochs at three times the rate, as in public; on your text (--data.path)."""
+    """Llama's architecture at GPT-2 124M's size: 20B tokens at 3x the learning rate, on your own text (--data.path)."""
     return llama_of(12)
 
 
 def modern_124m() -> RunConfig:
-    """Qwen3's parts at GPT-2's size, trained with Muon: less loss per token; on your own text (--data.path)."""
+    """Qwen3's architecture at GPT-2 124M's size, trained with Muon, on your own text (--data.path)."""
     return modern_of(12)
 
 
 def speedrun_124m() -> RunConfig:
-    """The least loss per token that this model file has, with a second embedding; only this package loads it."""
+    """Lowest loss per token: modern-124m with relu², untied lm_head, value embeddings; only this package loads it."""
     return speedrun_of(12)
 
 
 def shape_of(layers: int) -> ModelConfig:
-    """GPT-2's parts with heads of 64 and 64 of width for each layer: with 12 layers GPT-2 124M."""
+    """GPT-2's architecture with one head of 64 channels per layer: GPT-2 124M with 12 layers."""
     return ModelConfig(n_layer=layers, n_head=layers, n_embd=64 * layers)
 
 
 def gpt2_of(layers: int) -> RunConfig:
-    """`gpt2-124m` at another size; AdamW's rate goes with 1 / width, as in table 2.1 of the GPT-3 paper."""
+    """`gpt2-124m` with another number of layers; AdamW's rate is scaled by 1 / n_embd (GPT-3 paper, table 2.1)."""
     return _gpt2(shape_of(layers), lr=6e-4 * 12 / layers, batch_tokens=2**19)
 
 
 def llama_of(layers: int) -> RunConfig:
-    """`llama-124m` at another size. Source: PersonalRec/reproduce-gpt2, results/050226, a run of 20B tokens."""
+    """`llama-124m` with another number of layers. Source: PersonalRec/reproduce-gpt2, results/050226, 20B tokens."""
     gpt2 = gpt2_of(layers)
     optim = dataclasses.replace(gpt2.optim, lr=3 * gpt2.optim.lr, warmup_steps=285)
     return dataclasses.replace(gpt2, model=llama_parts(gpt2.model), optim=optim, steps=2 * gpt2.steps)
 
 
 def modern_of(layers: int) -> RunConfig:
-    """`modern-124m` at another size: Muon's updates, and so the rates, do not depend on the width."""
+    """`modern-124m` with another number of layers: Muon's learning rate does not depend on n_embd."""
     gpt2 = gpt2_of(layers)
     model = dataclasses.replace(llama_parts(gpt2.model), qk_norm=True, zero_init_projections=True)
     return dataclasses.replace(gpt2, model=model, optim=muon_recipe(warmup_steps=100))
 
 
 def speedrun_of(layers: int) -> RunConfig:
-    """`speedrun-124m` at another size."""
+    """`speedrun-124m` with another number of layers."""
     modern = modern_of(layers)
     model = dataclasses.replace(
         modern.model,
@@ -117,12 +117,12 @@ def speedrun_of(layers: int) -> RunConfig:
 
 
 def llama_parts(model: ModelConfig) -> ModelConfig:
-    """The same shape with Llama's parts."""
+    """Replace the parts of ``model`` by Llama's; the shape stays."""
     return dataclasses.replace(model, norm="rmsnorm", positions="rope", mlp="swiglu", bias=False)
 
 
 def muon_recipe(warmup_steps: int) -> OptimConfig:
-    """Muon, and AdamW at a higher rate than it could have for all parameters; a long linear cooldown."""
+    """Muon with AdamW at a higher learning rate than AdamW alone could have; linear decay over the second half."""
     return OptimConfig(
         optimizer="muon",
         muon_lr=0.02,
@@ -137,7 +137,7 @@ def muon_recipe(warmup_steps: int) -> OptimConfig:
 
 
 def _gpt2(model: ModelConfig, lr: float, batch_tokens: int) -> RunConfig:
-    """A GPT-2 on 10 billion tokens, trained as Brown et al., 2020, table 2.1 and appendix B say."""
+    """GPT-2 on 10 billion tokens with the hyperparameters of Brown et al., 2020, table 2.1 and appendix B."""
     return RunConfig(
         model=model,
         data=DataConfig(source="text", val_fraction=0.01),
@@ -169,7 +169,7 @@ SIZES: dict[str, Callable[[int], RunConfig]] = {
     "modern": modern_of,
     "speedrun": speedrun_of,
 }
-"""Presets of any size: ``modern-d6`` has 6 layers, and its width and learning rates follow."""
+"""Families of presets: ``modern-d6`` has 6 layers; n_embd, heads and learning rates follow from them."""
 
 
 def preset(name: str) -> RunConfig:
@@ -192,10 +192,7 @@ def is_preset(name: str) -> bool:
 
 
 def with_scaled_warmup(config: RunConfig, base: RunConfig) -> RunConfig:
-    """``config`` with the warm-up of the preset ``base``, scaled to its own steps: the same share, in whole steps.
-
-    Rounded up, so that a preset that warms up does so for at least one step.
-    """
+    """Scale the warm-up of the preset ``base`` to the steps of ``config``: the same fraction, rounded up."""
     warmup_steps = -(-base.optim.warmup_steps * config.steps // base.steps)
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps))
 
@@ -208,5 +205,5 @@ def _maker(name: str) -> Callable[[], RunConfig] | None:
 
 
 def preset_summary(name: str) -> str:
-    """The one line that describes a preset."""
+    """First line of a preset's docstring."""
     return (PRESETS[name].__doc__ or "").strip().splitlines()[0]

@@ -1,7 +1,7 @@
-"""What a run is: frozen dataclasses, checked when they are made.
+"""`RunConfig`: all settings of a training run, as frozen dataclasses that check their values.
 
-The docstring under each field is also its help text on the command line. Nothing here imports more than the
-standard library, so that `restomod --help` is instant and a report can read a run without torch.
+The docstring of a field is its help text on the command line. Only the standard library is imported, so that
+`restomod --help` is instant and a report reads a run without torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from restomod.utils.errors import UserError
 from restomod.utils.text import split_items
 
 MIX_ITEM_END = re.compile(r":\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*(?=,)", re.IGNORECASE)  # a weight, and a comma after it
-MIX_PRECISION = 10**6  # shares of a mix are multiples of about this part of 1
+MIX_PRECISION = 10**6  # shares of a mix are rounded to millionths
+LARGEST_BATCH = 2**30  # tokens of an optimizer step; published runs use up to 2**26
+LARGEST_SAMPLE = 2**20  # tokens of a sample
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Optimizer = Literal["adamw", "muon"]
@@ -40,30 +42,32 @@ def require_seed(name: str, seed: int) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model reads."""
+    """The training text: where it is, how it is read, and what is held out for validation."""
 
     source: Source = "python-stdlib"
-    """python-stdlib: the running Python's own library; text: your file or folder; tinyshakespeare; tokens: a folder
-    that `restomod prepare` made, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
+    """What to train on. python-stdlib: the source of the running Python's standard library; text: the file or folder
+    data.path; tinyshakespeare: downloaded, or data.path; tokens: the folder data.path of token shards, made by
+    `restomod prepare` or published (llm.c's .bin, build-nanogpt's .npy)."""
     path: str | None = None
-    """File or folder to read: plain text, JSON, CSV or Parquet, also compressed; its content says which. For
-    tinyshakespeare: no download."""
+    """File or folder to read: plain text, JSON, CSV or Parquet, also compressed. The format is detected from the
+    content."""
     mix: str | None = None
-    """Several folders of tokens and their weights, FOLDER:WEIGHT,FOLDER:WEIGHT, in place of source and path. Every
-    step has its share of each, whatever their sizes; a small folder is repeated more often."""
+    """Folders of token shards and their weights, FOLDER:WEIGHT,FOLDER:WEIGHT, in place of source and path. Every
+    step takes its share of sequences from each folder; smaller folders are repeated more often."""
     glob: str = "**/*"
-    """Which files of a folder to read. Links are followed; hidden files are left out."""
+    """Which files of a folder to read. Links are followed; hidden files are skipped."""
     text_column: str = "text"
-    """The field of JSON, or column of CSV and Parquet files, that holds the text."""
+    """Field of JSON files, or column of CSV and Parquet files, that holds the text."""
     separator: str | None = None
-    """Split plain text files into documents where this stands, such as '<|endoftext|>'. The newlines around it
-    belong to neither. Without it, a plain text file is one document."""
+    """Text that separates the documents of a plain text file, such as '<|endoftext|>'. Newlines around it are
+    dropped. None: a plain text file is one document."""
     val_fraction: float = 0.05
-    """Share of the documents held out for validation (0: none). A single document is cut by position."""
+    """Fraction of the documents held out for validation, chosen by the hash of their text (0: none). Of a single
+    document, its last part is held out."""
     split_seed: int = 0
-    """Chooses which documents are held out."""
+    """Seed that chooses which documents are held out."""
     cache: str = "data"
-    """Folder where prepared token shards are kept and found again."""
+    """Folder in which prepared token shards are cached."""
 
     def __post_init__(self) -> None:
         require(
@@ -117,35 +121,35 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule: linear warm-up, then down to a fraction of the maximum."""
+    """The optimizer and its learning-rate schedule: linear warm-up, then decay to a fraction of the maximum."""
 
     optimizer: Optimizer = "adamw"
-    """adamw: for all parameters; muon: for the matrices of the blocks, and AdamW for all others."""
+    """adamw: AdamW for all parameters; muon: Muon for the matrices of the blocks, AdamW for all other parameters."""
     lr: float = 6e-4
     """Maximum learning rate of AdamW."""
     muon_lr: float = 0.02
     """Maximum learning rate of Muon."""
     decay: Decay = "cosine"
-    """How the rates go down. cosine: half a cosine; linear: evenly; wsd: evenly in the last part, cooldown, and not at
-    all before (warm-up, stable, decay); 1-sqrt: like wsd, by 1 - sqrt(progress)."""
+    """Learning-rate decay after the warm-up. cosine: half a cosine; linear: linear; wsd (warm-up, stable, decay):
+    constant, then linear over the last part, given by cooldown; 1-sqrt: as wsd, but by 1 - sqrt(progress)."""
     cooldown: float = 0.4
-    """The part of the steps after the warm-up in which wsd and 1-sqrt go down."""
+    """Fraction of the steps after the warm-up over which wsd and 1-sqrt decay."""
     min_lr_ratio: float = 0.1
-    """The rates end at this fraction of their maximum."""
+    """Final learning rate, as a fraction of the maximum."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0 to the maximum. That of a preset is scaled with --steps unless it is given."""
+    """Steps of linear warm-up from 0 to the maximum. Unless given, a preset's warm-up is scaled with --steps."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's running means of the gradient and its square."""
+    """AdamW's beta1 and beta2: decay of its running means of the gradient and of its square."""
     eps: float = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay, on matrices and embeddings only."""
     muon_momentum: float = 0.95
-    """Decay of Muon's running sum of the gradient."""
+    """Momentum of Muon."""
     muon_weight_decay: float = 0.0
     """Muon's decoupled weight decay."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; longer gradients are scaled down to it."""
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be a finite number above 0")
@@ -175,21 +179,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The samples that a run writes while it trains."""
+    """Samples that are generated during training."""
 
     prompts: tuple[str, ...] = ("",)
-    """Texts to continue; an empty one starts a new document, and so does <|endoftext|> in one."""
+    """Prompts to continue. <|endoftext|> in a prompt, or an empty prompt, starts a new document."""
     max_tokens: int = 64
-    """Length of each continuation, in tokens."""
+    """Tokens to generate for each prompt."""
     temperature: float = 0.8
-    """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
+    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it; 0 is greedy decoding."""
     top_k: int = 50
-    """Sample among this many likeliest tokens (0: all)."""
+    """Sample from the k most likely tokens only (0: from all)."""
     top_p: float = 1.0
-    """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
+    """Nucleus sampling: sample from the smallest set of most likely tokens with at least this total probability
+    (1: from all)."""
 
     def __post_init__(self) -> None:
-        require_size("sampling.max_tokens", self.max_tokens)
+        require_size("sampling.max_tokens", self.max_tokens, most=LARGEST_SAMPLE)
         require(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}; it must be 0 or more")
         require_size("sampling.top_k", self.top_k, least=0)
         require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -197,12 +202,12 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A complete training run."""
+    """All settings of a training run."""
 
     steps: int
     """Optimizer steps."""
     batch_tokens: int
-    """Tokens per optimizer step, whatever the micro-batch and the number of processes."""
+    """Tokens per optimizer step, summed over micro-batches and processes."""
     sequence_length: int
     """Tokens per training window (T)."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -210,73 +215,76 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     micro_batch: int | None = None
-    """Sequences per forward pass (B); gradients are accumulated up to batch_tokens. None: as many as are fast and fit.
-    Where memory runs out on the way, they become fewer."""
+    """Sequences per forward pass (B); gradients are accumulated up to batch_tokens. None: chosen automatically, and
+    lowered when memory runs out."""
     target_loss: float | None = None
-    """Stop as soon as a step's training loss is at or below this."""
+    """Stop when the training loss of a step is at or below this."""
     eval_every: int = 250
-    """Steps between validations; one more follows the last step."""
+    """Steps between validations. The last step is always followed by one."""
     eval_tokens: int | None = None
-    """Validate on at most this many tokens, always the same ones. None: the whole validation split."""
+    """Maximum number of validation tokens; always the same tokens. None: the whole validation split."""
     eval_tasks: tuple[str, ...] = ()
-    """Tasks that every validation asks too, such as hellaswag or lambada=FILE (`restomod eval --help` lists them)."""
+    """Tasks to score at every validation, such as hellaswag or lambada=FILE (`restomod eval --help` lists them)."""
     eval_limit: int | None = None
-    """Ask only the first so many examples of each task. None: all."""
+    """Maximum number of examples per task; the first ones are taken. None: all."""
     sample_every: int = 250
-    """Steps between samples; one more follows the last step."""
+    """Steps between samples. The last step is always followed by them."""
     save_every: int | None = None
-    """Steps between checkpoints. None: only by time. One more follows the last step."""
+    """Steps between checkpoints. None: by time only. The last step is always followed by one."""
     save_every_minutes: float | None = 10.0
-    """Minutes between checkpoints; at a validation, half as many are enough. None: only by steps."""
+    """Minutes between checkpoints; after a validation, half of that. None: by steps only."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep (0: all)."""
+    """Number of newest checkpoints to keep (0: all)."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss, too."""
+    """Also keep the checkpoint with the lowest validation loss."""
     keep_every: int = 0
-    """Keep the checkpoints at multiples of so many steps, too (0: none)."""
+    """Also keep the checkpoints at multiples of this many steps (0: none)."""
     keep_gb: float | None = None
-    """Keep no more than so many gigabytes of them; the newest is kept in any case."""
+    """Keep at most this many gigabytes of checkpoints; the newest is always kept. None: no limit."""
     track: tuple[Tracker, ...] = ()
-    """Where to send the numbers of `metrics.jsonl` too; several may be named. tensorboard: RUN/tensorboard; wandb:
-    offline in RUN/wandb unless WANDB_MODE says otherwise; trackio: its local database."""
+    """Experiment trackers that also get the records of `metrics.jsonl`; several may be named. tensorboard: files in
+    RUN/tensorboard; wandb: offline in RUN/wandb unless WANDB_MODE says otherwise; trackio: its local database."""
     on_save_error: OnSaveError = "stop"
-    """What to do where a checkpoint cannot be written, as on a full disk: stop, or continue and try at the next."""
+    """What to do when a checkpoint cannot be written, as on a full disk. stop: end the run; continue: try again at the
+    next checkpoint."""
     on_spike: OnSpike = "rollback"
-    """What to do about a loss that is not finite or far above the last ones. Its update is never made. stop: the run
-    ends; skip: it goes on, and ends after 10 in a row; rollback: after 3 in a row it goes back to the newest
-    checkpoint and passes over the data that followed it."""
+    """What to do when the loss is not finite or is a spike (see spike_sigmas). The update of such a step is always
+    skipped. stop: end the run; skip: continue, and end the run after 10 such steps in a row; rollback: after 3 in a
+    row, go back to the newest checkpoint and skip the data that followed it."""
     spike_sigmas: float = 10.0
-    """How many standard deviations above the mean of the last 128 a loss is a spike (0: only what is not finite)."""
+    """A loss is a spike if it is this many standard deviations above the mean of the last 128 (0: no spike
+    detection)."""
     init: str | None = None
-    """Start from these weights: a name on the hub (gpt2), a model folder, or a run. None: random ones."""
+    """Initial weights: a model on the Hugging Face hub (gpt2), a model folder, or a run. None: random."""
     sanity_checks: bool = True
-    """Check before the first step that the model can learn, and stop if it cannot (`restomod check` does more)."""
+    """Run sanity checks of the model before the first step, and stop if one fails (`restomod check` runs more)."""
     seed: int = 1337
-    """Decides the initial weights, the order of the data, and the samples."""
+    """Random seed of the initial weights, the order of the data and the samples."""
     device: Device = "auto"
-    """Where to compute. auto: CUDA, else MPS, else CPU."""
+    """Device to train on. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
-    """Of the matrix products; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU that has that
-    (the loss is then scaled)."""
+    """Compute dtype of matmuls; weights are always fp32. auto: bf16 where the hardware supports it, else fp16 with loss
+    scaling on a GPU that supports it, else fp32."""
     residual_dtype: ResidualDtype = "fp32"
-    """Dtype of the residual stream in training. bf16 saves memory and time on a GPU, and adds rounding errors; it needs
-    bf16 matrix products. Evaluation and sampling always use fp32."""
+    """Dtype of the residual stream in training. bf16 saves memory and time on a GPU and adds rounding errors; it needs
+    precision bf16. Evaluation and sampling always use fp32."""
     document_mask: bool = False
-    """In training, let a token see only its own document of a window, not those before."""
+    """Mask attention across document boundaries in training."""
     parallel: Parallel = "ddp"
-    """How several processes (torchrun) share a model. ddp: each has all of it; fsdp: each a part, for large ones."""
+    """How several processes (torchrun) train one model. ddp: every process has the whole model; fsdp: parameters,
+    gradients and optimizer state are sharded, for large models."""
     recompute: bool = False
-    """Compute a block's activations anew in the backward pass instead of keeping them: less memory, a third slower."""
+    """Activation checkpointing: recompute each block's activations in the backward pass: less memory, about a third
+    slower."""
     deterministic: bool = False
-    """Use only kernels that give the same bits every time. On a CPU they do so anyway; on a GPU it costs speed."""
+    """Use deterministic kernels only. This is slower on a GPU and changes nothing on a CPU."""
     compile: Compile = "auto"
-    """Compile the model with torch.compile before training. auto: on a CUDA device with Triton and a C compiler; off
-    elsewhere. on: always (on a CPU this needs a C++ compiler). off: never."""
+    """Compile the model with torch.compile before training. auto: only on a CUDA device with Triton and a C compiler;
+    on: always (a CPU needs a C++ compiler); off: never."""
 
     def __post_init__(self) -> None:
         for name in (
             "steps",
-            "batch_tokens",
             "sequence_length",
             "eval_every",
             "sample_every",
@@ -284,6 +292,7 @@ class RunConfig:
             "eval_limit",
         ):
             require_size(name, getattr(self, name))
+        require_size("batch_tokens", self.batch_tokens, most=LARGEST_BATCH)
         require_seed("seed", self.seed)
         for name in ("keep_checkpoints", "keep_every"):
             require_size(name, getattr(self, name), least=0)
@@ -293,7 +302,7 @@ class RunConfig:
             require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be above 0")
         require(
             self.residual_dtype == "fp32" or self.precision in ("auto", "bf16"),
-            f"residual_dtype {self.residual_dtype} needs bf16 matrix products, and precision is {self.precision}; "
+            f"residual_dtype {self.residual_dtype} needs precision bf16, and precision is {self.precision}; "
             f"leave one of them out",
         )
         T = self.sequence_length

@@ -1,4 +1,4 @@
-"""Configurations to JSON and back, strictly: what a file says and a dataclass does not know is refused by name."""
+"""Configurations to JSON and back, strictly: unknown keys and wrong types raise `UserError`."""
 
 from __future__ import annotations
 
@@ -16,35 +16,7 @@ from restomod.utils.errors import UserError, did_you_mean, shortened
 from restomod.utils.json_files import read_json
 from restomod.utils.run_files import require_run_inside
 
-# Of a run's `config.json`. A file of this version has every field; older ones have no version. A field that is added to
-# `RunConfig`, or within it, needs a new version, and `from_file` has to know that files of older ones may lack it.
-CONFIG_VERSION = 1
-
-# Fields that files without a version may lack, in the order in which they were added: one that has a field has all that
-# were there before it. What a file lacks had the default's effect then, but for `save_every_minutes`.
-_FIRST = (
-    "steps batch_tokens sequence_length model data optim sampling micro_batch target_loss eval_every eval_tokens "
-    "sample_every save_every keep_checkpoints seed device precision compile model.n_layer model.n_head model.n_embd "
-    "model.n_positions model.vocab_size data.source data.path data.glob data.val_fraction data.split_seed data.cache "
-    "optim.lr optim.min_lr_ratio optim.warmup_steps optim.betas optim.eps optim.weight_decay optim.grad_clip "
-    "sampling.prompts sampling.max_tokens sampling.temperature sampling.top_k"
-)
-_ADDED = (
-    "init sanity_checks",
-    "data.text_column",
-    "data.mix",
-    "parallel",
-    "save_every_minutes keep_best keep_every keep_gb on_save_error on_spike spike_sigmas",
-    "recompute deterministic",
-    "sampling.top_p",
-    "eval_tasks eval_limit",
-    "optim.optimizer optim.muon_lr optim.decay optim.cooldown optim.muon_momentum optim.muon_weight_decay "
-    "document_mask model.norm model.positions model.rope_theta model.mlp model.n_inner model.head_dim model.qk_norm "
-    "model.bias model.tied model.zero_init_projections",
-    "model.softcap model.embedding_norm model.embedding_skip model.value_embedding",
-    "track",
-    "residual_dtype",
-)
+CONFIG_VERSION = 1  # of a run's `config.json`, which has every field of `RunConfig`
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -66,35 +38,22 @@ def to_file(config: RunConfig) -> dict[str, Any]:
 
 
 def from_file(values: Any, where: str) -> RunConfig:
-    """The configuration that `to_file` made, now or in an earlier version.
+    """The configuration that `to_file` made.
 
     Raises:
-        UserError: as `from_dict`; the version is not known; a field is missing that its version had.
+        UserError: as `from_dict`; the version is not known; a field is missing.
     """
     require(isinstance(values, dict), f"{where}: the file should be an object, not {shortened(repr(values))}")
-    version = values.get("version", 0)
+    version = values.get("version", CONFIG_VERSION)
     require(
-        type(version) is int and 0 <= version <= CONFIG_VERSION,
-        f"{where}: version is {version!r}, but this restomod reads those up to {CONFIG_VERSION}; install a newer one",
+        type(version) is int and version == CONFIG_VERSION,
+        f"{where}: version is {shortened(repr(version))}, but this restomod reads version {CONFIG_VERSION} only",
     )
     there, needed = _paths(values), _field_paths(RunConfig)
-    if version == 0:
-        eras = [_FIRST.split(), *(line.split() for line in _ADDED)]
-        newest = max(i for i, era in enumerate(eras) if i == 0 or there & {*era})
-        needed &= {path for era in eras[: newest + 1] for path in era}
-        values = _translated(values)
     lacking = {path for path in needed - there if path.rpartition(".")[0] in there | {""}}
     config = from_dict(values, RunConfig, where, lacking=lacking)
     assert isinstance(config, RunConfig)
     return config
-
-
-def _translated(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a file without a version as they are written today."""
-    compile_ = values.get("compile")
-    return (
-        {"save_every_minutes": None} | values | ({"compile": ("off", "on")[compile_]} if type(compile_) is bool else {})
-    )
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:

@@ -12,11 +12,15 @@ Shapes: B = sequences, T = sequence_length.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from types import TracebackType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from restomod.config.model import VOCAB_SIZE
 from restomod.data.dataset import TokenStream
@@ -24,6 +28,9 @@ from restomod.data.tokenizer import END_OF_TEXT
 from restomod.utils.errors import UserError
 
 FEISTEL_ROUNDS = 8
+STEPS_AHEAD = 2  # steps whose batches `Prefetch` loads before they are asked for
+
+MicroBatches = list[tuple[Tensor, Tensor]]  # tokens and targets of each, (B, T)
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
@@ -140,7 +147,7 @@ class Batches:
                 windows[here] = self._first_windows[k] + permute(within[here], n, self.seed, int(e), k)
         return windows
 
-    def load(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens and targets of ``windows`` (B,): two int64 tensors (B, T), the second one token ahead.
 
         Raises:
@@ -158,9 +165,7 @@ class Batches:
         batch = torch.from_numpy(rows.astype(np.int64))
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
-    def micro_batches(
-        self, step: int, micro_batch: int, rank: int = 0, world_size: int = 1
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def micro_batches(self, step: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> MicroBatches:
         """One process's share of a step, cut into micro-batches of ``micro_batch`` sequences.
 
         The ranks' shares are consecutive slices of the global batch, so together they are that batch whatever their
@@ -179,7 +184,7 @@ class Batches:
         return [self.load(mine[i : i + micro_batch]) for i in range(0, share, micro_batch)]
 
 
-def document_ids(tokens: torch.Tensor) -> torch.Tensor:
+def document_ids(tokens: Tensor) -> Tensor:
     """Which document of its window each token belongs to, for attention that stays within documents.
 
     Args:
@@ -190,3 +195,67 @@ def document_ids(tokens: torch.Tensor) -> torch.Tensor:
         the first token of its document.
     """
     return (tokens == END_OF_TEXT).cumsum(dim=1, dtype=torch.int32)
+
+
+class Prefetch:
+    """The micro-batches of a run's steps, asked for in any order and quick where the order is that of the steps."""
+
+    def __init__(
+        self,
+        batches: Batches,
+        micro_batch: int,
+        steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        """Nothing is loaded before the first step is asked for.
+
+        Args:
+            batches: of the run.
+            micro_batch: sequences of one forward pass.
+            steps: of the run; nothing is loaded beyond its last.
+            rank, world_size: this process among those that share the batch.
+            device: where the batches go; for a GPU they are loaded into page-locked memory, from which it copies while
+                it computes.
+        """
+        self.batches, self.micro_batch, self.steps = batches, micro_batch, steps
+        self.rank, self.world_size = rank, world_size
+        self.pin_memory = device is not None and device.type == "cuda"
+        self._loading: dict[int, Future[MicroBatches]] = {}
+        # a new thread uses GPU 0, on which pinning would create a CUDA context for every process of the machine
+        one_of_several = self.pin_memory and device is not None and device.index is not None
+        choose = (torch.cuda.set_device, (device,)) if one_of_several else (None, ())
+        self._thread = ThreadPoolExecutor(1, "prefetch", *choose)
+
+    def get(self, step: int) -> tuple[MicroBatches, float]:
+        """The micro-batches of ``step`` (see `Batches.micro_batches`), and the seconds that were waited for them.
+
+        Raises:
+            UserError: as loading does.
+        """
+        start = time.perf_counter()
+        for ahead in range(step, max(step + 1, min(step + 1 + STEPS_AHEAD, self.steps))):
+            if ahead not in self._loading:
+                self._loading[ahead] = self._thread.submit(self._load, ahead)
+        micro_batches = self._loading.pop(step).result()
+        return micro_batches, time.perf_counter() - start
+
+    def _load(self, step: int) -> MicroBatches:
+        micro_batches = self.batches.micro_batches(step, self.micro_batch, self.rank, self.world_size)
+        if self.pin_memory:
+            return [(tokens.pin_memory(), targets.pin_memory()) for tokens, targets in micro_batches]
+        return micro_batches
+
+    def close(self) -> None:
+        """Load nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._loading.clear()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

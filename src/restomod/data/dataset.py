@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import mmap
 import os
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restomod.data.manifest import MANIFEST, PREPARE_AGAIN, read_manifest
-from restomod.data.verified import changed_file
+from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT, PREPARE_AGAIN, READ, merge_counts, read_manifest
+from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.files import require_regular, sha256_file
 from restomod.utils.temporary import Temporary
+from restomod.utils.verified import changed_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -324,3 +326,112 @@ def open_npy(path: Path, dtype: type[np.generic], mend: str) -> np.ndarray:
     if array.dtype != dtype or array.ndim != 1:
         raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not a row of {dtype.__name__}; {mend}")
     return array
+
+
+def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
+    """Open a folder of token shards: one with a manifest, or shards as others publish them.
+
+    Args:
+        folder: from `restomod prepare`, or holding `*train*.bin` and `*val*.bin` (llm.c) or `.npy` (build-nanogpt).
+        verify: how much to compare with the manifest; see `open_dataset`.
+
+    Raises:
+        UserError: there are no shards, or they are damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of token shards; `restomod prepare SOURCE --out {folder}` makes one")
+    if (folder / MANIFEST).exists():
+        return open_dataset(folder, Tokenizer.sha256, verify)
+    return open_published(folder)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a published shard's name says it belongs to, as in `fineweb_train_000001.bin`."""
+    words = Path(name).stem.split("_")
+    return next((split for split in SPLITS if split in words), None)
+
+
+def open_published(folder: Path) -> Dataset:
+    """Open shards that others have published, in place: llm.c's `*_train_*.bin`, build-nanogpt's `*_train_*.npy`.
+
+    Their fingerprint is made of names, sizes and beginnings, as they bring no hashes.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
+    paths = {split: [path for path in files if split_of(path.name) == split] for split in SPLITS}
+    if not paths["train"]:
+        raise UserError(
+            f"{folder} holds no token shards: no {MANIFEST}, and no files such as fineweb_train_000001.bin "
+            f"or edufineweb_train_000001.npy"
+        )
+    digest = hashlib.sha256()
+    splits: dict[str, dict[str, Any]] = {}
+    streams: dict[str, TokenStream] = {}
+    for split, found in paths.items():
+        shards = []
+        for path in found:
+            tokens = open_shard(path, "get it again")
+            shards.append(ShardFile(folder, path.name, len(tokens)))
+            entry = {"file": path.name, "tokens": len(tokens)}
+            digest.update(f"{entry} {tokens[:4096].tobytes().hex()}".encode())
+        streams[split] = TokenStream(shards)
+        entries = [{"file": shard.name, "tokens": len(shard)} for shard in shards]
+        splits[split] = {"tokens": len(streams[split]), "shards": entries}
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "name": folder.name,
+        "fingerprint": digest.hexdigest(),
+        "tokenizer": {"name": "gpt2"},
+        "documents": None,
+        "tokens": sum(split["tokens"] for split in splits.values()),
+        "splits": splits,
+    }
+    return Dataset(folder, manifest, streams["train"], streams["val"])
+
+
+def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
+    """Put datasets together.
+
+    Args:
+        datasets: with their shares of a run's sequences, which add up to 1.
+
+    Returns:
+        A dataset whose `sources` are these, and whose splits and manifest are those of all together.
+    """
+    manifests = [dataset.manifest for dataset, _ in datasets]
+    digest = hashlib.sha256()
+    for dataset, share in datasets:
+        digest.update(f"{share} {dataset.fingerprint}\n".encode())
+    counts = [manifest["documents"] for manifest in manifests]
+    manifest: dict[str, Any] = {
+        "format": MANIFEST_FORMAT,
+        "name": " + ".join(f"{float(share):.3g} {dataset.manifest['name']}" for dataset, share in datasets),
+        "fingerprint": digest.hexdigest(),
+        "tokenizer": manifests[0]["tokenizer"],
+        "documents": sum(counts) if None not in counts else None,
+        "tokens": sum(manifest["tokens"] for manifest in manifests),
+        READ: merge_counts([manifest.get(READ) or {} for manifest in manifests]),
+        "splits": {
+            split: {
+                "tokens": sum(manifest["splits"][split]["tokens"] for manifest in manifests),
+                "shards": [
+                    shard | {"file": str(dataset.folder / shard["file"])}
+                    for dataset, _ in datasets
+                    for shard in dataset.manifest["splits"][split]["shards"]
+                ],
+            }
+            for split in SPLITS
+        },
+        "mix": [
+            {"folder": str(dataset.folder), "share": str(share), "fingerprint": dataset.fingerprint}
+            for dataset, share in datasets
+        ],
+    }
+    train, val = (TokenStream.joined([getattr(dataset, split) for dataset, _ in datasets]) for split in SPLITS)
+    names = [dataset.folder.name for dataset, _ in datasets]
+    if len(set(names)) < len(names):
+        names = [str(dataset.folder) for dataset, _ in datasets]
+    parts = tuple(Part(name, dataset, share) for name, (dataset, share) in zip(names, datasets, strict=True))
+    return Dataset(datasets[0][0].folder, manifest, train, val, parts)

@@ -121,12 +121,12 @@ def can_cut(before: str, after: str) -> bool:
     Its words are a contraction (an apostrophe and letters), an optional space with letters, with numbers or with other
     characters that are not white space, and white space.
     """
-    a, b = kind(before), kind(after)
+    a, b = character_class(before), character_class(after)
     return a is not None and b is not None and a != b and a != "space" and not (before == "'" and b == "letter")
 
 
 @functools.lru_cache(maxsize=100_000)
-def kind(character: str) -> str | None:
+def character_class(character: str) -> str | None:
     """Whether a character is a "space", "letter", "number" or "other" to GPT-2's pattern; None: not certain.
 
     Certain is what has kept its class since Unicode 3.2: then it does not matter whose tables are how old. Of white

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restomod.data.kinds import JSON_LINES, PARQUET, TABLES
+from restomod.data.file_format import JSON_LINES, PARQUET, TABLES
+from restomod.data.find_files import matches
 from restomod.data.streams import COMPRESSION_ENDINGS
-from restomod.data.text_files import matches
 from restomod.utils.errors import UserError, did_you_mean, one_line
 from restomod.utils.hub import hub_file
 

@@ -19,7 +19,7 @@ from restomod.utils.json_files import as_tuple, checked, file_name, read_json
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
 MAX_BYTES = 512 * 2**20  # of a manifest: 10 trillion tokens of local files are 900,000 units of work
-READ = "read"  # key of the counts of `restomod.data.reading`; older manifests lack it
+READ = "read"  # key of the counts of `restomod.data.read_counts`; older manifests lack it
 PREPARE_AGAIN = "delete the folder and prepare it anew"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -163,6 +163,23 @@ def read_unit(path: Path) -> dict[str, Any]:
     except UserError as e:
         raise UserError(f"{e}; delete this file and run the same command again") from None
     return record
+
+
+def merge_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what several units of work read, as `Reading.to_dict` gives it."""
+    whole: dict[str, Any] = {}
+    for record in records:
+        for key, value in record.items():
+            if key in Read.__annotations__:  # others may be of any type
+                whole[key] = _sum(whole.get(key), value)
+    return whole
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if isinstance(b, dict):
+        a = a or {}
+        return {key: _sum(a.get(key), b[key]) if key in b else a[key] for key in sorted({*a, *b})}
+    return b if a is None else a + b
 
 
 def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:

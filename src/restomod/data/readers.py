@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from restomod.data.documents import AnyDocument, Document, LongDocument
-from restomod.data.kinds import LONGEST_RECORD, look
-from restomod.data.reading import Reading
-from restomod.data.records import OF_ITS_OWN, csv_rows, json_objects
-from restomod.data.separator import split_documents
+from restomod.data.file_format import LONGEST_RECORD, detect_format
+from restomod.data.read_counts import ReadCounts
+from restomod.data.records import OF_ITS_OWN, csv_rows, json_objects, split_documents
 from restomod.data.streams import (
     READ_BYTES,
     checked_reads,
@@ -54,7 +53,7 @@ def read_documents(
     text_column: str = "text",
     span: Span | None = None,
     separator: str | None = None,
-    reading: Reading | None = None,
+    counts: ReadCounts | None = None,
 ) -> Iterator[AnyDocument]:
     """Yield the documents of a file, empty ones left out.
 
@@ -62,9 +61,9 @@ def read_documents(
         path: of any name; what the file is, its content says (see `look`). Without a sign of anything else it is
             plain UTF-8 text.
         text_column: the field or column that holds the text.
-        span: only the lines, or groups of rows, that begin there; for a file that `can_span`.
+        span: only the lines, or groups of rows, that begin there; for a file that `can_be_cut`.
         separator: what stands between two documents of a plain text file. None: the file is one document.
-        reading: where to count what was read as what.
+        counts: where to count what was read as what.
 
     Raises:
         UserError: the file is missing, no regular file, damaged, empty, not UTF-8, of a kind that holds no text, or
@@ -74,12 +73,12 @@ def read_documents(
         raise UserError(f"{path} is empty: there is nothing to train on")
     if span and path.is_file() and path.stat().st_size != span.of:
         raise UserError(f"{path} has changed since it was cut into units of work; run the same command again")
-    seen = look(path, text_column)
-    reading = reading or Reading()
+    seen = detect_format(path, text_column)
+    counts = counts or ReadCounts()
     if separator is not None:
-        reading.separators = reading.separators or 0
+        counts.separators = counts.separators or 0
     if span is None or span.start == 0:
-        reading.took(path, seen)
+        counts.took(path, seen)
     if seen.kind == "Parquet":
         yield from _parquet(path, text_column, span, seen.compressed)
     elif seen.kind == "JSON lines":
@@ -95,12 +94,12 @@ def read_documents(
     elif separator is None:
         yield from _plain(path)
     else:
-        yield from split_documents(str(path), decoded(path), separator, LONG_TEXT, reading)
+        yield from split_documents(str(path), decoded(path), separator, LONG_TEXT, counts)
 
 
-def can_span(path: Path, text_column: str) -> bool:
+def can_be_cut(path: Path, text_column: str) -> bool:
     """Whether a part of a file can be read without all that stands before it; raises as `look`."""
-    seen = look(path, text_column)
+    seen = detect_format(path, text_column)
     return seen.kind in ("JSON lines", "Parquet") and not seen.compressed
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: each source is a stream of documents in an order that does not change between runs."""
+"""Built-in texts: the source of Python's standard library, and TinyShakespeare; downloads with a known SHA-256."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from restomod.config.run import DataConfig
-from restomod.data.documents import AnyDocument, Document
-from restomod.data.readers import read_documents
-from restomod.data.reading import Reading
-from restomod.data.text_files import files_of
+from restomod.data.documents import Document
 from restomod.utils.errors import UserError, one_line
 
 BUILT_IN = ("python-stdlib", "tinyshakespeare")  # sources that need no files of the user's
@@ -31,34 +28,12 @@ def source_name(config: DataConfig) -> str:
     return config.source
 
 
-def documents(config: DataConfig, reading: Reading | None = None) -> Iterator[AnyDocument]:
-    """Yield the documents of ``config``'s source, empty ones left out, sorted by path.
-
-    Args:
-        config: which text, and how to read it.
-        reading: where to count what was read, of text of the user's own.
+def python_stdlib() -> Iterator[Document]:
+    """Yield the modules of the running Python's standard library, sorted by path, without tests and generated tables.
 
     Raises:
-        UserError: the text is missing, empty, not UTF-8, or cannot be downloaded.
+        UserError: this Python has no source files.
     """
-    if config.source == "python-stdlib":
-        yield from _python_stdlib()
-    elif config.source == "tinyshakespeare":
-        yield from read_documents(Path(config.path) if config.path else _download_tinyshakespeare(Path(config.cache)))
-    elif not config.path:
-        raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
-    else:
-        yield from _text(Path(config.path), config, reading or Reading())
-
-
-def _text(path: Path, config: DataConfig, reading: Reading) -> Iterator[AnyDocument]:
-    if (path / "manifest.json").exists():
-        raise UserError(f"{path} holds prepared tokens, not text: add --data.source tokens")
-    for file in files_of(path, config.glob, reading.left_out):
-        yield from read_documents(file, config.text_column, separator=config.separator, reading=reading)
-
-
-def _python_stdlib() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
@@ -84,7 +59,8 @@ def _indented_by_one(text: str) -> str:
     return re.sub(r"^(?: {4})+", lambda spaces: " " * (len(spaces[0]) // 4), text, flags=re.MULTILINE)
 
 
-def _download_tinyshakespeare(folder: Path) -> Path:
+def download_tinyshakespeare(folder: Path) -> Path:
+    """Download TinyShakespeare into ``folder`` unless it is there; return its path. Raises as `download`."""
     instead = "fetch it by other means and name that file (of `train`: --data.path FILE)"
     return download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256, "tinyshakespeare.txt", folder, instead)
 

@@ -1,7 +1,8 @@
 """Memory of training by part, for planning, `doctor` and `check`.
 
-The optimizer's memory is that of an update of fake tensors, so it follows from the optimizer. Activations were derived
-from the model's operations, and `tests/engine/test_memory.py` compares them with the tensors that autograd saves.
+The optimizer's memory is that of an update of fake tensors, and that of norms and activations what autograd saves of
+them on the meta device, so both follow from the parts. Other activation memory was derived from the model's operations,
+and `tests/engine/test_memory.py` compares the sum with the tensors that autograd saves.
 
 Letters: N = tokens of a micro-batch, T = tokens of a sequence, D = n_embd, H = n_head, W = width of all heads,
 I = hidden size of the MLP, V = rows of the vocabulary in memory.
@@ -14,10 +15,10 @@ import functools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,7 @@ from restomod.config.run import ModelConfig, OptimConfig, RunConfig
 from restomod.engine.device import CHUNK_TOKENS, SOFTMAX_TOKENS, scaled_tokens
 from restomod.engine.optimizer import build_optimizer, refuses_on_device
 from restomod.model.flops import padded_parameters
-from restomod.model.gpt import GPT
+from restomod.model.gpt import GPT, build_part
 
 FP32 = 4  # bytes of a number
 RUNTIME_BYTES = {"cpu": 340 * 2**20, "mps": 340 * 2**20, "cuda": 600 * 2**20}
@@ -157,8 +158,7 @@ def activation_bytes(config: RunConfig, tokens: int, itemsize: int, device_type:
     m, cpu = config.model, device_type == "cpu"
     block = block_activation_bytes(config, itemsize, cpu) * tokens
     copies = itemsize * _block_matrices(m) if itemsize < FP32 else 0
-    norm = FP32 * m.n_embd * (2 if m.norm == "rmsnorm" and cpu else 1)  # the final norm
-    outside = norm + itemsize * m.n_embd  # the gradient of the hidden states comes with the loss
+    outside = part_bytes("norms", m, itemsize, cpu)  # the final norm; the gradient of its output comes with the loss
     if m.embedding_norm:
         outside += FP32 * m.n_embd * (2 if cpu else 1)
     if m.value_embedding:
@@ -173,13 +173,12 @@ def activation_bytes(config: RunConfig, tokens: int, itemsize: int, device_type:
 def block_activation_bytes(config: RunConfig, itemsize: int, cpu: bool) -> int:
     """Bytes per token that autograd saves in a block.
 
-    The residual stream and the outputs of norms are in fp32, all else in the compute dtype. CPUs lack fused kernels for
-    RMS norms, and lay out the result of attention otherwise where queries are rotated or normalised.
+    The residual stream is in fp32, all else but norms in the compute dtype. On CPUs the result of attention is laid out
+    otherwise where queries are rotated or normalised.
     """
     m = config.model
-    D, W, I = m.n_embd, m.n_head * m.head_size, m.inner_size  # noqa: E741
-    rms = FP32 * D if m.norm == "rmsnorm" and cpu else FP32
-    norms = 2 * (FP32 * D + itemsize * D + rms)  # input, and output cast to the compute dtype
+    W = m.n_head * m.head_size
+    parts = 2 * part_bytes("norms", m, itemsize, cpu) + part_bytes("activations", m, itemsize, cpu)
     attention = itemsize * 4 * W  # queries, keys, values, and the result
     if cpu and itemsize < FP32 and config.sequence_length <= PLAIN_ATTENTION_TOKENS and not config.document_mask:
         attention += itemsize * m.n_head * config.sequence_length  # attention weights of all pairs of tokens
@@ -190,13 +189,42 @@ def block_activation_bytes(config: RunConfig, itemsize: int, cpu: bool) -> int:
         attention += itemsize * W if m.value_embedding else 0
     if m.qk_norm and cpu:
         attention += FP32 * 2 * W * (2 if itemsize < FP32 else 1)
-    mlp = itemsize * (4 * I if m.mlp == "swiglu" else 2 * I)  # before and after the activation; both halves of SwiGLU
-    return norms + attention + mlp + (FP32 * D if m.embedding_skip else 0)
+    return parts + attention + (FP32 * m.n_embd if m.embedding_skip else 0)
+
+
+@functools.cache
+def part_bytes(kind: Literal["norms", "activations"], m: ModelConfig, itemsize: int, cpu: bool) -> int:
+    """Bytes per token that autograd saves of a norm or activation, with its output in the compute dtype.
+
+    Measured on the meta device, where RMSNorm is computed as on a CPU; GPUs have a fused kernel, which saves its input
+    and a number per token.
+    """
+    compute = torch.float32 if itemsize == FP32 else torch.bfloat16
+    is_norm = kind == "norms"
+    width, dtype = (m.n_embd, torch.float32) if is_norm else ((2 if m.gated else 1) * m.inner_size, compute)
+    with torch.device("meta"):
+        part = build_part(kind, m.norm if is_norm else m.mlp, m)
+        if isinstance(part, nn.RMSNorm) and not cpu:
+            return FP32 * (width + 1) + itemsize * width
+
+        def saved(tokens: int) -> int:
+            storages: dict[int, torch.UntypedStorage] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+                return tensor
+
+            x = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                pack(part(x).to(compute))
+            return sum(storage.nbytes() for storage in storages.values())
+
+        return saved(2) - saved(1)  # without parameters
 
 
 def _block_matrices(m: ModelConfig) -> int:
     """Parameters in the matrices of a block."""
-    width, units = m.n_head * m.head_size, m.inner_size * (2 if m.mlp == "swiglu" else 1)
+    width, units = m.n_head * m.head_size, m.inner_size * (2 if m.gated else 1)
     return m.n_embd * (4 * width + units + m.inner_size)
 
 
@@ -211,5 +239,5 @@ def _temporary(config: RunConfig, tokens: int, itemsize: int, device_type: str, 
     # the head in half precision, and a chunk's part of its gradient where that is not summed in place
     head = itemsize * V * D * ((1 if cuda else 2) if half else 0)
     loss = stream + logits + rows + head + (itemsize * D * tokens if half else 0)
-    units = m.inner_size * (3 if m.mlp == "swiglu" else 2)
+    units = m.inner_size * (3 if m.gated else 2)
     return loss, stream + itemsize * units * tokens

@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from restomod.config.model import divisors_near, nearest_divisor_below
 from restomod.config.run import OptimConfig, RunConfig
-from restomod.data.batches import Batches
-from restomod.data.prefetch import MicroBatches
+from restomod.data.batches import Batches, MicroBatches
 from restomod.engine.device import CHUNK_TOKENS, FORWARD_TOKENS, release_memory, tokens_on
 from restomod.engine.distributed import Processes, synchronised
 from restomod.engine.memory import optimizer_bytes

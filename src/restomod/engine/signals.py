@@ -51,7 +51,7 @@ def stop_with_torchrun() -> None:
 
 
 class StopSignal:
-    """Turn the first of the signals `STOP_SIGNALS` into a request to stop after this step; a later one acts as usual.
+    """Turn the first of `STOP_SIGNALS` into a request to stop after this step; a later one acts as usual.
 
     Args:
         on_request: called with the first one.

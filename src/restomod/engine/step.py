@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from restomod.config.run import RunConfig
-from restomod.data.batches import document_ids
-from restomod.data.prefetch import MicroBatches
+from restomod.data.batches import MicroBatches, document_ids
 from restomod.engine.device import autocast
 from restomod.engine.distributed import Processes, synchronised
 from restomod.engine.loss import HeadGradient, linear_cross_entropy

@@ -23,8 +23,8 @@ from restomod.config.run import DataConfig, Device, Precision, RunConfig
 from restomod.config.serialize import read_config
 from restomod.data.dataset import Dataset
 from restomod.data.manifest import is_fineweb_edu
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.same_tokens import read_run_data
-from restomod.data.tokenize import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import choose_device, choose_dtype, describe_device, dtype_name, keep_freed_memory
 from restomod.engine.distributed import SINGLE, Processes, device_of, join_processes

@@ -1,29 +1,45 @@
-"""Our weights as a Hugging Face model folder, and back: the same numbers, in `transformers`' names and layouts.
+"""Model folders in the Hugging Face layout: downloaded from the hub, read, and written.
 
-What the kinds of model call their tensors is in `restomod.model.hf_format`. The vocabulary is padded in memory only:
-files hold 50257 rows. What OpenAI's own checkpoints have besides is understood: names without the prefix
-`transformer.`, the attention masks that were saved as buffers, the head beside the embedding it equals.
+Names and shapes of tensors are in `restomod.model.hf_format`. Files hold the vocabulary without padding. Weights are
+read from one safetensors file, several with an index, or the same as pickles (`pytorch_model.bin`), with
+`weights_only=True`: a pickle can bring tensors and nothing that runs. OpenAI's own checkpoints may lack the prefix
+`transformer.`, hold attention masks as buffers, and repeat the tied lm_head.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.model.gpt import GPT
 from restomod.model.hf_format import FAMILIES, HEAD, OtherModel, family_of
-from restomod.model.storage import WEIGHTS, read_tensors, refuse_not_finite, write_tensors
-from restomod.utils.errors import UserError, shortened
-from restomod.utils.json_files import read_json
+from restomod.utils.errors import UserError, one_line, shortened
+from restomod.utils.hub import hub_file, quiet_client
+from restomod.utils.json_files import file_name, read_json
+from restomod.utils.locks import SAFE_OPEN
 
+WEIGHTS = "model.safetensors"
+WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")  # the safe one first, where a folder holds both
+INDEX_SUFFIX = ".index.json"
+MAX_HEADER = 8 * 2**20  # bytes of a safetensors file's: one of 37,000 tensors, experts of 94 layers, has 5 MB
+OPENAI = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+VOCABULARIES = ("vocab.json", "tokenizer.json")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 PREFIX = "transformer."
 BARE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names in the files of a GPT2Model, which has no head
 MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
@@ -37,6 +53,211 @@ WRAPPERS = {
     ".base_model.model.": f"`base_model.model.` is {ADAPTER}",
 }
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Index(TypedDict):
+    """Of weights in several files."""
+
+    weight_map: Annotated[dict[str, Annotated[str, AfterValidator(file_name)]], Field(min_length=1)]
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------
+
+
+def hub_name(name: str) -> str | None:
+    """The hub's ``owner/name`` for ``name``, which may be one of OpenAI's four; None if it cannot be one."""
+    return OPENAI.get(name) or (name if REPOSITORY.fullmatch(name) else None)
+
+
+def download_model(repository: str) -> Path:
+    """The folder of a model of the hub, downloaded where it is not in the cache already.
+
+    All files are of one commit, and each has the hash that the hub gives for it. Without a connection the commit
+    that was last downloaded whole is used.
+
+    Raises:
+        UserError: the hub has no such model, cannot be reached, or keeps sending something else.
+    """
+    commit, obstacle = _newest_commit(repository)
+    if commit is not None:
+        config = hub_file(repository, "config.json", commit, cached_only=bool(obstacle))
+        files = weights_files(lambda name: hub_file(repository, name, commit, cached_only=bool(obstacle)))
+        if config is not None and files is not None:
+            # by which one knows whether GPT-2's tokens are the model's
+            any(hub_file(repository, name, commit, cached_only=bool(obstacle)) for name in VOCABULARIES)
+            if not obstacle:
+                _remember(repository, commit)
+            return config.parent
+    if obstacle:
+        raise UserError(
+            f"{repository}: the Hugging Face hub cannot be reached ({obstacle}), and the model is not in its cache; "
+            f"connect once, or give the folder of a downloaded model"
+        )
+    raise UserError(f"{repository} on the hub has no weights: no model.safetensors and no pytorch_model.bin")
+
+
+def _remember(repository: str, commit: str) -> None:
+    """Let the cache know that `main` is this commit: the client notes it only when it is asked for `main`."""
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(repository, "config.json")
+    if not isinstance(cached, str) or Path(cached).parent.name != commit:
+        with contextlib.suppress(Exception), quiet_client():  # all that is lost is going on without a connection
+            hub.hf_hub_download(repository, "config.json")
+
+
+def _newest_commit(repository: str) -> tuple[str | None, str]:
+    """The commit that `main` stands at, and ""; if the hub cannot be reached, the cache's commit, and why."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        with quiet_client():
+            commit = hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json")).commit_hash
+        if commit:
+            return commit, ""
+        obstacle = "its answer names no commit"
+    except RemoteEntryNotFoundError:
+        raise UserError(f"{repository} on the hub has no config.json: it is not a model for `transformers`") from None
+    except GatedRepoError:
+        raise UserError(f"{repository} on the hub is gated: accept its terms there, then `hf auth login`") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{repository}: no such folder here, and no such public model on the Hugging Face hub; "
+            f"OpenAI's are {', '.join(OPENAI)}"
+        ) from None
+    except Exception as e:  # no common base: httpx's errors in one version, httpx2's in another, OSError
+        obstacle = one_line(e)
+    cached = hub.try_to_load_from_cache(repository, "config.json")
+    return (Path(cached).parent.name if isinstance(cached, str) else None), obstacle
+
+
+# --- files of tensors ------------------------------------------------------------------------------------------
+
+
+def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
+    """The files that hold a model's tensors, or None where there are none.
+
+    Args:
+        get: gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
+
+    Raises:
+        UserError: an index is damaged, or a file that it names is absent.
+    """
+    for name in WEIGHTS_NAMES:
+        whole = get(name)
+        if whole is not None:
+            return [whole]
+        index = get(name + INDEX_SUFFIX)
+        if index is not None:
+            found = {shard: get(shard) for shard in _shards(index)}
+            absent = [shard for shard, path in found.items() if path is None]
+            if absent:
+                raise UserError(f"{index} names {absent[0]}, which is missing beside it")
+            return [path for path in found.values() if path is not None]
+    return None
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names in an index's map from tensors to files."""
+    return sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a model folder by name, on the CPU and mapped from the disk where the format allows it.
+
+    Returns:
+        The tensors, and the path to name when something about them is wrong.
+
+    Raises:
+        UserError: the weights are missing or damaged, or two files hold a tensor of the same name.
+    """
+    files = weights_files(lambda name: folder / name if (folder / name).is_file() else None)
+    if files is None:
+        raise UserError(f"{folder / WEIGHTS} is missing: {folder} is not a model folder")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        read = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        twice = sorted(tensors.keys() & read.keys())
+        if twice:
+            raise UserError(f"{path} repeats {twice[0]}, which another file of {folder} holds too")
+        tensors.update(read)
+    return tensors, files[0] if len(files) == 1 else folder
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise UserError where a weight is infinite or not a number: whatever it touches becomes so, too."""
+    bad = {name: n for name, value in tensors.items() if (n := int((~torch.isfinite(value)).sum()))}
+    if bad:
+        first, more = next(iter(bad)), f" and {len(bad) - 1:,} more tensors" if len(bad) > 1 else ""
+        raise UserError(
+            f"{where}: {sum(bad.values()):,} weights are not finite numbers, in {first}{more}; "
+            f"use an earlier checkpoint"
+        )
+
+
+def require_short_header(path: Path) -> None:
+    """Raise UserError where a safetensors file may have a million tensors: reading them takes a gigabyte.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+    if size > MAX_HEADER:
+        raise UserError(f"{path} is damaged, or has too many tensors: its header has {size:,} bytes")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        require_short_header(path)
+        return load_file(path)
+    except UserError:
+        raise
+    except Exception as e:  # of safetensors, of the system, or of torch, for which a header may ask the impossible
+        raise UserError(f"{path} is damaged: {one_line(e)}") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused, or of no use to a reader
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read the weights: {e.strerror or e}") from None
+    except Exception as e:  # a damaged pickle fails in a dozen ways; torch's own words advise to trust it
+        foreign = re.search(r"GLOBAL (\S+)", str(e))
+        if foreign:
+            raise UserError(f"{path} is refused: it holds {foreign[1]}, which is no tensor") from None
+        raise UserError(f"{path} is damaged: it is not a whole pickle of tensors ({type(e).__name__})") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{path} is not a model's weights: it should be a dictionary of tensors")
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise UserError(f"{path} is not a model's weights: {name} should be a plain tensor")
+    return values
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors into a safetensors file.
+
+    Raises:
+        OSError: it cannot be made.
+        SafetensorError: it cannot be written.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | SAFE_OPEN, 0o666)
+    mode = os.fstat(fd).st_mode  # of a new file as the user's umask wants it; safetensors makes one of 0600
+    os.close(fd)
+    save_file(dict(tensors), path, metadata)
+    path.chmod(stat.S_IMODE(mode))
+
+
+# --- models ----------------------------------------------------------------------------------------------------
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -27,11 +27,12 @@ from restomod.model.hf_io import (
     describe_misfit,
     load_model,
     read_model_config,
+    read_tensors,
+    refuse_not_finite,
     require_size_of,
     save_tokenizer,
     wrapper_of,
 )
-from restomod.model.storage import read_tensors, refuse_not_finite
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 from restomod.utils.json_files import checked, read_json
 from restomod.utils.process_memory import available_bytes

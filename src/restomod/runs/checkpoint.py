@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints: written whole or not at all, verified, loaded.
 
     checkpoints/step_000500/
         config.json  model.safetensors  vocab.json  merges.txt  …   a model folder for `from_pretrained`
@@ -13,45 +13,78 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from restomod.config.run import ModelConfig
+from restomod.data.manifest import Count
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.engine.gather import broadcast_weights, copy_from_main
 from restomod.engine.loss_scale import LOSS_SCALE
 from restomod.engine.optimizer import Optimizers, optimizer_tensors, put_numbers_back
+from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
-from restomod.model.hf_io import load_weights, save_model
-from restomod.model.storage import WEIGHTS, write_tensors
-from restomod.runs.identity import (
-    DATA_FINGERPRINT,
-    STATE_FORMAT,
-    CheckpointFiles,
-    identity_differences,
-    read_state,
-    run_identity,
+from restomod.model.hf_format import as_saved
+from restomod.model.hf_io import (
+    WEIGHTS,
+    load_weights,
+    read_model_config,
+    require_short_header,
+    save_model,
+    write_tensors,
 )
-from restomod.runs.saved_tensors import STATE, opened, require_finite
-from restomod.utils.errors import UserError, reason
-from restomod.utils.files import fsync_path, move_folder, require_inside, sha256_file
+from restomod.runs.config_diff import DATA_FINGERPRINT, identity_differences, run_identity
+from restomod.utils.errors import UserError, one_line, reason
+from restomod.utils.files import fsync_path, move_folder, require_inside, require_regular, sha256_file
 from restomod.utils.json_files import read_json
 from restomod.utils.run_files import require_checkpoint_inside
 from restomod.utils.temporary import Temporary, remove_leftovers
+from restomod.utils.verified import changed_file
 
 COMPLETE = "COMPLETE"
+STATE = "training_state"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
+STATE_FORMAT = "restomod-state-2"  # of state.json
 REPLACED = ".old.tmp"  # what an earlier checkpoint of the same step is called until the new one has its name
 STEP_FOLDER = re.compile(r"step_\d+")
+NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # of AdamW: their roots, or powers, would make the weights NaN
+
+
+class Size(TypedDict):
+    """Of a file."""
+
+    bytes: Count
+    sha256: str
+
+
+class CheckpointFiles(TypedDict):
+    """What `COMPLETE` says."""
+
+    format: Literal["restomod-checkpoint-1"]
+    files: dict[str, Size]
+
+
+class State(TypedDict):
+    """A checkpoint's `state.json`."""
+
+    format: Literal["restomod-state-2"]
+    step: Count
+    data_offset: Count
+    run: dict[str, Any]
+    """Identity of its run, see `run_identity`."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -137,10 +170,12 @@ def _remove_leftovers(run: Path) -> None:
     checkpoints = run / "checkpoints"
     for replaced in checkpoints.glob(f".step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED)[1:])
-        if not folder.exists() and not replaced.is_symlink():  # killed between the two renames
+        if replaced.is_symlink():
+            replaced.unlink()
+        elif folder.exists():
+            shutil.rmtree(replaced)
+        else:  # killed between the two renames
             move_folder(replaced, folder, COMPLETE)
-    for leftover in checkpoints.glob(".step_*.tmp"):  # as earlier versions have named all that is temporary
-        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     remove_leftovers(checkpoints)
 
 
@@ -207,11 +242,24 @@ def describe_newest(run: Path) -> str:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check every file of a checkpoint against `COMPLETE`, its step against its name, its settings against its run's.
+    """Check every byte of a checkpoint against `COMPLETE`, its step against its name, its settings against its run's.
 
     Raises:
         UserError: a file is missing or altered; the message names it. Or the checkpoint is of another step or run.
     """
+    _verify(folder, lambda name: True, remember=False)
+
+
+def verify_model(folder: Path) -> None:
+    """Check the files of a checkpoint that a model is read from, as `verify_checkpoint` does.
+
+    Of the optimizer's state only the size is checked. A file that was right before is read again only if its inode,
+    size or time of change differs (see `restomod.utils.verified`).
+    """
+    _verify(folder, lambda name: name != f"{STATE}/{OPTIMIZER}", remember=True)
+
+
+def _verify(folder: Path, is_needed: Callable[[str], bool], remember: bool) -> None:
     mend = f"delete {folder} to fall back on the checkpoint before it"
     if not (folder / COMPLETE).exists():
         raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {mend}")
@@ -220,35 +268,42 @@ def verify_checkpoint(folder: Path) -> None:
         record = read_json(folder / COMPLETE, "record of a finished checkpoint", CheckpointFiles)
     except UserError as e:
         raise UserError(f"{e}; {mend}") from None
-    expected_files = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()]
-    listed = {path for path, _, _ in expected_files}
-    require_checkpoint_inside(folder, *listed)
+    files = record["files"]
+    require_checkpoint_inside(folder, *(folder / name for name in files))
     for needed in (WEIGHTS, "config.json", f"{STATE}/state.json"):
-        if folder / needed not in listed:
+        if needed not in files:
             raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {mend}")
-    for path, size, sha256 in expected_files:
+    for name, entry in files.items():
+        path, size = folder / name, entry["bytes"]
         if not path.is_file():
             raise UserError(f"{path} is missing from the checkpoint; {mend}")
         if path.stat().st_size != size:
             raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {size:,}; {mend}")
-        if sha256_file(path) != sha256:
-            raise UserError(f"{path} is damaged: its SHA-256 is not the one recorded; {mend}")
-    state = read_state(folder / STATE / "state.json")
+    hashes = {name: entry["sha256"] for name, entry in files.items() if is_needed(name)}
+    if (changed := changed_file(folder, hashes, remember)) is not None:
+        raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one recorded; {mend}")
+    state = read_state(folder)
     if STEP_FOLDER.fullmatch(folder.name) and state["step"] != step_of(folder):
         raise UserError(f"{folder} holds step {state['step']}, not {step_of(folder)}; {mend}")
     if folder.absolute().parent.name == "checkpoints":
         run = run_identity(folder.absolute().parent.parent)
-        # a model can be used whose data have changed; only training cannot go on
+        # a model can be used whose data have changed; only training cannot continue
         _require_same(folder, {name: value for name, value in run.items() if name != DATA_FINGERPRINT})
 
 
 def _require_same(folder: Path, run: dict[str, Any]) -> None:
     """Raise UserError if a checkpoint's run is not the one with the identity ``run``."""
-    other = identity_differences(read_state(folder / STATE / "state.json")["run"], run)
+    other = identity_differences(read_state(folder)["run"], run)
     if other:
         raise UserError(
             f"{folder} belongs to another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
         )
+
+
+def read_state(folder: Path) -> State:
+    """The `state.json` of a checkpoint; raises UserError if a value is missing or of another type."""
+    state: State = read_json(folder / STATE / "state.json", "training state", State)
+    return state
 
 
 def progress(folder: Path) -> tuple[int, int]:
@@ -257,8 +312,53 @@ def progress(folder: Path) -> tuple[int, int]:
     Raises:
         UserError: its training state is damaged.
     """
-    state = read_state(folder / STATE / "state.json")
+    state = read_state(folder)
     return state["step"], state["data_offset"]
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        UserError: it is damaged, or a tensor is of a kind that torch cannot compute with.
+    """
+    require_regular(path)
+    try:
+        require_short_header(path)
+        with safe_open(path, "pt") as saved:
+            yield saved
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, NotImplementedError) as e:
+        raise UserError(f"{path} is damaged: {one_line(e)}") from None
+
+
+def require_shape(folder: Path, config: ModelConfig) -> None:
+    """See that a checkpoint is of the model that a run's configuration describes, before memory is taken for that.
+
+    Raises:
+        UserError: its config.json, or the number of its parameters, is another.
+    """
+    if read_model_config(folder) != as_saved(config):
+        raise UserError(f"{folder} is of another model than config.json of the run; restore the original files")
+    with opened(folder / WEIGHTS) as saved:
+        sizes = [math.prod(saved.get_slice(name).get_shape()) for name in saved.keys()]  # noqa: SIM118
+    if sum(sizes) != parameter_count(config):
+        raise UserError(
+            f"{folder / WEIGHTS} holds {sum(sizes):,} parameters, but the run's config.json describes a model of "
+            f"{parameter_count(config):,}; restore the original config.json"
+        )
+
+
+def require_finite(folder: Path) -> None:
+    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity, or a mean of squares below 0."""
+    for path in [folder / WEIGHTS, *(folder / STATE).glob("*.safetensors")]:
+        with opened(path) as saved:
+            for name in saved.keys():  # noqa: SIM118  # it is no mapping
+                values = saved.get_tensor(name)
+                if not values.isfinite().all():
+                    raise UserError(f"{path}: {name} holds values that are not finite")
+                if name.endswith(NEVER_NEGATIVE) and (values < 0).any():
+                    raise UserError(f"{path}: {name} holds values below 0")
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
@@ -282,11 +382,11 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
     optimizer.loss_scale.reset()
     tensors = optimizer_tensors(model, optimizer)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    files = processes.from_main(lambda: _optimizer_files(folder, shapes))
-    for name in files:
+    path = folder / STATE / OPTIMIZER
+    for name in processes.from_main(lambda: _optimizer_tensor_names(path, shapes)):
 
         def read(name: str = name) -> Tensor:
-            with opened(files[name]) as saved:
+            with opened(path) as saved:
                 value: Tensor = saved.get_tensor(name)
             return value
 
@@ -294,24 +394,21 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
     put_numbers_back(model, optimizer, tensors)
 
 
-def _optimizer_files(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
-    """In which file of a checkpoint each tensor of the optimizer is, which have to be those of ``shapes``.
+def _optimizer_tensor_names(path: Path, shapes: dict[str, torch.Size]) -> list[str]:
+    """Names of the saved optimizer tensors, which have to match ``shapes``.
 
     The loss scale may be missing on either side: only fp16 has one.
     """
-    files = {}
-    for path in sorted((folder / STATE).glob("*.safetensors")):  # the one file that used to have another name, too
-        with opened(path) as saved:
-            for name in saved.keys():  # noqa: SIM118  # it is no mapping
-                if name in LOSS_SCALE and name not in shapes:
-                    continue
-                if name not in shapes or shapes[name] != torch.Size(saved.get_slice(name).get_shape()):
-                    raise UserError(f"{path} is of another optimizer or model: {name} does not fit")
-                files[name] = path
-    missing = shapes.keys() - files.keys() - set(LOSS_SCALE)
+    with opened(path) as saved:
+        found = {name: torch.Size(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    names = [name for name in found if name in shapes or name not in LOSS_SCALE]
+    for name in names:
+        if shapes.get(name) != found[name]:
+            raise UserError(f"{path} is of another optimizer or model: {name} does not fit")
+    missing = shapes.keys() - found.keys() - set(LOSS_SCALE)
     if missing:
-        raise UserError(f"{folder / STATE} is of another optimizer or model: {min(missing)} is missing")
-    return files
+        raise UserError(f"{path} is of another optimizer or model: {min(missing)} is missing")
+    return names
 
 
 def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:

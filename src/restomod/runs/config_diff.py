@@ -1,19 +1,54 @@
-"""In what runs differ: configurations side by side, without what changes no result."""
+"""Differences between configurations: which settings may change on resume, which change no result, which differ."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
-from restomod.data.manifest import is_fineweb_edu
+from restomod.data.manifest import MAX_BYTES, is_fineweb_edu
 from restomod.runs.reader import Run
+from restomod.utils.errors import UserError
+from restomod.utils.json_files import read_json
 
 Settings = dict[str, Any]
 
+MAY_CHANGE_ON_RESUME = {
+    "steps",
+    "target_loss",
+    "micro_batch",
+    "eval_every",
+    "eval_tokens",
+    "eval_tasks",
+    "eval_limit",
+    "sample_every",
+    "sampling",
+    "save_every",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "keep_best",
+    "keep_every",
+    "keep_gb",
+    "track",
+    "on_save_error",
+    "on_spike",
+    "spike_sigmas",
+    "device",
+    "precision",
+    "parallel",
+    "recompute",
+    "deterministic",
+    "compile",
+    "residual_dtype",
+    "sanity_checks",
+    "data",
+}
+_NOT_SETTINGS = {"version"}
+DATA_FINGERPRINT = "data fingerprint"
 CHANGES_NOTHING = (  # when to look and to save, and how to compute the same
     "eval_every",
     "eval_tasks",
@@ -69,6 +104,39 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
 def trains_on_fineweb_edu(run: Run) -> bool:
     """Whether a run trains on FineWeb-Edu, so that losses published for it can stand beside its own."""
     return run.config.data.mix is None and is_fineweb_edu(run.manifest)
+
+
+def run_identity(run: Path) -> dict[str, Any]:
+    """The settings of a run that cannot change, and the fingerprint of its data, as JSON values.
+
+    Two runs of equal identity make the same checkpoints, so nothing random is needed to tell runs apart, and a run's
+    folder may be copied and moved. Empty where ``run`` has no readable `config.json`.
+    """
+    try:
+        config = read_json(run / "config.json", "run's configuration", dict[str, Any])
+        data = read_json(run / "data.json", "manifest of the run's data", dict[str, Any], MAX_BYTES)
+    except UserError:
+        return {}
+    settings = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME | _NOT_SETTINGS}
+    return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
+
+
+def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs among the settings that both sides have, each as ``NAME is A, not B``.
+
+    Args:
+        theirs: settings as JSON values, nested or not.
+        ours: those that they should equal. Settings that only one side has were added later and are passed over.
+        prefix: dotted path of both, for the names.
+    """
+    found = []
+    for name in theirs.keys() & ours.keys():
+        a, b = theirs[name], ours[name]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += identity_differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} is {a!r}, not {b!r}")
+    return sorted(found)
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Settings:

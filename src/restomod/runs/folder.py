@@ -28,7 +28,7 @@ from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config, to_dict, to_file
 from restomod.data.dataset import Dataset
 from restomod.data.same_tokens import read_run_data, token_difference, with_hashes
-from restomod.runs.identity import MAY_CHANGE_ON_RESUME, identity_differences
+from restomod.runs.config_diff import MAY_CHANGE_ON_RESUME, identity_differences
 from restomod.runs.metrics import Record, SampleRecord, append_jsonl, iterate_jsonl, keep_records
 from restomod.runs.trackers import Trackers
 from restomod.utils.errors import UserError, reason

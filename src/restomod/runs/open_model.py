@@ -13,9 +13,8 @@ import torch
 from restomod.config.presets import PRESETS, is_preset, preset
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import OtherModel
-from restomod.model.hf_io import load_model
-from restomod.model.hub import OPENAI, download_model, hub_name
-from restomod.runs.checkpoint import COMPLETE, STATE, list_checkpoints, verify_checkpoint
+from restomod.model.hf_io import OPENAI, download_model, hub_name, load_model
+from restomod.runs.checkpoint import COMPLETE, STATE, list_checkpoints, verify_model
 from restomod.utils.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from restomod.utils.json_files import read_json
 
@@ -30,11 +29,11 @@ def find_model(name: str) -> Path:
     if not path.is_dir():
         return _from_hub(name)
     if (path / COMPLETE).exists() or (path / STATE).exists():
-        verify_checkpoint(path)
+        verify_model(path)
         return path
     checkpoints = list_checkpoints(path)
     if checkpoints:
-        verify_checkpoint(checkpoints[-1])
+        verify_model(checkpoints[-1])
         return checkpoints[-1]
     if is_run(path):
         raise UserError(f"{path} holds no checkpoint yet; go on training with `restomod train --resume {quote(name)}`")

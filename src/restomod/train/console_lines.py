@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
-from restomod.data.reading import told
+from restomod.data.read_counts import summary_rows
 from restomod.engine.device import describe_device, dtype_name
 from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
 from restomod.model.flops import parameter_count
@@ -38,7 +38,7 @@ def run_summary(training: Training) -> list[tuple[str, str]]:
             f"{parameter_count(config.model):,}, " + (f"from {config.init}" if config.init else "random at the start"),
         ),
         ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
-        *told(manifest),
+        *summary_rows(manifest),
         (
             "batch",
             f"{config.batch_tokens:,} tokens = {f'{processes} processes × ' if processes > 1 else ''}"

@@ -16,7 +16,7 @@ from shlex import quote
 
 from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
-from restomod.data.prefetch import Prefetch
+from restomod.data.batches import Prefetch
 from restomod.engine.distributed import Processes, join_processes
 from restomod.engine.signals import StopSignal
 from restomod.runs.async_saver import Saver

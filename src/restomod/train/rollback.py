@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from restomod.data.prefetch import MicroBatches
+from restomod.data.batches import MicroBatches
 from restomod.engine.device import release_memory
 from restomod.engine.micro_batch import next_smaller_divisor, split_micro_batches
 from restomod.engine.step import PendingStep, train_step

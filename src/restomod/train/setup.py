@@ -15,7 +15,7 @@ from restomod.checks.model_quick import CheckedModel, quick_checks
 from restomod.config.run import RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 from restomod.engine.device import (
     choose_compile,
@@ -42,12 +42,12 @@ from restomod.runs.checkpoint import (
     load_saved_weights,
     newest_usable,
     progress,
+    require_shape,
     set_aside,
 )
 from restomod.runs.folder import RunFolder, check_resumable, create_run, environment, nothing_left_to_do, reopen_run
 from restomod.runs.metrics import SampleRecord, iterate_jsonl
 from restomod.runs.open_model import find_model
-from restomod.runs.saved_tensors import require_shape
 from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 

@@ -17,8 +17,8 @@ from restomod.analysis.report.usage import Prices
 from restomod.analysis.report.write import page_data
 from restomod.cli import main
 from restomod.config.run import DataConfig
-from restomod.data.mix import mix
-from restomod.data.tokenize import prepare_text
+from restomod.data.dataset import mix
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.validation import validation_loss
 from restomod.model.hf_io import load_model

@@ -55,7 +55,7 @@ def test_a_long_text_that_changes_while_it_is_prepared_is_refused(
     if dedup:
         monkeypatch.setattr(run.PrepareUnit, "_write", change_and_write)
     else:
-        monkeypatch.setattr("restomod.data.tokenize.split_hash", lambda parts, seed: 0)
+        monkeypatch.setattr("restomod.data.prepare.worker.split_hash", lambda parts, seed: 0)
     with (
         tiny_pieces(),
         pytest.raises(UserError, match=r"[01]\.txt has changed since it was first read; choose another"),

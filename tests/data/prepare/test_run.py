@@ -46,12 +46,12 @@ END = 50256  # <|endoftext|>
 # the command line where no file may grow beyond 30,000 bytes, except those that the tokenizer needs to begin with
 PROGRAM_ON_A_FULL_DISK = """
 import resource, sys
-import restomod.data.prepare.units, restomod.data.tokenize
+import restomod.data.prepare.units, restomod.data.prepare.worker
 from restomod.cli import main
-from restomod.data.bulk import BulkEncoder
+from restomod.data.bulk_encoder import BulkEncoder
 from restomod.data.tokenizer import gpt2_tokenizer
 restomod.data.prepare.units.UNIT_BYTES = int(sys.argv.pop(1))
-restomod.data.tokenize.BATCH_CHARACTERS = 10_000
+restomod.data.prepare.worker.BATCH_CHARACTERS = 10_000
 BulkEncoder(gpt2_tokenizer())
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 sys.exit(main())
@@ -495,13 +495,13 @@ def test_with_dedup_text_that_changes_between_the_passes_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[str]], list[str]],
 ) -> None:
-    choose = pipeline.choose_first_occurrences
+    choose = pipeline.assign_splits
 
-    def choose_then_change(out: Path, units: int) -> None:
-        choose(out, units)
+    def choose_then_change(out: Path, units: int, config: PrepareConfig) -> None:
+        choose(out, units, config)
         write_jsonl(tmp_path / "text" / "2.jsonl", change(text["2.jsonl"]))
 
-    monkeypatch.setattr(pipeline, "choose_first_occurrences", choose_then_change)
+    monkeypatch.setattr(pipeline, "assign_splits", choose_then_change)
     assert "since" in refused(tmp_path, dedup=True)
 
 

@@ -161,7 +161,7 @@ def test_jobs_write_the_same_bytes_and_the_manifest(
 ) -> None:
     lines = said(capfd, *flags)
     assert lines[0] == "reading 4 .jsonl files, in 4 units"
-    stages = ["hash 4 units", "choose", "prepare 4 units", "finish"] if flags else ["prepare 4 units", "finish"]
+    stages = ["hash 4 units", "assign", "prepare 4 units", "finish"] if flags else ["prepare 4 units", "finish"]
     assert lines[1:-1] == [f"submitted job {101 + i}: {stage}" for i, stage in enumerate(stages)]
     for job in cluster.jobs():
         assert job["options"]["output"].startswith(f"{tmp_path}/my out/.prepare/slurm/")

@@ -13,7 +13,7 @@ import pytest
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data.prepare import units as module
-from restomod.data.prepare.units import Unit, describe, kinds_of, plan, unit_documents
+from restomod.data.prepare.units import Unit, describe, kinds_of, plan_units, unit_documents
 from restomod.utils.errors import UserError
 
 CONFIG = PrepareConfig()
@@ -47,14 +47,14 @@ def test_files_are_put_together_until_a_unit_is_large_enough(
     text: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, expected: list[list[int]]
 ) -> None:
     monkeypatch.setattr(module, "UNIT_BYTES", unit_bytes)
-    units = plan((str(text),), CONFIG)
+    units = plan_units((str(text),), CONFIG)
     assert sizes_of(units) == expected
     assert [unit.bytes for unit in units] == [sum(sizes) for sizes in expected]
 
 
 def test_no_unit_holds_files_of_two_sources_and_sources_keep_their_order(text: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first in the alphabet, second in the command")
-    units = plan((str(text), str(tmp_path / "a.txt"), str(text)), CONFIG)
+    units = plan_units((str(text), str(tmp_path / "a.txt"), str(text)), CONFIG)
     assert [len(unit.files) for unit in units] == [9, 1, 9]
     assert units[0] == units[2]
 
@@ -65,23 +65,23 @@ def test_files_are_sorted_and_hidden_and_empty_ones_left_out(tmp_path: Path) -> 
     for name in [*names, ".hidden.txt", ".git/x.txt", "empty.txt"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("" if name == "empty.txt" else "text")
-    (unit,) = plan((str(tmp_path),), CONFIG)
+    (unit,) = plan_units((str(tmp_path),), CONFIG)
     assert [str(Path(file).relative_to(tmp_path)) for file in unit.files] == [
         *("B.txt", "a.txt", "b/1.txt", "b/2.txt", "c.jsonl")
     ]
-    (unit,) = plan((str(tmp_path),), PrepareConfig(glob="*.txt"))
+    (unit,) = plan_units((str(tmp_path),), PrepareConfig(glob="*.txt"))
     assert [Path(file).name for file in unit.files] == ["B.txt", "a.txt"]
 
 
 def test_a_relative_source_makes_the_plan_of_the_absolute_one(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absolute = plan((str(text),), CONFIG)
+    absolute = plan_units((str(text),), CONFIG)
     described = describe((str(text),), CONFIG, absolute, "f" * 64)
     for folder, source in ((tmp_path, "text"), (tmp_path, "./text/"), (text, ".")):
         monkeypatch.chdir(folder)
-        assert plan((source,), CONFIG) == absolute
-        assert describe((source,), CONFIG, plan((source,), CONFIG), "f" * 64) == described
+        assert plan_units((source,), CONFIG) == absolute
+        assert describe((source,), CONFIG, plan_units((source,), CONFIG), "f" * 64) == described
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_data_is_named_after_its_sources(sources: tuple[str, ...], name: str
 
 
 def test_a_description_survives_json(text: Path) -> None:
-    description = describe((str(text),), CONFIG, plan((str(text), "python-stdlib"), CONFIG), "f" * 64)
+    description = describe((str(text),), CONFIG, plan_units((str(text), "python-stdlib"), CONFIG), "f" * 64)
     assert json.loads(json.dumps(description)) == description
 
 
@@ -107,9 +107,9 @@ def test_a_built_in_source_is_a_unit_unless_a_file_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_in: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert plan((built_in,), CONFIG) == [Unit((), 0, built_in)]
+    assert plan_units((built_in,), CONFIG) == [Unit((), 0, built_in)]
     Path(built_in).write_text("mine")
-    assert plan((built_in,), CONFIG) == [Unit((str(tmp_path / built_in),), 4)]
+    assert plan_units((built_in,), CONFIG) == [Unit((str(tmp_path / built_in),), 4)]
 
 
 def test_the_standard_library_is_read_file_by_file() -> None:
@@ -119,9 +119,9 @@ def test_the_standard_library_is_read_file_by_file() -> None:
 
 def test_a_missing_source_is_refused() -> None:
     with pytest.raises(UserError, match=r"^'': no such file, folder or source"):  # and not the present folder
-        plan(("",), CONFIG)
+        plan_units(("",), CONFIG)
     with pytest.raises(UserError, match=r"nowhere: no such file, folder or source; known: .*python-stdlib"):
-        plan(("nowhere",), CONFIG)
+        plan_units(("nowhere",), CONFIG)
 
 
 @pytest.mark.parametrize("files", [{}, {"empty.txt": ""}, {".hidden": "text"}])
@@ -129,7 +129,7 @@ def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str])
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="holds no text"):
-        plan((str(tmp_path),), CONFIG)
+        plan_units((str(tmp_path),), CONFIG)
 
 
 def test_what_is_read_is_told_by_its_endings() -> None:
@@ -161,11 +161,11 @@ def test_a_large_file_is_cut_into_units_of_about_equal_size(
     file = tmp_path / f"large{ending}"
     file.write_bytes(b"x" * 100)
     monkeypatch.setattr(module, "SPAN_BYTES", span_bytes)
-    units = plan((str(file),), CONFIG)
+    units = plan_units((str(file),), CONFIG)
     assert spans_of(units) == expected
     assert sum(unit.bytes for unit in units) == 100
     assert all(unit.files == (str(file),) for unit in units)
-    assert plan((str(file),), CONFIG) == units
+    assert plan_units((str(file),), CONFIG) == units
     assert kinds_of(units) == f"1 {ending.lower()} file"
 
 
@@ -176,14 +176,14 @@ def test_what_can_only_be_read_from_its_beginning_is_not_cut(
     content = {".xz": lzma.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)(b"x" * 100)
     (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(module, "SPAN_BYTES", 10)
-    assert plan((str(tmp_path / name),), CONFIG) == [Unit((str(tmp_path / name),), len(content))]
+    assert plan_units((str(tmp_path / name),), CONFIG) == [Unit((str(tmp_path / name),), len(content))]
 
 
 def test_a_large_file_among_small_ones_keeps_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"a.txt": 5, "b.txt": 5, "c.jsonl": 100, "d.jsonl": 5, "e.txt": 200, "f.txt": 5}.items():
         (tmp_path / name).write_bytes(b"x" * size)
     monkeypatch.setattr(module, "SPAN_BYTES", 60)
-    units = plan((str(tmp_path),), CONFIG)
+    units = plan_units((str(tmp_path),), CONFIG)
     assert [[Path(file).name for file in unit.files] for unit in units] == [
         ["a.txt", "b.txt"],
         ["c.jsonl"],
@@ -199,7 +199,7 @@ def test_a_description_of_spans_survives_json_and_that_of_whole_files_is_as_it_w
     (tmp_path / "a.jsonl").write_bytes(b"x" * 100)
     monkeypatch.setattr(module, "SPAN_BYTES", 60)
     sources = (str(text), str(tmp_path / "a.jsonl"))
-    description = describe(sources, CONFIG, plan(sources, CONFIG), "f" * 64)
+    description = describe(sources, CONFIG, plan_units(sources, CONFIG), "f" * 64)
     assert json.loads(json.dumps(description)) == description
     assert [set(unit) for unit in description["units"]] == [
         {"files", "bytes", "source"},
@@ -215,7 +215,7 @@ def test_another_size_of_a_file_is_another_plan_of_each_of_its_spans(
     units = []
     for size in (100, 101):
         (tmp_path / "a.jsonl").write_bytes(b"x" * size)
-        units.append(plan((str(tmp_path),), CONFIG))
+        units.append(plan_units((str(tmp_path),), CONFIG))
     assert len(units[0]) == len(units[1]) == 2
     assert units[0][0].bytes == units[1][0].bytes
     assert units[0][0] != units[1][0]
@@ -223,7 +223,7 @@ def test_another_size_of_a_file_is_another_plan_of_each_of_its_spans(
 
 def test_the_plan_of_the_standard_library_names_the_python_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def described() -> dict[str, object]:
-        return describe(("python-stdlib",), CONFIG, plan(("python-stdlib",), CONFIG), "f" * 64)
+        return describe(("python-stdlib",), CONFIG, plan_units(("python-stdlib",), CONFIG), "f" * 64)
 
     mine = described()
     assert mine == described()

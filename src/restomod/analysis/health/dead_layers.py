@@ -28,15 +28,14 @@ def dead_layers(run: Run) -> Finding:
 
     from restomod.model.gpt import build_model
     from restomod.model.hf_io import load_model
-    from restomod.runs.checkpoint import list_checkpoints, step_of, verify_checkpoint
-    from restomod.runs.saved_tensors import require_shape
+    from restomod.runs.checkpoint import list_checkpoints, require_shape, step_of, verify_model
 
     cpu = torch.device("cpu")
     try:
         checkpoints = list_checkpoints(run.folder)
         if not checkpoints or step_of(checkpoints[-1]) < FEWEST_UPDATES:
             return Finding(NAME, "unknown", f"needs a checkpoint of step {FEWEST_UPDATES} or later")
-        verify_checkpoint(checkpoints[-1])
+        verify_model(checkpoints[-1])
         require_shape(checkpoints[-1], run.config.model)
         trained = _matrices(load_model(checkpoints[-1], cpu, finite=False).named_parameters())
     except (UserError, OSError) as e:  # deleted meanwhile, by a run that goes on

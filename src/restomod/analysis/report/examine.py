@@ -22,7 +22,7 @@ from restomod.analysis.report.examined import FILE, FORMAT, read_examined
 from restomod.config.run import Device, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset, Part
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.engine.device import EVAL_TOKENS, choose_device, choose_dtype, keep_freed_memory, tokens_on
 from restomod.evals.validation import token_losses, validation_windows

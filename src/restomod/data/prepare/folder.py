@@ -21,10 +21,19 @@ from typing import Any
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data.dataset import SPLITS, Dataset, open_dataset
-from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT, READ, Prepared, read_manifest, read_plan, read_unit
-from restomod.data.prepare.units import Unit, describe, kinds_of, plan
+from restomod.data.manifest import (
+    MANIFEST,
+    MANIFEST_FORMAT,
+    READ,
+    Prepared,
+    merge_counts,
+    read_manifest,
+    read_plan,
+    read_unit,
+)
+from restomod.data.prepare.units import Unit, describe, kinds_of, plan_units
 from restomod.data.prepare.worker import SLURM, WORK, failure_path, hashes_path, record_path
-from restomod.data.reading import Reading, merge_counts
+from restomod.data.read_counts import ReadCounts
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside, write_json_atomically
@@ -45,7 +54,7 @@ class Work:
     units: list[Unit]
     description: dict[str, Any]
     """The plan as the manifest will hold it."""
-    reading: Reading
+    counts: ReadCounts
     """What was left out of the sources' folders."""
 
 
@@ -58,12 +67,12 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
     for source in sources:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"{out} lies in {source}, where it would be read as text; choose another folder with --out")
-    reading = Reading()
-    units = plan(sources, config, _begun(out), reading)
+    counts = ReadCounts()
+    units = plan_units(sources, config, _begun(out), counts)
     begun = (out / MANIFEST).exists() or (out / WORK / "plan.json").exists()
     if not begun and out.exists() and any(path.name != WORK for path in out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
-    return Work(out, config, units, describe(sources, config, units, gpt2_tokenizer().sha256), reading)
+    return Work(out, config, units, describe(sources, config, units, gpt2_tokenizer().sha256), counts)
 
 
 @contextlib.contextmanager
@@ -182,7 +191,7 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
                 shard.unlink()
 
 
-def finish_folder(work: Work) -> Dataset:
+def finish_folder(work: Work) -> None:
     """Write the manifest from the units' records, and drop what was only needed on the way.
 
     Raises:
@@ -205,7 +214,7 @@ def finish_folder(work: Work) -> Dataset:
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             digest.update(f"{split} {shard['sha256']}".encode())
-    read = merge_counts([work.reading.to_dict(), *(record[READ] for record in records if READ in record)])
+    read = merge_counts([work.counts.to_dict(), *(record[READ] for record in records if READ in record)])
     write_json_atomically(
         out / MANIFEST,
         {
@@ -227,7 +236,6 @@ def finish_folder(work: Work) -> Dataset:
         out,
     )
     remove_working_folder(out)
-    return open_dataset(out, tokenizer.sha256, verify="all")
 
 
 def remove_working_folder(out: Path) -> None:

@@ -16,11 +16,11 @@ from shlex import quote
 from types import FrameType
 
 from restomod.config.prepare import Engine, PrepareConfig, SlurmConfig
-from restomod.data.dataset import Dataset
+from restomod.data.dataset import Dataset, open_dataset
 from restomod.data.manifest import MANIFEST, read_unit
 from restomod.data.prepare.folder import begin, finish_folder, finished, locked_folder, planned, unfinished
-from restomod.data.prepare.worker import WORK, HashUnit, PrepareUnit, choose_first_occurrences, hashes_path, record_path
-from restomod.data.reading import told_lines
+from restomod.data.prepare.worker import WORK, HashUnit, PrepareUnit, assign_splits, hashes_path, record_path
+from restomod.data.read_counts import summary_lines
 from restomod.utils.errors import UserError
 from restomod.utils.temporary import remove_leftovers
 from restomod.utils.text import counted
@@ -68,7 +68,7 @@ def prepare_folder(
                     report("looking for duplicates …")
                     unhashed = [i for i in range(len(work.units)) if not hashes_path(out, i).exists()]
                     run_units(engine, HashUnit(config, work.units, step_out), unhashed, workers, step_out)
-                    choose_first_occurrences(out, len(work.units))
+                    assign_splits(out, len(work.units), config)
                 with _progress(out, len(work.units), report):
                     run_units(engine, PrepareUnit(config, work.units, step_out), left, workers, step_out)
         except KeyboardInterrupt:
@@ -76,7 +76,8 @@ def prepare_folder(
             raise
         finally:
             remove_leftovers(out)  # of workers that were stopped because another one failed
-        return finish_folder(work)
+        finish_folder(work)
+        return open_dataset(out, work.description["tokenizer"], verify="all")
 
 
 def prepare_and_report(
@@ -112,7 +113,7 @@ def prepare_and_report(
     report(f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens{duplicates}")
     for split, part in manifest["splits"].items():
         report(f"  {split:<6}{part['tokens']:,} tokens in {counted(len(part['shards']), 'shard')}")
-    for line in told_lines(manifest):
+    for line in summary_lines(manifest):
         report(line)
     val = manifest["splits"]["val"]["tokens"]
     if config.val_fraction and val < FEW_VAL_TOKENS and not sources[0].startswith("pretokenized:"):

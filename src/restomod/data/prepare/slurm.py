@@ -1,7 +1,7 @@
 """Hand the units of `restomod prepare` to Slurm: job arrays on datatrove's executor, and a last job for the manifest.
 
     prepare ─────────────────────── finish      one task per unit; afterwards one that writes the manifest
-    hash ── choose ── prepare ───── finish      with --dedup, which has to know all documents before it writes any
+    hash ── assign ── prepare ───── finish      with --dedup, which has to know all documents before it writes any
 
 Every stage waits for the one before it, and is cancelled by Slurm if that one fails. What is done is in the folder's
 records alone, as ever: the same command asks the queue and the folder how far it is, and submits what is missing once
@@ -43,7 +43,7 @@ from restomod.data.prepare.worker import (
     WORK,
     HashUnit,
     PrepareUnit,
-    choose_first_occurrences,
+    assign_splits,
     failure_path,
     hashes_path,
     quiet_datatrove,
@@ -101,7 +101,8 @@ def submit_folder(
         _raise_failure(work)
         left = unfinished(work, report)
         if not left:
-            return finish_folder(work)
+            finish_folder(work)
+            return finished(work)
         if submitted:
             report(f"its jobs have ended without the others: out of time or memory? See {out / WORK / 'slurm'}")
         _submit(work, left, workers, slurm, report)
@@ -134,7 +135,7 @@ def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, repor
         unhashed = [unit for unit in range(n) if not hashes_path(out, unit).exists()]
         if unhashed:
             stages.append(("hash", ChosenUnits(HashUnit(config, work.units, out), unhashed), len(unhashed)))
-        stages.append(("choose", Choose(out, n), 1))
+        stages.append(("assign", AssignSplits(dataclasses.replace(work, out=out)), 1))
     stages.append(("prepare", ChosenUnits(PrepareUnit(config, work.units, out), left), len(left)))
     stages.append(("finish", Finish(dataclasses.replace(work, out=out)), 1))
     before = None
@@ -147,14 +148,14 @@ def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, repor
         report(f"submitted job {before}: {name}{units}")
 
 
-class Choose:
-    """A datatrove step for one task: choose what --dedup keeps, between the stages that hash and that prepare."""
+class AssignSplits:
+    """A datatrove step for one task: find duplicates, between the stages that hash and that prepare."""
 
-    def __init__(self, out: Path, units: int) -> None:
-        self.out, self.units = out, units
+    def __init__(self, work: Work) -> None:
+        self.work = work
 
     def __call__(self, data: Any, rank: int, world_size: int) -> list[Any]:
-        choose_first_occurrences(self.out, self.units)
+        assign_splits(self.work.out, len(self.work.units), self.work.config)
         return []
 
 

@@ -17,15 +17,14 @@ from typing import Any
 
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig
+from restomod.data.dataset import split_of
 from restomod.data.documents import AnyDocument
+from restomod.data.file_format import ending
+from restomod.data.find_files import find_files
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
-from restomod.data.kinds import ending
-from restomod.data.pretokenized import SUFFIXES
-from restomod.data.published import split_of
-from restomod.data.readers import Span, can_span, read_documents
-from restomod.data.reading import Reading
-from restomod.data.sources import BUILT_IN, documents
-from restomod.data.text_files import files_of
+from restomod.data.read_counts import ReadCounts
+from restomod.data.readers import Span, can_be_cut, read_documents
+from restomod.data.sources import BUILT_IN, download_tinyshakespeare, python_stdlib
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import counted
 
@@ -33,6 +32,7 @@ UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one
 SPAN_BYTES = 64_000_000  # a larger file is cut into spans of at most this size, if it can be
 HUB = "hf:"
 PRETOKENIZED = "pretokenized:"
+SHARD_ENDINGS = (".bin", ".npy")
 DATASETS = {  # short names: repository on the hub, its default configuration
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
@@ -52,11 +52,11 @@ class Unit:
     """Which part of its one file; None for whole files. ``bytes`` is the part's size."""
 
 
-def plan(
+def plan_units(
     sources: tuple[str, ...],
     config: PrepareConfig,
     begun: dict[str, Any] | None = None,
-    reading: Reading | None = None,
+    counts: ReadCounts | None = None,
 ) -> list[Unit]:
     """Cut the sources into units, in order.
 
@@ -67,12 +67,12 @@ def plan(
         sources: files, folders, built-in sources or datasets on the hub.
         config: how to read them.
         begun: an earlier description of the same; datasets on the hub then stay at the commit that they had.
-        reading: where to count the files that are left out.
+        counts: where to count the files that are left out.
 
     Raises:
         UserError: a source does not exist or holds no file with anything in it.
     """
-    pinned = begun["datasets"] if begun and begun.get("settings") == _settings(config) else {}
+    pinned = begun["datasets"] if begun and begun.get("settings") == dataclasses.asdict(config) else {}
     units: list[Unit] = []
     for source in sources:
         if source in BUILT_IN and not Path(source).exists():
@@ -92,9 +92,9 @@ def plan(
             raise UserError(f"{source or repr(source)}: no such file, folder or source{did_you_mean(source, known)}")
         group: list[str] = []
         size = 0
-        for file in files_of(path.absolute(), config.glob, reading.left_out if reading else None):
+        for file in find_files(path.absolute(), config.glob, counts.left_out if counts else None):
             file_size = file.stat().st_size
-            if file_size > SPAN_BYTES and can_span(file, config.text_column):
+            if file_size > SPAN_BYTES and can_be_cut(file, config.text_column):
                 if group:
                     units.append(Unit(tuple(group), size))
                     group, size = [], 0
@@ -142,7 +142,7 @@ def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
     if source.startswith(PRETOKENIZED):
         if config.dedup:
             raise UserError(f"{source}: published shards are taken as they are; leave --dedup out")
-        shards = repository_files(source.removeprefix(PRETOKENIZED), config.hub_revision, SUFFIXES)
+        shards = repository_files(source.removeprefix(PRETOKENIZED), config.hub_revision, SHARD_ENDINGS)
         shards = [file for file in shards if split_of(file.path)]
         if not shards:
             raise UserError(f"{source}: no shards there such as fineweb_train_000001.bin")
@@ -160,14 +160,6 @@ def kinds_of(units: list[Unit]) -> str:
     return ", ".join([*kinds, *(unit.source for unit in units if unit.source in BUILT_IN)])
 
 
-def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """The settings as a plan holds them: one that came later stands there only where it is used."""
-    settings = dataclasses.asdict(config)
-    if config.separator is None:
-        del settings["separator"]
-    return settings
-
-
 def describe(
     sources: tuple[str, ...], config: PrepareConfig, units: list[Unit], tokenizer_sha256: str
 ) -> dict[str, Any]:
@@ -175,7 +167,7 @@ def describe(
     names = [Path(os.path.abspath(source)).name for source in sources]
     return {
         "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
-        "settings": _settings(config),
+        "settings": dataclasses.asdict(config),
         "datasets": {
             source: [[unit.files[0], unit.bytes] for unit in units if unit.source == source]
             for source in sources
@@ -195,7 +187,7 @@ def _described(unit: Unit) -> dict[str, Any]:
 
 
 def unit_documents(
-    unit: Unit, config: PrepareConfig, downloads: Path | None, reading: Reading | None = None
+    unit: Unit, config: PrepareConfig, downloads: Path | None, counts: ReadCounts | None = None
 ) -> Iterator[AnyDocument]:
     """The documents of a unit, in order.
 
@@ -203,12 +195,14 @@ def unit_documents(
         unit: what to read.
         config: how.
         downloads: folder for what comes from the hub; None: the hub client's cache.
-        reading: where to count what was read.
+        counts: where to count what was read.
     """
+    counts = counts or ReadCounts()
+    if unit.source == "python-stdlib":
+        yield from map(counts.count, python_stdlib())
+    files = unit.files
     if unit.source == "tinyshakespeare":
-        yield from documents(DataConfig(source="tinyshakespeare"))
-    elif unit.source == "python-stdlib":
-        yield from documents(DataConfig(source="python-stdlib"))
-    for file in unit.files:
+        files = (str(download_tinyshakespeare(Path(DataConfig.cache))),)
+    for file in files:
         path = fetch(file, downloads) if file.startswith(SCHEME) else Path(file)
-        yield from read_documents(path, config.text_column, unit.span, config.separator, reading)
+        yield from map(counts.count, read_documents(path, config.text_column, unit.span, config.separator, counts))

@@ -7,8 +7,11 @@ function of the unit's files and the settings.
 from __future__ import annotations
 
 import io
+import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,21 +19,24 @@ from typing import Any
 import numpy as np
 
 from restomod.config.prepare import PrepareConfig
-from restomod.data.bulk import BulkEncoder
-from restomod.data.dataset import SPLITS, ShardWriter, open_npy
-from restomod.data.documents import AnyDocument, split_hash
+from restomod.data.bulk_encoder import BulkEncoder
+from restomod.data.dataset import SPLITS, ShardWriter, open_npy, open_shard, split_of
+from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, SplitHash, pieces, split_hash
+from restomod.data.hub_datasets import fetch, parse_address
 from restomod.data.manifest import READ
 from restomod.data.prepare.units import PRETOKENIZED, Unit, unit_documents
-from restomod.data.pretokenized import fetch_shard
-from restomod.data.reading import Reading
-from restomod.data.tokenize import encoded, write_by_position
-from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.data.read_counts import ReadCounts
+from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from restomod.utils.errors import UserError
-from restomod.utils.files import fsync_path, write_bytes_atomically, write_json_atomically
+from restomod.utils.files import fsync_path, sha256_file, write_bytes_atomically, write_json_atomically
+from restomod.utils.temporary import Temporary
 
 WORK = ".prepare"
 SLURM = "slurm.json"  # there: jobs of Slurm have been submitted for the folder
 ANEW = "choose another folder with --out, or delete this one and run the same command again"
+DESTINATIONS = (*SPLITS, "duplicates")  # of a document; `assign_splits` writes their numbers
+BATCH_CHARACTERS = 4_000_000  # of text encoded at once: fast, and little memory
+COPY_TOKENS = 1_000_000  # read at once of tokens that are in a file
 
 
 def record_path(out: Path, unit: int) -> Path:
@@ -72,15 +78,18 @@ class UnitStep:
 
 
 class HashUnit(UnitStep):
-    """Write the hashes of a unit's documents, from which duplicates are told."""
+    """Write the hashes of a unit's documents, by which duplicates are found."""
 
     def work(self, unit: int) -> None:
-        path = hashes_path(self.out, unit)
-        if path.exists():
+        if hashes_path(self.out, unit).exists():
             return
         documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
-        hashes = [split_hash(document.parts(), self.config.split_seed) for document in documents]
-        _write_array(path, np.array(hashes, dtype=np.uint64), self.out)
+        write_hashes(self.out, unit, hash_documents(documents, self.config.split_seed))
+
+
+def hash_documents(documents: Iterable[AnyDocument], seed: int) -> np.ndarray:
+    """The `split_hash` of every document, shape (n,), uint64."""
+    return np.fromiter((split_hash(document.parts(), seed) for document in documents), dtype=np.uint64)
 
 
 def hashes_path(out: Path, unit: int) -> Path:
@@ -91,8 +100,8 @@ def _downloads(out: Path, unit: int) -> Path:
     return out / WORK / f"downloads_{unit:05d}"
 
 
-def _keep(out: Path, unit: int) -> Path:
-    return out / WORK / f"keep_{unit:05d}.npy"
+def _assigned_path(out: Path, unit: int) -> Path:
+    return out / WORK / f"assigned_{unit:05d}.npy"
 
 
 def _load(path: Path, dtype: type[np.generic]) -> np.ndarray:
@@ -105,13 +114,35 @@ def _load(path: Path, dtype: type[np.generic]) -> np.ndarray:
     return np.asarray(values)
 
 
-def choose_first_occurrences(out: Path, units: int) -> None:
-    """Write for every unit which of its documents are the first of their text, in the order of the units."""
+def assign_splits(out: Path, units: int, config: PrepareConfig) -> None:
+    """Write for every unit where each of its documents goes (`DESTINATIONS`), given the hashes of all documents.
+
+    As all are known, validation gets at least one text where a fraction is asked, and never all. With ``dedup`` only
+    the first document of each text is kept, in the order of the units.
+    """
     hashes = [_load(hashes_path(out, unit), np.uint64) for unit in range(units)]
-    first = np.zeros(sum(map(len, hashes)), dtype=bool)
-    first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
-    for unit, keep in enumerate(np.split(first, np.cumsum([len(h) for h in hashes])[:-1])):
-        _write_array(_keep(out, unit), keep, out)
+    together = np.concatenate(hashes)
+    texts, first = np.unique(together, return_index=True)
+    limit = val_limit(config) if len(texts) > 1 else 0
+    if limit:
+        limit = int(texts[np.clip(np.searchsorted(texts, np.uint64(limit)), 1, len(texts) - 1)])
+    assigned = (together < np.uint64(limit)).astype(np.uint8)
+    if config.dedup:
+        later = np.ones(len(together), dtype=bool)
+        later[first] = False
+        assigned[later] = DESTINATIONS.index("duplicates")
+    for unit, part in enumerate(np.split(assigned, np.cumsum([len(h) for h in hashes])[:-1])):
+        _write_array(_assigned_path(out, unit), part, out)
+
+
+def val_limit(config: PrepareConfig) -> int:
+    """The hash below which documents go to validation."""
+    return math.ceil(config.val_fraction * 2**64)
+
+
+def write_hashes(out: Path, unit: int, hashes: np.ndarray) -> None:
+    """Write the hashes of a unit's documents, shape (n,), uint64, where `assign_splits` and `PrepareUnit` read them."""
+    _write_array(hashes_path(out, unit), hashes, out)
 
 
 def _write_array(path: Path, values: np.ndarray, out: Path) -> None:
@@ -122,6 +153,9 @@ def _write_array(path: Path, values: np.ndarray, out: Path) -> None:
 
 class PrepareUnit(UnitStep):
     """Tokenize a unit's documents into its shards, and write its record."""
+
+    mend = ANEW
+    """What to do about a document that has changed since it was hashed, for messages."""
 
     def work(self, unit: int) -> None:
         if record_path(self.out, unit).exists():
@@ -166,28 +200,27 @@ class PrepareUnit(UnitStep):
         Returns:
             The numbers of documents and bytes of text of each split, of duplicates and of all; what was read as what.
         """
-        reading = Reading()
+        read = ReadCounts()
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
-        counts = {name: {"documents": 0, "text_bytes": 0} for name in (*SPLITS, "duplicates", "all")}
-        documents: Iterator[AnyDocument]
-        documents = map(reading.count, unit_documents(self.units[unit], config, self.downloads(unit), reading))
-        hashes = _load(hashes_path(self.out, unit), np.uint64).tolist() if config.dedup else None
+        counts = {name: {"documents": 0, "text_bytes": 0} for name in (*DESTINATIONS, "all")}
+        documents = unit_documents(self.units[unit], config, self.downloads(unit), read)
+        hashes = assigned = None
+        if config.dedup or hashes_path(self.out, unit).exists():
+            hashes = _load(hashes_path(self.out, unit), np.uint64).tolist()
+            assigned = _load(_assigned_path(self.out, unit), np.uint8).tolist()
         if len(self.units) == 1:
             head = list(islice(documents, 2))
-            if len(head) == 1:  # nothing to delimit: written bare, and validation is its tail
-                for _, parts in encoded(head, encoder, config.split_seed, hashes, ANEW):
+            if len(head) == 1:  # nothing to delimit: written without a separator, and validation is its tail
+                for _, parts in encoded(head, encoder, config.split_seed, hashes, self.mend):
                     counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
                 counts["all"]["documents"] = 1  # a part of it in each split
-                return counts, reading.to_dict()
+                return counts, read.to_dict()
             documents = chain(head, documents)
-        keep = _load(_keep(self.out, unit), np.bool_).tolist() if config.dedup else None
-        held_out = config.val_fraction * 2**64
-        for place, (h, parts) in enumerate(encoded(documents, encoder, config.split_seed, hashes, ANEW)):
-            split = "val" if h < held_out else "train"
-            if keep is not None and not keep[place]:
-                split = "duplicates"
-            else:
+        limit = val_limit(config)
+        for place, (h, parts) in enumerate(encoded(documents, encoder, config.split_seed, hashes, self.mend)):
+            split = DESTINATIONS[assigned[place] if assigned is not None else h < limit]
+            if split != "duplicates":
                 writers[split].add(separator)
             for part in parts:
                 if split != "duplicates":
@@ -195,4 +228,133 @@ class PrepareUnit(UnitStep):
                 counts[split]["text_bytes"] += tokenizer.byte_length(part)
             counts[split]["documents"] += 1
             counts["all"]["documents"] += split != "duplicates"
-        return counts, reading.to_dict()
+        return counts, read.to_dict()
+
+
+# --- documents to tokens -----------------------------------------------------------------------------------
+
+
+def document_batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
+    """Documents in groups of about `BATCH_CHARACTERS`; one that is to be encoded in pieces comes by itself."""
+    batch: list[AnyDocument] = []
+    size = 0
+    for document in documents:
+        if not isinstance(document, Document) or len(document.text) > PIECE_CHARACTERS:
+            if batch:
+                yield batch
+            batch, size = [document], BATCH_CHARACTERS
+        else:
+            batch.append(document)
+            size += len(document.text)
+        del document  # a long one is not to be held while the next is read
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(
+    documents: Iterable[AnyDocument],
+    encoder: BulkEncoder,
+    seed: int,
+    known: Sequence[int] | None = None,
+    mend: str = "run the same command again",
+) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """The `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next document.
+
+    Args:
+        documents: read as they are asked for. Short ones are encoded many at once, a long one piece by piece.
+        encoder: encodes them.
+        seed: of the hash.
+        known: the hashes that they are to have.
+        mend: what to do if they have others.
+
+    Raises:
+        UserError: a document has changed since its hash became known, or while it was encoded.
+    """
+    hashes = iter(known or [])
+    for batch in document_batches(documents):
+        alone = len(batch) == 1  # to be encoded in pieces; a short one has only one
+        tokens = iter([] if alone else encoder.encode([d.text for d in batch if isinstance(d, Document)]))
+        batch.reverse()
+        while batch:
+            document = batch.pop()
+            h = next(hashes, None) if known is not None else split_hash(document.parts(), seed)
+            in_memory = known is not None and isinstance(document, Document)  # else compared once it is encoded
+            if h is None or (in_memory and h != split_hash(document.parts(), seed)):
+                raise UserError(f"{document.name} has changed since it was first read; {mend}")
+            parts = _encoded_pieces(document, encoder, seed, h, mend) if alone else iter([next(tokens)])
+            del document
+            yield h, parts
+    if next(hashes, None) is not None:
+        raise UserError(f"documents have disappeared since they were first read; {mend}")
+
+
+def _encoded_pieces(
+    document: AnyDocument, encoder: BulkEncoder, seed: int, expected: int, mend: str
+) -> Iterator[np.ndarray]:
+    """The tokens of a document piece by piece; raises UserError if what was read has another hash in the end."""
+    hashed = SplitHash(seed)
+    for piece in pieces(document.name, map(hashed.pass_on, document.parts())):
+        yield encoder.encode([piece])[0]
+    if hashed.value() != expected:
+        raise UserError(f"{document.name} has changed since it was first read; {mend}")
+
+
+def write_by_position(
+    parts: Iterable[np.ndarray], val_fraction: float, writers: dict[str, ShardWriter], tokenizer: Tokenizer
+) -> dict[str, dict[str, int]]:
+    """Write the tokens of the one document that there is, bare, its tail for validation; return counts by split."""
+    counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
+    with tempfile.TemporaryFile(dir=writers["train"].folder) as held:  # where to cut is known at the end
+        total = 0
+        for part in parts:
+            held.write(part.astype("<u2", copy=False).tobytes())
+            total += len(part)
+        held.seek(0)
+        val = int(val_fraction * total)
+        for split, left in (("train", total - val), ("val", val)):
+            counts[split]["documents"] = int(left > 0)
+            while left:
+                tokens = np.frombuffer(held.read(2 * min(left, COPY_TOKENS)), dtype="<u2")
+                writers[split].add(tokens)
+                counts[split]["text_bytes"] += tokenizer.byte_length(tokens)
+                left -= len(tokens)
+    return counts
+
+
+# --- shards that others have published ----------------------------------------------------------------------
+
+
+def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Bring one published shard into ``out`` under its own name; return its record by split.
+
+    Raises:
+        UserError: it cannot be downloaded, is damaged, or holds tokens that are not GPT-2's.
+    """
+    name = Path(parse_address(address)[2]).name
+    path = fetch(address, downloads)
+    tokens = open_shard(path, "get it again")
+    documents = text_bytes = 0
+    for start in range(0, len(tokens), COPY_TOKENS):
+        part = np.asarray(tokens[start : start + COPY_TOKENS])
+        if part.max() >= tokenizer.vocab_size:
+            raise UserError(
+                f"{name} holds token {part.max()}, and GPT-2's vocabulary ends at {tokenizer.vocab_size - 1}"
+            )
+        documents += int(np.count_nonzero(part == END_OF_TEXT))
+        text_bytes += tokenizer.byte_length(part)
+    blob, count = path.resolve(), len(tokens)
+    del tokens  # unmap it
+    if downloads is None:
+        with Temporary(out) as temporary:
+            shutil.copyfile(blob, temporary.path)
+            temporary.move(out / name)
+    else:
+        os.replace(blob, out / name)  # a download that is not to stay lies within ``out``
+    fsync_path(out / name)
+    shard = {"file": name, "tokens": count, "sha256": sha256_file(out / name)}
+    empty: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": []}
+    full = {"tokens": count, "documents": documents, "text_bytes": text_bytes, "shards": [shard]}
+    return {split: full if split == split_of(name) else empty for split in SPLITS}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from restomod.data.kinds import look
+from restomod.data.file_format import detect_format
 from restomod.data.readers import open_parquet, without_surrogates
 from restomod.data.records import json_objects
 from restomod.data.streams import checked_reads, compression_of, decoded, open_stream
@@ -26,7 +26,7 @@ def read_examples(path: Path, example: Callable[[Record], Example]) -> list[Exam
         UserError: the file is missing or damaged, or a record is wrong; its line (row) is named.
     """
     examples, characters = [], 0
-    kind = look(path).kind
+    kind = detect_format(path).kind
     for where, record in {"Parquet": _parquet, "JSON": _json}.get(kind, _json_lines)(path):
         try:
             examples.append(_checked(example(record), where))

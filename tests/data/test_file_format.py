@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow
 import pytest
 
-from restomod.data import kinds, records, streams
+from restomod.data import file_format, records, streams
 from restomod.data.dataset import open_shard
-from restomod.data.kinds import look
+from restomod.data.file_format import detect_format
 from restomod.data.readers import read_documents
 from restomod.evals.tasks.registry import load_task
 from restomod.generate.text import choose_prompts
@@ -127,7 +127,7 @@ def test_without_the_field_records_are_refused_by_name(tmp_path: Path, layout: s
 def test_json_longer_than_what_is_looked_at_first(
     tmp_path: Path, layout: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kinds, "HEAD_BYTES", 10)
+    monkeypatch.setattr(file_format, "HEAD_BYTES", 10)
     monkeypatch.setattr(streams, "READ_BYTES", size)
     many = ["a" * 500, *(f"{text} {i}" for i in range(20) for text in TEXTS)]
     assert texts(written(tmp_path, "a.json", LAYOUTS[layout](many))) == many
@@ -167,10 +167,10 @@ def test_what_only_resembles_records_stays_plain_text(tmp_path: Path, content: s
 
 def test_a_lone_object_that_is_taken_as_text_is_known_as_such(tmp_path: Path) -> None:
     path = written(tmp_path, "package.json", b'{"name": "a"}')
-    assert look(path).as_text
-    assert not look(path, "name").as_text
-    assert look(written(tmp_path, "texts.json", b'["one", "two"]')).as_text
-    assert not look(written(tmp_path, "a.txt", b"[1] and so on")).as_text
+    assert detect_format(path).as_text
+    assert not detect_format(path, "name").as_text
+    assert detect_format(written(tmp_path, "texts.json", b'["one", "two"]')).as_text
+    assert not detect_format(written(tmp_path, "a.txt", b"[1] and so on")).as_text
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_damaged_json_is_named_by_its_place(tmp_path: Path, content: bytes, said
 
 def test_a_record_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "LONGEST_RECORD", 1000)
-    monkeypatch.setattr(kinds, "LONGEST_RECORD", 1000)
-    monkeypatch.setattr(kinds, "HEAD_BYTES", 100)
+    monkeypatch.setattr(file_format, "LONGEST_RECORD", 1000)
+    monkeypatch.setattr(file_format, "HEAD_BYTES", 100)
     monkeypatch.setattr(streams, "READ_BYTES", 100)
     for long in ([{"text": "a" * 3000}], [{"text": "b"}, {"text": "a" * 3000}]):
         with pytest.raises(UserError, match=r"record \d is longer than 0\.001 MB; put this document into a plain text"):
@@ -409,7 +409,7 @@ def test_prose_whose_first_line_names_the_column_stays_prose(tmp_path: Path) -> 
 @pytest.mark.parametrize("content", ['["one", "two"]', '[["id", "text"]]', '[null, {"text": "a"}]', '["a"]\n["b"]\n'])
 def test_arrays_of_something_else_are_told_as_json_under_any_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
-    assert look(tmp_path / "a.txt").as_text
+    assert detect_format(tmp_path / "a.txt").as_text
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_arrays_of_something_else_are_told_as_json_under_any_name(tmp_path: Path
 )
 def test_prose_in_brackets_is_no_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
-    assert look(tmp_path / "a.txt") == kinds.Look("plain text", False)
+    assert detect_format(tmp_path / "a.txt") == file_format.FileFormat("plain text", False)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -428,6 +428,6 @@ def test_a_wide_encoding_is_named_rightly_without_a_mark(tmp_path: Path, encodin
 
 
 def test_a_folder_in_place_of_a_file_is_called_one(tmp_path: Path) -> None:
-    for read in (look, lambda path: load_task(str(path), tmp_path, None)):
+    for read in (detect_format, lambda path: load_task(str(path), tmp_path, None)):
         with pytest.raises(UserError, match="is a folder; name a file"):
             read(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,14 +14,13 @@ from hypothesis import strategies as st
 
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig
-from restomod.data import readers, separator, streams
+from restomod.data import readers, records, streams
 from restomod.data.documents import Document, LongDocument
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.prepare.units import describe, plan
+from restomod.data.prepare.text_cache import prepare_text
+from restomod.data.read_counts import ReadCounts
 from restomod.data.readers import read_documents
-from restomod.data.reading import Reading
-from restomod.data.separator import split_documents
-from restomod.data.tokenize import prepare_text
+from restomod.data.records import split_documents
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 
@@ -42,16 +40,16 @@ text = st.lists(st.sampled_from(["a", "aa", "b", "\n", "\r\n", "<|", "|>", "END"
 def test_documents_are_those_of_the_whole_text_split(pieces: list[str], at: str, size: int, long_text: int) -> None:
     whole = "".join(pieces)
     parts = [whole[i : i + size] for i in range(0, len(whole), size)]
-    reading = Reading()
-    found = ["".join(d.parts()) for d in split_documents("a", parts, at, long_text, reading)]
+    counts = ReadCounts()
+    found = ["".join(d.parts()) for d in split_documents("a", parts, at, long_text, counts)]
     assert found == split(whole, at)
-    assert (reading.separators or 0) == whole.count(at)
+    assert (counts.separators or 0) == whole.count(at)
 
 
 def test_a_long_document_can_be_read_again_and_its_neighbours_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(separator, "PIECE_CHARACTERS", 5)
+    monkeypatch.setattr(records, "PIECE_CHARACTERS", 5)
     parts = ["short\nEND\n", "long " * 9 + "é\r\nx", "🔥" * 9, "END", "another long one"]
-    documents = list(split_documents("a.txt", parts, "END", 10, Reading()))
+    documents = list(split_documents("a.txt", parts, "END", 10, ReadCounts()))
     assert [type(d) for d in documents] == [Document, LongDocument, LongDocument]
     assert [d.name for d in documents] == [f"a.txt, document {n}" for n in (1, 2, 3)]
     for _ in range(2):
@@ -99,25 +97,6 @@ def test_the_tokens_are_tiktokens_of_the_split_text(
             "bytes": {"plain text": len(STORIES.encode())},
             "separators": 4,
         }
-
-
-def test_a_separator_is_part_of_the_fingerprint_and_plan_only_where_it_is_given(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    """Runs and folders of before it came go on."""
-    texts = ["one", "two"]
-    for i, content in enumerate(texts):
-        (tmp_path / f"{i}.txt").write_text(content)
-    config = DataConfig(source="text", path=str(tmp_path), glob="*.txt", cache=str(tmp_path / "cache"))
-    digest = hashlib.sha256(f"{tokenizer.sha256} 0 0.05".encode())
-    for content in texts:
-        digest.update(hashlib.blake2b(content.encode(), digest_size=8, salt=bytes(8)).digest())
-    assert prepare_text(config, tokenizer).fingerprint == digest.hexdigest()
-    with_one = DataConfig(source="text", path=str(tmp_path), glob="*.txt", cache=config.cache, separator="X")
-    assert prepare_text(with_one, tokenizer).fingerprint != digest.hexdigest()
-    for settings, has in ((PrepareConfig(), False), (PrepareConfig(separator="X"), True)):
-        described = describe((str(tmp_path),), settings, plan((str(tmp_path / "0.txt"),), settings), "f" * 64)
-        assert ("separator" in described["settings"]) == has
 
 
 def test_an_empty_or_useless_separator_is_refused() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from restomod.data import verified
-from restomod.data.verified import VERIFIED, changed_file
+from restomod.utils import verified
+from restomod.utils.verified import VERIFIED, changed_file
 
 
 @pytest.fixture

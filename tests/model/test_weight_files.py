@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from restomod.model.storage import read_tensors, weights_files
+from restomod.model.hf_io import read_tensors, weights_files
 from restomod.utils.errors import UserError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([float("nan"), -0.0]), "c": torch.zeros(1).half()}

@@ -11,8 +11,8 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data import bulk
-from restomod.data.bulk import BulkEncoder, _pieces
+from restomod.data import bulk_encoder as bulk
+from restomod.data.bulk_encoder import BulkEncoder, _pieces
 from restomod.data.tokenizer import gpt2_tokenizer
 from tests.properties import examples
 

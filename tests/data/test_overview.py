@@ -14,10 +14,10 @@ import pytest
 import tiktoken
 
 from restomod.config.prepare import PrepareConfig
-from restomod.data import summary as module
-from restomod.data import verified
+from restomod.data import overview as module
+from restomod.data.overview import overview
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.summary import overview
+from restomod.utils import verified
 from restomod.utils.errors import UserError
 
 END = 50256  # <|endoftext|>

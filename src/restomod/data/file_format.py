@@ -76,7 +76,7 @@ WIDE = {  # byte-order marks of encodings that are not read
 
 
 @dataclass(frozen=True)
-class Look:
+class FileFormat:
     """The format of a file."""
 
     kind: Kind
@@ -85,7 +85,7 @@ class Look:
     """Whether it is JSON that counts as plain text: one object without the text field, or no objects."""
 
 
-def look(path: Path, column: str = "text") -> Look:
+def detect_format(path: Path, column: str = "text") -> FileFormat:
     """Recognise the format of a file by its first bytes.
 
     Args:
@@ -102,17 +102,17 @@ def look(path: Path, column: str = "text") -> Look:
         _refuse_wide(path, head)
         name = inner_ending(path)
         if head.startswith(b"PAR1") or name == PARQUET:
-            return Look("Parquet", compressed)
+            return FileFormat("Parquet", compressed)
         shape = _json_shape(head, reads, column)
     if shape is None and _mostly_records(head, column):
         shape = "lines"  # whose reader names the lines that are damaged
     if shape is None and (table := _table(head, column) or TABLES.get(name)):
-        return Look(table, compressed)
+        return FileFormat(table, compressed)
     if shape == "records":
-        return Look("JSON", compressed)
+        return FileFormat("JSON", compressed)
     if shape == "lines" or name in JSON_LINES:
-        return Look("JSON lines", compressed)
-    return Look("plain text", compressed, as_text=shape == "lone" or name == ".json")
+        return FileFormat("JSON lines", compressed)
+    return FileFormat("plain text", compressed, as_text=shape == "lone" or name == ".json")
 
 
 def ending(path: Path) -> str:

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data.text_files import files_of, matches
+from restomod.data.find_files import find_files, matches
 from restomod.utils.errors import UserError
 
 
 def found(root: Path, glob: str = "**/*") -> tuple[list[str], dict[str, int]]:
     left_out: collections.Counter[str] = collections.Counter()
-    files = [str(file.relative_to(root)) for file in files_of(root, glob, left_out)]
+    files = [str(file.relative_to(root)) for file in find_files(root, glob, left_out)]
     return files, dict(left_out)
 
 
@@ -114,4 +114,29 @@ def test_a_device_or_pipe_is_refused_unopened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(UserError, match="not a regular file"):
-            list(files_of(path, "**/*"))
+            list(find_files(path, "**/*"))
+
+
+def test_files_come_sorted_by_path(tmp_path: Path) -> None:
+    make(tmp_path, "b", "a/z", "c", "a/b/c", "B")
+    assert found(tmp_path)[0] == ["B", "a/b/c", "a/z", "b", "c"]
+
+
+def test_a_folder_below_a_hidden_one_can_be_read(tmp_path: Path) -> None:
+    assert found(make(tmp_path / ".cache", "a"))[0] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "said"),
+    [
+        ("*.md", "its only file is empty"),
+        ("*.xml", "no file matches the glob"),
+        *((glob, f"the glob {glob!r}") for glob in ("/*.txt", "", "**.txt/a", "a/**b")),
+    ],
+)
+def test_a_folder_without_text_or_a_bad_glob_is_refused(tmp_path: Path, glob: str, said: str) -> None:
+    make(tmp_path, "a.txt")
+    (tmp_path / "a.md").touch()
+    with pytest.raises(UserError) as caught:
+        found(tmp_path, glob)
+    assert said in str(caught.value)

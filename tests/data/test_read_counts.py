@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from restomod.cli import main
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig
-from restomod.data import readers, streams, summary
+from restomod.data import overview, readers, streams
 from restomod.data.dataset import open_dataset
 from restomod.data.documents import Document, LongDocument
+from restomod.data.manifest import merge_counts
 from restomod.data.prepare import units as plan_module
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.reading import Reading, merge_counts, told
-from restomod.data.tokenize import prepare_text
+from restomod.data.prepare.text_cache import prepare_text
+from restomod.data.read_counts import ReadCounts, summary_rows
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 
@@ -120,7 +121,7 @@ def test_a_manifest_without_the_counts_opens_and_says_nothing(
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert main(["data", str(out)]) == 0
     assert "left out" not in capsys.readouterr().out
-    assert told(open_dataset(out, tokenizer.sha256).manifest) == []
+    assert summary_rows(open_dataset(out, tokenizer.sha256).manifest) == []
     assert main(["prepare", str(folder), "--out", str(out)]) == 0  # and is what was asked for
 
 
@@ -178,12 +179,12 @@ pieces = st.lists(st.sampled_from([END, "<|", "endoftext", "|>", "a", "é"]), ma
 
 @given(pieces, st.integers(1, 15))
 def test_literals_are_counted_across_the_parts_of_a_long_document_and_once(text: str, size: int) -> None:
-    reading = Reading()
+    counts = ReadCounts()
     long = LongDocument("long", lambda: (text[i : i + size] for i in range(0, len(text), size)))
-    for document in map(reading.count, [Document("a", text), long]):
+    for document in map(counts.count, [Document("a", text), long]):
         for _ in range(2):
             assert "".join(document.parts()) == text
-    assert reading.to_dict().get("end_of_text_literals", 0) == 2 * text.count(END)
+    assert counts.to_dict().get("end_of_text_literals", 0) == 2 * text.count(END)
 
 
 def test_a_long_file_is_counted_as_a_short_one(
@@ -213,7 +214,7 @@ def test_data_tells_separators_from_literals(
     read_tokens: int,
 ) -> None:
     """In shards of others too, about whose text no manifest says anything."""
-    monkeypatch.setattr(summary, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(overview, "READ_TOKENS", read_tokens)
     text = f"{END}one.{END}.\n({END}) endoftext <|endoftext |endoftext|> {END}{END} {END}"
     tokens = [50256, *tiktoken_gpt2.encode_ordinary(text), 50256, *tiktoken_gpt2.encode_ordinary("b")]
     np.save(tmp_path / "x_train_0.npy", np.array(tokens, dtype=np.uint16))

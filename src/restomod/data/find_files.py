@@ -14,7 +14,7 @@ from restomod.utils.errors import UserError
 from restomod.utils.files import require_regular
 
 
-def files_of(path: Path, glob: str, left_out: collections.Counter[str] | None = None) -> Iterator[Path]:
+def find_files(path: Path, glob: str, left_out: collections.Counter[str] | None = None) -> Iterator[Path]:
     """The files of a folder that match ``glob``, sorted by path; a file is itself.
 
     Links to files and folders are followed. A file to which several paths lead comes once: by the first of those

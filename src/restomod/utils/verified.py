@@ -1,8 +1,8 @@
-"""Which shards have their hash, without reading again what has not changed since it was last read.
+"""SHA-256 verification of files, without reading again those that have not changed since they were verified.
 
-`.verified.json` in a folder of shards says of each file what the file system said of it (inode, size, time of the last
-change of its contents or attributes) when its SHA-256 was found to be that of the manifest. A file of which it now
-says the same is taken for the same; damage that the disk itself does unseen is found by `restomod data --verify`.
+`.verified.json` in a folder records each file's inode, size and time of change (of contents or attributes) when its
+SHA-256 was found right. A file for which the file system still says the same is not read again; silent corruption of
+the disk is found by `restomod data --verify` (tokens) and by resuming (checkpoints).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from restomod.utils.files import sha256_file, write_json_atomically
 from restomod.utils.json_files import read_json
 
 VERIFIED = ".verified.json"
-SETTLED_SECONDS = 2.0  # a file that changed later than so long ago may change again unseen: clocks tick in steps
+SETTLED_SECONDS = 2.0  # file times tick in steps: a file changed more recently may change again unseen
 
 Seen = list[int | str]
 
 
 def changed_file(folder: Path, hashes: dict[str, str], remember: bool = True) -> str | None:
-    """The first file of a folder that has another hash than it should; None where all are right.
+    """The first file whose SHA-256 is not the expected one; None if all are right.
 
     Args:
-        folder: where the files are.
-        hashes: SHA-256 by file name.
-        remember: pass over files that were right before and have not changed since, and note which are right now.
+        folder: contains the files.
+        hashes: expected SHA-256 by path within ``folder``.
+        remember: skip files that were right before and have not changed since, and record which are right now.
     """
     before = _read(folder) if remember else {}
     now = {name: _seen(f"{folder}/{name}", sha256) for name, sha256 in hashes.items()}
@@ -56,6 +56,6 @@ def _seen(path: str | Path, sha256: str) -> Seen:
 
 def _read(folder: Path) -> dict[str, Seen]:
     with contextlib.suppress(UserError):  # absent or damaged: nothing is known
-        found: dict[str, Seen] = read_json(folder / VERIFIED, "record of verified shards", dict[str, list[int | str]])
+        found: dict[str, Seen] = read_json(folder / VERIFIED, "record of verified files", dict[str, list[int | str]])
         return found
     return {}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from restomod.data.documents import AnyDocument, Document, LongDocument
-from restomod.data.kinds import Look, ending
-from restomod.data.manifest import READ, Read
+from restomod.data.file_format import FileFormat, ending
+from restomod.data.manifest import READ
 from restomod.data.tokenizer import END_OF_TEXT_LITERAL
 from restomod.utils.text import counted
 
@@ -22,7 +22,7 @@ ADVICE = (
 TO_MEND = ("broken link", "unreadable folder")
 
 
-class Reading:
+class ReadCounts:
     """Counts of what was read and what was left out."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Reading:
         self._literals = 0
         self._long_literals: dict[str, int] = {}
 
-    def took(self, path: Path, look: Look) -> None:
+    def took(self, path: Path, look: FileFormat) -> None:
         """Count a file."""
         kind = AS_TEXT if look.as_text else look.kind
         self.files.setdefault(kind, collections.Counter())[ending(path)] += 1
@@ -72,24 +72,7 @@ class Reading:
         return {key: value for key, value in values.items() if value} | separators
 
 
-def merge_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of what several units of work read, as `Reading.to_dict` gives it."""
-    whole: dict[str, Any] = {}
-    for record in records:
-        for key, value in record.items():
-            if key in Read.__annotations__:  # others may be of any type
-                whole[key] = _sum(whole.get(key), value)
-    return whole
-
-
-def _sum(a: Any, b: Any) -> Any:
-    if isinstance(b, dict):
-        a = a or {}
-        return {key: _sum(a.get(key), b[key]) if key in b else a[key] for key in sorted({*a, *b})}
-    return b if a is None else a + b
-
-
-def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """A manifest's counts of what was read, as (heading, text) rows, warnings last.
 
     Empty where the manifest has none: published shards, older manifests.
@@ -115,9 +98,9 @@ def told(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def told_lines(manifest: dict[str, Any]) -> list[str]:
-    """`told` as lines."""
-    return [f"{heading}: {text}" for heading, text in told(manifest)]
+def summary_lines(manifest: dict[str, Any]) -> list[str]:
+    """`summary_rows` as lines."""
+    return [f"{heading}: {text}" for heading, text in summary_rows(manifest)]
 
 
 def _of_kind(kind: str, endings: dict[str, int], size: int | None) -> str:

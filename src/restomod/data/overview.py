@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from restomod.config.prepare import PrepareConfig
-from restomod.data.dataset import Dataset, TokenStream
+from restomod.data.dataset import Dataset, TokenStream, open_tokens
 from restomod.data.manifest import MANIFEST
-from restomod.data.reading import told_lines
+from restomod.data.read_counts import summary_lines
 from restomod.data.sources import BUILT_IN
-from restomod.data.tokenize import open_tokens
 from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
 from restomod.utils.errors import UserError
 from restomod.utils.text import counted
@@ -47,7 +46,7 @@ def overview(folder: Path, verify: bool) -> Iterator[str]:
     yield from _origin(manifest)
     if manifest.get("duplicates"):
         yield f"{counted(manifest['duplicates'], 'duplicate document')} left out"
-    yield from told_lines(manifest)
+    yield from summary_lines(manifest)
     if len(dataset.train):
         yield from _statistics(folder, dataset.train, tokenizer)
         yield from _windows(dataset.train, tokenizer)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,17 +16,16 @@ import tiktoken
 
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig
-from restomod.data import tokenize as module
-from restomod.data.bulk import BulkEncoder
-from restomod.data.dataset import Dataset, TokenStream
-from restomod.data.documents import Document
+from restomod.data.bulk_encoder import BulkEncoder
+from restomod.data.dataset import Dataset, TokenStream, open_tokens
+from restomod.data.prepare import text_cache, units, worker
 from restomod.data.prepare.run import prepare_folder
-from restomod.data.tokenize import open_tokens, prepare_text
+from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
-from restomod.data.verified import VERIFIED
 from restomod.utils import locks
 from restomod.utils.errors import UserError
 from restomod.utils.temporary import Temporary
+from restomod.utils.verified import VERIFIED
 from tests.data.pieces import tiny_pieces
 from tests.filesystems import refuse_renaming_folders
 
@@ -156,13 +156,61 @@ def test_the_manifest_counts_a_single_document_in_every_split_it_is_part_of(
 
 
 def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    repository = Path(__file__).parents[2]
+    repository = Path(__file__).parents[3]
     play = repository.parent / "shared/data/tinyshakespeare/input.txt"
     if not play.exists():
         pytest.skip("needs TinyShakespeare's text in ../shared/data/tinyshakespeare/input.txt")
     config = DataConfig(source="tinyshakespeare", path=str(play), val_fraction=0.0, cache=str(tmp_path))
     dataset = prepare_text(config, tokenizer)
     assert (len(dataset.train), len(dataset.val)) == (338_025, 0)
+
+
+def test_train_and_prepare_make_the_same_tokens(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several units of work, too."""
+    write_documents(tmp_path, numbered(60))
+    monkeypatch.setattr(units, "UNIT_BYTES", 500)
+    cached = prepare_text(text_config(tmp_path), tokenizer)
+    settings = PrepareConfig(val_fraction=0.3)
+    prepared = prepare_folder((str(tmp_path / "text"),), settings, tmp_path / "out", workers=1)
+    assert len(cached.manifest["splits"]["val"]["shards"]) > 2
+    assert contents(cached.folder).keys() == contents(prepared.folder).keys()
+    shards = [{name: b for name, b in contents(d.folder).items() if b[:4] != b"{"} for d in (cached, prepared)]
+    assert {n: b for n, b in shards[0].items() if n != "manifest.json"} == {
+        n: b for n, b in shards[1].items() if n != "manifest.json"
+    }
+    assert cached.manifest.keys() == prepared.manifest.keys()
+    assert cached.fingerprint == prepared.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "no text to read: add --data.path"),
+        ({"path": ""}, "no text to read: add --data.path"),
+        ({"path": "nowhere"}, "nowhere: no such file or folder"),
+        ({"path": "fineweb-edu"}, "fineweb-edu: no such file or folder"),  # no source on the hub
+        ({"path": "empty.txt"}, "empty.txt is empty"),
+        ({"path": "blank.jsonl"}, "the sources hold no text"),
+        ({"path": "latin.txt"}, "latin.txt is not UTF-8 text: byte 0xef at offset 2"),
+        ({"path": "tokens"}, "tokens holds prepared tokens, not text: add --data.source tokens"),
+    ],
+)
+def test_a_source_without_text_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        prepare_text(DataConfig(source="text", cache=str(tmp_path / "cache"), **values), tokenizer)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("text*"))
 
 
 # --- long texts ---------------------------------------------------------------------------------------------
@@ -300,9 +348,11 @@ def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
     assert second.manifest == first.manifest
 
 
-def test_the_folder_is_named_after_source_and_fingerprint(book: DataConfig, tokenizer: Tokenizer) -> None:
-    dataset = prepare_text(book, tokenizer)
-    assert folders(book) == [dataset.folder.name] == [f"text-{dataset.fingerprint[:12]}"]
+def test_the_folder_is_named_after_its_source(book: DataConfig, tokenizer: Tokenizer) -> None:
+    assert folders(book) == []
+    folder = prepare_text(book, tokenizer).folder
+    assert folders(book) == [folder.name]
+    assert re.fullmatch("text-[0-9a-f]{12}", folder.name)
 
 
 def changed_text(folder: Path) -> DataConfig:
@@ -339,7 +389,6 @@ def test_what_changes_the_tokens_gets_another_folder(
     first = prepare_text(book, tokenizer)
     second = prepare_text(change(tmp_path), tokenizer)
     assert first.folder != second.folder
-    assert first.fingerprint != second.fingerprint
     assert first.folder.exists()
 
 
@@ -361,7 +410,7 @@ def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
         return encode(encoder, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "BATCH_CHARACTERS", 1)  # each document by itself
+        patch.setattr(worker, "BATCH_CHARACTERS", 1)  # each document by itself
         patch.setattr(BulkEncoder, "encode", fail_at)
         with pytest.raises(RuntimeError):
             prepare_text(book, tokenizer, shard_tokens=10)
@@ -384,28 +433,28 @@ def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
 def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig, tokenizer: Tokenizer) -> None:
     folder = prepare_text(book, tokenizer).folder
     (folder / "manifest.json").unlink()
-    (folder / "train_000000.bin").write_bytes(b"half of this")
+    (folder / "train_00000_000000.bin").write_bytes(b"half of this")
     assert prepare_text(book, tokenizer).manifest["documents"] == 6
 
 
 def test_a_damaged_folder_is_refused(book: DataConfig, tokenizer: Tokenizer) -> None:
     folder = prepare_text(book, tokenizer).folder
-    (folder / "train_000000.bin").write_bytes(b"half of this")
-    with pytest.raises(UserError, match=r"train_000000\.bin .*delete the folder and prepare it anew"):
+    (folder / "train_00000_000000.bin").write_bytes(b"half of this")
+    with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it anew"):
         prepare_text(book, tokenizer)
 
 
 def test_a_text_that_changes_while_it_is_prepared_is_refused(
-    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads = iter(["before", "after"])
+    assign_splits = text_cache.assign_splits
 
-    def documents(config: DataConfig, reading: object = None) -> Iterator[Document]:
-        yield Document("a.txt", "one")
-        yield Document("b.txt", next(reads))
+    def change_and_assign(*arguments: Any) -> None:
+        assign_splits(*arguments)
+        (tmp_path / "text" / "0003.txt").write_text("another")
 
-    monkeypatch.setattr(module, "documents", documents)
-    with pytest.raises(UserError, match=r"b\.txt has changed since it was first read; run the same command again"):
+    monkeypatch.setattr(text_cache, "assign_splits", change_and_assign)
+    with pytest.raises(UserError, match=r"0003\.txt has changed since it was first read; run the same command again"):
         prepare_text(book, tokenizer)
     assert folders(book) == []
 
@@ -436,14 +485,14 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
 def test_of_several_that_ask_at_once_one_works(
     book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = module._write, []
+    write, written = text_cache._prepare, []
 
     def slow(*arguments: Any) -> None:
         written.append(threading.current_thread())
         time.sleep(0.3)
         write(*arguments)
 
-    monkeypatch.setattr(module, "_write", slow)
+    monkeypatch.setattr(text_cache, "_prepare", slow)
     found: list[Dataset] = []
     threads = [threading.Thread(target=lambda: found.append(prepare_text(book, tokenizer))) for _ in range(3)]
     for thread in threads:
@@ -465,7 +514,7 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
         for folder in (killed, foreign):
             folder.mkdir()
         for folder in (killed, foreign, at_work.path):
-            (folder / "train_000000.bin").write_bytes(b"half of it")
+            (folder / "train_00000_000000.bin").write_bytes(b"half of it")
         prepare_text(book, tokenizer)
         assert [path.exists() for path in (killed, foreign, at_work.path)] == [False, True, True]
 

@@ -1,0 +1,135 @@
+"""The cache of prepared text: what `train` reads is prepared once, and found again by a hash of its documents."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from restomod.config.prepare import PrepareConfig
+from restomod.config.run import DataConfig
+from restomod.data.dataset import SHARD_TOKENS, Dataset, mix, open_dataset, open_tokens
+from restomod.data.manifest import MANIFEST, READ, merge_counts
+from restomod.data.prepare.folder import Work, finish_folder
+from restomod.data.prepare.units import Unit, describe, plan_units, unit_documents
+from restomod.data.prepare.worker import WORK, PrepareUnit, assign_splits, hash_documents, write_hashes
+from restomod.data.read_counts import ReadCounts
+from restomod.data.sources import download_tinyshakespeare, source_name
+from restomod.data.tokenizer import Tokenizer
+from restomod.utils.errors import UserError
+from restomod.utils.files import fsync_path, move_folder
+from restomod.utils.locks import locked
+from restomod.utils.temporary import Temporary, remove_leftovers
+
+REPORT_SECONDS = 5.0
+
+
+def prepare_text(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
+    """Return the dataset of ``config``, preparing its text in this process unless an equal one is in the cache.
+
+    The text is cut into units of work and prepared as `restomod prepare` does, except that all documents are hashed
+    first, so that a changed text is noticed and no split stays empty. The folder appears under its name when it is
+    whole. Of several processes that ask for the same text at once, one prepares it and the others wait.
+
+    Raises:
+        UserError: the text cannot be read, or a folder of tokens is damaged.
+    """
+    if config.mix is not None:
+        return mix([(open_tokens(Path(folder)), share) for folder, share in config.mixed()])
+    if config.source == "tokens":
+        if not config.path:
+            raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
+        return open_tokens(Path(config.path))
+    settings = PrepareConfig(
+        glob=config.glob,
+        text_column=config.text_column,
+        separator=config.separator,
+        val_fraction=config.val_fraction,
+        split_seed=config.split_seed,
+        shard_tokens=shard_tokens,
+    )
+    left_out, read = ReadCounts(), ReadCounts()
+    if config.source == "python-stdlib":
+        source, units = "python-stdlib", [Unit((), 0, "python-stdlib")]
+    else:
+        source = str(_path_of_text(config).absolute())
+        units = plan_units((source,), settings, counts=left_out)
+    hashes = [hash_documents(unit_documents(unit, settings, None, read), config.split_seed) for unit in units]
+    name = source_name(config)
+    description = describe((source,), settings, units, tokenizer.sha256) | {"name": name}
+    folder = Path(config.cache) / f"{name}-{_key(settings, tokenizer, hashes)[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    if not (folder / MANIFEST).exists():
+        with locked(_lock_of(folder), lambda: _say(f"another process is preparing {folder}; waiting for it")):
+            if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
+                _make(folder, lambda out: _prepare(Work(out, settings, units, description, left_out), hashes))
+    dataset = open_dataset(folder, tokenizer.sha256)
+    # perhaps of equal text in files of other names: reported as they are now
+    counts = merge_counts([left_out.to_dict(), read.to_dict()])
+    return dataclasses.replace(dataset, manifest=dataset.manifest | ({READ: counts} if counts else {}))
+
+
+def _path_of_text(config: DataConfig) -> Path:
+    """The file or folder to read, downloaded if need be."""
+    if config.source == "tinyshakespeare" and not config.path:
+        return download_tinyshakespeare(Path(config.cache))
+    if not config.path:
+        raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
+    path = Path(config.path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / MANIFEST).exists():
+        raise UserError(f"{path} holds prepared tokens, not text: add --data.source tokens")
+    return path
+
+
+def _key(settings: PrepareConfig, tokenizer: Tokenizer, hashes: list[np.ndarray]) -> str:
+    """A hash of all that decides the tokens and their split: the documents in order, the tokenizer, the settings."""
+    digest = hashlib.sha256(f"{tokenizer.sha256} {settings.split_seed} {settings.val_fraction}".encode())
+    for of_unit in hashes:
+        digest.update(of_unit.astype("<u8").tobytes())
+    return digest.hexdigest()
+
+
+def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
+    """Prepare every unit in this process, and write the manifest last."""
+    (work.out / WORK).mkdir()
+    for unit, of_unit in enumerate(hashes):
+        write_hashes(work.out, unit, of_unit)
+    assign_splits(work.out, len(work.units), work.config)
+    step = PrepareUnit(work.config, work.units, work.out)
+    step.mend = "run the same command again"
+    reported = time.monotonic()
+    for unit in range(len(work.units)):
+        if time.monotonic() > reported + REPORT_SECONDS:
+            reported = time.monotonic()
+            _say(f"preparing {work.description['name']}: {unit:,} of {len(work.units):,} units of work are finished")
+        step.work(unit)
+    finish_folder(work)
+
+
+def _make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder, which gets its name once it is whole."""
+    with Temporary(folder.parent, "folder") as temporary:
+        write(temporary.path)
+        if not (folder / MANIFEST).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is not whole
+            move_folder(temporary.path, folder, MANIFEST)
+            fsync_path(folder.parent)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
