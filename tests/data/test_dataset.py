@@ -110,23 +110,7 @@ def test_the_writer_cuts_a_stream_into_full_shards_and_a_rest(chunks: list[int],
     assert writer.tokens == len(stream)
 
 
-def test_a_full_shard_is_written_at_once(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "val", 4)
-    writer.add(np.arange(4, dtype=np.uint16))
-    assert (tmp_path / "val_000000.bin").read_bytes() == llm_c([0, 1, 2, 3])
-
-
 # --- reading across shards ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lengths", [[5], [3, 2], [1, 1, 1], [2, 1, 4, 1]])
-def test_a_stream_reads_like_one_array_from_everywhere(lengths: list[int]) -> None:
-    whole = np.arange(100, 100 + sum(lengths), dtype=np.uint16)
-    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]))
-    assert len(stream) == len(whole)
-    for start in range(len(whole) + 1):
-        for length in range(len(whole) - start + 1):
-            assert stream.read(start, length).tolist() == whole[start : start + length].tolist()
 
 
 @given(lengths=st.lists(st.integers(1, 200), max_size=6), data=st.data())
@@ -444,15 +428,6 @@ def test_a_folder_without_training_shards_is_refused(tmp_path: Path, names: list
     assert "holds no token shards: no manifest.json, and no files such as" in refusal(
         tmp_path, open_published, tmp_path
     )
-
-
-def test_verify_is_what_reads_the_bytes(folder: Path) -> None:
-    path = folder / "train_000000.bin"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    open_dataset(folder, VOCABULARY, verify="sizes")
-    refusal(path, open_dataset, folder, VOCABULARY)
 
 
 def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,30 +48,9 @@ def from_file(values: Any, where: str) -> RunConfig:
         type(version) is int and version == CONFIG_VERSION,
         f"{where}: version is {shortened(repr(version))}, but this restomod reads version {CONFIG_VERSION} only",
     )
-    there, needed = _paths(values), _field_paths(RunConfig)
-    lacking = {path for path in needed - there if path.rpartition(".")[0] in there | {""}}
-    config = from_dict(values, RunConfig, where, lacking=lacking)
+    config = from_dict(values, RunConfig, where, complete=True)
     assert isinstance(config, RunConfig)
     return config
-
-
-def _paths(values: dict[str, Any], prefix: str = "") -> set[str]:
-    """The dotted names of all fields, those of nested objects too."""
-    found = {f"{prefix}{key}" for key in values}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _paths(value, f"{prefix}{key}.")
-    return found
-
-
-def _field_paths(cls: Any, prefix: str = "") -> set[str]:
-    """The dotted names of all fields of a dataclass, nested ones too."""
-    found = set()
-    for name, hint in typing.get_type_hints(cls).items():
-        found |= {f"{prefix}{name}"} | (
-            _field_paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else set()
-        )
-    return found
 
 
 def from_dict(
@@ -80,16 +58,16 @@ def from_dict(
     cls: type[Any] = RunConfig,
     where: str = "config.json",
     prefix: str = "",
-    lacking: Collection[str] = (),
+    complete: bool = False,
 ) -> Any:
-    """Build ``cls`` from what `to_dict` made, refusing what it does not know.
+    """Build ``cls`` from what `to_dict` made.
 
     Args:
-        values: JSON object with the fields of ``cls``; absent fields take their defaults.
+        values: JSON object with the fields of ``cls``.
         cls: the dataclass to build.
         where: the file's name, for messages.
         prefix: dotted path of ``values`` inside the file, for messages.
-        lacking: dotted paths of absent fields that may not take their defaults.
+        complete: refuse absent fields, nested ones too, which otherwise take their defaults.
 
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
@@ -104,24 +82,22 @@ def from_dict(
         if key not in names:  # looking for what is meant takes longer than all else here
             raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
     known = {
-        name: _typed(values[name], hints[name], where, f"{prefix}{name}", lacking) for name in names if name in values
+        name: _typed(values[name], hints[name], where, f"{prefix}{name}", complete) for name in names if name in values
     }
-    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
-    missing = {prefix + name for name in required - known.keys()}
-    if not missing and any(prefix + name in lacking for name in names):
-        missing = {*lacking}
-    require(not missing, f"{where}: missing {', '.join(sorted(missing))}")
+    required = {f.name for f in dataclasses.fields(cls) if complete or f.default is f.default_factory}
+    missing = sorted(prefix + name for name in required - known.keys())
+    require(not missing, f"{where}: missing {', '.join(missing)}")
     try:
         return cls(**known)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
 
 
-def _typed(value: Any, hint: Any, where: str, key: str, lacking: Collection[str] = ()) -> Any:
+def _typed(value: Any, hint: Any, where: str, key: str, complete: bool = False) -> Any:
     """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return from_dict(value, typing.cast(type, hint), where, f"{key}.", lacking)
+        return from_dict(value, typing.cast(type, hint), where, f"{key}.", complete)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None

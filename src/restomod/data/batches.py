@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a pure function of (seed, step).
+"""Batches as a pure function of (seed, step), and loading them ahead in a thread.
 
 A source of n tokens holds (n - 1) // T windows; window i is tokens [i*T, i*T + T], the last one only a target. Every
 epoch visits all windows once, in an order drawn from (seed, epoch). Steps take `batch_sequences` windows each,
@@ -34,7 +34,7 @@ MicroBatches = list[tuple[Tensor, Tensor]]  # tokens and targets of each, (B, T)
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
-    """Where a seeded permutation of range(n) sends each index, in memory that does not grow with n.
+    """Map each index by a seeded permutation of range(n), in memory that does not grow with n.
 
     A balanced Feistel network over the smallest 4^k >= n, whose results outside range(n) are sent through again until
     they fall inside (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4).
@@ -69,7 +69,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def assign_sources(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
-    """Which source each sequence of a run is taken from, and how many that source has given before it.
+    """Return the source of each sequence of a run, and its index within that source.
 
     The first source gets sequence p where floor(p * share) rises, the second likewise among those that are left, and
     so on. So both answers are known for any p without those before it.
@@ -105,7 +105,7 @@ class Batches:
         split: str = "training",
         shares: Sequence[Fraction] = (Fraction(1),),
     ) -> None:
-        """Raises UserError where a stream, of a ``split`` for messages, is shorter than a window and its target.
+        """Number the windows of all streams.
 
         Args:
             streams: the tokens of one source, or of several.
@@ -114,6 +114,9 @@ class Batches:
             seed: chooses the order.
             split: what to call the tokens in messages.
             shares: of the sequences of a run, for each source; they add up to 1.
+
+        Raises:
+            UserError: a stream is shorter than a window and its target.
         """
         self.streams = [streams] if isinstance(streams, TokenStream) else list(streams)
         self.T, self.batch_sequences, self.seed, self.shares = sequence_length, batch_sequences, seed, tuple(shares)
@@ -128,7 +131,7 @@ class Batches:
 
     @property
     def n_windows(self) -> int:
-        """Windows of all sources together."""
+        """Number of windows of all sources together."""
         return int(self._first_windows[-1])
 
     def windows(self, step: int, start: int = 0, count: int | None = None) -> np.ndarray:
@@ -185,7 +188,7 @@ class Batches:
 
 
 def document_ids(tokens: Tensor) -> Tensor:
-    """Which document of its window each token belongs to, for attention that stays within documents.
+    """Number the documents of each window, for attention that is masked at their boundaries.
 
     Args:
         tokens: (B, T), from shards, where ``<|endoftext|>`` stands before every document.
@@ -198,7 +201,7 @@ def document_ids(tokens: Tensor) -> Tensor:
 
 
 class Prefetch:
-    """The micro-batches of a run's steps, asked for in any order and quick where the order is that of the steps."""
+    """Loads the micro-batches of coming steps in a background thread while the device computes."""
 
     def __init__(
         self,
@@ -209,7 +212,7 @@ class Prefetch:
         world_size: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        """Nothing is loaded before the first step is asked for.
+        """Load nothing yet; loading begins with the first `get`.
 
         Args:
             batches: of the run.
@@ -229,7 +232,7 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(1, "prefetch", *choose)
 
     def get(self, step: int) -> tuple[MicroBatches, float]:
-        """The micro-batches of ``step`` (see `Batches.micro_batches`), and the seconds that were waited for them.
+        """The micro-batches of ``step`` (see `Batches.micro_batches`), and the seconds waited for them.
 
         Raises:
             UserError: as loading does.
@@ -248,7 +251,7 @@ class Prefetch:
         return micro_batches
 
     def close(self) -> None:
-        """Load nothing more."""
+        """Cancel what is not loaded yet."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._loading.clear()
 

@@ -1,4 +1,4 @@
-"""GPT-2's encoding of many documents at once, several times faster than tiktoken and never different from it.
+"""GPT-2's encoding of many documents at once by tokie: several times faster than tiktoken, with the same tokens.
 
 The Rust library tokie does the work. It differs from tiktoken in three known ways, and what they could touch goes
 through tiktoken instead: some characters (vertical tab, form feed, circled letters, and letters younger than its
@@ -32,7 +32,7 @@ CUTTABLE_AFTER = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 
 
 class BulkEncoder:
-    """Encodes documents with tokie where it is installed and agrees with tiktoken, else with tiktoken."""
+    """Encodes documents with tokie where it is installed and known to agree with tiktoken, else with tiktoken."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

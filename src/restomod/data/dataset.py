@@ -1,4 +1,4 @@
-"""Token shards in llm.c's `.bin` layout, and the manifest that vouches for them.
+"""Token shards in llm.c's `.bin` layout: writing them, and opening folders of them as a `Dataset`, alone or mixed.
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then the
 tokens as little-endian uint16: the layout in which pre-tokenized FineWeb is published. `manifest.json` is written
@@ -45,14 +45,14 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def shard_header(tokens: int) -> bytes:
-    """The header of a shard of so many tokens."""
+    """The header of a shard of ``tokens`` tokens, in bytes."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens
     return header.tobytes()
 
 
 class _OpenShard:
-    """A shard that grows. It has its name only when it is whole and on the disk."""
+    """A shard that is being written; it gets its name when it is complete and synced to disk."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.tokens = path, 0
@@ -158,13 +158,13 @@ class ShardFile:
     folder: Path
     name: str
     tokens: int
-    """That it is to hold."""
+    """Number of tokens that the manifest says."""
 
     def __len__(self) -> int:
         return self.tokens
 
     def map(self, random_reads: bool = False) -> np.ndarray:
-        """Its tokens, shape (n,), uint16, unread.
+        """Map its tokens, shape (n,), uint16, without reading them.
 
         Raises:
             UserError: it is missing, damaged, or has not ``tokens`` tokens.
@@ -178,7 +178,7 @@ class ShardFile:
         return tokens
 
     def check(self) -> None:
-        """Look at the size alone, which takes microseconds, and at the header only where it is not the right one.
+        """Check the file's size (microseconds), and the header only where the size is wrong.
 
         Raises:
             UserError: as `map` does; a bad header in a file of the right size is left for `map` to find.
@@ -209,15 +209,11 @@ class TokenStream:
 
     @classmethod
     def joined(cls, streams: Sequence[TokenStream]) -> TokenStream:
-        """Several streams, one after the other, as one."""
+        """Concatenate streams."""
         return cls([shard for stream in streams for shard in stream._shards])
 
     def expect_random_reads(self) -> None:
-        """Let the system read what is asked for and nothing around it.
-
-        By default it reads ahead at every page that it has not got, megabytes on some machines, for the two kilobytes
-        of a window.
-        """
+        """Turn off read-ahead, which on some systems reads megabytes for the two kilobytes of a window."""
         self._random_reads = True
         for shard in self._shards:
             if not isinstance(shard, ShardFile):
@@ -252,7 +248,7 @@ class Dataset:
     val: TokenStream
 
     parts: tuple[Part, ...] = ()
-    """The sources of a mix."""
+    """The sources of a mix; empty where it is not a mix."""
 
     @property
     def fingerprint(self) -> str:
@@ -261,7 +257,7 @@ class Dataset:
 
     @property
     def sources(self) -> tuple[Part, ...]:
-        """What to train on, and how much of it: a dataset that is no mix is its only source."""
+        """The sources with their shares; a dataset that is not a mix is its own only source."""
         return self.parts or (Part(str(self.manifest["name"]), self, Fraction(1)),)
 
 
@@ -272,7 +268,7 @@ class Part:
     name: str
     dataset: Dataset
     share: Fraction
-    """Of the sequences of a run."""
+    """Fraction of the sequences of a run; the shares of all sources add up to 1."""
 
 
 def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed") -> Dataset:
@@ -329,7 +325,7 @@ def open_npy(path: Path, dtype: type[np.generic], mend: str) -> np.ndarray:
 
 
 def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
-    """Open a folder of token shards: one with a manifest, or shards as others publish them.
+    """Open a folder of token shards, with a manifest or as llm.c and build-nanogpt publish them.
 
     Args:
         folder: from `restomod prepare`, or holding `*train*.bin` and `*val*.bin` (llm.c) or `.npy` (build-nanogpt).
@@ -346,7 +342,7 @@ def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a published shard's name says it belongs to, as in `fineweb_train_000001.bin`."""
+    """The split in the name of a published shard, such as `fineweb_train_000001.bin`; None: there is none."""
     words = Path(name).stem.split("_")
     return next((split for split in SPLITS if split in words), None)
 
@@ -392,7 +388,7 @@ def open_published(folder: Path) -> Dataset:
 
 
 def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
-    """Put datasets together.
+    """Mix datasets: every step takes a share of its sequences from each.
 
     Args:
         datasets: with their shares of a run's sequences, which add up to 1.

@@ -1,4 +1,4 @@
-"""Documents of any length: held in memory or read anew in parts, and cut into pieces that are encoded one by one.
+"""Documents of any length, their split hash, and cuts into pieces that are encoded one by one.
 
 GPT-2's pattern splits text into words before anything else, looks back at nothing, and ahead only to see whether white
 space goes on. Between two characters that no word of the pattern can hold side by side, where the first is not white
@@ -22,7 +22,7 @@ LONGEST_RUN = 2_000_000  # characters without a place to cut; to encode one take
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """A text in memory, and where it came from."""
 
     name: str
     text: str
@@ -35,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True)
 class LongDocument:
-    """A text too long to be held in memory, and where it comes from."""
+    """A text too long for memory, which is read anew each time, and where it comes from."""
 
     name: str
     parts: Callable[[], Iterator[str]] = field(compare=False)
@@ -46,7 +46,7 @@ AnyDocument = Document | LongDocument
 
 
 class SplitHash:
-    """A 64-bit hash of one document's text: the same text always lands in the same split, whatever else is there."""
+    """64-bit hash of a document's text, which decides its split: equal texts are always in the same split."""
 
     def __init__(self, seed: int) -> None:
         self._digest = hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "little", signed=True))
@@ -108,7 +108,7 @@ def _refuse_run(name: str, run: str, at: int) -> None:
 
 
 def last_cut(text: str) -> int:
-    """Where the last place to cut in ``text`` stands: before this character, which is not the first; 0: nowhere."""
+    """Index of the last character of ``text`` before which it can be cut; 0: nowhere."""
     for i in range(len(text) - 1, 0, -1):
         if can_cut(text[i - 1], text[i]):
             return i
@@ -116,7 +116,7 @@ def last_cut(text: str) -> int:
 
 
 def can_cut(before: str, after: str) -> bool:
-    """Whether GPT-2's pattern ends a word between these two characters in any text.
+    """Whether GPT-2's pattern ends a word between these two characters in every text.
 
     Its words are a contraction (an apostrophe and letters), an optional space with letters, with numbers or with other
     characters that are not white space, and white space.
@@ -127,10 +127,10 @@ def can_cut(before: str, after: str) -> bool:
 
 @functools.lru_cache(maxsize=100_000)
 def character_class(character: str) -> str | None:
-    """Whether a character is a "space", "letter", "number" or "other" to GPT-2's pattern; None: not certain.
+    """Class of a character in GPT-2's pattern: "space", "letter", "number" or "other"; None: not certain.
 
-    Certain is what has kept its class since Unicode 3.2: then it does not matter whose tables are how old. Of white
-    space and of control characters only the plainest are told.
+    Certain are characters that have kept their class since Unicode 3.2, so that the version of Unicode tables does
+    not matter, and of white space and control characters only blank, tab, newline, carriage return and NUL.
     """
     if character in " \t\n\r":
         return "space"

@@ -1,4 +1,4 @@
-"""The format of a text file, recognised by its content; by its name only for CSV with another header.
+"""Detects the format of a text file by its content, and refuses files that hold no text.
 
 Whatever a file is called, JSON lines are read as JSON lines, gzip is decompressed, and a container that holds no plain
 text (tar, zip, PDF, arrays, pictures) is refused instead of being trained on as prose.
@@ -82,11 +82,11 @@ class FileFormat:
     kind: Kind
     compressed: bool
     as_text: bool = False
-    """Whether it is JSON that counts as plain text: one object without the text field, or no objects."""
+    """True for JSON that is read as plain text: one object without the text field, or no objects."""
 
 
 def detect_format(path: Path, column: str = "text") -> FileFormat:
-    """Recognise the format of a file by its first bytes.
+    """Detect the format of a file by its first bytes; by its name only for CSV and TSV with another header.
 
     Args:
         path: a regular file.
@@ -166,7 +166,7 @@ def _refuse_wide(path: Path, head: bytes) -> None:
 
 
 def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["lines", "records", "lone"] | None:
-    """How the JSON objects of a file are laid out.
+    """Detect the layout of the JSON objects of a file.
 
     Returns:
         lines: an object a line; records: the elements of an array, or objects over several lines; lone: one object

@@ -1,4 +1,4 @@
-"""The files of a folder: links are followed, every file comes once, and what is left out is counted by its reason."""
+"""Finds the files of a folder that match a glob: follows links, yields each file once, counts what is skipped."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _after(pattern: Sequence[str], places: frozenset[int], name: str) -> frozenset[int]:
-    """At which places of the pattern one may be after a further part of the path."""
+    """Positions in the pattern that are reached after one more part of the path."""
     reached = set()
     for place in places:
         if place < len(pattern) and pattern[place] == "**":
@@ -125,7 +125,7 @@ def _after(pattern: Sequence[str], places: frozenset[int], name: str) -> frozens
 
 
 def _closed(pattern: Sequence[str], places: set[int]) -> frozenset[int]:
-    """The places with those that are reached because `**` may stand for nothing."""
+    """Add the positions that are reached because `**` may match nothing."""
     for place in range(len(pattern)):
         if place in places and pattern[place] == "**":
             places.add(place + 1)

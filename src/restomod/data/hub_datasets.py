@@ -1,4 +1,4 @@
-"""Which files of a dataset repository on the Hugging Face hub hold a configuration's split.
+"""Finds and downloads the files of a dataset's configuration and split on the Hugging Face hub.
 
 A dataset's card lists its configurations and the files of each (`configs` in the front matter of its README); where it
 does not, the files are told by their folders and names. Only files that `restomod.data.readers` reads count.

@@ -1,6 +1,6 @@
-"""What is written about prepared data: manifests, plans and records of units. Types and counts are checked on reading.
+"""Manifests of token shards, plans and records of units of work: their types, checked when they are read.
 
-Keys that are not known here stay where a manifest is copied.
+Unknown keys are kept.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ READ = "read"  # key of the counts of `restomod.data.read_counts`; older manifes
 PREPARE_AGAIN = "delete the folder and prepare it anew"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(ge=-1e100, le=1e100)]  # neither NaN nor infinite, and sums of squares stay so
 
 
 class Shard(TypedDict):
@@ -48,7 +49,7 @@ class Splits(TypedDict):
 
 
 class Read(TypedDict, total=False):
-    """As `Reading.to_dict` makes it."""
+    """Made by `ReadCounts.to_dict`."""
 
     files: dict[str, dict[str, Count]]
     bytes: dict[str, Count]
@@ -58,7 +59,7 @@ class Read(TypedDict, total=False):
 
 
 class UnitPlan(TypedDict):
-    """As `restomod.data.prepare.units.describe` writes a unit."""
+    """A unit of work, written by `restomod.data.prepare.units.describe`."""
 
     files: list[str]
     bytes: Count
@@ -66,7 +67,7 @@ class UnitPlan(TypedDict):
 
 
 class PreparePlan(TypedDict):
-    """As `restomod.data.prepare.units.describe` makes it."""
+    """All that decides the shards of a folder, made by `restomod.data.prepare.units.describe`."""
 
     name: str
     settings: dict[str, str | int | float | bool | None]
@@ -86,7 +87,7 @@ class UnitSplits(TypedDict):
 
 
 class UnitRecord(TypedDict):
-    """What a finished unit holds."""
+    """Record of a finished unit."""
 
     splits: UnitSplits
     documents: Count
@@ -100,7 +101,7 @@ class TokenizerRecord(TypedDict):
 
 
 class Manifest(TypedDict):
-    """Of a folder of token shards."""
+    """Manifest of a folder of token shards."""
 
     name: str
     fingerprint: str
@@ -114,7 +115,7 @@ class Manifest(TypedDict):
 
 
 class Prepared(Manifest):
-    """Of a folder that `restomod prepare` has made."""
+    """Manifest of a folder that was prepared here."""
 
     documents: Count  # type: ignore[misc]
     duplicates: Count  # type: ignore[misc]
@@ -166,7 +167,7 @@ def read_unit(path: Path) -> dict[str, Any]:
 
 
 def merge_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of what several units of work read, as `Reading.to_dict` gives it."""
+    """Add up what several units of work read, each as made by `ReadCounts.to_dict`."""
     whole: dict[str, Any] = {}
     for record in records:
         for key, value in record.items():
@@ -183,7 +184,7 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:
-    """Whether tokens are FineWeb-Edu's, on which the published validation losses were measured: told by their names.
+    """Whether tokens are FineWeb-Edu's, on which the published validation losses were measured, judging by their names.
 
     Args:
         manifest: of the tokens, with their name and their shards. A mix is another text.

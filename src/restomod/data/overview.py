@@ -1,4 +1,4 @@
-"""The verb `data`: what is in a folder of token shards."""
+"""Command `data`: describes a folder of token shards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAR = 40
 
 
 def overview(folder: Path, verify: bool) -> Iterator[str]:
-    """Lines about a folder: its splits, the lengths of its documents, its commonest tokens, three windows.
+    """Yield lines about a folder: splits, document lengths, most common tokens, three decoded windows.
 
     Args:
         folder: as prepared, or pre-tokenized shards without a manifest.
@@ -70,7 +70,7 @@ def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
 
 
 def _origin(manifest: dict[str, Any]) -> Iterator[str]:
-    """What `restomod prepare` was told, as far as the manifest says it."""
+    """Sources and settings with which the folder was prepared; nothing for published shards."""
     plan = manifest.get("plan")
     if not plan:
         return
@@ -87,7 +87,7 @@ def _origin(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
-    """Lengths of documents and commonest tokens, over the first `SAMPLE_TOKENS` of a split."""
+    """Lengths of documents and most common tokens, over the first `SAMPLE_TOKENS` of a split."""
     n, literals = min(len(stream), SAMPLE_TOKENS), 0
     counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
     for start in range(0, n, READ_TOKENS):
@@ -118,7 +118,7 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
 
 
 def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) -> int:
-    """How often the characters ``<|endoftext|>`` stand in a stream, begun between two places."""
+    """Count the characters ``<|endoftext|>`` that begin in [start, stop) of a stream."""
     word = tokenizer.encode("endoftext").tolist()  # a word of its own between other characters
     low = max(0, start - 4)
     tokens = stream.read(low, min(stop + len(word) + 4, len(stream)) - low).tolist()
@@ -131,7 +131,7 @@ def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) 
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
-    """A bar per power of two."""
+    """Histogram with a bar per power of two."""
     powers = np.floor(np.log2(lengths)).astype(int)
     counts = np.bincount(powers)
     for power in range(int(powers.min()), len(counts)):

@@ -1,4 +1,4 @@
-"""Counts of the files read, by format, and of those left out, by reason: kept in the manifest and shown."""
+"""Counts of files read by format and of files skipped by reason, for the manifest and the console."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ TO_MEND = ("broken link", "unreadable folder")
 
 
 class ReadCounts:
-    """Counts of what was read and what was left out."""
+    """Counts of files read and skipped, and of separators."""
 
     def __init__(self) -> None:
         self.files: dict[str, collections.Counter[str]] = {}
-        """Number of files by kind and ending."""
+        """Number of files by format and ending."""
         self.bytes: collections.Counter[str] = collections.Counter()
-        """Their size as stored, by kind."""
+        """Size of the files as stored, by format."""
         self.left_out: collections.Counter[str] = collections.Counter()
-        """Number of files (or folders) by the reason why they were left out."""
+        """Number of files (or folders) skipped, by reason."""
         self.separators: int | None = None
-        """How often --separator stood in plain text; None: none was asked for."""
+        """Occurrences of --separator in plain text; None: not asked for."""
         self._literals = 0
         self._long_literals: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON (lines, an array, objects), CSV, TSV and Parquet, each also compressed.
+"""Reads the documents of a file: plain text, JSON (lines, an array, objects), CSV, TSV and Parquet, also compressed.
 
 A plain text file is one document, or one between any two separators; a record (line, object, row) is one document.
 Files are read as streams: memory holds a record or some rows, or a part of a long plain file, whatever its size.

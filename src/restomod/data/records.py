@@ -1,4 +1,4 @@
-"""Records out of text that is read as a stream: JSON objects that are not a line each, and rows of CSV."""
+"""Records of text that is read as a stream: JSON objects, rows of CSV, documents between separators."""
 
 from __future__ import annotations
 

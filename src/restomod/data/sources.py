@@ -22,7 +22,7 @@ GENERATED = {"encodings", "pydoc_data"}  # character tables and the manual as a 
 
 
 def source_name(config: DataConfig) -> str:
-    """A short name for the data, fit for a folder's name."""
+    """Short name of the data, usable as a folder's name."""
     if config.source == "python-stdlib":
         return f"python-stdlib-{platform.python_version()}"
     return config.source

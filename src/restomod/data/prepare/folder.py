@@ -1,4 +1,4 @@
-"""The folder that `restomod prepare` writes: locked, begun, gone on with, finished.
+"""The folder that `restomod prepare` writes: its lock, its plan, resuming it, its manifest.
 
 DIR/.prepare/plan.json              what was begun; another plan is refused
 DIR/.prepare/lock                   held while a process is at work on it
@@ -47,19 +47,19 @@ LOCK = "lock"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is to be done in a folder."""
+    """Work to do in a folder."""
 
     out: Path
     config: PrepareConfig
     units: list[Unit]
     description: dict[str, Any]
-    """The plan as the manifest will hold it."""
+    """The plan, as the manifest will hold it."""
     counts: ReadCounts
-    """What was left out of the sources' folders."""
+    """Files of the sources' folders that were skipped."""
 
 
 def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
-    """Plan what a folder is to hold, and write nothing.
+    """Plan the contents of a folder without writing anything.
 
     Raises:
         UserError: the sources cannot be read, or ``out`` is no place for them.
@@ -77,7 +77,7 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
 
 @contextlib.contextmanager
 def locked_folder(out: Path) -> Iterator[None]:
-    """Hold a folder for this process alone. The system lets go of it when the process ends, however it ends.
+    """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
 
     Raises:
         UserError: another process holds it.
@@ -105,17 +105,17 @@ def _require_no_links_out(out: Path) -> None:
 
 
 def unfinished(work: Work, report: Callable[[str], None]) -> list[int]:
-    """The units that are still to be done; the others and what all of them read are reported."""
+    """Report the progress and what is read; return the units that are still to be done."""
     n = len(work.units)
     left = [i for i in range(n) if not record_path(work.out, i).exists()]
     if len(left) < n:
-        report(f"going on: {n - len(left)} of {n} units are finished")
+        report(f"resuming: {n - len(left)} of {n} units are finished")
     report(f"reading {kinds_of(work.units)}, in {counted(n, 'unit')}")
     return left
 
 
 def finished(work: Work) -> Dataset | None:
-    """The data of a folder that is finished; None of another.
+    """The data of a finished folder; None: it is not finished.
 
     Raises:
         UserError: it is not what was asked for, or damaged.
@@ -133,7 +133,7 @@ def finished(work: Work) -> Dataset | None:
 
 
 def _begun(out: Path) -> dict[str, Any] | None:
-    """The plan that was begun, or finished, in a folder; None where there is none."""
+    """The plan of a begun or finished folder; None: there is none."""
     if (out / MANIFEST).exists():
         return read_manifest(out).get("plan")
     path = out / WORK / "plan.json"
@@ -141,7 +141,7 @@ def _begun(out: Path) -> dict[str, Any] | None:
 
 
 def begin(work: Work) -> None:
-    """Note the plan in a folder that is locked, or go on with what was begun there.
+    """Write the plan into a locked folder, or resume what was begun there.
 
     Raises:
         UserError: something else was begun there, or jobs of Slurm are at work on it.
@@ -159,7 +159,7 @@ def begin(work: Work) -> None:
 
 
 def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Let a setting or a file be mended on the way: forget what was begun of units that have changed.
+    """Allow settings or files to be corrected: delete what was begun of units that have changed.
 
     Without a finished unit everything may change.
 
@@ -181,7 +181,7 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
     entangled = bool(finished) and (now["settings"]["dedup"] or 1 in (len(a), len(b)))
     if before | {"units": b} != now or finished & changed or entangled:
         raise UserError(
-            f"{out} was begun with other text or settings; give those again to go on, or choose another --out"
+            f"{out} was begun with other text or settings; give those again to resume, or choose another --out"
         )
     for i in changed:
         hashes_path(out, i).unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
 
 
 def finish_folder(work: Work) -> None:
-    """Write the manifest from the units' records, and drop what was only needed on the way.
+    """Write the manifest from the units' records, and remove the working files.
 
     Raises:
         UserError: there is no text in any of them.
@@ -239,7 +239,7 @@ def finish_folder(work: Work) -> None:
 
 
 def remove_working_folder(out: Path) -> None:
-    """Drop what was only needed on the way."""
+    """Remove the working files."""
     shutil.rmtree(out / WORK, ignore_errors=True)
     remove_leftovers(out)
 

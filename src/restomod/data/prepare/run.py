@@ -1,6 +1,6 @@
-"""Prepare any amount of text: units of work on datatrove's executors, shards and a record per unit, a manifest at last.
+"""Command `prepare`: units of work on datatrove's executors, shards and a record per unit, a manifest at the end.
 
-Interrupted anywhere, the same command goes on: finished units are kept, and the others are a pure function of their
+Interrupted anywhere, the same command resumes: finished units are kept, and the others are a pure function of their
 files, so the bytes are those of an undisturbed run.
 """
 
@@ -42,7 +42,7 @@ def prepare_folder(
     Args:
         sources: files, folders or built-in sources, in the order in which they are to be written.
         config: how to read and cut them.
-        out: the folder; it is made, or gone on with if the same was begun in it.
+        out: the folder; it is made, or resumed if the same was begun in it.
         workers: how many units to work on at once; on Ray 0 is as many as there is room for.
         report: told what is going on, a line at a time.
         engine: where to work on them: local processes or a Ray cluster. (Slurm: see slurm.py.)
@@ -72,7 +72,7 @@ def prepare_folder(
                 with _progress(out, len(work.units), report):
                     run_units(engine, PrepareUnit(config, work.units, step_out), left, workers, step_out)
         except KeyboardInterrupt:
-            report("finished units stay; the same command goes on with the others")
+            report("finished units are kept; the same command resumes with the others")
             raise
         finally:
             remove_leftovers(out)  # of workers that were stopped because another one failed
@@ -89,7 +89,7 @@ def prepare_and_report(
     engine: Engine = "local",
     slurm: SlurmConfig | None = None,
 ) -> None:
-    """`prepare_folder`, or handing its work to Slurm, and then report what came of it and how fast.
+    """Prepare a folder here or on Slurm, and report the result and the speed.
 
     Raises:
         UserError: as `prepare_folder`; or settings of Slurm are given for another engine.
@@ -131,7 +131,7 @@ def prepare_and_report(
 
 @contextlib.contextmanager
 def _progress(out: Path, units: int, report: Callable[[str], None]) -> Iterator[None]:
-    """Report finished units while they come, from a thread that looks for their records."""
+    """Report finished units from a thread that looks for their records."""
     over = threading.Event()
     start, before = time.perf_counter(), _tokens(out, units)
 
@@ -163,7 +163,7 @@ def _tokens(out: Path, units: int) -> list[int]:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, and what breaks because other processes got the signal too is no error of its own."""
+    """Treat SIGTERM as Ctrl-C, and ignore errors that follow from the signal in other processes."""
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

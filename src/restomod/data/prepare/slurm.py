@@ -1,11 +1,10 @@
-"""Hand the units of `restomod prepare` to Slurm: job arrays on datatrove's executor, and a last job for the manifest.
+"""Submits the units of `restomod prepare` to Slurm: job arrays on datatrove's executor, then a job for the manifest.
 
     prepare ─────────────────────── finish      one task per unit; afterwards one that writes the manifest
     hash ── assign ── prepare ───── finish      with --dedup, which has to know all documents before it writes any
 
-Every stage waits for the one before it, and is cancelled by Slurm if that one fails. What is done is in the folder's
-records alone, as ever: the same command asks the queue and the folder how far it is, and submits what is missing once
-no job is left.
+Every stage waits for the one before it, and Slurm cancels it if that one fails. Only the folder's records say what is
+finished: the same command reports the progress, and once no job is left submits what is missing.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def submit_folder(
     slurm: SlurmConfig,
     report: Callable[[str], None],
 ) -> Dataset | None:
-    """Submit what is to be done, or say how far it is.
+    """Submit what is to be done, or report the progress.
 
     Args:
         sources: as for `prepare_folder`.
@@ -116,13 +115,13 @@ def _how_to_look(out: Path) -> str:
 
 
 def _raise_failure(work: Work) -> None:
-    """Raise what a job left behind when it could not prepare its unit, once: the next command submits it again."""
+    """Raise, once, the error that a failed job has left; the next command submits its unit again."""
     failures = sorted((work.out / WORK).glob("failed_*.json"))
     if failures:
         error = read_json(failures[0], "failure of a job", dict[str, str]).get("error", "no reason is given")
         for path in failures:
             path.unlink()
-        raise UserError(f"{error} (mend it and run the same command again, which submits what is left)")
+        raise UserError(f"{error} (fix it and run the same command again, which submits what is left)")
 
 
 def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
@@ -225,7 +224,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
 
 @contextlib.contextmanager
 def _refusal_in_one_line(before: str | None) -> Iterator[None]:
-    """What sbatch says, as an error of one line. datatrove lets it write to our standard error.
+    """Turn a refusal by sbatch into an error of one line; datatrove lets it write to our standard error.
 
     Raises:
         UserError: sbatch refuses, or is not to be understood.

@@ -1,4 +1,4 @@
-"""What is to be prepared: the settings, and the files cut into units of work that do not depend on each other.
+"""Cuts sources into independent units of work, and describes the plan of a folder.
 
 The plan of a folder is a pure function of the settings and the files' names and sizes. A unit's shards are a pure
 function of its files. So any number of workers, killed and started again at any moment, write the same bytes.
@@ -41,7 +41,7 @@ DATASETS = {  # short names: repository on the hub, its default configuration
 
 @dataclass(frozen=True)
 class Unit:
-    """Files that one task turns into shards, or a source by its name."""
+    """Files that one task turns into shards, or a built-in source."""
 
     files: tuple[str, ...]
     bytes: int
@@ -49,7 +49,7 @@ class Unit:
     source: str | None = None
     """The name of a built-in source or a dataset on the hub; None for local files."""
     span: Span | None = None
-    """Which part of its one file; None for whole files. ``bytes`` is the part's size."""
+    """The part of its one file, with ``bytes`` its size; None: whole files."""
 
 
 def plan_units(
@@ -153,7 +153,7 @@ def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
 
 
 def kinds_of(units: list[Unit]) -> str:
-    """What a plan reads, for people: how many files of which ending, and named sources."""
+    """Number of files by ending, and names of built-in sources, as text."""
     files = [file for unit in units for file in unit.files if not unit.span or unit.span.start == 0]
     endings = collections.Counter(ending(Path(file)) for file in files)
     kinds = [counted(n, f"{of} file") for of, n in sorted(endings.items())]

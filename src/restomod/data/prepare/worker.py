@@ -1,7 +1,7 @@
-"""What a worker does with a unit: hash its documents to find duplicates, and write its shards and its record.
+"""The work on a unit: hash its documents, assign them to splits, write its shards and its record.
 
-A record is written after its shards, so that it alone says whether a unit is finished. What is written is a pure
-function of the unit's files and the settings.
+A record is written after its shards, so a unit is finished exactly if it has one. What is written is a pure function
+of the files and the settings.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def record_path(out: Path, unit: int) -> Path:
 
 
 def failure_path(out: Path, unit: int) -> Path:
-    """Where a job of Slurm leaves why it could not prepare a unit."""
+    """File in which a job of Slurm leaves the error of a unit."""
     return out / WORK / f"failed_{unit:05d}.json"
 
 
@@ -73,7 +73,7 @@ class UnitStep:
         raise NotImplementedError
 
     def downloads(self, unit: int) -> Path | None:
-        """Where a unit's downloads go: into a folder of its own, or to stay into the hub client's cache."""
+        """Folder for a unit's downloads, deleted when it is finished; None: the hub client's cache, to keep them."""
         return None if self.config.keep_downloads else _downloads(self.out, unit)
 
 
@@ -105,7 +105,7 @@ def _assigned_path(out: Path, unit: int) -> Path:
 
 
 def _load(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """What a step before has written for each document of a unit, (n,).
+    """Load what an earlier step has written for the documents of a unit, shape (n,).
 
     Raises:
         UserError: it is damaged.
@@ -177,8 +177,8 @@ class PrepareUnit(UnitStep):
                 writer.discard()
             if isinstance(e, OSError):
                 raise UserError(
-                    f"{self.out}: cannot write ({e.strerror or e}); what is finished stays: "
-                    f"mend it and run the same command again"
+                    f"{self.out}: cannot write ({e.strerror or e}); finished units are kept: "
+                    f"free space or fix it, and run the same command again"
                 ) from None
             raise
         self._finish(unit, splits, counts["all"]["documents"], counts["duplicates"]["documents"], read)
@@ -261,7 +261,7 @@ def encoded(
     known: Sequence[int] | None = None,
     mend: str = "run the same command again",
 ) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
-    """The `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next document.
+    """Yield the `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next one.
 
     Args:
         documents: read as they are asked for. Short ones are encoded many at once, a long one piece by piece.
@@ -294,7 +294,7 @@ def encoded(
 def _encoded_pieces(
     document: AnyDocument, encoder: BulkEncoder, seed: int, expected: int, mend: str
 ) -> Iterator[np.ndarray]:
-    """The tokens of a document piece by piece; raises UserError if what was read has another hash in the end."""
+    """Yield the tokens of a document piece by piece. Raises UserError at the end if the text has another hash."""
     hashed = SplitHash(seed)
     for piece in pieces(document.name, map(hashed.pass_on, document.parts())):
         yield encoder.encode([piece])[0]
@@ -305,7 +305,7 @@ def _encoded_pieces(
 def write_by_position(
     parts: Iterable[np.ndarray], val_fraction: float, writers: dict[str, ShardWriter], tokenizer: Tokenizer
 ) -> dict[str, dict[str, int]]:
-    """Write the tokens of the one document that there is, bare, its tail for validation; return counts by split."""
+    """Write the tokens of a single document without a separator, the last part for validation; return counts."""
     counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
     with tempfile.TemporaryFile(dir=writers["train"].folder) as held:  # where to cut is known at the end
         total = 0
@@ -328,7 +328,7 @@ def write_by_position(
 
 
 def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Bring one published shard into ``out`` under its own name; return its record by split.
+    """Download one published shard into ``out`` under its own name, check it, and return its record by split.
 
     Raises:
         UserError: it cannot be downloaded, is damaged, or holds tokens that are not GPT-2's.
