@@ -1,7 +1,7 @@
 """Damaged files of every format that restomod reads, given to the commands that read them.
 
     python -m tests.fuzz                          500 mutations of each format, 2 processes
-    python -m tests.fuzz --mutations 5000 --seed 7 --formats sweep-journal,offers
+    python -m tests.fuzz --mutations 5000 --seed 7 --formats sweep-journal,prices
     python -m tests.fuzz --case run-config:123    one case again: what was changed, what each command printed
     python -m tests.fuzz --out tests/fuzz.md      write the table into a file, too
 
@@ -143,8 +143,10 @@ FORMATS = {
     "run-metrics": Format("run/metrics.jsonl", "jsonl", (REPORT, VERDICT, COMPARE, RESUME)),
     "run-samples": Format("run/samples.jsonl", "jsonl", (REPORT, RESUME)),
     "run-data": Format("run/data.json", "json", (REPORT, VERDICT, COMPARE, EVAL, RESUME)),
-    "run-examined": Format(
-        "run/examined.json", "json", (REPORT, Command("report run --out page.html --examine", 25, writes=True))
+    "run-error-analysis": Format(
+        "run/error_analysis.json",
+        "json",
+        (REPORT, Command("report run --out page.html --error-analysis", 25, writes=True))
     ),
     "run-validation": Format("run/evals/step_000012-validation.json", "json", (REPORT,)),
     "run-task": Format("run/evals/step_000012-questions.json", "json", (REPORT,)),
@@ -172,7 +174,7 @@ FORMATS = {
     "sweep-journal": Format("sweep/journal.jsonl", "jsonl", (SWEEP,)),
     "sweep-plan": Format("sweep/plan.json", "json", (SWEEP,)),
     "sweep-results": Format("sweep/sweep.json", "json", (SWEEP,)),
-    "offers": Format("offers.toml", "toml", (Command("plan quickstart --offers offers.toml"),)),
+    "prices": Format("prices.toml", "toml", (Command("plan quickstart --prices prices.toml"),)),
     "task-jsonl": Format("questions.jsonl", "jsonl", task("--task questions.jsonl")),
     "task-json": Format("questions.json", "json", task("--tasks piqa=questions.json")),
     "task-parquet": Format("questions.parquet", "bytes", task("--tasks piqa=questions.parquet")),
@@ -279,18 +281,18 @@ def make_fixtures() -> None:
     Path("prompts.txt").write_text("".join(f"{d['text']}\n" for d in documents[:3]))
     _do(f"eval run --tasks validation --data data {ON_CPU}")
     _do(f"eval run --task questions.jsonl {ON_CPU}")
-    _do("report run --out page.html --examine --examine-tokens 200")
+    _do("report run --out page.html --error-analysis --error-analysis-tokens 200")
     _without_times(Path("run"))
-    shutil.copytree("run", "run2", ignore=shutil.ignore_patterns("checkpoints", "examined.json"))
+    shutil.copytree("run", "run2", ignore=shutil.ignore_patterns("checkpoints", "error_analysis.json"))
     config = json.loads(Path("run2/config.json").read_text())
     Path("run2/config.json").write_text(json.dumps(config | {"seed": config["seed"] + 1}))
     Path("run/track.json").write_text('{"tensorboard": "0a1b2c3d", "wandb": "4e5f6a7b"}')
     Path("data/.verified.json").unlink(missing_ok=True)
     time.sleep(2.1)  # only what has not changed for two seconds is remembered
     _do(EVAL.line)
-    import restomod.experiments.plan.prices as offers
+    from restomod.experiments.plan import prices
 
-    Path("offers.toml").write_bytes(offers.SHIPPED.read_bytes())
+    Path("prices.toml").write_bytes(prices.SHIPPED.read_bytes())
     _do(SWEEP.line)
 
     tensors = load_file("model/model.safetensors")
@@ -679,11 +681,10 @@ def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path)
 
 def prepared(original: Path) -> None:
     """Import all that commands need, and make the fixtures; network connections are refused from now on."""
-    import restomod.analysis.report.examine
+    import restomod.analysis.report.error_analysis
     import restomod.analysis.report.write
     import restomod.experiments.sweep.worker
-    import restomod.train.loop  # noqa: F401
-    from restomod.experiments.sweep import trial_process
+    import restomod.train.loop
 
     def refuse(*_: Any) -> None:
         raise OSError(101, "Network is unreachable")
@@ -696,7 +697,7 @@ def prepared(original: Path) -> None:
     torch.set_num_threads(1)
     from tests.experiments.sweep import stand_in
 
-    trial_process.TRAIN = (sys.executable, stand_in.__file__)  # type: ignore[assignment]
+    restomod.experiments.sweep.worker.TRAIN = (sys.executable, stand_in.__file__)  # type: ignore[assignment]
     before = os.getcwd()
     original.mkdir(parents=True)
     os.chdir(original)

@@ -17,7 +17,7 @@ from tests.fuzz import Command, Format, campaign
 from tests.mutations import KINDS, mutated
 
 QUICK = (
-    "run-config,run-environment,run-metrics,checkpoint-state,data-manifest,data-unit,sweep-journal,offers,"
+    "run-config,run-environment,run-metrics,checkpoint-state,data-manifest,data-unit,sweep-journal,prices,"
     "task-parquet,text-csv,model-config"
 )
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import restomod.analysis.report.serve
+import restomod.analysis.report.watch
 import restomod.checks.doctor
 from restomod.checks.device_parity import random_model
 from restomod.cli import main
@@ -192,7 +192,7 @@ BAD: list[tuple[str, ...]] = [
     ("compare-samples model model --out nowhere/samples.md", "--out nowhere/samples.md"),
     ("plan gpt2-124m --measure --json no/p.json", "no/p.json", "no folder no"),
     ("plan gpt2-124m --gpu a100 --json .", "--json . is a folder"),
-    ("plan gpt2-124m --offers none.toml", "none.toml"),
+    ("plan gpt2-124m --prices none.toml", "none.toml"),
     # one file for two things
     ("report runs/a --out o --markdown ./o", "--out and --markdown are the same file"),
     ("report runs/a --out o --png o", "would overwrite each other"),
@@ -200,7 +200,7 @@ BAD: list[tuple[str, ...]] = [
     ("report runs/a --png file", "--png file is a file"),
     ("compare runs/a --json link --plot target.png", "--json and --plot are the same file"),
     ("bench step quickstart --json o --trace o", "--json and --trace are the same file"),
-    ("plan quickstart --offers offers.toml --json offers.toml", "--offers and --json are the same file"),
+    ("plan quickstart --prices prices.toml --json prices.toml", "--prices and --json are the same file"),
     ("compare-samples a b --prompt-file p.md --out p.md", "--prompt-file and --out are the same file"),
     # files that restomod needs
     ("report runs/a --out runs/a/config.json", "runs/a/config.json would overwrite a file"),
@@ -208,8 +208,8 @@ BAD: list[tuple[str, ...]] = [
     ("verdict runs/a --json runs/a/data.json", "would overwrite a file"),
     ("eval runs/a --tasks validation --json runs/a/config.json", "would overwrite a file"),
     # flags without an effect
-    ("report runs/a --examine-tokens 5", "--examine-tokens has no effect without --examine"),
-    ("report runs/a --device cpu", "--device has no effect without --examine"),
+    ("report runs/a --error-analysis-tokens 5", "--error-analysis-tokens has no effect without --error-analysis"),
+    ("report runs/a --device cpu", "--device has no effect without --error-analysis"),
     ("plan quickstart --optim.muon-lr 1", "--optim.muon-lr has no effect with --optim.optimizer adamw"),
     ("train quickstart --optim.cooldown=0.2", "--optim.cooldown has no effect with --optim.decay cosine"),
     ("train quickstart --model.rope_theta 5", "--model.rope-theta has no effect with --model.positions learned"),
@@ -221,6 +221,40 @@ BAD: list[tuple[str, ...]] = [
     ("bench step quickstart --data.path file --data.source text", "has no effect with --tokens synthetic"),
     ("sweep quickstart --grid optim.lr=1,2 --search-seed 3", "--search-seed has no effect with --grid"),
     ("sweep quickstart --grid optim.lr=1,2 --optim.muon-lr 3", "--optim.muon-lr has no effect"),
+    # --- analysis and sweeps
+    ("compare nowhere", "nowhere: no such run"),
+    ("compare", "restomod compare RUN RUN"),
+    ("compare runs/a --price 0", "--price is 0.0"),
+    ("compare runs/a --target-loss nan", "--target-loss is nan"),
+    ("compare runs/a --x dollars", "--x dollars needs --price"),
+    ("compare runs/a --x epochs", "--x", "epochs"),
+    ("compare runs/a --plot a.pdf", "a.pdf", ".png"),
+    ("compare runs/a --json no/such/o.json", "there is no folder no/such"),
+    ("compare runs/a --markdown runs/b", "runs/b is a folder"),
+    ("compare runs/a runs/a", "runs/a is given twice"),
+    ("compare runs/a --baseline nowhere", "nowhere: no such run"),
+    ("verdict nowhere", "nowhere: no such run"),
+    ("verdict runs/a --json no/such/o.json", "there is no folder no/such"),
+    ("verdict runs/a --wieghts", "--weights"),
+    ("report", "restomod report runs/NAME"),
+    ("report runs/aa", "runs/aa: no such run; did you mean 'a'?"),
+    ("report runs", "is not a run"),
+    ("report runs/a --out no/r.html", "--out no/r.html", "no folder no"),
+    ("report runs/a --markdown runs", "--markdown runs is a folder"),
+    ("report runs/a --price nan", "--price is nan"),
+    ("report runs/a --watts -1", "--watts is -1.0"),
+    ("sweep quickstart", "--grid", "--random", "--tpe"),
+    ("sweep quickstart --grid optim.lr=1 --tpe seed=1,2 --trials 1", "--grid", "--random", "--tpe"),
+    ("sweep quickstart --random optim.lr=1e-3..1e-2", "--random needs --trials N"),
+    ("sweep quickstart --grid optim.lr=1,2 --trials 2", "--trials belongs to"),
+    ("sweep quickstart --grid optim.lr=1,2 --optim.lr 3", "optim.lr is swept and fixed by --optim.lr"),
+    ("sweep quickstart --grid optim.lr=1 optim.lr=2", "optim.lr is swept twice"),
+    ("sweep quickstart --grid seed=1,2 --seeds 2", "--seeds"),
+    ("sweep quickstart --grid optim.lr=1 --max-dollars 3", "--max-dollars", "--price"),
+    ("sweep quickstart --grid optim.lr=1 --max-hours 0", "--max-hours is 0.0"),
+    ("sweep quickstart --grid optim.lr=1 --steps 0", "steps is 0"),
+    ("sweep quickstart --grid optim.lr=1 --stepz 1", "--stepz"),
+    ("sweep quickstart --grid optim.lr=1 --data.val-fraction 0", "--data.val-fraction"),
     ("compare-samples a b --temperature 0 --top-k 3", "--top-k has no effect with --temperature 0"),
     ("prepare text.txt --out o --hub-config x", "--hub-config has no effect"),
     ("prepare text.txt --out o --hub-split=test", "--hub-split has no effect"),
@@ -248,7 +282,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "damaged/missing/config.json": '{"steps": 1}',
         "damaged/unknown/config.json": '{"stepps": 1}',
         "p.md": "a prompt\n",
-        "offers.toml": '[[offer]]\nprovider="M"\ngpu="a100"\ngpus=1\nprice=1\ndate=2026-01-01\nsource=""\n',
+        "prices.toml": '[[price]]\nprovider=""\ngpu=""\ngpus=1\ndollars_per_gpu_hour=1\ndate=2026-01-01\nsource=""\n',
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +387,7 @@ COMMANDS: dict[str, tuple[type, tuple[str, ...]]] = {  # what comes before a fla
     "train": (TrainArguments, ("quickstart", "--data.source", "text", "--data.path", "nowhere")),
     "plan": (PlanArguments, ("quickstart", "--gpus", "0")),
 }
-SKIPPED = {"then", "examine"}  # a command of the shell; needs a checkpoint
+SKIPPED = {"then", "error_analysis"}  # a command of the shell; needs a checkpoint
 
 Answer = Callable[..., tuple[int, str]]
 
@@ -376,7 +410,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     make_run(tmp_path / "runs" / "b")
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").write_text("not to be lost")
-    monkeypatch.setattr(restomod.analysis.report.serve, "watch", lambda *a: None)
+    monkeypatch.setattr(restomod.analysis.report.watch, "watch", lambda *a: None)
     monkeypatch.setattr(restomod.checks.doctor, "check_machine", lambda *a: iter(()))
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -428,7 +462,7 @@ def test_odd_arguments_of_every_command(command: str, answer: Answer) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_path_is_empty(command: str, answer: Answer) -> None:
     cls, before = COMMANDS[command]
-    paths = {"--out", "--json", "--markdown", "--png", "--plot", "--trace", "--offers", "--baseline", "--prompt-file"}
+    paths = {"--out", "--json", "--markdown", "--png", "--plot", "--trace", "--prices", "--baseline", "--prompt-file"}
     for flag in paths & set(flags_of(cls)):
         code, said = answer(command, *(part for part in before if part not in ("--micro-batch", "3")), flag, "")
         assert (code, said) == (2, f"restomod: error: {flag} is empty; give it a value or leave it out\n")

@@ -23,7 +23,7 @@ def test_a_plan_is_printed_and_written(here: Path, capsys: pytest.CaptureFixture
     flags = ("--gpu", "a100", "--gpus", "8", "--price", "1.79", "--compile", "off", "--json", "p.json")
     assert main(["plan", "gpt2-124m", *flags]) == 0
     out = capsys.readouterr().out
-    assert "\ntime                2.7 h, " in out
+    assert "\ntime                2 h 41 min, " in out
     assert "\ncost                $38.5" in out
     assert out.endswith("\nwritten: p.json\n")
     plan = json.loads((here / "p.json").read_text())
@@ -34,14 +34,14 @@ def test_a_plan_is_printed_and_written(here: Path, capsys: pytest.CaptureFixture
 def test_flags_of_train_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gpt2-124m", "--gpu", "a100", "--steps", "100"]) == 0
     out = capsys.readouterr().out
-    assert "100 steps × 524,288 tokens = 52.4 million tokens" in out
+    assert "100 steps × 524,288 tokens = 52.43M tokens" in out
     assert "build-nanogpt in its lecture" in out
 
 
-def test_offers_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entry = 'provider="Mine"\ngpu="a100"\ngpus=1\nprice=1\ndate=2026-01-01\nsource="here"\n'
-    (here / "o.toml").write_text(f"[[offer]]\n{entry}")
-    assert main(["plan", "gpt2-124m", "--offers", "o.toml"]) == 0
+def test_prices_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = 'provider="Mine"\ngpu="a100"\ngpus=1\ndollars_per_gpu_hour=1\ndate=2026-01-01\nsource="here"\n'
+    (here / "o.toml").write_text(f"[[price]]\n{entry}")
+    assert main(["plan", "gpt2-124m", "--prices", "o.toml"]) == 0
     out = capsys.readouterr().out
     assert "Mine        1 × a100 " in out
     assert "Lambda" not in out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.analysis.report.examine import analyse_errors
+from restomod.analysis.report.error_analysis import analyse_errors
 from restomod.config.run import RunConfig
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def test_no_checkpoint_is_saved_out_of_the_run(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "run", 0, trainee.model, trainee.optimizer)
 
 
-def test_all_of_a_run_has_the_umasks_permissions_and_an_examination_stays_in_it(
+def test_all_of_a_run_has_the_umasks_permissions_and_an_error_analysis_stays_in_it(
     tiny: RunConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     prepare_text(tiny.data, tokenizer)
@@ -118,6 +118,6 @@ def test_all_of_a_run_has_the_umasks_permissions_and_an_examination_stays_in_it(
 
     said: list[str] = []
     opened = open_run(str(tmp_path / "mine"))
-    put_link(tmp_path / "mine" / "examined.json", "../new")
+    put_link(tmp_path / "mine" / "error_analysis.json", "../new")
     analyse_errors(opened, 100, say=said.append)
     assert "link out of" in said[-1]

@@ -91,9 +91,9 @@ def test_two_processes_share_a_sweep(tmp_path: Path, shared_flags: list[str]) ->
     processes = [start(folder, *arguments, real=True) for _ in range(2)]
     said = [process.communicate(timeout=1000)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert [text.count(" begins: ") > 0 for text in said] == [True, True], said
-    assert "".join(said).count(" begins: ") == 3
-    assert "".join(said).count(" goes on: ") == 0
+    assert [text.count(" starts: ") > 0 for text in said] == [True, True], said
+    assert "".join(said).count(" starts: ") == 3
+    assert "".join(said).count(" resumes: ") == 0
     assert [t["state"] for t in trials(folder)] == ["finished"] * 3
     assert all(len([k for k, _, _ in run if k == "train"]) == 12 for run in losses(folder).values())
 

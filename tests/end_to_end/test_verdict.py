@@ -14,7 +14,7 @@ from restomod.train.loop import train
 from restomod.utils.console import Display
 
 
-def lines_of(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def reference_lines(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert train(config, folder, display=Display(interactive=False)) == 0
     return capsys.readouterr().out.splitlines()
 
@@ -22,7 +22,7 @@ def lines_of(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]
 def test_a_healthy_run_ends_with_its_verdict(
     tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = lines_of(tiny, tmp_path / "run", capsys)
+    said = reference_lines(tiny, tmp_path / "run", capsys)
     assert [line for line in said if "verdict" in line] == [
         f"verdict: healthy; `restomod verdict {tmp_path / 'run'}` says what was looked for"
     ]
@@ -35,7 +35,7 @@ def test_a_symptom_is_a_warning_at_every_validation_and_in_the_verdict(
     tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, warmup_steps=0), sanity_checks=False)
-    said = lines_of(config, tmp_path / "run", capsys)
+    said = reference_lines(config, tmp_path / "run", capsys)
     warnings = [line for line in said if line.startswith("warning: no warm-up: the learning rate is 0.003 from")]
     assert len(warnings) == 2, "at steps 5 and 10, and at the end only the verdict"
     (last,) = [line for line in said if line.startswith("verdict")]

@@ -18,7 +18,6 @@ from restomod.evals.scoring import Estimate, format_estimate, proportion, score_
 from restomod.evals.tasks import own
 from restomod.evals.tasks.example import Example
 from restomod.evals.tasks.registry import TASKS, LoadedTask
-from restomod.evals.tasks.task import Task
 from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
 from tests.models import to_transformers
@@ -32,15 +31,10 @@ QUESTIONS = [
 ]
 
 
-def task(kind: str = "multiple-choice") -> Task:
-    return Task("mine", "", own.example, "acc", kind=kind)  # type: ignore[arg-type]
-
-
 def loaded(questions: Sequence[tuple[str, list[str], int]]) -> LoadedTask:
     records = [{"query": q, "choices": c, "gold": g} for q, c, g in questions]
-    return LoadedTask(
-        task(), [dataclasses.replace(own.example(record), where=f"line {i}") for i, record in enumerate(records)]
-    )
+    examples = [dataclasses.replace(own.example(record), where=f"line {i}") for i, record in enumerate(records)]
+    return LoadedTask(own.own_task("mine"), examples)
 
 
 @pytest.fixture(scope="module")

@@ -46,21 +46,21 @@ def plain_loss(model: GPT, windows: list[int]) -> float:
 
 
 def test_equals_cross_entropy_over_all_windows(model: GPT) -> None:
-    held = validation_loss(model, STREAM, T, CPU, torch.float32)
-    assert held.loss == pytest.approx(plain_loss(model, list(range(11))), rel=1e-6)
-    assert held.tokens == 10 * T + 6
+    found = validation_loss(model, STREAM, T, CPU, torch.float32)
+    assert found.loss == pytest.approx(plain_loss(model, list(range(11))), rel=1e-6)
+    assert found.tokens == 10 * T + 6
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 10, 100])
 def test_does_not_depend_on_the_batch(batch: int, model: GPT) -> None:
-    held = validation_loss(model, STREAM, T, CPU, torch.float32, batch=batch)
-    assert held.loss == pytest.approx(validation_loss(model, STREAM, T, CPU, torch.float32).loss, rel=1e-6)
-    assert held.tokens == 10 * T + 6
+    found = validation_loss(model, STREAM, T, CPU, torch.float32, batch=batch)
+    assert found.loss == pytest.approx(validation_loss(model, STREAM, T, CPU, torch.float32).loss, rel=1e-6)
+    assert found.tokens == 10 * T + 6
 
 
-def test_bf16_products_come_close(model: GPT) -> None:
-    held = validation_loss(model, STREAM, T, CPU, torch.bfloat16)
-    assert held.loss == pytest.approx(plain_loss(model, list(range(11))), rel=0.01)
+def test_bf16_matmuls_come_close(model: GPT) -> None:
+    found = validation_loss(model, STREAM, T, CPU, torch.bfloat16)
+    assert found.loss == pytest.approx(plain_loss(model, list(range(11))), rel=0.01)
 
 
 def by_three(batch: int) -> ValidationLoss:
@@ -77,24 +77,24 @@ def test_the_number_of_processes_changes_no_bit(count: int, model: GPT) -> None:
 @pytest.mark.parametrize("context", [1, 5, 8])
 @torch.no_grad()
 def test_other_contexts_cover_every_token_too(context: int, model: GPT) -> None:
-    held = validation_loss(model, STREAM, context, CPU, torch.float32)
+    found = validation_loss(model, STREAM, context, CPU, torch.float32)
     tokens, losses = torch.from_numpy(TEXT.astype(np.int64)), []
     for start in range(0, len(TEXT) - 1, context):
         x = tokens[start : start + context][: len(TEXT) - 1 - start]
         y = tokens[start + 1 : start + 1 + len(x)]
         losses.append(F.cross_entropy(model(x[None])[0], y, reduction="none").double().tolist())
-    assert held.tokens == len(TEXT) - 1 == sum(map(len, losses))
-    assert held.loss == pytest.approx(sum(map(sum, losses)) / held.tokens, rel=1e-6)
+    assert found.tokens == len(TEXT) - 1 == sum(map(len, losses))
+    assert found.loss == pytest.approx(sum(map(sum, losses)) / found.tokens, rel=1e-6)
     expected = [np.mean([row[t] for row in losses if t < len(row)]) for t in range(context)]
-    assert held.by_position == pytest.approx(expected, rel=1e-6)
+    assert found.by_position == pytest.approx(expected, rel=1e-6)
 
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss(model: GPT, tokenizer: Tokenizer) -> None:
-    held = validation_loss(model, STREAM, T, CPU, torch.float32, tokenizer=tokenizer)
+    found = validation_loss(model, STREAM, T, CPU, torch.float32, tokenizer=tokenizer)
     text = tokenizer._encoding.decode_bytes(TEXT[1:].tolist())  # what is predicted
-    assert held.bytes == len(text)
-    assert held.perplexity == pytest.approx(np.exp(held.loss))
-    assert held.bits_per_byte == pytest.approx(held.loss * (len(TEXT) - 1) / np.log(2) / len(text))
+    assert found.bytes == len(text)
+    assert found.perplexity == pytest.approx(np.exp(found.loss))
+    assert found.bits_per_byte == pytest.approx(found.loss * (len(TEXT) - 1) / np.log(2) / len(text))
     assert validation_loss(model, STREAM, T, CPU, torch.float32).bits_per_byte is None
 
 
@@ -113,12 +113,12 @@ def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
     )
     mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
     a, b = (validation_loss(model, streams[name], T, CPU, torch.float32) for name in "ab")
-    held = dataset_loss(model, mixed, T, CPU, torch.float32)
-    assert held is not None
-    assert held.sources == {"a": a.loss, "b": b.loss}
-    assert held.loss == pytest.approx(a.loss / 4 + b.loss * 3 / 4)
-    assert held.by_position[3] == pytest.approx(a.by_position[3] / 4 + b.by_position[3] * 3 / 4)
-    assert held.tokens == a.tokens + b.tokens
+    found = dataset_loss(model, mixed, T, CPU, torch.float32)
+    assert found is not None
+    assert found.sources == {"a": a.loss, "b": b.loss}
+    assert found.loss == pytest.approx(a.loss / 4 + b.loss * 3 / 4)
+    assert found.by_position[3] == pytest.approx(a.by_position[3] / 4 + b.by_position[3] * 3 / 4)
+    assert found.tokens == a.tokens + b.tokens
     assert dataset_loss(model, cast(Dataset, SimpleNamespace(sources=parts[2:])), T, CPU, torch.float32) is None
     few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=8 * T)
     assert few is not None
@@ -145,15 +145,15 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
             for (name, stream), part in zip(streams.items(), (share, 1 - share), strict=True)
         )
         mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
-        held = dataset_loss(model, mixed, T, CPU, torch.float32, tokenizer=tokenizer)
-        assert held is not None
+        found = dataset_loss(model, mixed, T, CPU, torch.float32, tokenizer=tokenizer)
+        assert found is not None
         # N tokens of the one and M of the other, N : M as the shares are
         N, M = float(share) * 1e6, float(1 - share) * 1e6
         nats, n_bytes = N * a.loss + M * b.loss, N * a.bytes / a.tokens + M * b.bytes / b.tokens
-        assert held.bits_per_byte == pytest.approx(nats / np.log(2) / n_bytes)
-        assert held.loss == pytest.approx(nats / (N + M))
-        assert held.bytes_per_token == pytest.approx(n_bytes / (N + M))
-        assert min(a.bits_per_byte, b.bits_per_byte) <= held.bits_per_byte <= max(a.bits_per_byte, b.bits_per_byte)
+        assert found.bits_per_byte == pytest.approx(nats / np.log(2) / n_bytes)
+        assert found.loss == pytest.approx(nats / (N + M))
+        assert found.bytes_per_token == pytest.approx(n_bytes / (N + M))
+        assert min(a.bits_per_byte, b.bits_per_byte) <= found.bits_per_byte <= max(a.bits_per_byte, b.bits_per_byte)
         # a part of the splits, as much of each as its share is
         few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=4 * T, tokenizer=tokenizer)
         assert few is not None
@@ -176,9 +176,9 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
 def test_max_tokens_takes_whole_windows_from_all_over_the_split(
     max_tokens: int, windows: list[int], model: GPT
 ) -> None:
-    held = validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
-    assert held.loss == pytest.approx(plain_loss(model, windows), rel=1e-6)
-    assert held.tokens == len(windows) * T
+    found = validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
+    assert found.loss == pytest.approx(plain_loss(model, windows), rel=1e-6)
+    assert found.tokens == len(windows) * T
 
 
 @given(n=st.integers(1, 100_000), T=st.integers(1, 1024), extra=st.integers(0, 10_000_000))
@@ -203,27 +203,18 @@ def test_the_windows_are_always_the_same(model: GPT) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_changes_nothing(training: bool) -> None:
+    """Not the weights, their gradients, the mode or random states; and keeps nothing for a backward pass."""
     model = random_model(CONFIG).train(training)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    assert all(module.training == training for module in model.modules())
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-
-
-def test_leaves_gradients_that_are_there(model: GPT) -> None:
-    model = random_model(CONFIG)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    validation_loss(model, STREAM, T, CPU, torch.float32)
-    assert all((p.grad == 1).all() for p in model.parameters())
-
-
-def test_keeps_nothing_for_a_backward_pass(model: GPT) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
-        validation_loss(model, STREAM, T, CPU, torch.float32)
+        validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=3 * T)
     assert not kept
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert all(module.training == training for module in model.modules())
+    assert all(p.requires_grad and (p.grad == 1).all() for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (np.random.get_state()[1] == numpy_state).all()

@@ -178,16 +178,12 @@ def test_a_file_of_prompts_that_memory_could_not_hold_is_refused(tmp_path: Path)
         choose_prompts((), str(tmp_path / "prompts.txt"), ())
 
 
-def test_an_empty_name_of_a_file_is_no_folder() -> None:
-    with pytest.raises(UserError, match="--prompt-file is empty"):
-        choose_prompts((), "", ("",))
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
-def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "p.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"p\.txt holds no prompt: write one per line"):
-        choose_prompts((), str(tmp_path / "p.txt"), ("",))
+@pytest.mark.parametrize("content", [None, b"", b"\n \n\t\n"])
+def test_no_file_and_a_file_without_prompts_are_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match="--prompt-file"):
+        choose_prompts((), "" if content is None else str(tmp_path / "p.txt"), ("",))
 
 
 def test_sampling_from_a_run_uses_its_newest_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> None:

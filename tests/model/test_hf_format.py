@@ -144,7 +144,7 @@ def test_a_model_that_transformers_lacks_says_whose_it_is(tmp_path: Path) -> Non
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers should be a whole number"),
-        ({"model_type": "mamba"}, "model_type is 'mamba'; those of this package are gpt2, llama, qwen3, restomod"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; the known types are gpt2, llama, qwen3, restomod"),
     ],
 )
 def test_other_parts_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -467,7 +467,7 @@ def test_a_missing_or_damaged_config_is_named(folder: Path, content: str | None)
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; GPT-2 has 1e-05"),
         ({"activation_function": "gelu"}, "activation_function is 'gelu'; GPT-2 has 'gelu_new'"),
         ({"activation_function": ["gelu_new"]}, "activation_function is ['gelu_new']"),
-        ({"model_type": None}, "model_type is None; those of this package are gpt2, "),
+        ({"model_type": None}, "model_type is None; the known types are gpt2, "),
         ({"n_head": 3}, "model.n_embd 16 is not a multiple of model.n_head 3"),
         ({"n_head": 0}, "model.n_head is 0; it must be at least 1"),
         ({"n_layer": -1}, "model.n_layer is -1; it must be at least 1"),

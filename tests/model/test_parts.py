@@ -23,6 +23,7 @@ from restomod.engine.optimizer import build_optimizer
 from restomod.engine.step import Compute, batch_loss
 from restomod.model.flops import embedding_parameters, flops_per_token, padded_parameters, parameter_count
 from restomod.model.gpt import build_model
+from restomod.model.hf_format import is_exportable
 from restomod.model.hf_io import load_model, read_model_config, save_model
 from tests.engine.test_memory import a_run, saved_bytes
 from tests.models import CPU, random_tokens
@@ -138,5 +139,6 @@ def test_a_new_part_is_saved_and_loaded(config: ModelConfig, tmp_path: Path) -> 
     model, tokens = random_model(config), random_tokens(config, 1, 20)
     save_model(model, tmp_path)
     assert read_model_config(tmp_path) == config
+    assert not is_exportable(config)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path, CPU)(tokens), model(tokens))

@@ -92,12 +92,12 @@ def add_task(folder: Path, name: str = "hellaswag", step: int = 40, **more: Any)
     (folder / "evals" / f"step_{step:06d}-{name}.json").write_text(json.dumps(values))
 
 
-def add_examined(folder: Path, text: str = "a passage") -> None:
-    """An examination, as `restomod report --examine` writes it."""
+def add_error_analysis(folder: Path, text: str = "a passage") -> None:
+    """An error analysis, as `restomod report --error-analysis` writes it."""
     passage = {"loss": 2.0, "before": text, "tokens": [[text, 1.0], [" end", 3.0]]}
     kinds = [{"name": text, "meaning": text, "loss": 2.0, "share": 1.0, "of_loss": 1.0}]
-    values = {"format": "restomod-examined-1", "checkpoint": "step_000040", "step": 40, "asked": 10, "tokens": 10}
+    values = {"format": "restomod-error-analysis-1", "checkpoint": "step_000040", "step": 40, "asked": 10, "tokens": 10}
     values |= {"loss": 2.0, "kinds": kinds, "positions": {"x": [1, 2], "y": [3.0, 1.0]}}
     values |= {"sources": [{"name": text, "loss": 2.0, "tokens": 5}, {"name": "b", "loss": 3.0, "tokens": 5}]}
     values |= {"best": [passage], "worst": [passage]}
-    (folder / "examined.json").write_text(json.dumps(values))
+    (folder / "error_analysis.json").write_text(json.dumps(values))

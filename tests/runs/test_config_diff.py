@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from restomod.analysis.compare.tables import published_differ
+from restomod.analysis.compare.tables import why_not_published
 from restomod.config.run import DataConfig, RunConfig, SamplingConfig
 from restomod.runs.config_diff import CHANGES_NOTHING, differing, flatten_config, settings, trains_on_fineweb_edu
 from restomod.runs.reader import open_run
@@ -69,4 +69,4 @@ def test_fineweb_edu_is_known_by_the_name_of_its_tokens(name: str, path: str, is
     plan = {"units": [{"source": name, "files": [path]}]}
     run = open_run(make_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
     assert trains_on_fineweb_edu(run) is is_it
-    assert ("FineWeb-Edu" in str(published_differ([run]))) is not is_it
+    assert ("FineWeb-Edu" in str(why_not_published([run]))) is not is_it

@@ -16,8 +16,8 @@ from restomod.config.presets import preset
 from restomod.config.run import DataConfig, SamplingConfig
 from restomod.utils.text import VISIBLE
 from tests.analysis.report.test_page import CHROMIUM, LOAD_MS
-from tests.analysis.report.test_serve import data, served
-from tests.runs.made_runs import HOSTILE, add_examined, add_task, make_run
+from tests.analysis.report.test_watch import data, served
+from tests.runs.made_runs import HOSTILE, add_error_analysis, add_task, make_run
 
 TOKEN = "hf_" + "aB3xYz9Q" * 4
 SECRETS = (TOKEN, "letmein", "of-then", "mallory", "foreign-value")
@@ -40,7 +40,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("hostile") / name, config=config, text=TEXT, data=TEXT)
     add_task(folder, "validation", convention=TEXT)
     add_task(folder, "<b>task\x1b[2J", convention=TEXT)
-    add_examined(folder, TEXT)
+    add_error_analysis(folder, TEXT)
     starts = json.loads((folder / "environment.json").read_text())
     starts[0]["command"] += [
         "--then",

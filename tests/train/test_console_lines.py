@@ -51,6 +51,9 @@ def test_a_finished_run_tells_its_losses_and_what_to_do_next(tmp_path: Path) -> 
     assert "10.9000 at the start, 8.5000 at the end" in text
     assert f"restomod sample {tmp_path}" in text
     assert f"from_pretrained('{tmp_path}/checkpoints/step_000002')" in text
+    own = closing_lines(tmp_path, [tmp_path / "checkpoints" / "step_000002"], 61, finished=True, exportable=False)
+    assert own[-1].startswith("not exportable")
+    assert "from_pretrained" not in "\n".join(own)
 
 
 def test_a_run_without_validation_tells_only_its_training_loss(tmp_path: Path) -> None:

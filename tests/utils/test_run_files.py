@@ -22,7 +22,7 @@ from restomod.runs.open_model import find_model
 from restomod.utils.errors import UserError
 from restomod.utils.files import sha256_file
 from restomod.utils.run_files import CHECKPOINTS, EVALUATIONS, RUN_FILES
-from tests.runs.made_runs import add_examined, add_task, make_run
+from tests.runs.made_runs import add_error_analysis, add_task, make_run
 from tests.trainee import make_trainee, save_checkpoint
 
 SECRET = '{"auths": {"hub": {"auth": "s3cr3t"}}}\n'
@@ -53,7 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_run(tmp_path / "other")
     folder = make_run(tmp_path / "run")
     add_task(folder)
-    add_examined(folder)
+    add_error_analysis(folder)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_what_is_no_file_of_a_run_neither_hangs_nor_fails(
         assert all(name in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["environment.json", "examined.json", "evals/mine.json", "data.json"])
+@pytest.mark.parametrize("name", ["environment.json", "error_analysis.json", "evals/mine.json", "data.json"])
 @pytest.mark.parametrize("value", [[1], 5, "x", {"auths": {"hub": "s3cr3t"}}, [{"processes": 0, "device": []}], [[{}]]])
 def test_what_the_page_needs_not_is_left_out_of_it(
     name: str, value: object, run: Path, capsys: pytest.CaptureFixture[str]
@@ -197,18 +197,18 @@ def changed(value: Any, at: list[str | int], new: Any) -> Any:
         (["worst", 0, "loss"], None),
         (["step"], -1),
         (["loss"], 10**400),
-        (["format"], "restomod-examined-9"),
+        (["format"], "restomod-error-analysis-9"),
     ],
 )
-def test_an_examination_that_does_not_fit_is_left_out_and_told(
+def test_an_error_analysis_that_does_not_fit_is_left_out_and_told(
     at: list[str | int], new: Any, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = run / "examined.json"
+    path = run / "error_analysis.json"
     path.write_text(json.dumps(changed(json.loads(path.read_text()), at, new)))
     assert main(["report", "run", "--out", "page.html", "--markdown", "page.md"]) == 0
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "examined.json" in warning
-    assert "Not examined" in Path("page.md").read_text()
+    assert "error_analysis.json" in warning
+    assert "None: " in Path("page.md").read_text()
 
 
 @pytest.mark.parametrize(

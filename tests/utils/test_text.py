@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from restomod.utils.text import duration, visible
+from restomod.utils.text import duration, gigabytes, short_count, visible
 
 
 def test_control_characters_become_visible() -> None:
@@ -26,3 +26,15 @@ def test_control_characters_become_visible() -> None:
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0"), (460_800, "460,800"), (2.5e6, "2.5M"), (9.999e9, "9.999B"), (1.2e13, "12T"), (5.1e18, "5.1e+18")],
+)
+def test_counts_in_few_digits(n: float, text: str) -> None:
+    assert short_count(n) == text
+
+
+def test_a_gigabyte_is_ten_to_the_ninth() -> None:
+    assert (gigabytes(10**9), gigabytes(2**30), gigabytes(4_999_999)) == ("1.00 GB", "1.07 GB", "0.00 GB")

@@ -16,25 +16,25 @@ from restomod.utils.errors import UserError
 @dataclass(frozen=True)
 class CompareArguments:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-    """Folders of runs, finished or not. Those that differ only in their seed are one group."""
+    """Folders of runs, finished or not. Runs that differ only in their seed form a group."""
     baseline: str | None = None
-    """The run whose group the others are measured against. Default: the first."""
+    """A run of the baseline group. Default: the first."""
     target_loss: float | None = None
-    """Count the tokens until this loss. Default: what the baseline ended with."""
+    """Target of the tokens-to-target count. Default: the final loss of the baseline."""
     price: float | None = None
     """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
     x: Literal["all", "steps", "tokens", "flops", "time", "dollars"] = "all"
-    """What curves are laid over each other by. all: by tokens in the table, by everything in the picture."""
+    """x-axis of the curves. all: tokens in the table, every axis in the picture."""
     json: str | None = None
-    """Write everything, curves too, to this file."""
+    """Write everything, curves included, to this JSON file."""
     markdown: str | None = None
-    """Write the tables to this file."""
+    """Write the tables to this Markdown file."""
     plot: str | None = None
     """Draw the curves as a PNG file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Compare runs: print tables, and write what is asked for. Returns 0."""
+    """Compare runs: print tables, and write the files asked for. Returns 0."""
     parsed = parse(CompareArguments, arguments, "restomod compare")
     if not parsed.runs:
         raise UserError("name the runs: restomod compare RUN RUN ... (restomod compare --help)")
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     from restomod.analysis.compare.axes import AXES, Axis
     from restomod.analysis.compare.groups import compare_runs
     from restomod.analysis.compare.plot import draw_comparison
-    from restomod.analysis.compare.tables import markdown, tables
+    from restomod.analysis.compare.tables import comparison_markdown, comparison_tables
     from restomod.runs.reader import open_run
     from restomod.utils.figures import require_matplotlib
     from restomod.utils.files import resolve_destination, write_json_atomically, write_text_atomically
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
             runs.insert(0, baseline)
     found = compare_runs(runs, baseline, parsed.target_loss, parsed.price)
     axis: Axis = "tokens" if parsed.x == "all" else parsed.x
-    for table in tables(found, axis):
+    for table in comparison_tables(found, axis):
         print_table(table)
         print()
     outputs = []
@@ -81,6 +81,6 @@ def run(arguments: list[str]) -> int:
     if json is not None:
         outputs.append(Output(json, lambda path: write_json_atomically(path, found.to_dict())))
     if report is not None:
-        outputs.append(Output(report, lambda path: write_text_atomically(path, markdown(found, axis, plot))))
+        outputs.append(Output(report, lambda path: write_text_atomically(path, comparison_markdown(found, axis, plot))))
     write_outputs(outputs)
     return 0

@@ -11,10 +11,10 @@ from restomod.commands.flags import ConfigArguments
 from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored, usage_unless_given
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
-from restomod.experiments.plan.estimate import Measured, Plan
+from restomod.experiments.plan.estimate import MeasuredStep, Plan
 from restomod.experiments.plan.hardware import find_gpu
-from restomod.experiments.plan.prices import read_offers
-from restomod.experiments.plan.text import lines
+from restomod.experiments.plan.prices import read_prices
+from restomod.experiments.plan.text import plan_lines
 from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
@@ -40,9 +40,9 @@ class PlanArguments(ConfigArguments):
     price: float | None = None
     """Price of one GPU for one hour, in US dollars."""
     measure: bool = False
-    """Run a few training steps on this machine and plan for it."""
-    offers: str | None = None
-    """A file of offers to compare instead of the ones that come with restomod (TOML; that one explains itself)."""
+    """Time a few training steps on this machine and plan for it."""
+    prices: str | None = None
+    """TOML file of GPU prices to use instead of those of restomod, whose file explains the format."""
     json: str | None = None
     """Also write the plan to this file."""
 
@@ -54,12 +54,12 @@ def run(arguments: list[str]) -> int:
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))
-    offers = read_offers(Path(given.offers) if given.offers is not None else None)
+    prices = read_prices(Path(given.prices) if given.prices is not None else None)
     plan = _plan(name, given)
-    print("\n".join(list(lines(plan, offers))))  # all of it, or the one line of an error
+    print("\n".join(list(plan_lines(plan, prices))))  # all of it, or the one line of an error
     if given.json is not None:
         print()
-        content = plan.to_dict(offers)
+        content = plan.to_dict(prices)
         write_outputs([Output(Path(given.json), lambda path: write_json_atomically(path, content))])
     return 0
 
@@ -73,11 +73,11 @@ def _refuse(given: PlanArguments) -> None:
     if given.measure and (given.gpu is not None or given.gpus > 1):
         raise UserError("--measure plans for one device of this machine; leave --gpu and --gpus out")
     if given.gpu is None and not given.measure and (given.price is not None or given.gpus > 1):
-        raise UserError("--price and --gpus are of the GPU that --gpu names; add --gpu, for example --gpu a100")
+        raise UserError("--price and --gpus need a GPU; add --gpu, for example --gpu a100")
     if given.gpu is not None and given.config.device in ("cpu", "mps"):
         raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; leave one out")
-    json, offers = (Path(name) if name is not None else None for name in (given.json, given.offers))
-    require_outputs({"--json": json}, {"--offers": offers})
+    json, prices = (Path(name) if name is not None else None for name in (given.json, given.prices))
+    require_outputs({"--json": json}, {"--prices": prices})
 
 
 def _plan(name: str, given: PlanArguments) -> Plan:
@@ -99,7 +99,7 @@ def _plan(name: str, given: PlanArguments) -> Plan:
     return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision)
 
 
-def _measure(name: str, config: RunConfig) -> Measured:
+def _measure(name: str, config: RunConfig) -> MeasuredStep:
     from restomod.bench.step import measure_micro_batches
     from restomod.utils.console import Display
 
@@ -110,8 +110,8 @@ def _measure(name: str, config: RunConfig) -> Measured:
     return measured_of(report)
 
 
-def measured_of(report: Report) -> Measured:
-    """The parts of a benchmark from which a run's steps are put together."""
+def measured_of(report: Report) -> MeasuredStep:
+    """Time and memory of a step, from a benchmark."""
     from restomod.engine.memory import estimate_memory
 
     config, phases = report.config, report.phases_ms
@@ -119,7 +119,7 @@ def measured_of(report: Report) -> Measured:
     repeated = sum(phases[phase].median for phase in ("data", "forward", "backward"))
     precision, kind = report.environment["precision"], report.device_type
     predicted = estimate_memory(config, report.micro_batch, 4 if precision == "fp32" else 2, kind)
-    return Measured(
+    return MeasuredStep(
         report.environment["device"],
         kind,
         precision,

@@ -37,29 +37,29 @@ class SweepArguments:
     model.n-layer=2,4)."""
     random: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=LOW..HIGH or NAME=VALUE,VALUE: train --trials configurations drawn at random. A range whose ends are above 0
-    and ten times apart is drawn from evenly in the logarithm; LOW..HIGH:log and LOW..HIGH:linear say so."""
+    and differ by a factor of ten or more is log-uniform; LOW..HIGH:log and LOW..HIGH:linear override that."""
     tpe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """The same, but chosen by Optuna's TPE, which learns from the trials before."""
+    """As --random, but chosen by Optuna's TPE sampler, which learns from earlier trials."""
     trials: int | None = None
-    """How many configurations --random or --tpe tries."""
+    """Number of configurations of --random or --tpe."""
     seeds: int = 1
-    """Train each configuration with so many seeds: that of the run, and the ones that follow it."""
+    """Number of seeds per configuration: the run's seed and the following ones."""
     search_seed: int = 0
-    """Of --random and --tpe."""
+    """Seed of --random and --tpe."""
     prune: Pruning = "none"
-    """Stop trials whose validation loss is bad along the way: above the median of the trials before at that step (from
-    the sixth trial on, after the warm-up), or by Hyperband."""
+    """Stop bad trials early: median: validation loss above the median of earlier trials at that step (from the sixth
+    trial on, after the warm-up); hyperband: by Hyperband."""
     max_hours: float | None = None
-    """Stop before a trial that would take all trials together, on all machines, beyond so many hours, judged by those
-    that have finished; at the limit, stop the running one with a checkpoint."""
+    """Limit in hours of all trials together, on all machines: no trial is started that would exceed it, judged by the
+    finished ones; at the limit, the running trial is stopped with a checkpoint."""
     max_dollars: float | None = None
-    """The same in US dollars, for all GPUs together; needs --price."""
+    """The same limit in US dollars, for all GPUs together; needs --price."""
     price: float | None = None
     """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
     then: str | None = None
-    """Run this command of the shell at the very end, however it ends (--then "sudo shutdown now")."""
+    """Shell command to run at the end, however the sweep ends (--then "sudo shutdown now")."""
     out: str
-    """Folder of the sweep. The same command goes on with it, also while other processes work on it."""
+    """Folder of the sweep. The same command resumes it, also while other processes work on it."""
 
 
 SPACES = ("--grid", "--random", "--tpe")
@@ -100,7 +100,7 @@ def run(arguments: list[str]) -> int:
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A sweep's own flags with their values, and all others, which are those of its trials."""
+    """Split arguments into the sweep's own flags with their values, and those of its trials."""
     own: list[str] = []
     others: list[str] = []
     target, again = others, False
@@ -117,16 +117,16 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
-    """What the flags of a sweep ask for.
+    """Build the plan of a sweep from its flags.
 
     Args:
-        name: the preset's.
+        name: name of the preset.
         base: the preset.
         given: the sweep's own flags.
-        flags: those of all trials.
+        flags: flags of all trials.
 
     Raises:
-        UserError: they do not go together.
+        UserError: the flags contradict each other.
     """
     methods: dict[Method, tuple[str, ...]] = {"grid": given.grid, "random": given.random, "tpe": given.tpe}
     asked = [method for method, space in methods.items() if space]
@@ -143,10 +143,10 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
             raise UserError(f"{field} is swept and fixed by {flag}; leave one of them out")
     if method == "grid":
         if given.trials is not None:
-            raise UserError("--trials belongs to --random and --tpe; a grid has as many as its values make")
+            raise UserError("--trials belongs to --random and --tpe; a grid has one trial per combination")
         trials = len(grid(dimensions))
     elif given.trials is None:
-        raise UserError(f"--{method} needs --trials N, how many configurations to try")
+        raise UserError(f"--{method} needs --trials N, the number of configurations")
     else:
         trials = given.trials
     require_size("--trials", trials, most=space.MOST_TRIALS)
@@ -163,7 +163,9 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     require_seed("the last seed", config.seed + given.seeds - 1)
     data = config.data
     if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:
-        raise UserError("a sweep compares validation losses, and nothing is held out; add --data.val-fraction 0.05")
+        raise UserError(
+            "a sweep compares validation losses, and there is no validation split; add --data.val-fraction 0.05"
+        )
     return SweepPlan(
         name,
         tuple(flags),

@@ -16,15 +16,15 @@ EXIT_NOT_HEALTHY = 1
 @dataclass(frozen=True)
 class VerdictArguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's folder, whether it is finished, stopped or going on."""
+    """Folder of a run: finished, stopped or running."""
     weights: bool = True
-    """Look for dead layers in the newest checkpoint too. All else needs no torch."""
+    """Also look for dead layers in the newest checkpoint. The other checks need no torch."""
     json: str | None = None
-    """Write what was found to this file, too."""
+    """Also write the findings to this JSON file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Look for every symptom, and print what was found. Returns 0 if the run is healthy, else 1."""
+    """Look for every symptom and print the findings. Returns 0 if the run is healthy, else 1."""
     parsed = parse(VerdictArguments, arguments, "restomod verdict")
 
     from restomod.analysis.health.verdict import verdict
@@ -36,7 +36,9 @@ def run(arguments: list[str]) -> int:
     path = Path(parsed.json) if parsed.json is not None else None
     require_outputs({"--json": path})
     found = verdict(open_run(parsed.run), parsed.weights)
-    print_table(Table("", ["", "symptom", "what was seen"], [[f.status, f.symptom, f.reason] for f in found.findings]))
+    print_table(
+        Table("", ["status", "symptom", "observation"], [[f.status, f.symptom, f.reason] for f in found.findings])
+    )
     print(found.summary())
     if path is not None:
         write_outputs([Output(path, lambda path: write_json_atomically(path, found.to_dict()))])

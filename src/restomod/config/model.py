@@ -19,9 +19,6 @@ LARGEST_OF_MODEL = {  # far beyond any model that was built
     "head_dim": 2**20,
 }
 VOCAB_SIZE = 50257  # GPT-2: 50,000 merges + 256 bytes + <|endoftext|>
-# longest context for which attention in half precision on a CPU is computed by plain matmuls: the backward pass of
-# torch's fused kernel takes two to four times as long
-PLAIN_ATTENTION_TOKENS = 256
 
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]

@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from restomod.config.model import PLAIN_ATTENTION_TOKENS
 from restomod.config.run import ModelConfig, OptimConfig, RunConfig
 from restomod.engine.device import CHUNK_TOKENS, SOFTMAX_TOKENS, scaled_tokens
 from restomod.engine.optimizer import build_optimizer, refuses_on_device
+from restomod.model.attention import PLAIN_ATTENTION_TOKENS
 from restomod.model.flops import padded_parameters
 from restomod.model.gpt import GPT, build_part
 

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations given contexts: the one interface under every task.
 
-Requests with the same context share a row: the context once, then its continuations side by side. A mask lets each of
-them see the context and itself, and positions say where its tokens would stand if it followed the context alone. So
-one forward pass does what a row per continuation would, and the context is computed once.
+Requests with the same context share a row: the context once, then its continuations side by side. A mask lets each
+continuation attend to the context and itself; position ids are those it would have directly after the context. One
+forward pass replaces a row per continuation, and the context is computed once.
 
 The rules are those of lm-evaluation-harness 0.4 (EleutherAI): how text is split into the tokens of a context and of a
 continuation (`encode_pair`), and what is cut away where the two are too long for the model (`_fit`).
@@ -33,7 +33,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: how likely is ``continuation`` after ``context``? Neither is empty."""
+    """A context and a continuation to score, neither of them empty."""
 
     context: Tokens
     continuation: Tokens
@@ -41,16 +41,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer."""
+    """Log-likelihood of a continuation."""
 
     log_likelihood: float
     """Nats, summed over the tokens of the continuation."""
     greedy: bool
-    """Whether at each of them no other token was likelier: greedy decoding would have written it."""
+    """Whether greedy decoding would generate the continuation."""
     tokens: int
     """Length of the continuation."""
     truncated: bool
-    """Whether the beginning of the context did not fit into the model's window."""
+    """Whether the beginning of the context was cut to fit into the model's window."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +62,29 @@ class Batch:
     positions: Tensor | None
     """(B, T) int64; None: 0, 1, 2, … in every row."""
     mask: Tensor | None
-    """(B, 1, T, T) bool, which token (last) each token sees; None: itself and all before it."""
+    """(B, 1, T, T) bool, which tokens (last) each token attends to; None: causal."""
     at: Tensor
     """(N,) int64, the positions that predict, counted through all rows."""
     which: Tensor
-    """(M,) int64, by which of these each token is predicted: several continuations begin after one context."""
+    """(M,) int64, index into ``at`` of the position that predicts each target."""
     targets: Tensor
     """(M,) int64, the tokens of all continuations, one continuation after the other."""
 
 
 class LanguageModel(Protocol):
-    """What can be scored."""
+    """A model that can be scored."""
 
     max_length: int
-    """Tokens of its window."""
+    """Length of its window in tokens."""
     shares_contexts: bool
     """Whether it takes positions and masks, so that continuations can share a row."""
     tokens_per_forward: int
-    """About as many tokens as are fast at once."""
+    """Tokens per forward pass, chosen for speed."""
     prefix: int
     """The token that stands for an empty context."""
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Encode a text."""
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probability, (M,) fp32, of each target, and whether no other token was likelier, (M,) bool."""
@@ -104,7 +104,7 @@ class _Row:
 
 
 def encode_pair(encode: Callable[[str], Sequence[int]], prefix: int, context: str, continuation: str) -> Request:
-    """Text to tokens, split where the context ends.
+    """Encode a context and a continuation, split where the context ends.
 
     As in lm-evaluation-harness's `_encode_pair`: spaces at the end of the context belong to the continuation; both are
     encoded together, so that the boundary is the one that running text has; an empty context is the token ``prefix``.
@@ -133,13 +133,13 @@ def log_likelihoods(
     """Score every request.
 
     The result depends on neither the order of the requests nor the number of processes, and on ``batch`` only by the
-    rounding of matrix products: what is computed together follows from the requests' content alone.
+    rounding of matmuls: which requests share a batch follows from their content alone.
 
     Args:
-        model: nothing in it changes.
+        model: is not changed.
         requests: any number, in any order; equal ones are computed once.
-        batch: contexts per forward pass; None: as many as are about ``model.tokens_per_forward`` tokens.
-        processes: that share the work; all have to call this, and get the same.
+        batch: contexts per forward pass; None: about ``model.tokens_per_forward`` tokens.
+        processes: share the work; all must call this, and get the same result.
 
     Raises:
         UserError: a continuation alone is longer than the model's window.
@@ -160,7 +160,7 @@ def log_likelihoods(
 
 
 def _fit(request: Request, max_length: int) -> Request:
-    """The request without the beginning of its context, where the two together exceed the window by more than one.
+    """Cut the beginning of the context where both together exceed the window by more than one token.
 
     The last token is predicted and not read, so one more than the window fits.
     """
@@ -174,7 +174,7 @@ def _fit(request: Request, max_length: int) -> Request:
 
 
 def _rows(requests: Sequence[Request], model: LanguageModel) -> list[_Row]:
-    """The requests by context, longest row first, in an order that their content alone decides."""
+    """Group requests by context, longest row first, in an order that depends on their content only."""
     by_context: dict[Tokens, set[Tokens]] = {}
     for request in requests:
         by_context.setdefault(request.context, set()).add(request.continuation)
@@ -192,7 +192,7 @@ def _rows(requests: Sequence[Request], model: LanguageModel) -> list[_Row]:
 
 
 def _batches(rows: list[_Row], batch: int | None, tokens_per_forward: int) -> Iterator[list[_Row]]:
-    """Neighbouring rows, which are of about the same length."""
+    """Batches of neighbouring rows, which have similar lengths."""
     start = 0
     while start < len(rows):
         stop = start + (batch or max(1, tokens_per_forward // rows[start].length))
@@ -214,7 +214,7 @@ def _score(model: LanguageModel, rows: list[_Row]) -> list[tuple[float, bool]]:
 
 
 def pack(rows: Sequence[_Row]) -> Batch:
-    """Rows as tensors."""
+    """Pack rows into tensors."""
     T = max(row.length for row in rows)
     tokens, positions, branches = [], [], []  # a row each, later (B, T)
     at: list[int] = []
@@ -248,7 +248,7 @@ def pack(rows: Sequence[_Row]) -> Batch:
 
 
 def _mask(branches: Tensor) -> Tensor:
-    """Who sees whom, (B, 1, T, T) bool: of what stands before it, each token sees the context and its own branch.
+    """Attention mask, (B, 1, T, T) bool: each token attends to earlier tokens of the context and of its own branch.
 
     Args:
         branches: (B, T): 0 in the context, k in its k-th continuation, `PADDING` behind.
@@ -264,7 +264,7 @@ def gpt_log_probs(
     """Log-probabilities of tokens from the hidden states that predict them.
 
     Args:
-        model: its output matrix is used, its padding is not.
+        model: its lm_head is used, without the padded rows.
         hidden: (N, D).
         which: (M,), the hidden state that predicts each target.
         targets: (M,).

@@ -31,7 +31,7 @@ class ScoredGPT:
     def __init__(self, model: GPT, dtype: torch.dtype = torch.float32) -> None:
         """Args:
             model: its vocabulary is GPT-2's.
-            dtype: of the matrix products; log-probabilities are in fp32.
+            dtype: compute dtype of matmuls; log-probabilities are in fp32.
 
         Raises:
             UserError: the vocabulary is another.
@@ -63,9 +63,8 @@ class ScoredGPT:
 class ScoredTransformers:
     """A causal language model of `transformers` as a `LanguageModel`.
 
-    Whether it takes positions and a mask of four dimensions, so that continuations can share a row, is found out by
-    trying: where the result differs from that of whole rows, or the model attends to a part of its window only, every
-    continuation gets a row of its own.
+    Whether it accepts position ids and a 4-D mask, so that continuations can share a row, is tried: where the result
+    differs from that of separate rows, or attention is windowed, every continuation gets its own row.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -120,7 +119,7 @@ class ScoredTransformers:
 
 
 def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """The model that ``name`` stands for, as `restomod.runs.open_model.find_model` says, ready to be scored.
+    """Open the model that ``name`` stands for (see `restomod.runs.open_model.find_model`) for scoring.
 
     What this package computes exactly is run by it, all others by `transformers`; see `open_causal_model`.
 

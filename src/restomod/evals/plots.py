@@ -1,4 +1,4 @@
-"""A picture of the validation loss by position in the window."""
+"""Plot of the validation loss by position in the window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POINTS = 60  # means over ranges of positions, each longer than the one before
 
 
 def position_means(by_position: list[float]) -> tuple[list[float], list[float]]:
-    """Centres of ranges of positions, which grow in proportion to the position, and the mean loss in each."""
+    """Centres of ranges of positions, whose lengths grow geometrically, and the mean loss in each."""
     T = len(by_position)
     edges = np.unique(np.geomspace(1, T + 1, POINTS).round().astype(int))
     ranges = [(a, b) for a, b in itertools.pairwise(edges)]

@@ -1,4 +1,4 @@
-"""What a task's answers are worth: accuracies and perplexity, each with its standard error."""
+"""Scoring of tasks: accuracies and perplexity, each with its standard error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACCURACIES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number from a sample of questions."""
+    """A mean over a sample of questions."""
 
     value: float
     stderr: float | None
@@ -35,14 +35,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A model's answers to a task."""
+    """A model's result on a task."""
 
     metrics: dict[str, Estimate]
     choices: dict[str, list[int]]
-    """By accuracy, what was chosen for each example; of last words, 1 where the word is what would be written."""
+    """By accuracy, the choice for each example; for last words, 1 where greedy decoding generates the word."""
     gold: list[int]
     truncated: int
-    """Examples of which a context did not fit into the model's window and lost its beginning."""
+    """Examples whose context was cut to fit into the model's window."""
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,16 +61,16 @@ class TaskResult:
 def score_task(
     model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
 ) -> TaskResult:
-    """Ask a model all examples of a task.
+    """Score a model on all examples of a task.
 
     Args:
-        model: what to ask.
+        model: is not changed.
         loaded: the task and its examples.
         batch: contexts per forward pass; changes the speed, not the result.
-        processes: that share the work; all have to call this, and get the same.
+        processes: share the work; all must call this, and get the same result.
 
     Raises:
-        UserError: an example cannot be scored, or the model's output is no number.
+        UserError: an example cannot be scored, or the model's output is not finite.
     """
     began = time.perf_counter()
     examples = loaded.examples
@@ -106,7 +106,7 @@ def _requests(model: LanguageModel, example: Example) -> list[Request]:
 def _multiple_choice(
     examples: Sequence[Example], scores: Sequence[Sequence[Score]]
 ) -> tuple[dict[str, Estimate], dict[str, list[int]]]:
-    """The four accuracies; of choices that are equally good the first counts, as in lm-evaluation-harness."""
+    """The four accuracies; ties go to the first choice, as in lm-evaluation-harness."""
     choices: dict[str, list[int]] = {name: [] for name in ACCURACIES}
     for example, part in zip(examples, scores, strict=True):
         summed = np.array([score.log_likelihood for score in part])
@@ -128,7 +128,7 @@ def _multiple_choice(
 def _last_words(
     examples: Sequence[Example], scores: Sequence[Sequence[Score]]
 ) -> tuple[dict[str, Estimate], dict[str, list[int]]]:
-    """How often greedy decoding writes the word, and exp of the mean negative log-probability of the whole word."""
+    """Share of words that greedy decoding generates, and exp of the mean negative log-probability of a word."""
     greedy = [part[0].greedy for part in scores]
     losses = [-part[0].log_likelihood for part in scores]
     mean = math.fsum(losses) / len(losses)
@@ -141,7 +141,7 @@ def _last_words(
 
 
 def proportion(hits: Sequence[bool]) -> Estimate:
-    """A share p of n, with the standard error sqrt(p (1 - p) / (n - 1)) of a sample's mean."""
+    """Proportion p of n hits, with the standard error sqrt(p (1 - p) / (n - 1)) of a sample's mean."""
     n = len(hits)
     p = sum(hits) / n
     return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None)
@@ -154,7 +154,7 @@ def headline(loaded: LoadedTask, result: TaskResult) -> str:
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """A number and its standard error; a share below 1 with four digits, anything else with as many in all."""
+    """Format a number and its standard error: four decimals below 10, else two."""
     digits = 4 if estimate.value < 10 else 2
     error = "" if estimate.stderr is None else f" ± {estimate.stderr:,.{digits}f}"
     return f"{estimate.value:,.{digits}f}{error}"

@@ -70,16 +70,6 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
-    """A model and, where it is a checkpoint of a run, the run and the step."""
-
-    name: str
-    folder: Path
-    run: Path | None
-    step: int | None
-
-
-@dataclass(frozen=True)
 class EvalResult:
     """A model's result on one task, or its validation loss."""
 
@@ -102,7 +92,10 @@ class Evaluation:
     """A model and its tasks, loaded and checked."""
 
     request: EvalRequest
-    subject: EvaluatedModel
+    folder: Path
+    run: Path | None
+    """The run that the model is a checkpoint of, if it is one."""
+    step: int | None
     model: LanguageModel
     tasks: list[LoadedTask]
     dataset: Dataset | None
@@ -116,12 +109,8 @@ class Evaluation:
     def about(self) -> dict[str, Any]:
         """Model and environment, for JSON."""
         here = environment(describe_device(self.device), dtype_name(self.dtype))
-        return {
-            "model": self.subject.name,
-            "folder": str(self.subject.folder),
-            "step": self.subject.step,
-            "environment": here | {"processes": self.processes.world_size},
-        }
+        here["processes"] = self.processes.world_size
+        return {"model": self.request.model, "folder": str(self.folder), "step": self.step, "environment": here}
 
     def results(self) -> Iterator[EvalResult]:
         """Measure one task after the other. All processes have to iterate, and get the same.
@@ -154,10 +143,8 @@ class Evaluation:
         return loss
 
     def _validation_result(self, loss: ValidationLoss, dataset: Dataset) -> EvalResult:
-        run = self.subject.run
-        other_data = self.request.data is not None and (
-            run is None or read_run_data(run).get("fingerprint") != dataset.fingerprint
-        )
+        of_run = self.run is not None and read_run_data(self.run).get("fingerprint") == dataset.fingerprint
+        other_data = self.request.data is not None and not of_run
         published = is_fineweb_edu(dataset.manifest)
         values = {"loss": loss.loss, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
         return EvalResult(
@@ -196,14 +183,7 @@ class Evaluation:
 
 
 def evaluate_model(request: EvalRequest, processes: Processes = SINGLE) -> dict[str, EvalResult]:
-    """Evaluate a model; nothing is printed or written.
-
-    Args:
-        request: what to evaluate.
-        processes: that share the work; all have to call this, and get the same.
-
-    Returns:
-        Results by task.
+    """Evaluate a model and return its results by task; nothing is printed or written.
 
     Raises:
         UserError: as `open_evaluation` and `Evaluation.results`.
@@ -221,8 +201,10 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Eval
     if device.type == "cpu":
         keep_freed_memory()
     dtype = choose_dtype(request.precision, device)
-    subject = processes.run_on_all_ranks(lambda: _find_subject(request.model), one_first=True)
-    config = read_config(subject.run) if subject.run else None
+    folder = processes.run_on_all_ranks(lambda: find_model(request.model), one_first=True)
+    is_checkpoint = STEP_FOLDER.fullmatch(folder.name) is not None and is_run(folder.parent.parent)
+    run, step = (folder.parent.parent, step_of(folder)) if is_checkpoint else (None, None)
+    config = read_config(run) if run is not None else None
     has_data = config is not None or request.data is not None
     wanted = request.tasks or (*([VALIDATION] if has_data else []), "hellaswag")
     _refuse_unused(request, wanted)
@@ -237,9 +219,9 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Eval
     if VALIDATION in wanted:
         dataset = processes.run_on_all_ranks(lambda: _open_data(request, config), one_first=True)
     # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
-    found = processes.gather(str(subject.folder))[0] if Path(request.model).is_dir() else request.model
+    found = processes.gather(str(folder))[0] if Path(request.model).is_dir() else request.model
     model = processes.run_on_all_ranks(lambda: open_language_model(found, device, dtype), one_first=True)
-    return Evaluation(request, subject, model, tasks, dataset, config, device, dtype, processes)
+    return Evaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes)
 
 
 def _refuse_unused(request: EvalRequest, wanted: tuple[str, ...]) -> None:
@@ -249,14 +231,6 @@ def _refuse_unused(request: EvalRequest, wanted: tuple[str, ...]) -> None:
             raise UserError(f"{flag} is for the validation loss, which is not asked for: add {VALIDATION} to --tasks")
     if request.limit is not None and set(wanted) == {VALIDATION}:
         raise UserError("--limit is for the examples of tasks, and the validation loss uses all tokens; leave it out")
-
-
-def _find_subject(name: str) -> EvaluatedModel:
-    folder = find_model(name)
-    run = folder.parent.parent
-    if STEP_FOLDER.fullmatch(folder.name) is None or not is_run(run):
-        return EvaluatedModel(name, folder, None, None)
-    return EvaluatedModel(name, folder, run, step_of(folder))
 
 
 def _open_data(request: EvalRequest, config: RunConfig | None) -> Dataset:
@@ -280,13 +254,7 @@ def run_eval(request: EvalRequest, json_file: Path | None = None, display: Displ
 
     Results of a run's model are written into its folder `evals/`; one that cannot be written is a warning.
 
-    Args:
-        request: what to evaluate.
-        json_file: write all results to this file, too.
-        display: where to print.
-
-    Returns:
-        0.
+    All results are written to ``json_file``, too. Returns 0.
 
     Raises:
         UserError: as `evaluate_model`, or ``json_file`` cannot be written.
@@ -300,7 +268,7 @@ def run_eval(request: EvalRequest, json_file: Path | None = None, display: Displ
         folder = _result_folder(evaluation, display)
         results = {}
         for result in evaluation.results():
-            show_result(result, evaluation.subject, display)
+            show_result(result, evaluation, display)
             results[result.task] = result.values
             if folder is not None:
                 _write_result(result, evaluation, folder, display)
@@ -312,11 +280,11 @@ def run_eval(request: EvalRequest, json_file: Path | None = None, display: Displ
     return 0
 
 
-def show_result(result: EvalResult, subject: EvaluatedModel, display: Display) -> None:
+def show_result(result: EvalResult, evaluation: Evaluation, display: Display) -> None:
     """Print a table: this model, then published results, each with its convention."""
-    at = f", step {subject.step}" if subject.step is not None else ""
+    at = f", step {evaluation.step}" if evaluation.step is not None else ""
     names = [name for name in COLUMNS if name in result.metrics]
-    mine = [f"{subject.name}{at}", *(format_estimate(result.metrics[name]) for name in names), result.scope]
+    mine = [f"{evaluation.request.model}{at}", *(format_estimate(result.metrics[name]) for name in names), result.scope]
     published: dict[tuple[str, str], dict[str, str]] = {}
     for r in result.references:
         published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
@@ -328,7 +296,7 @@ def show_result(result: EvalResult, subject: EvaluatedModel, display: Display) -
 
 def _result_folder(evaluation: Evaluation, display: Display) -> Path | None:
     """The folder of the run that results are written into; None, with a warning beforehand, where they cannot be."""
-    run = evaluation.subject.run
+    run = evaluation.run
     if run is None or not evaluation.processes.main:
         return None
     folder = run / "evals"
@@ -340,9 +308,7 @@ def _result_folder(evaluation: Evaluation, display: Display) -> Path | None:
 
 def _write_result(result: EvalResult, evaluation: Evaluation, folder: Path, display: Display) -> None:
     """Write a result as JSON and, of a validation loss, a picture of it by position."""
-    subject = evaluation.subject
-    at = f"step_{subject.step:06d}" if subject.step is not None else "model"
-    stem = f"{at}-{result.file_stem}"
+    stem = f"step_{evaluation.step:06d}-{result.file_stem}"
     # on one line: thousands of choices, one a line, are no easier to read
     text = json.dumps({"task": result.task} | evaluation.about | result.values) + "\n"
 
@@ -356,13 +322,9 @@ def _write_result(result: EvalResult, evaluation: Evaluation, folder: Path, disp
         else:
             display.line(f"{done}: {path}")
 
-    write(".json", "written", lambda path: write_text_atomically(path, text, subject.run))
-    if result.validation is not None:
-        loss = result.validation
+    write(".json", "written", lambda path: write_text_atomically(path, text, evaluation.run))
+    loss = result.validation
+    if loss is not None:
+        from restomod.evals.plots import draw_positions  # matplotlib
 
-        def draw(path: Path) -> None:
-            from restomod.evals.plots import draw_positions
-
-            draw_positions(loss, subject.name, path, subject.run)
-
-        write(".png", "drawn", draw)
+        write(".png", "drawn", lambda path: draw_positions(loss, evaluation.request.model, path, evaluation.run))

@@ -1,4 +1,4 @@
-"""Loss on validation tokens: always the same tokens, added up to the same number by any number of processes.
+"""Validation loss: mean cross-entropy on a fixed set of tokens, the same bit for bit with any number of processes.
 
 Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
 """
@@ -22,26 +22,26 @@ from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.likelihood import Batch, LanguageModel, gpt_log_probs
 from restomod.model.gpt import GPT
 
-UNIT = 2**32  # losses are added up as whole numbers of this part of a nat: those have the same sum in any order
+UNIT = 2**32  # losses are summed as integers, in 1 / UNIT nats: integer sums do not depend on the order
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The loss on a split, or on a mix: the means over its sources, weighted by their shares."""
+    """Loss on a split or, of a mix, means over its sources weighted by their shares."""
 
     loss: float
     """Mean cross-entropy per token, in nats."""
     tokens: int
-    """How many were evaluated, of all sources together."""
+    """Number of evaluated tokens, all sources together."""
     bytes: int
-    """Of the text that these tokens stand for; 0 where they were not counted."""
+    """Bytes of the text of these tokens; 0 where they were not counted."""
     by_position: list[float]
-    """T mean losses: of the first token of a window, which follows one other, of the second, …"""
+    """Mean loss at each of the T positions of a window."""
     sources: dict[str, float]
     """Loss of each source of a mix; empty for a split."""
     bytes_per_token: float = 0.0
-    """Of a mix weighted by share, as the loss is: ``bytes / tokens`` would weight a source by the size of its split. 0
-    where bytes were not counted."""
+    """Weighted by share, like the loss: ``bytes / tokens`` would weight a source by the size of its split. 0 where
+    bytes were not counted."""
 
     @property
     def perplexity(self) -> float:
@@ -50,9 +50,9 @@ class ValidationLoss:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Mean loss of a token in bits, by the mean bytes of a token; None where they stand for none.
+        """Mean loss of a token in bits, by the mean bytes of a token; None where they have none.
 
-        Of a mix that is the value of a text drawn by its shares. `<|endoftext|>` has no bytes, and its loss counts.
+        Of a mix, the value of a text drawn by its shares. `<|endoftext|>` has no bytes, but its loss counts.
         """
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
@@ -71,7 +71,7 @@ class ValidationLoss:
 
 
 def validation_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:
-    """Which windows to evaluate, (m,): all, or as many as ``max_tokens`` allow, spread evenly over the split."""
+    """Indices of the windows to evaluate, (m,): all, or at most ``max_tokens`` tokens, spread evenly over the split."""
     m = n_windows if max_tokens is None else min(n_windows, max_tokens // sequence_length)
     return np.arange(m) * n_windows // m
 
@@ -88,7 +88,7 @@ def validation_loss(
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
 ) -> ValidationLoss:
-    """Mean cross-entropy per token over a split.
+    """Compute the mean cross-entropy per token over a split.
 
     Args:
         model: evaluated as it is; nothing in it changes, and a compiled transformer is run uncompiled. One that is not
@@ -98,8 +98,8 @@ def validation_loss(
         device, dtype: where and in which type to compute.
         max_tokens: evaluate about this many tokens, in whole windows (None: every token of the split but the first,
             the last ones in a shorter window).
-        batch: windows per forward pass; changes the speed, and the result by no more than matrix products' rounding.
-        processes: that share the windows; all have to call this. Their number does not change the result.
+        batch: windows per forward pass; changes the speed, and the result by rounding only.
+        processes: share the windows; all must call this. Their number does not change the result.
         tokenizer: counts the bytes; None: they are not counted.
     """
     T = sequence_length
@@ -123,7 +123,7 @@ def validation_loss(
 
 
 def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and targets, (B, T) each; where all is asked for, the rest behind the windows comes last."""
+    """Yield tokens and targets, (B, T) each; without ``max_tokens`` the rest behind the last window, too."""
     batches = Batches(stream, T, 1, seed=0, split="validation")
     windows = validation_windows(batches.n_windows, T, max_tokens)
     for start in range(0, len(windows), batch):
@@ -160,9 +160,9 @@ def dataset_loss(
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
 ) -> ValidationLoss | None:
-    """`validation_loss` of a dataset's validation split; of a mix, means weighted by share and the loss of each source.
+    """Compute `validation_loss` of a dataset's validation split; of a mix, of each source and their mean by share.
 
-    None where nothing is held out. Of ``max_tokens`` each source has its share, but a window at least.
+    Returns None without a validation split. Each source gets its share of ``max_tokens``, at least a window.
     """
     sources = [source for source in dataset.sources if len(source.dataset.val)]
     if not sources:

@@ -21,7 +21,7 @@ from restomod.generate.decode import (
     rows_at_once,
 )
 from restomod.model.gpt import GPT
-from restomod.model.hf_format import OtherModel
+from restomod.model.hf_format import UnsupportedModel
 from restomod.model.hf_io import read_model_config
 from restomod.model.hf_models import TransformersModel, open_causal_model
 from restomod.runs.open_model import find_model
@@ -137,7 +137,7 @@ def find_readable_model(where: str) -> Path:
         UserError: there is none, or it is damaged.
     """
     folder = find_model(where)
-    with contextlib.suppress(OtherModel):  # transformers may know it
+    with contextlib.suppress(UnsupportedModel):  # transformers may know it
         read_model_config(folder)
     return folder
 

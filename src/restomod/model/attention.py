@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from restomod.config.model import PLAIN_ATTENTION_TOKENS
+PLAIN_ATTENTION_TOKENS = 256
+"""Up to this length attention in half precision on a CPU is computed by plain matmuls, because the backward pass of
+torch's fused kernel takes two to four times as long."""
 
 Use = Literal["training", "masked training", "scoring", "decoding"]
 
@@ -30,7 +32,7 @@ BACKENDS: dict[Use, list[SDPBackend]] = {
     "scoring": [FLASH, EFFICIENT, MATH],
     "decoding": [FLASH, EFFICIENT, MATH],
 }
-"""Backends that each use may choose from on CUDA. torch takes the first in its own order that supports the inputs."""
+"""Backends allowed on CUDA. torch takes the first in its own order that supports the inputs."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
@@ -44,7 +46,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
     """
     T, K = q.shape[-2:]
     if causal and q.device.type == "cpu" and q.dtype.itemsize == 2 and T <= PLAIN_ATTENTION_TOKENS:
-        # the backward pass of torch's fused kernel takes twice to four times as long as these products
         later = torch.ones(T, T, dtype=torch.bool).triu(1)
         scores = (q * K**-0.5) @ k.mT  # (B, H, T, T)
         return torch.softmax(scores.masked_fill(later, float("-inf")), -1) @ v
@@ -56,7 +57,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
 
 
 def allowed_backends(q: Tensor, mask: Tensor | None) -> list[SDPBackend] | None:
-    """The backends that torch may choose from; None where it may choose from all.
+    """Return the backends that torch may choose from; None for all.
 
     Queries (B, H, T, K) with gradients are training, a single one without is decoding, all else is scoring.
     """

@@ -1,7 +1,7 @@
-"""The kinds of model that a folder can hold: which parts they have, and what `transformers` calls their tensors.
+"""Model types of the Hugging Face layout: their config.json, and the names and shapes of their tensors.
 
-A model is saved as the kind of `transformers` that computes the same: GPT-2, Llama or Qwen3. Where there is none, it is
-saved under its own names, and only this package loads it.
+A model is saved as the type of `transformers` that computes the same: GPT-2, Llama or Qwen3. Without one, for example
+with a norm or activation that `transformers` lacks, it is saved under its own names, and only this package loads it.
 """
 
 from __future__ import annotations
@@ -43,43 +43,48 @@ ABSENT = object()
 Json = dict[str, Any]
 
 
-class OtherModel(UserError):
-    """A model folder that may be sound, but holds a model that this package does not compute."""
+class UnsupportedModel(UserError):
+    """A model folder that may be valid, but whose model this package does not compute."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model folder."""
+    """A model type of the Hugging Face layout."""
 
     model_type: str
-    """What its `config.json` says."""
+    """`model_type` in its `config.json`."""
     title: str
-    """What people call it."""
+    """Name in printed text."""
     embedding: str
-    """What it calls the token embedding."""
-    holds: Callable[[ModelConfig], bool]
-    """Whether it can express a model."""
+    """Name of the token embedding's tensor."""
+    has_parts_of: Callable[[ModelConfig], bool]
+    """Whether the type has the parts of a model."""
     to_json: Callable[[ModelConfig], Json]
-    """Its `config.json`."""
+    """The values of `config.json`."""
     from_json: Callable[[Json], ModelConfig]
-    """The model of a `config.json`.
+    """Read the values of a `config.json`.
 
     Raises:
         OtherModel: it describes a model with parts that this package does not have.
         TypeError: it is damaged.
     """
     views: Callable[[GPT], dict[str, Tensor]]
-    """Parts of a model's parameters by the names of its files, in their shapes, without padding: copying into them
-    fills the model."""
+    """Views of a model's parameters under the names and in the shapes of the files, without padding. Copying into them
+    loads the model."""
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The first kind that can express a model."""
-    return next(family for family in FAMILIES.values() if family.holds(config))
+    """Return the first type that has the parts of a model."""
+    return next(family for family in FAMILIES.values() if family.has_parts_of(config))
+
+
+def is_exportable(config: ModelConfig) -> bool:
+    """Whether `transformers` has a class that computes the model."""
+    return family_of(config).model_type != "restomod"
 
 
 def describe_shape(config: ModelConfig) -> str:
-    """``GPT-2, 12 layers, 12 heads, 768 wide, 1024 positions``."""
+    """Describe a model in a line: ``GPT-2, 12 layers, 12 heads, 768 wide, 1024 positions``."""
     title = family_of(config).title
     return (
         f"{title}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.n_positions} positions"
@@ -87,13 +92,13 @@ def describe_shape(config: ModelConfig) -> str:
 
 
 def as_saved(config: ModelConfig) -> ModelConfig:
-    """A model as its `config.json` describes it: how it was initialised is not told, and what was derived is."""
+    """Return a model's config as it reads back from its `config.json`: without initialisation, with derived sizes."""
     family = family_of(config)
     return family.from_json(family.to_json(config))
 
 
 def named_views(model: GPT) -> dict[str, Tensor]:
-    """The parameters by our own names, without the padding of the vocabulary."""
+    """Return the parameters under their own names, without the padding of the vocabulary."""
     padded = {id(matrix) for matrix in model.vocabulary_matrices()}
     return {
         name: parameter[: model.config.vocab_size] if id(parameter) in padded else parameter
@@ -102,13 +107,15 @@ def named_views(model: GPT) -> dict[str, Tensor]:
 
 
 def _expect(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], kind: str) -> None:
-    """Raise `OtherModel` where a config has another value than those allowed; the first is what its absence means."""
+    """Raise `UnsupportedModel` where a config's value is not among those allowed, of which the first is the default."""
     for key, choices in allowed.items():
         if values.get(key, choices[0]) not in choices:
-            raise OtherModel(f"{key} is {values[key]!r}; {kind} has {choices[0]!r}, which is all that is computed here")
+            raise UnsupportedModel(
+                f"{key} is {values[key]!r}; {kind} has {choices[0]!r}, which is all that is computed here"
+            )
 
 
-def _whole(values: Mapping[str, Any], key: str, default: Any = ABSENT) -> int:
+def _integer(values: Mapping[str, Any], key: str, default: Any = ABSENT) -> int:
     value = values.get(key) if default is ABSENT else values.get(key, default)
     if type(value) is not int:
         raise TypeError(f"{key} should be a whole number, not {value!r:.40}")
@@ -154,12 +161,12 @@ def _gpt2_config(values: Json) -> ModelConfig:
         },
         "GPT-2",
     )
-    shape = {key: _whole(values, key) for key in SHAPE}
+    shape = {key: _integer(values, key) for key in SHAPE}
     return ModelConfig(**shape)  # type: ignore[arg-type]
 
 
 def _gpt2_views(model: GPT) -> dict[str, Tensor]:
-    """Linear weights are (in, out) in GPT-2's files, and nn.Linear's (out, in) here."""
+    """Transpose linear weights: (in, out) in GPT-2's files, (out, in) here."""
     return {name: view.t() if name.endswith(TRANSPOSED) else view for name, view in named_views(model).items()}
 
 
@@ -211,7 +218,7 @@ def _llama_json(config: ModelConfig, model_type: str = "llama") -> Json:
 
 
 def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
-    heads, layers = _whole(values, "num_attention_heads"), _whole(values, "num_hidden_layers")
+    heads, layers = _integer(values, "num_attention_heads"), _integer(values, "num_hidden_layers")
     require_size("num_hidden_layers", layers, most=LARGEST_OF_MODEL["n_layer"])
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -238,16 +245,18 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
     return ModelConfig(
         n_layer=layers,
         n_head=heads,
-        n_embd=_whole(values, "hidden_size"),
-        n_positions=_whole(values, "max_position_embeddings"),
-        vocab_size=_whole(values, "vocab_size"),
+        n_embd=_integer(values, "hidden_size"),
+        n_positions=_integer(values, "max_position_embeddings"),
+        vocab_size=_integer(values, "vocab_size"),
         norm="rmsnorm",
         positions="rope",
         rope_theta=float(theta),
         mlp="swiglu",
-        n_inner=_whole(values, "intermediate_size"),
-        head_dim=_whole(
-            values, "head_dim", QWEN3_HEAD if model_type == "qwen3" else _whole(values, "hidden_size") // max(1, heads)
+        n_inner=_integer(values, "intermediate_size"),
+        head_dim=_integer(
+            values,
+            "head_dim",
+            QWEN3_HEAD if model_type == "qwen3" else _integer(values, "hidden_size") // max(1, heads),
         ),
         qk_norm=model_type == "qwen3",
         bias=False,
@@ -256,7 +265,7 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
 
 
 def _llama_views(model: GPT) -> dict[str, Tensor]:
-    """What is stacked in one weight here, as queries, keys and values, has weights of its own there."""
+    """Split stacked weights (queries, keys and values; gate and up), which are separate tensors in Llama's files."""
     views: dict[str, Tensor] = {}
     for name, view in named_views(model).items():
         prefix, inner = "", name
@@ -280,7 +289,7 @@ def _own_config(values: Json) -> ModelConfig:
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: not known here; a later release wrote it?")
     for key in SHAPE:
-        _whole(values, key)
+        _integer(values, key)
     config: ModelConfig = from_dict(given, ModelConfig, "the model")
     return config
 
@@ -301,7 +310,7 @@ FAMILIES = {
         ),
         Family(
             "restomod",
-            "a model of its own kind",
+            "restomod's own architecture",
             "transformer.wte.weight",
             lambda config: True,
             _own_json,

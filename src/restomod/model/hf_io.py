@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from restomod.config.run import ModelConfig
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.model.gpt import GPT
-from restomod.model.hf_format import FAMILIES, HEAD, OtherModel, family_of
+from restomod.model.hf_format import FAMILIES, HEAD, UnsupportedModel, family_of
 from restomod.utils.errors import UserError, one_line, shortened
 from restomod.utils.hub import hub_file, quiet_client
 from restomod.utils.json_files import file_name, read_json
@@ -56,7 +56,7 @@ FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Index(TypedDict):
-    """Of weights in several files."""
+    """The index of weights in several files."""
 
     weight_map: Annotated[dict[str, Annotated[str, AfterValidator(file_name)]], Field(min_length=1)]
 
@@ -65,12 +65,12 @@ class Index(TypedDict):
 
 
 def hub_name(name: str) -> str | None:
-    """The hub's ``owner/name`` for ``name``, which may be one of OpenAI's four; None if it cannot be one."""
+    """Return the hub's ``owner/name`` of ``name``, which may be one of OpenAI's four; None if it cannot be one."""
     return OPENAI.get(name) or (name if REPOSITORY.fullmatch(name) else None)
 
 
 def download_model(repository: str) -> Path:
-    """The folder of a model of the hub, downloaded where it is not in the cache already.
+    """Return the cached folder of a model of the hub, after downloading what the cache lacks.
 
     All files are of one commit, and each has the hash that the hub gives for it. Without a connection the commit
     that was last downloaded whole is used.
@@ -97,7 +97,7 @@ def download_model(repository: str) -> Path:
 
 
 def _remember(repository: str, commit: str) -> None:
-    """Let the cache know that `main` is this commit: the client notes it only when it is asked for `main`."""
+    """Record in the cache that `main` is this commit, which the client does only when asked for `main`."""
     import huggingface_hub as hub
 
     cached = hub.try_to_load_from_cache(repository, "config.json")
@@ -107,7 +107,7 @@ def _remember(repository: str, commit: str) -> None:
 
 
 def _newest_commit(repository: str) -> tuple[str | None, str]:
-    """The commit that `main` stands at, and ""; if the hub cannot be reached, the cache's commit, and why."""
+    """Return the commit of `main`, and ""; if the hub cannot be reached, the cached commit, and the reason."""
     import huggingface_hub as hub
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -141,7 +141,7 @@ def _newest_commit(repository: str) -> tuple[str | None, str]:
 
 
 def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
-    """The files that hold a model's tensors, or None where there are none.
+    """Return the files that hold a model's tensors, or None where there are none.
 
     Args:
         get: gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
@@ -164,12 +164,12 @@ def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
 
 
 def _shards(index: Path) -> list[str]:
-    """The file names in an index's map from tensors to files."""
+    """Return the file names in an index."""
     return sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a model folder by name, on the CPU and mapped from the disk where the format allows it.
+    """Read all tensors of a model folder by name, on the CPU, memory-mapped where the format allows it.
 
     Returns:
         The tensors, and the path to name when something about them is wrong.
@@ -191,7 +191,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Raise UserError where a weight is infinite or not a number: whatever it touches becomes so, too."""
+    """Raise UserError where a weight is infinite or not a number."""
     bad = {name: n for name, value in tensors.items() if (n := int((~torch.isfinite(value)).sum()))}
     if bad:
         first, more = next(iter(bad)), f" and {len(bad) - 1:,} more tensors" if len(bad) > 1 else ""
@@ -202,7 +202,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 
 def require_short_header(path: Path) -> None:
-    """Raise UserError where a safetensors file may have a million tensors: reading them takes a gigabyte.
+    """Raise UserError where a safetensors header is so long that reading it could take a gigabyte.
 
     Raises:
         OSError: it cannot be read.
@@ -261,10 +261,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The shape and the parts of the model in a folder.
+    """Read the config of the model in a folder.
 
     Raises:
-        OtherModel: its `config.json` describes a kind of model that is not known here.
+        OtherModel: its `config.json` describes an unknown model type.
         UserError: it is missing or damaged.
     """
     path = folder / "config.json"
@@ -272,7 +272,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise OtherModel(f"{path}: model_type is {shortened(repr(model_type))}; those of this package are {known}")
+        raise UnsupportedModel(f"{path}: model_type is {shortened(repr(model_type))}; the known types are {known}")
     try:
         return FAMILIES[model_type].from_json(values)
     except UserError as e:
@@ -283,24 +283,26 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 @torch.no_grad()
 def hf_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights under `transformers`' names, shapes and layouts, in fp32 on the CPU; views of the model's there."""
+    """Return the weights under `transformers`' names and in its shapes, fp32 on the CPU; views where they are so."""
     views = family_of(model.config).views(model)
     return {name: view.detach().to("cpu", torch.float32) for name, view in views.items()}
 
 
 def canonical_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of any GPT-2 checkpoint under GPT2LMHeadModel's names, without the saved attention masks."""
+    """Rename the tensors of any GPT-2 checkpoint to GPT2LMHeadModel's names, and drop saved attention masks."""
     tensors = {name: value for name, value in tensors.items() if not MASK_BUFFER.fullmatch(name)}
     return {PREFIX + name if BARE.match(name) else name: value for name, value in tensors.items()}
 
 
 def wrapper_of(name: str) -> str | None:
-    """What has changed the name of a tensor, and how to undo it; None where nothing is known to have."""
+    """Explain which wrapper changed the name of a tensor, and how to undo it; None if no known one did."""
     return next((what for part, what in WRAPPERS.items() if part in f".{name}"), None)
 
 
-def describe_misfit(where: Path, missing: Iterable[str], unexpected: Iterable[str], others: Iterable[str] = ()) -> str:
-    """What is wrong with the tensors of a file or folder: a few of each kind by name, and what may have caused it."""
+def describe_mismatch(
+    where: Path, missing: Iterable[str], unexpected: Iterable[str], others: Iterable[str] = ()
+) -> str:
+    """Describe what is wrong with the tensors of a file or folder: a few names of each kind, and the likely cause."""
     unexpected = sorted(unexpected)
     kinds = (("missing ", sorted(missing), ", "), ("unexpected ", unexpected, ", "), ("", sorted(others), "; "))
     told = [
@@ -328,7 +330,7 @@ def _fill(model: GPT, values: dict[str, Tensor]) -> None:
 
 
 def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool = True) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names of its kind, found to fit ``model``, which may be on `meta`."""
+    """Return the tensors of a checkpoint by name, checked to fit ``model``, which may be on the meta device."""
     family = family_of(model.config)
     tensors = canonical_names(tensors) if family.model_type == "gpt2" else dict(tensors)
     views, problems, another = family.views(model), [], []
@@ -345,16 +347,16 @@ def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool =
         elif value.dtype not in FLOATING_POINT:
             problems.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}, not floats of 16 bits or more")
     if missing or problems:
-        raise UserError(describe_misfit(where, missing, unexpected, [*problems, *another]))
+        raise UserError(describe_mismatch(where, missing, unexpected, [*problems, *another]))
     if unexpected or another:  # the model that is described, and something more
-        raise OtherModel(describe_misfit(where, (), unexpected, another))
+        raise UnsupportedModel(describe_mismatch(where, (), unexpected, another))
     if finite:
         refuse_not_finite(values, where)
     return values
 
 
 def save_model(model: GPT, folder: Path) -> None:
-    """Write ``model`` into an existing folder: weights, config and tokenizer, as `from_pretrained` wants them."""
+    """Write ``model`` into an existing folder: weights, config and tokenizer, as `from_pretrained` expects them."""
     tensors = {name: value.contiguous() for name, value in hf_tensors(model).items()}
     write_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(family_of(model.config).to_json(model.config), indent=2) + "\n")
@@ -364,7 +366,7 @@ def save_model(model: GPT, folder: Path) -> None:
 
 
 def save_tokenizer(folder: Path, **settings: int) -> None:
-    """Write GPT-2's tokenizer into a folder, as `AutoTokenizer` wants it."""
+    """Write GPT-2's tokenizer into a folder, as `AutoTokenizer` expects it."""
     (folder / "vocab.json").write_bytes(vocabulary_file("encoder.json"))
     (folder / "merges.txt").write_bytes(vocabulary_file("vocab.bpe"))
     tokenizer = {"tokenizer_class": "GPT2Tokenizer", **settings}
@@ -372,7 +374,7 @@ def save_tokenizer(folder: Path, **settings: int) -> None:
 
 
 def require_size_of(tensors: Mapping[str, Tensor], where: Path, layers: int = 0, parameters: int = 0) -> None:
-    """Refuse tensors of a far smaller model than a config describes, before one of that size is built.
+    """Raise UserError for tensors of a far smaller model than a config describes, before one of that size is built.
 
     Raises:
         UserError: there are more layers than tensors, or the parameters are more than 20 times the numbers in them (a
@@ -406,7 +408,7 @@ def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
         finite: refuse weights that are infinite or not a number.
 
     Raises:
-        UserError: the folder does not hold a whole model of a known kind.
+        UserError: the folder does not hold a complete model of a known type.
     """
     config = read_model_config(folder)
     tensors, where = read_tensors(folder)

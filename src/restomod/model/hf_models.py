@@ -1,4 +1,4 @@
-"""Causal language models that this package does not compute: loaded and run by `transformers`, with their tokenizers.
+"""Causal language models of other architectures, loaded and run by `transformers`, with their tokenizers.
 
 What decides is what a model's `config.json` and tokenizer say, not its name: a GPT-2 with another activation, an output
 matrix of its own or a vocabulary of 50,304 tokens is one of these.
@@ -22,9 +22,9 @@ from torch import Tensor
 from restomod.config.model import LARGEST, VOCAB_SIZE
 from restomod.data.tokenizer import END_OF_TEXT, vocabulary_file
 from restomod.model.gpt import GPT
-from restomod.model.hf_format import OtherModel
+from restomod.model.hf_format import UnsupportedModel
 from restomod.model.hf_io import (
-    describe_misfit,
+    describe_mismatch,
     load_model,
     read_model_config,
     read_tensors,
@@ -46,21 +46,21 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.mo
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A model of `transformers` that is ready to compute."""
+    """A model of `transformers`, loaded, with its tokenizer."""
 
     model: Any
-    """An `AutoModelForCausalLM`; its own type and device are used."""
+    """An `AutoModelForCausalLM`, in its own dtype and on its own device."""
     tokenizer: Any
     """Its `AutoTokenizer`."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output matrix."""
+        """Rows of lm_head."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def max_length(self) -> int:
-        """Tokens of its window."""
+        """Maximum context length, in tokens."""
         config = self.model.config.get_text_config()
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         found = next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
@@ -69,7 +69,7 @@ class TransformersModel:
 
     @property
     def prefix(self) -> int:
-        """The token that stands for an empty context."""
+        """Token in place of an empty context."""
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return int(next((token for token in (begin, end) if token is not None), 0))
 
@@ -79,7 +79,7 @@ class TransformersModel:
         return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
-        """The tokens of a text; with ``begin`` after the one with which the tokenizer begins texts, if it does.
+        """Encode a text; with ``begin``, after the tokenizer's beginning-of-text token, if it has one.
 
         Raises:
             UserError: the tokenizer knows tokens that the model does not.
@@ -97,14 +97,14 @@ class TransformersModel:
         return ids
 
     def ends(self) -> set[int]:
-        """The tokens that end a text."""
+        """Tokens that end a text."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = self.tokenizer.eos_token_id if named is None else named
         checked(named, int | list[int] | None, f"{self.model.name_or_path}: generation_config: eos_token_id")
         return set(named) if isinstance(named, list) else {named}
 
     def text_tokens(self) -> Tensor:
-        """Which rows of the output matrix stand for a token of the tokenizer, (V,) bool; the others are padding."""
+        """Mask of the rows of lm_head that are tokens of the tokenizer, (V,) bool; the others are padding."""
         known = torch.tensor(sorted(self.tokenizer.get_vocab().values()))
         is_text = torch.zeros(self.vocab_size, dtype=torch.bool)
         is_text[known[known < self.vocab_size]] = True
@@ -137,7 +137,7 @@ def _another_tokenizer(folder: Path) -> bool:
 
 
 def _why_not_ours(name: str, folder: Path) -> str | None:
-    """Why this package does not compute the model of a folder; None: it does."""
+    """Return why this package cannot compute the model of a folder, or None if it can."""
     config = read_model_config(folder)
     if config.vocab_size != VOCAB_SIZE:
         if read_json(folder / "config.json", "model's config")["model_type"] == "restomod":
@@ -150,7 +150,7 @@ def _why_not_ours(name: str, folder: Path) -> str | None:
 
 
 def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> GPT | TransformersModel:
-    """The model of a folder, to score or continue text: run here where it is one that this package computes exactly.
+    """Load a model to score or continue text: as ours if this package computes it exactly, else by `transformers`.
 
     Args:
         name: what the user calls it: ``folder``, or a name on the hub.
@@ -165,7 +165,7 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
         reason = _why_not_ours(name, folder)
         if reason is None:
             return load_model(folder, device)
-    except OtherModel as e:
+    except UnsupportedModel as e:
         reason = str(e)
     try:
         import transformers as library
@@ -198,7 +198,7 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
 
 
 def _settings(values: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values of a config that are no objects, each with the keys that lead to it."""
+    """Yield the leaf values of a config, each with its path of keys."""
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _settings(value, *keys, key)
@@ -207,7 +207,7 @@ def _settings(values: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _require_possible(transformers: Any, folder: Path, settings: Settings) -> None:
-    """Compare what a config describes with the tensors beside it, before `transformers` builds it.
+    """Compare a config with the tensors in its folder before `transformers` builds the model.
 
     Raises:
         UserError: it has more layers than there are tensors, far more parameters than they hold numbers, or more than
@@ -231,7 +231,7 @@ def _require_possible(transformers: Any, folder: Path, settings: Settings) -> No
 
 
 def _refuse_code(config: Path, settings: Settings) -> None:
-    """Refuse a configuration that names kernels on the hub: `transformers` would download them and run their code.
+    """Refuse a config that names kernels on the hub, whose code `transformers` would download and run.
 
     Its other way to code of a model's own, `auto_map`, is closed by ``trust_remote_code=False``.
     """
@@ -250,12 +250,12 @@ def _refuse_misfit(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
     missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
     shapes = [f"{name} has shape {tuple(a)} and not {tuple(b)}" for name, a, b in loaded["mismatched_keys"]]
     if missing or shapes or any(name.partition(".")[0] in run or wrapper_of(name) for name in unexpected):
-        raise UserError(describe_misfit(folder, missing, unexpected, shapes))
+        raise UserError(describe_mismatch(folder, missing, unexpected, shapes))
     refuse_not_finite(dict(model.named_parameters()), folder)
 
 
 def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> Any:
-    """The model's own tokenizer; GPT-2's where it has none and its vocabulary is GPT-2's, with or without padding."""
+    """Load the model's tokenizer; GPT-2's if it has none and a vocabulary of GPT-2's size, with or without padding."""
     local, problem = Path(name).is_dir(), "it holds no tokenizer"
     if not local or any((folder / file).exists() for file in TOKENIZER_FILES):
         # of a model of the hub only config and weights are here

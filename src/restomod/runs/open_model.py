@@ -12,7 +12,7 @@ import torch
 
 from restomod.config.presets import PRESETS, is_preset, preset
 from restomod.model.gpt import GPT, build_model
-from restomod.model.hf_format import OtherModel
+from restomod.model.hf_format import UnsupportedModel
 from restomod.model.hf_io import OPENAI, download_model, hub_name, load_model
 from restomod.runs.checkpoint import COMPLETE, STATE, list_checkpoints, verify_model
 from restomod.utils.errors import UserError, did_you_mean, is_out_of_memory, one_line
@@ -79,7 +79,7 @@ def open_or_build(name: str, device: torch.device, seed: int, finite: bool = Tru
         raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
     try:
         return (open_model(name, device) if finite else load_model(find_model(name), device, finite=False)), False
-    except OtherModel as e:
+    except UnsupportedModel as e:
         raise UserError(f"{name} can be evaluated and sampled, but not inspected or checked: {e}") from None
 
 

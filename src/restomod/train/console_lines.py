@@ -82,7 +82,9 @@ def check_lines(results: list[CheckResult]) -> list[str]:
     ]
 
 
-def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finished: bool) -> list[str]:
+def closing_lines(
+    folder: Path, checkpoints: list[Path], seconds: float, finished: bool, exportable: bool = True
+) -> list[str]:
     """The end of a run: first and final losses, where it is, and what to do next, from the files in its folder.
 
     Args:
@@ -90,6 +92,7 @@ def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finishe
         checkpoints: the newest checkpoint, or none.
         seconds: the duration of training.
         finished: whether all steps were made.
+        exportable: whether `transformers` loads the checkpoints.
     """
     run = quote(str(folder))
     records = read_jsonl(folder / "metrics.jsonl")
@@ -116,5 +119,10 @@ def closing_lines(folder: Path, checkpoints: list[Path], seconds: float, finishe
         f"everything is in {folder}; next:",
         f'  restomod sample {run} --prompt "..."      # generate text',
         f"  restomod train --resume {run} --steps N   # continue training to step N",
-        *(f"  AutoModelForCausalLM.from_pretrained({str(path)!r})   # use it elsewhere" for path in checkpoints),
+        *(
+            f"  AutoModelForCausalLM.from_pretrained({str(path)!r})   # use it elsewhere"
+            if exportable
+            else "not exportable: only restomod loads this model, because transformers has no class with these parts"
+            for path in checkpoints
+        ),
     ]

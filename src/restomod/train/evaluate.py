@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from restomod.analysis.health.curves import History
-from restomod.analysis.health.symptoms import Finding, find_symptoms_in_curves, seen_now
+from restomod.analysis.health.history import History
+from restomod.analysis.health.symptoms import Finding, failures, find_symptoms_in_curves
 from restomod.engine.gather import gather_full_model
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import headline
@@ -87,7 +87,7 @@ class Health:
         if not self.training.processes.main:
             return []
         self._gather()
-        return seen_now(find_symptoms_in_curves(self.training.config, self._history.curves()))
+        return failures(find_symptoms_in_curves(self.training.config, self._history.curves()))
 
     def _gather(self) -> None:
         if not self.training.processes.main:

@@ -19,6 +19,7 @@ from restomod.config.serialize import read_config
 from restomod.data.batches import Prefetch
 from restomod.engine.distributed import Processes, join_processes
 from restomod.engine.signals import StopSignal
+from restomod.model.hf_format import is_exportable
 from restomod.runs.async_saver import Saver
 from restomod.runs.checkpoint import list_checkpoints, step_of
 from restomod.runs.folder import refuse_existing
@@ -113,7 +114,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
             display.stop()
     if processes.main:
         newest = list_checkpoints(folder)[-1:]
-        closing = closing_lines(folder, newest, time.perf_counter() - started, finished)
+        closing = closing_lines(folder, newest, time.perf_counter() - started, finished, is_exportable(config.model))
         if display.closed:
             print_error("\n".join(["standard output was closed", *closing]))
         if finished:

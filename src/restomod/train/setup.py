@@ -34,7 +34,7 @@ from restomod.engine.step import BatchLoss, Compute
 from restomod.evals.tasks.registry import LoadedTask, load_task, with_absolute_path
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
-from restomod.model.hf_format import OtherModel, as_saved
+from restomod.model.hf_format import UnsupportedModel, as_saved
 from restomod.model.hf_io import load_model, read_model_config
 from restomod.runs.checkpoint import (
     Unusable,
@@ -370,7 +370,7 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         folder = find_model(config.init)
         try:
             saved = read_model_config(folder)
-        except OtherModel as e:
+        except UnsupportedModel as e:
             raise UserError(f"{config.init} can be evaluated and sampled, but not trained further: {e}") from None
         if saved.vocab_size != shape.vocab_size:
             raise UserError(

@@ -12,7 +12,7 @@ RUN_FILES = (
     "data.json",
     "metrics.jsonl",
     "samples.jsonl",
-    "examined.json",
+    "error_analysis.json",
     "track.json",
     ".lock",
 )

@@ -50,6 +50,19 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def short_count(n: float) -> str:
+    """A count in few digits: 460,800, 2.5M, 10B, 1.2T, and 5.1e+18 beyond."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if size <= n < 1000 * size:
+            return f"{n / size:.4g}{unit}"
+    return f"{n:,.0f}" if n < 1e6 else f"{n:.3g}"
+
+
+def gigabytes(n: float) -> str:
+    """Bytes as gigabytes of 10^9: 0.50 GB."""
+    return f"{n / 1e9:,.2f} GB"
+
+
 def split_items(text: str, commas: list[int], names: Callable[[str], bool]) -> list[str]:
     """The items of a list.
 

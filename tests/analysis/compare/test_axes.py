@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from restomod.analysis.compare.axes import Curve, loss_curve, mean_curve, measured
+from restomod.analysis.compare.axes import Curve, loss_curve, mean_curve, measured_losses
 from restomod.runs.reader import open_run
 from tests.runs.making import SMALL, make_run, simple, train, val
 
@@ -56,7 +56,7 @@ def test_a_run_without_times_has_no_curve_by_time(tmp_path: Path) -> None:
 def test_training_losses_are_means_over_blocks_that_end_with_the_last_step(tmp_path: Path) -> None:
     losses = np.random.default_rng(0).normal(5, 1, 130)
     records = [train(s, float(loss)) for s, loss in enumerate(losses)]
-    steps, loss = measured(open_run(make_run(tmp_path / "a", SMALL, records)), "training loss")
+    steps, loss = measured_losses(open_run(make_run(tmp_path / "a", SMALL, records)), "training loss")
     assert steps[-2:].tolist() == [127, 130]  # 130 steps in 60 points or fewer: blocks of 3
     assert loss[-1] == pytest.approx(losses[127:].mean())
     assert len(steps) == 43
@@ -64,7 +64,7 @@ def test_training_losses_are_means_over_blocks_that_end_with_the_last_step(tmp_p
 
 def test_a_loss_that_is_not_finite_is_no_point(tmp_path: Path) -> None:
     records = [train(0, None), train(1, 8.0)]
-    steps, loss = measured(open_run(make_run(tmp_path / "a", SMALL, records)), "training loss")
+    steps, loss = measured_losses(open_run(make_run(tmp_path / "a", SMALL, records)), "training loss")
     assert (steps.tolist(), loss.tolist()) == ([2], [8.0])
 
 

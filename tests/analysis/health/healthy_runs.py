@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from restomod.analysis.health.curves import ERROR_OF_TOKEN, Array, Curves, level_at
+from restomod.analysis.health.history import ERROR_OF_TOKEN, Curves
+from restomod.analysis.health.noise import Array, level_at
 from restomod.analysis.health.spikes import SpikeFinder
 from restomod.analysis.health.symptoms import find_symptoms_in_curves
 from tests.runs.making import QUICKSTART
@@ -57,7 +58,7 @@ def level(rng: np.random.Generator, steps: int) -> Array:
 
 
 def healthy_run(seed: int, steps: int) -> Curves:
-    """One healthy run, as `restomod.analysis.health.curves.curves_of_records` gives it."""
+    """One healthy run, as `restomod.analysis.health.history.curves_from_records` gives it."""
     rng = np.random.default_rng((seed, steps))
     t = np.arange(steps, dtype=np.float64)
     truth = level(rng, steps)
@@ -81,17 +82,17 @@ def gathered(loss: Array, norm: Array, ms: Array, val_step: Array, val_loss: Arr
         *(t, loss, norm, ms, 1, len(loss), t, loss, 0.0, val_step.astype(float), val_loss),
         *(np.full(len(val_step), ERROR_OF_VAL), nothing, nothing, spikes.found, [], [], 0, len(loss)),
     )
-    levels = np.array([level_at(seen, step) or (math.nan, math.nan) for step in val_step])
+    levels = np.array([level_at(seen.recent_step, seen.recent_loss, step) or (math.nan, math.nan) for step in val_step])
     return dataclasses.replace(seen, val_level=levels[:, 0], val_level_error=levels[:, 1])
 
 
 def alarms(runs: int, steps: int, run: Callable[[int, int], Curves] = healthy_run) -> dict[tuple[str, str], list[int]]:
-    """The seeds of runs in which a symptom was seen ("sick"), or noted as over ("note")."""
+    """The seeds of runs in which a symptom was seen ("fail"), or noted as over ("warning")."""
     config = dataclasses.replace(QUICKSTART, steps=steps)
     found: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     for seed in range(runs):
         for finding in find_symptoms_in_curves(config, run(seed, steps)):
-            if finding.status in ("sick", "note"):
+            if finding.status in ("fail", "warning"):
                 found[finding.symptom, finding.status].append(seed)
     return dict(found)
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from restomod.analysis.health.curves import RECENT, ROWS, Curves, History, curves_of_records, period
-from restomod.analysis.health.symptoms import Finding, find_symptoms, find_symptoms_in_curves, seen_now
+from restomod.analysis.health.history import RECENT, ROWS, Curves, History, curves_from_records
+from restomod.analysis.health.noise import period
+from restomod.analysis.health.symptoms import Finding, failures, find_symptoms, find_symptoms_in_curves
 from restomod.runs.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.evaluate import Health
 from tests.runs.making import QUICKSTART, healthy, quickstart_records, train, val
@@ -65,12 +66,12 @@ def test_looking_in_between_changes_nothing(pauses: tuple[int, ...]) -> None:
         if i in pauses:
             one_by_one.curves()
         one_by_one.add(record)
-    assert_equal(one_by_one.curves(), curves_of_records(together))
+    assert_equal(one_by_one.curves(), curves_from_records(together))
 
 
 def test_rows_are_means_of_their_steps_and_the_newest_steps_are_whole() -> None:
     run = long_run()
-    seen = curves_of_records(records(run))
+    seen = curves_from_records(records(run))
     width = seen.row_steps
     assert width == 8
     assert ROWS // 2 <= len(seen.loss) == LONG // width <= ROWS
@@ -85,11 +86,11 @@ def test_rows_are_means_of_their_steps_and_the_newest_steps_are_whole() -> None:
 def test_times_that_come_in_a_rhythm_are_drawn_in_proportion() -> None:
     run = long_run()
     run["ms"][:] = np.where(np.arange(LONG) % 8 == 0, 900, 100)  # eight steps a row
-    assert np.mean(curves_of_records(records(run)).ms == 900) == pytest.approx(1 / 8, abs=0.03)
+    assert np.mean(curves_from_records(records(run)).ms == 900) == pytest.approx(1 / 8, abs=0.03)
 
 
 def test_the_training_loss_at_early_validations_stays_known() -> None:
-    seen = curves_of_records(records(long_run()))
+    seen = curves_from_records(records(long_run()))
     assert len(seen.val_step) == 21
     inner = (seen.val_step > 0) & (seen.val_step < LONG)
     off = (seen.val_level - TRUTH[seen.val_step.astype(int)])[inner] / seen.val_level_error[inner]
@@ -124,21 +125,21 @@ def test_a_period_is_looked_for_in_linear_memory() -> None:
 
 @pytest.mark.parametrize("sigma", [0.02, 0.6])
 def test_a_long_healthy_run_is_healthy(sigma: float) -> None:
-    assert {finding.status for finding in findings(long_run(1, sigma)).values()} == {"well"}
+    assert {finding.status for finding in findings(long_run(1, sigma)).values()} == {"ok"}
 
 
 def test_a_rate_that_decays_at_the_end_is_no_wave() -> None:
     for seed in range(5):
         run = long_run(seed, sigma=0.02)
         run["loss"] -= 0.3 * np.maximum(0, np.arange(LONG) / LONG - 0.8) / 0.2
-        assert findings(run)["periodic loss"].status == "well"
+        assert findings(run)["periodic loss"].status == "ok"
 
 
 def test_an_early_spike_is_remembered() -> None:
     run = long_run()
     run["loss"][300:304] += 4
     finding = findings(run)["spike"]
-    assert (finding.status, "at step 300" in finding.reason) == ("note", True)
+    assert (finding.status, "at step 300" in finding.reason) == ("warning", True)
 
 
 @pytest.mark.parametrize("length", [120, 2500, 9000])  # in the newest steps, and only in rows
@@ -146,7 +147,7 @@ def test_batches_that_come_back_are_found(length: int) -> None:
     run = long_run()
     run["loss"] += np.resize(0.2 * np.random.default_rng(7).standard_normal(length), LONG)
     finding = findings(run, {"an epoch": float(length)})["periodic loss"]
-    assert finding.status == "sick"
+    assert finding.status == "fail"
     assert "the length of an epoch" in finding.reason
 
 
@@ -162,13 +163,13 @@ def test_planted_symptoms_are_the_only_ones(symptom: str, name: str, change: Any
     run = long_run(2)
     steps = np.linspace(0, LONG, len(run[name])) if name == "val" else np.arange(LONG)
     run[name] = run[name] + change(steps)
-    assert {f.symptom for f in findings(run).values() if f.status == "sick"} == {symptom}
+    assert {f.symptom for f in findings(run).values() if f.status == "fail"} == {symptom}
 
 
 def test_a_loss_that_rises_at_the_end_is_a_divergence() -> None:
     run = long_run(2)
     run["loss"] += 0.4 * np.maximum(0, np.arange(LONG) / LONG - 0.8) / 0.2
-    assert findings(run)["divergence"].status == "sick"
+    assert findings(run)["divergence"].status == "fail"
 
 
 # --- while a run goes on -------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> 
     keep_records(log, lambda record: record["step"] < 450)
     write([{"kind": "rollback", "step": 450}, *(r for r in usual if r["step"] >= 450)])
     assert (
-        symptoms() == ["skipped updates"] == [f.symptom for f in seen_now(find_symptoms(QUICKSTART, read_jsonl(log)))]
+        symptoms() == ["skipped updates"] == [f.symptom for f in failures(find_symptoms(QUICKSTART, read_jsonl(log)))]
     )
     training.processes.main = False
     assert symptoms() == []
@@ -210,4 +211,4 @@ def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> 
 
 def test_judging_gathered_curves_is_judging_records() -> None:
     some = healthy(3, 900)
-    assert find_symptoms_in_curves(QUICKSTART, curves_of_records(some)) == find_symptoms(QUICKSTART, some)
+    assert find_symptoms_in_curves(QUICKSTART, curves_from_records(some)) == find_symptoms(QUICKSTART, some)

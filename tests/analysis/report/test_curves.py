@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.analysis.report.curves import centred_mean, number, page_curves, sample_sizes, task_curves, thin
+from restomod.analysis.report.curves import centred_mean, number, run_curves, sample_sizes, task_curves, thin
 from restomod.runs.reader import open_run
 from tests.runs.made_runs import add_task, loss_at, make_run
 
@@ -62,7 +62,7 @@ def test_what_is_no_finite_number_is_nan(value: object) -> None:
 
 
 def test_curves_of_a_run(tmp_path: Path) -> None:
-    made = page_curves(open_run(make_run(tmp_path / "r", steps=40, spikes={7: math.nan})))
+    made = run_curves(open_run(make_run(tmp_path / "r", steps=40, spikes={7: math.nan})))
     assert made["loss"]["x"] == list(range(40))
     assert made["loss"]["y"][7] is None
     assert made["loss"]["y"][39] == pytest.approx(loss_at(39), abs=1e-4)
@@ -73,7 +73,7 @@ def test_curves_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_long_run_has_means(tmp_path: Path) -> None:
-    made = page_curves(open_run(make_run(tmp_path / "r", steps=2000)))
+    made = run_curves(open_run(make_run(tmp_path / "r", steps=2000)))
     assert made["loss_mean"]["over"] == 21
     at = made["loss_mean"]["x"].index(0)
     assert made["loss_mean"]["y"][at] == pytest.approx(loss_at(0), abs=1e-3)

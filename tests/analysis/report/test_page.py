@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from restomod.analysis.report import serve as watching
+from restomod.analysis.report import watch as watching
 from restomod.analysis.report.write import report
 from restomod.runs.reader import open_run
-from tests.analysis.report.test_serve import served
-from tests.runs.made_runs import HOSTILE, add_examined, add_task, make_run
+from tests.analysis.report.test_watch import served
+from tests.runs.made_runs import HOSTILE, add_error_analysis, add_task, make_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -64,7 +64,7 @@ def page_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     first = make_run(folder / "first", steps=400, data="fineweb-edu")
     second = make_run(folder / "second", steps=300, text="another text", spikes={100: 20.0})
-    add_examined(first)
+    add_error_analysis(first)
     for run in (first, second):
         add_task(run)
     report([open_run(first), open_run(second)], folder / "two.html", say=lambda line: None)
@@ -77,7 +77,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(folder / "<img src=x onerror=hurt()>", text=HOSTILE, data=HOSTILE)
     other = make_run(folder / "<b>other", text=HOSTILE)
     add_task(run, HOSTILE.replace("/", ""), convention=HOSTILE)
-    add_examined(run, HOSTILE)
+    add_error_analysis(run, HOSTILE)
     report([open_run(run), open_run(other)], folder / "hostile.html", say=lambda line: None)
     return folder / "hostile.html"
 
@@ -233,5 +233,5 @@ def test_a_watched_page_follows_its_run(browser: Any, tmp_path: Path, monkeypatc
         assert page.evaluate("document.getElementById('plot-loss')._fullData[0].visible") == "legendonly"
         assert page.locator("details.settings").evaluate("node => node.open") is True
         assert wrong == []
-    until(page, "document.getElementById('state').textContent.startsWith('the watcher has stopped')", True)
+    until(page, "document.getElementById('state').textContent.startsWith('the server has stopped')", True)
     page.close()

@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from restomod.analysis.report.usage import Prices, flops_text, quantity, usage, usage_rows
+from restomod.analysis.report.usage import HourlyRates, flops_text, run_usage, usage_rows
 from restomod.config.presets import preset
 from restomod.runs.reader import open_run
 from tests.runs.made_runs import START, make_run, stamp
 
 
 def test_a_run_of_known_seconds(tmp_path: Path) -> None:
-    used = usage(open_run(make_run(tmp_path / "r", steps=40)))
+    used = run_usage(open_run(make_run(tmp_path / "r", steps=40)))
     assert (used.steps, used.tokens) == (40, 40 * 512)
     assert used.in_steps == pytest.approx(40)
     assert used.wall == pytest.approx(45)  # 5 s before the first step
-    assert used.idle == pytest.approx(5)
-    assert used.stopped == 0
+    assert used.overhead == pytest.approx(5)
+    assert used.downtime == 0
     assert used.cost(3600.0) == pytest.approx(45)
     assert used.energy(1000.0) == pytest.approx(45 / 3600)
 
 
 def test_flops_are_those_of_gpt2(tmp_path: Path) -> None:
     config = dataclasses.replace(preset("gpt2-124m"), batch_tokens=2048)
-    used = usage(open_run(make_run(tmp_path / "r", 10, config)))
+    used = run_usage(open_run(make_run(tmp_path / "r", 10, config)))
     head_and_blocks = 50257 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768  # the matrices, biases and norms
     assert used.flops == 10 * 2048 * (6 * head_and_blocks + 12 * 12 * 768 * 1024)
 
@@ -44,11 +44,11 @@ def test_time_between_sessions_is_idle_but_draws_nothing(tmp_path: Path) -> None
     first = json.loads((folder / "environment.json").read_text())[0]
     again = first | {"started": stamp(START + 3600 + 20)}
     (folder / "environment.json").write_text(json.dumps([first, again]))
-    used = usage(open_run(folder))
+    used = run_usage(open_run(folder))
     assert used.sessions == 2
     assert used.wall == pytest.approx(3645)
-    assert used.idle == pytest.approx(3605)
-    assert used.stopped == pytest.approx(3600 + 20 - 25)  # from the last record, of second 25
+    assert used.overhead == pytest.approx(3605)
+    assert used.downtime == pytest.approx(3600 + 20 - 25)  # from the last record, of second 25
     assert used.energy(1000.0) == pytest.approx((3645 - 3595) / 3600)
 
 
@@ -58,16 +58,16 @@ def test_a_run_of_many_sessions_is_added_up_in_one_pass(tmp_path: Path) -> None:
     sessions, second = [one.environments[0] | {"started": stamp(START + 60 * i)} for i in range(8000)], one.train[0]
     records = [second | {"step": i, "time": START + 60 * (i // 10) + 1 + i % 10} for i in range(80_000)]
     began = time.process_time()
-    used = usage(dataclasses.replace(one, environments=sessions, records=records))
+    used = run_usage(dataclasses.replace(one, environments=sessions, records=records))
     assert time.process_time() - began < 3
-    assert used.stopped == pytest.approx(7999 * (60 - 10))
+    assert used.downtime == pytest.approx(7999 * (60 - 10))
 
 
 def test_records_that_do_not_say_when(tmp_path: Path) -> None:
-    used = usage(open_run(make_run(tmp_path / "r", timed=False)))
+    used = run_usage(open_run(make_run(tmp_path / "r", timed=False)))
     assert used.wall is None
-    assert used.idle is None
-    rows = {name: (value, remark) for name, value, remark in usage_rows(used, Prices(per_hour=90.0))}
+    assert used.overhead is None
+    rows = {name: (value, remark) for name, value, remark in usage_rows(used, HourlyRates(per_hour=90.0))}
     assert rows["Wall clock"][0] == "unknown"
     assert rows["Cost"][0] == "$1.00"
     assert "$90" in rows["Cost"][1]
@@ -75,19 +75,11 @@ def test_records_that_do_not_say_when(tmp_path: Path) -> None:
 
 
 def test_rows_with_prices(tmp_path: Path) -> None:
-    used = usage(open_run(make_run(tmp_path / "r")))
-    rows = {name: value for name, value, _ in usage_rows(used, Prices(per_hour=80.0, watts=200.0))}
+    used = run_usage(open_run(make_run(tmp_path / "r")))
+    rows = {name: value for name, value, _ in usage_rows(used, HourlyRates(per_hour=80.0, watts=200.0))}
     assert rows["Cost"] == "$1.00"
-    assert rows["Of that, idle"] == "$0.11"
+    assert rows["Cost of overhead"] == "$0.11"
     assert rows["Energy"] == "0.0025 kWh"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (999_999, "999,999"), (460_800, "460,800"), (1e10, "10B"), (8.55e8, "855M"), (1e13, "10T")],
-)
-def test_amounts(value: float, text: str) -> None:
-    assert quantity(value) == text
 
 
 @pytest.mark.parametrize(

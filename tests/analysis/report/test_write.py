@@ -17,19 +17,18 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from restomod.analysis.report.config import changed_settings, preset_of
-from restomod.analysis.report.data import SAMPLED_STEPS, page_run, samples, status
-from restomod.analysis.report.evals import evaluation_tables, lines_of
+from restomod.analysis.report.data import SAMPLED_STEPS, changed_settings, preset_of, run_data, run_state, samples
+from restomod.analysis.report.evals import evaluation_tables, reference_lines
 from restomod.analysis.report.html import as_json, as_page
 from restomod.analysis.report.markdown import report_markdown
-from restomod.analysis.report.usage import Prices, usage
-from restomod.analysis.report.write import labels, open_runs, page_data
+from restomod.analysis.report.usage import HourlyRates, run_usage
+from restomod.analysis.report.write import open_runs, report_data, run_names
 from restomod.cli import main
 from restomod.config.presets import preset
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import open_run
 from restomod.utils.text import visible
-from tests.runs.made_runs import HOSTILE, START, add_examined, add_task, loss_at, make_run, write
+from tests.runs.made_runs import HOSTILE, START, add_error_analysis, add_task, loss_at, make_run, write
 
 
 class Page(HTMLParser):
@@ -103,11 +102,11 @@ def test_the_policy_allows_the_pages_own_two_scripts_and_no_other(tmp_path: Path
 def test_hostile_text_is_text_in_html(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "<b>r&", text=HOSTILE, data=HOSTILE)
     add_task(folder, convention=HOSTILE)
-    add_examined(folder, HOSTILE)
+    add_error_analysis(folder, HOSTILE)
     report(str(folder))
     harmless = make_run(tmp_path / "harmless")
     add_task(harmless)
-    add_examined(harmless)
+    add_error_analysis(harmless)
     report(str(harmless))
     page, other = read(folder / "report.html"), read(harmless / "report.html")
     assert page.tags == other.tags
@@ -123,8 +122,8 @@ def test_hostile_text_is_text_in_html(tmp_path: Path) -> None:
 def test_hostile_text_is_text_in_markdown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", text=HOSTILE, data=HOSTILE)
     add_task(folder, convention=HOSTILE)
-    add_examined(folder, HOSTILE)
-    markdown = report_markdown(page_data([open_run(folder)], Prices()))
+    add_error_analysis(folder, HOSTILE)
+    markdown = report_markdown(report_data([open_run(folder)], HourlyRates()))
     html = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
     tags = set(Page(html).tags)
     assert tags == {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "br"} - ({"br"} - tags)
@@ -170,7 +169,7 @@ def test_several_runs_in_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     report("x/r", "y/r", "z", "z")
     data = json.loads(read(tmp_path / "report.html").scripts["data"])
     assert [run["name"] for run in data["runs"]] == ["x/r", "y/r", "z"]
-    assert labels(open_runs(["x/r", "z"])) == ["r", "z"]
+    assert run_names(open_runs(["x/r", "z"])) == ["r", "z"]
 
 
 def test_numbers_that_json_lacks_become_null() -> None:
@@ -208,7 +207,7 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
 def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(tmp_path: Path, data: str, is_it: bool) -> None:
     run = open_run(make_run(tmp_path / "r", data=data))
     assert trains_on_fineweb_edu(run) is is_it
-    lines = page_run(run, "r", Prices())["lines"].get("loss", [])
+    lines = run_data(run, "r", HourlyRates())["lines"].get("loss", [])
     assert lines == ([{"name": "GPT-2 124M", "value": 3.2924}] if is_it else [])
 
 
@@ -229,15 +228,17 @@ def test_published_losses_stand_beside_a_loss_on_their_data(tmp_path: Path, name
     (folder / "evals" / "step_000040-validation-of-f.json").write_text(json.dumps(values))
     (table,) = evaluation_tables(open_run(folder))
     assert (["GPT-2 124M", "3.2924"] in [row[:2] for row in table["rows"]]) is is_it
-    assert f"of {name}, which is not the run's data" in table["rows"][0][-1]
+    assert f"of {name}, not the run's data" in table["rows"][0][-1]
 
 
 def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
     add_task(folder, examples=200)
-    assert lines_of(open_run(folder))["hellaswag"] == [{"name": "chance", "value": 0.25}]
+    assert reference_lines(open_run(folder))["hellaswag"] == [{"name": "chance", "value": 0.25}]
     assert "0.2955" not in json.dumps(evaluation_tables(open_run(folder)))
-    row = next(row for row in page_run(open_run(folder), "r", Prices())["figures"] if row[0].startswith("hellaswag, "))
+    row = next(
+        row for row in run_data(open_run(folder), "r", HourlyRates())["figures"] if row[0].startswith("hellaswag, ")
+    )
     assert row[1:] == ["31.0 %", "step 40, 200 examples"]
 
 
@@ -264,8 +265,8 @@ def test_evaluations_stand_beside_what_is_published(tmp_path: Path) -> None:
     assert ["GPT-2 124M", "0.2859", "0.2955"] in [row[:3] for row in hellaswag["rows"]]
     piqa = next(t for t in evaluation_tables(open_run(folder)) if t["task"] == "piqa")
     assert len(piqa["rows"]) == piqa["own"] == 1, "published results are of all examples"
-    assert lines_of(open_run(folder))["hellaswag"][0] == {"name": "GPT-2 124M", "value": 0.2955}
-    assert lines_of(open_run(folder))["piqa"] == [{"name": "chance", "value": 0.5}]
+    assert reference_lines(open_run(folder))["hellaswag"][0] == {"name": "GPT-2 124M", "value": 0.2955}
+    assert reference_lines(open_run(folder))["piqa"] == [{"name": "chance", "value": 0.5}]
     assert mine["rows"] == [["r, step 40", "0.2800 ± 0.0100", "0.3100 ± 0.0200", "7 examples; as it is"]]
     assert odd["rows"][0][0] == "r"
 
@@ -281,16 +282,16 @@ def test_the_state_of_a_run(tmp_path: Path, steps: int, of: int, after: float, s
     config = json.loads((folder / "config.json").read_text()) | {"steps": of}
     (folder / "config.json").write_text(json.dumps(config))
     run = open_run(folder)
-    assert status(run, usage(run), START + 45 + after)[0] == state
+    assert run_state(run, run_usage(run), START + 45 + after)[0] == state
 
 
 def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", spikes={3: float("nan")})
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "rollback", "step": 20, "failed_step": 33, "data_offset": 14}\n')
-    found = page_run(open_run(folder), "r", Prices())["events"]
+    found = run_data(open_run(folder), "r", HourlyRates())["events"]
     assert [3, "the loss is not a finite number"] in found
-    assert [20, "went back here from step 33, past the data in between"] in found
+    assert [20, "rolled back from step 33, skipping the data in between"] in found
 
 
 def test_samples_of_a_long_run_are_spread_over_it(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_a_run_with_nothing_but_a_configuration(tmp_path: Path) -> None:
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
-    page: Any = as_page(page_data([open_run(folder)], Prices()))
+    page: Any = as_page(report_data([open_run(folder)], HourlyRates()))
     assert json.loads(Page(page).scripts["data"])["runs"][0]["state"] == "waiting"
 
 
@@ -319,7 +320,7 @@ def test_records_of_no_use_are_passed_over(tmp_path: Path) -> None:
     with open(folder / "metrics.jsonl", "a") as f:
         f.write("".join(json.dumps(record) + "\n" for record in odd) + '{"kind": "train", "st')
     write(folder / "samples.jsonl", [{"step": 1}, {"step": "a", "text": "b"}, {"step": 2, "text": 7}])
-    run = page_run(open_run(folder), "r", Prices())
+    run = run_data(open_run(folder), "r", HourlyRates())
     assert run["samples"] == []
     assert run["curves"]["loss"]["y"][-1] is None
 
@@ -344,24 +345,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
-def test_no_run(refused: Any) -> None:
-    assert refused().startswith("name a run: ")
-    assert refused("runs/frist") == "runs/frist: no such run; did you mean 'first'?"
-    assert "is not a run" in refused("runs")
-
-
-def test_files_that_cannot_be_written(refused: Any) -> None:
-    assert refused("runs/first", "--out", "no/r.html") == "--out no/r.html: there is no folder no; make it first"
-    assert refused("runs/first", "--markdown", "runs") == "--markdown runs is a folder; name a file in it"
-
-
-@pytest.mark.parametrize("flag", ["--price", "--watts"])
-def test_prices_out_of_range(refused: Any, flag: str) -> None:
-    assert refused("runs/first", f"{flag}=-1") == f"{flag} is -1.0; it must be 0 or more"
-    assert refused("runs/first", flag, "nan") == f"{flag} is nan; it must be 0 or more"
-
-
-SIDE_FILES = ["environment.json", "samples.jsonl", "examined.json", "evals/x.json"]
+SIDE_FILES = ["environment.json", "samples.jsonl", "error_analysis.json", "evals/x.json"]
 
 
 @pytest.mark.parametrize("name", SIDE_FILES)

@@ -150,11 +150,7 @@ def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: 
     ],
 )
 def test_flags_that_would_change_nothing_are_refused(
-    arguments: list[str],
-    said: str,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder.parent)
     assert main(arguments) == 2

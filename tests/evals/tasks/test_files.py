@@ -139,6 +139,9 @@ def test_a_wrong_record_is_named_by_file_and_line(
     assert said in str(caught.value)
 
 
+RECORD = b'{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -147,6 +150,12 @@ def test_a_wrong_record_is_named_by_file_and_line(
         (b"[1]\n", ", line 1: should be an object such as"),
         (b"\n\n", " is empty: it holds no examples"),
         (b"[" * 100_000, ", line 1: not JSON ("),
+        (RECORD + b"[" * 100_000, ", line 2: "),
+        (RECORD + b'{"a":' * 100_000, ", line 2: "),
+        (RECORD + b'{"gold": ' + b"9" * 5000 + b"}", ", line 2: "),
+        (RECORD + b"\0" * 100, ", line 2: "),
+        (RECORD + b"5", ", line 2: "),
+        (RECORD + b'"x"', ", line 2: "),
     ],
 )
 def test_a_wrong_file_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
@@ -218,16 +227,6 @@ def test_a_giant_line_is_refused_without_being_held(tmp_path: Path, head: str) -
         for _ in range(100):
             f.write(b"a" * 2**20)
     with pytest.raises(UserError, match=r"a\.jsonl, line \d: .*(longer|not JSON)"):
-        read_examples(path, own.example)
-
-
-@pytest.mark.parametrize(
-    "line", ["[" * 100_000, '{"a":' * 100_000, '{"gold": ' + "9" * 5000 + "}", "\0" * 100, "5", '"x"']
-)
-def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
         read_examples(path, own.example)
 
 

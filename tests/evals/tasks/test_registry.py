@@ -145,17 +145,13 @@ def test_a_hub_that_is_gone_says_what_else_to_do(hub: Hub, tmp_path: Path) -> No
         load_task("piqa", tmp_path)
 
 
-def test_a_named_file_stands_for_the_official_one(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_bytes(SWAGS)
-    loaded = load_task(f"hellaswag={tmp_path}/mine.jsonl", tmp_path)
-    assert loaded.task is TASKS["hellaswag"]
-    assert (len(loaded.examples), loaded.limited) == (6, False)
-
-
 @pytest.mark.parametrize(("limit", "n", "limited"), [(None, 6, False), (4, 4, True), (6, 6, False), (100, 6, False)])
-def test_a_limit_takes_the_first(limit: int | None, n: int, limited: bool, tmp_path: Path) -> None:
+def test_a_named_file_replaces_the_official_one_and_a_limit_takes_the_first(
+    limit: int | None, n: int, limited: bool, tmp_path: Path
+) -> None:
     (tmp_path / "mine.jsonl").write_bytes(SWAGS)
     loaded = load_task(f"hellaswag={tmp_path}/mine.jsonl", tmp_path, limit)
+    assert loaded.task is TASKS["hellaswag"]
     assert ([e.gold for e in loaded.examples], loaded.limited) == ([0, 1, 0, 1, 0, 1][:n], limited)
 
 

@@ -12,10 +12,10 @@ import pytest
 from restomod.config.presets import preset
 from restomod.config.run import RunConfig
 from restomod.engine.memory import estimate_memory
-from restomod.experiments.plan.estimate import Measured, Plan
+from restomod.experiments.plan.estimate import MeasuredStep, Plan
 from restomod.experiments.plan.hardware import SPEEDS, find_gpu, tokens_per_second
-from restomod.experiments.plan.prices import Offer, read_offers
-from restomod.experiments.plan.text import lines, rows
+from restomod.experiments.plan.prices import GpuPrice, read_prices
+from restomod.experiments.plan.text import plan_lines, plan_rows
 from tests.experiments.plan.test_hardware import speed_of
 
 COMPILED = preset("gpt2-124m")
@@ -115,7 +115,7 @@ def test_validation_is_a_third_of_the_work_of_training() -> None:
 @pytest.mark.parametrize("gpu", ["rtx3090", "a100-40gb"])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu: str, gpus: int) -> None:
     plan = on(gpu, gpus)
-    memory, most = find_gpu(gpu), plan.fitting
+    memory, most = find_gpu(gpu), plan.largest_micro_batch
     assert memory is not None
     assert most is not None
     assert estimate_memory(GPT2, most, 2, "cuda", gpus).total <= memory.memory
@@ -126,25 +126,25 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu: str, gpus: int)
 
 def test_a_model_that_does_not_fit_has_no_time() -> None:
     plan = Plan("gpt2-1558m", preset("gpt2-1558m"), "rtx3090", 1, 1.0)
-    assert (plan.fitting, plan.fits, plan.seconds, plan.dollars) == (0, False, None, None)
+    assert (plan.largest_micro_batch, plan.fits, plan.seconds, plan.dollars) == (0, False, None, None)
     assert "does not fit" in (plan.unknown_speed or "")
     too_many = dataclasses.replace(GPT2, micro_batch=128)
     assert on("rtx3090", 1, config=too_many).fits is False
 
 
 @pytest.mark.parametrize(
-    ("gpu", "why"), [("gtx1060", "no figures for 'gtx1060'"), ("t4", "nobody's measurement on t4")]
+    ("gpu", "why"), [("gtx1060", "unknown GPU 'gtx1060'"), ("t4", "no published measurement on t4")]
 )
 def test_unknown_hardware_is_unknown(gpu: str, why: str) -> None:
     plan = on(gpu, 1, 0.3)
     assert (plan.tokens_per_second, plan.seconds, plan.dollars) == (None, None, None)
     assert why in (plan.unknown_speed or "")
-    shown = dict(rows(plan))
+    shown = dict(plan_rows(plan))
     assert shown["time"] == shown["cost"] == "unknown"
 
 
-def measured(micro_batch: int) -> Measured:
-    return Measured("a CPU", "cpu", "fp32", micro_batch, 2.0, 4.0, 10**9, 10**9)
+def measured(micro_batch: int) -> MeasuredStep:
+    return MeasuredStep("a CPU", "cpu", "fp32", micro_batch, 2.0, 4.0, 10**9, 10**9)
 
 
 def test_a_measured_step_is_its_micro_batches_and_one_update() -> None:
@@ -158,37 +158,37 @@ def test_a_measured_step_is_its_micro_batches_and_one_update() -> None:
 
 
 def test_parts_of_the_memory_add_up() -> None:
-    shown = dict(rows(on("a100", 8)))
-    parts = ("weights", "gradients", "optimizer state", "activations", "loss and head", "CUDA context", "fragmentation")
-    total = sum(float(shown[f"  {part}"].split()[0]) for part in parts)
+    shown = dict(plan_rows(on("a100", 8)))
+    parts = [name for name in shown if name.startswith("  ") and name != "  total"]
+    total = sum(float(shown[part].split()[0]) for part in parts)
     assert float(shown["  total"].split()[0]) == pytest.approx(total, abs=0.04)
     assert shown["parameters"] == "124,439,808"
 
 
-def test_offers_are_sorted_by_cost_and_the_unknown_ones_last() -> None:
+def test_prices_are_sorted_by_cost_and_the_unknown_ones_last() -> None:
     day = datetime.date(2026, 1, 1)
-    offers = [
-        Offer("Unknown", "gtx1060", 1, 0.01, day, "s", ""),
-        Offer("Dear", "a100", 8, 9.0, day, "s", ""),
-        Offer("Cheap", "a100", 8, 1.0, day, "s", ""),
-        Offer("Odd", "a100", 3, 1.0, day, "s", ""),
-        Offer("H", "h100", 1, 4.0, day, "s", ""),
+    prices = [
+        GpuPrice("Unknown", "gtx1060", 1, 0.01, day, "s", ""),
+        GpuPrice("Dear", "a100", 8, 9.0, day, "s", ""),
+        GpuPrice("Cheap", "a100", 8, 1.0, day, "s", ""),
+        GpuPrice("Odd", "a100", 3, 1.0, day, "s", ""),
+        GpuPrice("H", "h100", 1, 4.0, day, "s", ""),
     ]
-    *_, head, cheap, h, dear, unknown, odd, star, why_odd, why_unknown = lines(on("a100", 8), offers)
-    assert head.startswith("offer ")
-    assert cheap.split() == ["Cheap", "8", "×", "a100", "1.00", "2026-01-01", "2.7", "h", "$21.53", "s"]
+    *_, head, cheap, h, dear, unknown, odd, star, why_odd, why_unknown = plan_lines(on("a100", 8), prices)
+    assert head.startswith("provider ")
+    assert cheap.split() == ["Cheap", "8", "×", "a100", "1.00", "2026-01-01", "2", "h", "41", "min", "$21.53", "s"]
     assert [line.split()[0] for line in (dear, h, unknown, odd)] == ["Dear", "H", "Unknown", "Odd"]
-    assert "6.1 h*" in h
+    assert " min*" in h
     assert star.startswith("* measured with torch.compile")
     assert "3 GPUs cannot share 512 sequences evenly" in why_odd
-    assert "no figures for 'gtx1060'" in why_unknown
+    assert "unknown GPU 'gtx1060'" in why_unknown
 
 
 @pytest.mark.parametrize("plan", [on("a100", 8, 1.79), on("gtx1060", 1), Plan("quickstart", preset("quickstart"))])
 def test_all_of_it_is_json(plan: Plan) -> None:
-    offers = read_offers()
-    written: dict[str, Any] = json.loads(json.dumps(plan.to_dict(offers)))
+    prices = read_prices()
+    written: dict[str, Any] = json.loads(json.dumps(plan.to_dict(prices)))
     assert written["seconds"] == plan.seconds
     assert written["memory_bytes"]["total"] == plan.memory(plan.micro_batch).total
-    assert len(written["offers"]) == len(offers)
-    assert all(line for line in lines(plan, offers) if line != "")
+    assert len(written["prices"]) == len(prices)
+    assert all(line for line in plan_lines(plan, prices) if line != "")

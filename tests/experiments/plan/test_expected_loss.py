@@ -25,7 +25,7 @@ def test_at_the_published_rates_it_is_the_published_loss(lr: float, published: f
     expected = expected_loss(with_rate(GPT2, lr))
     assert expected.loss == pytest.approx(published, abs=1e-6)
     assert (expected.low, expected.high) == (3.0438, 3.3969)
-    assert "if the text is FineWeb-Edu" in expected.of
+    assert "if the text is FineWeb-Edu" in expected.basis
 
 
 def test_between_the_rates_it_is_between_the_losses() -> None:
@@ -36,7 +36,7 @@ def test_between_the_rates_it_is_between_the_losses() -> None:
 def test_llamas_parts_have_one_published_run_of_two_epochs() -> None:
     expected = expected_loss(LLAMA)
     assert (expected.loss, expected.low) == (2.99, None)
-    assert "one public run" in expected.of
+    assert "one public run" in expected.basis
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_llamas_parts_have_one_published_run_of_two_epochs() -> None:
     [
         (dataclasses.replace(GPT2, steps=1000), "this one sees 0.524"),
         (dataclasses.replace(GPT2, steps=2 * GPT2.steps), "this one sees 20"),
-        (dataclasses.replace(LLAMA, steps=GPT2.steps), "two epochs at 1.8e-3"),
-        (with_rate(LLAMA, 6e-4), "two epochs at 1.8e-3"),
+        (dataclasses.replace(LLAMA, steps=GPT2.steps), "two epochs with learning rate 1.8e-3"),
+        (with_rate(LLAMA, 6e-4), "two epochs with learning rate 1.8e-3"),
         (dataclasses.replace(LLAMA, data=DataConfig()), "reads FineWeb-Edu"),
         (dataclasses.replace(GPT2, batch_tokens=2**18, steps=38_146), "take 524,288 tokens a step"),
         (with_rate(GPT2, 3e-3), "this is 0.003"),
@@ -62,25 +62,25 @@ def test_llamas_parts_have_one_published_run_of_two_epochs() -> None:
 def test_where_nothing_is_published_it_is_unknown_and_says_why(config: RunConfig, why: str) -> None:
     expected = expected_loss(config)
     assert (expected.loss, expected.low, expected.high) == (None, None, None)
-    assert expected.of.startswith("unknown: ")
-    assert why in expected.of
+    assert expected.basis.startswith("unknown: ")
+    assert why in expected.basis
 
 
 @pytest.mark.parametrize(
     ("steps", "target", "loss"),
     [(3533, None, 0.089), (1000, None, 2.464), (3600, 0.09, 0.09), (1950, None, (0.272 * 0.199) ** 0.5)],
 )
-def test_tinyshakespeare_by_heart(steps: int, target: float | None, loss: float) -> None:
+def test_tinyshakespeare_is_memorised(steps: int, target: float | None, loss: float) -> None:
     expected = expected_loss(dataclasses.replace(TINY, steps=steps, target_loss=target))
     assert expected.loss == pytest.approx(loss)
-    assert "training loss" in expected.of
+    assert "training loss" in expected.basis
 
 
 @pytest.mark.parametrize("changed", [{}, {"eval_every": 100}, {"device": "cpu"}])
 def test_the_quickstart_ends_where_it_ended_before(changed: dict[str, Any]) -> None:
     expected = expected_loss(dataclasses.replace(preset("quickstart"), **changed))
     assert expected.loss == pytest.approx(4.84, abs=0.01)
-    assert "Python 3.11.7" in expected.of
+    assert "Python 3.11.7" in expected.basis
 
 
 @pytest.mark.parametrize(("name", "known"), [("fineweb-edu", True), ("mine", False)])

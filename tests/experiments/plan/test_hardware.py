@@ -7,15 +7,7 @@ import dataclasses
 import pytest
 
 from restomod.config.presets import preset
-from restomod.experiments.plan.hardware import (
-    GPUS,
-    SPEEDS,
-    Speed,
-    find_gpu,
-    not_covered,
-    speeds_on,
-    tokens_per_second,
-)
+from restomod.experiments.plan.hardware import GPUS, SPEEDS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
 from restomod.model.flops import PEAK_FLOPS
 
 GPT2 = preset("gpt2-124m")
@@ -88,12 +80,12 @@ def test_the_first_measurement_is_compiled_or_not_as_the_run_is() -> None:
     [
         ({}, 8, None),
         ({}, 16, "more than 8 GPUs"),
-        ({"precision": "fp32"}, 1, "this is fp32"),
+        ({"precision": "fp32"}, 1, "this run is in fp32"),
         ({"precision": "bf16"}, 1, None),
         ({"document_mask": True}, 1, "document masks"),
         ({"parallel": "fsdp"}, 1, None),
         ({"parallel": "fsdp"}, 2, "FSDP"),
-        ({"sequence_length": 64}, 1, "here are 64"),
+        ({"sequence_length": 64}, 1, "this run has 64"),
     ],
 )
 def test_what_measurements_do_not_cover(changed: dict[str, object], gpus: int, why: str | None) -> None:
@@ -104,4 +96,4 @@ def test_what_measurements_do_not_cover(changed: dict[str, object], gpus: int, w
 
 
 def test_a_narrow_model_is_not_covered() -> None:
-    assert "this one has 128" in (not_covered(preset("quickstart"), GPUS[0], 1) or "")
+    assert "this model has 128" in (not_covered(preset("quickstart"), GPUS[0], 1) or "")

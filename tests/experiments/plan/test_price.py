@@ -1,4 +1,4 @@
-"""A price is that of one GPU and one hour, whichever verb is given it."""
+"""A price is that of one GPU and one hour, in every command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from restomod.analysis.report.usage import Prices, usage, usage_rows
+from restomod.analysis.report.usage import HourlyRates, run_usage, usage_rows
 from restomod.cli import main
 from restomod.runs.reader import open_run
 from tests.experiments.sweep.sweeping import run, trials
@@ -32,7 +32,7 @@ def compared(folder: Path, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
-def test_every_verb_counts_every_gpu(
+def test_every_command_counts_every_gpu(
     gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "o.json"
@@ -72,12 +72,12 @@ def test_a_dollar_limit_counts_every_gpu(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_run_that_was_resumed_with_other_gpus_pays_for_each_session(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)  # its first step begins after 5 s, each takes 1 s
     started_with(folder, (0, 8), (25, 2), (35, 4))  # 20, 10 and 10 steps
-    used = usage(open_run(folder))
+    used = run_usage(open_run(folder))
     assert used.gpu_seconds == pytest.approx(25 * 8 + 10 * 2 + 10 * 4)
-    assert used.idle_gpu_seconds == pytest.approx(5 * 8)
+    assert used.overhead_gpu_seconds == pytest.approx(5 * 8)
     assert compared(folder, tmp_path / "o.json")["dollars"] == pytest.approx((20 * 8 + 10 * 2 + 10 * 4) / 2)
-    rows = {name: value for name, value, _ in usage_rows(used, Prices(per_hour=PRICE))}
-    assert (rows["Cost"], rows["Of that, idle"]) == ("$130.00", "$20.00")
+    rows = {name: value for name, value, _ in usage_rows(used, HourlyRates(per_hour=PRICE))}
+    assert (rows["Cost"], rows["Cost of overhead"]) == ("$130.00", "$20.00")
 
 
 def test_a_start_that_does_not_say_how_many_has_one(tmp_path: Path) -> None:
@@ -85,18 +85,18 @@ def test_a_start_that_does_not_say_how_many_has_one(tmp_path: Path) -> None:
     first = json.loads((folder / "environment.json").read_text())[0]
     first.pop("processes", None)
     (folder / "environment.json").write_text(json.dumps([first | {"started": stamp(START)}]))
-    assert usage(open_run(folder)).gpu_seconds == pytest.approx(45)
+    assert run_usage(open_run(folder)).gpu_seconds == pytest.approx(45)
 
 
 @pytest.mark.parametrize("count", [None, 0, "8", -3])
 def test_a_start_with_an_impossible_count_is_left_out(count: object, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)
     started_with(folder, (0, count))
-    assert usage(open_run(folder)).gpu_seconds == pytest.approx(40)  # of its steps, each by one process
+    assert run_usage(open_run(folder)).gpu_seconds == pytest.approx(40)  # of its steps, each by one process
 
 
 def test_records_without_a_time_are_of_the_first_session(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40, timed=False)
     started_with(folder, (0, 8))
-    assert usage(open_run(folder)).cost(PRICE) == pytest.approx(160)
+    assert run_usage(open_run(folder)).cost(PRICE) == pytest.approx(160)
     assert compared(folder, tmp_path / "o.json")["dollars"] == pytest.approx(160)

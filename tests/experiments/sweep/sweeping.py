@@ -12,8 +12,8 @@ from typing import Any
 from tests.experiments.sweep import stand_in
 
 STAND_IN = (
-    "import sys; from restomod.experiments.sweep import trial_process; "
-    f"trial_process.TRAIN = (sys.executable, {stand_in.__file__!r}); "
+    "import sys; from restomod.experiments.sweep import worker; "
+    f"worker.TRAIN = (sys.executable, {stand_in.__file__!r}); "
     "from restomod.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 

@@ -45,7 +45,7 @@ def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: objec
         ("optim.lr=0..1:log", "needs a range above 0"),
         ("optim.decay=cosine,linnear", "did you mean 'linear'"),
         ("recompute=yes", "true or false"),
-        ("optim.lr=1e-3,1e-3", "stands there twice"),
+        ("optim.lr=1e-3,1e-3", "is repeated"),
     ],
 )
 def test_a_mistake_is_named(text: str, message: str) -> None:

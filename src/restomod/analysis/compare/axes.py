@@ -1,17 +1,17 @@
-"""Losses of a run by steps, tokens, FLOPs, time and money, and curves of several runs laid over each other."""
+"""Loss curves of a run by steps, tokens, FLOPs, time and money, and mean curves of several runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restomod.analysis.health.curves import LARGEST
-from restomod.runs.reader import Record, Run
+from restomod.analysis.health.history import number
+from restomod.runs.reader import Run
 
 Array = NDArray[np.float64]
 Axis = Literal["steps", "tokens", "flops", "time", "dollars"]
@@ -24,24 +24,24 @@ LABELS: dict[Axis, str] = {
     "dollars": "dollars",
 }
 Measure = Literal["validation loss", "training loss"]
-TRAIN_POINTS = 60  # means over blocks of steps, of which the last is the level at the end
+TRAIN_POINTS = 60  # block means of the training loss; the last is the final loss
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses at growing points of the run: both arrays have shape (n,)."""
+    """Losses at increasing points ``x`` of an axis, (n,) each."""
 
     x: Array
     loss: Array
 
     def at(self, x: float) -> float | None:
-        """The loss at ``x``, along a line between the two measurements around it; None outside them."""
+        """The loss at ``x``, interpolated linearly; None outside the measurements."""
         if not len(self.x) or not self.x[0] <= x <= self.x[-1]:
             return None
         return float(np.interp(x, self.x, self.loss))
 
     def first_below(self, target: float) -> float | None:
-        """Where the loss first is at or below ``target``, along a line from the measurement before; None if never."""
+        """Where the loss first reaches ``target``, interpolated linearly; None if never."""
         below = np.flatnonzero(self.loss <= target + 1e-12)
         if not len(below):
             return None
@@ -52,27 +52,26 @@ class Curve:
         return float(self.x[i - 1] + share * (self.x[i] - self.x[i - 1]))
 
 
-def measured(run: Run, measure: Measure) -> tuple[Array, Array]:
-    """Steps at which a loss is known, and that loss, both (n,): each validation, or means of the training loss."""
-    if measure == "validation loss":
-        known = [(r["step"], r["loss"]) for r in run.val if _is_number(r.get("loss"))]
-        table = np.array(known, dtype=np.float64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
-    known = [(r["step"], r["loss"]) for r in run.train if _is_number(r.get("loss"))]
+def measured_losses(run: Run, measure: Measure) -> tuple[Array, Array]:
+    """Steps and losses, (n,) each: of every validation, or block means of the training loss."""
+    records = run.val if measure == "validation loss" else run.train
+    known = [(r["step"], loss) for r in records if math.isfinite(loss := number(r.get("loss")))]
     table = np.array(known, dtype=np.float64).reshape(-1, 2)
+    if measure == "validation loss":
+        return table[:, 0], table[:, 1]
     width = max(1, math.ceil(len(table) / TRAIN_POINTS))
-    whole = table[len(table) % width :].reshape(-1, width, 2)  # what is left over is the earliest
-    return whole[:, -1, 0] + 1, whole[:, :, 1].mean(axis=1)
+    blocks = table[len(table) % width :].reshape(-1, width, 2)  # drops the earliest steps
+    return blocks[:, -1, 0] + 1, blocks[:, :, 1].mean(axis=1)
 
 
-def positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
-    """Where on an axis a run is after so many updates.
+def axis_positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
+    """Position of a run on an axis after each number of updates, (n,).
 
     Args:
-        run: whose.
-        steps: (n,) updates made.
-        axis: of which.
-        price: US dollars for one GPU and one hour; the axis of dollars needs it.
+        run: the run.
+        steps: (n,) numbers of updates.
+        axis: the axis.
+        price: US dollars for one GPU and one hour; needed for dollars.
     """
     if axis == "steps":
         return steps
@@ -84,31 +83,31 @@ def positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
 
 
 def hours_at(run: Run, steps: Array, of_gpus: bool = False) -> Array:
-    """Hours that the first so many updates took, (n,): the sum of their times, without validating and saving.
+    """Hours in steps after each number of updates, (n,), without validation and saving.
 
     Args:
-        run: whose.
-        steps: (n,) updates made.
-        of_gpus: count each hour as often as there were GPUs (processes), which may change when a run is resumed.
+        run: the run.
+        steps: (n,) numbers of updates.
+        of_gpus: GPU hours: multiply by the number of GPUs (processes), which may change when a run is resumed.
     """
     at = np.array([-1] + [r["step"] for r in run.train], dtype=np.float64)
     counts = [run.processes_of(r) if of_gpus else 1 for r in run.train]
-    spent = [count * (_ms(r) or 0.0) / 3.6e6 for r, count in zip(run.train, counts, strict=True)]
-    hours = np.cumsum([0.0, *spent])
+    ms = np.nan_to_num([number(r.get("ms")) for r in run.train])
+    hours = np.concatenate([[0.0], np.cumsum(np.array(counts) * ms / 3.6e6)])
     return hours[np.searchsorted(at, steps - 1, side="right") - 1]
 
 
 def loss_curve(run: Run, measure: Measure, axis: Axis = "tokens", price: float | None = None) -> Curve:
-    """The losses of a run along an axis. On one where it stood still (no times are known) it has no points."""
-    steps, loss = measured(run, measure)
-    x = positions(run, steps, axis, price)
+    """Losses of a run along an axis; no points where its position does not change, as without recorded times."""
+    steps, loss = measured_losses(run, measure)
+    x = axis_positions(run, steps, axis, price)
     if len(x) > 1 and x[0] == x[-1]:
         return Curve(x[:0], loss[:0])
     return Curve(x, loss)
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean of curves where all of them are known, at every point where one was measured."""
+    """Mean of curves over their common range, at every point where one was measured."""
     curves = [c for c in curves if len(c.x)]
     if not curves:
         return Curve(np.zeros(0), np.zeros(0))
@@ -117,12 +116,3 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     x = x[(x >= first) & (x <= last)]
     losses = np.array([np.interp(x, c.x, c.loss) for c in curves])
     return Curve(x, losses.mean(axis=0) if len(x) else x)
-
-
-def _ms(record: Record) -> float | None:
-    value = record.get("ms")
-    return float(value) if _is_number(value) else None
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and abs(value) < LARGEST

@@ -1,17 +1,18 @@
-"""The verb `compare_runs`: runs in groups that differ in more than their seed, measured against one of them."""
+"""Comparison of runs: groups that differ only in their seed, tested against a baseline group."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from restomod.analysis.compare.axes import AXES, Axis, Curve, Measure, hours_at, loss_curve, mean_curve, measured
-from restomod.analysis.compare.statistics import Summary, Welch, summarize, welch
+from restomod.analysis.compare.axes import AXES, Axis, Curve, Measure, hours_at, loss_curve, mean_curve, measured_losses
 from restomod.runs.config_diff import Settings, differing, settings
 from restomod.runs.reader import Run
 from restomod.utils.errors import UserError
@@ -21,13 +22,66 @@ TRIAL = re.compile(r"\d+-(.+)-seed-\d+")  # as `restomod sweep` names its runs
 
 
 @dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of several values."""
+
+    n: int
+    mean: float
+    sd: float | None
+    """Sample standard deviation (n - 1); None for a single value."""
+
+    def shown(self, digits: int = 4) -> str:
+        """As text: mean ± standard deviation."""
+        return f"{self.mean:.{digits}f}" + (f" ± {self.sd:.{digits}f}" if self.sd is not None else "")
+
+
+@dataclass(frozen=True)
+class Welch:
+    """Welch's t-test of two means, with unequal variances and sample sizes."""
+
+    difference: float
+    """The second mean minus the first."""
+    t: float
+    df: float
+    """Degrees of freedom, by the Welch-Satterthwaite equation."""
+    p: float
+    """Two-sided p-value."""
+    low: float
+    high: float
+    """95 % confidence interval of the difference."""
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean and standard deviation of at least one value."""
+    return Summary(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
+    """Welch's t-test of the difference of two means.
+
+    None with fewer than two values on a side, or without any variation. Source: Welch, "The generalization of
+    Student's problem when several different population variances are involved", 1947.
+    """
+    if min(len(first), len(second)) < 2 or statistics.pvariance(first) + statistics.pvariance(second) == 0:
+        return None
+    from scipy import stats
+
+    found = stats.ttest_ind(second, first, equal_var=False)
+    interval = found.confidence_interval(0.95)
+    values = [float(v) for v in (found.statistic, found.df, found.pvalue, interval.low, interval.high)]
+    if not all(map(math.isfinite, values)):
+        return None
+    return Welch(statistics.fmean(second) - statistics.fmean(first), *values)
+
+
+@dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only."""
+    """Runs that differ only in their seed."""
 
     runs: list[Run]
     settings: Settings
     curves: list[Curve]
-    """By tokens, of each run."""
+    """Loss by tokens, of each run."""
     name: str = ""
 
     @property
@@ -37,28 +91,28 @@ class Group:
 
     @property
     def final(self) -> Summary | None:
-        """The last losses of its runs, wherever they are."""
+        """Final loss of its runs, whatever their lengths."""
         return summarize([float(c.loss[-1]) for c in self.known]) if self.known else None
 
     @property
     def best(self) -> Summary | None:
-        """The lowest losses of its runs."""
+        """Lowest loss of its runs."""
         return summarize([float(c.loss.min()) for c in self.known]) if self.known else None
 
     def at(self, tokens: float) -> list[float]:
-        """The loss of each run after so many tokens, of those that have got there."""
+        """Losses after ``tokens`` tokens, of the runs that got there."""
         found = [c.at(tokens) for c in self.curves]
         return [loss for loss in found if loss is not None]
 
     @property
     def tokens(self) -> float:
-        """As far as all of its runs have got, as measured; 0 where nothing is known."""
+        """Tokens that all of its runs have reached; 0 where nothing is known."""
         return min((float(c.x[-1]) for c in self.known), default=0.0)
 
 
 @dataclass(frozen=True)
-class Against:
-    """A group beside the baseline, after as many tokens as all runs of both have seen."""
+class GroupDifference:
+    """Difference of a group from the baseline, after the most tokens that all runs of both have seen."""
 
     tokens: float
     loss: Summary
@@ -73,27 +127,27 @@ class Against:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is known of several runs beside each other."""
+    """A comparison of runs."""
 
     groups: list[Group]
     baseline: int
-    """Which of the groups."""
+    """Index of the baseline group."""
     measure: Measure
     target: float | None
-    """The loss whose tokens are counted; None where the baseline has none yet."""
+    """Target loss; None where the baseline has none yet."""
     price: float | None
-    against: list[Against | None]
-    """By group; None of the baseline itself, and where there is nothing to compare."""
+    against: list[GroupDifference | None]
+    """By group; None for the baseline itself, and where there is nothing to compare."""
     to_target: list[float | None]
-    """By group: tokens after which its mean curve is at or below the target."""
+    """By group: tokens until its mean curve reaches the target; None: not reached."""
     notes: list[str] = field(default_factory=list)
 
     def differences(self) -> dict[str, list[Any]]:
-        """The settings that are not the same in all groups, with the value of each group."""
+        """Settings that differ between groups, with the value of each group."""
         return differing([group.settings for group in self.groups], without=(SEED,))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Everything, as JSON values."""
         return {
             "measure": self.measure,
             "baseline": self.groups[self.baseline].name,
@@ -117,7 +171,7 @@ class Comparison:
         }
 
     def _run(self, run: Run, by_tokens: Curve) -> dict[str, Any]:
-        steps, loss = measured(run, self.measure)
+        steps, loss = measured_losses(run, self.measure)
         curves = {
             axis: loss_curve(run, self.measure, axis, self.price).x.tolist()
             for axis in AXES
@@ -126,12 +180,12 @@ class Comparison:
         return {
             "folder": str(run.folder),
             "seed": run.config.seed,
-            "step": made(run),
+            "step": updates_made(run),
             "steps": run.config.steps,
-            "tokens": run.tokens_at(made(run)),
-            "flops": run.flops_at(made(run)),
-            "hours_in_steps": spent_hours(run),
-            "dollars": spent_hours(run, of_gpus=True) * self.price if self.price is not None else None,
+            "tokens": run.tokens_at(updates_made(run)),
+            "flops": run.flops_at(updates_made(run)),
+            "hours_in_steps": hours_in_steps(run),
+            "dollars": hours_in_steps(run, of_gpus=True) * self.price if self.price is not None else None,
             "tokens_to_target": by_tokens.first_below(self.target) if self.target is not None else None,
             "curve": {"updates": steps.tolist(), "loss": loss.tolist(), **curves},
         }
@@ -141,25 +195,25 @@ class Comparison:
         return mean_curve([loss_curve(run, self.measure, axis, self.price) for run in self.groups[i].runs])
 
 
-def made(run: Run) -> int:
+def updates_made(run: Run) -> int:
     """Updates that a run has made so far."""
     return run.train[-1]["step"] + 1 if run.train else 0
 
 
-def spent_hours(run: Run, of_gpus: bool = False) -> float:
-    """Hours in steps so far, each step once; those of all its GPUs added up, if asked for."""
-    return float(hours_at(run, np.array([float(made(run))]), of_gpus)[0])
+def hours_in_steps(run: Run, of_gpus: bool = False) -> float:
+    """Hours (or GPU hours) in steps so far, each step counted once."""
+    return float(hours_at(run, np.array([float(updates_made(run))]), of_gpus)[0])
 
 
 def compare_runs(
     runs: Sequence[Run], baseline: Run | None = None, target: float | None = None, price: float | None = None
 ) -> Comparison:
-    """Group runs, and measure every group against one of them.
+    """Group runs and compare every group with a baseline.
 
     Args:
         runs: at least one; finished or not, of any lengths.
-        baseline: one of them, whose group is the baseline; None: the first.
-        target: the loss whose tokens are counted; None: the last that the baseline has.
+        baseline: a run of the baseline group; None: the first.
+        target: target loss of the tokens-to-target count; None: the final loss of the baseline.
         price: US dollars for one GPU and one hour.
 
     Raises:
@@ -175,7 +229,7 @@ def compare_runs(
     base = groups[chosen]
     if target is None and base.known:
         target = summarize(base.at(base.tokens)).mean
-    against = [_against(group, base) if i != chosen else None for i, group in enumerate(groups)]
+    against = [_difference(group, base) if i != chosen else None for i, group in enumerate(groups)]
     to_target = [mean_curve(g.curves).first_below(target) if target is not None else None for g in groups]
     return Comparison(
         groups, chosen, measure, target, price, against, to_target, _notes(runs, groups, against, measure)
@@ -200,54 +254,53 @@ def _grouped(runs: Sequence[Run], measure: Measure) -> list[Group]:
 
 
 def _first(runs: Sequence[Run]) -> str:
-    """The name of the first run, and how many others there are."""
+    """Name of the first run and the number of the others."""
     return runs[0].name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
 
 
 def _point(runs: Sequence[Run]) -> str | None:
-    """What the trials of a sweep (`003-optim.lr-1e-3-seed-7`) have in common; None if that is not what the runs are."""
+    """Common settings of a sweep's trials (`003-optim.lr-1e-3-seed-7`); None if the runs are not such trials."""
     found = {match[1] if (match := TRIAL.fullmatch(run.name)) else None for run in runs}
     point = found.pop()
     return f"{point}, {len(runs)} seeds" if point and not found and len(runs) > 1 else None
 
 
-def _against(group: Group, base: Group) -> Against | None:
+def _difference(group: Group, base: Group) -> GroupDifference | None:
     if not group.known or not base.known:
         return None
     tokens = min(group.tokens, base.tokens)
     mine, theirs = group.at(tokens), base.at(tokens)
     if not mine or not theirs:
         return None
-    return Against(tokens, summarize(mine), summarize(theirs), welch(theirs, mine))
+    return GroupDifference(tokens, summarize(mine), summarize(theirs), welch(theirs, mine))
 
 
 def _notes(
-    runs: Sequence[Run], groups: Sequence[Group], against: Sequence[Against | None], measure: Measure
+    runs: Sequence[Run], groups: Sequence[Group], against: Sequence[GroupDifference | None], measure: Measure
 ) -> list[str]:
     notes = []
     without = [run.name for run in runs if not run.val]
     if without:
         notes.append(
-            f"{', '.join(without)}: no validation, so what is compared is the training loss "
-            f"(a mean over the last sixtieth of the steps)"
+            f"{', '.join(without)}: no validation, so training losses are compared (means over a sixtieth of the steps)"
         )
     for run in runs:
-        if made(run) < run.config.steps:
+        if updates_made(run) < run.config.steps:
             notes.append(
-                f"{run.name} is at step {made(run):,} of {run.config.steps:,}: its learning rate is not down yet"
+                f"{run.name} is at step {updates_made(run):,} of {run.config.steps:,}: its learning rate is not decayed"
             )
     for group in groups:
         seeds = [run.config.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
-            notes.append(f"{group.name}: runs with the same seed are no independent samples")
+            notes.append(f"{group.name}: runs with the same seed are not independent samples")
     if len({str(group.settings.get("data")) for group in groups}) > 1:
-        notes.append("the groups have other data: their validation losses are of other texts")
+        notes.append("the groups have different data: their validation losses are of different texts")
     for name in ("eval_tokens", "sequence_length"):
         if measure == "validation loss" and len({str(group.settings.get(name)) for group in groups}) > 1:
-            notes.append(f"{name} differs: the validation losses are of other windows")
+            notes.append(f"{name} differs: the validation losses are of different windows")
     tested = sum(a is not None and a.test is not None for a in against)
     if len(groups) > 1 and tested < sum(a is not None for a in against):
-        notes.append("p needs two seeds or more on both sides")
+        notes.append("p needs at least two seeds in both groups")
     if tested > 1:
-        notes.append(f"each p is of one test by itself; {tested} were made")
+        notes.append(f"p-values are not corrected for multiple tests ({tested})")
     return notes

@@ -1,4 +1,4 @@
-"""A picture of a comparison: the mean curve of every group, the spread of its seeds, and the target."""
+"""Picture of a comparison: mean curve of every group, curves of its runs, and the target loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from restomod.analysis.compare.axes import LABELS, Axis, loss_curve
 from restomod.analysis.compare.groups import Comparison
-from restomod.analysis.compare.tables import published_differ
+from restomod.analysis.compare.tables import why_not_published
 from restomod.evals.tasks.registry import references
 from restomod.utils.figures import INK, new_figure, quiet, write_figure
 from restomod.utils.redaction import redact
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#2a6fbb", "#d1495b", "#3c8d53", "#8a5fbf", "#d98e04", "#3aa6a6", "#7a5c3e", "#c2559d")
-BEGINNING = 0.1  # of the way, whose losses are cut off at the top
+BEGINNING = 0.1  # share of the axis whose losses may lie above the picture
 
 
 def draw_comparison(found: Comparison, axes: Sequence[Axis], path: Path) -> None:
-    """Draw the curves by one axis or several, side by side, as a PNG file.
+    """Draw the curves, one panel per axis, as a PNG file.
 
     Raises:
         UserError: the file cannot be written.
     """
-    write_figure(picture(found, axes), path)
+    write_figure(comparison_figure(found, axes), path)
 
 
-def picture(found: Comparison, axes: Sequence[Axis]) -> Figure:
-    """The figure, not yet written."""
+def comparison_figure(found: Comparison, axes: Sequence[Axis]) -> Figure:
+    """Draw the figure without writing it."""
     columns = 2 if len(axes) == 4 else min(3, len(axes))
     rows = -(-len(axes) // columns)
     figure = new_figure(found.measure, 8 if len(axes) == 1 else 5.2 * columns, 5 * rows)
@@ -68,7 +68,7 @@ def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
     if found.target is not None:
         panel.axhline(found.target, color=INK, linewidth=0.7, linestyle="--", label=f"target {found.target:.4f}")
         late.append(found.target)
-    if found.measure == "validation loss" and published_differ([r for g in found.groups for r in g.runs]) is None:
+    if found.measure == "validation loss" and why_not_published([r for g in found.groups for r in g.runs]) is None:
         for reference in references("validation"):
             panel.axhline(reference.value, color="#999999", linewidth=0.7, linestyle=":")
             panel.annotate(

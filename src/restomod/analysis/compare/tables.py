@@ -1,7 +1,8 @@
-"""A comparison as tables: what differs, how it ended, the curves, and published results beside it."""
+"""Tables of a comparison: differences, results, tests, curves, published results."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,49 +10,30 @@ from typing import Any
 import numpy as np
 
 from restomod.analysis.compare.axes import LABELS, Axis
-from restomod.analysis.compare.groups import Comparison, Group, made, spent_hours
-from restomod.analysis.compare.statistics import Welch
+from restomod.analysis.compare.groups import Comparison, Group, Welch, hours_in_steps, updates_made
+from restomod.analysis.health.history import number
 from restomod.evals.tasks.registry import is_whole, references
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Run
 from restomod.utils.terminal import Table
+from restomod.utils.text import duration, short_count
 
-ROWS = 12  # of a table of curves
+ROWS = 12  # rows of the table of curves
 TASK_METRICS = ("acc", "acc_norm", "acc_token", "perplexity")
 PUBLISHED_CONTEXT = 1024
 
 
-def tables(found: Comparison, axis: Axis) -> list[Table]:
-    """All tables, in the order in which they are read; those that would be empty are left out."""
-    made_of = [
-        _differences(found),
-        _results(found),
-        _against(found),
-        _curves(found, axis),
-        _published(found),
-        *_tasks(found),
-    ]
-    return [table for table in made_of if table.rows or table.notes]
+def comparison_tables(found: Comparison, axis: Axis) -> list[Table]:
+    """All tables in reading order, empty ones left out."""
+    found_tables = (_differences(found), _results(found), _against(found), _curves(found, axis), _published(found))
+    return [table for table in (*found_tables, *_tasks(found)) if table.rows or table.notes]
 
 
-def markdown(found: Comparison, axis: Axis, plot: Path | None = None) -> str:
-    """All tables as Markdown; with the picture, if there is one."""
+def comparison_markdown(found: Comparison, axis: Axis, plot: Path | None = None) -> str:
+    """All tables as Markdown, with the picture if there is one."""
     head = f"# Runs compared: {found.measure}\n\n"
     picture = f"\n![{found.measure}](<{plot.name}>)\n" if plot is not None else ""
-    return head + "\n".join(table.markdown() for table in tables(found, axis)) + picture
-
-
-def short_number(x: float) -> str:
-    """A count in few digits: 1,234, 2.5M, 10B, 5.1e18."""
-    for size, unit in ((1e9, "B"), (1e6, "M")):
-        if size <= x < 1000 * size:
-            return f"{x / size:.4g}{unit}"
-    return f"{x:,.0f}" if x < 1e6 else f"{x:.3g}"
-
-
-def hours(x: float) -> str:
-    """Hours for people."""
-    return f"{x:.2f} h" if x >= 1 else f"{60 * x:.1f} min"
+    return head + "\n".join(table.markdown() for table in comparison_tables(found, axis)) + picture
 
 
 def _names(found: Comparison) -> list[str]:
@@ -63,7 +45,7 @@ def _differences(found: Comparison) -> Table:
     if len(found.groups) == 1:
         return Table("", [], [])
     rows = [[name, *map(_value, values)] for name, values in found.differences().items()]
-    return Table("what differs", ["", *_names(found)], rows)
+    return Table("differences", ["", *_names(found)], rows)
 
 
 def _value(value: Any) -> str:
@@ -74,29 +56,29 @@ def _value(value: Any) -> str:
 
 def _results(found: Comparison) -> Table:
     headings = ["", "n", "step", "tokens", "FLOPs", "time", *(["cost"] if found.price is not None else [])]
-    headings += [f"{found.measure} at the end", "best", "tokens to target"]
+    headings += [f"final {found.measure}", "best", "tokens to target"]
     rows = []
     for i, (name, group) in enumerate(zip(_names(found), found.groups, strict=True)):
-        steps, spent = [made(run) for run in group.runs], [spent_hours(run) for run in group.runs]
-        flops = max(run.flops_at(made(run)) for run in group.runs)
-        row = [name, str(len(group.runs)), _range(steps), _range([r.tokens_at(made(r)) for r in group.runs])]
-        row += [f"{flops:.3g}", hours(float(np.mean(spent)))]
+        steps, spent = [updates_made(run) for run in group.runs], [hours_in_steps(run) for run in group.runs]
+        flops = max(run.flops_at(updates_made(run)) for run in group.runs)
+        row = [name, str(len(group.runs)), _range(steps), _range([r.tokens_at(updates_made(r)) for r in group.runs])]
+        row += [f"{flops:.3g}", duration(3600 * float(np.mean(spent)))]
         if found.price is not None:
-            row.append(f"${np.mean([spent_hours(run, of_gpus=True) for run in group.runs]) * found.price:,.2f}")
+            row.append(f"${np.mean([hours_in_steps(run, of_gpus=True) for run in group.runs]) * found.price:,.2f}")
         row += [group.final.shown() if group.final else "–", group.best.shown() if group.best else "–"]
         rows.append([*row, _to_target(found, i)])
     target = [f"target: {found.measure} {found.target:.4f}"] if found.target is not None else []
-    spread = ["mean ± standard deviation of n runs that differ in their seed only"] if _seeds(found.groups) else []
+    spread = ["mean ± standard deviation of n runs that differ only in their seed"] if _seeds(found.groups) else []
     return Table("results", headings, rows, [*target, *spread, *found.notes])
 
 
 def _against(found: Comparison) -> Table:
-    """Every group beside the baseline, after equal tokens."""
+    """Difference of every group from the baseline after equal tokens."""
     headings = ["at equal tokens", "tokens", found.measure, "baseline", "difference", "95 %", "t", "df", "p"]
     rows = []
     for name, against in zip(_names(found), found.against, strict=True):
         if against is not None:
-            row = [name, short_number(against.tokens), against.loss.shown(), against.baseline.shown()]
+            row = [name, short_count(against.tokens), against.loss.shown(), against.baseline.shown()]
             rows.append([*row, f"{against.difference:+.4f}", *_test(against.test)])
     return Table("against the baseline", headings, rows) if rows else Table("", [], [])
 
@@ -114,7 +96,7 @@ def _seeds(groups: Sequence[Group]) -> bool:
 
 def _range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
-    return short_number(low) if low == high else f"{short_number(low)} to {short_number(high)}"
+    return short_count(low) if low == high else f"{short_count(low)} to {short_count(high)}"
 
 
 def _to_target(found: Comparison, i: int) -> str:
@@ -122,15 +104,15 @@ def _to_target(found: Comparison, i: int) -> str:
     if tokens is None:
         return "not reached" if found.target is not None else "–"
     beside = f" ({tokens / base:.2f}×)" if base and i != found.baseline else ""
-    return f"{short_number(tokens)}{beside}"
+    return f"{short_count(tokens)}{beside}"
 
 
 def _curves(found: Comparison, axis: Axis) -> Table:
-    """The mean losses of the groups at the same points of an axis, those of the group that went furthest."""
+    """Mean losses of the groups at common points of an axis."""
     curves = [found.mean(i, axis) for i in range(len(found.groups))]
     longest = max(curves, key=lambda c: float(c.x[-1]) if len(c.x) else -1.0)
     if not len(longest.x):
-        return Table("", [], [], [f"no curve by {LABELS[axis]}: nothing is measured yet, or no times are known"])
+        return Table("", [], [], [f"no curve by {LABELS[axis]}: no loss or no time is recorded yet"])
     chosen = np.unique(np.linspace(0, len(longest.x) - 1, ROWS).round().astype(int))
     rows = []
     for x in longest.x[chosen]:
@@ -141,26 +123,26 @@ def _curves(found: Comparison, axis: Axis) -> Table:
 
 def _position(x: float, axis: Axis) -> str:
     if axis == "time":
-        return hours(x)
-    return f"${x:.3g}" if axis == "dollars" else short_number(x)
+        return f"{x:.3g} h"
+    return f"${x:.3g}" if axis == "dollars" else short_count(x)
 
 
 def _published(found: Comparison) -> Table:
-    """GPT-2 and its public reproductions, where the validation losses are of comparable text."""
+    """Validation losses of GPT-2 and its public reproductions, where the data is comparable."""
     runs = [run for group in found.groups for run in group.runs]
-    why_not = published_differ(runs) if found.measure == "validation loss" else "no validation loss is known here"
+    why_not = why_not_published(runs) if found.measure == "validation loss" else "these runs have none"
     if why_not is not None:
         return Table("", [], [], [f"published validation losses are not comparable: {why_not}"])
     rows = [[r.model, f"{r.value:.4f}", r.convention] for r in references("validation")]
-    note = "FineWeb-Edu like here, but validation documents are the same only with the published validation shard"
+    note = "FineWeb-Edu too, but the validation documents are the same only with the published validation shard"
     return Table("published validation losses", ["", "loss", ""], rows, [note])
 
 
-def published_differ(runs: Sequence[Run]) -> str | None:
-    """Why published validation losses say nothing about these runs; None if they do."""
+def why_not_published(runs: Sequence[Run]) -> str | None:
+    """Why published validation losses are not comparable with those of these runs; None if they are."""
     others = [run.name for run in runs if not trains_on_fineweb_edu(run)]
     if others:
-        return f"they are of FineWeb-Edu, and {_who(others, runs)} trained on other text"
+        return f"they are of FineWeb-Edu, and {_who(others, runs)} trained on other data"
     shorter = [run.name for run in runs if run.config.sequence_length != PUBLISHED_CONTEXT]
     if shorter:
         return f"they are of windows of {PUBLISHED_CONTEXT} tokens, and {_who(shorter, runs)} has others"
@@ -172,7 +154,7 @@ def _who(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def _tasks(found: Comparison) -> list[Table]:
-    """The newest answers of every run; published ones beside them where a task was asked as a whole, as those are."""
+    """Newest task results of every run; published ones too where all examples of a task were scored."""
     newest: dict[str, list[list[str]]] = {}
     whole: set[str] = set()
     for group in found.groups:
@@ -181,26 +163,30 @@ def _tasks(found: Comparison) -> list[Table]:
                 numbers = [f"{metrics[m]:.4f}" if m in metrics else "" for m in TASK_METRICS]
                 whole |= {task} if is_whole(task, examples) else set()
                 newest.setdefault(task, []).append([f"{run.name}, step {step}", *numbers, f"{examples:,} examples"])
-    made_of = []
+    made = []
     for task, rows in newest.items():
         published: dict[tuple[str, str], dict[str, str]] = {}
         for r in references(task) if task in whole else []:
             published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
-        others = [
-            [model, *(numbers.get(metric, "") for metric in TASK_METRICS), whose]
-            for (model, whose), numbers in published.items()
-        ]
-        notes = ["published numbers are of all examples, by the convention named beside them"] if others else []
-        made_of.append(Table(task, ["", *TASK_METRICS, ""], [*rows, *others], notes))
-    return made_of
+        others = [[m, *(v.get(metric, "") for metric in TASK_METRICS), whose] for (m, whose), v in published.items()]
+        notes = ["published results are of all examples, by the convention in the last column"] if others else []
+        made.append(Table(task, ["", *TASK_METRICS, ""], [*rows, *others], notes))
+    return made
 
 
 def newest_tasks(run: Run) -> dict[str, tuple[int, int, dict[str, float]]]:
-    """Of each task that a run was asked: step, number of examples and metrics, the newest (of a step, the most)."""
+    """Step, number of examples and metrics of each task: the newest result (at one step, that of the most examples)."""
     answers: list[tuple[str, int, int, dict[str, float]]] = []
     for record in run.records:
         if record.get("kind") == "task" and isinstance(record.get("task"), str):
-            answers.append((record["task"], record["step"], record.get("examples", 0), _numbers(record)))
+            answers.append(
+                (
+                    record["task"],
+                    record["step"],
+                    record.get("examples", 0),
+                    {name: record[name] for name in TASK_METRICS if math.isfinite(number(record.get(name)))},
+                )
+            )
     for record in run.evaluations:
         values = record.get("metrics")
         if isinstance(values, dict) and isinstance(record.get("task"), str):
@@ -208,7 +194,3 @@ def newest_tasks(run: Run) -> dict[str, tuple[int, int, dict[str, float]]]:
             answers.append((record["task"], record.get("step") or 0, record.get("examples", 0), metrics))
     answers.sort(key=lambda answer: answer[1:3])
     return {task: (step, examples, metrics) for task, step, examples, metrics in answers}
-
-
-def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {name: record[name] for name in TASK_METRICS if isinstance(record.get(name), int | float)}

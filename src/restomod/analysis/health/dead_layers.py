@@ -1,4 +1,4 @@
-"""Are there parts of a model that training has not touched? Needs torch, which is imported when it is asked."""
+"""Dead layers: block matrices that training has not moved. Imports torch when called."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 NAME = "dead layers"
 FEWEST_UPDATES = 20
-UNMOVED = 0.01  # of the median of all matrices
-NAMED = 4
+UNMOVED = 0.01  # of the median change of all matrices
+NAMED = 4  # matrices, at most
 
 
-def dead_layers(run: Run) -> Finding:
-    """Matrices of the blocks, in the newest checkpoint, that are one number throughout or have not moved.
+def find_dead_layers(run: Run) -> Finding:
+    """Look for block matrices, in the newest checkpoint, that are constant or have not moved.
 
-    A matrix has moved by what it has gained across its initial direction, which is known from the seed: a matrix
-    without a gradient only shrinks, by weight decay. It counts as unmoved where that is a hundredth of the median of
-    all matrices. Of a run that started from given weights only the former can be told.
+    The change of a matrix is its component orthogonal to the initial matrix, which the seed determines: weight decay
+    alone only shrinks a matrix. It counts as unmoved below `UNMOVED` times the median change. In a run that started
+    from given weights only constant matrices are found.
     """
     import torch
 
@@ -38,27 +38,27 @@ def dead_layers(run: Run) -> Finding:
         verify_model(checkpoints[-1])
         require_shape(checkpoints[-1], run.config.model)
         trained = _matrices(load_model(checkpoints[-1], cpu, finite=False).named_parameters())
-    except (UserError, OSError) as e:  # deleted meanwhile, by a run that goes on
+    except (UserError, OSError) as e:  # such as a checkpoint deleted meanwhile, by a run in progress
         return Finding(NAME, "unknown", str(e))
     at = f"at step {step_of(checkpoints[-1])}"
     if broken := [name for name, value in trained.items() if not torch.isfinite(value).all()]:
-        return Finding(NAME, "sick", f"{at} these hold numbers that are not finite: {_listed(broken)}")
+        return Finding(NAME, "fail", f"{at} not finite: {_listed(broken)}")
     dead = [name for name, value in trained.items() if value.numel() > 1 and bool((value == value.flatten()[0]).all())]
     if dead:
-        return Finding(NAME, "sick", f"{at} these are one number throughout: {_listed(dead)}")
+        return Finding(NAME, "fail", f"{at} constant: {_listed(dead)}")
     if run.config.init is not None:
-        return Finding(NAME, "well", f"{at} no matrix of a block is one number throughout")
+        return Finding(NAME, "ok", f"{at} no matrix of a block is constant")
     started = _matrices(build_model(run.config.model, run.config.seed, cpu).named_parameters())
     moved = {name: _moved(value, started[name]) for name, value in trained.items() if name in started}
     usual = sorted(moved.values())[len(moved) // 2]
     still = [name for name, by in moved.items() if by <= UNMOVED * usual]
     if still:
-        return Finding(NAME, "sick", f"{at} training has not moved {_listed(still)}: do gradients reach them?")
+        return Finding(NAME, "fail", f"{at} not moved: {_listed(still)}; do gradients reach them?")
     return Finding(
         NAME,
-        "well",
+        "ok",
         f"{at} all {len(moved)} matrices of the blocks have moved, by {min(moved.values()):.2g} to "
-        f"{max(moved.values()):.2g} of what they were drawn with",
+        f"{max(moved.values()):.2g} times their initial norm",
     )
 
 
@@ -71,7 +71,7 @@ def _matrices(parameters: object) -> dict[str, Tensor]:
 
 
 def _moved(now: Tensor, before: Tensor) -> float:
-    """Length of what ``now`` has across ``before``, in lengths of ``before`` (1 where that is zero)."""
+    """Norm of the component of ``now`` orthogonal to ``before``, over the norm of ``before`` (1 where that is 0)."""
     length = float(before.norm())
     if length == 0:
         return 1.0

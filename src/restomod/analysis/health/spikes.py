@@ -1,4 +1,4 @@
-"""Spikes of a loss: steps far above those before. Needs no torch."""
+"""Loss spikes: steps far above those before. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SPIKE_BEFORE = 128  # steps that a spike stands out from
+SPIKE_BEFORE = 128  # steps that a spike is compared with
 SPIKE_ENOUGH = 64
-SPIKE_SIGMAS = 11.0  # the guard of training has 10, and a step that it refuses is no spike of the weights
+SPIKE_SIGMAS = 11.0  # the spike guard of training has 10; steps that it skips do not change the weights
 SPIKE_WIDTHS = (1, 4, 16)  # steps
 SMALLEST_SPIKE = 0.25  # nats
 NORMAL_KURTOSIS = 3.0  # of normal noise
-USUAL_KURTOSIS = 4.0  # of losses of small batches at most; above it, higher spikes are asked for
+USUAL_KURTOSIS = 4.0  # of losses of small batches, at most; above it, the threshold rises
 ASSUMED_KURTOSIS = 6.0  # while few losses are known: that of Laplace noise
-ASSUMED_STEPS = 128  # that this assumption counts as much as
-LARGEST_SQUARE = 6.0**2  # of a loss in deviations: it is not spikes whose kurtosis is measured
+ASSUMED_STEPS = 128  # weight of this assumption
+LARGEST_SQUARE = 6.0**2  # squared deviations; larger ones are clipped, so that spikes do not count as kurtosis
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Spike:
 
     step: int
     rise: float
-    """Nats above the mean of the steps before, those of other spikes left out."""
+    """Nats above the mean of the steps before, other spikes excluded."""
     mean: float
     deviation: float
     count: int
 
 
 class SpikeFinder:
-    """Finds spikes in a loss that is given in parts. The result does not depend on where the parts end."""
+    """Finds spikes in a loss given in parts. The result does not depend on how it is divided."""
 
     def __init__(self) -> None:
         self.found: list[Spike] = []
@@ -47,12 +47,12 @@ class SpikeFinder:
         self._over_below: float | None = None  # within a spike: the loss at which it is over
 
     def scan(self, step: NDArray[np.float64], loss: NDArray[np.float64], to_the_end: bool = False) -> None:
-        """Look on, as far as all widths can be judged; ``to_the_end``: to the newest step, with those that fit.
+        """Scan on to the last step at which every width fits; with ``to_the_end``, to the newest step.
 
         Args:
-            step: (n,) the steps so far, but for those forgotten.
-            loss: (n,) theirs.
-            to_the_end: after which there can be no further call.
+            step: (n,) the steps so far, without those dropped by `forget`.
+            loss: (n,) their losses.
+            to_the_end: no further call may follow.
         """
         first, new = self._at, loss[self._at :].tolist()
         end = len(loss) if to_the_end else len(loss) - max(SPIKE_WIDTHS) + 1

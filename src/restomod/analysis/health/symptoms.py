@@ -1,7 +1,6 @@
-"""Is a run healthy? Symptoms that its numbers show, each named, with what was seen and what to do. Needs no torch.
+"""Symptoms of an unhealthy run in its metrics, each with what was seen and what to do. Needs no torch.
 
-Thresholds are several standard errors of what noise does, and more than healthy runs do. What cannot be judged yet says
-so.
+Thresholds are several standard errors of the noise, and beyond what healthy runs show.
 """
 
 from __future__ import annotations
@@ -13,41 +12,43 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restomod.analysis.health.curves import Curves, blocks, curves_of_records, noise, period
-from restomod.analysis.health.gaps import GAPS_AFTER, Gap, gaps_of, latest_gaps, val_noise
+from restomod.analysis.health.history import Curves, curves_from_records
+from restomod.analysis.health.noise import autocorrelation_time, blocks, noise_deviation, period
 from restomod.analysis.health.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
-from restomod.analysis.health.trends import autocorrelation_time
 from restomod.config.run import RunConfig
 from restomod.utils.text import counted
 
-Status = Literal["well", "note", "sick", "unknown"]
+Status = Literal["ok", "warning", "fail", "unknown"]
 
-STUCK_AFTER = 100  # updates; by then every model that learns at all has learnt how frequent tokens are
-SHORT = 100  # steps; of fewer, the share that warms up may be a single one
+STUCK_AFTER = 100  # updates; enough for any model that learns to learn the token frequencies
+SHORT = 100  # steps; runs this short may warm up for a single step
 STUCK_WITHIN = 0.5  # nats below ln(V)
-RECENT = 32  # steps whose mean is the level of now
+RECENT = 32  # steps whose mean is the current level
 
 DIVERGED_SIGMAS = 6.0
 DIVERGED_BY = 0.25  # nats
-GRADIENT_GREW = 4.0  # times; by 3 the norm of a healthy small model grew
+GRADIENT_GREW = 4.0  # times; the norm of a healthy small model grew 3 times
 SLOWER = 1.5  # times the milliseconds of the fastest part
 FEWEST_BLOCKS = 4
 
 GAP_SIGMAS = 6.0
 OVERFITTED_BY = 0.3  # nats that the gap has grown by
-VAL_ROSE_BY = 0.1  # nats above its minimum; it is always measured on the same tokens
-VAL_SIGMAS = 5.0  # above what the lowest of them is below their mean
+VAL_ROSE_BY = 0.1  # nats above its minimum; always measured on the same tokens
+VAL_SIGMAS = 5.0  # beyond the expected distance of the minimum from the mean
 BELOW_BY = 0.4  # nats
 NOTABLE_SKIPS = 0.01  # of the steps
+GAPS_AFTER = 128  # steps; before, the training loss falls too fast to be compared with
+VALS_FOR_NOISE = 24  # validations needed to measure their noise
+VAL_NOISE = 0.02  # nats; typical of small batches
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of looking for one symptom."""
+    """Result of looking for one symptom."""
 
     symptom: str
     status: Status
-    """well: not seen; note: seen, and over; sick: seen; unknown: cannot be judged."""
+    """ok: not seen; warning: seen, but over; fail: seen; unknown: cannot be judged."""
     reason: str
 
 
@@ -59,55 +60,55 @@ def find_symptoms(
     Args:
         config: of the run.
         records: of `metrics.jsonl`.
-        lengths: steps after which the data comes to a border, by what that is, such as an epoch.
+        lengths: names and lengths, in steps, of parts of the data, such as an epoch.
     """
-    return find_symptoms_in_curves(config, curves_of_records(records), lengths)
+    return find_symptoms_in_curves(config, curves_from_records(records), lengths)
 
 
 def find_symptoms_in_curves(
     config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None
 ) -> list[Finding]:
-    """Look for every symptom in curves that `restomod.analysis.health.curves.History` has gathered."""
+    """Look for every symptom in curves that `restomod.analysis.health.history.History` collected."""
     return [*(look(config, seen) for look in SYMPTOMS), periodicity(seen, lengths or {})]
 
 
-def seen_now(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that say that the run is not healthy."""
-    return [finding for finding in findings if finding.status == "sick"]
+def failures(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings with status fail."""
+    return [finding for finding in findings if finding.status == "fail"]
 
 
 def not_finite(config: RunConfig, seen: Curves) -> Finding:
     """Losses or gradients that are not finite; their updates were skipped."""
     name, steps = "loss not finite", seen.not_finite
     if not steps:
-        return _quiet(name, seen, "every loss and gradient norm is finite")
+        return _none_seen(name, seen, "every loss and gradient norm is finite")
     times = f"at step {steps[0]}" if len(steps) == 1 else f"at {len(steps)} steps, first at {steps[0]}"
-    return Finding(name, "sick", f"{times}; lower --optim.lr or raise --optim.warmup-steps in a new run")
+    return Finding(name, "fail", f"{times}; lower --optim.lr or raise --optim.warmup-steps in a new run")
 
 
 def skipped_updates(config: RunConfig, seen: Curves) -> Finding:
-    """Updates that were not made because the loss was far off."""
+    """Updates skipped because of the loss, and rollbacks."""
     name, skips = "skipped updates", seen.skipped
     if not skips and not seen.rollbacks:
-        return _quiet(name, seen, "every update was made")
+        return _none_seen(name, seen, "every update was applied")
     parts = [f"{len(skips)} of {seen.steps_seen:,} steps, the last at {skips[-1][0]} ({skips[-1][1]})"] if skips else []
     if seen.rollbacks:
-        parts.append(f"the run went back to a checkpoint {counted(seen.rollbacks, 'time')}")
+        parts.append(f"the run rolled back to a checkpoint {counted(seen.rollbacks, 'time')}")
     often = seen.rollbacks > 0 or len(skips) > max(1, NOTABLE_SKIPS * seen.steps_seen)
-    return Finding(name, "sick" if often else "note", "; ".join(parts))
+    return Finding(name, "fail" if often else "warning", "; ".join(parts))
 
 
 def stuck(config: RunConfig, seen: Curves) -> Finding:
-    """A loss that stays near ln(V), that of a uniform prediction."""
+    """A loss that stays near ln(V), the loss of a uniform prediction."""
     name, guess = "stuck near ln(V)", math.log(config.model.vocab_size)
     if seen.updates < STUCK_AFTER:
         return _too_short(name, seen, STUCK_AFTER)
     level = float(seen.recent_loss[-RECENT:].mean())
     if level < guess - STUCK_WITHIN:
-        return Finding(name, "well", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}")
+        return Finding(name, "ok", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}")
     return Finding(
         name,
-        "sick",
+        "fail",
         f"loss {level:.2f} after {seen.updates:,} updates, and a uniform prediction gives {guess:.2f}: "
         f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model",
     )
@@ -119,43 +120,46 @@ def spikes(config: RunConfig, seen: Curves) -> Finding:
     if seen.updates <= SPIKE_ENOUGH:
         return _too_short(name, seen, SPIKE_ENOUGH + 1)
     if not found:
-        return Finding(name, "well", f"no loss {SPIKE_SIGMAS:.0f} standard deviations above those before")
+        return Finding(name, "ok", f"no loss {SPIKE_SIGMAS:.0f} standard deviations above those before")
     last, largest = found[-1], max(found, key=lambda spike: spike.rise)
     now = float(seen.recent_loss[-RECENT:].mean())
     back = now <= last.mean + max(0.1, 4 * last.deviation * math.sqrt(1 / RECENT + 1 / last.count))
     several = f"{len(found)} of them, the largest " if len(found) > 1 else ""
     reason = f"{several}at step {largest.step}, {largest.rise:.2f} nats above the steps before"
     if back:
-        return Finding(name, "note" if len(found) <= 3 else "sick", f"{reason}; the loss has come back")
-    return Finding(name, "sick", f"{reason}; the loss has not come back: go back to a checkpoint, or lower --optim.lr")
+        return Finding(name, "warning" if len(found) <= 3 else "fail", f"{reason}; the loss has come back")
+    return Finding(name, "fail", f"{reason}; the loss has not come back: go back to a checkpoint, or lower --optim.lr")
 
 
 def diverged(config: RunConfig, seen: Curves) -> Finding:
-    """A loss that has been lower, and rises."""
+    """A loss that rises above its minimum."""
     name, x = "divergence", seen.loss
     width = max(RECENT, len(x) // 20)
     if len(x) < FEWEST_BLOCKS * width:
         return _too_short(name, seen, FEWEST_BLOCKS * width)
     means = blocks(x, width).mean(axis=1)
     lowest = int(means.argmin())
-    before = x[: max(len(x) // 2, len(x) - (len(means) - 1 - lowest) * width)]  # what rises afterwards is no noise
-    rise, error = means[-1] - means[lowest], noise(before) * math.sqrt(2 * autocorrelation_time(before) / width)
+    before = x[: max(len(x) // 2, len(x) - (len(means) - 1 - lowest) * width)]  # a later rise is not noise
+    rise, error = (
+        means[-1] - means[lowest],
+        noise_deviation(before) * math.sqrt(2 * autocorrelation_time(before) / width),
+    )
     if rise <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
         steps = width * seen.row_steps
         return Finding(
-            name, "well", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
+            name, "ok", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
         )
     at = seen.step[len(x) - (len(means) - int(means.argmin())) * width]
     return Finding(
         name,
-        "sick",
+        "fail",
         f"the loss was {means.min():.3f} around step {at:.0f} and is {means[-1]:.3f} now: "
         f"go back to a checkpoint from before, lower --optim.lr",
     )
 
 
 def gradient(config: RunConfig, seen: Curves) -> Finding:
-    """A gradient norm that grows, which comes before many a divergence."""
+    """A growing gradient norm, which often precedes divergence."""
     name = "gradient norm growing"
     x = seen.grad_norm[seen.step >= config.optim.warmup_steps]
     x = x[np.isfinite(x)]
@@ -165,14 +169,14 @@ def gradient(config: RunConfig, seen: Curves) -> Finding:
     levels = np.median(blocks(x, width), axis=1)
     lowest, last = float(levels.min()), float(levels[-1])
     if not last > GRADIENT_GREW * lowest > 0:
-        return Finding(name, "well", f"{last:.2f} now, and {lowest:.2f} to {levels.max():.2f} after the warm-up")
+        return Finding(name, "ok", f"{last:.2f} now, and {lowest:.2f} to {levels.max():.2f} after the warm-up")
     return Finding(
-        name, "sick", f"from {lowest:.2f} to {last:.2f}: a divergence may follow; lower --optim.lr or --optim.betas"
+        name, "fail", f"from {lowest:.2f} to {last:.2f}: a divergence may follow; lower --optim.lr or --optim.betas"
     )
 
 
 def throughput(config: RunConfig, seen: Curves) -> Finding:
-    """Steps that take longer than they did."""
+    """Steps that take longer than before."""
     name, x = "throughput drop", seen.ms[np.isfinite(seen.ms) & (seen.ms > 0)]
     width = max(20, len(x) // 10)
     if len(x) < FEWEST_BLOCKS * width:
@@ -182,42 +186,86 @@ def throughput(config: RunConfig, seen: Curves) -> Finding:
     fast, last = int(levels.argmin()), float(levels[-1])
     apart = np.quantile(parts[-1], 0.25) > np.quantile(parts[fast], 0.75)
     if last <= SLOWER * levels[fast] or not apart:
-        return Finding(name, "well", f"{last:.0f} ms a step now, {levels[fast]:.0f} where it was fastest")
+        return Finding(name, "ok", f"{last:.0f} ms a step now, {levels[fast]:.0f} where it was fastest")
     return Finding(
         name,
-        "sick",
+        "fail",
         f"{last:.0f} ms a step now, {levels[fast]:.0f} before: does something else use the machine, is it too hot, "
         f"or does the data come late (data_ms)?",
     )
 
 
 def warm_up(config: RunConfig, seen: Curves) -> Finding:
-    """A learning rate that begins at its maximum, or never gets there."""
+    """A learning rate that starts at its maximum, or a warm-up that ends after the run."""
     name, optim = "no warm-up", config.optim
     if config.steps <= optim.warmup_steps > 1:
         return Finding(
             "warm-up until the end",
-            "sick",
+            "fail",
             f"all {config.steps} steps lie within the warm-up of {optim.warmup_steps}, so the learning rate ends at "
             f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps",
         )
     if optim.optimizer != "adamw":
-        return Finding(name, "well", f"{optim.optimizer} does without, and warms up for {optim.warmup_steps} steps")
+        return Finding(name, "ok", f"{optim.optimizer} needs none; warm-up of {optim.warmup_steps} steps")
     first = seen.first_rate
     if optim.warmup_steps == 1 and config.steps <= SHORT:
-        return Finding(name, "unknown", f"{config.steps} steps are too few for one")
+        return Finding(name, "unknown", f"{config.steps} steps are too few for a warm-up")
     if optim.warmup_steps <= 1 or (math.isfinite(first) and first > 0.9 * optim.lr):
         return Finding(
             name,
-            "sick",
-            f"the learning rate is {optim.lr:g} from the first step on, when AdamW has seen no gradients: "
+            "fail",
+            f"the learning rate is {optim.lr:g} from the first step on, when AdamW's moments are empty: "
             f"add --optim.warmup-steps",
         )
-    return Finding(name, "well", f"{optim.warmup_steps} steps of {config.steps:,}")
+    return Finding(name, "ok", f"{optim.warmup_steps} steps of {config.steps:,}")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Validation minus training loss at one validation."""
+
+    step: float
+    nats: float
+    train_error: float
+    """Standard error of the training loss."""
+    val_error: float
+    """Bound on the sampling error of the validation tokens, which are the same at every validation."""
+
+    @property
+    def error(self) -> float:
+        return math.hypot(self.train_error, self.val_error)
+
+
+def gaps_of(seen: Curves) -> list[Gap]:
+    """The gaps at all validations with a known training loss."""
+    compared = (seen.val_step >= GAPS_AFTER) & np.isfinite(seen.val_level)
+    train_error = seen.val_level_error * math.sqrt(autocorrelation_time(seen.recent_loss))
+    columns = seen.val_step, seen.val_loss - seen.val_level, train_error, seen.val_error
+    return [Gap(*row) for row in np.column_stack(columns)[compared].tolist()]
+
+
+def latest_gaps(gaps: list[Gap]) -> tuple[Gap, ...]:
+    """The newest gap, and the mean of the newest two, weighted by their precision.
+
+    The newest is the least precise: there are no steps after it yet. The error of the mean allows for both having the
+    same error, as the same steps may be around both.
+    """
+    if len(gaps) == 1:
+        return (gaps[0],)
+    latest = gaps[-2:]
+    weights = [1 / max(gap.train_error, 1e-6) ** 2 for gap in latest]
+    nats, train_error = np.average([(g.nats, g.train_error) for g in latest], axis=0, weights=weights).tolist()
+    return gaps[-1], Gap(gaps[-1].step, nats, train_error, gaps[-1].val_error)
+
+
+def val_noise(seen: Curves) -> float:
+    """Standard deviation of the validation losses around their trend; `VAL_NOISE` where they are few."""
+    latest = seen.val_loss[-2 * VALS_FOR_NOISE :]
+    return noise_deviation(np.diff(latest)) / math.sqrt(3) if len(latest) >= VALS_FOR_NOISE else VAL_NOISE
 
 
 def overfitting(config: RunConfig, seen: Curves) -> Finding:
-    """A validation loss that rises, or stays behind, while the training loss falls."""
+    """A validation loss that rises or lags while the training loss falls."""
     name, gaps = "overfitting", gaps_of(seen)
     if len(gaps) < 2:
         return _no_gap(name, seen, 2)
@@ -228,7 +276,7 @@ def overfitting(config: RunConfig, seen: Curves) -> Finding:
     if rise > allowed and now <= near + GAP_SIGMAS * error:
         return Finding(
             name,
-            "sick",
+            "fail",
             f"the validation loss was {seen.val_loss[lowest]:.4f} at step {seen.val_step[lowest]:.0f} and is "
             f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps",
         )
@@ -239,11 +287,11 @@ def overfitting(config: RunConfig, seen: Curves) -> Finding:
         if grew > allowed and last.nats > OVERFITTED_BY:
             return Finding(
                 name,
-                "sick",
+                "fail",
                 f"the validation loss is {last.nats:.2f} above the training loss at step {last.step:.0f}, and was "
                 f"{first.nats:+.2f} from it before: more data, or fewer steps",
             )
-    return _gap_is_well(name, gaps[-1])
+    return _gap_ok(name, gaps[-1])
 
 
 def below(config: RunConfig, seen: Curves) -> Finding:
@@ -255,15 +303,15 @@ def below(config: RunConfig, seen: Curves) -> Finding:
         if gap.nats < -math.hypot(BELOW_BY, GAP_SIGMAS * gap.error):
             return Finding(
                 name,
-                "sick",
+                "fail",
                 f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the validation text is easier, is in the training "
                 f"text too and memorised, or the two losses are computed differently",
             )
-    return _gap_is_well(name, gaps[-1])
+    return _gap_ok(name, gaps[-1])
 
 
 def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
-    """A loss that repeats itself, as with data that is not shuffled."""
+    """A periodic loss, as with data that is not shuffled."""
     name, needed = "periodic loss", 4 * 128 // 3 + 1
     if seen.updates < needed:
         return _too_short(name, seen, needed)
@@ -271,15 +319,15 @@ def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
     if found is None and seen.row_steps > 1 and (rows := period(seen.loss)) is not None:
         found = rows * seen.row_steps  # longer than the newest steps can show
     if found is None:
-        return Finding(name, "well", "no wave and no repetition in its noise")
-    known = next((what for what, steps in lengths.items() if abs(found / steps - 1) < 0.03), None)
+        return Finding(name, "ok", "the loss has no period")
+    known = next((part for part, steps in lengths.items() if abs(found / steps - 1) < 0.03), None)
     of = f", the length of {known}" if known else ""
-    return Finding(name, "sick", f"it repeats itself every {found:.0f} steps{of}: is the data shuffled, as a whole?")
+    return Finding(name, "fail", f"period of {found:.0f} steps{of}: is the data shuffled, as a whole?")
 
 
-def _gap_is_well(name: str, gap: Gap) -> Finding:
+def _gap_ok(name: str, gap: Gap) -> Finding:
     return Finding(
-        name, "well", f"validation minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
+        name, "ok", f"validation minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
     )
 
 
@@ -293,8 +341,8 @@ def _too_short(name: str, seen: Curves, needed: int) -> Finding:
     return Finding(name, "unknown", f"needs {needed:,} steps, and there are {seen.updates:,}")
 
 
-def _quiet(name: str, seen: Curves, reason: str) -> Finding:
-    return Finding(name, "well", reason) if seen.steps_seen else Finding(name, "unknown", "no step has been made yet")
+def _none_seen(name: str, seen: Curves, reason: str) -> Finding:
+    return Finding(name, "ok", reason) if seen.steps_seen else Finding(name, "unknown", "no step is recorded yet")
 
 
 SYMPTOMS: tuple[Callable[[RunConfig, Curves], Finding], ...] = (

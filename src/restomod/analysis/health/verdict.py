@@ -1,55 +1,55 @@
-"""The verb `verdict`: is a run healthy? What its numbers, its data, its weights and a reference say."""
+"""Command `verdict`: the health of a run, from its metrics, weights and reference loss."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from restomod.analysis.health.dead_layers import dead_layers
-from restomod.analysis.health.reference_loss import reference
-from restomod.analysis.health.symptoms import Finding, find_symptoms, seen_now
+from restomod.analysis.health.dead_layers import find_dead_layers
+from restomod.analysis.health.reference_loss import check_reference_loss
+from restomod.analysis.health.symptoms import Finding, failures, find_symptoms
 from restomod.runs.metrics import iterate_jsonl
 from restomod.runs.reader import Run
 from restomod.utils.errors import UserError
+from restomod.utils.text import counted
 
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """What was found in a run."""
+    """Findings about a run."""
 
     run: str
     step: int
-    """Updates made so far."""
+    """Updates so far."""
     steps: int
     """Updates planned."""
     findings: list[Finding]
 
     @property
     def healthy(self) -> bool:
-        """Whether no symptom was seen."""
-        return not seen_now(self.findings)
+        """Whether no symptom failed."""
+        return not failures(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        findings = [{"symptom": f.symptom, "status": f.status, "reason": f.reason} for f in self.findings]
         return {
             "run": self.run,
             "healthy": self.healthy,
             "step": self.step,
             "steps": self.steps,
-            "findings": findings,
+            "findings": [asdict(finding) for finding in self.findings],
         }
 
     def summary(self) -> str:
         """One line."""
-        sick = seen_now(self.findings)
+        failed = failures(self.findings)
         unknown = sum(f.status == "unknown" for f in self.findings)
-        notes = sum(f.status == "note" for f in self.findings)
-        parts = [f"{len(self.findings) - unknown} symptoms looked for"]
-        parts += [f"{notes} to look at"] if notes else []
+        warnings = sum(f.status == "warning" for f in self.findings)
+        parts = [f"{len(self.findings) - unknown} symptoms checked"]
+        parts += [counted(warnings, "warning")] if warnings else []
         parts += [f"{unknown} cannot be judged"] if unknown else []
-        what = "healthy" if not sick else f"not healthy: {', '.join(f.symptom for f in sick)}"
+        what = "healthy" if not failed else f"not healthy: {', '.join(f.symptom for f in failed)}"
         return f"{self.run}, step {self.step:,} of {self.steps:,}: {what} ({', '.join(parts)})"
 
 
@@ -69,9 +69,9 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
         if not list(iterate_jsonl(path, damage.append)) and damage:
             raise UserError(f"{path} is damaged: no line of it can be read, so the run cannot be judged")
     findings = find_symptoms(run.config, run.records, data_lengths(run))
-    findings.append(reference(run))
+    findings.append(check_reference_loss(run))
     if weights:
-        findings.append(dead_layers(run))
+        findings.append(find_dead_layers(run))
     made = run.train[-1]["step"] + 1 if run.train else 0
     return RunVerdict(str(run.folder), made, run.config.steps, findings)
 

@@ -1,4 +1,4 @@
-"""Curves of a run, with fewer points and all spikes: what a page can hold of a hundred thousand steps."""
+"""Curves of a run for a page: thinned to few points, all spikes kept."""
 
 from __future__ import annotations
 
@@ -10,32 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from restomod.analysis.health.curves import LARGEST
+from restomod.analysis.health.history import number
 from restomod.runs.reader import Record, Run
 
-POINTS = 1600  # of a curve: more than a screen has columns, and tens of kilobytes
-MEANS = 400  # points of a mean
-DIGITS = 6  # significant ones
-
-
-def number(value: Any) -> float:
-    """A number that a record holds, or NaN for anything else: null, text, infinity, what no sum could hold."""
-    good = type(value) in (int, float) and abs(value) < LARGEST
-    return float(value) if good else math.nan
+POINTS = 1600  # points of a curve: more than a screen has columns, and tens of kilobytes
+MEANS = 400  # points of a moving mean
+DIGITS = 6  # significant digits
 
 
 def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
-    """Which of n points to keep so that a curve looks the same.
-
-    Of every range of neighbours the lowest and the highest point are kept, and the first and last of all, so no spike
-    is lost, be it a single step.
+    """Choose the points of a curve to keep: the minimum and maximum of each range, and the first and last point.
 
     Args:
-        y: shape (n,); NaN where there is no number.
-        points: keep about so many.
+        y: (n,); NaN where there is no value.
+        points: about how many to keep.
 
     Returns:
-        Rising indices, shape (m,), m <= points + 2.
+        Increasing indices, (m,), m <= points + 2.
     """
     n = len(y)
     if n <= points:
@@ -52,10 +43,7 @@ def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
 
 
 def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each number and its neighbours, ``width`` together, NaN left out, shape (n,).
-
-    Near the ends there are as few on one side as there can be on the other, so that the mean does not lag behind.
-    """
+    """Centred moving mean over ``width`` values, (n,), NaN ignored; the window shrinks symmetrically at both ends."""
     n, good = len(y), ~np.isnan(y)
     sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(good, y, 0.0), good))
     at = np.arange(n)
@@ -67,25 +55,26 @@ def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Clock:
-    """How long a run had spent in steps before each of them."""
+    """Time spent in steps."""
 
     steps: np.ndarray
+    """(n,)"""
     hours: np.ndarray
-    """One more than `steps`: the last is the end."""
+    """(n + 1,): hours before each step, and in all."""
 
     @classmethod
-    def of(cls, train: Sequence[Record]) -> Clock:
+    def from_records(cls, train: Sequence[Record]) -> Clock:
         ms = np.nan_to_num(np.array([number(record.get("ms")) for record in train]))
         steps = np.array([record["step"] for record in train], dtype=np.int64)
         return cls(steps, np.concatenate([[0.0], np.cumsum(ms)]) / 3.6e6)
 
     def at(self, steps: np.ndarray) -> np.ndarray:
-        """Hours in steps before each of ``steps``."""
+        """Hours spent before each of ``steps``."""
         return self.hours[np.searchsorted(self.steps, steps)]
 
 
-def thinned_curve(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
-    """A thinned curve for JSON: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
+def curve_as_json(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
+    """A thinned curve: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
     kept = thin(y, points)
     return {
         "x": steps[kept].tolist(),
@@ -95,45 +84,43 @@ def thinned_curve(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = 
 
 
 def rounded(value: float) -> float | None:
-    """A number with as many digits as a picture shows, None for NaN."""
+    """Round to `DIGITS` significant digits; None for NaN."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def page_curves(run: Run) -> dict[str, Any]:
-    """All curves of a run for a page: ``train`` metrics, means of noisy ones, ``val`` and ``tasks``; empty ones left
-    out.
-    """
+def run_curves(run: Run) -> dict[str, Any]:
+    """Curves by name: training metrics, moving means of noisy ones, and ``val``; empty ones are left out."""
     train = run.train
     steps = np.array([record["step"] for record in train], dtype=np.int64)
-    clock = Clock.of(train)
+    clock = Clock.from_records(train)
     made: dict[str, Any] = {}
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
         y = np.array([number(record.get(name)) for record in train])
         if not len(y) or np.isnan(y).all():
             continue
-        made[name] = thinned_curve(steps, y, clock)
+        made[name] = curve_as_json(steps, y, clock)
         width = len(y) // 100 | 1
         if name != "lr" and width > 1:
             kept = np.unique(np.linspace(0, len(y) - 1, MEANS).astype(int))
-            made[f"{name}_mean"] = thinned_curve(steps[kept], centred_mean(y, width)[kept], clock) | {"over": width}
+            made[f"{name}_mean"] = curve_as_json(steps[kept], centred_mean(y, width)[kept], clock) | {"over": width}
     val = run.val
     if val:
         at = np.array([record["step"] for record in val], dtype=np.int64)
-        made["val"] = thinned_curve(at, np.array([number(record.get("loss")) for record in val]), clock)
+        made["val"] = curve_as_json(at, np.array([number(record.get("loss")) for record in val]), clock)
     return made
 
 
 def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Accuracies along the way, by task: of the records of validations, and of `restomod eval`.
+    """Accuracies during training, by task, from validations and from `restomod eval`.
 
-    Those of as many examples follow each other by step, the smaller samples first; between samples of different sizes
-    stands a point without a value, so that no line joins them.
+    Points are ordered by number of examples, then by step; a point without a value separates different numbers of
+    examples, so that no line joins them.
 
     Args:
         run: the run.
-        metric_of: the metric to show of each task.
+        metric_of: metric to show, by task.
     """
-    clock = Clock.of(run.train)
+    clock = Clock.from_records(run.train)
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
     for record in [*run.records, *run.evaluations]:
         task, step = record.get("task"), record.get("step")
@@ -152,15 +139,15 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
 
 
 def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str, clock: Clock) -> dict[str, Any]:
-    """The points of a task, by number of examples (0: not said) and step."""
+    """The curve of a task from its points, by number of examples (0: unknown) and step."""
     sizes = {n for n, _ in points if n}
-    if len(sizes) == 1:  # what does not say its size is taken to be of the only one
+    if len(sizes) == 1:  # points of unknown size are assumed to have the only known one
         points = {(max(sizes), step): value for (_, step), value in sorted(points.items())}
     made: dict[str, Any] = {"metric": metric, "x": [], "y": [], "error": [], "examples": []}
     kept: list[tuple[int, int]] = []
     for _, same_size in itertools.groupby(sorted(points), key=lambda point: point[0]):
-        curve_of = list(same_size)
-        kept += [curve_of[i] for i in thin(np.array([points[point][0] for point in curve_of]))]
+        keys = list(same_size)
+        kept += [keys[i] for i in thin(np.array([points[key][0] for key in keys]))]
     for n, step in kept:
         value, error = points[n, step]
         if made["examples"] and made["examples"][-1] != n:
@@ -173,6 +160,6 @@ def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str,
 
 
 def sample_sizes(points: dict[str, Any]) -> str:
-    """Of how many examples the points of a task are: "200 and 10,042 examples"; nothing where that is not said."""
+    """Numbers of examples of a task's points: "200 and 10,042 examples"; empty where unknown."""
     sizes = [f"{n:,}" for n in sorted(set(points["examples"]) - {0})]
     return f"{' and '.join(sizes)} examples" if sizes else ""

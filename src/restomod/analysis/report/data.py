@@ -1,78 +1,86 @@
-"""A run as the JSON object that the page, the Markdown and the pictures are made of. Needs no torch.
+"""A run as one JSON object, of which the page, the Markdown and the pictures are made. Needs no torch.
 
-All text in it is shown as text and nothing else, by whoever shows it.
+Its texts are data: whoever shows them escapes them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import math
+import re
+import shlex
 import time
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
 
-from restomod.analysis.report.config import (
-    changed_settings,
-    describe_model,
-    environment_rows,
-    newest_checkpoint,
-    preset_of,
-    shown_settings,
-)
-from restomod.analysis.report.curves import number, page_curves, task_curves
-from restomod.analysis.report.evals import HEADLINES, evaluation_tables, lines_of
-from restomod.analysis.report.examined import examined
-from restomod.analysis.report.usage import Prices, Usage, flops_text, quantity, usage, usage_rows
-from restomod.config.presets import preset
+from restomod.analysis.health.history import number
+from restomod.analysis.report.curves import run_curves, task_curves
+from restomod.analysis.report.evals import HEADLINES, evaluation_tables, reference_lines
+from restomod.analysis.report.usage import HourlyRates, Usage, flops_text, run_usage, usage_rows
+from restomod.config.presets import PRESETS, is_preset, preset
+from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
+from restomod.data.manifest import Count
 from restomod.runs.config_diff import trains_on_fineweb_edu
-from restomod.runs.reader import Record, Run
-from restomod.utils.text import duration
+from restomod.runs.reader import Finite, Record, Run, Text, read_optional
+from restomod.utils.json_files import as_tuple
+from restomod.utils.redaction import redact_command
+from restomod.utils.text import duration, short_count
 
-SAMPLED_STEPS = 40  # of which samples are kept
+SAMPLED_STEPS = 40  # steps whose samples are shown, at most
 SAMPLE_CHARACTERS = 4000
-EVENTS = 200  # and starts, that are shown
-SILENT = 120.0  # seconds without a record after which a run is no longer called going on
+EVENTS = 200  # events and starts shown, at most
+SILENT = 120.0  # seconds without a record after which a run counts as stopped
+
+ERRORS_FILE = "error_analysis.json"
+ERRORS_FORMAT = "restomod-error-analysis-1"
 
 
-def page_run(run: Run, name: str, prices: Prices, now: float | None = None) -> dict[str, Any]:
-    """Everything that a report says of a run, as values of JSON.
+def run_data(run: Run, name: str, rates: HourlyRates, now: float | None = None) -> dict[str, Any]:
+    """All that a report shows of a run, as JSON values.
 
     Args:
         run: the run.
-        name: what to call it.
-        prices: what the machine costs, if that is known.
-        now: seconds since 1970; None: the time it is.
+        name: its name in the report.
+        rates: price and power of the machine.
+        now: seconds since 1970; None: the current time.
     """
-    used = usage(run)
+    used = run_usage(run)
     name_of_preset = preset_of(run)
-    state, remark = status(run, used, time.time() if now is None else now)
+    state, remark = run_state(run, used, time.time() if now is None else now)
     return {
         "name": name,
         "folder": str(run.folder),
         "state": state,
         "remark": remark,
         "about": about(run),
-        "figures": figures(run, used, prices),
+        "figures": headline_numbers(run, used, rates),
         "batch_tokens": run.config.batch_tokens,
-        "curves": page_curves(run),
+        "curves": run_curves(run),
         "tasks": task_curves(run, HEADLINES),
-        "lines": lines_of(run),
+        "lines": reference_lines(run),
         "fineweb_edu": trains_on_fineweb_edu(run),
         "events": events(run),
         "evaluations": evaluation_tables(run),
-        "examined": examined(run, newest_checkpoint(run.folder)),
+        "error_analysis": error_analysis_or_reason(run),
         "samples": samples(run),
         "preset": name_of_preset,
         "changed": [list(row) for row in changed_settings(run.config, preset(name_of_preset))],
         "settings": [list(row) for row in shown_settings(to_dict(run.config)).items()],
         "environments": [[list(row) for row in environment_rows(e)] for e in run.environments[:EVENTS]],
-        "usage": [list(row) for row in usage_rows(used, prices)],
+        "usage": [list(row) for row in usage_rows(used, rates)],
     }
 
 
 def about(run: Run) -> list[list[str]]:
-    """What was trained on what, as names and values."""
+    """Names and values: model, data, machine."""
     manifest = run.manifest
     tokens = manifest.get("tokens")
     data = str(manifest.get("name") or run.config.data.source)
@@ -87,96 +95,211 @@ def about(run: Run) -> list[list[str]]:
     ]
 
 
-def losses(run: Run) -> list[tuple[int, float]]:
-    """Steps and validation losses, those that are numbers."""
-    return [(r["step"], number(r.get("loss"))) for r in run.val if math.isfinite(number(r.get("loss")))]
+def _numbers(records: Sequence[Record], name: str) -> list[float]:
+    """The finite values of a metric, in the order of the records."""
+    return [value for record in records if math.isfinite(value := number(record.get(name)))]
 
 
-def figures(run: Run, used: Usage, prices: Prices) -> list[list[str]]:
-    """The few numbers that matter most: name, value, remark."""
+def headline_numbers(run: Run, used: Usage, rates: HourlyRates) -> list[list[str]]:
+    """The most important numbers: name, value, remark."""
     rows = []
-    val = losses(run)
-    train = [number(r.get("loss")) for r in run.train if math.isfinite(number(r.get("loss")))]
+    val = [(loss, r["step"]) for r in run.val if math.isfinite(loss := number(r.get("loss")))]
+    train = _numbers(run.train, "loss")[-20:]
     if val:
-        step, loss = val[-1]
-        best_step, best = min(val, key=lambda at: at[1])
-        better = f"best {best:.4f} at step {best_step:,}" if best < loss else f"step {step:,}, the lowest"
-        rows.append(["Validation loss", f"{loss:.4f}", better])
+        (loss, step), (best, best_step) = val[-1], min(val)
+        remark = f"best {best:.4f} at step {best_step:,}" if best < loss else f"step {step:,}, the lowest"
+        rows.append(["Validation loss", f"{loss:.4f}", remark])
     elif train:
-        rows.append(["Training loss", f"{np.mean(train[-20:]):.4f}", f"mean of the last {len(train[-20:])} steps"])
+        rows.append(["Training loss", f"{np.mean(train):.4f}", f"mean of the last {len(train)} steps"])
     for task, points in task_curves(run, HEADLINES).items():
         # the newest; at one step that of the most examples
-        step, n, share = max(
-            (x, n, y) for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True) if y is not None
-        )
+        columns = zip(points["x"], points["examples"], points["y"], strict=True)
+        step, n, share = max(point for point in columns if point[2] is not None)
         of = f", {n:,} examples" if n else ""
         rows.append([f"{task}, {points['metric']}", f"{100 * share:.1f} %", f"step {step:,}{of}"])
-    rows.append(["Tokens", quantity(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
-    speeds = [number(r.get("tokens_per_second")) for r in run.train]
-    speeds = [speed for speed in speeds if math.isfinite(speed)]
-    if speeds:
-        utilisation = [number(r.get("mfu")) for r in run.train if math.isfinite(number(r.get("mfu")))]
+    rows.append(["Tokens", short_count(used.tokens), f"step {used.steps:,} of {run.config.steps:,}"])
+    if speeds := _numbers(run.train, "tokens_per_second"):
+        utilisation = _numbers(run.train, "mfu")
         mfu = f", MFU {np.median(utilisation):.1%}" if utilisation else ""
         rows.append(["Tokens/s", f"{np.median(speeds):,.0f}", f"median of the steps{mfu}"])
-    if used.wall is None or used.idle is None:
-        rows.append(["Time in steps", duration(used.in_steps), "the wall clock is not known"])
+    if used.wall is None or used.overhead is None:
+        rows.append(["Time in steps", duration(used.in_steps), "the wall clock is unknown"])
     else:
-        rows.append(["Wall clock", duration(used.wall), f"{duration(used.idle)} of it not in steps"])
+        rows.append(["Wall clock", duration(used.wall), f"{duration(used.overhead)} of it overhead"])
     rows.append(["Compute", flops_text(used.flops), "FLOPs of the model"])
-    if prices.per_hour is not None:
-        rows.append(["Cost", f"${used.cost(prices.per_hour):,.2f}", used.priced(prices.per_hour)])
+    if rates.per_hour is not None:
+        rows.append(["Cost", f"${used.cost(rates.per_hour):,.2f}", used.priced(rates.per_hour)])
     return rows
 
 
-def status(run: Run, used: Usage, now: float) -> tuple[str, str]:
-    """Whether a run is finished, running, stopped or has not begun, and a remark."""
+def run_state(run: Run, used: Usage, now: float) -> tuple[str, str]:
+    """State of a run (finished, running, stopped or waiting), and a remark."""
     config, train = run.config, run.train
-    newest = max((at for r in run.records if math.isfinite(at := number(r.get("time")))), default=None)
-    slowest = max((number(r.get("ms")) / 1000 for r in train[-50:] if math.isfinite(number(r.get("ms")))), default=0.0)
+    newest = max(_numbers(run.records, "time"), default=None)
+    recent = _numbers(train[-50:], "ms")
     loss = number(train[-1].get("loss")) if train else math.nan
     if used.steps >= config.steps or (config.target_loss is not None and loss <= config.target_loss):
         return "finished", f"after {used.steps:,} steps"
     where = f"step {used.steps:,} of {config.steps:,}"
     if newest is None:
         return ("stopped", where) if train else ("waiting", "nothing is logged yet")
-    quiet = now - newest
-    if quiet > max(SILENT, 20 * slowest):
-        return "stopped", f"{where}; nothing logged for {duration(quiet)}"
-    steps_left = config.steps - used.steps
-    recent = [number(r.get("ms")) for r in train[-50:] if math.isfinite(number(r.get("ms")))]
-    left = f"; about {duration(steps_left * float(np.median(recent)) / 1000)} left" if recent else ""
-    return "running", where + left
+    silent = now - newest
+    if silent > max(SILENT, 20 * max(recent, default=0.0) / 1000):
+        return "stopped", f"{where}; nothing logged for {duration(silent)}"
+    left = (config.steps - used.steps) * float(np.median(recent)) / 1000 if recent else None
+    return "running", where if left is None else f"{where}; about {duration(left)} left"
 
 
 def events(run: Run) -> list[list[Any]]:
-    """What went wrong along the way, as steps and words: updates refused, returns to a checkpoint, new starts."""
+    """Skipped updates, rollbacks and restarts: step (None: unknown) and description."""
     found: list[list[Any]] = []
     for record in run.records:
         step = record["step"]
         if record["kind"] == "rollback":
-            found.append([step, f"went back here from step {record.get('failed_step')}, past the data in between"])
+            found.append([step, f"rolled back from step {record.get('failed_step')}, skipping the data in between"])
         elif record["kind"] == "train" and "skipped" in record:
-            found.append([step, f"no update: {record['skipped']}"])
+            found.append([step, f"update skipped: {record['skipped']}"])
         elif record["kind"] == "train" and not math.isfinite(number(record.get("loss"))):
             found.append([step, "the loss is not a finite number"])
-    if len(run.environments) > 1:
-        for environment in run.environments[1:]:
-            found.append([None, f"resumed {environment.get('started', '')}"])
+    found += [[None, f"resumed {environment.get('started', '')}"] for environment in run.environments[1:]]
     more = len(found) - EVENTS
     return [*found[:EVENTS], [None, f"and {more:,} more"]] if more > 0 else found
 
 
 def samples(run: Run) -> list[Record]:
-    """What the model wrote, of at most `SAMPLED_STEPS` steps spread over the run, the first and last among them."""
+    """Samples of at most `SAMPLED_STEPS` steps spread over the run, the first and the last among them."""
     steps = sorted({record["step"] for record in run.samples})
     if len(steps) > SAMPLED_STEPS:
         steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))]
     return [
-        {
-            "step": record["step"],
-            "prompt": record["prompt"][:SAMPLE_CHARACTERS],
-            "text": record["text"][:SAMPLE_CHARACTERS],
-        }
+        {"step": record["step"]} | {key: record[key][:SAMPLE_CHARACTERS] for key in ("prompt", "text")}
         for record in run.samples
         if record["step"] in set(steps)
     ]
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def shown_settings(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested settings to dotted names and JSON values."""
+    made: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            made |= shown_settings(value, f"{prefix}{key}.")
+        else:
+            made[prefix + key] = json.dumps(value, ensure_ascii=False)
+    return made
+
+
+def changed_settings(config: RunConfig, other: RunConfig) -> list[tuple[str, str, str]]:
+    """Every setting with different values: name, value in ``config``, value in ``other``."""
+    mine, theirs = shown_settings(to_dict(config)), shown_settings(to_dict(other))
+    return [(name, value, theirs[name]) for name, value in mine.items() if value != theirs[name]]
+
+
+def preset_of(run: Run) -> str:
+    """The preset that a run was started from, by its first command; else the most similar one."""
+    command = run.environments[0].get("command") if run.environments else None
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    named = [after for word, after in itertools.pairwise(words) if word == "train" and is_preset(after)]
+    return named[0] if named else min(PRESETS, key=lambda name: len(changed_settings(run.config, preset(name))))
+
+
+def describe_model(config: RunConfig) -> str:
+    """A model's shape and the parts that are not GPT-2's, in one line."""
+    model = config.model
+    default = type(model)()
+    sizes = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, {model.n_positions:,} positions"
+    parts = [
+        f"{field.name} {value}"
+        for field in dataclasses.fields(model)
+        if field.name not in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+        and (value := getattr(model, field.name)) != getattr(default, field.name)
+    ]
+    return f"{sizes}; {', '.join(parts)}" if parts else f"{sizes}; GPT-2 architecture"
+
+
+def environment_rows(environment: Record) -> list[tuple[str, str]]:
+    """Names and values of a `restomod.runs.reader.Environment`; the command without ``--then`` and secrets."""
+    rows = []
+    for name, value in environment.items():
+        if isinstance(value, list):  # the command
+            value = " ".join(["restomod", *map(shlex.quote, redact_command(value[1:]))])
+        rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
+    return rows
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The name of a run's newest checkpoint folder."""
+    names = [path.name for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return max(names, key=lambda name: int(name.removeprefix("step_")), default=None)
+
+
+# --- error analysis --------------------------------------------------------------------------------------------------
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TokenKind(TypedDict):
+    name: Text
+    meaning: Text
+    loss: Finite
+    share: Share
+    """Share of the tokens."""
+    of_loss: Finite
+    """Share of the total loss."""
+
+
+class Positions(TypedDict):
+    """Mean losses ``y`` by position ``x`` in the window."""
+
+    x: list[Annotated[float, Field(gt=0, le=1e12)]]
+    y: list[Finite]
+
+
+class SourceLoss(TypedDict):
+    name: Text
+    loss: Finite
+    tokens: Count
+
+
+class Passage(TypedDict):
+    loss: Finite
+    before: Text
+    tokens: list[Annotated[tuple[Text, Finite], BeforeValidator(as_tuple)]]
+
+
+class ErrorAnalysis(TypedDict):
+    """Content of `error_analysis.json`; losses are in nats per token."""
+
+    format: Literal["restomod-error-analysis-1"]
+    checkpoint: Text
+    step: Count
+    asked: Count
+    tokens: Count
+    loss: Finite
+    kinds: Annotated[list[TokenKind], Field(min_length=1)]
+    positions: Positions
+    sources: list[SourceLoss]
+    best: list[Passage]
+    worst: list[Passage]
+
+
+def read_error_analysis(run: Run) -> Record | None:
+    """The error analysis in a run's folder; None where there is none, or (with a warning) where it is damaged."""
+    values = read_optional(run.folder / ERRORS_FILE, "error analysis", ErrorAnalysis, run.warn)
+    if values is not None and len(values["positions"]["x"]) != len(values["positions"]["y"]):
+        run.warn(f"warning: left out: {run.folder / ERRORS_FILE} is damaged: its positions differ in length")
+        return None
+    return None if values is None else dict(values)
+
+
+def error_analysis_or_reason(run: Run) -> dict[str, Any]:
+    """The error analysis and a ``remark`` on its age, or the ``reason`` why there is none."""
+    values, newest = read_error_analysis(run), newest_checkpoint(run.folder)
+    if values is None:
+        how = f"`restomod report {run.folder} --error-analysis` makes it"
+        return {"reason": how if newest else "the run has no checkpoint yet"}
+    old = newest is not None and values["checkpoint"] != newest
+    return values | {"remark": f"There is a newer checkpoint, {newest}: repeat --error-analysis." if old else ""}

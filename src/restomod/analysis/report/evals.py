@@ -1,11 +1,11 @@
-"""Evaluations of a run as tables: what `restomod eval` measured, beside what is published."""
+"""Evaluations of a run as tables: results of `restomod eval` beside published ones."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from restomod.analysis.report.curves import number
+from restomod.analysis.health.history import number
 from restomod.data.manifest import is_fineweb_edu
 from restomod.evals.tasks.references import GPT2
 from restomod.evals.tasks.registry import TASKS, is_whole, references
@@ -17,17 +17,15 @@ VALIDATION = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits
 
 
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
-    """Whether a validation loss is of FineWeb-Edu; one that does not name its data is of the run's."""
+    """Whether a validation loss was measured on FineWeb-Edu; the default is the run's data."""
     data = values.get("data")
     if data is None or data.get("fingerprint") == run.manifest.get("fingerprint"):
         return trains_on_fineweb_edu(run)
     return is_fineweb_edu(data)
 
 
-def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Published numbers to draw as lines: GPT-2's loss, where the data is FineWeb-Edu, and its accuracies, where a task
-    was asked as a whole.
-    """
+def reference_lines(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Published values to draw as lines, by chart: GPT-2's loss on FineWeb-Edu, its accuracies on complete tasks."""
     whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
     found: dict[str, list[dict[str, Any]]] = {}
     for task, metric in {"validation": "loss", **HEADLINES}.items():
@@ -43,10 +41,11 @@ def lines_of(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def evaluation_tables(run: Run) -> list[dict[str, Any]]:
-    """A table per task: every evaluation of the run, newest step first, then published results.
+    """One table per task: evaluations of the run, newest step first, then published results.
 
     Returns:
-        Objects with ``task``, ``columns`` (names of metrics) and ``rows``: a name, a value per column, a remark.
+        Objects with ``task``, ``columns`` (metrics), ``rows`` (name, a value per column, remark) and ``own``, the
+        number of rows of the run itself.
     """
     by_task: dict[str, list[Record]] = {}
     for values in run.evaluations:
@@ -77,7 +76,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
 
 
 def _metrics(values: Record) -> dict[str, str]:
-    """Names and values, with standard errors, as text."""
+    """Values of metrics with their standard errors, as text."""
     metrics = values.get("metrics")
     given = {name: values.get(name) for name in VALIDATION if name in values} if metrics is None else metrics
     shown = {}
@@ -101,6 +100,6 @@ def _asked(values: Record, run: Run) -> str:
     parts += [f"{tokens:,} tokens"] if tokens is not None else []
     data = values.get("data")
     if data is not None and data.get("fingerprint") != run.manifest.get("fingerprint"):
-        parts.append(f"of {data.get('name')}, which is not the run's data")
+        parts.append(f"of {data.get('name')}, not the run's data")
     parts += [str(values["convention"])] if values.get("convention") else []
     return "; ".join(parts)

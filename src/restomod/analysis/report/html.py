@@ -1,7 +1,7 @@
-"""The page: one file of HTML that needs no other and asks nothing of a network.
+"""Report page: one self-contained HTML file without network access.
 
-Its policy allows two scripts, by their hashes: ours and plotly's. The data is JSON that no parser of HTML can leave,
-and is set into the page as text; so nothing that a run contains is ever run or read as markup.
+Its Content-Security-Policy allows two scripts, by hash: the page's and plotly's. The data is escaped JSON, shown as
+text, so that no content of a run is executed or parsed as markup.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from restomod.utils.errors import UserError
 
 
 def footer(now: float | None = None) -> str:
-    """Who made a report, and when."""
+    """Version and time of a report."""
     return f"restomod {restomod.__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(now))}"
 
 
 def json_safe(value: Any) -> Any:
-    """A value as JSON can hold it: numbers that are not finite become null."""
+    """Convert to JSON values; numbers that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -36,17 +36,17 @@ def json_safe(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """JSON that is the same text within a script element: ASCII, without < > and &."""
+    """JSON that is safe within a script element: ASCII, without < > and &."""
     text = json.dumps(json_safe(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def as_page(data: dict[str, Any]) -> str:
-    """The page of a report.
+    """Build the page of a report.
 
     Args:
-        data: ``title``, ``footer`` and ``runs`` (see `restomod.analysis.report.data.page_run`); for a page that
-            follows a run ``live``, ``seconds`` between questions, ``version``, and ``waiting`` while there is no run.
+        data: ``title``, ``footer`` and ``runs`` (see `restomod.analysis.report.data.run_data`); for a live page also
+            ``live``, ``seconds`` between requests, ``version``, and ``waiting`` while there is no run.
 
     Raises:
         UserError: plotly is missing.
@@ -59,16 +59,16 @@ def as_page(data: dict[str, Any]) -> str:
         "PLOTLY": _plotly()[1],
         "SCRIPT": _script(),
     }
-    pieces = _part("page.html").split("@")  # no part is looked into: what it holds cannot be taken for a place
+    pieces = _part("page.html").split("@")  # parts are not split, so that an @ in them is harmless
     return "".join(parts.get(piece, piece) for piece in pieces)
 
 
 @functools.cache
 def policy(live: bool) -> str:
-    """What a page may do, as its Content-Security-Policy: its two scripts, its own styles, and nothing from elsewhere.
+    """Content-Security-Policy of a page: its two scripts, inline styles, nothing from elsewhere.
 
     Args:
-        live: whether it asks the server that it comes from for news.
+        live: allow requests to the page's own server.
 
     Raises:
         UserError: plotly is missing.
@@ -85,7 +85,7 @@ def _script() -> str:
 
 
 def _hash(script: str) -> str:
-    """How a page's policy names a script."""
+    """Hash of a script for a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
@@ -96,7 +96,7 @@ def _part(name: str) -> str:
 
 @functools.cache
 def _plotly() -> tuple[str, str]:
-    """plotly.js, and the same compressed and in base64: a third of the size."""
+    """plotly.js as text, and gzipped in base64."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as e:

@@ -1,4 +1,4 @@
-"""A report as Markdown (GitHub's): numbers and texts without curves, or with pictures of them."""
+"""Report as GitHub Markdown: numbers and texts, and pictures of the curves if there are any."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from restomod.utils.text import markdown_cell
 
 
 def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), beside: Path = Path()) -> str:
-    """A report.
+    """Build a report.
 
     Args:
         data: see `restomod.analysis.report.html.as_page`.
-        pictures: to show, PNG files.
-        beside: folder of the report, from which pictures are found.
+        pictures: PNG files to show.
+        beside: folder of the report, to which links are relative.
     """
     runs = data["runs"]
     lines = [f"# {markdown_cell(data['title'])}", ""]
@@ -36,7 +36,7 @@ def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), beside:
 
 
 def _run(run: dict[str, Any], heading: str) -> Iterator[str]:
-    """The lines of a run; ``heading``: "##" below a common title, or empty."""
+    """Yield the lines of a run; ``heading`` is "##" below a common title, or empty."""
     below = f"#{heading}" if heading else "##"
     if heading:
         yield from (f"{heading} {markdown_cell(run['name'])}", "")
@@ -51,7 +51,7 @@ def _run(run: dict[str, Any], heading: str) -> Iterator[str]:
     for table in run["evaluations"]:
         yield from (f"{below} {markdown_cell(table['task'])}", "")
         yield from (*_table(["model", *table["columns"], ""], table["rows"]), "")
-    yield from _examined(run["examined"], below)
+    yield from _error_analysis(run["error_analysis"], below)
     steps = sorted({sample["step"] for sample in run["samples"]})
     if steps:
         yield from (f"{below} Samples at step {steps[-1]:,}", "")
@@ -59,36 +59,36 @@ def _run(run: dict[str, Any], heading: str) -> Iterator[str]:
         yield from (*_table(["prompt", "continuation"], last), "")
     if run["events"]:
         events = [["–" if step is None else f"{step:,}", text] for step, text in run["events"]]
-        yield from (f"{below} Along the way", "", *_table(["step", "what"], events), "")
+        yield from (f"{below} Events", "", *_table(["step", "event"], events), "")
     yield from (f"{below} Configuration", "")
     if run["changed"]:
         yield from (*_table(["setting", "this run", f"preset {run['preset']}"], run["changed"]), "")
     else:
-        yield from (f"As the preset {run['preset']} has it.", "")
+        yield from (f"No difference from the preset {run['preset']}.", "")
     yield from (f"{below} Compute and cost", "", *_table(["", "", ""], run["usage"]), "")
     yield from (f"{below} Model, data, machine", "", *_table(["", ""], run["about"]), "")
 
 
-def _examined(found: dict[str, Any], below: str) -> Iterator[str]:
-    yield from (f"{below} Strong and weak", "")
+def _error_analysis(found: dict[str, Any], below: str) -> Iterator[str]:
+    yield from (f"{below} Error analysis", "")
     if "reason" in found:
-        yield from (markdown_cell(f"Not examined: {found['reason']}"), "")
+        yield from (markdown_cell(f"None: {found['reason']}"), "")
         return
     rows = [
         [kind["name"], f"{kind['loss']:.3f}", f"{kind['share']:.1%}", f"{kind['of_loss']:.1%}"]
         for kind in found["kinds"]
     ]
-    yield from (*_table(["kind of token", "loss", "of the tokens", "of the loss"], rows), "")
+    yield from (*_table(["kind of token", "loss", "share of tokens", "share of loss"], rows), "")
     if len(found["sources"]) > 1:
         sources = [[s["name"], f"{s['loss']:.4f}", f"{s['tokens']:,}"] for s in found["sources"]]
         yield from (*_table(["source", "loss", "tokens"], sources), "")
     for key in ("best", "worst"):
         passages = [[f"{p['loss']:.2f}", "".join(text for text, _ in p["tokens"])] for p in found[key]]
-        yield from (*_table(["loss", f"predicted {key}"], passages), "")
+        yield from (*_table(["loss", f"{key} predicted passages"], passages), "")
 
 
 def _spread(rows: list[list[str]], most: int) -> list[list[str]]:
-    """At most so many of the rows, the first and the last among them."""
+    """At most ``most`` of the rows, evenly spread, the first and the last among them."""
     if len(rows) <= most:
         return rows
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]

@@ -1,4 +1,4 @@
-"""The curves of a report as PNG files, for places that show no page."""
+"""Report curves as PNG files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from restomod.analysis.report.curves import sample_sizes
 from restomod.utils.errors import shortened
-from restomod.utils.figures import make_folder, require_matplotlib, use_default_style, write_figure
+from restomod.utils.figures import INK, make_folder, quiet, require_matplotlib, use_default_style, write_figure
 from restomod.utils.files import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, SOFT, RULE, ACCENT = "#1d1d1f", "#66666d", "#e6e4df", "#c2410c"
+SOFT, ACCENT = "#66666d", "#c2410c"
 OTHERS = ("#5f6b7a", "#98a1ab", "#3d4650", "#b9bfc6")
 STYLES = ("-", "--", ":", "-.")
 CHARTS = {
@@ -28,10 +28,10 @@ CHARTS = {
 
 
 def draw_curves(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
-    """Draw the curves of runs (see `restomod.analysis.report.data.page_run`). Nothing is written yet.
+    """Draw the curves of runs (see `restomod.analysis.report.data.run_data`) without writing them.
 
     Returns:
-        One per curve that there is, by the file in ``folder`` that it is for.
+        Figures by the file in ``folder`` that each is for.
 
     Raises:
         UserError: matplotlib is missing.
@@ -48,14 +48,18 @@ def draw_curves(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
         figure = Figure(figsize=(9, 4.6) if name == "loss" else (7, 3.6), layout="constrained")
         axes = figure.subplots()
         (_task if name in tasks else _curve)(axes, runs, name)
-        _quiet(axes)
+        quiet(axes)
+        axes.tick_params(colors=SOFT, labelsize=9)
+        if axes.get_legend_handles_labels()[0]:
+            for text in axes.legend(frameon=False, fontsize=9).get_texts():
+                text.set_parse_math(False)
         path = folder / f"{short_name(''.join(c if c.isalnum() or c in '-_' else '_' for c in name))}.png"
         figures[path] = figure
     return figures
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """Write one of them, into a folder that is made if need be.
+    """Write a figure into a folder, which is created if missing.
 
     Raises:
         UserError: it cannot be written.
@@ -65,7 +69,7 @@ def write_picture(figure: Figure, path: Path) -> None:
 
 
 def _look(index: int) -> dict[str, Any]:
-    """The first run has the accent; the others are quiet, and told apart by shade and dash."""
+    """Style of a run: the first has the accent colour; the others are grey, distinguished by shade and dash."""
     if index == 0:
         return {"color": ACCENT, "linewidth": 1.5}
     return {"color": OTHERS[(index - 1) % 4], "linewidth": 1.3, "linestyle": STYLES[(index - 1) % 4]}
@@ -116,15 +120,3 @@ def _lines(axes: Axes, lines: list[dict[str, Any]], text_of: Callable[[float], s
 
 def _numbers(curve: dict[str, Any]) -> list[float]:
     return [float("nan") if y is None else y for y in curve["y"]]
-
-
-def _quiet(axes: Axes) -> None:
-    axes.grid(color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
-    axes.tick_params(colors=SOFT, labelsize=9)
-    if axes.get_legend_handles_labels()[0]:
-        legend = axes.legend(frameon=False, fontsize=9)
-        for text in legend.get_texts():
-            text.set_parse_math(False)

@@ -1,4 +1,4 @@
-"""The verb `report`: runs' folders to one page of HTML, Markdown and pictures. Needs no torch, but to examine."""
+"""Command `report`: writes runs as one HTML page, Markdown and pictures. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from restomod.analysis.report.data import page_run
+from restomod.analysis.report.data import run_data
 from restomod.analysis.report.html import as_page, footer
 from restomod.analysis.report.markdown import report_markdown
 from restomod.analysis.report.png import draw_curves, write_picture
-from restomod.analysis.report.usage import Prices
+from restomod.analysis.report.usage import HourlyRates
 from restomod.runs.reader import Run, open_run
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.files import write_bytes_atomically, write_text_atomically
@@ -25,25 +25,25 @@ def report(
     out: Path,
     markdown: Path | None = None,
     png: Path | None = None,
-    prices: Prices | None = None,
+    rates: HourlyRates | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write a report of runs.
 
     Args:
-        runs: one or several.
-        out: the page; what is there is replaced.
-        markdown: a second file.
+        runs: at least one.
+        out: the page; an existing file is replaced.
+        markdown: Markdown file.
         png: folder for pictures.
-        prices: of the machine, if known.
+        rates: price and power of the machine, if known.
         say: takes a line per file.
 
     Raises:
         UserError: a run's file is damaged, or one cannot be written.
     """
     require_writable(out, markdown, png)
-    data = page_data(runs, prices or Prices())
-    page = as_page(data).encode()  # all is made before the first file is written
+    data = report_data(runs, rates or HourlyRates())
+    page = as_page(data).encode()  # everything is built before the first file is written
     pictures = draw_curves(data["runs"], png) if png is not None else {}
     outputs = [Output(out, lambda path: write_bytes_atomically(path, page), f" ({len(page) / 1e6:.1f} MB)")]
     if markdown is not None:
@@ -53,15 +53,15 @@ def report(
     write_outputs(outputs, say)
 
 
-def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
-    """What pages are made of; see `restomod.analysis.report.html.as_page`.
+def report_data(runs: Sequence[Run], rates: HourlyRates) -> dict[str, Any]:
+    """Content of a report, see `restomod.analysis.report.html.as_page`.
 
-    Here all text is redacted: no secrets, home folders or control characters.
+    All text is redacted here: no secrets, home folders or control characters.
     """
-    names = labels(runs)
-    made = [page_run(run, name, prices) for run, name in zip(runs, names, strict=True)]
+    names = run_names(runs)
+    made = [run_data(run, name, rates) for run, name in zip(runs, names, strict=True)]
     for run in made:
-        for passage in [*run["examined"].get("best", []), *run["examined"].get("worst", [])]:
+        for passage in [*run["error_analysis"].get("best", []), *run["error_analysis"].get("worst", [])]:
             texts, losses = zip(*passage["tokens"], strict=True) if passage["tokens"] else ((), ())
             passage["before"], *shown = redact_pieces([passage["before"], *texts])
             passage["tokens"] = list(zip(shown, losses, strict=True))
@@ -70,17 +70,17 @@ def page_data(runs: Sequence[Run], prices: Prices) -> dict[str, Any]:
     return found
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """What to call each run: its folder's name, or its path where two have the same."""
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Names of runs: of their folders, or the paths where two have the same name."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
-    """Read several runs, each once.
+    """Open several runs, each once.
 
     Raises:
-        UserError: there is none; the message suggests the nearest.
+        UserError: one does not exist; the message suggests the most similar name.
     """
     unique = list({Path(folder).resolve(): folder for folder in folders}.values())
     runs = []
@@ -94,7 +94,7 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def require_writable(out: Path, markdown: Path | None, png: Path | None) -> None:
-    """Raise UserError where a file of a report cannot be written, before anything is computed."""
+    """Raise UserError unless all files of a report can be written."""
     require_outputs({"--out": out, "--markdown": markdown})
     if png is None:
         return

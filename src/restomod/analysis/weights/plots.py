@@ -1,7 +1,7 @@
-"""Pictures of a model's weights: what a trained model has that a fresh one lacks.
+"""Pictures of a model's weights: position embeddings, histograms, singular values.
 
-Source of the first two: Karpathy, "Let's reproduce GPT-2 (124M)", 2024, which looks at the position embeddings of
-OpenAI's checkpoint and finds waves, and noise upon them.
+Source of the first two: Karpathy, "Let's reproduce GPT-2 (124M)", 2024: the position embeddings of OpenAI's checkpoint
+are noisy waves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {  # the matrices of a block, with what they do
+KINDS = {  # the matrices of a block
     "attn.c_attn": "attention, to queries, keys and values",
     "attn.c_proj": "attention, back to the residual stream",
     "mlp.c_fc": "MLP, to its hidden units",
@@ -34,10 +34,10 @@ BINS = 200
 
 
 def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
-    """Draw a model into ``folder`` (made if need be): PNG files, whose paths are returned.
+    """Draw a model as PNG files in ``folder`` (created if missing) and return their paths.
 
     Args:
-        tensors: weights by our own names; without position embeddings there are two pictures fewer.
+        tensors: weights by GPT-2's names; position embeddings are drawn if there are any.
         title: the model's name.
 
     Raises:
@@ -47,15 +47,10 @@ def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> lis
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{title} cannot be drawn: {name} holds numbers that are not finite")
-    pictures = {
-        **(
-            {"position_embeddings.png": position_matrix, "position_channels.png": position_channels}
-            if POSITIONS in tensors
-            else {}
-        ),
-        "weight_histograms.png": weight_histograms,
-        "singular_values.png": singular_values,
-    }
+    pictures = {"weight_histograms.png": weight_histograms, "singular_values.png": singular_values}
+    if POSITIONS in tensors:
+        positions = {"position_embeddings.png": position_matrix, "position_channels.png": position_channels}
+        pictures = positions | pictures
     make_folder(folder)
     for name, picture in pictures.items():
         figure = picture(tensors)
@@ -66,7 +61,7 @@ def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> lis
 
 
 def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
-    """The position embeddings as an image: a row per position, a column per channel."""
+    """Position embeddings as an image: a row per position, a column per channel."""
     wpe = tensors[POSITIONS]  # (n_positions, D)
     figure = new_figure("position embeddings", 9, 6.5)
     axes = figure.subplots()
@@ -79,7 +74,7 @@ def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
-    """Three channels of the position embeddings over position: smooth waves after long training, noise before."""
+    """Three channels of the position embeddings: noise at initialisation, smooth waves after long training."""
     wpe = tensors[POSITIONS]
     D = wpe.shape[1]
     channels = CHANNELS if max(CHANNELS) < D else (D // 4, D // 2, 3 * D // 4)
@@ -97,7 +92,7 @@ def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
-    """For each kind of matrix, how its weights are distributed, a line per layer."""
+    """Distribution of the weights of each kind of matrix, a line per layer."""
     figure = new_figure("weights, by layer", 11, 8)
     layers = _layers(tensors)
     for axes, weights in _panels(figure, tensors):
@@ -114,7 +109,7 @@ def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
-    """For each kind of matrix, its singular values from the largest to the smallest, a line per layer."""
+    """Singular values of each kind of matrix in decreasing order, a line per layer."""
     figure = new_figure("singular values, by layer", 11, 8)
     layers = _layers(tensors)
     for axes, weights in _panels(figure, tensors):
@@ -129,7 +124,7 @@ def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axes, list[Tensor]]]:
-    """A quarter of the figure for each kind of matrix, and its weights, layer by layer."""
+    """Yield a panel for each kind of matrix, and its weights by layer."""
     for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
         axes.set_title(f"{kind}: {does}", fontsize=10)
         quiet(axes)

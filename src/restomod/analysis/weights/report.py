@@ -1,4 +1,4 @@
-"""The verb `inspect_weights`: print, draw or compare the weights of models."""
+"""Command `inspect`: prints, draws or compares the weights of models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from restomod.utils.output_files import require_output_folder
 
 
 def inspect_weights(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
-    """Lines about a model: a table of its tensors, then its totals; with ``plots``, pictures in that folder.
+    """Yield lines about a model: a table of its tensors and its totals; with ``plots``, draw pictures in that folder.
 
     Args:
         name: a preset (its initial weights), a run, a model folder, or a name on the hub.
-        seed: of a preset's initial weights.
+        seed: seed of a preset's initial weights.
     """
     if plots is not None:
         require_output_folder("--plots", plots)
@@ -55,7 +55,7 @@ def inspect_weights(name: str, seed: int, plots: Path | None = None) -> Iterator
 
 
 def compare_weights(first: str, second: str, seed: int) -> Iterator[str]:
-    """Lines that compare two models tensor by tensor, each named as for `inspect_weights`."""
+    """Yield lines that compare two models tensor by tensor, named as for `inspect_weights`."""
     (config, a), (other, b) = _open(first, seed), _open(second, seed)
     rows = weight_differences(a, b)
     width = max(len(row.name) for row in rows)
@@ -74,7 +74,7 @@ def compare_weights(first: str, second: str, seed: int) -> Iterator[str]:
 
 
 def _shape(config: ModelConfig) -> str:
-    return f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.n_positions} positions"
+    return f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, {config.n_positions} positions"
 
 
 def _cells(row: Difference) -> str:

@@ -1,4 +1,4 @@
-"""What a model's weights look like, in numbers: every tensor, the totals, the costs, and two models side by side."""
+"""Statistics of a model's weights: per tensor, in total, and differences of two models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from restomod.config.run import ModelConfig
 from restomod.model.flops import embedding_parameters, flops_per_token, padded_parameters, parameter_count
+from restomod.utils.text import gigabytes
 
 POSITIONS = "transformer.wpe.weight"
 FP32_BYTES = 4
@@ -18,7 +19,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """One tensor of a model, in the shape that its file gives it."""
+    """Statistics of a tensor, in the shape it has in the model's file."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,7 +28,7 @@ class TensorStatistics:
     std: float
     """Population standard deviation."""
     not_finite: int
-    """How many of its numbers are infinite or not a number."""
+    """Number of infinite or NaN elements."""
 
 
 def tensor_statistics(tensors: Mapping[str, Tensor]) -> list[TensorStatistics]:
@@ -42,13 +43,13 @@ def tensor_statistics(tensors: Mapping[str, Tensor]) -> list[TensorStatistics]:
 
 
 def roughness(series: Tensor) -> float:
-    """How much a series jumps from one step to the next: 1 for white noise, towards 0 the smoother it is.
+    """Roughness of a series: 1 for white noise, near 0 for a smooth one.
 
     The mean over channels of sum((x[i+1] - x[i])^2) / (2 * sum((x[i] - mean)^2)): half of the ratio of von Neumann,
     "Distribution of the Ratio of the Mean Square Successive Difference to the Variance", 1941.
 
     Args:
-        series: (n, channels). Channels that do not vary are left out; if none does, the result is NaN.
+        series: (n, channels). Constant channels are left out; NaN if all are.
     """
     x = series.double()
     jumps = x.diff(dim=0).square().sum(0)  # (channels,)
@@ -58,45 +59,35 @@ def roughness(series: Tensor) -> float:
 
 
 def totals(config: ModelConfig) -> list[tuple[str, str]]:
-    """Parameters, FLOPs and memory of a GPT-2 of this shape, as a table of two columns."""
+    """Parameters, FLOPs and memory of a model, as a table of two columns."""
     parameters, head = parameter_count(config), config.vocab_size * config.n_embd
     T = config.n_positions
     weights = FP32_BYTES * padded_parameters(config)
     return [
         ("parameters", f"{parameters:,}"),
         ("without embeddings", f"{parameters - embedding_parameters(config):,}"),
-        ("tied head", f"saves {head:,}: one matrix is the token embedding and the head")
-        if config.tied
-        else ("head", f"{head:,}, apart from the token embedding"),
-        (
-            "FLOPs per token",
-            f"{flops_per_token(config, T) / 1e6:,.0f} million, forward and backward, at {T:,} positions",
-        ),
+        ("tied lm_head", f"saves {head:,} parameters") if config.tied else ("untied lm_head", f"{head:,}"),
+        ("FLOPs per token", f"{flops_per_token(config, T) / 1e6:,.0f} million, forward and backward, T = {T:,}"),
         ("weights", f"{gigabytes(weights)} in fp32"),
-        ("gradients", f"{gigabytes(weights)}"),
-        ("AdamW's state", f"{gigabytes(2 * weights)}"),
-        ("to train", f"{gigabytes(4 * weights)} and what the activations of a micro-batch take"),
+        ("gradients", gigabytes(weights)),
+        ("AdamW state", gigabytes(2 * weights)),
+        ("training", f"{gigabytes(4 * weights)} plus activations"),
     ]
-
-
-def gigabytes(n: int) -> str:
-    """A number of bytes for people: ``0.50 GB``, of 10^9."""
-    return f"{n / 1e9:.2f} GB"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a tensor of one model differs from that of the same name in another."""
+    """Difference of a tensor between two models."""
 
     name: str
     largest: float
-    """Largest absolute difference of two numbers."""
+    """Largest absolute difference of elements."""
     relative: float
-    """Norm of the difference over the norm of the first."""
+    """Norm of the difference over the norm of the first tensor."""
     cosine: float
-    """Cosine of the angle between the two, flattened."""
+    """Cosine similarity of the flattened tensors."""
     remark: str = ""
-    """Why they cannot be compared: it is missing in one, or has another shape there."""
+    """Why they cannot be compared: missing in one model, or different shapes."""
 
     @property
     def identical(self) -> bool:

@@ -1,4 +1,4 @@
-"""The loss at which a run may be expected to end, from published runs; unknown where there is none like it."""
+"""Expected final loss of a run, from published runs; unknown where there is no similar one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from restomod.data.manifest import is_fineweb_edu
 from restomod.evals.tasks.references import LLAMA, LR_STUDY
 from restomod.evals.tasks.registry import references
 
-NEAR = 0.05  # how far the number of tokens, or tokens per step, may be from those of a published run
+NEAR = 0.05  # relative tolerance of the number of tokens, and of tokens per step
 BATCH_TOKENS, TOKENS = 2**19, 10**10  # of the published runs of GPT-2 124M on FineWeb-Edu
 STUDY_RATES = (6e-4, 1.2e-3)
 
-# README of a public run that learns TinyShakespeare by heart, 4,096 tokens a step: step and training loss, one run
+# README of a public run that memorises TinyShakespeare, 4,096 tokens a step: step and training loss, one run
 # fmt: off
 TINYSHAKESPEARE = (
     (0, 10.972), (100, 6.610), (200, 5.443), (300, 5.132), (500, 3.624), (900, 2.586), (1000, 2.464),
@@ -27,10 +27,10 @@ TINYSHAKESPEARE = (
     (1800, 0.299), (1900, 0.272), (2000, 0.199), (2500, 0.168), (3000, 0.144), (3533, 0.089),
 )
 # fmt: on
-# the validation loss of this package's own runs of the preset, of 2026-11-21: an AMD EPYC in bf16 (its README), an
-# Intel Xeon in fp32; both read the library of Python 3.11.7
+# validation losses of this package's runs of the preset, 2026-11-21: AMD EPYC in bf16 (README), Intel Xeon in fp32;
+# both on the library of Python 3.11.7
 QUICKSTART = (4.8488, 4.8383)
-# other public runs of 10B tokens: at 6e-4, or a rate that is not said
+# other public runs of 10B tokens, with learning rate 6e-4 or an unknown one
 OTHERS = {
     "rsaketh002/gpt2-fineweb-edu": 3.22,
     "PersonalRec/reproduce-gpt2, results/230126": 3.26,
@@ -39,25 +39,25 @@ OTHERS = {
 
 
 @dataclass(frozen=True)
-class Expected:
-    """A final loss, or why none is known."""
+class ExpectedLoss:
+    """Expected final loss, or why it is unknown."""
 
     loss: float | None
-    """In nats per token."""
+    """Nats per token."""
     low: float | None
     high: float | None
-    """Between these lie all published runs of the kind; None where there is only one."""
-    of: str
+    """Range of all similar published runs; None where there is only one."""
+    basis: str
     """Which loss, and from which runs; or why it is unknown."""
 
 
-def expected_loss(config: RunConfig) -> Expected:
-    """What published runs of the same model, text and number of tokens ended at."""
+def expected_loss(config: RunConfig) -> ExpectedLoss:
+    """Final loss of published runs with the same model, data and number of tokens."""
     if config.init is not None:
-        return _unknown("published runs begin at random weights, and this one at trained ones")
+        return _unknown("published runs start from random weights, and this one from trained ones")
     if _is_quickstart(config):
         own = "validation loss: this package's own runs on two machines, with Python 3.11.7"
-        return Expected(sum(QUICKSTART) / len(QUICKSTART), min(QUICKSTART), max(QUICKSTART), own)
+        return ExpectedLoss(sum(QUICKSTART) / len(QUICKSTART), min(QUICKSTART), max(QUICKSTART), own)
     if _same_model(config.model, llama_124m().model):
         return _llama(config)
     if not _same_model(config.model, ModelConfig()):
@@ -74,40 +74,42 @@ def expected_loss(config: RunConfig) -> Expected:
 
 
 def _is_known_other(config: RunConfig) -> bool:
-    """Whether the tokens of a run are there, and say that they are not FineWeb-Edu's."""
+    """Whether the prepared tokens of a run exist and are not FineWeb-Edu's."""
     path = Path(config.data.path or "") / "manifest.json"
     if config.data.source != "tokens" or not path.exists():
         return False
-    from restomod.data.manifest import read_manifest  # with pydantic, which not every plan needs
+    from restomod.data.manifest import read_manifest  # imports pydantic, which not every plan needs
 
     return not is_fineweb_edu(read_manifest(path.parent))
 
 
 def _is_quickstart(config: RunConfig) -> bool:
-    """Whether a run is the preset as far as the loss depends on it."""
+    """Whether all settings that determine the loss are those of the preset."""
     same = quickstart()
     names = ("model", "data", "optim", "steps", "batch_tokens", "sequence_length", "document_mask", "seed")
     return all(getattr(config, name) == getattr(same, name) for name in names)
 
 
 def _same_model(model: ModelConfig, other: ModelConfig) -> bool:
-    """Whether models are equal, whatever the longest context that they could have."""
+    """Whether models are equal except for ``n_positions``."""
     return model == dataclasses.replace(other, n_positions=model.n_positions)
 
 
-def _llama(config: RunConfig) -> Expected:
-    """Of the preset, which is the published run."""
+def _llama(config: RunConfig) -> ExpectedLoss:
+    """The preset is the published run."""
     same = llama_124m()
     other_source = config.data.source in ("python-stdlib", "tinyshakespeare") or config.data.mix is not None
     if other_source or _is_known_other(config):
         return _unknown("the published run reads FineWeb-Edu")
     if config.optim != same.optim or (config.steps, config.batch_tokens) != (same.steps, same.batch_tokens):
-        return _unknown("the published run of Llama's parts is that of the preset: two epochs at 1.8e-3")
+        return _unknown("the published Llama run is the preset: two epochs with learning rate 1.8e-3")
     (loss,) = (r.value for r in references("validation") if r.model == LLAMA)
-    return Expected(loss, None, None, "validation loss, if the text is FineWeb-Edu: one public run, its spread unknown")
+    return ExpectedLoss(
+        loss, None, None, "validation loss, if the text is FineWeb-Edu: one public run, its spread unknown"
+    )
 
 
-def _fineweb_edu(config: RunConfig) -> Expected:
+def _fineweb_edu(config: RunConfig) -> ExpectedLoss:
     tokens, lr = config.steps * config.batch_tokens, config.optim.lr
     published = {r.model: r.value for r in references("validation")}
     if not _near(config.batch_tokens, BATCH_TOKENS) or config.sequence_length != 1024:
@@ -123,22 +125,22 @@ def _fineweb_edu(config: RunConfig) -> Expected:
     part = math.log(lr / STUDY_RATES[0]) / math.log(STUDY_RATES[1] / STUDY_RATES[0])
     every = [*losses, *OTHERS.values()]
     others = ", ".join(f"{loss:.2f}" for loss in OTHERS.values())
-    of = f"{text}: a study of learning rates, two runs; other public runs ended at {others}"
-    return Expected(losses[0] + part * (losses[1] - losses[0]), min(every), max(every), of)
+    basis = f"{text}: a study of learning rates, two runs; other public runs have {others}"
+    return ExpectedLoss(losses[0] + part * (losses[1] - losses[0]), min(every), max(every), basis)
 
 
-def _tinyshakespeare(config: RunConfig) -> Expected:
+def _tinyshakespeare(config: RunConfig) -> ExpectedLoss:
     last, _ = TINYSHAKESPEARE[-1]
     if config.batch_tokens != 4096 or config.optim.lr != 6e-4:
         return _unknown("the published run takes 4,096 tokens a step, and a learning rate of 6e-4 as the preset has")
     if config.steps > last and config.target_loss is None:
         return _unknown(f"the published run made {last:,} steps")
     loss = max(_at(min(config.steps, last)), config.target_loss or 0.0)
-    return Expected(loss, None, None, "training loss: one public run, its spread unknown")
+    return ExpectedLoss(loss, None, None, "training loss: one public run, its spread unknown")
 
 
 def _at(step: int) -> float:
-    """The published loss at a step: between two of its points the logarithm is taken to be straight."""
+    """The published loss at a step, interpolated linearly in its logarithm."""
     for (a, high), (b, low) in itertools.pairwise(TINYSHAKESPEARE):
         if step <= b:
             return math.exp(math.log(high) + (step - a) / (b - a) * math.log(low / high))
@@ -149,5 +151,5 @@ def _near(value: float, to: float) -> bool:
     return abs(value / to - 1) <= NEAR
 
 
-def _unknown(why: str) -> Expected:
-    return Expected(None, None, None, f"unknown: {why}")
+def _unknown(why: str) -> ExpectedLoss:
+    return ExpectedLoss(None, None, None, f"unknown: {why}")

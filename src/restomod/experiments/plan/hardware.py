@@ -1,4 +1,4 @@
-"""GPUs, and how fast they have been seen to train GPT-2 124M. What nobody has measured is unknown."""
+"""GPUs and published speeds of training GPT-2 124M on them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Literal
 from restomod.config.run import RunConfig
 from restomod.model.flops import flops_per_token, mfu, peak_flops
 
-GB = 2**30  # a GPU's gigabyte
+GB = 2**30
 GPT2_FLOPS = 855_166_464  # per token of GPT-2 124M, T = 1024
 
 Kind = Literal["eager", "compiled", "kernels", "unknown"]
-"""How the software of a measurement runs: PyTorch as it is, torch.compile, kernels of its own; or it is not said."""
+"""Software of a measurement: eager PyTorch, torch.compile, custom kernels, or not stated."""
 
-NARROWEST, SHORTEST, LONGEST = 768, 512, 2048  # n_embd, sequence_length: what measurements are taken to hold for
-ONE_MACHINE = 8  # GPUs; nothing here was measured over a network
+NARROWEST, SHORTEST, LONGEST = 768, 512, 2048  # n_embd, sequence_length: range of validity of the measurements
+ONE_MACHINE = 8  # GPUs; nothing was measured over a network
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A kind of GPU, from its maker's data sheet."""
+    """A GPU model, from its data sheet."""
 
     key: str
     name: str
-    """A part of what its driver reports; the key of `restomod.model.flops.PEAK_FLOPS`."""
+    """Part of the name that the driver reports; key of `restomod.model.flops.PEAK_FLOPS`."""
     memory: int
-    """In bytes."""
+    """Bytes."""
     watts: int | None = None
-    """Of the whole board at full load."""
+    """Power of the whole board at full load."""
     half: Literal["bf16", "fp16"] = "bf16"
-    """In which its tensor cores compute."""
+    """16-bit dtype of its tensor cores."""
 
     @property
     def peak(self) -> float | None:
@@ -55,7 +55,7 @@ GPUS = (
 
 
 def find_gpu(name: str) -> GPU | None:
-    """The GPU called ``name``, however it is spelled (a100, A100, "RTX 3090"), or None where it is not known."""
+    """Find a GPU by name, ignoring case and punctuation (a100, A100, "RTX 3090"); None if unknown."""
     plain = _plain(name)
     return next((gpu for gpu in GPUS if _plain(gpu.key) == plain), None)
 
@@ -69,17 +69,17 @@ class Speed:
     """A published measurement of training GPT-2 124M on sequences of 1,024 tokens."""
 
     gpu: str
-    """The data sheet's name, as in `GPU.name`."""
+    """As in `GPU.name`."""
     gpus: int
     tokens_per_second: float
-    """Of all GPUs together."""
+    """All GPUs together."""
     kind: Kind
     software: str
     source: str
 
     @property
     def mfu(self) -> float:
-        """The share of the GPUs' peak that went into the model."""
+        """Model FLOPs utilisation."""
         share = mfu(self.tokens_per_second, GPT2_FLOPS, peak_flops(self.gpu))
         assert share is not None  # a test looks at every entry
         return share / self.gpus
@@ -87,98 +87,59 @@ class Speed:
 
 TOKENS_10B = 19_073 * 524_288  # one epoch of FineWeb-Edu's sample, as build-nanogpt counts its steps
 
-# of each GPU and kind, the one that is nearest to this package's software first
+# for each GPU and kind, the software most similar to this package first
+# fmt: off
 SPEEDS = (
-    Speed(
-        "A100",
-        8,
-        3 * TOKENS_10B / ((10.86 - 3) * 3600),
-        "eager",
-        "build-nanogpt as shipped",
-        "README of a learning-rate study: three runs in 10.86 h, of which 3 h idle; with validation and HellaSwag",
-    ),
-    Speed(
-        "A100",
-        8,
-        1.1e6,
-        "unknown",
-        "after build-nanogpt",
-        "debtirthasaha.github.io/blog/2026/gpt2-124m: sustained; whether compiled is not said",
-    ),
-    Speed(
-        "A100",
-        1,
-        16 * 1024 / 0.090,
-        "compiled",
-        "build-nanogpt in its lecture",
-        'lecture "Let\'s reproduce GPT-2 (124M)": 90 ms for 16 × 1024 tokens',
-    ),
+    Speed("A100", 8, 3 * TOKENS_10B / ((10.86 - 3) * 3600), "eager", "build-nanogpt as shipped",
+          "README of a learning-rate study: three runs in 10.86 h, of which 3 h idle; with validation and HellaSwag"),
+    Speed("A100", 8, 1.1e6, "unknown", "after build-nanogpt",
+          "debtirthasaha.github.io/blog/2026/gpt2-124m: sustained; whether compiled is not said"),
+    Speed("A100", 1, 16 * 1024 / 0.090, "compiled", "build-nanogpt in its lecture",
+          'lecture "Let\'s reproduce GPT-2 (124M)": 90 ms for 16 × 1024 tokens'),
     Speed("A100", 8, 300e9 / (4 * 86_400), "compiled", "nanoGPT", "nanoGPT's README: 300B tokens in 4 days"),
     Speed("A100", 8, 524_288 / 0.300, "kernels", "llm.c", "llm.c's run_gpt2_124M.sh: about 300 ms for 524,288 tokens"),
     Speed("H100", 8, 8 * 468e3, "compiled", "modded-nanogpt, first record", "its log: 468k tokens/s on each of 8"),
-    Speed("H200", 1, 490e3, "compiled", "modded-nanogpt, track 3", "log of 2026-05-17, torch 2.11, 64 × 1024 tokens"),
-    Speed(
-        "L40S",
-        1,
-        106e3,
-        "eager",
-        "rsaketh002/gpt2-fineweb-edu",
-        "its readme: 4.9 s for 524,288 tokens; no compilation is mentioned",
-    ),
-    Speed(
-        "RTX 3090",
-        4,
-        TOKENS_10B / (11 * 3600),
-        "compiled",
-        "a reproduction on four",
-        "PersonalRec/reproduce-gpt2, results/230126: 19,073 steps in about 11 h, $7",
-    ),
-    Speed(
-        "RTX 3090 Ti",
-        1,
-        69_163.8,
-        "compiled",
-        "a build-nanogpt by steps",
-        'README of "Build a GPT2 from Scratch": the last line of its table',
-    ),
-    Speed(
-        "RTX 4090",
-        2,
-        220.7e3,
-        "compiled",
-        "llm.c's PyTorch trainer",
-        "tylerromero.com/posts/nanogpt-speedrun-worklog: baseline, 2025-01-16",
-    ),
+    Speed("H200", 1, 490e3, "compiled", "modded-nanogpt, track 3",
+          "log of 2026-05-17, torch 2.11, 64 × 1024 tokens"),
+    Speed("L40S", 1, 106e3, "eager", "rsaketh002/gpt2-fineweb-edu",
+          "its readme: 4.9 s for 524,288 tokens; no compilation is mentioned"),
+    Speed("RTX 3090", 4, TOKENS_10B / (11 * 3600), "compiled", "a reproduction on four",
+          "PersonalRec/reproduce-gpt2, results/230126: 19,073 steps in about 11 h, $7"),
+    Speed("RTX 3090 Ti", 1, 69_163.8, "compiled", "a build-nanogpt by steps",
+          'README of "Build a GPT2 from Scratch": the last line of its table'),
+    Speed("RTX 4090", 2, 220.7e3, "compiled", "llm.c's PyTorch trainer",
+          "tylerromero.com/posts/nanogpt-speedrun-worklog: baseline, 2025-01-16"),
 )
+# fmt: on
 
 
 def speeds_on(gpu: GPU, compiled: bool) -> list[Speed]:
-    """All measurements on a GPU, the one to predict from first: one that is compiled, or not, as the run is."""
+    """All measurements on a GPU, the best basis of a prediction first: compiled or eager, as the run is."""
     there = [speed for speed in SPEEDS if speed.gpu == gpu.name]
     wanted = "compiled" if compiled else "eager"
     return sorted(there, key=lambda speed: (speed.kind != wanted, speed.kind == "kernels"))  # stable
 
 
 def not_covered(config: RunConfig, gpu: GPU, gpus: int) -> str | None:
-    """Why measurements of GPT-2 124M say nothing of a run, or None where they do."""
+    """Why measurements of GPT-2 124M do not apply to a run; None where they do."""
     m, T = config.model, config.sequence_length
     if m.n_embd < NARROWEST:
-        return f"speeds are known of models at least {NARROWEST} wide, and this one has {m.n_embd}"
+        return f"speeds are known for widths of at least {NARROWEST}, and this model has {m.n_embd}"
     if not SHORTEST <= T <= LONGEST:
-        return f"speeds are known of {SHORTEST} to {LONGEST} tokens a sequence, and here are {T}"
+        return f"speeds are known for sequences of {SHORTEST} to {LONGEST} tokens, and this run has {T}"
     if gpus > ONE_MACHINE:
-        return f"nothing is known of more than {ONE_MACHINE} GPUs: they are in several machines"
+        return f"speeds are unknown for more than {ONE_MACHINE} GPUs, on several machines"
     if config.precision not in ("auto", gpu.half):
-        return f"speeds are known of {gpu.half}, and this is {config.precision}"
+        return f"speeds are known for {gpu.half}, and this run is in {config.precision}"
     if config.document_mask:
-        return "nothing is known of document masks, which the fastest attention cannot do"
+        return "speeds are unknown with document masks, which the fastest attention kernels lack"
     if config.parallel == "fsdp" and gpus > 1:
-        return "nothing is known of FSDP: leave --parallel out to see the rest"
+        return "speeds are unknown with FSDP: leave --parallel out to see the rest"
     return None
 
 
 def tokens_per_second(speed: Speed, config: RunConfig, gpus: int) -> float:
-    """What the measured share of the peak gives for another model or number of GPUs.
+    """Predict the speed of another model or number of GPUs, assuming the MFU of a measurement.
 
     Recomputing activations is one more forward pass: a third of the work of forward and backward.
     """

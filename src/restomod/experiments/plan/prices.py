@@ -1,4 +1,4 @@
-"""What GPUs cost: a file of offers that a user can change, read strictly."""
+"""Prices of GPUs, from a TOML file that users can replace."""
 
 from __future__ import annotations
 
@@ -15,75 +15,72 @@ from restomod.utils.errors import UserError, did_you_mean, one_line, shortened
 from restomod.utils.files import read_limited
 from restomod.utils.json_files import checked
 
-SHIPPED = Path(__file__).with_name("offers.toml")
-MAX_BYTES = 2**20  # of a file of offers
+SHIPPED = Path(__file__).with_name("prices.toml")
+MAX_BYTES = 2**20  # of a price file
 
 Dollars = Annotated[float, Field(ge=0, le=1e9)]
 
 
-class Entry(TypedDict):
-    """An `[[offer]]` of the file."""
+class PriceEntry(TypedDict):
+    """A `[[price]]` of the file."""
 
     provider: str
     gpu: str
     gpus: Annotated[int, Field(ge=1, le=10**6)]
     date: datetime.date | datetime.datetime
     source: str
-    price: NotRequired[Dollars]
+    dollars_per_gpu_hour: NotRequired[Dollars]
     watts: NotRequired[Dollars]
-    kwh_price: NotRequired[Dollars]
+    dollars_per_kwh: NotRequired[Dollars]
     note: NotRequired[str]
 
 
 @dataclass(frozen=True)
-class Offer:
-    """GPUs at a price."""
+class GpuPrice:
+    """Price of a number of GPUs that are rented together."""
 
     provider: str
     gpu: str
     gpus: int
-    price: float
-    """US dollars for one GPU and one hour."""
+    dollars_per_gpu_hour: float
     date: datetime.date
     """When the price was read."""
     source: str
     note: str
 
 
-def read_offers(path: Path | None = None) -> list[Offer]:
-    """The offers of a TOML file, by default those that come with this package.
+def read_prices(path: Path | None = None) -> list[GpuPrice]:
+    """Read the prices of a TOML file, by default those of this package.
 
     Raises:
-        UserError: it cannot be read, or an entry is not as `offers.toml` explains.
+        UserError: it cannot be read, or an entry is not as `prices.toml` explains.
     """
     path = path or SHIPPED
     try:
-        tables = tomllib.loads(read_limited(path, "file of offers", MAX_BYTES).decode("utf-8"))
+        tables = tomllib.loads(read_limited(path, "price file", MAX_BYTES).decode("utf-8"))
     except OSError as e:
-        raise UserError(f"{path}: cannot read the offers ({e.strerror}); the ones shipped are {SHIPPED}") from None
+        raise UserError(f"{path}: cannot read the prices ({e.strerror}); {SHIPPED} is an example") from None
     except (ValueError, RecursionError) as e:  # of UTF-8, of TOML
         why = "nested too deeply" if isinstance(e, RecursionError) else one_line(e)
-        raise UserError(
-            f"{path}: the offers are not valid TOML ({why}); {SHIPPED} shows how they are written"
-        ) from None
-    entries = tables.pop("offer", None)
+        raise UserError(f"{path}: not valid TOML ({why}); {SHIPPED} is an example") from None
+    entries = tables.pop("price", None)
     if tables or not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: it has to hold [[offer]] entries and nothing else; {SHIPPED} shows how")
-    return [_offer(entry, f"{path}: offer {i}") for i, entry in enumerate(entries, 1)]
+        raise UserError(f"{path}: it must contain [[price]] entries and nothing else; {SHIPPED} is an example")
+    return [_price(entry, f"{path}: price {i}") for i, entry in enumerate(entries, 1)]
 
 
-def _offer(entry: Any, at: str) -> Offer:
+def _price(entry: Any, at: str) -> GpuPrice:
     if isinstance(entry, dict):
-        for key in entry.keys() - Entry.__annotations__.keys():
+        for key in entry.keys() - PriceEntry.__annotations__.keys():
             raise UserError(
-                f"{at} has an unknown key {shortened(repr(key))}{did_you_mean(key[:80], Entry.__annotations__)}"
+                f"{at} has an unknown key {shortened(repr(key))}{did_you_mean(key[:80], PriceEntry.__annotations__)}"
             )
-    checked(entry, Entry, at)
-    own = {"watts", "kwh_price"} & entry.keys()
-    if ("price" in entry) == bool(own) or len(own) == 1:
-        raise UserError(f"{at} needs a price, or else both watts and kwh_price")
-    price = entry["price"] if "price" in entry else entry["watts"] / 1000 * entry["kwh_price"]
+    checked(entry, PriceEntry, at)
+    own = {"watts", "dollars_per_kwh"} & entry.keys()
+    if ("dollars_per_gpu_hour" in entry) == bool(own) or len(own) == 1:
+        raise UserError(f"{at} needs dollars_per_gpu_hour, or both watts and dollars_per_kwh")
+    dollars = entry["watts"] / 1000 * entry["dollars_per_kwh"] if own else entry["dollars_per_gpu_hour"]
     date = entry["date"]
     day = date.date() if isinstance(date, datetime.datetime) else date
     note = entry.get("note", "")
-    return Offer(entry["provider"], entry["gpu"], entry["gpus"], float(price), day, entry["source"], note)
+    return GpuPrice(entry["provider"], entry["gpu"], entry["gpus"], float(dollars), day, entry["source"], note)

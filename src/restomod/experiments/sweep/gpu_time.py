@@ -1,4 +1,4 @@
-"""GPU hours of a sweep's trials; a GPU that several trials share at the same time is counted once."""
+"""GPU time of a sweep's trials; a GPU that trials share at the same time counts once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """An attempt at a trial: ``start`` to ``end``, in seconds since 1970."""
+    """Time of an attempt at a trial, in seconds since 1970."""
 
     number: int
     start: float
@@ -22,13 +22,13 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What the trials of a sweep have taken, in seconds by number of the trial."""
+class TrialTimes:
+    """Time of the trials of a sweep, in seconds by number of the trial."""
 
     seconds: dict[int, float]
-    """Of all attempts."""
+    """Sum over all attempts."""
     gpu_seconds: dict[int, float]
-    """Seconds multiplied by processes, each with one GPU; trials that share a GPU share its seconds equally."""
+    """Seconds times processes, one GPU each; trials that share a GPU share its seconds equally."""
 
     @property
     def totals(self) -> tuple[float, float]:
@@ -36,8 +36,8 @@ class Taken:
         return sum(self.seconds.values()), sum(self.gpu_seconds.values())
 
     @classmethod
-    def of(cls, numbers: Iterable[int], spans: Sequence[Interval]) -> Taken:
-        """Add up attempts; a trial without one has taken nothing."""
+    def from_intervals(cls, numbers: Iterable[int], spans: Sequence[Interval]) -> TrialTimes:
+        """Add up the attempts of the trials ``numbers``."""
         seconds = dict.fromkeys(numbers, 0.0)
         gpu_seconds = dict(seconds)
         by_gpu: dict[str, list[Interval]] = {}
@@ -56,9 +56,9 @@ class Taken:
 
 
 def gpu_in_use() -> str:
-    """A name of the GPU that a training in this process's environment uses: the first that is visible to it.
+    """Identify the GPU of this process's environment, the first visible one.
 
-    Jobs of Slurm, and their tasks, may each see a GPU of their own under the same number.
+    Slurm jobs and tasks may each see a different GPU under the same number, so their ids are part of the name.
     """
     place = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_PROCID")]
     return " ".join([socket.gethostname(), *place, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]])

@@ -1,4 +1,4 @@
-"""The journal of a sweep: each line is checked before Optuna replays it, which trusts what it reads."""
+"""Journal of a sweep, checked line by line before Optuna, which does not validate it, replays it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Attempt = tuple[Time, Time | None] | tuple[Time, Time | None, str | None]  # its
 
 
 class Notes(TypedDict, total=False):
-    """What is noted about a trial."""
+    """User attributes of a trial."""
 
     name: Annotated[str, AfterValidator(file_name)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -88,7 +88,7 @@ KINDS: dict[int, Any] = {
 
 
 class CheckedJournal(JournalFileBackend):
-    """Optuna's journal file, of a sweep over certain dimensions."""
+    """Optuna's journal file with validation."""
 
     def __init__(self, path: Path, lock: Any, distributions: dict[str, BaseDistribution]) -> None:
         super().__init__(str(path), lock_obj=lock)
@@ -97,16 +97,16 @@ class CheckedJournal(JournalFileBackend):
 
     def _restart(self) -> None:
         self.line = 0
-        """How many lines have been read."""
+        """Number of lines read."""
         self._offset = 0
         self.names: list[str] = []
-        """Of the trials."""
+        """Names of the trials."""
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The lines from a number on; a last one without its newline is still being written.
+        """Yield the lines from a number on; a last line without a newline is still being written.
 
         Raises:
-            UserError: a line is damaged; it is named.
+            UserError: a line is damaged.
         """
         if log_number_from < self.line:
             self._restart()
@@ -133,9 +133,9 @@ class CheckedJournal(JournalFileBackend):
             checked(value, KINDS.get(operation, _Line), "it")
             assert isinstance(value, dict)
             if (self.line == 1 and operation != CREATE_STUDY) or value.get("study_name", STUDY) != STUDY:
-                raise UserError("the first line of a sweep's journal begins its study")
+                raise UserError("the first line of a sweep's journal must create its study")
             if value.get("study_id", 0) != 0 or value.get("trial_id", -1) >= len(self.names):
-                raise UserError("the line that begins its trial is missing")
+                raise UserError("the line that creates its trial is missing")
             if operation == CREATE_TRIAL:
                 self._begin(value)
         except UserError as e:
@@ -153,11 +153,11 @@ class CheckedJournal(JournalFileBackend):
         if not inside:
             raise UserError("its parameters are not those of plan.json")
         if name in self.names:
-            raise UserError(f"it begins {name} a second time")
+            raise UserError(f"it creates {name} a second time")
         self.names.append(name)
 
     def damaged(self, why: str) -> UserError:
-        """An error that names the line that was read last."""
+        """An error that names the last line read."""
         return UserError(
             f"{self.path}, line {self.line} is damaged: {why}; restore the file from a copy, or delete the line "
             f"(what it says of a trial is lost)"

@@ -1,4 +1,4 @@
-"""What a sweep has found: a table, best first, and `sweep.json`."""
+"""Results of a sweep: a table, best first, and `sweep.json`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from restomod.config.serialize import to_dict
-from restomod.experiments.sweep.gpu_time import Taken
+from restomod.experiments.sweep.gpu_time import TrialTimes
 from restomod.experiments.sweep.space import Value, label
 from restomod.experiments.sweep.study import Store, SweepPlan
 from restomod.utils.files import write_json_atomically
@@ -27,33 +27,33 @@ STATES: dict[str, State] = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What has become of one trial so far."""
+    """State and result of a trial."""
 
     number: int
     name: str
-    """Of its folder in `trials/`."""
+    """Name of its folder in `trials/`."""
     state: State
-    """stopped: begun, and nobody is at work on it."""
+    """stopped: started, but no process works on it."""
     loss: float | None
-    """Held-out, in nats per token: at the end, or where it was pruned."""
+    """Validation loss in nats per token, at the end or where the trial was pruned."""
     step: int | None
-    """After which the loss was measured."""
+    """Step at which the loss was measured."""
     parameters: dict[str, Value]
     seed: int
     seconds: float
-    """All attempts together, start-up and validation included."""
+    """Sum over all attempts, startup and validation included."""
     gpu_seconds: float
-    """Seconds multiplied by GPUs (processes); a GPU that trials share is divided among them."""
+    """Seconds times GPUs (processes); trials that share a GPU share its seconds."""
     reason: str | None
-    """Why it has no result."""
+    """Why there is no result."""
 
 
-def results(store: Store, taken: Taken) -> list[SweepResult]:
-    """All trials that have been begun, best first. To be asked with the sweep's lock.
+def collect_results(store: Store, times: TrialTimes) -> list[SweepResult]:
+    """All trials started so far, best first. Requires the sweep's lock.
 
     Args:
-        store: of the sweep.
-        taken: `Store.taken`.
+        store: the sweep.
+        times: from `Store.times`.
     """
     found = []
     for trial in store.trials():
@@ -68,8 +68,8 @@ def results(store: Store, taken: Taken) -> list[SweepResult]:
                 notes.get("step"),
                 dict(trial.params),
                 notes["seed"],
-                round(taken.seconds.get(trial.number, 0.0), 3),
-                round(taken.gpu_seconds.get(trial.number, 0.0), 3),
+                round(times.seconds.get(trial.number, 0.0), 3),
+                round(times.gpu_seconds.get(trial.number, 0.0), 3),
                 notes.get("reason"),
             )
         )
@@ -77,7 +77,7 @@ def results(store: Store, taken: Taken) -> list[SweepResult]:
 
 
 def configurations(found: list[SweepResult]) -> list[dict[str, Any]]:
-    """The finished trials by their parameters, best first: mean and standard deviation (n - 1) over the seeds."""
+    """Finished trials grouped by parameters, best first: mean and standard deviation (n - 1) over the seeds."""
     by_label: dict[str, list[SweepResult]] = {}
     for result in found:
         if result.state == "finished":
@@ -105,7 +105,7 @@ def write_results(found: list[SweepResult], store: Store, price: float | None) -
 
 
 def show_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
-    """Print the trials, best first, and where everything is."""
+    """Print the trials, best first, and the folder."""
     console = Terminal(highlight=False)
     if not console.is_terminal:
         console.width = 200
@@ -128,4 +128,4 @@ def show_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> Non
         for row in configurations(found):
             spread = f" ± {row['sd']:.4f} (standard deviation)" if row["sd"] is not None else ""
             console.print(Text(f"{label(row['parameters'])}: {row['mean']:.4f}{spread}, {row['n']} seeds"))
-    console.print(Text(f"everything is in {folder}: sweep.json, and a run of each trial in trials/"), soft_wrap=True)
+    console.print(Text(f"results: {folder}/sweep.json; runs: {folder}/trials/"), soft_wrap=True)

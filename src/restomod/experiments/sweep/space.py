@@ -1,8 +1,8 @@
-"""What a sweep varies: fields of the configuration, and the values or ranges they take.
+"""Search space of a sweep: fields of the configuration, and their values or ranges.
 
 optim.lr=6e-4,1.2e-3          these values
-optim.lr=1e-4..1e-2           this range, evenly in the logarithm, since its ends are both above 0 and 10 times apart
-optim.weight_decay=0..0.2     this range, evenly; `:log` or `:linear` at the end decides it in any case
+optim.lr=1e-4..1e-2           log-uniform, as both ends are above 0 and differ by a factor of 10 or more
+optim.weight_decay=0..0.2     uniform; a suffix `:log` or `:linear` overrides the default
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Method = Literal["grid", "random", "tpe"]
 Value = str | int | float
 
 MOST_TRIALS = 100_000
-LOG_FROM = 10.0  # a range whose ends are so many times apart is one of magnitudes
+LOG_FROM = 10.0  # ratio of the ends from which a range is log-uniform by default
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One field, and what it takes: ``values`` as they were written, or a range."""
+    """A field with its values, as written, or its range."""
 
     name: str
     """Dotted path of a field of `RunConfig`."""
@@ -42,15 +42,15 @@ class Dimension:
     high: float = 0.0
     log: bool = False
     whole: bool = False
-    """Only whole numbers of the range."""
+    """Whether the range is of integers."""
 
     @property
     def greatest(self) -> Value:
-        """The greatest of whole numbers."""
+        """The largest value, of an integer field."""
         return max(map(int, self.values)) if self.values else int(self.high)
 
     def distribution(self) -> BaseDistribution:
-        """The same for Optuna."""
+        """The dimension as an Optuna distribution."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.values:
@@ -108,7 +108,7 @@ def parse_dimension(text: str, method: Method) -> Dimension:
     for value in values:
         _check(name, value, kind)
     if len(set(values)) < len(values):
-        raise UserError(f"--{method} {text}: a value stands there twice; --seeds N repeats all of them")
+        raise UserError(f"--{method} {text}: a value is repeated; --seeds N repeats all of them")
     return Dimension(name, values)
 
 
@@ -131,7 +131,7 @@ def _range(name: str, given: str, kind: type) -> Dimension:
 
 
 def _check(name: str, value: str, kind: Any) -> None:
-    """Raise UserError unless ``value`` is of the field's type. Whether the run takes it is seen when it starts."""
+    """Raise UserError unless ``value`` has the field's type. Its range is checked when the run starts."""
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"{name}={value}: unknown value{did_you_mean(value, typing.get_args(kind))}")
@@ -158,10 +158,10 @@ def flags(parameters: dict[str, Value]) -> list[str]:
 
 
 def grid(dimensions: Iterable[Dimension]) -> list[dict[str, Value]]:
-    """Every combination of the values; the last field varies fastest.
+    """All combinations of the values; the last field varies fastest.
 
     Raises:
-        UserError: there are more than a sweep can have.
+        UserError: there are more than `MOST_TRIALS`.
     """
     dimensions = list(dimensions)
     require_size("the number of the grid's trials", math.prod(len(d.values) for d in dimensions), most=MOST_TRIALS)
@@ -172,7 +172,7 @@ def grid(dimensions: Iterable[Dimension]) -> list[dict[str, Value]]:
 
 
 def label(parameters: dict[str, Value]) -> str:
-    """Parameters for people: ``optim.lr=0.00231 seed=1``."""
+    """Parameters as text: ``optim.lr=0.00231 seed=1``."""
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in parameters.items()
     )

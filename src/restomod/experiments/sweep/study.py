@@ -1,16 +1,16 @@
-"""A sweep's folder: what is swept, and what has become of every trial. Optuna keeps the trials, in a journal file.
+"""Folder of a sweep: its plan and its trials, which Optuna keeps in a journal file.
 
 SWEEP/
-    plan.json       what is swept; the same command goes on with it
-    journal.jsonl   the trials, as Optuna's JournalStorage writes them
-    locks/          who works on what
-    logs/           what each trial has printed
-    trials/NAME/    a run each
-    sweep.json      the results, best first
+    plan.json       the plan; the same command resumes the sweep
+    journal.jsonl   the trials, written by Optuna's JournalStorage
+    locks/          locks of workers and trials
+    logs/           output of each trial
+    trials/NAME/    run of each trial
+    sweep.json      results, best first
 
-Whoever looks for a trial holds the lock `locks/sweep`. Whoever works on one holds `locks/NAME.worker`, and the training
-process, which inherits it, `locks/NAME.run`. A trial that is begun and whose worker's lock is free belongs to nobody:
-the next that looks takes it over, once its training has ended too.
+A worker holds `locks/sweep` while it looks for a trial, and `locks/NAME.worker` while it works on one; the training
+process inherits `locks/NAME.run`. A trial that was started and whose worker's lock is free is taken over by the next
+worker, once its training process has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from restomod.config.serialize import from_dict, to_dict
-from restomod.experiments.sweep.gpu_time import Interval, Taken, gpu_in_use
+from restomod.experiments.sweep.gpu_time import Interval, TrialTimes, gpu_in_use
 from restomod.experiments.sweep.space import Method, Value, grid, parse_dimension
 from restomod.runs.reader import process_count, read_environments, start_time
 from restomod.utils.errors import UserError, one_line
@@ -47,37 +47,37 @@ PARTS = "plan.json", "journal.jsonl", "locks", "logs", "trials", "sweep.json"
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What is swept."""
+    """What a sweep varies, and how."""
 
     preset: str
     flags: tuple[str, ...]
-    """Those of `restomod train` that all trials share."""
+    """Flags of `restomod train` shared by all trials."""
     method: Method
     space: tuple[str, ...]
-    """NAME=VALUES for every field that varies."""
+    """NAME=VALUES of every swept field."""
     trials: int
-    """How many configurations."""
+    """Number of configurations."""
     seeds: int
-    """How often each is run, with seeds that follow each other."""
+    """Runs per configuration, with consecutive seeds."""
     first_seed: int
     search_seed: int
-    """Of the sampler."""
+    """Seed of the sampler."""
     prune: Pruning
     prune_from: int
-    """The step before which nothing is pruned."""
+    """First step at which trials may be pruned."""
     prune_every: int
     """Steps between validations."""
     steps: int
 
     @property
     def runs(self) -> int:
-        """How many trials there are in all."""
+        """Number of trials in all."""
         return self.trials * self.seeds
 
 
 @dataclass
 class Claim:
-    """A trial that this process works on."""
+    """A trial that this process works on, with its locks."""
 
     number: int
     trial_id: int
@@ -87,12 +87,11 @@ class Claim:
     worker: FileLock
     run: FileLock
     attempts: list[list[Any]]
-    """Of each attempt: when it began and when it ended (None: not yet, or it was killed), in seconds since 1970, and
-    `gpu_in_use` (absent in sweeps that an earlier version began)."""
+    """Start, end (None: running or killed), in seconds since 1970, and `gpu_in_use` of each attempt."""
 
 
 class Store:
-    """The trials of a sweep, shared by all processes that work on it."""
+    """The trials of a sweep, shared by all workers."""
 
     def __init__(self, folder: Path, plan: SweepPlan) -> None:
         self.folder, self.plan = folder, plan
@@ -113,7 +112,7 @@ class Store:
             self._study = self._open()
 
     def _agree(self) -> None:
-        """See that the folder is of this sweep; more trials may be asked for than before."""
+        """Check that the folder is of this sweep; the number of trials may grow."""
         path = self.folder / "plan.json"
         if path.exists():
             old = from_dict(read_json(path, "sweep's plan"), SweepPlan, str(path))
@@ -168,12 +167,12 @@ class Store:
     # --- trials ----------------------------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """All that have been begun, by number."""
+        """All trials started so far, by number."""
         trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return trials
 
     def claim(self) -> Claim | None:
-        """Take a trial to work on: one that nobody works on any more, or else a new one. None: there is none."""
+        """Claim a trial: an abandoned one, or else a new one; None if there is none."""
         with self.lock:
             trials = self.trials()
             for trial in trials:
@@ -196,7 +195,7 @@ class Store:
         )
 
     def _begin(self, number: int) -> None:
-        """Write a new trial down, with all its parameters in one line of the journal."""
+        """Record a new trial, with all its parameters in one line of the journal."""
         import optuna
 
         parameters = self._parameters(number)
@@ -215,13 +214,13 @@ class Store:
         )
 
     def _parameters(self, number: int) -> dict[str, Value]:
-        """What trial ``number`` has; it follows from the plan and the trials before it, so a killed sweep goes on."""
+        """Parameters of a trial, determined by the plan and the earlier trials, so that a killed sweep can resume."""
         import optuna
 
         if self.plan.method == "grid":
             return grid(self._dimensions)[number // self.plan.seeds]
         trials = self._study.get_trials()
-        if number % self.plan.seeds:  # another seed of the same
+        if number % self.plan.seeds:  # another seed of the same configuration
             return dict(trials[number - number % self.plan.seeds].params)
         scratch = optuna.create_study(sampler=self._sampler(number))  # in memory: the journal gets all or nothing
         scratch.add_trials(trials)
@@ -233,62 +232,62 @@ class Store:
         seed = self.plan.search_seed * 1_000_003 + number
         if self.plan.method == "random":
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, constant_liar=True)  # which keeps those at work elsewhere apart
+        return TPESampler(seed=seed, constant_liar=True)  # so that concurrent trials differ
 
     # --- time ------------------------------------------------------------------------------------------------
 
     def begin_attempt(self, claim: Claim) -> None:
-        """Write down that work on a trial begins; an attempt that was killed ended with its last sign of life."""
-        ended = [[start, end or self._last_sign(claim.name, start), *of] for start, end, *of in claim.attempts]
+        """Record the start of work on a trial; a killed attempt ended with its last activity."""
+        ended = [[start, end or self._last_activity(claim.name, start), *of] for start, end, *of in claim.attempts]
         claim.attempts = [*ended, [time.time(), None, gpu_in_use()]]
         self.note(claim, attempts=claim.attempts)
 
     def end_attempt(self, claim: Claim) -> None:
-        """Write down that work on a trial ends."""
+        """Record the end of work on a trial."""
         claim.attempts[-1][1] = time.time()
         self.note(claim, attempts=claim.attempts)
 
-    def taken(self) -> Taken:
-        """What each trial has taken so far."""
+    def times(self) -> TrialTimes:
+        """Time of each trial so far."""
         now, spans, numbers = time.time(), [], []
-        with self.lock:  # so that a look at a worker's lock keeps nobody from taking it
+        with self.lock:  # so that probing a worker's lock does not prevent others from taking it
             for trial in self.trials():
                 numbers.append(trial.number)
                 for start, end, *of in trial.user_attrs.get("attempts", []):
                     name = trial.user_attrs["name"]
-                    until = end or (now if self.at_work(name) else self._last_sign(name, start))
+                    until = end or (now if self.at_work(name) else self._last_activity(name, start))
                     gpu = of[0] if of else f"trial {trial.number}"
                     spans.append(Interval(trial.number, start, until, gpu, self._processes(name, until)))
-        return Taken.of(numbers, spans)
+        return TrialTimes.from_intervals(numbers, spans)
 
     def _processes(self, name: str, until: float) -> int:
-        """With how many processes a trial was trained before a time; 1 where its run does not say so."""
+        """Number of processes that trained a trial before ``until``; 1 where unknown."""
         run = self.folder / "trials" / name
         require_run_inside(run)
         begun = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
         return process_count(begun[-1]) if begun else 1
 
     def at_work(self, name: str) -> bool:
-        """Whether a process works on a trial. To be asked with the sweep's lock."""
+        """Whether a process works on a trial. Requires the sweep's lock."""
         lock = FileLock(self.folder / "locks" / f"{name}.worker")
         free = lock.acquire(wait=False)
         lock.release()
         return not free
 
-    def _last_sign(self, name: str, start: float) -> float:
-        """When a trial was last seen to be at work, in seconds since 1970."""
+    def _last_activity(self, name: str, start: float) -> float:
+        """Time of the last output of a trial, in seconds since 1970."""
         files = self.folder / "logs" / f"{name}.log", self.folder / "trials" / name / "metrics.jsonl"
         return max([start, *(path.stat().st_mtime for path in files if path.exists())])
 
-    # --- what becomes of one ---------------------------------------------------------------------------------
+    # --- results -------------------------------------------------------------------------------------------
 
     def note(self, claim: Claim, **values: Any) -> None:
-        """Write something about a trial down."""
+        """Record attributes of a trial."""
         for key, value in values.items():
             self._storage.set_trial_user_attr(claim.trial_id, key, value)
 
     def report(self, claim: Claim, losses: dict[int, float]) -> int | None:
-        """Write validation losses down, by step. Returns the step at which the trial is to be pruned, if it is."""
+        """Record validation losses by step. Returns the step at which to prune the trial, or None."""
         import optuna
 
         trial = self._trial(claim)
@@ -306,7 +305,7 @@ class Store:
         return self.trials()[claim.number]
 
     def finish(self, claim: Claim, state: Literal["COMPLETE", "PRUNED", "FAIL"], loss: float | None = None) -> None:
-        """Write the result of a trial down."""
+        """Record the result of a trial."""
         import optuna
 
         self._study.tell(claim.number, loss, optuna.trial.TrialState[state])
@@ -317,7 +316,7 @@ def _shown(value: Any) -> str:
 
 
 def _journal_lock(path: Path) -> Any:
-    """Optuna's own lock is a file that a killed process leaves behind, and then all wait for half a minute."""
+    """A lock for Optuna based on flock: its own is a file, which a killed process leaves behind for half a minute."""
     from optuna.storages.journal import JournalFileOpenLock
 
     class Lock(JournalFileOpenLock):
@@ -337,7 +336,7 @@ def _journal_lock(path: Path) -> Any:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off the end of a file after its last newline: a full disk, or a loss of power, took the rest of the line."""
+    """Truncate a file after its last newline: a full disk or a power failure cut off the rest."""
     with open(path, "rb+") as f:
         end = f.seek(0, os.SEEK_END)
         if end == 0:

@@ -1,41 +1,50 @@
-"""Trains a run for every point of a sweep, one after the other, and goes on where it was stopped.
+"""Worker of a sweep: trains the trials one after the other, and resumes where it was stopped.
 
-Every trial is a run of its own, trained by `restomod train` in a process of its own. What has become of it is in its
-folder and in the sweep's journal, so that this process may be killed at any moment, and several may share a sweep.
+Every trial is a run, trained by `restomod train` in its own process. All state is in the run's folder and in the
+sweep's journal, so that a worker may be killed at any moment, and several may share a sweep.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from restomod.analysis.report.config import newest_checkpoint
-from restomod.engine.signals import StopSignal
-from restomod.experiments.sweep.results import SweepResult, results, show_results, write_results
+from restomod.analysis.report.data import newest_checkpoint
+from restomod.engine.signals import StopSignal, stop_with_parent
+from restomod.experiments.sweep.results import SweepResult, collect_results, show_results, write_results
 from restomod.experiments.sweep.space import flags, label
 from restomod.experiments.sweep.study import Claim, Store, SweepPlan
-from restomod.experiments.sweep.trial_process import TrainingProcess
 from restomod.runs.metrics import ValidationLosses
-from restomod.utils.console import duration
 from restomod.utils.errors import UserError, describe_os_error
+from restomod.utils.files import open_to_append
 from restomod.utils.output import print_if_possible
+from restomod.utils.text import duration
 
 EXIT_FINISHED = 0
 EXIT_ALL_FAILED = 1
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL, as of a run: the same command goes on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL, as of a run: the same command resumes
 POLL = 1.0  # seconds between looks at a trial
 PATIENCE = 60.0  # seconds to wait for room on a full disk
+TRAIN = (sys.executable, "-m", "restomod", "train")
+LINES_KEPT = 40
+ERROR = "restomod: error: "
 
 Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much all trials together may take, on all machines."""
+    """Limits of all trials together, on all machines."""
 
     hours: float | None = None
     dollars: float | None = None
@@ -43,14 +52,14 @@ class Limits:
     """US dollars for one GPU and one hour."""
 
     def used(self, seconds: float, gpu_seconds: float) -> float:
-        """The part of the nearer limit that is used: 1 at the limit, 0 where there is none."""
+        """Used share of the nearer limit: 1 at the limit, 0 without limits."""
         shares = [seconds / 3600 / self.hours] if self.hours is not None else []
         if self.dollars is not None and self.price:
             shares.append(gpu_seconds / 3600 * self.price / self.dollars)
         return max(shares, default=0.0)
 
     def spent(self, seconds: float, gpu_seconds: float) -> str:
-        """Hours, and dollars where there is a price."""
+        """Time, and dollars where there is a price."""
         return duration(seconds) + (f" (${gpu_seconds / 3600 * self.price:.2f})" if self.price else "")
 
     def __str__(self) -> str:
@@ -60,18 +69,18 @@ class Limits:
 
 
 def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
-    """Run the trials of a sweep that are left.
+    """Run the remaining trials of a sweep.
 
     Args:
-        plan: what is swept.
-        folder: of the sweep; a new one, or one of the same plan.
-        limits: no trial is begun that would go beyond them, and one that does is stopped with a checkpoint.
+        plan: the sweep.
+        folder: folder of the sweep; new, or of the same plan.
+        limits: no trial is started that would exceed them; a running one is stopped with a checkpoint.
 
     Returns:
-        0 when no trial is left, 1 if none of them has a result; 75 when a signal or a limit stopped it.
+        0 when no trial is left, 1 if none has a result, 75 when a signal or a limit stopped the sweep.
 
     Raises:
-        UserError: the folder is of another sweep.
+        UserError: the folder belongs to another sweep.
     """
     worker = _Worker(Store(folder, plan), limits)
     with StopSignal() as worker.stop:
@@ -80,15 +89,82 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
     show_results(found, folder, plan)
     running = sum(result.state == "running" for result in found)
     if worker.stopped_by:
-        print_if_possible(f"{worker.stopped_by}; the same command goes on")
+        print_if_possible(f"{worker.stopped_by}; the same command resumes the sweep")
         return EXIT_INTERRUPTED
     if running:
-        print_if_possible(f"nothing is left to begin; other processes are still at work on {running}")
+        print_if_possible(f"no trial is left to start; other processes still work on {running}")
     return EXIT_FINISHED if running or any(r.state == "finished" for r in found) else EXIT_ALL_FAILED
 
 
+class TrainingProcess:
+    """`restomod train` in its own process, which can crash without ending the sweep.
+
+    Args:
+        arguments: arguments of the command `train`.
+        log: file to which its output is appended.
+        lock: open file whose lock the process inherits and so holds for as long as it lives.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, lock: int) -> None:
+        self._log = log
+        self._last: deque[str] = deque(maxlen=LINES_KEPT)
+        self._process = subprocess.Popen(
+            [*TRAIN, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=(lock,),
+            start_new_session=True,  # Ctrl-C in the terminal is passed on once, by the sweep
+            preexec_fn=stop_with_parent,  # a killed sweep: finish the step, save, end
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._last.append(line.rstrip())
+            with contextlib.suppress(OSError), open_to_append(self._log) as f:  # the disk may be full
+                f.write(line.encode())
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, negative for a signal; None if it still runs after ``seconds``."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join(5)
+        return code
+
+    def stop(self) -> None:
+        """Ask the process to finish its step, save a checkpoint and exit."""
+        self._process.terminate()
+
+    def end(self) -> None:
+        """Kill the process if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            self._process.kill()
+            self._process.wait()
+
+    def reason(self, code: int) -> str:
+        """Reason of a failure, in one line."""
+        lines = [line for line in self._last if line.strip()]
+        said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+        if said:
+            return said[-1]
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return f"exit code {code}" + (f": {lines[-1].strip()}" if lines else "")
+
+
 class _Worker:
-    """A process that works on a sweep."""
+    """Runs the trials of a sweep in this process."""
 
     def __init__(self, store: Store, limits: Limits) -> None:
         self.store, self.limits, self.plan = store, limits, store.plan
@@ -96,7 +172,7 @@ class _Worker:
         self.stopped_by = ""
 
     def work(self) -> None:
-        """Take one trial after the other until none is left, or something stops it."""
+        """Run trials until none is left, or a signal or limit stops the sweep."""
         while not self._stopped():
             claim = patiently(self.store.claim)
             if claim is None:
@@ -109,12 +185,12 @@ class _Worker:
                 claim.worker.release()
 
     def write(self) -> list[SweepResult]:
-        """Bring `sweep.json` up to date."""
+        """Update `sweep.json`."""
 
         def collect() -> list[SweepResult]:
-            taken = self.store.taken()
+            times = self.store.times()
             with self.store.lock:
-                found = results(self.store, taken)
+                found = collect_results(self.store, times)
                 write_results(found, self.store, self.limits.price)
             return found
 
@@ -126,32 +202,32 @@ class _Worker:
         return bool(self.stopped_by)
 
     def _is_free(self, claim: Claim) -> bool:
-        """Wait until a training process that has lost its worker has saved and ended."""
+        """Wait until the training process of a killed worker has ended; False if stopped meanwhile."""
         told = False
         while not claim.run.acquire(wait=False):
             if self._stopped():
                 return False
             if not told:
-                print_if_possible(f"{claim.name}: waiting for its training to end, whose sweep was killed")
+                print_if_possible(f"{claim.name}: waiting for the training process of a killed worker")
             told = True
             time.sleep(0.2)
         return True
 
     def _may_begin(self, claim: Claim) -> bool:
-        """Whether a trial is expected to end within the limits, as far as the finished ones tell."""
-        taken, trials = self.store.taken(), self.store.trials()
+        """Whether a trial is expected to end within the limits, judged by the mean of the finished ones."""
+        times, trials = self.store.times(), self.store.trials()
         finished = [t.number for t in trials if t.state.name == "COMPLETE"]
         begun = [
             t.number
             for t in trials
-            if not t.state.is_finished() and (taken.seconds[t.number] or t.number == claim.number)
+            if not t.state.is_finished() and (times.seconds[t.number] or t.number == claim.number)
         ]
 
         def needed(by_trial: dict[int, float]) -> float:
             typical = sum(by_trial[number] for number in finished) / len(finished) if finished else 0.0
             return sum(max(0.0, typical - by_trial[number]) for number in begun)
 
-        spent, more = taken.totals, (needed(taken.seconds), needed(taken.gpu_seconds))
+        spent, more = times.totals, (needed(times.seconds), needed(times.gpu_seconds))
         limits = self.limits
         if limits.used(*spent) < 1 and limits.used(spent[0] + more[0], spent[1] + more[1]) <= 1:
             return True
@@ -164,12 +240,12 @@ class _Worker:
     # --- one trial -------------------------------------------------------------------------------------------
 
     def _train(self, claim: Claim) -> None:
-        """Train a trial, from its newest checkpoint if it has one, and write down what has become of it."""
+        """Train a trial, from its newest checkpoint if it has one, and record the result."""
         store, run = self.store, self.store.folder / "trials" / claim.name
         if (run / "config.json").exists():
-            arguments, how = ["--resume", str(run)], "goes on"
+            arguments, how = ["--resume", str(run)], "resumes"
         else:
-            arguments, how = [*self._flags(claim), "--out", str(run)], "begins"
+            arguments, how = [*self._flags(claim), "--out", str(run)], "starts"
         print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}")
         patiently(lambda: store.begin_attempt(claim))
         log = store.folder / "logs" / f"{claim.name}.log"
@@ -196,7 +272,7 @@ class _Worker:
         return [self.plan.preset, *self.plan.flags, *flags({**claim.parameters, **seed})]
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
-        """Wait for the end of a training. Returns its exit code, and the step at which it was pruned, if it was."""
+        """Wait for a training process. Returns its exit code and the step at which it was pruned, or None."""
         asked, pruned, losses = False, None, ValidationLosses(run)
         while True:
             code = process.wait(POLL)
@@ -207,7 +283,7 @@ class _Worker:
             if (
                 self.limits != Limits(price=self.limits.price)
                 and not self._stopped()
-                and self.limits.used(*self.store.taken().totals) >= 1
+                and self.limits.used(*self.store.times().totals) >= 1
             ):
                 self.stopped_by = f"stopped: {self.limits} are used"
             if (pruned is not None or self._stopped()) and not asked:
@@ -215,9 +291,9 @@ class _Worker:
                 asked = True
 
     def _settle(self, claim: Claim, run: Path, code: int, pruned: int | None, reason: str) -> None:
-        """Write the result of a trial down."""
+        """Record the result of a trial."""
         store, losses = self.store, ValidationLosses(run).after_start()
-        took = duration(store.taken().seconds[claim.number])
+        took = duration(store.times().seconds[claim.number])
         if pruned is not None:
             store.note(claim, step=pruned, reason=f"pruned at step {pruned}")
             store.finish(claim, "PRUNED")
@@ -236,10 +312,10 @@ class _Worker:
 
 
 def patiently(work: Callable[[], Returned]) -> Returned:
-    """Do what writes into the sweep's folder; while the disk is full, which a trial may mend by ending, try again.
+    """Call ``work``, which writes into the sweep's folder, again and again while the disk is full.
 
     Raises:
-        UserError: it is still full after a minute, or something else is wrong with it.
+        UserError: the disk is still full after `PATIENCE`, or another error.
     """
     until = time.monotonic() + PATIENCE
     while True:
@@ -247,5 +323,7 @@ def patiently(work: Callable[[], Returned]) -> Returned:
             return work()
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until:
-                raise UserError(f"{describe_os_error(e)}; mend it, and the same command goes on") from e
+                raise UserError(
+                    f"{describe_os_error(e)}; once that is repaired, the same command resumes the sweep"
+                ) from e
         time.sleep(POLL)

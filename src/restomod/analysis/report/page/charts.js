@@ -1,5 +1,5 @@
 "use strict";
-// Charts of the runs. Text of a run reaches plotly only through plain(): plotly reads some markup of its own.
+// Charts of the runs. Text of a run reaches plotly only through plain(), as plotly parses some markup.
 
 const CHARTS = [
   { id: "loss", title: "Loss", unit: "nats per token", wide: true, metric: "loss", digits: ".4f" },
@@ -28,14 +28,14 @@ function xs(run, curve, axis) {
   return axis === "tokens" ? curve.x.map((step) => step * run.batch_tokens) : curve.x;
 }
 
-/* The chosen run has the accent; the others are quiet, and told apart by shade and dash. */
+/* The chosen run has the accent colour; the others are grey, distinguished by shade and dash. */
 function look(index, chosen) {
   if (index === chosen) return { color: colour("accent"), dash: "solid" };
   const place = index > chosen ? index - 1 : index;
   return { color: colour("other-" + (1 + (place % 4))), dash: DASHES[place % 4] };
 }
 
-/* The chosen run comes last, and lies on top. */
+/* The chosen run is drawn last, on top. */
 function inOrder(view) {
   return view.runs.map((run, index) => [run, index]).sort((a, b) => (a[1] === view.chosen) - (b[1] === view.chosen));
 }
@@ -87,13 +87,13 @@ function taskTraces(task, view) {
   });
 }
 
-/* Of how many examples the points of a task are. No line joins points of different samples. */
+/* Numbers of examples of a task's points. No line joins points of different numbers. */
 function sampleSizes(task, view) {
   const sizes = new Set(view.runs.flatMap((run) => (run.tasks[task] ? run.tasks[task].examples : [])).filter(Boolean));
   return sizes.size ? [...sizes].sort((a, b) => a - b).map((n) => n.toLocaleString("en")).join(" and ") + " examples" : "";
 }
 
-/* The range of the second half of all curves: what is left to see once the loss has fallen. */
+/* The range of the second half of all curves. */
 function lateRange(data) {
   const last = Math.max(...data.map((trace) => trace.x[trace.x.length - 1]));
   const late = data.filter((trace) => trace.opacity === undefined)
@@ -103,7 +103,7 @@ function lateRange(data) {
   return [low - room, high + room];
 }
 
-/* Round losses to mark on a logarithmic axis, as close to each other as the range allows. */
+/* Round values to mark on a logarithmic axis, as dense as the range allows. */
 function lossTicks(data) {
   const all = data.flatMap((trace) => trace.y.filter((y) => y !== null && y > 0));
   const low = Math.min(...all), high = Math.max(...all);
@@ -122,7 +122,7 @@ function layout(chart, view, data) {
     font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 52, r: 12, t: 8, b: 40 },
     uirevision: [chart.id, view.axis, view.scale, view.chosen].join(),
-    // many names would leave a small chart no room; those of the wide one hold for all
+    // many names would leave no room in a small chart; the wide one shows them
     showlegend: data.filter((trace) => trace.showlegend !== false).length > 1 && (chart.wide || view.runs.length <= 4),
     legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", font: { ...font, color: ink }, bgcolor: "rgba(0,0,0,0)" },
     hovermode: "x unified",
@@ -174,10 +174,10 @@ function allCharts(view) {
 }
 
 function positionChart(run) {
-  const points = run.examined.positions;
+  const points = run.error_analysis.positions;
   return {
-    id: "positions", title: "Loss by position", unit: "nats per token, by how many tokens are seen", digits: ".3f", x: "tokens seen in the window",
-    xlog: true, lines: [{ name: "mean", value: run.examined.loss, label: run.examined.loss.toFixed(2) }],
+    id: "positions", title: "Loss by position", unit: "nats per token", digits: ".3f", x: "position in the window",
+    xlog: true, lines: [{ name: "mean", value: run.error_analysis.loss, label: run.error_analysis.loss.toFixed(2) }],
     traces: () => [{ type: "scatter", mode: "lines", x: points.x, y: points.y, name: "loss", line: { color: colour("accent"), width: 1.6 }, hovertemplate: "%{y:.3f}" }],
   };
 }

@@ -1,10 +1,10 @@
 "use strict";
-// The page: plain elements made of the data. All text is set as text; nothing of a run is ever read as markup.
+// The page: elements built from the data. All text is set as text; no content of a run is parsed as markup.
 
 const view = { runs: [], chosen: 0, axis: "step", scale: "log", sampleStep: null, failures: 0 };
 let page = JSON.parse(document.getElementById("data").textContent);
 let made = [];
-const plots = new Map(); // a chart keeps its element, and with it what the reader has zoomed or switched off
+const plots = new Map(); // a chart keeps its element, and so the reader's zoom and hidden curves
 
 function el(tag, attributes, ...children) {
   const node = document.createElement(tag);
@@ -35,7 +35,7 @@ function header(run) {
   return [
     el("h1", {}, run ? run.name : page.title),
     el("div", { class: "state", role: "status" }, el("span", { class: "dot " + (run && !live ? run.state : "") }),
-      el("span", { id: "state" }, live ? "the watcher has stopped; this is what was last known"
+      el("span", { id: "state" }, live ? "the server has stopped; this is the last known state"
         : run ? (run.state === "waiting" ? "waiting" : run.state) + (run.remark ? ", " + run.remark : "") : page.waiting)),
   ];
 }
@@ -75,19 +75,19 @@ function training(run) {
   const redraw = () => { const y = scrollY; render(); scrollTo(0, y); };
   return [el("h2", {}, "Training"),
     el("div", { class: "bar" },
-      choice("Against", { step: "Steps", tokens: "Tokens", hours: "Hours" }, view.axis, (axis) => { view.axis = axis; redraw(); }),
+      choice("x-axis", { step: "Steps", tokens: "Tokens", hours: "Hours" }, view.axis, (axis) => { view.axis = axis; redraw(); }),
       choice("Loss", { log: "Log", linear: "Linear", late: "Second half" }, view.scale, (scale) => { view.scale = scale; redraw(); })),
     el("div", { class: "charts" }, charts.map(chartBox)), events(run)];
 }
 
 function events(run) {
   if (!run.events.length) return null;
-  return el("details", { open: run.events.length < 6 }, el("summary", {}, run.events.length + (run.events.length === 1 ? " event" : " events") + " along the way"),
-    table(["Step", "What"], run.events.map(([step, text]) => [step === null ? "–" : step.toLocaleString("en"), text]), { numeric: [0], label: "events" }));
+  return el("details", { open: run.events.length < 6 }, el("summary", {}, run.events.length + (run.events.length === 1 ? " event" : " events")),
+    table(["Step", "Event"], run.events.map(([step, text]) => [step === null ? "–" : step.toLocaleString("en"), text]), { numeric: [0], label: "events" }));
 }
 
 function evaluations(run) {
-  if (!run.evaluations.length) return [el("h2", {}, "Evaluation"), el("p", { class: "soft" }, "Nothing evaluated yet: restomod eval " + run.folder)];
+  if (!run.evaluations.length) return [el("h2", {}, "Evaluation"), el("p", { class: "soft" }, "None yet: restomod eval " + run.folder)];
   return [el("h2", {}, "Evaluation"), run.evaluations.map((found) => [el("h3", {}, TASKS[found.task] || found.task), table(["Model", ...found.columns, ""], found.rows, {
     numeric: found.columns.map((_, i) => i + 1), remark: found.columns.length + 1, rowClass: (r) => (r < found.own ? "own" : null), label: found.task })])];
 }
@@ -103,9 +103,9 @@ function passage(found) {
       }))];
 }
 
-function examined(run) {
-  const found = run.examined, title = el("h2", {}, "Strong and weak");
-  if (found.reason) return [title, el("p", { class: "soft" }, "Not examined: " + found.reason + ".")];
+function errorAnalysis(run) {
+  const found = run.error_analysis, title = el("h2", {}, "Error analysis");
+  if (found.reason) return [title, el("p", { class: "soft" }, "None: " + found.reason + ".")];
   const most = Math.max(...found.kinds.map((kind) => kind.loss));
   const meter = (loss) => el("span", { class: "share", style: "width:" + (100 * loss / most).toFixed(1) + "%" });
   const percent = (share) => (100 * share).toFixed(1) + " %";
@@ -116,8 +116,8 @@ function examined(run) {
       { numeric: [2, 3, 4], remark: 5, label: "loss by kind of token", class: "kinds" }),
     el("div", { class: "charts" }, chartBox({ ...positionChart(run), wide: true })),
     found.sources.length > 1 ? [el("h3", {}, "Loss by source"), table(["Source", "Loss", "Tokens"], found.sources.map((source) => [source.name, source.loss.toFixed(4), source.tokens.toLocaleString("en")]), { numeric: [1, 2], label: "loss by source" })] : [],
-    [["best", "Predicted best"], ["worst", "Predicted worst"]].map(([key, name]) => el("details", { open: key === "worst", class: "passages" }, el("summary", {}, name),
-      el("p", { class: "soft small legend" }, "expected", el("span", { class: "ramp" }), "surprising; hover a token for its loss"), found[key].map(passage)))];
+    [["best", "Best predicted passages"], ["worst", "Worst predicted passages"]].map(([key, name]) => el("details", { open: key === "worst", class: "passages" }, el("summary", {}, name),
+      el("p", { class: "soft small legend" }, "low loss", el("span", { class: "ramp" }), "high loss; hover over a token for its value"), found[key].map(passage)))];
 }
 
 function samples(run) {
@@ -142,12 +142,12 @@ function details(run) {
   const pairs = (rows, remark) => table(null, rows, { class: "pairs", headed: true, remark });
   return [
     el("h2", {}, "Configuration"),
-    el("p", { class: "soft" }, run.changed.length ? "What differs from the preset " + run.preset + ":" : "As the preset " + run.preset + " has it."),
+    el("p", { class: "soft" }, run.changed.length ? "Differences from the preset " + run.preset + ":" : "No difference from the preset " + run.preset + "."),
     run.changed.length ? table(["Setting", "This run", "Preset"], run.changed.map(([name, value, other]) => [el("code", {}, name), el("code", {}, value), el("code", { class: "soft" }, other)]), { label: "differences from the preset" }) : null,
     el("details", { class: "settings" }, el("summary", {}, "All " + run.settings.length + " settings"), table(null, run.settings.map(([name, value]) => [el("code", {}, name), el("code", {}, value)]), { label: "settings" })),
     el("h2", {}, "Compute and cost"), pairs(run.usage, 2),
     el("h2", {}, "Model, data, machine"), pairs(run.about),
-    run.environments.map((rows, i) => el("details", {}, el("summary", {}, run.environments.length > 1 ? "Environment of start " + (i + 1) : "Environment"), pairs(rows))),
+    run.environments.map((rows, i) => el("details", {}, el("summary", {}, run.environments.length > 1 ? "Environment of session " + (i + 1) : "Environment"), pairs(rows))),
   ];
 }
 
@@ -156,7 +156,7 @@ function render() {
   const open = new Set([...main.querySelectorAll("details")].flatMap((node, i) => (node.open ? [i] : [])));
   const before = main.querySelectorAll("details").length;
   made = [];
-  main.replaceChildren(...[header(run), selector(), run ? [figures(run), sideBySide(), training(run), evaluations(run), examined(run), samples(run), details(run)] : [],
+  main.replaceChildren(...[header(run), selector(), run ? [figures(run), sideBySide(), training(run), evaluations(run), errorAnalysis(run), samples(run), details(run)] : [],
     el("footer", {}, page.footer)].flat(9).filter(Boolean));
   const nodes = [...main.querySelectorAll("details")];
   if (page.live && nodes.length === before) nodes.forEach((node, i) => { node.open = open.has(i); });
@@ -178,7 +178,7 @@ function take(data) {
   render();
 }
 
-/* Ask for what is new as long as the page is open; an answer of 204 means nothing is. */
+/* Ask for new data as long as the page is open; status 204 means that there is none. */
 async function follow() {
   let version = page.version;
   for (;;) {

@@ -1,4 +1,4 @@
-"""The verb `watch`: a report that follows a run, served on this machine."""
+"""Command `watch`: an HTTP server for the live report of a run."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from restomod.analysis.report.data import ERRORS_FILE
 from restomod.analysis.report.html import as_json, as_page, footer, policy
-from restomod.analysis.report.usage import Prices
-from restomod.analysis.report.write import page_data
+from restomod.analysis.report.usage import HourlyRates
+from restomod.analysis.report.write import report_data
 from restomod.runs.reader import open_run
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.output import print_error
 from restomod.utils.redaction import redact
 
-SECONDS = 3.0  # between two questions of a page
-REST = 20  # a page is made again only after so many times as long as that has taken: training needs the processor
-FRESH = 60.0  # seconds after which it is made again though no file has changed: a silent run has stopped
+SECONDS = 3.0  # between two requests of a page
+REST = 20  # idle time between two builds of the page, as a multiple of the build time: training needs the processor
+FRESH = 60.0  # seconds after which the page is built again though no file has changed: a silent run has stopped
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LOCAL_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # as a request gives it
 MAX_CONNECTIONS = 32  # at once, each with a thread
 REQUEST_TIMEOUT = 5.0  # seconds in which a request must be complete
 RESPONSE_TIMEOUT = 30.0  # seconds in which an answer must have been taken
 MAX_REQUEST = 2**16  # bytes of a request
-MAX_DISCARDED = 2**20  # bytes that are read of a request that is too long, so that its sender reads the answer
+MAX_DISCARDED = 2**20  # bytes read of a request that is too long, so that its sender reads the answer
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -47,10 +48,10 @@ HEADERS = {
 
 
 class Watched:
-    """A run's folder, and the page's data made of it, no more often than its files change."""
+    """Page data of a run's folder, rebuilt at most when its files change."""
 
-    def __init__(self, folder: Path, prices: Prices) -> None:
-        self.folder, self.prices = folder, prices
+    def __init__(self, folder: Path, rates: HourlyRates) -> None:
+        self.folder, self.rates = folder, rates
         self._lock = threading.Lock()
         self._seen: object = None
         self._made = 0.0
@@ -58,7 +59,7 @@ class Watched:
         self._data: dict[str, Any] = {}
 
     def data(self) -> dict[str, Any]:
-        """The newest data, or a little older; with ``waiting`` where there is no run yet, or none that can be read."""
+        """The newest data, or slightly older; with ``waiting`` where there is no readable run."""
         with self._lock:
             now = time.monotonic()
             if self._data and now - self._made < REST * self._took:
@@ -75,11 +76,11 @@ class Watched:
         about = {"live": True, "seconds": SECONDS, "version": f"{time.time():.3f}"}
         try:
             warnings: list[str] = []
-            data = page_data([open_run(self.folder, warn=warnings.append)], self.prices) | about
+            data = report_data([open_run(self.folder, warn=warnings.append)], self.rates) | about
             for run in data["runs"]:
                 run["remark"] = "; ".join([run["remark"], *redact(warnings)])
             return data
-        except Exception as e:  # not begun, being replaced, half written, damaged: it may be mended while this goes on
+        except Exception as e:  # not begun, being replaced, half written, damaged: it may be repaired meanwhile
             reason = str(e) if isinstance(e, UserError | OSError) else f"{self.folder} cannot be shown: {one_line(e)}"
             if not os.path.exists(self.folder / "config.json"):
                 reason = "waiting for the run to begin"
@@ -87,8 +88,8 @@ class Watched:
             return about | redact({"title": name, "footer": footer(), "runs": [], "waiting": reason})
 
     def _files(self) -> object:
-        """What changes when a file of the run does."""
-        names = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "examined.json")
+        """A value that changes with any file of the run."""
+        names = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", ERRORS_FILE)
         paths = [
             *(self.folder / name for name in names),
             self.folder / "checkpoints",
@@ -96,11 +97,10 @@ class Watched:
         ]
         found = []
         for path in paths:
-            try:
+            status = None
+            with contextlib.suppress(OSError):
                 status = path.stat()
-                found.append((path.name, status.st_ino, status.st_size, status.st_mtime_ns))
-            except OSError:
-                found.append((path.name, 0, 0, 0))
+            found.append((path.name, status and (status.st_ino, status.st_size, status.st_mtime_ns)))
         return found
 
 
@@ -127,7 +127,7 @@ class _Server(http.server.ThreadingHTTPServer):
         self._pending[request] = None
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # there is no room for a thread
+        except RuntimeError:  # no thread can be started
             self._leave(request)
             raise
 
@@ -142,18 +142,18 @@ class _Server(http.server.ThreadingHTTPServer):
         self._connections.release()
 
     def request_complete(self, request: socket.socket) -> None:
-        """Note that a connection's request has been read."""
+        """Record that a connection's request has been read."""
         self._pending.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report errors of this program; a lost connection is none, since a page may be closed at any time."""
+        """Report errors of this program; lost connections are normal."""
         error = sys.exception()
         if not isinstance(error, OSError):
             print_error(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """One request, read whole within `REQUEST_TIMEOUT` seconds: a slow client holds no thread."""
+    """Answers one request, which must be complete within `REQUEST_TIMEOUT` seconds: a slow client holds no thread."""
 
     server: _Server
     connection: socket.socket
@@ -172,7 +172,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def _head(self) -> bytes:
-        """A request up to its empty line; more than `MAX_REQUEST` bytes if it is too long, none if it is incomplete."""
+        """Read a request up to its empty line: over `MAX_REQUEST` bytes if too long, no bytes if incomplete."""
         until, head, last, size = time.monotonic() + REQUEST_TIMEOUT, bytearray(), b"", 0
         while size < MAX_DISCARDED and (left := until - time.monotonic()) > 0:
             self.connection.settimeout(left)
@@ -206,10 +206,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _is_for_us(self, named: str) -> bool:
-        """Whether a request names this machine: a page from elsewhere whose name was made to lead here does not.
+        """Whether a request names this machine: a defence against DNS rebinding.
 
         Args:
-            named: the host in the request's first line, which most leave out.
+            named: host in the request line, usually empty.
         """
         if self.server.host not in LOCAL:
             return True
@@ -217,14 +217,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return all(LOCAL_NAME.fullmatch(host.strip()) for host in hosts)
 
     def _answer(self, status: http.HTTPStatus, kind: str, body: bytes, allowed: str = "") -> None:
-        """Answer.
-
-        Args:
-            status: of the answer.
-            kind: of the content.
-            body: the content.
-            allowed: the page's policy.
-        """
+        """Send a response; ``allowed`` is the Content-Security-Policy of a page."""
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
@@ -236,7 +229,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     _allowed = ""
 
     def end_headers(self) -> None:
-        """End the headers of every answer, errors too, with those that keep other pages out."""
+        """Add `HEADERS` to every response, errors too."""
         for name, value in HEADERS.items():
             if name == "Content-Security-Policy" and self._allowed:
                 value = f"{self._allowed}; frame-ancestors 'none'"
@@ -244,17 +237,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Questions every few seconds are not worth a line."""
+        """Log nothing: pages ask every few seconds."""
 
 
-def open_server(folder: Path, host: str, port: int, prices: Prices) -> _Server:
-    """A server that is bound, but does not answer yet.
+def open_server(folder: Path, host: str, port: int, rates: HourlyRates) -> _Server:
+    """Bind a server; it answers once `serve_forever` is called.
 
     Raises:
         UserError: the port is in use or not allowed, or the host is not one of this machine.
     """
     try:
-        return _Server(host, port, Watched(folder, prices))
+        return _Server(host, port, Watched(folder, rates))
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use; choose another with --port, or 0 for any") from None
@@ -263,26 +256,26 @@ def open_server(folder: Path, host: str, port: int, prices: Prices) -> _Server:
         raise UserError(f"--host {host}: cannot listen there ({e.strerror or e})") from None
 
 
-def watch(folder: Path, host: str, port: int, prices: Prices, say: Callable[[str], None] = print) -> None:
+def watch(folder: Path, host: str, port: int, rates: HourlyRates, say: Callable[[str], None] = print) -> None:
     """Serve the page of a run until Ctrl-C.
 
     Args:
-        folder: the run's; it need not be there yet.
+        folder: the run's; it need not exist yet.
         host: address to listen on.
         port: 0 for any that is free.
-        prices: see `restomod.analysis.report.write`.
+        rates: price and power of the machine.
         say: takes a line.
 
     Raises:
         UserError: see `open_server`; or plotly is missing.
     """
-    with open_server(folder, host, port, prices) as server:
+    with open_server(folder, host, port, rates) as server:
         as_page(server.watched.data())
         shown = f"[{host}]" if ":" in host else host
         say(f"{folder} at http://{shown}:{server.server_address[1]}/ (Ctrl-C ends it)")
         if host not in LOCAL:
-            say("warning: whoever reaches this address can read the run's numbers, samples and settings")
+            say("warning: anyone who can reach this address can read the run's metrics, samples and settings")
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
-            say("ended; the run goes on by itself")
+            say("server stopped; the run is not affected")

@@ -1,8 +1,8 @@
-"""Where a model is strong and weak: its validation loss by kind of token, by position, by source; passages in full.
+"""Error analysis of a checkpoint: validation loss by kind of token, position, source and passage. Needs torch.
 
-What is found is written into the run's folder, where reports read it without torch.
+The result is `error_analysis.json` in the run's folder, which reports read without torch.
 
-Shapes: B = windows, T = tokens of each.
+Shapes: B = windows, T = tokens of a window, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from restomod.analysis.report.examined import FILE, FORMAT, read_examined
+from restomod.analysis.report.data import ERRORS_FILE, ERRORS_FORMAT, read_error_analysis
 from restomod.config.run import Device, Precision
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset, Part
@@ -36,23 +36,23 @@ from restomod.utils.files import write_json_atomically
 from restomod.utils.text import visible
 
 PASSAGE = 64  # tokens
-PASSAGES = 5  # of the best, and of the worst
-BEFORE = 24  # tokens that are shown before a passage
-POSITIONS = 30  # ranges at most
+PASSAGES = 5  # best ones, and as many worst ones
+BEFORE = 24  # tokens of context shown before a passage
+POSITIONS = 30  # ranges of positions, at most
 
 KINDS = {
-    "word after a space": "a word or its beginning",
-    "word without a space": "the rest of a word, or one that comes first in a line or after a sign",
-    "number": "digits",
-    "punctuation": "signs, with or without a space",
-    "white space": "spaces, tabs, ends of lines",
-    "end of text": "the beginning of the next document",
-    "part of a character": "bytes that are no whole character",
+    "word after a space": "a word or its first part",
+    "word without a space": "a later part of a word, or a word at the start of a line or after punctuation",
+    "number": "contains a digit",
+    "punctuation": "punctuation and symbols, with or without a space",
+    "white space": "spaces, tabs, line ends",
+    "end of text": "the end of a document",
+    "part of a character": "bytes of an incomplete UTF-8 character",
 }
 
 
 def kind_of_token(piece: bytes, is_end: bool = False) -> str:
-    """Which of `KINDS` the bytes of a token are."""
+    """The kind, a key of `KINDS`, of a token with these bytes."""
     if is_end:
         return "end of text"
     try:
@@ -70,19 +70,19 @@ def kind_of_token(piece: bytes, is_end: bool = False) -> str:
 
 
 Passage = tuple[float, int, list[int], list[float]]
-"""Score, place among all passages (which settles ties), tokens, and the losses of the last of them."""
+"""Score, index (breaks ties), tokens with their context, and the losses of the last ``len(losses)`` of them."""
 
 
 @dataclass
 class _Sums:
-    """What is added up over windows."""
+    """Sums over windows."""
 
     by_token: np.ndarray
-    """(V, 2): losses and counts of each target."""
+    """(V, 2): sum of losses and count of each target token."""
     by_position: np.ndarray
-    """(T, 2)."""
+    """(T, 2): the same by position."""
     passages: int = 0
-    """Seen so far."""
+    """Number so far."""
     best: list[Passage] = field(default_factory=list)
     """A heap whose scores are negative mean losses."""
     worst: list[Passage] = field(default_factory=list)
@@ -96,22 +96,24 @@ def analyse_errors(
     precision: Precision = "auto",
     say: Callable[[str], None] = print,
 ) -> None:
-    """Examine the newest checkpoint of a run and write the result into the run's folder, unless it is there already.
+    """Analyse the errors of a run's newest checkpoint and write the result, unless the file has it already.
+
+    Failures are reported through ``say`` and raise nothing: the report is written without the analysis.
 
     Args:
         run: the run.
-        max_tokens: of the validation split, evenly spread.
+        max_tokens: number of validation tokens, evenly spread over the split.
         device, precision: see `restomod.engine.device`.
-        say: takes a line about what is done, or why nothing is.
+        say: takes a line of output.
     """
     try:
         checkpoint = find_model(str(run.folder))
-        known = read_examined(run)
+        known = read_error_analysis(run)
         if known is not None and (known.get("checkpoint"), known.get("asked")) == (checkpoint.name, max_tokens):
-            say(f"{run.folder}: {checkpoint.name} is examined already ({FILE})")
+            say(f"{run.folder}: {ERRORS_FILE} has the error analysis of {checkpoint.name} already")
             return
         if not os.access(run.folder, os.W_OK):
-            raise UserError(f"its folder cannot be written to, and {FILE} belongs there")
+            raise UserError(f"its folder cannot be written to, and {ERRORS_FILE} belongs there")
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
@@ -119,21 +121,21 @@ def analyse_errors(
         trained_on = run.manifest.get("fingerprint")
         if trained_on is not None and trained_on != dataset.fingerprint:
             raise UserError("its data has changed since it was trained")
-        found = _examine(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))
+        found = _analyse(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))
     except UserError as e:
-        say(f"{run.folder}: not examined: {e}")
+        say(f"{run.folder}: no error analysis: {e}")
         return
-    about = {"format": FORMAT, "checkpoint": checkpoint.name, "step": step_of(checkpoint), "asked": max_tokens}
+    about = {"format": ERRORS_FORMAT, "checkpoint": checkpoint.name, "step": step_of(checkpoint), "asked": max_tokens}
     try:
-        write_json_atomically(run.folder / FILE, about | found, run.folder)
+        write_json_atomically(run.folder / ERRORS_FILE, about | found, run.folder)
     except (OSError, UserError) as e:
-        say(f"{run.folder}: examined, but {FILE} cannot be written ({reason(e)})")
+        say(f"{run.folder}: no error analysis: {ERRORS_FILE} cannot be written ({reason(e)})")
         return
-    say(f"written: {run.folder / FILE}")
+    say(f"written: {run.folder / ERRORS_FILE}")
 
 
 @torch.no_grad()
-def _examine(
+def _analyse(
     run: Run, model: GPT, dataset: Dataset, max_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     T, tokenizer = run.config.sequence_length, gpt2_tokenizer()
@@ -168,7 +170,7 @@ def _examine(
 def _windows(
     source: Part, T: int, max_tokens: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and targets, (B, T) each, of windows that are spread over a source's validation split."""
+    """Yield tokens and targets, (B, T) each, of windows spread over a source's validation split."""
     batches = Batches(source.dataset.val, T, 1, seed=0, split="validation")
     windows = validation_windows(batches.n_windows, T, max_tokens)
     at_once = max(1, tokens_on(device, EVAL_TOKENS) // T)
@@ -177,7 +179,7 @@ def _windows(
 
 
 def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
-    """Take the targets and losses of some windows, (B, T) each."""
+    """Add the targets and losses of some windows, (B, T) each."""
     T = targets.shape[1]
     np.add.at(sums.by_token[:, 0], targets.ravel(), losses.ravel().astype(np.float64))
     np.add.at(sums.by_token[:, 1], targets.ravel(), 1)
@@ -185,7 +187,7 @@ def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
     sums.by_position[:, 1] += len(losses)
     length = min(PASSAGE, T // 2)
     for row, row_losses in zip(targets, losses, strict=True):
-        for start in range(T - length, T // 4 - 1, -length):  # those first in a window are hard for want of context
+        for start in range(T - length, T // 4 - 1, -length):  # the first ones of a window lack context
             part = row_losses[start : start + length]
             mean, sums.passages = float(part.mean()), sums.passages + 1
             entry = (sums.passages, row[max(0, start - BEFORE) : start + length].tolist(), part.tolist())
@@ -196,7 +198,7 @@ def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
 
 
 def _kinds(by_token: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Loss, share of the tokens and share of the loss of each kind that occurs, the hardest first."""
+    """Loss, share of tokens and share of the total loss of each kind that occurs, highest loss first."""
     sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in KINDS}
     for token in np.flatnonzero(by_token[:, 1]).tolist():
         is_end = token == END_OF_TEXT
@@ -211,7 +213,7 @@ def _kinds(by_token: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def _positions(by_position: np.ndarray) -> dict[str, list[float]]:
-    """Mean loss by how many tokens are seen, over ranges that grow with it."""
+    """Mean loss by position in the window, over ranges whose width grows with the position."""
     T = len(by_position)
     edges = np.unique(np.geomspace(1, T + 1, min(POSITIONS, T + 1)).round().astype(int))
     ranges = list(itertools.pairwise(edges.tolist()))
@@ -220,7 +222,7 @@ def _positions(by_position: np.ndarray) -> dict[str, list[float]]:
 
 
 def _passage(entry: Passage, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A passage as pieces of text with their losses, and the text before it."""
+    """A passage as JSON: text and loss of each token, and the text before it."""
     _, _, tokens, losses = entry
     texts = list(_pieces(tokens, tokenizer))
     n = len(tokens) - len(losses)
@@ -232,7 +234,7 @@ def _passage(entry: Passage, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pieces(tokens: list[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of each token; a character that takes several tokens belongs to the last of them."""
+    """Yield the text of each token; a character that spans several tokens is given to the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i, token in enumerate(tokens):
         is_end, last = token == END_OF_TEXT, i == len(tokens) - 1

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from restomod.analysis.report import serve as watching
-from restomod.analysis.report.usage import Prices
+from restomod.analysis.report import watch as watching
+from restomod.analysis.report.usage import HourlyRates
 from restomod.cli import main
 from restomod.utils.errors import UserError
 from tests.runs.made_runs import HOSTILE, make_run
@@ -29,7 +29,7 @@ from tests.runs.made_runs import HOSTILE, make_run
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[int]:
     """A server of a run in a thread; its port."""
-    server = watching.open_server(folder, "127.0.0.1", 0, Prices())
+    server = watching.open_server(folder, "127.0.0.1", 0, HourlyRates())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -113,7 +113,7 @@ def test_a_run_is_not_read_again_while_training_needs_the_processor(
 ) -> None:
     monkeypatch.setattr(watching, "REST", 1e9)
     folder = make_run(tmp_path / "r")
-    watched = watching.Watched(folder, Prices())
+    watched = watching.Watched(folder, HourlyRates())
     before = watched.data()["version"]
     (folder / "metrics.jsonl").write_text("")
     assert watched.data()["version"] == before
@@ -207,7 +207,7 @@ def test_an_error_that_nobody_foresaw_is_told_too(tmp_path: Path, monkeypatch: p
 
     folder = make_run(tmp_path / "r")
     with served(folder) as port:
-        monkeypatch.setattr(watching, "page_data", fail)
+        monkeypatch.setattr(watching, "report_data", fail)
         assert "a value␛ of another type" in data(port)["waiting"]
         monkeypatch.undo()
         assert ask(port, "/")[0] == 200
@@ -221,7 +221,7 @@ def test_other_names_for_this_machine_are_refused(tmp_path: Path, host: str) -> 
 
 
 def test_by_default_only_this_machine_is_listened_to(tmp_path: Path) -> None:
-    server = watching.open_server(tmp_path, "127.0.0.1", 0, Prices())
+    server = watching.open_server(tmp_path, "127.0.0.1", 0, HourlyRates())
     assert server.socket.getsockname()[0] == "127.0.0.1"
     server.server_close()
 
@@ -246,7 +246,7 @@ def test_other_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert said in error
         assert error.count("\n") == 1
     with pytest.raises(UserError, match="cannot listen there"):
-        watching.open_server(tmp_path, "192.0.2.1", 0, Prices())
+        watching.open_server(tmp_path, "192.0.2.1", 0, HourlyRates())
 
 
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
@@ -262,4 +262,4 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
         out, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, out, error) == (0, "ended; the run goes on by itself\n", "")
+    assert (process.returncode, out, error) == (0, "server stopped; the run is not affected\n", "")

@@ -1,4 +1,4 @@
-"""Where a model is strong and weak, against losses that torch computes directly from the logits of `transformers`."""
+"""Error analysis, against losses that torch computes from the logits of `transformers`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import tiktoken
 import torch
 from transformers import GPT2LMHeadModel
 
-from restomod.analysis.report.examine import KINDS, PASSAGE, _examine, _pieces, analyse_errors, kind_of_token
-from restomod.analysis.report.usage import Prices
-from restomod.analysis.report.write import page_data
+from restomod.analysis.report.error_analysis import KINDS, PASSAGE, _analyse, _pieces, analyse_errors, kind_of_token
+from restomod.analysis.report.usage import HourlyRates
+from restomod.analysis.report.write import report_data
 from restomod.cli import main
 from restomod.config.run import DataConfig
 from restomod.data.dataset import mix
@@ -36,7 +36,7 @@ TEXT = "In 1924 the car, a Bentley, won (again!). Zoë's naïve 東京 text: it 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on text of many kinds, with a checkpoint."""
-    folder = tmp_path_factory.mktemp("examined")
+    folder = tmp_path_factory.mktemp("error_analysis")
     for i in range(20):
         (folder / "texts").mkdir(exist_ok=True)
         (folder / "texts" / f"{i}.txt").write_text(f"Number {i}. " + TEXT * 8)
@@ -62,8 +62,8 @@ def reference(run: Path) -> tuple[np.ndarray, np.ndarray]:
 def test_losses_are_those_of_transformers(run: Path, tiktoken_gpt2: tiktoken.Encoding) -> None:
     lines: list[str] = []
     analyse_errors(open_run(run), 10**9, "cpu", "fp32", lines.append)
-    assert lines == [f"written: {run / 'examined.json'}"]
-    found = json.loads((run / "examined.json").read_text())
+    assert lines == [f"written: {run / 'error_analysis.json'}"]
+    found = json.loads((run / "error_analysis.json").read_text())
     targets, losses = reference(run)
     assert found["step"] == 3
     assert found["tokens"] == losses.size
@@ -94,14 +94,14 @@ def test_what_is_known_is_not_computed_again_and_is_shown(run: Path) -> None:
     lines: list[str] = []
     for _ in range(2):
         analyse_errors(open_run(run), 256, "cpu", "fp32", lines.append)
-    assert lines[-1] == f"{run}: step_000003 is examined already (examined.json)"
-    (shown,) = page_data([open_run(run)], Prices())["runs"]
-    assert shown["examined"]["tokens"] == 256
-    assert shown["examined"]["remark"] == ""
+    assert "step_000003 already" in lines[-1]
+    (shown,) = report_data([open_run(run)], HourlyRates())["runs"]
+    assert shown["error_analysis"]["tokens"] == 256
+    assert shown["error_analysis"]["remark"] == ""
     (run / "checkpoints" / "step_000009").mkdir()
-    (shown,) = page_data([open_run(run)], Prices())["runs"]
+    (shown,) = report_data([open_run(run)], HourlyRates())["runs"]
     (run / "checkpoints" / "step_000009").rmdir()
-    assert shown["examined"]["remark"] == "there is a newer checkpoint, step_000009: --examine again"
+    assert shown["error_analysis"]["remark"] == "There is a newer checkpoint, step_000009: repeat --error-analysis."
 
 
 def test_a_run_without_a_checkpoint_is_reported_without(
@@ -111,21 +111,21 @@ def test_a_run_without_a_checkpoint_is_reported_without(
     folder.mkdir()
     for name in ("config.json", "metrics.jsonl", "data.json"):
         (folder / name).write_bytes((run / name).read_bytes())
-    assert main(["report", str(folder), "--examine"]) == 0
+    assert main(["report", str(folder), "--error-analysis"]) == 0
     out = capsys.readouterr().out
-    assert f"{folder}: not examined: {folder} holds no checkpoint yet" in out
+    assert f"{folder}: no error analysis: " in out
     assert (folder / "report.html").exists()
-    (shown,) = page_data([open_run(folder)], Prices())["runs"]
-    assert shown["examined"] == {"reason": "the run has no checkpoint yet"}
+    (shown,) = report_data([open_run(folder)], HourlyRates())["runs"]
+    assert shown["error_analysis"] == {"reason": "the run has no checkpoint yet"}
 
 
-def test_data_that_has_changed_is_not_examined(run: Path) -> None:
+def test_data_that_has_changed_is_not_analysed(run: Path) -> None:
     path, lines = run / "data.json", list[str]()
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"fingerprint": "another"}))
     analyse_errors(open_run(run), 512, "cpu", "fp32", lines.append)
     path.write_text(before)
-    assert lines == [f"{run}: not examined: its data has changed since it was trained"]
+    assert lines == [f"{run}: no error analysis: its data has changed since it was trained"]
 
 
 def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, 
         config = DataConfig(source="text", path=str(tmp_path / f"{name}.txt"), val_fraction=0.5, cache=str(tmp_path))
         parts.append((prepare_text(config, tokenizer), Fraction(1, 2)))
     opened, model = open_run(run), load_model(sorted((run / "checkpoints").iterdir())[-1], torch.device("cpu"))
-    found = _examine(opened, model, mix(parts), 10**9, torch.device("cpu"), torch.float32)
+    found = _analyse(opened, model, mix(parts), 10**9, torch.device("cpu"), torch.float32)
     for source, (dataset, _) in zip(found["sources"], parts, strict=True):
         windows = (len(dataset.val) - 1) // T
         held = validation_loss(model, dataset.val, T, torch.device("cpu"), torch.float32, windows * T)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from restomod.analysis.health.curves import Array, blocks, curves_of_records, level_at, noise, period
-from restomod.analysis.health.trends import autocorrelation_time, moving_median
+from restomod.analysis.health.history import curves_from_records
+from restomod.analysis.health.noise import (
+    Array,
+    autocorrelation_time,
+    blocks,
+    level_at,
+    moving_median,
+    noise_deviation,
+    period,
+)
 from tests.runs.making import healthy, quickstart_records, train, val
 
 
@@ -18,8 +26,8 @@ def falling(n: int, sigma: float, seed: int) -> Array:
 def test_the_noise_upon_a_trend_is_found_in_spite_of_outliers() -> None:
     x = falling(3000, 0.3, 0)
     x[::50] += 5
-    assert noise(x) == pytest.approx(0.3, rel=0.07)
-    assert noise(x[:1]) == 0
+    assert noise_deviation(x) == pytest.approx(0.3, rel=0.07)
+    assert noise_deviation(x[:1]) == 0
 
 
 def test_the_last_block_is_the_newest() -> None:
@@ -31,14 +39,13 @@ def test_the_level_and_its_error_are_those_of_a_least_squares_line() -> None:
     off = []
     for _ in range(300):
         loss = 5 - 0.01 * np.arange(400) + 0.5 * rng.standard_normal(400)
-        seen = curves_of_records([train(s, float(v)) for s, v in enumerate(loss)])
         for step in (200, 400):  # among its neighbours, and at the end
-            level = level_at(seen, step)
+            level = level_at(np.arange(400.0), loss, step)
             assert level is not None
             off.append((level[0] - (5 - 0.01 * step)) / level[1])
     assert np.mean(off) == pytest.approx(0, abs=0.15)
     assert np.std(off) == pytest.approx(1, abs=0.12)
-    assert level_at(curves_of_records([train(s, 5.0) for s in range(20)]), 20) is None
+    assert level_at(np.arange(20.0), np.full(20, 5.0), 20) is None
 
 
 def test_records_are_sorted_and_the_later_counts() -> None:
@@ -48,7 +55,7 @@ def test_records_are_sorted_and_the_later_counts() -> None:
         *(train(4, 99.0, skipped="the loss is 99"), train(5, None, grad_norm=None, skipped="the loss is nan")),
         *(train(6, 4.0, grad_norm=None, skipped=overflow), {"kind": "train"}, {"step": "x", "kind": "train"}),
     ]
-    seen = curves_of_records(records)
+    seen = curves_from_records(records)
     assert (seen.step.tolist(), seen.loss.tolist()) == ([1, 3], [5, 4])
     assert [step for step, _ in seen.skipped] == [4, 5]
     assert (seen.not_finite, seen.rollbacks, seen.steps_seen) == ([5], 1, 7)
@@ -71,10 +78,10 @@ def test_a_wave_is_found_with_about_its_length(n: int, length: int, size: float)
 
 def test_noise_does_not_repeat_itself() -> None:
     found = [
-        s for s in range(300) if period(curves_of_records(healthy(s, (150, 300, 900, 3000)[s % 4])).loss) is not None
+        s for s in range(300) if period(curves_from_records(healthy(s, (150, 300, 900, 3000)[s % 4])).loss) is not None
     ]
     assert found == []
-    assert period(curves_of_records(quickstart_records()).loss) is None
+    assert period(curves_from_records(quickstart_records()).loss) is None
 
 
 def test_a_curve_that_stands_still_or_is_short_has_no_period() -> None:
