@@ -8,7 +8,7 @@ from typing import Literal
 
 from restomod.utils.errors import UserError, shortened
 
-LARGEST = 2**40  # largest size or number of steps: beyond it is a typing error, and finding divisors takes for ever
+LARGEST = 2**40  # largest size or number of steps: beyond it is a typing error, and finding divisors takes forever
 LARGEST_OF_MODEL = {  # far beyond any model that was built
     "n_layer": 4096,
     "n_head": 65_536,

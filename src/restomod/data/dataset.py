@@ -81,33 +81,33 @@ class _OpenShard:
         self._temporary.remove()
 
 
-def open_shard(path: Path, mend: str = PREPARE_AGAIN) -> np.ndarray:
+def open_shard(path: Path, remedy: str = PREPARE_AGAIN) -> np.ndarray:
     """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
 
     Args:
         path: of the shard.
-        mend: what to do about a bad one, for messages.
+        remedy: what to do about a bad one, for messages.
 
     Raises:
         UserError: the file is missing, is no such shard, or its size does not fit its header.
     """
     require_regular(path)
     if path.suffix == ".npy":
-        return open_npy(path, np.uint16, mend)
+        return open_npy(path, np.uint16, remedy)
     try:
         with open(path, "rb") as f:
             start = f.read(HEADER_BYTES)
             size = f.seek(0, 2)
     except OSError as e:
-        raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {mend}") from None
+        raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {remedy}") from None
     header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {mend}")
+        raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {remedy}")
     n = int(header[2])
     if size != HEADER_BYTES + 2 * n:
         raise UserError(
             f"{path} is damaged: its header says {n:,} tokens ({HEADER_BYTES + 2 * n:,} bytes), "
-            f"but the file has {size:,} bytes; {mend}"
+            f"but the file has {size:,} bytes; {remedy}"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
 
@@ -306,21 +306,21 @@ def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
     return TokenStream(shards)
 
 
-def open_npy(path: Path, dtype: type[np.generic], mend: str) -> np.ndarray:
+def open_npy(path: Path, dtype: type[np.generic], remedy: str) -> np.ndarray:
     """Map a file of NumPy that holds one row of numbers, shape (n,), without reading them.
 
     Raises:
-        UserError: it is missing or damaged, or holds something else; the message ends with ``mend``.
+        UserError: it is missing or damaged, or holds something else; the message ends with ``remedy``.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # of many kinds: its header is Python's source
-        raise UserError(f"{path} is damaged: {one_line(e)}; {mend}") from None
+        raise UserError(f"{path} is damaged: {one_line(e)}; {remedy}") from None
     if not isinstance(array, np.ndarray):
         array.close()
-        raise UserError(f"{path} is an archive of arrays (.npz), not one row of numbers; {mend}")
+        raise UserError(f"{path} is an archive of arrays (.npz), not one row of numbers; {remedy}")
     if array.dtype != dtype or array.ndim != 1:
-        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not a row of {dtype.__name__}; {mend}")
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not a row of {dtype.__name__}; {remedy}")
     return array
 
 

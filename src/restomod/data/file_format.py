@@ -30,12 +30,12 @@ JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 TABLES: dict[str, Kind] = {".csv": "CSV", ".tsv": "TSV"}
 HEAD_BYTES = 65_536
-MOST_LINES = 20  # of a file's beginning, by which damaged JSON lines and tables are told
+MOST_LINES = 20  # of a file's beginning, by which damaged JSON lines and tables are recognised
 SPACE = " \t\n\r"  # JSON's white space
 
 UNPACK = "unpack it and name the folder with its files"
 EXPORT = "write its text as JSON lines or Parquet"
-CONTAINERS: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say, how to mend
+CONTAINERS: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say, how to fix it
     (b"PK\x03\x04", "a zip archive (or .docx, .epub, .npz, .pt)", UNPACK),
     (b"PK\x05\x06", "an empty zip archive", UNPACK),
     (b"PK\x07\x08", "a zip archive", UNPACK),
@@ -136,7 +136,7 @@ def _grown(held: bytes, reads: Iterator[bytes], size: int) -> bytes:
 
 
 def _refuse_container(path: Path, head: bytes, compressed: bool) -> None:
-    found = next(((what, mend) for magic, what, mend in CONTAINERS if head.startswith(magic)), None)
+    found = next(((what, remedy) for magic, what, remedy in CONTAINERS if head.startswith(magic)), None)
     if found is None and compressed and compression_of(head):
         found = "compressed twice", "decompress it once"
     if found is None and b"\0" in head[:512] and _is_tar(head[:512]):

@@ -1,7 +1,7 @@
 """Finds and downloads the files of a dataset's configuration and split on the Hugging Face hub.
 
 A dataset's card lists its configurations and the files of each (`configs` in the front matter of its README); where it
-does not, the files are told by their folders and names. Only files that `restomod.data.readers` reads count.
+does not, the files are recognised by their folders and names. Only files that `restomod.data.readers` reads count.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def dataset_files(repository: str, config: str | None, split: str, revision: str
             raise UserError(f"{repository} on the hub has no split {split!r}{did_you_mean(split, chosen)}")
         found = sorted(path for path in sizes if any(_matches(path, pattern) for pattern in patterns))
     else:
-        found = sorted(path for path in sizes if _told_by_name(path, config, split))
+        found = sorted(path for path in sizes if _matches_by_name(path, config, split))
     if not found:
         there = ", ".join(sorted(sizes)[:5]) or "none that can be read"
         raise UserError(f"{repository} on the hub has no files for {config or 'the dataset'}, split {split}: {there}")
@@ -143,7 +143,7 @@ def _matches(path: str, pattern: str) -> bool:
     return path.startswith(pattern + "/") or matches(path.split("/"), pattern.split("/"))
 
 
-def _told_by_name(path: str, config: str | None, split: str) -> bool:
+def _matches_by_name(path: str, config: str | None, split: str) -> bool:
     words = re.split(r"[/._-]", path.lower())
     if config is not None and config.lower() not in path.lower().split("/"):
         return False

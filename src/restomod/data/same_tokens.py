@@ -78,7 +78,7 @@ def with_hashes(dataset: Dataset, say: Callable[[str], None] = lambda text: None
 
     Args:
         dataset: of which shards are read.
-        say: told about the progress every few seconds.
+        say: gets a line about the progress every few seconds.
     """
     splits = {
         split: values | {"shards": _with_hashes(values["shards"], getattr(dataset, split), say)}

@@ -172,7 +172,7 @@ def refuse_zeros(where: str, zeros: int, size: int) -> None:
     """Refuse text of ``size`` bytes if more than half of them are NUL."""
     if zeros > size // 2:
         raise UserError(
-            f"{where} is filled with NUL bytes: it is not text, or was not wholly written; get it again or leave it out"
+            f"{where} is filled with NUL bytes: it is not text, or was written in part; get it again or leave it out"
         )
 
 

@@ -1,6 +1,6 @@
 """Runs units of work on datatrove's executors: local processes or a Ray cluster.
 
-datatrove's executors do the work of a rank. The loops around it are our own: datatrove's wait for ever for a worker
+datatrove's executors do the work of a rank. The loops around it are our own: datatrove's wait forever for a worker
 that was killed, and the one for Ray drops the error of a unit that failed.
 """
 
@@ -215,7 +215,7 @@ def _start_fork_server() -> None:
 class RayExecutor(RayPipelineExecutor):
     """datatrove's executor for Ray, with Ray's own processes as workers.
 
-    datatrove's forks another one in each of them and waits for ever if that one is killed. Ray's are noticed; a unit
+    datatrove's forks another one in each of them and waits forever if that one is killed. Ray's are noticed; a unit
     whose worker or machine was lost is begun again three times.
     """
 
@@ -270,7 +270,7 @@ def _connect_to_ray() -> None:
     Raises:
         UserError: there should be a cluster, and it does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to Ray's makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no statistics
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it announces a change to come
     import ray
 

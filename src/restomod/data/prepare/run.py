@@ -44,7 +44,7 @@ def prepare_folder(
         config: how to read and cut them.
         out: the folder; it is made, or resumed if the same was begun in it.
         workers: how many units to work on at once; on Ray 0 is as many as there is room for.
-        report: told what is going on, a line at a time.
+        report: gets lines about the progress.
         engine: where to work on them: local processes or a Ray cluster. (Slurm: see slurm.py.)
 
     Raises:

@@ -71,7 +71,7 @@ def submit_folder(
         out: the folder, which like the sources has to be at the same place on every machine of the cluster.
         workers: how many units to work on at once (0: as many as the cluster has room for).
         slurm: what to ask of the cluster.
-        report: told what is going on, a line at a time.
+        report: gets lines about the progress.
 
     Returns:
         the data once the folder is finished, None before.

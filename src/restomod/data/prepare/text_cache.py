@@ -106,7 +106,7 @@ def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
         write_hashes(work.out, unit, of_unit)
     assign_splits(work.out, len(work.units), work.config)
     step = PrepareUnit(work.config, work.units, work.out)
-    step.mend = "run the same command again"
+    step.remedy = "run the same command again"
     reported = time.monotonic()
     for unit in range(len(work.units)):
         if time.monotonic() > reported + REPORT_SECONDS:

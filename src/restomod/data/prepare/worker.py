@@ -154,7 +154,7 @@ def _write_array(path: Path, values: np.ndarray, out: Path) -> None:
 class PrepareUnit(UnitStep):
     """Tokenize a unit's documents into its shards, and write its record."""
 
-    mend = ANEW
+    remedy = ANEW
     """What to do about a document that has changed since it was hashed, for messages."""
 
     def work(self, unit: int) -> None:
@@ -212,13 +212,13 @@ class PrepareUnit(UnitStep):
         if len(self.units) == 1:
             head = list(islice(documents, 2))
             if len(head) == 1:  # nothing to delimit: written without a separator, and validation is its tail
-                for _, parts in encoded(head, encoder, config.split_seed, hashes, self.mend):
+                for _, parts in encoded(head, encoder, config.split_seed, hashes, self.remedy):
                     counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
                 counts["all"]["documents"] = 1  # a part of it in each split
                 return counts, read.to_dict()
             documents = chain(head, documents)
         limit = val_limit(config)
-        for place, (h, parts) in enumerate(encoded(documents, encoder, config.split_seed, hashes, self.mend)):
+        for place, (h, parts) in enumerate(encoded(documents, encoder, config.split_seed, hashes, self.remedy)):
             split = DESTINATIONS[assigned[place] if assigned is not None else h < limit]
             if split != "duplicates":
                 writers[split].add(separator)
@@ -259,7 +259,7 @@ def encoded(
     encoder: BulkEncoder,
     seed: int,
     known: Sequence[int] | None = None,
-    mend: str = "run the same command again",
+    remedy: str = "run the same command again",
 ) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
     """Yield the `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next one.
 
@@ -268,7 +268,7 @@ def encoded(
         encoder: encodes them.
         seed: of the hash.
         known: the hashes that they are to have.
-        mend: what to do if they have others.
+        remedy: what to do if they have others.
 
     Raises:
         UserError: a document has changed since its hash became known, or while it was encoded.
@@ -283,23 +283,23 @@ def encoded(
             h = next(hashes, None) if known is not None else split_hash(document.parts(), seed)
             in_memory = known is not None and isinstance(document, Document)  # else compared once it is encoded
             if h is None or (in_memory and h != split_hash(document.parts(), seed)):
-                raise UserError(f"{document.name} has changed since it was first read; {mend}")
-            parts = _encoded_pieces(document, encoder, seed, h, mend) if alone else iter([next(tokens)])
+                raise UserError(f"{document.name} has changed since it was first read; {remedy}")
+            parts = _encoded_pieces(document, encoder, seed, h, remedy) if alone else iter([next(tokens)])
             del document
             yield h, parts
     if next(hashes, None) is not None:
-        raise UserError(f"documents have disappeared since they were first read; {mend}")
+        raise UserError(f"documents have disappeared since they were first read; {remedy}")
 
 
 def _encoded_pieces(
-    document: AnyDocument, encoder: BulkEncoder, seed: int, expected: int, mend: str
+    document: AnyDocument, encoder: BulkEncoder, seed: int, expected: int, remedy: str
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of a document piece by piece. Raises UserError at the end if the text has another hash."""
     hashed = SplitHash(seed)
     for piece in pieces(document.name, map(hashed.pass_on, document.parts())):
         yield encoder.encode([piece])[0]
     if hashed.value() != expected:
-        raise UserError(f"{document.name} has changed since it was first read; {mend}")
+        raise UserError(f"{document.name} has changed since it was first read; {remedy}")
 
 
 def write_by_position(
