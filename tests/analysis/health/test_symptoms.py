@@ -247,24 +247,24 @@ def test_steps_that_have_become_slower() -> None:
 
 def test_no_warm_up() -> None:
     none = dataclasses.replace(QUICKSTART, optim=dataclasses.replace(QUICKSTART.optim, warmup_steps=0))
-    assert found(quickstart_records(), none)["no warm-up"].status == "fail"
+    assert found(quickstart_records(), none)["warm-up"].status == "fail"
     records = changed(quickstart_records(), "train", "lr", lambda s, x: 2e-3)
-    assert found(records)["no warm-up"].status == "fail", "what was done counts, and not what was asked for"
+    assert found(records)["warm-up"].status == "fail", "what was done counts, and not what was asked for"
     muon = dataclasses.replace(none, optim=dataclasses.replace(none.optim, optimizer="muon"))
-    assert found(quickstart_records(), muon)["no warm-up"].status == "ok"
+    assert found(quickstart_records(), muon)["warm-up"].status == "ok"
 
 
 def test_a_run_that_ends_before_its_warm_up() -> None:
     short = dataclasses.replace(QUICKSTART, steps=45)
-    finding = found(quickstart_records()[:40], short)["warm-up until the end"]
+    finding = found(quickstart_records()[:40], short)["warm-up"]
     assert finding.status == "fail"
     assert "all 45 steps lie within the warm-up of 45" in finding.reason
     assert "ends at 0.002, its highest" in finding.reason  # step 45 of 45 has the whole rate
-    shorter = found(quickstart_records()[:9], dataclasses.replace(QUICKSTART, steps=9))["warm-up until the end"]
+    shorter = found(quickstart_records()[:9], dataclasses.replace(QUICKSTART, steps=9))["warm-up"]
     assert "ends at 0.0004, its highest" in shorter.reason
     one = dataclasses.replace(short, optim=dataclasses.replace(short.optim, warmup_steps=1))
-    assert found(quickstart_records()[:40], one)["no warm-up"].status == "unknown", "what a preset of 45 steps has"
-    assert found(quickstart_records()[:40])["no warm-up"].status == "ok", "it is still warming up"
+    assert found(quickstart_records()[:40], one)["warm-up"].status == "unknown", "what a preset of 45 steps has"
+    assert found(quickstart_records()[:40])["warm-up"].status == "ok", "it is still warming up"
 
 
 def test_a_periodic_loss_is_named_by_the_length_it_has() -> None:
