@@ -22,7 +22,7 @@ from restomod.cli import main
 from restomod.commands.sweep import split
 from restomod.experiments.sweep import worker as sweep_module
 from restomod.experiments.sweep.gpu_time import Interval, TrialTimes, gpu_in_use
-from restomod.experiments.sweep.study import drop_torn_line
+from restomod.experiments.sweep.journal import drop_torn_line
 from restomod.experiments.sweep.worker import Limits, patiently
 from restomod.utils.errors import UserError
 from tests.experiments.sweep.stand_in import CRASHED, DIVERGED, KILLED, SILENT

@@ -9,11 +9,9 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -29,7 +27,7 @@ from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
 from restomod.data.manifest import Count
 from restomod.runs.config_diff import trains_on_fineweb_edu
-from restomod.runs.reader import Finite, Record, Run, Text, read_optional
+from restomod.runs.reader import Finite, Record, Run, Text, newest_checkpoint, read_optional
 from restomod.utils.json_files import as_tuple
 from restomod.utils.redaction import redact_command
 from restomod.utils.text import duration, short_count
@@ -228,12 +226,6 @@ def environment_rows(environment: Record) -> list[tuple[str, str]]:
             value = " ".join(["restomod", *map(shlex.quote, redact_command(value[1:]))])
         rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
     return rows
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The name of a run's newest checkpoint folder."""
-    names = [path.name for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return max(names, key=lambda name: int(name.removeprefix("step_")), default=None)
 
 
 # --- error analysis --------------------------------------------------------------------------------------------------

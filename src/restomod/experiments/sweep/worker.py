@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from restomod.analysis.report.data import newest_checkpoint
 from restomod.engine.signals import StopSignal, stop_with_parent
 from restomod.experiments.sweep.results import SweepResult, collect_results, show_results, write_results
 from restomod.experiments.sweep.space import flags, label
 from restomod.experiments.sweep.study import Claim, Store, SweepPlan
 from restomod.runs.metrics import ValidationLosses
+from restomod.runs.reader import newest_checkpoint
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.files import open_to_append
 from restomod.utils.output import print_if_possible
@@ -69,12 +69,9 @@ class Limits:
 
 
 def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
-    """Run the remaining trials of a sweep.
+    """Run the remaining trials of the sweep in ``folder``, which is new or of the same plan.
 
-    Args:
-        plan: the sweep.
-        folder: folder of the sweep; new, or of the same plan.
-        limits: no trial is started that would exceed them; a running one is stopped with a checkpoint.
+    No trial is started that would exceed the limits; a running one is stopped with a checkpoint.
 
     Returns:
         0 when no trial is left, 1 if none has a result, 75 when a signal or a limit stopped the sweep.
