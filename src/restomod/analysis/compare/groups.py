@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from restomod.analysis.compare.axes import AXES, Axis, Curve, Measure, hours_at, loss_curve, mean_curve, measured_losses
+from restomod.analysis.compare.axes import AXES, Axis, Clock, Curve, Measure, loss_curve, mean_curve, measured_losses
 from restomod.runs.config_diff import Settings, differing, settings
 from restomod.runs.reader import Run
 from restomod.utils.errors import UserError
@@ -202,7 +202,7 @@ def updates_made(run: Run) -> int:
 
 def hours_in_steps(run: Run, of_gpus: bool = False) -> float:
     """Hours (or GPU hours) in steps so far, each step counted once."""
-    return float(hours_at(run, np.array([float(updates_made(run))]), of_gpus)[0])
+    return float(Clock(run, of_gpus).hours_at(np.array([updates_made(run)]))[0])
 
 
 def compare_runs(

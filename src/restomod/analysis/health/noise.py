@@ -88,14 +88,7 @@ def level_at(steps: Array, loss: Array, step: float) -> tuple[float, float] | No
 
     Least-squares line through the `level_width` steps before and after. Where there are no later steps yet, the line
     goes through up to twice as many earlier ones, if the run is long enough to be straight there, and is extrapolated.
-
-    Args:
-        steps: (n,) increasing.
-        loss: (n,).
-        step: where to evaluate the line.
-
-    Returns:
-        None where fewer than half of the steps are near.
+    None where fewer than half of the steps are near.
     """
     width = level_width(step)
     before = max(width, min(step / 4, 2048.0)) if len(steps) and steps[-1] < step else width

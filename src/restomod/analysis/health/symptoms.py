@@ -57,12 +57,9 @@ class Finding:
 def find_symptoms(
     config: RunConfig, records: Iterable[Mapping[str, Any]], lengths: Mapping[str, float] | None = None
 ) -> list[Finding]:
-    """Look for every symptom in the records of a run, whether it is finished or not.
+    """Look for every symptom in the records of `metrics.jsonl`, of a finished run or not.
 
-    Args:
-        config: of the run.
-        records: of `metrics.jsonl`.
-        lengths: names and lengths, in steps, of parts of the data, such as an epoch.
+    ``lengths`` names parts of the data, such as an epoch, with their lengths in steps.
     """
     return find_symptoms_in_curves(config, curves_from_records(records), lengths)
 
@@ -142,14 +139,11 @@ def diverged(config: RunConfig, seen: Curves) -> Judged:
     means = blocks(x, width).mean(axis=1)
     lowest = int(means.argmin())
     before = x[: max(len(x) // 2, len(x) - (len(means) - 1 - lowest) * width)]  # a later rise is not noise
-    rise, error = (
-        means[-1] - means[lowest],
-        noise_deviation(before) * math.sqrt(2 * autocorrelation_time(before) / width),
-    )
-    if rise <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
+    error = noise_deviation(before) * math.sqrt(2 * autocorrelation_time(before) / width)
+    if means[-1] - means[lowest] <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
         steps = width * seen.row_steps
         return "ok", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
-    at = seen.step[len(x) - (len(means) - int(means.argmin())) * width]
+    at = seen.step[len(x) - (len(means) - lowest) * width]
     return "fail", (
         f"the loss was {means.min():.3f} around step {at:.0f} and is {means[-1]:.3f} now: "
         f"go back to a checkpoint from before, lower --optim.lr"

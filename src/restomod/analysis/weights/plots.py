@@ -34,11 +34,7 @@ BINS = 200
 
 
 def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
-    """Draw a model as PNG files in ``folder`` (created if missing) and return their paths.
-
-    Args:
-        tensors: weights by GPT-2's names; position embeddings are drawn if there are any.
-        title: the model's name.
+    """Draw weights, by GPT-2's names, as PNG files in ``folder`` (created if missing) and return their paths.
 
     Raises:
         UserError: matplotlib is missing, a number is not finite, or the folder cannot be written.

@@ -61,10 +61,7 @@ class Dimension:
 
 
 def field_type(name: str) -> Any:
-    """The type of a field of `RunConfig`, without None.
-
-    Args:
-        name: a dotted path, such as ``optim.lr``.
+    """The type of a field of `RunConfig`, such as ``optim.lr``, without None.
 
     Raises:
         UserError: there is no such field, or it cannot be swept.

@@ -96,10 +96,7 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
 class TrainingProcess:
     """`restomod train` in its own process, which can crash without ending the sweep.
 
-    Args:
-        arguments: arguments of the command `train`.
-        log: file to which its output is appended.
-        lock: open file whose lock the process inherits and so holds for as long as it lives.
+    Its output is appended to ``log``. It inherits the lock of an open file, and so holds it for as long as it lives.
     """
 
     def __init__(self, arguments: list[str], log: Path, lock: int) -> None:
