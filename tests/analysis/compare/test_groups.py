@@ -20,7 +20,7 @@ from restomod.config.run import DataConfig
 from restomod.evals.tasks.registry import references
 from restomod.runs.reader import Run, open_run
 from restomod.utils.errors import UserError
-from tests.runs.making import SMALL, make_run, simple, train, val
+from tests.runs.made_runs import SMALL, simple, train, val, write_run
 
 T = 512  # tokens of a step
 
@@ -29,7 +29,7 @@ def run(folder: Path, name: str, losses: dict[int, float], seed: int = 0, lr: fl
     """A run with these validation losses by step."""
     config = dataclasses.replace(SMALL, seed=seed, optim=dataclasses.replace(SMALL.optim, lr=lr), **changes)
     steps = max(losses, default=100)
-    return open_run(make_run(folder / name, config, simple(losses, steps)))
+    return open_run(write_run(folder / name, config, simple(losses, steps)))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_other_batch_sizes_are_compared_by_tokens(tmp_path: Path) -> None:
 
 
 def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_path: Path, six: list[Run]) -> None:
-    blind = open_run(make_run(tmp_path / "blind", SMALL, [train(s, 5.0) for s in range(100)]))
+    blind = open_run(write_run(tmp_path / "blind", SMALL, [train(s, 5.0) for s in range(100)]))
     found = compare_runs([*six, blind])
     assert found.measure == "training loss"
     assert any(note.startswith("blind: no validation") for note in found.notes)
@@ -139,7 +139,7 @@ def test_a_run_that_is_under_way_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("records", [[], [val(0, 10.8)], [train(0, None)], [train(0, 10.8)]])
 def test_a_run_that_has_hardly_begun(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    begun = open_run(make_run(tmp_path / "begun", dataclasses.replace(SMALL, seed=9), records))
+    begun = open_run(write_run(tmp_path / "begun", dataclasses.replace(SMALL, seed=9), records))
     other = run(tmp_path, "a", {0: 10.8, 100: 5.0}, lr=1.0)
     for runs in ([begun], [begun, other], [other, begun]):
         found = compare_runs(runs)
@@ -157,7 +157,7 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
     assert "sequence_length differs" in said
     assert "p needs at least two seeds" in said
     other = {"fingerprint": "ffff", "name": "other"}
-    there = open_run(make_run(tmp_path / "there", SMALL, simple({0: 10.8, 100: 5.0}), data=other))
+    there = open_run(write_run(tmp_path / "there", SMALL, simple({0: 10.8, 100: 5.0}), data=other))
     assert any("the groups have different data" in note for note in compare_runs([a, there]).notes)
 
 
@@ -179,7 +179,7 @@ def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: lis
         batch_tokens=1024,
         model=dataclasses.replace(SMALL.model, n_positions=1024),
     )
-    edu = open_run(make_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2}), {"name": "fineweb-edu"}))
+    edu = open_run(write_run(tmp_path / "edu", config, simple({0: 10.8, 100: 3.2}), {"name": "fineweb-edu"}))
     assert why_not_published([edu]) is None
     (table,) = [t for t in comparison_tables(compare_runs([edu]), "tokens") if t.title == "published validation losses"]
     assert {row[1] for row in table.rows} == {f"{r.value:.4f}" for r in references("validation")}
@@ -189,7 +189,7 @@ def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: lis
 
 def test_the_newest_answers_to_tasks_stand_beside_published_ones(tmp_path: Path) -> None:
     asked = [{"kind": "task", "step": s, "task": "hellaswag", "examples": 200, "acc_token": s / 100} for s in (20, 10)]
-    folder = make_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
+    folder = write_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
     assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}
     (table,) = [t for t in comparison_tables(compare_runs([open_run(folder)]), "tokens") if t.title == "hellaswag"]
     assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published ones are of all

@@ -16,7 +16,7 @@ from restomod.analysis.health.noise import period
 from restomod.analysis.health.symptoms import Finding, failures, find_symptoms, find_symptoms_in_curves
 from restomod.runs.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.evaluate import Health
-from tests.runs.making import QUICKSTART, healthy, quickstart_records, train, val
+from tests.runs.made_runs import QUICKSTART, healthy, quickstart_records, train, val
 
 LONG = 40_000
 LONG_RUN = dataclasses.replace(QUICKSTART, steps=LONG)

@@ -17,7 +17,7 @@ from restomod.analysis.health.symptoms import Finding, failures, find_symptoms
 from restomod.config.run import RunConfig
 from tests.analysis.health.healthy_runs import LENGTHS, alarms
 from tests.properties import examples
-from tests.runs.making import QUICKSTART, healthy, quickstart_records, train, val
+from tests.runs.made_runs import QUICKSTART, healthy, quickstart_records, train, val
 
 Records = list[dict[str, Any]]
 Plant = Callable[[Records], Records]

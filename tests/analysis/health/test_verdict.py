@@ -23,7 +23,7 @@ from restomod.model.gpt import build_model
 from restomod.model.hf_io import load_model
 from restomod.runs.checkpoint import write_checkpoint
 from restomod.runs.reader import Run, open_run
-from tests.runs.making import QUICKSTART, SMALL, make_run, quickstart_records, simple, train, val
+from tests.runs.made_runs import QUICKSTART, SMALL, quickstart_records, simple, train, val, write_run
 
 TINY = dataclasses.replace(
     SMALL, model=ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=256, vocab_size=97), sequence_length=32
@@ -33,14 +33,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quickstart(tmp_path: Path) -> Run:
-    return open_run(make_run(tmp_path / "quickstart", QUICKSTART, quickstart_records()))
+    return open_run(write_run(tmp_path / "quickstart", QUICKSTART, quickstart_records()))
 
 
 # --- reference losses ----------------------------------------------------------------------------------------
 
 
 def with_val(tmp_path: Path, config: RunConfig, losses: dict[int, float], data: dict[str, Any] | None = None) -> Run:
-    return open_run(make_run(tmp_path / "a", config, [val(s, loss) for s, loss in losses.items()], data))
+    return open_run(write_run(tmp_path / "a", config, [val(s, loss) for s, loss in losses.items()], data))
 
 
 def test_the_quickstart_has_its_reference_loss(quickstart: Run) -> None:
@@ -106,7 +106,7 @@ def trained(folder: Path, config: RunConfig = TINY, updates: int = 40) -> Run:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:]).backward()
         optimizer.step()
-    run = open_run(make_run(folder, config, simple({0: 4.5, 50: 4.0})))
+    run = open_run(write_run(folder, config, simple({0: 4.5, 50: 4.0})))
     write_checkpoint(folder, updates, model, {})
     return run
 
@@ -182,11 +182,11 @@ def test_without_a_whole_late_checkpoint_weights_cannot_be_judged(tmp_path: Path
 def test_epochs_and_shards_are_counted_in_steps(tmp_path: Path) -> None:
     shards = [{"tokens": 51_200}, {"tokens": 51_200}, {"tokens": 100}]
     data = {"fingerprint": "a", "splits": {"train": {"tokens": 102_500, "shards": shards}}}
-    assert data_lengths(open_run(make_run(tmp_path / "a", SMALL, data=data))) == {
+    assert data_lengths(open_run(write_run(tmp_path / "a", SMALL, data=data))) == {
         "an epoch": pytest.approx(102_500 / 512),
         "a shard": 100,
     }
-    assert data_lengths(open_run(make_run(tmp_path / "b"))) == {}
+    assert data_lengths(open_run(write_run(tmp_path / "b"))) == {}
 
 
 def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +202,7 @@ def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: p
 
 
 def test_a_run_without_a_readable_record_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_run(tmp_path / "run", SMALL, [])
+    folder = write_run(tmp_path / "run", SMALL, [])
     assert main(["verdict", str(folder)]) == 0  # it has only just begun
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step"')  # a crash during its first record
     assert main(["verdict", str(folder)]) == 0
@@ -216,13 +216,13 @@ def test_a_run_that_is_not_is_exit_code_1(tmp_path: Path, capsys: pytest.Capture
     records = [
         r | ({"ms": 3 * r["ms"]} if r["kind"] == "train" and r["step"] > 700 else {}) for r in quickstart_records()
     ]
-    folder = make_run(tmp_path / "slow", QUICKSTART, records)
+    folder = write_run(tmp_path / "slow", QUICKSTART, records)
     assert main(["verdict", str(folder), "--no-weights"]) == 1
     assert "not healthy: throughput drop (12 symptoms checked)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("records", [[], [train(0, 10.8)], [val(0, 10.8)]])
 def test_a_run_that_has_hardly_begun_is_healthy_so_far(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    found = verdict(open_run(make_run(tmp_path / "a", QUICKSTART, records)))
+    found = verdict(open_run(write_run(tmp_path / "a", QUICKSTART, records)))
     assert found.healthy
     assert sum(f.status == "unknown" for f in found.findings) >= 9
