@@ -96,22 +96,28 @@ def test_tokens_to_the_baselines_last_loss(six: list[Run]) -> None:
     assert compare_runs(six, target=1.0).to_target == [None, None]
 
 
-def test_runs_of_different_lengths_are_compared_where_both_have_been(tmp_path: Path) -> None:
-    long = run(tmp_path, "long", {0: 10.0, 50: 6.0, 100: 5.0})
-    short = run(tmp_path, "short", {0: 10.0, 70: 5.5}, lr=1.0)
-    against = compare_runs([long, short]).against[1]
+@pytest.mark.parametrize(
+    ("first", "second", "changes", "steps", "baseline", "difference"),
+    [
+        # the first is on the line from 6 at step 50 to 5 at step 100
+        ({0: 10.0, 50: 6.0, 100: 5.0}, {0: 10.0, 70: 5.5}, {"lr": 1.0}, 70, 5.6, -0.1),
+        ({0: 10.0, 100: 5.0}, {0: 10.0, 50: 4.0}, {"batch_tokens": 1024}, 100, 5.0, -1.0),
+    ],
+    ids=["lengths", "batch sizes"],
+)
+def test_runs_are_compared_at_equal_tokens(
+    first: dict[int, float],
+    second: dict[int, float],
+    changes: dict[str, Any],
+    steps: int,
+    baseline: float,
+    difference: float,
+    tmp_path: Path,
+) -> None:
+    against = compare_runs([run(tmp_path, "first", first), run(tmp_path, "second", second, **changes)]).against[1]
     assert against is not None
-    assert against.tokens == 70 * T
-    assert against.baseline.mean == pytest.approx(5.6), "on the line from 6 at 50 to 5 at 100"
-    assert against.difference == pytest.approx(-0.1)
-
-
-def test_other_batch_sizes_are_compared_by_tokens(tmp_path: Path) -> None:
-    small = run(tmp_path, "small", {0: 10.0, 100: 5.0})
-    large = run(tmp_path, "large", {0: 10.0, 50: 4.0}, batch_tokens=1024)
-    against = compare_runs([small, large]).against[1]
-    assert against is not None
-    assert (against.tokens, against.difference) == (100 * T, pytest.approx(-1))
+    assert against.tokens == steps * T
+    assert (against.baseline.mean, against.difference) == pytest.approx((baseline, difference))
 
 
 # --- runs of every kind --------------------------------------------------------------------------------------
@@ -265,9 +271,6 @@ def test_a_summary_is_numpys() -> None:
     assert (found.n, found.mean) == (4, pytest.approx(np.mean(values)))
     assert found.sd == pytest.approx(np.std(values, ddof=1))
     assert found.shown(2) == "4.17 ± 0.22"
-
-
-def test_one_value_has_no_deviation() -> None:
     assert summarize([4.25]).sd is None
     assert summarize([4.25]).shown(2) == "4.25"
 
@@ -288,14 +291,9 @@ def test_unequal_variances_and_numbers_follow_welchs_formulas() -> None:
     a, b = [3.31, 3.29, 3.30, 3.32, 3.28], [3.20, 3.29, 3.15]
     va, vb = np.var(a, ddof=1) / 5, np.var(b, ddof=1) / 3
     t, df = (np.mean(b) - np.mean(a)) / math.sqrt(va + vb), (va + vb) ** 2 / (va**2 / 4 + vb**2 / 2)
-    # the tail of Student's density, integrated: x = |t| + tan²-like substitution x = |t| / u, u in (0, 1]
-    u = (np.arange(2_000_000) + 0.5) / 2_000_000
-    x = abs(t) / u
-    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    p = 2 * np.mean(constant * (1 + x * x / df) ** (-(df + 1) / 2) * abs(t) / u**2)
     found = welch(a, b)
     assert found is not None
-    assert (found.t, found.df, found.p) == pytest.approx((t, df, p), rel=1e-5)
+    assert (found.t, found.df) == pytest.approx((t, df), rel=1e-5)
     assert found.low < found.difference < found.high
     assert (found.low < 0 < found.high) == (found.p > 0.05)
 
@@ -303,9 +301,3 @@ def test_unequal_variances_and_numbers_follow_welchs_formulas() -> None:
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], [3.0]), ([1.0, 1.0], [2.0, 2.0])])
 def test_what_cannot_be_tested_is_not(a: list[float], b: list[float]) -> None:
     assert welch(a, b) is None
-
-
-def test_chance_alone_is_significant_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    tests = [welch(rng.normal(0, 1, 3).tolist(), rng.normal(0, 3, 5).tolist()) for _ in range(2000)]
-    assert np.mean([t is not None and t.p < 0.05 for t in tests]) == pytest.approx(0.05, abs=0.015)

@@ -43,47 +43,33 @@ def with_val(tmp_path: Path, config: RunConfig, losses: dict[int, float], data: 
     return open_run(write_run(tmp_path / "a", config, [val(s, loss) for s, loss in losses.items()], data))
 
 
-def test_the_quickstart_has_its_reference_loss(quickstart: Run) -> None:
-    finding = check_reference_loss(quickstart)
-    assert finding.status == "ok"
-    assert finding.reason.startswith(
-        "validation loss 4.8383 at step 900, quickstart on Python's library has 4.54 to 5.14"
-    )
+OTHER_SEED = dataclasses.replace(QUICKSTART, seed=5)
+OTHER_RATE = dataclasses.replace(OTHER_SEED, optim=dataclasses.replace(QUICKSTART.optim, lr=1e-5))
+GPT2 = dataclasses.replace(preset("gpt2-124m"), data=DataConfig(source="tokens", path="t"))
+OPENAI = f"OpenAI's GPT-2 {({r.model: r.value for r in references('validation')})['GPT-2 124M']}"
 
 
-@pytest.mark.parametrize(("loss", "which"), [(5.3, "above"), (4.2, "below")])
-def test_a_quickstart_outside_its_reference_loss(loss: float, which: str, tmp_path: Path) -> None:
-    finding = check_reference_loss(with_val(tmp_path, QUICKSTART, {900: loss}))
-    assert finding.status == "fail"
-    assert f"it is {which} that" in finding.reason
-
-
-def test_between_two_validations_the_reference_loss_is_interpolated(tmp_path: Path) -> None:
-    # halfway between 5.239 and 4.968, ± 0.3
-    assert "4.80 to 5.40" in check_reference_loss(with_val(tmp_path, QUICKSTART, {450: 5.0})).reason
-
-
-def test_a_configuration_that_differs_is_named_and_only_a_warning(tmp_path: Path) -> None:
-    config = dataclasses.replace(QUICKSTART, seed=5, optim=dataclasses.replace(QUICKSTART.optim, lr=1e-5))
-    finding = check_reference_loss(with_val(tmp_path, config, {900: 8.0}))
-    assert finding.status == "warning"
-    assert finding.reason.endswith("it is above that; this run differs from quickstart in optim.lr 1e-05 (not 0.002)")
-
-
-def test_another_seed_is_no_difference(tmp_path: Path) -> None:
-    assert (
-        check_reference_loss(with_val(tmp_path, dataclasses.replace(QUICKSTART, seed=5), {900: 8.0})).status == "fail"
-    )
-
-
-@pytest.mark.parametrize(("loss", "status"), [(3.07, "ok"), (3.25, "ok"), (3.4, "fail"), (2.5, "fail")])
-def test_gpt2_124m_is_measured_by_openais(loss: float, status: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(preset("gpt2-124m"), data=DataConfig(source="tokens", path="t"))
-    run = with_val(tmp_path, config, {19_073: loss}, {"name": "fineweb-edu"})
-    finding = check_reference_loss(run)
-    assert finding.status == status
-    published = {r.model: r.value for r in references("validation")}["GPT-2 124M"]
-    assert f"OpenAI's GPT-2 {published}" in finding.reason
+@pytest.mark.parametrize(
+    ("config", "step", "loss", "status", "words"),
+    [
+        (QUICKSTART, 900, 4.8383, "ok", "loss 4.8383 at step 900, quickstart on Python's library has 4.54 to 5.14"),
+        (QUICKSTART, 900, 5.3, "fail", "it is above that"),
+        (QUICKSTART, 900, 4.2, "fail", "it is below that"),
+        (QUICKSTART, 450, 5.0, "ok", "4.80 to 5.40"),  # halfway between 5.239 and 4.968, ± 0.3
+        (OTHER_RATE, 900, 8.0, "warning", "above that; this run differs from quickstart in optim.lr 1e-05 (not 0.002)"),
+        (OTHER_SEED, 900, 8.0, "fail", "it is above that"),  # another seed is no difference
+        (GPT2, 19_073, 3.07, "ok", OPENAI),
+        (GPT2, 19_073, 3.25, "ok", OPENAI),
+        (GPT2, 19_073, 3.4, "fail", OPENAI),
+        (GPT2, 19_073, 2.5, "fail", OPENAI),
+    ],
+)
+def test_a_run_is_compared_with_its_reference_loss(
+    config: RunConfig, step: int, loss: float, status: str, words: str, tmp_path: Path
+) -> None:
+    data = {"name": "fineweb-edu"} if config is GPT2 else None
+    finding = check_reference_loss(with_val(tmp_path, config, {step: loss}, data))
+    assert (finding.status, words in finding.reason) == (status, True), finding
 
 
 def test_without_a_reference_loss_it_is_unknown(tmp_path: Path) -> None:
