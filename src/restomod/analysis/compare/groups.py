@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import statistics
@@ -74,7 +73,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     return Welch(statistics.fmean(second) - statistics.fmean(first), *values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """Runs that differ only in their seed."""
 
@@ -247,15 +246,10 @@ def _grouped(runs: Sequence[Run], measure: Measure) -> list[Group]:
         same.runs.append(run)
         same.curves.append(loss_curve(run, measure))
     points = [_point(group.runs) for group in groups]
-    return [
-        dataclasses.replace(group, name=point if point and points.count(point) == 1 else _first(group.runs))
-        for group, point in zip(groups, points, strict=True)
-    ]
-
-
-def _first(runs: Sequence[Run]) -> str:
-    """Name of the first run and the number of the others."""
-    return runs[0].name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
+    for group, point in zip(groups, points, strict=True):
+        others = f" +{len(group.runs) - 1}" if len(group.runs) > 1 else ""
+        group.name = point if point and points.count(point) == 1 else f"{group.runs[0].name}{others}"
+    return groups
 
 
 def _point(runs: Sequence[Run]) -> str | None:

@@ -239,8 +239,10 @@ class _Worker:
         if (run / "config.json").exists():
             arguments, how = ["--resume", str(run)], "resumes"
         else:
-            arguments, how = [*self._flags(claim), "--out", str(run)], "starts"
-        print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}")
+            own = flags({"seed": claim.seed} | claim.parameters)
+            arguments, how = [self.plan.preset, *self.plan.flags, *own, "--out", str(run)], "starts"
+        shown = label(claim.parameters | ({"seed": claim.seed} if self.plan.seeds > 1 else {}))
+        print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {shown}  →  {run}")
         patiently(lambda: store.begin_attempt(claim))
         log = store.folder / "logs" / f"{claim.name}.log"
         assert claim.run.fd is not None
@@ -256,14 +258,6 @@ class _Worker:
             print_if_possible(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}")
             return
         patiently(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
-
-    def _label(self, claim: Claim) -> str:
-        seed = {"seed": claim.seed} if self.plan.seeds > 1 else {}
-        return label({**claim.parameters, **seed})
-
-    def _flags(self, claim: Claim) -> list[str]:
-        seed = {} if "seed" in claim.parameters else {"seed": claim.seed}
-        return [self.plan.preset, *self.plan.flags, *flags({**claim.parameters, **seed})]
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
         """Wait for a training process. Returns its exit code and the step at which it was pruned, or None."""
