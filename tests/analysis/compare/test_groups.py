@@ -1,4 +1,4 @@
-"""Runs beside each other: groups of seeds, equal tokens, targets, tables and files."""
+"""Comparison of runs: groups of seeds, equal tokens, targets, tables and files."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_run_twice_is_refused(six: list[Run]) -> None:
 # --- published results ---------------------------------------------------------------------------------------
 
 
-def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
+def test_published_losses_are_shown_with_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
     assert "every run here trained" in str(why_not_published(six))
     assert "and a0 trained on" in str(why_not_published(six[:1]))
     config = dataclasses.replace(
@@ -193,7 +193,7 @@ def test_published_losses_stand_beside_fineweb_edu_only(tmp_path: Path, six: lis
     assert "windows of 1024 tokens" in str(why_not_published([shorter]))
 
 
-def test_the_newest_answers_to_tasks_stand_beside_published_ones(tmp_path: Path) -> None:
+def test_published_results_follow_the_newest_results_of_tasks(tmp_path: Path) -> None:
     asked = [{"kind": "task", "step": s, "task": "hellaswag", "examples": 200, "acc_token": s / 100} for s in (20, 10)]
     folder = write_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
     assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}

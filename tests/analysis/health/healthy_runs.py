@@ -1,4 +1,4 @@
-"""Healthy runs by the hundred thousand: how often is one called sick?
+"""Healthy runs by the hundred thousand: how often does one fail?
 
 python -m tests.analysis.health.healthy_runs 100000 150 3000     # so many runs of 150 and of 3,000 steps
 """

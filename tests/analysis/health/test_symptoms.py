@@ -50,7 +50,7 @@ def test_the_quickstart_is_healthy_at_every_moment() -> None:
 
 
 @given(st.integers(0, 10**6), st.sampled_from([60, 100, 130, 150, 200, 300, 400, 900, 1000, 3000]))
-@example(611, 150)  # these were called sick: one validation, noise that drifts, so few steps that it seems small
+@example(611, 150)  # these failed once: one validation, noise that drifts, so few steps that it seems small
 @example(1493, 150)
 @example(1223, 200)
 @example(800, 400)

@@ -216,7 +216,7 @@ def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(
 
 
 @pytest.mark.parametrize(("name", "is_it"), [("kjj0/finewebedu10B-gpt2", True), ("other", False)])
-def test_published_losses_stand_beside_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
+def test_published_losses_are_shown_with_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
     """Of a run on other text; `eval --data` says what it was evaluated on."""
     folder = make_run(tmp_path / "r", data="python-stdlib-3.11.7")
     data = {"name": name, "fingerprint": "f"}
@@ -247,7 +247,7 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     assert preset_of(open_run(folder)) == "gpt2-124m"  # the nearest
 
 
-def test_evaluations_stand_beside_what_is_published(tmp_path: Path) -> None:
+def test_published_results_follow_evaluations(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
     for step, examples in ((20, 500), (40, 10_042)):
         add_task(folder, step=step, examples=examples)
@@ -326,7 +326,7 @@ SIDE_FILES = ["environment.json", "samples.jsonl", "error_analysis.json", "evals
 
 
 @pytest.mark.parametrize("name", SIDE_FILES)
-def test_a_damaged_file_beside_the_numbers_is_left_out_with_a_warning(
+def test_a_damaged_side_file_is_left_out_with_a_warning(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_run(tmp_path / "first") / name

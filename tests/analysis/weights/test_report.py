@@ -143,9 +143,9 @@ def test_the_seed_of_a_preset_that_is_compared_is_used(folder: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("verb", [["check"], ["eval", "--tasks", "hellaswag=x.jsonl"], ["sample"], ["train"]])
+@pytest.mark.parametrize("command", [["check"], ["eval", "--tasks", "hellaswag=x.jsonl"], ["sample"], ["train"]])
 def test_weights_that_are_not_finite_are_refused_by_all_others(
-    verb: list[str], bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.jsonl").write_text('{"ctx": "A", "endings": ["b", "c"], "label": 0, "activity_label": "d"}\n')
@@ -154,8 +154,8 @@ def test_weights_that_are_not_finite_are_refused_by_all_others(
         model.transformer.h[0].mlp.c_fc.weight[1, 2] = bad
     Path("model").mkdir()
     save_model(model, Path("model"))
-    arguments = [verb[0], "model", *verb[1:]]
-    if verb == ["train"]:
+    arguments = [command[0], "model", *command[1:]]
+    if command == ["train"]:
         shape = ["--model.n-layer", "1", "--model.n-head", "1", "--model.n-embd", "8", "--model.n-positions", "32"]
         steps = ["--steps", "1", "--sequence-length", "32", "--batch-tokens", "64", "--optim.warmup-steps", "0"]
         Path("text.txt").write_text("some words " * 500)

@@ -101,7 +101,7 @@ def test_roughness_has_a_theory(series: Tensor, expected: float, rel: float, abs
     assert roughness(series) == pytest.approx(expected, rel=rel, abs=abs_)
 
 
-def test_roughness_is_numpys_whatever_the_mean_and_scale() -> None:
+def test_roughness_is_numpys_for_any_mean_and_scale() -> None:
     x = noise(40, 5)
     y = x.numpy().astype(np.float64)
     by_hand = np.mean((np.diff(y, axis=0) ** 2).sum(0) / (2 * ((y - y.mean(0)) ** 2).sum(0)))

@@ -90,7 +90,7 @@ class Group:
 
     @property
     def final(self) -> Summary | None:
-        """Final loss of its runs, whatever their lengths."""
+        """Final loss of its runs, which may differ in length."""
         return summarize([float(c.loss[-1]) for c in self.known]) if self.known else None
 
     @property

@@ -100,8 +100,8 @@ def _to_target(found: Comparison, i: int) -> str:
     tokens, base = found.to_target[i], found.to_target[found.baseline]
     if tokens is None:
         return "not reached" if found.target is not None else "–"
-    beside = f" ({tokens / base:.2f}×)" if base and i != found.baseline else ""
-    return f"{short_count(tokens)}{beside}"
+    ratio = f" ({tokens / base:.2f}×)" if base and i != found.baseline else ""
+    return f"{short_count(tokens)}{ratio}"
 
 
 def _curves(found: Comparison, axis: Axis) -> Table:

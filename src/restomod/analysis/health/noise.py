@@ -53,8 +53,8 @@ def autocorrelation_time(values: Array) -> float:
     variance = float(np.mean(off * off))
     if variance == 0:
         return 1.0
-    products = sum((1 - k / (LAGS + 1)) * float(np.mean(off[k:] * off[:-k])) for k in range(1, LAGS + 1))
-    return max(1.0, 1 + 2 * products / variance)
+    covariances = sum((1 - k / (LAGS + 1)) * float(np.mean(off[k:] * off[:-k])) for k in range(1, LAGS + 1))
+    return max(1.0, 1 + 2 * covariances / variance)
 
 
 def moving_median(values: Array, reach: int) -> Array:
@@ -119,11 +119,11 @@ def period(values: Array) -> float | None:
 def _repetition(x: Array) -> float | None:
     n = len(x)
     x = x - x.mean()
-    products = np.fft.irfft(np.abs(np.fft.rfft(x, 2 * n)) ** 2)[: n // 2 + 1]
-    if products[0] <= 0:
+    covariances = np.fft.irfft(np.abs(np.fft.rfft(x, 2 * n)) ** 2)[: n // 2 + 1]
+    if covariances[0] <= 0:
         return None
     lags = np.arange(n // 2 + 1)
-    likeness = products / products[0] * n / np.sqrt(n - lags)  # autocorrelations in units of their standard error
+    likeness = covariances / covariances[0] * n / np.sqrt(n - lags)  # autocorrelations in units of their standard error
     likeness[:SHORTEST_PERIOD] = 0
     best = likeness.max()
     return float(np.flatnonzero(likeness >= 0.8 * best)[0]) if best > LIKENESS else None

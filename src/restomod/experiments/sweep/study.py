@@ -262,8 +262,8 @@ class Store:
         """Number of processes that trained a trial before ``until``; 1 where unknown."""
         run = self.folder / "trials" / name
         require_run_inside(run)
-        begun = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
-        return process_count(begun[-1]) if begun else 1
+        sessions = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
+        return process_count(sessions[-1]) if sessions else 1
 
     def at_work(self, name: str) -> bool:
         """Whether a process works on a trial. Requires the sweep's lock."""

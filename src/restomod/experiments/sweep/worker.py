@@ -211,7 +211,7 @@ class _Worker:
         """Whether a trial is expected to end within the limits, judged by the mean of the finished ones."""
         times, trials = self.store.times(), self.store.trials()
         finished = [t.number for t in trials if t.state.name == "COMPLETE"]
-        begun = [
+        started = [
             t.number
             for t in trials
             if not t.state.is_finished() and (times.seconds[t.number] or t.number == claim.number)
@@ -219,7 +219,7 @@ class _Worker:
 
         def needed(by_trial: dict[int, float]) -> float:
             typical = sum(by_trial[number] for number in finished) / len(finished) if finished else 0.0
-            return sum(max(0.0, typical - by_trial[number]) for number in begun)
+            return sum(max(0.0, typical - by_trial[number]) for number in started)
 
         spent, more = times.totals, (needed(times.seconds), needed(times.gpu_seconds))
         limits = self.limits
