@@ -22,15 +22,7 @@ Check = Callable[[Machine], CheckResult]
 def check_machine(
     device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path
 ) -> Iterator[CheckResult]:
-    """Check this machine; yield results as they come.
-
-    Args:
-        device_name: the device to check.
-        precision: the compute dtype for the parity check.
-        config: a run that should fit into memory and onto the disk.
-        preset: its name.
-        out: the folder for runs.
-    """
+    """Check this machine for the run of ``config``, named ``preset``, in the folder ``out``; yield results as found."""
     machine = Machine(device_name, precision, preset, config, out)
     for check in (
         versions,

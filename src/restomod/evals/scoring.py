@@ -61,13 +61,7 @@ class TaskResult:
 def score_task(
     model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
 ) -> TaskResult:
-    """Score a model on all examples of a task.
-
-    Args:
-        model: is not changed.
-        loaded: the task and its examples.
-        batch: contexts per forward pass; changes the speed, not the result.
-        processes: share the work; all must call this, and get the same result.
+    """Score a model on all examples of a task; for ``batch`` and ``processes`` see `log_likelihoods`.
 
     Raises:
         UserError: an example cannot be scored, or the model's output is not finite.

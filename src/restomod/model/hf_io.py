@@ -143,8 +143,7 @@ def _newest_commit(repository: str) -> tuple[str | None, str]:
 def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
     """Return the files that hold a model's tensors, or None where there are none.
 
-    Args:
-        get: gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
+    ``get`` gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
 
     Raises:
         UserError: an index is damaged, or a file that it names is absent.
@@ -402,13 +401,8 @@ def load_weights(model: GPT, folder: Path) -> None:
 def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     """Build the model of a folder, with its weights, on ``device``, ready to evaluate.
 
-    Args:
-        folder: a model folder.
-        device: where to.
-        finite: refuse weights that are infinite or not a number.
-
     Raises:
-        UserError: the folder does not hold a complete model of a known type.
+        UserError: it is no complete model of a known type, or with ``finite`` a weight is infinite or not a number.
     """
     config = read_model_config(folder)
     tensors, where = read_tensors(folder)

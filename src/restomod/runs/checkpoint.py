@@ -182,14 +182,9 @@ def _remove_leftovers(run: Path) -> None:
 def write_checkpoint(
     run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], data_offset: int = 0
 ) -> Path:
-    """Write the checkpoint of ``step`` updates.
+    """Write the checkpoint of ``step`` updates and ``data_offset`` skipped batches.
 
-    Args:
-        run: its folder.
-        step: number of updates.
-        model: holds all its weights in this process.
-        optimizer_state: from `optimizer_tensors`; empty before the first step.
-        data_offset: number of skipped batches.
+    The model holds all its weights in this process; the state is from `optimizer_tensors`, empty before the first step.
 
     Raises:
         UserError: the disk is full or refuses; older checkpoints are untouched.
@@ -350,16 +345,10 @@ def require_finite(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
-    """Load the optimizer state of a verified checkpoint, tensor by tensor. All processes call this.
+    """Load the optimizer state of a verified checkpoint, tensor by tensor. All processes call this, one reads.
 
     Step 0 resets the optimizer. The loss scale of fp16 is ignored in other precisions, and starts anew if the
     checkpoint has none.
-
-    Args:
-        folder: of the checkpoint; only the main process reads it.
-        model: the model that is optimized.
-        optimizer: receives the state.
-        processes: those that train the model.
 
     Raises:
         UserError: the state is of another optimizer or model.

@@ -122,13 +122,7 @@ def run_identity(run: Path) -> dict[str, Any]:
 
 
 def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """Differences among the settings that both sides have, each as ``NAME is A, not B``.
-
-    Args:
-        theirs: settings as JSON values, nested or not.
-        ours: the settings that they should equal. Settings that only one side has are ignored.
-        prefix: dotted path of both, for the names.
-    """
+    """Differences among the JSON settings that both sides have, each as ``PREFIX.NAME is A, not B``."""
     found = []
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]

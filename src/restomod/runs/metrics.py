@@ -134,12 +134,7 @@ def _lines(f: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 class NewRecords:
-    """Reads a growing `.jsonl` file: each time only what is new.
-
-    Args:
-        path: need not be there yet.
-        containing: lines without these bytes are skipped unparsed.
-    """
+    """Reads only new lines of a growing `.jsonl` file; skips, unparsed, those without the bytes ``containing``."""
 
     def __init__(self, path: Path, containing: bytes = b"") -> None:
         self._path, self._containing = path, containing

@@ -227,11 +227,7 @@ def process_count(environment: Record) -> int:
 
 
 def open_run(folder: str | Path, warn: Callable[[str], None] = print_error) -> Run:
-    """Read a run's folder.
-
-    Args:
-        folder: the run's.
-        warn: called with what cannot be read and is left out: records, environments, samples, evaluations.
+    """Read a run's folder; ``warn`` is told of records, samples and other parts that are damaged and left out.
 
     Raises:
         UserError: there is no run, or a file of it is damaged.

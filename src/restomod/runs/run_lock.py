@@ -46,12 +46,7 @@ class Holder(TypedDict, total=False):
 
 
 class RunLock:
-    """The lock of one run. Ranks of one job share it: the main process alone takes it.
-
-    Args:
-        folder: the run's.
-        print_line: called with the reason for waiting.
-    """
+    """The lock of one run, which the main process takes for all ranks. ``print_line`` is told why it waits."""
 
     def __init__(self, folder: Path, print_line: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self._print_line = folder, print_line

@@ -39,12 +39,7 @@ class Sink(Protocol):
     """One tracker, used from one thread."""
 
     def begin(self, records: list[Record], fresh: bool) -> None:
-        """Take all records so far: at the start or resumption of a run, and after a rollback.
-
-        Args:
-            records: all of `metrics.jsonl`.
-            fresh: the tracker has seen nothing of this run before.
-        """
+        """Take all of `metrics.jsonl`: when a run starts (then ``fresh``), resumes or rolls back."""
 
     def write(self, record: Record) -> None:
         """Take one more record."""
@@ -163,13 +158,9 @@ def require_installed(names: Iterable[Tracker]) -> None:
 
 
 class Trackers:
-    """All trackers of a run, as a context: within it they take records.
+    """All trackers of a run, as a context in which they take records; without ``writes`` there are none.
 
-    Args:
-        run: its folder.
-        config: what it tracks.
-        report: called with a warning, from any thread.
-        writes: False in all processes but the main one, which do nothing.
+    ``report`` is called with warnings, from any thread.
     """
 
     def __init__(self, run: Path, config: RunConfig, report: Callable[[str], None], writes: bool = True) -> None:

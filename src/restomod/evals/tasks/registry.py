@@ -43,12 +43,9 @@ def is_whole(task: str, examples: object) -> bool:
 
 
 def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
-    """Load the task that ``wanted`` names.
+    """Load the task that ``wanted`` names, or its first ``limit`` examples; downloads go into ``cache``.
 
-    Args:
-        wanted: a name of `TASKS`, NAME=FILE for its data in a file, or a file of one's own questions.
-        cache: folder for downloads.
-        limit: take the first examples only.
+    ``wanted`` is a name of `TASKS`, NAME=FILE for its data in a file, or a file of one's own questions.
 
     Raises:
         UserError: there is no such task or file, or its data is wrong.
