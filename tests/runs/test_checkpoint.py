@@ -155,7 +155,7 @@ def test_transformers_loads_a_checkpoint_folder(saved: tuple[Trainee, Path]) -> 
 
 def test_another_models_checkpoint_is_refused(folder: Path) -> None:
     other = make_trainee(model=ModelConfig(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97))
-    with pytest.raises(UserError, match=r"missing transformer\.h\.2"):
+    with pytest.raises(UserError, match="is of another model than"):
         load(other, folder)
 
 

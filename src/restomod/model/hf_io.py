@@ -263,7 +263,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Read the config of the model in a folder.
 
     Raises:
-        OtherModel: its `config.json` describes an unknown model type.
+        UnsupportedModel: its `config.json` describes an unknown model type.
         UserError: it is missing or damaged.
     """
     path = folder / "config.json"
@@ -313,22 +313,7 @@ def describe_mismatch(
     return f"{where} does not fit its config.json: {'; '.join([*told, *causes])}"
 
 
-@torch.no_grad()
-def load_tensors(model: GPT, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy the tensors of a checkpoint into ``model``: all of them, or none if any is wrong.
-
-    Raises:
-        UserError: tensors are missing, extra, or of another shape or kind, or hold numbers that are not finite.
-    """
-    _fill(model, _fitting(model, tensors, where))
-
-
-def _fill(model: GPT, values: dict[str, Tensor]) -> None:
-    for name, view in family_of(model.config).views(model).items():
-        view.copy_(values[name])
-
-
-def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool = True) -> dict[str, Tensor]:
+def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, checked to fit ``model``, which may be on the meta device."""
     family = family_of(model.config)
     tensors = canonical_names(tensors) if family.model_type == "gpt2" else dict(tensors)
@@ -388,16 +373,6 @@ def require_size_of(tensors: Mapping[str, Tensor], where: Path, layers: int = 0,
         )
 
 
-def load_weights(model: GPT, folder: Path) -> None:
-    """Read the weights of a model folder into ``model``.
-
-    Raises:
-        UserError: they are missing, damaged, or do not fit.
-    """
-    tensors, where = read_tensors(folder)
-    load_tensors(model, tensors, where)
-
-
 def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     """Build the model of a folder, with its weights, on ``device``, ready to evaluate.
 
@@ -415,5 +390,6 @@ def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     with torch.no_grad():
         for matrix in model.vocabulary_matrices():
             matrix[config.vocab_size :] = 0.0
-        _fill(model, values)
+        for name, view in family_of(config).views(model).items():
+            view.copy_(values[name])
     return model.eval()

@@ -17,37 +17,8 @@ from restomod.utils.json_files import read_json
 
 Settings = dict[str, Any]
 
-MAY_CHANGE_ON_RESUME = {
-    "steps",
-    "target_loss",
-    "micro_batch",
-    "eval_every",
-    "eval_tokens",
-    "eval_tasks",
-    "eval_limit",
-    "sample_every",
-    "sampling",
-    "save_every",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "keep_best",
-    "keep_every",
-    "keep_gb",
-    "track",
-    "on_save_error",
-    "on_spike",
-    "spike_sigmas",
-    "device",
-    "precision",
-    "parallel",
-    "recompute",
-    "deterministic",
-    "compile",
-    "residual_dtype",
-    "sanity_checks",
-    "data",
-}
-_NOT_SETTINGS = {"version"}
+FIXED = ("seed", "init", "batch_tokens", "sequence_length", "model", "optim", "document_mask")
+"""Settings of a run that cannot change on resume; all others may."""
 DATA_FINGERPRINT = "data fingerprint"
 CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same result
     "eval_every",
@@ -117,8 +88,7 @@ def run_identity(run: Path) -> dict[str, Any]:
         data = read_json(run / "data.json", "manifest of the run's data", dict[str, Any], MAX_BYTES)
     except UserError:
         return {}
-    settings = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME | _NOT_SETTINGS}
-    return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
+    return {k: config[k] for k in FIXED if k in config} | {DATA_FINGERPRINT: data.get("fingerprint")}
 
 
 def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:

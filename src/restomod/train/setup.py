@@ -37,7 +37,6 @@ from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import UnsupportedModel, as_saved
 from restomod.model.hf_io import load_model, read_model_config
 from restomod.runs.checkpoint import (
-    Unusable,
     load_optimizer,
     load_saved_weights,
     newest_usable,
@@ -57,8 +56,8 @@ class Start:
     """Where a run starts: step 0, or the checkpoint from which it resumes."""
 
     checkpoint: Path | None = None
-    unusable: list[Unusable] = field(default_factory=list)
-    """Newer checkpoints, which are set aside."""
+    unusable: dict[Path, str] = field(default_factory=dict)
+    """Newer checkpoints, which are set aside, and their problems."""
     step: int = 0
     """Updates that the weights have had."""
     data_offset: int = 0
@@ -261,7 +260,7 @@ def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunCon
 
 def _warnings(folder: Path, start: Start) -> list[str]:
     """What is wrong with the files of a run that resumes from ``start``, but does not stop it."""
-    found = [f"set aside: {each.problem}" for each in start.unusable]
+    found = [f"set aside: {problem}" for problem in start.unusable.values()]
     log, before = folder / "metrics.jsonl", len(found)
     records = (record for record in iterate_jsonl(log, found.append) if record["kind"] == "train")
     lacking = start.step - sum(record["step"] < start.step for record in records)
