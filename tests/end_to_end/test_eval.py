@@ -21,10 +21,8 @@ from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import Tokenizer
 from restomod.evals.scoring import ACCURACIES
 from restomod.evals.suite import EvalRequest, evaluate_model, run_eval
-from restomod.evals.tasks.example import Example, Record, get_index, get_text, question
-from restomod.evals.tasks.references import Reference
 from restomod.evals.tasks.registry import TASKS, VALIDATION, references
-from restomod.evals.tasks.task import Task
+from restomod.evals.tasks.task import Example, Record, Reference, Task, get_index, get_text, question
 from restomod.model.hf_io import save_model
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train

@@ -12,8 +12,8 @@ import numpy as np
 
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.likelihood import LanguageModel, Request, Score, encode_pair, log_likelihoods
-from restomod.evals.tasks.example import Example
 from restomod.evals.tasks.registry import LoadedTask
+from restomod.evals.tasks.task import Example
 from restomod.utils.errors import NOT_FINITE, UserError
 
 ACCURACIES = {
