@@ -20,10 +20,9 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train.console_lines import run_summary
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 
-QUIET = Display(interactive=False)
+from .conftest import QUIET, losses
 
 
 @pytest.fixture
@@ -41,10 +40,6 @@ def folders(tmp_path: Path) -> list[Path]:
 def mixed(tiny: RunConfig, folders: list[Path]) -> RunConfig:
     data = DataConfig(source="tokens", mix=f"{folders[0]}:3,{folders[1]}:1", cache=tiny.data.cache)
     return dataclasses.replace(tiny, data=data, steps=8, save_every=4, eval_every=4, sanity_checks=False)
-
-
-def losses(run: Path) -> list[tuple[str, int, float]]:
-    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
 
 
 def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
 from tests.processes import Ended, error_lines, launch, results
 
-from .conftest import flags
-from .test_resume import QUIET, losses, same_checkpoint
+from .conftest import QUIET, flags, losses
+from .test_resume import same_checkpoint
 
 NEVER = 10**6
 

@@ -25,9 +25,7 @@ from restomod.utils.errors import UserError
 from restomod.utils.files import sha256_file
 from tests.processes import launch
 
-from .conftest import WORDS
-
-QUIET = Display(interactive=False)
+from .conftest import QUIET, WORDS
 
 
 def short(folder: Path) -> RunConfig:

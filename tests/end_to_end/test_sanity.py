@@ -11,20 +11,13 @@ from safetensors.torch import load_file
 
 from restomod.cli import main
 from restomod.config.run import RunConfig
-from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 from tests.checks.faults import QUICK_FAULTS, Plant
 
-from .conftest import flags
+from .conftest import QUIET, flags, losses
 
-QUIET = Display(interactive=False)
 NOTHING_IS_MASKED: Plant = QUICK_FAULTS["a mask that hides nothing"][0]
-
-
-def losses(run: Path) -> list[tuple[str, int, float]]:
-    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
 
 
 def test_the_checks_change_not_one_bit_of_a_run(tiny: RunConfig, tmp_path: Path) -> None:

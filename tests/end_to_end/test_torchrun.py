@@ -21,9 +21,9 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from tests.processes import results
 
-from .conftest import flags
+from .conftest import QUIET, flags, losses
 from .test_processes import NEVER, resume, same_curve, succeeded, train_quietly
-from .test_resume import QUIET, losses, same_checkpoint
+from .test_resume import same_checkpoint
 
 pytestmark = pytest.mark.slow
 

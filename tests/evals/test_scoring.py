@@ -15,7 +15,6 @@ from restomod.evals import scoring
 from restomod.evals.likelihood import Request, Score
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import Estimate, format_estimate, proportion, score_task
-
 from restomod.evals.tasks.registry import TASKS, LoadedTask, own_example, own_task
 from restomod.evals.tasks.task import Example
 from restomod.utils.errors import UserError

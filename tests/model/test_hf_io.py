@@ -52,12 +52,6 @@ def change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 # --- ours in transformers ------------------------------------------------------------------------------------
 
 
@@ -233,18 +227,6 @@ def reference() -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("save", LAYOUTS)
-def test_every_layout_gives_transformers_logits(save: Save, reference: GPT2LMHeadModel, tmp_path: Path) -> None:
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    save(reference, folder)
-    tokens = random_tokens(SMALL, 2, SMALL.n_positions)
-    with torch.no_grad():
-        ours = load_model(folder, CPU)
-        assert not ours.training
-        assert (ours(tokens) - reference(tokens).logits).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("save", LAYOUTS)
 def test_every_layout_goes_to_us_and_back_without_a_changed_bit(
     save: Save, reference: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
@@ -252,7 +234,9 @@ def test_every_layout_goes_to_us_and_back_without_a_changed_bit(
     theirs.mkdir()
     ours.mkdir()
     save(reference, theirs)
-    save_model(load_model(theirs, CPU), ours)
+    loaded = load_model(theirs, CPU)
+    assert not loaded.training
+    save_model(loaded, ours)
     back = AutoModelForCausalLM.from_pretrained(ours)
     before, after = reference.state_dict(), back.state_dict()
     assert before.keys() == after.keys()
@@ -405,33 +389,6 @@ def test_a_damaged_header_of_safetensors_is_one_line(folder: Path, seed: int) ->
 
 
 # --- what cannot be loaded -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.bias"), "missing transformer.h.1.mlp.c_fc.bias"),
-        (
-            lambda tensors: tensors.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}),
-            "unexpected transformer.h.2.ln_1.bias",
-        ),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors) if ".h.0." in name], "and 9 more"),
-        *(
-            (lambda tensors, n=name, s=shape: tensors.update({n: torch.zeros(s)}), f"{name} has shape {shape}")
-            for name, shape in (
-                ("transformer.wpe.weight", (13, 16)),
-                ("transformer.wte.weight", (50304, 16)),  # padding is in memory only
-                ("transformer.h.0.attn.c_attn.weight", (48, 16)),  # (out, in), where the file holds (in, out)
-            )
-        ),
-    ],
-)
-def test_a_tensor_that_does_not_fit_is_named(folder: Path, change: Any, said: str) -> None:
-    change_tensors(folder, change)
-    with pytest.raises(UserError, match=r"model\.safetensors does not fit") as caught:
-        load_model(folder, CPU)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
