@@ -98,7 +98,6 @@ def test_without_its_device_what_needs_it_is_skipped(
     quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(examine, "NEED_DEVICE", (machine.memory, examine.parity, matmuls, bf16))
     assert main(["doctor", "--device", "cuda", "--preset", "quickstart"]) == 1
     found = {line[6:22].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert found["device"].startswith("fail  device            device 'cuda' is not available here (there is: ")

@@ -260,13 +260,8 @@ def gpt_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens from the hidden states that predict them.
 
-    Args:
-        hidden: (N, D).
-        which: (M,), the hidden state that predicts each target.
-        targets: (M,).
-
-    Returns:
-        (M,) fp32, at most 0, and whether no other token was likelier, (M,) bool.
+    Takes ``hidden`` (N, D) and, of each target, its index ``which`` (M,). Returns (M,) fp32, at most 0, and whether no
+    other token was likelier, (M,) bool.
     """
     config = model.config
     return linear_log_probs(hidden[which], model.head, targets, config.vocab_size, dtype, config.softcap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -47,15 +48,7 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        metrics = {name: {"value": e.value, "stderr": e.stderr} for name, e in self.metrics.items()}
-        return {
-            "examples": len(self.gold),
-            "truncated": self.truncated,
-            "metrics": metrics,
-            "seconds": self.seconds,
-            "gold": self.gold,
-            "choices": self.choices,
-        }
+        return {"examples": len(self.gold)} | dataclasses.asdict(self)
 
 
 def score_task(

@@ -183,11 +183,7 @@ class Evaluation:
 
 
 def evaluate_model(request: EvalRequest, processes: Processes = SINGLE) -> dict[str, EvalResult]:
-    """Evaluate a model and return its results by task; nothing is printed or written.
-
-    Raises:
-        UserError: as `open_evaluation` and `Evaluation.results`.
-    """
+    """Evaluate a model and return its results by task; nothing is printed or written. Raises UserError."""
     return {result.task: result for result in open_evaluation(request, processes).results()}
 
 

@@ -5,6 +5,7 @@ Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,16 +59,7 @@ class ValidationLoss:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "bytes_per_token": self.bytes_per_token,
-            "sources": self.sources,
-            "by_position": self.by_position,
-        }
+        return dataclasses.asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
 def validation_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:

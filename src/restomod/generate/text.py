@@ -131,11 +131,7 @@ def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[st
 
 
 def find_readable_model(where: str) -> Path:
-    """Find the folder of a model, a run or a name on the hub, and read its config.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Find the folder of a model, a run or a name on the hub; read its config. Raises UserError: none, or damaged."""
     folder = find_model(where)
     with contextlib.suppress(UnsupportedModel):  # transformers may know it
         read_model_config(folder)

@@ -154,17 +154,15 @@ def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
             return [whole]
         index = get(name + INDEX_SUFFIX)
         if index is not None:
-            found = {shard: get(shard) for shard in _shards(index)}
+            found = {
+                shard: get(shard)
+                for shard in sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
+            }
             absent = [shard for shard, path in found.items() if path is None]
             if absent:
                 raise UserError(f"{index} names {absent[0]}, which is missing beside it")
             return [path for path in found.values() if path is not None]
     return None
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the file names in an index."""
-    return sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -201,11 +199,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 
 def require_short_header(path: Path) -> None:
-    """Raise UserError where a safetensors header is so long that reading it could take a gigabyte.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Raise UserError where a safetensors header is so long that reading it could take a gigabyte."""
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
     if size > MAX_HEADER:

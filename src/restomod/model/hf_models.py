@@ -79,11 +79,7 @@ class TransformersModel:
         return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
-        """Encode a text; with ``begin``, after the tokenizer's beginning-of-text token, if it has one.
-
-        Raises:
-            UserError: the tokenizer knows tokens that the model does not.
-        """
+        """Encode a text, with ``begin`` after the token of beginnings. Raises UserError: the model lacks a token."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         if begin:
             first = self.tokenizer.encode(text)[:1]

@@ -92,11 +92,7 @@ class Saver:
         return failure
 
     def finish(self) -> None:
-        """Wait until everything is written. All processes call this.
-
-        Raises:
-            UserError: it failed, and ``on_save_error`` is "stop".
-        """
+        """Wait until all is written. All processes call this. Raises UserError if ``on_save_error`` is "stop"."""
         self.processes.run_on_all_ranks(self._finish)
 
     def _finish(self) -> None:

@@ -87,11 +87,7 @@ class State(TypedDict):
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest step first.
-
-    Raises:
-        OSError: ``checkpoints`` cannot be read, which does not mean that there are none.
-    """
+    """The checkpoint folders of a run, oldest step first. Raises OSError: they cannot be listed, but may exist."""
     folder = run / "checkpoints"
     names = os.listdir(folder) if folder.exists() else []
     return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
@@ -392,11 +388,7 @@ def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) 
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> int:
-    """Verify a checkpoint, load its weights and optimizer state, return its step. All processes call this.
-
-    Raises:
-        UserError: it is damaged, or of another model.
-    """
+    """Verify and load a checkpoint; return its step. All processes call this. Raises UserError: not usable."""
     processes.from_main(lambda: verify_checkpoint(folder))
     load_saved_weights(folder, model, processes)
     load_optimizer(folder, model, optimizer, processes)

@@ -69,7 +69,9 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
     """Settings that differ among ``many``, with the value in each; None where one is absent."""
     names = dict.fromkeys(name for each in many for name in each)
     values = {name: [each.get(name) for each in many] for name in names if name not in without}
-    return {name: found for name, found in values.items() if len({_key(value) for value in found}) > 1}
+    return {
+        name: found for name, found in values.items() if len({json.dumps(value, sort_keys=True) for value in found}) > 1
+    }
 
 
 def trains_on_fineweb_edu(run: Run) -> bool:
@@ -108,7 +110,3 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Settings:
     for name, value in values.items():
         found |= _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

@@ -67,11 +67,7 @@ TASK_RESULT = dict[str, float | str | None]  # a "task" record, which has keys b
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one record to a `.jsonl` file; on failure no part of it stays.
-
-    Raises:
-        OSError: the disk is full, or refuses.
-    """
+    """Append a record to a `.jsonl` file; where the disk refuses it (OSError), no part of it stays."""
     line = json.dumps(record).encode() + b"\n"
     with open_to_append(path) as f:
         end = f.seek(0, os.SEEK_END)

@@ -17,11 +17,7 @@ from restomod.utils.json_files import read_json
 
 
 def find_model(name: str) -> Path:
-    """The model folder that ``name`` stands for. A checkpoint is verified (`verify_model`), a hub model downloaded.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The model folder of ``name``; verifies a checkpoint, downloads from the hub. Raises UserError: none, or damaged."""
     path = Path(name)
     if not path.is_dir():
         return _from_hub(name)

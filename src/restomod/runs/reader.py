@@ -166,11 +166,7 @@ class Run:
 
     @cached_property
     def manifest(self) -> Record:
-        """The manifest of the tokens that the run trains on; empty if there is none.
-
-        Raises:
-            UserError: it is damaged.
-        """
+        """The manifest of the tokens that the run trains on; empty if there is none. Raises UserError: damaged."""
         return read_run_data(self.folder)
 
     @cached_property

@@ -62,11 +62,7 @@ class RunLock:
         self._over = threading.Event()
 
     def take(self, resume: bool) -> None:
-        """Lock an existing run, waiting for a job that is about to end; or the name of a new run, without waiting.
-
-        Raises:
-            UserError: another job trains it.
-        """
+        """Lock an existing run once a job that is ending has ended, or a new run's name. Raises UserError: taken."""
         if resume:
             self._acquire(self.folder / ".lock", PATIENCE)
             return

@@ -242,11 +242,7 @@ def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.devi
 
 
 def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunConfig) -> list[CheckResult]:
-    """Run the quick sanity checks, before torch.compile, which would compile for their shapes too.
-
-    Raises:
-        UserError: a check has failed.
-    """
+    """Run the quick sanity checks, before torch.compile adapts to their shapes. Raises UserError: one has failed."""
     optimizer, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
     results = quick_checks(CheckedModel(model, data.batches, eager, optimizer, fresh=config.init is None))
     for result in results:
@@ -271,11 +267,7 @@ def _warnings(folder: Path, start: Start) -> list[str]:
 
 
 def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> Batches:
-    """The batches of a run.
-
-    Raises:
-        UserError: a source is shorter than a window, or the model is for another vocabulary.
-    """
+    """The batches of a run. Raises UserError: a source shorter than a window, or a model for another vocabulary."""
     sources = dataset.sources
     batches = Batches(
         [source.dataset.train for source in sources],

@@ -90,11 +90,7 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
 
 
 def task_names(given: str) -> list[str]:
-    """Split a list of tasks at its commas, for `load_task`; the name of a file may contain commas, too.
-
-    Raises:
-        UserError: one is empty.
-    """
+    """Split a list of tasks at its commas; names of files may contain some. Raises UserError: an empty item."""
 
     def names_a_file(item: str) -> bool:
         name, _, file = item.strip().partition("=")
