@@ -127,17 +127,3 @@ def test_a_run_starts_from_a_model_of_the_hub(hub: Hub, tiny: RunConfig, tmp_pat
         for name in ("by name", "by folder")
     )
     assert by_name == by_folder
-
-
-@pytest.mark.slow
-def test_a_connection_that_breaks_again_and_again_is_one_line_and_then_works_once_mended(
-    hub: Hub, tmp_path: Path
-) -> None:
-    """With all the waiting, of which the client gives notice."""
-    hub.cut(after=1000, times=None)
-    ((code, output, error),) = run(hub, tmp_path, ("inspect", "gpt2"))
-    *notices, last = str(error).splitlines()
-    assert is_refused([code, output, f"{last}\n"], f"cannot download model.safetensors of {GPT2}: ")
-    assert not any(notice.startswith(("restomod", "Traceback")) for notice in notices)
-    hub.mend()
-    assert run(hub, tmp_path, ("inspect", "gpt2"))[0][0] == 0

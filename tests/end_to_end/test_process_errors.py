@@ -177,13 +177,6 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(shared: RunConfig, t
     assert "step 0: the loss is" in line
 
 
-def test_an_existing_folder_is_refused_and_left_alone(shared: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/mine.txt").write_text("mine")
-    assert "exists already" in the_one_error(new_run(2, shared, tmp_path / "run"))
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_optimizer_that_one_process_cannot_load_stops_all(shared: RunConfig, tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"

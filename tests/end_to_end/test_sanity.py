@@ -49,15 +49,6 @@ def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
     assert "checked" not in out
 
 
-def test_a_run_from_another_models_weights_tells_their_loss(
-    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(dataclasses.replace(tiny, steps=3), tmp_path / "first", display=QUIET)
-    capsys.readouterr()
-    train(dataclasses.replace(tiny, steps=1, init=str(tmp_path / "first")), tmp_path / "second")
-    assert "before training here; a uniform prediction gives ln(50257) = 10.82" in capsys.readouterr().out
-
-
 def test_a_planted_fault_stops_a_run_before_it_leaves_anything(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,11 +128,6 @@ def test_a_saved_model_is_loaded_bit_for_bit(config: ModelConfig, tmp_path: Path
         assert torch.equal(a, b), name
 
 
-def test_a_model_that_transformers_lacks_says_whose_it_is(tmp_path: Path) -> None:
-    save_model(random_model(OWN), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "restomod"
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -84,30 +84,6 @@ def test_the_file_holds_the_real_vocabulary_only(folder: Path) -> None:
 # --- theirs here ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def theirs(model: GPT, tmp_path: Path) -> Path:
-    """A model that transformers saved."""
-    folder = tmp_path / "theirs"
-    to_transformers(model).save_pretrained(folder)
-    return folder
-
-
-def test_a_model_that_transformers_saved_comes_back_with_the_same_weights(model: GPT, theirs: Path) -> None:
-    loaded = load_model(theirs, CPU)
-    assert loaded.config == CONFIG
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-def test_loading_and_saving_changes_no_bit_of_any_tensor(theirs: Path, tmp_path: Path) -> None:
-    (tmp_path / "ours").mkdir()
-    save_model(load_model(theirs, CPU), tmp_path / "ours")
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
-    assert before.keys() == after.keys()
-    for name in before:
-        assert before[name].dtype == after[name].dtype == torch.float32
-        assert torch.equal(before[name].view(torch.int32), after[name].view(torch.int32)), name
-
-
 def test_a_loaded_models_padded_rows_are_zero(folder: Path) -> None:
     loaded = load_model(folder, CPU)
     assert loaded.head.shape == (50304, 16)
