@@ -27,12 +27,9 @@ Action = Literal["update", "skip", "rollback", "stop"]
 
 
 class SpikeGuard:
-    """Decides about the steps of a run, in order.
+    """Decides about the steps of a run, in order; a resumed run continues from its ``records``.
 
-    Args:
-        config: of the run.
-        records: of `metrics.jsonl`, from which a resumed run continues.
-        fp16: whether gradients may overflow while the loss scale is being found.
+    ``fp16``: gradients may overflow while the loss scale is being found.
     """
 
     def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = (), fp16: bool = False) -> None:
