@@ -69,15 +69,11 @@ def split_hash(parts: Iterable[str], seed: int) -> int:
 
 
 def pieces(name: str, parts: Iterable[str]) -> Iterator[str]:
-    """Text in pieces of `PIECE_CHARACTERS` or somewhat more, whose tokens one after the other are those of the whole.
-
-    Args:
-        name: of the document, for messages.
-        parts: its text, in order.
+    """Yield text in pieces of `PIECE_CHARACTERS` or somewhat more, whose tokens in order are those of the whole text.
 
     Raises:
-        UserError: there is no place to cut in `LONGEST_RUN` characters. Such a run has to be encoded as one, for which
-            memory would have no bound.
+        UserError: there is no place to cut in `LONGEST_RUN` characters of document ``name``: such a run has to be
+            encoded as one, in memory without bound.
     """
     held: list[str] = []  # what is not yet given away
     size = given = 0

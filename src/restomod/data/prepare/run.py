@@ -40,12 +40,12 @@ def prepare_folder(
     """Turn text into a verified folder of token shards.
 
     Args:
-        sources: files, folders or built-in sources, in the order in which they are to be written.
+        sources: files, folders, built-in sources or datasets of the hub, in the order in which they are written.
         config: how to read and cut them.
         out: the folder; it is made, or resumed if the same was begun in it.
-        workers: how many units to work on at once; on Ray 0 is as many as there is room for.
+        workers: number of units to work on at once; on Ray 0 is as many as there is room for.
         report: gets lines about the progress.
-        engine: where to work on them: local processes or a Ray cluster. (Slurm: see slurm.py.)
+        engine: local processes or a Ray cluster (for Slurm: slurm.py).
 
     Raises:
         UserError: the sources cannot be read, ``out`` holds something else, or another process is at work on it.
@@ -67,10 +67,10 @@ def prepare_folder(
                 if config.dedup and left:
                     report("looking for duplicates …")
                     unhashed = [i for i in range(len(work.units)) if not hashes_path(out, i).exists()]
-                    run_units(engine, HashUnit(config, work.units, step_out), unhashed, workers, step_out)
+                    run_units(engine, HashUnit(config, work.units, step_out, unhashed), workers)
                     assign_splits(out, len(work.units), config)
                 with _progress(out, len(work.units), report):
-                    run_units(engine, PrepareUnit(config, work.units, step_out), left, workers, step_out)
+                    run_units(engine, PrepareUnit(config, work.units, step_out, left), workers)
         except KeyboardInterrupt:
             report("finished units are kept; the same command resumes with the others")
             raise
