@@ -85,11 +85,7 @@ def open_stream(path: Path) -> IO[bytes]:
 
 
 def chunks(path: Path) -> Generator[bytes, None, None]:
-    """The decompressed bytes of a file, in order.
-
-    Raises:
-        UserError: the file cannot be read or is damaged.
-    """
+    """The decompressed bytes of a file, in order. Raises UserError if the file cannot be read or is damaged."""
     with open_stream(path) as f:
         yield from checked_reads(path, iter(lambda: f.read(READ_BYTES), b""))
 
