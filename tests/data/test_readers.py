@@ -56,13 +56,6 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_record_is_a_document(tmp_path: Path, kind: str, compression: str) -> None:
-    path = written(tmp_path, f"a{kind}{compression}", COMPRESSORS[compression](WRITERS[kind](TEXTS)))
-    assert [document.text for document in read_documents(path)] == TEXTS
-
-
-@pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize("kind", [".txt", ".md", ".py", ""])
 def test_any_other_file_is_one_document(tmp_path: Path, kind: str, compression: str) -> None:
     text = "line\r\n" * 400_000 + "end"  # larger than one read, its line ends kept

@@ -344,13 +344,6 @@ def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tok
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_of_published_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    np.save(tmp_path / "x_train_0.npy", np.array([5, 6, 7], dtype=np.uint16))
-    np.save(tmp_path / "x_val_0.npy", np.array([8], dtype=np.uint16))
-    opened = prepare_text(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
-    assert (all_tokens(opened.train), all_tokens(opened.val)) == ([5, 6, 7], [8])
-
-
 @pytest.mark.parametrize(
     ("path", "said"),
     [
