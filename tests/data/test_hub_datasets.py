@@ -253,7 +253,7 @@ def test_what_was_finished_before_the_hub_failed_stays(
     assert len(sent(hub)) == 1
 
 
-def test_going_on_stays_at_the_commit_that_was_begun_and_lists_nothing_anew(
+def test_resuming_stays_at_the_commit_that_was_begun_and_lists_nothing_anew(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> NoReturn:

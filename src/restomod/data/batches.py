@@ -74,8 +74,8 @@ def assign_sources(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np
     so on. So both answers are known for any p without those before it.
 
     Args:
-        position: shape (m,), int64: which sequences of the run.
-        shares: of the sources; they add up to 1, and their denominators are small enough for 64-bit products.
+        position: shape (m,), int64: indices of sequences of the run.
+        shares: one per source; they add up to 1, with denominators small enough for 64-bit arithmetic.
 
     Returns:
         Two arrays (m,), int64: the source, and the index within it.
@@ -170,8 +170,7 @@ class Batches:
     def micro_batches(self, step: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> MicroBatches:
         """One process's share of a step, cut into micro-batches of ``micro_batch`` sequences.
 
-        The ranks' shares are consecutive slices of the global batch, so together they are that batch whatever their
-        number.
+        The ranks' shares are consecutive slices of the global batch, so any number of ranks together has that batch.
 
         Raises:
             UserError: the batch cannot be shared out so evenly.

@@ -91,8 +91,8 @@ def agrees(text: str) -> bool:
 def _pieces(text: str) -> list[bytes]:
     """``text`` in UTF-8, cut into pieces whose tokens, one after the other, are those of the whole.
 
-    A cut stands before a space that follows a letter, digit or punctuation: there GPT-2's pattern always ends a
-    word, whatever comes next. Where no such place is near enough, or the text is not Unicode, the list is empty.
+    A cut stands before a space that follows a letter, digit or punctuation: there GPT-2's pattern always ends a word.
+    Where no such place is near enough, or the text is not Unicode, the list is empty.
     """
     try:
         data = text.encode()

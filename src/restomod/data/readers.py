@@ -1,7 +1,7 @@
 """Reads the documents of a file: plain text, JSON (lines, an array, objects), CSV, TSV and Parquet, also compressed.
 
 A plain text file is one document, or one between any two separators; a record (line, object, row) is one document.
-Files are read as streams: memory holds a record or some rows, or a part of a long plain file, whatever its size.
+Files are read as streams: memory holds a record or some rows, or a part of a long plain file.
 """
 
 from __future__ import annotations
@@ -229,11 +229,7 @@ def _parquet(path: Path, column: str, span: Span | None, compressed: bool) -> It
 
 @contextlib.contextmanager
 def open_parquet(path: Path, compressed: bool) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile` that verifies the checksums of pages where there are some.
-
-    Raises:
-        UserError: whatever goes wrong with it before it is closed.
-    """
+    """Open a `pyarrow.parquet.ParquetFile` that verifies page checksums; all its errors become UserErrors."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -264,7 +260,7 @@ def _row_groups(metadata: Any, span: Span | None) -> Iterator[tuple[int, int]]:
     rows = begin = 0
     for group in range(metadata.num_row_groups):
         first = metadata.row_group(group).column(0)
-        # in the order of the groups, and within the file, whatever a strange writer has put down
+        # in the order of the groups, and within the file, even if a strange writer has put down something else
         begin = max(begin, min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0))
         if span is None or span.start <= min(begin, span.of - 1) < span.stop:
             yield group, rows

@@ -1,4 +1,4 @@
-"""Comparing the tokens of a dataset with those of a manifest, whatever the boundaries of their shards.
+"""Comparing the tokens of a dataset with those of a manifest, independently of shard boundaries.
 
 Every shard of a run's `data.json` has the SHA-256 of its tokens in llm.c's layout. The tokens of another folder are
 hashed at the boundaries of those shards, so its own boundaries and file format do not matter.
@@ -96,12 +96,7 @@ def _positions(shards: Shards) -> list[tuple[int, int]]:
 
 
 def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
-    """How the tokens of a dataset differ from those of a manifest; None if they are the same.
-
-    Args:
-        manifest: of a run's data, from `with_hashes`.
-        dataset: the data as it is now; the borders of its shards may be others.
-    """
+    """How the tokens of a dataset differ from those of a run's manifest from `with_hashes`; None: not at all."""
     try:
         before = _parts(manifest)
         now = [(str(part.share), part.dataset) for part in dataset.sources]

@@ -92,7 +92,7 @@ def error_of(process: subprocess.Popen[str], folder: Path) -> str:
 # --- local processes ----------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(
+def test_a_killed_worker_is_one_line_and_the_same_command_resumes(
     tmp_path: Path, text: Path, restomod: Command
 ) -> None:
     arguments = ("text", "--out", "out", "--workers", "2")
@@ -263,7 +263,7 @@ def test_on_ray_a_bad_file_is_the_same_one_line(tmp_path: Path, text: Path, rest
 @ray_is_there
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_on_ray_what_was_killed_or_stopped_is_gone_on_with(
+def test_on_ray_what_was_killed_or_stopped_is_resumed(
     tmp_path: Path, text: Path, restomod: Command, sent: signal.Signals
 ) -> None:
     process = restomod(*RAY, "--workers", "1", **everywhere(tmp_path, WAITS))

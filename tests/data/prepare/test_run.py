@@ -189,7 +189,7 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_where_they_are(tmp_path: Pa
     assert prepared(tmp_path / "else", "out2").fingerprint != first.fingerprint
 
 
-# --- whatever the workers, the folder, the language ---------------------------------------------------------
+# --- any workers, folder, language --------------------------------------------------------------------------
 
 
 def test_two_and_three_workers_elsewhere_and_in_another_language_write_the_same_bytes(
@@ -244,7 +244,7 @@ def test_what_is_reported(
     assert "it was prepared already" in capsys.readouterr().out
 
 
-# --- killed and gone on with --------------------------------------------------------------------------------
+# --- killed and resumed -------------------------------------------------------------------------------------
 
 
 def fail(*_: object) -> NoReturn:
@@ -350,7 +350,7 @@ def test_a_unit_that_is_finished_is_not_done_again(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
 
 
-def test_a_kill_while_the_plan_is_written_is_gone_on_with(tmp_path: Path, text: dict[str, list[str]]) -> None:
+def test_a_kill_while_the_plan_is_written_is_resumed(tmp_path: Path, text: dict[str, list[str]]) -> None:
     (tmp_path / "out" / ".prepare").mkdir(parents=True)
     (tmp_path / "out" / ".prepare" / ".plan.json.tmp").write_text('{"half of')
     prepared(tmp_path)
@@ -518,7 +518,7 @@ BAD = {
 
 @pytest.mark.parametrize("dedup", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_named_and_once_mended_the_command_goes_on(
+def test_a_bad_file_is_named_and_once_mended_the_command_resumes(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, name: str, dedup: bool
 ) -> None:
     content, said = BAD[name]

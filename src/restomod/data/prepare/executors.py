@@ -84,14 +84,14 @@ def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[No
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor, whose workers are noticed when they are killed and end with their parent."""
+    """datatrove's local executor, but killed workers are noticed, and workers end with their parent."""
 
     def run(self) -> None:
         """Run every rank: one after the other in this process, or on several workers.
 
         Raises:
             UserError: a worker was killed.
-            Exception: of the first rank that fails; what the others were at is dropped.
+            Exception: that of the first rank that fails; unfinished work of the others is dropped.
         """
         if self.workers == 1:
             for rank in range(self.tasks):
@@ -210,7 +210,7 @@ class RayExecutor(RayPipelineExecutor):
 
         Raises:
             UserError: workers were lost again and again.
-            Exception: of the first rank that fails; what the others were at is dropped.
+            Exception: that of the first rank that fails; unfinished work of the others is dropped.
         """
         import ray
 

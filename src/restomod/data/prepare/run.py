@@ -97,7 +97,7 @@ def prepare_and_report(
     if engine != "slurm" and slurm not in (None, SlurmConfig()):
         raise UserError(f"--slurm-partition, --slurm-time and --slurm-mem-gb are for --engine slurm, not {engine}")
     there = (out / MANIFEST).exists()
-    gone_on = any((out / WORK).glob("unit_*.json"))  # then the time is not that of all of it
+    resumed = any((out / WORK).glob("unit_*.json"))  # then the time is not that of all of it
     start = time.perf_counter()
     if engine == "slurm":
         from restomod.data.prepare.slurm import submit_folder
@@ -105,7 +105,7 @@ def prepare_and_report(
         submitted = submit_folder(sources, config, out, workers, slurm or SlurmConfig(), report)
         if submitted is None:  # its jobs are not done yet
             return
-        dataset, gone_on = submitted, True
+        dataset, resumed = submitted, True
     else:
         dataset = prepare_folder(sources, config, out, workers, report, engine)
     seconds, manifest = time.perf_counter() - start, dataset.manifest
@@ -120,7 +120,7 @@ def prepare_and_report(
         report(f"warning: {val:,} tokens are few for validation; raise --val-fraction, which is {config.val_fraction}")
     if there:
         report("it was prepared already; every shard has the SHA-256 of the manifest")
-    elif not gone_on:
+    elif not resumed:
         text_bytes = sum(split["text_bytes"] for split in manifest["splits"].values())
         report(
             f"{seconds:.1f} s: {text_bytes / seconds / 1e6:,.1f} MB/s of text, "
