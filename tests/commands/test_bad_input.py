@@ -172,7 +172,7 @@ BAD: list[tuple[str, ...]] = [
     ),
     ("train quickstart --resume x", "--resume", "'quickstart'"),
     ("train --resume damaged/json", "damaged/json/config.json", "not valid JSON"),
-    ("train --resume damaged/missing", "damaged/missing/config.json", "missing batch_tokens, sequence_length"),
+    ("train --resume damaged/missing", "damaged/missing/config.json", "missing batch_tokens"),
     ("train --resume damaged/unknown", "damaged/unknown/config.json", "'steps'?"),
     *((f"TRAIN --init {name}", name) for name in ("nowhere", "runs/quikstart", "text.txt", "dir")),
     ("sample nowhere", "nowhere: no such run or model folder"),

@@ -71,7 +71,7 @@ def printing() -> int:
 
 
 @pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None])
-def test_a_verb_that_cannot_print_ends_in_one_line(
+def test_a_command_that_cannot_print_ends_in_one_line(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", make())

@@ -1,4 +1,4 @@
-"""Files that output flags such as --json name: tried before the work, written after its result is printed."""
+"""Files named by output flags such as --json: checked before the work, written after its result is printed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,12 @@ NEEDED = (
 def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
     """Refuse files that cannot be written, or would destroy something, before any work is done for them.
 
-    Each place is really tried, by a temporary file beside it. Devices and named pipes are left alone.
-
-    Args:
-        outputs: by flag, the file to write; None: it is not asked for.
-        inputs: by flag, files that are read.
+    Both map flags to files, or to None if the flag is not given. A temporary file is created in each folder; devices
+    and named pipes are left alone.
 
     Raises:
-        UserError: the folder is missing or refuses; the file is a folder, read-only, one that is read, or part of a
-            run, a checkpoint, a sweep or prepared data; its name is too long; or two outputs are one file.
+        UserError: the folder is missing or refuses; the file is a folder, read-only, an input, or part of a run, a
+            checkpoint, a sweep or prepared data; its name is too long; or two outputs are one file.
     """
     taken = {flag: path for flag, path in (inputs or {}).items() if path is not None}
     for flag, path in outputs.items():
@@ -100,15 +97,7 @@ class Output(NamedTuple):
 
 
 def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print) -> None:
-    """Write files after the result is printed. Where one fails, the others are written all the same.
-
-    Args:
-        outputs: the files.
-        say: takes a line for each that is written.
-
-    Raises:
-        UserError: one or more could not be written.
-    """
+    """Write files, and ``say`` a line for each. If one fails, the others are written, and UserError is raised."""
     failed = []
     for path, write, remark in outputs:
         try:
