@@ -47,6 +47,9 @@ PATIENCE = 120.0  # seconds for a run to end
 GRACE = 30.0  # seconds after which torchrun kills what it has asked to end
 TIMINGS = ("time", "ms", "data_ms", "tokens_per_second", "mfu")  # all else in metrics.jsonl is to be the same
 
+COLUMNS = ("processes", "kills", "before a checkpoint", "in a save", "between saves", "of one of two", "runs")
+COLUMNS += ("checkpoints verified", "problems")
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["restomod.cli", "restomod.train.loop", "torch._dynamo"])
 
@@ -233,13 +236,10 @@ def main() -> int:
         trials = [Trial(count, folder, chance) for count in arguments.processes]
         for i, trial in enumerate(trials):
             trial.go(arguments.kills // len(trials) + (i < arguments.kills % len(trials)))
-        columns = ("kills", "before a checkpoint", "in a save", "between saves", "of one of two", "runs")
-        print("  ".join(["processes", *columns, "checkpoints verified", "problems"]))
+        print("  ".join(COLUMNS))
         for trial in trials:
-            cells = [trial.tally[c] for c in (*columns, "checkpoints verified")]
-            names = (*columns, "checkpoints verified", "problems")
-            row = [f"{n:>{len(name)}}" for n, name in zip([*cells, len(trial.problems)], names, strict=True)]
-            print("  ".join([f"{trial.count:>9}", *row]))
+            tally = trial.tally | {"processes": trial.count, "problems": len(trial.problems)}
+            print("  ".join(f"{tally[name]:>{len(name)}}" for name in COLUMNS))
         problems = [f"{trial.count} processes: {problem}" for trial in trials for problem in trial.problems]
         print("\n".join(problems) or "every run ended as the one that was left alone, bit for bit", end="\n")
         print(f"seed {arguments.seed}, {time.monotonic() - began:.0f} s")
