@@ -123,6 +123,20 @@ def test_any_optimizers_memory_is_counted(layers: int, monkeypatch: pytest.Monke
     assert optimizer_bytes(shape, optim) == (4 * padded_parameters(shape), 2 * largest)
 
 
+@pytest.mark.parametrize("kind", ["Adafactor", "ASGD", "NAdam", "SGD"])
+def test_an_optimizer_that_reads_values_of_its_tensors_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(model: GPT, config: OptimConfig, *_: Any) -> list[torch.optim.Optimizer]:
+        return [getattr(torch.optim, kind)(model.parameters(), lr=config.lr)]
+
+    monkeypatch.setattr("restomod.engine.optimizers.adamw.build", build)
+    optimizer_bytes.cache_clear()
+    shape = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
+    model = build_model(shape, 0, CPU)
+    states = optimizer_tensors(model, build_optimizer(model, OptimConfig())).values()
+    assert optimizer_bytes(shape, OptimConfig())[0] == sum(state.nbytes for state in states if state.ndim)
+    optimizer_bytes.cache_clear()
+
+
 def test_muons_update_needs_what_its_largest_stack_of_matrices_takes() -> None:
     shape, largest = ModelConfig(), 12 * 768 * 4 * 768  # numbers in the MLP's first matrices of all layers
     _, fp32 = optimizer_bytes(shape, OptimConfig(optimizer="muon"))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -129,7 +129,10 @@ def optimizer_bytes(config: ModelConfig, optim: OptimConfig, itemsize: int = FP3
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of tensors that operations allocate, at present and at most."""
+    """Counts the bytes of tensors that operations allocate, at present and at most.
+
+    ``.item()`` of a fake tensor whose value is not known is 1.
+    """
 
     def __init__(self, existing: Iterable[Tensor | None]) -> None:
         super().__init__()
@@ -137,7 +140,10 @@ class _Allocations(TorchDispatchMode):
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in existing if tensor is not None)
 
     def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = f(*args, **(kwargs or {}))
+        try:
+            result = f(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)

@@ -8,5 +8,5 @@ To add one, write ``NAME.py`` here with this function, and add NAME to `Optimize
 them the optimizers hold every parameter once, each group with its maximum learning rate as ``lr``. Everything else
 follows: gradients are divided and NaN refused before ``step`` is called (`restomod.engine.optimizer.Optimizers`),
 the state is saved under the names of its parameters, and `restomod.engine.memory` counts its bytes by a step on fake
-tensors, so ``step`` must not read values from the device (``.item()``).
+tensors.
 """
