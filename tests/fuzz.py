@@ -267,8 +267,8 @@ def make_fixtures() -> None:
     pq.write_table(pa.Table.from_pylist(documents[:12]), "text/documents.parquet", write_page_checksum=True)
     Path("all.jsonl").write_bytes(lines)
     _do("prepare all.jsonl --out data --workers 1 --val-fraction 0.1")
-    _do(BEGUN.line.replace("FIXTURES", os.getcwd()), stop_before="finish")
-    _do(DEDUPLICATED.line.replace("FIXTURES", os.getcwd()), stop_before="choose_first_occurrences")
+    _do(BEGUN.line.replace("FIXTURES", os.getcwd()), stop_before="finish_folder")
+    _do(DEDUPLICATED.line.replace("FIXTURES", os.getcwd()), stop_before="assign_splits")
     tokens = np.arange(400, dtype="<u2")
     for folder in ("published", "arrays"):
         Path(folder).mkdir()

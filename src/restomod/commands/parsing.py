@@ -32,12 +32,7 @@ METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR
 
 
 def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """Split the first argument, the name of a preset, off a command line.
-
-    Raises:
-        UserError: it is a flag.
-        SystemExit: there is none, or only a flag for help, and the usage has been printed.
-    """
+    """Split the name of a preset off a command line; raises SystemExit after printing help."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else EXIT_USER_ERROR)
@@ -54,10 +49,9 @@ def parse(
     default: Any = tyro.MISSING_NONPROP,
     description: str = "",
 ) -> Arguments:
-    """Parse flags into a dataclass.
+    """Parse flags into the dataclass ``cls``.
 
     Args:
-        cls: a dataclass whose fields are flags.
         arguments: the flags. A value may begin with a dash; one that looks like a flag is given as --flag=VALUE.
         program: how the command line begins, for help and messages.
         default: an instance with the values of flags that are not given. Default: those of ``cls``.

@@ -1,4 +1,4 @@
-"""Console output of commands: tables, check results, a progress bar in a terminal or a line per step elsewhere."""
+"""Console output of commands: tables, check results, and progress as a bar in a terminal, else a line per step."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Output(io.TextIOBase):
         try:
             if stream is not None:
                 do(stream)
-        except Exception as e:  # of the system, of a closed stream, of encoding, of whatever stands in for the stream
+        except Exception as e:  # a stand-in for the stream may raise anything
             self._fail(e)
 
 

@@ -49,12 +49,9 @@ NOT_REGULAR = {
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what may block or never end when it is read: a device, a FIFO or a socket. Nothing is opened.
+    """Raise UserError for a device, a FIFO or a socket, which may block or never end when read. Nothing is opened.
 
     A missing file and a folder pass: opening them says what is wrong.
-
-    Raises:
-        UserError: ``path`` is none of these, after following links.
     """
     try:
         mode = path.stat().st_mode
@@ -198,7 +195,7 @@ def resolve_destination(path: Path) -> Destination:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of an open file of this process, where a path is /dev/stdout, /dev/fd/N, or a link to one of these.
+    """Return the number of an open file of this process if a path is /dev/stdout, /dev/fd/N, or a link to one.
 
     The system gives /proc/self/fd/N as a link to the open file: followed, it would be opened anew, or replaced.
     """
@@ -329,11 +326,7 @@ def _write_special_file(target: Destination, content: bytes) -> None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open a file of a run or a sweep to add to its end, unbuffered. It is made if it is missing.
-
-    Raises:
-        OSError: it is a link, which might lead out of the folder, or is not a regular file; or the disk refuses.
-    """
+    """Open or create a file to append to, unbuffered; raises OSError if it is a link or not a regular file."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(path))
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFE_OPEN, 0o666)

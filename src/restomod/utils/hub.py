@@ -40,13 +40,13 @@ def hub_file(
     cached_only: bool = False,
     cache: Path | None = None,
 ) -> Path | None:
-    """One file of a commit, verified; None if the commit has none of that name.
+    """Return one file of a commit, verified; None if the commit has no file ``name``.
 
     Args:
         repository: ``owner/name``.
-        name: the file's path in the repository.
+        name: path in the repository.
         commit: 40 hexadecimal digits.
-        kind: of the repository.
+        kind: kind of repository.
         cached_only: do not ask the hub; None then also means that the file is not in the cache.
         cache: folder to download into; None: the client's own.
 

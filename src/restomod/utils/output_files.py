@@ -66,11 +66,7 @@ def _try_destination(flag: str, path: Path) -> Destination:
 
 
 def require_output_folder(flag: str, folder: Path) -> None:
-    """Refuse a folder for output that cannot be made or written to, before any work is done. It is not made yet.
-
-    Raises:
-        UserError: it is a file, or it or the folder where it is to be made refuses.
-    """
+    """Raise UserError if a folder for output cannot be made or written to. It is not made yet."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(folder)  # a name that is too long
