@@ -148,7 +148,7 @@ def measure_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
     payloads = {name: scale_steps.payload(preset(name).model) for name in scale_gpus.MODELS}
     return {
         "here": scale_steps.compared(trial, scale_steps.measure(trial)),
-        "networks": scale_gpus.stated(),
+        "networks": {gpu: dataclasses.asdict(network) for gpu, network in scale_gpus.NETWORKS.items()},
         "predictions": scale_gpus.predictions(payloads),
     }
 
