@@ -169,7 +169,7 @@ def _try(contender: Contender, act: Callable[[], T], absent: dict[str, str]) -> 
         return act()
     except Absent as e:
         absent[contender.name] = str(e)
-        contender.stop()  # one that hangs would go on computing beside the others
+        contender.stop()  # one that hangs would otherwise keep computing
         return None
 
 

@@ -156,7 +156,7 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
 
 
 def speeds(runs: dict[str, RunConfig], dataset: Dataset, rounds: int) -> list[Row]:
-    """Tokens/s of each recipe, a few steps of every one in turns, since other work comes and goes on most machines."""
+    """Tokens/s of each recipe, a few steps of each in turns, because most machines do other work too."""
     trainings = {name: Training(run, dataset) for name, run in runs.items()}
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):

@@ -117,7 +117,7 @@ def run(arguments: list[str]) -> int:
             except Exception as e:
                 failed.append(name)
                 traceback.print_exc()
-                print(f"{name} failed ({reason(e)}); the others go on", file=sys.stderr, flush=True)
+                print(f"{name} failed ({reason(e)}); the others continue", file=sys.stderr, flush=True)
                 continue
             finished[name] = item
             finished = {n: finished[n] for n in (*ITEMS, *finished) if n in finished}

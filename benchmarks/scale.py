@@ -3,7 +3,7 @@
     python -m benchmarks.scale [--part data|steps|all] [--json OUT] [--smoke] [--rounds N] [--folder DIR]
 
 `data`: with the package's own loading code, are the sequences that 1,024 ranks read disjoint and complete, and what
-does a rank need in memory and time to go on in the middle of an epoch? Sparse files stand in for 20 TB
+does a rank need in memory and time to resume in the middle of an epoch? Sparse files stand in for 20 TB
 (`scale_data.py`).
 
 `steps`: a model of a data-parallel step (`scale_network.py`) against real steps of two processes here

@@ -126,7 +126,7 @@ class Reader:
 def unpermute(window: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
     """The inverse of `restomod.data.batches.permute`: where in an epoch each window stands, shape (m,), int64.
 
-    A round (L, R) -> (R, L ^ f(R)) is undone by (L', R') -> (R' ^ f(L'), L') whatever f is (Luby and Rackoff, 1988), so
+    A round (L, R) -> (R, L ^ f(R)) is undone by (L', R') -> (R' ^ f(L'), L') for any f (Luby and Rackoff, 1988), so
     the network is a bijection of its whole range; and a walk through it that began inside [0, n) and ended at its
     first result inside is walked back likewise. That there is an inverse is what makes an epoch complete and disjoint.
     """

@@ -102,7 +102,7 @@ def checked(value: Any, kind: Any, where: str) -> Any:
 def file_name(name: str) -> str:
     """For pydantic: refuse what does not name a file of the same folder."""
     if "\0" in name or Path(name).name != name or name in ("", ".."):
-        raise ValueError("should be the name of a file beside it")
+        raise ValueError("should be the name of a file in the same folder")
     name.encode()  # which raises a ValueError, where half of a surrogate pair is in it
     return name
 

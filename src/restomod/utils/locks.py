@@ -116,7 +116,7 @@ def flock(fd: int, wait: bool) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
-    except OSError:  # ENOSYS, ENOTSUP, ENOLCK, EINVAL, whatever a file system without locks says
+    except OSError:  # ENOSYS, ENOTSUP, ENOLCK or EINVAL, from a file system without locks
         return False
     return True
 

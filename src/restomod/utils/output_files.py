@@ -43,8 +43,10 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
         for other, before in taken.items():
             if _same_file(path, before):
                 raise UserError(f"{other} and {flag} are the same file, {path}; name two different files")
-        beside = _names_in(target.real.parent)
-        if any(beside & signs and target.real.name in files & beside for signs, files in NEEDED):
+        names: set[str] = set()
+        with contextlib.suppress(OSError):  # the folder can be written to, but not read
+            names = set(os.listdir(target.real.parent))
+        if any(names & signs and target.real.name in files & names for signs, files in NEEDED):
             raise UserError(
                 f"{flag} {path} would overwrite a file that restomod needs in {target.real.parent}; name another file"
             )
@@ -109,13 +111,6 @@ def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print)
                 say(f"written: {path}{remark}")
     if failed:
         raise UserError("; ".join(failed))
-
-
-def _names_in(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:  # it can be written to, but not read
-        return set()
 
 
 def _same_file(a: Path, b: Path) -> bool:
