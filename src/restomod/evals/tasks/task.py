@@ -81,8 +81,9 @@ class Task:
         """Read the official data, downloaded where it is missing.
 
         Raises:
-            UserError: it cannot be downloaded, or is damaged.
+            UserError: there is none, it cannot be downloaded, or it is damaged.
         """
-        assert self.source is not None
+        if self.source is None:
+            raise UserError(f"task {self.name} has no official data; name a file: {self.name}=FILE")
         otherwise = f"fetch it by other means and name that file: --tasks {self.name}=FILE"
         return [example for file in self.source.files(cache, otherwise) for example in self.read(file)]
