@@ -54,7 +54,7 @@ class SpikeGuard:
         if self._overflowed(result):
             return "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            return f"the loss is {result.loss} and the gradient norm {result.grad_norm}"
+            return f"the loss is {result.loss:.4f} and the gradient norm {result.grad_norm:.4f}"
         mean, deviation = self._mean_and_deviation()
         above = (result.loss - mean) / deviation
         return f"the loss is {result.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"

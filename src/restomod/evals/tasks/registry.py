@@ -77,6 +77,8 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
     if name in TASKS:
         task = TASKS[name]
         otherwise = f"fetch it by other means and name that file: --tasks {name}=FILE"
+        if not file and task.source is None:
+            raise UserError(f"task {name} has no official data; name a file: {name}=FILE")
         files = [Path(file)] if file or task.source is None else task.source.files(cache, otherwise)
     elif not file and (Path(name).exists() or Path(name).suffix):
         stem = Path(name).stem
