@@ -140,8 +140,8 @@ def test_a_symptom_is_a_warning_at_every_validation_and_in_the_verdict(
 ) -> None:
     config = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, warmup_steps=0), sanity_checks=False)
     said = lines_of(config, tmp_path / "run", capsys)
-    warnings = [line for line in said if line.startswith("warning: no warm-up: the learning rate is 0.003 from")]
+    warnings = [line for line in said if line.startswith("warning: warm-up: the learning rate is 0.003 from")]
     assert len(warnings) == 2, "at steps 5 and 10, and at the end only the verdict"
     (last,) = [line for line in said if line.startswith("verdict")]
-    assert last == f"verdict: not healthy: no warm-up; `restomod verdict {tmp_path / 'run'}` says what to do"
+    assert last == f"verdict: not healthy: warm-up; `restomod verdict {tmp_path / 'run'}` says what to do"
     assert main(["verdict", str(tmp_path / "run")]) == 1

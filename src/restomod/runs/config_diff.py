@@ -50,7 +50,7 @@ def flatten_config(config: RunConfig) -> Settings:
     """Settings by dotted name, such as ``optim.lr``, without those that change no result."""
     return {
         name: value
-        for name, value in _flattened(to_dict(config)).items()
+        for name, value in flatten(to_dict(config)).items()
         if not any(name == other or name.startswith(f"{other}.") for other in CHANGES_NOTHING)
     }
 
@@ -105,8 +105,9 @@ def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: s
     return sorted(found)
 
 
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Settings:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Nested settings by dotted name."""
     found: Settings = {}
     for name, value in values.items():
-        found |= _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found

@@ -6,6 +6,7 @@ import bisect
 import calendar
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -189,6 +190,12 @@ class Run:
             )
         found = [read_optional(path, "evaluation", Evaluation, self.warn) for path in paths[-MOST_EVALUATIONS:]]
         return [values for values in found if values is not None]
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The name of a run's newest checkpoint folder."""
+    names = [path.name for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return max(names, key=lambda name: int(name.removeprefix("step_")), default=None)
 
 
 def read_optional(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:

@@ -9,7 +9,7 @@ import pytest
 
 from restomod.analysis.compare.axes import Curve, loss_curve, mean_curve, measured_losses
 from restomod.runs.reader import open_run
-from tests.runs.making import SMALL, make_run, simple, train, val
+from tests.runs.made_runs import SMALL, simple, train, val, write_run
 
 
 def line(*points: tuple[float, float]) -> Curve:
@@ -18,7 +18,7 @@ def line(*points: tuple[float, float]) -> Curve:
 
 
 def test_every_axis_measures_the_same_points(tmp_path: Path) -> None:
-    run = open_run(make_run(tmp_path / "a", SMALL, simple({0: 10.8, 50: 6.0, 100: 5.0}, ms=36_000)))
+    run = open_run(write_run(tmp_path / "a", SMALL, simple({0: 10.8, 50: 6.0, 100: 5.0}, ms=36_000)))
     points = {
         axis: loss_curve(run, "validation loss", axis, 2.0).x.tolist()
         for axis in ("steps", "tokens", "time", "dollars")
@@ -42,13 +42,13 @@ def test_time_is_of_the_steps_before(tmp_path: Path) -> None:
         val(1, 8),
         val(3, 7),
     ]
-    run = open_run(make_run(tmp_path / "a", SMALL, records))
+    run = open_run(write_run(tmp_path / "a", SMALL, records))
     assert loss_curve(run, "validation loss", "time").x.tolist() == [0, 1, 3]
 
 
 def test_a_run_without_times_has_no_curve_by_time(tmp_path: Path) -> None:
     records = [{"kind": "train", "step": 0, "loss": 9.0}, val(0, 9), val(1, 8)]
-    run = open_run(make_run(tmp_path / "a", SMALL, records))
+    run = open_run(write_run(tmp_path / "a", SMALL, records))
     assert len(loss_curve(run, "validation loss", "time").x) == 0
     assert len(loss_curve(run, "validation loss", "tokens").x) == 2
 
@@ -56,7 +56,7 @@ def test_a_run_without_times_has_no_curve_by_time(tmp_path: Path) -> None:
 def test_training_losses_are_means_over_blocks_that_end_with_the_last_step(tmp_path: Path) -> None:
     losses = np.random.default_rng(0).normal(5, 1, 130)
     records = [train(s, float(loss)) for s, loss in enumerate(losses)]
-    steps, loss = measured_losses(open_run(make_run(tmp_path / "a", SMALL, records)), "training loss")
+    steps, loss = measured_losses(open_run(write_run(tmp_path / "a", SMALL, records)), "training loss")
     assert steps[-2:].tolist() == [127, 130]  # 130 steps in 60 points or fewer: blocks of 3
     assert loss[-1] == pytest.approx(losses[127:].mean())
     assert len(steps) == 43
@@ -64,7 +64,7 @@ def test_training_losses_are_means_over_blocks_that_end_with_the_last_step(tmp_p
 
 def test_a_loss_that_is_not_finite_is_no_point(tmp_path: Path) -> None:
     records = [train(0, None), train(1, 8.0)]
-    steps, loss = measured_losses(open_run(make_run(tmp_path / "a", SMALL, records)), "training loss")
+    steps, loss = measured_losses(open_run(write_run(tmp_path / "a", SMALL, records)), "training loss")
     assert (steps.tolist(), loss.tolist()) == ([2], [8.0])
 
 

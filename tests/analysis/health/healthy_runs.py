@@ -1,4 +1,4 @@
-"""Healthy runs by the hundred thousand: how often is one called sick?
+"""Healthy runs by the hundred thousand: how often does one fail?
 
 python -m tests.analysis.health.healthy_runs 100000 150 3000     # so many runs of 150 and of 3,000 steps
 """
@@ -17,7 +17,7 @@ from restomod.analysis.health.history import ERROR_OF_TOKEN, Curves
 from restomod.analysis.health.noise import Array, level_at
 from restomod.analysis.health.spikes import SpikeFinder
 from restomod.analysis.health.symptoms import find_symptoms_in_curves
-from tests.runs.making import QUICKSTART
+from tests.runs.made_runs import QUICKSTART
 
 LENGTHS = (60, 130, 150, 200, 400, 1000, 3000)
 DEVIATIONS = (0.02, 0.1, 0.3, 0.6)  # nats, of one step's loss: batches of half a million to 512 tokens

@@ -13,10 +13,10 @@ import pytest
 
 from restomod.analysis.health.history import RECENT, ROWS, Curves, History, curves_from_records
 from restomod.analysis.health.noise import period
-from restomod.analysis.health.symptoms import Finding, failures, find_symptoms, find_symptoms_in_curves
+from restomod.analysis.health.symptoms import Finding, failures, find_symptoms
 from restomod.runs.metrics import append_jsonl, keep_records, read_jsonl
 from restomod.train.evaluate import Health
-from tests.runs.making import QUICKSTART, healthy, quickstart_records, train, val
+from tests.runs.made_runs import QUICKSTART, quickstart_records, train, val
 
 LONG = 40_000
 LONG_RUN = dataclasses.replace(QUICKSTART, steps=LONG)
@@ -128,11 +128,11 @@ def test_a_long_healthy_run_is_healthy(sigma: float) -> None:
     assert {finding.status for finding in findings(long_run(1, sigma)).values()} == {"ok"}
 
 
-def test_a_rate_that_decays_at_the_end_is_no_wave() -> None:
-    for seed in range(5):
-        run = long_run(seed, sigma=0.02)
-        run["loss"] -= 0.3 * np.maximum(0, np.arange(LONG) / LONG - 0.8) / 0.2
-        assert findings(run)["periodic loss"].status == "ok"
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rate_that_decays_at_the_end_is_no_wave(seed: int) -> None:
+    run = long_run(seed, sigma=0.02)
+    run["loss"] -= 0.3 * np.maximum(0, np.arange(LONG) / LONG - 0.8) / 0.2
+    assert findings(run)["periodic loss"].status == "ok"
 
 
 def test_an_early_spike_is_remembered() -> None:
@@ -155,6 +155,7 @@ def test_batches_that_come_back_are_found(length: int) -> None:
     ("symptom", "name", "change"),
     [
         ("throughput drop", "ms", lambda s: 200.0 * (s > 0.85 * LONG)),
+        ("divergence", "loss", lambda s: 0.4 * np.maximum(0, s / LONG - 0.8) / 0.2),
         ("validation below training", "val", lambda s: -0.6 * (s > 0)),
         ("overfitting", "val", lambda s: 0.5 * np.maximum(0, s / LONG - 0.3) / 0.7),
     ],
@@ -166,16 +167,10 @@ def test_planted_symptoms_are_the_only_ones(symptom: str, name: str, change: Any
     assert {f.symptom for f in findings(run).values() if f.status == "fail"} == {symptom}
 
 
-def test_a_loss_that_rises_at_the_end_is_a_divergence() -> None:
-    run = long_run(2)
-    run["loss"] += 0.4 * np.maximum(0, np.arange(LONG) / LONG - 0.8) / 0.2
-    assert findings(run)["divergence"].status == "fail"
+# --- while a run trains --------------------------------------------------------------------------------------
 
 
-# --- while a run goes on -------------------------------------------------------------------------------------
-
-
-def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> None:
+def test_a_run_that_continues_and_rolls_back_is_judged_like_its_file(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     training: Any = SimpleNamespace(
         run=SimpleNamespace(folder=tmp_path), config=QUICKSTART, processes=SimpleNamespace(main=True)
@@ -207,8 +202,3 @@ def test_a_run_that_goes_on_and_back_is_judged_like_its_file(tmp_path: Path) -> 
     training.processes.main = False
     assert symptoms() == []
     assert Health(training).verdict_line().startswith("verdict: healthy")
-
-
-def test_judging_gathered_curves_is_judging_records() -> None:
-    some = healthy(3, 900)
-    assert find_symptoms_in_curves(QUICKSTART, curves_from_records(some)) == find_symptoms(QUICKSTART, some)

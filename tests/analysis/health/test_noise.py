@@ -15,7 +15,7 @@ from restomod.analysis.health.noise import (
     noise_deviation,
     period,
 )
-from tests.runs.making import healthy, quickstart_records, train, val
+from tests.runs.made_runs import healthy, quickstart_records, train, val
 
 
 def falling(n: int, sigma: float, seed: int) -> Array:

@@ -23,7 +23,7 @@ from restomod.model.gpt import build_model
 from restomod.model.hf_io import load_model
 from restomod.runs.checkpoint import write_checkpoint
 from restomod.runs.reader import Run, open_run
-from tests.runs.making import QUICKSTART, SMALL, make_run, quickstart_records, simple, train, val
+from tests.runs.made_runs import QUICKSTART, SMALL, quickstart_records, simple, train, val, write_run
 
 TINY = dataclasses.replace(
     SMALL, model=ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=256, vocab_size=97), sequence_length=32
@@ -33,57 +33,43 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quickstart(tmp_path: Path) -> Run:
-    return open_run(make_run(tmp_path / "quickstart", QUICKSTART, quickstart_records()))
+    return open_run(write_run(tmp_path / "quickstart", QUICKSTART, quickstart_records()))
 
 
 # --- reference losses ----------------------------------------------------------------------------------------
 
 
 def with_val(tmp_path: Path, config: RunConfig, losses: dict[int, float], data: dict[str, Any] | None = None) -> Run:
-    return open_run(make_run(tmp_path / "a", config, [val(s, loss) for s, loss in losses.items()], data))
+    return open_run(write_run(tmp_path / "a", config, [val(s, loss) for s, loss in losses.items()], data))
 
 
-def test_the_quickstart_has_its_reference_loss(quickstart: Run) -> None:
-    finding = check_reference_loss(quickstart)
-    assert finding.status == "ok"
-    assert finding.reason.startswith(
-        "validation loss 4.8383 at step 900, quickstart on Python's library has 4.54 to 5.14"
-    )
+OTHER_SEED = dataclasses.replace(QUICKSTART, seed=5)
+OTHER_RATE = dataclasses.replace(OTHER_SEED, optim=dataclasses.replace(QUICKSTART.optim, lr=1e-5))
+GPT2 = dataclasses.replace(preset("gpt2-124m"), data=DataConfig(source="tokens", path="t"))
+OPENAI = f"OpenAI's GPT-2 {({r.model: r.value for r in references('validation')})['GPT-2 124M']}"
 
 
-@pytest.mark.parametrize(("loss", "which"), [(5.3, "above"), (4.2, "below")])
-def test_a_quickstart_outside_its_reference_loss(loss: float, which: str, tmp_path: Path) -> None:
-    finding = check_reference_loss(with_val(tmp_path, QUICKSTART, {900: loss}))
-    assert finding.status == "fail"
-    assert f"it is {which} that" in finding.reason
-
-
-def test_between_two_validations_the_reference_loss_is_interpolated(tmp_path: Path) -> None:
-    # halfway between 5.239 and 4.968, ± 0.3
-    assert "4.80 to 5.40" in check_reference_loss(with_val(tmp_path, QUICKSTART, {450: 5.0})).reason
-
-
-def test_a_configuration_that_differs_is_named_and_only_a_warning(tmp_path: Path) -> None:
-    config = dataclasses.replace(QUICKSTART, seed=5, optim=dataclasses.replace(QUICKSTART.optim, lr=1e-5))
-    finding = check_reference_loss(with_val(tmp_path, config, {900: 8.0}))
-    assert finding.status == "warning"
-    assert finding.reason.endswith("it is above that; this run differs from quickstart in optim.lr 1e-05 (not 0.002)")
-
-
-def test_another_seed_is_no_difference(tmp_path: Path) -> None:
-    assert (
-        check_reference_loss(with_val(tmp_path, dataclasses.replace(QUICKSTART, seed=5), {900: 8.0})).status == "fail"
-    )
-
-
-@pytest.mark.parametrize(("loss", "status"), [(3.07, "ok"), (3.25, "ok"), (3.4, "fail"), (2.5, "fail")])
-def test_gpt2_124m_is_measured_by_openais(loss: float, status: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(preset("gpt2-124m"), data=DataConfig(source="tokens", path="t"))
-    run = with_val(tmp_path, config, {19_073: loss}, {"name": "fineweb-edu"})
-    finding = check_reference_loss(run)
-    assert finding.status == status
-    published = {r.model: r.value for r in references("validation")}["GPT-2 124M"]
-    assert f"OpenAI's GPT-2 {published}" in finding.reason
+@pytest.mark.parametrize(
+    ("config", "step", "loss", "status", "words"),
+    [
+        (QUICKSTART, 900, 4.8383, "ok", "loss 4.8383 at step 900, quickstart on Python's library has 4.54 to 5.14"),
+        (QUICKSTART, 900, 5.3, "fail", "it is above that"),
+        (QUICKSTART, 900, 4.2, "fail", "it is below that"),
+        (QUICKSTART, 450, 5.0, "ok", "4.80 to 5.40"),  # halfway between 5.239 and 4.968, ± 0.3
+        (OTHER_RATE, 900, 8.0, "warning", "above that; this run differs from quickstart in optim.lr 1e-05 (not 0.002)"),
+        (OTHER_SEED, 900, 8.0, "fail", "it is above that"),  # another seed is no difference
+        (GPT2, 19_073, 3.07, "ok", OPENAI),
+        (GPT2, 19_073, 3.25, "ok", OPENAI),
+        (GPT2, 19_073, 3.4, "fail", OPENAI),
+        (GPT2, 19_073, 2.5, "fail", OPENAI),
+    ],
+)
+def test_a_run_is_compared_with_its_reference_loss(
+    config: RunConfig, step: int, loss: float, status: str, words: str, tmp_path: Path
+) -> None:
+    data = {"name": "fineweb-edu"} if config is GPT2 else None
+    finding = check_reference_loss(with_val(tmp_path, config, {step: loss}, data))
+    assert (finding.status, words in finding.reason) == (status, True), finding
 
 
 def test_without_a_reference_loss_it_is_unknown(tmp_path: Path) -> None:
@@ -106,7 +92,7 @@ def trained(folder: Path, config: RunConfig = TINY, updates: int = 40) -> Run:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:]).backward()
         optimizer.step()
-    run = open_run(make_run(folder, config, simple({0: 4.5, 50: 4.0})))
+    run = open_run(write_run(folder, config, simple({0: 4.5, 50: 4.0})))
     write_checkpoint(folder, updates, model, {})
     return run
 
@@ -182,11 +168,11 @@ def test_without_a_whole_late_checkpoint_weights_cannot_be_judged(tmp_path: Path
 def test_epochs_and_shards_are_counted_in_steps(tmp_path: Path) -> None:
     shards = [{"tokens": 51_200}, {"tokens": 51_200}, {"tokens": 100}]
     data = {"fingerprint": "a", "splits": {"train": {"tokens": 102_500, "shards": shards}}}
-    assert data_lengths(open_run(make_run(tmp_path / "a", SMALL, data=data))) == {
+    assert data_lengths(open_run(write_run(tmp_path / "a", SMALL, data=data))) == {
         "an epoch": pytest.approx(102_500 / 512),
         "a shard": 100,
     }
-    assert data_lengths(open_run(make_run(tmp_path / "b"))) == {}
+    assert data_lengths(open_run(write_run(tmp_path / "b"))) == {}
 
 
 def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +188,7 @@ def test_a_healthy_run_is_exit_code_0(quickstart: Run, tmp_path: Path, capsys: p
 
 
 def test_a_run_without_a_readable_record_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_run(tmp_path / "run", SMALL, [])
+    folder = write_run(tmp_path / "run", SMALL, [])
     assert main(["verdict", str(folder)]) == 0  # it has only just begun
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step"')  # a crash during its first record
     assert main(["verdict", str(folder)]) == 0
@@ -216,13 +202,13 @@ def test_a_run_that_is_not_is_exit_code_1(tmp_path: Path, capsys: pytest.Capture
     records = [
         r | ({"ms": 3 * r["ms"]} if r["kind"] == "train" and r["step"] > 700 else {}) for r in quickstart_records()
     ]
-    folder = make_run(tmp_path / "slow", QUICKSTART, records)
+    folder = write_run(tmp_path / "slow", QUICKSTART, records)
     assert main(["verdict", str(folder), "--no-weights"]) == 1
     assert "not healthy: throughput drop (12 symptoms checked)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("records", [[], [train(0, 10.8)], [val(0, 10.8)]])
 def test_a_run_that_has_hardly_begun_is_healthy_so_far(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    found = verdict(open_run(make_run(tmp_path / "a", QUICKSTART, records)))
+    found = verdict(open_run(write_run(tmp_path / "a", QUICKSTART, records)))
     assert found.healthy
     assert sum(f.status == "unknown" for f in found.findings) >= 9

@@ -160,9 +160,6 @@ def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, 
 )
 def test_kinds_of_tokens(piece: str, kind: str) -> None:
     assert kind_of_token(piece.encode()) == kind
-
-
-def test_kinds_of_other_tokens() -> None:
     assert kind_of_token("é".encode()[:1]) == "part of a character"
     assert kind_of_token(b"", True) == "end of text"
 

@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """Open a page without a network; whatever it complains of or asks for fails the test in the end."""
+    """Open a page without a network; any complaint or request fails the test at the end."""
     contexts: list[Any] = []
     wrong: list[str] = []
 
@@ -60,7 +60,7 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def page_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of two runs: the first one examined, the second with other losses and another sample."""
+    """A report of two runs: the first with an error analysis, the second with other losses and another sample."""
     folder = tmp_path_factory.mktemp("two")
     first = make_run(folder / "first", steps=400, data="fineweb-edu")
     second = make_run(folder / "second", steps=300, text="another text", spikes={100: 20.0})

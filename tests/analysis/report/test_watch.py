@@ -100,8 +100,6 @@ def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
         assert data(port)["runs"][0]["state"] == "finished"
         (folder / "environment.json").write_text("{")
         assert "environment.json is damaged" in data(port)["runs"][0]["remark"]
-        (folder / "config.json").write_text("{")
-        assert "damaged" in data(port)["waiting"]
         shutil.rmtree(folder)
         assert data(port)["waiting"] == "waiting for the run to begin"
         make_run(folder, steps=7)
@@ -220,23 +218,12 @@ def test_other_names_for_this_machine_are_refused(tmp_path: Path, host: str) -> 
         assert ask(port, "/data.json", f"localhost:{port}")[0] == 200
 
 
-def test_by_default_only_this_machine_is_listened_to(tmp_path: Path) -> None:
-    server = watching.open_server(tmp_path, "127.0.0.1", 0, HourlyRates())
-    assert server.socket.getsockname()[0] == "127.0.0.1"
-    server.server_close()
-
-
-def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["watch", str(tmp_path / "r"), "--port", str(port)]) == 2
-    expected = f"restomod: error: port {port} of 127.0.0.1 is in use; choose another with --port, or 0 for any\n"
-    assert capsys.readouterr().err == expected
-
-
-def test_other_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
     for arguments, said in (
+        (["--port", str(port), str(tmp_path / "r")], f"port {port} of 127.0.0.1 is in use; choose another with --port"),
         (["--port", "70000", "r"], "--port is 70000; it must lie between 0 and 65535"),
         ([str(tmp_path / "file")], "is a file; name the folder of a run"),
         (["--host", "no.such.host.invalid", "r"], "--host no.such.host.invalid: cannot listen there"),
@@ -245,6 +232,7 @@ def test_other_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+    taken.close()
     with pytest.raises(UserError, match="cannot listen there"):
         watching.open_server(tmp_path, "192.0.2.1", 0, HourlyRates())
 

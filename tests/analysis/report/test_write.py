@@ -6,12 +6,10 @@ import base64
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
@@ -193,33 +191,32 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "is_it"),
+    ("name", "shard", "is_it"),
     [
-        ("fineweb-edu", True),
-        ("kjj0/finewebedu10B-gpt2", True),
-        ("edu_fineweb10B", True),
-        ("fineweb", False),
-        ("fineweb10B", False),
-        ("python-stdlib-3.11.7", False),
-        ("fineweb-edu+notes.txt", False),
+        ("fineweb-edu", "", True),
+        ("kjj0/finewebedu10B-gpt2", "", True),
+        ("edu_fineweb10B", "", True),
+        ("shards", "edufineweb_val_000000.npy", True),
+        ("fineweb", "", False),
+        ("fineweb10B", "", False),
+        ("python-stdlib-3.11.7", "", False),
+        ("fineweb-edu+notes.txt", "", False),
     ],
 )
-def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(tmp_path: Path, data: str, is_it: bool) -> None:
-    run = open_run(make_run(tmp_path / "r", data=data))
+def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(
+    tmp_path: Path, name: str, shard: str, is_it: bool
+) -> None:
+    folder = make_run(tmp_path / "r")
+    splits = {"val": {"shards": [{"file": shard, "tokens": 5}]}} if shard else {}
+    (folder / "data.json").write_text(json.dumps({"name": name, "fingerprint": "0", "splits": splits}))
+    run = open_run(folder)
     assert trains_on_fineweb_edu(run) is is_it
     lines = run_data(run, "r", HourlyRates())["lines"].get("loss", [])
     assert lines == ([{"name": "GPT-2 124M", "value": 3.2924}] if is_it else [])
 
 
-def test_published_shards_are_told_by_their_names(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", data="shards")
-    shards = [{"file": "edufineweb_val_000000.npy", "tokens": 5}]
-    (folder / "data.json").write_text(json.dumps({"name": "shards", "splits": {"val": {"shards": shards}}}))
-    assert trains_on_fineweb_edu(open_run(folder))
-
-
 @pytest.mark.parametrize(("name", "is_it"), [("kjj0/finewebedu10B-gpt2", True), ("other", False)])
-def test_published_losses_stand_beside_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
+def test_published_losses_are_shown_with_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
     """Of a run on other text; `eval --data` says what it was evaluated on."""
     folder = make_run(tmp_path / "r", data="python-stdlib-3.11.7")
     data = {"name": name, "fingerprint": "f"}
@@ -236,10 +233,8 @@ def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
     add_task(folder, examples=200)
     assert reference_lines(open_run(folder))["hellaswag"] == [{"name": "chance", "value": 0.25}]
     assert "0.2955" not in json.dumps(evaluation_tables(open_run(folder)))
-    row = next(
-        row for row in run_data(open_run(folder), "r", HourlyRates())["figures"] if row[0].startswith("hellaswag, ")
-    )
-    assert row[1:] == ["31.0 %", "step 40, 200 examples"]
+    figures = {name: rest for name, *rest in run_data(open_run(folder), "r", HourlyRates())["figures"]}
+    assert figures["hellaswag, acc_token"] == ["31.0 %", "step 40, 200 examples"]
 
 
 def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
@@ -252,7 +247,7 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     assert preset_of(open_run(folder)) == "gpt2-124m"  # the nearest
 
 
-def test_evaluations_stand_beside_what_is_published(tmp_path: Path) -> None:
+def test_published_results_follow_evaluations(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
     for step, examples in ((20, 500), (40, 10_042)):
         add_task(folder, step=step, examples=examples)
@@ -306,7 +301,7 @@ def test_a_run_with_nothing_but_a_configuration(tmp_path: Path) -> None:
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
-    page: Any = as_page(report_data([open_run(folder)], HourlyRates()))
+    page = as_page(report_data([open_run(folder)], HourlyRates()))
     assert json.loads(Page(page).scripts["data"])["runs"][0]["state"] == "waiting"
 
 
@@ -325,45 +320,33 @@ def test_records_of_no_use_are_passed_over(tmp_path: Path) -> None:
     assert run["curves"]["loss"]["y"][-1] is None
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `report` on a mistake; return its one line. Nothing may be written."""
-    monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "runs" / "first")
-
-    def run(*arguments: str) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        assert main(["report", *arguments]) == 2
-        assert sorted(tmp_path.rglob("*")) == before
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error.removeprefix("restomod: error: ").rstrip("\n")
-
-    return run
-
+# --- damage ---------------------------------------------------------------------------------------------------
 
 SIDE_FILES = ["environment.json", "samples.jsonl", "error_analysis.json", "evals/x.json"]
 
 
 @pytest.mark.parametrize("name", SIDE_FILES)
-def test_a_damaged_file_beside_the_numbers_is_left_out_with_a_warning(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_side_file_is_left_out_with_a_warning(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "runs" / "first")
-    path = tmp_path / "runs" / "first" / name
+    path = make_run(tmp_path / "first") / name
     path.parent.mkdir(exist_ok=True)
     path.write_text('["s3cr3t"]\n')
-    assert main(["report", "runs/first"]) == 0
+    report(str(tmp_path / "first"))
     (warning,) = capsys.readouterr().err.splitlines()
     assert name in warning
-    assert "s3cr3t" not in (tmp_path / "runs" / "first" / "report.html").read_text()
+    assert "s3cr3t" not in (tmp_path / "first" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_a_damaged_configuration_or_manifest_is_refused(name: str, refused: Any, tmp_path: Path) -> None:
-    (tmp_path / "runs" / "first" / name).write_text("{")
-    assert refused("runs/first").startswith(f"{os.path.join('runs', 'first', name)} is damaged")
+def test_a_damaged_configuration_or_manifest_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path / "first") / name
+    path.write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["report", str(tmp_path / "first")]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    error = capsys.readouterr().err
+    assert error.startswith(f"restomod: error: {path} is damaged")
+    assert error.count("\n") == 1

@@ -74,8 +74,7 @@ def test_numbers_that_are_not_finite_are_pointed_out(theirs: GPT2LMHeadModel, tm
 def test_one_position_has_no_roughness(tmp_path: Path, n_positions: int) -> None:
     to_transformers(random_model(ModelConfig(1, 1, 4, n_positions, 7))).save_pretrained(tmp_path)
     shown = "\n".join(inspect_weights(str(tmp_path), seed=0))
-    assert "nan" not in shown
-    assert ("roughness" in shown) == (n_positions > 1)
+    assert ("nan" in shown, "roughness" in shown) == (False, n_positions > 1)
 
 
 def test_a_presets_initial_weights_follow_the_seed() -> None:
@@ -139,32 +138,14 @@ def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: 
         next(compare_weights(str(folder), second, 0))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["inspect", "model", "--seed", "3"], "--seed sets the initial weights of a preset"),
-        (["inspect", "model", "--plots", ""], "--plots is empty"),
-        (["inspect", "model", "--diff", ""], "--diff is empty"),
-        (["sample", "model", "--temperature", "0", "--top-k", "3"], "--top-k has no effect with --temperature 0"),
-        (["sample", "model", "--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temperature 0"),
-    ],
-)
-def test_flags_that_would_change_nothing_are_refused(
-    arguments: list[str], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    assert main(arguments) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_the_seed_of_a_preset_that_is_compared_is_used(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "quickstart", "--diff", str(folder), "--seed", "3"]) == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("verb", [["check"], ["eval", "--tasks", "hellaswag=x.jsonl"], ["sample"], ["train"]])
+@pytest.mark.parametrize("command", [["check"], ["eval", "--tasks", "hellaswag=x.jsonl"], ["sample"], ["train"]])
 def test_weights_that_are_not_finite_are_refused_by_all_others(
-    verb: list[str], bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.jsonl").write_text('{"ctx": "A", "endings": ["b", "c"], "label": 0, "activity_label": "d"}\n')
@@ -173,8 +154,8 @@ def test_weights_that_are_not_finite_are_refused_by_all_others(
         model.transformer.h[0].mlp.c_fc.weight[1, 2] = bad
     Path("model").mkdir()
     save_model(model, Path("model"))
-    arguments = [verb[0], "model", *verb[1:]]
-    if verb == ["train"]:
+    arguments = [command[0], "model", *command[1:]]
+    if command == ["train"]:
         shape = ["--model.n-layer", "1", "--model.n-head", "1", "--model.n-embd", "8", "--model.n-positions", "32"]
         steps = ["--steps", "1", "--sequence-length", "32", "--batch-tokens", "64", "--optim.warmup-steps", "0"]
         Path("text.txt").write_text("some words " * 500)

@@ -32,14 +32,11 @@ def test_statistics_are_numpys() -> None:
         assert row.std == pytest.approx(x.std(), rel=1e-9)  # of the population
 
 
-def test_a_single_number_has_no_spread() -> None:
-    (row,) = tensor_statistics({"one": torch.tensor([3.0])})
-    assert (row.mean, row.std) == (3.0, 0.0)
-
-
-def test_numbers_that_are_not_finite_are_counted() -> None:
-    (row,) = tensor_statistics({"x": torch.tensor([[1.0, math.nan], [math.inf, -math.inf]])})
-    assert row.not_finite == 3
+def test_one_number_and_numbers_that_are_not_finite() -> None:
+    one, bad = tensor_statistics(
+        {"one": torch.tensor([3.0]), "bad": torch.tensor([[1.0, math.nan], [math.inf, -math.inf]])}
+    )
+    assert (one.mean, one.std, one.not_finite, bad.not_finite) == (3.0, 0.0, 0, 3)
 
 
 # --- totals ----------------------------------------------------------------------------------------------------
@@ -82,34 +79,29 @@ def test_memory_counts_the_padding() -> None:
 # --- roughness -------------------------------------------------------------------------------------------------
 
 
-def test_white_noise_is_about_1() -> None:
-    assert roughness(noise(1024, 256)) == pytest.approx(1, abs=0.01)
+@pytest.mark.parametrize(
+    ("series", "expected", "rel", "abs_"),
+    [
+        (noise(1024, 256), 1, 0.01, 0),  # white
+        (
+            torch.sin(2 * math.pi * 3 * torch.arange(1024) / 1024)[:, None],
+            1 - math.cos(2 * math.pi * 3 / 1024),
+            0.01,
+            0,
+        ),
+        (noise(1024, 64).cumsum(0), 0, 0, 0.05),  # a random walk
+        # von Neumann's ratio approaches 4: sum of jumps 4 (n - 1), twice the spread 2 n
+        (torch.tensor([1.0, -1.0]).repeat(50)[:, None], 4 * 99 / 200, 1e-12, 0),
+        # n - 1 jumps of 1, and a spread of n (n^2 - 1) / 12
+        (torch.arange(50)[:, None], 49 / (50 * (50**2 - 1) / 6), 1e-12, 0),
+    ],
+    ids=["noise", "wave", "walk", "alternating", "line"],
+)
+def test_roughness_has_a_theory(series: Tensor, expected: float, rel: float, abs_: float) -> None:
+    assert roughness(series) == pytest.approx(expected, rel=rel, abs=abs_)
 
 
-def test_a_slow_wave_is_near_0() -> None:
-    n, turns = 1024, 3
-    wave = torch.sin(2 * math.pi * turns * torch.arange(n) / n)
-    assert roughness(wave[:, None]) == pytest.approx(1 - math.cos(2 * math.pi * turns / n), rel=0.01)
-
-
-def test_a_random_walk_is_smooth() -> None:
-    assert roughness(noise(1024, 64).cumsum(0)) < 0.05
-
-
-def test_a_series_that_alternates_is_2() -> None:
-    """Von Neumann's ratio approaches 4: sum of jumps 4 (n - 1), twice the spread 2 n."""
-    n = 100
-    series = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
-    assert roughness(series) == pytest.approx(4 * (n - 1) / (2 * n), rel=1e-12)
-
-
-def test_a_straight_line_has_a_closed_form() -> None:
-    """n - 1 jumps of 1, and a spread of n (n^2 - 1) / 12."""
-    n = 50
-    assert roughness(torch.arange(n)[:, None]) == pytest.approx((n - 1) / (n * (n**2 - 1) / 6), rel=1e-12)
-
-
-def test_roughness_is_numpys_whatever_the_mean_and_scale() -> None:
+def test_roughness_is_numpys_for_any_mean_and_scale() -> None:
     x = noise(40, 5)
     y = x.numpy().astype(np.float64)
     by_hand = np.mean((np.diff(y, axis=0) ** 2).sum(0) / (2 * ((y - y.mean(0)) ** 2).sum(0)))
@@ -125,10 +117,7 @@ def test_a_channel_that_does_not_vary_is_left_out(constant: float, n: int) -> No
     still = torch.full((n, 1), constant, dtype=torch.float64)
     assert roughness(torch.cat([x, still], dim=1)) == roughness(x)
     assert math.isnan(roughness(still))
-
-
-def test_one_position_has_no_roughness() -> None:
-    assert math.isnan(roughness(noise(1, 16)))
+    assert math.isnan(roughness(x[:1]))
 
 
 # --- differences -----------------------------------------------------------------------------------------------
@@ -165,21 +154,21 @@ def test_the_smallest_difference_counts() -> None:
     assert 0 < row.largest < 1e-6
 
 
-def test_a_tensor_against_its_negative_and_its_double() -> None:
-    a = noise(9)
-    assert difference(a, -a).cosine == pytest.approx(-1)
-    assert difference(a, -a).relative == pytest.approx(2)
-    assert difference(a, 2 * a).cosine == pytest.approx(1)
-    assert difference(a, 2 * a).relative == pytest.approx(1)
+ZEROS, ONES, NINE = torch.zeros(4), torch.ones(4), noise(9)
 
 
-def test_zeros_have_no_direction() -> None:
-    zeros, ones = torch.zeros(4), torch.ones(4)
-    assert difference(zeros, zeros).identical
-    assert difference(zeros, ones).relative == math.inf
-    assert math.isnan(difference(zeros, ones).cosine)
-    assert difference(ones, zeros).relative == 1
-    assert math.isnan(difference(ones, zeros).cosine)
+@pytest.mark.parametrize(
+    ("a", "b", "relative", "cosine"),
+    [
+        (NINE, -NINE, 2, -1),
+        (NINE, 2 * NINE, 1, 1),
+        (ZEROS, ONES, math.inf, math.nan),  # zeros have no direction
+        (ONES, ZEROS, 1, math.nan),
+    ],
+)
+def test_relative_change_and_cosine(a: Tensor, b: Tensor, relative: float, cosine: float) -> None:
+    row = difference(a, b)
+    assert (row.relative, row.cosine) == pytest.approx((relative, cosine), nan_ok=True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

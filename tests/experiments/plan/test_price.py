@@ -17,10 +17,10 @@ from tests.runs.made_runs import START, make_run, stamp
 PRICE = 1800.0  # dollars for a GPU and an hour: half a dollar a second
 
 
-def started_with(folder: Path, *starts: tuple[float, Any]) -> None:
-    """Write a run's starts: seconds after `START`, and the number of processes."""
+def started_with(folder: Path, *starts: dict[str, Any], at: tuple[float, ...] = (0,)) -> None:
+    """Write a run's starts, some seconds after `START`, with more values."""
     first = json.loads((folder / "environment.json").read_text())[0]
-    written = [first | {"started": stamp(START + at), "processes": processes} for at, processes in starts]
+    written = [first | {"started": stamp(START + s)} | more for s, more in zip(at, starts, strict=True)]
     (folder / "environment.json").write_text(json.dumps(written))
 
 
@@ -41,7 +41,7 @@ def test_every_command_counts_every_gpu(
     assert plan["dollars"] == pytest.approx(plan["seconds"] / 3600 * 2 * gpus)
 
     folder = make_run(tmp_path / "r", steps=40)  # 40 s in steps, 45 s in all
-    started_with(folder, (0, gpus))
+    started_with(folder, {"processes": gpus})
     assert compared(folder, out)["dollars"] == pytest.approx(20 * gpus)
     assert compared(folder, out)["curve"]["dollars"][-1] == pytest.approx(20 * gpus)
     assert f"${20 * gpus:.2f}" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_a_dollar_limit_counts_every_gpu(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_run_that_was_resumed_with_other_gpus_pays_for_each_session(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)  # its first step begins after 5 s, each takes 1 s
-    started_with(folder, (0, 8), (25, 2), (35, 4))  # 20, 10 and 10 steps
+    started_with(folder, *({"processes": n} for n in (8, 2, 4)), at=(0, 25, 35))  # 20, 10 and 10 steps
     used = run_usage(open_run(folder))
     assert used.gpu_seconds == pytest.approx(25 * 8 + 10 * 2 + 10 * 4)
     assert used.overhead_gpu_seconds == pytest.approx(5 * 8)
@@ -80,23 +80,21 @@ def test_a_run_that_was_resumed_with_other_gpus_pays_for_each_session(tmp_path: 
     assert (rows["Cost"], rows["Cost of overhead"]) == ("$130.00", "$20.00")
 
 
-def test_a_start_that_does_not_say_how_many_has_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "seconds"),
+    [
+        ({}, 45),  # not said: one
+        *(({"processes": bad}, 40) for bad in (None, 0, "8", -3)),  # left out: 40 steps, each by one process
+    ],
+)
+def test_starts_with_an_unknown_or_impossible_count(count: dict[str, Any], seconds: float, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)
-    first = json.loads((folder / "environment.json").read_text())[0]
-    first.pop("processes", None)
-    (folder / "environment.json").write_text(json.dumps([first | {"started": stamp(START)}]))
-    assert run_usage(open_run(folder)).gpu_seconds == pytest.approx(45)
-
-
-@pytest.mark.parametrize("count", [None, 0, "8", -3])
-def test_a_start_with_an_impossible_count_is_left_out(count: object, tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", steps=40)
-    started_with(folder, (0, count))
-    assert run_usage(open_run(folder)).gpu_seconds == pytest.approx(40)  # of its steps, each by one process
+    started_with(folder, count)
+    assert run_usage(open_run(folder)).gpu_seconds == pytest.approx(seconds)
 
 
 def test_records_without_a_time_are_of_the_first_session(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40, timed=False)
-    started_with(folder, (0, 8))
+    started_with(folder, {"processes": 8})
     assert run_usage(open_run(folder)).cost(PRICE) == pytest.approx(160)
     assert compared(folder, tmp_path / "o.json")["dollars"] == pytest.approx(160)

@@ -51,11 +51,8 @@ def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: objec
 def test_a_mistake_is_named(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         parse_dimension(text, "random")
-
-
-def test_a_grid_takes_no_range() -> None:
     with pytest.raises(UserError, match="--random"):
-        parse_dimension("optim.lr=1e-4..1e-2", "grid")
+        parse_dimension("optim.lr=1e-4..1e-2", "grid")  # takes no range
 
 
 def test_a_grid_has_every_combination_once() -> None:

@@ -22,7 +22,7 @@ from restomod.cli import main
 from restomod.commands.sweep import split
 from restomod.experiments.sweep import worker as sweep_module
 from restomod.experiments.sweep.gpu_time import Interval, TrialTimes, gpu_in_use
-from restomod.experiments.sweep.study import drop_torn_line
+from restomod.experiments.sweep.journal import drop_torn_line
 from restomod.experiments.sweep.worker import Limits, patiently
 from restomod.utils.errors import UserError
 from tests.experiments.sweep.stand_in import CRASHED, DIVERGED, KILLED, SILENT
@@ -95,10 +95,10 @@ def test_a_sweep_killed_again_and_again_is_the_sweep_that_was_not(tmp_path: Path
     assert len(outcomes(folder)) == 4
 
 
-def test_a_signal_stops_the_trial_with_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_signal_stops_the_trial_with_a_checkpoint_and_the_same_command_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     process = start(folder, "--grid", "optim.lr=0.1", "--steps", "40", pause=0.1)
-    (metrics,) = [folder / "trials" / "000-optim.lr-0.1" / "metrics.jsonl"]
+    metrics = folder / "trials" / "000-optim.lr-0.1" / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
@@ -204,7 +204,7 @@ def test_pruning_is_that_of_optuna_itself(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.slow
-def test_no_trial_is_begun_that_would_go_beyond_the_limit(tmp_path: Path) -> None:
+def test_no_trial_is_started_that_would_go_beyond_the_limit(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     arguments = ("--grid", "optim.lr=0.1,0.2,0.3,0.4", "--steps", "10")
     code, said = run(folder, *arguments, "--max-dollars", "5", "--price", str(5 * 3600 / 9), pause=0.4)
@@ -281,21 +281,19 @@ def test_a_sweep_under_torchrun_is_refused(
 # --- mistakes ------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_another_sweep_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_another_sweep_or_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert run(tmp_path / "s", "--grid", "optim.lr=0.1", "--steps", "2")[0] == 0
     before = outcomes(tmp_path / "s")
-    code, said = run(tmp_path / "s", "--grid", "optim.lr=0.2", "--steps", "2")
-    assert code == 2
-    assert "holds another sweep (space: optim.lr=0.1 there, optim.lr=0.2 now)" in said
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    for folder, words in (
+        ("s", "holds another sweep (space: optim.lr=0.1 there, optim.lr=0.2 now)"),
+        ("other", "is not a sweep, and holds other files"),
+    ):
+        code, said = run(tmp_path / folder, "--grid", "optim.lr=0.2", "--steps", "2")
+        assert (code, words in said) == (2, True), said
     assert outcomes(tmp_path / "s") == before
-
-
-def test_a_folder_that_is_no_sweep_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    code, said = run(tmp_path, "--grid", "optim.lr=0.1", "--steps", "2")
-    assert code == 2
-    assert "is not a sweep, and holds other files" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.json"]
 
 
 def test_own_flags_are_told_from_those_of_the_trials() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,36 +65,31 @@ def measured_losses(run: Run, measure: Measure) -> tuple[Array, Array]:
 
 
 def axis_positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
-    """Position of a run on an axis after each number of updates, (n,).
-
-    Args:
-        run: the run.
-        steps: (n,) numbers of updates.
-        axis: the axis.
-        price: US dollars for one GPU and one hour; needed for dollars.
-    """
+    """Position of a run on an axis after each number of updates, (n,). The price is that of one GPU and one hour."""
     if axis == "steps":
         return steps
     if axis == "tokens":
         return steps * run.tokens_at(1)
     if axis == "flops":
         return steps * float(run.flops_at(1))
-    return hours_at(run, steps) if axis == "time" else hours_at(run, steps, of_gpus=True) * (price or 0.0)
+    return Clock(run).hours_at(steps) if axis == "time" else Clock(run, True).hours_at(steps) * (price or 0.0)
 
 
-def hours_at(run: Run, steps: Array, of_gpus: bool = False) -> Array:
-    """Hours in steps after each number of updates, (n,), without validation and saving.
+class Clock:
+    """Time of a run in steps, without validation and saving.
 
-    Args:
-        run: the run.
-        steps: (n,) numbers of updates.
-        of_gpus: GPU hours: multiply by the number of GPUs (processes), which may change when a run is resumed.
+    With ``of_gpus`` in GPU hours: times the number of GPUs (processes), which may change when a run is resumed.
     """
-    at = np.array([-1] + [r["step"] for r in run.train], dtype=np.float64)
-    counts = [run.processes_of(r) if of_gpus else 1 for r in run.train]
-    ms = np.nan_to_num([number(r.get("ms")) for r in run.train])
-    hours = np.concatenate([[0.0], np.cumsum(np.array(counts) * ms / 3.6e6)])
-    return hours[np.searchsorted(at, steps - 1, side="right") - 1]
+
+    def __init__(self, run: Run, of_gpus: bool = False) -> None:
+        counts = [run.processes_of(r) if of_gpus else 1 for r in run.train]
+        ms = np.nan_to_num([number(r.get("ms")) for r in run.train])
+        self._steps = np.array([r["step"] for r in run.train], dtype=np.int64)
+        self._hours = np.concatenate([[0.0], np.cumsum(np.array(counts) * ms / 3.6e6)])
+
+    def hours_at(self, steps: NDArray[Any]) -> Array:
+        """Hours spent before each of ``steps``, that is, after so many updates."""
+        return self._hours[np.searchsorted(self._steps, steps)]
 
 
 def loss_curve(run: Run, measure: Measure, axis: Axis = "tokens", price: float | None = None) -> Curve:

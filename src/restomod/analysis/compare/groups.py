@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import statistics
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from restomod.analysis.compare.axes import AXES, Axis, Curve, Measure, hours_at, loss_curve, mean_curve, measured_losses
+from restomod.analysis.compare.axes import AXES, Axis, Clock, Curve, Measure, loss_curve, mean_curve, measured_losses
 from restomod.runs.config_diff import Settings, differing, settings
 from restomod.runs.reader import Run
 from restomod.utils.errors import UserError
@@ -74,7 +73,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     return Welch(statistics.fmean(second) - statistics.fmean(first), *values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """Runs that differ only in their seed."""
 
@@ -91,7 +90,7 @@ class Group:
 
     @property
     def final(self) -> Summary | None:
-        """Final loss of its runs, whatever their lengths."""
+        """Final loss of its runs, which may differ in length."""
         return summarize([float(c.loss[-1]) for c in self.known]) if self.known else None
 
     @property
@@ -202,7 +201,7 @@ def updates_made(run: Run) -> int:
 
 def hours_in_steps(run: Run, of_gpus: bool = False) -> float:
     """Hours (or GPU hours) in steps so far, each step counted once."""
-    return float(hours_at(run, np.array([float(updates_made(run))]), of_gpus)[0])
+    return float(Clock(run, of_gpus).hours_at(np.array([updates_made(run)]))[0])
 
 
 def compare_runs(
@@ -247,15 +246,10 @@ def _grouped(runs: Sequence[Run], measure: Measure) -> list[Group]:
         same.runs.append(run)
         same.curves.append(loss_curve(run, measure))
     points = [_point(group.runs) for group in groups]
-    return [
-        dataclasses.replace(group, name=point if point and points.count(point) == 1 else _first(group.runs))
-        for group, point in zip(groups, points, strict=True)
-    ]
-
-
-def _first(runs: Sequence[Run]) -> str:
-    """Name of the first run and the number of the others."""
-    return runs[0].name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
+    for group, point in zip(groups, points, strict=True):
+        others = f" +{len(group.runs) - 1}" if len(group.runs) > 1 else ""
+        group.name = point if point and points.count(point) == 1 else f"{group.runs[0].name}{others}"
+    return groups
 
 
 def _point(runs: Sequence[Run]) -> str | None:

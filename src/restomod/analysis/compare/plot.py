@@ -48,10 +48,6 @@ def comparison_figure(found: Comparison, axes: Sequence[Axis]) -> Figure:
     return figure
 
 
-def _label(name: str) -> str:
-    return f" {redact(name)}"[:60]  # matplotlib hides labels that begin with an underscore
-
-
 def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
     late: list[float] = []
     for i, group in enumerate(found.groups):
@@ -63,7 +59,8 @@ def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
                 one = loss_curve(run, found.measure, axis, found.price)
                 panel.plot(one.x, one.loss, color=colour, linewidth=0.6, alpha=0.4)
         marker = "o" if len(mean.x) <= 30 else ""
-        panel.plot(mean.x, mean.loss, color=colour, marker=marker, markersize=3, label=_label(group.name))
+        label = f" {redact(group.name)}"[:60]  # matplotlib hides labels that begin with an underscore
+        panel.plot(mean.x, mean.loss, color=colour, marker=marker, markersize=3, label=label)
         late += mean.loss[mean.x >= mean.x[0] + BEGINNING * (mean.x[-1] - mean.x[0])].tolist()
     if found.target is not None:
         panel.axhline(found.target, color=INK, linewidth=0.7, linestyle="--", label=f"target {found.target:.4f}")

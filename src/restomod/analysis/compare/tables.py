@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from restomod.analysis.compare.axes import LABELS, Axis
-from restomod.analysis.compare.groups import Comparison, Group, Welch, hours_in_steps, updates_made
+from restomod.analysis.compare.groups import Comparison, Welch, hours_in_steps, updates_made
 from restomod.analysis.health.history import number
 from restomod.evals.tasks.registry import is_whole, references
 from restomod.runs.config_diff import trains_on_fineweb_edu
@@ -67,8 +67,9 @@ def _results(found: Comparison) -> Table:
             row.append(f"${np.mean([hours_in_steps(run, of_gpus=True) for run in group.runs]) * found.price:,.2f}")
         row += [group.final.shown() if group.final else "–", group.best.shown() if group.best else "–"]
         rows.append([*row, _to_target(found, i)])
+    many = any(len(group.runs) > 1 for group in found.groups)
     target = [f"target: {found.measure} {found.target:.4f}"] if found.target is not None else []
-    spread = ["mean ± standard deviation of n runs that differ only in their seed"] if _seeds(found.groups) else []
+    spread = ["mean ± standard deviation of n runs that differ only in their seed"] if many else []
     return Table("results", headings, rows, [*target, *spread, *found.notes])
 
 
@@ -90,10 +91,6 @@ def _test(test: Welch | None) -> list[str]:
     return [f"{test.low:+.4f} to {test.high:+.4f}", f"{test.t:.2f}", f"{test.df:.1f}", p]
 
 
-def _seeds(groups: Sequence[Group]) -> bool:
-    return any(len(group.runs) > 1 for group in groups)
-
-
 def _range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return short_count(low) if low == high else f"{short_count(low)} to {short_count(high)}"
@@ -103,8 +100,8 @@ def _to_target(found: Comparison, i: int) -> str:
     tokens, base = found.to_target[i], found.to_target[found.baseline]
     if tokens is None:
         return "not reached" if found.target is not None else "–"
-    beside = f" ({tokens / base:.2f}×)" if base and i != found.baseline else ""
-    return f"{short_count(tokens)}{beside}"
+    ratio = f" ({tokens / base:.2f}×)" if base and i != found.baseline else ""
+    return f"{short_count(tokens)}{ratio}"
 
 
 def _curves(found: Comparison, axis: Axis) -> Table:
@@ -176,21 +173,12 @@ def _tasks(found: Comparison) -> list[Table]:
 
 def newest_tasks(run: Run) -> dict[str, tuple[int, int, dict[str, float]]]:
     """Step, number of examples and metrics of each task: the newest result (at one step, that of the most examples)."""
-    answers: list[tuple[str, int, int, dict[str, float]]] = []
-    for record in run.records:
-        if record.get("kind") == "task" and isinstance(record.get("task"), str):
-            answers.append(
-                (
-                    record["task"],
-                    record["step"],
-                    record.get("examples", 0),
-                    {name: record[name] for name in TASK_METRICS if math.isfinite(number(record.get(name)))},
-                )
-            )
-    for record in run.evaluations:
-        values = record.get("metrics")
-        if isinstance(values, dict) and isinstance(record.get("task"), str):
-            metrics = {name: v["value"] for name, v in values.items() if isinstance(v, dict) and "value" in v}
-            answers.append((record["task"], record.get("step") or 0, record.get("examples", 0), metrics))
+    answers = []
+    for record in [*run.records, *run.evaluations]:
+        values = record.get("metrics", record)
+        if record.get("task") and ("metrics" in record or record.get("kind") == "task"):
+            known = {name: v.get("value") if isinstance(v, dict) else v for name, v in values.items()}
+            metrics = {name: number(known[name]) for name in TASK_METRICS if math.isfinite(number(known.get(name)))}
+            answers.append((record["task"], record.get("step") or 0, record.get("examples") or 0, metrics))
     answers.sort(key=lambda answer: answer[1:3])
     return {task: (step, examples, metrics) for task, step, examples, metrics in answers}

@@ -53,8 +53,8 @@ def autocorrelation_time(values: Array) -> float:
     variance = float(np.mean(off * off))
     if variance == 0:
         return 1.0
-    products = sum((1 - k / (LAGS + 1)) * float(np.mean(off[k:] * off[:-k])) for k in range(1, LAGS + 1))
-    return max(1.0, 1 + 2 * products / variance)
+    covariances = sum((1 - k / (LAGS + 1)) * float(np.mean(off[k:] * off[:-k])) for k in range(1, LAGS + 1))
+    return max(1.0, 1 + 2 * covariances / variance)
 
 
 def moving_median(values: Array, reach: int) -> Array:
@@ -88,14 +88,7 @@ def level_at(steps: Array, loss: Array, step: float) -> tuple[float, float] | No
 
     Least-squares line through the `level_width` steps before and after. Where there are no later steps yet, the line
     goes through up to twice as many earlier ones, if the run is long enough to be straight there, and is extrapolated.
-
-    Args:
-        steps: (n,) increasing.
-        loss: (n,).
-        step: where to evaluate the line.
-
-    Returns:
-        None where fewer than half of the steps are near.
+    None where fewer than half of the steps are near.
     """
     width = level_width(step)
     before = max(width, min(step / 4, 2048.0)) if len(steps) and steps[-1] < step else width
@@ -126,11 +119,11 @@ def period(values: Array) -> float | None:
 def _repetition(x: Array) -> float | None:
     n = len(x)
     x = x - x.mean()
-    products = np.fft.irfft(np.abs(np.fft.rfft(x, 2 * n)) ** 2)[: n // 2 + 1]
-    if products[0] <= 0:
+    covariances = np.fft.irfft(np.abs(np.fft.rfft(x, 2 * n)) ** 2)[: n // 2 + 1]
+    if covariances[0] <= 0:
         return None
     lags = np.arange(n // 2 + 1)
-    likeness = products / products[0] * n / np.sqrt(n - lags)  # autocorrelations in units of their standard error
+    likeness = covariances / covariances[0] * n / np.sqrt(n - lags)  # autocorrelations in units of their standard error
     likeness[:SHORTEST_PERIOD] = 0
     best = likeness.max()
     return float(np.flatnonzero(likeness >= 0.8 * best)[0]) if best > LIKENESS else None

@@ -19,6 +19,8 @@ from restomod.config.run import RunConfig
 from restomod.utils.text import counted
 
 Status = Literal["ok", "warning", "fail", "unknown"]
+Judged = tuple[Status, str]
+"""Status and reason of a `Finding`."""
 
 STUCK_AFTER = 100  # updates; enough for any model that learns to learn the token frequencies
 SHORT = 100  # steps; runs this short may warm up for a single step
@@ -55,12 +57,9 @@ class Finding:
 def find_symptoms(
     config: RunConfig, records: Iterable[Mapping[str, Any]], lengths: Mapping[str, float] | None = None
 ) -> list[Finding]:
-    """Look for every symptom in the records of a run, whether it is finished or not.
+    """Look for every symptom in the records of `metrics.jsonl`, of a finished run or not.
 
-    Args:
-        config: of the run.
-        records: of `metrics.jsonl`.
-        lengths: names and lengths, in steps, of parts of the data, such as an epoch.
+    ``lengths`` names parts of the data, such as an epoch, with their lengths in steps.
     """
     return find_symptoms_in_curves(config, curves_from_records(records), lengths)
 
@@ -69,7 +68,9 @@ def find_symptoms_in_curves(
     config: RunConfig, seen: Curves, lengths: Mapping[str, float] | None = None
 ) -> list[Finding]:
     """Look for every symptom in curves that `restomod.analysis.health.history.History` collected."""
-    return [*(look(config, seen) for look in SYMPTOMS), periodicity(seen, lengths or {})]
+    found = {name: look(config, seen) for name, look in SYMPTOMS.items()}
+    found["periodic loss"] = periodicity(seen, lengths or {})
+    return [Finding(name, status, reason) for name, (status, reason) in found.items()]
 
 
 def failures(findings: Iterable[Finding]) -> list[Finding]:
@@ -77,147 +78,129 @@ def failures(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.status == "fail"]
 
 
-def not_finite(config: RunConfig, seen: Curves) -> Finding:
+def not_finite(config: RunConfig, seen: Curves) -> Judged:
     """Losses or gradients that are not finite; their updates were skipped."""
-    name, steps = "loss not finite", seen.not_finite
+    steps = seen.not_finite
     if not steps:
-        return _none_seen(name, seen, "every loss and gradient norm is finite")
+        return _none_seen(seen, "every loss and gradient norm is finite")
     times = f"at step {steps[0]}" if len(steps) == 1 else f"at {len(steps)} steps, first at {steps[0]}"
-    return Finding(name, "fail", f"{times}; lower --optim.lr or raise --optim.warmup-steps in a new run")
+    return "fail", f"{times}; lower --optim.lr or raise --optim.warmup-steps in a new run"
 
 
-def skipped_updates(config: RunConfig, seen: Curves) -> Finding:
+def skipped_updates(config: RunConfig, seen: Curves) -> Judged:
     """Updates skipped because of the loss, and rollbacks."""
-    name, skips = "skipped updates", seen.skipped
+    skips = seen.skipped
     if not skips and not seen.rollbacks:
-        return _none_seen(name, seen, "every update was applied")
+        return _none_seen(seen, "every update was applied")
     parts = [f"{len(skips)} of {seen.steps_seen:,} steps, the last at {skips[-1][0]} ({skips[-1][1]})"] if skips else []
     if seen.rollbacks:
         parts.append(f"the run rolled back to a checkpoint {counted(seen.rollbacks, 'time')}")
     often = seen.rollbacks > 0 or len(skips) > max(1, NOTABLE_SKIPS * seen.steps_seen)
-    return Finding(name, "fail" if often else "warning", "; ".join(parts))
+    return "fail" if often else "warning", "; ".join(parts)
 
 
-def stuck(config: RunConfig, seen: Curves) -> Finding:
+def stuck(config: RunConfig, seen: Curves) -> Judged:
     """A loss that stays near ln(V), the loss of a uniform prediction."""
-    name, guess = "stuck near ln(V)", math.log(config.model.vocab_size)
+    guess = math.log(config.model.vocab_size)
     if seen.updates < STUCK_AFTER:
-        return _too_short(name, seen, STUCK_AFTER)
+        return _too_short(seen, STUCK_AFTER)
     level = float(seen.recent_loss[-RECENT:].mean())
     if level < guess - STUCK_WITHIN:
-        return Finding(name, "ok", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}")
-    return Finding(
-        name,
-        "fail",
+        return "ok", f"loss {level:.2f}, a uniform prediction gives {guess:.2f}"
+    return "fail", (
         f"loss {level:.2f} after {seen.updates:,} updates, and a uniform prediction gives {guess:.2f}: "
-        f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model",
+        f"is --optim.lr ({config.optim.lr:g}) far too low or too high? `restomod check` looks for a broken model"
     )
 
 
-def spikes(config: RunConfig, seen: Curves) -> Finding:
+def spikes(config: RunConfig, seen: Curves) -> Judged:
     """Losses far above those before, for one step or a few."""
-    name, found = "spike", seen.spikes
+    found = seen.spikes
     if seen.updates <= SPIKE_ENOUGH:
-        return _too_short(name, seen, SPIKE_ENOUGH + 1)
+        return _too_short(seen, SPIKE_ENOUGH + 1)
     if not found:
-        return Finding(name, "ok", f"no loss {SPIKE_SIGMAS:.0f} standard deviations above those before")
+        return "ok", f"no loss {SPIKE_SIGMAS:.0f} standard deviations above those before"
     last, largest = found[-1], max(found, key=lambda spike: spike.rise)
     now = float(seen.recent_loss[-RECENT:].mean())
     back = now <= last.mean + max(0.1, 4 * last.deviation * math.sqrt(1 / RECENT + 1 / last.count))
     several = f"{len(found)} of them, the largest " if len(found) > 1 else ""
     reason = f"{several}at step {largest.step}, {largest.rise:.2f} nats above the steps before"
     if back:
-        return Finding(name, "warning" if len(found) <= 3 else "fail", f"{reason}; the loss has come back")
-    return Finding(name, "fail", f"{reason}; the loss has not come back: go back to a checkpoint, or lower --optim.lr")
+        return "warning" if len(found) <= 3 else "fail", f"{reason}; the loss has come back"
+    return "fail", f"{reason}; the loss has not come back: go back to a checkpoint, or lower --optim.lr"
 
 
-def diverged(config: RunConfig, seen: Curves) -> Finding:
+def diverged(config: RunConfig, seen: Curves) -> Judged:
     """A loss that rises above its minimum."""
-    name, x = "divergence", seen.loss
+    x = seen.loss
     width = max(RECENT, len(x) // 20)
     if len(x) < FEWEST_BLOCKS * width:
-        return _too_short(name, seen, FEWEST_BLOCKS * width)
+        return _too_short(seen, FEWEST_BLOCKS * width)
     means = blocks(x, width).mean(axis=1)
     lowest = int(means.argmin())
     before = x[: max(len(x) // 2, len(x) - (len(means) - 1 - lowest) * width)]  # a later rise is not noise
-    rise, error = (
-        means[-1] - means[lowest],
-        noise_deviation(before) * math.sqrt(2 * autocorrelation_time(before) / width),
-    )
-    if rise <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
+    error = noise_deviation(before) * math.sqrt(2 * autocorrelation_time(before) / width)
+    if means[-1] - means[lowest] <= max(DIVERGED_BY, DIVERGED_SIGMAS * error):
         steps = width * seen.row_steps
-        return Finding(
-            name, "ok", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
-        )
-    at = seen.step[len(x) - (len(means) - int(means.argmin())) * width]
-    return Finding(
-        name,
-        "fail",
+        return "ok", f"the loss of the last {steps} steps is {means[-1]:.3f}, its lowest so far {means.min():.3f}"
+    at = seen.step[len(x) - (len(means) - lowest) * width]
+    return "fail", (
         f"the loss was {means.min():.3f} around step {at:.0f} and is {means[-1]:.3f} now: "
-        f"go back to a checkpoint from before, lower --optim.lr",
+        f"go back to a checkpoint from before, lower --optim.lr"
     )
 
 
-def gradient(config: RunConfig, seen: Curves) -> Finding:
+def gradient(config: RunConfig, seen: Curves) -> Judged:
     """A growing gradient norm, which often precedes divergence."""
-    name = "gradient norm growing"
     x = seen.grad_norm[seen.step >= config.optim.warmup_steps]
     x = x[np.isfinite(x)]
     width = max(RECENT, len(x) // 20)
     if len(x) < FEWEST_BLOCKS * width:
-        return _too_short(name, seen, config.optim.warmup_steps + FEWEST_BLOCKS * width)
+        return _too_short(seen, config.optim.warmup_steps + FEWEST_BLOCKS * width)
     levels = np.median(blocks(x, width), axis=1)
     lowest, last = float(levels.min()), float(levels[-1])
     if not last > GRADIENT_GREW * lowest > 0:
-        return Finding(name, "ok", f"{last:.2f} now, and {lowest:.2f} to {levels.max():.2f} after the warm-up")
-    return Finding(
-        name, "fail", f"from {lowest:.2f} to {last:.2f}: a divergence may follow; lower --optim.lr or --optim.betas"
-    )
+        return "ok", f"{last:.2f} now, and {lowest:.2f} to {levels.max():.2f} after the warm-up"
+    return "fail", f"from {lowest:.2f} to {last:.2f}: a divergence may follow; lower --optim.lr or --optim.betas"
 
 
-def throughput(config: RunConfig, seen: Curves) -> Finding:
+def throughput(config: RunConfig, seen: Curves) -> Judged:
     """Steps that take longer than before."""
-    name, x = "throughput drop", seen.ms[np.isfinite(seen.ms) & (seen.ms > 0)]
+    x = seen.ms[np.isfinite(seen.ms) & (seen.ms > 0)]
     width = max(20, len(x) // 10)
     if len(x) < FEWEST_BLOCKS * width:
-        return _too_short(name, seen, FEWEST_BLOCKS * width)
+        return _too_short(seen, FEWEST_BLOCKS * width)
     parts = blocks(x, width)
     levels = np.median(parts, axis=1)
     fast, last = int(levels.argmin()), float(levels[-1])
     apart = np.quantile(parts[-1], 0.25) > np.quantile(parts[fast], 0.75)
     if last <= SLOWER * levels[fast] or not apart:
-        return Finding(name, "ok", f"{last:.0f} ms a step now, {levels[fast]:.0f} where it was fastest")
-    return Finding(
-        name,
-        "fail",
+        return "ok", f"{last:.0f} ms a step now, {levels[fast]:.0f} where it was fastest"
+    return "fail", (
         f"{last:.0f} ms a step now, {levels[fast]:.0f} before: does something else use the machine, is it too hot, "
-        f"or does the data come late (data_ms)?",
+        f"or does the data come late (data_ms)?"
     )
 
 
-def warm_up(config: RunConfig, seen: Curves) -> Finding:
+def warm_up(config: RunConfig, seen: Curves) -> Judged:
     """A learning rate that starts at its maximum, or a warm-up that ends after the run."""
-    name, optim = "no warm-up", config.optim
+    optim = config.optim
     if config.steps <= optim.warmup_steps > 1:
-        return Finding(
-            "warm-up until the end",
-            "fail",
+        return "fail", (
             f"all {config.steps} steps lie within the warm-up of {optim.warmup_steps}, so the learning rate ends at "
-            f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps",
+            f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps"
         )
     if optim.optimizer != "adamw":
-        return Finding(name, "ok", f"{optim.optimizer} needs none; warm-up of {optim.warmup_steps} steps")
+        return "ok", f"{optim.optimizer} needs none; warm-up of {optim.warmup_steps} steps"
     first = seen.first_rate
     if optim.warmup_steps == 1 and config.steps <= SHORT:
-        return Finding(name, "unknown", f"{config.steps} steps are too few for a warm-up")
+        return "unknown", f"{config.steps} steps are too few for a warm-up"
     if optim.warmup_steps <= 1 or (math.isfinite(first) and first > 0.9 * optim.lr):
-        return Finding(
-            name,
-            "fail",
+        return "fail", (
             f"the learning rate is {optim.lr:g} from the first step on, when AdamW's moments are empty: "
-            f"add --optim.warmup-steps",
+            f"add --optim.warmup-steps"
         )
-    return Finding(name, "ok", f"{optim.warmup_steps} steps of {config.steps:,}")
+    return "ok", f"{optim.warmup_steps} steps of {config.steps:,}"
 
 
 @dataclass(frozen=True)
@@ -264,96 +247,88 @@ def val_noise(seen: Curves) -> float:
     return noise_deviation(np.diff(latest)) / math.sqrt(3) if len(latest) >= VALS_FOR_NOISE else VAL_NOISE
 
 
-def overfitting(config: RunConfig, seen: Curves) -> Finding:
+def overfitting(config: RunConfig, seen: Curves) -> Judged:
     """A validation loss that rises or lags while the training loss falls."""
-    name, gaps = "overfitting", gaps_of(seen)
+    gaps = gaps_of(seen)
     if len(gaps) < 2:
-        return _no_gap(name, seen, 2)
+        return _no_gap(seen, 2)
     lowest = int(seen.val_loss.argmin())
     rise = float(seen.val_loss[-1] - seen.val_loss[lowest])
     near, now, error = seen.val_level[lowest], seen.val_level[-1], seen.val_level_error[-1]
     allowed = max(VAL_ROSE_BY, val_noise(seen) * (VAL_SIGMAS + math.sqrt(2 * math.log(len(seen.val_loss)))))
     if rise > allowed and now <= near + GAP_SIGMAS * error:
-        return Finding(
-            name,
-            "fail",
+        return "fail", (
             f"the validation loss was {seen.val_loss[lowest]:.4f} at step {seen.val_step[lowest]:.0f} and is "
-            f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps",
+            f"{seen.val_loss[-1]:.4f} now, while the training loss does not rise: more data, or fewer steps"
         )
     first = gaps[0]
     for last in latest_gaps(gaps[1:]):
         grew = last.nats - first.nats
         allowed = math.hypot(OVERFITTED_BY, GAP_SIGMAS * math.hypot(last.error, first.train_error))
         if grew > allowed and last.nats > OVERFITTED_BY:
-            return Finding(
-                name,
-                "fail",
+            return "fail", (
                 f"the validation loss is {last.nats:.2f} above the training loss at step {last.step:.0f}, and was "
-                f"{first.nats:+.2f} from it before: more data, or fewer steps",
+                f"{first.nats:+.2f} from it before: more data, or fewer steps"
             )
-    return _gap_ok(name, gaps[-1])
+    return _gap_ok(gaps[-1])
 
 
-def below(config: RunConfig, seen: Curves) -> Finding:
+def below(config: RunConfig, seen: Curves) -> Judged:
     """A validation loss below the training loss."""
-    name, gaps = "validation below training", gaps_of(seen)
+    gaps = gaps_of(seen)
     if not gaps:
-        return _no_gap(name, seen, 1)
+        return _no_gap(seen, 1)
     for gap in latest_gaps(gaps):
         if gap.nats < -math.hypot(BELOW_BY, GAP_SIGMAS * gap.error):
-            return Finding(
-                name,
-                "fail",
+            return "fail", (
                 f"by {-gap.nats:.2f} nats at step {gap.step:.0f}: the validation text is easier, is in the training "
-                f"text too and memorised, or the two losses are computed differently",
+                f"text too and memorised, or the two losses are computed differently"
             )
-    return _gap_ok(name, gaps[-1])
+    return _gap_ok(gaps[-1])
 
 
-def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Finding:
+def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Judged:
     """A periodic loss, as with data that is not shuffled."""
-    name, needed = "periodic loss", 4 * 128 // 3 + 1
+    needed = 4 * 128 // 3 + 1
     if seen.updates < needed:
-        return _too_short(name, seen, needed)
+        return _too_short(seen, needed)
     found = period(seen.recent_loss)
     if found is None and seen.row_steps > 1 and (rows := period(seen.loss)) is not None:
         found = rows * seen.row_steps  # longer than the newest steps can show
     if found is None:
-        return Finding(name, "ok", "the loss has no period")
+        return "ok", "the loss has no period"
     known = next((part for part, steps in lengths.items() if abs(found / steps - 1) < 0.03), None)
     of = f", the length of {known}" if known else ""
-    return Finding(name, "fail", f"period of {found:.0f} steps{of}: is the data shuffled, as a whole?")
+    return "fail", f"period of {found:.0f} steps{of}: is the data shuffled, as a whole?"
 
 
-def _gap_ok(name: str, gap: Gap) -> Finding:
-    return Finding(
-        name, "ok", f"validation minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
-    )
+def _gap_ok(gap: Gap) -> Judged:
+    return "ok", f"validation minus training loss: {gap.nats:+.2f} at step {gap.step:.0f} (± {gap.error:.2f})"
 
 
-def _no_gap(name: str, seen: Curves, needed: int) -> Finding:
+def _no_gap(seen: Curves, needed: int) -> Judged:
     if not len(seen.val_step):
-        return Finding(name, "unknown", "the run has no validation")
-    return Finding(name, "unknown", f"needs {counted(needed, 'validation')} after step {GAPS_AFTER}")
+        return "unknown", "the run has no validation"
+    return "unknown", f"needs {counted(needed, 'validation')} after step {GAPS_AFTER}"
 
 
-def _too_short(name: str, seen: Curves, needed: int) -> Finding:
-    return Finding(name, "unknown", f"needs {needed:,} steps, and there are {seen.updates:,}")
+def _too_short(seen: Curves, needed: int) -> Judged:
+    return "unknown", f"needs {needed:,} steps, and there are {seen.updates:,}"
 
 
-def _none_seen(name: str, seen: Curves, reason: str) -> Finding:
-    return Finding(name, "ok", reason) if seen.steps_seen else Finding(name, "unknown", "no step is recorded yet")
+def _none_seen(seen: Curves, reason: str) -> Judged:
+    return ("ok", reason) if seen.steps_seen else ("unknown", "no step is recorded yet")
 
 
-SYMPTOMS: tuple[Callable[[RunConfig, Curves], Finding], ...] = (
-    not_finite,
-    skipped_updates,
-    stuck,
-    spikes,
-    diverged,
-    gradient,
-    overfitting,
-    below,
-    throughput,
-    warm_up,
-)
+SYMPTOMS: dict[str, Callable[[RunConfig, Curves], Judged]] = {
+    "loss not finite": not_finite,
+    "skipped updates": skipped_updates,
+    "stuck near ln(V)": stuck,
+    "spike": spikes,
+    "divergence": diverged,
+    "gradient norm growing": gradient,
+    "overfitting": overfitting,
+    "validation below training": below,
+    "throughput drop": throughput,
+    "warm-up": warm_up,
+}

@@ -54,11 +54,7 @@ class RunVerdict:
 
 
 def verdict(run: Run, weights: bool = True) -> RunVerdict:
-    """Look for every symptom.
-
-    Args:
-        run: finished or not.
-        weights: look into the newest checkpoint too.
+    """Look for every symptom of a run, finished or not; with ``weights`` in its newest checkpoint too.
 
     Raises:
         UserError: a file of the run is damaged, or no line of its records can be read.

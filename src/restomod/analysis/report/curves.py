@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from restomod.analysis.compare.axes import Clock
 from restomod.analysis.health.history import number
 from restomod.runs.reader import Record, Run
 
@@ -19,14 +18,9 @@ DIGITS = 6  # significant digits
 
 
 def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
-    """Choose the points of a curve to keep: the minimum and maximum of each range, and the first and last point.
+    """Choose about ``points`` of a curve to keep: minimum and maximum of each range, the first and the last point.
 
-    Args:
-        y: (n,); NaN where there is no value.
-        points: about how many to keep.
-
-    Returns:
-        Increasing indices, (m,), m <= points + 2.
+    Takes values (n,), NaN where there is none; returns increasing indices, (m,), m <= points + 2.
     """
     n = len(y)
     if n <= points:
@@ -53,33 +47,13 @@ def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
     return np.where(found > 0, (sums[end] - sums[start]) / np.maximum(found, 1), np.nan)
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Time spent in steps."""
-
-    steps: np.ndarray
-    """(n,)"""
-    hours: np.ndarray
-    """(n + 1,): hours before each step, and in all."""
-
-    @classmethod
-    def from_records(cls, train: Sequence[Record]) -> Clock:
-        ms = np.nan_to_num(np.array([number(record.get("ms")) for record in train]))
-        steps = np.array([record["step"] for record in train], dtype=np.int64)
-        return cls(steps, np.concatenate([[0.0], np.cumsum(ms)]) / 3.6e6)
-
-    def at(self, steps: np.ndarray) -> np.ndarray:
-        """Hours spent before each of ``steps``."""
-        return self.hours[np.searchsorted(self.steps, steps)]
-
-
 def curve_as_json(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
     """A thinned curve: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
     kept = thin(y, points)
     return {
         "x": steps[kept].tolist(),
         "y": [rounded(value) for value in y[kept]],
-        "h": [rounded(value) for value in clock.at(steps[kept])],
+        "h": [rounded(value) for value in clock.hours_at(steps[kept])],
     }
 
 
@@ -92,7 +66,7 @@ def run_curves(run: Run) -> dict[str, Any]:
     """Curves by name: training metrics, moving means of noisy ones, and ``val``; empty ones are left out."""
     train = run.train
     steps = np.array([record["step"] for record in train], dtype=np.int64)
-    clock = Clock.from_records(train)
+    clock = Clock(run)
     made: dict[str, Any] = {}
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
         y = np.array([number(record.get(name)) for record in train])
@@ -114,13 +88,9 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
     """Accuracies during training, by task, from validations and from `restomod eval`.
 
     Points are ordered by number of examples, then by step; a point without a value separates different numbers of
-    examples, so that no line joins them.
-
-    Args:
-        run: the run.
-        metric_of: metric to show, by task.
+    examples, so that no line joins them. ``metric_of`` has the metric to show, by task.
     """
-    clock = Clock.from_records(run.train)
+    clock = Clock(run)
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
     for record in [*run.records, *run.evaluations]:
         task, step = record.get("task"), record.get("step")
@@ -155,7 +125,7 @@ def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str,
                 made[name].append(gap)
         for name, shown in (("x", step), ("y", rounded(value)), ("error", rounded(error) or 0.0), ("examples", n)):
             made[name].append(shown)
-    made["h"] = [rounded(hours) for hours in clock.at(np.array(made["x"], dtype=np.int64))]
+    made["h"] = [rounded(hours) for hours in clock.hours_at(np.array(made["x"], dtype=np.int64))]
     return made
 
 

@@ -9,11 +9,9 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,8 +26,8 @@ from restomod.config.presets import PRESETS, is_preset, preset
 from restomod.config.run import RunConfig
 from restomod.config.serialize import to_dict
 from restomod.data.manifest import Count
-from restomod.runs.config_diff import trains_on_fineweb_edu
-from restomod.runs.reader import Finite, Record, Run, Text, read_optional
+from restomod.runs.config_diff import differing, flatten, trains_on_fineweb_edu
+from restomod.runs.reader import Finite, Record, Run, Text, newest_checkpoint, read_optional
 from restomod.utils.json_files import as_tuple
 from restomod.utils.redaction import redact_command
 from restomod.utils.text import duration, short_count
@@ -43,18 +41,11 @@ ERRORS_FILE = "error_analysis.json"
 ERRORS_FORMAT = "restomod-error-analysis-1"
 
 
-def run_data(run: Run, name: str, rates: HourlyRates, now: float | None = None) -> dict[str, Any]:
-    """All that a report shows of a run, as JSON values.
-
-    Args:
-        run: the run.
-        name: its name in the report.
-        rates: price and power of the machine.
-        now: seconds since 1970; None: the current time.
-    """
+def run_data(run: Run, name: str, rates: HourlyRates) -> dict[str, Any]:
+    """All that a report shows of a run, under a name, as JSON values."""
     used = run_usage(run)
     name_of_preset = preset_of(run)
-    state, remark = run_state(run, used, time.time() if now is None else now)
+    state, remark = run_state(run, used, time.time())
     return {
         "name": name,
         "folder": str(run.folder),
@@ -72,10 +63,10 @@ def run_data(run: Run, name: str, rates: HourlyRates, now: float | None = None) 
         "error_analysis": error_analysis_or_reason(run),
         "samples": samples(run),
         "preset": name_of_preset,
-        "changed": [list(row) for row in changed_settings(run.config, preset(name_of_preset))],
-        "settings": [list(row) for row in shown_settings(to_dict(run.config)).items()],
-        "environments": [[list(row) for row in environment_rows(e)] for e in run.environments[:EVENTS]],
-        "usage": [list(row) for row in usage_rows(used, rates)],
+        "changed": changed_settings(run.config, preset(name_of_preset)),
+        "settings": list(shown_settings(run.config).items()),
+        "environments": [environment_rows(e) for e in run.environments[:EVENTS]],
+        "usage": usage_rows(used, rates),
     }
 
 
@@ -181,21 +172,14 @@ def samples(run: Run) -> list[Record]:
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
-def shown_settings(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to dotted names and JSON values."""
-    made: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            made |= shown_settings(value, f"{prefix}{key}.")
-        else:
-            made[prefix + key] = json.dumps(value, ensure_ascii=False)
-    return made
+def shown_settings(config: RunConfig) -> dict[str, str]:
+    """All settings by dotted name, as JSON."""
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in flatten(to_dict(config)).items()}
 
 
 def changed_settings(config: RunConfig, other: RunConfig) -> list[tuple[str, str, str]]:
     """Every setting with different values: name, value in ``config``, value in ``other``."""
-    mine, theirs = shown_settings(to_dict(config)), shown_settings(to_dict(other))
-    return [(name, value, theirs[name]) for name, value in mine.items() if value != theirs[name]]
+    return [(name, *values) for name, values in differing([shown_settings(config), shown_settings(other)]).items()]
 
 
 def preset_of(run: Run) -> str:
@@ -228,12 +212,6 @@ def environment_rows(environment: Record) -> list[tuple[str, str]]:
             value = " ".join(["restomod", *map(shlex.quote, redact_command(value[1:]))])
         rows.append((name.replace("_", " "), "unknown" if value is None else str(value)))
     return rows
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The name of a run's newest checkpoint folder."""
-    names = [path.name for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return max(names, key=lambda name: int(name.removeprefix("step_")), default=None)
 
 
 # --- error analysis --------------------------------------------------------------------------------------------------

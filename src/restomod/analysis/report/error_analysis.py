@@ -100,11 +100,7 @@ def analyse_errors(
 
     Failures are reported through ``say`` and raise nothing: the report is written without the analysis.
 
-    Args:
-        run: the run.
-        max_tokens: number of validation tokens, evenly spread over the split.
-        device, precision: see `restomod.engine.device`.
-        say: takes a line of output.
+    The ``max_tokens`` validation tokens are evenly spread over the split.
     """
     try:
         checkpoint = find_model(str(run.folder))

@@ -1,4 +1,4 @@
-"""Evaluations of a run as tables: results of `restomod eval` beside published ones."""
+"""Evaluations of a run as tables: results of `restomod eval` next to published ones."""
 
 from __future__ import annotations
 

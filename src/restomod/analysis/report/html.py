@@ -65,10 +65,7 @@ def as_page(data: dict[str, Any]) -> str:
 
 @functools.cache
 def policy(live: bool) -> str:
-    """Content-Security-Policy of a page: its two scripts, inline styles, nothing from elsewhere.
-
-    Args:
-        live: allow requests to the page's own server.
+    """Content-Security-Policy of a page: its two scripts, inline styles, if ``live`` its own server, nothing else.
 
     Raises:
         UserError: plotly is missing.

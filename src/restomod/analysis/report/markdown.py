@@ -10,14 +10,8 @@ from typing import Any
 from restomod.utils.text import markdown_cell
 
 
-def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), beside: Path = Path()) -> str:
-    """Build a report.
-
-    Args:
-        data: see `restomod.analysis.report.html.as_page`.
-        pictures: PNG files to show.
-        beside: folder of the report, to which links are relative.
-    """
+def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), folder: Path = Path()) -> str:
+    """Build a report of the data of `restomod.analysis.report.html.as_page`; links are relative to ``folder``."""
     runs = data["runs"]
     lines = [f"# {markdown_cell(data['title'])}", ""]
     if len(runs) > 1:
@@ -28,7 +22,7 @@ def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), beside:
         ]
         lines += [*_table(["run", *names], rows), ""]
     for picture in pictures:
-        where = Path(os.path.relpath(picture, beside)).as_posix().replace(" ", "%20")
+        where = Path(os.path.relpath(picture, folder)).as_posix().replace(" ", "%20")
         lines += [f"![{markdown_cell(picture.stem.replace('_', ' '))}](<{where}>)", ""]
     for run in runs:
         lines += _run(run, "##" if len(runs) > 1 else "")

@@ -206,10 +206,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _is_for_us(self, named: str) -> bool:
-        """Whether a request names this machine: a defence against DNS rebinding.
+        """Whether a request names this machine, in its line (``named``, usually empty) and in its headers.
 
-        Args:
-            named: host in the request line, usually empty.
+        A defence against DNS rebinding.
         """
         if self.server.host not in LOCAL:
             return True
@@ -257,14 +256,7 @@ def open_server(folder: Path, host: str, port: int, rates: HourlyRates) -> _Serv
 
 
 def watch(folder: Path, host: str, port: int, rates: HourlyRates, say: Callable[[str], None] = print) -> None:
-    """Serve the page of a run until Ctrl-C.
-
-    Args:
-        folder: the run's; it need not exist yet.
-        host: address to listen on.
-        port: 0 for any that is free.
-        rates: price and power of the machine.
-        say: takes a line.
+    """Serve the page of a run, which need not exist yet, until Ctrl-C. Port 0 is any that is free.
 
     Raises:
         UserError: see `open_server`; or plotly is missing.

@@ -28,15 +28,7 @@ def report(
     rates: HourlyRates | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write a report of runs.
-
-    Args:
-        runs: at least one.
-        out: the page; an existing file is replaced.
-        markdown: Markdown file.
-        png: folder for pictures.
-        rates: price and power of the machine, if known.
-        say: takes a line per file.
+    """Write a report of runs: the page ``out``, a Markdown file, and pictures in the folder ``png``.
 
     Raises:
         UserError: a run's file is damaged, or one cannot be written.

@@ -34,11 +34,7 @@ BINS = 200
 
 
 def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
-    """Draw a model as PNG files in ``folder`` (created if missing) and return their paths.
-
-    Args:
-        tensors: weights by GPT-2's names; position embeddings are drawn if there are any.
-        title: the model's name.
+    """Draw weights, by GPT-2's names, as PNG files in ``folder`` (created if missing) and return their paths.
 
     Raises:
         UserError: matplotlib is missing, a number is not finite, or the folder cannot be written.
@@ -94,45 +90,39 @@ def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
 def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
     """Distribution of the weights of each kind of matrix, a line per layer."""
     figure = new_figure("weights, by layer", 11, 8)
-    layers = _layers(tensors)
     for axes, weights in _panels(figure, tensors):
         widest = max(4 * w.double().std(correction=0).item() for w in weights) or 1.0
         for layer, weight in enumerate(weights):
             counts = torch.histc(weight.float(), bins=BINS, min=-widest, max=widest)
             width = 2 * widest / BINS
             centres = (torch.arange(BINS) + 0.5) * width - widest
-            axes.plot(centres, counts / (width * weight.numel()), color=_colour(layer, layers), linewidth=0.9)
+            axes.plot(centres, counts / (width * weight.numel()), color=_colour(layer, len(weights)), linewidth=0.9)
         axes.set_xlabel("weight")
         axes.set_ylabel("density")
-    _layer_scale(figure, layers)
     return figure
 
 
 def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
     """Singular values of each kind of matrix in decreasing order, a line per layer."""
     figure = new_figure("singular values, by layer", 11, 8)
-    layers = _layers(tensors)
     for axes, weights in _panels(figure, tensors):
         for layer, weight in enumerate(weights):
             spectrum = torch.linalg.svdvals(weight.float())
-            axes.plot(spectrum.clamp(min=1e-6), color=_colour(layer, layers), linewidth=0.9)
+            axes.plot(spectrum.clamp(min=1e-6), color=_colour(layer, len(weights)), linewidth=0.9)
         axes.set_yscale("log")
         axes.set_xlabel("rank")
         axes.set_ylabel("singular value")
-    _layer_scale(figure, layers)
     return figure
 
 
 def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axes, list[Tensor]]]:
-    """Yield a panel for each kind of matrix, and its weights by layer."""
+    """Yield a panel for each kind of matrix, and its weights by layer; then add the scale of layers."""
+    layers = sum(name.endswith("ln_1.weight") for name in tensors)
     for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
         axes.set_title(f"{kind}: {does}", fontsize=10)
         quiet(axes)
-        yield axes, [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(_layers(tensors))]
-
-
-def _layers(tensors: Mapping[str, Tensor]) -> int:
-    return sum(name.endswith("ln_1.weight") for name in tensors)
+        yield axes, [tensors[f"transformer.h.{layer}.{kind}.weight"] for layer in range(layers)]
+    _layer_scale(figure, layers)
 
 
 def _colour(layer: int, layers: int) -> tuple[float, ...]:

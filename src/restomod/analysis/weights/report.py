@@ -27,9 +27,7 @@ from restomod.utils.output_files import require_output_folder
 def inspect_weights(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
     """Yield lines about a model: a table of its tensors and its totals; with ``plots``, draw pictures in that folder.
 
-    Args:
-        name: a preset (its initial weights), a run, a model folder, or a name on the hub.
-        seed: seed of a preset's initial weights.
+    It is a preset (its initial weights with ``seed``), a run, a model folder, or a name on the hub.
     """
     if plots is not None:
         require_output_folder("--plots", plots)

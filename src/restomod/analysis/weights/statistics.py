@@ -46,12 +46,10 @@ def roughness(series: Tensor) -> float:
     """Roughness of a series: 1 for white noise, near 0 for a smooth one.
 
     The mean over channels of sum((x[i+1] - x[i])^2) / (2 * sum((x[i] - mean)^2)): half of the ratio of von Neumann,
-    "Distribution of the Ratio of the Mean Square Successive Difference to the Variance", 1941.
-
-    Args:
-        series: (n, channels). Constant channels are left out; NaN if all are.
+    "Distribution of the Ratio of the Mean Square Successive Difference to the Variance", 1941. Constant channels are
+    left out; NaN if all are.
     """
-    x = series.double()
+    x = series.double()  # (n, channels)
     jumps = x.diff(dim=0).square().sum(0)  # (channels,)
     spread = (x - x.mean(0)).square().sum(0)
     varies = jumps > 0

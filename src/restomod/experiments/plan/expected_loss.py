@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from restomod.config.model import ModelConfig
 from restomod.config.presets import llama_124m, quickstart
@@ -104,9 +105,8 @@ def _llama(config: RunConfig) -> ExpectedLoss:
     if config.optim != same.optim or (config.steps, config.batch_tokens) != (same.steps, same.batch_tokens):
         return _unknown("the published Llama run is the preset: two epochs with learning rate 1.8e-3")
     (loss,) = (r.value for r in references("validation") if r.model == LLAMA)
-    return ExpectedLoss(
-        loss, None, None, "validation loss, if the text is FineWeb-Edu: one public run, its spread unknown"
-    )
+    basis = "validation loss, if the text is FineWeb-Edu: one public run, its spread unknown"
+    return ExpectedLoss(loss, None, None, basis)
 
 
 def _fineweb_edu(config: RunConfig) -> ExpectedLoss:
@@ -119,14 +119,12 @@ def _fineweb_edu(config: RunConfig) -> ExpectedLoss:
         return _unknown(f"the published runs saw 10 billion tokens, and this one sees {tokens / 1e9:.3g}")
     losses = [published[name] for name in LR_STUDY]
     if not STUDY_RATES[0] <= lr <= STUDY_RATES[1]:
-        return _unknown(
-            f"the published learning rates are {STUDY_RATES[0]:g} to {STUDY_RATES[1]:g}, and this is {lr:g}"
-        )
-    part = math.log(lr / STUDY_RATES[0]) / math.log(STUDY_RATES[1] / STUDY_RATES[0])
+        low, high = STUDY_RATES
+        return _unknown(f"the published learning rates are {low:g} to {high:g}, and this is {lr:g}")
     every = [*losses, *OTHERS.values()]
     others = ", ".join(f"{loss:.2f}" for loss in OTHERS.values())
     basis = f"{text}: a study of learning rates, two runs; other public runs have {others}"
-    return ExpectedLoss(losses[0] + part * (losses[1] - losses[0]), min(every), max(every), basis)
+    return ExpectedLoss(float(np.interp(math.log(lr), np.log(STUDY_RATES), losses)), min(every), max(every), basis)
 
 
 def _tinyshakespeare(config: RunConfig) -> ExpectedLoss:
@@ -135,16 +133,9 @@ def _tinyshakespeare(config: RunConfig) -> ExpectedLoss:
         return _unknown("the published run takes 4,096 tokens a step, and a learning rate of 6e-4 as the preset has")
     if config.steps > last and config.target_loss is None:
         return _unknown(f"the published run made {last:,} steps")
-    loss = max(_at(min(config.steps, last)), config.target_loss or 0.0)
+    steps, losses = zip(*TINYSHAKESPEARE, strict=True)
+    loss = max(math.exp(np.interp(config.steps, steps, np.log(losses))), config.target_loss or 0.0)
     return ExpectedLoss(loss, None, None, "training loss: one public run, its spread unknown")
-
-
-def _at(step: int) -> float:
-    """The published loss at a step, interpolated linearly in its logarithm."""
-    for (a, high), (b, low) in itertools.pairwise(TINYSHAKESPEARE):
-        if step <= b:
-            return math.exp(math.log(high) + (step - a) / (b - a) * math.log(low / high))
-    return TINYSHAKESPEARE[-1][1]
 
 
 def _near(value: float, to: float) -> bool:

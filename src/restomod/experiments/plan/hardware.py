@@ -28,8 +28,6 @@ class GPU:
     """Part of the name that the driver reports; key of `restomod.model.flops.PEAK_FLOPS`."""
     memory: int
     """Bytes."""
-    watts: int | None = None
-    """Power of the whole board at full load."""
     half: Literal["bf16", "fp16"] = "bf16"
     """16-bit dtype of its tensor cores."""
 
@@ -40,17 +38,17 @@ class GPU:
 
 
 GPUS = (
-    GPU("a100", "A100", 80 * GB, 400),
-    GPU("a100-40gb", "A100", 40 * GB, 400),
-    GPU("h100", "H100", 80 * GB, 700),
-    GPU("h100-pcie", "H100 PCIe", 80 * GB, 350),
-    GPU("h200", "H200", 141 * 10**9, 700),
-    GPU("l40s", "L40S", 48 * GB, 350),
-    GPU("rtx3090", "RTX 3090", 24 * GB, 350),
-    GPU("rtx3090ti", "RTX 3090 Ti", 24 * GB, 450),
-    GPU("rtx4090", "RTX 4090", 24 * GB, 450),
-    GPU("t4", "Tesla T4", 16 * GB, 70, "fp16"),
-    GPU("v100", "Tesla V100", 16 * GB, 300, "fp16"),
+    GPU("a100", "A100", 80 * GB),
+    GPU("a100-40gb", "A100", 40 * GB),
+    GPU("h100", "H100", 80 * GB),
+    GPU("h100-pcie", "H100 PCIe", 80 * GB),
+    GPU("h200", "H200", 141 * 10**9),
+    GPU("l40s", "L40S", 48 * GB),
+    GPU("rtx3090", "RTX 3090", 24 * GB),
+    GPU("rtx3090ti", "RTX 3090 Ti", 24 * GB),
+    GPU("rtx4090", "RTX 4090", 24 * GB),
+    GPU("t4", "Tesla T4", 16 * GB, "fp16"),
+    GPU("v100", "Tesla V100", 16 * GB, "fp16"),
 )
 
 

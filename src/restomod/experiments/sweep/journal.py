@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -14,13 +15,14 @@ from typing_extensions import TypedDict
 from restomod.data.manifest import Count, Finite
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.json_files import as_tuple, checked, file_name, parse_json
+from restomod.utils.locks import FileLock
 
 STUDY = "sweep"
 LONGEST_LINE = 2**20
 CREATE_STUDY, CREATE_TRIAL, SET_STATE, SET_INTERMEDIATE, SET_USER_ATTR, LAST_OPERATION = 0, 4, 6, 7, 8, 10
 
 Time = Annotated[float, Field(ge=0, le=1e11)]  # seconds since 1970
-Attempt = tuple[Time, Time | None] | tuple[Time, Time | None, str | None]  # its start, its end, its GPU
+Attempt = tuple[Time, Time | None, str]  # its start, its end, its GPU
 
 
 class Notes(TypedDict, total=False):
@@ -87,11 +89,33 @@ KINDS: dict[int, Any] = {
 }
 
 
+class _JournalLock(FileLock):
+    """Lock of a journal. Optuna's own is a file, which a killed process leaves behind for half a minute."""
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(journal.with_name("locks") / "journal")
+        self._journal = journal
+
+    def acquire(self, wait: bool = True) -> bool:
+        got = super().acquire(wait)
+        drop_torn_line(self._journal)
+        return got
+
+
+def drop_torn_line(path: Path) -> None:
+    """Truncate a file after its last newline: a full disk or a power failure cut off the rest."""
+    with open(path, "rb+") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+        if f.read(1) not in (b"", b"\n"):
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
 class CheckedJournal(JournalFileBackend):
     """Optuna's journal file with validation."""
 
-    def __init__(self, path: Path, lock: Any, distributions: dict[str, BaseDistribution]) -> None:
-        super().__init__(str(path), lock_obj=lock)
+    def __init__(self, path: Path, distributions: dict[str, BaseDistribution]) -> None:
+        super().__init__(str(path), lock_obj=_JournalLock(path))
         self.path, self._distributions = path, distributions
         self._restart()
 

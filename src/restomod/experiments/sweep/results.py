@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-from rich.text import Text
-
 from restomod.config.serialize import to_dict
 from restomod.experiments.sweep.gpu_time import TrialTimes
 from restomod.experiments.sweep.space import Value, label
 from restomod.experiments.sweep.study import Store, SweepPlan
 from restomod.utils.files import write_json_atomically
-from restomod.utils.terminal import Terminal
-from restomod.utils.text import duration, visible
+from restomod.utils.terminal import Table, print_table
+from restomod.utils.text import duration
 
 State = Literal["finished", "pruned", "failed", "running", "stopped"]
 ORDER: list[State] = ["finished", "pruned", "running", "stopped", "failed"]
@@ -49,12 +46,7 @@ class SweepResult:
 
 
 def collect_results(store: Store, times: TrialTimes) -> list[SweepResult]:
-    """All trials started so far, best first. Requires the sweep's lock.
-
-    Args:
-        store: the sweep.
-        times: from `Store.times`.
-    """
+    """All trials started so far, best first. Requires the sweep's lock."""
     found = []
     for trial in store.trials():
         notes = trial.user_attrs
@@ -106,26 +98,15 @@ def write_results(found: list[SweepResult], store: Store, price: float | None) -
 
 def show_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
     """Print the trials, best first, and the folder."""
-    console = Terminal(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("", "validation loss", "parameters", *(["seed"] if plan.seeds > 1 else []), "step", "time", ""):
-        table.add_column(heading, justify="right" if heading in ("validation loss", "step", "time") else "left")
+    seeds = ["seed"] if plan.seeds > 1 else []
+    rows, notes = [], []
     for rank, r in enumerate(found, 1):
-        cells = [
-            str(rank) if r.state == "finished" else "",
-            "" if r.loss is None else f"{r.loss:.4f}",
-            label(r.parameters),
-            *([str(r.seed)] if plan.seeds > 1 else []),
-            "" if r.step is None else str(r.step),
-            duration(r.seconds),
-            "" if r.state == "finished" else f"{r.state}: {r.reason}" if r.state == "failed" else r.state,
-        ]
-        table.add_row(*(Text(visible(cell)) for cell in cells), style="" if r.state == "finished" else "dim")
-    console.print(table)
-    if plan.seeds > 1:
-        for row in configurations(found):
-            spread = f" ± {row['sd']:.4f} (standard deviation)" if row["sd"] is not None else ""
-            console.print(Text(f"{label(row['parameters'])}: {row['mean']:.4f}{spread}, {row['n']} seeds"))
-    console.print(Text(f"results: {folder}/sweep.json; runs: {folder}/trials/"), soft_wrap=True)
+        row = [str(rank) if r.state == "finished" else "", "" if r.loss is None else f"{r.loss:.4f}"]
+        row += [label(r.parameters), *(str(r.seed) for _ in seeds), "" if r.step is None else str(r.step)]
+        outcome = "" if r.state == "finished" else f"{r.state}: {r.reason}" if r.state == "failed" else r.state
+        rows.append([*row, duration(r.seconds), outcome])
+    for group in configurations(found) if seeds else []:
+        spread = f" ± {group['sd']:.4f} (standard deviation)" if group["sd"] is not None else ""
+        notes.append(f"{label(group['parameters'])}: {group['mean']:.4f}{spread}, {group['n']} seeds")
+    notes.append(f"results: {folder}/sweep.json; runs: {folder}/trials/")
+    print_table(Table("", ["", "validation loss", "parameters", *seeds, "step", "time", ""], rows, notes))

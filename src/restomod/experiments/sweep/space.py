@@ -61,32 +61,28 @@ class Dimension:
 
 
 def field_type(name: str) -> Any:
-    """The type of a field of `RunConfig`, without None.
-
-    Args:
-        name: a dotted path, such as ``optim.lr``.
+    """The type of a field of `RunConfig`, such as ``optim.lr``, without None.
 
     Raises:
         UserError: there is no such field, or it cannot be swept.
     """
-    cls: Any = RunConfig
-    for part in name.split("."):
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        if part not in hints:
-            raise UserError(f"nothing to sweep is called {name!r}{did_you_mean(name, _field_names())}")
-        cls = hints[part]
-        if typing.get_origin(cls) in (types.UnionType, typing.Union):
-            cls = next(a for a in typing.get_args(cls) if a is not type(None))
-    if dataclasses.is_dataclass(cls) or typing.get_origin(cls) is tuple:
+    types_by_name = _field_types(RunConfig)
+    kind = types_by_name.get(name)
+    if typing.get_origin(kind) is tuple or any(each.startswith(f"{name}.") for each in types_by_name):
         raise UserError(f"{name} holds several values and cannot be swept")
-    return cls
+    if kind is None:
+        raise UserError(f"nothing to sweep is called {name!r}{did_you_mean(name, types_by_name)}")
+    return kind
 
 
-def _field_names(cls: Any = RunConfig, prefix: str = "") -> list[str]:
-    names = []
+def _field_types(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of all fields by dotted name, without None."""
+    found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        names += _field_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
-    return names
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        found |= _field_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return found
 
 
 def parse_dimension(text: str, method: Method) -> Dimension:

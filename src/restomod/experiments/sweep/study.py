@@ -16,7 +16,6 @@ worker, once its training process has ended.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = self.folder / "journal.jsonl"
         require_regular(path)
-        journal = CheckedJournal(path, _journal_lock(path), {d.name: d.distribution() for d in self._dimensions})
+        journal = CheckedJournal(path, {d.name: d.distribution() for d in self._dimensions})
         try:
             self._storage = JournalStorage(journal)
             pruner = self._pruner()
@@ -238,7 +237,7 @@ class Store:
 
     def begin_attempt(self, claim: Claim) -> None:
         """Record the start of work on a trial; a killed attempt ended with its last activity."""
-        ended = [[start, end or self._last_activity(claim.name, start), *of] for start, end, *of in claim.attempts]
+        ended = [[start, end or self._last_activity(claim.name, start), gpu] for start, end, gpu in claim.attempts]
         claim.attempts = [*ended, [time.time(), None, gpu_in_use()]]
         self.note(claim, attempts=claim.attempts)
 
@@ -249,23 +248,22 @@ class Store:
 
     def times(self) -> TrialTimes:
         """Time of each trial so far."""
-        now, spans, numbers = time.time(), [], []
+        now, spans = time.time(), []
         with self.lock:  # so that probing a worker's lock does not prevent others from taking it
-            for trial in self.trials():
-                numbers.append(trial.number)
-                for start, end, *of in trial.user_attrs.get("attempts", []):
-                    name = trial.user_attrs["name"]
+            trials = self.trials()
+            for trial in trials:
+                name = trial.user_attrs["name"]
+                for start, end, gpu in trial.user_attrs.get("attempts", []):
                     until = end or (now if self.at_work(name) else self._last_activity(name, start))
-                    gpu = of[0] if of else f"trial {trial.number}"
                     spans.append(Interval(trial.number, start, until, gpu, self._processes(name, until)))
-        return TrialTimes.from_intervals(numbers, spans)
+        return TrialTimes.from_intervals(range(len(trials)), spans)
 
     def _processes(self, name: str, until: float) -> int:
         """Number of processes that trained a trial before ``until``; 1 where unknown."""
         run = self.folder / "trials" / name
         require_run_inside(run)
-        begun = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
-        return process_count(begun[-1]) if begun else 1
+        sessions = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
+        return process_count(sessions[-1]) if sessions else 1
 
     def at_work(self, name: str) -> bool:
         """Whether a process works on a trial. Requires the sweep's lock."""
@@ -290,19 +288,14 @@ class Store:
         """Record validation losses by step. Returns the step at which to prune the trial, or None."""
         import optuna
 
-        trial = self._trial(claim)
-        for step in sorted({*losses, *trial.intermediate_values}):
-            if step < (trial.last_step or 0):
-                continue
-            if step not in trial.intermediate_values:
-                optuna.trial.Trial(self._study, claim.trial_id).report(losses[step], step)
-                trial = self._trial(claim)
-            if self._study.pruner.prune(self._study, trial):
+        known = self.trials()[claim.number].last_step or 0  # a resumed trial repeats steps
+        trial = optuna.trial.Trial(self._study, claim.trial_id)
+        for step in sorted(step for step in losses if step >= known):
+            if step > known:
+                trial.report(losses[step], step)
+            if trial.should_prune():
                 return step
         return None
-
-    def _trial(self, claim: Claim) -> FrozenTrial:
-        return self.trials()[claim.number]
 
     def finish(self, claim: Claim, state: Literal["COMPLETE", "PRUNED", "FAIL"], loss: float | None = None) -> None:
         """Record the result of a trial."""
@@ -313,35 +306,3 @@ class Store:
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _journal_lock(path: Path) -> Any:
-    """A lock for Optuna based on flock: its own is a file, which a killed process leaves behind for half a minute."""
-    from optuna.storages.journal import JournalFileOpenLock
-
-    class Lock(JournalFileOpenLock):
-        def __init__(self) -> None:
-            super().__init__(str(path))
-            self._lock = FileLock(path.with_name("locks") / "journal")
-
-        def acquire(self) -> bool:
-            got = self._lock.acquire()
-            drop_torn_line(path)
-            return got
-
-        def release(self) -> None:
-            self._lock.release()
-
-    return Lock()
-
-
-def drop_torn_line(path: Path) -> None:
-    """Truncate a file after its last newline: a full disk or a power failure cut off the rest."""
-    with open(path, "rb+") as f:
-        end = f.seek(0, os.SEEK_END)
-        if end == 0:
-            return
-        f.seek(end - 1)
-        if f.read(1) != b"\n":
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)

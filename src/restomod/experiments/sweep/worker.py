@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from restomod.analysis.report.data import newest_checkpoint
 from restomod.engine.signals import StopSignal, stop_with_parent
 from restomod.experiments.sweep.results import SweepResult, collect_results, show_results, write_results
 from restomod.experiments.sweep.space import flags, label
 from restomod.experiments.sweep.study import Claim, Store, SweepPlan
 from restomod.runs.metrics import ValidationLosses
+from restomod.runs.reader import newest_checkpoint
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.files import open_to_append
 from restomod.utils.output import print_if_possible
@@ -69,12 +69,9 @@ class Limits:
 
 
 def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
-    """Run the remaining trials of a sweep.
+    """Run the remaining trials of the sweep in ``folder``, which is new or of the same plan.
 
-    Args:
-        plan: the sweep.
-        folder: folder of the sweep; new, or of the same plan.
-        limits: no trial is started that would exceed them; a running one is stopped with a checkpoint.
+    No trial is started that would exceed the limits; a running one is stopped with a checkpoint.
 
     Returns:
         0 when no trial is left, 1 if none has a result, 75 when a signal or a limit stopped the sweep.
@@ -99,10 +96,7 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
 class TrainingProcess:
     """`restomod train` in its own process, which can crash without ending the sweep.
 
-    Args:
-        arguments: arguments of the command `train`.
-        log: file to which its output is appended.
-        lock: open file whose lock the process inherits and so holds for as long as it lives.
+    Its output is appended to ``log``. It inherits the lock of an open file, and so holds it for as long as it lives.
     """
 
     def __init__(self, arguments: list[str], log: Path, lock: int) -> None:
@@ -217,7 +211,7 @@ class _Worker:
         """Whether a trial is expected to end within the limits, judged by the mean of the finished ones."""
         times, trials = self.store.times(), self.store.trials()
         finished = [t.number for t in trials if t.state.name == "COMPLETE"]
-        begun = [
+        started = [
             t.number
             for t in trials
             if not t.state.is_finished() and (times.seconds[t.number] or t.number == claim.number)
@@ -225,7 +219,7 @@ class _Worker:
 
         def needed(by_trial: dict[int, float]) -> float:
             typical = sum(by_trial[number] for number in finished) / len(finished) if finished else 0.0
-            return sum(max(0.0, typical - by_trial[number]) for number in begun)
+            return sum(max(0.0, typical - by_trial[number]) for number in started)
 
         spent, more = times.totals, (needed(times.seconds), needed(times.gpu_seconds))
         limits = self.limits
@@ -245,8 +239,10 @@ class _Worker:
         if (run / "config.json").exists():
             arguments, how = ["--resume", str(run)], "resumes"
         else:
-            arguments, how = [*self._flags(claim), "--out", str(run)], "starts"
-        print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {self._label(claim)}  →  {run}")
+            own = flags({"seed": claim.seed} | claim.parameters)
+            arguments, how = [self.plan.preset, *self.plan.flags, *own, "--out", str(run)], "starts"
+        shown = label(claim.parameters | ({"seed": claim.seed} if self.plan.seeds > 1 else {}))
+        print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {shown}  →  {run}")
         patiently(lambda: store.begin_attempt(claim))
         log = store.folder / "logs" / f"{claim.name}.log"
         assert claim.run.fd is not None
@@ -262,14 +258,6 @@ class _Worker:
             print_if_possible(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}")
             return
         patiently(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
-
-    def _label(self, claim: Claim) -> str:
-        seed = {"seed": claim.seed} if self.plan.seeds > 1 else {}
-        return label({**claim.parameters, **seed})
-
-    def _flags(self, claim: Claim) -> list[str]:
-        seed = {} if "seed" in claim.parameters else {"seed": claim.seed}
-        return [self.plan.preset, *self.plan.flags, *flags({**claim.parameters, **seed})]
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
         """Wait for a training process. Returns its exit code and the step at which it was pruned, or None."""
