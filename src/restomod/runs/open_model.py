@@ -17,7 +17,11 @@ from restomod.utils.json_files import read_json
 
 
 def find_model(name: str) -> Path:
-    """Find the model folder of ``name``. Verifies a checkpoint, downloads a hub model. Raises UserError: none, or bad."""
+    """Find the model folder of ``name``, verified if a checkpoint, downloaded if a hub name.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     path = Path(name)
     if not path.is_dir():
         return _from_hub(name)
