@@ -244,7 +244,9 @@ def memorises_batch(subject: CheckedModel) -> CheckResult:
         optimizer.update(min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
     passed = loss <= OVERFIT_LOSS
     reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
-    return CheckResult(name, "pass" if passed else "fail", reason + ("" if passed else f"; {OVERFIT_LOSS} was expected"))
+    return CheckResult(
+        name, "pass" if passed else "fail", reason if passed else f"{reason}; {OVERFIT_LOSS} was expected"
+    )
 
 
 def memory_bytes(device: torch.device) -> int | None:

@@ -154,7 +154,9 @@ class Evaluation:
             loss.to_dict() | {"data": {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}},
             f"{VALIDATION}-of-{dataset.fingerprint[:8]}" if other_data else VALIDATION,
             references(VALIDATION) if published else (),
-            [] if published else ["published losses are not shown: they were measured on FineWeb-Edu, and this text is not from it"],
+            []
+            if published
+            else ["published losses are not shown: they were measured on FineWeb-Edu, not on this text"],
             loss,
         )
 

@@ -206,7 +206,7 @@ def warm_up(config: RunConfig, seen: Curves) -> Finding:
             f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps",
         )
     if optim.optimizer != "adamw":
-        return Finding(name, "ok", f"only AdamW needs one in this check; {optim.optimizer} has {optim.warmup_steps} steps")
+        return Finding(name, "ok", f"judged for AdamW only; {optim.optimizer} has {optim.warmup_steps} steps")
     first = seen.first_rate
     if optim.warmup_steps == 1 and config.steps <= SHORT:
         return Finding(name, "unknown", f"{config.steps} steps are too few for a warm-up")
