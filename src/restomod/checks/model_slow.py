@@ -245,7 +245,7 @@ def memorises_batch(subject: CheckedModel) -> CheckResult:
     passed = loss <= OVERFIT_LOSS
     reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
     return CheckResult(
-        name, "pass" if passed else "fail", reason + ("" if passed else f"; {OVERFIT_LOSS} was expected")
+        name, "pass" if passed else "fail", reason if passed else f"{reason}; {OVERFIT_LOSS} was expected"
     )
 
 

@@ -156,7 +156,7 @@ class Evaluation:
             references(VALIDATION) if published else (),
             []
             if published
-            else ["published losses are not shown: they were measured on FineWeb-Edu, and this text is not from it"],
+            else ["published losses are not shown: they were measured on FineWeb-Edu, not on this text"],
             loss,
         )
 
