@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from restomod.config.run import Precision, RunConfig
+from restomod.config.serialize import read_config
 from restomod.runs import run_lock
 from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import EXIT_INTERRUPTED, train
@@ -116,6 +117,35 @@ sys.exit(main())
     assert not list((killed / "checkpoints").glob(".*")), "the unfinished checkpoint was left behind"
 
 
+def test_a_checkpoint_whose_deletion_was_cut_short_is_removed_at_the_next_start(
+    tiny: RunConfig, tmp_path: Path, restomod: Start
+) -> None:
+    run = tmp_path / "run"
+    die_before_deleting = """
+import os, shutil, signal, sys
+rmtree = shutil.rmtree
+def deadly(path, *more, **named):
+    if str(path).endswith(".tmp") and os.listdir(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rmtree(path, *more, **named)
+shutil.rmtree = deadly
+from restomod.cli import main
+sys.exit(main())
+"""
+    config = dataclasses.replace(tiny, steps=2, save_every=1, keep_checkpoints=1)
+    more = ("--no-keep-best",)
+    process = restomod(
+        "train", "quickstart", "--out", str(run), *flags(config), *more, program=("-c", die_before_deleting)
+    )
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    left, whole = sorted((run / "checkpoints").iterdir())
+    assert NAME.fullmatch(left.name)
+    assert whole.name == "step_000002"
+    assert train(read_config(run), run, resume=True, display=QUIET) == 0
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000002"]
+
+
 SELDOM = [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
@@ -209,6 +239,31 @@ def test_a_stop_before_the_first_step_can_be_resumed_too(
     assert train(tiny, tmp_path / "stopped", resume=True, display=QUIET) == 0
     train(tiny, tmp_path / "reference", display=QUIET)
     assert_same_run(tmp_path / "stopped", tmp_path / "reference", tiny.steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("metrics.jsonl", b"5\n\xff\xfe{"),
+        ("samples.jsonl", b"[]\n{"),
+        ("environment.json", b"garbage"),
+        ("data.json", b"garbage"),
+        ("config.json", b"["),
+    ],
+)
+def test_a_damaged_record_costs_a_line_or_is_refused_in_one(
+    tiny: RunConfig, tmp_path: Path, name: str, damage: bytes
+) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(tiny, steps=2), run, display=QUIET)
+    with open(run / name, "ab") as f:
+        f.write(damage)
+    if name.endswith(".jsonl"):
+        assert train(dataclasses.replace(tiny, steps=4), run, resume=True, display=QUIET) == 0
+        assert [step for kind, step, _ in losses(run) if kind == "train"] == [0, 1, 2, 3]
+    else:
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            train(read_config(run), run, resume=True, display=QUIET)
 
 
 def test_when_the_reader_of_the_output_leaves_the_run_stops_with_a_checkpoint(
