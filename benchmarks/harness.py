@@ -89,18 +89,17 @@ def compare(
     agree: Agree | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Run contenders in alternating rounds.
+    """Run contenders, ours first, in alternating rounds.
 
     Args:
-        plan: its number of rounds counts before ``rounds``; after its deadline no round begins, but the first.
+        plan: its number of rounds overrides ``rounds``; after its deadline no round begins, except the first.
         case: what they do, in a few words.
         contenders: ours first.
-        metrics: which of the values of a round to keep.
-        rounds: that count.
-        warmup: rounds before those.
-        together: as many are started at once, ours among them, where memory does not hold all; the others wait for
-            the next group, in which ours takes part anew.
-        agree: which part of an output (second) is that of ours (first).
+        metrics: the values of a round to keep.
+        rounds: number of timed rounds, after ``warmup`` others.
+        warmup: number of rounds that do not count.
+        together: how many contenders are started at once, if memory does not hold all; ours takes part in each group.
+        agree: the share of the second output that equals the first, which is ours.
         notes: remarks.
     """
     ours, others = contenders[0], list(contenders[1:])
@@ -170,7 +169,7 @@ def _try(contender: Contender, act: Callable[[], T], absent: dict[str, str]) -> 
         return act()
     except Absent as e:
         absent[contender.name] = str(e)
-        contender.stop()  # one that hangs would go on computing beside the others
+        contender.stop()  # one that hangs would otherwise keep computing
         return None
 
 

@@ -47,6 +47,9 @@ PATIENCE = 120.0  # seconds for a run to end
 GRACE = 30.0  # seconds after which torchrun kills what it has asked to end
 TIMINGS = ("time", "ms", "data_ms", "tokens_per_second", "mfu")  # all else in metrics.jsonl is to be the same
 
+COLUMNS = ["processes", "kills", "before a checkpoint", "in a save", "between saves", "of one of two", "runs"]
+COLUMNS += ["checkpoints verified", "problems"]
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["restomod.cli", "restomod.train.loop", "torch._dynamo"])
 
@@ -91,6 +94,28 @@ def wait_for_a_moment(run: Path, processes: list[BaseProcess], chance: random.Ra
             break
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.05))
+
+
+def metrics(run: Path) -> list[dict[str, object]]:
+    """Records of a run without times."""
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def samples(run: Path) -> list[dict[str, object]]:
+    """Texts that a run has generated."""
+    return read_jsonl(run / "samples.jsonl")
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every tensor of the last checkpoint, and every other file."""
+    last = list_checkpoints(run)[-1]
+    found = {"": last.name.encode()}
+    for f in sorted(last.rglob("*")):
+        if f.suffix == ".safetensors":  # the order of metadata in its header varies
+            found |= {f"{f.name}: {k}": v.numpy().tobytes() for k, v in load_file(f).items()}
+        elif f.is_file() and f.name != "COMPLETE":  # the hashes of the others
+            found[f.name] = f.read_bytes()
+    return found
 
 
 class Trial:
@@ -166,33 +191,13 @@ class Trial:
         if any(codes):
             self.problems.append(f"{run.name}: exit codes {codes}; see {self.log}")
             return True
-        for what, ours, theirs in (
-            ("metrics", *(self.metrics(r) for r in (run, self.reference))),
-            ("samples", *(read_jsonl(r / "samples.jsonl") for r in (run, self.reference))),
-            ("the last checkpoint", *(self.contents(r) for r in (run, self.reference))),
-        ):
-            if ours != theirs:
+        for what, read in (("metrics", metrics), ("samples", samples), ("the last checkpoint", contents)):
+            if read(run) != read(self.reference):
                 self.problems.append(f"{run.name}: {what} differ")
         if any(run.rglob(".restomod.*.tmp")):
             self.problems.append(f"{run.name}: something half written is left")
         self.verify(run)
         return True
-
-    @staticmethod
-    def metrics(run: Path) -> list[dict[str, object]]:
-        return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_jsonl(run / "metrics.jsonl")]
-
-    @staticmethod
-    def contents(run: Path) -> dict[str, bytes]:
-        """The last checkpoint: every tensor of weights and optimizer state, and every other file."""
-        last = list_checkpoints(run)[-1]
-        contents = {"": last.name.encode()}
-        for f in sorted(last.rglob("*")):
-            if f.suffix == ".safetensors":  # in whose heads some remarks stand in any order
-                contents |= {f"{f.name}: {k}": v.numpy().tobytes() for k, v in load_file(f).items()}
-            elif f.is_file() and f.name != "COMPLETE":  # the hashes of the others
-                contents[f.name] = f.read_bytes()
-        return contents
 
     def verify(self, run: Path) -> None:
         for checkpoint in list_checkpoints(run):
@@ -233,15 +238,12 @@ def main() -> int:
         trials = [Trial(count, folder, chance) for count in arguments.processes]
         for i, trial in enumerate(trials):
             trial.go(arguments.kills // len(trials) + (i < arguments.kills % len(trials)))
-        columns = ("kills", "before a checkpoint", "in a save", "between saves", "of one of two", "runs")
-        print("  ".join(["processes", *columns, "checkpoints verified", "problems"]))
+        print("  ".join(COLUMNS))
         for trial in trials:
-            cells = [trial.tally[c] for c in (*columns, "checkpoints verified")]
-            names = (*columns, "checkpoints verified", "problems")
-            row = [f"{n:>{len(name)}}" for n, name in zip([*cells, len(trial.problems)], names, strict=True)]
-            print("  ".join([f"{trial.count:>9}", *row]))
+            tally = trial.tally | {"processes": trial.count, "problems": len(trial.problems)}
+            print("  ".join(f"{tally[name]:>{len(name)}}" for name in COLUMNS))
         problems = [f"{trial.count} processes: {problem}" for trial in trials for problem in trial.problems]
-        print("\n".join(problems) or "every run ended as the one that was left alone, bit for bit", end="\n")
+        print("\n".join(problems) or "every run ended as the one that was left alone, bit for bit")
         print(f"seed {arguments.seed}, {time.monotonic() - began:.0f} s")
         if problems and trials:
             print((trials[-1].log.read_text() if trials[-1].problems else trials[0].log.read_text())[-3000:])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records, scale, table
+from benchmarks import records, scale, scale_gpus, table
 from benchmarks.gpu import collect as gpu
 from benchmarks.run import ITEMS
 from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
@@ -38,12 +38,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def rendered(text: str, results: Path, where: str) -> str:
-    """A page with its tables made anew.
-
-    Args:
-        text: of the page.
-        results: folder of cpu.json and gpu.json.
-        where: the page's name, for messages.
+    """Return a page with its tables generated from ``results``; ``where`` names the page in messages.
 
     Raises:
         UserError: a marker has no end or an unknown name, or a file of results is damaged.
@@ -90,7 +85,7 @@ def of_scale(part: str, file: Path, where: str) -> str:
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
         "data": lambda found: scale.data_lines(found["data"]),
         "steps": lambda found: scale.step_lines(found["steps"]),
-        "predictions": lambda found: scale.prediction_lines(found["steps"]),
+        "predictions": lambda found: scale_gpus.table(found["steps"]["predictions"]),
     }
     if part not in parts:
         raise UserError(f"{where}: unknown part {part!r}{did_you_mean(part, parts)}")

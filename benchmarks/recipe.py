@@ -25,6 +25,7 @@ import json
 import statistics
 import sys
 import time
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,8 @@ PARTS: dict[str, Overrides] = {  # of modern, each as it differs from GPT-2
     "muon": {"optim.optimizer": "muon", "optim.muon_lr": 0.02, "optim.lr": 16e-3, "optim.weight_decay": 0.0},
     "wsd": {"optim.decay": "wsd", "optim.cooldown": 0.5, "optim.min_lr_ratio": 0.0, "optim.warmup_steps": 10},
 }
-LLAMA: Overrides = {
-    key: value for part in ("rmsnorm", "rope", "swiglu", "no-bias") for key, value in PARTS[part].items()
-}
-MODERN: Overrides = {key: value for part in PARTS.values() for key, value in part.items()}
+LLAMA: Overrides = PARTS["rmsnorm"] | PARTS["rope"] | PARTS["swiglu"] | PARTS["no-bias"]
+MODERN: Overrides = dict(ChainMap(*PARTS.values()))
 EXTRAS: dict[str, Overrides] = {  # of speedrun, each as it differs from modern
     "relu2": {"model.mlp": "relu2"},
     "untied": {"model.tied": False},
@@ -77,7 +76,7 @@ EXTRAS: dict[str, Overrides] = {  # of speedrun, each as it differs from modern
     "embedding-skip": {"model.embedding_skip": True},
     "value-embedding": {"model.value_embedding": True},
 }
-SPEEDRUN: Overrides = MODERN | {key: value for part in EXTRAS.values() for key, value in part.items()}
+SPEEDRUN: Overrides = MODERN | dict(ChainMap(*EXTRAS.values()))
 ABLATIONS: dict[str, Overrides] = (
     {f"gpt2+{part}": overrides for part, overrides in PARTS.items()}
     | {f"modern-{part}": {k: v for k, v in MODERN.items() if k not in PARTS[part]} for part in PARTS}
@@ -157,7 +156,7 @@ def trial(config: RunConfig, dataset: Dataset, looks: int, eval_tokens: int) -> 
 
 
 def speeds(runs: dict[str, RunConfig], dataset: Dataset, rounds: int) -> list[Row]:
-    """Tokens/s of each recipe, a few steps of every one in turns, since other work comes and goes on most machines."""
+    """Tokens/s of each recipe, a few steps of each in turns, because most machines do other work too."""
     trainings = {name: Training(run, dataset) for name, run in runs.items()}
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):

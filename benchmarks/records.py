@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.json_files import read_json
 
-FORMAT = 1
 Values = dict[str, float]
 
 
@@ -85,38 +87,16 @@ class Item:
     """See `benchmarks.machine`."""
 
 
+class File(TypedDict):
+    """Content of a file of measurements."""
+
+    format: Literal[1]
+    items: dict[str, Item]
+
+
 def to_dict(items: dict[str, Item]) -> dict[str, Any]:
     """For JSON."""
-    return {"format": FORMAT, "items": {name: dataclasses.asdict(item) for name, item in items.items()}}
-
-
-def from_dict(data: Any) -> dict[str, Item]:
-    """Read items from what `to_dict` returned.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is something else.
-    """
-    if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']}, not {FORMAT}")
-    return {name: _item(item) for name, item in data["items"].items()}
-
-
-def _item(data: dict[str, Any]) -> Item:
-    comparisons = [
-        Comparison(
-            **part
-            | {
-                "metrics": [Metric(**metric) for metric in part["metrics"]],
-                "entries": [Entry(**entry) for entry in part["entries"]],
-            }
-        )
-        for part in data["comparisons"]
-    ]
-    series = [
-        Series(**part | {name: [(x, y) for x, y in part.get(name, [])] for name in ("points", "published")})
-        for part in data["series"]
-    ]
-    return Item(**data | {"comparisons": comparisons, "series": series})
+    return {"format": 1, "items": {name: dataclasses.asdict(item) for name, item in items.items()}}
 
 
 def write(path: Path, items: dict[str, Item]) -> None:
@@ -133,7 +113,7 @@ def read(path: Path) -> dict[str, Item]:
     if not path.exists():
         return {}
     try:
-        return from_dict(read_json(path, "file of measurements"))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        reason = f"{type(e).__name__}: {e}"
+        return TypeAdapter(File).validate_python(read_json(path, "file of measurements"))["items"]
+    except ValidationError as e:
+        reason = e.errors()[0]["msg"]
         raise UserError(f"{path} is not what `python -m benchmarks.run` writes ({reason}); delete it") from None

@@ -9,14 +9,13 @@ cpu.md the tables, cpu.png the picture. What another run has measured there and 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import peers, plot, records, table
@@ -24,6 +23,7 @@ from benchmarks.contenders import reason
 from benchmarks.harness import BenchPlan
 from benchmarks.machine import environment
 from benchmarks.records import Item
+from restomod.config.model import require_size
 from restomod.engine.device import choose_device
 from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from restomod.utils.files import write_text_atomically
@@ -80,7 +80,14 @@ def run(arguments: list[str]) -> int:
     if device not in MINUTES:
         device = "cpu"  # nothing here measures MPS
     items = chosen_items(given.only, device)
-    file = folder_of(given.out) / f"{'gpu' if device == 'cuda' else 'cpu'}.json"
+    require_size("--rounds", given.rounds)
+    if given.data is not None and not given.data.is_dir():
+        raise UserError(f"{given.data}: no such folder; without --data the source of Python's library is measured on")
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{given.out}: cannot make this folder ({e.strerror}); choose another with --out") from None
+    file = given.out / f"{'gpu' if device == 'cuda' else 'cpu'}.json"
     if given.smoke:
         items = dict.fromkeys(items, 5.0)
     finished = records.read(file)
@@ -92,7 +99,7 @@ def run(arguments: list[str]) -> int:
             device,
             given.smoke,
             dict(peers.parse(peer) for peer in given.peer),
-            folder_of_data(given.data),
+            given.data,
             given.rounds,
             command=arguments,
             out=given.out,
@@ -105,19 +112,19 @@ def run(arguments: list[str]) -> int:
             plan.deadline = time.monotonic() + (end - time.monotonic()) * items[name] / sum(left.values())
             print(f"\n{name} …", flush=True)
             try:
-                with folder_within(plan) as own:
-                    item = measured(name, own)
+                with tempfile.TemporaryDirectory(dir=scratch) as own:  # deleted at once: a checkpoint takes gigabytes
+                    item = measured(name, dataclasses.replace(plan, scratch=Path(own)))
             except Exception as e:
                 failed.append(name)
                 traceback.print_exc()
-                print(f"{name} failed ({reason(e)}); the others go on", file=sys.stderr, flush=True)
+                print(f"{name} failed ({reason(e)}); the others continue", file=sys.stderr, flush=True)
                 continue
             finished[name] = item
             finished = {n: finished[n] for n in (*ITEMS, *finished) if n in finished}
             write(file, finished)
             print(table.body(item), flush=True)
     print(f"\nwritten: {file}, {file.with_suffix('.md').name}, {file.with_suffix('.png').name}")
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
 def measured(name: str, plan: BenchPlan) -> Item:
@@ -135,13 +142,6 @@ def write(file: Path, items: dict[str, Item]) -> None:
     plot.draw(items, file.with_suffix(".png"))
 
 
-@contextlib.contextmanager
-def folder_within(plan: BenchPlan) -> Iterator[BenchPlan]:
-    """The plan with a scratch folder that is deleted at once: a checkpoint takes gigabytes."""
-    with tempfile.TemporaryDirectory(dir=plan.scratch) as own:
-        yield dataclasses.replace(plan, scratch=Path(own))
-
-
 def chosen_items(only: str | None, device: str) -> dict[str, float]:
     """The items to measure, with their minutes. Raises UserError for an unknown one."""
     names = [name for name in ITEMS if name not in ON_REQUEST] if only is None else only.split(",")
@@ -149,22 +149,6 @@ def chosen_items(only: str | None, device: str) -> dict[str, float]:
         if name not in ITEMS:
             raise UserError(f"unknown item {name!r}{did_you_mean(name, ITEMS)}")
     return {name: minutes for name, minutes in MINUTES[device].items() if name in names}
-
-
-def folder_of(out: Path) -> Path:
-    """Where results go, made if it is not there. Raises UserError where it cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{out}: cannot make this folder ({e.strerror}); choose another with --out") from None
-    return out
-
-
-def folder_of_data(data: Path | None) -> Path | None:
-    """Raises UserError where there is none of the name."""
-    if data is not None and not data.is_dir():
-        raise UserError(f"{data}: no such folder; without --data the source of Python's library is measured on")
-    return data
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,16 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder with corpus/, eval/hellaswag_val.jsonl, tinyshakespeare/")
     parser.add_argument("--out", type=Path, default=MINE, help="folder of the results (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=_positive, help="timed rounds, instead of each item's own number")
+    parser.add_argument("--rounds", type=int, help="timed rounds, instead of each item's own number")
     parser.add_argument("--minutes", type=float, help="of all items together; the first round of each is always made")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 if __name__ == "__main__":

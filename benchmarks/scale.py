@@ -3,7 +3,7 @@
     python -m benchmarks.scale [--part data|steps|all] [--json OUT] [--smoke] [--rounds N] [--folder DIR]
 
 `data`: with the package's own loading code, are the sequences that 1,024 ranks read disjoint and complete, and what
-does a rank need in memory and time to go on in the middle of an epoch? Sparse files stand in for 20 TB
+does a rank need in memory and time to resume in the middle of an epoch? Sparse files stand in for 20 TB
 (`scale_data.py`).
 
 `steps`: a model of a data-parallel step (`scale_network.py`) against real steps of two processes here
@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import scale_gpus, scale_steps
 from benchmarks.scale_data import Reader, in_fresh_process, numbered_stream, write_sparse_dataset
+from restomod.config.model import require_size
 from restomod.config.presets import preset
 from restomod.data.batches import Batches
 from restomod.engine.device import describe_device
@@ -147,7 +148,7 @@ def measure_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
     payloads = {name: scale_steps.payload(preset(name).model) for name in scale_gpus.MODELS}
     return {
         "here": scale_steps.compared(trial, scale_steps.measure(trial)),
-        "networks": scale_gpus.stated(),
+        "networks": {gpu: dataclasses.asdict(network) for gpu, network in scale_gpus.NETWORKS.items()},
         "predictions": scale_gpus.predictions(payloads),
     }
 
@@ -174,24 +175,15 @@ def step_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def prediction_lines(found: dict[str, Any]) -> list[str]:
-    return scale_gpus.table(found["predictions"])
-
-
 def say(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {what} …", file=sys.stderr, flush=True)
 
 
 def run(given: argparse.Namespace) -> None:
-    """Do what the command line asks for.
-
-    Raises:
-        UserError: a file or folder cannot be used.
-    """
+    """Measure, print and write. Raises UserError where a file or folder cannot be used."""
     if given.json:
         require_outputs({"--json": given.json})
-    if given.rounds is not None and given.rounds < 1:
-        raise UserError(f"--rounds is {given.rounds}; it must be at least 1")
+    require_size("--rounds", given.rounds)
     result: dict[str, Any] = {"environment": environment(describe_device(torch.device("cpu")), "fp32")}
     result["environment"]["command"] = ["python", "-m", "benchmarks.scale", "--part", given.part]  # no machine's paths
     result["smoke"] = given.smoke
@@ -204,7 +196,7 @@ def run(given: argparse.Namespace) -> None:
         lines += data_lines(result["data"])
     if given.part in ("steps", "all"):
         result["steps"] = measure_steps(given.smoke, given.rounds)
-        lines += ["", *step_lines(result["steps"]), "", *prediction_lines(result["steps"])]
+        lines += ["", *step_lines(result["steps"]), "", *scale_gpus.table(result["steps"]["predictions"])]
     print("\n".join(lines))
     if given.json:
         write_json_atomically(given.json, json.loads(json.dumps(result)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import re
 import statistics
 import time
 import tracemalloc
@@ -25,15 +24,10 @@ import numpy as np
 from torch import Tensor
 
 from restomod.data.batches import FEISTEL_ROUNDS, Batches, _mix
-from restomod.data.dataset import (
-    HEADER_BYTES,
-    MAGIC,
-    VERSION,
-    TokenStream,
-    open_dataset,
-)
+from restomod.data.dataset import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_dataset
 from restomod.data.manifest import MANIFEST, MANIFEST_FORMAT
 from restomod.utils.files import sha256_file, write_json_atomically
+from restomod.utils.process_memory import status_bytes
 from restomod.utils.verified import VERIFIED, _seen
 
 BASE, DIGITS = 50_000, 3  # a window's number in tokens: up to 1.25e14 windows
@@ -132,7 +126,7 @@ class Reader:
 def unpermute(window: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
     """The inverse of `restomod.data.batches.permute`: where in an epoch each window stands, shape (m,), int64.
 
-    A round (L, R) -> (R, L ^ f(R)) is undone by (L', R') -> (R' ^ f(L'), L') whatever f is (Luby and Rackoff, 1988), so
+    A round (L, R) -> (R, L ^ f(R)) is undone by (L', R') -> (R' ^ f(L'), L') for any f (Luby and Rackoff, 1988), so
     the network is a bijection of its whole range; and a walk through it that began inside [0, n) and ended at its
     first result inside is walked back likewise. That there is an inverse is what makes an epoch complete and disjoint.
     """
@@ -150,19 +144,24 @@ def unpermute(window: np.ndarray, n: int, seed: int, epoch: int, source: int = 0
     return x.astype(np.int64)
 
 
+def write_sparse_shard(path: Path, tokens: int) -> None:
+    """Write a shard of zeros in llm.c's layout that takes next to no room on the disk."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    with open(path, "wb") as f:
+        f.write(header.tobytes())
+        f.truncate(HEADER_BYTES + 2 * tokens)
+
+
 def write_sparse_dataset(folder: Path, shards: int, shard_tokens: int) -> None:
     """A whole prepared folder with ``shards`` training shards, all zeros, that takes next to no room on the disk.
 
     Its manifest is true, and its record of verified shards is as the first start of a training leaves it.
     """
     folder.mkdir(parents=True)
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, shard_tokens
     names = [f"train_{i:06d}.bin" for i in range(shards)] + ["val_000000.bin"]
     for i in range(0, len(names), NAMES_PER_FILE):
-        with open(folder / names[i], "wb") as f:
-            f.write(header.tobytes())
-            f.truncate(HEADER_BYTES + 2 * shard_tokens)
+        write_sparse_shard(folder / names[i], shard_tokens)
         for name in names[i + 1 : i + NAMES_PER_FILE]:
             os.link(folder / names[i], folder / name)
     sha256 = sha256_file(folder / names[0])
@@ -184,23 +183,12 @@ def write_sparse_dataset(folder: Path, shards: int, shard_tokens: int) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that belongs to no file: what the page cache cannot drop. Linux only."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    """Memory of this process that belongs to no file, which the page cache cannot drop. Linux only."""
+    return status_bytes("RssAnon") or 0
 
 
 def rank_cost(folder: Path, T: int, batch_sequences: int, ranks: int, at: Sequence[float]) -> dict[str, Any]:
-    """Measure the cost of resuming one rank; to be called in a fresh process.
-
-    Args:
-        folder: of tokens.
-        T, batch_sequences, ranks: of the run.
-        at: where to go on, as fractions of an epoch.
-
-    Returns:
-        Seconds, bytes and counts; of first batches one for each of ``at``.
-    """
+    """Measure the cost of resuming one rank at fractions of an epoch, in a fresh process: seconds, bytes, counts."""
     gc.collect()
     before, computing, start = anonymous_bytes(), time.process_time(), time.perf_counter()
     dataset = open_dataset(folder, VOCABULARY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from benchmarks.scale_network import Network, Payload, StepTime, Tree, Work, ddp, fsdp
@@ -48,11 +47,7 @@ def alone(gpu: str) -> Speed:
 
 
 def predictions(payloads: dict[str, Payload]) -> list[dict[str, Any]]:
-    """A row for every model, GPU, number of them and way, with nothing and with all that could be hidden hidden.
-
-    Args:
-        payloads: what each of `MODELS` communicates.
-    """
+    """Return a row per model, GPU, number of GPUs and way, without overlap and with full overlap."""
     rows = []
     for name, sequences in MODELS.items():
         for gpu, network in NETWORKS.items():
@@ -88,11 +83,6 @@ def _step(way: str, payload: Payload, work: Work, n: int, network: Network, over
     if way == "ddp":
         return ddp(payload, work, n, network, overlap)
     return fsdp(payload, work, n, network, network, network, overlap)
-
-
-def stated() -> dict[str, Any]:
-    """The networks as they are assumed, for JSON."""
-    return {gpu: dataclasses.asdict(network) for gpu, network in NETWORKS.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

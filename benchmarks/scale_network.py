@@ -167,12 +167,8 @@ class StepTime:
 def ddp(payload: Payload, work: Work, n: int, network: Network, overlap: float) -> StepTime:
     """DistributedDataParallel: every bucket is all-reduced once it is ready, in the last micro-batch's backward pass.
 
-    Args:
-        payload, work: of the model and one process.
-        n: processes.
-        network: for all-reduces.
-        overlap: from 0 to 1, how much of what could be hidden is: communication beside the last backward pass (2/3 of
-            a micro-batch), but for the last bucket, which is ready when that ends. The mean of the loss never is.
+    ``overlap`` is the share, 0 to 1, hidden of what can be: communication during the last backward pass (2/3 of a
+    micro-batch) without the last bucket, which is ready when that ends. The mean of the loss is never hidden.
     """
     times = [all_reduce(network, n, size) for size in payload.buckets]
     hidden = overlap * min(sum(times[:-1]), 2 / 3 * work.forward_backward)
@@ -186,12 +182,10 @@ def fsdp(
 ) -> StepTime:
     """FSDP2: blocks are gathered for the forward and again for the backward pass of every micro-batch.
 
-    What is outside of the blocks is gathered once for both. Gradients are reduce-scattered in the last micro-batch; a
-    process updates its part. Hidden is what fits beside the passes, but for the first gathering and last scattering.
-
-    Args:
-        network, gathers, scatters: for all-reduces, all-gathers and reduce-scatters.
-        payload, work, n, overlap: as for `ddp`. The mean of the loss and the norm of the gradients are never hidden.
+    Parameters outside of the blocks are gathered once for both. Gradients are reduce-scattered in the last micro-batch;
+    a process updates its part. ``network``, ``gathers`` and ``scatters`` are for all-reduces, all-gathers and
+    reduce-scatters. All but the first all-gather and the last reduce-scatter can be hidden, up to the time of the
+    passes; the mean of the loss and the norm of the gradients are never hidden.
     """
     outside = all_gather(gathers, n, payload.outside)
     blocks = [all_gather(gathers, n, size) for size in payload.blocks]

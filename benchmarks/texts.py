@@ -60,7 +60,7 @@ def training_text(plan: BenchPlan) -> tuple[DataConfig, str]:
 
 
 def hellaswag(plan: BenchPlan, count: int) -> tuple[Path, str]:
-    """A file of so many examples, and what they are.
+    """Return a file of ``count`` examples, and what they are.
 
     Without HellaSwag itself they are random words, as many as it has: a fifth of its contexts have 17 words on average
     and endings of 11, the others 44 and 28; endings of one context differ by 5.

@@ -29,12 +29,13 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import random
 import re
 import resource
-import selectors
 import shutil
 import signal
 import socket
@@ -45,9 +46,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from restomod.utils.process_memory import status_bytes
 from tests.mutations import mutated
 
 CASES_OF_A_CHILD = 250
@@ -263,8 +267,8 @@ def make_fixtures() -> None:
     pq.write_table(pa.Table.from_pylist(documents[:12]), "text/documents.parquet", write_page_checksum=True)
     Path("all.jsonl").write_bytes(lines)
     _do("prepare all.jsonl --out data --workers 1 --val-fraction 0.1")
-    _do(BEGUN.line.replace("FIXTURES", os.getcwd()), stop_before="finish")
-    _do(DEDUPLICATED.line.replace("FIXTURES", os.getcwd()), stop_before="choose_first_occurrences")
+    _do(BEGUN.line.replace("FIXTURES", os.getcwd()), stop_before="finish_folder")
+    _do(DEDUPLICATED.line.replace("FIXTURES", os.getcwd()), stop_before="assign_splits")
     tokens = np.arange(400, dtype="<u2")
     for folder in ("published", "arrays"):
         Path(folder).mkdir()
@@ -458,7 +462,7 @@ def run(line: str, made: str | None = None) -> Said:
     """Run a command in this process, with standard output and error in files; what it has ``made`` is output, too."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what the command takes
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS") or 0
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     code, error = None, ""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -490,29 +494,16 @@ def run(line: str, made: str | None = None) -> Said:
             texts.append(file.read().decode("utf-8", "surrogateescape"))
     if made is not None and os.path.exists(made):
         texts[0] += Path(made).read_text(encoding="utf-8", errors="surrogateescape")
-    return Said(code, *texts, error, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    """Bytes of memory of this process by the kernel's name for them; 0 where there is none."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+    return Said(code, *texts, error, (status_bytes("VmHWM") or 0) - before)
 
 
 def judged(
     said: Said, command: Command, name: str, healthy: str, new: list[str], changed: list[str]
 ) -> tuple[str, str]:
-    """The outcome of a command, one of `OUTCOMES`, and why.
+    """Return the outcome of a command, one of `OUTCOMES`, and why.
 
-    Args:
-        said: what it did.
-        command: which one.
-        name: of the damaged file.
-        healthy: what it prints of the healthy file.
-        new: files that it has made.
-        changed: files of the fixtures that it has changed.
+    ``name`` is that of the damaged file; ``healthy`` is the output for the healthy one; ``new`` and ``changed`` are
+    files that the command has made, and fixtures that it has changed.
     """
     if said.code is None or said.code not in (0, 1, 2) or "Traceback (most recent call last)" in said.err:
         return "traceback", said.error or f"exit code {said.code}: {said.err[-200:]}"
@@ -605,17 +596,16 @@ class Child:
 
 @dataclasses.dataclass
 class Working:
-    """A child and what it has told."""
+    """A child process at work."""
 
-    pid: int
-    pipe: int
+    process: BaseProcess
+    pipe: Connection
     format: str
     cases: list[int]
-    """Those that are left, with the one in work first."""
+    """Cases that remain, with the one in work first."""
     folder: Path
-    since: float = 0.0
+    since: float = dataclasses.field(default_factory=time.monotonic)
     cpu: float = 0.0
-    text: bytes = b""
 
 
 @dataclasses.dataclass
@@ -630,53 +620,45 @@ class Result:
 
 
 def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path) -> Iterator[Result]:
-    """Try the cases ``numbers`` of each format.
-
-    Args:
-        formats: of `FORMATS`.
-        numbers: of the cases.
-        workers: how many child processes at a time.
-        folder: for fixtures and copies of them.
-    """
+    """Try the cases ``numbers`` of each format; ``folder`` is for fixtures and copies of them."""
     original = folder / "fixtures"
     if not original.exists():
         prepared(original)
     chunks = [numbers[i : i + CASES_OF_A_CHILD] for i in range(0, len(numbers), CASES_OF_A_CHILD)]
     waiting = [(name, list(chunk)) for name in formats for chunk in chunks][::-1]
     working: list[Working] = []
-    with selectors.DefaultSelector() as selector:
-        while waiting or working:
-            while waiting and len(working) < workers:
-                child = _start(original, folder, *waiting.pop())
-                working.append(child)
-                selector.register(child.pipe, selectors.EVENT_READ, child)
-            ready = [key.data for key, _ in selector.select(0.5)]
-            for child in list(working):
-                killed = None
-                if child in ready:
-                    got = os.read(child.pipe, 1 << 16)
-                    yield from _results(child, got)
-                    if got:
-                        continue
-                elif killed := _hangs(child):
-                    with contextlib.suppress(OSError):
-                        os.killpg(child.pid, signal.SIGKILL)
-                else:
+    while waiting or working:
+        while waiting and len(working) < workers:
+            working.append(_start(original, folder, *waiting.pop()))
+        ready = multiprocessing.connection.wait([child.pipe for child in working], 0.5)
+        for child in list(working):
+            killed = None
+            if child.pipe in ready:
+                with contextlib.suppress(EOFError):
+                    told = child.pipe.recv()
+                    child.since, child.cpu = time.monotonic(), _cpu(child.process.pid)
+                    if len(told) > 1:
+                        child.cases.remove(told[0])
+                        yield Result(child.format, *told)
                     continue
-                _, status = os.waitpid(child.pid, 0)
-                selector.unregister(child.pipe)
-                os.close(child.pipe)
-                working.remove(child)
+            elif killed := _hangs(child):
+                with contextlib.suppress(OSError):
+                    os.killpg(child.process.pid or 0, signal.SIGKILL)
+            else:
+                continue
+            child.process.join()
+            working.remove(child)
+            if child.cases:
+                number = child.cases.pop(0)
+                log = child.folder / "hang.txt"
+                at = re.findall(r'restomod/(\S+)", line (\d+)', log.read_text() if log.exists() else "")
+                error = (child.folder / "error.txt").read_text()[-300:]
+                why = killed or f"ended with code {child.process.exitcode}: {error}"
+                why += "".join(f" {name}:{line}" for name, line in at[:2])
+                yield Result(child.format, number, "hang" if killed else "traceback", why, CPU_SECONDS)
                 if child.cases:
-                    number = child.cases.pop(0)
-                    log = child.folder / "hang.txt"
-                    at = re.findall(r'restomod/(\S+)", line (\d+)', log.read_text() if log.exists() else "")
-                    why = killed or f"ended with status {status}: {(child.folder / 'error.txt').read_text()[-300:]}"
-                    why += "".join(f" {name}:{line}" for name, line in at[:2])
-                    yield Result(child.format, number, "hang" if killed else "traceback", why, CPU_SECONDS)
-                    if child.cases:
-                        waiting.append((child.format, child.cases))
-                shutil.rmtree(child.folder, ignore_errors=True)
+                    waiting.append((child.format, child.cases))
+            shutil.rmtree(child.folder, ignore_errors=True)
 
 
 def prepared(original: Path) -> None:
@@ -709,68 +691,51 @@ def prepared(original: Path) -> None:
 
 
 def _start(original: Path, folder: Path, format: str, cases: list[int]) -> Working:
-    home = Path(tempfile.mkdtemp(dir=folder))
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.close(reading)
-            os.setsid()
-            for number in (1, 2):
-                os.dup2(os.open(home / "error.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-            _limit()
-            gc.freeze()  # garbage of the parent, freed in the middle of a command, would hide what the command takes
-            child = Child(original, home, format)
-            with open(home / "hang.txt", "w") as log, os.fdopen(writing, "w") as pipe:
-                for number in cases:
-                    pipe.write(json.dumps([number]) + "\n")
-                    pipe.flush()
-                    log.truncate(0)
-                    faulthandler.dump_traceback_later(CPU_SECONDS, file=log)
-                    start = time.perf_counter()
-                    outcome, why = child.case(number)
-                    faulthandler.cancel_dump_traceback_later()
-                    pipe.write(json.dumps([number, outcome, why, time.perf_counter() - start]) + "\n")
-                    pipe.flush()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    os.close(writing)
-    return Working(pid, reading, format, cases, home, time.monotonic())
+    context, home = multiprocessing.get_context("fork"), Path(tempfile.mkdtemp(dir=folder))
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(original, home, format, cases, theirs))
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    return Working(process, ours, format, cases, home)
+
+
+def _work(original: Path, home: Path, format: str, cases: list[int], pipe: Connection) -> None:
+    """Do cases in a child process: send the number when one begins, and its outcome when it ends."""
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(os.open(home / "error.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    _limit()
+    gc.freeze()  # garbage of the parent, freed in the middle of a command, would hide what the command takes
+    child = Child(original, home, format)
+    with open(home / "hang.txt", "w") as log:
+        for number in cases:
+            pipe.send((number,))
+            log.truncate(0)
+            faulthandler.dump_traceback_later(CPU_SECONDS, file=log)
+            start = time.perf_counter()
+            outcome, why = child.case(number)
+            faulthandler.cancel_dump_traceback_later()
+            pipe.send((number, outcome, why, time.perf_counter() - start))
 
 
 def _limit() -> None:
     """Limit this process, for the machine's sake."""
-    size = _status("VmSize") + ADDRESS_SPACE
+    size = (status_bytes("VmSize") or 0) + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _results(child: Working, got: bytes) -> Iterator[Result]:
-    *lines, child.text = (child.text + got).split(b"\n")
-    for line in lines:
-        told = json.loads(line)
-        child.since, child.cpu = time.monotonic(), _cpu(child.pid)
-        if len(told) > 1:
-            child.cases.remove(told[0])
-            yield Result(child.format, *told)
-
-
 def _hangs(child: Working) -> str | None:
     """Why a child counts as hanging; None: it works."""
-    cpu, wall = _cpu(child.pid) - child.cpu, time.monotonic() - child.since
+    cpu, wall = _cpu(child.process.pid) - child.cpu, time.monotonic() - child.since
     if cpu > CPU_SECONDS or wall > WALL_SECONDS:
         return f"after {cpu:.0f} s of computing, {wall:.0f} s in all"
     return None
 
 
-def _cpu(pid: int) -> float:
+def _cpu(pid: int | None) -> float:
+    """CPU seconds of a process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -803,16 +768,9 @@ def page(results: list[Result], formats: list[str], command: str, seconds: float
     revision = os.popen("git describe --always --dirty 2>/dev/null").read().strip()
     where = f"revision {revision}, {processor} ({os.cpu_count()} of them), Python {platform.python_version()}"
     took = f"in {seconds:.0f} s ({computed:.0f} s of computing)"
+    about = f"`{command}`, {datetime.date.today()}, {where}: {len(results):,} cases with {workers} processes {took}."
     return "\n".join(
-        [
-            "# Damaged files",
-            "",
-            f"`{command}`, {datetime.date.today()}, {where}: {len(results):,} cases with {workers} processes {took}. "
-            "What the columns mean is said in `tests/fuzz.py`.",
-            "",
-            *table(results, formats),
-            "",
-        ]
+        ["# Damaged files", "", f"{about} `tests/fuzz.py` explains the columns.", "", *table(results, formats), ""]
     )
 
 
@@ -826,7 +784,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--formats", help=f"some of: {', '.join(FORMATS)}")
     parser.add_argument("--workers", type=int, default=2, help="child processes at a time (default 2)")
     parser.add_argument("--out", help="write the table into this file, too")
-    parser.add_argument("--found", help="append a line for each fault to this file")
     parser.add_argument("--case", metavar="FORMAT:NUMBER", help="try this one, and show everything")
     given = parser.parse_args(arguments)
     formats = given.formats.split(",") if given.formats else list(FORMATS)
@@ -841,15 +798,10 @@ def main(arguments: list[str] | None = None) -> int:
         for result in campaign(formats, numbers, given.workers, folder):
             results.append(result)
             if result.outcome in FAULTS:
-                line = f"{result.format}:{result.number}  {result.outcome}: {result.why}"
-                print(line, flush=True)
-                if given.found:
-                    with open(given.found, "a") as f:
-                        f.write(line + "\n")
+                print(f"{result.format}:{result.number}  {result.outcome}: {result.why}", flush=True)
         seconds = time.monotonic() - start
-    told = sys.argv[1:] if arguments is None else arguments
-    kept = [a for i, a in enumerate(told) if not {a, told[i - 1] if i else ""} & {"--out", "--found"}]
-    text = page(results, formats, " ".join(["python -m tests.fuzz", *kept]), seconds, given.workers)
+    command = f"python -m tests.fuzz --seed {given.seed} --mutations {given.mutations}"
+    text = page(results, formats, command, seconds, given.workers)
     print(text)
     if given.out:
         Path(given.out).write_text(text)

@@ -152,13 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo, revision, name = asked.groups() if asked else ("", "", "")
         if repo in hub.moved:
             return self._empty(307, Location=f"/{hub.moved[repo]}/resolve/{revision}/{name}")
-        if repo in hub.gated:
-            return self._empty(401, "GatedRepo", f"Access to model {repo} is restricted. Please log in.")
-        if repo not in hub.repos:  # without a login the hub does not say whether it is private or absent
-            return self._empty(401, "RepoNotFound", "Invalid username or password.")
-        commit = hub.commit(repo)
-        if revision not in ("main", commit):
-            return self._empty(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if not (commit := self._commit(repo, revision)):
+            return None
         if name not in hub.repos[repo] or name in hub.hidden:
             return self._empty(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit)
         content = hub.repos[repo][name]
@@ -170,23 +165,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _list(self, repo: str, revision: str) -> None:
-        """What the hub says of a dataset: its commit, its card's front matter, its files with their sizes."""
-        hub = self.hub
-        if repo in hub.gated:
-            return self._empty(401, "GatedRepo", f"Access to dataset {repo} is restricted. Please log in.")
-        if repo not in hub.repos:
+    def _commit(self, repo: str, revision: str) -> str | None:
+        """Return the commit of a revision, or None after an error has been sent."""
+        if repo in self.hub.gated:
+            return self._empty(401, "GatedRepo", f"Access to {repo} is restricted. Please log in.")
+        if repo not in self.hub.repos:  # without a login the hub does not say whether it is private or absent
             return self._empty(401, "RepoNotFound", "Invalid username or password.")
-        commit = hub.commit(repo)
+        commit = self.hub.commit(repo)
         if revision not in ("main", commit):
             return self._empty(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.repos[repo].items()]
-        answer = {
-            "id": repo.removeprefix(DATASETS),
-            "sha": commit,
-            "siblings": siblings,
-            "cardData": hub.cards.get(repo),
-        }
+        return commit
+
+    def _list(self, repo: str, revision: str) -> None:
+        """What the hub says of a dataset: its commit, its card's front matter, its files with their sizes."""
+        if not (commit := self._commit(repo, revision)):
+            return
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in self.hub.repos[repo].items()]
+        answer = {"id": repo.removeprefix(DATASETS), "sha": commit, "siblings": siblings}
+        answer["cardData"] = self.hub.cards.get(repo)
         body = json.dumps(answer).encode()
         self._start(200, len(body), {"Content-Type": "application/json"})
         self.wfile.write(body)

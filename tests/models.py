@@ -35,16 +35,8 @@ def paired(ours: GPT, theirs: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor, Te
 def to_transformers(model: GPT) -> GPT2LMHeadModel:
     """transformers' GPT-2 with our weights."""
     c = model.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_embd=c.n_embd,
-            n_positions=c.n_positions,
-            vocab_size=c.vocab_size,
-            attn_implementation="eager",
-        )
-    )
+    sizes = {name: getattr(c, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager"))
     for _, ours, parameter, transposed in paired(model, theirs):
         parameter.copy_((ours.t() if transposed else ours)[: len(parameter)])
     return theirs.eval()

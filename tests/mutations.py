@@ -245,7 +245,7 @@ def as_toml(content: bytes, rng: random.Random) -> bytes:
             other = rng.choice(("foreign", "a.b", r'"\u001b"', f"{key.strip()}_"))
             lines[i] = f"{other} = {old}"
         case 3:
-            strange = ("[x]", "[[offer]]", "[offer]", "x = 1", "[[x]]", "=", "[")
+            strange = ("[x]", "[[price]]", "[price]", "x = 1", "[[x]]", "=", "[")
             lines.insert(rng.randrange(len(lines)), rng.choice(strange))
         case _:
             lines[i] = f"{key}= {rng.choice(HOSTILE_TOML)}"

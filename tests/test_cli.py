@@ -48,24 +48,22 @@ def test_debug_shows_where_an_error_comes_from() -> None:
         main(["train", "quikstart", "--debug"])
 
 
-def test_an_error_of_the_operating_system_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "there"), 2, "restomod: error: there: Permission denied\n"),
+        (KeyboardInterrupt(), 130, "restomod: stopped\n"),
+    ],
+)
+def test_an_error_of_the_system_and_ctrl_c_are_one_line(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(arguments: list[str]) -> int:
-        raise PermissionError(13, "Permission denied", "there")
+        raise error
 
     monkeypatch.setattr("restomod.commands.train.run", fail)
-    assert main(["train"]) == 2
-    assert capsys.readouterr().err == "restomod: error: there: Permission denied\n"
-
-
-def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(arguments: list[str]) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("restomod.commands.train.run", interrupt)
-    assert main(["train"]) == 130
-    assert capsys.readouterr().err == "restomod: stopped\n"
+    assert main(["train"]) == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

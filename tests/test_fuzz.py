@@ -95,7 +95,7 @@ def test_damage_follows_from_the_seed_and_is_of_many_kinds(name: str) -> None:
     contents = {
         "json": b'{"a": [1, 2], "b": {"c": "d"}}',
         "jsonl": b'{"a": 1}\n{"a": 2}\n',
-        "toml": b"[[offer]]\na = 1\nb = 2\n",
+        "toml": b"[[price]]\na = 1\nb = 2\n",
         "safetensors": (2).to_bytes(8, "little") + b"{}" + bytes(64),
         "csv": b"a,b\n1,2\n",
         "text": b"a\nb\nc\n",

@@ -34,17 +34,10 @@ class Trainee:
     def train(self, first: int, end: int, micro_batch: int | None = None) -> list[tuple[float, float]]:
         """Make steps [first, end); return the loss and gradient norm of each."""
         compute = Compute(CPU, torch.float32, micro_batch or self.config.batch_sequences)
-        made = [
-            train_step(
-                BatchLoss(self.model, compute),
-                self.optimizer,
-                self.batches.micro_batches(step, compute.micro_batch),
-                self.config,
-                step,
-                SINGLE,
-            ).wait()
-            for step in range(first, end)
-        ]
+        loss_of, made = BatchLoss(self.model, compute), []
+        for step in range(first, end):
+            micro = self.batches.micro_batches(step, compute.micro_batch)
+            made.append(train_step(loss_of, self.optimizer, micro, self.config, step, SINGLE).wait())
         return [(outcome.loss, outcome.grad_norm) for outcome in made]
 
     def tensors(self) -> dict[str, torch.Tensor]:

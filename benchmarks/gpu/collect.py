@@ -69,15 +69,10 @@ ITEMS = tuple(dict.fromkeys(part.item for part in PARTS.values()))
 
 
 def collect(name: str, results: Path, missing: str | None, code: int, limit: int, log: Path | None) -> Item:
-    """The results of a part; where it has none, or has failed after them, ``left_out`` says why.
+    """Return the results of a part; if it has none, or has failed after them, ``left_out`` says why.
 
-    Args:
-        name: one of `PARTS`.
-        results: folder with NAME.json, or NAME/gpu.json or NAME/cpu.json.
-        missing: why the part was not begun; None if it was.
-        code: its exit code.
-        limit: the seconds that it was allowed.
-        log: what it has printed.
+    ``missing`` is why the part was not begun; else it ended with exit ``code``, or after ``limit`` seconds, and printed
+    ``log``. ``results`` has NAME.json, NAME/gpu.json or NAME/cpu.json.
     """
     part = PARTS[name]
     item = Item(part.title)

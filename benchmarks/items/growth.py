@@ -14,6 +14,7 @@ from benchmarks.items.startup import TINY, has_step, training
 from benchmarks.records import Comparison, Item, Metric, Series
 from benchmarks.texts import training_text
 from restomod.runs.metrics import read_jsonl
+from restomod.utils.process_memory import status_bytes
 
 SAMPLES_A_SECOND = 4
 OF = 20
@@ -67,22 +68,12 @@ def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:
             time.sleep(1 / SAMPLES_A_SECOND)
             if not start and has_step(metrics):
                 start = time.perf_counter()
-            held = resident_bytes(process.pid)
+            held = status_bytes("VmRSS", process.pid)
             if start and held:
                 memory.append((time.perf_counter() - start, held / 1e9))
         if process.returncode:
             raise Absent(f"`restomod train` ended with code {process.returncode}")
     return memory
-
-
-def resident_bytes(process: int) -> int | None:
-    """Resident memory of a process; None where the system does not tell, or it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return None
-    held = next((line for line in lines if line.startswith("VmRSS:")), None)
-    return 1024 * int(held.split()[1]) if held else None
 
 
 def processes(plan: BenchPlan) -> Comparison:

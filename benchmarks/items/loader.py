@@ -18,8 +18,9 @@ import torch
 from benchmarks.contenders import Contender, Here, Measured, Round
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Item, Metric
+from benchmarks.scale_data import write_sparse_shard
 from restomod.data.batches import Batches
-from restomod.data.dataset import HEADER_BYTES, MAGIC, VERSION, TokenStream, open_shard
+from restomod.data.dataset import TokenStream, open_shard
 
 T, SEQUENCES = 1024, 512
 Fetch = Callable[[], torch.Tensor]
@@ -28,7 +29,9 @@ Fetch = Callable[[], torch.Tensor]
 def measure(plan: BenchPlan) -> Item:
     """Beside the ways of nanoGPT's `get_batch` (random windows of one mapped file) and of torch's DataLoader."""
     shards, tokens = plan.pick(100, 4), plan.pick(100_000_000, 2_000_000)
-    paths = write_sparse(plan.scratch, shards, tokens)
+    paths = [plan.scratch / f"sparse_train_{i:06d}.bin" for i in range(shards)]
+    for path in paths:
+        write_sparse_shard(path, tokens)
     middle = shards * tokens // 2 // (T * SEQUENCES)
     single = plan.scratch / "single.bin"
     with open(single, "wb") as f:
@@ -62,18 +65,6 @@ def read_ahead(folder: Path) -> str:
         with contextlib.suppress(OSError, ValueError):
             return f"up to {int((queue / 'read_ahead_kb').read_text()):,} kB here"
     return "how much is unknown here"
-
-
-def write_sparse(folder: Path, shards: int, tokens: int) -> list[Path]:
-    """Empty shards in llm.c's layout."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens
-    paths = [folder / f"sparse_train_{i:06d}.bin" for i in range(shards)]
-    for path in paths:
-        with open(path, "wb") as f:
-            f.write(header.tobytes())
-            f.truncate(HEADER_BYTES + 2 * tokens)
-    return paths
 
 
 def timed_batches(fetch: Fetch, batches: int = 5) -> Round:
@@ -143,16 +134,6 @@ def data_loader(paths: list[Path], skipped: int) -> Fetch:
     windows = Windows(stream_of(paths))
     order = torch.utils.data.RandomSampler(windows, generator=torch.Generator().manual_seed(1))
     every = torch.utils.data.BatchSampler(order, SEQUENCES, drop_last=True)
-    loader = torch.utils.data.DataLoader(windows, batch_sampler=_Rest(every, skipped))
-    batches = iter(loader)
+    rest = itertools.islice(every, skipped, None)  # as accelerate resumes one
+    batches = iter(torch.utils.data.DataLoader(windows, batch_sampler=rest))
     return lambda: next(batches)[0]
-
-
-class _Rest(torch.utils.data.Sampler[list[int]]):
-    """Rest of a batch sampler after some batches, as accelerate resumes one."""
-
-    def __init__(self, every: torch.utils.data.BatchSampler, skipped: int) -> None:
-        self.every, self.skipped = every, skipped
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(iter(self.every), self.skipped, None)

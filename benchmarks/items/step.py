@@ -69,7 +69,7 @@ def measure(plan: BenchPlan) -> Item:
 
 
 def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, device: str, repeat: int) -> Round:
-    """``repeat`` steps a round; the function of a `Worker`.
+    """Make ``repeat`` steps a round; the function of a `Worker`.
 
     On a GPU all contenders hold their weights, but activations only while it is their turn: each gives its cached
     memory back after its round, and takes it anew in a step before the clock runs.

@@ -15,6 +15,8 @@ from benchmarks.harness import BenchPlan
 from benchmarks.items import growth, loader
 from benchmarks.items.hellaswag import parts
 from benchmarks.peers import Shape, StepInputs
+from benchmarks.scale_data import write_sparse_shard
+from restomod.data.dataset import HEADER_BYTES
 from restomod.evals.tasks.registry import load_task
 
 
@@ -122,8 +124,8 @@ def test_all_examples_are_asked_once(count: int, rounds: int) -> None:
 def test_both_loaders_read_every_window_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "T", 8)
     monkeypatch.setattr(loader, "SEQUENCES", 4)
-    (path,) = loader.write_sparse(tmp_path, 1, 8 * 4 * 6 + 1)
-    shard = np.memmap(path, dtype=np.uint16, mode="r+", offset=loader.HEADER_BYTES)
+    write_sparse_shard(path := tmp_path / "train.bin", 8 * 4 * 6 + 1)
+    shard = np.memmap(path, dtype=np.uint16, mode="r+", offset=HEADER_BYTES)
     shard[:] = np.arange(len(shard))
     shard.flush()
     for fetch in (loader.ours([path], iter(range(6))), loader.data_loader([path], 0)):

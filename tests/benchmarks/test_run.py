@@ -54,7 +54,7 @@ def test_a_failing_item_stops_no_other_and_what_others_measured_is_kept(
     assert run.main(["--only", "step", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert run.main(["--only", "loader,loss,growth", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert list(records.read(tmp_path / "cpu.json")) == ["loader", "growth", "step", "bench"]
-    assert "loss failed (RuntimeError: no); the others go on" in capsys.readouterr().err
+    assert "loss failed (RuntimeError: no); the others continue" in capsys.readouterr().err
     step = records.read(tmp_path / "cpu.json")["step"]
     assert step.environment["command"].startswith("python -m benchmarks.run --only step")
     assert step.environment["torch"]

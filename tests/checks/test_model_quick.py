@@ -238,14 +238,6 @@ def test_the_gradient_norm_is_that_of_transformers(earlier: float | None) -> Non
     assert verdict.reason == f"reach all {len(list(theirs.parameters()))} parameters, norm {norm:.2f}"
 
 
-def test_gradients_of_an_earlier_step_do_not_hide_that_none_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    QUICK_FAULTS["no positions"][0](monkeypatch)
-    subject = make_subject()
-    for p in subject.model.parameters():
-        p.grad = torch.ones_like(p)
-    assert gradients(subject).reason == "none reaches transformer.wpe.weight"
-
-
 def test_two_problems_are_named_and_more_are_counted() -> None:
     subject = make_subject()
     ln_f = subject.model.transformer.ln_f

@@ -39,7 +39,6 @@ from restomod.engine.step import Compute
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import save_model
 from restomod.utils.console import CheckResult, CheckStatus
-from restomod.utils.errors import UserError
 from tests.checks.faults import QUICK_FAULTS, SLOW_FAULTS
 from tests.models import CPU, to_transformers
 from tests.trainee import assert_leaves_no_trace, make_subject, state_of
@@ -162,11 +161,6 @@ def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them(
     assert failed == expected | {"initial loss", "initial weights"}
 
 
-def test_a_name_that_is_none_suggests_the_nearest() -> None:
-    with pytest.raises(UserError, match="gpt2-124: no such preset, run or model; did you mean 'gpt2-124m'"):
-        next(check("gpt2-124", 1, "cpu", "fp32"))
-
-
 def test_verdicts_come_as_they_are_found(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
     checked(WIDE)
     later: list[CheckedModel] = []
@@ -261,6 +255,8 @@ def test_windows_are_as_long_as_the_model_allows_up_to_1024(
     next(check("mine", 7, "cpu", "bf16"))
     assert (seen[0].batches.T, seen[0].compute, seen[0].fresh) == (T, Compute(CPU, torch.bfloat16, 1), True)
     expected = build_model(dataclasses.replace(WIDE, n_positions=n_positions), 7, CPU)
+    groups, theirs = (o.param_groups for o in (seen[0].optimizer, build_optimizer(expected, RunConfig(1, T, T).optim)))
+    assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in theirs]
     assert torch.equal(seen[0].model.transformer.wpe.weight, expected.transformer.wpe.weight)
 
 
@@ -510,28 +506,20 @@ def test_a_deep_and_narrow_model_does_not_stumble() -> None:
     assert steps(verdict) < 70
 
 
-@pytest.mark.parametrize(("short", "status"), [(0, "pass"), (1, "skip")])
+@pytest.mark.parametrize(
+    ("there", "status"), [(9_000_000_000, "pass"), (8_999_999_999, "skip"), (8_000_000_000, "skip"), (None, "pass")]
+)
 def test_where_memory_is_too_small_training_is_not_tried(
-    short: int, status: CheckStatus, monkeypatch: pytest.MonkeyPatch
+    there: int | None, status: CheckStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9)
+    monkeypatch.setattr(check_module, "memory_bytes", lambda device: there)
     subject = make_subject()
-    needed = 16 * sum(p.numel() for p in subject.model.parameters())  # weight, gradient, two moments: 4 bytes each
-    monkeypatch.setattr(check_module, "memory_bytes", lambda device: needed - short)
     before = state_of(subject.model)
     verdict = memorises_batch(subject)
     assert verdict.status == status
     assert (state_of(subject.model) == before) == (status == "skip")
-
-
-def test_where_the_memory_is_unknown_training_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "memory_bytes", lambda device: None)
-    assert memorises_batch(make_subject()).status == "pass"
-
-
-def test_a_model_too_large_is_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9)
-    monkeypatch.setattr(check_module, "memory_bytes", lambda device: 8 * 10**9)
-    assert memorises_batch(make_subject()).reason == "training takes 9 GB, and this device has 8"
+    assert ("training takes 9 GB, and this device has" in verdict.reason) == (status == "skip")
 
 
 def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,14 +530,3 @@ def test_the_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
     assert memory_bytes(torch.device("cuda")) == 2
     monkeypatch.delattr("os.sysconf")
     assert memory_bytes(CPU) is None
-
-
-def test_the_optimizer_of_the_check_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch, checked: Checked) -> None:
-    seen: list[CheckedModel] = []
-    monkeypatch.setattr(
-        check_module, "QUICK", (lambda subject: (seen.append(subject), CheckResult("x", "pass", ""))[1],)
-    )
-    monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, 32, 32, WIDE))
-    next(check("mine", 1, "cpu", "fp32"))
-    theirs = build_optimizer(seen[0].model, RunConfig(1, 32, 32).optim)
-    assert [len(g["params"]) for g in seen[0].optimizer.param_groups] == [len(g["params"]) for g in theirs.param_groups]

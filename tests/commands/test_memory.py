@@ -20,44 +20,30 @@ from restomod.cli import main
 HUGE = 2**60  # no machine has it
 
 
-def of_torch() -> object:
-    return torch.empty(HUGE, dtype=torch.uint8)
-
-
-def of_numpy() -> object:
-    return np.zeros(HUGE // 8)
-
-
-def of_python() -> object:
-    return bytearray(HUGE)
-
-
-def of_the_system() -> object:
-    raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-
-def of_cpp() -> object:
-    raise RuntimeError("std::bad_alloc")
-
-
-def of_onednn() -> object:
-    raise RuntimeError("could not create a primitive")
-
-
-def of_a_library() -> object:
-    raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+def fail_with(error: Exception) -> object:
+    raise error
 
 
 def caused() -> object:
     try:
-        return of_torch()
+        return torch.empty(HUGE, dtype=torch.uint8)
     except RuntimeError as e:
         raise RuntimeError("the step failed") from e
 
 
-@pytest.mark.parametrize(
-    "allocate", [of_torch, of_numpy, of_python, of_the_system, of_cpp, of_onednn, of_a_library, caused]
-)
+ALLOCATE: dict[str, Callable[[], object]] = {
+    "torch": lambda: torch.empty(HUGE, dtype=torch.uint8),
+    "numpy": lambda: np.zeros(HUGE // 8),
+    "python": lambda: bytearray(HUGE),
+    "system": lambda: fail_with(OSError(errno.ENOMEM, "Cannot allocate memory")),
+    "C++": lambda: fail_with(RuntimeError("std::bad_alloc")),
+    "oneDNN": lambda: fail_with(RuntimeError("could not create a primitive")),
+    "library": lambda: fail_with(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
+    "cause": caused,
+}
+
+
+@pytest.mark.parametrize("allocate", ALLOCATE.values(), ids=ALLOCATE)
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_says_it_in_one_line(
     command: str, allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -44,6 +44,11 @@ FLAGS = {  # the command line before each output flag, and how the file begins
 FLAGS["bench --trace"] = FLAGS["bench --json"]
 
 
+@pytest.fixture(params=FLAGS)
+def flag(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 class Answer(NamedTuple):
     code: int
     out: str
@@ -116,7 +121,6 @@ def computed(answer: Answer, flag: str) -> bool:
     return flag.startswith("report") or answer.out.count("\n") > 1
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_new_file_may_have_a_long_name_and_has_the_umasks_permissions(
     flag: str, command: Command, tmp_path: Path
 ) -> None:
@@ -132,7 +136,6 @@ def test_a_new_file_may_have_a_long_name_and_has_the_umasks_permissions(
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_device_is_written_to_and_stays_one(flag: str, command: Command, tmp_path: Path) -> None:
     device = node(tmp_path / "null", 3)
     assert command(flag, device).code == 0
@@ -140,7 +143,6 @@ def test_a_device_is_written_to_and_stays_one(flag: str, command: Command, tmp_p
     assert os.listdir(tmp_path) == ["null"]
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_full_device_is_named_and_the_result_is_printed_before(flag: str, command: Command, tmp_path: Path) -> None:
     device = node(tmp_path / "full", 7)
     answer = command(flag, device)
@@ -149,7 +151,6 @@ def test_a_full_device_is_named_and_the_result_is_printed_before(flag: str, comm
     assert stat.S_ISCHR(os.lstat(device).st_mode)
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
     flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +168,6 @@ def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path) -> None:
     pipe, got = tmp_path / "pipe", list[bytes]()
     os.mkfifo(pipe)
@@ -179,7 +179,6 @@ def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path
     assert stat.S_ISFIFO(os.lstat(pipe).st_mode)
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_named_pipe_that_nothing_reads_is_given_up(
     flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +192,6 @@ def test_a_named_pipe_that_nothing_reads_is_given_up(
     assert computed(answer, flag)
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_links_are_followed_and_permissions_kept(flag: str, command: Command, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     target, link = file_for(flag, tmp_path), file_for(flag, tmp_path / "links")
@@ -206,7 +204,6 @@ def test_links_are_followed_and_permissions_kept(flag: str, command: Command, tm
     assert link.is_symlink()
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_broken_link_makes_its_target_where_its_folder_exists(flag: str, command: Command, tmp_path: Path) -> None:
     target, link, lost = (file_for(flag, tmp_path, stem) for stem in ("target", "link", "lost"))
     link.symlink_to(target.name)
@@ -217,7 +214,6 @@ def test_a_broken_link_makes_its_target_where_its_folder_exists(flag: str, comma
     refused(command(flag, lost), f"--{flag.partition('--')[2]} {lost}", "nowhere")
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_a_read_only_file_or_folder_is_refused_before_the_work(flag: str, command: Command, tmp_path: Path) -> None:
     path = file_for(flag, tmp_path)
     path.write_text("old")
@@ -230,7 +226,6 @@ def test_a_read_only_file_or_folder_is_refused_before_the_work(flag: str, comman
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("kind", ["missing folder", "folder", "a file as folder", "name too long", "link to itself"])
 def test_what_cannot_be_a_file_is_refused_before_the_work(
     kind: str, flag: str, command: Command, tmp_path: Path
@@ -252,7 +247,6 @@ def test_what_cannot_be_a_file_is_refused_before_the_work(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-@pytest.mark.parametrize("flag", FLAGS)
 def test_an_open_file_is_gone_on_with_and_not_replaced(flag: str, command: Command, tmp_path: Path) -> None:
     with open(tmp_path / "open", "w+b") as f:
         f.write(b"said before\n")

@@ -1,4 +1,4 @@
-"""The warm-up of a preset follows --steps in every verb, and one that takes the whole run is said before it begins."""
+"""The warm-up of a preset follows --steps in every command; a warm-up of the whole run is reported before it begins."""
 
 from __future__ import annotations
 

@@ -221,7 +221,6 @@ def test_a_value_out_of_range_is_refused_by_the_files_name_too() -> None:
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "sampling": SamplingConfig}
 NAN = float("nan")
-SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim")
 
 
 def build(key: str, value: Any) -> Any:
@@ -236,7 +235,6 @@ def build(key: str, value: Any) -> Any:
         *((key, value) for key in ("eval_every", "sample_every", "save_every", "micro_batch") for value in (0, -1)),
         ("keep_checkpoints", -1),
         ("eval_tokens", 63),
-        *((f"model.{name}", value) for name in SIZES for value in (0, -1)),
         *(("model.rope_theta", value) for value in (0.0, -1.0, NAN)),
         *(("data.val_fraction", value) for value in (-0.1, 1.0, 1.5, NAN)),
         *(("optim.lr", value) for value in (0.0, -1.0, NAN)),

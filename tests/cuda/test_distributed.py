@@ -84,7 +84,7 @@ def test_muon_shared_among_processes_is_muon(group: None) -> None:
         build_optimizer(run.model, optim, torch.bfloat16),
         build_optimizer(other, optim, torch.bfloat16, ONE_OF_TWO),
     ]
-    assert [part.share for part in (optimizers[0].parts[1], optimizers[1].parts[1])] == [False, True]  # type: ignore[union-attr]
+    assert [part.distributed for part in (optimizers[0].parts[1], optimizers[1].parts[1])] == [False, True]  # type: ignore[union-attr]
     tokens, targets = run.micro_batches(0)[0]
     run.loss_of(tokens, targets).backward()
     for p, q in zip(run.model.parameters(), other.parameters(), strict=True):

@@ -101,14 +101,9 @@ def test_every_epoch_visits_every_window_once(n_windows: int, batch_sequences: i
         assert sorted(part.tolist()) == list(range(n_windows))
 
 
-def test_epochs_have_different_orders() -> None:
-    batches = Batches(counting(401), 4, 100, seed=1)
-    assert batches.windows(0).tolist() != batches.windows(1).tolist()
-
-
-def test_the_order_depends_on_the_seed() -> None:
-    orders = [Batches(counting(401), 4, 100, seed).windows(0).tolist() for seed in (1, 2)]
-    assert orders[0] != orders[1]
+def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
+    orders = {tuple(Batches(counting(401), 4, 100, seed).windows(step)) for seed in (1, 2) for step in (0, 1)}
+    assert len(orders) == 4
 
 
 def test_a_step_needs_nothing_from_the_steps_before_it() -> None:
@@ -203,12 +198,6 @@ def test_a_rank_orders_no_windows_but_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert asked == [2]
 
 
-def test_four_ranks_over_two_epochs_see_every_window_twice() -> None:
-    batches = Batches(counting(97), 4, 8, seed=3)  # 24 windows, 3 steps an epoch
-    seen = [w for step in range(6) for rank in range(4) for w in starts(batches.micro_batches(step, 2, rank, 4))]
-    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24))
-
-
 def test_the_order_of_ten_billion_tokens_takes_little_memory() -> None:
     class Long(TokenStream):
         def __len__(self) -> int:
@@ -250,11 +239,6 @@ def test_dealing_begins_at_the_first_sequence_of_every_source(parts: list[int]) 
     assert np.bincount(source, minlength=len(parts)).tolist() == [3 * part for part in parts]
     for k in range(len(parts)):
         assert index[source == k].tolist() == list(range(3 * parts[k]))
-
-
-def test_one_source_is_dealt_everything() -> None:
-    source, index = assign_sources(np.arange(7, 12), [Fraction(1)])
-    assert (source.tolist(), index.tolist()) == ([0] * 5, [7, 8, 9, 10, 11])
 
 
 @given(windows=st.lists(st.integers(1, 20), min_size=2, max_size=3), seed=seeds, data=st.data())

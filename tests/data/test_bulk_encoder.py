@@ -1,4 +1,4 @@
-"""Encoding in bulk gives tiktoken's tokens, whatever the text."""
+"""Encoding in bulk gives tiktoken's tokens for any text."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,22 +142,23 @@ def test_what_is_not_there_is_refused_with_what_is(hub: Hub) -> None:
             call()
 
 
-def test_several_configurations_without_a_default_are_listed(hub: Hub) -> None:
-    hub.cards[KEY] = {"configs": CARD["configs"][1:]}
-    with pytest.raises(UserError, match=r"choose one with --hub-config: sample-10BT, CC-MAIN-2013-20"):
-        paths()
-
-
-def test_a_gated_dataset_says_what_to_do(hub: Hub) -> None:
-    hub.gated.add(KEY)
-    with pytest.raises(UserError, match="is gated: accept its terms"):
-        paths()
-
-
-def test_a_dataset_of_pictures_is_refused(hub: Hub) -> None:
-    hub.repos[KEY] = {"train/1.png": b"x"}
-    del hub.cards[KEY]
-    with pytest.raises(UserError, match="no files for the dataset, split train: none that can be read"):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda hub: hub.cards.update({KEY: {"configs": CARD["configs"][1:]}}),
+            r"choose one with --hub-config: sample-10BT, CC-MAIN-2013-20",
+        ),
+        (lambda hub: hub.gated.add(KEY), "is gated: accept its terms"),
+        (
+            lambda hub: (hub.repos.update({KEY: {"train/1.png": b"x"}}), hub.cards.clear()),
+            "no files for the dataset, split train: none that can be read",
+        ),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_as_it_is_says_what_to_do(hub: Hub, change: Any, said: str) -> None:
+    change(hub)
+    with pytest.raises(UserError, match=said):
         paths()
 
 
@@ -233,29 +235,12 @@ def test_what_was_finished_before_the_hub_failed_stays(
     out = tmp_path / "out"
     last = hub.repos[KEY].pop("sample/10BT/002_00000.parquet")
     hub.repos[KEY]["sample/10BT/002_00000.parquet"] = last
-    allowed = 2
-
-    class _Later:
-        """Lets two downloads pass, then fails for ever."""
-
-        def __init__(self, value: Any) -> None:
-            self.value, self.seen = value, 0
-
-        def __iter__(self) -> _Later:
-            return self
-
-        def __next__(self) -> Any:
-            self.seen += 1
-            if self.seen <= allowed:
-                raise StopIteration
-            return self.value
-
-    if fault == "flip":
-        hub.flips = _Later(77)  # type: ignore[assignment]
-    elif fault == "cut":
-        hub.cuts = _Later(10)  # type: ignore[assignment]
+    value = {"flip": 77, "cut": 10, "answer": (503, "")}[fault]
+    later: Iterator[Any] = itertools.chain([None, None], itertools.repeat(value))  # two downloads pass
+    if fault == "answer":
+        hub.answers = {"HEAD": later}
     else:
-        hub.answers = {"HEAD": _Later((503, ""))}  # type: ignore[dict-item]
+        setattr(hub, f"{fault}s", later)
     with pytest.raises(UserError, match=r"cannot download sample/10BT/002_00000\.parquet"):
         prepared(out)
     assert not (out / "manifest.json").exists()
@@ -268,7 +253,7 @@ def test_what_was_finished_before_the_hub_failed_stays(
     assert len(sent(hub)) == 1
 
 
-def test_going_on_stays_at_the_commit_that_was_begun_and_lists_nothing_anew(
+def test_resuming_stays_at_the_commit_that_was_begun_and_lists_nothing_anew(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> NoReturn:

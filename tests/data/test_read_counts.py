@@ -24,7 +24,6 @@ from restomod.data.prepare.run import prepare_folder
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.read_counts import ReadCounts, summary_rows
 from restomod.data.tokenizer import Tokenizer
-from restomod.utils.errors import UserError
 
 END = "<|endoftext|>"
 EXPECTED = {
@@ -123,41 +122,6 @@ def test_a_manifest_without_the_counts_opens_and_says_nothing(
     assert "left out" not in capsys.readouterr().out
     assert summary_rows(open_dataset(out, tokenizer.sha256).manifest) == []
     assert main(["prepare", str(folder), "--out", str(out)]) == 0  # and is what was asked for
-
-
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [
-        (("tokens",), None),
-        (("tokens",), "12"),
-        (("documents",), "many"),
-        (("name",), 3),
-        (("splits", "train", "tokens"), None),
-        (("splits", "val", "text_bytes"), "x"),
-        (("splits", "train", "shards", 0, "tokens"), None),
-        (("splits", "train", "shards", 0), 7),
-        (("splits", "train"), []),
-        (("plan",), []),
-        (("read",), []),
-        (("read", "files"), []),
-        (("read", "files", "JSON"), 3),
-        (("read", "left_out", "empty"), "one"),
-        (("read", "end_of_text_literals"), None),
-    ],
-)
-def test_a_damaged_manifest_is_one_line(
-    folder: Path, tmp_path: Path, where: tuple[str | int, ...], value: object, tokenizer: Tokenizer
-) -> None:
-    out = tmp_path / "out"
-    prepare_folder((str(folder),), PrepareConfig(), out, 1)
-    manifest = json.loads((out / "manifest.json").read_text())
-    part = manifest
-    for key in where[:-1]:
-        part = part[key]
-    part[where[-1]] = value
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged: "):
-        open_dataset(out, tokenizer.sha256)
 
 
 def test_a_separator_that_stands_nowhere_is_warned_of(

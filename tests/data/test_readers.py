@@ -56,32 +56,11 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_record_is_a_document(tmp_path: Path, kind: str, compression: str) -> None:
-    path = written(tmp_path, f"a{kind}{compression}", COMPRESSORS[compression](WRITERS[kind](TEXTS)))
-    assert [document.text for document in read_documents(path)] == TEXTS
-
-
-@pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize("kind", [".txt", ".md", ".py", ""])
 def test_any_other_file_is_one_document(tmp_path: Path, kind: str, compression: str) -> None:
     text = "line\r\n" * 400_000 + "end"  # larger than one read, its line ends kept
     path = written(tmp_path, f"a{kind}{compression}", COMPRESSORS[compression](text.encode()))
     assert list(read_documents(path)) == [Document(str(path), text)]
-
-
-@pytest.mark.parametrize("name", ["A.JSONL", "A.JsonL.GZ", "a.b.jsonl"])
-def test_a_files_kind_is_in_its_last_endings_however_they_are_written(tmp_path: Path, name: str) -> None:
-    content = json_lines(TEXTS[:2])
-    path = written(tmp_path, name, gzip.compress(content) if name.endswith("GZ") else content)
-    assert len(list(read_documents(path))) == 2
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_the_text_may_stand_in_another_column(tmp_path: Path, kind: str) -> None:
-    content = {".parquet": parquet}.get(kind, json_lines)(TEXTS[:3], column="content")
-    path = written(tmp_path, f"a{kind}", content)
-    assert [document.text for document in read_documents(path, "content")] == TEXTS[:3]
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
@@ -170,12 +149,6 @@ def test_a_corrupt_parquet_file_is_refused(tmp_path: Path, cut: int) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     with pytest.raises(UserError, match=said):
         list(read_documents(written(tmp_path, "a.jsonl", content)))
-
-
-def test_a_parquet_file_without_the_column_lists_those_it_has(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.parquet", parquet(["a"], column="content"))
-    with pytest.raises(UserError, match=r"has no column 'text'; it has: content, id; name the one with"):
-        list(read_documents(path))
 
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:

@@ -76,10 +76,6 @@ def test_no_text_has_no_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.byte_length(tokenizer.encode("")) == 0
 
 
-def test_end_of_text_written_out_is_ordinary_text(tokenizer: Tokenizer) -> None:
-    assert END_OF_TEXT not in tokenizer.encode("a<|endoftext|>b").tolist()
-
-
 def test_the_end_of_text_token_stands_for_no_bytes(tokenizer: Tokenizer) -> None:
     assert tokenizer.byte_length(np.array([END_OF_TEXT, 11])) == 1
     assert tokenizer.decode([END_OF_TEXT]) == "<|endoftext|>"

@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 
 from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from restomod.runs.metrics import read_jsonl
+from restomod.utils.console import Display
 
+QUIET = Display(interactive=False)
 WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never and or but with under over"
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    """Kind, step and loss of the records of a run that have one."""
+    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl") if "loss" in r]
 
 
 @pytest.fixture

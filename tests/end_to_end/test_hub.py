@@ -127,29 +127,3 @@ def test_a_run_starts_from_a_model_of_the_hub(hub: Hub, tiny: RunConfig, tmp_pat
         for name in ("by name", "by folder")
     )
     assert by_name == by_folder
-
-
-@pytest.mark.slow
-def test_offline_is_one_line_without_the_model_and_nothing_with_it(hub: Hub, tmp_path: Path) -> None:
-    (refused,) = run(hub, tmp_path, ("inspect", "gpt2"), HF_HUB_OFFLINE="1")
-    assert is_refused(refused, f"{GPT2}: the Hugging Face hub cannot be reached (")
-    assert "offline mode is enabled" in str(refused[2])
-    assert hub.requests == []
-    assert run(hub, tmp_path, ("inspect", "gpt2"))[0][0] == 0
-    hub.requests.clear()
-    assert run(hub, tmp_path, ("inspect", "gpt2"), HF_HUB_OFFLINE="1")[0][0] == 0
-    assert hub.requests == []
-
-
-@pytest.mark.slow
-def test_a_connection_that_breaks_again_and_again_is_one_line_and_then_works_once_mended(
-    hub: Hub, tmp_path: Path
-) -> None:
-    """With all the waiting, of which the client gives notice."""
-    hub.cut(after=1000, times=None)
-    ((code, output, error),) = run(hub, tmp_path, ("inspect", "gpt2"))
-    *notices, last = str(error).splitlines()
-    assert is_refused([code, output, f"{last}\n"], f"cannot download model.safetensors of {GPT2}: ")
-    assert not any(notice.startswith(("restomod", "Traceback")) for notice in notices)
-    hub.mend()
-    assert run(hub, tmp_path, ("inspect", "gpt2"))[0][0] == 0

@@ -20,10 +20,9 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train.console_lines import run_summary
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 
-QUIET = Display(interactive=False)
+from .conftest import QUIET
 
 
 @pytest.fixture
@@ -41,10 +40,6 @@ def folders(tmp_path: Path) -> list[Path]:
 def mixed(tiny: RunConfig, folders: list[Path]) -> RunConfig:
     data = DataConfig(source="tokens", mix=f"{folders[0]}:3,{folders[1]}:1", cache=tiny.data.cache)
     return dataclasses.replace(tiny, data=data, steps=8, save_every=4, eval_every=4, sanity_checks=False)
-
-
-def losses(run: Path) -> list[tuple[str, int, float]]:
-    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
 
 
 def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Path) -> None:
@@ -70,20 +65,6 @@ def test_validation_is_told_of_each_and_its_mean_goes_by_share(
         assert last["sources"][folder.name] == pytest.approx(held.loss, rel=1e-6)
     assert last["loss"] == pytest.approx(0.75 * last["sources"]["web"] + 0.25 * last["sources"]["books"], rel=1e-9)
     assert last["tokens"] == 2 * 199
-
-
-def test_a_run_on_a_mix_that_was_stopped_is_the_run_that_was_not(mixed: RunConfig, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(mixed, whole, display=QUIET) == 0
-    assert train(dataclasses.replace(mixed, steps=8), parts, display=QUIET) == 0
-    for newest in sorted((parts / "checkpoints").iterdir())[1:]:  # back to the checkpoint of step 4
-        for path in sorted(newest.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        newest.rmdir()
-    from restomod.config.serialize import read_config
-
-    assert train(read_config(parts), parts, resume=True, display=QUIET) == 0
-    assert losses(parts) == losses(whole)
 
 
 def test_a_resumed_run_refuses_another_mix(mixed: RunConfig, folders: list[Path], tmp_path: Path) -> None:

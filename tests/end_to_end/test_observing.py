@@ -13,11 +13,10 @@ from torch._dynamo.testing import CompileCounter
 from restomod.config.run import RunConfig, SamplingConfig
 from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
-from restomod.utils.console import Display
 
+from .conftest import QUIET
 from .test_resume import same_checkpoint
 
-QUIET = Display(interactive=False)
 SAMPLING = SamplingConfig(prompts=("the cat", "", "a dog runs under the old tree and"), max_tokens=40, top_p=0.9)
 
 

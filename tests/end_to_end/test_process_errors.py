@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import math
 import os
 import re
@@ -24,9 +25,8 @@ from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError
 from tests.processes import Ended, error_lines, launch
 
-from .conftest import flags
+from .conftest import QUIET, flags
 from .test_processes import NEVER, command, new_run, succeeded
-from .test_resume import QUIET
 
 
 def the_one_error(ended: list[Ended]) -> str:
@@ -85,36 +85,37 @@ def only_in(rank: int, patch: Callable[[pytest.MonkeyPatch], None], *arguments: 
     command(*arguments)
 
 
-def without_gpu(patch: pytest.MonkeyPatch) -> None:
+BROKEN: dict[str, tuple[Any, str, Exception]] = {
+    "device": (setup, "choose_device", UserError("this device is broken")),
+    "data": (setup, "prepare_text", UserError("this data is broken")),
+    "memory": (setup, "build_model", RuntimeError("CUDA out of memory: this memory is broken")),
+    "disk": (TokenStream, "read", OSError(errno.EIO, "this disk is broken")),
+    "full disk": (checkpoint, "save_model", OSError(errno.ENOSPC, "this disk is broken and full")),
+    "state": (setup, "load_optimizer", UserError("this state is broken")),
+}
+
+
+def broken(what: str, patch: pytest.MonkeyPatch) -> None:
+    owner, name, error = BROKEN[what]
+
     def refuse(*_: object) -> NoReturn:
-        raise UserError("this device is broken")
+        raise error
 
-    patch.setattr(setup, "choose_device", refuse)
-
-
-def without_data(patch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise UserError("this data is broken")
-
-    patch.setattr(setup, "prepare_text", refuse)
-
-
-def without_memory(patch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise RuntimeError("CUDA out of memory: this memory is broken")
-
-    patch.setattr(setup, "build_model", refuse)
+    patch.setattr(owner, name, refuse)
 
 
 def insane(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(setup, "quick_checks", lambda _: [CheckResult("all", "fail", "this model is broken")])
 
 
-def without_disk(patch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise OSError(errno.EIO, "this disk is broken")
+def with_other_data(patch: pytest.MonkeyPatch) -> None:
+    prepare = setup.prepare_text
 
-    patch.setattr(TokenStream, "read", refuse)
+    def prepare_another(*arguments: Any) -> Dataset:
+        dataset = prepare(*arguments)
+        return dataclasses.replace(dataset, manifest=dataset.manifest | {"fingerprint": "another"})
+
+    patch.setattr(setup, "prepare_text", prepare_another)
 
 
 def without_disk_later(patch: pytest.MonkeyPatch) -> None:
@@ -133,18 +134,11 @@ def with_infinite_loss(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step_module, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * math.inf, raising=True)
 
 
-def unsaveable(patch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise OSError(errno.ENOSPC, "this disk is broken and full")
-
-    patch.setattr(checkpoint, "save_model", refuse)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     "patch",
-    [without_gpu, without_data, without_memory, insane, without_disk, without_disk_later],
-    ids=lambda p: p.__name__,
+    [*(functools.partial(broken, what) for what in ("device", "data", "memory", "disk")), insane, without_disk_later],
+    ids=["device", "data", "memory", "disk", "insane", "disk later"],
 )
 def test_what_one_process_finds_wrong_stops_all(
     shared: RunConfig, tmp_path: Path, rank: int, patch: Callable[[pytest.MonkeyPatch], None]
@@ -153,16 +147,6 @@ def test_what_one_process_finds_wrong_stops_all(
     arguments = ("quickstart", "--out", str(run), *flags(dataclasses.replace(shared, eval_every=NEVER)))
     assert "broken" in the_one_error(launch(2, only_in, rank, patch, *arguments, timeout=60))
     assert run.exists() == (patch is without_disk_later)
-
-
-def with_other_data(patch: pytest.MonkeyPatch) -> None:
-    prepare = setup.prepare
-
-    def prepare_another(*arguments: Any) -> Dataset:
-        dataset = prepare(*arguments)
-        return dataclasses.replace(dataset, manifest=dataset.manifest | {"fingerprint": "another"})
-
-    patch.setattr(setup, "prepare_text", prepare_another)
 
 
 def test_machines_with_different_data_are_refused(shared: RunConfig, tmp_path: Path) -> None:
@@ -175,7 +159,7 @@ def test_machines_with_different_data_are_refused(shared: RunConfig, tmp_path: P
 def test_a_full_disk_stops_all_in_one_line(shared: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ("quickstart", "--out", str(run), *flags(shared))
-    line = the_one_error(launch(2, only_in, 0, unsaveable, *arguments, timeout=60))
+    line = the_one_error(launch(2, only_in, 0, functools.partial(broken, "full disk"), *arguments, timeout=60))
     assert "cannot save" in line
 
 
@@ -193,23 +177,11 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(shared: RunConfig, t
     assert "step 0: the loss is" in line
 
 
-def test_an_existing_folder_is_refused_and_left_alone(shared: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/mine.txt").write_text("mine")
-    assert "exists already" in the_one_error(new_run(2, shared, tmp_path / "run"))
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
-
-
-def without_state(patch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise UserError("this state is broken")
-
-    patch.setattr(setup, "load_optimizer", refuse)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_optimizer_that_one_process_cannot_load_stops_all(shared: RunConfig, tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"
     train(dataclasses.replace(shared, steps=1), run, display=QUIET)
-    ended = launch(2, only_in, rank, without_state, "--resume", str(run), "--steps", "2", timeout=60)
+    ended = launch(
+        2, only_in, rank, functools.partial(broken, "state"), "--resume", str(run), "--steps", "2", timeout=60
+    )
     assert "this state is broken" in the_one_error(ended)

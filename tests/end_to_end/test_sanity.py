@@ -11,20 +11,13 @@ from safetensors.torch import load_file
 
 from restomod.cli import main
 from restomod.config.run import RunConfig
-from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 from tests.checks.faults import QUICK_FAULTS, Plant
 
-from .conftest import flags
+from .conftest import QUIET, flags, losses
 
-QUIET = Display(interactive=False)
 NOTHING_IS_MASKED: Plant = QUICK_FAULTS["a mask that hides nothing"][0]
-
-
-def losses(run: Path) -> list[tuple[str, int, float]]:
-    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
 
 
 def test_the_checks_change_not_one_bit_of_a_run(tiny: RunConfig, tmp_path: Path) -> None:
@@ -54,15 +47,6 @@ def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
     train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)
     assert "initial loss" not in (out := capsys.readouterr().out)
     assert "checked" not in out
-
-
-def test_a_run_from_another_models_weights_tells_their_loss(
-    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(dataclasses.replace(tiny, steps=3), tmp_path / "first", display=QUIET)
-    capsys.readouterr()
-    train(dataclasses.replace(tiny, steps=1, init=str(tmp_path / "first")), tmp_path / "second")
-    assert "before training here; a uniform prediction gives ln(50257) = 10.82" in capsys.readouterr().out
 
 
 def test_a_planted_fault_stops_a_run_before_it_leaves_anything(

@@ -15,10 +15,9 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train.console_lines import run_summary
 from restomod.train.loop import train
 from restomod.train.setup import set_up
-from restomod.utils.console import Display
-from tests.end_to_end.conftest import flags
 
-QUIET = Display(interactive=False)
+from .conftest import QUIET, flags
+
 END = "<|endoftext|>"
 
 

@@ -17,12 +17,11 @@ from restomod.config.run import DataConfig, RunConfig
 from restomod.data.batches import Batches, permute
 from restomod.data.dataset import open_tokens
 from restomod.data.prepare.run import prepare_folder
-from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
-from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 
-QUIET = Display(interactive=False)
+from .conftest import QUIET, losses
+
 KINDS = ["prepared", "llm.c", "build-nanogpt"]
 
 
@@ -54,10 +53,6 @@ def as_published(prepared: Path, kind: str) -> tuple[Path, dict[str, np.ndarray]
 
 def on_tokens(config: RunConfig, folder: Path) -> RunConfig:
     return dataclasses.replace(config, data=DataConfig(source="tokens", path=str(folder)))
-
-
-def losses(run: Path) -> list[tuple[str, int, float]]:
-    return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

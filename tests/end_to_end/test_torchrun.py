@@ -21,9 +21,9 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from tests.processes import results
 
-from .conftest import flags
+from .conftest import QUIET, flags
 from .test_processes import NEVER, resume, same_curve, succeeded, train_quietly
-from .test_resume import QUIET, losses, same_checkpoint
+from .test_resume import assert_same_run
 
 pytestmark = pytest.mark.slow
 
@@ -95,8 +95,7 @@ def test_a_stop_signal_stops_all_after_the_same_step(
     assert checkpoint.name == f"step_{trained(run):06d}"
     assert trained(run) < config.steps
     succeeded(resume(2, run))
-    assert losses(run) == losses(reference)
-    assert same_checkpoint(run, reference, config.steps)
+    assert_same_run(run, reference, config.steps)
 
 
 def alive(pid: int) -> bool:
@@ -133,8 +132,7 @@ def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
     assert checkpoint.name == f"step_{trained(run):06d}"
     assert trained(run) < config.steps
     succeeded(resume(2, run))
-    assert losses(run) == losses(reference)
-    assert same_checkpoint(run, reference, config.steps)
+    assert_same_run(run, reference, config.steps)
 
 
 @pytest.mark.parametrize("when", [0, 6], ids=["before the first checkpoint", "after it"])
@@ -150,8 +148,7 @@ def test_torchrun_starts_a_killed_run_again(
     os.kill(workers(process)[rank], signal.SIGKILL)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert losses(run) == losses(reference)
-    assert same_checkpoint(run, reference, shared.steps)
+    assert_same_run(run, reference, shared.steps)
     assert ("resuming from step 4" in output) == (when > 0)
 
 
@@ -173,8 +170,7 @@ def test_torchrun_starts_a_run_again_as_often_as_it_is_killed(
         time.sleep(0.5)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert losses(run) == losses(reference)
-    assert same_checkpoint(run, reference, shared.steps)
+    assert_same_run(run, reference, shared.steps)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -15,9 +15,8 @@ from restomod.evals import scoring
 from restomod.evals.likelihood import Request, Score
 from restomod.evals.models import ScoredGPT
 from restomod.evals.scoring import Estimate, format_estimate, proportion, score_task
-from restomod.evals.tasks import own
-from restomod.evals.tasks.example import Example
-from restomod.evals.tasks.registry import TASKS, LoadedTask
+from restomod.evals.tasks.registry import TASKS, LoadedTask, own_example, own_task
+from restomod.evals.tasks.task import Example
 from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
 from tests.models import to_transformers
@@ -33,8 +32,8 @@ QUESTIONS = [
 
 def loaded(questions: Sequence[tuple[str, list[str], int]]) -> LoadedTask:
     records = [{"query": q, "choices": c, "gold": g} for q, c, g in questions]
-    examples = [dataclasses.replace(own.example(record), where=f"line {i}") for i, record in enumerate(records)]
-    return LoadedTask(own.own_task("mine"), examples)
+    examples = [dataclasses.replace(own_example(record), where=f"line {i}") for i, record in enumerate(records)]
+    return LoadedTask(own_task("mine"), examples)
 
 
 @pytest.fixture(scope="module")

@@ -82,17 +82,6 @@ def lively(config: ModelConfig, seed: int = 0) -> GPT:
 # --- greedy --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_tokens_are_those_of_full_forward_passes(prompt: list[int], model: GPT) -> None:
-    n = CONFIG.n_positions - len(prompt)
-    assert generated(model, [prompt], n) == [by_full_passes(model, prompt, n)]
-
-
-def test_prompts_of_different_lengths_in_a_batch_are_continued_as_if_alone(model: GPT) -> None:
-    n = CONFIG.n_positions - max(map(len, PROMPTS))
-    assert generated(model, PROMPTS, n) == [by_full_passes(model, prompt, n) for prompt in PROMPTS]
-
-
 @examples(25)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),

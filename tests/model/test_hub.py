@@ -36,22 +36,10 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with one model, to which the client of this process is turned."""
     with Hub({REPO: dict(FILES)}) as hub:
-        for name, value in hub.environment(tmp_path).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        addresses = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", addresses)
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(module, "SECONDS_BETWEEN_ATTEMPTS", 0.0)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        huggingface_hub.close_session()
+        hub.adopt_client(tmp_path, monkeypatch)
         yield hub
     huggingface_hub.close_session()
 
@@ -77,41 +65,19 @@ def blobs(cache: Path) -> dict[str, Path]:
     return {path.name: path for path in cache.glob("models--*/blobs/*")}
 
 
-# --- names ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
-def test_openais_models_have_short_names(name: str) -> None:
-    assert hub_name(name) == f"openai-community/{name}"
-
-
-@pytest.mark.parametrize("name", ["openai-community/gpt2", "a/b", "someone/Tiny_model-1.0"])
-def test_other_models_go_by_owner_and_name(name: str) -> None:
-    assert hub_name(name) == name
+NO_NAMES = ["", "gpt3", "a/b/c", "/a/b", "a/", "/b", "./a", "../a", "a/..", "~/a", "a b/c", "a/b\n", "a\\b", "-a/b"]
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "repository"),
     [
-        "",
-        "gpt3",
-        "a/b/c",
-        "/a/b",
-        "a/",
-        "/b",
-        "./a",
-        "../a",
-        "a/..",
-        "~/a",
-        "a b/c",
-        "a/b\n",
-        "a\\b",
-        "-a/b",
-        "http://a/b",
+        *((name, f"openai-community/{name}") for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")),
+        *((name, name) for name in ("openai-community/gpt2", "a/b", "someone/Tiny_model-1.0")),
+        *((name, None) for name in [*NO_NAMES, "http://a/b"]),
     ],
 )
-def test_a_path_is_no_name_on_the_hub(name: str) -> None:
-    assert hub_name(name) is None
+def test_names_of_the_hub_are_told_from_paths(name: str, repository: str | None) -> None:
+    assert hub_name(name) == repository
 
 
 # --- what goes well ------------------------------------------------------------------------------------------
@@ -234,12 +200,6 @@ def test_a_server_that_fails_now_and_then_is_asked_again(hub: Hub) -> None:
     assert contents(download_model(REPO)) == FILES
 
 
-def test_a_server_that_always_fails_is_one_line_after_a_few_attempts(hub: Hub) -> None:
-    hub.answer(503, times=None, methods=("GET",))
-    assert "503" in refusal()
-    assert len(gets(hub)) == module.ATTEMPTS
-
-
 @pytest.mark.parametrize("fault", ["a drop", "an error", "a disk that looks full"])
 def test_what_is_got_over_is_not_talked_of(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, fault: str
@@ -268,7 +228,8 @@ def test_between_attempts_there_is_a_pause(hub: Hub, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(module, "SECONDS_BETWEEN_ATTEMPTS", 2.5)
     hub.answer(503, times=None, methods=("GET",))
-    refusal()
+    assert "503" in refusal()
+    assert len(gets(hub)) == module.ATTEMPTS
     assert pauses == [2.5] * (module.ATTEMPTS - 1)
 
 
@@ -429,15 +390,6 @@ WAYS = pytest.mark.parametrize("how", ["closed", "503", "HF_HUB_OFFLINE"])
 
 
 @WAYS
-def test_a_downloaded_model_needs_no_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    folder = download_model(REPO)
-    hub.requests.clear()
-    offline(hub, how, monkeypatch)
-    assert download_model(REPO) == folder
-    assert [request.method for request in hub.requests] == (["HEAD"] if how == "503" else [])
-
-
-@WAYS
 def test_without_connection_and_cache_the_reason_is_one_line(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -480,8 +432,10 @@ def test_without_a_connection_the_newest_whole_commit_is_taken(
     download_model(REPO)
     hub.repos[REPO]["config.json"] = b'{"new": 1}'
     new = download_model(REPO)
+    hub.requests.clear()
     offline(hub, how, monkeypatch)
     assert download_model(REPO) == new
+    assert [request.method for request in hub.requests] == (["HEAD"] if how == "503" else [])
 
 
 @WAYS

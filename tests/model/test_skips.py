@@ -13,7 +13,6 @@ from torch import Tensor
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.engine.step import Compute, batch_loss
-from restomod.evals.likelihood import gpt_log_probs
 from restomod.generate.decode import Decoder, Prompt, RowCache, generate
 from restomod.model.gpt import GPT, KVCache
 from restomod.model.hf_io import load_model, save_model
@@ -118,20 +117,6 @@ def test_loss_is_that_of_the_capped_logits_and_reaches_every_parameter(config: M
         torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_skips_begin_as_nothing() -> None:
-    """A new model with skips computes what one without computes."""
-    tokens = random_tokens(PLAIN, 1, 40)
-    model = random_model(PLAIN)
-    other = GPT(dataclasses.replace(PLAIN, embedding_skip=True, value_embedding=True))
-    fresh = random_model(other.config)
-    fresh.load_state_dict(model.state_dict(), strict=False)
-    with torch.no_grad():
-        for name, p in fresh.named_parameters():
-            if "_skip" in name:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
-        assert torch.equal(fresh(tokens), model(tokens))
-
-
 @CONFIGS
 def test_a_cache_changes_no_logits(config: ModelConfig) -> None:
     model, tokens = drawn(config).double(), random_tokens(config, 2, 30)
@@ -161,16 +146,6 @@ def test_the_logits_that_tokens_are_drawn_from_are_capped() -> None:
     with torch.no_grad():
         decoder.prefill([tokens[:-1]], cache, [0])
         torch.testing.assert_close(decoder.step(tokens[-1:], cache)[0], plain_logits(model, torch.tensor(tokens))[-1])
-
-
-def test_log_probabilities_are_of_the_capped_logits() -> None:
-    model, tokens = drawn(ALL), random_tokens(ALL, 1, 30)
-    with torch.no_grad():
-        hidden, which = model.transformer(tokens[:, :-1])[0], torch.arange(29)
-        found, best = gpt_log_probs(model, hidden, which, tokens[0, 1:], torch.float32)
-        expected = plain_logits(model, tokens[0, :-1]).log_softmax(-1)
-    torch.testing.assert_close(found, expected[which, tokens[0, 1:]], atol=1e-4, rtol=1e-4)
-    assert torch.equal(best, expected.argmax(-1) == tokens[0, 1:])
 
 
 @CONFIGS

@@ -172,7 +172,7 @@ def test_an_index_that_is_no_object_is_refused(tmp_path: Path, content: str) -> 
 
 def test_a_shard_without_a_name_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": ""})
-    assert "should be the name of a file beside it, not ''" in refusal(tmp_path)
+    assert "should be the name of a file in the same folder, not ''" in refusal(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(tmp_path: Path) -> None:

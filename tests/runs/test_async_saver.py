@@ -205,10 +205,11 @@ def test_other_checkpoints_are_deleted_by_their_losses_and_sizes(tmp_path: Path)
 
 def test_saving_changes_no_weight_and_no_state(tmp_path: Path) -> None:
     trainee = first_step()
-    before = trainee.tensors()
+    before, random_state = trainee.tensors(), torch.get_rng_state()
     with Saver(tmp_path, CONFIG) as saver:
         saver.save(1, trainee.model, trainee.optimizer)
     assert_identical(trainee.tensors(), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.requires_grad for p in trainee.model.parameters())
     assert torch.is_grad_enabled()
 

@@ -121,15 +121,6 @@ def test_numbers_in_the_state_of_an_optimizer_come_back_too(tmp_path: Path) -> N
         assert resumed.optimizer.parts[0].state[ours] == {"step": 6}
 
 
-def test_saving_changes_nothing(tmp_path: Path) -> None:
-    trainee = make_trainee()
-    trainee.train(0, 3)
-    before, random_state = trainee.tensors(), torch.get_rng_state()
-    save(trainee, tmp_path, 3)
-    assert_identical(trainee.tensors(), before)
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
 def test_loading_puts_the_optimizer_back_where_it_had_gone_on(folder: Path) -> None:
     ahead, fresh = make_trainee(), make_trainee()
     ahead.train(0, 6)
@@ -155,7 +146,7 @@ def test_transformers_loads_a_checkpoint_folder(saved: tuple[Trainee, Path]) -> 
 
 def test_another_models_checkpoint_is_refused(folder: Path) -> None:
     other = make_trainee(model=ModelConfig(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97))
-    with pytest.raises(UserError, match=r"missing transformer\.h\.2"):
+    with pytest.raises(UserError, match="is of another model than"):
         load(other, folder)
 
 
@@ -290,10 +281,6 @@ def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> N
     assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000010", "step_999999", "step_1000000"]
 
 
-def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert list_checkpoints(tmp_path) == []
-
-
 # --- saving that fails ---------------------------------------------------------------------------------------
 
 
@@ -353,16 +340,6 @@ def test_what_a_killed_save_left_is_no_obstacle(folder: Path, tmp_path: Path) ->
     assert names(tmp_path) == ["step_000003", "step_000004"]
     assert not (saved / "training_state" / "stale.safetensors").exists()
     assert load(make_trainee(), saved) == 4
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"damaged")
-    trainee = make_trainee(seed=2)
-    trainee.train(0, 3)
-    save(trainee, tmp_path, 3)
-    other = make_trainee()
-    load(other, folder)
-    assert_identical(other.tensors(), trainee.tensors())
 
 
 class Killed(BaseException):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from restomod.analysis.compare.tables import why_not_published
-from restomod.config.run import DataConfig, RunConfig, SamplingConfig
+from restomod.config.run import DataConfig, RunConfig
 from restomod.runs.config_diff import CHANGES_NOTHING, differing, flatten_config, settings, trains_on_fineweb_edu
 from restomod.runs.reader import open_run
+from tests.end_to_end.test_resume_changed import CHANGED
 from tests.runs.test_folder import CONFIG as ANY
-from tests.runs.test_folder import MAY_CHANGE
 
 from .making import SMALL, make_run
 
@@ -31,8 +30,8 @@ def test_only_what_differs_is_named() -> None:
 @pytest.mark.parametrize("name", [n for n in CHANGES_NOTHING if "." not in n])
 def test_settings_that_change_no_result_are_no_difference(name: str) -> None:
     assert name in {field.name for field in dataclasses.fields(RunConfig)}
-    changed: Any = {"save_every": 7, "sampling": SamplingConfig(max_tokens=5)} | MAY_CHANGE
-    other = dataclasses.replace(ANY, **{name: changed[name]})
+    changed = CHANGED | {"eval_tasks": {"eval_tasks": ("hellaswag",)}, "sanity_checks": {"sanity_checks": False}}
+    other = dataclasses.replace(ANY, **changed[name])
     assert other != ANY
     assert differing([flatten_config(ANY), flatten_config(other)]) == {}
 

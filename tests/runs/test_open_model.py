@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import NoReturn
 
@@ -152,12 +151,6 @@ def test_a_checkpoint_that_lacks_a_file_is_refused_and_not_taken_for_a_model_fol
     folder = save(trainee, "mine", 5)
     (folder / gone).unlink()
     assert str(folder / gone) in refusal(str(folder))
-
-
-def test_a_checkpoint_without_its_training_state_is_none_either(trainee: Trainee) -> None:
-    folder = save(trainee, "mine", 5)
-    shutil.rmtree(folder / "training_state")
-    assert "is missing from the checkpoint" in refusal(str(folder))
 
 
 def test_a_run_without_a_checkpoint_says_how_to_go_on() -> None:

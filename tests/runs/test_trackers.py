@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import threading
@@ -19,8 +18,7 @@ from restomod.config.run import RunConfig
 from restomod.runs import trackers as track
 from restomod.runs.folder import RunFolder
 from restomod.runs.metrics import Record, read_jsonl
-from restomod.runs.trackers import OPENERS, Trackers, require_installed, tracked_values
-from restomod.utils.errors import UserError
+from restomod.runs.trackers import OPENERS, Trackers, tracked_values
 
 CONFIG = RunConfig(steps=8, batch_tokens=64, sequence_length=64)
 EXPECTED = ("train/loss", "train/lr", "val/loss", "val/loss/web", "task/hellaswag/acc")
@@ -301,13 +299,6 @@ def test_only_the_main_process_tracks(tmp_path: Path) -> None:
     with Trackers(tmp_path, tracked("tensorboard"), print, writes=False) as trackers:
         trackers.put({"kind": "train", "step": 0, "loss": 1.0})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else found(name, *a))
-    with pytest.raises(UserError, match="--track wandb needs the package wandb: pip install"):
-        require_installed(("wandb",))
 
 
 def test_numbers_are_named_by_their_kind_and_nothing_else_is_one() -> None:

@@ -67,10 +67,16 @@ def test_long_lines_are_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "word " * 100 + "\n"
 
 
+def in_terminal(width: int = 200) -> tuple[Display, io.StringIO]:
+    """A display, and what it writes."""
+    display, written = Display(interactive=True), io.StringIO()
+    display.stop()  # does nothing before the start
+    display.console = Console(file=written, force_terminal=True, color_system="standard", width=width, highlight=False)
+    return display, written
+
+
 def test_in_a_terminal_there_is_a_progress_bar() -> None:
-    display = Display(interactive=True)
-    terminal = io.StringIO()
-    display.console = Console(file=terminal, force_terminal=True, width=200, highlight=False)
+    display, terminal = in_terminal()
     show(display)
     assert "step 42/100" in terminal.getvalue()
     assert "98,765 tok/s" in terminal.getvalue()
@@ -78,9 +84,7 @@ def test_in_a_terminal_there_is_a_progress_bar() -> None:
 
 
 def test_only_what_is_meant_is_styled() -> None:
-    display = Display(interactive=True)
-    terminal = io.StringIO()
-    display.console = Console(file=terminal, force_terminal=True, color_system="standard", width=80, highlight=False)
+    display, terminal = in_terminal(80)
     display.table([("model", "GPT-2")])
     display.sample("the", " cat\nsat")
     assert terminal.getvalue().splitlines() == [
@@ -96,15 +100,9 @@ def test_a_terminal_decides_about_the_progress_bar(terminal: bool, monkeypatch: 
     assert Display().interactive == terminal
 
 
-def test_a_display_that_was_never_started_can_be_stopped() -> None:
-    Display(interactive=True).stop()
-
-
 @pytest.mark.parametrize(("status", "colour"), [("pass", "32"), ("warn", "33"), ("fail", "1;31"), ("skip", "2")])
 def test_a_check_result_is_one_line_in_columns_and_its_status_in_colour(status: CheckStatus, colour: str) -> None:
-    display = Display(interactive=True)
-    output = io.StringIO()
-    display.console = Console(file=output, force_terminal=True, color_system="standard", width=200, highlight=False)
+    display, output = in_terminal()
     display.check_result(CheckResult("kernel shapes", status, "[64] of 64"))
     assert output.getvalue() == f"\x1b[{colour}m{status}  \x1b[0mkernel shapes     [64] of 64\n"
 

@@ -37,9 +37,9 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def start(kind: str, said: Path, **environment: str) -> subprocess.Popen[str]:
+def start(kind: str, said: Path, then: str = "", work: str = WORK, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WORK, "train", kind, "--then", f"echo the end >> '{said}'; exit 5"],
+        [sys.executable, "-c", work, "train", kind, "--then", then or f"echo the end >> '{said}'; exit 5"],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -47,18 +47,10 @@ def start(kind: str, said: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "code"),
-    [
-        ("fine", 0),
-        ("stopped", 75),
-        ("user error", 2),
-        ("crash", 1),
-        ("interrupt", 130),
-        ("exit", 9),
-        ("abort", -signal.SIGABRT),
-    ],
-)
+CODES = {"fine": 0, "stopped": 75, "user error": 2, "crash": 1, "interrupt": 130, "exit": 9, "abort": -signal.SIGABRT}
+
+
+@pytest.mark.parametrize(("kind", "code"), CODES.items())
 def test_it_runs_once_and_the_exit_code_stays(tmp_path: Path, kind: str, code: int) -> None:
     said = tmp_path / "said"
     process = start(kind, said)
@@ -128,21 +120,11 @@ def test_the_command_is_taken_off_before_anything_else_is_read() -> None:
     assert split_then(["a"]) == (["a"], None)
 
 
-def test_a_flag_without_a_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "quickstart", "--then"]) == 2
-    assert "--then" in capsys.readouterr().err
-
-
 def test_it_does_not_wait_for_what_the_work_has_left_behind(tmp_path: Path) -> None:
     """A process that the work has started and that outlives it keeps nobody from noticing the end."""
     left = WORK.replace('print("at work"', 'import subprocess; subprocess.Popen(["sleep", "20"]); print("at work"')
     said, began = tmp_path / "said", time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-c", left, "train", "abort", "--then", f"echo the end >> '{said}'"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    process.wait(60)
+    start("abort", said, work=left).wait(60)
     while not said.exists():
         assert time.monotonic() < began + 15, "the command has not run"
         time.sleep(0.05)
@@ -159,12 +141,7 @@ def test_it_runs_where_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
 
 def test_after_sigterm_the_process_itself_runs_it_before_it_ends(tmp_path: Path) -> None:
     said = tmp_path / "said"
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORK, "train", "wait", "--then", f"sleep 0.5; echo the end >> '{said}'"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    process = start("wait", said, f"sleep 0.5; echo the end >> '{said}'")
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
     process.terminate()

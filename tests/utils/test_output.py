@@ -70,20 +70,14 @@ def printing() -> int:
     return 0
 
 
-@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None])
-def test_a_verb_that_cannot_print_ends_in_one_line(
+NOT_ASCII = UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)")
+
+
+@pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None, lambda: Failing(NOT_ASCII, buffered=False)])
+def test_a_command_that_cannot_print_ends_in_one_line(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", make())
-    assert run_guarded(printing) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_what_cannot_be_encoded_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)")
-    monkeypatch.setattr(sys, "stdout", Failing(error, buffered=False))
     assert run_guarded(printing) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

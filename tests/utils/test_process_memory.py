@@ -3,7 +3,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -30,7 +29,7 @@ def test_it_is_what_was_touched_and_given_back() -> None:
     assert TOUCHED < int(printed) < 3 * TOUCHED
 
 
-def test_where_there_is_no_proc_the_system_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_memory, "STATUS", tmp_path / "status")
+def test_where_there_is_no_proc_the_system_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_memory, "status_bytes", lambda field: None)
     unit = 1 if sys.platform == "darwin" else 1024
     assert peak_resident_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -211,22 +211,11 @@ def test_an_error_analysis_that_does_not_fit_is_left_out_and_told(
     assert "the run has no checkpoint yet" in Path("page.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        {},
-        [],
-        None,
-        {"step": -1},
-        {"step": True},
-        {"step": 2**53 + 1},
-        {"step": 2.0},
-        {"data_offset": -1},
-        {"data_offset": None},
-        {"run": []},
-        {"format": 5},
-    ],
-)
+STEPS, OFFSETS = (-1, True, 2**53 + 1, 2.0), (-1, None)
+STATES: list[Any] = [{}, [], None, {"run": []}, {"format": 5}, *({"step": step} for step in STEPS)]
+
+
+@pytest.mark.parametrize("state", [*STATES, *({"data_offset": offset} for offset in OFFSETS)])
 def test_a_training_state_out_of_range_is_refused_by_name(state: Any, checkpoint: Path) -> None:
     path = checkpoint / "training_state" / "state.json"
     if state:

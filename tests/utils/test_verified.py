@@ -21,8 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256(name.encode() * 1000).hexdigest() for name in ("a", "b", "c")}
+HASHES = {name: hashlib.sha256(name.encode() * 1000).hexdigest() for name in ("a", "b", "c")}
 
 
 @pytest.fixture
@@ -40,43 +39,43 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_files_that_were_right_and_have_not_changed_are_not_read_again(folder: Path, read: list[str]) -> None:
-    assert changed_file(folder, hashes(folder)) is None
+    assert changed_file(folder, HASHES) is None
     assert sorted(read) == ["a", "b", "c"]
-    assert changed_file(folder, hashes(folder)) is None
+    assert changed_file(folder, HASHES) is None
     assert len(read) == 3
     (folder / "b").touch()
-    assert changed_file(folder, hashes(folder)) is None
+    assert changed_file(folder, HASHES) is None
     assert read[3:] == ["b"]
 
 
 def test_all_are_read_where_nothing_is_to_be_remembered(folder: Path, read: list[str]) -> None:
     for _ in range(2):
-        assert changed_file(folder, hashes(folder), remember=False) is None
+        assert changed_file(folder, HASHES, remember=False) is None
     assert len(read) == 6
 
 
 def test_an_altered_file_is_named_even_if_its_time_is_set_back(folder: Path) -> None:
-    assert changed_file(folder, hashes(folder)) is None
+    assert changed_file(folder, HASHES) is None
     before = (folder / "b").stat()
     content = bytearray((folder / "b").read_bytes())
     content[500] ^= 1
     (folder / "b").write_bytes(content)
     os.utime(folder / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert changed_file(folder, hashes(folder)) == "b"
-    assert changed_file(folder, hashes(folder)) == "b"  # it is not remembered as right
+    assert changed_file(folder, HASHES) == "b"
+    assert changed_file(folder, HASHES) == "b"  # it is not remembered as right
 
 
 def test_another_hash_in_the_manifest_is_noticed(folder: Path) -> None:
-    assert changed_file(folder, hashes(folder)) is None
-    assert changed_file(folder, hashes(folder) | {"c": "0" * 64}) == "c"
+    assert changed_file(folder, HASHES) is None
+    assert changed_file(folder, HASHES | {"c": "0" * 64}) == "c"
 
 
 def test_a_copied_folder_is_read_anew(folder: Path, tmp_path_factory: pytest.TempPathFactory, read: list[str]) -> None:
-    changed_file(folder, hashes(folder))
+    changed_file(folder, HASHES)
     copy = tmp_path_factory.mktemp("copy") / "of"
     shutil.copytree(folder, copy)
     assert (copy / VERIFIED).exists()
-    changed_file(copy, hashes(copy))
+    changed_file(copy, HASHES)
     assert len(read) == 6
 
 
@@ -85,14 +84,14 @@ def test_a_file_that_has_only_just_changed_is_not_remembered(
 ) -> None:
     monkeypatch.setattr(verified, "SETTLED_SECONDS", 60.0)
     for _ in range(2):
-        changed_file(folder, hashes(folder))
+        changed_file(folder, HASHES)
     assert len(read) == 6
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2, 3, "x"]}'])
 def test_a_damaged_record_counts_as_none(folder: Path, read: list[str], content: str) -> None:
     (folder / VERIFIED).write_text(content)
-    assert changed_file(folder, hashes(folder)) is None
+    assert changed_file(folder, HASHES) is None
     assert len(read) == 3
 
 
@@ -104,5 +103,5 @@ def test_a_folder_that_cannot_be_written_is_read_each_time(
 
     monkeypatch.setattr(verified, "write_json_atomically", refuse)
     for _ in range(2):
-        assert changed_file(folder, hashes(folder)) is None
+        assert changed_file(folder, HASHES) is None
     assert len(read) == 6

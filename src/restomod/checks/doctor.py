@@ -8,7 +8,7 @@ from pathlib import Path
 
 from restomod.checks.device_parity import device_parity
 from restomod.checks.gpu import attention_backends, cudnn, known_faults
-from restomod.checks.machine import Machine, device, disk, memory, no_device, threads, versions
+from restomod.checks.machine import Machine, NoDevice, device, disk, memory, threads, versions
 from restomod.checks.speed import memory_bandwidth
 from restomod.checks.tools import compiler, processes
 from restomod.config.run import Device, Precision, RunConfig
@@ -22,30 +22,10 @@ Check = Callable[[Machine], CheckResult]
 def check_machine(
     device_name: Device, precision: Precision, config: RunConfig, preset: str, out: Path
 ) -> Iterator[CheckResult]:
-    """Check this machine; yield results as they come.
-
-    Args:
-        device_name: the device to check.
-        precision: the compute dtype for the parity check.
-        config: a run that should fit into memory and onto the disk.
-        preset: its name.
-        out: the folder for runs.
-    """
+    """Check this machine for the run of ``config``, named ``preset``, in the folder ``out``; yield results as found."""
     machine = Machine(device_name, precision, preset, config, out)
-    for check in (
-        versions,
-        device,
-        known_faults,
-        cudnn,
-        attention_backends,
-        threads,
-        disk,
-        memory,
-        parity,
-        matmuls,
-        bf16,
-        bandwidth,
-    ):
+    libraries = versions, device, known_faults, cudnn, attention_backends
+    for check in (*libraries, threads, disk, memory, parity, matmuls, bf16, bandwidth):
         yield run_check(check, machine)
     with ThreadPoolExecutor(1) as background:  # these compute in processes of their own while the compiler compiles
         later = background.submit(run_check, processes, machine)
@@ -56,12 +36,11 @@ def check_machine(
 def run_check(check: Check, machine: Machine) -> CheckResult:
     """Run one check; an exception in it is a fail, and without a device it is skipped."""
     name = check.__name__.replace("_", " ")
-    missing = no_device(machine)
-    if missing is not None and check in NEED_DEVICE:
-        return CheckResult(name, "skip", "there is no device to try it on")
     try:
         return check(machine)
     except Exception as e:
+        if isinstance(e, NoDevice) and check is not device:
+            return CheckResult(name, "skip", "there is no device to try it on")
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         reason = f"{lines[0]:.200}" if lines else "no reason given"
         kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
@@ -97,16 +76,3 @@ def bf16(machine: Machine) -> CheckResult:
 def bandwidth(machine: Machine) -> CheckResult:
     """Measure the memory bandwidth; for information."""
     return CheckResult("bandwidth", "pass", f"{memory_bandwidth(machine.device) / 1e9:,.1f} GB/s, copying")
-
-
-NEED_DEVICE: tuple[Check, ...] = (
-    known_faults,
-    cudnn,
-    attention_backends,
-    memory,
-    parity,
-    matmuls,
-    bf16,
-    bandwidth,
-    compiler,
-)

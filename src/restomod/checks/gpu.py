@@ -131,9 +131,7 @@ def known_faults(machine: Machine) -> CheckResult:
 def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
     """Whether a build of torch runs on a card: by machine code for its major capability, or by PTX of an older one.
 
-    Args:
-        capability: such as (9, 0).
-        kernels: `torch.cuda.get_arch_list()`, such as sm_80, sm_90a, compute_90.
+    ``kernels`` are those of `torch.cuda.get_arch_list()`, such as sm_80, sm_90a, compute_90.
     """
     for kernel in kernels:
         kind, digits = re.fullmatch(r"(sm|compute)_(\d+)[a-z]?", kernel).groups()  # type: ignore[union-attr]

@@ -36,6 +36,10 @@ NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
 CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two AdamW moments
 
 
+class NoDevice(UserError):
+    """The device under check is missing."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """The machine under check, and the run planned for it."""
@@ -50,8 +54,11 @@ class Machine:
 
     @property
     def device(self) -> torch.device:
-        """The device; raises UserError where it is missing."""
-        return choose_device(self.device_name)
+        """The device; raises `NoDevice` where it is missing."""
+        try:
+            return choose_device(self.device_name)
+        except UserError as e:
+            raise NoDevice(str(e)) from None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,12 +182,3 @@ def usable_processors() -> float:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
-
-
-def no_device(machine: Machine) -> str | None:
-    """Why there is no device, or None."""
-    try:
-        machine.device  # noqa: B018
-    except UserError as e:
-        return str(e)
-    return None

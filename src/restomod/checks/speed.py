@@ -32,9 +32,9 @@ class Rates:
         return size, self.by_size[name][size], self.by_size[other][size]
 
 
-def matmul_rates(device: torch.device, matmul_seconds: Matmul | None = None) -> Rates:
+def matmul_rates(device: torch.device, seconds: Matmul | None = None) -> Rates:
     """Measure matmuls of growing size, alternating dtypes, while one takes at most `LONGEST_MATMUL` seconds."""
-    seconds = matmul_seconds or fastest_matmul
+    seconds = seconds or fastest_matmul
     rates: dict[str, dict[int, float]] = {name: {} for name in TYPES}
     for size in (PROBE, *SIZES):
         for name, dtype in TYPES.items():

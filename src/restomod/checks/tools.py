@@ -9,9 +9,11 @@ import sys
 import tempfile
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from restomod.checks.machine import Machine
+from restomod.engine.distributed import join_processes
 from restomod.utils.console import CheckResult
 
 COMPILED_TOLERANCE = 1e-5
@@ -74,16 +76,8 @@ def _compiler_problem(message: str) -> tuple[str, str]:
 def processes(machine: Machine) -> CheckResult:
     """Check that two processes, started by torchrun, add up their numbers: over gloo, and over NCCL on two GPUs."""
     name, fix = "processes", "training in one process is not touched by this; for several"
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "restomod.checks.roundtrip",
-    ]
-    done = _child(command, os.environ | {"OMP_NUM_THREADS": "1"})
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m restomod.checks.tools"
+    done = _child(command.split(), os.environ | {"OMP_NUM_THREADS": "1"})
     if done is None:
         return CheckResult(
             name, "fail", f"two processes did not find each other in {TIMEOUT:.0f} s; {fix} {_INTERFACE}"
@@ -97,6 +91,20 @@ def processes(machine: Machine) -> CheckResult:
     if wrong:
         return CheckResult(name, "fail", f"1 + 2 over two processes: {', '.join(wrong)}; {fix} reinstall torch")
     return CheckResult(name, "pass", f"two processes add up over {' and '.join(over for over, _ in answers)}")
+
+
+def print_sums() -> None:
+    """Run in either of the two processes; rank 0 prints 1 + 2 as `roundtrip BACKEND SUM` for each backend."""
+    with join_processes() as ranks:
+        (total,) = ranks.sum(ranks.rank + 1.0)
+        answers = {"gloo": total}
+        if torch.cuda.device_count() >= ranks.world_size:
+            value = torch.tensor(ranks.rank + 1.0, device=torch.device("cuda", ranks.local_rank))
+            dist.all_reduce(value)
+            answers["NCCL"] = value.item()
+        if ranks.main:
+            for backend, answer in answers.items():
+                print(f"roundtrip {backend} {answer}", flush=True)
 
 
 _INTERFACE = "name the network that joins them: export GLOO_SOCKET_IFNAME=lo (on one machine)"
@@ -129,3 +137,7 @@ _TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 def _python_path() -> str:
     """Where this process finds modules, for a child in another folder."""
     return os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+
+
+if __name__ == "__main__":
+    print_sums()

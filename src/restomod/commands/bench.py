@@ -7,6 +7,7 @@ from typing import Literal
 
 from restomod.commands.flags import ConfigArguments
 from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, preset_first, refuse_ignored
+from restomod.config.model import require_size
 from restomod.config.presets import preset
 from restomod.utils.errors import UserError, did_you_mean, reported_once
 
@@ -49,9 +50,8 @@ def _parse(arguments: list[str]) -> tuple[str, BenchArguments]:
     if rest and not rest[0].startswith("-"):
         name, rest = rest[0], rest[1:]
     given = parse_run(BenchArguments(preset(name)), rest, f"restomod bench step {name}")
-    for flag, value, least in (("--warmup", given.warmup, 0), ("--timed", given.timed, 1)):
-        if value < least:
-            raise UserError(f"{flag} is {value}; it must be {least} or more")
+    require_size("--warmup", given.warmup, least=0)
+    require_size("--timed", given.timed)
     synthetic = {flag: "with --tokens synthetic" for flag in flags_in(rest) if flag.startswith(("--data.", "--mix"))}
     refuse_ignored(rest, (synthetic if given.tokens == "synthetic" else {}) | ignored_by_run(given.config))
     return name, given

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from restomod.commands.parsing import parse
+from restomod.commands.parsing import parse, require_number
 from restomod.utils.errors import UserError
 
 
@@ -25,11 +24,11 @@ class CompareArguments:
     """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
     x: Literal["all", "steps", "tokens", "flops", "time", "dollars"] = "all"
     """x-axis of the curves. all: tokens in the table, every axis in the picture."""
-    json: str | None = None
+    json: Path | None = None
     """Write everything, curves included, to this JSON file."""
-    markdown: str | None = None
+    markdown: Path | None = None
     """Write the tables to this Markdown file."""
-    plot: str | None = None
+    plot: Path | None = None
     """Draw the curves as a PNG file."""
 
 
@@ -38,9 +37,8 @@ def run(arguments: list[str]) -> int:
     parsed = parse(CompareArguments, arguments, "restomod compare")
     if not parsed.runs:
         raise UserError("name the runs: restomod compare RUN RUN ... (restomod compare --help)")
-    for flag, value in (("--price", parsed.price), ("--target-loss", parsed.target_loss)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value}; it must be a number above 0")
+    require_number("--price", parsed.price, above_0=True)
+    require_number("--target-loss", parsed.target_loss, above_0=True)
     if parsed.x == "dollars" and parsed.price is None:
         raise UserError("--x dollars needs --price, in US dollars for one GPU and one hour")
 
@@ -54,7 +52,7 @@ def run(arguments: list[str]) -> int:
     from restomod.utils.output_files import Output, require_outputs, write_outputs
     from restomod.utils.terminal import print_table
 
-    json, report, plot = (Path(p) if p is not None else None for p in (parsed.json, parsed.markdown, parsed.plot))
+    json, report, plot = parsed.json, parsed.markdown, parsed.plot
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})
     if plot is not None:
         if plot.suffix.lower() != ".png" and resolve_destination(plot).is_regular:

@@ -13,7 +13,7 @@ from restomod.commands.parsing import parse
 
 @dataclass(frozen=True)
 class DataArguments:
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """A folder made by `restomod prepare`, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
     verify: bool = False
     """Read every byte and compare its SHA-256 with the manifest."""
@@ -25,6 +25,6 @@ def run(arguments: list[str]) -> int:
 
     from restomod.data.overview import overview
 
-    for line in overview(Path(parsed.folder), parsed.verify):
+    for line in overview(parsed.folder, parsed.verify):
         print(line)
     return 0

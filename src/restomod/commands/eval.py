@@ -10,8 +10,9 @@ import tyro
 
 from restomod.commands.flags import ModelArguments
 from restomod.commands.parsing import parse
+from restomod.config.model import require_size
 from restomod.evals.tasks.registry import TASKS, VALIDATION
-from restomod.utils.errors import UserError, reported_once
+from restomod.utils.errors import reported_once
 
 MEMORY_HINT = "lower --batch or --context"
 TASKS_HELP = (
@@ -33,9 +34,9 @@ class EvalArguments(ModelArguments):
     """Tokens per window of the validation loss. Default: the sequence length of the run's training."""
     batch: int | None = None
     """Contexts (windows) per forward pass. It changes the speed and not the results. Default: chosen automatically."""
-    json: str | None = None
+    json: Path | None = None
     """Write all results to this file. Results of a run's model are also written to its folder evals/."""
-    cache: str = "data"
+    cache: Path = Path("data")
     """Folder for HellaSwag's file. Other data sets go into the cache of the Hugging Face client."""
 
 
@@ -44,25 +45,13 @@ def run(arguments: list[str]) -> int:
     with reported_once():
         parsed = parse(EvalArguments, arguments, "restomod eval")
         for flag in ("limit", "context", "batch"):
-            value = getattr(parsed, flag)
-            if value is not None and value < 1:
-                raise UserError(f"--{flag} is {value}; it must be at least 1")
+            require_size(f"--{flag}", getattr(parsed, flag))
 
     from restomod.evals.suite import EvalRequest, run_eval
     from restomod.evals.tasks.registry import task_names
 
     tasks = [] if parsed.tasks is None else task_names(parsed.tasks)
     tasks += [] if parsed.task is None else [parsed.task]
-
-    request = EvalRequest(
-        parsed.model,
-        tuple(tasks),
-        parsed.limit,
-        parsed.data,
-        parsed.context,
-        parsed.batch,
-        parsed.device,
-        parsed.precision,
-        Path(parsed.cache),
-    )
-    return run_eval(request, Path(parsed.json) if parsed.json is not None else None)
+    what = parsed.limit, parsed.data, parsed.context, parsed.batch
+    request = EvalRequest(parsed.model, tuple(tasks), *what, parsed.device, parsed.precision, parsed.cache)
+    return run_eval(request, parsed.json)

@@ -50,14 +50,7 @@ class GenerateArguments(DeviceArguments):
     """Random seed. The text of a prompt depends on the seed, and not on the other prompts."""
 
     def settings(self, arguments: list[str]) -> SamplingConfig:
-        """Return the sampling settings.
-
-        Args:
-            arguments: the command line, which must not have flags without an effect.
-
-        Raises:
-            UserError: a value is out of its range, or a flag has no effect.
-        """
+        """Return the sampling settings; raises UserError for a value out of range, or a flag without effect."""
         refuse_ignored(arguments, IGNORED_BY_GREEDY if self.temperature == 0 else {})
         require_seed("--seed", self.seed)
         return SamplingConfig(

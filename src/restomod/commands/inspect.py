@@ -18,7 +18,7 @@ from restomod.utils.errors import UserError
 class InspectArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run, a model folder, a name on the Hugging Face hub, such as gpt2, or a preset (its initial weights)."""
-    plots: str | None = None
+    plots: Path | None = None
     """Draw the weights as PNG files into this folder."""
     diff: str | None = None
     """Compare MODEL with this model, tensor by tensor; named like MODEL."""
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     if parsed.diff is not None:
         lines = compare_weights(parsed.model, parsed.diff, parsed.seed)
     else:
-        lines = inspect_weights(parsed.model, parsed.seed, Path(parsed.plots) if parsed.plots is not None else None)
+        lines = inspect_weights(parsed.model, parsed.seed, parsed.plots)
     for line in lines:
         print(line)
     return 0

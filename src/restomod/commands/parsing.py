@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -30,12 +32,7 @@ METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR
 
 
 def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """Split the first argument, the name of a preset, off a command line.
-
-    Raises:
-        UserError: it is a flag.
-        SystemExit: there is none, or only a flag for help, and the usage has been printed.
-    """
+    """Split the name of a preset off a command line; raises SystemExit after printing help."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else EXIT_USER_ERROR)
@@ -52,10 +49,9 @@ def parse(
     default: Any = tyro.MISSING_NONPROP,
     description: str = "",
 ) -> Arguments:
-    """Parse flags into a dataclass.
+    """Parse flags into the dataclass ``cls``.
 
     Args:
-        cls: a dataclass whose fields are flags.
         arguments: the flags. A value may begin with a dash; one that looks like a flag is given as --flag=VALUE.
         program: how the command line begins, for help and messages.
         default: an instance with the values of flags that are not given. Default: those of ``cls``.
@@ -93,16 +89,7 @@ def parse(
 
 
 def parse_run(default: Arguments, arguments: list[str], program: str) -> Arguments:
-    """Parse flags into a dataclass whose ``config`` is a preset, and scale the warm-up with --steps unless it is given.
-
-    Args:
-        default: an instance with the preset.
-        arguments: the flags.
-        program: how the command line begins, for help and messages.
-
-    Raises:
-        UserError: as `parse`.
-    """
+    """Parse as `parse`, and scale the warm-up of ``default.config``, a preset, with --steps unless it is given."""
     given: Any = parse(type(default), arguments, program, default)
     if "--optim.warmup-steps" not in flags_in(arguments):
         base: RunConfig = default.config  # type: ignore[attr-defined]
@@ -121,16 +108,17 @@ def flags_in(arguments: Iterable[str]) -> set[str]:
 
 
 def refuse_ignored(arguments: Iterable[str], ignored: Mapping[str, str]) -> None:
-    """Raise UserError where a flag is given that has no effect.
-
-    Args:
-        arguments: the command line.
-        ignored: maps a flag to the setting that disables it, such as "with --optim.optimizer adamw".
-    """
+    """Raise UserError for a flag without effect; ``ignored`` maps such flags to the setting that disables them."""
     given = flags_in(arguments)
     for flag, why in ignored.items():
         if flag in given:
             raise UserError(f"{flag} has no effect {why}; leave it out or change that")
+
+
+def require_number(flag: str, value: float | None, above_0: bool = False) -> None:
+    """Raise UserError unless ``value`` is None, or finite and at least 0, or ``above_0``."""
+    if value is not None and not (0 < value < math.inf or (value == 0 and not above_0)):
+        raise UserError(f"{flag} is {value}; it must be {'above 0' if above_0 else '0 or more'}")
 
 
 def ignored_by_run(config: RunConfig) -> dict[str, str]:
@@ -160,6 +148,8 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
         return dataclasses.replace(value, **changed) if changed else value
     if isinstance(value, tuple):
         return tuple(_map_texts(part, change) for part in value)
+    if isinstance(value, Path):
+        return Path(change(str(value)))
     return change(value) if isinstance(value, str) else value
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from restomod.commands.flags import ConfigArguments
-from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored
+from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored, require_number
+from restomod.config.model import require_size
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
 from restomod.experiments.plan.estimate import MeasuredStep, Plan
@@ -41,9 +41,9 @@ class PlanArguments(ConfigArguments):
     """Price of one GPU for one hour, in US dollars."""
     measure: bool = False
     """Time a few training steps on this machine and plan for it."""
-    prices: str | None = None
+    prices: Path | None = None
     """TOML file of GPU prices to use instead of those of restomod, whose file explains the format."""
-    json: str | None = None
+    json: Path | None = None
     """Also write the plan to this file."""
 
 
@@ -53,30 +53,26 @@ def run(arguments: list[str]) -> int:
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))
-    prices = read_prices(Path(given.prices) if given.prices is not None else None)
+    prices = read_prices(given.prices)
     plan = _plan(name, given)
-    print("\n".join(list(plan_lines(plan, prices))))  # all of it, or the one line of an error
+    print("\n".join(plan_lines(plan, prices)))  # all of it, or the one line of an error
     if given.json is not None:
         print()
-        content = plan.to_dict(prices)
-        write_outputs([Output(Path(given.json), lambda path: write_json_atomically(path, content))])
+        write_outputs([Output(given.json, lambda path: write_json_atomically(path, plan.to_dict(prices)))])
     return 0
 
 
 def _refuse(given: PlanArguments) -> None:
     """Raise UserError where flags make no sense, before anything is measured."""
-    if given.gpus < 1:
-        raise UserError(f"--gpus is {given.gpus}; it must be at least 1")
-    if given.price is not None and not 0 <= given.price < math.inf:
-        raise UserError(f"--price is {given.price}; it must be 0 or more")
+    require_size("--gpus", given.gpus)
+    require_number("--price", given.price)
     if given.measure and (given.gpu is not None or given.gpus > 1):
         raise UserError("--measure plans for one device of this machine; leave --gpu and --gpus out")
     if given.gpu is None and not given.measure and (given.price is not None or given.gpus > 1):
         raise UserError("--price and --gpus need a GPU; add --gpu, for example --gpu a100")
     if given.gpu is not None and given.config.device in ("cpu", "mps"):
         raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; leave one out")
-    json, prices = (Path(name) if name is not None else None for name in (given.json, given.prices))
-    require_outputs({"--json": json}, {"--prices": prices})
+    require_outputs({"--json": given.json}, {"--prices": given.prices})
 
 
 def _plan(name: str, given: PlanArguments) -> Plan:

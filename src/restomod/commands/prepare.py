@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from restomod.commands.parsing import parse, refuse_ignored
+from restomod.config.model import require_size
 from restomod.config.prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.utils.errors import UserError
 
@@ -39,8 +40,7 @@ def run(arguments: list[str]) -> int:
     parsed = parse(PrepareArguments, arguments, "restomod prepare")
     if not parsed.sources:
         raise UserError("name what to prepare: restomod prepare SOURCE --out DIR (restomod prepare --help)")
-    if parsed.workers < 0:
-        raise UserError(f"--workers is {parsed.workers}; it must be 0 or more")
+    require_size("--workers", parsed.workers, least=0)
     if os.path.isdir(parsed.out) and any(os.path.realpath(s) == os.path.realpath(parsed.out) for s in parsed.sources):
         raise UserError(f"--out {parsed.out} is also a source; name another folder")
     if os.path.lexists(parsed.out) and not os.path.isdir(parsed.out):
@@ -52,12 +52,9 @@ def run(arguments: list[str]) -> int:
 
     from restomod.data.prepare.run import prepare_and_report, stopped_by_signals
 
-    workers = parsed.workers
-    if parsed.engine == "local":
-        workers = workers or os.cpu_count() or 1
+    workers = parsed.workers or (os.cpu_count() or 1 if parsed.engine == "local" else 0)
     report = functools.partial(print, flush=True)
     with stopped_by_signals():
-        prepare_and_report(
-            parsed.sources, parsed.config, Path(parsed.out), workers, report, parsed.engine, parsed.slurm
-        )
+        out = Path(parsed.out)
+        prepare_and_report(parsed.sources, parsed.config, out, workers, report, parsed.engine, parsed.slurm)
     return 0

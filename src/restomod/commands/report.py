@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from restomod.analysis.report.usage import HourlyRates
-from restomod.commands.parsing import parse, refuse_ignored
+from restomod.commands.parsing import parse, refuse_ignored, require_number
+from restomod.config.model import require_size
 from restomod.config.run import Device, Precision
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside
@@ -34,11 +34,9 @@ class PriceArguments:
     """Mean power of the whole machine in watts, for the energy."""
 
     def rates(self) -> HourlyRates:
-        """The rates; raises UserError where one is out of range."""
-        for name in ("price", "watts"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"--{name} is {value}; it must be 0 or more")
+        """Return the rates; raises UserError for one out of range."""
+        require_number("--price", self.price)
+        require_number("--watts", self.watts)
         return HourlyRates(self.price, self.watts)
 
 
@@ -46,11 +44,11 @@ class PriceArguments:
 class ReportArguments(PriceArguments):
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders of runs, finished or not."""
-    out: str | None = None
+    out: Path | None = None
     """HTML file to write. Default: report.html in the run's folder; for several runs, in the current folder."""
-    markdown: str | None = None
+    markdown: Path | None = None
     """Also write the numbers and texts as Markdown to this file."""
-    png: str | None = None
+    png: Path | None = None
     """Also draw the curves as PNG files in this folder."""
     error_analysis: bool = False
     """First analyse the errors of the newest checkpoint: validation loss by kind of token, position, source and
@@ -68,8 +66,7 @@ def run(arguments: list[str]) -> int:
     given = parse(ReportArguments, arguments, "restomod report", description=PAGE_CONTENT)
     if not given.runs:
         raise UserError("name a run: restomod report runs/NAME (restomod report --help)")
-    if given.error_analysis_tokens < 1:
-        raise UserError(f"--error-analysis-tokens is {given.error_analysis_tokens}; it must be at least 1")
+    require_size("--error-analysis-tokens", given.error_analysis_tokens)
     rates = given.rates()
     alone = ("--error-analysis-tokens", "--device", "--precision")
     refuse_ignored(arguments, {} if given.error_analysis else dict.fromkeys(alone, "without --error-analysis"))
@@ -78,15 +75,14 @@ def run(arguments: list[str]) -> int:
 
     runs = open_runs(given.runs)
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
-    out = Path(given.out) if given.out is not None else default
-    if given.out is None:  # nobody has named the file that a link there leads to
+    if given.out is None:  # a link there may lead to a file that nobody has named
         require_inside(default.parent, default)
-    markdown, png = (Path(name) if name is not None else None for name in (given.markdown, given.png))
-    require_writable(out, markdown, png)
+    files = given.out or default, given.markdown, given.png
+    require_writable(*files)
     if given.error_analysis:
         from restomod.analysis.report.error_analysis import analyse_errors
 
         for each in runs:
             analyse_errors(each, given.error_analysis_tokens, given.device, given.precision)
-    report(runs, out, markdown, png, rates)
+    report(runs, *files, rates)
     return 0

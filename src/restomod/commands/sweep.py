@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, preset_first, refuse_ignored
+from restomod.commands.parsing import (
+    ignored_by_run,
+    is_flag,
+    parse,
+    parse_run,
+    preset_first,
+    refuse_ignored,
+    require_number,
+)
 from restomod.commands.train import TrainArguments
 from restomod.config.model import require_size
 from restomod.config.presets import preset
@@ -72,9 +79,7 @@ def run(arguments: list[str]) -> int:
     plan = plan_of(name, base, given, others)
     refuse_ignored(own, {"--search-seed": "with --grid"} if given.grid else {})
     for flag in ("max_hours", "max_dollars", "price"):
-        value = getattr(given, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
+        require_number(f"--{flag.replace('_', '-')}", getattr(given, flag), above_0=True)
     if given.max_dollars is not None and given.price is None:
         raise UserError("--max-dollars needs the price of an hour: add --price DOLLARS")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -108,13 +113,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
-    """Build the plan of a sweep from its flags.
-
-    Args:
-        name: name of the preset.
-        base: the preset.
-        given: the sweep's own flags.
-        flags: flags of all trials.
+    """Build the plan of a sweep over the preset ``base``, called ``name``, from its own flags and those of its trials.
 
     Raises:
         UserError: the flags contradict each other.

@@ -19,7 +19,7 @@ class VerdictArguments:
     """Folder of a run: finished, stopped or running."""
     weights: bool = True
     """Also look for dead layers in the newest checkpoint. The other checks need no torch."""
-    json: str | None = None
+    json: Path | None = None
     """Also write the findings to this JSON file."""
 
 
@@ -33,13 +33,12 @@ def run(arguments: list[str]) -> int:
     from restomod.utils.output_files import Output, require_outputs, write_outputs
     from restomod.utils.terminal import Table, print_table
 
-    path = Path(parsed.json) if parsed.json is not None else None
-    require_outputs({"--json": path})
+    require_outputs({"--json": parsed.json})
     found = verdict(open_run(parsed.run), parsed.weights)
     print_table(
         Table("", ["status", "symptom", "observation"], [[f.status, f.symptom, f.reason] for f in found.findings])
     )
     print(found.summary())
-    if path is not None:
-        write_outputs([Output(path, lambda path: write_json_atomically(path, found.to_dict()))])
+    if parsed.json is not None:
+        write_outputs([Output(parsed.json, lambda path: write_json_atomically(path, found.to_dict()))])
     return 0 if found.healthy else EXIT_NOT_HEALTHY

@@ -11,7 +11,7 @@ import tyro
 
 from restomod.commands.parsing import parse
 from restomod.commands.report import PAGE_CONTENT, PriceArguments
-from restomod.utils.errors import UserError
+from restomod.config.model import require_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,7 @@ class WatchArguments(PriceArguments):
 def run(arguments: list[str]) -> int:
     """Serve the page of a run until Ctrl-C."""
     given = parse(WatchArguments, arguments, "restomod watch", description=PAGE_CONTENT)
-    if not 0 <= given.port < 2**16:
-        raise UserError(f"--port is {given.port}; it must lie between 0 and {2**16 - 1}")
+    require_size("--port", given.port, least=0, most=2**16 - 1)
     rates = given.rates()
 
     from restomod.analysis.report.watch import watch

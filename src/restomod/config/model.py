@@ -62,8 +62,8 @@ class ModelConfig:
     """Activation of the MLP. gelu: GELU with the tanh approximation, as GPT-2; relu2: relu(x)²; swiglu: gated by SiLU,
     with a third matrix."""
     n_inner: int | None = None
-    """Hidden size of the MLP. None: 4 n_embd; for swiglu 8/3 n_embd rounded up to a multiple of 64, which has about
-    as many parameters."""
+    """Hidden size of the MLP. None: 4 n_embd; for a gated activation (its name ends in glu) 8/3 n_embd rounded up to a
+    multiple of 64, which has about as many parameters."""
     head_dim: int | None = None
     """Channels per attention head. None: n_embd / n_head."""
     qk_norm: bool = False

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from restomod.config.run import require_seed
-from restomod.utils.errors import UserError
+from restomod.config.model import require, require_size
+from restomod.config.run import require_fraction, require_seed
 
 Engine = Literal["local", "ray", "slurm"]
 
@@ -42,12 +42,9 @@ class PrepareConfig:
     """Maximum number of tokens per shard file."""
 
     def __post_init__(self) -> None:
-        if self.separator == "":
-            raise UserError("--separator is empty; name the text that stands between two documents")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1")
-        if self.shard_tokens < 1:
-            raise UserError(f"--shard-tokens is {self.shard_tokens}; it must be at least 1")
+        require(self.separator != "", "--separator is empty; name the text that stands between two documents")
+        require_fraction("--val-fraction", self.val_fraction)
+        require_size("--shard-tokens", self.shard_tokens)
         require_seed("--split-seed", self.split_seed)
 
 
@@ -63,5 +60,4 @@ class SlurmConfig:
     """Slurm memory for a unit of work, in GB."""
 
     def __post_init__(self) -> None:
-        if self.slurm_mem_gb < 1:
-            raise UserError(f"--slurm-mem-gb is {self.slurm_mem_gb}; it must be at least 1")
+        require_size("--slurm-mem-gb", self.slurm_mem_gb)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable
 
@@ -98,7 +97,18 @@ def modern_of(layers: int) -> RunConfig:
     """`modern-124m` with another number of layers: Muon's learning rate does not depend on n_embd."""
     gpt2 = gpt2_of(layers)
     model = dataclasses.replace(llama_parts(gpt2.model), qk_norm=True, zero_init_projections=True)
-    return dataclasses.replace(gpt2, model=model, optim=muon_recipe(warmup_steps=100))
+    optim = OptimConfig(  # AdamW at a higher learning rate than it could have alone; decay over the second half
+        optimizer="muon",
+        muon_lr=0.02,
+        lr=4e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        decay="wsd",
+        cooldown=0.5,
+        min_lr_ratio=0.0,
+        warmup_steps=100,
+    )
+    return dataclasses.replace(gpt2, model=model, optim=optim)
 
 
 def speedrun_of(layers: int) -> RunConfig:
@@ -121,21 +131,6 @@ def llama_parts(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, norm="rmsnorm", positions="rope", mlp="swiglu", bias=False)
 
 
-def muon_recipe(warmup_steps: int) -> OptimConfig:
-    """Muon with AdamW at a higher learning rate than AdamW alone could have; linear decay over the second half."""
-    return OptimConfig(
-        optimizer="muon",
-        muon_lr=0.02,
-        lr=4e-3,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        decay="wsd",
-        cooldown=0.5,
-        min_lr_ratio=0.0,
-        warmup_steps=warmup_steps,
-    )
-
-
 def _gpt2(model: ModelConfig, lr: float, batch_tokens: int) -> RunConfig:
     """GPT-2 on 10 billion tokens with the hyperparameters of Brown et al., 2020, table 2.1 and appendix B."""
     return RunConfig(
@@ -150,24 +145,13 @@ def _gpt2(model: ModelConfig, lr: float, batch_tokens: int) -> RunConfig:
     )
 
 
+GPT2_PRESETS = (gpt2_124m, gpt2_355m, gpt2_774m, gpt2_1558m)
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    "quickstart": quickstart,
-    "tinyshakespeare": tinyshakespeare,
-    "gpt2-124m": gpt2_124m,
-    "gpt2-355m": gpt2_355m,
-    "gpt2-774m": gpt2_774m,
-    "gpt2-1558m": gpt2_1558m,
-    "llama-124m": llama_124m,
-    "modern-124m": modern_124m,
-    "speedrun-124m": speedrun_124m,
+    make.__name__.replace("_", "-"): make
+    for make in (quickstart, tinyshakespeare, *GPT2_PRESETS, llama_124m, modern_124m, speedrun_124m)
 }
-
-
 SIZES: dict[str, Callable[[int], RunConfig]] = {
-    "gpt2": gpt2_of,
-    "llama": llama_of,
-    "modern": modern_of,
-    "speedrun": speedrun_of,
+    make.__name__.removesuffix("_of"): make for make in (gpt2_of, llama_of, modern_of, speedrun_of)
 }
 """Families of presets: ``modern-d6`` has 6 layers; n_embd, heads and learning rates follow from them."""
 
@@ -178,30 +162,22 @@ def preset(name: str) -> RunConfig:
     Raises:
         UserError: there is none of that name; the message suggests the nearest.
     """
-    made = _maker(name)
-    if made is None:
-        raise UserError(
-            f"unknown preset {name!r}{did_you_mean(name, [*PRESETS, *(f'{family}-dN' for family in SIZES)])}"
-        )
-    return made()
+    if not is_preset(name):
+        known = [*PRESETS, *(f"{family}-dN" for family in SIZES)]
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, known)}")
+    return PRESETS[name]() if name in PRESETS else SIZES[name.rpartition("-d")[0]](int(name.rpartition("-d")[2]))
 
 
 def is_preset(name: str) -> bool:
     """Whether there is a preset called ``name``."""
-    return _maker(name) is not None
+    sized = re.fullmatch(r"(\w+)-d[1-9]\d?", name)
+    return name in PRESETS or (sized is not None and sized[1] in SIZES)
 
 
 def with_scaled_warmup(config: RunConfig, base: RunConfig) -> RunConfig:
     """Scale the warm-up of the preset ``base`` to the steps of ``config``: the same fraction, rounded up."""
     warmup_steps = -(-base.optim.warmup_steps * config.steps // base.steps)
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps))
-
-
-def _maker(name: str) -> Callable[[], RunConfig] | None:
-    sized = re.fullmatch(r"(\w+)-d([1-9]\d?)", name)
-    if sized and sized[1] in SIZES:
-        return functools.partial(SIZES[sized[1]], int(sized[2]))
-    return PRESETS.get(name)
 
 
 def preset_summary(name: str) -> str:

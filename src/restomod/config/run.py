@@ -40,6 +40,11 @@ def require_seed(name: str, seed: int) -> None:
     require(0 <= seed < 2**32, f"{name} is {seed}; it must be at least 0 and below 2**32")
 
 
+def require_fraction(name: str, value: float) -> None:
+    """Raise UserError unless ``value`` is at least 0 and below 1."""
+    require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The training text: where it is, how it is read, and what is held out for validation."""
@@ -70,10 +75,7 @@ class DataConfig:
     """Folder in which prepared token shards are cached."""
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.val_fraction < 1,
-            f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1",
-        )
+        require_fraction("data.val_fraction", self.val_fraction)
         require_seed("data.split_seed", self.split_seed)
         require(
             self.source != "python-stdlib" or self.path is None,
@@ -97,26 +99,26 @@ class DataConfig:
         Raises:
             UserError: ``mix`` is not of the form FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights.
         """
-        parts = []
+        weights: dict[str, float] = {}
         mix = self.mix or ""
         commas = [found.end() for found in MIX_ITEM_END.finditer(mix)]
         for item in split_items(mix, commas, lambda item: os.path.isdir(item.rpartition(":")[0])):
-            folder, _, weight = item.rpartition(":")
+            folder, _, number = item.rpartition(":")
             folder = folder if os.path.isdir(folder) else folder.strip()
             try:
-                parts.append((folder, float(weight)))
+                weight = float(number)
             except ValueError:
-                parts.append((folder, math.nan))
+                weight = math.nan
             require(
-                bool(folder) and 0 < parts[-1][1] < math.inf,
+                bool(folder) and 0 < weight < math.inf,
                 f"data.mix: {item.strip()!r} is not FOLDER:WEIGHT with a weight above 0; for example web:0.7,books:0.3",
             )
-        folders = [folder for folder, _ in parts]
-        require(len(set(folders)) == len(folders), f"data.mix names a folder twice: {self.mix}")
-        total = sum(weight for _, weight in parts)
-        millionths = [round(MIX_PRECISION * weight / total) for _, weight in parts]
-        require(min(millionths) > 0, f"data.mix: a weight is less than a millionth of the whole: {self.mix}")
-        return [(folder, Fraction(part, sum(millionths))) for folder, part in zip(folders, millionths, strict=True)]
+            require(folder not in weights, f"data.mix names a folder twice: {mix}")
+            weights[folder] = weight
+        total = sum(weights.values())
+        millionths = {folder: round(MIX_PRECISION * weight / total) for folder, weight in weights.items()}
+        require(min(millionths.values()) > 0, f"data.mix: a weight is less than a millionth of the whole: {mix}")
+        return [(folder, Fraction(part, sum(millionths.values()))) for folder, part in millionths.items()]
 
 
 @dataclass(frozen=True)
@@ -152,29 +154,21 @@ class OptimConfig:
     """Maximum global gradient norm; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be a finite number above 0")
-        require(
-            0 <= self.min_lr_ratio <= 1,
-            f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie between 0 and 1",
-        )
+        for name in ("lr", "muon_lr", "eps", "grad_clip"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"optim.{name} is {value}; it must be a finite number above 0")
+        for name in ("weight_decay", "muon_weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be 0 or more")
         require_size("optim.warmup_steps", self.warmup_steps, least=0)
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas are {self.betas}; each must be at least 0 and below 1",
         )
-        require(0 < self.muon_lr < math.inf, f"optim.muon_lr is {self.muon_lr}; it must be a finite number above 0")
+        require_fraction("optim.muon_momentum", self.muon_momentum)
         require(0 < self.cooldown <= 1, f"optim.cooldown is {self.cooldown}; it must be above 0 and at most 1")
-        require(
-            0 <= self.muon_momentum < 1,
-            f"optim.muon_momentum is {self.muon_momentum}; it must be at least 0 and below 1",
-        )
-        for name in ("weight_decay", "muon_weight_decay"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be 0 or more")
-        require(0 < self.eps < math.inf, f"optim.eps is {self.eps}; it must be a finite number above 0")
-        require(
-            0 < self.grad_clip < math.inf, f"optim.grad_clip is {self.grad_clip}; it must be a finite number above 0"
-        )
+        ratio = self.min_lr_ratio
+        require(0 <= ratio <= 1, f"optim.min_lr_ratio is {ratio}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -283,14 +277,7 @@ class RunConfig:
     on: always (a CPU needs a C++ compiler); off: never."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "sequence_length",
-            "eval_every",
-            "sample_every",
-            "save_every",
-            "eval_limit",
-        ):
+        for name in ("steps", "sequence_length", "eval_every", "sample_every", "save_every", "eval_limit"):
             require_size(name, getattr(self, name))
         require_size("batch_tokens", self.batch_tokens, most=LARGEST_BATCH)
         require_seed("seed", self.seed)

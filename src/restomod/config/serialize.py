@@ -20,15 +20,10 @@ CONFIG_VERSION = 1  # of a run's `config.json`, which has every field of `RunCon
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values: nested dataclasses become objects, tuples become lists."""
-    return {
-        f.name: to_dict(value)
-        if dataclasses.is_dataclass(value)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for f in dataclasses.fields(config)
-        for value in [getattr(config, f.name)]
-    }
+    values: dict[str, Any] = dataclasses.asdict(
+        config, dict_factory=lambda items: {key: list(v) if isinstance(v, tuple) else v for key, v in items}
+    )
+    return values
 
 
 def to_file(config: RunConfig) -> dict[str, Any]:
@@ -60,17 +55,11 @@ def from_dict(
     prefix: str = "",
     complete: bool = False,
 ) -> Any:
-    """Build ``cls`` from what `to_dict` made.
-
-    Args:
-        values: JSON object with the fields of ``cls``.
-        cls: the dataclass to build.
-        where: the file's name, for messages.
-        prefix: dotted path of ``values`` inside the file, for messages.
-        complete: refuse absent fields, nested ones too, which otherwise take their defaults.
+    """Build the dataclass ``cls`` from what `to_dict` made; absent fields take their defaults unless ``complete``.
 
     Raises:
-        UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses.
+        UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses. The message
+            begins with the file's name ``where``, and its keys with ``prefix``.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -75,8 +74,8 @@ def assign_sources(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np
     so on. So both answers are known for any p without those before it.
 
     Args:
-        position: shape (m,), int64: which sequences of the run.
-        shares: of the sources; they add up to 1, and their denominators are small enough for 64-bit products.
+        position: shape (m,), int64: indices of sequences of the run.
+        shares: one per source; they add up to 1, with denominators small enough for 64-bit arithmetic.
 
     Returns:
         Two arrays (m,), int64: the source, and the index within it.
@@ -105,15 +104,15 @@ class Batches:
         split: str = "training",
         shares: Sequence[Fraction] = (Fraction(1),),
     ) -> None:
-        """Number the windows of all streams.
+        """Number the windows of all streams, each of which is a source.
 
         Args:
-            streams: the tokens of one source, or of several.
+            streams: the tokens of each source.
             sequence_length: T.
-            batch_sequences: sequences of a step, over all processes.
-            seed: chooses the order.
-            split: what to call the tokens in messages.
-            shares: of the sequences of a run, for each source; they add up to 1.
+            batch_sequences: sequences per step, summed over processes.
+            seed: chooses the order of the windows.
+            split: the tokens' name in messages.
+            shares: fraction of the run's sequences for each source; they add up to 1.
 
         Raises:
             UserError: a stream is shorter than a window and its target.
@@ -171,8 +170,7 @@ class Batches:
     def micro_batches(self, step: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> MicroBatches:
         """One process's share of a step, cut into micro-batches of ``micro_batch`` sequences.
 
-        The ranks' shares are consecutive slices of the global batch, so together they are that batch whatever their
-        number.
+        The ranks' shares are consecutive slices of the global batch, so any number of ranks together has that batch.
 
         Raises:
             UserError: the batch cannot be shared out so evenly.
@@ -212,15 +210,9 @@ class Prefetch:
         world_size: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        """Load nothing yet; loading begins with the first `get`.
+        """Load nothing yet; loading begins with the first `get`, and ends with the last of ``steps``.
 
-        Args:
-            batches: of the run.
-            micro_batch: sequences of one forward pass.
-            steps: of the run; nothing is loaded beyond its last.
-            rank, world_size: this process among those that share the batch.
-            device: where the batches go; for a GPU they are loaded into page-locked memory, from which it copies while
-                it computes.
+        For a CUDA ``device`` batches are loaded into page-locked memory, from which it copies while it computes.
         """
         self.batches, self.micro_batch, self.steps = batches, micro_batch, steps
         self.rank, self.world_size = rank, world_size
@@ -258,7 +250,5 @@ class Prefetch:
     def __enter__(self) -> Prefetch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

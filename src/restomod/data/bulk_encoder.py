@@ -41,23 +41,15 @@ class BulkEncoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of every text, each (n,) uint16; the same as `Tokenizer.encode` gives."""
         fast: list[bytes] = []
-        plans: list[list[int | str]] = []  # of each text, in order: so many of `fast`, or what tiktoken is to encode
+        plans: list[list[int | str]] = []  # per text: the number of pieces in `fast`, or text for tiktoken
         for text in texts:
             pieces = _pieces(text) if self._fast is not None else []
             if pieces and agrees(text):
-                fast += pieces
-                plans.append([len(pieces)])
-                continue
-            plan: list[int | str] = []
-            if not pieces:
-                plan.append(text)
-            for piece in pieces:
-                part = piece.decode()
-                if agrees(part):
-                    fast.append(piece)
-                    plan.append(1)
-                else:
-                    plan.append(part)
+                plan: list[int | str] = [len(pieces)]
+            else:
+                plan = [1 if agrees(part) else part for part in map(bytes.decode, pieces)] or [text]
+                pieces = [piece for piece, item in zip(pieces, plan, strict=False) if item == 1]
+            fast += pieces
             plans.append(plan)
         ids, ends = self._encode_pieces(fast)
         done, encoded = 0, []
@@ -99,8 +91,8 @@ def agrees(text: str) -> bool:
 def _pieces(text: str) -> list[bytes]:
     """``text`` in UTF-8, cut into pieces whose tokens, one after the other, are those of the whole.
 
-    A cut stands before a space that follows a letter, digit or punctuation: there GPT-2's pattern always ends a
-    word, whatever comes next. Where no such place is near enough, or the text is not Unicode, the list is empty.
+    A cut stands before a space that follows a letter, digit or punctuation: there GPT-2's pattern always ends a word.
+    Where no such place is near enough, or the text is not Unicode, the list is empty.
     """
     try:
         data = text.encode()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import mmap
 import os
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def shard_header(tokens: int) -> bytes:
-    """The header of a shard of ``tokens`` tokens, in bytes."""
+    """The bytes of the header of a shard with ``tokens`` tokens."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens
     return header.tobytes()
@@ -84,12 +85,8 @@ class _OpenShard:
 def open_shard(path: Path, remedy: str = PREPARE_AGAIN) -> np.ndarray:
     """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
 
-    Args:
-        path: of the shard.
-        remedy: what to do about a bad one, for messages.
-
     Raises:
-        UserError: the file is missing, is no such shard, or its size does not fit its header.
+        UserError: the file is missing, is no such shard, or its size does not fit its header; ends with ``remedy``.
     """
     require_regular(path)
     if path.suffix == ".npy":
@@ -131,12 +128,12 @@ class ShardWriter:
             self._open.append(tokens[:room])
             tokens = tokens[room:]
             if self._open.tokens == self.shard_tokens:
-                self._finish()
+                self._finish(self._open)
 
     def close(self) -> list[dict[str, Any]]:
         """Finish the last shard and return the manifest entries of all."""
         if self._open is not None:
-            self._finish()
+            self._finish(self._open)
         return self.shards
 
     def discard(self) -> None:
@@ -145,9 +142,8 @@ class ShardWriter:
             self._open.discard()
             self._open = None
 
-    def _finish(self) -> None:
-        assert self._open is not None
-        self.shards.append(self._open.close())
+    def _finish(self, shard: _OpenShard) -> None:
+        self.shards.append(shard.close())
         self._open = None
 
 
@@ -206,11 +202,6 @@ class TokenStream:
         self._starts = np.cumsum([0] + [len(s) for s in shards])  # (n_shards + 1,)
         self._random_reads = False
         self._map = functools.lru_cache(MAPPED_AT_ONCE)(ShardFile.map)
-
-    @classmethod
-    def joined(cls, streams: Sequence[TokenStream]) -> TokenStream:
-        """Concatenate streams."""
-        return cls([shard for stream in streams for shard in stream._shards])
 
     def expect_random_reads(self) -> None:
         """Turn off read-ahead, which on some systems reads megabytes for the two kilobytes of a window."""
@@ -272,11 +263,11 @@ class Part:
 
 
 def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed") -> Dataset:
-    """Open a prepared folder and check every shard against the manifest.
+    """Open a folder with a manifest, and check every shard against it.
 
     Args:
-        folder: with a manifest.
-        tokenizer_sha256: of the vocabulary that the tokens are to be of.
+        folder: the folder.
+        tokenizer_sha256: the vocabulary that the tokens must have.
         verify: compare only sizes, or the SHA-256 of every shard, or only of those that the file system says have
             changed since they were last compared.
 
@@ -291,19 +282,15 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
     hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
     if len(hashes) < sum(map(len, entries.values())):
         raise UserError(f"{folder / MANIFEST} is damaged: it names a shard twice; {PREPARE_AGAIN}")
-    train, val = (_open_split(folder, entries[split]) for split in SPLITS)
+    shards = [[ShardFile(folder, entry["file"], entry["tokens"]) for entry in entries[split]] for split in SPLITS]
+    for shard in itertools.chain(*shards):
+        shard.check()
+    train, val = map(TokenStream, shards)
     if verify != "sizes":
         changed = changed_file(folder, hashes, remember=verify == "changed")
         if changed:
             raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {PREPARE_AGAIN}")
     return Dataset(folder, manifest, train, val)
-
-
-def _open_split(folder: Path, entries: list[dict[str, Any]]) -> TokenStream:
-    shards = [ShardFile(folder, entry["file"], entry["tokens"]) for entry in entries]
-    for shard in shards:
-        shard.check()
-    return TokenStream(shards)
 
 
 def open_npy(path: Path, dtype: type[np.generic], remedy: str) -> np.ndarray:
@@ -325,11 +312,7 @@ def open_npy(path: Path, dtype: type[np.generic], remedy: str) -> np.ndarray:
 
 
 def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
-    """Open a folder of token shards, with a manifest or as llm.c and build-nanogpt publish them.
-
-    Args:
-        folder: from `restomod prepare`, or holding `*train*.bin` and `*val*.bin` (llm.c) or `.npy` (build-nanogpt).
-        verify: how much to compare with the manifest; see `open_dataset`.
+    """Open a folder of token shards with a manifest (`open_dataset`), or as others publish them (`open_published`).
 
     Raises:
         UserError: there are no shards, or they are damaged.
@@ -366,14 +349,12 @@ def open_published(folder: Path) -> Dataset:
     splits: dict[str, dict[str, Any]] = {}
     streams: dict[str, TokenStream] = {}
     for split, found in paths.items():
-        shards = []
+        entries: list[dict[str, Any]] = []
         for path in found:
             tokens = open_shard(path, "get it again")
-            shards.append(ShardFile(folder, path.name, len(tokens)))
-            entry = {"file": path.name, "tokens": len(tokens)}
-            digest.update(f"{entry} {tokens[:4096].tobytes().hex()}".encode())
-        streams[split] = TokenStream(shards)
-        entries = [{"file": shard.name, "tokens": len(shard)} for shard in shards]
+            entries.append({"file": path.name, "tokens": len(tokens)})
+            digest.update(f"{entries[-1]} {tokens[:4096].tobytes().hex()}".encode())
+        streams[split] = TokenStream([ShardFile(folder, entry["file"], entry["tokens"]) for entry in entries])
         splits[split] = {"tokens": len(streams[split]), "shards": entries}
     manifest = {
         "format": MANIFEST_FORMAT,
@@ -388,18 +369,13 @@ def open_published(folder: Path) -> Dataset:
 
 
 def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
-    """Mix datasets: every step takes a share of its sequences from each.
-
-    Args:
-        datasets: with their shares of a run's sequences, which add up to 1.
+    """Mix datasets: every step takes from each its share of sequences; the shares add up to 1.
 
     Returns:
         A dataset whose `sources` are these, and whose splits and manifest are those of all together.
     """
     manifests = [dataset.manifest for dataset, _ in datasets]
-    digest = hashlib.sha256()
-    for dataset, share in datasets:
-        digest.update(f"{share} {dataset.fingerprint}\n".encode())
+    digest = hashlib.sha256("".join(f"{share} {dataset.fingerprint}\n" for dataset, share in datasets).encode())
     counts = [manifest["documents"] for manifest in manifests]
     manifest: dict[str, Any] = {
         "format": MANIFEST_FORMAT,
@@ -425,7 +401,8 @@ def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
             for dataset, share in datasets
         ],
     }
-    train, val = (TokenStream.joined([getattr(dataset, split) for dataset, _ in datasets]) for split in SPLITS)
+    train = TokenStream([shard for dataset, _ in datasets for shard in dataset.train._shards])
+    val = TokenStream([shard for dataset, _ in datasets for shard in dataset.val._shards])
     names = [dataset.folder.name for dataset, _ in datasets]
     if len(set(names)) < len(names):
         names = [str(dataset.folder) for dataset, _ in datasets]

@@ -1,8 +1,8 @@
 """Documents of any length, their split hash, and cuts into pieces that are encoded one by one.
 
-GPT-2's pattern splits text into words before anything else, looks back at nothing, and ahead only to see whether white
-space goes on. Between two characters that no word of the pattern can hold side by side, where the first is not white
-space, a word therefore ends whatever stands around them. Text that is cut there has the tokens that it has as a whole.
+GPT-2's pattern first splits text into words. It has no look-behind, and looks ahead only for more white space. So a
+word always ends between two characters that cannot be adjacent in a word, if the first is not white space. Text that is
+cut there has the tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -69,15 +69,11 @@ def split_hash(parts: Iterable[str], seed: int) -> int:
 
 
 def pieces(name: str, parts: Iterable[str]) -> Iterator[str]:
-    """Text in pieces of `PIECE_CHARACTERS` or somewhat more, whose tokens one after the other are those of the whole.
-
-    Args:
-        name: of the document, for messages.
-        parts: its text, in order.
+    """Yield text in pieces of `PIECE_CHARACTERS` or somewhat more, whose tokens in order are those of the whole text.
 
     Raises:
-        UserError: there is no place to cut in `LONGEST_RUN` characters. Such a run has to be encoded as one, for which
-            memory would have no bound.
+        UserError: there is no place to cut in `LONGEST_RUN` characters of document ``name``: such a run has to be
+            encoded as one, in memory without bound.
     """
     held: list[str] = []  # what is not yet given away
     size = given = 0

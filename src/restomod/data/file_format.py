@@ -88,9 +88,7 @@ class FileFormat:
 def detect_format(path: Path, column: str = "text") -> FileFormat:
     """Detect the format of a file by its first bytes; by its name only for CSV and TSV with another header.
 
-    Args:
-        path: a regular file.
-        column: the field that holds the text, by which a single JSON object counts as a record.
+    ``column`` is the field that holds the text, by which a single JSON object counts as a record.
 
     Raises:
         UserError: it cannot be read or decompressed; it is a container or in an encoding that is not read.
@@ -148,11 +146,9 @@ def _refuse_container(path: Path, head: bytes, compressed: bool) -> None:
 
 def _is_tar(block: bytes) -> bool:
     """Whether a block of 512 bytes is a tar header: its checksum says so, in the oldest formats too."""
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError):
-        return False
-    return True
+    with contextlib.suppress(tarfile.HeaderError, ValueError):
+        return bool(tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"))
+    return False
 
 
 def _refuse_wide(path: Path, head: bytes) -> None:
@@ -213,28 +209,19 @@ def _json_shape(head: bytes, reads: Iterator[bytes], column: str) -> Literal["li
 
 def _is_element(decoder: json.JSONDecoder, text: str) -> bool:
     """Whether text begins with an element of a JSON array, and is not prose in brackets."""
-    if text[0] not in '"[n':
-        return False
-    try:
-        _, end = decoder.raw_decode(text)
-    except (ValueError, RecursionError):
-        return False
-    return text[end:].lstrip(SPACE)[:1] in (",", "]")
+    with contextlib.suppress(ValueError, RecursionError):
+        return text[0] in '"[n' and text[decoder.raw_decode(text)[1] :].lstrip(SPACE)[:1] in (",", "]")
+    return False
 
 
 def _mostly_records(head: bytes, column: str) -> bool:
     """Whether half of the first lines, or more, are JSON objects with the field ``column``."""
     lines = [line for line in head.split(b"\n", MOST_LINES)[:MOST_LINES] if line.strip()]
-    return 0 < len(lines) <= 2 * sum(_is_record(line, column) for line in lines)
-
-
-def _is_record(line: bytes, column: str) -> bool:
-    if not line.lstrip().startswith(b"{"):
-        return False
-    try:
-        return column in json.loads(line)
-    except (ValueError, RecursionError):
-        return False
+    records = 0
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            records += line.lstrip().startswith(b"{") and column in json.loads(line)
+    return 0 < len(lines) <= 2 * records
 
 
 def _table(head: bytes, column: str) -> Literal["CSV", "TSV"] | None:

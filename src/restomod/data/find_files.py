@@ -17,14 +17,13 @@ from restomod.utils.files import require_regular
 def find_files(path: Path, glob: str, left_out: collections.Counter[str] | None = None) -> Iterator[Path]:
     """The files of a folder that match ``glob``, sorted by path; a file is itself.
 
-    Links to files and folders are followed. A file to which several paths lead comes once: by the first of those
-    without a link, or else by the first. Hidden and empty files, broken links, loops and whatever is no regular file
-    are left out.
+    Links to files and folders are followed. A file with several paths is yielded once: by the first path without a
+    link, or else by the first. Hidden and empty files, broken links, loops and special files are skipped.
 
     Args:
-        path: of a file or folder.
+        path: a file or folder.
         glob: `*`, `?` and `[…]` within a name; `**` for any number of folders.
-        left_out: the reasons for which files (or folders, as wholes) are left out are counted here.
+        left_out: gets the number of skipped files (or folders, as wholes) by reason.
 
     Raises:
         UserError: there is none, ``glob`` is no pattern, or ``path`` is a device, FIFO or socket.

@@ -44,13 +44,7 @@ def parse_address(address: str) -> tuple[str, str, str]:
 
 
 def dataset_files(repository: str, config: str | None, split: str, revision: str) -> list[HubFile]:
-    """The files of a dataset's split, sorted by path, all of one commit.
-
-    Args:
-        repository: ``owner/name``.
-        config: the configuration; None takes the default one.
-        split: for example ``train``.
-        revision: branch, tag or commit.
+    """The files of a dataset's split, sorted by path, all of one commit; ``config`` None is the default one.
 
     Raises:
         UserError: there is no such dataset, configuration or split, or the hub cannot be reached.
@@ -82,20 +76,15 @@ def repository_files(repository: str, revision: str, suffixes: tuple[str, ...]) 
 
 def _info(repository: str, revision: str) -> Any:
     import huggingface_hub as hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         return hub.HfApi().dataset_info(repository, revision=revision, files_metadata=True)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise UserError(f"{repository} on the hub is gated: accept its terms there, then `hf auth login`") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise UserError(f"{repository} on the hub has no revision {revision!r}") from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"{repository}: no such public dataset on the Hugging Face hub") from None
     except Exception as e:  # no common base: httpx's errors in one version, httpx2's in another, OSError
         raise UserError(f"{repository}: the Hugging Face hub cannot be reached ({one_line(e)})") from None

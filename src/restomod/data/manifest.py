@@ -154,16 +154,11 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def read_unit(path: Path) -> dict[str, Any]:
-    """The record of a finished unit.
-
-    Raises:
-        UserError: it is damaged; without it, the unit is done again.
-    """
+    """The record of a finished unit; raises UserError where it is damaged (without it, the unit is done again)."""
     try:
-        record: dict[str, Any] = read_json(path, "record of a finished unit", UnitRecord)
+        return dict(read_json(path, "record of a finished unit", UnitRecord))
     except UserError as e:
         raise UserError(f"{e}; delete this file and run the same command again") from None
-    return record
 
 
 def merge_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -184,11 +179,7 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:
-    """Whether tokens are FineWeb-Edu's, on which the published validation losses were measured, judging by their names.
-
-    Args:
-        manifest: of the tokens, with their name and their shards. A mix is another text.
-    """
+    """Whether the name or a shard's name says FineWeb-Edu, the text of the published validation losses; not a mix."""
     splits = manifest.get("splits")
     held_out = splits.get("val") if isinstance(splits, dict) else None
     shards = held_out.get("shards") if isinstance(held_out, dict) else None

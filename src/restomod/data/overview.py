@@ -29,9 +29,7 @@ BAR = 40
 def overview(folder: Path, verify: bool) -> Iterator[str]:
     """Yield lines about a folder: splits, document lengths, most common tokens, three decoded windows.
 
-    Args:
-        folder: as prepared, or pre-tokenized shards without a manifest.
-        verify: read every byte and compare its SHA-256 with the manifest.
+    With ``verify``, every byte is read and every SHA-256 compared with the manifest.
 
     Raises:
         UserError: the folder does not hold whole token shards.

@@ -73,15 +73,12 @@ class ReadCounts:
 
 
 def summary_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """A manifest's counts of what was read, as (heading, text) rows, warnings last.
-
-    Empty where the manifest has none: published shards, older manifests.
-    """
+    """A manifest's counts of what was read, as (heading, text) rows, warnings last; none for published shards."""
     read = manifest.get(READ) or {}
     files, sizes, left_out = read.get("files", {}), read.get("bytes", {}), read.get("left_out", {})
     rows = []
     if files:
-        rows.append(("read", ", ".join(_of_kind(kind, endings, sizes.get(kind)) for kind, endings in files.items())))
+        rows.append(("read", ", ".join(_of_kind(kind, endings, sizes.get(kind, 0)) for kind, endings in files.items())))
     if left_out:
         n = sum(left_out.values())
         rows.append(("left out", f"{counted(n, 'file')} or {'folder' if n == 1 else 'folders'}: {_counts(left_out)}"))
@@ -103,10 +100,9 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     return [f"{heading}: {text}" for heading, text in summary_rows(manifest)]
 
 
-def _of_kind(kind: str, endings: dict[str, int], size: int | None) -> str:
+def _of_kind(kind: str, endings: dict[str, int], size: int) -> str:
     of = next(iter(endings)) if len(endings) == 1 else _counts(endings)
-    how_much = "" if size is None else f", {size:,} bytes"  # older manifests lack it
-    return f"{counted(sum(endings.values()), 'file')} as {kind} ({of}{how_much})"
+    return f"{counted(sum(endings.values()), 'file')} as {kind} ({of}, {size:,} bytes)"
 
 
 def _counts(counts: dict[str, int]) -> str:

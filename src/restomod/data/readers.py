@@ -1,7 +1,7 @@
 """Reads the documents of a file: plain text, JSON (lines, an array, objects), CSV, TSV and Parquet, also compressed.
 
 A plain text file is one document, or one between any two separators; a record (line, object, row) is one document.
-Files are read as streams: memory holds a record or some rows, or a part of a long plain file, whatever its size.
+Files are read as streams: memory holds a record or some rows, or a part of a long plain file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any
 from restomod.data.documents import AnyDocument, Document, LongDocument
 from restomod.data.file_format import LONGEST_RECORD, detect_format
 from restomod.data.read_counts import ReadCounts
-from restomod.data.records import OF_ITS_OWN, csv_rows, json_objects, split_documents
+from restomod.data.records import csv_rows, json_objects, split_documents, too_long
 from restomod.data.streams import (
     READ_BYTES,
     checked_reads,
@@ -55,15 +55,14 @@ def read_documents(
     separator: str | None = None,
     counts: ReadCounts | None = None,
 ) -> Iterator[AnyDocument]:
-    """Yield the documents of a file, empty ones left out.
+    """Yield the documents of a file, whose format `detect_format` finds; empty documents are skipped.
 
     Args:
-        path: of any name; what the file is, its content says (see `look`). Without a sign of anything else it is
-            plain UTF-8 text.
+        path: a file.
         text_column: the field or column that holds the text.
         span: only the lines, or groups of rows, that begin there; for a file that `can_be_cut`.
-        separator: what stands between two documents of a plain text file. None: the file is one document.
-        counts: where to count what was read as what.
+        separator: text between two documents of a plain text file. None: the file is one document.
+        counts: gets the format of the file and the number of separators.
 
     Raises:
         UserError: the file is missing, no regular file, damaged, empty, not UTF-8, of a kind that holds no text, or
@@ -85,11 +84,11 @@ def read_documents(
         yield from _json_lines(path, text_column, span)
     elif seen.kind == "JSON":
         for n, record in enumerate(json_objects(path, decoded(path)), 1):
-            if text := _field(path, f"record {n}", text_column, record):
+            if text := _text(path, functools.partial(str, f"record {n}"), text_column, record):
                 yield Document(f"{path}, record {n}", text)
     elif seen.kind in ("CSV", "TSV"):
         for place, row in csv_rows(path, decoded(path), "," if seen.kind == "CSV" else "\t"):
-            if text := _field(path, place, text_column, row, "column"):
+            if text := _text(path, functools.partial(str, place), text_column, row, "column"):
                 yield Document(f"{path}, {place}", text)
     elif separator is None:
         yield from _plain(path)
@@ -98,7 +97,7 @@ def read_documents(
 
 
 def can_be_cut(path: Path, text_column: str) -> bool:
-    """Whether a part of a file can be read without all that stands before it; raises as `look`."""
+    """Whether a part of a file can be read without what stands before it; raises as `detect_format`."""
     seen = detect_format(path, text_column)
     return seen.kind in ("JSON lines", "Parquet") and not seen.compressed
 
@@ -117,15 +116,11 @@ def _plain(path: Path) -> Iterator[AnyDocument]:
         yield Document(str(path), text)
 
 
-def _field(path: Path, where: str, column: str, record: dict[str, Any], what: str = "field") -> str:
-    """The text of a record; "" where it has none."""
+def _text(path: Path, where: Callable[[], str], column: str, record: dict[str, Any], what: str = "field") -> str:
+    """The text of a record; "" where it has none. ``where`` tells its place, for errors."""
     if column not in record:
-        raise _no_column(f"{path}, {where}", what, column, record)
-    return _checked(path, lambda: where, column, record[column])
-
-
-def _checked(path: Path, where: Callable[[], str], column: str, text: Any) -> str:
-    """The text of a record; "" where it has none."""
+        raise _no_column(f"{path}, {where()}", what, column, record)
+    text = record[column]
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -134,7 +129,7 @@ def _checked(path: Path, where: Callable[[], str], column: str, text: Any) -> st
 
 
 def without_surrogates(text: str) -> str:
-    """Text with U+FFFD for each half of a surrogate pair, which JSON can say; as tiktoken reads it."""
+    """Text with U+FFFD for each half of a surrogate pair, which JSON can hold; tiktoken does the same."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -160,10 +155,9 @@ def _json_lines(path: Path, column: str, span: Span | None) -> Iterator[Document
         numbers = itertools.count(1)  # enumerate would hold on to the line
         for line in checked_reads(path, _lines(f, span)):
             number = next(numbers)
-            place = functools.partial(_line_number, path, begin, number)
             if number == 1 and begin == 0:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            text = _text_of_line(path, line, column, place)
+            text = _text_of_line(path, line, column, functools.partial(_line_number, path, begin, number))
             del line  # while the text is worked on, its memory is wanted
             if text:
                 where = f"line {number}" if begin == 0 else f"line {number} from byte {begin:,} on"
@@ -171,7 +165,7 @@ def _json_lines(path: Path, column: str, span: Span | None) -> Iterator[Document
 
 
 def _first_line(f: IO[bytes], span: Span) -> int:
-    """Go to the first line that begins in ``span`` and return its place, or one at or after the span's end."""
+    """Seek the first line that begins in ``span``; return its offset, or one at or after the span's end."""
     if span.start == 0:
         return 0
     at = f.seek(span.start - 1)
@@ -192,21 +186,17 @@ def _lines(f: IO[bytes], span: Span | None) -> Iterator[bytes]:
 
 def _line_number(path: Path, begin: int, number: int) -> int:
     """The number in its file of line ``number`` from the byte ``begin`` on. For errors: it reads all before."""
-    if begin == 0:
-        return number
-    with closing(chunks(path)) as reads:
-        for chunk in reads:
-            number += chunk[:begin].count(b"\n")
-            begin -= len(chunk)
-            if begin <= 0:
-                break
+    with open_stream(path) as f:
+        while part := f.read(min(begin, READ_BYTES)):
+            number += part.count(b"\n")
+            begin -= len(part)
     return number
 
 
 def _text_of_line(path: Path, line: bytes, column: str, place: Callable[[], int]) -> str:
     if len(line) > LONGEST_RECORD:
         refuse_zeros(f"{path}, line {place()},", line.count(0), len(line))
-        raise UserError(f"{path}, line {place()} is longer than {LONGEST_RECORD / 1e6:g} MB; {OF_ITS_OWN}")
+        raise too_long(f"{path}, line {place()}", LONGEST_RECORD)
     text = decode_line(path, line, place)
     if not text.strip():
         return ""
@@ -216,9 +206,7 @@ def _text_of_line(path: Path, line: bytes, column: str, place: Callable[[], int]
         raise UserError(f"{path}, line {place()}: not JSON ({e})") from None
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {place()}: should be an object with a field {column!r}")
-    if column not in record:
-        raise _no_column(f"{path}, line {place()}", "field", column, record)
-    return _checked(path, lambda: f"line {place()}", column, record[column])
+    return _text(path, lambda: f"line {place()}", column, record)
 
 
 # --- Parquet ------------------------------------------------------------------------------------------------
@@ -241,11 +229,7 @@ def _parquet(path: Path, column: str, span: Span | None, compressed: bool) -> It
 
 @contextlib.contextmanager
 def open_parquet(path: Path, compressed: bool) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile` that verifies the checksums of pages where there are some.
-
-    Raises:
-        UserError: whatever goes wrong with it before it is closed.
-    """
+    """Open a `pyarrow.parquet.ParquetFile` that verifies page checksums; all its errors become UserErrors."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -276,7 +260,7 @@ def _row_groups(metadata: Any, span: Span | None) -> Iterator[tuple[int, int]]:
     rows = begin = 0
     for group in range(metadata.num_row_groups):
         first = metadata.row_group(group).column(0)
-        # in the order of the groups, and within the file, whatever a strange writer has put down
+        # in the order of the groups, and within the file, even if a strange writer has put down something else
         begin = max(begin, min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0))
         if span is None or span.start <= min(begin, span.of - 1) < span.stop:
             yield group, rows
@@ -289,21 +273,19 @@ def _rows_at_once(path: Path, group: Any, column: str, before: int) -> int:
     size = sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{column}."))
     average = size // max(group.num_rows, 1)
     if average > LONGEST_RECORD:
-        raise UserError(
-            f"{path}: one of the rows {before + 1:,} to {before + group.num_rows:,} is longer than "
-            f"{LONGEST_RECORD / 1e6:g} MB; {OF_ITS_OWN}"
-        )
+        rows = f"{path}: one of the rows {before + 1:,} to {before + group.num_rows:,}"
+        raise too_long(rows, LONGEST_RECORD)
     return max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(average, 1)))
 
 
 def _text_of_row(path: Path, value: Any, column: str, number: int) -> str:
     """The text of a pyarrow scalar."""
     if value.is_valid and hasattr(value, "as_buffer") and value.as_buffer().size > LONGEST_RECORD:
-        raise UserError(f"{path}, row {number} is longer than {LONGEST_RECORD / 1e6:g} MB; {OF_ITS_OWN}")
+        raise too_long(f"{path}, row {number}", LONGEST_RECORD)
     try:
         text = value.as_py()
     except UnicodeDecodeError as e:
         raise UserError(
             f"{path}, row {number}: not UTF-8 text ({e.reason}); write this file anew, or leave it out with a glob"
         ) from None
-    return _checked(path, lambda: f"row {number}", column, text)
+    return _text(path, lambda: f"row {number}", column, {column: text})

@@ -19,7 +19,14 @@ from restomod.utils.errors import UserError, one_line
 NOT_SPACE = re.compile(f"[^{SPACE}]")
 NEWLINES = "\r\n"
 BEFORE = NEWLINES + BOM  # files that were put together keep their byte-order marks
-OF_ITS_OWN = "put this document into a plain text file of its own, which may have any size"
+
+
+def too_long(what: str, limit: int) -> UserError:
+    """An error about a record of more than ``limit`` bytes."""
+    return UserError(
+        f"{what} is longer than {limit / 1e6:g} MB; put this document into a plain text file of its own, which may "
+        f"have any size"
+    )
 
 
 class _Text:
@@ -53,16 +60,13 @@ class _Text:
 
 
 def json_objects(path: Path, parts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The objects that are the elements of one JSON array, or stand one after the other, over any number of lines.
+    """Yield the objects of one JSON array, or of a sequence of JSON objects, over any number of lines.
 
     Memory holds one of them and what was read with it.
 
-    Args:
-        path: of the file, for messages.
-        parts: its text.
-
     Raises:
-        UserError: it is not JSON, holds something else than objects, or one is longer than `LONGEST_RECORD`.
+        UserError: ``parts``, the text of ``path``, are not JSON, hold something else than objects, or one is longer
+            than `LONGEST_RECORD`.
     """
     text, decoder, n = _Text(parts), json.JSONDecoder(), 0
     array = text.next_character() == "["
@@ -91,9 +95,7 @@ def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> 
             value, end = decoder.raw_decode(text.held, text.at)
         except json.JSONDecodeError as e:
             if len(text.held) - text.at > LONGEST_RECORD:
-                raise UserError(
-                    f"{path}, {text.where()}: record {n} is longer than {LONGEST_RECORD / 1e6:g} MB; {OF_ITS_OWN}"
-                ) from None
+                raise too_long(f"{path}, {text.where()}: record {n}", LONGEST_RECORD) from None
             if cut_short(e, text.held) and text.more():
                 continue
             raise UserError(f"{path}, {text.where()}: record {n} is not JSON ({e.msg})") from None
@@ -105,44 +107,26 @@ def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> 
 
 
 def csv_rows(path: Path, parts: Iterable[str], delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV (or TSV) file with a header, as (place, column -> value); blank lines are left out.
-
-    Args:
-        path: of the file, for messages.
-        parts: its text.
-        delimiter: between two fields.
+    """Yield the rows of a CSV (or TSV) file with a header, as (place, column -> value); blank lines are skipped.
 
     Raises:
         UserError: quotes are wrong, or a row has another number of fields than the header.
     """
     csv.field_size_limit(LONGEST_RECORD)
     reader = csv.reader(_lines(path, parts), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    number = 0
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as e:
-            raise UserError(f"{path}, line {reader.line_num}: not {_name(delimiter)} ({e})") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            continue
-        number += 1
-        if len(row) != len(header):
-            raise UserError(
-                f"{path}, line {reader.line_num}: {len(row)} fields in a row, and {len(header)} in the header; "
-                f"quote a text that holds {'tabs' if delimiter == chr(9) else 'commas'} or line breaks, or convert "
-                f"the file to JSON lines"
-            )
-        yield f"row {number}", dict(zip(header, row, strict=True))
-
-
-def _name(delimiter: str) -> str:
-    return "TSV" if delimiter == "\t" else "CSV"
+    rows = filter(None, reader)
+    name, separators = ("TSV", "tabs") if delimiter == "\t" else ("CSV", "commas")
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields in a row, and {len(header)} in the header; "
+                    f"quote a text that holds {separators} or line breaks, or convert the file to JSON lines"
+                )
+            yield f"row {number}", dict(zip(header, row, strict=True))
+    except csv.Error as e:
+        raise UserError(f"{path}, line {reader.line_num}: not {name} ({e})") from None
 
 
 def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
@@ -158,7 +142,7 @@ def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
         held.append(part[start:])
         size += len(part) - start
         if size > LONGEST_RECORD:
-            raise UserError(f"{path}: a line is longer than {LONGEST_RECORD / 1e6:g} MB; {OF_ITS_OWN}")
+            raise too_long(f"{path}: a line", LONGEST_RECORD)
     if size:
         yield "".join(held)
 
@@ -169,16 +153,14 @@ def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
 def split_documents(
     name: str, parts: Iterable[str], separator: str, long_text: int, counts: ReadCounts
 ) -> Iterator[AnyDocument]:
-    """The documents between separators, empty ones left out.
-
-    The newlines at the ends of a document, which stand around the separators, do not belong to it.
+    """Yield the documents between separators, without the newlines around these; empty documents are skipped.
 
     Args:
         name: of the file.
         parts: its text, in parts of any length.
         separator: not empty.
         long_text: a document of more characters is held in a temporary file instead of in memory.
-        counts: where the separators are counted.
+        counts: gets the number of separators.
 
     Raises:
         UserError: there is no room for a temporary file.

@@ -1,4 +1,4 @@
-"""Comparing the tokens of a dataset with those of a manifest, whatever the boundaries of their shards.
+"""Comparing the tokens of a dataset with those of a manifest, independently of shard boundaries.
 
 Every shard of a run's `data.json` has the SHA-256 of its tokens in llm.c's layout. The tokens of another folder are
 hashed at the boundaries of those shards, so its own boundaries and file format do not matter.
@@ -27,44 +27,34 @@ TELL_EVERY = 5.0  # seconds
 Shards = list[dict[str, Any]]
 
 
-class ShardEntry(TypedDict, total=False):
-    """A shard in a run's `data.json`."""
-
+class RunShard(TypedDict, total=False):
     file: str
     tokens: Required[Count]
     sha256: str
 
 
-class SplitEntry(TypedDict, total=False):
-    """A split."""
-
+class RunSplit(TypedDict, total=False):
     tokens: Count
-    shards: list[ShardEntry]
+    shards: list[RunShard]
 
 
-class SourceEntry(TypedDict):
-    """A source of a mix."""
-
+class RunSource(TypedDict):
     folder: str
     share: str
 
 
 class RunData(TypedDict, total=False):
-    """What is read of a run's `data.json`; it has more."""
+    """What is read of a run's `data.json`; it has more. Unlike in a manifest, shards may lie in several folders."""
 
     name: str
     fingerprint: str
     tokens: Count
-    splits: dict[str, SplitEntry]
-    mix: list[SourceEntry]
+    splits: dict[str, RunSplit]
+    mix: list[RunSource]
 
 
 def read_run_data(run: Path) -> dict[str, Any]:
-    """What a run's `data.json` says of the tokens that it trains on; nothing where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """A run's `data.json`, the manifest of its tokens; {} where there is none. Raises UserError where it is damaged."""
     path = run / "data.json"
     if not path.exists():
         return {}
@@ -72,13 +62,10 @@ def read_run_data(run: Path) -> dict[str, Any]:
 
 
 def with_hashes(dataset: Dataset, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """The manifest of a dataset with the ``sha256`` of every shard; those of published shards, which lack it, are read.
+    """The manifest of a dataset with the ``sha256`` of every shard; published shards, which lack it, are read.
 
-    Nothing is written into the folder, so every new run on published shards reads all of them once.
-
-    Args:
-        dataset: of which shards are read.
-        say: gets a line about the progress every few seconds.
+    Nothing is written into the folder, so every new run on published shards reads all of them once. ``say`` gets a line
+    about the progress every few seconds.
     """
     splits = {
         split: values | {"shards": _with_hashes(values["shards"], getattr(dataset, split), say)}
@@ -109,12 +96,7 @@ def _positions(shards: Shards) -> list[tuple[int, int]]:
 
 
 def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
-    """How the tokens of a dataset differ from those of a manifest; None if they are the same.
-
-    Args:
-        manifest: of a run's data, from `with_hashes`.
-        dataset: the data as it is now; the borders of its shards may be others.
-    """
+    """How the tokens of a dataset differ from those of a run's manifest from `with_hashes`; None: not at all."""
     try:
         before = _parts(manifest)
         now = [(str(part.share), part.dataset) for part in dataset.sources]

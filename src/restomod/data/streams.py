@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any
 
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_regular
@@ -21,30 +21,18 @@ READ_BYTES = 1 << 20
 BOM = codecs.BOM_UTF8.decode()  # the byte-order mark: no part of the text
 
 
-def _gzip(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb"))
-
-
-def _xz(path: Path) -> IO[bytes]:
-    return lzma.open(path, "rb")
-
-
-def _bz2(path: Path) -> IO[bytes]:
-    return bz2.open(path, "rb")
-
-
 def _zstd(path: Path) -> IO[bytes]:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # notices a truncated file
 
 
-Decompressor = Callable[[Path], IO[bytes]]
-DECOMPRESSORS: tuple[tuple[bytes, Decompressor], ...] = (  # by the first bytes, whatever a file is called
-    (b"\x1f\x8b", _gzip),
-    (b"\xfd7zXZ\0", _xz),
-    (b"\x5d\0\0", _xz),  # the older .lzma, which `lzma` reads alike
-    (b"BZh", _bz2),
+Decompressor = Callable[[Path], Any]  # returns a file to read from
+DECOMPRESSORS: tuple[tuple[bytes, Decompressor], ...] = (  # by the first bytes, not by the file's name
+    (b"\x1f\x8b", gzip.GzipFile),
+    (b"\xfd7zXZ\0", lzma.LZMAFile),
+    (b"\x5d\0\0", lzma.LZMAFile),  # the older .lzma format
+    (b"BZh", bz2.BZ2File),
     (b"\x28\xb5\x2f\xfd", _zstd),
     *((bytes([byte]) + b"\x2a\x4d\x18", _zstd) for byte in range(0x50, 0x60)),  # a frame to skip, as pzstd writes
 )
@@ -60,12 +48,10 @@ def compression_of(file: Path | bytes) -> Decompressor | None:
     if isinstance(file, Path):
         with _opened(file) as f:
             file = f.read(13)
-    sure: dict[
-        Decompressor, bool
-    ] = {  # what else has to stand there, so that no text or damaged file is taken for a compressed one
-        _gzip: file[2:3] == b"\x08" and file[3:4] < b"\x20",
-        _bz2: file[4:10] in (b"1AY&SY", b"\x17rE8P\x90"),  # a block, or the end of an empty file
-        _xz: file[:1] != b"]" or file[10:13] in (b"\xff" * 3, bytes(3)),
+    sure: dict[Decompressor, bool] = {  # further bytes, so that no text or damaged file is taken for a compressed one
+        gzip.GzipFile: file[2:3] == b"\x08" and file[3:4] < b"\x20",
+        bz2.BZ2File: file[4:10] in (b"1AY&SY", b"\x17rE8P\x90"),  # a block, or the end of an empty file
+        lzma.LZMAFile: file[:1] != b"]" or file[10:13] in (b"\xff" * 3, bytes(3)),
     }
     return next((d for magic, d in DECOMPRESSORS if file.startswith(magic) and sure.get(d, True)), None)
 
@@ -88,11 +74,10 @@ def open_stream(path: Path) -> IO[bytes]:
     Raises:
         UserError: it is no regular file, or cannot be opened.
     """
-    decompress = compression_of(path)
-    if decompress is None:
-        return _opened(path)
+    decompress = compression_of(path) or _opened
     try:
-        return decompress(path)
+        file: IO[bytes] = decompress(path)
+        return file
     except OSError as e:
         raise UserError(f"{path}: cannot read it ({e.strerror})") from None
     except ImportError:
@@ -100,11 +85,7 @@ def open_stream(path: Path) -> IO[bytes]:
 
 
 def chunks(path: Path) -> Generator[bytes, None, None]:
-    """The decompressed bytes of a file, in order.
-
-    Raises:
-        UserError: the file cannot be read or is damaged.
-    """
+    """The decompressed bytes of a file, in order. Raises UserError if the file cannot be read or is damaged."""
     with open_stream(path) as f:
         yield from checked_reads(path, iter(lambda: f.read(READ_BYTES), b""))
 
@@ -149,12 +130,7 @@ def decode_parts(path: Path, parts: Iterable[bytes]) -> Iterator[str]:
 
 
 def decode_line(path: Path, content: bytes, line: Callable[[], int]) -> str:
-    """The text of one line.
-
-    Args:
-        path: of its file, for messages.
-        content: its bytes.
-        line: tells its number.
+    """The text of one line, of which ``line`` tells the number.
 
     Raises:
         UserError: it is not UTF-8, or filled with NUL bytes.

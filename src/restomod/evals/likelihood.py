@@ -135,11 +135,8 @@ def log_likelihoods(
     The result depends on neither the order of the requests nor the number of processes, and on ``batch`` only by the
     rounding of matmuls: which requests share a batch follows from their content alone.
 
-    Args:
-        model: is not changed.
-        requests: any number, in any order; equal ones are computed once.
-        batch: contexts per forward pass; None: about ``model.tokens_per_forward`` tokens.
-        processes: share the work; all must call this, and get the same result.
+    Equal requests are computed once. ``batch`` is in contexts per forward pass; None: about
+    ``model.tokens_per_forward`` tokens. All processes call this, share the work and get the same result.
 
     Raises:
         UserError: a continuation alone is longer than the model's window.
@@ -263,15 +260,8 @@ def gpt_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens from the hidden states that predict them.
 
-    Args:
-        model: its lm_head is used, without the padded rows.
-        hidden: (N, D).
-        which: (M,), the hidden state that predicts each target.
-        targets: (M,).
-        dtype: compute dtype of the matmuls.
-
-    Returns:
-        (M,) fp32, at most 0, and whether no other token was likelier, (M,) bool.
+    Takes ``hidden`` (N, D) and, of each target, its index ``which`` (M,). Returns (M,) fp32, at most 0, and whether no
+    other token was likelier, (M,) bool.
     """
     config = model.config
     return linear_log_probs(hidden[which], model.head, targets, config.vocab_size, dtype, config.softcap)

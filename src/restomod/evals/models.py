@@ -29,13 +29,7 @@ class ScoredGPT:
     prefix = END_OF_TEXT
 
     def __init__(self, model: GPT, dtype: torch.dtype = torch.float32) -> None:
-        """Args:
-            model: its vocabulary is GPT-2's.
-            dtype: compute dtype of matmuls; log-probabilities are in fp32.
-
-        Raises:
-            UserError: the vocabulary is another.
-        """
+        """Take a model with GPT-2's vocabulary; raises UserError if it has another."""
         self.model, self.dtype = model, dtype
         self.tokenizer: Tokenizer = gpt2_tokenizer()
         if model.config.vocab_size != self.tokenizer.vocab_size:
@@ -68,10 +62,7 @@ class ScoredTransformers:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        """Args:
-        model: an `AutoModelForCausalLM`; its own type and device are used.
-        tokenizer: its `AutoTokenizer`.
-        """
+        """Take an `AutoModelForCausalLM`, whose dtype and device are used, and its `AutoTokenizer`."""
         self.opened = TransformersModel(model.eval(), tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.prefix = self.opened.max_length, self.opened.prefix

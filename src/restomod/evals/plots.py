@@ -24,13 +24,7 @@ def position_means(by_position: list[float]) -> tuple[list[float], list[float]]:
 
 
 def draw_positions(validation: ValidationLoss, title: str, path: Path, inside: Path | None = None) -> None:
-    """Draw the loss by position as a PNG file; the position is the number of tokens that are seen.
-
-    Args:
-        validation: what is drawn.
-        title: the model's name.
-        path: of the file.
-        inside: see `restomod.utils.files.write_bytes_atomically`.
+    """Draw the loss by position (number of tokens seen) as a PNG file; ``inside``: see `write_bytes_atomically`.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.

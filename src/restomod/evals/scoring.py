@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import numpy as np
 
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.likelihood import LanguageModel, Request, Score, encode_pair, log_likelihoods
-from restomod.evals.tasks.example import Example
 from restomod.evals.tasks.registry import LoadedTask
+from restomod.evals.tasks.task import Example
 from restomod.utils.errors import NOT_FINITE, UserError
 
 ACCURACIES = {
@@ -47,27 +48,13 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        metrics = {name: {"value": e.value, "stderr": e.stderr} for name, e in self.metrics.items()}
-        return {
-            "examples": len(self.gold),
-            "truncated": self.truncated,
-            "metrics": metrics,
-            "seconds": self.seconds,
-            "gold": self.gold,
-            "choices": self.choices,
-        }
+        return {"examples": len(self.gold)} | dataclasses.asdict(self)
 
 
 def score_task(
     model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
 ) -> TaskResult:
-    """Score a model on all examples of a task.
-
-    Args:
-        model: is not changed.
-        loaded: the task and its examples.
-        batch: contexts per forward pass; changes the speed, not the result.
-        processes: share the work; all must call this, and get the same result.
+    """Score a model on all examples of a task; for ``batch`` and ``processes`` see `log_likelihoods`.
 
     Raises:
         UserError: an example cannot be scored, or the model's output is not finite.

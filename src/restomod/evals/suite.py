@@ -31,8 +31,8 @@ from restomod.engine.distributed import SINGLE, Processes, device_of, join_proce
 from restomod.evals.likelihood import LanguageModel
 from restomod.evals.models import ScoredGPT, ScoredTransformers, open_language_model
 from restomod.evals.scoring import Estimate, format_estimate, score_task
-from restomod.evals.tasks.references import Reference
 from restomod.evals.tasks.registry import VALIDATION, LoadedTask, load_task, references
+from restomod.evals.tasks.task import Reference
 from restomod.evals.validation import ValidationLoss, dataset_loss
 from restomod.runs.checkpoint import STEP_FOLDER, step_of
 from restomod.runs.folder import environment
@@ -154,7 +154,9 @@ class Evaluation:
             loss.to_dict() | {"data": {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}},
             f"{VALIDATION}-of-{dataset.fingerprint[:8]}" if other_data else VALIDATION,
             references(VALIDATION) if published else (),
-            [] if published else ["published losses are not shown: they are of FineWeb-Edu, and this is other text"],
+            []
+            if published
+            else ["published losses are not shown: they were measured on FineWeb-Edu, not on this text"],
             loss,
         )
 
@@ -183,11 +185,7 @@ class Evaluation:
 
 
 def evaluate_model(request: EvalRequest, processes: Processes = SINGLE) -> dict[str, EvalResult]:
-    """Evaluate a model and return its results by task; nothing is printed or written.
-
-    Raises:
-        UserError: as `open_evaluation` and `Evaluation.results`.
-    """
+    """Evaluate a model and return its results by task; nothing is printed or written. Raises UserError."""
     return {result.task: result for result in open_evaluation(request, processes).results()}
 
 

@@ -5,6 +5,7 @@ Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,16 +59,7 @@ class ValidationLoss:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "bytes_per_token": self.bytes_per_token,
-            "sources": self.sources,
-            "by_position": self.by_position,
-        }
+        return dataclasses.asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
 def validation_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:
@@ -88,18 +80,16 @@ def validation_loss(
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
 ) -> ValidationLoss:
-    """Compute the mean cross-entropy per token over a split.
+    """Compute the mean cross-entropy per token over a split. All processes call this and share the windows.
+
+    A compiled transformer is run uncompiled. A model that is not ours keeps its device and dtype, and reads GPT-2's
+    tokens.
 
     Args:
-        model: evaluated as it is; nothing in it changes, and a compiled transformer is run uncompiled. One that is not
-            ours has its own device and type, and reads GPT-2's tokens.
-        stream: the split's tokens.
         sequence_length: T; every window is evaluated without context from the one before.
-        device, dtype: where and in which type to compute.
         max_tokens: evaluate about this many tokens, in whole windows (None: every token of the split but the first,
             the last ones in a shorter window).
-        batch: windows per forward pass; changes the speed, and the result by rounding only.
-        processes: share the windows; all must call this. Their number does not change the result.
+        batch: windows per forward pass; changes the result by rounding only.
         tokenizer: counts the bytes; None: they are not counted.
     """
     T = sequence_length

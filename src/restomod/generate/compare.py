@@ -71,12 +71,10 @@ def _label(name: str, folder: Path) -> str:
 def samples_writer(out: str | None, prompt_file: str | None = None) -> Callable[[SampleComparison], None]:
     """Return a function that writes a comparison to the file ``out`` atomically (None: that does nothing).
 
-    Args:
-        out: ends in .md or .html; a device or a named pipe may have any name and gets Markdown.
-        prompt_file: an input, which ``out`` must not overwrite.
+    ``out`` ends in .md or .html; a device or a named pipe may have any name and gets Markdown.
 
     Raises:
-        UserError: ``out`` cannot be written; checked before anything is computed.
+        UserError: ``out`` cannot be written, or is ``prompt_file``; checked before anything is computed.
     """
     if out is None:
         return lambda comparison: None

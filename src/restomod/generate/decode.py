@@ -165,13 +165,7 @@ def generate(
     does not depend on the others of its batch, except for rounding: shapes of matmuls differ. The model and the global
     random state are not changed.
 
-    Args:
-        model: a compiled transformer is run uncompiled.
-        prompts: of any lengths.
-        sampling: maximal number of tokens, temperature, top-k and top-p.
-        seed: at least 0.
-        dtype: compute dtype of matmuls.
-        stop: token that ends a text; None: none does.
+    A compiled transformer is run uncompiled. The token ``stop`` ends a text; None: none does.
 
     Raises:
         UserError: the model's logits are not finite.
@@ -221,12 +215,7 @@ def generate_with_transformers(
 ) -> Iterator[int]:
     """Yield the tokens of one text up to one that ends it, drawn as `generate` draws.
 
-    Args:
-        opened: the model.
-        prompt: a context longer than the window is cut to its last half window.
-        sampling: maximal number of tokens, temperature, top-k and top-p.
-        seed: at least 0.
-        cached: use its key/value cache (see `cache_is_exact`); else the whole context is computed for every token.
+    ``cached``: use its key/value cache (see `cache_is_exact`); else the whole context is computed for every token.
     """
     window, ids, cache = opened.max_length, list(prompt.tokens), None
     rng, is_text, ends = text_rng(seed, prompt), opened.text_tokens(), opened.ends()

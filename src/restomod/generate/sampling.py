@@ -22,7 +22,7 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[flo
     Args:
         logits: (B, V), on any device.
         sampling: at temperature 0 the likeliest token is taken; else see `candidates`.
-        uniforms: B numbers in [0, 1), one per row; not used at temperature 0.
+        uniforms: B numbers in [0, 1); not used at temperature 0.
 
     Returns:
         (B,) int64 on the CPU.
@@ -45,9 +45,7 @@ def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor
     Case of Neural Text Degeneration", 2020, section 3.1: the smallest set of likeliest tokens whose mass, after
     temperature and top-k, reaches p. Order and results are those of `transformers`' logits warpers.
 
-    Args:
-        logits: (B, V).
-        sampling: temperature (above 0), top_k and top_p.
+    The temperature is above 0. ``logits`` are (B, V).
 
     Returns:
         Weights (B, C) float64, 0 for what must not be drawn, and token ids (B, C) int64, both on the CPU.

@@ -131,11 +131,7 @@ def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[st
 
 
 def find_readable_model(where: str) -> Path:
-    """Find the folder of a model, a run or a name on the hub, and read its config.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Find the folder of a model, a run or a name on the hub; read its config. Raises UserError: none, or damaged."""
     folder = find_model(where)
     with contextlib.suppress(UnsupportedModel):  # transformers may know it
         read_model_config(folder)
@@ -152,19 +148,9 @@ def sample_texts(
     precision: Precision = "auto",
     folder: Path | None = None,
 ) -> list[list[str]]:
-    """Continue each prompt ``n_samples`` times with the model that ``where`` names (see `find_readable_model`).
+    """Continue each prompt ``n_samples`` times with the model that ``where`` names; return a list of texts per prompt.
 
-    Args:
-        where: a run, a model folder, or a name on the hub.
-        prompts: texts to continue; an empty one starts a document.
-        n_samples: number of texts per prompt.
-        sampling: maximal number of tokens, temperature, top-k and top-p.
-        seed: at least 0.
-        device, precision: see `restomod.engine.device`.
-        folder: result of `find_readable_model`, where it is known.
-
-    Returns:
-        A list of texts per prompt.
+    An empty prompt starts a document. ``folder`` is the result of `find_readable_model`, where it is known.
     """
     model, dtype = _open(where, device, precision, folder)
     if isinstance(model, GPT):

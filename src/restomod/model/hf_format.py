@@ -65,7 +65,7 @@ class Family:
     """Read the values of a `config.json`.
 
     Raises:
-        OtherModel: it describes a model with parts that this package does not have.
+        UnsupportedModel: it describes a model with parts that this package does not have.
         TypeError: it is damaged.
     """
     views: Callable[[GPT], dict[str, Tensor]]

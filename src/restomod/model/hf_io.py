@@ -143,8 +143,7 @@ def _newest_commit(repository: str) -> tuple[str | None, str]:
 def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
     """Return the files that hold a model's tensors, or None where there are none.
 
-    Args:
-        get: gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
+    ``get`` gives the path of a file by its name in the folder (downloading it, if need be), or None if it is absent.
 
     Raises:
         UserError: an index is damaged, or a file that it names is absent.
@@ -155,17 +154,15 @@ def weights_files(get: Callable[[str], Path | None]) -> list[Path] | None:
             return [whole]
         index = get(name + INDEX_SUFFIX)
         if index is not None:
-            found = {shard: get(shard) for shard in _shards(index)}
+            found = {
+                shard: get(shard)
+                for shard in sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
+            }
             absent = [shard for shard, path in found.items() if path is None]
             if absent:
                 raise UserError(f"{index} names {absent[0]}, which is missing beside it")
             return [path for path in found.values() if path is not None]
     return None
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the file names in an index."""
-    return sorted({*read_json(index, "index of the weights", Index)["weight_map"].values()})
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -202,11 +199,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 
 def require_short_header(path: Path) -> None:
-    """Raise UserError where a safetensors header is so long that reading it could take a gigabyte.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Raise UserError where a safetensors header is so long that reading it could take a gigabyte."""
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
     if size > MAX_HEADER:
@@ -264,7 +257,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Read the config of the model in a folder.
 
     Raises:
-        OtherModel: its `config.json` describes an unknown model type.
+        UnsupportedModel: its `config.json` describes an unknown model type.
         UserError: it is missing or damaged.
     """
     path = folder / "config.json"
@@ -314,22 +307,7 @@ def describe_mismatch(
     return f"{where} does not fit its config.json: {'; '.join([*told, *causes])}"
 
 
-@torch.no_grad()
-def load_tensors(model: GPT, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy the tensors of a checkpoint into ``model``: all of them, or none if any is wrong.
-
-    Raises:
-        UserError: tensors are missing, extra, or of another shape or kind, or hold numbers that are not finite.
-    """
-    _fill(model, _fitting(model, tensors, where))
-
-
-def _fill(model: GPT, values: dict[str, Tensor]) -> None:
-    for name, view in family_of(model.config).views(model).items():
-        view.copy_(values[name])
-
-
-def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool = True) -> dict[str, Tensor]:
+def _fitting(model: GPT, tensors: dict[str, Tensor], where: Path, finite: bool) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, checked to fit ``model``, which may be on the meta device."""
     family = family_of(model.config)
     tensors = canonical_names(tensors) if family.model_type == "gpt2" else dict(tensors)
@@ -389,26 +367,11 @@ def require_size_of(tensors: Mapping[str, Tensor], where: Path, layers: int = 0,
         )
 
 
-def load_weights(model: GPT, folder: Path) -> None:
-    """Read the weights of a model folder into ``model``.
-
-    Raises:
-        UserError: they are missing, damaged, or do not fit.
-    """
-    tensors, where = read_tensors(folder)
-    load_tensors(model, tensors, where)
-
-
 def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     """Build the model of a folder, with its weights, on ``device``, ready to evaluate.
 
-    Args:
-        folder: a model folder.
-        device: where to.
-        finite: refuse weights that are infinite or not a number.
-
     Raises:
-        UserError: the folder does not hold a complete model of a known type.
+        UserError: it is no complete model of a known type, or with ``finite`` a weight is infinite or not a number.
     """
     config = read_model_config(folder)
     tensors, where = read_tensors(folder)
@@ -421,5 +384,6 @@ def load_model(folder: Path, device: torch.device, finite: bool = True) -> GPT:
     with torch.no_grad():
         for matrix in model.vocabulary_matrices():
             matrix[config.vocab_size :] = 0.0
-        _fill(model, values)
+        for name, view in family_of(config).views(model).items():
+            view.copy_(values[name])
     return model.eval()

@@ -79,11 +79,7 @@ class TransformersModel:
         return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
-        """Encode a text; with ``begin``, after the tokenizer's beginning-of-text token, if it has one.
-
-        Raises:
-            UserError: the tokenizer knows tokens that the model does not.
-        """
+        """Encode a text, with ``begin`` after the token of beginnings. Raises UserError: the model lacks a token."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         if begin:
             first = self.tokenizer.encode(text)[:1]
@@ -152,10 +148,8 @@ def _why_not_ours(name: str, folder: Path) -> str | None:
 def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> GPT | TransformersModel:
     """Load a model to score or continue text: as ours if this package computes it exactly, else by `transformers`.
 
-    Args:
-        name: what the user calls it: ``folder``, or a name on the hub.
-        folder: its files.
-        device, dtype: where, and in which type `transformers` is to compute. Ours has fp32 weights.
+    ``name`` is what the user calls it: ``folder``, or a name on the hub. ``dtype`` is for `transformers`; ours has
+    fp32 weights.
 
     Raises:
         UserError: it is damaged, or `transformers` is needed and missing or cannot load it, or it would run with other

@@ -92,11 +92,7 @@ class Saver:
         return failure
 
     def finish(self) -> None:
-        """Wait until everything is written. All processes call this.
-
-        Raises:
-            UserError: it failed, and ``on_save_error`` is "stop".
-        """
+        """Wait until all is written. All processes call this. Raises UserError if ``on_save_error`` is "stop"."""
         self.processes.run_on_all_ranks(self._finish)
 
     def _finish(self) -> None:
@@ -133,13 +129,7 @@ def staging(tensor: Tensor) -> Tensor:
 
 
 def drop_others(run: Path, config: RunConfig, losses: Mapping[int, float] | None = None) -> None:
-    """Delete the checkpoints of a run that ``config`` does not keep.
-
-    Args:
-        run: the run's folder.
-        config: the run's configuration.
-        losses: validation losses by step; None: those of `metrics.jsonl`.
-    """
+    """Delete checkpoints that ``config`` does not keep; ``losses``: by step, None for those of `metrics.jsonl`."""
     losses = ValidationLosses(run).read() if losses is None else losses
     folders = {step_of(folder): folder for folder in list_checkpoints(run)}
     sizes = {step: _size(folder) for step, folder in folders.items()} if config.keep_gb is not None else {}
@@ -153,13 +143,7 @@ def kept(steps: list[int], losses: dict[int, float], sizes: dict[int, int], conf
     """Steps of the checkpoints to keep.
 
     By priority: the newest (always), the best, the ``keep_checkpoints`` newest, one every ``keep_every`` steps, up to
-    ``keep_gb`` in total.
-
-    Args:
-        steps: of all checkpoints.
-        losses: validation losses, of the checkpoints that have one.
-        sizes: in bytes; needed only with ``keep_gb``.
-        config: the run's configuration.
+    ``keep_gb`` in total, for which alone ``sizes`` (bytes) are needed. Not every checkpoint has a validation loss.
     """
     newest = sorted(steps, reverse=True)
     best = [min(losses, key=lambda step: (losses[step], -step))] if losses and config.keep_best else []

@@ -17,8 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
@@ -39,7 +38,7 @@ from restomod.model.gpt import GPT
 from restomod.model.hf_format import as_saved
 from restomod.model.hf_io import (
     WEIGHTS,
-    load_weights,
+    load_model,
     read_model_config,
     require_short_header,
     save_model,
@@ -88,11 +87,7 @@ class State(TypedDict):
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest step first.
-
-    Raises:
-        OSError: ``checkpoints`` cannot be read, which does not mean that there are none.
-    """
+    """The checkpoint folders of a run, oldest step first. Raises OSError: they cannot be listed, but may exist."""
     folder = run / "checkpoints"
     names = os.listdir(folder) if folder.exists() else []
     return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
@@ -103,23 +98,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-@dataclass(frozen=True)
-class Unusable:
-    """A checkpoint that a run cannot resume from."""
-
-    folder: Path
-    problem: str
-
-
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """`newest_usable`, and the problems of newer checkpoints, which are set aside."""
     folder, unusable = newest_usable(run)
     set_aside(unusable)
-    return folder, [each.problem for each in unusable]
+    return folder, list(unusable.values())
 
 
-def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
-    """The newest checkpoint from which a run can resume, and newer ones, which are for `set_aside`.
+def newest_usable(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint from which a run can resume, and the problems of newer ones, which are for `set_aside`.
 
     It is complete, of this run and of the step in its name, and its tensors are finite. Not to be called while a
     checkpoint is being written: what a killed process has half written or deleted is removed.
@@ -129,27 +116,27 @@ def newest_usable(run: Path) -> tuple[Path | None, list[Unusable]]:
     """
     with contextlib.suppress(OSError):  # the next save will say what is the matter
         _remove_leftovers(run)
-    unusable: list[Unusable] = []
+    unusable: dict[Path, str] = {}
     for folder in list_checkpoints(run)[::-1]:
         try:
             verify_checkpoint(folder)
             _require_same(folder, run_identity(run))
             require_finite(folder)
         except UserError as e:
-            unusable.append(Unusable(folder, str(e).partition("; ")[0]))
+            unusable[folder] = str(e).partition("; ")[0]
             continue
         return folder, unusable
     if unusable:
         raise UserError(
-            f"{run} can resume from none of its {len(unusable)} checkpoints: {unusable[0].problem}; "
+            f"{run} can resume from none of its {len(unusable)} checkpoints: {next(iter(unusable.values()))}; "
             f"mend it, or delete {run / 'checkpoints'} to start the run from step 0"
         )
-    return None, []
+    return None, {}
 
 
-def set_aside(unusable: list[Unusable]) -> None:
+def set_aside(unusable: Iterable[Path]) -> None:
     """Rename checkpoints to ``….damaged``, so that they are no longer found."""
-    for folder in (each.folder for each in unusable):
+    for folder in unusable:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         move_folder(folder, aside, COMPLETE)
@@ -182,14 +169,9 @@ def _remove_leftovers(run: Path) -> None:
 def write_checkpoint(
     run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], data_offset: int = 0
 ) -> Path:
-    """Write the checkpoint of ``step`` updates.
+    """Write the checkpoint of ``step`` updates and ``data_offset`` skipped batches.
 
-    Args:
-        run: its folder.
-        step: number of updates.
-        model: holds all its weights in this process.
-        optimizer_state: from `optimizer_tensors`; empty before the first step.
-        data_offset: number of skipped batches.
+    The model holds all its weights in this process; the state is from `optimizer_tensors`, empty before the first step.
 
     Raises:
         UserError: the disk is full or refuses; older checkpoints are untouched.
@@ -350,16 +332,10 @@ def require_finite(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
-    """Load the optimizer state of a verified checkpoint, tensor by tensor. All processes call this.
+    """Load the optimizer state of a verified checkpoint, tensor by tensor. All processes call this, one reads.
 
     Step 0 resets the optimizer. The loss scale of fp16 is ignored in other precisions, and starts anew if the
     checkpoint has none.
-
-    Args:
-        folder: of the checkpoint; only the main process reads it.
-        model: the model that is optimized.
-        optimizer: receives the state.
-        processes: those that train the model.
 
     Raises:
         UserError: the state is of another optimizer or model.
@@ -401,29 +377,18 @@ def _optimizer_tensor_names(path: Path, shapes: dict[str, torch.Size]) -> list[s
 
 def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:
     """Load the weights of a verified checkpoint. All processes call this. Raises UserError if the model differs."""
-    broadcast_weights(
-        model, processes.run_on_all_ranks(lambda: _read_weights(folder, model) if processes.main else None), processes
-    )
 
+    def read() -> GPT | None:
+        if not processes.main:
+            return None
+        require_shape(folder, model.config)
+        return load_model(folder, torch.device("cpu"))
 
-@torch.no_grad()
-def _read_weights(folder: Path, like: GPT) -> GPT:
-    """A model on the CPU with the configuration of ``like`` and the weights of a checkpoint."""
-    with torch.device("meta"):
-        model = GPT(like.config)
-    model.to_empty(device="cpu")
-    for matrix in model.vocabulary_matrices():
-        matrix.zero_()  # its padding is not in the files
-    load_weights(model, folder)
-    return model
+    broadcast_weights(model, processes.run_on_all_ranks(read), processes)
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> int:
-    """Verify a checkpoint, load its weights and optimizer state, return its step. All processes call this.
-
-    Raises:
-        UserError: it is damaged, or of another model.
-    """
+    """Verify and load a checkpoint; return its step. All processes call this. Raises UserError: not usable."""
     processes.from_main(lambda: verify_checkpoint(folder))
     load_saved_weights(folder, model, processes)
     load_optimizer(folder, model, optimizer, processes)

@@ -17,37 +17,8 @@ from restomod.utils.json_files import read_json
 
 Settings = dict[str, Any]
 
-MAY_CHANGE_ON_RESUME = {
-    "steps",
-    "target_loss",
-    "micro_batch",
-    "eval_every",
-    "eval_tokens",
-    "eval_tasks",
-    "eval_limit",
-    "sample_every",
-    "sampling",
-    "save_every",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "keep_best",
-    "keep_every",
-    "keep_gb",
-    "track",
-    "on_save_error",
-    "on_spike",
-    "spike_sigmas",
-    "device",
-    "precision",
-    "parallel",
-    "recompute",
-    "deterministic",
-    "compile",
-    "residual_dtype",
-    "sanity_checks",
-    "data",
-}
-_NOT_SETTINGS = {"version"}
+FIXED = ("seed", "init", "batch_tokens", "sequence_length", "model", "optim", "document_mask")
+"""Settings of a run that cannot change on resume; all others may."""
 DATA_FINGERPRINT = "data fingerprint"
 CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same result
     "eval_every",
@@ -98,7 +69,9 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
     """Settings that differ among ``many``, with the value in each; None where one is absent."""
     names = dict.fromkeys(name for each in many for name in each)
     values = {name: [each.get(name) for each in many] for name in names if name not in without}
-    return {name: found for name, found in values.items() if len({_key(value) for value in found}) > 1}
+    return {
+        name: found for name, found in values.items() if len({json.dumps(value, sort_keys=True) for value in found}) > 1
+    }
 
 
 def trains_on_fineweb_edu(run: Run) -> bool:
@@ -117,18 +90,11 @@ def run_identity(run: Path) -> dict[str, Any]:
         data = read_json(run / "data.json", "manifest of the run's data", dict[str, Any], MAX_BYTES)
     except UserError:
         return {}
-    settings = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME | _NOT_SETTINGS}
-    return settings | {DATA_FINGERPRINT: data.get("fingerprint")}
+    return {k: config[k] for k in FIXED if k in config} | {DATA_FINGERPRINT: data.get("fingerprint")}
 
 
 def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """Differences among the settings that both sides have, each as ``NAME is A, not B``.
-
-    Args:
-        theirs: settings as JSON values, nested or not.
-        ours: the settings that they should equal. Settings that only one side has are ignored.
-        prefix: dotted path of both, for the names.
-    """
+    """Differences among the JSON settings that both sides have, each as ``PREFIX.NAME is A, not B``."""
     found = []
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]
@@ -145,7 +111,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Settings:
     for name, value in values.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

@@ -28,7 +28,7 @@ from restomod.config.run import RunConfig
 from restomod.config.serialize import read_config, to_dict, to_file
 from restomod.data.dataset import Dataset
 from restomod.data.same_tokens import read_run_data, token_difference, with_hashes
-from restomod.runs.config_diff import MAY_CHANGE_ON_RESUME, identity_differences
+from restomod.runs.config_diff import FIXED, identity_differences
 from restomod.runs.metrics import Record, SampleRecord, append_jsonl, iterate_jsonl, keep_records
 from restomod.runs.trackers import Trackers
 from restomod.utils.errors import UserError, reason
@@ -139,10 +139,7 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     Raises:
         UserError: a setting that must not change has changed, or the data differ from those of the run.
     """
-    now, before = (
-        {name: value for name, value in to_dict(each).items() if name not in MAY_CHANGE_ON_RESUME}
-        for each in (config, read_config(folder))
-    )
+    now, before = ({name: to_dict(each)[name] for name in FIXED} for each in (config, read_config(folder)))
     if changed := identity_differences(now, before):
         raise UserError(f"cannot change on resume: {', '.join(changed)}")
     _starts(folder)  # it will be rewritten, so it has to be readable

@@ -67,11 +67,7 @@ TASK_RESULT = dict[str, float | str | None]  # a "task" record, which has keys b
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one record to a `.jsonl` file; on failure no part of it stays.
-
-    Raises:
-        OSError: the disk is full, or refuses.
-    """
+    """Append a record to a `.jsonl` file; where the disk refuses it (OSError), no part of it stays."""
     line = json.dumps(record).encode() + b"\n"
     with open_to_append(path) as f:
         end = f.seek(0, os.SEEK_END)
@@ -134,12 +130,7 @@ def _lines(f: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 class NewRecords:
-    """Reads a growing `.jsonl` file: each time only what is new.
-
-    Args:
-        path: need not be there yet.
-        containing: lines without these bytes are skipped unparsed.
-    """
+    """Reads only new lines of a growing `.jsonl` file; skips, unparsed, those without the bytes ``containing``."""
 
     def __init__(self, path: Path, containing: bytes = b"") -> None:
         self._path, self._containing = path, containing

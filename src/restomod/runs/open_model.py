@@ -17,7 +17,7 @@ from restomod.utils.json_files import read_json
 
 
 def find_model(name: str) -> Path:
-    """The model folder that ``name`` stands for. A checkpoint is verified (`verify_model`), a hub model downloaded.
+    """Find the model folder of ``name``, verified if a checkpoint, downloaded if a hub name.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -58,14 +58,8 @@ def open_model(name: str, device: torch.device) -> GPT:
 def open_or_build(name: str, device: torch.device, seed: int, finite: bool = True) -> tuple[GPT, bool]:
     """A preset's model with the initial weights of ``seed``, or an existing model; and whether it is a preset's.
 
-    Args:
-        name: a preset, or what `find_model` takes.
-        device: for the model.
-        seed: of a preset's weights.
-        finite: refuse weights that are not finite.
-
     Raises:
-        UserError: ``name`` is neither.
+        UserError: ``name`` is neither a preset nor a model, or with ``finite`` its weights are not finite.
     """
     if is_preset(name) and not Path(name).is_dir():
         try:

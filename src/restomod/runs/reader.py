@@ -167,11 +167,7 @@ class Run:
 
     @cached_property
     def manifest(self) -> Record:
-        """The manifest of the tokens that the run trains on; empty if there is none.
-
-        Raises:
-            UserError: it is damaged.
-        """
+        """The manifest of the tokens that the run trains on; empty if there is none. Raises UserError: damaged."""
         return read_run_data(self.folder)
 
     @cached_property
@@ -234,11 +230,7 @@ def process_count(environment: Record) -> int:
 
 
 def open_run(folder: str | Path, warn: Callable[[str], None] = print_error) -> Run:
-    """Read a run's folder.
-
-    Args:
-        folder: the run's.
-        warn: called with what cannot be read and is left out: records, environments, samples, evaluations.
+    """Read a run's folder; ``warn`` is told of records, samples and other parts that are damaged and left out.
 
     Raises:
         UserError: there is no run, or a file of it is damaged.

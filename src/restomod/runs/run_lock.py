@@ -46,12 +46,7 @@ class Holder(TypedDict, total=False):
 
 
 class RunLock:
-    """The lock of one run. Ranks of one job share it: the main process alone takes it.
-
-    Args:
-        folder: the run's.
-        print_line: called with the reason for waiting.
-    """
+    """The lock of one run, which the main process takes for all ranks. ``print_line`` is told why it waits."""
 
     def __init__(self, folder: Path, print_line: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self._print_line = folder, print_line
@@ -67,11 +62,7 @@ class RunLock:
         self._over = threading.Event()
 
     def take(self, resume: bool) -> None:
-        """Lock an existing run, waiting for a job that is about to end; or the name of a new run, without waiting.
-
-        Raises:
-            UserError: another job trains it.
-        """
+        """Lock an existing run once a job that is ending has ended, or a new run's name. Raises UserError: taken."""
         if resume:
             self._acquire(self.folder / ".lock", PATIENCE)
             return

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -35,22 +35,27 @@ Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it becomes
 CLOSING = 20.0  # seconds that the end of a run waits for all of them
 
 
-class Sink(Protocol):
-    """One tracker, used from one thread."""
+class Sink:
+    """One tracker, used from one thread. As written here, of a service where a run resumes under its identity."""
+
+    _run: Any
 
     def begin(self, records: list[Record], fresh: bool) -> None:
-        """Take all records so far: at the start or resumption of a run, and after a rollback.
-
-        Args:
-            records: all of `metrics.jsonl`.
-            fresh: the tracker has seen nothing of this run before.
-        """
+        """Take all of `metrics.jsonl`: when a run starts (then ``fresh``), resumes or rolls back."""
+        for record in records if fresh else []:
+            self.write(record)
 
     def write(self, record: Record) -> None:
         """Take one more record."""
+        if values := tracked_values(record):
+            self._log(values, record["step"])
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Finish."""
+        self._run.finish()
 
 
 def tracked_values(record: Record) -> dict[str, float]:
@@ -61,7 +66,7 @@ def tracked_values(record: Record) -> dict[str, float]:
     return {name: float(v) for name, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files in RUN/tensorboard, written anew at every start: they say what `metrics.jsonl` says."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str) -> None:
@@ -87,27 +92,7 @@ class TensorBoard:
             self._writer.close()
 
 
-class _Online:
-    """Base of Weights & Biases and Trackio: a run resumes under its identity."""
-
-    _run: Any
-
-    def begin(self, records: list[Record], fresh: bool) -> None:
-        for record in records if fresh else []:
-            self.write(record)
-
-    def write(self, record: Record) -> None:
-        if values := tracked_values(record):
-            self._log(values, record["step"])
-
-    def _log(self, values: dict[str, float], step: int) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class WandB(_Online):
+class WandB(Sink):
     """Weights & Biases: offline in RUN/wandb, for `wandb sync`, unless the user has set WANDB_MODE."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str) -> None:
@@ -135,7 +120,7 @@ class WandB(_Online):
         self._run.log({**values, "step": step})
 
 
-class Trackio(_Online):
+class Trackio(Sink):
     """Trackio: its database on this machine, which `trackio show` shows."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str) -> None:
@@ -163,13 +148,9 @@ def require_installed(names: Iterable[Tracker]) -> None:
 
 
 class Trackers:
-    """All trackers of a run, as a context: within it they take records.
+    """All trackers of a run, as a context in which they take records; without ``writes`` there are none.
 
-    Args:
-        run: its folder.
-        config: what it tracks.
-        report: called with a warning, from any thread.
-        writes: False in all processes but the main one, which do nothing.
+    ``report`` is called with warnings, from any thread.
     """
 
     def __init__(self, run: Path, config: RunConfig, report: Callable[[str], None], writes: bool = True) -> None:

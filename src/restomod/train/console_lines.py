@@ -87,12 +87,7 @@ def closing_lines(
 ) -> list[str]:
     """The end of a run: first and final losses, where it is, and what to do next, from the files in its folder.
 
-    Args:
-        folder: of the run.
-        checkpoints: the newest checkpoint, or none.
-        seconds: the duration of training.
-        finished: whether all steps were made.
-        exportable: whether `transformers` loads the checkpoints.
+    ``checkpoints`` holds the newest, or none; `transformers` loads it if it is ``exportable``.
     """
     run = quote(str(folder))
     records = read_jsonl(folder / "metrics.jsonl")

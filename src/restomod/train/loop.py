@@ -39,13 +39,7 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal; the run can be resume
 
 
 def train(config: RunConfig, folder: Path, resume: bool = False, display: Display | None = None) -> int:
-    """Train a run from its start, or from its newest checkpoint.
-
-    Args:
-        config: the complete configuration.
-        folder: the run's folder: a new one, or with ``resume`` an existing one.
-        resume: resume the run in ``folder``.
-        display: where to print; by default a progress bar in a terminal and plain lines elsewhere.
+    """Train a new run, or with ``resume`` the existing one in ``folder`` from its newest checkpoint.
 
     Returns:
         0 when the run is finished, 75 when a signal stopped it (after a checkpoint, except among skipped steps).

@@ -18,16 +18,7 @@ from restomod.utils.errors import UserError, is_out_of_memory, one_line
 def roll_back(
     training: Training, saver: Saver, guard: SpikeGuard, step: int, problem: str, offset: int, display: Display
 ) -> tuple[int, int]:
-    """Load the newest checkpoint, and skip the batches that were trained on since.
-
-    Args:
-        training: the run.
-        saver: of its checkpoints.
-        guard: has decided about ``step``.
-        step: the last skipped step.
-        problem: what was wrong with it.
-        offset: the data offset so far.
-        display: shows the rollback.
+    """Load the newest checkpoint, and skip the batches since, up to the skipped ``step``, which had a ``problem``.
 
     Returns:
         The checkpoint's step, and the new data offset.
@@ -66,15 +57,7 @@ def train_step_retrying_oom(
     loss_limit: float,
     display: Display,
 ) -> tuple[PendingStep, int]:
-    """Make a step, with a smaller micro-batch where memory runs out.
-
-    Args:
-        training: the run.
-        step: updates that the weights have had.
-        micro_batches: this process's share of the batch.
-        micro_batch: sequences per forward pass, at most.
-        loss_limit: see `train_step`.
-        display: shows a smaller micro-batch.
+    """Make a step on this process's share of the batch, with a smaller micro-batch where memory runs out.
 
     Returns:
         What `train_step` returns, and the micro-batch that fitted.

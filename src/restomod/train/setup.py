@@ -37,7 +37,6 @@ from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import UnsupportedModel, as_saved
 from restomod.model.hf_io import load_model, read_model_config
 from restomod.runs.checkpoint import (
-    Unusable,
     load_optimizer,
     load_saved_weights,
     newest_usable,
@@ -57,8 +56,8 @@ class Start:
     """Where a run starts: step 0, or the checkpoint from which it resumes."""
 
     checkpoint: Path | None = None
-    unusable: list[Unusable] = field(default_factory=list)
-    """Newer checkpoints, which are set aside."""
+    unusable: dict[Path, str] = field(default_factory=dict)
+    """Newer checkpoints, which are set aside, and their problems."""
     step: int = 0
     """Updates that the weights have had."""
     data_offset: int = 0
@@ -243,11 +242,7 @@ def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.devi
 
 
 def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunConfig) -> list[CheckResult]:
-    """Run the quick sanity checks, before torch.compile, which would compile for their shapes too.
-
-    Raises:
-        UserError: a check has failed.
-    """
+    """Run the quick sanity checks, before torch.compile adapts to their shapes. Raises UserError: one has failed."""
     optimizer, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
     results = quick_checks(CheckedModel(model, data.batches, eager, optimizer, fresh=config.init is None))
     for result in results:
@@ -261,7 +256,7 @@ def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunCon
 
 def _warnings(folder: Path, start: Start) -> list[str]:
     """What is wrong with the files of a run that resumes from ``start``, but does not stop it."""
-    found = [f"set aside: {each.problem}" for each in start.unusable]
+    found = [f"set aside: {problem}" for problem in start.unusable.values()]
     log, before = folder / "metrics.jsonl", len(found)
     records = (record for record in iterate_jsonl(log, found.append) if record["kind"] == "train")
     lacking = start.step - sum(record["step"] < start.step for record in records)
@@ -272,11 +267,7 @@ def _warnings(folder: Path, start: Start) -> list[str]:
 
 
 def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> Batches:
-    """The batches of a run.
-
-    Raises:
-        UserError: a source is shorter than a window, or the model is for another vocabulary.
-    """
+    """The batches of a run. Raises UserError: a source shorter than a window, or a model for another vocabulary."""
     sources = dataset.sources
     batches = Batches(
         [source.dataset.train for source in sources],

@@ -27,12 +27,9 @@ Action = Literal["update", "skip", "rollback", "stop"]
 
 
 class SpikeGuard:
-    """Decides about the steps of a run, in order.
+    """Decides about the steps of a run, in order; a resumed run continues from its ``records``.
 
-    Args:
-        config: of the run.
-        records: of `metrics.jsonl`, from which a resumed run continues.
-        fp16: whether gradients may overflow while the loss scale is being found.
+    ``fp16``: gradients may overflow while the loss scale is being found.
     """
 
     def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = (), fp16: bool = False) -> None:
@@ -57,7 +54,7 @@ class SpikeGuard:
         if self._overflowed(result):
             return "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            return f"the loss is {result.loss} and the gradient norm {result.grad_norm}"
+            return f"the loss is {result.loss:.4f} and the gradient norm {result.grad_norm:.4f}"
         mean, deviation = self._mean_and_deviation()
         above = (result.loss - mean) / deviation
         return f"the loss is {result.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"

@@ -1,4 +1,4 @@
-"""Console output of commands: tables, check results, a progress bar in a terminal or a line per step elsewhere."""
+"""Console output of commands: tables, check results, and progress as a bar in a terminal, else a line per step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal, TextIO, cast
 
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from restomod.utils import output
 from restomod.utils.errors import UserError, reason
-from restomod.utils.terminal import Terminal
-from restomod.utils.text import duration, visible
+from restomod.utils.terminal import WIDTH_ELSEWHERE, Terminal, rich_table
+from restomod.utils.text import duration
 
 CheckStatus = Literal["pass", "warn", "fail", "skip"]
 STATUS_STYLE: dict[CheckStatus, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
@@ -71,7 +71,7 @@ class _Output(io.TextIOBase):
         try:
             if stream is not None:
                 do(stream)
-        except Exception as e:  # of the system, of a closed stream, of encoding, of whatever stands in for the stream
+        except Exception as e:  # a stand-in for the stream may raise anything
             self._fail(e)
 
 
@@ -126,13 +126,11 @@ class Display:
 
     def grid(self, headings: list[str], rows: list[list[str]]) -> None:
         """Print a table with headings, as wide as the terminal, or as its cells outside of one."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for i, heading in enumerate(headings):
-            table.add_column(heading, overflow="fold", no_wrap=0 < i < len(headings) - 1)
-        for row in rows:
-            table.add_row(*(Text(visible(cell)) for cell in row))
+        table = rich_table(headings, rows)
+        for column in table.columns[1:-1]:
+            column.no_wrap = True
         if not self.interactive:
-            self.console.width = 200
+            self.console.width = WIDTH_ELSEWHERE
         self._print(table, soft_wrap=False)
 
     def check_result(self, result: CheckResult) -> None:

@@ -13,8 +13,7 @@ NOT_FINITE = (
     "the model's output is not finite; its weights are damaged (see `restomod inspect`), or fp16 overflows "
     "(try --precision fp32)"
 )
-# what errors say: torch's OutOfMemoryError, the driver, Triton, NCCL and MPS in the same words; cuBLAS of its
-# workspaces and handles; cuDNN; the allocators of a CPU; the system, of a library or a thread that it has no room for
+# messages of torch, the driver, Triton, NCCL and MPS; cuBLAS; cuDNN; CPU allocators; the system (libraries, threads)
 OUT_OF_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -46,27 +45,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: object) -> str:
-    """The first line of an error's message, at most 200 characters; the error's kind where it has no message."""
+    """Return the first line of an error's message, at most 200 characters, or else its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed: what the system says, without number and path; else as `one_line`."""
+    """Return the system's reason of an error, without number and path; else `one_line`."""
     return getattr(error, "strerror", None) or one_line(error)
 
 
 def shortened(text: str) -> str:
-    """At most 80 characters of a text, for a message."""
+    """Return at most 80 characters of a text, for a message."""
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def describe_os_error(e: OSError) -> str:
-    """What the system refused, in one line."""
+    """Return what the system refused, in one line."""
     return f"{e.filename or 'input/output'}: {reason(e)}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that a device or the system has no memory left."""
+    """Return whether an error, or its cause, says that a device or the system is out of memory."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return True  # numpy's and C++'s (std::bad_alloc) are MemoryErrors
@@ -84,7 +83,7 @@ class ReportedElsewhere(UserError):
 
 @contextlib.contextmanager
 def reported_once() -> Iterator[None]:
-    """What is wrong with the arguments is said by one process: torchrun starts all with the same."""
+    """Report an error in the arguments from one process only: torchrun starts all with the same."""
     try:
         yield
     except UserError as e:

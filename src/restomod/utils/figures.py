@@ -1,4 +1,4 @@
-"""What all pictures share: colours, and an empty figure without a window. Matplotlib is imported to draw."""
+"""Matplotlib figures without a window: colours, an empty figure, atomic writing. Matplotlib is imported on use."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def require_matplotlib() -> None:
 
 
 def use_default_style() -> None:
-    """Undo the settings of a matplotlibrc in the working folder, which may be another user's."""
+    """Undo the settings of a matplotlibrc in the working folder, which another user may have put there."""
     import matplotlib
 
     matplotlib.rcdefaults()
 
 
 def new_figure(subject: str, width: float, height: float) -> Figure:
-    """An empty figure, its size in inches."""
+    """Return an empty figure; sizes in inches."""
     from matplotlib.figure import Figure
 
     use_default_style()
@@ -42,23 +42,13 @@ def new_figure(subject: str, width: float, height: float) -> Figure:
 
 
 def quiet(axes: Axes) -> None:
-    """A light grid, and no frame."""
+    """Draw a light grid and no frame."""
     axes.grid(color=GRID, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def write_figure(figure: Figure, path: Path, inside: Path | None = None, dpi: int = 120) -> None:
-    """Write a PNG file, whole or not at all.
-
-    Args:
-        figure: what is drawn.
-        path: of the file.
-        inside: see `restomod.utils.files.write_bytes_atomically`.
-        dpi: pixels per inch.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a PNG file as `write_bytes_atomically`; raises UserError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -73,7 +63,7 @@ def write_figure(figure: Figure, path: Path, inside: Path | None = None, dpi: in
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for pictures, if need be; raises UserError where that is not possible."""
+    """Create a folder for pictures if it is missing; raises UserError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

@@ -49,12 +49,9 @@ NOT_REGULAR = {
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what may block or never end when it is read: a device, a FIFO or a socket. Nothing is opened.
+    """Raise UserError for a device, a FIFO or a socket, which may block or never end when read. Nothing is opened.
 
     A missing file and a folder pass: opening them says what is wrong.
-
-    Raises:
-        UserError: ``path`` is none of these, after following links.
     """
     try:
         mode = path.stat().st_mode
@@ -66,15 +63,10 @@ def require_regular(path: Path) -> None:
 
 
 def read_limited(path: Path, what: str, max_bytes: int) -> bytes:
-    """The content of a regular file.
-
-    Args:
-        path: of the file.
-        what: what it holds, for messages.
-        max_bytes: larger files are refused.
+    """Return the content of a regular file; ``what`` names the content in messages.
 
     Raises:
-        UserError: it is too large, or no regular file.
+        UserError: it has more than ``max_bytes``, or is no regular file.
         OSError: it cannot be read.
     """
     require_regular(path)
@@ -90,10 +82,10 @@ def require_inside(folder: Path, *paths: Path) -> None:
 
     Args:
         folder: may be a link itself.
-        paths: files and folders in it, which need not exist.
+        paths: in the folder; they need not exist.
 
     Raises:
-        UserError: one of them is elsewhere, after following links.
+        UserError: a path is outside of the folder, after following links.
     """
     within = os.path.realpath(folder)
     for path in paths:
@@ -127,13 +119,10 @@ def fsync_path(path: Path) -> None:
 def move_folder(source: Path, target: Path, last: str) -> None:
     """Give a folder its name in one step; where the file system cannot rename folders, move its files one by one.
 
-    Args:
-        source: a folder on the same file system.
-        target: where nothing is yet.
-        last: the file of ``source`` that says that the folder is whole. It is moved last.
+    Both are on the same file system. The file ``last``, which marks the folder as complete, is moved last.
 
     Raises:
-        OSError: there is something at ``target``, or neither way works; nothing is left at ``target`` then.
+        OSError: ``target`` exists, or neither way works; nothing is left at ``target`` then.
     """
     if target.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -206,7 +195,7 @@ def resolve_destination(path: Path) -> Destination:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of an open file of this process, where a path is /dev/stdout, /dev/fd/N, or a link to one of these.
+    """Return the number of an open file of this process if a path is /dev/stdout, /dev/fd/N, or a link to one.
 
     The system gives /proc/self/fd/N as a link to the open file: followed, it would be opened anew, or replaced.
     """
@@ -230,7 +219,7 @@ def _open_special_file(target: Destination) -> int:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:
                 stream.flush()  # what has been printed comes first
-        return os.dup(target.descriptor)  # which goes on where the other has come to; /dev/stdout begins at 0
+        return os.dup(target.descriptor)  # shares the position in the file; opening /dev/stdout would start at 0
     assert target.status is not None
     if not stat.S_ISFIFO(target.status.st_mode):
         return os.open(target.real, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
@@ -268,15 +257,15 @@ def write_json_atomically(path: Path, value: Any, inside: Path | None = None) ->
 def write_bytes_atomically(path: Path, content: bytes, inside: Path | None = None) -> None:
     """Write a whole file.
 
-    Links are followed. A regular file, or a new one, is written under a temporary name beside it, synced, and renamed
-    into place: a crash leaves the old one or the new one, and a failure nothing else. The permissions of a file that
-    exists are kept. A device, a named pipe (FIFO) and an open file of this process (/dev/stdout, /dev/fd/N) are
-    written to and stay what they are.
+    Links are followed. A regular or new file is written under a temporary name in the same folder, synced, and renamed
+    into place, so a crash leaves the old file or the new one, and nothing else. Permissions of an existing file are
+    kept. A device, a named pipe (FIFO) and an open file of this process (/dev/stdout, /dev/fd/N) are written to and
+    stay what they are.
 
     Args:
-        path: of the file.
-        content: of it.
-        inside: a folder that a link must not lead out of, for names that nobody has typed: folders are passed around.
+        path: the file.
+        content: its new content.
+        inside: a folder that links must not leave, for paths that the user has not typed: folders are passed around.
 
     Raises:
         UserError: nothing can be written there; see `resolve_destination`.
@@ -337,11 +326,7 @@ def _write_special_file(target: Destination, content: bytes) -> None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open a file of a run or a sweep to add to its end, unbuffered. It is made if it is missing.
-
-    Raises:
-        OSError: it is a link, which might lead out of the folder, or is not a regular file; or the disk refuses.
-    """
+    """Open or create a file to append to, unbuffered; raises OSError if it is a link or not a regular file."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(path))
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFE_OPEN, 0o666)

@@ -1,8 +1,7 @@
-"""Files from the Hugging Face hub, whole and as published.
+"""Downloads from the Hugging Face hub, verified against the hashes that the hub announces.
 
-The hub's own client does the talking and keeps the cache (`HF_HOME`, shared with `transformers` and `datasets`). It
-does not compare what it received with the hash it was promised, and gives up on some broken connections; both are
-seen to here.
+The hub's own client downloads and keeps the cache (`HF_HOME`, shared with `transformers` and `datasets`). It does not
+verify hashes and gives up on some broken connections; this module does the former and retries the latter.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ def hub_file(
     cached_only: bool = False,
     cache: Path | None = None,
 ) -> Path | None:
-    """One file of a commit, verified; None if the commit has none of that name.
+    """Return one file of a commit, verified; None if the commit has no file ``name``.
 
     Args:
         repository: ``owner/name``.
-        name: the file's path in the repository.
+        name: path in the repository.
         commit: 40 hexadecimal digits.
-        kind: of the repository.
+        kind: kind of repository.
         cached_only: do not ask the hub; None then also means that the file is not in the cache.
         cache: folder to download into; None: the client's own.
 
@@ -94,7 +93,7 @@ def hub_file(
 
 @contextlib.contextmanager
 def quiet_client() -> Iterator[None]:
-    """Within, the hub's client keeps to itself what it tries again and how full the disk is."""
+    """Silence the hub client's messages about retries and free disk space."""
 
     def worth_saying(record: logging.LogRecord) -> bool:
         return re.match(REMARKS, record.getMessage()) is None

@@ -57,13 +57,7 @@ def _integer(digits: str) -> int:
 
 
 def read_json(path: Path, what: str, kind: Any = Any, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: of the file.
-        what: what it holds, for messages.
-        kind: the type that its value must have, as in `checked`.
-        max_bytes: larger files are refused.
+    """Read a JSON file whose value has the type ``kind`` (see `checked`); ``what`` names the content in messages.
 
     Raises:
         UserError: the file is missing, no regular file, unreadable, too large, not JSON, or of another type.
@@ -80,16 +74,15 @@ def read_json(path: Path, what: str, kind: Any = Any, max_bytes: int = MAX_BYTES
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:
-    """Return ``value`` if it is of the type ``kind``, without the keys that ``kind`` does not know.
+    """Return a JSON value if it has the type ``kind``, without the keys that ``kind`` does not know.
 
     Args:
-        value: of JSON.
-        kind: a type that pydantic checks strictly: a `typing_extensions.TypedDict`, ``list[float]``,
-            ``Annotated[int, Field(ge=0)]``, ...
-        where: the file and what it holds, for messages.
+        value: the value.
+        kind: a type that pydantic checks strictly: a `TypedDict`, ``Annotated[int, Field(ge=0)]``, ...
+        where: the file and its content, for messages.
 
     Raises:
-        UserError: it is not; the first difference is named.
+        UserError: the value has another type; the first difference is named.
     """
     if kind is Any:
         return value
@@ -109,7 +102,7 @@ def checked(value: Any, kind: Any, where: str) -> Any:
 def file_name(name: str) -> str:
     """For pydantic: refuse what does not name a file of the same folder."""
     if "\0" in name or Path(name).name != name or name in ("", ".."):
-        raise ValueError("should be the name of a file beside it")
+        raise ValueError("should be the name of a file in the same folder")
     name.encode()  # which raises a ValueError, where half of a surrogate pair is in it
     return name
 

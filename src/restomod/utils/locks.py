@@ -1,7 +1,7 @@
-"""Exclusive locks between processes. The kernel holds them and lets go when the last process that has one ends.
+"""Exclusive locks between processes, which the kernel releases when the last process that holds one ends.
 
-Nothing has to time out, then: what a killed worker held is free at once. Processes of several machines lock each other
-out where the shared file system passes `flock` on: NFSv4, Lustre (mounted with flock), GPFS, CephFS.
+So no timeout is needed: a killed worker's lock is free at once. Locks work between machines where the shared file
+system supports `flock`: NFSv4, Lustre (mounted with flock), GPFS, CephFS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from restomod.utils.errors import UserError
 
@@ -74,11 +73,7 @@ class FileLock:
         raise UserError(f"{self.path} is a link, a named pipe or a device where a lock file belongs; delete it")
 
     def release(self, remove: bool = False) -> None:
-        """Let go of the lock, as far as this process is concerned.
-
-        Args:
-            remove: remove the file too. Not for a lock that another process has inherited.
-        """
+        """Release this process's lock; ``remove`` its file too, unless another process has inherited the lock."""
         if self.fd is not None:
             fd, self.fd = self.fd, None
             with contextlib.suppress(OSError):
@@ -90,20 +85,13 @@ class FileLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 @contextlib.contextmanager
 def locked(path: Path, tell: Callable[[], None]) -> Iterator[FileLock]:
-    """Hold the lock at ``path``, and remove its file at the end. While another process has it, wait.
-
-    Args:
-        path: of the file, in a folder that exists.
-        tell: called once where the waiting takes longer than a few seconds.
-    """
+    """Hold the lock at ``path`` and remove its file at the end. ``tell`` is called once if waiting takes long."""
     lock, began, told = FileLock(path), time.monotonic(), False
     while not lock.acquire(wait=False):  # not one long wait, during which no signal would be answered
         if not told and time.monotonic() > began + TELL_AFTER:
@@ -128,7 +116,7 @@ def flock(fd: int, wait: bool) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
-    except OSError:  # ENOSYS, ENOTSUP, ENOLCK, EINVAL, whatever a file system without locks says
+    except OSError:  # ENOSYS, ENOTSUP, ENOLCK or EINVAL, from a file system without locks
         return False
     return True
 

@@ -44,12 +44,7 @@ def open_missing() -> None:
 
 
 class SanitizedStream:
-    """A text stream that makes control characters `visible` and passes everything else to another stream.
-
-    Args:
-        raw: that stream.
-        keep: a control character that is not changed.
-    """
+    """Text stream that makes control characters `visible`, except ``keep``, and writes to the stream ``raw``."""
 
     def __init__(self, raw: Any, keep: str = "") -> None:
         self.raw, self._keep = raw, keep

@@ -1,4 +1,4 @@
-"""Files that output flags such as --json name: tried before the work, written after its result is printed."""
+"""Files named by output flags such as --json: checked before the work, written after its result is printed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,12 @@ NEEDED = (
 def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
     """Refuse files that cannot be written, or would destroy something, before any work is done for them.
 
-    Each place is really tried, by a temporary file beside it. Devices and named pipes are left alone.
-
-    Args:
-        outputs: by flag, the file to write; None: it is not asked for.
-        inputs: by flag, files that are read.
+    Both map flags to files, or to None if the flag is not given. A temporary file is created in each folder; devices
+    and named pipes are left alone.
 
     Raises:
-        UserError: the folder is missing or refuses; the file is a folder, read-only, one that is read, or part of a
-            run, a checkpoint, a sweep or prepared data; its name is too long; or two outputs are one file.
+        UserError: the folder is missing or refuses; the file is a folder, read-only, an input, or part of a run, a
+            checkpoint, a sweep or prepared data; its name is too long; or two outputs are one file.
     """
     taken = {flag: path for flag, path in (inputs or {}).items() if path is not None}
     for flag, path in outputs.items():
@@ -46,8 +43,10 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
         for other, before in taken.items():
             if _same_file(path, before):
                 raise UserError(f"{other} and {flag} are the same file, {path}; name two different files")
-        beside = _names_in(target.real.parent)
-        if any(beside & signs and target.real.name in files & beside for signs, files in NEEDED):
+        names: set[str] = set()
+        with contextlib.suppress(OSError):  # the folder can be written to, but not read
+            names = set(os.listdir(target.real.parent))
+        if any(names & signs and target.real.name in files & names for signs, files in NEEDED):
             raise UserError(
                 f"{flag} {path} would overwrite a file that restomod needs in {target.real.parent}; name another file"
             )
@@ -69,11 +68,7 @@ def _try_destination(flag: str, path: Path) -> Destination:
 
 
 def require_output_folder(flag: str, folder: Path) -> None:
-    """Refuse a folder for output that cannot be made or written to, before any work is done. It is not made yet.
-
-    Raises:
-        UserError: it is a file, or it or the folder where it is to be made refuses.
-    """
+    """Raise UserError if a folder for output cannot be made or written to. It is not made yet."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(folder)  # a name that is too long
@@ -100,15 +95,7 @@ class Output(NamedTuple):
 
 
 def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print) -> None:
-    """Write files after the result is printed. Where one fails, the others are written all the same.
-
-    Args:
-        outputs: the files.
-        say: takes a line for each that is written.
-
-    Raises:
-        UserError: one or more could not be written.
-    """
+    """Write files, and ``say`` a line for each. If one fails, the others are written, and UserError is raised."""
     failed = []
     for path, write, remark in outputs:
         try:
@@ -124,13 +111,6 @@ def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print)
                 say(f"written: {path}{remark}")
     if failed:
         raise UserError("; ".join(failed))
-
-
-def _names_in(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:  # it can be written to, but not read
-        return set()
 
 
 def _same_file(a: Path, b: Path) -> bool:

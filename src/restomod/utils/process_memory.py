@@ -1,4 +1,4 @@
-"""Memory that this process has needed, and that it may still have."""
+"""Memory of processes: peak, current, and available."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def peak_resident_bytes() -> int | None:
-    """The most memory that this process has held so far; None where the system does not tell.
-
-    Linux's `ru_maxrss` is no less than what the parent held when it started this process, so it is not asked there.
-    """
+def status_bytes(field: str, process: int | str = "self") -> int | None:
+    """Return a field of Linux's /proc/PROCESS/status, such as VmRSS, in bytes; None where it is not known."""
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-        if found:
-            return int(found[1]) * 1024
+        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the peak resident memory of this process so far; None where it is not known.
+
+    Linux's `ru_maxrss` is at least what the parent held when it started this process, so it is not used there.
+    """
+    peak = status_bytes("VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
@@ -32,7 +38,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a new process could have, within the limits of its container; None where it is not known."""
+    """Return the memory available on a device, within the limits of the container; None where it is not known."""
     if device.type != "cpu":
         import torch
 

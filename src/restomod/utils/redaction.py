@@ -111,7 +111,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_pieces(pieces: Sequence[str]) -> list[str]:
-    """Redact a text that is cut into pieces, such as tokens, as a whole.
+    """Redact a text in pieces, such as tokens, as a whole.
 
     All text between the first and the last difference goes into the piece where the first one lies.
     """

@@ -21,28 +21,18 @@ EVALUATIONS = "evals"
 
 
 def require_run_inside(run: Path) -> None:
-    """Refuse links out of a run's folder, which may be a link itself. Whatever reads a run calls this first.
+    """Refuse links out of a run's folder with UserError. Every reader of a run calls this first.
 
-    The files within a checkpoint are checked by `require_checkpoint_inside`.
-
-    Raises:
-        UserError: a file or folder of the run leads elsewhere.
+    The folder may be a link itself. The files of a checkpoint are checked by `require_checkpoint_inside`.
     """
     require_inside(run, *(run / name for name in (*RUN_FILES, CHECKPOINTS, EVALUATIONS)))
     require_inside(run, *run.glob(f"{CHECKPOINTS}/*"), *run.glob(f"{EVALUATIONS}/*"))
 
 
 def require_checkpoint_inside(folder: Path, *listed: Path) -> None:
-    """Refuse links out of the run of a checkpoint, or out of a checkpoint that is in no run.
+    """Refuse links out of the run of a checkpoint, or out of a checkpoint that is in no run, with UserError.
 
-    In the cache of the Hugging Face hub, files are links to `blobs` beside `snapshots`.
-
-    Args:
-        folder: the checkpoint.
-        listed: files that its record names.
-
-    Raises:
-        UserError: a file of the checkpoint, or of its run, leads elsewhere.
+    ``listed`` are files that its record names. In the hub's cache, files are links to `blobs` beside `snapshots`.
     """
     here = folder.absolute()
     within = folder

@@ -1,9 +1,8 @@
-"""Files and folders that get their name once they are whole, and removal of those that killed processes have left.
+"""Temporary files and folders, renamed when they are complete, and removal of those left by killed processes.
 
-A temporary file or folder lies in the folder where it is to stay, under a random name: `.restomod.<16 hex digits>.tmp`.
-It is made anew and never opened through a link, so nobody can put something in its way. Its process holds a lock
-(`flock`) on it; whoever makes the next one in the same folder removes those whose lock is free. Where the file system
-has no locks, those are removed that are older than a day.
+They lie in their final folder under a random name, `.restomod.<16 hex digits>.tmp`, are newly created and never opened
+through a link. The process holds a lock (`flock`) on them; creating the next one in the folder removes those whose lock
+is free or, on a file system without locks, those older than a day.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import shutil
 import stat
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from restomod.utils.locks import SAFE_OPEN, flock, is_at
@@ -28,14 +26,7 @@ STALE_AFTER = 24 * 3600.0  # seconds, where a file system has no locks
 class Temporary:
     """A new file or folder under a temporary name; as a context manager it removes what has not been moved.
 
-    The user's umask decides on its permissions.
-
-    Args:
-        folder: where it is made.
-        kind: what it is.
-
-    Raises:
-        OSError: it cannot be made.
+    The user's umask decides on its permissions. Raises OSError if it cannot be made.
     """
 
     path: Path
@@ -81,9 +72,7 @@ class Temporary:
     def __enter__(self) -> Temporary:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def remove(self) -> None:

@@ -73,6 +73,16 @@ def escaped(text: str) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(redact(text).split()))
 
 
+def rich_table(headings: list[str], rows: list[list[str]]) -> RichTable:
+    """Return a table of rich, with statuses in colour."""
+    grid = RichTable(*headings, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in grid.columns:
+        column.overflow = "fold"
+    for row in rows:  # visible here already: it gives a column its width
+        grid.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
+    return grid
+
+
 def print_table(table: Table) -> None:
     """Print a table, at most as wide as the terminal."""
     console = Terminal(highlight=False, markup=False)
@@ -81,11 +91,6 @@ def print_table(table: Table) -> None:
     if table.title:
         console.print(Text(table.title, style="bold"))
     if table.rows:
-        grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in table.headings:
-            grid.add_column(heading, overflow="fold")
-        for row in table.rows:  # visible here already: it gives a column its width
-            grid.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
-        console.print(grid)
+        console.print(rich_table(table.headings, table.rows))
     for note in table.notes:
         console.print(Text(note, style="dim"), soft_wrap=True)

@@ -19,7 +19,7 @@ MARKDOWN_MEANING = re.compile(r"[\\`*_\[\]{}|~#$:@]")  # within a line; < > & be
 
 
 def visible(text: str) -> str:
-    """``text`` with a picture for each control character but line feed and tab: it can steer no terminal.
+    """Replace control characters except line feed and tab by pictures, so that ``text`` cannot steer a terminal.
 
     What has no picture becomes U+FFFD: controls that change the order of writing (U+202E, ...), invisible characters
     and line separators, and halves of surrogate pairs, which stand for bytes of a command line that are not UTF-8.
@@ -64,13 +64,9 @@ def gigabytes(n: float) -> str:
 
 
 def split_items(text: str, commas: list[int], names: Callable[[str], bool]) -> list[str]:
-    """The items of a list.
+    """Split a list at some of its ``commas`` (positions, in order).
 
-    Args:
-        text: the list.
-        commas: the places of the commas that may end an item, in order.
-        names: whether an item names what exists. The longest that does is taken, so that names may hold commas; where
-            none does, the shortest.
+    Each item is the longest for which ``names`` is true, so that names of files may contain commas; else the shortest.
     """
     ends, items, start = [*commas, len(text)], [], 0
     while start <= len(text):

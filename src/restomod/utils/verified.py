@@ -24,12 +24,9 @@ Seen = list[int | str]
 
 
 def changed_file(folder: Path, hashes: dict[str, str], remember: bool = True) -> str | None:
-    """The first file whose SHA-256 is not the expected one; None if all are right.
+    """Return the first file of ``folder`` whose SHA-256 is not that of ``hashes``, or None.
 
-    Args:
-        folder: contains the files.
-        hashes: expected SHA-256 by path within ``folder``.
-        remember: skip files that were right before and have not changed since, and record which are right now.
+    With ``remember``, skip files that were verified before and have not changed since, and record those verified now.
     """
     before = _read(folder) if remember else {}
     now = {name: _seen(f"{folder}/{name}", sha256) for name, sha256 in hashes.items()}

@@ -52,7 +52,7 @@ Command = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def restomod(tmp_path: Path) -> Iterator[Command]:
-    """Starts `restomod prepare` with small units in a group of its own; whatever is left of it is ended afterwards."""
+    """Starts `restomod prepare` with small units in a group of its own; what is left of it is killed afterwards."""
     started: list[subprocess.Popen[str]] = []
 
     def start(

@@ -92,7 +92,7 @@ def error_of(process: subprocess.Popen[str], folder: Path) -> str:
 # --- local processes ----------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(
+def test_a_killed_worker_is_one_line_and_the_same_command_resumes(
     tmp_path: Path, text: Path, restomod: Command
 ) -> None:
     arguments = ("text", "--out", "out", "--workers", "2")
@@ -177,23 +177,6 @@ class Note:
 # --- one at a time ------------------------------------------------------------------------------------------
 
 
-def test_a_second_command_for_the_folder_is_refused_until_the_first_is_gone(
-    tmp_path: Path, text: Path, restomod: Command
-) -> None:
-    arguments = ("text", "--out", "out", "--workers", "2")
-    first = restomod(*arguments, program=program(tmp_path, WAITS))
-    wait_for(tmp_path / "happened_0", first)
-    assert error_of(restomod(*arguments), tmp_path) == (
-        "another `restomod prepare` is at work on out; let it finish, or stop it first"
-    )
-    assert first.poll() is None
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    finished(restomod(*arguments), tmp_path)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
-    assert nothing_but_the_shards(tmp_path / "out")
-
-
 def test_a_second_call_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     refusals = []
@@ -218,11 +201,8 @@ def test_a_lock_alone_is_no_foreign_file_and_outlives_a_change_of_plan(tmp_path:
     (tmp_path / "out/.prepare/lock").touch()
     (tmp_path / "out/.prepare/plan.json").write_text(json.dumps(EARLIER_PLAN))
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    locks = []
-
-    def look(line: str) -> None:
-        locks.append((tmp_path / "out/.prepare/lock").exists())
-
+    locks: list[bool] = []
+    look = lambda line: locks.append((tmp_path / "out/.prepare/lock").exists())  # noqa: E731
     prepare_folder((str(tmp_path / "a.jsonl"),), PrepareConfig(), tmp_path / "out", 1, look)
     assert locks == [True]
     assert nothing_but_the_shards(tmp_path / "out")
@@ -283,7 +263,7 @@ def test_on_ray_a_bad_file_is_the_same_one_line(tmp_path: Path, text: Path, rest
 @ray_is_there
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_on_ray_what_was_killed_or_stopped_is_gone_on_with(
+def test_on_ray_what_was_killed_or_stopped_is_resumed(
     tmp_path: Path, text: Path, restomod: Command, sent: signal.Signals
 ) -> None:
     process = restomod(*RAY, "--workers", "1", **everywhere(tmp_path, WAITS))

@@ -124,7 +124,7 @@ def test_a_file_that_has_grown_since_some_of_its_spans_were_finished_is_refused(
         prepared(tmp_path)
 
 
-def test_spans_are_gone_on_with(tmp_path: Path, spans: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_are_resumed(tmp_path: Path, spans: None, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "text" / "a.jsonl", texts_of(150, seed=1))
     begun(tmp_path, monkeypatch)
     prepared(tmp_path)

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-import tiktoken
 
 from restomod.config.prepare import PrepareConfig
 from restomod.config.run import DataConfig
@@ -26,7 +23,6 @@ from restomod.utils import locks
 from restomod.utils.errors import UserError
 from restomod.utils.temporary import Temporary
 from restomod.utils.verified import VERIFIED
-from tests.data.pieces import tiny_pieces
 from tests.filesystems import refuse_renaming_folders
 
 END = 50256  # <|endoftext|>
@@ -56,13 +52,6 @@ def numbered(n: int) -> list[str]:
 
 def all_tokens(stream: TokenStream) -> list[int]:
     return stream.read(0, len(stream)).tolist()
-
-
-def as_documents(stream: TokenStream, encoding: tiktoken.Encoding) -> list[str]:
-    """The documents of a split, read back with the genuine tiktoken."""
-    tokens = all_tokens(stream)
-    starts = [i for i, token in enumerate(tokens) if token == END]
-    return [encoding.decode(tokens[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
 
 # --- what is written ----------------------------------------------------------------------------------------
@@ -125,60 +114,23 @@ def test_a_source_without_text_is_refused(
     assert not list((tmp_path / "cache").glob("text*"))
 
 
-# --- long texts ---------------------------------------------------------------------------------------------
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but the record of verified shards, which is written where preparing has taken a while."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != VERIFIED}
 
 
-@pytest.mark.parametrize("val_fraction", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("n", [1, 12])
-def test_long_texts_become_the_bytes_that_short_ones_do(
-    tmp_path: Path, tokenizer: Tokenizer, n: int, val_fraction: float
-) -> None:
-    words = "some words,\r\n   and 1 more. " * 40
-    texts = [f"Document {i} — naïve café 🔥: {words * i}end" for i in range(1, n + 1)]
-    write_documents(tmp_path, texts)
-    (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "0000.txt.gz")
-    (tmp_path / "text" / "0000.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
-    config = text_config(tmp_path, val_fraction)
-    first = prepare_text(config, tokenizer, shard_tokens=1000)
-    expected = contents(first.folder)
-    shutil.rmtree(config.cache)
-    with tiny_pieces():
-        again = prepare_text(config, tokenizer, shard_tokens=1000)
-    assert contents(again.folder) == expected
-    assert len(expected) > (2 if n > 1 else 1)
-
-
 # --- the split ----------------------------------------------------------------------------------------------
-
-
-def splits(folder: Path, tokenizer: Tokenizer, encoding: tiktoken.Encoding, **values: float) -> list[set[str]]:
-    dataset = prepare_text(text_config(folder, **values), tokenizer)
-    return [set(as_documents(stream, encoding)) for stream in (dataset.train, dataset.val)]
-
-
-def test_no_text_is_in_both_splits_even_where_documents_repeat(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(20) * 3)
-    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=0.5)
-    assert train & val == set()
-    assert train | val == set(numbered(20))
 
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.05, 0.5, 0.999999])
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_neither_split_is_empty_where_validation_is_asked_for(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, n: int, val_fraction: float
+    tmp_path: Path, tokenizer: Tokenizer, n: int, val_fraction: float
 ) -> None:
     write_documents(tmp_path, numbered(n))
-    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=val_fraction)
-    assert len(train) >= 1
-    assert len(val) >= 1
+    dataset = prepare_text(text_config(tmp_path, val_fraction), tokenizer)
+    assert min(len(dataset.train), len(dataset.val)) > 0
+    assert all_tokens(dataset.train).count(END) + all_tokens(dataset.val).count(END) == n
 
 
 def test_one_text_repeated_is_all_for_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -186,45 +138,6 @@ def test_one_text_repeated_is_all_for_training(tmp_path: Path, tokenizer: Tokeni
     dataset = prepare_text(text_config(tmp_path, val_fraction=0.5), tokenizer)
     assert len(dataset.train) == 4 * 3
     assert len(dataset.val) == 0
-
-
-def test_the_share_of_documents_held_out_is_the_fraction(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(400))
-    _, val = splits(tmp_path, tokenizer, tiktoken_gpt2, val_fraction=0.25)
-    assert len(val) == pytest.approx(100, abs=35)  # four standard deviations of a binomial
-
-
-def test_another_split_seed_holds_out_other_documents(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(60))
-    held_out = [splits(tmp_path, tokenizer, tiktoken_gpt2, split_seed=seed)[1] for seed in (0, 1)]
-    assert held_out[0] != held_out[1]
-
-
-def test_new_documents_move_no_other_between_the_splits(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    """With this many documents the fraction alone decides; "at least one, never all" does not come into it."""
-    texts = numbered(120)
-    write_documents(tmp_path, texts[30:90])
-    train, val = splits(tmp_path, tokenizer, tiktoken_gpt2)
-    for more in (texts[29:90], texts[30:91], texts):
-        write_documents(tmp_path, more)
-        more_train, more_val = splits(tmp_path, tokenizer, tiktoken_gpt2)
-        assert train <= more_train
-        assert val <= more_val
-
-
-def test_the_order_of_documents_does_not_move_them_between_the_splits(
-    tmp_path: Path, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
-) -> None:
-    write_documents(tmp_path, numbered(30))
-    before = splits(tmp_path, tokenizer, tiktoken_gpt2)
-    write_documents(tmp_path, numbered(30)[::-1])
-    assert splits(tmp_path, tokenizer, tiktoken_gpt2) == before
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -267,39 +180,25 @@ def test_the_folder_is_named_after_its_source(book: DataConfig, tokenizer: Token
     assert re.fullmatch("text-[0-9a-f]{12}", folder.name)
 
 
-def changed_text(folder: Path) -> DataConfig:
-    write_documents(folder, [*numbered(5), "other"])
-    return text_config(folder)
+SIX = numbered(6)
 
 
-def changed_boundaries(folder: Path) -> DataConfig:
-    texts = numbered(6)
-    write_documents(folder, [texts[0] + texts[1], *texts[2:]])
-    return text_config(folder)
-
-
-def changed_order(folder: Path) -> DataConfig:
-    write_documents(folder, numbered(6)[::-1])
-    return text_config(folder)
-
-
-def changed_fraction(folder: Path) -> DataConfig:
-    return text_config(folder, val_fraction=0.31)
-
-
-def changed_seed(folder: Path) -> DataConfig:
-    return text_config(folder, split_seed=1)
-
-
-CHANGES = [changed_text, changed_boundaries, changed_order, changed_fraction, changed_seed]
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        ([*SIX[:5], "other"], {}),
+        ([SIX[0] + SIX[1], *SIX[2:]], {}),
+        (SIX[::-1], {}),
+        (SIX, {"val_fraction": 0.31}),
+        (SIX, {"split_seed": 1}),
+    ],
+)
 def test_what_changes_the_tokens_gets_another_folder(
-    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, change: Callable[[Path], DataConfig]
+    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, texts: list[str], values: dict[str, Any]
 ) -> None:
     first = prepare_text(book, tokenizer)
-    second = prepare_text(change(tmp_path), tokenizer)
+    write_documents(tmp_path, texts)
+    second = prepare_text(text_config(tmp_path, **values), tokenizer)
     assert first.folder != second.folder
     assert first.folder.exists()
 
@@ -443,13 +342,6 @@ def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tok
     assert opened.manifest == made.manifest
     assert all_tokens(opened.train) == all_tokens(made.train)
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_of_published_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    np.save(tmp_path / "x_train_0.npy", np.array([5, 6, 7], dtype=np.uint16))
-    np.save(tmp_path / "x_val_0.npy", np.array([8], dtype=np.uint16))
-    opened = prepare_text(DataConfig(source="tokens", path=str(tmp_path)), tokenizer)
-    assert (all_tokens(opened.train), all_tokens(opened.val)) == ([5, 6, 7], [8])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from restomod.evals.tasks import arc, hellaswag, lambada, own, piqa, winograd
-from restomod.evals.tasks.example import Example, Record
+from restomod.evals.tasks import arc, hellaswag, lambada, piqa, winograd
 from restomod.evals.tasks.files import read_examples
+from restomod.evals.tasks.registry import own_example
+from restomod.evals.tasks.task import Example, Record
 from restomod.utils.errors import UserError
 
 WIKIHOW = {
@@ -87,15 +88,15 @@ def test_lambada_asks_for_the_last_word() -> None:
 
 
 def test_own_questions_have_either_names() -> None:
-    assert own.example(GOOD) == own.example({"ctx": "One and one is", "endings": ["two", "three"], "label": 0})
-    assert texts(own.example(GOOD)) == [("One and one is", " two"), ("One and one is", " three")]
+    assert own_example(GOOD) == own_example({"ctx": "One and one is", "endings": ["two", "three"], "label": 0})
+    assert texts(own_example(GOOD)) == [("One and one is", " two"), ("One and one is", " three")]
 
 
 def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
     other = GOOD | {"gold": 1}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(other)}\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, other]), tmp_path / "a.parquet")
-    lines, rows = (read_examples(tmp_path / name, own.example) for name in ("a.jsonl", "a.parquet"))
+    lines, rows = (read_examples(tmp_path / name, own_example) for name in ("a.jsonl", "a.parquet"))
     assert [example.where for example in lines] == [f"{tmp_path}/a.jsonl, line {n}" for n in (1, 3)]
     assert [(texts(e), e.gold) for e in lines] == [(texts(e), e.gold) for e in rows]
     assert [example.gold for example in lines] == [0, 1]
@@ -104,24 +105,24 @@ def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("example", "record", "said"),
     [
-        (own.example, GOOD | {"gold": 2}, "the right choice is 2, but the 2 choices are numbered 0 to 1"),
-        (own.example, GOOD | {"gold": -1}, "the right choice is -1"),
-        (own.example, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
-        (own.example, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
-        (own.example, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
-        (own.example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
-        (own.example, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
-        (own.example, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
-        (own.example, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),
-        (own.example, GOOD | {"choices": ["two", 3]}, "choice 1 should be text, not 3"),
-        (own.example, GOOD | {"query": 3}, "'query' should be text, not 3"),
-        (own.example, {"query": "a", "gold": 0}, "has no 'choices' or 'endings'; it has 'query', 'gold'"),
-        (own.example, {}, "has no 'query' or 'ctx'; it has no fields"),
+        (own_example, GOOD | {"gold": 2}, "the right choice is 2, but the 2 choices are numbered 0 to 1"),
+        (own_example, GOOD | {"gold": -1}, "the right choice is -1"),
+        (own_example, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
+        (own_example, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
+        (own_example, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
+        (own_example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
+        (own_example, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
+        (own_example, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
+        (own_example, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),
+        (own_example, GOOD | {"choices": ["two", 3]}, "choice 1 should be text, not 3"),
+        (own_example, GOOD | {"query": 3}, "'query' should be text, not 3"),
+        (own_example, {"query": "a", "gold": 0}, "has no 'choices' or 'endings'; it has 'query', 'gold'"),
+        (own_example, {}, "has no 'query' or 'ctx'; it has no fields"),
         (hellaswag.plain_example, GOOD, "has no 'ctx'; it has 'query', 'choices', 'gold'"),
         (arc.example, ARC | {"answerKey": "D"}, "the answer 'D' is none of the choices' labels ['A', 'B', 'C']"),
         (winograd.example, WSC | {"pronoun_loc": 3}, "the pronoun 'it' does not stand at character 3 of the text"),
         (winograd.example, WSC | {"options": ["the cat", ""]}, "choice 1 is empty"),
-        (own.example, GOOD | {"gold": "9" * 4000}, f"the right choice is {'9' * 80}…, but"),
+        (own_example, GOOD | {"gold": "9" * 4000}, f"the right choice is {'9' * 80}…, but"),
         (winograd.example, WSC | {"pronoun": "x" * 10**6}, f"the pronoun '{'x' * 79}… does not stand"),
         (arc.example, ARC | {"answerKey": "D" * 10**6}, f"the answer '{'D' * 79}… is none of"),
         (lambada.example, {"text": "word"}, "has no word before its last one"),
@@ -162,7 +163,7 @@ def test_a_wrong_file_is_refused(content: bytes, said: str, tmp_path: Path) -> N
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        read_examples(path, own.example)
+        read_examples(path, own_example)
     assert str(caught.value).startswith(f"{path}{said}")
     assert "\n" not in str(caught.value)
 
@@ -180,7 +181,7 @@ def test_a_file_is_read_for_what_it_holds(
     array = json.dumps([GOOD, other], indent=2).encode()
     for content in (mark + lines, mark + array, rows.getvalue()):
         (tmp_path / name).write_bytes(compress(content))
-        assert [example.gold for example in read_examples(tmp_path / name, own.example)] == [0, 1]
+        assert [example.gold for example in read_examples(tmp_path / name, own_example)] == [0, 1]
 
 
 def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
@@ -188,17 +189,17 @@ def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"query": text}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet is damaged: .*utf-8"):
-        read_examples(tmp_path / "a.parquet", own.example)
+        read_examples(tmp_path / "a.parquet", own_example)
 
 
 def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
-        read_examples(tmp_path / "a.jsonl", own.example)
+        read_examples(tmp_path / "a.jsonl", own_example)
     with pytest.raises(UserError, match="is a folder; name a file"):
-        read_examples(tmp_path, own.example)
+        read_examples(tmp_path, own_example)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"a\.parquet is damaged: "):
-        read_examples(tmp_path / "a.parquet", own.example)
+        read_examples(tmp_path / "a.parquet", own_example)
 
 
 def test_a_page_of_parquet_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
@@ -206,16 +207,16 @@ def test_a_page_of_parquet_with_a_wrong_checksum_is_refused(tmp_path: Path) -> N
     table = pyarrow.table({"query": ["a question"], "choices": [["this", "that"]], "gold": [1]})
     as_is = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     pyarrow.parquet.write_table(table, path, write_page_checksum=True, **as_is)
-    assert read_examples(path, own.example)[0].contexts == ("a question",) * 2
+    assert read_examples(path, own_example)[0].contexts == ("a question",) * 2
     path.write_bytes(path.read_bytes().replace(b"a question", b"a quession", 1))
     with pytest.raises(UserError, match=r"a\.parquet is damaged: .*CRC"):
-        read_examples(path, own.example)
+        read_examples(path, own_example)
 
 
 def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "a\\ud800", "choices": ["\\udfff", "b"], "gold": 0}\n')
-    (example,) = read_examples(path, own.example)
+    (example,) = read_examples(path, own_example)
     assert (example.contexts[0], example.choices) == ("a\ufffd", ("\ufffd", "b"))
 
 
@@ -227,14 +228,14 @@ def test_a_giant_line_is_refused_without_being_held(tmp_path: Path, head: str) -
         for _ in range(100):
             f.write(b"a" * 2**20)
     with pytest.raises(UserError, match=r"a\.jsonl, line \d: .*(longer|not JSON)"):
-        read_examples(path, own.example)
+        read_examples(path, own_example)
 
 
 def test_too_many_examples_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restomod.evals.tasks.files.MOST_EXAMPLES", 3)
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
-    assert len(read_examples(path, own.example)) == 3
+    assert len(read_examples(path, own_example)) == 3
     path.write_text(path.read_text() + path.read_text())
     with pytest.raises(UserError, match=r"line 4: .*at most 3 examples"):
-        read_examples(path, own.example)
+        read_examples(path, own_example)

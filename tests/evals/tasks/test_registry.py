@@ -171,6 +171,12 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(tmp_path: Path) -> Non
         load_task("none.jsonl", tmp_path)
 
 
+def test_a_task_without_official_data_asks_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "colours", dataclasses.replace(TASKS["piqa"], name="colours", source=None))
+    with pytest.raises(UserError, match="colours=FILE"):
+        load_task("colours", tmp_path)
+
+
 def test_paths_are_made_to_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()

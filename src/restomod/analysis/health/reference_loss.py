@@ -3,7 +3,7 @@
 The quickstart's validation losses are those of runs on two machines (an Intel Xeon in fp32: 5.2391, 4.9584 and 4.8383
 at steps 300, 600 and 900; an AMD EPYC in bf16: 5.2379, 4.9784 and 4.8488), with one seed and Python 3.11's library. The
 width is a judgement, not a measurement: it leaves room for other seeds and other Pythons. GPT-2 124M on 10 billion
-tokens of FineWeb-Edu: published, see `restomod.evals.tasks.references`.
+tokens of FineWeb-Edu: published, see `restomod.evals.tasks.task`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from restomod.analysis.health.history import number
 from restomod.analysis.health.symptoms import Finding
 from restomod.config.presets import preset
-from restomod.evals.tasks.references import GPT2, LR_STUDY
 from restomod.evals.tasks.registry import references
+from restomod.evals.tasks.task import GPT2, LR_STUDY
 from restomod.runs.config_diff import differing, flatten_config, trains_on_fineweb_edu
 from restomod.runs.reader import Run
 from restomod.utils.text import short_count

@@ -191,7 +191,7 @@ def warm_up(config: RunConfig, seen: Curves) -> Judged:
             f"{optim.lr * config.steps / optim.warmup_steps:g}, its highest: lower --optim.warmup-steps"
         )
     if optim.optimizer != "adamw":
-        return "ok", f"{optim.optimizer} needs none; warm-up of {optim.warmup_steps} steps"
+        return "ok", f"judged for AdamW only; {optim.optimizer} has {optim.warmup_steps} steps"
     first = seen.first_rate
     if optim.warmup_steps == 1 and config.steps <= SHORT:
         return "unknown", f"{config.steps} steps are too few for a warm-up"

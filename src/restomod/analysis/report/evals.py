@@ -7,8 +7,8 @@ from typing import Any
 
 from restomod.analysis.health.history import number
 from restomod.data.manifest import is_fineweb_edu
-from restomod.evals.tasks.references import GPT2
 from restomod.evals.tasks.registry import TASKS, is_whole, references
+from restomod.evals.tasks.task import GPT2
 from restomod.runs.config_diff import trains_on_fineweb_edu
 from restomod.runs.reader import Record, Run
 

@@ -39,37 +39,21 @@ RAY_LAST = Path("/tmp/ray/ray_current_cluster")  # `ray start` leaves its addres
 RESUME = "finished units are kept, and the same command resumes with the rest"
 
 
-class ChosenUnits:
-    """A datatrove step for the units of a list: rank r works on the r-th of them."""
-
-    def __init__(self, step: UnitStep, units: list[int]) -> None:
-        self.step, self.units = step, units
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> Any:
-        return self.step(data, self.units[rank], world_size)
-
-
-def run_units(engine: Engine, step: UnitStep, units: list[int], workers: int, out: Path) -> None:
-    """Run a step for some units, within `started_engine`.
-
-    Args:
-        engine: local or ray.
-        step: what to do with a unit.
-        units: their numbers.
-        workers: how many to work on at once (0: as many as there is room for).
-        out: the folder that they are written to.
+def run_units(engine: Engine, step: UnitStep, workers: int) -> None:
+    """Run the units of a step on ``workers`` workers (0: as many as there is room for), within `started_engine`.
 
     Raises:
         UserError: a unit cannot be prepared, or a worker was killed.
     """
-    if not units:
+    n = len(step.todo)
+    if n == 0:
         return
     quiet_datatrove()
     executor: LocalExecutor | RayExecutor = (RayExecutor if engine == "ray" else LocalExecutor)(
-        pipeline=[ChosenUnits(step, units)],
-        tasks=len(units),
-        workers=min(workers or len(units), len(units)),
-        logging_dir=str(out / WORK / "datatrove"),
+        pipeline=[step],
+        tasks=n,
+        workers=min(workers or n, n),
+        logging_dir=str(step.out / WORK / "datatrove"),
         skip_completed=False,  # a unit's own record, written with its shards, says whether it is finished
     )
     executor.run()
@@ -100,20 +84,21 @@ def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[No
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor, whose workers are noticed when they are killed and end with their parent."""
+    """datatrove's local executor, but killed workers are noticed, and workers end with their parent."""
 
     def run(self) -> None:
         """Run every rank: one after the other in this process, or on several workers.
 
         Raises:
             UserError: a worker was killed.
-            Exception: of the first rank that fails; what the others were at is dropped.
+            Exception: that of the first rank that fails; unfinished work of the others is dropped.
         """
         if self.workers == 1:
             for rank in range(self.tasks):
                 self._run_for_rank(rank)
             return
-        _start_fork_server()
+        with _signal_kept(signal.SIGINT, signal.SIG_IGN):  # workers ignore Ctrl-C: their parent ends them
+            forkserver.ensure_running()
         context = multiprocessing.get_context("forkserver")
         workers: dict[Connection, Any] = {}
         ranks = iter(range(self.tasks))
@@ -181,11 +166,7 @@ def _sendable(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _end_noticed(process: Any, workers: int) -> Iterator[None]:
-    """Turn a broken pipe, which means that the worker has ended, into a UserError.
-
-    Raises:
-        UserError: in one line how it ended, and what to do.
-    """
+    """Turn a broken pipe, which means that the worker has ended, into a UserError that says how it ended."""
     try:
         yield
     except (EOFError, ConnectionError):
@@ -199,14 +180,19 @@ def _end_noticed(process: Any, workers: int) -> Iterator[None]:
         raise UserError(f"a worker {how}; {RESUME}, perhaps with fewer --workers than {workers}") from None
 
 
-def _start_fork_server() -> None:
-    """Start the process that workers are forked from, so that they ignore Ctrl-C: their parent ends them."""
-    if threading.current_thread() is threading.main_thread():  # signals can be set in no other
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
+@contextlib.contextmanager
+def _signal_kept(number: signal.Signals, meanwhile: signal.Handlers | None = None) -> Iterator[None]:
+    """Restore the handler of a signal afterwards, and replace it ``meanwhile``."""
+    if threading.current_thread() is not threading.main_thread():  # signals can be set in no other
+        yield
+        return
+    before = signal.getsignal(number)
+    if meanwhile is not None:
+        signal.signal(number, meanwhile)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------
@@ -224,7 +210,7 @@ class RayExecutor(RayPipelineExecutor):
 
         Raises:
             UserError: workers were lost again and again.
-            Exception: of the first rank that fails; what the others were at is dropped.
+            Exception: that of the first rank that fails; unfinished work of the others is dropped.
         """
         import ray
 
@@ -255,11 +241,7 @@ def _run_rank(executor: PipelineExecutor, rank: int) -> None:
 
 
 def require_engine(engine: Engine) -> None:
-    """Refuse an engine that is not installed.
-
-    Raises:
-        UserError: the message says how to install it.
-    """
+    """Raise UserError where an engine is not installed."""
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("--engine ray needs the package ray: pip install -c constraints.txt -e '.[ray]'")
 
@@ -281,8 +263,8 @@ def _connect_to_ray() -> None:
         address = "local"  # a cluster that ran here and is gone
     try:
         # workers import from the folder in which this is called, which may be someone else's: let it be the package's;
-        # Ray's core writes to standard error while it tries
-        with contextlib.chdir(Path(__file__).parents[3]), _sigterm_kept(), standard_error_aside():
+        # Ray's core writes to standard error while it tries, and `ray.init` replaces the handler of SIGTERM
+        with contextlib.chdir(Path(__file__).parents[3]), _signal_kept(signal.SIGTERM), standard_error_aside():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot connect to a Ray cluster ({' '.join(str(e).split())})") from None
@@ -298,19 +280,6 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which `ray.init` replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from restomod.utils.temporary import remove_leftovers
 from restomod.utils.text import counted
 
 LOCK = "lock"
+PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,14 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
     for source in sources:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"{out} lies in {source}, where it would be read as text; choose another folder with --out")
+    begun = None
+    if there := (out / MANIFEST).exists():
+        begun = read_manifest(out).get("plan")
+    elif there := (out / WORK / PLAN).exists():
+        begun = read_plan(out / WORK / PLAN)
     counts = ReadCounts()
-    units = plan_units(sources, config, _begun(out), counts)
-    begun = (out / MANIFEST).exists() or (out / WORK / "plan.json").exists()
-    if not begun and out.exists() and any(path.name != WORK for path in out.iterdir()):
+    units = plan_units(sources, config, begun, counts)
+    if not there and out.exists() and any(path.name != WORK for path in out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
     return Work(out, config, units, describe(sources, config, units, gpt2_tokenizer().sha256), counts)
 
@@ -82,7 +87,9 @@ def locked_folder(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    _require_no_links_out(out)
+    for folder in (out, out / WORK):  # what links to elsewhere name would be written and deleted
+        if folder.is_dir():
+            require_inside(out, *(Path(entry) for entry in os.scandir(folder) if entry.is_symlink()))
     lock = FileLock(out / WORK / LOCK)
     try:
         (out / WORK).mkdir(parents=True, exist_ok=True)
@@ -97,13 +104,6 @@ def locked_folder(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _require_no_links_out(out: Path) -> None:
-    """Refuse a folder whose files are links to elsewhere: what they name would be written and deleted."""
-    for folder in (out, out / WORK):
-        if folder.is_dir():
-            require_inside(out, *(Path(entry) for entry in os.scandir(folder) if entry.is_symlink()))
-
-
 def unfinished(work: Work, report: Callable[[str], None]) -> list[int]:
     """Report the progress and what is read; return the units that are still to be done."""
     n = len(work.units)
@@ -115,11 +115,7 @@ def unfinished(work: Work, report: Callable[[str], None]) -> list[int]:
 
 
 def finished(work: Work) -> Dataset | None:
-    """The data of a finished folder; None: it is not finished.
-
-    Raises:
-        UserError: it is not what was asked for, or damaged.
-    """
+    """The data of a finished folder; None: it is not finished. Raises UserError for other data, or damaged data."""
     if not (work.out / MANIFEST).exists():
         return None
     dataset = open_dataset(work.out, work.description["tokenizer"], verify="all")
@@ -132,14 +128,6 @@ def finished(work: Work) -> Dataset | None:
     return dataset
 
 
-def _begun(out: Path) -> dict[str, Any] | None:
-    """The plan of a begun or finished folder; None: there is none."""
-    if (out / MANIFEST).exists():
-        return read_manifest(out).get("plan")
-    path = out / WORK / "plan.json"
-    return read_plan(path) if path.exists() else None
-
-
 def begin(work: Work) -> None:
     """Write the plan into a locked folder, or resume what was begun there.
 
@@ -148,8 +136,13 @@ def begin(work: Work) -> None:
     """
     out, description = work.out, work.description
     if (out / WORK / SLURM).exists():
-        _require_no_jobs(out)
-    begun = out / WORK / "plan.json"
+        if jobs := slurm_jobs(out):
+            raise UserError(
+                f"{len(jobs)} jobs of Slurm are at work on {out}; let them finish, or stop them: "
+                f"scancel --name={job_name(out)}"
+            )
+        (out / WORK / SLURM).unlink()
+    begun = out / WORK / PLAN
     before = read_plan(begun) if begun.exists() else None
     if before is not None and before != description:
         _drop_changed_units(out, before, description)
@@ -169,37 +162,28 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
     a, b = before["units"], now["units"]
     finished = {i for i in range(len(a)) if record_path(out, i).exists()}
     if not finished:
-        for path in (out / WORK).iterdir():
+        for path in [*(out / WORK).iterdir(), *out.glob("*.bin")]:
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != LOCK:  # we hold it
                 path.unlink()
-        for shard in out.glob("*.bin"):
-            shard.unlink()
         return
     changed = {i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]}
-    entangled = bool(finished) and (now["settings"]["dedup"] or 1 in (len(a), len(b)))
+    entangled = now["settings"]["dedup"] or 1 in (len(a), len(b))
     if before | {"units": b} != now or finished & changed or entangled:
         raise UserError(
             f"{out} was begun with other text or settings; give those again to resume, or choose another --out"
         )
     for i in changed:
-        hashes_path(out, i).unlink(missing_ok=True)
-        failure_path(out, i).unlink(missing_ok=True)
-        for split in SPLITS:
-            for shard in out.glob(f"{split}_{i:05d}_*.bin"):
-                shard.unlink()
+        shards = (shard for split in SPLITS for shard in out.glob(f"{split}_{i:05d}_*.bin"))
+        for path in (hashes_path(out, i), failure_path(out, i), *shards):
+            path.unlink(missing_ok=True)
 
 
 def finish_folder(work: Work) -> None:
-    """Write the manifest from the units' records, and remove the working files.
-
-    Raises:
-        UserError: there is no text in any of them.
-    """
+    """Write the manifest from the units' records, and remove the working files. Raises UserError without any text."""
     out, description, tokenizer = work.out, work.description, gpt2_tokenizer()
-    paths = [record_path(out, unit) for unit in range(len(work.units))]
-    records = [read_unit(path) for path in paths]
+    records = [read_unit(record_path(out, unit)) for unit in range(len(work.units))]
     splits = {}
     for split in SPLITS:
         parts = [record["splits"][split] for record in records]
@@ -210,22 +194,15 @@ def finish_folder(work: Work) -> None:
     documents = sum(record["documents"] for record in records)
     if documents == 0:
         raise UserError("the sources hold no text: every document is empty")
-    digest = hashlib.sha256(tokenizer.sha256.encode())
-    for split in SPLITS:
-        for shard in splits[split]["shards"]:
-            digest.update(f"{split} {shard['sha256']}".encode())
+    shards = "".join(f"{split} {shard['sha256']}" for split in SPLITS for shard in splits[split]["shards"])
     read = merge_counts([work.counts.to_dict(), *(record[READ] for record in records if READ in record)])
     write_json_atomically(
         out / MANIFEST,
         {
             "format": MANIFEST_FORMAT,
             "name": description["name"],
-            "fingerprint": digest.hexdigest(),
-            "tokenizer": {
-                "name": tokenizer.name,
-                "vocab_size": tokenizer.vocab_size,
-                "sha256": tokenizer.sha256,
-            },
+            "fingerprint": hashlib.sha256((tokenizer.sha256 + shards).encode()).hexdigest(),
+            "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "sha256")},
             "documents": documents,
             "duplicates": sum(record["duplicates"] for record in records),
             "tokens": sum(split["tokens"] for split in splits.values()),
@@ -268,17 +245,3 @@ def slurm_jobs(out: Path) -> list[str]:
 def job_name(out: Path) -> str:
     """The name of the jobs for a folder, by which they are found again."""
     return f"restomod-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
-
-
-def _require_no_jobs(out: Path) -> None:
-    """Refuse a folder on which jobs of Slurm are at work.
-
-    Raises:
-        UserError: there are some, or Slurm cannot be asked.
-    """
-    if jobs := slurm_jobs(out):
-        raise UserError(
-            f"{len(jobs)} jobs of Slurm are at work on {out}; let them finish, or stop them: "
-            f"scancel --name={job_name(out)}"
-        )
-    (out / WORK / SLURM).unlink(missing_ok=True)

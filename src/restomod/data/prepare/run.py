@@ -40,12 +40,12 @@ def prepare_folder(
     """Turn text into a verified folder of token shards.
 
     Args:
-        sources: files, folders or built-in sources, in the order in which they are to be written.
+        sources: files, folders, built-in sources or datasets of the hub, in the order in which they are written.
         config: how to read and cut them.
         out: the folder; it is made, or resumed if the same was begun in it.
-        workers: how many units to work on at once; on Ray 0 is as many as there is room for.
+        workers: number of units to work on at once; on Ray 0 is as many as there is room for.
         report: gets lines about the progress.
-        engine: where to work on them: local processes or a Ray cluster. (Slurm: see slurm.py.)
+        engine: local processes or a Ray cluster (for Slurm: slurm.py).
 
     Raises:
         UserError: the sources cannot be read, ``out`` holds something else, or another process is at work on it.
@@ -67,10 +67,10 @@ def prepare_folder(
                 if config.dedup and left:
                     report("looking for duplicates …")
                     unhashed = [i for i in range(len(work.units)) if not hashes_path(out, i).exists()]
-                    run_units(engine, HashUnit(config, work.units, step_out), unhashed, workers, step_out)
+                    run_units(engine, HashUnit(config, work.units, step_out, unhashed), workers)
                     assign_splits(out, len(work.units), config)
                 with _progress(out, len(work.units), report):
-                    run_units(engine, PrepareUnit(config, work.units, step_out), left, workers, step_out)
+                    run_units(engine, PrepareUnit(config, work.units, step_out, left), workers)
         except KeyboardInterrupt:
             report("finished units are kept; the same command resumes with the others")
             raise
@@ -97,7 +97,7 @@ def prepare_and_report(
     if engine != "slurm" and slurm not in (None, SlurmConfig()):
         raise UserError(f"--slurm-partition, --slurm-time and --slurm-mem-gb are for --engine slurm, not {engine}")
     there = (out / MANIFEST).exists()
-    gone_on = any((out / WORK).glob("unit_*.json"))  # then the time is not that of all of it
+    resumed = any((out / WORK).glob("unit_*.json"))  # then the time is not that of all of it
     start = time.perf_counter()
     if engine == "slurm":
         from restomod.data.prepare.slurm import submit_folder
@@ -105,7 +105,7 @@ def prepare_and_report(
         submitted = submit_folder(sources, config, out, workers, slurm or SlurmConfig(), report)
         if submitted is None:  # its jobs are not done yet
             return
-        dataset, gone_on = submitted, True
+        dataset, resumed = submitted, True
     else:
         dataset = prepare_folder(sources, config, out, workers, report, engine)
     seconds, manifest = time.perf_counter() - start, dataset.manifest
@@ -120,7 +120,7 @@ def prepare_and_report(
         report(f"warning: {val:,} tokens are few for validation; raise --val-fraction, which is {config.val_fraction}")
     if there:
         report("it was prepared already; every shard has the SHA-256 of the manifest")
-    elif not gone_on:
+    elif not resumed:
         text_bytes = sum(split["text_bytes"] for split in manifest["splits"].values())
         report(
             f"{seconds:.1f} s: {text_bytes / seconds / 1e6:,.1f} MB/s of text, "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from restomod.config.prepare import PrepareConfig, SlurmConfig
 from restomod.data.dataset import Dataset
-from restomod.data.prepare.executors import ChosenUnits, standard_error_aside
+from restomod.data.prepare.executors import standard_error_aside
 from restomod.data.prepare.folder import (
     Work,
     begin,
@@ -42,6 +43,7 @@ from restomod.data.prepare.worker import (
     WORK,
     HashUnit,
     PrepareUnit,
+    UnitStep,
     assign_splits,
     failure_path,
     hashes_path,
@@ -51,6 +53,7 @@ from restomod.data.prepare.worker import (
 from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.json_files import read_json
+from restomod.utils.text import counted
 
 MAX_ARRAY = 1000  # tasks of an array, below Slurm's default of MaxArraySize; beyond it a task does several units
 
@@ -63,15 +66,9 @@ def submit_folder(
     slurm: SlurmConfig,
     report: Callable[[str], None],
 ) -> Dataset | None:
-    """Submit what is to be done, or report the progress.
+    """Submit the units that are left, or report the progress; arguments as of `prepare_folder`.
 
-    Args:
-        sources: as for `prepare_folder`.
-        config: likewise.
-        out: the folder, which like the sources has to be at the same place on every machine of the cluster.
-        workers: how many units to work on at once (0: as many as the cluster has room for).
-        slurm: what to ask of the cluster.
-        report: gets lines about the progress.
+    The sources and ``out`` must have the same paths on every machine of the cluster.
 
     Returns:
         the data once the folder is finished, None before.
@@ -126,47 +123,40 @@ def _raise_failure(work: Work) -> None:
 
 def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
     """Submit the stages, each waiting for the one before it."""
-    out, config, n = work.out.absolute(), work.config, len(work.units)
+    out = work.out.absolute()
+    work = dataclasses.replace(work, out=out)
     # before the jobs, which must not be forgotten in a crash
     write_json_atomically(out / WORK / SLURM, {"name": job_name(out)}, out)
-    stages: list[tuple[str, Any, int]] = []
-    if config.dedup:
-        unhashed = [unit for unit in range(n) if not hashes_path(out, unit).exists()]
+    stages: list[tuple[str, Any]] = []
+    if work.config.dedup:
+        unhashed = [unit for unit in range(len(work.units)) if not hashes_path(out, unit).exists()]
         if unhashed:
-            stages.append(("hash", ChosenUnits(HashUnit(config, work.units, out), unhashed), len(unhashed)))
-        stages.append(("assign", AssignSplits(dataclasses.replace(work, out=out)), 1))
-    stages.append(("prepare", ChosenUnits(PrepareUnit(config, work.units, out), left), len(left)))
-    stages.append(("finish", Finish(dataclasses.replace(work, out=out)), 1))
+            stages.append(("hash", HashUnit(work.config, work.units, out, unhashed)))
+        stages.append(("assign", functools.partial(_assign, work)))
+    stages.append(("prepare", PrepareUnit(work.config, work.units, out, left)))
+    stages.append(("finish", functools.partial(_finish, work)))
     before = None
-    for name, step, tasks in stages:
+    for name, step in stages:
+        tasks, units = (
+            (len(step.todo), f" {counted(len(step.todo), 'unit')}") if isinstance(step, UnitStep) else (1, "")
+        )
         executor = SlurmExecutor(out, name, step, tasks, workers, slurm, before)
         with _refusal_in_one_line(before):
             executor.launch_job()
         before = str(executor.job_id)
-        units = f" {tasks:,} unit{'' if tasks == 1 else 's'}" if isinstance(step, ChosenUnits) else ""
         report(f"submitted job {before}: {name}{units}")
 
 
-class AssignSplits:
+def _assign(work: Work, data: Any, rank: int, world_size: int) -> list[Any]:
     """A datatrove step for one task: find duplicates, between the stages that hash and that prepare."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> list[Any]:
-        assign_splits(self.work.out, len(self.work.units), self.work.config)
-        return []
+    assign_splits(work.out, len(work.units), work.config)
+    return []
 
 
-class Finish:
+def _finish(work: Work, data: Any, rank: int, world_size: int) -> list[Any]:
     """A datatrove step for one task: write the manifest."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> list[Any]:
-        finish_folder(self.work)
-        return []
+    finish_folder(work)
+    return []
 
 
 class SlurmExecutor(SlurmPipelineExecutor):
@@ -213,7 +203,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
         try:
             stats = super()._run_for_rank(rank, local_rank, node_rank)
         except Exception as e:
-            unit = self.step.units[rank] if isinstance(self.step, ChosenUnits) else 0
+            unit = self.step.todo[rank] if isinstance(self.step, UnitStep) else 0
             error = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
             write_json_atomically(failure_path(self.out, unit), {"error": error}, self.out)
             raise
@@ -224,11 +214,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
 
 @contextlib.contextmanager
 def _refusal_in_one_line(before: str | None) -> Iterator[None]:
-    """Turn a refusal by sbatch into an error of one line; datatrove lets it write to our standard error.
-
-    Raises:
-        UserError: sbatch refuses, or is not to be understood.
-    """
+    """Turn a refusal by sbatch into a UserError of one line; datatrove lets it write to our standard error."""
     with standard_error_aside() as said:
         try:
             yield

@@ -8,7 +8,6 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from restomod.data.dataset import SHARD_TOKENS, Dataset, mix, open_dataset, open
 from restomod.data.manifest import MANIFEST, READ, merge_counts
 from restomod.data.prepare.folder import Work, finish_folder
 from restomod.data.prepare.units import Unit, describe, plan_units, unit_documents
-from restomod.data.prepare.worker import WORK, PrepareUnit, assign_splits, hash_documents, write_hashes
+from restomod.data.prepare.worker import WORK, PrepareUnit, assign_splits, hash_documents, hashes_path, write_array
 from restomod.data.read_counts import ReadCounts
 from restomod.data.sources import download_tinyshakespeare, source_name
 from restomod.data.tokenizer import Tokenizer
@@ -68,9 +67,17 @@ def prepare_text(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = S
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     if not (folder / MANIFEST).exists():
-        with locked(_lock_of(folder), lambda: _say(f"another process is preparing {folder}; waiting for it")):
+        with locked(
+            folder.with_name(f".{folder.name}.lock"),
+            lambda: _say(f"another process is preparing {folder}; waiting for it"),
+        ):
             if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
-                _make(folder, lambda out: _prepare(Work(out, settings, units, description, left_out), hashes))
+                with Temporary(folder.parent, "folder") as temporary:
+                    _prepare(Work(temporary.path, settings, units, description, left_out), hashes)
+                    if not (folder / MANIFEST).exists():
+                        shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is not whole
+                        move_folder(temporary.path, folder, MANIFEST)
+                        fsync_path(folder.parent)
     dataset = open_dataset(folder, tokenizer.sha256)
     # perhaps of equal text in files of other names: reported as they are now
     counts = merge_counts([left_out.to_dict(), read.to_dict()])
@@ -103,7 +110,7 @@ def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
     """Prepare every unit in this process, and write the manifest last."""
     (work.out / WORK).mkdir()
     for unit, of_unit in enumerate(hashes):
-        write_hashes(work.out, unit, of_unit)
+        write_array(hashes_path(work.out, unit), of_unit, work.out)
     assign_splits(work.out, len(work.units), work.config)
     step = PrepareUnit(work.config, work.units, work.out)
     step.remedy = "run the same command again"
@@ -114,20 +121,6 @@ def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
             _say(f"preparing {work.description['name']}: {unit:,} of {len(work.units):,} units of work are finished")
         step.work(unit)
     finish_folder(work)
-
-
-def _make(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a folder, which gets its name once it is whole."""
-    with Temporary(folder.parent, "folder") as temporary:
-        write(temporary.path)
-        if not (folder / MANIFEST).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is not whole
-            move_folder(temporary.path, folder, MANIFEST)
-            fsync_path(folder.parent)
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
 
 
 def _say(line: str) -> None:

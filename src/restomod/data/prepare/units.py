@@ -66,8 +66,8 @@ def plan_units(
     Args:
         sources: files, folders, built-in sources or datasets on the hub.
         config: how to read them.
-        begun: an earlier description of the same; datasets on the hub then stay at the commit that they had.
-        counts: where to count the files that are left out.
+        begun: an earlier plan with the same settings keeps datasets on the hub at its commits.
+        counts: gets the numbers of skipped files.
 
     Raises:
         UserError: a source does not exist or holds no file with anything in it.
@@ -94,17 +94,15 @@ def plan_units(
         size = 0
         for file in find_files(path.absolute(), config.glob, counts.left_out if counts else None):
             file_size = file.stat().st_size
-            if file_size > SPAN_BYTES and can_be_cut(file, config.text_column):
-                if group:
-                    units.append(Unit(tuple(group), size))
-                    group, size = [], 0
-                units += _spans(file, file_size)
-                continue
-            group.append(str(file))
-            size += file_size
-            if size >= UNIT_BYTES:
+            cut = file_size > SPAN_BYTES and can_be_cut(file, config.text_column)
+            if group and (cut or size >= UNIT_BYTES):
                 units.append(Unit(tuple(group), size))
                 group, size = [], 0
+            if cut:
+                units += _spans(file, file_size)
+            else:
+                group.append(str(file))
+                size += file_size
         if group:
             units.append(Unit(tuple(group), size))
     return units
@@ -173,29 +171,22 @@ def describe(
             for source in sources
             if _on_hub(source)
         },
-        "units": [_described(unit) for unit in units],
+        "units": [
+            {key: value for key, value in dataclasses.asdict(unit).items() if (key, value) != ("span", None)}
+            | {"files": list(unit.files)}
+            for unit in units
+        ],
         "tokenizer": tokenizer_sha256,
         **({"python": platform.python_version()} if any(u.source == "python-stdlib" for u in units) else {}),
     }
 
 
-def _described(unit: Unit) -> dict[str, Any]:
-    values = dataclasses.asdict(unit) | {"files": list(unit.files)}
-    if unit.span is None:
-        del values["span"]
-    return values
-
-
 def unit_documents(
     unit: Unit, config: PrepareConfig, downloads: Path | None, counts: ReadCounts | None = None
 ) -> Iterator[AnyDocument]:
-    """The documents of a unit, in order.
+    """Yield the documents of a unit, in order, and count what is read in ``counts``.
 
-    Args:
-        unit: what to read.
-        config: how.
-        downloads: folder for what comes from the hub; None: the hub client's cache.
-        counts: where to count what was read.
+    Files of the hub are downloaded into ``downloads`` (None: the hub client's cache).
     """
     counts = counts or ReadCounts()
     if unit.source == "python-stdlib":

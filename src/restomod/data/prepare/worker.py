@@ -22,7 +22,7 @@ from restomod.config.prepare import PrepareConfig
 from restomod.data.bulk_encoder import BulkEncoder
 from restomod.data.dataset import SPLITS, ShardWriter, open_npy, open_shard, split_of
 from restomod.data.documents import PIECE_CHARACTERS, AnyDocument, Document, SplitHash, pieces, split_hash
-from restomod.data.hub_datasets import fetch, parse_address
+from restomod.data.hub_datasets import fetch
 from restomod.data.manifest import READ
 from restomod.data.prepare.units import PRETOKENIZED, Unit, unit_documents
 from restomod.data.read_counts import ReadCounts
@@ -56,17 +56,17 @@ def quiet_datatrove() -> None:
 
 
 class UnitStep:
-    """A step of a datatrove pipeline: called as (data, rank, world_size), it works on unit ``rank``."""
+    """A step of a datatrove pipeline: rank r works on unit ``todo[r]``."""
 
-    def __init__(self, config: PrepareConfig, units: list[Unit], out: Path) -> None:
-        self.config, self.units, self.out = config, units, out
+    def __init__(self, config: PrepareConfig, units: list[Unit], out: Path, todo: Sequence[int] = ()) -> None:
+        self.config, self.units, self.out, self.todo = config, units, out, todo
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         quiet_datatrove()  # in a worker, before its first message
 
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterable[AnyDocument]:
-        self.work(rank)
+        self.work(self.todo[rank])
         return []
 
     def work(self, unit: int) -> None:
@@ -74,7 +74,7 @@ class UnitStep:
 
     def downloads(self, unit: int) -> Path | None:
         """Folder for a unit's downloads, deleted when it is finished; None: the hub client's cache, to keep them."""
-        return None if self.config.keep_downloads else _downloads(self.out, unit)
+        return None if self.config.keep_downloads else self.out / WORK / f"downloads_{unit:05d}"
 
 
 class HashUnit(UnitStep):
@@ -84,7 +84,8 @@ class HashUnit(UnitStep):
         if hashes_path(self.out, unit).exists():
             return
         documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
-        write_hashes(self.out, unit, hash_documents(documents, self.config.split_seed))
+        hashes = hash_documents(documents, self.config.split_seed)
+        write_array(hashes_path(self.out, unit), hashes, self.out)
 
 
 def hash_documents(documents: Iterable[AnyDocument], seed: int) -> np.ndarray:
@@ -96,29 +97,20 @@ def hashes_path(out: Path, unit: int) -> Path:
     return out / WORK / f"hashes_{unit:05d}.npy"
 
 
-def _downloads(out: Path, unit: int) -> Path:
-    return out / WORK / f"downloads_{unit:05d}"
-
-
 def _assigned_path(out: Path, unit: int) -> Path:
     return out / WORK / f"assigned_{unit:05d}.npy"
 
 
 def _load(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """Load what an earlier step has written for the documents of a unit, shape (n,).
-
-    Raises:
-        UserError: it is damaged.
-    """
-    values = open_npy(path, dtype, "delete this file and run the same command again")
-    return np.asarray(values)
+    """Map the values that an earlier step has written, shape (n,). Raises UserError where they are damaged."""
+    return open_npy(path, dtype, "delete this file and run the same command again")
 
 
 def assign_splits(out: Path, units: int, config: PrepareConfig) -> None:
-    """Write for every unit where each of its documents goes (`DESTINATIONS`), given the hashes of all documents.
+    """Write for every unit the place in `DESTINATIONS` of each of its documents, given the hashes of all documents.
 
-    As all are known, validation gets at least one text where a fraction is asked, and never all. With ``dedup`` only
-    the first document of each text is kept, in the order of the units.
+    Validation gets at least one text if ``val_fraction`` is above 0, and never all. With ``dedup`` only the first
+    document of each text is kept, in the order of the units.
     """
     hashes = [_load(hashes_path(out, unit), np.uint64) for unit in range(units)]
     together = np.concatenate(hashes)
@@ -132,7 +124,7 @@ def assign_splits(out: Path, units: int, config: PrepareConfig) -> None:
         later[first] = False
         assigned[later] = DESTINATIONS.index("duplicates")
     for unit, part in enumerate(np.split(assigned, np.cumsum([len(h) for h in hashes])[:-1])):
-        _write_array(_assigned_path(out, unit), part, out)
+        write_array(_assigned_path(out, unit), part, out)
 
 
 def val_limit(config: PrepareConfig) -> int:
@@ -140,12 +132,8 @@ def val_limit(config: PrepareConfig) -> int:
     return math.ceil(config.val_fraction * 2**64)
 
 
-def write_hashes(out: Path, unit: int, hashes: np.ndarray) -> None:
-    """Write the hashes of a unit's documents, shape (n,), uint64, where `assign_splits` and `PrepareUnit` read them."""
-    _write_array(hashes_path(out, unit), hashes, out)
-
-
-def _write_array(path: Path, values: np.ndarray, out: Path) -> None:
+def write_array(path: Path, values: np.ndarray, out: Path) -> None:
+    """Write values about the documents of a unit, shape (n,): to `hashes_path`, `split_hash`es as uint64."""
     content = io.BytesIO()
     np.save(content, values)
     write_bytes_atomically(path, content.getvalue(), out)
@@ -168,10 +156,7 @@ class PrepareUnit(UnitStep):
         writers = {s: ShardWriter(self.out, f"{s}_{unit:05d}", self.config.shard_tokens) for s in SPLITS}
         try:
             counts, read = self._write(unit, writers)
-            splits = {
-                split: {"tokens": writer.tokens, **counts[split], "shards": writer.close()}
-                for split, writer in writers.items()
-            }
+            splits = {s: {"tokens": w.tokens, **counts[s], "shards": w.close()} for s, w in writers.items()}
         except BaseException as e:
             for writer in writers.values():
                 writer.discard()
@@ -192,14 +177,11 @@ class PrepareUnit(UnitStep):
         if read:
             record[READ] = read
         write_json_atomically(record_path(self.out, unit), record, self.out)
-        shutil.rmtree(_downloads(self.out, unit), ignore_errors=True)
+        if downloads := self.downloads(unit):
+            shutil.rmtree(downloads, ignore_errors=True)
 
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
-        """Write the documents.
-
-        Returns:
-            The numbers of documents and bytes of text of each split, of duplicates and of all; what was read as what.
-        """
+        """Write the documents; return counts of documents and text bytes by destination, and `ReadCounts.to_dict`."""
         read = ReadCounts()
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
@@ -263,15 +245,11 @@ def encoded(
 ) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
     """Yield the `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next one.
 
-    Args:
-        documents: read as they are asked for. Short ones are encoded many at once, a long one piece by piece.
-        encoder: encodes them.
-        seed: of the hash.
-        known: the hashes that they are to have.
-        remedy: what to do if they have others.
+    Short documents are encoded many at once, a long one piece by piece.
 
     Raises:
-        UserError: a document has changed since its hash became known, or while it was encoded.
+        UserError: a document's hash is not the ``known`` one, or it has changed while it was encoded; ends with
+            ``remedy``.
     """
     hashes = iter(known or [])
     for batch in document_batches(documents):
@@ -333,8 +311,8 @@ def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Toke
     Raises:
         UserError: it cannot be downloaded, is damaged, or holds tokens that are not GPT-2's.
     """
-    name = Path(parse_address(address)[2]).name
     path = fetch(address, downloads)
+    name = path.name
     tokens = open_shard(path, "get it again")
     documents = text_bytes = 0
     for start in range(0, len(tokens), COPY_TOKENS):

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from restomod.evals.tasks.example import Example, Record, RecordError, get_choices, get_field, get_text, question
-from restomod.evals.tasks.references import GPT3, GPT3_PAPER, Reference
-from restomod.evals.tasks.task import HubData, Task
+from restomod.evals.tasks.task import (
+    GPT3,
+    GPT3_PAPER,
+    Example,
+    HubData,
+    Record,
+    RecordError,
+    Reference,
+    Task,
+    get_choices,
+    get_field,
+    get_text,
+    question,
+)
 from restomod.utils.errors import shortened
 
 

@@ -10,7 +10,7 @@ from restomod.data.file_format import detect_format
 from restomod.data.readers import open_parquet, without_surrogates
 from restomod.data.records import json_objects
 from restomod.data.streams import checked_reads, compression_of, decoded, open_stream
-from restomod.evals.tasks.example import Example, Record, RecordError
+from restomod.evals.tasks.task import Example, Record, RecordError
 from restomod.utils.errors import UserError, one_line, shortened
 from restomod.utils.json_files import parse_json
 

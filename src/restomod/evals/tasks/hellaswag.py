@@ -7,9 +7,23 @@ from __future__ import annotations
 
 import re
 
-from restomod.evals.tasks.example import Example, Record, get_choices, get_index, get_text, question
-from restomod.evals.tasks.references import GPT2, GPT3, GPT3_PAPER, LLAMA, LR_STUDY, RTX3090, Reference
-from restomod.evals.tasks.task import Download, Task
+from restomod.evals.tasks.task import (
+    GPT2,
+    GPT3,
+    GPT3_PAPER,
+    LLAMA,
+    LR_STUDY,
+    RTX3090,
+    Download,
+    Example,
+    Record,
+    Reference,
+    Task,
+    get_choices,
+    get_index,
+    get_text,
+    question,
+)
 
 DATA = Download(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from restomod.evals.tasks.example import Example, Record, RecordError, after_space, get_text
-from restomod.evals.tasks.references import GPT2, GPT3, GPT3_PAPER, Reference
-from restomod.evals.tasks.task import HubData, Task
+from restomod.evals.tasks.task import (
+    GPT2,
+    GPT3,
+    GPT3_PAPER,
+    Example,
+    HubData,
+    Record,
+    RecordError,
+    Reference,
+    Task,
+    after_space,
+    get_text,
+)
 
 _GPT2_PAPER = "the GPT-2 paper: its own detokenizer, for accuracy a stop-word filter"
 

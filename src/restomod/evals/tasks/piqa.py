@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from restomod.evals.tasks.example import Example, Record, get_index, get_text, question
-from restomod.evals.tasks.references import GPT3, GPT3_PAPER, Reference
-from restomod.evals.tasks.task import HubData, Task
+from restomod.evals.tasks.task import (
+    GPT3,
+    GPT3_PAPER,
+    Example,
+    HubData,
+    Record,
+    Reference,
+    Task,
+    get_index,
+    get_text,
+    question,
+)
 
 
 def example(record: Record) -> Example:

@@ -6,10 +6,17 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from restomod.evals.tasks.example import Example
-from restomod.evals.tasks.own import own_task
-from restomod.evals.tasks.references import VALIDATION_LOSSES, Reference
-from restomod.evals.tasks.task import Task
+from restomod.evals.tasks.task import (
+    VALIDATION_LOSSES,
+    Example,
+    Record,
+    Reference,
+    Task,
+    get_choices,
+    get_index,
+    get_text,
+    question,
+)
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import split_items
 
@@ -30,6 +37,17 @@ class LoadedTask:
     """Whether these are only the first ones."""
 
 
+def own_example(record: Record) -> Example:
+    """Make an example of a user's own record: query or ctx, choices or endings, gold or label."""
+    query = get_text(record, "query", "ctx")
+    return question(query, get_choices(record, "choices", "endings"), get_index(record, "gold", "label"))
+
+
+def own_task(name: str) -> Task:
+    """The task of a file without official data."""
+    return Task(name, "query, a space, the choice (your own file)", own_example, "acc_norm")
+
+
 def references(task: str) -> tuple[Reference, ...]:
     """Published results of a task or, of "validation", losses on FineWeb-Edu's validation shard."""
     if task == VALIDATION:
@@ -43,40 +61,38 @@ def is_whole(task: str, examples: object) -> bool:
 
 
 def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
-    """Load the task that ``wanted`` names.
+    """Load the task that ``wanted`` names, or its first ``limit`` examples; downloads go into ``cache``.
 
-    Args:
-        wanted: a name of `TASKS`, NAME=FILE for its data in a file, or a file of one's own questions.
-        cache: folder for downloads.
-        limit: take the first examples only.
+    ``wanted`` is a name of `TASKS`, NAME=FILE for its data in a file, or a file of one's own questions.
 
     Raises:
         UserError: there is no such task or file, or its data is wrong.
     """
+    from restomod.evals.tasks.files import read_examples
+
     name, _, file = wanted.partition("=")
     _require_name(name)
     if wanted.endswith("=") and not file:
         raise UserError(f"{wanted}: there is no file after the =; name one, or leave the = out for the official data")
     if name in TASKS:
         task = TASKS[name]
-        examples = task.read(Path(file)) if file else task.load(cache)
+        otherwise = f"fetch it by other means and name that file: --tasks {name}=FILE"
+        if not file and task.source is None:
+            raise UserError(f"task {name} has no official data; name a file: {name}=FILE")
+        files = [Path(file)] if file or task.source is None else task.source.files(cache, otherwise)
     elif not file and (Path(name).exists() or Path(name).suffix):
         stem = Path(name).stem
         if stem in TASKS or stem == VALIDATION:  # not the task of that name
             stem = f"own-{stem}"
-        task = own_task(stem)
-        examples = task.read(Path(name))
+        task, files = own_task(stem), [Path(name)]
     else:
         raise UserError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
+    examples = [example for path in files for example in read_examples(path, task.example)]
     return LoadedTask(task, examples[:limit], limited=limit is not None and limit < len(examples))
 
 
 def task_names(given: str) -> list[str]:
-    """Split a list of tasks at its commas, for `load_task`; the name of a file may contain commas, too.
-
-    Raises:
-        UserError: one is empty.
-    """
+    """Split a list of tasks at its commas; names of files may contain some. Raises UserError: an empty item."""
 
     def names_a_file(item: str) -> bool:
         name, _, file = item.strip().partition("=")

@@ -13,8 +13,8 @@ from restomod.config.model import ModelConfig
 from restomod.config.presets import llama_124m, quickstart
 from restomod.config.run import RunConfig
 from restomod.data.manifest import is_fineweb_edu
-from restomod.evals.tasks.references import LLAMA, LR_STUDY
 from restomod.evals.tasks.registry import references
+from restomod.evals.tasks.task import LLAMA, LR_STUDY
 
 NEAR = 0.05  # relative tolerance of the number of tokens, and of tokens per step
 BATCH_TOKENS, TOKENS = 2**19, 10**10  # of the published runs of GPT-2 124M on FineWeb-Edu
