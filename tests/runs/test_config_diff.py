@@ -12,9 +12,8 @@ from restomod.config.run import DataConfig, RunConfig
 from restomod.runs.config_diff import CHANGES_NOTHING, differing, flatten_config, settings, trains_on_fineweb_edu
 from restomod.runs.reader import open_run
 from tests.end_to_end.test_resume_changed import CHANGED
+from tests.runs.made_runs import SMALL, write_run
 from tests.runs.test_folder import CONFIG as ANY
-
-from .making import SMALL, make_run
 
 OF_TOKENS = {"fingerprint": "0123456789ab", "name": "text"}
 
@@ -38,16 +37,16 @@ def test_settings_that_change_no_result_are_no_difference(name: str) -> None:
 
 def test_data_is_told_by_its_tokens_and_not_by_where_they_are(tmp_path: Path) -> None:
     moved = dataclasses.replace(SMALL, data=DataConfig(source="text", path="elsewhere"))
-    a = open_run(make_run(tmp_path / "a", SMALL, data=OF_TOKENS))
-    b = open_run(make_run(tmp_path / "b", moved, data=OF_TOKENS))
-    c = open_run(make_run(tmp_path / "c", SMALL, data=OF_TOKENS | {"fingerprint": "ffff"}))
+    a = open_run(write_run(tmp_path / "a", SMALL, data=OF_TOKENS))
+    b = open_run(write_run(tmp_path / "b", moved, data=OF_TOKENS))
+    c = open_run(write_run(tmp_path / "c", SMALL, data=OF_TOKENS | {"fingerprint": "ffff"}))
     assert differing([settings(a), settings(b)]) == {}
     assert differing([settings(a), settings(c)]) == {"data": ["text (01234567)", "text (ffff)"]}
 
 
 def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None:
-    a = open_run(make_run(tmp_path / "a", environments=[{"precision": "fp32"}]))
-    b = open_run(make_run(tmp_path / "b", environments=[{"precision": "fp32"}, {"precision": "bf16"}]))
+    a = open_run(write_run(tmp_path / "a", environments=[{"precision": "fp32"}]))
+    b = open_run(write_run(tmp_path / "b", environments=[{"precision": "fp32"}, {"precision": "bf16"}]))
     assert differing([settings(a), settings(b)]) == {"precision": ["fp32", "bf16"]}
 
 
@@ -66,6 +65,6 @@ def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None
 def test_fineweb_edu_is_known_by_the_name_of_its_tokens(name: str, path: str, is_it: bool, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, data=DataConfig(source="tokens", path=path))
     plan = {"units": [{"source": name, "files": [path]}]}
-    run = open_run(make_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
+    run = open_run(write_run(tmp_path / "a", config, data={"name": name, "plan": plan}))
     assert trains_on_fineweb_edu(run) is is_it
     assert ("FineWeb-Edu" in str(why_not_published([run]))) is not is_it

@@ -15,27 +15,26 @@ from restomod.model.flops import flops_per_token, parameter_count
 from restomod.runs import reader
 from restomod.runs.reader import open_run
 from restomod.utils.errors import UserError
-
-from .making import SMALL, make_run, train, val
+from tests.runs.made_runs import SMALL, train, val, write_run
 
 
 def test_steps_are_in_order_each_once_and_the_later_record_counts(tmp_path: Path) -> None:
     records = [train(0, 9.0), train(1, 8.0), train(2, 7.0), {"kind": "rollback", "step": 1}, train(1, 6.0), val(1, 5.0)]
-    run = open_run(make_run(tmp_path / "a", SMALL, records))
+    run = open_run(write_run(tmp_path / "a", SMALL, records))
     assert [(r["step"], r["loss"]) for r in run.train] == [(0, 9.0), (1, 6.0), (2, 7.0)]
     assert [(r["step"], r["loss"]) for r in run.val] == [(1, 5.0)]
 
 
 def test_time_spent_counts_what_was_done_again(tmp_path: Path) -> None:
     records = [train(0, 9.0, ms=1500), train(0, 9.0, ms=500), val(0, 3.0), train(1, 9.0) | {"ms": None}]
-    assert open_run(make_run(tmp_path / "a", SMALL, records)).seconds == 2.0
+    assert open_run(write_run(tmp_path / "a", SMALL, records)).seconds == 2.0
 
 
 @pytest.mark.parametrize("verb", [["verdict", "--no-weights"], ["compare"], ["report"]])
 def test_lines_of_the_log_that_cannot_be_read_are_told(
     verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = make_run(tmp_path / "a", SMALL, [train(0, 9.0), train(1, 8.0), val(2, 8.0)])
+    folder = write_run(tmp_path / "a", SMALL, [train(0, 9.0), train(1, 8.0), val(2, 8.0)])
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     for content, told in ((lines, False), ([lines[0], b"\xff{\n", *lines[1:]], True)):
@@ -45,33 +44,33 @@ def test_lines_of_the_log_that_cannot_be_read_are_told(
 
 
 def test_tokens_and_flops_of_gpt2_124m(tmp_path: Path) -> None:
-    run = open_run(make_run(tmp_path / "a", preset("gpt2-124m")))
+    run = open_run(write_run(tmp_path / "a", preset("gpt2-124m")))
     assert run.tokens_at(19_073) == 19_073 * 524_288
     # 6 * (85,056,000 in the blocks and the last norm + 768 * 50257 of the head) + 12 * 12 * 768 * 1024 of attention
     assert run.flops_at(1) == 524_288 * (6 * (85_056_000 + 768 * 50_257) + 12 * 12 * 768 * 1024)
 
 
 def test_a_run_that_has_just_begun_has_nothing_to_tell(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").unlink()
     run = open_run(folder)
     assert (run.train, run.val, run.samples, run.evaluations, run.environments, run.seconds) == ([], [], [], [], [], 0)
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a", SMALL, [train(0, 9.0)])
+    folder = write_run(tmp_path / "a", SMALL, [train(0, 9.0)])
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 1, "lo')
     assert [r["step"] for r in open_run(folder).train] == [0]
 
 
 def test_its_name_is_its_folders_wherever_it_is_seen_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(make_run(tmp_path / "a"))
+    monkeypatch.chdir(write_run(tmp_path / "a"))
     assert open_run(".").name == "a"
 
 
 def test_evaluations_samples_and_environments_are_read(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a", SMALL, [], environments=[{"device": "x"}, {"device": "y"}])
+    folder = write_run(tmp_path / "a", SMALL, [], environments=[{"device": "x"}, {"device": "y"}])
     (folder / "samples.jsonl").write_text(json.dumps({"step": 3, "prompt": "p", "text": "t"}) + "\n")
     (folder / "evals").mkdir()
     (folder / "evals" / "b.json").write_text('{"task": "b"}')
@@ -84,15 +83,15 @@ def test_evaluations_samples_and_environments_are_read(tmp_path: Path) -> None:
 
 
 def test_parameters_and_flops_are_those_recorded_at_the_start_or_else_computed(tmp_path: Path) -> None:
-    recorded = open_run(make_run(tmp_path / "a", SMALL, environments=[{"parameters": 5, "flops_per_token": 7}, {}]))
+    recorded = open_run(write_run(tmp_path / "a", SMALL, environments=[{"parameters": 5, "flops_per_token": 7}, {}]))
     assert (recorded.parameters, recorded.flops_at(2)) == (5, 2 * SMALL.batch_tokens * 7)
-    computed = open_run(make_run(tmp_path / "b", SMALL, environments=[{}]))
+    computed = open_run(write_run(tmp_path / "b", SMALL, environments=[{}]))
     assert computed.parameters == parameter_count(SMALL.model)
     assert computed.flops_per_token == flops_per_token(SMALL.model, SMALL.sequence_length)
 
 
 def test_only_so_many_evaluations_are_read_as_do_not_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, said = make_run(tmp_path / "a"), list[str]()
+    folder, said = write_run(tmp_path / "a"), list[str]()
     (folder / "evals").mkdir()
     for name in "abcd":
         (folder / "evals" / f"{name}.json").write_text(json.dumps({"task": name}))
@@ -107,7 +106,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is not a run: it has no config.json"):
         open_run(tmp_path)
-    folder = make_run(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is damaged"):
         open_run(folder)
@@ -116,7 +115,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", [["compare"], ["verdict", "--no-weights"]])
 def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Path) -> None:
     recorded = {"parameters": 5, "flops_per_token": 7}
-    make_run(tmp_path / "a", SMALL, [train(0, 9.0), val(0, 9.0)], environments=[recorded])
+    write_run(tmp_path / "a", SMALL, [train(0, 9.0), val(0, 9.0)], environments=[recorded])
     code = (
         f"import sys; from restomod.cli import main; main({[*verb, 'a']!r}); "
         f"assert not set(sys.modules) & {{'torch', 'matplotlib'}}, 'torch or matplotlib was imported'"
@@ -144,7 +143,7 @@ def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    make_run(tmp_path / "r")
+    write_run(tmp_path / "r")
     model = {"model_type": "gpt2", "architectures": []}
     for name in ("r/checkpoints/step_000040", "model", "untyped"):
         (tmp_path / name).mkdir(parents=True)
@@ -158,7 +157,7 @@ def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
 
 
 def test_a_run_is_named_as_its_checkpoint_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run(tmp_path / "r")
+    write_run(tmp_path / "r")
     (tmp_path / "r" / "checkpoints").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
