@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restomod.engine import loss as module
-from restomod.engine.loss import HeadGradient, add_matmul, linear_cross_entropy
+from restomod.engine.loss import HeadGradient, add_matmul, linear_cross_entropy, linear_log_probs
 
 FP32 = torch.float32
 
@@ -73,6 +73,18 @@ def test_loss_and_gradients_are_those_of_capped_logits(cap: float, compiled: boo
     with torch.no_grad():
         again = linear_cross_entropy(hidden, weight, targets, 50, FP32, compiled, cap)
     torch.testing.assert_close(again, loss.detach())
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_log_probabilities_are_those_of_full_logits(cap: float | None) -> None:
+    hidden, weight, targets = problem(30, D=12, V=50, padded=64)
+    with torch.no_grad():
+        found, best = linear_log_probs(hidden, weight, targets, 50, FP32, cap)
+        logits = hidden.double() @ weight[:50].t().double()
+    expected = (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+    torch.testing.assert_close(found.double(), expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(best, logits.argmax(-1) == targets)
 
 
 def test_padded_rows_take_no_part_even_where_they_are_not_zero() -> None:
