@@ -146,7 +146,7 @@ def first_micro_batch(
             compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
             for part in model.modules():
                 part._compiled_call_impl = None
-            say(f"warning: {reason}: training goes on without it, slower")
+            say(f"warning: {reason}: training continues without it, slower")
         elif no_memory:
             n = compute.micro_batch
             if n == 1:

@@ -33,7 +33,7 @@ class Optimizers:
 
     def __init__(self, parts: Sequence[Optimizer], loss_scale: LossScale) -> None:
         """Args:
-        parts: between them they hold all parameters; every group's ``lr`` is its maximum learning rate.
+        parts: together they hold all parameters; every group's ``lr`` is its maximum learning rate.
         loss_scale: factor of the loss.
 
         Raises:

@@ -1,1 +1,1 @@
-"""What runs cost, what they taught, and which is better. Reads only files; needs no torch."""
+"""Before a run: its plan, and sweeps of many runs."""

@@ -50,7 +50,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, display: Displa
     with join_processes("resume with `restomod train --resume RUN`") as processes:
         display = display or Display(muted=not processes.main)
         display.on_failure = lambda reason: print_error(
-            f"standard output cannot be written ({reason}); training goes on without it"
+            f"standard output cannot be written ({reason}); training continues without it"
         )
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun repeats the command after a failure
             resume = resume or processes.from_main((folder / "config.json").exists)
