@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def test_help_of_a_preset_shows_what_flags_mean_and_the_presets_values(capsys: p
     assert main(["train", "gpt2-124m", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Optimizer steps. (default: 19073)" in shown
+
+
+def test_help_of_a_flag_is_one_paragraph(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "600")
+    with contextlib.suppress(SystemExit):
+        main(["train", "quickstart", "--help"])
+    assert "chosen automatically, and lowered when memory runs out. (default: None)" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

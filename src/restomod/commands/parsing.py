@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+import tyro._strings
 
 from restomod.config.presets import with_scaled_warmup
 from restomod.config.run import RunConfig
@@ -28,6 +29,8 @@ FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
 NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses these as values
 DASH = "\ue000"  # stands for the first dash of a value, which tyro would take for a flag
 MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a document; a glob has a message of its own
+# a docstring of several lines is one paragraph of help; tyro (1.0) breaks it before its indented lines
+tyro._strings.remove_single_line_breaks = lambda helptext: " ".join(helptext.split())
 METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
 
 
