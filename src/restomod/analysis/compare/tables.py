@@ -139,7 +139,7 @@ def why_not_published(runs: Sequence[Run]) -> str | None:
     """Why published validation losses are not comparable with those of these runs; None if they are."""
     others = [run.name for run in runs if not trains_on_fineweb_edu(run)]
     if others:
-        return f"they are of FineWeb-Edu, and {_who(others, runs)} trained on other data"
+        return f"they were measured on FineWeb-Edu, and {_who(others, runs)} trained on other data"
     shorter = [run.name for run in runs if run.config.sequence_length != PUBLISHED_CONTEXT]
     if shorter:
         return f"they are of windows of {PUBLISHED_CONTEXT} tokens, and {_who(shorter, runs)} has others"

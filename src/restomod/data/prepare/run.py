@@ -117,7 +117,8 @@ def prepare_and_report(
         report(line)
     val = manifest["splits"]["val"]["tokens"]
     if config.val_fraction and val < FEW_VAL_TOKENS and not sources[0].startswith("pretokenized:"):
-        report(f"warning: {val:,} tokens are few for validation; raise --val-fraction, which is {config.val_fraction}")
+        few = f"{val:,} tokens are few for validation" if val else "no document is in the validation split"
+        report(f"warning: {few}; raise --val-fraction, which is {config.val_fraction}")
     if there:
         report("it was prepared already; every shard has the SHA-256 of the manifest")
     elif not resumed:
