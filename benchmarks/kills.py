@@ -240,7 +240,10 @@ def main() -> int:
             trial.go(arguments.kills // len(trials) + (i < arguments.kills % len(trials)))
         print("  ".join(COLUMNS))
         for trial in trials:
-            tally = trial.tally | {"processes": trial.count, "problems": len(trial.problems)}
+            tally = {name: trial.tally[name] for name in COLUMNS} | {
+                "processes": trial.count,
+                "problems": len(trial.problems),
+            }
             print("  ".join(f"{tally[name]:>{len(name)}}" for name in COLUMNS))
         problems = [f"{trial.count} processes: {problem}" for trial in trials for problem in trial.problems]
         print("\n".join(problems) or "every run ended as the one that was left alone, bit for bit")

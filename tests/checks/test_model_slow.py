@@ -132,7 +132,7 @@ def test_the_presets_pass_everything(name: str, capsys: pytest.CaptureFixture[st
     assert main(["check", name, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == ["pass"] * len(NAMES)
-    assert lines[-1] == f"{name}: 11 passed"
+    assert lines[-1] == f"{name}: 12 passed"
 
 
 def test_a_saved_model_is_checked_but_not_for_its_initial_weights(tmp_path: Path, uncompiled: None) -> None:

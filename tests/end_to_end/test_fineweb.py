@@ -179,5 +179,5 @@ def test_nothing_half_written_is_taken_for_whole_when_killed_while_downloading(
     hub.mend()
     done = prepare(hub, tmp_path / "out", tmp_path / "home")
     assert done.returncode == 0, done.stderr
-    assert "going on" in done.stdout
+    assert "resuming" in done.stdout
     assert shards(tmp_path / "out") == undisturbed
