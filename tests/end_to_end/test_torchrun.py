@@ -135,21 +135,23 @@ def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
     assert_same_run(run, reference, config.steps)
 
 
-@pytest.mark.parametrize("when", [0, 6], ids=["before the first checkpoint", "after it"])
+@pytest.mark.parametrize("save_every", [NEVER, 20], ids=["without a checkpoint", "from a checkpoint"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_starts_a_killed_run_again(
-    shared: RunConfig, tmp_path: Path, torchrun: Start, rank: int, when: int
+    shared: RunConfig, tmp_path: Path, torchrun: Start, rank: int, save_every: int
 ) -> None:
     reference, run = tmp_path / "reference", tmp_path / "run"
-    assert train_two(shared, reference)
-    process = torchrun("quickstart", "--out", str(run), *flags(shared), restarts=3)
-    wait_for(lambda: trained(run) >= max(1, when), process)
-    assert bool(list_checkpoints(run)) == (when > 0)
+    config = dataclasses.replace(shared, steps=100, save_every=save_every)
+    assert train_two(config, reference)
+    process = torchrun("quickstart", "--out", str(run), *flags(config), restarts=3)
+    saves = save_every < config.steps
+    # A step is logged before its checkpoint is complete: a save goes on beside the next steps.
+    wait_for(lambda: bool(list_checkpoints(run)) if saves else trained(run) >= 1, process)
     os.kill(workers(process)[rank], signal.SIGKILL)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert_same_run(run, reference, shared.steps)
-    assert ("resuming from step 4" in output) == (when > 0)
+    assert_same_run(run, reference, config.steps)
+    assert ("resuming from step " in output) == saves
 
 
 def train_two(config: RunConfig, run: Path) -> bool:
@@ -160,8 +162,9 @@ def test_torchrun_starts_a_run_again_as_often_as_it_is_killed(
     shared: RunConfig, tmp_path: Path, torchrun: Start
 ) -> None:
     reference, run = tmp_path / "reference", tmp_path / "run"
-    assert train_two(shared, reference)
-    process = torchrun("quickstart", "--out", str(run), *flags(shared), restarts=3)
+    config = dataclasses.replace(shared, steps=100)
+    assert train_two(config, reference)
+    process = torchrun("quickstart", "--out", str(run), *flags(config), restarts=3)
     killed: set[int] = set()
     for at in (1, 5, 9):
         wait_for(lambda at=at: trained(run) >= at and not killed & set(workers(process)), process)
@@ -170,7 +173,7 @@ def test_torchrun_starts_a_run_again_as_often_as_it_is_killed(
         time.sleep(0.5)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert_same_run(run, reference, shared.steps)
+    assert_same_run(run, reference, config.steps)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
