@@ -82,7 +82,7 @@ def test_a_stop_signal_stops_all_after_the_same_step(
 ) -> None:
     """A terminal's Ctrl-C reaches torchrun alone, as its processes are in sessions of their own."""
     run, reference = tmp_path / "run", tmp_path / "reference"
-    config = dataclasses.replace(shared, steps=40, save_every=NEVER)
+    config = dataclasses.replace(shared, steps=200, save_every=NEVER)
     assert train_two(config, reference)
     process = torchrun("quickstart", "--out", str(run), *flags(config))
     wait_for(lambda: trained(run) >= 4, process)
@@ -109,7 +109,7 @@ def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
     shared: RunConfig, tmp_path: Path, torchrun: Start
 ) -> None:
     run, reference = tmp_path / "run", tmp_path / "reference"
-    config = dataclasses.replace(shared, steps=40, save_every=NEVER)
+    config = dataclasses.replace(shared, steps=200, save_every=NEVER)
     assert train_two(config, reference)
     process = torchrun("quickstart", "--out", str(run), *flags(config))
     wait_for(lambda: trained(run) >= 4, process)

@@ -36,10 +36,10 @@ def run(arguments: list[str]) -> int:
     from restomod.utils.console import Display
 
     display = Display()
-    return show_results(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
+    return show_check_results(check(parsed.model, parsed.seed, parsed.device, parsed.precision), parsed.model, display)
 
 
-def show_results(results: Iterable[CheckResult], subject: str, display: Display) -> int:
+def show_check_results(results: Iterable[CheckResult], subject: str, display: Display) -> int:
     """Print results as they come, and a summary. Returns the exit code."""
     statuses = []
     for result in results:

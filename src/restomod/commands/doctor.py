@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from restomod.commands.check import show_results
+from restomod.commands.check import show_check_results
 from restomod.commands.flags import DeviceArguments
 from restomod.commands.parsing import parse
 from restomod.config.presets import preset
@@ -28,4 +28,4 @@ def run(arguments: list[str]) -> int:
     from restomod.utils.console import Display
 
     results = check_machine(parsed.device, parsed.precision, config, parsed.preset, Path(parsed.out))
-    return show_results(results, "this machine", Display())
+    return show_check_results(results, "this machine", Display())

@@ -88,7 +88,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class OpenEvaluation:
     """A model and its tasks, loaded and checked."""
 
     request: EvalRequest
@@ -189,7 +189,7 @@ def evaluate_model(request: EvalRequest, processes: Processes = SINGLE) -> dict[
     return {result.task: result for result in open_evaluation(request, processes).results()}
 
 
-def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Evaluation:
+def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> OpenEvaluation:
     """Load the model and the data of its tasks, downloaded where they are missing.
 
     Raises:
@@ -219,7 +219,7 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Eval
     # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
     found = processes.gather(str(folder))[0] if Path(request.model).is_dir() else request.model
     model = processes.run_on_all_ranks(lambda: open_language_model(found, device, dtype), one_first=True)
-    return Evaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes)
+    return OpenEvaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes)
 
 
 def _refuse_unused(request: EvalRequest, wanted: tuple[str, ...]) -> None:
@@ -278,7 +278,7 @@ def run_eval(request: EvalRequest, json_file: Path | None = None, display: Displ
     return 0
 
 
-def show_result(result: EvalResult, evaluation: Evaluation, display: Display) -> None:
+def show_result(result: EvalResult, evaluation: OpenEvaluation, display: Display) -> None:
     """Print a table: this model, then published results, each with its convention."""
     at = f", step {evaluation.step}" if evaluation.step is not None else ""
     names = [name for name in COLUMNS if name in result.metrics]
@@ -292,7 +292,7 @@ def show_result(result: EvalResult, evaluation: Evaluation, display: Display) ->
     display.grid([result.task, *names, ""], [mine, *others])
 
 
-def _result_folder(evaluation: Evaluation, display: Display) -> Path | None:
+def _result_folder(evaluation: OpenEvaluation, display: Display) -> Path | None:
     """The folder of the run that results are written into; None, with a warning beforehand, where they cannot be."""
     run = evaluation.run
     if run is None or not evaluation.processes.main:
@@ -304,7 +304,7 @@ def _result_folder(evaluation: Evaluation, display: Display) -> Path | None:
     return None
 
 
-def _write_result(result: EvalResult, evaluation: Evaluation, folder: Path, display: Display) -> None:
+def _write_result(result: EvalResult, evaluation: OpenEvaluation, folder: Path, display: Display) -> None:
     """Write a result as JSON and, of a validation loss, a picture of it by position."""
     stem = f"step_{evaluation.step:06d}-{result.file_stem}"
     # on one line: thousands of choices, one a line, are no easier to read

@@ -70,7 +70,7 @@ class EvaluatedData(TypedDict, total=False):
     fingerprint: str
 
 
-class Evaluation(TypedDict, total=False):
+class EvalRecord(TypedDict, total=False):
     """A file in `evals/`."""
 
     task: Required[Text]
@@ -188,7 +188,7 @@ class Run:
             self.warn(
                 f"warning: left out: all but the last {MOST_EVALUATIONS:,} of {len(paths):,} evaluations in evals/"
             )
-        found = [read_optional(path, "evaluation", Evaluation, self.warn) for path in paths[-MOST_EVALUATIONS:]]
+        found = [read_optional(path, "evaluation", EvalRecord, self.warn) for path in paths[-MOST_EVALUATIONS:]]
         return [values for values in found if values is not None]
 
 

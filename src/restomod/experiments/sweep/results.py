@@ -96,7 +96,7 @@ def write_results(found: list[SweepResult], store: Store, price: float | None) -
     write_json_atomically(store.folder / "sweep.json", content, store.folder)
 
 
-def show_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
+def show_sweep_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
     """Print the trials, best first, and the folder."""
     seeds = ["seed"] if plan.seeds > 1 else []
     rows, notes = [], []

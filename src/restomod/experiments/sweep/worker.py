@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from restomod.engine.signals import StopSignal, stop_with_parent
-from restomod.experiments.sweep.results import SweepResult, collect_results, show_results, write_results
+from restomod.experiments.sweep.results import SweepResult, collect_results, show_sweep_results, write_results
 from restomod.experiments.sweep.space import flags, label
 from restomod.experiments.sweep.study import Claim, Store, SweepPlan
 from restomod.runs.metrics import ValidationLosses
@@ -83,7 +83,7 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
     with StopSignal() as worker.stop:
         worker.work()
     found = worker.write()
-    show_results(found, folder, plan)
+    show_sweep_results(found, folder, plan)
     running = sum(result.state == "running" for result in found)
     if worker.stopped_by:
         print_if_possible(f"{worker.stopped_by}; the same command resumes the sweep")
