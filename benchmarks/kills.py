@@ -32,9 +32,10 @@ from safetensors.torch import load_file
 
 from benchmarks.world import world
 from restomod.cli import main as restomod
-from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import read_jsonl
 from restomod.utils.errors import UserError
+from restomod.utils.run_files import list_checkpoints
 
 FLAGS = """
     --steps 12 --batch-tokens 64 --sequence-length 16 --micro-batch 1 --model.n-layer 2 --model.n-head 2

@@ -22,7 +22,8 @@ from restomod.engine.device import synchronize
 from restomod.engine.optimizer import Optimizers, build_optimizer
 from restomod.model.gpt import GPT
 from restomod.runs.async_saver import Saver
-from restomod.runs.checkpoint import list_checkpoints, load_checkpoint
+from restomod.runs.checkpoint import load_checkpoint
+from restomod.utils.run_files import list_checkpoints
 
 METRICS = [
     Metric("training stands still", "s", "lower"),

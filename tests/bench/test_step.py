@@ -169,7 +169,7 @@ def test_peak_memory_grows_with_what_is_used() -> None:
 def test_it_prints_results_and_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_step() == 0
     shown = capsys.readouterr().out
-    assert "tokens per step  256 = gradient accumulation 2 × micro-batch 2 × sequence length 64, synthetic" in shown
+    assert "batch           256 tokens = gradient accumulation 2 × micro-batch 2 × sequence length 64, synthetic" in shown
     for row in ("tokens/s ", "step ", *(f"  {phase} " for phase in PHASES), "peak memory ", "compute ", "MFU "):
         assert re.search(rf"^{row}", shown, re.MULTILINE), row
     assert os.listdir(here) == []
@@ -296,8 +296,8 @@ def test_two_processes_share_a_step_and_one_prints(here: Path) -> None:
         [*command, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert "256 = 2 processes × gradient accumulation 1 × micro-batch 2 × sequence length 64" in done.stdout
-    assert (done.stdout.count("tokens/s "), done.stdout.count("tokens per step")) == (1, 1)
+    assert "256 tokens = 2 processes × gradient accumulation 1 × micro-batch 2 × sequence length 64" in done.stdout
+    assert (done.stdout.count("tokens/s "), done.stdout.count("batch  ")) == (1, 1)
     read = json.loads((here / "r.json").read_text())
     assert read["environment"]["processes"] == 2
     assert 256e3 / read["step_ms"]["max"] == pytest.approx(read["tokens_per_second"]["min"])  # of both together

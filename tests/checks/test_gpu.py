@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from restomod.checks import gpu
-from restomod.checks.gpu import attention_backends, check_faults, chosen_backend, cudnn, is_supported, known_faults
+from restomod.checks.gpu import attention, check_faults, chosen_backend, cudnn, is_supported, known_faults
 from restomod.checks.machine import Machine
 from restomod.config.presets import preset
 from restomod.engine.device import REDUCTIONS
@@ -37,12 +37,12 @@ def test_the_backend_is_the_one_that_torch_chooses(use: Use) -> None:
 def test_every_use_is_named_with_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "chosen_backend", lambda device, dtype, use: BACKENDS[use][0])
     expected = "cuDNN for training, memory-efficient for masked training, flash for scoring, flash for decoding"
-    assert_says(attention_backends(MACHINE), "pass", expected)
+    assert_says(attention(MACHINE), "pass", expected)
 
 
 def test_a_gpu_left_with_the_slowest_backend_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "chosen_backend", lambda device, dtype, use: SDPBackend.MATH)
-    assert_says(attention_backends(MACHINE), "warn", "math for training", "update torch")
+    assert_says(attention(MACHINE), "warn", "math for training", "update torch")
 
 
 # --- cuDNN ----------------------------------------------------------------------------------------------------

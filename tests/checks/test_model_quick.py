@@ -132,7 +132,7 @@ def loss_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         (math.nan, "fail"),
     ],
 )
-def test_random_weights_have_a_loss_near_that_of_guessing(
+def test_random_weights_have_a_loss_near_that_of_a_uniform_prediction(
     off: float, status: CheckStatus, loss_is: Callable[[float], None]
 ) -> None:
     loss_is(LN_V + off)

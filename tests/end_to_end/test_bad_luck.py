@@ -23,13 +23,14 @@ from restomod.data.batches import Batches, Prefetch
 from restomod.engine.signals import StopSignal
 from restomod.runs import async_saver as saver_module
 from restomod.runs import folder as run_module
-from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import read_jsonl
 from restomod.train import spike_guard as guard_module
 from restomod.train import step_log as journal_module
 from restomod.train.loop import EXIT_INTERRUPTED, train
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
+from restomod.utils.run_files import list_checkpoints
 
 from .conftest import QUIET
 

@@ -24,11 +24,11 @@ from restomod.config.serialize import read_config
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.model.hf_io import save_model
-from restomod.runs.checkpoint import list_checkpoints
 from restomod.runs.metrics import read_jsonl
 from restomod.train import loop as loop_module
 from restomod.train.loop import train
 from restomod.utils.errors import UserError
+from restomod.utils.run_files import list_checkpoints
 from tests.models import to_transformers
 
 from .conftest import QUIET, WORDS, flags, losses

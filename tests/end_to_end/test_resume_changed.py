@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from restomod.cli import main
 from restomod.config.run import DataConfig, ModelConfig, OptimConfig, Precision, RunConfig, SamplingConfig
 from restomod.config.serialize import read_config
-from restomod.runs.checkpoint import list_checkpoints, progress
+from restomod.runs.checkpoint import progress
 from restomod.runs.config_diff import FIXED
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 from restomod.utils.files import sha256_file
+from restomod.utils.run_files import list_checkpoints
 from tests.processes import launch
 
 from .conftest import QUIET, WORDS

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from restomod.config.run import RunConfig
-from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
+from restomod.utils.run_files import list_checkpoints
 from tests.processes import results
 
 from .conftest import QUIET, flags

@@ -17,11 +17,12 @@ from restomod.cli import main
 from restomod.config.run import RunConfig
 from restomod.config.serialize import from_dict
 from restomod.data.tokenizer import gpt2_tokenizer
-from restomod.runs.checkpoint import list_checkpoints, verify_checkpoint
+from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
+from restomod.utils.run_files import list_checkpoints
 
 from .conftest import QUIET
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from restomod.config.run import ModelConfig, OptimConfig
 from restomod.engine import loss
 from restomod.engine import micro_batch as module
-from restomod.engine.device import CHUNK_TOKENS, EVAL_TOKENS, scaled_tokens
+from restomod.engine.device import CHUNK_TOKENS, EVAL_TOKENS, scaled_tokens, tokens_on
 from restomod.engine.distributed import SINGLE, Processes
 from restomod.engine.micro_batch import (
-    choose_chunk,
     choose_micro_batch,
     first_micro_batch,
     fitting_micro_batch,
@@ -55,8 +54,8 @@ def test_a_runs_chunk_follows_from_the_size_of_its_gpu(monkeypatch: pytest.Monke
         total_memory = 8 * 10**9
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert choose_chunk(torch.device("cuda", 0)) == scaled_tokens(CHUNK_TOKENS, "cuda", 8 * 10**9) < 16_384
-    assert choose_chunk(torch.device("cpu")) == CHUNK_TOKENS["cpu"]
+    assert tokens_on(torch.device("cuda", 0), CHUNK_TOKENS) == scaled_tokens(CHUNK_TOKENS, "cuda", 8 * 10**9) < 16_384
+    assert tokens_on(torch.device("cpu"), CHUNK_TOKENS) == CHUNK_TOKENS["cpu"]
 
 
 @given(sequences=st.integers(1, 200), processes=st.integers(1, 40))

@@ -43,7 +43,7 @@ def test_singular_values_become_about_one_and_directions_stay(
     assert cosine > 0.99
 
 
-def test_matrices_are_orthogonalise_each_for_itself() -> None:
+def test_matrices_are_orthogonalised_separately() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 16, 48) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None]
     together = orthogonalise(x)

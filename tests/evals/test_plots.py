@@ -20,8 +20,8 @@ def test_means_cover_every_position_once() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    held = ValidationLoss(4.0, 640, 2000, [6.0 - t / 32 for t in range(64)], {})
-    draw_positions(held, "runs/mine_$x", tmp_path / "a.png")
+    loss = ValidationLoss(4.0, 640, 2000, [6.0 - t / 32 for t in range(64)], {})
+    draw_positions(loss, "runs/mine_$x", tmp_path / "a.png")
     pixels = image.imread(tmp_path / "a.png")
     assert pixels.shape[1] > 800
     assert pixels[..., :3].std() > 0.05

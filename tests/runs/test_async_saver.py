@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from restomod.config.run import RunConfig
 from restomod.runs import async_saver as module
 from restomod.runs.async_saver import Saver, drop_others, kept
-from restomod.runs.checkpoint import list_checkpoints, load_checkpoint
+from restomod.runs.checkpoint import load_checkpoint
 from restomod.utils.errors import UserError
+from restomod.utils.run_files import list_checkpoints
 from tests.trainee import Trainee, assert_identical, make_trainee
 
 CONFIG = RunConfig(steps=9, batch_tokens=8, sequence_length=8, keep_checkpoints=0)

@@ -22,7 +22,6 @@ from restomod.config.run import ModelConfig
 from restomod.engine.optimizer import Optimizers, optimizer_tensors
 from restomod.runs import checkpoint as module
 from restomod.runs.checkpoint import (
-    list_checkpoints,
     load_checkpoint,
     newest_whole,
     progress,
@@ -31,6 +30,7 @@ from restomod.runs.checkpoint import (
 )
 from restomod.utils.errors import UserError
 from restomod.utils.files import sha256_file
+from restomod.utils.run_files import list_checkpoints
 from restomod.utils.temporary import Temporary
 from tests.filesystems import refuse, refuse_renaming_folders
 from tests.models import random_tokens

@@ -68,9 +68,9 @@ def assert_harmless(text: str, *allowed: str) -> None:
     assert [secret for secret in SECRETS if secret in text and secret not in allowed] == []
 
 
-@pytest.mark.parametrize("verb", ["compare", "verdict", "eval", "sample", "inspect", "data"])
-def test_no_command_steers_the_terminal(hostile: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, str(hostile)]) in (0, 1, 2)
+@pytest.mark.parametrize("command", ["compare", "verdict", "eval", "sample", "inspect", "data"])
+def test_no_command_steers_the_terminal(hostile: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(hostile)]) in (0, 1, 2)
     shown = capsys.readouterr()
     assert_harmless(shown.out + shown.err, *SECRETS)
     assert "Traceback" not in shown.err

@@ -30,16 +30,16 @@ def test_time_spent_counts_what_was_done_again(tmp_path: Path) -> None:
     assert open_run(write_run(tmp_path / "a", SMALL, records)).seconds == 2.0
 
 
-@pytest.mark.parametrize("verb", [["verdict", "--no-weights"], ["compare"], ["report"]])
+@pytest.mark.parametrize("command", [["verdict", "--no-weights"], ["compare"], ["report"]])
 def test_lines_of_the_log_that_cannot_be_read_are_told(
-    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_run(tmp_path / "a", SMALL, [train(0, 9.0), train(1, 8.0), val(2, 8.0)])
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     for content, told in ((lines, False), ([lines[0], b"\xff{\n", *lines[1:]], True)):
         log.write_bytes(b"".join(content))
-        assert main([verb[0], str(folder), *verb[1:]]) in (0, 1)
+        assert main([command[0], str(folder), *command[1:]]) in (0, 1)
         assert (f"{log}: 1 of {len(lines) + 1} lines cannot be read" in capsys.readouterr().err) == told
 
 
@@ -112,19 +112,19 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         open_run(folder)
 
 
-@pytest.mark.parametrize("verb", [["compare"], ["verdict", "--no-weights"]])
-def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["compare"], ["verdict", "--no-weights"]])
+def test_reading_and_judging_a_run_needs_no_torch(command: list[str], tmp_path: Path) -> None:
     recorded = {"parameters": 5, "flops_per_token": 7}
     write_run(tmp_path / "a", SMALL, [train(0, 9.0), val(0, 9.0)], environments=[recorded])
     code = (
-        f"import sys; from restomod.cli import main; main({[*verb, 'a']!r}); "
+        f"import sys; from restomod.cli import main; main({[*command, 'a']!r}); "
         f"assert not set(sys.modules) & {{'torch', 'matplotlib'}}, 'torch or matplotlib was imported'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", [["report"], ["compare"], ["verdict"], ["watch"], ["train", "--resume"]])
+@pytest.mark.parametrize("command", [["report"], ["compare"], ["verdict"], ["watch"], ["train", "--resume"]])
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
@@ -136,7 +136,7 @@ def test_reading_and_judging_a_run_needs_no_torch(verb: list[str], tmp_path: Pat
     ],
 )
 def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
-    verb: list[str],
+    command: list[str],
     folder: str,
     said: str,
     tmp_path: Path,
@@ -150,7 +150,7 @@ def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
         (tmp_path / name / "config.json").write_text(json.dumps(model))
     (tmp_path / "untyped" / "config.json").write_text('{"architectures": ["X"], "n_embd": 8}')
     monkeypatch.chdir(tmp_path)
-    assert main([*verb, folder]) == 2
+    assert main([*command, folder]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -23,6 +23,7 @@ from restomod.engine.micro_batch import Say, choose_micro_batch, first_micro_bat
 from restomod.model.flops import parameter_count, peak_flops
 from restomod.model.hf_format import describe_shape
 from restomod.runs.folder import environment
+from restomod.train.console_lines import describe_batch, describe_dtype
 from restomod.train.setup import choose_compute, initial_model, make_ready, training_batches
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
@@ -174,20 +175,14 @@ def _head(
 ) -> list[tuple[str, str]]:
     config, compute, processes = steps.config, steps.compute, steps.processes.world_size
     m = config.model
-    among = f"{processes} processes × " if processes > 1 else ""
-    precision = f"compute dtype {dtype_name(compute.dtype)}, fp32 weights"
-    precision += ", bf16 residual stream" if config.residual_dtype == "bf16" else ""
+    parallel = f", {config.parallel}" if processes > 1 else ""
     estimate = duration(seconds * accumulation * (warmup + 2 * timed))
     return [
         ("benchmark", f"training step of {preset}"),
         ("model", f"{describe_shape(m)}; {parameter_count(m):,} parameters"),
-        (
-            "tokens per step",
-            f"{config.batch_tokens:,} = {among}gradient accumulation {accumulation} × micro-batch "
-            f"{compute.micro_batch} × sequence length {config.sequence_length}, {tokens}",
-        ),
+        ("batch", f"{describe_batch(config, compute.micro_batch, processes)}, {tokens}"),
         ("device", describe_device(compute.device)),
-        ("precision", precision + (f", {config.parallel}" if processes > 1 else "")),
+        ("compute dtype", f"{describe_dtype(config, compute.dtype)}{parallel}"),
         ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
         ("steps", f"{warmup} warm-up, {timed} timed whole and {timed} by phase, alternating"),
         ("estimated time", f"{estimate}; fewer --batch-tokens make steps shorter"),

@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from restomod.checks.device_parity import device_parity
-from restomod.checks.gpu import attention_backends, cudnn, known_faults
+from restomod.checks.gpu import attention, cudnn, known_faults
 from restomod.checks.machine import Machine, NoDevice, device, disk, memory, threads, versions
 from restomod.checks.speed import memory_bandwidth
 from restomod.checks.tools import compiler, processes
 from restomod.config.run import Device, Precision, RunConfig
 from restomod.engine.device import dtype_name
 from restomod.utils.console import CheckResult
-from restomod.utils.errors import UserError
+from restomod.utils.errors import UserError, one_line
 
 Check = Callable[[Machine], CheckResult]
 
@@ -24,7 +24,7 @@ def check_machine(
 ) -> Iterator[CheckResult]:
     """Check this machine for the run of ``config``, named ``preset``, in the folder ``out``; yield results as found."""
     machine = Machine(device_name, precision, preset, config, out)
-    libraries = versions, device, known_faults, cudnn, attention_backends
+    libraries = versions, device, known_faults, cudnn, attention
     for check in (*libraries, threads, disk, memory, parity, matmuls, bf16, bandwidth):
         yield run_check(check, machine)
     with ThreadPoolExecutor(1) as background:  # these compute in processes of their own while the compiler compiles
@@ -41,10 +41,8 @@ def run_check(check: Check, machine: Machine) -> CheckResult:
     except Exception as e:
         if isinstance(e, NoDevice) and check is not device:
             return CheckResult(name, "skip", "there is no device to try it on")
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        reason = f"{lines[0]:.200}" if lines else "no reason given"
         kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
-        return CheckResult(name, "fail", f"{kind}{reason}")
+        return CheckResult(name, "fail", f"{kind}{one_line(e)}")
 
 
 def parity(machine: Machine) -> CheckResult:

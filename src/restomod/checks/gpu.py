@@ -25,7 +25,7 @@ NAMES = {
 MAPS = Path("/proc/self/maps")
 
 
-def attention_backends(machine: Machine) -> CheckResult:
+def attention(machine: Machine) -> CheckResult:
     """Report which attention backend torch chooses for each use, of those that `restomod.model.attention` allows."""
     chosen = {use: NAMES[chosen_backend(machine.device, machine.dtype, use)] for use in BACKENDS}
     found = ", ".join(f"{backend} for {use}" for use, backend in chosen.items())

@@ -24,16 +24,16 @@ from restomod.engine.device import (
     torch_release,
     total_memory,
 )
-from restomod.engine.memory import estimate_memory
+from restomod.engine.memory import FP32, estimate_memory, optimizer_bytes
 from restomod.engine.micro_batch import choose_micro_batch
 from restomod.model.flops import parameter_count
 from restomod.utils.console import CheckResult
 from restomod.utils.errors import UserError
 from restomod.utils.process_memory import CGROUP, available_bytes
+from restomod.utils.text import gigabytes
 
 PACKAGE = "restomod"
 NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
-CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two AdamW moments
 
 
 class NoDevice(UserError):
@@ -125,13 +125,15 @@ def disk(machine: Machine) -> CheckResult:
     if not there.is_dir() or not os.access(there, os.W_OK):
         return CheckResult("disk", "fail", f"{there} cannot be written to; train with --out in another folder")
     free = shutil.disk_usage(there).free
-    each = CHECKPOINT_BYTES * parameter_count(machine.config.model)
+    model, optim = machine.config.model, machine.config.optim
+    each = FP32 * parameter_count(model) + optimizer_bytes(model, optim)[0]
     kept = machine.config.keep_checkpoints + machine.config.keep_best  # the best may be older than those
     needed = each * (kept + 1)
-    what = f"{machine.preset} needs {_gb(needed)} ({kept} checkpoints of {_gb(each)} and one being written)"
+    what = f"{machine.preset} needs {gigabytes(needed)} ({kept} checkpoints of {gigabytes(each)} and one being written)"
+    found = f"{gigabytes(free)} free in {there}"
     if free < needed:
-        return CheckResult("disk", "fail", f"{_gb(free)} free in {there}, and {what}; train with --out on another disk")
-    return CheckResult("disk", "pass", f"{_gb(free)} free in {there}; {what}")
+        return CheckResult("disk", "fail", f"{found}, and {what}; train with --out on another disk")
+    return CheckResult("disk", "pass", f"{found}; {what}")
 
 
 def memory(machine: Machine) -> CheckResult:
@@ -143,13 +145,14 @@ def memory(machine: Machine) -> CheckResult:
     number, kind = machine.dtype.itemsize, machine.device.type
     total = total_memory(machine.device)
     needed, least = (estimate_memory(machine.config, n, number, kind, 1, total).total for n in (micro_batch, 1))
-    found = f"{_gb(free)} available; {machine.preset} needs about {_gb(needed)} with micro-batches of {micro_batch}"
+    asked = f"{machine.preset} needs about {gigabytes(needed)} with micro-batches of {micro_batch}"
+    found = f"{gigabytes(free)} available; {asked}"
     if free < least:
         return CheckResult(
-            name, "fail", f"{found}, {_gb(least)} with 1; train a smaller preset, or close other programs"
+            name, "fail", f"{found}, {gigabytes(least)} with 1; train a smaller preset, or close other programs"
         )
     if free < needed:
-        return CheckResult(name, "warn", f"{found}, {_gb(least)} with 1; lower --micro-batch")
+        return CheckResult(name, "warn", f"{found}, {gigabytes(least)} with 1; lower --micro-batch")
     return CheckResult(name, "pass", found)
 
 
@@ -178,7 +181,3 @@ def usable_processors() -> float:
         if quota_us > 0:
             quotas.append(quota_us / int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text()))
     return min(quotas)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +22,16 @@ from restomod.data.readers import read_documents
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import autocast, choose_device, choose_dtype
 from restomod.engine.loss import linear_cross_entropy
-from restomod.engine.memory import state_bytes
+from restomod.engine.memory import FP32, state_bytes
 from restomod.engine.optimizer import build_optimizer, changed_by_nan, gradient_norm
 from restomod.engine.step import Compute, batch_loss
+from restomod.model.flops import padded_parameters
 from restomod.model.gpt import ScaledResidual, initial_std
 from restomod.runs.open_model import open_or_build
 from restomod.utils.console import CheckResult
 from restomod.utils.errors import one_line
+from restomod.utils.process_memory import available_bytes
+from restomod.utils.text import gigabytes
 
 OVERFIT_STEPS = 200
 OVERFIT_WARMUP_STEPS = 10  # without it, the first steps of deep, narrow models diverge
@@ -40,7 +42,6 @@ DEAD_STD = 1e-3
 DEAD_UNITS = 0.01  # largest share of MLP units that are 0 on all tokens after initialisation
 CONTEXT = 1024
 KNOWN_INITIALISATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, ScaledResidual)
-VOCABULARY = ("transformer.wte.weight", "transformer.vte.weight", "lm_head.weight")  # with padding
 
 
 def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[CheckResult]:
@@ -73,6 +74,7 @@ def initial_weights(subject: CheckedModel) -> CheckResult:
     name, config = "initial weights", subject.model.config
     if not subject.fresh:
         return CheckResult(name, "skip", "these weights are trained")
+    tables = set(map(id, subject.model.vocabulary_matrices()))
     problems = []
     for parameter, value in subject.model.named_parameters():
         if not isinstance(subject.model.get_submodule(parameter.rpartition(".")[0]), KNOWN_INITIALISATION):
@@ -82,7 +84,7 @@ def initial_weights(subject: CheckedModel) -> CheckResult:
             if not bool((value == constant).all()):
                 problems.append(f"{parameter} is not all {constant:.0f}")
             continue
-        real = value[: config.vocab_size] if parameter in VOCABULARY else value
+        real = value[: config.vocab_size] if id(value) in tables else value
         expected = initial_std(config, parameter)
         if expected == 0:
             if bool((value != 0).any()):
@@ -225,9 +227,10 @@ def refused_updates(subject: CheckedModel) -> CheckResult:
 def memorises_batch(subject: CheckedModel) -> CheckResult:
     """Check that the model memorises one short text. The last check: it changes the weights."""
     name, model = "overfitting", subject.model
-    needed, there = state_bytes(model.config, OptimConfig()), memory_bytes(subject.compute.device)
-    if there is not None and needed > there:
-        return CheckResult(name, "skip", f"training takes {needed / 1e9:.0f} GB, and this device has {there / 1e9:.0f}")
+    more = state_bytes(model.config, OptimConfig()) - FP32 * padded_parameters(model.config)  # the weights are there
+    free = available_bytes(subject.compute.device)
+    if free is not None and more > free:
+        return CheckResult(name, "skip", f"training takes {gigabytes(more)} more, and {gigabytes(free)} are available")
     # AdamW trains narrow models fastest at higher learning rates: 6e-4 at GPT-2's 768
     lr = min(0.02, 0.46 / model.config.n_embd)
     optimizer = build_optimizer(model, OptimConfig(lr=lr, weight_decay=0.0))
@@ -247,16 +250,6 @@ def memorises_batch(subject: CheckedModel) -> CheckResult:
     return CheckResult(
         name, "pass" if passed else "fail", reason if passed else f"{reason}; {OVERFIT_LOSS} was expected"
     )
-
-
-def memory_bytes(device: torch.device) -> int | None:
-    """Total memory of a device in bytes, or None where it is unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
 
 
 SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (

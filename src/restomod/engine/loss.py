@@ -68,7 +68,7 @@ def linear_cross_entropy(
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return -linear_log_probs(hidden, weight, targets, vocab_size, dtype, cap, chunk)[0].mean()
     softmax = _compiled_softmax() if compiled else _softmax_by_rows
-    n = chunk or CHUNK_TOKENS[hidden.device.type]
+    n = chunk or tokens_on(hidden.device, CHUNK_TOKENS)
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype, softmax, cap, n, head_gradient)
 
 

@@ -4,8 +4,7 @@ The optimizer's memory is that of an update of fake tensors, and that of norms a
 them on the meta device, so both follow from the parts. Other activation memory was derived from the model's operations,
 and `tests/engine/test_memory.py` compares the sum with the tensors that autograd saves.
 
-Letters: N = tokens of a micro-batch, T = tokens of a sequence, D = n_embd, H = n_head, W = width of all heads,
-I = hidden size of the MLP, V = rows of the vocabulary in memory.
+Letters: D = n_embd, W = width of all heads, V = rows of the vocabulary in memory.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ FP32 = 4  # bytes of a number
 RUNTIME_BYTES = {"cpu": 340 * 2**20, "mps": 340 * 2**20, "cuda": 600 * 2**20}
 """Python, torch and its libraries (measured); on a GPU the CUDA context and library workspaces, roughly."""
 FRAGMENTATION = {"cpu": 0.17, "mps": 0.17, "cuda": 0.1}
-"""Share of allocated memory lost to fragmentation: on a CPU measured from 0.08 to 0.36 (docs/design.md)."""
+"""Share of allocated memory lost to fragmentation: on a CPU measured from 0.06 to 0.43 (docs/design.md)."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def activation_bytes(config: RunConfig, tokens: int, itemsize: int, device_type:
     m, cpu = config.model, device_type == "cpu"
     block = block_activation_bytes(config, itemsize, cpu) * tokens
     copies = itemsize * _block_matrices(m) if itemsize < FP32 else 0
-    outside = part_bytes("norms", m, itemsize, cpu)  # the final norm; the gradient of its output comes with the loss
+    outside = part_bytes("norms", m, itemsize, cpu)  # the final norm, with the gradient of its output in its place
     if m.embedding_norm:
         outside += FP32 * m.n_embd * (2 if cpu else 1)
     if m.value_embedding:

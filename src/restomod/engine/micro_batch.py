@@ -58,18 +58,13 @@ def choose_micro_batch(config: RunConfig, device: torch.device, processes: int =
     return config.micro_batch or nearest_divisor_below(share, FORWARD_TOKENS[device.type] // config.sequence_length)
 
 
-def choose_chunk(device: torch.device) -> int:
-    """Tokens of one chunk of the loss."""
-    return tokens_on(device, CHUNK_TOKENS)
-
-
 def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: OptimConfig) -> int:
     """Find the largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
 
     The memory of a forward and backward pass of two small micro-batches, uncompiled, is extrapolated linearly. Both
     fill the chunks of the loss, so that the memory of these does not seem to grow with the micro-batch.
     """
-    chunk = min(compute.chunk or choose_chunk(compute.device), compute.micro_batch * batches.T)
+    chunk = min(compute.chunk or tokens_on(compute.device, CHUNK_TOKENS), compute.micro_batch * batches.T)
     tried = min(chunk, TRIED[0] * batches.T)
     trial = dataclasses.replace(compute, compiled=False, chunk=tried)
     _bytes_taken(model, batches, trial, TRIED[0])  # cuBLAS takes its workspaces from the same memory, once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +110,9 @@ class ScoredTransformers:
         return bool(torch.allclose(apart, shared, atol=tolerance, rtol=tolerance))
 
 
-def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+def open_language_model(
+    name: str, device: torch.device, dtype: torch.dtype, folder: Path | None = None
+) -> LanguageModel:
     """Open the model that ``name`` stands for (see `restomod.runs.open_model.find_model`) for scoring.
 
     What this package computes exactly is run by it, all others by `transformers`; see `open_causal_model`.
@@ -117,7 +120,7 @@ def open_language_model(name: str, device: torch.device, dtype: torch.dtype) -> 
     Raises:
         UserError: there is none, it is damaged, or `transformers` is needed and missing or cannot load it.
     """
-    opened = open_causal_model(name, find_model(name), device, dtype)
+    opened = open_causal_model(name, folder or find_model(name), device, dtype)
     if isinstance(opened, TransformersModel):
         return ScoredTransformers(opened.model, opened.tokenizer)
     return ScoredGPT(opened, dtype)

@@ -34,13 +34,13 @@ from restomod.evals.scoring import Estimate, format_estimate, score_task
 from restomod.evals.tasks.registry import VALIDATION, LoadedTask, load_task, references
 from restomod.evals.tasks.task import Reference
 from restomod.evals.validation import ValidationLoss, dataset_loss
-from restomod.runs.checkpoint import STEP_FOLDER, step_of
 from restomod.runs.folder import environment
 from restomod.runs.open_model import find_model, is_run
 from restomod.utils.console import Display
 from restomod.utils.errors import NOT_FINITE, UserError, reason, reported_once
 from restomod.utils.files import short_name, write_json_atomically, write_text_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
+from restomod.utils.run_files import STEP_FOLDER, step_of
 from restomod.utils.text import duration
 
 COLUMNS = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token")
@@ -62,7 +62,7 @@ class EvalRequest:
     context: int | None = None
     """Tokens of the windows of the validation loss; None: as many as the run trained on."""
     batch: int | None = None
-    """Rows per forward pass; None: what is fast."""
+    """Contexts, or windows of the validation loss, per forward pass; None: chosen automatically."""
     device: Device = "auto"
     precision: Precision = "auto"
     cache: Path = Path("data")
@@ -80,7 +80,7 @@ class EvalResult:
     values: dict[str, Any]
     """All that was measured, for JSON."""
     file_stem: str
-    """Tells results on other data or fewer examples apart."""
+    """Name of its files in `evals/`, after the step; another one for other data or fewer examples."""
     references: tuple[Reference, ...] = ()
     """Published results on the same data."""
     notes: list[str] = field(default_factory=list)
@@ -217,8 +217,8 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Open
     if VALIDATION in wanted:
         dataset = processes.run_on_all_ranks(lambda: _open_data(request, config), one_first=True)
     # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
-    found = processes.gather(str(folder))[0] if Path(request.model).is_dir() else request.model
-    model = processes.run_on_all_ranks(lambda: open_language_model(found, device, dtype), one_first=True)
+    found = Path(processes.gather(str(folder))[0]) if Path(request.model).is_dir() else folder
+    model = processes.run_on_all_ranks(lambda: open_language_model(request.model, device, dtype, found), one_first=True)
     return OpenEvaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes)
 
 

@@ -79,7 +79,11 @@ class TransformersModel:
         return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
-        """Encode a text, with ``begin`` after the token of beginnings. Raises UserError: the model lacks a token."""
+        """Encode a text; with ``begin`` after the BOS token, if the tokenizer adds one.
+
+        Raises:
+            UserError: a token is beyond the model's vocabulary.
+        """
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         if begin:
             first = self.tokenizer.encode(text)[:1]

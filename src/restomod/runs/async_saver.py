@@ -20,9 +20,10 @@ from restomod.engine.distributed import SINGLE, Processes
 from restomod.engine.gather import gather_model_on_main, gather_on_main, is_sharded
 from restomod.engine.optimizer import Optimizers, optimizer_tensors
 from restomod.model.gpt import GPT
-from restomod.runs.checkpoint import list_checkpoints, remove_checkpoint, step_of, write_checkpoint
+from restomod.runs.checkpoint import remove_checkpoint, write_checkpoint
 from restomod.runs.metrics import ValidationLosses
 from restomod.utils.errors import UserError
+from restomod.utils.run_files import list_checkpoints, step_of
 
 
 class Saver:

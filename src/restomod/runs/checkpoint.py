@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -48,7 +46,7 @@ from restomod.runs.config_diff import DATA_FINGERPRINT, identity_differences, ru
 from restomod.utils.errors import UserError, one_line, reason
 from restomod.utils.files import fsync_path, move_folder, require_inside, require_regular, sha256_file
 from restomod.utils.json_files import read_json
-from restomod.utils.run_files import require_checkpoint_inside
+from restomod.utils.run_files import CHECKPOINTS, STEP_FOLDER, list_checkpoints, require_checkpoint_inside, step_of
 from restomod.utils.temporary import Temporary, remove_leftovers
 from restomod.utils.verified import changed_file
 
@@ -58,7 +56,6 @@ OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
 STATE_FORMAT = "restomod-state-2"  # of state.json
 REPLACED = ".old.tmp"  # suffix of an older checkpoint of the same step until the new one has its name
-STEP_FOLDER = re.compile(r"step_\d+")
 NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # of AdamW: their roots, or powers, would make the weights NaN
 
 
@@ -84,18 +81,6 @@ class State(TypedDict):
     data_offset: Count
     run: dict[str, Any]
     """Identity of its run, see `run_identity`."""
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest step first. Raises OSError: they cannot be listed, but may exist."""
-    folder = run / "checkpoints"
-    names = os.listdir(folder) if folder.exists() else []
-    return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder, from its name."""
-    return int(folder.name.removeprefix("step_"))
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
@@ -154,7 +139,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def _remove_leftovers(run: Path) -> None:
     """Remove what a killed save or deletion has left; restore the checkpoint that a killed save was replacing."""
-    checkpoints = run / "checkpoints"
+    checkpoints = run / CHECKPOINTS
     for replaced in checkpoints.glob(f".step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED)[1:])
         if replaced.is_symlink():
@@ -176,7 +161,7 @@ def write_checkpoint(
     Raises:
         UserError: the disk is full or refuses; older checkpoints are untouched.
     """
-    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder = run / CHECKPOINTS / f"step_{step:06d}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_inside(run, folder.parent)
@@ -267,7 +252,7 @@ def _verify(folder: Path, is_needed: Callable[[str], bool], remember: bool) -> N
     state = read_state(folder)
     if STEP_FOLDER.fullmatch(folder.name) and state["step"] != step_of(folder):
         raise UserError(f"{folder} holds step {state['step']}, not {step_of(folder)}; {mend}")
-    if folder.absolute().parent.name == "checkpoints":
+    if folder.absolute().parent.name == CHECKPOINTS:
         run = run_identity(folder.absolute().parent.parent)
         # a model can be used whose data have changed; only training cannot continue
         _require_same(folder, {name: value for name, value in run.items() if name != DATA_FINGERPRINT})
@@ -376,13 +361,17 @@ def _optimizer_tensor_names(path: Path, shapes: dict[str, torch.Size]) -> list[s
 
 
 def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:
-    """Load the weights of a verified checkpoint. All processes call this. Raises UserError if the model differs."""
+    """Load the weights of a checkpoint that `newest_usable` has found. All processes call this.
+
+    Raises:
+        UserError: the model differs.
+    """
 
     def read() -> GPT | None:
         if not processes.main:
             return None
         require_shape(folder, model.config)
-        return load_model(folder, torch.device("cpu"))
+        return load_model(folder, torch.device("cpu"), finite=False)
 
     broadcast_weights(model, processes.run_on_all_ranks(read), processes)
 

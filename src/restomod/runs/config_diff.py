@@ -33,6 +33,7 @@ CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same re
     "keep_every",
     "keep_gb",
     "on_save_error",
+    "track",
     "sanity_checks",
     "micro_batch",
     "device",
@@ -83,7 +84,7 @@ def run_identity(run: Path) -> dict[str, Any]:
     """Settings of a run that cannot change, and the fingerprint of its data, as JSON values.
 
     Runs of equal identity make the same checkpoints, so a run's folder may be copied and moved.
-    Empty where ``run`` has no readable `config.json`.
+    Empty, so that nothing is compared, where `config.json` or `data.json` cannot be read.
     """
     try:
         config = read_json(run / "config.json", "run's configuration", dict[str, Any])

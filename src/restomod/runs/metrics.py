@@ -142,11 +142,11 @@ class NewRecords:
 
         A last line without a newline is left for the next time: it may be half written.
         """
-        if self._end and not self._goes_on():
+        if self._end and not self._is_continued():
             self._end, self._last = 0, b""
         return self._end == 0, self._new()
 
-    def _goes_on(self) -> bool:
+    def _is_continued(self) -> bool:
         try:
             with _open(self._path) as f:
                 f.seek(self._end - len(self._last))

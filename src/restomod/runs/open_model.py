@@ -11,9 +11,10 @@ from restomod.config.presets import PRESETS, is_preset, preset
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import UnsupportedModel
 from restomod.model.hf_io import OPENAI, download_model, hub_name, load_model
-from restomod.runs.checkpoint import COMPLETE, STATE, list_checkpoints, verify_model
+from restomod.runs.checkpoint import COMPLETE, STATE, verify_model
 from restomod.utils.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from restomod.utils.json_files import read_json
+from restomod.utils.run_files import CHECKPOINTS, list_checkpoints
 
 
 def find_model(name: str) -> Path:
@@ -41,7 +42,7 @@ def find_model(name: str) -> Path:
             f"{path} holds an adapter (LoRA): merge it into the weights of its model (PEFT: merge_and_unload), "
             f"and give the folder of that"
         )
-    if path.absolute().name == "checkpoints" and is_run(path.absolute().parent):
+    if path.absolute().name == CHECKPOINTS and is_run(path.absolute().parent):
         raise UserError(f"{path} holds the checkpoints of a run: name the run, or one of them")
     if (path / "manifest.json").exists():
         raise UserError(f"{path} holds tokens and no model; `restomod data {quote(name)}` shows them")
@@ -93,9 +94,7 @@ def _from_hub(name: str) -> Path:
         if is_preset(name):
             raise UserError(f"{name} is a preset: `restomod train {name}` makes a run of it, runs/{name}")
         there = path.parent.iterdir() if path.parent.is_dir() else []
-        near = [
-            entry.name for entry in there if any((entry / made).exists() for made in ("checkpoints", "config.json"))
-        ]
+        near = [entry.name for entry in there if any((entry / made).exists() for made in (CHECKPOINTS, "config.json"))]
         known = near if meant_here else [*OPENAI, *near]
         raise UserError(f"{name}: no such run or model folder{did_you_mean(path.name, known) if known else ''}")
     return download_model(repository)

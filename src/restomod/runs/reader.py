@@ -6,7 +6,6 @@ import bisect
 import calendar
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from restomod.runs.metrics import Record, SampleRecord, iterate_jsonl
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.json_files import read_json
 from restomod.utils.output import print_error
+from restomod.utils.run_files import list_checkpoints
 
 MOST_EVALUATIONS = 5000  # files that are read: more take too long
 
@@ -152,13 +152,13 @@ class Run:
 
     @cached_property
     def flops_per_token(self) -> int:
-        """As recorded when the run started; of a run without the record computed, which imports torch."""
+        """FLOPs per trained token, as recorded at the start; without the record computed, which imports torch."""
         recorded = self._recorded("flops_per_token")
         return flops_per_token(self.config.model, self.config.sequence_length) if recorded is None else recorded
 
     @cached_property
     def parameters(self) -> int:
-        """As `flops_per_token`."""
+        """Number of parameters, recorded or computed like `flops_per_token`."""
         recorded = self._recorded("parameters")
         return parameter_count(self.config.model) if recorded is None else recorded
 
@@ -194,8 +194,8 @@ class Run:
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The name of a run's newest checkpoint folder."""
-    names = [path.name for path in folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return max(names, key=lambda name: int(name.removeprefix("step_")), default=None)
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1].name if checkpoints else None
 
 
 def read_optional(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:

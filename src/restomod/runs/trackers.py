@@ -36,7 +36,7 @@ CLOSING = 20.0  # seconds that the end of a run waits for all of them
 
 
 class Sink:
-    """One tracker, used from one thread. As written here, of a service where a run resumes under its identity."""
+    """One tracker, used from one thread. Written for services that resume a run by its id; `TensorBoard` differs."""
 
     _run: Any
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
+import torch
+
+from restomod.config.run import RunConfig
 from restomod.data.read_counts import summary_rows
 from restomod.engine.device import describe_device, dtype_name
 from restomod.engine.lr_schedule import describe_warmup, schedule_warnings
 from restomod.model.flops import parameter_count
 from restomod.model.hf_format import describe_shape
-from restomod.runs.checkpoint import step_of
 from restomod.runs.metrics import read_jsonl
 from restomod.train.setup import Training
 from restomod.utils.console import CheckResult
+from restomod.utils.run_files import step_of
 from restomod.utils.text import counted, duration
 
 
@@ -29,7 +32,6 @@ def run_summary(training: Training) -> list[tuple[str, str]]:
     split = f"{train:,} for training, {val:,} for validation" if val else "all for training, none for validation"
     count = manifest["documents"]  # unknown for published shards
     documents = f" in {counted(count, 'document')}" if count is not None else ""
-    residual = ", bf16 residual stream" if config.residual_dtype == "bf16" else ""
     return [
         ("run", str(training.run.folder)),
         ("model", describe_shape(config.model)),
@@ -39,19 +41,31 @@ def run_summary(training: Training) -> list[tuple[str, str]]:
         ),
         ("data", f"{manifest['name']}: {manifest['tokens']:,} tokens{documents}; {split}"),
         *summary_rows(manifest),
-        (
-            "batch",
-            f"{config.batch_tokens:,} tokens = {f'{processes} processes × ' if processes > 1 else ''}"
-            f"gradient accumulation {accumulation} × micro-batch {compute.micro_batch}"
-            f"{'' if config.micro_batch else ' (chosen automatically)'} × sequence length {config.sequence_length}",
-        ),
+        ("batch", describe_batch(config, compute.micro_batch, processes)),
         ("steps", f"{config.steps:,} ({config.steps * config.batch_tokens:,} tokens, {in_epochs})"),
         ("warm-up", describe_warmup(config)),
         ("device", describe_device(compute.device)),
-        ("compute dtype", f"{dtype_name(compute.dtype)}, fp32 weights{residual}"),
+        ("compute dtype", describe_dtype(config, compute.dtype)),
         ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
         ("estimated time", f"{duration(seconds)} for the steps alone, from timing one micro-batch"),
     ]
+
+
+def describe_batch(config: RunConfig, micro_batch: int, processes: int) -> str:
+    """``512 tokens = gradient accumulation 1 × micro-batch 2 × sequence length 256``."""
+    among = f"{processes} processes × " if processes > 1 else ""
+    accumulation = config.batch_sequences // micro_batch // processes
+    chosen = "" if config.micro_batch else " (chosen automatically)"
+    return (
+        f"{config.batch_tokens:,} tokens = {among}gradient accumulation {accumulation} × "
+        f"micro-batch {micro_batch}{chosen} × sequence length {config.sequence_length}"
+    )
+
+
+def describe_dtype(config: RunConfig, dtype: torch.dtype) -> str:
+    """``bf16, fp32 weights, bf16 residual stream``."""
+    residual = ", bf16 residual stream" if config.residual_dtype == "bf16" else ""
+    return f"{dtype_name(dtype)}, fp32 weights{residual}"
 
 
 def length_warnings(training: Training) -> list[str]:

@@ -6,8 +6,7 @@ from restomod.analysis.health.history import History
 from restomod.analysis.health.symptoms import Finding, failures, find_symptoms_in_curves
 from restomod.engine.gather import gather_full_model
 from restomod.evals.models import ScoredGPT
-from restomod.evals.scoring import headline
-from restomod.evals.scoring import score_task as evaluate_task
+from restomod.evals.scoring import headline, score_task
 from restomod.evals.validation import dataset_loss
 from restomod.generate.text import continuations
 from restomod.model.gpt import GPT
@@ -38,7 +37,7 @@ def evaluate(training: Training, step: int, display: Display) -> None:
         of = ", ".join(f"{name} {part:.4f}" for name, part in validation.sources.items())
         display.line(f"step {step}  validation loss {validation.loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
     for loaded in training.data.tasks:
-        result = evaluate_task(ScoredGPT(model, compute.dtype), loaded, processes=processes)
+        result = score_task(ScoredGPT(model, compute.dtype), loaded, processes=processes)
         metrics = {name: estimate.value for name, estimate in result.metrics.items()}
         errors = {f"{name}_stderr": estimate.stderr for name, estimate in result.metrics.items()}
         training.run.log(

@@ -21,18 +21,18 @@ from restomod.engine.distributed import Processes, join_processes
 from restomod.engine.signals import StopSignal
 from restomod.model.hf_format import is_exportable
 from restomod.runs.async_saver import Saver
-from restomod.runs.checkpoint import list_checkpoints, step_of
 from restomod.runs.folder import refuse_existing
 from restomod.runs.run_lock import RunLock
 from restomod.runs.trackers import Trackers, require_installed
 from restomod.train.console_lines import check_lines, closing_lines, length_warnings, run_summary
 from restomod.train.evaluate import Health, evaluate, write_samples
-from restomod.train.rollback import print_save_failure, roll_back, train_step_retrying_oom
+from restomod.train.rollback import roll_back, train_step_retrying_oom
 from restomod.train.setup import Training, set_up
 from restomod.train.step_log import StepLog
 from restomod.utils.console import Display
-from restomod.utils.errors import describe_os_error
+from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.output import print_error
+from restomod.utils.run_files import list_checkpoints, step_of
 
 EXIT_FINISHED = 0
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal; the run can be resumed
@@ -136,7 +136,7 @@ def _loop(
         stopping, overdue, failed = processes.any(stop_here, overdue, failure is not None)
         if failed and config.on_save_error == "stop":
             raise processes.error(str(failure))
-        print_save_failure(display, failure)
+        _print_save_failure(display, failure)
 
         save_due = save_deferred or overdue or (config.save_every is not None and step % config.save_every == 0)
         read_all = stopping or save_due or step == config.steps
@@ -189,7 +189,13 @@ def _require_saved(training: Training, step: int | None, saver: Saver, display: 
             f"{describe_os_error(unlogged) if unlogged else 'a record'}: cannot be written, so the run has stopped; "
             f"mend it, then resume with `restomod train --resume {quote(str(run.folder))}`"
         )
-    print_save_failure(display, failure)
+    _print_save_failure(display, failure)
+
+
+def _print_save_failure(display: Display, failure: UserError | None) -> None:
+    """Show a warning if a checkpoint could not be written."""
+    if failure is not None:
+        display.line(f"warning: {failure}", style="bold yellow")
 
 
 def save_is_due(config: RunConfig, step: int, minutes: float) -> bool:

@@ -82,9 +82,3 @@ def train_step_retrying_oom(
         release_memory(training.compute.device)
         micro_batch = next_smaller_divisor(micro_batch)
         display.line(f"step {step}  out of memory: micro-batch {micro_batch} from here on", style="bold yellow")
-
-
-def print_save_failure(display: Display, failure: UserError | None) -> None:
-    """Show a warning if a checkpoint could not be written."""
-    if failure is not None:
-        display.line(f"warning: {failure}", style="bold yellow")

@@ -28,7 +28,7 @@ from restomod.engine.device import (
     keep_freed_memory,
 )
 from restomod.engine.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
-from restomod.engine.micro_batch import Say, choose_chunk, choose_micro_batch, first_micro_batch, fitting_micro_batch
+from restomod.engine.micro_batch import Say, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.engine.optimizer import Optimizers, build_optimizer
 from restomod.engine.step import BatchLoss, Compute
 from restomod.evals.tasks.registry import LoadedTask, load_task, with_absolute_path
@@ -306,7 +306,7 @@ def choose_compute(config: RunConfig, processes: Processes) -> Compute:
             f"omit --residual-dtype, or add --precision bf16"
         )
     compiled, reason = choose_compile(config.compile, device)
-    return Compute(device, dtype, micro_batch, compiled, config.document_mask, choose_chunk(device), reason)
+    return Compute(device, dtype, micro_batch, compiled, config.document_mask, compile_reason=reason)
 
 
 def make_ready(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from restomod.utils.files import require_inside
@@ -18,6 +20,19 @@ RUN_FILES = (
 )
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evals"
+STEP_FOLDER = re.compile(r"step_\d+")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest step first. Raises OSError: they cannot be listed, but may exist."""
+    folder = run / CHECKPOINTS
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def require_run_inside(run: Path) -> None:

@@ -28,7 +28,8 @@ def find_dead_layers(run: Run) -> Finding:
 
     from restomod.model.gpt import build_model
     from restomod.model.hf_io import load_model
-    from restomod.runs.checkpoint import list_checkpoints, require_shape, step_of, verify_model
+    from restomod.runs.checkpoint import require_shape, verify_model
+    from restomod.utils.run_files import list_checkpoints, step_of
 
     cpu = torch.device("cpu")
     try:

@@ -28,11 +28,11 @@ from restomod.engine.device import EVAL_TOKENS, choose_device, choose_dtype, kee
 from restomod.evals.validation import token_losses, validation_windows
 from restomod.model.gpt import GPT
 from restomod.model.hf_io import load_model
-from restomod.runs.checkpoint import step_of
 from restomod.runs.open_model import find_model
 from restomod.runs.reader import Run
 from restomod.utils.errors import NOT_FINITE, UserError, reason
 from restomod.utils.files import write_json_atomically
+from restomod.utils.run_files import step_of
 from restomod.utils.text import visible
 
 PASSAGE = 64  # tokens
