@@ -94,7 +94,7 @@ class Bench(Command):
         self.report = plan.scratch / f"bench-{count}.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         words = ["-m", "restomod", "bench", "step", "quickstart", "--json", str(self.report), "--micro-batch", "1"]
-        steps = ["--warmup", str(plan.pick(2, 1)), "--steps", str(plan.pick(5, 1))]
+        steps = ["--warmup", str(plan.pick(2, 1)), "--timed", str(plan.pick(5, 1))]
         command = [*launcher, *words, *steps, "--device", "cpu", *sizes]
         super().__init__(name, command, environment={"OMP_NUM_THREADS": "1"})
 

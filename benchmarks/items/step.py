@@ -31,11 +31,11 @@ def measure(plan: BenchPlan) -> Item:
     left_out = [f"{name}: --peer {name}=PATH was not given" for name in peers.CHECKOUTS.keys() - plan.peers]
     ours = [EAGER]
     if plan.device == "cuda":
-        verdict = compiler(Machine(plan.device, "auto", "gpt2-124m", preset("gpt2-124m"), plan.scratch))  # type: ignore[arg-type]
-        if verdict.status == "pass":
+        result = compiler(Machine(plan.device, "auto", "gpt2-124m", preset("gpt2-124m"), plan.scratch))  # type: ignore[arg-type]
+        if result.status == "pass":
             ours = [OURS, EAGER]
         else:
-            left_out.append(f"{OURS}: {verdict.reason}")
+            left_out.append(f"{OURS}: {result.reason}")
     else:
         notes.append(
             "restomod is not compiled, as `restomod train` does not unless asked: on a CPU it brings next to nothing"

@@ -169,7 +169,7 @@ def test_peak_memory_grows_with_what_is_used() -> None:
 def test_it_prints_results_and_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_step() == 0
     shown = capsys.readouterr().out
-    assert "batch           256 tokens = gradient accumulation 2 × micro-batch 2 × sequence length 64, synthetic" in shown
+    assert "batch           256 tokens = gradient accumulation 2 × micro-batch 2 × sequence length 64, syn" in shown
     for row in ("tokens/s ", "step ", *(f"  {phase} " for phase in PHASES), "peak memory ", "compute ", "MFU "):
         assert re.search(rf"^{row}", shown, re.MULTILINE), row
     assert os.listdir(here) == []

@@ -103,6 +103,8 @@ BAD: list[tuple[str, ...]] = [
     *((f"TRAIN --data.split-seed {sign}99999999999999999999", "split_seed") for sign in ("", "-")),
     ("TRAIN --model.vocab-size 100", "vocab_size"),
     ("TRAIN --device cuda", "device 'cuda' is not available"),
+    *((f"{command} --mix x:-1", "FOLDER:WEIGHT") for command in ("train quickstart", "plan quickstart", "bench step")),
+    ("sweep quickstart --grid seed=1,2 --mix=x:-1", "FOLDER:WEIGHT"),
     ("plan quickstart --model.n-embd 999999999999999999", "at most"),
     ("plan gpt2-124m --gpu a100 --gpus 3", "3 processes"),
     ("plan gpt2-124m --gpu a100 --gpus 0", "--gpus is 0"),
@@ -267,7 +269,11 @@ BAD: list[tuple[str, ...]] = [
     ("prepare python-stdlib --out o --text_column x", "--text-column has no effect"),
     ("prepare python-stdlib --out o --separator x", "--separator has no effect"),
 ]
-BOXED = [line for line, *_ in BAD if line.startswith(("sample ", "train quickstart --"))] + ["sample"]  # by tyro
+BOXED = [  # by tyro, or after a line with an ellipsis
+    *(line for line, *_ in BAD if line.startswith(("sample ", "train quickstart --"))),
+    "sample",
+    "TRAIN --data.path nowhere.txt",
+]
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,8 @@ def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, se
     assert (reference / "checkpoints" / f"step_{tiny.steps:06d}").exists(), error
     chance = random.Random(seed)
     for attempt in range(kills):
-        verb = ("--resume", str(killed)) if attempt else ("quickstart", "--out", str(killed), *flags(tiny))
-        process = restomod("train", *verb, threads=threads)
+        arguments = ("--resume", str(killed)) if attempt else ("quickstart", "--out", str(killed), *flags(tiny))
+        process = restomod("train", *arguments, threads=threads)
         kill_after(chance.randrange(1, tiny.steps), chance.uniform(0, 0.05), process)
     output, error = restomod("train", "--resume", str(killed), threads=threads).communicate(timeout=120)
     assert "finished" in output or "already" in output, error

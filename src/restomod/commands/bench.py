@@ -52,6 +52,6 @@ def _parse(arguments: list[str]) -> tuple[str, BenchArguments]:
     given = parse_run(BenchArguments(preset(name)), rest, f"restomod bench step {name}")
     require_size("--warmup", given.warmup, least=0)
     require_size("--timed", given.timed)
-    synthetic = {flag: "with --tokens synthetic" for flag in flags_in(rest) if flag.startswith(("--data.", "--mix"))}
+    synthetic = {flag: "with --tokens synthetic" for flag in flags_in(rest) if flag.startswith("--data.")}
     refuse_ignored(rest, (synthetic if given.tokens == "synthetic" else {}) | ignored_by_run(given.config))
     return name, given

@@ -26,6 +26,7 @@ from restomod.utils.text import visible
 Arguments = TypeVar("Arguments")
 
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
+SHORT = re.compile(r"^--(mix|separator)(?==|$)")  # of a run's data
 NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses these as values
 DASH = "\ue000"  # stands for the first dash of a value, which tyro would take for a flag
 MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a document; a glob has a message of its own
@@ -42,7 +43,12 @@ def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, l
     if arguments[0].startswith("-"):
         given = " ".join(arguments)
         raise UserError(f"name a preset first: restomod {command} PRESET {given} (restomod {command} --help)")
-    return arguments[0], arguments[1:]
+    return arguments[0], long_names(arguments[1:])
+
+
+def long_names(arguments: list[str]) -> list[str]:
+    """Write --mix and --separator of a run as --data.mix and --data.separator."""
+    return [SHORT.sub(r"--data.\1", argument) for argument in arguments]
 
 
 def parse(

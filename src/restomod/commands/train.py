@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from restomod.commands.flags import ConfigArguments
-from restomod.commands.parsing import ignored_by_run, is_flag, parse, parse_run, preset_first, refuse_ignored
+from restomod.commands.parsing import (
+    ignored_by_run,
+    is_flag,
+    long_names,
+    parse,
+    parse_run,
+    preset_first,
+    refuse_ignored,
+)
 from restomod.config.presets import PRESETS, SIZES, preset, preset_summary
 from restomod.config.run import RunConfig
 from restomod.utils.errors import UserError, reported_once
@@ -45,7 +52,6 @@ def parse_arguments(arguments: list[str]) -> tuple[RunConfig, Path, bool]:
         SystemExit: help has been printed.
     """
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--resume=") else [a])]
-    arguments = [re.sub(r"^--(mix|separator)(?==|$)", r"--data.\1", a) for a in arguments]
     if "--resume" in arguments:
         return _parse_resume(arguments)
     name, rest = preset_first("train", arguments, _usage())
@@ -60,7 +66,7 @@ def _parse_resume(arguments: list[str]) -> tuple[RunConfig, Path, bool]:
     at = arguments.index("--resume")
     if arguments[at + 1 : at + 2] in ([], [""]) or is_flag(arguments[at + 1]):
         raise UserError("--resume needs the folder of a run, for example --resume runs/quickstart")
-    folder, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    folder, rest = Path(arguments[at + 1]), long_names(arguments[:at] + arguments[at + 2 :])
     if rest and not rest[0].startswith("-"):
         raise UserError(f"--resume takes the preset from the run; leave {rest[0]!r} out")
 
