@@ -180,6 +180,9 @@ class PrepareUnit(UnitStep):
         if downloads := self.downloads(unit):
             shutil.rmtree(downloads, ignore_errors=True)
 
+    def document_done(self) -> None:
+        """Called after each document, for subclasses that show progress."""
+
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
         """Write the documents; return counts of documents and text bytes by destination, and `ReadCounts.to_dict`."""
         read = ReadCounts()
@@ -197,6 +200,7 @@ class PrepareUnit(UnitStep):
                 for _, parts in encoded(head, encoder, config.split_seed, hashes, self.remedy):
                     counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
                 counts["all"]["documents"] = 1  # a part of it in each split
+                self.document_done()
                 return counts, read.to_dict()
             documents = chain(head, documents)
         limit = val_limit(config)
@@ -210,6 +214,7 @@ class PrepareUnit(UnitStep):
                 counts[split]["text_bytes"] += tokenizer.byte_length(part)
             counts[split]["documents"] += 1
             counts["all"]["documents"] += split != "duplicates"
+            self.document_done()
         return counts, read.to_dict()
 
 
