@@ -19,7 +19,7 @@ from restomod.data import overview, readers, streams
 from restomod.data.dataset import open_dataset
 from restomod.data.documents import Document, LongDocument
 from restomod.data.manifest import merge_counts
-from restomod.data.prepare import units as plan_module
+from restomod.data.prepare import units
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.read_counts import ReadCounts, summary_rows
@@ -72,8 +72,8 @@ def test_prepare_counts_the_same_in_any_units_and_spans(
     span_bytes: int,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(plan_module, "SPAN_BYTES", span_bytes)
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(units, "SPAN_BYTES", span_bytes)
     (folder / "lines").write_text('{"text": "a long line to be cut"}\n' * 3)
     dataset = prepare_folder((str(folder),), PrepareConfig(dedup=dedup), tmp_path / "out", workers)
     sizes = sizes_of(folder)
