@@ -35,7 +35,6 @@ from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.dataset import Dataset
 from restomod.data.prepare.text_cache import prepare_text
-from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.device import (
     choose_device,
     choose_dtype,
@@ -247,7 +246,7 @@ def main() -> None:
         recipes[name] = recipes[start] | {k: json.loads(v) for k, v in (pair.split("=") for pair in pairs)}
     if given.data is not None:
         names = [n for name in given.only.split(",") for n in (ABLATIONS if name == "ablations" else [name])]
-        dataset = prepare_text(DataConfig(source="tokens", path=str(given.data)), gpt2_tokenizer())
+        dataset = prepare_text(DataConfig(source="tokens", path=str(given.data)))
         if given.speed:
             for row in speeds({name: changed(base(given), recipes[name]) for name in names}, dataset, given.speed):
                 add_row(given.out, row)

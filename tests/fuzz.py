@@ -347,20 +347,20 @@ def _make_other() -> None:
 
 def _do(line: str, stop_before: str | None = None) -> None:
     """Run a command that has to succeed; or one that is stopped before a function of `restomod.data.prepare.run`."""
-    from restomod.data.prepare import run as pipeline
+    from restomod.data.prepare import run as prepare_run
 
     said = io.StringIO()
-    before = {stop_before: getattr(pipeline, stop_before)} if stop_before else {}
+    before = {stop_before: getattr(prepare_run, stop_before)} if stop_before else {}
     try:
         for name in before:
-            setattr(pipeline, name, lambda *_: sys.exit(0))
+            setattr(prepare_run, name, lambda *_: sys.exit(0))
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = _call(line)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     finally:
         for name, function in before.items():
-            setattr(pipeline, name, function)
+            setattr(prepare_run, name, function)
     if code:
         raise RuntimeError(f"{line}: exit code {code}: {said.getvalue()}")
 

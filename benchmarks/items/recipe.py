@@ -16,7 +16,6 @@ from benchmarks.records import Item, Metric
 from benchmarks.texts import training_text
 from restomod.data.dataset import Dataset
 from restomod.data.prepare.text_cache import prepare_text
-from restomod.data.tokenizer import gpt2_tokenizer
 
 Row = dict[str, Measured]
 
@@ -31,7 +30,7 @@ METRICS = [
 def measure(plan: BenchPlan) -> Item:
     """A round is a seed, with which every recipe is trained once on the same tokens."""
     data, what = training_text(plan)
-    dataset = prepare_text(data, gpt2_tokenizer())
+    dataset = prepare_text(data)
     sizes = argparse.Namespace(
         layers=plan.pick(4, 1, 12),
         width=plan.pick(128, 64, 768),

@@ -189,7 +189,7 @@ def test_a_missing_nested_key_is_named_with_its_dots() -> None:
         ("recompute", 1, "recompute should be bool, not 1"),
         ("device", "cdua", "device is 'cdua'; did you mean 'cuda'?"),
         ("device", ["cpu"], "device is ['cpu']"),
-        ("model", 12, "model. should be an object, not 12"),
+        ("model", 12, "model should be an object, not 12"),
         ("model.n_layer", None, "model.n_layer should be int, not None"),
         ("data.source", "txt", "data.source is 'txt'; did you mean 'text'?"),
         ("data.path", 3, "data.path should be str, not 3"),

@@ -11,7 +11,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data import bulk_encoder as bulk
+from restomod.data import bulk_encoder
 from restomod.data.bulk_encoder import BulkEncoder, _pieces
 from restomod.data.tokenizer import gpt2_tokenizer
 from tests.properties import examples
@@ -28,7 +28,7 @@ TRICKY = [
 def encoder() -> BulkEncoder:
     encoder = BulkEncoder(gpt2_tokenizer())
     if encoder._fast is None:
-        pytest.skip(f"tokie {bulk.TOKIE} is not installed")
+        pytest.skip(f"tokie {bulk_encoder.TOKIE} is not installed")
     return encoder
 
 
@@ -77,7 +77,7 @@ def test_a_cut_never_falls_into_a_run_of_spaces(
     encoder: BulkEncoder, tiktoken_gpt2: tiktoken.Encoding, spaces: int
 ) -> None:
     texts = []
-    for before in range(bulk.PIECE_BYTES - 70, bulk.PIECE_BYTES + 5):
+    for before in range(bulk_encoder.PIECE_BYTES - 70, bulk_encoder.PIECE_BYTES + 5):
         head = "ab " * (before // 3)
         texts.append(head + "x" * (before - len(head)) + " " * spaces + "end of it " * 10)
     assert_tiktokens(encoder, texts, tiktoken_gpt2)
@@ -90,7 +90,7 @@ def test_half_a_surrogate_pair_encodes_as_tiktoken_does(encoder: BulkEncoder, ti
 def test_a_system_without_files_in_memory_encodes_the_same(
     encoder: BulkEncoder, tiktoken_gpt2: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(bulk.os, "memfd_create", raising=False)
+    monkeypatch.delattr(bulk_encoder.os, "memfd_create", raising=False)
     assert_tiktokens(encoder, ["some text", "", "more of it 中"], tiktoken_gpt2)
 
 
@@ -103,7 +103,7 @@ def test_pieces_are_the_text_again_and_short(encoder: BulkEncoder) -> None:
     text = " ".join(f"{i}: word, (word)" for i in range(20_000))
     pieces = _pieces(text)
     assert b"".join(pieces).decode() == text
-    assert max(map(len, pieces)) <= bulk.PIECE_BYTES
+    assert max(map(len, pieces)) <= bulk_encoder.PIECE_BYTES
 
 
 def test_ordinary_text_goes_the_fast_way(encoder: BulkEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_one_doubtful_place_does_not_slow_a_whole_text(encoder: BulkEncoder, mon
     monkeypatch.setattr(encoder.tokenizer, "encode", slow)
     encoder.encode(["word " * 10_000 + "\f" + " word" * 10_000])
     assert 1 <= len(asked) <= 2
-    assert sum(map(len, asked)) <= 2 * bulk.PIECE_BYTES
+    assert sum(map(len, asked)) <= 2 * bulk_encoder.PIECE_BYTES
 
 
 @pytest.mark.parametrize("release", [None, "0.1.5"])

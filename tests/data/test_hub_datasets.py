@@ -347,7 +347,7 @@ def test_published_shards_arrive_as_they_are(
     [
         (bin_shard(np.arange(100))[:-2], r"finewebedu_train_000001\.bin is damaged: its header says 100 tokens"),
         (b"\0" * (HEADER_BYTES + 20), r"is not a token shard: its header lacks the magic number"),
-        (bin_shard(np.array([1, 50257])), r"finewebedu_train_000001\.bin holds token 50257"),
+        (bin_shard(np.array([1, 50257])), r"finewebedu_train_000001\.bin holds the token 50257"),
     ],
 )
 def test_a_published_shard_that_is_wrong_is_refused(hub: Hub, tmp_path: Path, content: bytes, said: str) -> None:

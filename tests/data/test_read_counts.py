@@ -19,7 +19,7 @@ from restomod.data import overview, readers, streams
 from restomod.data.dataset import open_dataset
 from restomod.data.documents import Document, LongDocument
 from restomod.data.manifest import merge_counts
-from restomod.data.prepare import units as plan_module
+from restomod.data.prepare import units
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.prepare.text_cache import prepare_text
 from restomod.data.read_counts import ReadCounts, summary_rows
@@ -72,8 +72,8 @@ def test_prepare_counts_the_same_in_any_units_and_spans(
     span_bytes: int,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(plan_module, "SPAN_BYTES", span_bytes)
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(units, "SPAN_BYTES", span_bytes)
     (folder / "lines").write_text('{"text": "a long line to be cut"}\n' * 3)
     dataset = prepare_folder((str(folder),), PrepareConfig(dedup=dedup), tmp_path / "out", workers)
     sizes = sizes_of(folder)
@@ -81,16 +81,14 @@ def test_prepare_counts_the_same_in_any_units_and_spans(
     assert dataset.manifest["read"] == expected
 
 
-def test_train_counts_them_and_says_what_files_are_there_now(
-    folder: Path, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_train_counts_them_and_says_what_files_are_there_now(folder: Path, tmp_path: Path) -> None:
     config = DataConfig(source="text", path=str(folder), cache=str(tmp_path / "cache"))
-    first = prepare_text(config, tokenizer)
+    first = prepare_text(config)
     expected = EXPECTED | {"bytes": sizes_of(folder)}
     assert first.manifest["read"] == expected
     assert json.loads((first.folder / "manifest.json").read_text())["read"] == expected
     (folder / "b.md").rename(folder / "b.txt")
-    again = prepare_text(config, tokenizer)
+    again = prepare_text(config)
     assert again.folder == first.folder
     assert again.manifest["read"]["files"]["plain text"] == {".md": 1, ".txt": 1, ".xyz": 1}
 
@@ -151,14 +149,12 @@ def test_literals_are_counted_across_the_parts_of_a_long_document_and_once(text:
     assert counts.to_dict().get("end_of_text_literals", 0) == 2 * text.count(END)
 
 
-def test_a_long_file_is_counted_as_a_short_one(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_file_is_counted_as_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text(f"{END} text\n" * 99)
     monkeypatch.setattr(readers, "LONG_TEXT", 50)
     monkeypatch.setattr(streams, "READ_BYTES", 16)
     for made in (
-        prepare_text(DataConfig(source="text", path=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache")), tokenizer),
+        prepare_text(DataConfig(source="text", path=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache"))),
         prepare_folder((str(tmp_path / "a.txt"),), PrepareConfig(), tmp_path / "out", 1),
     ):
         assert made.manifest["read"]["end_of_text_literals"] == 99

@@ -88,7 +88,7 @@ def test_the_tokens_are_tiktokens_of_the_split_text(
     config = DataConfig(
         source="text", path=str(tmp_path / "text"), separator=END, val_fraction=0.0, cache=str(tmp_path / "cache")
     )
-    for dataset in (made, prepare_text(config, tokenizer)):
+    for dataset in (made, prepare_text(config)):
         assert dataset.train.read(0, len(dataset.train)).tolist() == [t for d in documents for t in d]
         assert dataset.manifest["documents"] == len(documents)
         assert dataset.manifest["splits"]["train"]["text_bytes"] == len("".join(split(STORIES, END)).encode())

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restomod.data import readers, streams
+from restomod.data import readers, records, streams
 from restomod.data.documents import LongDocument
 from restomod.data.readers import Span, read_documents
 from restomod.utils.errors import UserError
@@ -38,10 +38,12 @@ def texts(path: Path, span: Span | None = None) -> list[str]:
     return ["".join(document.parts()) for document in read_documents(path, span=span)]
 
 
-records = st.tuples(st.text(max_size=30), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n", "\n \r\n"]))
+any_record = st.tuples(st.text(max_size=30), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n", "\n \r\n"]))
 
 
-@given(st.lists(records, min_size=1, max_size=12), st.booleans(), st.integers(1, 80), st.sampled_from([1, 7, 1 << 20]))
+@given(
+    st.lists(any_record, min_size=1, max_size=12), st.booleans(), st.integers(1, 80), st.sampled_from([1, 7, 1 << 20])
+)
 def test_the_spans_of_json_lines_hold_all_lines_once_and_in_order(
     lines: list[tuple[str, bool, str]], final_newline: bool, size: int, read_bytes: int
 ) -> None:
@@ -105,6 +107,7 @@ def test_an_error_names_the_line_of_the_file_and_not_of_the_span(
     path = written(tmp_path, "a.jsonl", b"\n".join(lines))
     if b"a" * 500 in bad or len(bad) == 500:
         monkeypatch.setattr(readers, "LONGEST_RECORD", 400)
+        monkeypatch.setattr(records, "LONGEST_RECORD", 400)
     monkeypatch.setattr(streams, "READ_BYTES", 10)
     spans = iter(cut(path, size))
     found: list[str] = []
@@ -210,6 +213,7 @@ def test_as_many_rows_are_read_at_once_as_are_of_a_bounded_size(
 
 def test_a_row_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "LONGEST_RECORD", 1000)
+    monkeypatch.setattr(records, "LONGEST_RECORD", 1000)
     path = written(tmp_path, "a.parquet", parquet([f"short {i}" for i in range(5)] + ["x" * 1001]))
     with pytest.raises(UserError, match=r"a\.parquet, row 6 is longer than 0\.001 MB; put this document into a plain"):
         texts(path)

@@ -121,11 +121,11 @@ def test_files_tell_checkpoints_and_limits_apart(run: Path, questions: Path) -> 
     assert found == ["step_000008-questions.json", "step_000012-questions-first2.json"]
 
 
-def test_the_context_can_be_chosen(run: Path, tiny: RunConfig, tokenizer: Tokenizer) -> None:
+def test_the_context_can_be_chosen(run: Path, tiny: RunConfig) -> None:
     evaluate(str(run), VALIDATION, context=5, display=QUIET)
     found = json.loads((run / "evals" / "step_000012-validation.json").read_text())
     model = GPT2LMHeadModel.from_pretrained(run / "checkpoints" / "step_000012").eval()
-    stream = prepare_text(tiny.data, tokenizer).val
+    stream = prepare_text(tiny.data).val
     text = stream.read(0, len(stream)).tolist()
     scores = [plain_score(model, text[at : at + 1], text[at + 1 : at + 6])[0] for at in range(0, len(text) - 1, 5)]
     assert found["tokens"] == len(text) - 1

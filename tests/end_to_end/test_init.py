@@ -22,7 +22,6 @@ from restomod.cli import main
 from restomod.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from restomod.config.serialize import read_config
 from restomod.data.prepare.text_cache import prepare_text
-from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.model.hf_io import save_model
 from restomod.runs.metrics import read_jsonl
 from restomod.train import loop as loop_module
@@ -109,7 +108,7 @@ def test_a_run_from_a_model_folder_has_transformers_loss(
 ) -> None:
     folder, model = theirs
     ours = started_from(tiny, folder, tmp_path / "run")
-    dataset, T = prepare_text(tiny.data, gpt2_tokenizer()), tiny.sequence_length
+    dataset, T = prepare_text(tiny.data), tiny.sequence_length
     stream = torch.from_numpy(np.asarray(dataset.val.read(0, len(dataset.val))).astype(np.int64))
     losses = []
     with torch.no_grad():

@@ -21,7 +21,6 @@ from restomod.cli import main
 from restomod.config.run import Parallel, RunConfig
 from restomod.data.batches import Batches
 from restomod.data.prepare.text_cache import prepare_text
-from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import SampleRecord, read_jsonl
 from restomod.train.loop import train
@@ -230,7 +229,7 @@ def test_transformers_reads_the_checkpoints_of_an_fsdp_run(shared: RunConfig, tm
     folder = run / "checkpoints" / "step_000003"
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    stream = prepare_text(config.data, gpt2_tokenizer()).val
+    stream = prepare_text(config.data).val
     batches = Batches(stream, config.sequence_length, 1, seed=0)
     tokens, targets = batches.load(np.arange(batches.n_windows))
     with torch.no_grad():

@@ -12,7 +12,6 @@ import pytest
 from restomod.analysis.report.error_analysis import analyse_errors
 from restomod.config.run import RunConfig
 from restomod.data.prepare.text_cache import prepare_text
-from restomod.data.tokenizer import Tokenizer
 from restomod.runs.folder import RunFolder, reopen_run
 from restomod.runs.reader import open_run
 from restomod.runs.run_lock import RunLock
@@ -102,9 +101,9 @@ def test_no_checkpoint_is_saved_out_of_the_run(tmp_path: Path) -> None:
 
 
 def test_all_of_a_run_has_the_umasks_permissions_and_an_error_analysis_stays_in_it(
-    tiny: RunConfig, tokenizer: Tokenizer, tmp_path: Path
+    tiny: RunConfig, tmp_path: Path
 ) -> None:
-    prepare_text(tiny.data, tokenizer)
+    prepare_text(tiny.data)
     before = os.umask(0o027)
     try:
         assert train(tiny, tmp_path / "mine", display=Display(muted=True)) == 0

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from restomod.cli import main
 from restomod.config.run import RunConfig
-from restomod.config.serialize import from_dict
+from restomod.config.serialize import from_file
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.runs.checkpoint import verify_checkpoint
 from restomod.runs.metrics import SampleRecord, read_jsonl
@@ -37,7 +37,7 @@ def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) 
     assert train(config, run, display=QUIET) == 0
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
-    assert from_dict(json.loads((run / "config.json").read_text())).steps == 60
+    assert from_file(json.loads((run / "config.json").read_text()), "config.json").steps == 60
     train_losses = [r["loss"] for r in records(run, "train")]
     assert [r["step"] for r in records(run, "train")] == list(range(60))
     assert abs(train_losses[0] - math.log(50257)) < 0.3

@@ -151,7 +151,7 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
-        dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data, tokenizer), one_first=True)
+        dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data), one_first=True)
         batches = training_batches(config, dataset, tokenizer)
     else:
         stream = synthetic_tokens(config.model.vocab_size, config.sequence_length, config.seed)

@@ -43,7 +43,8 @@ def from_file(values: Any, where: str) -> RunConfig:
         type(version) is int and version == CONFIG_VERSION,
         f"{where}: version is {shortened(repr(version))}, but this restomod reads version {CONFIG_VERSION} only",
     )
-    config = from_dict(values, RunConfig, where, complete=True)
+    fields = {key: value for key, value in values.items() if key != "version"}
+    config = from_dict(fields, RunConfig, where, complete=True)
     assert isinstance(config, RunConfig)
     return config
 
@@ -62,11 +63,11 @@ def from_dict(
             begins with the file's name ``where``, and its keys with ``prefix``.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where}: {prefix or 'the file'} should be an object, not {shortened(repr(values))}")
+        raise UserError(
+            f"{where}: {prefix.removesuffix('.') or 'the file'} should be an object, not {shortened(repr(values))}"
+        )
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    if cls is RunConfig:
-        values = {key: value for key, value in values.items() if key != "version"}
     for key in values:
         if key not in names:  # looking for what is meant takes longer than all else here
             raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")

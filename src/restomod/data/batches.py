@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restomod.config.model import VOCAB_SIZE
 from restomod.data.dataset import TokenStream
-from restomod.data.tokenizer import END_OF_TEXT
+from restomod.data.tokenizer import END_OF_TEXT, require_in_vocabulary
 from restomod.utils.errors import UserError
 
 FEISTEL_ROUNDS = 8
@@ -159,11 +158,7 @@ class Batches:
         starts = (windows - self._first_windows[source]) * self.T
         reads = zip(source.tolist(), starts.tolist(), strict=True)
         rows = np.stack([self.streams[k].read(start, self.T + 1) for k, start in reads])  # (B, T + 1)
-        if rows.max() >= VOCAB_SIZE:
-            raise UserError(
-                f"the shards hold the token {rows.max()}, and GPT-2's vocabulary ends at {VOCAB_SIZE - 1}: "
-                f"they are damaged or of another tokenizer"
-            )
+        require_in_vocabulary(rows, "a shard")
         batch = torch.from_numpy(rows.astype(np.int64))
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 

@@ -15,8 +15,7 @@ from restomod.data.dataset import Dataset, TokenStream, open_tokens
 from restomod.data.manifest import MANIFEST
 from restomod.data.read_counts import summary_lines
 from restomod.data.sources import BUILT_IN
-from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer
-from restomod.utils.errors import UserError
+from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer, require_in_vocabulary
 from restomod.utils.text import counted
 
 SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
@@ -90,11 +89,7 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
     counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
     for start in range(0, n, READ_TOKENS):
         tokens = stream.read(start, min(READ_TOKENS, n - start))
-        if tokens.max() >= tokenizer.vocab_size:
-            raise UserError(
-                f"{folder} holds the token {tokens.max()}, and GPT-2's vocabulary ends at {tokenizer.vocab_size - 1}: "
-                f"these shards are damaged or of another tokenizer"
-            )
+        require_in_vocabulary(tokens, folder)
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
         literals += _literals(stream, start, min(start + READ_TOKENS, n), tokenizer)
         ends.append(start + np.flatnonzero(tokens == END_OF_TEXT))

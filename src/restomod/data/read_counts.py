@@ -37,9 +37,9 @@ class ReadCounts:
         self._literals = 0
         self._long_literals: dict[str, int] = {}
 
-    def took(self, path: Path, look: FileFormat) -> None:
+    def count_file(self, path: Path, found: FileFormat) -> None:
         """Count a file."""
-        kind = AS_TEXT if look.as_text else look.kind
+        kind = AS_TEXT if found.as_text else found.kind
         self.files.setdefault(kind, collections.Counter())[ending(path)] += 1
         self.bytes[kind] += path.stat().st_size
 

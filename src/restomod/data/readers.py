@@ -77,7 +77,7 @@ def read_documents(
     if separator is not None:
         counts.separators = counts.separators or 0
     if span is None or span.start == 0:
-        counts.took(path, seen)
+        counts.count_file(path, seen)
     if seen.kind == "Parquet":
         yield from _parquet(path, text_column, span, seen.compressed)
     elif seen.kind == "JSON lines":
@@ -196,7 +196,7 @@ def _line_number(path: Path, begin: int, number: int) -> int:
 def _text_of_line(path: Path, line: bytes, column: str, place: Callable[[], int]) -> str:
     if len(line) > LONGEST_RECORD:
         refuse_zeros(f"{path}, line {place()},", line.count(0), len(line))
-        raise too_long(f"{path}, line {place()}", LONGEST_RECORD)
+        raise too_long(f"{path}, line {place()}")
     text = decode_line(path, line, place)
     if not text.strip():
         return ""
@@ -274,14 +274,14 @@ def _rows_at_once(path: Path, group: Any, column: str, before: int) -> int:
     average = size // max(group.num_rows, 1)
     if average > LONGEST_RECORD:
         rows = f"{path}: one of the rows {before + 1:,} to {before + group.num_rows:,}"
-        raise too_long(rows, LONGEST_RECORD)
+        raise too_long(rows)
     return max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(average, 1)))
 
 
 def _text_of_row(path: Path, value: Any, column: str, number: int) -> str:
     """The text of a pyarrow scalar."""
     if value.is_valid and hasattr(value, "as_buffer") and value.as_buffer().size > LONGEST_RECORD:
-        raise too_long(f"{path}, row {number}", LONGEST_RECORD)
+        raise too_long(f"{path}, row {number}")
     try:
         text = value.as_py()
     except UnicodeDecodeError as e:

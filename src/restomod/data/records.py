@@ -21,11 +21,11 @@ NEWLINES = "\r\n"
 BEFORE = NEWLINES + BOM  # files that were put together keep their byte-order marks
 
 
-def too_long(what: str, limit: int) -> UserError:
-    """An error about a record of more than ``limit`` bytes."""
+def too_long(what: str) -> UserError:
+    """An error about a record of more than `LONGEST_RECORD` bytes."""
     return UserError(
-        f"{what} is longer than {limit / 1e6:g} MB; put this document into a plain text file of its own, which may "
-        f"have any size"
+        f"{what} is longer than {LONGEST_RECORD / 1e6:g} MB; put this document into a plain text file of its own, "
+        f"which may have any size"
     )
 
 
@@ -95,7 +95,7 @@ def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> 
             value, end = decoder.raw_decode(text.held, text.at)
         except json.JSONDecodeError as e:
             if len(text.held) - text.at > LONGEST_RECORD:
-                raise too_long(f"{path}, {text.where()}: record {n}", LONGEST_RECORD) from None
+                raise too_long(f"{path}, {text.where()}: record {n}") from None
             if cut_short(e, text.held) and text.more():
                 continue
             raise UserError(f"{path}, {text.where()}: record {n} is not JSON ({e.msg})") from None
@@ -142,7 +142,7 @@ def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
         held.append(part[start:])
         size += len(part) - start
         if size > LONGEST_RECORD:
-            raise too_long(f"{path}: a line", LONGEST_RECORD)
+            raise too_long(f"{path}: a line")
     if size:
         yield "".join(held)
 

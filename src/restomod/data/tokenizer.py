@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from restomod.config.model import VOCAB_SIZE
 from restomod.utils.errors import UserError
 
 END_OF_TEXT = 50256
@@ -55,10 +56,10 @@ def _bytes_of_unicode() -> dict[str, int]:
 
 
 class Tokenizer:
-    """GPT-2's tokenizer: text to token ids and back. Ids lie in [0, 50257)."""
+    """GPT-2's tokenizer: text to token ids and back. Ids lie in [0, VOCAB_SIZE)."""
 
     name = "gpt2"
-    vocab_size = 50257
+    vocab_size = VOCAB_SIZE
     end_of_text = END_OF_TEXT
     sha256 = ENCODER_JSON_SHA256  # identifies the vocabulary in manifests
 
@@ -107,3 +108,12 @@ class Tokenizer:
 def gpt2_tokenizer() -> Tokenizer:
     """The tokenizer, built once per process (about 0.1 s)."""
     return Tokenizer()
+
+
+def require_in_vocabulary(tokens: np.ndarray, where: object) -> None:
+    """Raise UserError, which names ``where``, if ``tokens`` (any shape, not empty) hold one that GPT-2 lacks."""
+    if tokens.max() >= VOCAB_SIZE:
+        raise UserError(
+            f"{where} holds the token {tokens.max()}, and GPT-2's vocabulary ends at {VOCAB_SIZE - 1}: "
+            f"it is damaged or of another tokenizer"
+        )

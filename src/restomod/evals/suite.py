@@ -240,7 +240,7 @@ def _open_data(request: EvalRequest, config: RunConfig | None) -> Dataset:
         raise UserError(
             f"{request.model} is not of a run, and has no data of its own: name a folder of tokens with --data DIR"
         )
-    dataset = prepare_text(source, gpt2_tokenizer())
+    dataset = prepare_text(source)
     if not len(dataset.val):
         name = request.data or request.model
         raise UserError(f"{name}: nothing of its data is held out for validation; name another with --data DIR")

@@ -204,7 +204,7 @@ def build_data(config: RunConfig, processes: Processes) -> TrainingData:
         UserError: there is too little text, the model is for another vocabulary, or processes found different tokens.
     """
     tokenizer = gpt2_tokenizer()
-    dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data, tokenizer), one_first=True)
+    dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data), one_first=True)
     batches = training_batches(config, dataset, tokenizer)
     for source in dataset.sources:
         if len(source.dataset.val):  # refused now rather than at the first use

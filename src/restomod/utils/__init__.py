@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models or runs: errors, files, text, tables, pictures, the terminal."""
+"""Helpers for all other folders: errors, files, text, tables, figures, the terminal, the names of a run's files."""

@@ -29,7 +29,8 @@ class CheckResult:
 
     check: str
     status: CheckStatus
-    """fail: not a GPT-2 that can learn. warn: unusual, or slow. skip: does not apply, or cannot run here."""
+    """fail: the model cannot learn, or the machine cannot train. warn: unusual, or slow. skip: does not apply, or
+    cannot run here."""
     reason: str
 
 

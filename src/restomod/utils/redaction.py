@@ -34,7 +34,6 @@ LIKELY = (  # 8 characters with letters and digits, or 16 without a break
 MEMBER = r"""\\?["']?\s{0,4}[:=]\s{0,4}"""  # what may stand between a name and its value
 NAME = r"(?<![\w.-])[\w.-]{0,40}?"  # its beginning
 REST = r"[\w.-]{0,40}"
-FLAG = rf"--(?!no-)[\w.-]{{0,40}}?{ARGUMENT}{REST}"
 TOKEN = r"(?:(?<![\w-])|(?<=\\[nrt]))"  # its beginning; \n may be written out
 # each finds in linear time what it replaces; the group `keep` stays in front of that
 SECRETS = tuple(
@@ -58,7 +57,7 @@ SECRETS = tuple(
             r"(?P<keep>[a-zA-Z]://)[^/\s?#\"'<>]{1,512}(?=@)",
             rf"(?P<keep>[?&#](?!key=)[\w.-]{{0,40}}?{ARGUMENT}{REST}=)(?!\[redacted\])[^&\s\"'#<>]{{1,4096}}",
             # flags, variables of the environment, and other names with a value that may be a secret
-            rf"(?P<keep>(?<![\w-]){FLAG}(?:=|\s{{1,4}}(?!-))){VALUE}",
+            rf"(?P<keep>(?<![\w-])--(?!no-)[\w.-]{{0,40}}?{ARGUMENT}{REST}(?:=|\s{{1,4}}(?!-))){VALUE}",
             rf"(?P<keep>(?<![\w.-])(?=[A-Z])[A-Z0-9_]{{0,40}}?{ARGUMENT}[A-Z0-9_]{{0,40}}=){VALUE}",
             rf"(?P<keep>{NAME}{PASSWORD}{REST}{MEMBER}){VALUE}",
             rf"(?P<keep>{NAME}(?i:secret|credentials?){ENDS}{REST}(?:=|{MEMBER}(?=\\?[\"']))){VALUE}",
@@ -137,6 +136,7 @@ def redact_command(words: Sequence[str]) -> list[str]:
     """The words of a command line without ``--then``, its value and secrets. Paths are kept."""
     made: list[str] = []
     for word in split_then(list(words))[0]:
-        of_secret = bool(made) and re.fullmatch(FLAG, made[-1]) is not None
+        flag = made[-1] if made and re.fullmatch(r"--(?!no-)[\w.-]+", made[-1]) else ""
+        of_secret = re.search(ARGUMENT, flag) is not None
         made.append(REDACTED if of_secret and not word.startswith("--") else redact_secrets(word))
     return made

@@ -128,12 +128,12 @@ def test_data_that_has_changed_is_not_analysed(run: Path) -> None:
     assert lines == [f"{run}: no error analysis: its data has changed since it was trained"]
 
 
-def test_each_source_of_a_mix_has_its_own_loss(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_each_source_of_a_mix_has_its_own_loss(run: Path, tmp_path: Path) -> None:
     parts = []
     for name, text in (("words", "the cat sat on the mat " * 300), ("digits", "31 41 59 26 53 " * 300)):
         (tmp_path / f"{name}.txt").write_text(text)
         config = DataConfig(source="text", path=str(tmp_path / f"{name}.txt"), val_fraction=0.5, cache=str(tmp_path))
-        parts.append((prepare_text(config, tokenizer), Fraction(1, 2)))
+        parts.append((prepare_text(config), Fraction(1, 2)))
     opened, model = open_run(run), load_model(sorted((run / "checkpoints").iterdir())[-1], torch.device("cpu"))
     found = _analyse(opened, model, mix(parts), 10**9, torch.device("cpu"), torch.float32)
     for source, (dataset, _) in zip(found["sources"], parts, strict=True):

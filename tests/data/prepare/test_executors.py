@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from restomod.config.prepare import PrepareConfig
-from restomod.data.prepare import executors
-from restomod.data.prepare import units as plan_module
+from restomod.data.prepare import executors, units
 from restomod.data.prepare.executors import LocalExecutor
 from restomod.data.prepare.run import prepare_folder
 from restomod.utils.errors import UserError
@@ -61,7 +60,7 @@ def text(tmp_path: Path) -> Path:
     for i in range(8):
         write_jsonl(tmp_path / "text" / f"{i}.jsonl", texts_of(50, seed=i // 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "UNIT_BYTES", 1)
+        patch.setattr(units, "UNIT_BYTES", 1)
         prepare_folder((str(tmp_path / "text"),), PrepareConfig(), tmp_path / "reference", workers=1)
     return tmp_path / "text"
 
@@ -134,7 +133,7 @@ def test_an_error_ends_the_other_workers_at_once(tmp_path: Path, text: Path, res
 
 
 def test_a_workers_traceback_comes_along(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
     (text / "4.jsonl").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"4\.jsonl") as caught:
         prepare_folder((str(text),), PrepareConfig(), tmp_path / "out", workers=2)
@@ -346,7 +345,7 @@ def test_a_cluster_is_left_as_it_was_found(tmp_path: Path, text: Path, monkeypat
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
     before = signal.getsignal(signal.SIGTERM)
     prepare_folder((str(text),), PrepareConfig(), tmp_path / "one", 0, engine="ray")
     assert not ray.is_initialized()

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import tiktoken
 
-from restomod.data.prepare import run
-from restomod.data.prepare import units as plan_module
+from restomod.data.prepare import run, units
 from restomod.utils.errors import UserError
 from tests.data.pieces import tiny_pieces
 from tests.data.prepare.preparing import peak_memory
@@ -70,7 +69,7 @@ def test_a_long_text_that_changes_while_it_is_prepared_is_refused(
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "SPAN_BYTES", 900)
+    monkeypatch.setattr(units, "SPAN_BYTES", 900)
 
 
 @pytest.mark.parametrize("dedup", [False, True])
@@ -81,9 +80,9 @@ def test_a_file_cut_into_spans_holds_its_documents_in_order(
     write_jsonl(tmp_path / "text" / "a.jsonl", texts)
     dataset = prepared(tmp_path, val_fraction=0.0, dedup=dedup)
     assert all_tokens(dataset.train) == delimited(list(dict.fromkeys(texts)) if dedup else texts, tiktoken_gpt2)
-    units = dataset.manifest["plan"]["units"]
-    assert len(units) > 10
-    assert units[1]["span"].keys() == {"start", "stop", "of"}
+    planned = dataset.manifest["plan"]["units"]
+    assert len(planned) > 10
+    assert planned[1]["span"].keys() == {"start", "stop", "of"}
     prepared(tmp_path, "two", workers=2, val_fraction=0.0, dedup=dedup)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "two")
     assert prepared(tmp_path, val_fraction=0.0, dedup=dedup).manifest == dataset.manifest

@@ -22,11 +22,11 @@ import tiktoken
 
 from restomod.cli import main
 from restomod.config.prepare import PrepareConfig
-from restomod.data import dataset as shards_module
+from restomod.data import dataset as dataset_module
 from restomod.data.dataset import Dataset, TokenStream
 from restomod.data.prepare import folder as folder_module
-from restomod.data.prepare import run as pipeline
-from restomod.data.prepare import units as plan_module
+from restomod.data.prepare import run as prepare_run
+from restomod.data.prepare import units
 from restomod.data.prepare.run import prepare_folder
 from restomod.utils.errors import UserError
 from tests.data.prepare.preparing import (
@@ -69,7 +69,7 @@ def text(tmp_path: Path) -> dict[str, list[str]]:
 @pytest.fixture
 def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file is a unit."""
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
 
 def prepared(folder: Path, out: str = "out", workers: int = 1, **values: Any) -> Dataset:
@@ -101,7 +101,7 @@ def test_shards_hold_tiktokens_tokens_in_the_order_of_the_files(
     monkeypatch: pytest.MonkeyPatch,
     unit_bytes: int,
 ) -> None:
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
     dataset = prepared(tmp_path, val_fraction=0.3, split_seed=3)
     texts = [t for file in text.values() for t in file]
     for split, stream in (("train", dataset.train), ("val", dataset.val)):
@@ -164,7 +164,7 @@ def test_one_document_in_each_of_two_units_is_no_single_document(
 def test_dedup_keeps_the_first_occurrence_across_files_and_units(
     tmp_path: Path, tiktoken_gpt2: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
 ) -> None:
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
     chance, pool = random.Random(1), texts_of(40, seed=9)
     files = [chance.choices(pool, k=25) for _ in range(4)]
     for i, file in enumerate(files):
@@ -212,7 +212,7 @@ def test_a_finished_folder_is_found_and_nothing_written(
 ) -> None:
     first = prepared(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(pipeline, "begin", fail)
+    monkeypatch.setattr(prepare_run, "begin", fail)
     assert prepared(tmp_path).manifest == first.manifest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -259,11 +259,11 @@ def check_kills(
     chance, out = random.Random(seed), tmp_path / "killed"
     command = ("text", "--val-fraction", "0.1", "--shard-tokens", "5000", *flags, "--workers")
     finished(restomod(*command, str(workers[0]), "--out", "reference"), tmp_path)
-    units = len(list((tmp_path / "text").iterdir()))
+    n_units = len(list((tmp_path / "text").iterdir()))
     in_the_middle = 0
     for attempt in range(kills):
         process = restomod(*command, str(workers[attempt % len(workers)]), "--out", "killed")
-        done = min(len(list(out.glob(".prepare/unit_*.json"))) + chance.randrange(1, 4), units - 1)
+        done = min(len(list(out.glob(".prepare/unit_*.json"))) + chance.randrange(1, 4), n_units - 1)
         deadline = time.monotonic() + 60
         while len(list(out.glob(".prepare/unit_*.json"))) < done and process.poll() is None:
             assert time.monotonic() < deadline
@@ -274,7 +274,7 @@ def check_kills(
         else:
             os.killpg(process.pid, signal.SIGKILL)
         in_the_middle += process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
-    assert in_the_middle >= min(kills, units // 4) > 0, "the work was too short to be hit"
+    assert in_the_middle >= min(kills, n_units // 4) > 0, "the work was too short to be hit"
     finished(restomod(*command, str(workers[-1]), "--out", "killed"), tmp_path)
     assert hashes(out) == hashes(tmp_path / "reference")
     assert nothing_but_the_shards(out)
@@ -323,7 +323,7 @@ def test_a_stop_signal_is_one_line_and_leaves_no_process(
     assert not list(out.glob(".*.tmp"))
     reports: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "UNIT_BYTES", 1)
+        patch.setattr(units, "UNIT_BYTES", 1)
         prepare_folder((str(tmp_path / "text"),), PrepareConfig(), out, 1, reports.append)
     assert reports[0].startswith("resuming: ")
     assert nothing_but_the_shards(out)
@@ -334,15 +334,15 @@ def test_a_unit_that_is_finished_is_not_done_again(
 ) -> None:
     prepared(tmp_path, "reference")
     worked = []
-    work = pipeline.PrepareUnit._write
+    work = prepare_run.PrepareUnit._write
 
-    def failing(step: pipeline.PrepareUnit, unit: int, writers: Any) -> Any:
+    def failing(step: prepare_run.PrepareUnit, unit: int, writers: Any) -> Any:
         worked.append(unit)
         if worked == [0, 1, 2, 3]:
             raise KeyboardInterrupt
         return work(step, unit, writers)
 
-    monkeypatch.setattr(pipeline.PrepareUnit, "_write", failing)
+    monkeypatch.setattr(prepare_run.PrepareUnit, "_write", failing)
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path)
     prepared(tmp_path)
@@ -380,14 +380,14 @@ def refused(*arguments: Any, workers: int = 1, **values: Any) -> str:
 
 
 def interrupt_at(unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = pipeline.PrepareUnit.work
+    work = prepare_run.PrepareUnit.work
 
-    def interrupted(step: pipeline.PrepareUnit, at: int) -> None:
+    def interrupted(step: prepare_run.PrepareUnit, at: int) -> None:
         if at == unit:
             raise KeyboardInterrupt
         work(step, at)
 
-    monkeypatch.setattr(pipeline.PrepareUnit, "work", interrupted)
+    monkeypatch.setattr(prepare_run.PrepareUnit, "work", interrupted)
 
 
 @pytest.fixture
@@ -465,13 +465,13 @@ def test_with_dedup_text_that_changes_between_the_passes_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[str]], list[str]],
 ) -> None:
-    choose = pipeline.assign_splits
+    choose = prepare_run.assign_splits
 
-    def choose_then_change(out: Path, units: int, config: PrepareConfig) -> None:
-        choose(out, units, config)
+    def choose_then_change(out: Path, n_units: int, config: PrepareConfig) -> None:
+        choose(out, n_units, config)
         write_jsonl(tmp_path / "text" / "2.jsonl", change(text["2.jsonl"]))
 
-    monkeypatch.setattr(pipeline, "assign_splits", choose_then_change)
+    monkeypatch.setattr(prepare_run, "assign_splits", choose_then_change)
     assert "since" in refused(tmp_path, dedup=True)
 
 
@@ -567,7 +567,7 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
     at: int,
 ) -> None:
     prepared(tmp_path, "reference", val_fraction=0.2)
-    shard = shards_module._OpenShard
+    shard = dataset_module._OpenShard
     real, calls = getattr(shard, call), iter(range(1, 10_000))
 
     def full(self: Any, *arguments: Any) -> Any:

@@ -17,7 +17,7 @@ import pytest
 
 from restomod.cli import main
 from restomod.data.prepare import slurm as slurm_module
-from restomod.data.prepare import units as plan_module
+from restomod.data.prepare import units
 from tests.data.prepare.preparing import hashes, nothing_but_the_shards, texts_of, write_jsonl
 
 STAND_IN = f"""#!{sys.executable}
@@ -127,7 +127,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Path:
     """Four files in a folder with a space in its name; the reference is what one process makes of them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for i in range(4):
         write_jsonl(tmp_path / "my text" / f"{i}.jsonl", texts_of(20, seed=i // 2))
     for out, flags in {"reference": [], "deduplicated": ["--dedup"]}.items():

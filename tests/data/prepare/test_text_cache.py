@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
 import shutil
@@ -18,7 +20,6 @@ from restomod.data.dataset import Dataset, TokenStream
 from restomod.data.prepare import text_cache, units, worker
 from restomod.data.prepare.run import prepare_folder
 from restomod.data.prepare.text_cache import prepare_text
-from restomod.data.tokenizer import Tokenizer
 from restomod.utils import locks
 from restomod.utils.errors import UserError
 from restomod.utils.temporary import Temporary
@@ -57,23 +58,21 @@ def all_tokens(stream: TokenStream) -> list[int]:
 # --- what is written ----------------------------------------------------------------------------------------
 
 
-def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path) -> None:
     repository = Path(__file__).parents[3]
     play = repository.parent / "shared/data/tinyshakespeare/input.txt"
     if not play.exists():
         pytest.skip("needs TinyShakespeare's text in ../shared/data/tinyshakespeare/input.txt")
     config = DataConfig(source="tinyshakespeare", path=str(play), val_fraction=0.0, cache=str(tmp_path))
-    dataset = prepare_text(config, tokenizer)
+    dataset = prepare_text(config)
     assert (len(dataset.train), len(dataset.val)) == (338_025, 0)
 
 
-def test_train_and_prepare_make_the_same_tokens(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_and_prepare_make_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several units of work, too."""
     write_documents(tmp_path, numbered(60))
     monkeypatch.setattr(units, "UNIT_BYTES", 500)
-    cached = prepare_text(text_config(tmp_path), tokenizer)
+    cached = prepare_text(text_config(tmp_path))
     settings = PrepareConfig(val_fraction=0.3)
     prepared = prepare_folder((str(tmp_path / "text"),), settings, tmp_path / "out", workers=1)
     assert len(cached.manifest["splits"]["val"]["shards"]) > 2
@@ -99,7 +98,7 @@ def test_train_and_prepare_make_the_same_tokens(
     ],
 )
 def test_a_source_without_text_is_refused(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
@@ -108,7 +107,7 @@ def test_a_source_without_text_is_refused(
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "manifest.json").write_text("{}")
     with pytest.raises(UserError) as caught:
-        prepare_text(DataConfig(source="text", cache=str(tmp_path / "cache"), **values), tokenizer)
+        prepare_text(DataConfig(source="text", cache=str(tmp_path / "cache"), **values))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("text*"))
@@ -124,18 +123,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.05, 0.5, 0.999999])
 @pytest.mark.parametrize("n", [2, 3, 10])
-def test_neither_split_is_empty_where_validation_is_asked_for(
-    tmp_path: Path, tokenizer: Tokenizer, n: int, val_fraction: float
-) -> None:
+def test_neither_split_is_empty_where_validation_is_asked_for(tmp_path: Path, n: int, val_fraction: float) -> None:
     write_documents(tmp_path, numbered(n))
-    dataset = prepare_text(text_config(tmp_path, val_fraction), tokenizer)
+    dataset = prepare_text(text_config(tmp_path, val_fraction))
     assert min(len(dataset.train), len(dataset.val)) > 0
     assert all_tokens(dataset.train).count(END) + all_tokens(dataset.val).count(END) == n
 
 
-def test_one_text_repeated_is_all_for_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_one_text_repeated_is_all_for_training(tmp_path: Path) -> None:
     write_documents(tmp_path, ["the same"] * 4)
-    dataset = prepare_text(text_config(tmp_path, val_fraction=0.5), tokenizer)
+    dataset = prepare_text(text_config(tmp_path, val_fraction=0.5))
     assert len(dataset.train) == 4 * 3
     assert len(dataset.val) == 0
 
@@ -163,19 +160,19 @@ def fail(*_: object) -> NoReturn:
 
 
 def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
-    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    book: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = prepare_text(book, tokenizer)
+    first = prepare_text(book)
     before = state(Path(book.cache))
     monkeypatch.setattr(BulkEncoder, "encode", fail)
-    second = prepare_text(book, tokenizer)
+    second = prepare_text(book)
     assert state(Path(book.cache)) == before
     assert second.manifest == first.manifest
 
 
-def test_the_folder_is_named_after_its_source(book: DataConfig, tokenizer: Tokenizer) -> None:
+def test_the_folder_is_named_after_its_source(book: DataConfig) -> None:
     assert folders(book) == []
-    folder = prepare_text(book, tokenizer).folder
+    folder = prepare_text(book).folder
     assert folders(book) == [folder.name]
     assert re.fullmatch("text-[0-9a-f]{12}", folder.name)
 
@@ -194,24 +191,60 @@ SIX = numbered(6)
     ],
 )
 def test_what_changes_the_tokens_gets_another_folder(
-    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, texts: list[str], values: dict[str, Any]
+    tmp_path: Path, book: DataConfig, texts: list[str], values: dict[str, Any]
 ) -> None:
-    first = prepare_text(book, tokenizer)
+    first = prepare_text(book)
     write_documents(tmp_path, texts)
-    second = prepare_text(text_config(tmp_path, **values), tokenizer)
+    second = prepare_text(text_config(tmp_path, **values))
     assert first.folder != second.folder
     assert first.folder.exists()
 
 
-def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: DataConfig, tokenizer: Tokenizer) -> None:
-    first = prepare_text(book, tokenizer)
+def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: DataConfig) -> None:
+    """And are described as they are now."""
+    first = prepare_text(book)
     (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "000.md")
-    assert prepare_text(book, tokenizer).folder == first.folder
+    again = prepare_text(book)
+    assert again.folder == first.folder
+    names = [[Path(f).name for f in dataset.manifest["plan"]["units"][0]["files"]] for dataset in (first, again)]
+    assert [sorted(of)[0] for of in names] == ["0000.txt", "000.md"]
+
+
+def test_a_document_of_several_units_is_not_taken_for_one_of_a_single_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is written after a separator, the second without one."""
+    write_documents(tmp_path, ["The only text."])
+    (tmp_path / "text" / "blank.jsonl").write_text('{"text": ""}\n')
+    alone = prepare_text(text_config(tmp_path, val_fraction=0.0))
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    beside = prepare_text(text_config(tmp_path, val_fraction=0.0))
+    assert [all_tokens(dataset.train).count(END) for dataset in (alone, beside)] == [0, 1]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, units.UNIT_BYTES])
+def test_progress_is_shown_within_a_unit_and_after_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unit_bytes: int
+) -> None:
+    monkeypatch.setattr(text_cache, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+    if unit_bytes == 1:
+        write_documents(tmp_path, numbered(3))
+        expected = [f"{n} of 3" for n in (1, 2, 3)]
+    else:
+        (tmp_path / "text").mkdir()
+        records = "".join(json.dumps({"text": text}) + "\n" for text in numbered(2000))
+        (tmp_path / "text" / "a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
+        expected = [f"{n:,} of 2,000" for n in range(16, 2001, 16)] + ["2,000 of 2,000"]
+    prepare_text(text_config(tmp_path))
+    assert capsys.readouterr().err.splitlines() == [
+        f"preparing text: {progress} documents are tokenized" for progress in expected
+    ]
 
 
 @pytest.mark.parametrize("at_document", [0, 3])
 def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
-    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_document: int
+    book: DataConfig, monkeypatch: pytest.MonkeyPatch, at_document: int
 ) -> None:
     calls, encode = iter(range(100)), BulkEncoder.encode
 
@@ -224,39 +257,39 @@ def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
         patch.setattr(worker, "BATCH_CHARACTERS", 1)  # each document by itself
         patch.setattr(BulkEncoder, "encode", fail_at)
         with pytest.raises(RuntimeError):
-            prepare_text(book, tokenizer, shard_tokens=10)
+            prepare_text(book, shard_tokens=10)
     assert folders(book) == []
-    assert prepare_text(book, tokenizer).manifest["documents"] == 6
+    assert prepare_text(book).manifest["documents"] == 6
 
 
 def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
-    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    book: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed process cleans nothing up, and in a container the next one often has the same process id."""
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         patch.setattr(BulkEncoder, "encode", fail)
         with pytest.raises(RuntimeError):
-            prepare_text(book, tokenizer)
-    assert prepare_text(book, tokenizer).manifest["documents"] == 6
+            prepare_text(book)
+    assert prepare_text(book).manifest["documents"] == 6
 
 
-def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig, tokenizer: Tokenizer) -> None:
-    folder = prepare_text(book, tokenizer).folder
+def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig) -> None:
+    folder = prepare_text(book).folder
     (folder / "manifest.json").unlink()
     (folder / "train_00000_000000.bin").write_bytes(b"half of this")
-    assert prepare_text(book, tokenizer).manifest["documents"] == 6
+    assert prepare_text(book).manifest["documents"] == 6
 
 
-def test_a_damaged_folder_is_refused(book: DataConfig, tokenizer: Tokenizer) -> None:
-    folder = prepare_text(book, tokenizer).folder
+def test_a_damaged_folder_is_refused(book: DataConfig) -> None:
+    folder = prepare_text(book).folder
     (folder / "train_00000_000000.bin").write_bytes(b"half of this")
     with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it anew"):
-        prepare_text(book, tokenizer)
+        prepare_text(book)
 
 
 def test_a_text_that_changes_while_it_is_prepared_is_refused(
-    tmp_path: Path, book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, book: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assign_splits = text_cache.assign_splits
 
@@ -266,12 +299,12 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(
 
     monkeypatch.setattr(text_cache, "assign_splits", change_and_assign)
     with pytest.raises(UserError, match=r"0003\.txt has changed since it was first read; run the same command again"):
-        prepare_text(book, tokenizer)
+        prepare_text(book)
     assert folders(book) == []
 
 
 def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
-    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    book: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process may be about to open it. Without locks, nothing else keeps the two apart."""
     monkeypatch.setattr(locks, "fcntl", None)
@@ -282,20 +315,18 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
 
     def overtaken(encoder: BulkEncoder, texts: list[str]) -> list[np.ndarray]:
         monkeypatch.setattr(BulkEncoder, "encode", encode)
-        others.append(prepare_text(book, tokenizer))
+        others.append(prepare_text(book))
         finished.update(state(others[0].folder))
         return encode(encoder, texts)
 
     monkeypatch.setattr(BulkEncoder, "encode", overtaken)
-    mine = prepare_text(book, tokenizer)
+    mine = prepare_text(book)
     assert mine.manifest == others[0].manifest
     assert folders(book) == [mine.folder.name]
     assert state(mine.folder) == finished
 
 
-def test_of_several_that_ask_at_once_one_works(
-    book: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_several_that_ask_at_once_one_works(book: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     write, written = text_cache._prepare, []
 
     def slow(*arguments: Any) -> None:
@@ -305,7 +336,7 @@ def test_of_several_that_ask_at_once_one_works(
 
     monkeypatch.setattr(text_cache, "_prepare", slow)
     found: list[Dataset] = []
-    threads = [threading.Thread(target=lambda: found.append(prepare_text(book, tokenizer))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(prepare_text(book))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -315,30 +346,26 @@ def test_of_several_that_ask_at_once_one_works(
     assert folders(book) == [found[0].folder.name]
 
 
-def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(
-    book: DataConfig, tokenizer: Tokenizer
-) -> None:
+def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(book: DataConfig) -> None:
     cache = Path(book.cache)
-    prepare_text(book, tokenizer)
+    prepare_text(book)
     killed, foreign = cache / f".restomod.{'a1' * 8}.tmp", cache / ".mine.tmp"
     with Temporary(cache, "folder") as at_work:
         for folder in (killed, foreign):
             folder.mkdir()
         for folder in (killed, foreign, at_work.path):
             (folder / "train_00000_000000.bin").write_bytes(b"half of it")
-        prepare_text(book, tokenizer)
+        prepare_text(book)
         assert [path.exists() for path in (killed, foreign, at_work.path)] == [False, True, True]
 
 
 # --- tokens that are there already --------------------------------------------------------------------------
 
 
-def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path) -> None:
     write_documents(tmp_path, numbered(9))
     made = prepare_folder((str(tmp_path / "text"),), PrepareConfig(val_fraction=0.3), tmp_path / "out", workers=1)
-    opened = prepare_text(
-        DataConfig(source="tokens", path=str(tmp_path / "out"), cache=str(tmp_path / "cache")), tokenizer
-    )
+    opened = prepare_text(DataConfig(source="tokens", path=str(tmp_path / "out"), cache=str(tmp_path / "cache")))
     assert opened.manifest == made.manifest
     assert all_tokens(opened.train) == all_tokens(made.train)
     assert not (tmp_path / "cache").exists()
@@ -351,19 +378,17 @@ def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path, tokenizer: Tok
         ("nowhere", "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere` makes one"),
     ],
 )
-def test_missing_tokens_are_refused(tokenizer: Tokenizer, path: str | None, said: str) -> None:
+def test_missing_tokens_are_refused(path: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        prepare_text(DataConfig(source="tokens", path=path), tokenizer)
+        prepare_text(DataConfig(source="tokens", path=path))
 
 
-def test_where_folders_cannot_be_renamed_the_cache_is_the_same(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_folders_cannot_be_renamed_the_cache_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = text_config(tmp_path)
     write_documents(tmp_path, numbered(5))
-    expected = contents(prepare_text(config, tokenizer).folder)
+    expected = contents(prepare_text(config).folder)
     shutil.rmtree(config.cache)
     refuse_renaming_folders(monkeypatch)
-    dataset = prepare_text(config, tokenizer)
+    dataset = prepare_text(config)
     assert contents(dataset.folder) == expected
     assert [path.name for path in Path(config.cache).iterdir()] == [dataset.folder.name]

@@ -77,11 +77,11 @@ def test_a_relative_source_makes_the_plan_of_the_absolute_one(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absolute = plan_units((str(text),), CONFIG)
-    described = describe((str(text),), CONFIG, absolute, "f" * 64)
+    described = describe((str(text),), CONFIG, absolute)
     for folder, source in ((tmp_path, "text"), (tmp_path, "./text/"), (text, ".")):
         monkeypatch.chdir(folder)
         assert plan_units((source,), CONFIG) == absolute
-        assert describe((source,), CONFIG, plan_units((source,), CONFIG), "f" * 64) == described
+        assert describe((source,), CONFIG, plan_units((source,), CONFIG)) == described
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_relative_source_makes_the_plan_of_the_absolute_one(
     ],
 )
 def test_the_data_is_named_after_its_sources(sources: tuple[str, ...], name: str) -> None:
-    assert describe(sources, CONFIG, [], "f" * 64)["name"] == name
+    assert describe(sources, CONFIG, [])["name"] == name
 
 
 @pytest.mark.parametrize("built_in", module.BUILT_IN)
@@ -194,7 +194,7 @@ def test_a_description_of_spans_survives_json_and_that_of_whole_files_is_as_it_w
     (tmp_path / "a.jsonl").write_bytes(b"x" * 100)
     monkeypatch.setattr(module, "SPAN_BYTES", 60)
     sources = (str(text), str(tmp_path / "a.jsonl"), "python-stdlib")
-    description = describe(sources, CONFIG, plan_units(sources, CONFIG), "f" * 64)
+    description = describe(sources, CONFIG, plan_units(sources, CONFIG))
     assert json.loads(json.dumps(description)) == description
     assert [set(unit) for unit in description["units"]] == [
         {"files", "bytes", "source"},
@@ -219,10 +219,10 @@ def test_another_size_of_a_file_is_another_plan_of_each_of_its_spans(
 
 def test_the_plan_of_the_standard_library_names_the_python_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def described() -> dict[str, object]:
-        return describe(("python-stdlib",), CONFIG, plan_units(("python-stdlib",), CONFIG), "f" * 64)
+        return describe(("python-stdlib",), CONFIG, plan_units(("python-stdlib",), CONFIG))
 
     mine = described()
     assert mine == described()
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
     assert described() != mine
-    assert "python" not in describe(("a",), CONFIG, [Unit(("a",), 1)], "f" * 64)
+    assert "python" not in describe(("a",), CONFIG, [Unit(("a",), 1)])

@@ -113,7 +113,7 @@ def analyse_errors(
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
-        dataset = prepare_text(run.config.data, gpt2_tokenizer())
+        dataset = prepare_text(run.config.data)
         trained_on = run.manifest.get("fingerprint")
         if trained_on is not None and trained_on != dataset.fingerprint:
             raise UserError("its data has changed since it was trained")

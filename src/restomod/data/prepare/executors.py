@@ -34,6 +34,7 @@ from datatrove.executor.ray import RayPipelineExecutor
 from restomod.config.prepare import Engine
 from restomod.data.prepare.worker import WORK, UnitStep, quiet_datatrove
 from restomod.utils.errors import UserError
+from restomod.utils.text import counted
 
 RAY_LAST = Path("/tmp/ray/ray_current_cluster")  # `ray start` leaves its address there, and `ray.init` looks there
 RESUME = "finished units are kept, and the same command resumes with the rest"
@@ -74,7 +75,7 @@ def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[No
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         processors = ray.cluster_resources().get("CPU", 0)
-        report(f"on Ray: {processors:g} processors of {len(nodes)} machine{'' if len(nodes) == 1 else 's'}")
+        report(f"on Ray: {processors:g} processors of {counted(len(nodes), 'machine')}")
         yield
     finally:
         ray.shutdown()

@@ -34,7 +34,7 @@ from restomod.data.manifest import (
 from restomod.data.prepare.units import Unit, describe, kinds_of, plan_units
 from restomod.data.prepare.worker import SLURM, WORK, failure_path, hashes_path, record_path
 from restomod.data.read_counts import ReadCounts
-from restomod.data.tokenizer import gpt2_tokenizer
+from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside, write_json_atomically
 from restomod.utils.json_files import checked
@@ -77,7 +77,7 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
     units = plan_units(sources, config, begun, counts)
     if not there and out.exists() and any(path.name != WORK for path in out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
-    return Work(out, config, units, describe(sources, config, units, gpt2_tokenizer().sha256), counts)
+    return Work(out, config, units, describe(sources, config, units), counts)
 
 
 @contextlib.contextmanager
@@ -182,7 +182,7 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
 
 def finish_folder(work: Work) -> None:
     """Write the manifest from the units' records, and remove the working files. Raises UserError without any text."""
-    out, description, tokenizer = work.out, work.description, gpt2_tokenizer()
+    out, description = work.out, work.description
     records = [read_unit(record_path(out, unit)) for unit in range(len(work.units))]
     splits = {}
     for split in SPLITS:
@@ -201,8 +201,8 @@ def finish_folder(work: Work) -> None:
         {
             "format": MANIFEST_FORMAT,
             "name": description["name"],
-            "fingerprint": hashlib.sha256((tokenizer.sha256 + shards).encode()).hexdigest(),
-            "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "sha256")},
+            "fingerprint": hashlib.sha256((Tokenizer.sha256 + shards).encode()).hexdigest(),
+            "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
             "documents": documents,
             "duplicates": sum(record["duplicates"] for record in records),
             "tokens": sum(split["tokens"] for split in splits.values()),

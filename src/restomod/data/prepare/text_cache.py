@@ -30,7 +30,7 @@ from restomod.utils.temporary import Temporary, remove_leftovers
 REPORT_SECONDS = 5.0
 
 
-def prepare_text(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> Dataset:
+def prepare_text(config: DataConfig, shard_tokens: int = SHARD_TOKENS) -> Dataset:
     """Return the dataset of ``config``, preparing its text in this process unless an equal one is in the cache.
 
     The text is cut into units of work and prepared as `restomod prepare` does, except that all documents are hashed
@@ -62,8 +62,8 @@ def prepare_text(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = S
         units = plan_units((source,), settings, counts=left_out)
     hashes = [hash_documents(unit_documents(unit, settings, None, read), config.split_seed) for unit in units]
     name = source_name(config)
-    description = describe((source,), settings, units, tokenizer.sha256) | {"name": name}
-    folder = Path(config.cache) / f"{name}-{_key(settings, tokenizer, hashes)[:12]}"
+    description = describe((source,), settings, units) | {"name": name}
+    folder = Path(config.cache) / f"{name}-{_key(settings, hashes)[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     if not (folder / MANIFEST).exists():
@@ -78,10 +78,11 @@ def prepare_text(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int = S
                         shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is not whole
                         move_folder(temporary.path, folder, MANIFEST)
                         fsync_path(folder.parent)
-    dataset = open_dataset(folder, tokenizer.sha256)
+    dataset = open_dataset(folder, Tokenizer.sha256)
     # perhaps of equal text in files of other names: reported as they are now
     counts = merge_counts([left_out.to_dict(), read.to_dict()])
-    return dataclasses.replace(dataset, manifest=dataset.manifest | ({READ: counts} if counts else {}))
+    manifest = dataset.manifest | {"plan": description} | ({READ: counts} if counts else {})
+    return dataclasses.replace(dataset, manifest=manifest)
 
 
 def _path_of_text(config: DataConfig) -> Path:
@@ -98,11 +99,13 @@ def _path_of_text(config: DataConfig) -> Path:
     return path
 
 
-def _key(settings: PrepareConfig, tokenizer: Tokenizer, hashes: list[np.ndarray]) -> str:
+def _key(settings: PrepareConfig, hashes: list[np.ndarray]) -> str:
     """A hash of all that decides the tokens and their split: the documents in order, the tokenizer, the settings."""
-    digest = hashlib.sha256(f"{tokenizer.sha256} {settings.split_seed} {settings.val_fraction}".encode())
+    digest = hashlib.sha256(f"{Tokenizer.sha256} {settings.split_seed} {settings.val_fraction}".encode())
     for of_unit in hashes:
         digest.update(of_unit.astype("<u8").tobytes())
+    if len(hashes) > 1 and sum(map(len, hashes)) == 1:  # written with a separator; that of a single unit is not
+        digest.update(b"units")
     return digest.hexdigest()
 
 
@@ -112,15 +115,34 @@ def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
     for unit, of_unit in enumerate(hashes):
         write_array(hashes_path(work.out, unit), of_unit, work.out)
     assign_splits(work.out, len(work.units), work.config)
-    step = PrepareUnit(work.config, work.units, work.out)
-    step.remedy = "run the same command again"
-    reported = time.monotonic()
+    step = _ReportingStep(work, sum(map(len, hashes)))
     for unit in range(len(work.units)):
-        if time.monotonic() > reported + REPORT_SECONDS:
-            reported = time.monotonic()
-            _say(f"preparing {work.description['name']}: {unit:,} of {len(work.units):,} units of work are finished")
         step.work(unit)
     finish_folder(work)
+
+
+class _ReportingStep(PrepareUnit):
+    """Prints progress every `REPORT_SECONDS`."""
+
+    remedy = "run the same command again"
+
+    def __init__(self, work: Work, total: int) -> None:
+        super().__init__(work.config, work.units, work.out)
+        self.name, self.total, self.done, self.reported = work.description["name"], total, 0, time.monotonic()
+
+    def work(self, unit: int) -> None:
+        super().work(unit)
+        self._report()
+
+    def document_done(self) -> None:
+        self.done += 1
+        if self.done % 16 == 0:
+            self._report()
+
+    def _report(self) -> None:
+        if time.monotonic() >= self.reported + REPORT_SECONDS:
+            self.reported = time.monotonic()
+            _say(f"preparing {self.name}: {self.done:,} of {self.total:,} documents are tokenized")
 
 
 def _say(line: str) -> None:

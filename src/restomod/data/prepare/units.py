@@ -25,6 +25,7 @@ from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_
 from restomod.data.read_counts import ReadCounts
 from restomod.data.readers import Span, can_be_cut, read_documents
 from restomod.data.sources import BUILT_IN, download_tinyshakespeare, python_stdlib
+from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import counted
 
@@ -158,9 +159,7 @@ def kinds_of(units: list[Unit]) -> str:
     return ", ".join([*kinds, *(unit.source for unit in units if unit.source in BUILT_IN)])
 
 
-def describe(
-    sources: tuple[str, ...], config: PrepareConfig, units: list[Unit], tokenizer_sha256: str
-) -> dict[str, Any]:
+def describe(sources: tuple[str, ...], config: PrepareConfig, units: list[Unit]) -> dict[str, Any]:
     """The plan as JSON values: equal plans make equal shards."""
     names = [Path(os.path.abspath(source)).name for source in sources]
     return {
@@ -176,7 +175,7 @@ def describe(
             | {"files": list(unit.files)}
             for unit in units
         ],
-        "tokenizer": tokenizer_sha256,
+        "tokenizer": Tokenizer.sha256,
         **({"python": platform.python_version()} if any(u.source == "python-stdlib" for u in units) else {}),
     }
 

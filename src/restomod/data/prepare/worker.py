@@ -26,7 +26,7 @@ from restomod.data.hub_datasets import fetch
 from restomod.data.manifest import READ
 from restomod.data.prepare.units import PRETOKENIZED, Unit, unit_documents
 from restomod.data.read_counts import ReadCounts
-from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from restomod.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer, require_in_vocabulary
 from restomod.utils.errors import UserError
 from restomod.utils.files import fsync_path, sha256_file, write_bytes_atomically, write_json_atomically
 from restomod.utils.temporary import Temporary
@@ -133,7 +133,7 @@ def val_limit(config: PrepareConfig) -> int:
 
 
 def write_array(path: Path, values: np.ndarray, out: Path) -> None:
-    """Write values about the documents of a unit, shape (n,): to `hashes_path`, `split_hash`es as uint64."""
+    """Save a value per document of a unit, shape (n,), as .npy, atomically: hashes (uint64) or destinations (uint8)."""
     content = io.BytesIO()
     np.save(content, values)
     write_bytes_atomically(path, content.getvalue(), out)
@@ -180,6 +180,9 @@ class PrepareUnit(UnitStep):
         if downloads := self.downloads(unit):
             shutil.rmtree(downloads, ignore_errors=True)
 
+    def document_done(self) -> None:
+        """Called after each document, for subclasses that show progress."""
+
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
         """Write the documents; return counts of documents and text bytes by destination, and `ReadCounts.to_dict`."""
         read = ReadCounts()
@@ -197,6 +200,7 @@ class PrepareUnit(UnitStep):
                 for _, parts in encoded(head, encoder, config.split_seed, hashes, self.remedy):
                     counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
                 counts["all"]["documents"] = 1  # a part of it in each split
+                self.document_done()
                 return counts, read.to_dict()
             documents = chain(head, documents)
         limit = val_limit(config)
@@ -210,6 +214,7 @@ class PrepareUnit(UnitStep):
                 counts[split]["text_bytes"] += tokenizer.byte_length(part)
             counts[split]["documents"] += 1
             counts["all"]["documents"] += split != "duplicates"
+            self.document_done()
         return counts, read.to_dict()
 
 
@@ -317,10 +322,7 @@ def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Toke
     documents = text_bytes = 0
     for start in range(0, len(tokens), COPY_TOKENS):
         part = np.asarray(tokens[start : start + COPY_TOKENS])
-        if part.max() >= tokenizer.vocab_size:
-            raise UserError(
-                f"{name} holds token {part.max()}, and GPT-2's vocabulary ends at {tokenizer.vocab_size - 1}"
-            )
+        require_in_vocabulary(part, name)
         documents += int(np.count_nonzero(part == END_OF_TEXT))
         text_bytes += tokenizer.byte_length(part)
     blob, count = path.resolve(), len(tokens)
