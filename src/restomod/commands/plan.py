@@ -11,7 +11,7 @@ from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, r
 from restomod.config.model import require_size
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
-from restomod.experiments.plan.hardware import find_gpu
+from restomod.experiments.plan.hardware import find_gpu, precision_on
 from restomod.experiments.plan.prices import read_prices
 from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
@@ -93,9 +93,7 @@ def _plan(name: str, given: PlanArguments) -> Plan:
 
         found = dtype_name(choose_dtype(config.precision, torch.device(config.device)))
         return Plan(name, config, precision=found, device_type=config.device)  # type: ignore[arg-type]
-    half = gpu.half if gpu is not None else "bf16"
-    precision = half if config.precision == "auto" else config.precision
-    return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision)
+    return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision_on(gpu, config))
 
 
 def _measure(name: str, config: RunConfig) -> MeasuredStep:
