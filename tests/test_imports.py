@@ -260,8 +260,9 @@ CHECKING = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
 @pytest.mark.parametrize(
     ("line", "allowed"),
     [
-        ("--help", PARSING),
+        ("--help", set()),
         ("train quickstart --help", PARSING),
+        ("plan quickstart --help", PARSING | CHECKING | {"numpy"}),
         ("report run", PARSING | CHECKING | {"numpy", "plotly"}),
         ("compare run run2", PARSING | CHECKING | {"numpy", "rich", "scipy", "markdown_it", "mdurl", "pygments"}),
         ("verdict run --no-weights", PARSING | CHECKING | {"numpy", "rich"}),

@@ -13,7 +13,7 @@ from restomod.cli import main
 from restomod.config.presets import preset
 from restomod.model.flops import flops_per_token, parameter_count
 from restomod.runs import reader
-from restomod.runs.reader import open_run
+from restomod.runs.reader import newest_checkpoint, open_run
 from restomod.utils.errors import UserError
 from tests.runs.made_runs import SMALL, train, val, write_run
 
@@ -23,11 +23,7 @@ def test_steps_are_in_order_each_once_and_the_later_record_counts(tmp_path: Path
     run = open_run(write_run(tmp_path / "a", SMALL, records))
     assert [(r["step"], r["loss"]) for r in run.train] == [(0, 9.0), (1, 6.0), (2, 7.0)]
     assert [(r["step"], r["loss"]) for r in run.val] == [(1, 5.0)]
-
-
-def test_time_spent_counts_what_was_done_again(tmp_path: Path) -> None:
-    records = [train(0, 9.0, ms=1500), train(0, 9.0, ms=500), val(0, 3.0), train(1, 9.0) | {"ms": None}]
-    assert open_run(write_run(tmp_path / "a", SMALL, records)).seconds == 2.0
+    assert run.updates == 3
 
 
 @pytest.mark.parametrize("command", [["verdict", "--no-weights"], ["compare"], ["report"]])
@@ -54,7 +50,17 @@ def test_a_run_that_has_just_begun_has_nothing_to_tell(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").unlink()
     run = open_run(folder)
-    assert (run.train, run.val, run.samples, run.evaluations, run.environments, run.seconds) == ([], [], [], [], [], 0)
+    assert (run.train, run.val, run.samples, run.evaluations, run.environments, run.updates) == ([], [], [], [], [], 0)
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("step_9", "step_10", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == "step_10"
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable" / "checkpoints").touch()
+    assert newest_checkpoint(tmp_path / "unreadable") is None
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:

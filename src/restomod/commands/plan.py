@@ -11,16 +11,15 @@ from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, r
 from restomod.config.model import require_size
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
-from restomod.experiments.plan.estimate import MeasuredStep, Plan
-from restomod.experiments.plan.hardware import find_gpu
+from restomod.experiments.plan.hardware import find_gpu, precision_on
 from restomod.experiments.plan.prices import read_prices
-from restomod.experiments.plan.text import plan_lines
 from restomod.utils.errors import UserError
 from restomod.utils.files import write_json_atomically
 from restomod.utils.output_files import Output, require_outputs, write_outputs
 
-if TYPE_CHECKING:  # torch is imported for measuring only
+if TYPE_CHECKING:  # these import torch
     from restomod.bench.report import Report
+    from restomod.experiments.plan.estimate import MeasuredStep, Plan
 
 MEMORY_HINT = "lower --micro-batch, --batch-tokens or --sequence-length"
 TIMED = 2  # steps, whole and by phase
@@ -54,6 +53,9 @@ def run(arguments: list[str]) -> int:
     _refuse(given)
     refuse_ignored(rest, ignored_by_run(given.config))
     prices = read_prices(given.prices)
+
+    from restomod.experiments.plan.text import plan_lines
+
     plan = _plan(name, given)
     print("\n".join(plan_lines(plan, prices)))  # all of it, or the one line of an error
     if given.json is not None:
@@ -76,6 +78,8 @@ def _refuse(given: PlanArguments) -> None:
 
 
 def _plan(name: str, given: PlanArguments) -> Plan:
+    from restomod.experiments.plan.estimate import Plan
+
     config = given.config
     if given.measure:
         measured = _measure(name, config)
@@ -89,9 +93,7 @@ def _plan(name: str, given: PlanArguments) -> Plan:
 
         found = dtype_name(choose_dtype(config.precision, torch.device(config.device)))
         return Plan(name, config, precision=found, device_type=config.device)  # type: ignore[arg-type]
-    half = gpu.half if gpu is not None else "bf16"
-    precision = half if config.precision == "auto" else config.precision
-    return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision)
+    return Plan(name, config, given.gpu, given.gpus, given.price, precision=precision_on(gpu, config))
 
 
 def _measure(name: str, config: RunConfig) -> MeasuredStep:
@@ -108,6 +110,7 @@ def _measure(name: str, config: RunConfig) -> MeasuredStep:
 def measured_of(report: Report) -> MeasuredStep:
     """Time and memory of a step, from a benchmark."""
     from restomod.engine.memory import estimate_memory
+    from restomod.experiments.plan.estimate import MeasuredStep
 
     config, phases = report.config, report.phases_ms
     count = config.batch_sequences // report.micro_batch

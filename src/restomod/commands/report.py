@@ -58,7 +58,8 @@ class ReportArguments(PriceArguments):
     device: Device = "auto"
     """Device of the error analysis. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
-    """Compute dtype of the error analysis. auto: bf16 where the device is fast in it."""
+    """Compute dtype of the error analysis. auto: bf16 if supported in hardware, else fp16 on a GPU that has it, else
+    fp32."""
 
 
 def run(arguments: list[str]) -> int:

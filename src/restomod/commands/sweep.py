@@ -151,8 +151,7 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     decided = {flag for flag, why in ignored.items() if why.split()[1][2:].replace("-", "_") not in swept}
     refuse_ignored(flags, {flag: ignored[flag] for flag in decided})
     require_seed("the last seed", config.seed + given.seeds - 1)
-    data = config.data
-    if data.val_fraction == 0 and data.source != "tokens" and data.mix is None and "data.val_fraction" not in swept:
+    if not config.data.has_validation and "data.val_fraction" not in swept:
         raise UserError(
             "a sweep compares validation losses, and there is no validation split; add --data.val-fraction 0.05"
         )

@@ -90,6 +90,11 @@ class DataConfig:
             require(self.path is None, "data.mix names the folders of tokens itself; leave data.path out")
             self.mixed()
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split, as far as the settings tell: prepared tokens may lack one."""
+        return self.val_fraction > 0 or self.source == "tokens" or self.mix is not None
+
     def mixed(self) -> list[tuple[str, Fraction]]:
         """The folders of `mix` and their shares, which add up to 1.
 

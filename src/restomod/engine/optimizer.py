@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
@@ -146,6 +145,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     Hyperparameters are left out: they are functions of the configuration and the step. The state of an optimizer that
     has not stepped yet is created first, for which all processes have to call this. Sharded state is in DTensors.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict  # takes long
+
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     flat = cast(dict[str, Any], get_optimizer_state_dict(model, tuple(optimizer.parts), options=options))
     tensors = {name: _as_tensor(value) for name, value in flat.items() if name.startswith("state.")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import calendar
+import contextlib
 import math
 import os
 import time
@@ -118,9 +119,9 @@ class Run:
         return [by_step[step] for step in sorted(by_step)]
 
     @property
-    def seconds(self) -> float:
-        """Time in steps, repeated steps included."""
-        return sum(r.get("ms") or 0.0 for r in self.records if r["kind"] == "train") / 1000
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.train[-1]["step"] + 1 if self.train else 0
 
     @cached_property
     def starts(self) -> list[tuple[float, int]]:
@@ -193,9 +194,10 @@ class Run:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The name of a run's newest checkpoint folder."""
-    checkpoints = list_checkpoints(folder)
-    return checkpoints[-1].name if checkpoints else None
+    """The name of a run's newest checkpoint folder; None if there is none, or they cannot be listed."""
+    with contextlib.suppress(OSError):
+        return next((path.name for path in reversed(list_checkpoints(folder))), None)
+    return None
 
 
 def read_optional(path: Path, what: str, kind: Any, warn: Callable[[str], None]) -> Any | None:

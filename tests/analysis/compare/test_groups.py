@@ -130,6 +130,7 @@ def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_p
     assert any(note.startswith("blind: no validation") for note in found.notes)
     assert found.groups[0].final is not None
     assert found.groups[0].final.mean == 5.0
+    assert "not comparable: not every run here has a validation loss" in comparison_markdown(found, "tokens")
 
 
 def test_one_run_alone(tmp_path: Path) -> None:
@@ -270,9 +271,9 @@ def test_a_summary_is_numpys() -> None:
     found = summarize(values)
     assert (found.n, found.mean) == (4, pytest.approx(np.mean(values)))
     assert found.sd == pytest.approx(np.std(values, ddof=1))
-    assert found.shown(2) == "4.17 ± 0.22"
+    assert found.shown() == "4.1750 ± 0.2217"
     assert summarize([4.25]).sd is None
-    assert summarize([4.25]).shown(2) == "4.25"
+    assert summarize([4.25]).shown() == "4.2500"
 
 
 @pytest.mark.parametrize("d", [0.5, -3.0, 40.0])

@@ -46,7 +46,7 @@ def test_build_nanogpt_on_eight_a100() -> None:
     hours, dollars = (10.86 - 3) / 3, 155.53 * (10.86 - 3) / 10.86 / 3
     price = 155.53 / 10.86 / 8  # $1.79 for a GPU and an hour
     plan = on("a100", 8, price)
-    predicted = from_another(plan, "after build-nanogpt")
+    predicted = from_another(plan, "a run based on build-nanogpt")
     assert predicted[0] == pytest.approx(hours, rel=0.02)
     assert predicted[1] == pytest.approx(dollars, rel=0.02)
     assert (plan.seconds or 0) / HOUR == pytest.approx(hours, rel=0.04)
@@ -80,7 +80,7 @@ def test_four_rtx_3090() -> None:
     """Published: about 11 h and $7 for 10B tokens. Ours, from one 3090 Ti's share of its peak: 11.6 h, $7.4; +6 %."""
     price = 7 / (4 * 11)
     plan = on("rtx3090", 4, price)
-    ti = speed_of("a build-nanogpt by steps")
+    ti = speed_of("a series of optimizations like build-nanogpt's")
     there = dataclasses.replace(ti, gpu="RTX 3090", tokens_per_second=ti.tokens_per_second * 71 / 80)  # the same share
     hours = plan.work_tokens / tokens_per_second(there, plan.config, 4) / HOUR
     assert hours == pytest.approx(11, rel=0.10)
@@ -130,6 +130,22 @@ def test_a_model_that_does_not_fit_has_no_time() -> None:
     assert "does not fit" in (plan.unknown_speed or "")
     too_many = dataclasses.replace(GPT2, micro_batch=128)
     assert on("rtx3090", 1, config=too_many).fits is False
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "gpu", "gpus", "micro_batch", "said"),
+    [
+        ("gpt2-124m", "a100", 1, None, "; largest micro-batch 205"),
+        ("gpt2-124m", "a100", 8, None, "; largest micro-batch 64 (all sequences of a GPU)"),
+        ("gpt2-124m", "rtx3090", 1, 128, "; largest micro-batch 49; this one does not fit"),
+        ("gpt2-1558m", "rtx3090", 1, None, "; not even one sequence fits"),
+    ],
+)
+def test_the_largest_micro_batch_is_said(
+    preset_name: str, gpu: str, gpus: int, micro_batch: int | None, said: str
+) -> None:
+    config = dataclasses.replace(preset(preset_name), micro_batch=micro_batch)
+    assert dict(plan_rows(Plan(preset_name, config, gpu, gpus)))["  total"].endswith(said)
 
 
 @pytest.mark.parametrize(

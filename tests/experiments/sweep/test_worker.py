@@ -20,7 +20,7 @@ import pytest
 
 from restomod.cli import main
 from restomod.commands.sweep import split
-from restomod.experiments.sweep import worker as sweep_module
+from restomod.experiments.sweep import worker as worker_module
 from restomod.experiments.sweep.gpu_time import Interval, TrialTimes, gpu_in_use
 from restomod.experiments.sweep.journal import drop_torn_line
 from restomod.experiments.sweep.worker import Limits, patiently
@@ -315,8 +315,8 @@ def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_waited_for_and_then_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "POLL", 0.01)
-    monkeypatch.setattr(sweep_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(worker_module, "POLL", 0.01)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
     problems = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "journal")] * 3
 
     def work() -> str:

@@ -29,9 +29,9 @@ class Summary:
     sd: float | None
     """Sample standard deviation (n - 1); None for a single value."""
 
-    def shown(self, digits: int = 4) -> str:
+    def shown(self) -> str:
         """As text: mean ± standard deviation."""
-        return f"{self.mean:.{digits}f}" + (f" ± {self.sd:.{digits}f}" if self.sd is not None else "")
+        return f"{self.mean:.4f}" + (f" ± {self.sd:.4f}" if self.sd is not None else "")
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class Comparison:
         return {
             "folder": str(run.folder),
             "seed": run.config.seed,
-            "step": updates_made(run),
+            "step": run.updates,
             "steps": run.config.steps,
-            "tokens": run.tokens_at(updates_made(run)),
-            "flops": run.flops_at(updates_made(run)),
+            "tokens": run.tokens_at(run.updates),
+            "flops": run.flops_at(run.updates),
             "hours_in_steps": hours_in_steps(run),
             "dollars": hours_in_steps(run, of_gpus=True) * self.price if self.price is not None else None,
             "tokens_to_target": by_tokens.first_below(self.target) if self.target is not None else None,
@@ -194,14 +194,9 @@ class Comparison:
         return mean_curve([loss_curve(run, self.measure, axis, self.price) for run in self.groups[i].runs])
 
 
-def updates_made(run: Run) -> int:
-    """Updates that a run has made so far."""
-    return run.train[-1]["step"] + 1 if run.train else 0
-
-
 def hours_in_steps(run: Run, of_gpus: bool = False) -> float:
     """Hours (or GPU hours) in steps so far, each step counted once."""
-    return float(Clock(run, of_gpus).hours_at(np.array([updates_made(run)]))[0])
+    return float(Clock(run, of_gpus).hours_at(np.array([run.updates]))[0])
 
 
 def compare_runs(
@@ -279,9 +274,9 @@ def _notes(
             f"{', '.join(without)}: no validation, so training losses are compared (means over a sixtieth of the steps)"
         )
     for run in runs:
-        if updates_made(run) < run.config.steps:
+        if run.updates < run.config.steps:
             notes.append(
-                f"{run.name} is at step {updates_made(run):,} of {run.config.steps:,}: its learning rate is not decayed"
+                f"{run.name} is at step {run.updates:,} of {run.config.steps:,}: its learning rate is not decayed"
             )
     for group in groups:
         seeds = [run.config.seed for run in group.runs]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from restomod.analysis.compare.axes import LABELS, Axis
-from restomod.analysis.compare.groups import Comparison, Welch, hours_in_steps, updates_made
+from restomod.analysis.compare.groups import Comparison, Welch, hours_in_steps
 from restomod.analysis.health.history import number
 from restomod.evals.tasks.registry import is_whole, references
 from restomod.runs.config_diff import trains_on_fineweb_edu
@@ -59,9 +59,9 @@ def _results(found: Comparison) -> Table:
     headings += [f"final {found.measure}", "best", "tokens to target"]
     rows = []
     for i, (name, group) in enumerate(zip(_names(found), found.groups, strict=True)):
-        steps, spent = [updates_made(run) for run in group.runs], [hours_in_steps(run) for run in group.runs]
-        flops = max(run.flops_at(updates_made(run)) for run in group.runs)
-        row = [name, str(len(group.runs)), _range(steps), _range([r.tokens_at(updates_made(r)) for r in group.runs])]
+        steps, spent = [run.updates for run in group.runs], [hours_in_steps(run) for run in group.runs]
+        flops = max(run.flops_at(run.updates) for run in group.runs)
+        row = [name, str(len(group.runs)), _range(steps), _range([r.tokens_at(r.updates) for r in group.runs])]
         row += [f"{flops:.3g}", duration(3600 * float(np.mean(spent)))]
         if found.price is not None:
             row.append(f"${np.mean([hours_in_steps(run, of_gpus=True) for run in group.runs]) * found.price:,.2f}")
@@ -127,7 +127,9 @@ def _position(x: float, axis: Axis) -> str:
 def _published(found: Comparison) -> Table:
     """Validation losses of GPT-2 and its public reproductions, where the data is comparable."""
     runs = [run for group in found.groups for run in group.runs]
-    why_not = why_not_published(runs) if found.measure == "validation loss" else "these runs have none"
+    why_not = (
+        why_not_published(runs) if found.measure == "validation loss" else "not every run here has a validation loss"
+    )
     if why_not is not None:
         return Table("", [], [], [f"published validation losses are not comparable: {why_not}"])
     rows = [[r.model, f"{r.value:.4f}", r.convention] for r in references("validation")]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from restomod.analysis.health.history import Curves, curves_from_records
-from restomod.analysis.health.noise import autocorrelation_time, blocks, noise_deviation, period
+from restomod.analysis.health.noise import FEWEST_FOR_PERIODS, autocorrelation_time, blocks, noise_deviation, period
 from restomod.analysis.health.spikes import SPIKE_ENOUGH, SPIKE_SIGMAS
 from restomod.config.run import RunConfig
 from restomod.utils.text import counted
@@ -289,7 +289,7 @@ def below(config: RunConfig, seen: Curves) -> Judged:
 
 def periodicity(seen: Curves, lengths: Mapping[str, float]) -> Judged:
     """A periodic loss, as with data that is not shuffled."""
-    needed = 4 * 128 // 3 + 1
+    needed = 4 * FEWEST_FOR_PERIODS // 3 + 1  # `period` leaves out the first quarter
     if seen.updates < needed:
         return _too_short(seen, needed)
     found = period(seen.recent_loss)

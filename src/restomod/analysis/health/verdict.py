@@ -68,8 +68,7 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
     findings.append(check_reference_loss(run))
     if weights:
         findings.append(find_dead_layers(run))
-    made = run.train[-1]["step"] + 1 if run.train else 0
-    return RunVerdict(str(run.folder), made, run.config.steps, findings)
+    return RunVerdict(str(run.folder), run.updates, run.config.steps, findings)
 
 
 def data_lengths(run: Run) -> dict[str, float]:

@@ -47,9 +47,9 @@ def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
     return np.where(found > 0, (sums[end] - sums[start]) / np.maximum(found, 1), np.nan)
 
 
-def curve_as_json(steps: np.ndarray, y: np.ndarray, clock: Clock, points: int = POINTS) -> dict[str, list[Any]]:
+def curve_as_json(steps: np.ndarray, y: np.ndarray, clock: Clock) -> dict[str, list[Any]]:
     """A thinned curve: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
-    kept = thin(y, points)
+    kept = thin(y)
     return {
         "x": steps[kept].tolist(),
         "y": [rounded(value) for value in y[kept]],

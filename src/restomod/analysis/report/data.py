@@ -46,16 +46,17 @@ def run_data(run: Run, name: str, rates: HourlyRates) -> dict[str, Any]:
     used = run_usage(run)
     name_of_preset = preset_of(run)
     state, remark = run_state(run, used, time.time())
+    tasks = task_curves(run, HEADLINES)
     return {
         "name": name,
         "folder": str(run.folder),
         "state": state,
         "remark": remark,
         "about": about(run),
-        "figures": headline_numbers(run, used, rates),
+        "figures": headline_numbers(run, used, rates, tasks),
         "batch_tokens": run.config.batch_tokens,
         "curves": run_curves(run),
-        "tasks": task_curves(run, HEADLINES),
+        "tasks": tasks,
         "lines": reference_lines(run),
         "fineweb_edu": trains_on_fineweb_edu(run),
         "events": events(run),
@@ -91,8 +92,8 @@ def _numbers(records: Sequence[Record], name: str) -> list[float]:
     return [value for record in records if math.isfinite(value := number(record.get(name)))]
 
 
-def headline_numbers(run: Run, used: Usage, rates: HourlyRates) -> list[list[str]]:
-    """The most important numbers: name, value, remark."""
+def headline_numbers(run: Run, used: Usage, rates: HourlyRates, tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The most important numbers: name, value, remark. ``tasks`` are the run's `task_curves`."""
     rows = []
     val = [(loss, r["step"]) for r in run.val if math.isfinite(loss := number(r.get("loss")))]
     train = _numbers(run.train, "loss")[-20:]
@@ -102,7 +103,7 @@ def headline_numbers(run: Run, used: Usage, rates: HourlyRates) -> list[list[str
         rows.append(["Validation loss", f"{loss:.4f}", remark])
     elif train:
         rows.append(["Training loss", f"{np.mean(train):.4f}", f"mean of the last {len(train)} steps"])
-    for task, points in task_curves(run, HEADLINES).items():
+    for task, points in tasks.items():
         # the newest; at one step that of the most examples
         columns = zip(points["x"], points["examples"], points["y"], strict=True)
         step, n, share = max(point for point in columns if point[2] is not None)

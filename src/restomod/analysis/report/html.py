@@ -21,9 +21,9 @@ import restomod
 from restomod.utils.errors import UserError
 
 
-def footer(now: float | None = None) -> str:
+def footer() -> str:
     """Version and time of a report."""
-    return f"restomod {restomod.__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(now))}"
+    return f"restomod {restomod.__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
 
 
 def json_safe(value: Any) -> Any:

@@ -63,7 +63,6 @@ class Usage:
 
 def run_usage(run: Run) -> Usage:
     """Add up the resources that a run has used. Steps repeated after a crash count once, as they are logged once."""
-    steps = max((r["step"] + 1 for r in run.train), default=0)
     took = [(max(0.0, number(r.get("ms"))) / 1000, run.processes_of(r)) for r in run.train]
     took = [(seconds, count) for seconds, count in took if math.isfinite(seconds)]
     in_steps, gpus_in_steps = sum(s for s, _ in took), sum(s * count for s, count in took)
@@ -82,9 +81,9 @@ def run_usage(run: Run) -> Usage:
         parts = itertools.pairwise([starts[0], *turns, starts[0] + wall])
         gpu_seconds = max(gpus_in_steps, sum((end - begin) * run.processes_at(begin) for begin, end in parts))
     return Usage(
-        steps,
-        run.tokens_at(steps),
-        run.flops_at(steps),
+        run.updates,
+        run.tokens_at(run.updates),
+        run.flops_at(run.updates),
         in_steps,
         wall,
         max(0.0, downtime),

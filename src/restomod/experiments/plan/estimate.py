@@ -13,7 +13,16 @@ from restomod.engine.device import FORWARD_TOKENS
 from restomod.engine.memory import MemoryEstimate, estimate_memory
 from restomod.engine.micro_batch import sequences_per_process
 from restomod.experiments.plan.expected_loss import ExpectedLoss, expected_loss
-from restomod.experiments.plan.hardware import GPU, GPUS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
+from restomod.experiments.plan.hardware import (
+    GPU,
+    GPUS,
+    Speed,
+    find_gpu,
+    not_covered,
+    precision_on,
+    speeds_on,
+    tokens_per_second,
+)
 from restomod.experiments.plan.prices import GpuPrice
 from restomod.model.flops import flops_per_token, parameter_count
 from restomod.utils.errors import UserError
@@ -91,8 +100,8 @@ class Plan:
     @property
     def validations(self) -> int:
         """Number of validations: at step 0, every ``eval_every`` steps, and at the end."""
-        steps, every, data = self.config.steps, self.config.eval_every, self.config.data
-        if data.val_fraction == 0 and data.source != "tokens" and data.mix is None:
+        steps, every = self.config.steps, self.config.eval_every
+        if not self.config.data.has_validation:
             return 0
         return steps // every + 1 + (steps % every != 0)
 
@@ -193,9 +202,7 @@ class Plan:
     def quote(self, price: GpuPrice) -> Quote:
         """Time and cost of this run on the GPUs of a price."""
         config = dataclasses.replace(self.config, device="auto")
-        gpu = find_gpu(price.gpu)
-        half = gpu.half if gpu is not None else "bf16"
-        precision = half if config.precision == "auto" else config.precision
+        precision = precision_on(find_gpu(price.gpu), config)
         there = Plan(self.preset, config, price.gpu, price.gpus, price.dollars_per_gpu_hour, precision=precision)
         try:
             why = there.unknown_speed

@@ -12,7 +12,7 @@ import numpy as np
 from restomod.config.model import ModelConfig
 from restomod.config.presets import llama_124m, quickstart
 from restomod.config.run import RunConfig
-from restomod.data.manifest import is_fineweb_edu
+from restomod.data.manifest import MANIFEST, is_fineweb_edu, read_manifest
 from restomod.evals.tasks.registry import references
 from restomod.evals.tasks.task import LLAMA, LR_STUDY
 
@@ -76,12 +76,8 @@ def expected_loss(config: RunConfig) -> ExpectedLoss:
 
 def _is_known_other(config: RunConfig) -> bool:
     """Whether the prepared tokens of a run exist and are not FineWeb-Edu's."""
-    path = Path(config.data.path or "") / "manifest.json"
-    if config.data.source != "tokens" or not path.exists():
-        return False
-    from restomod.data.manifest import read_manifest  # imports pydantic, which not every plan needs
-
-    return not is_fineweb_edu(read_manifest(path.parent))
+    path = Path(config.data.path or "") / MANIFEST
+    return config.data.source == "tokens" and path.exists() and not is_fineweb_edu(read_manifest(path.parent))
 
 
 def _is_quickstart(config: RunConfig) -> bool:

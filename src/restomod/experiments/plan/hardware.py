@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from restomod.config.model import ModelConfig
 from restomod.config.run import RunConfig
 from restomod.model.flops import flops_per_token, mfu, peak_flops
 
 GB = 2**30
-GPT2_FLOPS = 855_166_464  # per token of GPT-2 124M, T = 1024
 
 Kind = Literal["eager", "compiled", "kernels", "unknown"]
 """Software of a measurement: eager PyTorch, torch.compile, custom kernels, or not stated."""
@@ -62,6 +62,13 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def precision_on(gpu: GPU | None, config: RunConfig) -> Literal["fp32", "bf16", "fp16"]:
+    """Compute dtype of a run on a GPU (None: not a known one, which is assumed to have bf16)."""
+    if config.precision != "auto":
+        return config.precision
+    return gpu.half if gpu is not None else "bf16"
+
+
 @dataclass(frozen=True)
 class Speed:
     """A published measurement of training GPT-2 124M on sequences of 1,024 tokens."""
@@ -78,7 +85,7 @@ class Speed:
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation."""
-        share = mfu(self.tokens_per_second, GPT2_FLOPS, peak_flops(self.gpu))
+        share = mfu(self.tokens_per_second, flops_per_token(ModelConfig(), 1024), peak_flops(self.gpu))
         assert share is not None  # a test looks at every entry
         return share / self.gpus
 
@@ -90,7 +97,7 @@ TOKENS_10B = 19_073 * 524_288  # one epoch of FineWeb-Edu's sample, as build-nan
 SPEEDS = (
     Speed("A100", 8, 3 * TOKENS_10B / ((10.86 - 3) * 3600), "eager", "build-nanogpt as shipped",
           "README of a learning-rate study: three runs in 10.86 h, of which 3 h idle; with validation and HellaSwag"),
-    Speed("A100", 8, 1.1e6, "unknown", "after build-nanogpt",
+    Speed("A100", 8, 1.1e6, "unknown", "a run based on build-nanogpt",
           "debtirthasaha.github.io/blog/2026/gpt2-124m: sustained; whether compiled is not said"),
     Speed("A100", 1, 16 * 1024 / 0.090, "compiled", "build-nanogpt in its lecture",
           'lecture "Let\'s reproduce GPT-2 (124M)": 90 ms for 16 × 1024 tokens'),
@@ -103,7 +110,7 @@ SPEEDS = (
           "its readme: 4.9 s for 524,288 tokens; no compilation is mentioned"),
     Speed("RTX 3090", 4, TOKENS_10B / (11 * 3600), "compiled", "a reproduction on four",
           "PersonalRec/reproduce-gpt2, results/230126: 19,073 steps in about 11 h, $7"),
-    Speed("RTX 3090 Ti", 1, 69_163.8, "compiled", "a build-nanogpt by steps",
+    Speed("RTX 3090 Ti", 1, 69_163.8, "compiled", "a series of optimizations like build-nanogpt's",
           'README of "Build a GPT2 from Scratch": the last line of its table'),
     Speed("RTX 4090", 2, 220.7e3, "compiled", "llm.c's PyTorch trainer",
           "tylerromero.com/posts/nanogpt-speedrun-worklog: baseline, 2025-01-16"),

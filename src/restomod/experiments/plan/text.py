@@ -91,8 +91,10 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     elif plan.gpu is not None:
         share = sequences_per_process(plan.config, plan.gpus)
         most = plan.largest_micro_batch
-        largest = f"largest micro-batch {most:,}{' (the whole batch)' if most == share else ''}"
-        total += f" of {gigabytes(plan.gpu.memory)}; {largest}" + ("" if plan.fits else "; this one does not fit")
+        whole = " (all sequences of a GPU)" if most == share else ""
+        largest = f"largest micro-batch {most:,}{whole}" if most else "not even one sequence fits"
+        total += f" of {gigabytes(plan.gpu.memory)}; {largest}"
+        total += "; this one does not fit" if most and not plan.fits else ""
     elif plan.gpu_name is not None:
         total += "; the memory of this GPU is unknown"
     yield "  total", total

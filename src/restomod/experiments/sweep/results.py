@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from restomod.analysis.compare.groups import Summary, summarize
 from restomod.config.serialize import to_dict
 from restomod.experiments.sweep.gpu_time import TrialTimes
 from restomod.experiments.sweep.space import Value, label
@@ -68,18 +68,16 @@ def collect_results(store: Store, times: TrialTimes) -> list[SweepResult]:
     return sorted(found, key=lambda r: (ORDER.index(r.state), math.inf if r.loss is None else r.loss, r.number))
 
 
-def configurations(found: list[SweepResult]) -> list[dict[str, Any]]:
-    """Finished trials grouped by parameters, best first: mean and standard deviation (n - 1) over the seeds."""
+def configurations(found: list[SweepResult]) -> list[tuple[dict[str, Value], Summary]]:
+    """Losses of finished trials, grouped by parameters, best first."""
     by_label: dict[str, list[SweepResult]] = {}
     for result in found:
         if result.state == "finished":
             by_label.setdefault(repr(sorted(result.parameters.items())), []).append(result)
     rows = []
     for same in by_label.values():
-        losses = [result.loss for result in same if result.loss is not None]
-        sd = statistics.stdev(losses) if len(losses) > 1 else None
-        rows.append({"parameters": same[0].parameters, "n": len(losses), "mean": statistics.fmean(losses), "sd": sd})
-    return sorted(rows, key=lambda row: row["mean"])
+        rows.append((same[0].parameters, summarize([result.loss for result in same if result.loss is not None])))
+    return sorted(rows, key=lambda row: row[1].mean)
 
 
 def write_results(found: list[SweepResult], store: Store, price: float | None) -> None:
@@ -88,7 +86,7 @@ def write_results(found: list[SweepResult], store: Store, price: float | None) -
     content = {
         "plan": to_dict(store.plan),
         "trials": [dataclasses.asdict(result) for result in found],
-        "configurations": configurations(found),
+        "configurations": [{"parameters": p, **dataclasses.asdict(loss)} for p, loss in configurations(found)],
         "hours": sum(result.seconds for result in found) / 3600,
         "gpu_hours": gpu_hours,
         "dollars": None if price is None else gpu_hours * price,
@@ -105,8 +103,8 @@ def show_sweep_results(found: list[SweepResult], folder: Path, plan: SweepPlan) 
         row += [label(r.parameters), *(str(r.seed) for _ in seeds), "" if r.step is None else str(r.step)]
         outcome = "" if r.state == "finished" else f"{r.state}: {r.reason}" if r.state == "failed" else r.state
         rows.append([*row, duration(r.seconds), outcome])
-    for group in configurations(found) if seeds else []:
-        spread = f" ± {group['sd']:.4f} (standard deviation)" if group["sd"] is not None else ""
-        notes.append(f"{label(group['parameters'])}: {group['mean']:.4f}{spread}, {group['n']} seeds")
+    for parameters, loss in configurations(found) if seeds else []:
+        spread = " (standard deviation)" if loss.sd is not None else ""
+        notes.append(f"{label(parameters)}: {loss.shown()}{spread}, {loss.n} seeds")
     notes.append(f"results: {folder}/sweep.json; runs: {folder}/trials/")
     print_table(Table("", ["", "validation loss", "parameters", *seeds, "step", "time", ""], rows, notes))
