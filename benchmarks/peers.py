@@ -76,7 +76,7 @@ def restomod(inputs: StepInputs, compiled: bool, change: Callable[[GPT], None] =
     from restomod.engine.device import choose_dtype, compile_module, keep_freed_memory
     from restomod.engine.distributed import SINGLE
     from restomod.engine.optimizer import build_optimizer
-    from restomod.engine.step import BatchLoss, Compute, train_step
+    from restomod.engine.step import BatchLoss, ComputeConfig, train_step
     from restomod.model.gpt import build_model
 
     x, device = inputs.x, inputs.device
@@ -89,7 +89,7 @@ def restomod(inputs: StepInputs, compiled: bool, change: Callable[[GPT], None] =
     change(model)
     if compiled:
         compile_module(model.transformer, device)
-    compute = Compute(device, choose_dtype("auto", device), len(x), compiled)
+    compute = ComputeConfig(device, choose_dtype("auto", device), len(x), compiled)
     loss_of, optimizer = BatchLoss(model, compute), build_optimizer(model, config.optim, compute.dtype)
     return lambda: train_step(loss_of, optimizer, [(x, inputs.y)], config, 1000, SINGLE).wait().loss
 
@@ -117,7 +117,7 @@ def transformers(inputs: StepInputs) -> Step:
 
 
 def litgpt(inputs: StepInputs) -> Step:
-    """litgpt's GPT with the lines of its pretrain.py. It has no GPT-2: rotary positions, else the same sizes."""
+    """Litgpt's GPT with the lines of its pretrain.py. It has no GPT-2: rotary positions, else the same sizes."""
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 

@@ -45,7 +45,7 @@ from restomod.engine.device import (
 )
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, train_step
 from restomod.evals.validation import dataset_loss
 from restomod.model.gpt import build_model
 from restomod.runs.folder import environment
@@ -117,7 +117,9 @@ class Training:
         if self.device.type == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(config.precision, self.device)
-        self.compute = Compute(self.device, dtype, config.micro_batch or config.batch_sequences, config.compile == "on")
+        self.compute = ComputeConfig(
+            self.device, dtype, config.micro_batch or config.batch_sequences, config.compile == "on"
+        )
         self.model = build_model(config.model, config.seed, self.device)
         if self.compute.compiled:
             compile_module(self.model.transformer, self.device)

@@ -32,7 +32,7 @@ from restomod.data.dataset import TokenStream
 from restomod.engine.device import keep_freed_memory
 from restomod.engine.distributed import SINGLE, Processes, distribute, join_processes
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, train_step
 from restomod.model.gpt import GPT, build_model
 from restomod.utils.errors import UserError
 
@@ -91,7 +91,7 @@ class StepRunner:
         self.batches = Batches(stream, config.sequence_length, config.batch_sequences, config.seed)
         net = build_model(config.model, config.seed, CPU)
         self.run_on_all_ranks = SINGLE if way == "alone" else processes
-        loss = BatchLoss(net, Compute(CPU, torch.float32, self.micro_batch))
+        loss = BatchLoss(net, ComputeConfig(CPU, torch.float32, self.micro_batch))
         self.loss_of = distribute(loss, net, "fsdp" if way == "fsdp" else "ddp", self.run_on_all_ranks)
         self.optimizer = build_optimizer(net, config.optim, torch.float32, self.run_on_all_ranks)
         self.updating = 0.0

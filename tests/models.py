@@ -33,7 +33,7 @@ def paired(ours: GPT, theirs: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor, Te
 
 @torch.no_grad()
 def to_transformers(model: GPT) -> GPT2LMHeadModel:
-    """transformers' GPT-2 with our weights."""
+    """Transformers' GPT-2 with our weights."""
     c = model.config
     sizes = {name: getattr(c, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager"))

@@ -15,7 +15,7 @@ from restomod.data.batches import Batches
 from restomod.data.dataset import TokenStream
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import Optimizers, build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, train_step
 from restomod.model.gpt import GPT, build_model
 from restomod.runs.checkpoint import write_checkpoint
 from restomod.utils.console import CheckResult
@@ -33,7 +33,7 @@ class Trainee:
 
     def train(self, first: int, end: int, micro_batch: int | None = None) -> list[tuple[float, float]]:
         """Make steps [first, end); return the loss and gradient norm of each."""
-        compute = Compute(CPU, torch.float32, micro_batch or self.config.batch_sequences)
+        compute = ComputeConfig(CPU, torch.float32, micro_batch or self.config.batch_sequences)
         loss_of, made = BatchLoss(self.model, compute), []
         for step in range(first, end):
             micro = self.batches.micro_batches(step, compute.micro_batch)
@@ -88,7 +88,7 @@ def make_subject(
     batches = trainee.batches
     if text is not None:
         batches = Batches(TokenStream([text.astype(np.uint16)]), batches.T, batches.batch_sequences, batches.seed)
-    return CheckedModel(trainee.model, batches, Compute(CPU, dtype, 2), trainee.optimizer, fresh)
+    return CheckedModel(trainee.model, batches, ComputeConfig(CPU, dtype, 2), trainee.optimizer, fresh)
 
 
 def state_of(model: GPT) -> dict[str, object]:

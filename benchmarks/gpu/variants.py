@@ -35,7 +35,7 @@ from benchmarks.records import Comparison, Item, Metric
 from restomod.bench.measure import peak_memory
 from restomod.config.presets import preset
 from restomod.engine.device import REDUCTIONS, avoid_wrong_reductions, choose_dtype, compile_module, synchronize
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT, build_model
 from restomod.utils.files import write_text_atomically
 
@@ -126,7 +126,7 @@ class MicroBatch:
     def run(self, chunk: int) -> float:
         """Make it, with so many tokens in a chunk of the loss; returns the loss."""
         dtype = choose_dtype("auto", self.device)
-        compute = Compute(self.device, dtype, len(self.task.x), self.compiled, chunk=chunk)
+        compute = ComputeConfig(self.device, dtype, len(self.task.x), self.compiled, chunk=chunk)
         loss = batch_loss(self.model, self.task.x, self.task.y, compute)
         loss.backward()
         return float(loss.item())

@@ -71,7 +71,7 @@ def rounds(way: str, tokens: int, width: int, device_type: str) -> Round:
 
 
 def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch's own, in chunks as it chooses them."""
+    """Torch's own, in chunks as it chooses them."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Absent(f"torch {torch.__version__} has no F.linear_cross_entropy in chunks")
     return F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())

@@ -22,7 +22,7 @@ from restomod.cli import main
 from restomod.data.batches import Prefetch
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.distributed import SINGLE, Processes
-from restomod.engine.step import BatchLoss, Compute
+from restomod.engine.step import BatchLoss, ComputeConfig
 from tests.models import CPU
 from tests.trainee import Trainee, assert_identical, make_trainee
 
@@ -45,7 +45,7 @@ def bench_step(*flags: str) -> int:
 
 def steps_of(trainee: Trainee, loss_of: nn.Module | None = None) -> Steps:
     """A trainee's steps, in four micro-batches each."""
-    compute = Compute(CPU, torch.float32, 2)
+    compute = ComputeConfig(CPU, torch.float32, 2)
     data = Prefetch(trainee.batches, 2, 20)
     loss_of = loss_of or BatchLoss(trainee.model, compute)
     return Steps(trainee.config, data, loss_of, trainee.optimizer, compute, SINGLE)
@@ -90,7 +90,7 @@ class _SlowLoss(BatchLoss):
     """Takes 3 seconds forward and 5 backward, on the clock of a test."""
 
     def __init__(self, trainee: Trainee, now: list[float]) -> None:
-        super().__init__(trainee.model, Compute(CPU, torch.float32, 2))
+        super().__init__(trainee.model, ComputeConfig(CPU, torch.float32, 2))
         self.now = now
 
     def forward(self, tokens: Tensor, targets: Tensor, *rest: Any) -> Tensor:

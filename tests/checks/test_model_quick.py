@@ -25,7 +25,7 @@ from restomod.checks.model_quick import (
     tied_lm_head,
 )
 from restomod.config.run import ModelConfig
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.utils.console import CheckResult, CheckStatus
 from tests.checks.faults import QUICK_FAULTS
 from tests.models import CPU, to_transformers
@@ -255,7 +255,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
 
 
 def test_gradients_are_looked_at_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Compute] = []
+    seen: list[ComputeConfig] = []
     monkeypatch.setattr(model_quick, "batch_loss", lambda *a: (seen.append(a[-1]), batch_loss(*a))[1])
     gradients(make_subject(dtype=torch.bfloat16))
     assert [compute.dtype for compute in seen] == [torch.bfloat16]
@@ -277,7 +277,7 @@ def test_only_the_check_of_gradients_computes_any() -> None:
 def test_loss_gradients_are_those_of_backward() -> None:
     trainee = make_trainee()
     tokens, targets = trainee.batches.load(np.array([0, 3]))
-    compute = Compute(CPU, torch.float32, 2)
+    compute = ComputeConfig(CPU, torch.float32, 2)
     trainee.model.transformer.wpe.weight.requires_grad_(False)
     ours = loss_gradients(trainee.model, batch_loss(trainee.model, tokens, targets, compute))
     batch_loss(trainee.model, tokens, targets, compute).backward()

@@ -34,7 +34,7 @@ from restomod.config.presets import PRESETS
 from restomod.config.run import ModelConfig, RunConfig
 from restomod.data.tokenizer import gpt2_tokenizer
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import Compute
+from restomod.engine.step import ComputeConfig
 from restomod.model.flops import padded_parameters
 from restomod.model.gpt import build_model
 from restomod.model.hf_io import save_model
@@ -253,7 +253,7 @@ def test_windows_are_as_long_as_the_model_allows_up_to_1024(
     monkeypatch.setattr(check_module, "QUICK", (lambda subject: seen.append(subject),))
     monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, T, T, dataclasses.replace(WIDE, n_positions=n_positions)))
     next(check("mine", 7, "cpu", "bf16"))
-    assert (seen[0].batches.T, seen[0].compute, seen[0].fresh) == (T, Compute(CPU, torch.bfloat16, 1), True)
+    assert (seen[0].batches.T, seen[0].compute, seen[0].fresh) == (T, ComputeConfig(CPU, torch.bfloat16, 1), True)
     expected = build_model(dataclasses.replace(WIDE, n_positions=n_positions), 7, CPU)
     groups, theirs = (o.param_groups for o in (seen[0].optimizer, build_optimizer(expected, RunConfig(1, T, T).optim)))
     assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in theirs]
@@ -393,7 +393,7 @@ def test_dead_units_are_counted_one_by_one() -> None:
 
 @pytest.mark.parametrize(("apart", "status"), [(0.049, "pass"), (-0.049, "pass"), (0.051, "fail"), (-0.051, "fail")])
 def test_bf16_may_differ_by_rounding(apart: float, status: CheckStatus, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(model: object, tokens: Tensor, targets: Tensor, compute: Compute) -> Tensor:
+    def loss(model: object, tokens: Tensor, targets: Tensor, compute: ComputeConfig) -> Tensor:
         return torch.tensor(3.0 + (apart if compute.dtype == torch.bfloat16 else 0.0))
 
     monkeypatch.setattr(check_module, "batch_loss", loss)

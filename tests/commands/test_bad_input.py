@@ -350,7 +350,7 @@ def test_a_mistake_is_one_line_that_names_it(line: str, words: list[str], refuse
 def test_the_line_is_the_same_in_every_terminal(
     encoding: str, columns: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tyro draws its box as wide as the terminal, and from other characters where the output is not UTF-8."""
+    """Tyro draws its box as wide as the terminal, and from other characters where the output is not UTF-8."""
     for line in BOXED:
         usual = refused(line)
         with monkeypatch.context() as patch:

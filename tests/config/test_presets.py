@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from restomod.config.presets import PRESETS, SIZES, preset, preset_summary
 from restomod.config.run import ModelConfig
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT, build_model
 from restomod.model.hf_format import family_of
@@ -99,7 +99,7 @@ def test_a_new_model_knows_nothing_of_the_next_token(name: str) -> None:
     """Its loss is ln(V): no token, not even the one it has just read, is expected."""
     model = build_model(dataclasses.replace(preset(name).model, n_layer=2), 0, torch.device("cpu"))
     tokens = torch.randint(50257, (1, 129), generator=torch.Generator().manual_seed(0))
-    compute = Compute(torch.device("cpu"), torch.float32, micro_batch=1)
+    compute = ComputeConfig(torch.device("cpu"), torch.float32, micro_batch=1)
     with torch.no_grad():
         loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], compute)
     assert abs(loss.item() - math.log(50257)) < 0.3

@@ -186,7 +186,7 @@ def test_a_missing_nested_key_is_named_with_its_dots() -> None:
         ("target_loss", "low", "target_loss should be float, not 'low'"),
         ("micro_batch", 1.5, "micro_batch should be int, not 1.5"),
         ("compile", True, "compile is True; known: auto, off, on"),
-        ("recompute", 1, "recompute should be bool, not 1"),
+        ("gradient_checkpointing", 1, "gradient_checkpointing should be bool, not 1"),
         ("device", "cdua", "device is 'cdua'; did you mean 'cuda'?"),
         ("device", ["cpu"], "device is ['cpu']"),
         ("model", 12, "model should be an object, not 12"),

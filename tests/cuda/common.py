@@ -26,7 +26,7 @@ from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.device import compile_module
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import Optimizers, build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, StepResult, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, StepResult, train_step
 from restomod.model.gpt import GPT, build_model
 
 REAL = torch.cuda.is_available()
@@ -129,7 +129,7 @@ class Trainee:
     batches: Batches
     model: GPT
     optimizer: Optimizers
-    compute: Compute
+    compute: ComputeConfig
     loss_of: nn.Module
 
     def micro_batches(self, step: int) -> MicroBatches:
@@ -168,7 +168,7 @@ def make_trainee(
         text[::23] = END_OF_TEXT
     batches = Batches(TokenStream([text]), 64, config.batch_sequences, seed)
     model = build_model(shape, seed, DEVICE)
-    compute = Compute(DEVICE, dtype, rows // 2, document_mask=document_mask)
+    compute = ComputeConfig(DEVICE, dtype, rows // 2, document_mask=document_mask)
     return Trainee(config, batches, model, build_optimizer(model, optim, dtype), compute, BatchLoss(model, compute))
 
 

@@ -62,7 +62,8 @@ def test_a_checkpoint_holds_the_moment_of_the_save(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training goes on as soon as `Saver.save` returns; later updates must not reach the copy. Saved twice: the memory
-    of the first copy is used again."""
+    of the first copy is used again.
+    """
     trained_on = threading.Event()
 
     def write_later(run: Path, step: int, model: GPT, *more: Any) -> Path:

@@ -18,7 +18,7 @@ from restomod.checks.model_quick import loss_gradients
 from restomod.config.run import SamplingConfig
 from restomod.data.dataset import TokenStream
 from restomod.data.tokenizer import END_OF_TEXT
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.evals.likelihood import Request as Question
 from restomod.evals.likelihood import log_likelihoods
 from restomod.evals.models import ScoredGPT
@@ -97,7 +97,8 @@ def test_validation_loss_is_the_cpus() -> None:
 
 def masked_inputs(T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, values (1, 1, T, 64) in bf16, scores near -120, so that a row's log-sum-exp is below -88.7, and a
-    causal mask (1, 1, T, T)."""
+    causal mask (1, 1, T, T).
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, T, 64, generator=generator) for _ in range(3))
     q, k = q * 0.1, k * 0.1
@@ -109,8 +110,9 @@ def masked_inputs(T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("T", [64, 192, 704, 1024])
 def test_masked_attention_has_finite_gradients(T: int) -> None:
-    """cuDNN's backward pass gives NaN where a mask is given, T % 128 is 64 and scores are very negative (pytorch
-    #196678), so restomod must not take it there."""
+    """CuDNN's backward pass gives NaN where a mask is given, T % 128 is 64 and scores are very negative (pytorch
+    #196678), so restomod must not take it there.
+    """
     q, k, v, mask = masked_inputs(T)
     if REAL:
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -152,7 +154,7 @@ def test_training_with_a_document_mask_against_fp64(family: str, dtype: torch.dt
     errors = {}
     for mask in (True, False):
         there = copy.deepcopy(model).to(DEVICE)
-        loss = batch_loss(there, tokens, targets, Compute(DEVICE, dtype, 2, document_mask=mask))
+        loss = batch_loss(there, tokens, targets, ComputeConfig(DEVICE, dtype, 2, document_mask=mask))
         errors[mask] = relative_errors(loss_gradients(there, loss), expected)
         off = abs(loss.item() / exact_loss - 1)
         print(f"\n{family} {dtype}, mask {mask}: loss off by {off:.1e}, worst gradient {worst(errors[mask])}")

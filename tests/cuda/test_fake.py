@@ -46,7 +46,7 @@ from restomod.config.presets import preset
 from restomod.config.run import OptimConfig, RunConfig
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, batch_loss, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, batch_loss, train_step
 from restomod.evals.likelihood import Request, pack
 from restomod.evals.likelihood import _rows as rows_of
 from restomod.evals.models import ScoredGPT
@@ -205,7 +205,7 @@ def test_a_training_step(
     model, optim = make_model(family), preset(family).optim
     model.transformer.residual_dtype = residual_dtype
     config = RunConfig(10, batch_tokens=32 * 1024, sequence_length=1024, model=model.config, optim=optim)
-    compute = Compute(CUDA, dtype, 16, document_mask=document_mask)
+    compute = ComputeConfig(CUDA, dtype, 16, document_mask=document_mask)
     optimizer = build_optimizer(model, optim, dtype)
     products: list[torch.dtype] = []
     streams: list[torch.dtype] = []
@@ -230,7 +230,7 @@ def test_the_loss_as_it_is_written_for_the_compiler(
 ) -> None:
     monkeypatch.setattr(restomod.engine.loss, "_compiled_softmax", lambda: restomod.engine.loss._softmax)
     model = make_model(family)
-    compute = Compute(CUDA, torch.bfloat16, 16, compiled=True)
+    compute = ComputeConfig(CUDA, torch.bfloat16, 16, compiled=True)
     loss = batch_loss(model, tokens_of(16, 1024), tokens_of(16, 1024), compute)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -241,7 +241,9 @@ def test_the_loss_as_it_is_written_for_the_compiler(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_without_gradients(family: str, fake: FakeTensorMode) -> None:
     with torch.no_grad():
-        loss = batch_loss(make_model(family), tokens_of(2, 1024), tokens_of(2, 1024), Compute(CUDA, torch.bfloat16, 2))
+        loss = batch_loss(
+            make_model(family), tokens_of(2, 1024), tokens_of(2, 1024), ComputeConfig(CUDA, torch.bfloat16, 2)
+        )
     assert loss.shape == ()
     assert where(loss) == {(CUDA, torch.float32)}
 

@@ -18,7 +18,7 @@ from restomod.checks import device_parity
 from restomod.config.run import DataConfig, RunConfig
 from restomod.engine.distributed import SINGLE
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import BatchLoss, Compute, batch_loss
+from restomod.engine.step import BatchLoss, ComputeConfig, batch_loss
 from restomod.train.rollback import train_step_retrying_oom
 from restomod.train.setup import set_up
 from tests.cuda.common import DEVICE, REAL, random_text, wide, write_text
@@ -83,7 +83,7 @@ class Lines:
 def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(steps=10, batch_tokens=SEQUENCES * LENGTH, sequence_length=LENGTH, model=wide("gpt2-124m", 4))
     model = device_parity.random_model(config.model).to(DEVICE)
-    compute = Compute(DEVICE, torch.bfloat16, SEQUENCES)
+    compute = ComputeConfig(DEVICE, torch.bfloat16, SEQUENCES)
     optimizer = build_optimizer(model, config.optim, compute.dtype)
     training = types.SimpleNamespace(
         config=config,

@@ -15,7 +15,7 @@ from restomod.checks import device_parity
 from restomod.checks.model_quick import loss_gradients
 from restomod.engine.device import CHUNK_TOKENS
 from restomod.engine.loss import HeadGradient, linear_cross_entropy
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT
 from tests.cuda.common import (
     DEVICE,
@@ -54,7 +54,7 @@ def exact_case(family: str) -> tuple[GPT, Tensor, Tensor, float, dict[str, Tenso
     return model, tokens, targets, *exact(model, tokens, targets)
 
 
-def loss_and_stream(model: GPT, tokens: Tensor, targets: Tensor, compute: Compute) -> tuple[Tensor, torch.dtype]:
+def loss_and_stream(model: GPT, tokens: Tensor, targets: Tensor, compute: ComputeConfig) -> tuple[Tensor, torch.dtype]:
     """`batch_loss`, and the dtype in which the first block hands on the residual stream."""
     found: list[torch.dtype] = []
     hook = model.transformer.h[0].register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
@@ -68,7 +68,7 @@ def check_against_fp64(family: str, dtype: torch.dtype, residual_dtype: torch.dt
     model, tokens, targets, exact_loss, expected = exact_case(family)
     model, scale = copy.deepcopy(model).to(DEVICE), LOSS_SCALE[dtype]
     model.transformer.residual_dtype = residual_dtype
-    loss, stream = loss_and_stream(model, tokens, targets, Compute(DEVICE, dtype, 2))
+    loss, stream = loss_and_stream(model, tokens, targets, ComputeConfig(DEVICE, dtype, 2))
     gradients = {name: gradient / scale for name, gradient in loss_gradients(model, loss * scale).items()}
     off, errors = abs(loss.item() / exact_loss - 1), relative_errors(gradients, expected)
     print(f"\n{family} {dtype}, stream {stream}: loss off by {off:.1e}, worst gradient {worst(errors)}")
@@ -101,16 +101,16 @@ def test_compiled_gradients_are_as_good_as_eager_ones(family: str, residual_dtyp
     """At training's width: some releases of Inductor reduce over many rows wrongly (pytorch #193061, #190796)."""
     model = device_parity.random_model(wide(family)).to(DEVICE)
     tokens, targets = random_text(model.config, WIDE_ROWS, WIDE_LENGTH)
-    in_fp32 = loss_gradients(model, batch_loss(model, tokens, targets, Compute(DEVICE, torch.float32, WIDE_ROWS)))
+    in_fp32 = loss_gradients(model, batch_loss(model, tokens, targets, ComputeConfig(DEVICE, torch.float32, WIDE_ROWS)))
 
     model.transformer.residual_dtype = residual_dtype
-    compute = Compute(DEVICE, torch.bfloat16, WIDE_ROWS)
+    compute = ComputeConfig(DEVICE, torch.bfloat16, WIDE_ROWS)
     loss, stream = loss_and_stream(model, tokens, targets, compute)
     assert stream == residual_dtype
     eager = relative_errors(loss_gradients(model, loss), in_fp32)
     start = time.perf_counter()
     compile_transformer(model)
-    compute = Compute(DEVICE, torch.bfloat16, WIDE_ROWS, compiled=REAL)
+    compute = ComputeConfig(DEVICE, torch.bfloat16, WIDE_ROWS, compiled=REAL)
     compiled = relative_errors(loss_gradients(model, batch_loss(model, tokens, targets, compute)), in_fp32)
     seconds = time.perf_counter() - start
     print(f"\n{family}: compiled in {seconds:.0f} s; worst eager {worst(eager)}, compiled {worst(compiled)}")
@@ -167,7 +167,7 @@ def test_gradients_accumulated_over_micro_batches_against_fp64(family: str, dtyp
     head_gradient = HeadGradient()
     for i in range(0, 3 * rows, rows):
         head_gradient.last = i == 2 * rows
-        compute, part = Compute(DEVICE, dtype, rows, chunk=chunk), slice(i, i + rows)
+        compute, part = ComputeConfig(DEVICE, dtype, rows, chunk=chunk), slice(i, i + rows)
         loss = batch_loss(model, tokens[part], targets[part], compute, head_gradient if summed else None)
         (loss / 3).backward()
     errors = relative_errors({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)

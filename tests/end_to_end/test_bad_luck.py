@@ -522,14 +522,16 @@ def test_where_not_one_sequence_fits_the_run_ends_in_one_line(
         return loss_of(*arguments)
 
     monkeypatch.setattr(step_module, "batch_loss", limited)
-    with pytest.raises(UserError, match=r"step 0: out of memory with a micro-batch of 1 .*--recompute") as caught:
+    with pytest.raises(
+        UserError, match=r"step 0: out of memory with a micro-batch of 1 .*--gradient-checkpointing"
+    ) as caught:
         train(quick, tmp_path / "run", display=QUIET)
     assert "\n" not in str(caught.value)
 
 
 def test_recomputing_changes_no_number(quick: RunConfig, tmp_path: Path) -> None:
     for name, recompute in (("kept", False), ("anew", True)):
-        assert train(dataclasses.replace(quick, recompute=recompute), tmp_path / name, display=QUIET) == 0
+        assert train(dataclasses.replace(quick, gradient_checkpointing=recompute), tmp_path / name, display=QUIET) == 0
     assert [r["loss"] for r in records(tmp_path / "kept", "train")] == [
         r["loss"] for r in records(tmp_path / "anew", "train")
     ]

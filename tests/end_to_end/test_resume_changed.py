@@ -105,7 +105,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "device": {"device": "cpu"},
     "precision": {"precision": "bf16"},
     "parallel": {"parallel": "fsdp"},  # of two processes
-    "recompute": {"recompute": True},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
     "deterministic": {"deterministic": True},
     "compile": {"compile": "off"},
     "residual_dtype": {"residual_dtype": "bf16", "precision": "bf16"},

@@ -29,7 +29,7 @@ from restomod.engine.distributed import SINGLE, Processes, device_of, distribute
 from restomod.engine.gather import gather_full_model
 from restomod.engine.lr_schedule import learning_rate
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, train_step
 from restomod.utils.errors import UserError
 from tests.models import CPU
 from tests.processes import error_lines, launch, member, results
@@ -95,7 +95,9 @@ def full(tensor: Tensor) -> Tensor:
 def course(parallel: Parallel, micro_batch: int, processes: Processes) -> Course:
     """The same steps in one of several processes, by the code under test."""
     t = trainee()
-    loss_of = distribute(BatchLoss(t.model, Compute(CPU, torch.float32, micro_batch)), t.model, parallel, processes)
+    loss_of = distribute(
+        BatchLoss(t.model, ComputeConfig(CPU, torch.float32, micro_batch)), t.model, parallel, processes
+    )
     optimizer = build_optimizer(t.model, t.config.optim)
     gradients: dict[str, Tensor] = {}
 
@@ -182,7 +184,7 @@ def test_together_they_read_the_batches_of_one_process_in_order(found: list[list
 def averaged(processes: Processes, parallel: Parallel) -> list[tuple[int, bool]]:
     """After each backward of a step: how many averaged gradients there are, and whether all processes have the same."""
     t = trainee()
-    loss_of = distribute(BatchLoss(t.model, Compute(CPU, torch.float32, 2)), t.model, parallel, processes)
+    loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, torch.float32, 2)), t.model, parallel, processes)
     batch = t.batches.micro_batches(0, 2, processes.rank, processes.world_size)
     called = []
     if isinstance(loss_of, DistributedDataParallel):
@@ -355,7 +357,7 @@ def left_at_the_end(error: bool, cycle: bool) -> bool:
 
     def training(processes: Processes) -> None:
         t = trainee()
-        loss_of = distribute(BatchLoss(t.model, Compute(CPU, torch.float32, 2)), t.model, "ddp", processes)
+        loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, torch.float32, 2)), t.model, "ddp", processes)
         seen.append(weakref.ref(loss_of))
         if cycle:
             loss_of.itself = [loss_of]  # type: ignore[assignment]
@@ -427,7 +429,7 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.any(True) == [True]
     assert processes.any(False) == [False]
     t = trainee()
-    loss = BatchLoss(t.model, Compute(CPU, torch.float32, 2))
+    loss = BatchLoss(t.model, ComputeConfig(CPU, torch.float32, 2))
     assert distribute(loss, t.model, "ddp", processes) is loss
     assert gather_full_model(t.model) is t.model
     with pytest.raises(UserError, match="torchrun"):

@@ -20,7 +20,7 @@ from restomod.data.batches import MicroBatches
 from restomod.engine.distributed import SINGLE, Processes, compiled_parts, distribute, synchronised
 from restomod.engine.gather import gather_full_model, gather_model_on_main, gather_on_main
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, train_step
 from restomod.evals.validation import token_losses
 from restomod.model.gpt import GPT
 from restomod.runs.async_saver import Saver
@@ -54,7 +54,7 @@ def shared_out(
 ) -> tuple[Trainee, nn.Module]:
     """A trainee of several processes, sixteen sequences a step, and what computes its loss."""
     t = make_trainee(**{"batch_tokens": 256, **changes})
-    loss_of = distribute(BatchLoss(t.model, Compute(CPU, dtype, 2)), t.model, parallel, processes, dtype)
+    loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, dtype, 2)), t.model, parallel, processes, dtype)
     t.optimizer = build_optimizer(t.model, t.config.optim, dtype, processes)
     return t, loss_of
 
@@ -310,14 +310,14 @@ WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=256, n_positions=16, vocab_size=9
 
 
 def gradients_of_two_steps(
-    processes: Processes, parallel: Parallel, recompute: bool, micro_batch: int
+    processes: Processes, parallel: Parallel, gradient_checkpointing: bool, micro_batch: int
 ) -> list[dict[str, Tensor]]:
     t = make_trainee(batch_tokens=256, model=WIDE)
-    t.model.transformer.recompute = recompute
+    t.model.transformer.gradient_checkpointing = gradient_checkpointing
     if processes.world_size > 1:
         for module in compiled_parts(t.model, parallel):
             module.compile(backend="aot_eager")  # traced and differentiated like any other, but not made to kernels
-    loss_of = distribute(BatchLoss(t.model, Compute(CPU, FP32, 2)), t.model, parallel, processes)
+    loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, FP32, 2)), t.model, parallel, processes)
     found = []
     for step in range(2):
         batch = share_of(t, step, processes, micro_batch)
@@ -330,24 +330,24 @@ def gradients_of_two_steps(
 
 
 def compiled(
-    processes: Processes, parallel: Parallel, recompute: bool, micro_batch: int
+    processes: Processes, parallel: Parallel, gradient_checkpointing: bool, micro_batch: int
 ) -> tuple[list[dict[str, Tensor]], int, int]:
     """Gradients, how many operations were compiled, and how many graphs."""
     with pytest.MonkeyPatch.context() as patch:
         small = functools.partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=1)
         patch.setattr(DistributedDataParallel, "__init__", small)  # several buckets, as of a large model
-        found = gradients_of_two_steps(processes, parallel, recompute, micro_batch)
+        found = gradients_of_two_steps(processes, parallel, gradient_checkpointing, micro_batch)
     return found, counters["stats"]["calls_captured"], counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "gradient_checkpointing"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("micro_batch", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_compiled_gradients_are_those_of_one_process_without_compilation(
-    parallel: Parallel, recompute: bool, micro_batch: int
+    parallel: Parallel, gradient_checkpointing: bool, micro_batch: int
 ) -> None:
     expected = gradients_of_two_steps(SINGLE, "ddp", False, 8)
-    for found, operations, graphs in results(2, member, compiled, parallel, recompute, micro_batch):
+    for found, operations, graphs in results(2, member, compiled, parallel, gradient_checkpointing, micro_batch):
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.keys() == theirs.keys()
             for name, gradient in theirs.items():

@@ -13,7 +13,7 @@ from restomod.engine import loss_scale as module
 from restomod.engine.distributed import SINGLE
 from restomod.engine.loss_scale import LossScale
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
-from restomod.engine.step import BatchLoss, Compute, StepResult, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, StepResult, train_step
 from tests.models import CPU
 from tests.trainee import Trainee, assert_identical, make_trainee, set_optimizer_tensors
 
@@ -50,7 +50,7 @@ def in_fp16() -> Trainee:
 
 
 def train(trainee: Trainee, first: int, end: int) -> list[StepResult]:
-    loss_of = BatchLoss(trainee.model, Compute(CPU, FP16, 4))
+    loss_of = BatchLoss(trainee.model, ComputeConfig(CPU, FP16, 4))
     batches = trainee.batches
     return [
         train_step(loss_of, trainee.optimizer, batches.micro_batches(s, 4), trainee.config, s, SINGLE).wait()
@@ -74,7 +74,7 @@ def test_without_a_scale_small_gradients_would_be_lost() -> None:
         trainee.optimizer.loss_scale.adapts = False
         with torch.no_grad():
             trainee.model.transformer.h[1].mlp.c_proj.weight *= 1e-3
-        loss_of = BatchLoss(trainee.model, Compute(CPU, FP16, 8))
+        loss_of = BatchLoss(trainee.model, ComputeConfig(CPU, FP16, 8))
         tokens, targets = trainee.batches.load(trainee.batches.windows(0))
         loss = loss_of(tokens, targets) * 1e-6 * factor
         loss.backward()

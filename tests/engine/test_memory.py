@@ -23,7 +23,7 @@ from restomod.engine.memory import (
     state_bytes,
 )
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.flops import padded_parameters
 from restomod.model.gpt import GPT, build_model
 from tests.models import CPU
@@ -67,7 +67,7 @@ def saved_bytes(model: GPT, T: int, dtype: torch.dtype, mask: bool = False) -> i
 
     tokens = torch.randint(0, model.config.vocab_size, (B, T))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        batch_loss(model, tokens, tokens, Compute(CPU, dtype, B, document_mask=mask))
+        batch_loss(model, tokens, tokens, ComputeConfig(CPU, dtype, B, document_mask=mask))
     return sum(size for size, _ in kept.values())
 
 
@@ -83,8 +83,8 @@ def test_what_is_kept_is_what_autograd_saves(name: str, dtype: torch.dtype, T: i
 
 def test_with_recomputation_one_block_is_kept_besides_what_goes_into_each() -> None:
     T, shape = 320, ModelConfig(n_layer=6, n_head=2, n_embd=64, n_positions=512, vocab_size=128)
-    config, model = a_run(shape, T, recompute=True), build_model(shape, 0, CPU)
-    model.transformer.recompute = True
+    config, model = a_run(shape, T, gradient_checkpointing=True), build_model(shape, 0, CPU)
+    model.transformer.gradient_checkpointing = True
     saved = saved_bytes(model, T, torch.float32) - 4 * shape.padded_vocab_size * shape.n_embd
     block = block_activation_bytes(config, 4, cpu=True) * B * T
     assert activation_bytes(config, B * T, 4, "cpu") - block == pytest.approx(saved, rel=0.03)

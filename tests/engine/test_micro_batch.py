@@ -26,7 +26,7 @@ from restomod.engine.micro_batch import (
     sequences_that_fit,
     split_micro_batches,
 )
-from restomod.engine.step import BatchLoss, Compute, batch_loss
+from restomod.engine.step import BatchLoss, ComputeConfig, batch_loss
 from restomod.model.gpt import GPT
 from restomod.train.setup import make_ready
 from restomod.utils.errors import UserError
@@ -132,7 +132,7 @@ def test_a_gpu_gets_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatc
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(module, "batch_loss", allocated)
-    compute = Compute(CPU, torch.float32, 24, chunk=32)
+    compute = ComputeConfig(CPU, torch.float32, 24, chunk=32)
     assert fitting_micro_batch(subject.model, subject.batches, compute, OptimConfig()) == 8  # 11 fit
     # chunks of the loss that two small micro-batches do not fill: 352 tokens more, all of the 24 sequences
     for chunk in (384, 10**6):
@@ -183,7 +183,7 @@ def eager_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
 class PlantedLoss(BatchLoss):
     """Calls ``before(call, sequences)`` before every loss."""
 
-    def __init__(self, trainee: Trainee, compute: Compute, before: Before) -> None:
+    def __init__(self, trainee: Trainee, compute: ComputeConfig, before: Before) -> None:
         super().__init__(trainee.model, compute)
         self.before, self.calls = before, 0
 
@@ -195,10 +195,10 @@ class PlantedLoss(BatchLoss):
 
 def first(
     before: Before, compiled: bool = False, setting: str = "auto", processes: Processes = SINGLE
-) -> tuple[PlantedLoss, float, Compute, list[str]]:
+) -> tuple[PlantedLoss, float, ComputeConfig, list[str]]:
     """The first micro-batch of a run of eight sequences a step."""
     trainee = make_trainee(compile=setting)
-    compute = Compute(CPU, torch.float32, 8, compiled)
+    compute = ComputeConfig(CPU, torch.float32, 8, compiled)
     loss_of = PlantedLoss(trainee, compute, before)
     said: list[str] = []
     first = trainee.model, loss_of, trainee.batches, compute, trainee.config, 0, processes, said.append
@@ -239,7 +239,7 @@ def test_a_long_one_that_is_not_compiled_is_not_repeated(
 def test_it_changes_nothing() -> None:
     trainee = make_trainee()
     before, random_state = trainee.tensors(), torch.get_rng_state()
-    compute = Compute(CPU, torch.float32, 8)
+    compute = ComputeConfig(CPU, torch.float32, 8)
     loss_of = BatchLoss(trainee.model, compute)
     first_micro_batch(trainee.model, loss_of, trainee.batches, compute, trainee.config, 0, SINGLE, print)
     assert all(p.grad is None for p in trainee.model.parameters())
@@ -262,7 +262,7 @@ def test_out_of_memory_halves_the_micro_batch_until_it_fits(error: BaseException
 
 
 def test_where_not_one_sequence_fits_it_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"one sequence at once \(CUDA out of memory.*--recompute"):
+    with pytest.raises(UserError, match=r"one sequence at once \(CUDA out of memory.*--gradient-checkpointing"):
         first(raising(torch.OutOfMemoryError("CUDA out of memory"), above=0))
 
 
@@ -321,7 +321,7 @@ def test_another_micro_batch_size_is_compiled_for_itself(monkeypatch: pytest.Mon
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=backend, **how))
     trainee = make_trainee(compile="on")
-    compute = Compute(CPU, torch.float32, 8, compiled=True)
+    compute = ComputeConfig(CPU, torch.float32, 8, compiled=True)
     torch._dynamo.reset()
     loss_of, _, compute = make_ready(trainee.model, trainee.batches, compute, trainee.config, SINGLE)
     for sequences in (8, 4, 2):

@@ -11,7 +11,7 @@ from restomod.engine.distributed import SINGLE, Processes, distribute
 from restomod.engine.optimizer import build_optimizer, optimizer_tensors
 from restomod.engine.optimizers import muon as module
 from restomod.engine.optimizers.muon import Muon, orthogonalise, step_factor
-from restomod.engine.step import BatchLoss, Compute, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, train_step
 from tests.models import CPU
 from tests.processes import member, results
 from tests.trainee import assert_identical, make_trainee, set_optimizer_tensors
@@ -119,7 +119,7 @@ def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
 def course(processes: Processes, parallel: str) -> dict[str, Tensor]:
     """All weights after ten steps."""
     t = make_trainee(optim=MUON)
-    compute = Compute(CPU, torch.float32, 2)
+    compute = ComputeConfig(CPU, torch.float32, 2)
     loss_of = distribute(BatchLoss(t.model, compute), t.model, parallel, processes)  # type: ignore[arg-type]
     optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
     for step in range(10):
@@ -149,7 +149,7 @@ def products(processes: Processes, parallel: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "orthogonalise", counted)
         t = make_trainee(optim=MUON)
-        loss = BatchLoss(t.model, Compute(CPU, torch.float32, 2))
+        loss = BatchLoss(t.model, ComputeConfig(CPU, torch.float32, 2))
         loss_of = distribute(loss, t.model, parallel, processes)  # type: ignore[arg-type]
         optimizer = build_optimizer(t.model, t.config.optim, torch.float32, processes)
         batch = t.batches.micro_batches(0, 2, processes.rank, processes.world_size)

@@ -15,7 +15,7 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, OptimConfig
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.distributed import SINGLE
-from restomod.engine.step import BatchLoss, Compute, PendingStep, StepResult, batch_loss, train_step
+from restomod.engine.step import BatchLoss, ComputeConfig, PendingStep, StepResult, batch_loss, train_step
 from tests.models import CPU
 from tests.trainee import assert_identical, make_trainee
 
@@ -135,7 +135,7 @@ def test_a_loss_above_the_limit_updates_nothing() -> None:
     trainee = make_trainee()
     trainee.train(0, 2)
     before = trainee.tensors()
-    loss_of = BatchLoss(trainee.model, Compute(CPU, torch.float32, 8))
+    loss_of = BatchLoss(trainee.model, ComputeConfig(CPU, torch.float32, 8))
 
     def step(limit: float) -> StepResult:
         batches = trainee.batches.micro_batches(2, 8)
@@ -161,7 +161,7 @@ def test_a_token_sees_its_own_document_only() -> None:
     window = torch.cat([first, end, second])[None]
     sums = []
     for tokens, masked in ((window, True), (window, False), (first[None], False), (window[:, 11:], False)):
-        compute = Compute(CPU, torch.float32, 1, document_mask=masked)
+        compute = ComputeConfig(CPU, torch.float32, 1, document_mask=masked)
         sums.append(batch_loss(model, tokens[:, :-1], tokens[:, 1:], compute).item() * (tokens.shape[1] - 1))
     whole, unmasked, *apart = sums
     with torch.no_grad():  # the separator is predicted from the first document
@@ -191,7 +191,7 @@ def test_only_copies_from_and_to_cuda_do_not_wait() -> None:
     trainee = make_trainee()
     tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
     with Copies() as copies:
-        loss = batch_loss(trainee.model, tokens, targets, Compute(CPU, torch.float32, 2)).detach()
+        loss = batch_loss(trainee.model, tokens, targets, ComputeConfig(CPU, torch.float32, 2)).detach()
         made = PendingStep(loss, loss, loss > 0)
     assert len(copies.asynchronous) >= 3  # tokens, targets and the step's numbers
     assert not any(copies.asynchronous)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from restomod.config.presets import SIZES
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT, build_model
 from tests.models import CPU, random_tokens
 
@@ -58,7 +58,7 @@ def recipe(name: str, weights: str) -> GPT:
 def test_the_first_loss_and_gradient_norm_are_these(name: str, weights: str) -> None:
     model = recipe(name, weights)
     tokens = random_tokens(model.config, 4, 65)
-    loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], Compute(CPU, torch.float32, micro_batch=4))
+    loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], ComputeConfig(CPU, torch.float32, micro_batch=4))
     loss.backward()
     norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
     expected_loss, expected_norm = GOLDEN[name, weights]

@@ -15,11 +15,11 @@ from restomod.checks.model_quick import loss_gradients
 from restomod.config.presets import preset
 from restomod.config.run import ModelConfig, OptimConfig
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT, KVCache, build_model
 from tests.models import CPU, random_tokens
 
-FP32 = Compute(CPU, torch.float32, micro_batch=1)
+FP32 = ComputeConfig(CPU, torch.float32, micro_batch=1)
 TINY = ModelConfig(n_layer=3, n_head=4, n_embd=48, n_positions=24, vocab_size=211)  # padded to 256 rows
 
 
@@ -145,8 +145,8 @@ def test_the_residual_stream_of_training_can_be_bf16(name: str) -> None:
     config = dataclasses.replace(preset(name).model, n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
     model = random_model(config)
     tokens, targets = random_tokens(config, 2, 16), random_tokens(config, 2, 16, seed=1)
-    compute = Compute(CPU, torch.bfloat16, 2)
-    exact_loss, exact = loss_and_gradients(model, tokens, targets, Compute(CPU, torch.float32, 2))
+    compute = ComputeConfig(CPU, torch.bfloat16, 2)
+    exact_loss, exact = loss_and_gradients(model, tokens, targets, ComputeConfig(CPU, torch.float32, 2))
     seen: list[torch.dtype] = []
     for block in model.transformer.h:
         block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -169,7 +169,7 @@ def test_evaluation_does_not_know_of_a_bf16_residual_stream() -> None:
 
 
 def loss_and_gradients(
-    model: GPT, tokens: Tensor, targets: Tensor, compute: Compute
+    model: GPT, tokens: Tensor, targets: Tensor, compute: ComputeConfig
 ) -> tuple[float, dict[str, Tensor]]:
     loss = batch_loss(model, tokens, targets, compute)
     return loss.item(), loss_gradients(model, loss)

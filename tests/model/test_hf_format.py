@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.generate.decode import Prompt, generate
 from restomod.model.gpt import GPT, BlockInputs, build_model
 from restomod.model.hf_format import as_saved, family_of
@@ -21,7 +21,7 @@ from restomod.model.hf_io import load_model, read_model_config, save_model
 from restomod.utils.errors import UserError
 from tests.models import CPU, random_tokens
 
-FP32 = Compute(CPU, torch.float32, micro_batch=1)
+FP32 = ComputeConfig(CPU, torch.float32, micro_batch=1)
 GPT2 = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_positions=64, vocab_size=1009)
 LLAMA = dataclasses.replace(GPT2, norm="rmsnorm", positions="rope", mlp="swiglu", bias=False)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)

@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT
 from tests.models import CPU, paired, random_tokens, to_transformers
 
-FP32 = Compute(CPU, torch.float32, micro_batch=1)
+FP32 = ComputeConfig(CPU, torch.float32, micro_batch=1)
 GPT2 = ModelConfig()  # 12 x 768, 12 heads, 1024 positions, 50257 tokens
 DEEP = ModelConfig(n_layer=48, n_head=4, n_embd=64)
 WIDE = ModelConfig(n_layer=2, n_head=25, n_embd=1600)  # GPT-2 XL's width

@@ -20,7 +20,7 @@ from restomod.config.model import Activation, ModelConfig, Norm
 from restomod.config.run import OptimConfig
 from restomod.engine.memory import activation_bytes
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.flops import embedding_parameters, flops_per_token, padded_parameters, parameter_count
 from restomod.model.gpt import build_model
 from restomod.model.hf_format import is_exportable
@@ -127,7 +127,7 @@ def test_a_new_part_learns(config: ModelConfig) -> None:
     tokens, before = random_tokens(config, 2, 33), [p.detach().clone() for p in model.parameters()]
     losses = []
     for _ in range(20):
-        loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], Compute(CPU, torch.float32, micro_batch=2))
+        loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], ComputeConfig(CPU, torch.float32, micro_batch=2))
         loss.backward()
         optimizer.update(1.0, torch.tensor(1.0), torch.tensor(False))
         losses.append(loss.item())

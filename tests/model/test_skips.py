@@ -12,7 +12,7 @@ from torch import Tensor
 
 from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.generate.decode import Decoder, Prompt, RowCache, generate
 from restomod.model.gpt import GPT, KVCache
 from restomod.model.hf_io import load_model, save_model
@@ -104,7 +104,7 @@ def plain_logits_as(model: GPT, config: ModelConfig, tokens: Tensor) -> Tensor:
 @CONFIGS
 def test_loss_is_that_of_the_capped_logits_and_reaches_every_parameter(config: ModelConfig) -> None:
     model, tokens = drawn(config), random_tokens(config, 2, 40)
-    loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], Compute(CPU, torch.float32, micro_batch=2))
+    loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], ComputeConfig(CPU, torch.float32, micro_batch=2))
     expected = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from restomod.engine.distributed import Processes, distribute
 from restomod.engine.optimizer import build_optimizer
-from restomod.engine.step import BatchLoss, Compute
+from restomod.engine.step import BatchLoss, ComputeConfig
 from restomod.runs.async_saver import Saver
 from restomod.runs.folder import RunFolder
 from restomod.runs.metrics import append_jsonl
@@ -33,7 +33,7 @@ SAVED = MIN_LOSSES + 1  # the step of the checkpoint
 def training(processes: Processes, folder: Path) -> Any:
     """What a `Training` holds of a run with ``LOSSES`` in its log; only the main process has a folder."""
     t = make_trainee()
-    compute = Compute(CPU, torch.float32, 2)
+    compute = ComputeConfig(CPU, torch.float32, 2)
     loss_of = distribute(BatchLoss(t.model, compute), t.model, "ddp", processes)
     run = RunFolder(
         folder / str(processes.rank), dataclasses.replace(t.config, spike_sigmas=5.0), writes=processes.main

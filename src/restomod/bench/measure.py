@@ -23,7 +23,7 @@ from restomod.data.batches import MicroBatches, Prefetch
 from restomod.engine.device import synchronize
 from restomod.engine.distributed import Processes
 from restomod.engine.optimizer import Optimizers
-from restomod.engine.step import Compute, train_step
+from restomod.engine.step import ComputeConfig, train_step
 from restomod.utils.process_memory import peak_resident_bytes
 
 PHASES = ("data", "forward", "backward", "update")
@@ -37,7 +37,7 @@ class Steps:
     data: Prefetch
     loss_of: nn.Module
     optimizer: Optimizers
-    compute: Compute
+    compute: ComputeConfig
     processes: Processes
 
     def whole(self, step: int) -> float:

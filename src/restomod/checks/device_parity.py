@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from restomod.checks.model_quick import loss_gradients
 from restomod.config.run import ModelConfig
 from restomod.engine.device import dtype_name
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT, build_model
 from restomod.utils.console import CheckResult
 
@@ -74,7 +74,7 @@ def parity_errors(device: torch.device, dtype: torch.dtype, seed: int = SEED) ->
     tokens, targets = text[:, :-1], text[:, 1:]
     exact_loss, exact = _exact(model, tokens, targets)
     there = copy.deepcopy(model).to(device)
-    loss = batch_loss(there, tokens, targets, Compute(device, dtype, SEQUENCES))
+    loss = batch_loss(there, tokens, targets, ComputeConfig(device, dtype, SEQUENCES))
     gradients = {name: g.cpu().double() for name, g in loss_gradients(there, loss).items()}
     missing = torch.zeros(())
     return Differences(

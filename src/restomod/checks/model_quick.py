@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from restomod.data.batches import Batches
 from restomod.engine.optimizer import Optimizers
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.utils.console import CheckResult, CheckStatus
@@ -36,7 +36,7 @@ class CheckedModel:
 
     model: GPT
     batches: Batches
-    compute: Compute
+    compute: ComputeConfig
     optimizer: Optimizers
     fresh: bool
     """Whether the weights are still those of the initialisation."""
@@ -48,8 +48,8 @@ class CheckedModel:
         return tokens[:, :FEW_TOKENS], targets[:, :FEW_TOKENS]
 
     @property
-    def fp32(self) -> Compute:
-        return Compute(self.compute.device, torch.float32, self.compute.micro_batch)
+    def fp32(self) -> ComputeConfig:
+        return ComputeConfig(self.compute.device, torch.float32, self.compute.micro_batch)
 
 
 def quick_checks(subject: CheckedModel) -> list[CheckResult]:

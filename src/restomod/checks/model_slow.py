@@ -24,7 +24,7 @@ from restomod.engine.device import autocast, choose_device, choose_dtype
 from restomod.engine.loss import linear_cross_entropy
 from restomod.engine.memory import FP32, state_bytes
 from restomod.engine.optimizer import build_optimizer, changed_by_nan, gradient_norm
-from restomod.engine.step import Compute, batch_loss
+from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.flops import padded_parameters
 from restomod.model.gpt import ScaledResidual, initial_std
 from restomod.runs.open_model import open_or_build
@@ -54,7 +54,7 @@ def check(name: str, seed: int, device: Device, precision: Precision) -> Iterato
     model, fresh = open_or_build(name, target, seed)
     T = min(model.config.n_positions, CONTEXT)
     batches = Batches(own_source(model.config.vocab_size), T, 1, seed)
-    compute = Compute(target, choose_dtype(precision, target), micro_batch=1)
+    compute = ComputeConfig(target, choose_dtype(precision, target), micro_batch=1)
     subject = CheckedModel(model, batches, compute, build_optimizer(model, OptimConfig()), fresh)
     for one in (*QUICK, *SLOW):
         yield one(subject)
@@ -173,7 +173,7 @@ def residual_stds(subject: CheckedModel, projection_scale: float = 1.0) -> tuple
 def precision_agreement(subject: CheckedModel) -> CheckResult:
     """Check that the loss in bf16 equals that in fp32, up to rounding."""
     tokens, targets = subject.few_tokens()
-    bf16 = Compute(subject.compute.device, torch.bfloat16, 1)
+    bf16 = ComputeConfig(subject.compute.device, torch.bfloat16, 1)
     losses = [batch_loss(subject.model, tokens, targets, compute).item() for compute in (bf16, subject.fp32)]
     agree = abs(losses[0] - losses[1]) <= BF16_TOLERANCE
     reason = f"loss {losses[0]:.4f} in bf16 and {losses[1]:.4f} in fp32"

@@ -272,9 +272,9 @@ class RunConfig:
     parallel: Parallel = "ddp"
     """How several processes (torchrun) train one model. ddp: every process has the whole model; fsdp: parameters,
     gradients and optimizer state are sharded, for large models."""
-    recompute: bool = False
-    """Activation checkpointing: recompute each block's activations in the backward pass: less memory, about a third
-    slower."""
+    gradient_checkpointing: bool = False
+    """Gradient checkpointing (activation checkpointing): recompute the activations of each block in the backward pass
+    instead of storing them. Uses less memory; a step takes about a third longer."""
     deterministic: bool = False
     """Use deterministic kernels only. This is slower on a GPU and changes nothing on a CPU."""
     compile: Compile = "auto"

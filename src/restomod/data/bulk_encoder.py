@@ -130,7 +130,7 @@ def _doubtful() -> np.ndarray:
 
 
 def _tokie() -> Any:
-    """tokie with GPT-2's vocabulary and no special tokens, or None where it is not installed in the tested release."""
+    """Tokie with GPT-2's vocabulary and no special tokens, or None where it is not installed in the tested release."""
     try:
         return _load_tokie() if importlib.metadata.version("tokie") == TOKIE else None
     except ImportError:  # PackageNotFoundError is one
@@ -139,7 +139,7 @@ def _tokie() -> Any:
 
 @functools.cache
 def _load_tokie() -> Any:
-    """tokie's tokenizer, built once per process (about 0.3 s)."""
+    """Tokie's tokenizer, built once per process (about 0.3 s)."""
     import tokie
 
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -185,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in fp32.
+    """Total += a @ b, summed in fp32.
 
     Args:
         total: (V, D) fp32.

@@ -170,7 +170,7 @@ def activation_bytes(config: RunConfig, tokens: int, itemsize: int, device_type:
         outside += FP32 * m.n_head * m.head_size
     if config.document_mask:
         outside += config.sequence_length  # a bool for each pair of tokens
-    if config.recompute:  # the input of each block, and one block at a time
+    if config.gradient_checkpointing:  # the input of each block, and one block at a time
         return m.n_layer * FP32 * m.n_embd * tokens + block + copies + outside * tokens
     return m.n_layer * (block + copies) + outside * tokens
 

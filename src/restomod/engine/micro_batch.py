@@ -17,7 +17,7 @@ from restomod.data.batches import Batches, MicroBatches
 from restomod.engine.device import CHUNK_TOKENS, FORWARD_TOKENS, release_memory, tokens_on
 from restomod.engine.distributed import Processes, synchronised
 from restomod.engine.memory import optimizer_bytes
-from restomod.engine.step import BatchLoss, Compute, batch_loss
+from restomod.engine.step import BatchLoss, ComputeConfig, batch_loss
 from restomod.model.gpt import GPT
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
@@ -58,7 +58,7 @@ def choose_micro_batch(config: RunConfig, device: torch.device, processes: int =
     return config.micro_batch or nearest_divisor_below(share, FORWARD_TOKENS[device.type] // config.sequence_length)
 
 
-def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: OptimConfig) -> int:
+def fitting_micro_batch(model: GPT, batches: Batches, compute: ComputeConfig, optim: OptimConfig) -> int:
     """Find the largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
 
     The memory of a forward and backward pass of two small micro-batches, uncompiled, is extrapolated linearly. Both
@@ -78,7 +78,7 @@ def fitting_micro_batch(model: GPT, batches: Batches, compute: Compute, optim: O
     return nearest_divisor_below(compute.micro_batch, fits)
 
 
-def _bytes_taken(model: GPT, batches: Batches, compute: Compute, sequences: int) -> int:
+def _bytes_taken(model: GPT, batches: Batches, compute: ComputeConfig, sequences: int) -> int:
     tokens, targets = batches.load(batches.windows(0)[:1].repeat(sequences))
     torch.cuda.reset_peak_memory_stats(compute.device)
     before = torch.cuda.memory_allocated(compute.device)
@@ -101,12 +101,12 @@ def first_micro_batch(
     model: GPT,
     loss_of: nn.Module,
     batches: Batches,
-    compute: Compute,
+    compute: ComputeConfig,
     config: RunConfig,
     step: int,
     processes: Processes,
     say: Say,
-) -> tuple[float, Compute]:
+) -> tuple[float, ComputeConfig]:
     """Compute the first micro-batch of a process, forward and backward. All processes call this.
 
     torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
@@ -146,7 +146,8 @@ def first_micro_batch(
             n = compute.micro_batch
             if n == 1:
                 raise UserError(
-                    f"out of memory with one sequence at once ({reason}); try --recompute, or a smaller model"
+                    f"out of memory with one sequence at once ({reason}); try --gradient-checkpointing or a smaller "
+                    "model"
                 )
             compute = dataclasses.replace(compute, micro_batch=next_smaller_divisor(n))
             say(f"warning: out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
@@ -162,7 +163,7 @@ def first_micro_batch(
 
 
 def _try_micro_batch(
-    model: GPT, loss_of: nn.Module, batches: Batches, compute: Compute, step: int
+    model: GPT, loss_of: nn.Module, batches: Batches, compute: ComputeConfig, step: int
 ) -> tuple[float, Literal["memory", "compiler"] | None, str]:
     """Try a micro-batch: its seconds, what failed, and the reason in a line. Changes nothing.
 
@@ -182,7 +183,9 @@ def _try_micro_batch(
         reason = one_line(" ".join(str(e).split()) or type(e).__name__)  # a compiler's first line says nothing
         if is_out_of_memory(e):
             if sharded:
-                raise UserError(f"out of memory ({reason}); lower --micro-batch, or try --recompute") from e
+                raise UserError(
+                    f"out of memory ({reason}); lower --micro-batch, or try --gradient-checkpointing"
+                ) from e
             return 0.0, "memory", reason
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
             return 0.0, "compiler", reason

@@ -22,7 +22,7 @@ from restomod.model.gpt import GPT
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
     """Device, precision and micro-batch of a step."""
 
     device: torch.device
@@ -38,7 +38,7 @@ class Compute:
 
 
 def batch_loss(
-    model: GPT, tokens: Tensor, targets: Tensor, compute: Compute, head_gradient: HeadGradient | None = None
+    model: GPT, tokens: Tensor, targets: Tensor, compute: ComputeConfig, head_gradient: HeadGradient | None = None
 ) -> Tensor:
     """Mean cross-entropy of ``targets`` (B, T) given ``tokens`` (B, T): a scalar, in nats.
 
@@ -78,7 +78,7 @@ def document_mask(tokens: Tensor) -> Tensor:
 class BatchLoss(nn.Module):
     """`batch_loss` as a module, which DDP and FSDP can wrap."""
 
-    def __init__(self, model: GPT, compute: Compute) -> None:
+    def __init__(self, model: GPT, compute: ComputeConfig) -> None:
         super().__init__()
         self.model, self.compute = model, compute
 

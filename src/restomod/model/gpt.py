@@ -86,7 +86,7 @@ def apply_rope(x: Tensor, rope: RopeCache) -> Tensor:
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap): no logit beyond ± ``cap``. Source: Gemma team, "Gemma 2", 2024, section 2."""
+    """Cap * tanh(logits / cap): no logit beyond ± ``cap``. Source: Gemma team, "Gemma 2", 2024, section 2."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         self.ln_e = nn.RMSNorm(config.n_embd, NORM_EPS) if config.embedding_norm else nn.Identity()
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = build_part("norms", config.norm, config)
-        self.recompute = False  # activation checkpointing: recompute each block in the backward pass
+        self.gradient_checkpointing = False  # recompute each block in the backward pass
         self.residual_dtype: torch.dtype | None = None  # of the residual stream in training; None: the embeddings'
 
     def forward(
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
             x = x.to(self.residual_dtype)
         inputs = BlockInputs(rope, mask, x, self.vte(tokens) if self.vte is not None else None)
         for block in self.h:
-            if self.recompute and cache is None and torch.is_grad_enabled():
+            if self.gradient_checkpointing and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
             else:
                 x = block(x, inputs, cache)

@@ -39,7 +39,7 @@ CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same re
     "device",
     "precision",  # as requested; the one that was used is in the environment
     "parallel",
-    "recompute",
+    "gradient_checkpointing",
     "deterministic",
     "compile",
     "data.cache",

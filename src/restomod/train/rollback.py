@@ -76,7 +76,7 @@ def train_step_retrying_oom(
             if micro_batch == 1 or processes.world_size > 1:
                 raise UserError(
                     f"step {step}: out of memory with a micro-batch of {micro_batch} sequences ({one_line(e)}); "
-                    f"resume with a smaller --micro-batch, or with --recompute"
+                    f"resume with a smaller --micro-batch, or with --gradient-checkpointing"
                 ) from e
         optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
         release_memory(training.compute.device)

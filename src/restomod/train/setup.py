@@ -30,7 +30,7 @@ from restomod.engine.device import (
 from restomod.engine.distributed import SINGLE, Processes, compiled_parts, device_of, distribute
 from restomod.engine.micro_batch import Say, choose_micro_batch, first_micro_batch, fitting_micro_batch
 from restomod.engine.optimizer import Optimizers, build_optimizer
-from restomod.engine.step import BatchLoss, Compute
+from restomod.engine.step import BatchLoss, ComputeConfig
 from restomod.evals.tasks.registry import LoadedTask, load_task, with_absolute_path
 from restomod.model.flops import flops_per_token, parameter_count, peak_flops
 from restomod.model.gpt import GPT, build_model
@@ -86,7 +86,7 @@ class Training:
     loss_of: nn.Module
     """Takes tokens and targets, returns the training loss; contains the model."""
     optimizer: Optimizers
-    compute: Compute
+    compute: ComputeConfig
     processes: Processes
     check_results: list[CheckResult]
     """Of the sanity checks; empty for a run that resumes or is not checked."""
@@ -221,7 +221,7 @@ def build_data(config: RunConfig, processes: Processes) -> TrainingData:
     return TrainingData(dataset, tokenizer, batches, tasks)
 
 
-def check_device(compute: Compute) -> None:
+def check_device(compute: ComputeConfig) -> None:
     """Raise UserError if the device is of a kind that has computed wrongly before, and does so here."""
     if compute.device.type in CHECKED_BEFORE_TRAINING:
         parity = device_parity(compute.device, compute.dtype)
@@ -241,7 +241,7 @@ def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.devi
     return model
 
 
-def check_model(model: GPT, data: TrainingData, compute: Compute, config: RunConfig) -> list[CheckResult]:
+def check_model(model: GPT, data: TrainingData, compute: ComputeConfig, config: RunConfig) -> list[CheckResult]:
     """Run the quick sanity checks, before torch.compile adapts to their shapes. Raises UserError: one has failed."""
     optimizer, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
     results = quick_checks(CheckedModel(model, data.batches, eager, optimizer, fresh=config.init is None))
@@ -287,7 +287,7 @@ def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) 
     return batches
 
 
-def choose_compute(config: RunConfig, processes: Processes) -> Compute:
+def choose_compute(config: RunConfig, processes: Processes) -> ComputeConfig:
     """The device, compute dtype and micro-batch of this process.
 
     Raises:
@@ -306,18 +306,18 @@ def choose_compute(config: RunConfig, processes: Processes) -> Compute:
             f"omit --residual-dtype, or add --precision bf16"
         )
     compiled, reason = choose_compile(config.compile, device)
-    return Compute(device, dtype, micro_batch, compiled, config.document_mask, compile_reason=reason)
+    return ComputeConfig(device, dtype, micro_batch, compiled, config.document_mask, compile_reason=reason)
 
 
 def make_ready(
-    model: GPT, batches: Batches, compute: Compute, config: RunConfig, processes: Processes
-) -> tuple[nn.Module, Optimizers, Compute]:
+    model: GPT, batches: Batches, compute: ComputeConfig, config: RunConfig, processes: Processes
+) -> tuple[nn.Module, Optimizers, ComputeConfig]:
     """Compile and distribute a model as configured. All processes call this.
 
     Returns:
         What computes the loss, the optimizer, and ``compute`` with a micro-batch that fits.
     """
-    model.transformer.recompute = config.recompute
+    model.transformer.gradient_checkpointing = config.gradient_checkpointing
     model.transformer.residual_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
     if config.micro_batch is None and compute.device.type == "cuda":
         fits = processes.least(fitting_micro_batch(model, batches, compute, config.optim))

@@ -127,7 +127,7 @@ def parse_line(line: bytes, kind: Any) -> Any | None:
 
 @functools.cache
 def _adapter(kind: Any) -> Any:
-    """pydantic's check of a type; making one takes milliseconds."""
+    """Pydantic's check of a type; making one takes milliseconds."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

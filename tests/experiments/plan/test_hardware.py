@@ -60,7 +60,7 @@ def test_a_larger_model_is_as_much_slower_as_it_has_more_flops() -> None:
 
 
 def test_recomputing_costs_one_forward_pass() -> None:
-    again = dataclasses.replace(GPT2, recompute=True)
+    again = dataclasses.replace(GPT2, gradient_checkpointing=True)
     assert tokens_per_second(SPEEDS[0], again, 8) == pytest.approx(0.75 * tokens_per_second(SPEEDS[0], GPT2, 8))
 
 

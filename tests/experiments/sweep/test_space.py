@@ -44,7 +44,7 @@ def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: objec
         ("optim.lr=2..1", "must be below the second"),
         ("optim.lr=0..1:log", "needs a range above 0"),
         ("optim.decay=cosine,linnear", "did you mean 'linear'"),
-        ("recompute=yes", "true or false"),
+        ("gradient_checkpointing=yes", "true or false"),
         ("optim.lr=1e-3,1e-3", "is repeated"),
     ],
 )
@@ -75,12 +75,17 @@ def test_the_flags_give_a_run_the_parameters() -> None:
     given |= {
         "model.bias": "false",
         "compile": "on",
-        "recompute": "true",
+        "gradient_checkpointing": "true",
         "model.qk_norm": "true",
         "sanity_checks": "false",
     }
     default = TrainArguments(preset("quickstart"), out="x")
     config = parse(TrainArguments, flags(given), "restomod train", default).config  # type: ignore[arg-type]
     assert (config.optim.lr, config.model.n_layer, config.optim.decay) == (0.0123, 3, "wsd")
-    assert (config.model.bias, config.compile, config.recompute, config.model.qk_norm) == (False, "on", True, True)
+    assert (config.model.bias, config.compile, config.gradient_checkpointing, config.model.qk_norm) == (
+        False,
+        "on",
+        True,
+        True,
+    )
     assert (config.sanity_checks, config.micro_batch) == (False, None)

@@ -66,7 +66,8 @@ def moving_median(values: Array, reach: int) -> Array:
 
 def noise_deviation(values: Array) -> float:
     """Standard deviation of the noise on a slow curve, from the median absolute difference of neighbours, which is
-    robust to outliers; 0 for fewer than two values."""
+    robust to outliers; 0 for fewer than two values.
+    """
     if len(values) < 2:
         return 0.0
     return float(SIGMAS_PER_MAD * np.median(np.abs(np.diff(values))) / math.sqrt(2))

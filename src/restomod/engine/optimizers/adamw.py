@@ -19,7 +19,7 @@ def build(model: GPT, config: OptimConfig, dtype: torch.dtype, distributed: bool
 
 
 def adamw(parameters: Iterable[Tensor], config: OptimConfig) -> AdamW:
-    """torch's AdamW, fused. Source: Brown et al., 2020, appendix B (betas 0.9 and 0.95, eps 1e-8, decay 0.1)."""
+    """Torch's AdamW, fused. Source: Brown et al., 2020, appendix B (betas 0.9 and 0.95, eps 1e-8, decay 0.1)."""
     return AdamW(
         decay_groups(parameters, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )

@@ -150,5 +150,5 @@ def tokens_per_second(speed: Speed, config: RunConfig, gpus: int) -> float:
     """
     peak = peak_flops(speed.gpu)
     assert peak is not None
-    work = flops_per_token(config.model, config.sequence_length) * (4 / 3 if config.recompute else 1)
+    work = flops_per_token(config.model, config.sequence_length) * (4 / 3 if config.gradient_checkpointing else 1)
     return speed.mfu * peak * gpus / work
