@@ -23,6 +23,7 @@ LARGEST_BATCH = 2**30  # tokens of an optimizer step; published runs use up to 2
 LARGEST_SAMPLE = 2**20  # tokens of a sample
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
+SOURCES_WITH_PATH = ("text", "tinyshakespeare", "tokens")
 Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "wsd", "1-sqrt"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -78,8 +79,8 @@ class DataConfig:
         require_fraction("data.val_fraction", self.val_fraction)
         require_seed("data.split_seed", self.split_seed)
         require(
-            self.source != "python-stdlib" or self.path is None,
-            "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
+            self.source in SOURCES_WITH_PATH or self.path is None,
+            f"data.path has no effect with data.source {self.source}; for your own text add --data.source text",
         )
         require(self.separator != "", "data.separator is empty; name the text that stands between two documents")
         require(
