@@ -445,7 +445,7 @@ def test_odd_values_of_every_flag(command: str, answer: Answer) -> None:
         for value in ODD:
             code, said = answer(command, *before, flag, value)
             if flag in PATHS and value == "":
-                assert (code, said) == (2, f"restomod: error: {flag} is empty; give it a value or leave it out\n")
+                assert (code, said) == (2, f"restomod: error: {flag} is empty; give it a value or omit it\n")
         answer(command, *before, flag)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from restomod import cli
 from restomod.cli import main
+from restomod.commands.catalog import COMMANDS
 
 HUGE = 2**60  # no machine has it
 
@@ -44,7 +45,7 @@ ALLOCATE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("allocate", ALLOCATE.values(), ids=ALLOCATE)
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_it_in_one_line(
     command: str, allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,7 +73,7 @@ def test_another_error_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_flags_that_are_recommended_exist(capsys: pytest.CaptureFixture[str]) -> None:
     hints = 0
-    for command in cli.COMMANDS:
+    for command in COMMANDS:
         module = importlib.import_module(f"restomod.commands.{command.replace('-', '_')}")
         flags = re.findall(r"--[\w-]+", getattr(module, "MEMORY_HINT", ""))
         hints += len(flags)

@@ -196,8 +196,8 @@ def test_a_missing_nested_key_is_named_with_its_dots() -> None:
         ("optim.lr", "x", "optim.lr should be float, not 'x'"),
         ("optim.lr", True, "optim.lr should be float, not True"),
         ("optim.betas", 0.9, "optim.betas should be a list, not 0.9"),
-        ("optim.betas", [0.9], "optim.betas should hold 2 values, not 1"),
-        ("optim.betas", [0.9, 0.9, 0.9], "optim.betas should hold 2 values, not 3"),
+        ("optim.betas", [0.9], "optim.betas should have 2 values, not 1"),
+        ("optim.betas", [0.9, 0.9, 0.9], "optim.betas should have 2 values, not 3"),
         ("optim.betas", [0.9, "x"], "optim.betas should be float, not 'x'"),
         ("sampling.prompts", "hello", "sampling.prompts should be a list, not 'hello'"),
         ("sampling.prompts", ["hello", 1], "sampling.prompts should be str, not 1"),
@@ -418,7 +418,7 @@ def test_a_mix_that_makes_no_sense_is_refused(mix: str, said: str) -> None:
 
 
 def test_a_mix_stands_in_place_of_a_path() -> None:
-    with pytest.raises(UserError, match=r"leave data\.path out"):
+    with pytest.raises(UserError, match=r"omit data\.path"):
         DataConfig(source="tokens", path="x", mix="a:1,b:1")
 
 
