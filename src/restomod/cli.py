@@ -15,7 +15,7 @@ from restomod.utils.output import open_missing, run_guarded
 EXIT_CODES = {
     0: "success",
     1: "a check failed, a run is unhealthy, or all trials of a sweep failed",
-    EXIT_USER_ERROR: "invalid input or a system error: one line on standard error says how to fix it",
+    EXIT_USER_ERROR: "invalid input or a system error: one line on standard error explains how to fix it",
     75: "a run or sweep was stopped by a signal or a limit, and can be resumed",
     130: "stopped by Ctrl-C",
 }

@@ -21,7 +21,7 @@ class CompareArguments:
     baseline: str | None = None
     """Run of the baseline group. None: the first run."""
     target_loss: float | None = None
-    """Validation loss in nats for the comparison of tokens to a target loss. None: the final loss of the baseline."""
+    """Loss in nats for the comparison of tokens to a target loss. None: the final loss of the baseline."""
     price: float | None = None
     """Price in US dollars of one GPU for one hour (on a CPU: of one process for one hour). None: no cost."""
     x: Literal["all", "steps", "tokens", "flops", "time", "dollars"] = "all"

@@ -1,4 +1,4 @@
-"""Parsing of flags into dataclasses with tyro. An error is one line with the flag and its valid values."""
+"""Parsing of flags into dataclasses with tyro; an error is one line with the flag and its valid values."""
 
 from __future__ import annotations
 
@@ -31,11 +31,16 @@ SHORT = re.compile(r"^--(mix|separator)(?==|$)")  # short for --data.mix and --d
 NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses negative numbers as values
 DASH = "\ue000"  # replaces the first dash of a value, which tyro would parse as a flag
 MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt starts a document; a glob has its own message
-METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
+METAVARS = {"INT": "an integer", "FLOAT": "a number", "{None}": "None", "STR": "a string"}
 
 
 def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """Return the preset's name, the first argument of a command, and the other arguments.
+    """Return the first argument of a command, a preset's name, and the other arguments.
+
+    Args:
+        command: name of the command, for messages.
+        arguments: arguments of the command.
+        usage: help to print.
 
     Raises:
         UserError: the first argument is a flag.
@@ -236,18 +241,18 @@ def _one_line(box: str) -> str:
 
 def _in_words(message: str) -> str:
     """Return tyro's message about an invalid value without Python's types and errors."""
-    flag, _, said = message.partition(": ")
-    union = re.match(r"no type matching (\S+) could be instantiated from \[(.*)\]\.\s+Got errors", said, re.DOTALL)
-    number = re.match(r"(invalid literal for int\(\)|could not convert string to float|Exceeds the limit)", said)
-    several = re.match(r"Could not parse arguments \[(.*)\] into tuple type \S+?\[(.*)\]", said, re.DOTALL)
+    flag, _, detail = message.partition(": ")
+    union = re.match(r"no type matching (\S+) could be instantiated from \[(.*)\]\.\s+Got errors", detail, re.DOTALL)
+    number = re.match(r"(invalid literal for int\(\)|could not convert string to float|Exceeds the limit)", detail)
+    several = re.match(r"Could not parse arguments \[(.*)\] into tuple type \S+?\[(.*)\]", detail, re.DOTALL)
     if union:
         kinds = [METAVARS.get(kind, kind) for kind in sorted(union[1].split("|"), key=lambda kind: kind == "{None}")]
         return f"{flag}: {shortened(union[2])} is not {' or '.join(kinds)}"
     if number and number[0].startswith("Exceeds"):
         return f"{flag}: the number has too many digits"
     if number:
-        kind = "a number" if "float" in number[0] else "a whole number"
-        return f"{flag}: {shortened(said.partition(': ')[2])} is not {kind}"
+        kind = "a number" if "float" in number[0] else "an integer"
+        return f"{flag}: {shortened(detail.partition(': ')[2])} is not {kind}"
     if several:
         return f"{flag}: {shortened(several[1])} are not {several[2].count(',') + 1} numbers"
     if "Expected 1 values" in message:

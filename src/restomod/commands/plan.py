@@ -43,7 +43,7 @@ class PlanArguments(ConfigArguments):
     gpus: int = 1
     """Number of GPUs in the machine."""
     price: float | None = None
-    """Price in US dollars of one GPU for one hour. None: the prices of cloud providers."""
+    """Price in US dollars of one GPU for one hour. None: only a table of the prices of cloud providers."""
     measure: bool = False
     """Measure a few training steps on this machine and plan for this machine."""
     prices: Path | None = None
@@ -56,21 +56,21 @@ def run(arguments: list[str]) -> int:
     """Print the plan, write the requested file, and return 0."""
     name, rest = preset_first("plan", arguments, USAGE)
     given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}", RARE)
-    _refuse(given)
+    _check_flags(given)
     refuse_ignored(rest, ignored_by_run(given.config))
     prices = read_prices(given.prices)
 
     from restomod.experiments.plan.text import plan_lines
 
     plan = _plan(name, given)
-    print("\n".join(plan_lines(plan, prices)))  # in one call: an error in a line prints nothing else
+    print("\n".join(plan_lines(plan, prices)))  # one call, so that an error prints no partial plan
     if given.json is not None:
         print()
         write_outputs([Output(given.json, lambda path: write_json_atomically(path, plan.to_dict(prices)))])
     return 0
 
 
-def _refuse(given: PlanArguments) -> None:
+def _check_flags(given: PlanArguments) -> None:
     """Raise UserError if flags are out of range or contradict each other, before any measurement."""
     require_size("--gpus", given.gpus)
     require_number("--price", given.price)
@@ -110,10 +110,10 @@ def _measure(name: str, config: RunConfig) -> MeasuredStep:
     report = measure_micro_batches(config, name, TIMED_STEPS, display)
     display.line("")
     display.require_printed()
-    return measured_of(report)
+    return to_measured_step(report)
 
 
-def measured_of(report: Report) -> MeasuredStep:
+def to_measured_step(report: Report) -> MeasuredStep:
     """Convert the report of a benchmark to the time and memory of a step."""
     from restomod.engine.memory import estimate_memory
     from restomod.experiments.plan.estimate import MeasuredStep

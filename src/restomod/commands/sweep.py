@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
     base = preset(name)
     own, others = split(rest)
     given = parse(SweepArguments, own, f"restomod sweep {name}", SweepArguments(out=f"sweeps/{name}"), RARE)
-    plan = plan_of(name, base, given, others)
+    plan = build_plan(name, base, given, others)
     refuse_ignored(own, {"--search-seed": "with --grid"} if given.grid else {})
     for flag in ("max_hours", "max_dollars", "price"):
         require_number(f"--{flag.replace('_', '-')}", getattr(given, flag), above_0=True)
@@ -119,7 +119,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
-def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
+def build_plan(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
     """Build the plan of a sweep.
 
     Args:

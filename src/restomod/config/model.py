@@ -26,7 +26,7 @@ Activation = Literal["gelu", "relu2", "swiglu"]
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError with ``message`` unless ``condition`` holds."""
+    """Raise UserError with ``message`` if ``condition`` is false."""
     if not condition:
         raise UserError(message)
 
