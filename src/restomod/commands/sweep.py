@@ -41,9 +41,9 @@ class SweepArguments:
     """Random search: settings as NAME=LOW..HIGH or NAME=VALUE,VALUE; needs --trials. A positive range with
     HIGH / LOW >= 10 is sampled log-uniformly; LOW..HIGH:log and LOW..HIGH:linear override this."""
     tpe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Search with Optuna's TPE sampler, which uses the results of earlier trials; settings as in --random."""
+    """Search with Optuna's TPE sampler, which uses the results of earlier trials. The settings have the same form as in --random."""
     trials: int | None = None
-    """Number of configurations for --random or --tpe. None: no search, only --grid."""
+    """Number of configurations; required with --random and --tpe. None: not set."""
     seeds: int = 1
     """Number of seeds per configuration: the value of --seed and the integers after it."""
     search_seed: int = 0
@@ -55,7 +55,7 @@ class SweepArguments:
     """Limit in hours for all trials on all machines. A trial is not started if, judged by the finished ones, it would
     exceed the limit. At the limit, the running trial is stopped with a checkpoint. None: no limit."""
     max_dollars: float | None = None
-    """Limit in US dollars for all trials on all GPUs, enforced as --max-hours; needs --price. None: no limit."""
+    """Limit in US dollars for all trials on all GPUs, enforced like --max-hours; needs --price. None: no limit."""
     price: float | None = None
     """Price in US dollars of one GPU for one hour (on a CPU: of one process for one hour). None: no cost."""
     then: str | None = None
@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
         raise UserError("--max-dollars needs the price of one GPU for one hour; add --price DOLLARS")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a sweep trains each trial on one GPU and does not support torchrun; start the same command once per GPU, "
+            "a sweep trains each trial with one process and does not support torchrun; start the same command once per GPU, "
             "each with its own CUDA_VISIBLE_DEVICES"
         )
     if importlib.util.find_spec("optuna") is None:
