@@ -41,7 +41,7 @@ class SweepArguments:
     """Random search: settings as NAME=LOW..HIGH or NAME=VALUE,VALUE; needs --trials. A positive range with
     HIGH / LOW >= 10 is sampled log-uniformly; LOW..HIGH:log and LOW..HIGH:linear override this."""
     tpe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Search with Optuna's TPE sampler, which uses the results of earlier trials. The settings have the same form as in --random."""
+    """Search with Optuna's TPE sampler, which uses the results of earlier trials. Settings are as in --random."""
     trials: int | None = None
     """Number of configurations; required with --random and --tpe. None: not set."""
     seeds: int = 1
@@ -91,8 +91,8 @@ def run(arguments: list[str]) -> int:
         raise UserError("--max-dollars needs the price of one GPU for one hour; add --price DOLLARS")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a sweep trains each trial with one process and does not support torchrun; start the same command once per GPU, "
-            "each with its own CUDA_VISIBLE_DEVICES"
+            "a sweep trains each trial with one process and does not support torchrun; start the same command once per "
+            "GPU, each with its own CUDA_VISIBLE_DEVICES"
         )
     if importlib.util.find_spec("optuna") is None:
         raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
