@@ -81,7 +81,7 @@ class DataConfig:
         require_seed("data.split_seed", self.split_seed)
         require(
             self.source in SOURCES_WITH_PATH or self.path is None,
-            f"data.path has no effect with data.source {self.source}; to train on your own text, add --data.source text",
+            f"data.path has no effect with data.source {self.source}; for your own text, add --data.source text",
         )
         require(self.separator != "", "data.separator is empty; set it to the text between two documents")
         require(
