@@ -129,7 +129,7 @@ def test_the_last_token_is_only_a_target(tokens: int, T: int, n_windows: int) ->
 @pytest.mark.parametrize("tokens", [0, 1, 4])
 def test_a_text_shorter_than_a_window_and_its_target_is_refused(tokens: int) -> None:
     stream = counting(tokens) if tokens else TokenStream([])
-    with pytest.raises(UserError, match=f"the validation text has {tokens} tokens, fewer than a window of 4"):
+    with pytest.raises(UserError, match=f"the validation split has {tokens} tokens, fewer than --sequence-length 4"):
         Batches(stream, 4, 1, seed=1, split="validation")
 
 
@@ -153,7 +153,7 @@ def test_large_token_ids_stay_positive() -> None:
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     batches = Batches(TokenStream([np.array([1, 2, 50257, 3, 4, 5], dtype=np.uint16)]), 1, 1, seed=1)
     batches.load(np.array([3]))
-    with pytest.raises(UserError, match="the token 50257, and GPT-2's vocabulary ends at 50256"):
+    with pytest.raises(UserError, match="the token 50257, but GPT-2's vocabulary ends at 50256"):
         batches.load(np.array([0, 1]))
 
 
@@ -275,7 +275,7 @@ def test_sources_of_equal_length_have_orders_of_their_own() -> None:
 
 
 def test_a_source_of_a_mix_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(UserError, match="has 4 tokens, fewer than a window of 4"):
+    with pytest.raises(UserError, match="has 4 tokens, fewer than --sequence-length 4"):
         Batches([counting(9), counting(4)], 4, 2, seed=1, shares=[Fraction(1, 2)] * 2)
 
 

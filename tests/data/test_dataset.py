@@ -59,16 +59,16 @@ def test_a_shard_is_mapped_and_not_read(tmp_path: Path) -> None:
 
 WHOLE = llm_c([1, 2, 3, 4])
 BAD_SHARDS = {
-    "one token short": (WHOLE[:-2], "is damaged: its header says 4 tokens"),
-    "one byte short": (WHOLE[:-1], "is damaged: its header says 4 tokens"),
-    "one token long": (WHOLE + b"\x00\x00", "is damaged: its header says 4 tokens"),
+    "one token short": (WHOLE[:-2], "is damaged: expected 1,032 bytes for the 4 tokens"),
+    "one byte short": (WHOLE[:-1], "is damaged: expected 1,032 bytes for the 4 tokens"),
+    "one token long": (WHOLE + b"\x00\x00", "is damaged: expected 1,032 bytes for the 4 tokens"),
     "cut in the header": (WHOLE[:512], "is not a token shard"),
     "cut within a number of the header": (WHOLE[:511], "is not a token shard"),
     "empty": (b"", "is not a token shard"),
-    "wrong magic": (llm_c([1, 2], magic=20240521), "is not a token shard: its header lacks the magic number 20240520"),
+    "wrong magic": (llm_c([1, 2], magic=20240521), "is not a token shard: no magic number 20240520"),
     "wrong version": (llm_c([1, 2], version=2), "is not a token shard"),
-    "wrong count": (llm_c([1, 2], count=3), "is damaged: its header says 3 tokens"),
-    "negative count": (llm_c([1, 2], count=-1), "is damaged: its header says -1 tokens"),
+    "wrong count": (llm_c([1, 2], count=3), "is damaged: expected 1,030 bytes for the 3 tokens"),
+    "negative count": (llm_c([1, 2], count=-1), "is damaged: expected 1,022 bytes for the -1 tokens"),
 }
 
 
@@ -81,7 +81,7 @@ def test_a_bad_shard_is_refused_by_name(tmp_path: Path, what: str) -> None:
     assert refusal(path, open_shard, path).startswith(f"{path} {said}")
     message = refusal(path, open_published, tmp_path)
     assert message.startswith(f"{path} {said}")
-    assert message.endswith("; get it again")
+    assert message.endswith("; download it again")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_flipped_bit_in_a_shard_of_a_folder_is_refused(folder: Path, name: str
     content = bytearray((folder / name).read_bytes())
     content[-1] ^= 1
     (folder / name).write_bytes(content)
-    assert "its SHA-256 is not the one in manifest.json" in refusal(folder / name, open_dataset, folder, VOCABULARY)
+    assert "its SHA-256 differs from manifest.json" in refusal(folder / name, open_dataset, folder, VOCABULARY)
 
 
 def test_another_whole_shard_in_a_shards_place_is_refused(folder: Path) -> None:
@@ -368,11 +368,11 @@ def as_npz(path: Path) -> None:
 
 
 BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
-    "signed": (lambda path: np.save(path, np.array([1, 2], dtype=np.int16)), "holds int16 of shape (2,), not a row"),
-    "wide": (lambda path: np.save(path, np.array([1, 2], dtype=np.uint32)), "holds uint32 of shape (2,), not a row"),
-    "big-endian": (lambda path: np.save(path, np.array([1, 2], dtype=">u2")), "holds >u2 of shape (2,), not a row"),
-    "two-dimensional": (lambda path: save_npy(path, [[1, 2]]), "holds uint16 of shape (1, 2), not a row"),
-    "a number": (lambda path: save_npy(path, 3), "holds uint16 of shape (), not a row"),
+    "signed": (lambda path: np.save(path, np.array([1, 2], dtype=np.int16)), "has dtype int16 and shape (2,)"),
+    "wide": (lambda path: np.save(path, np.array([1, 2], dtype=np.uint32)), "has dtype uint32 and shape (2,)"),
+    "big-endian": (lambda path: np.save(path, np.array([1, 2], dtype=">u2")), "has dtype >u2 and shape (2,)"),
+    "two-dimensional": (lambda path: save_npy(path, [[1, 2]]), "has dtype uint16 and shape (1, 2)"),
+    "a number": (lambda path: save_npy(path, 3), "has dtype uint16 and shape ()"),
     "objects": (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "is damaged: "),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps([1, 2])), "is damaged: "),
     "an archive": (as_npz, "is an archive of arrays"),
@@ -394,9 +394,7 @@ def test_a_bad_npy_shard_is_refused_by_name(tmp_path: Path, what: str) -> None:
 def test_a_folder_without_training_shards_is_refused(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_bytes(llm_c([1]))
-    assert "holds no token shards: no manifest.json, and no files such as" in refusal(
-        tmp_path, open_published, tmp_path
-    )
+    assert "has no token shards: neither manifest.json nor files such as" in refusal(tmp_path, open_published, tmp_path)
 
 
 def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: Path) -> None:
@@ -420,7 +418,7 @@ def maps_of(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is mapped")
 def test_of_many_shards_few_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.data.dataset.MAPPED_AT_ONCE", 3)
+    monkeypatch.setattr("restomod.data.dataset.MAX_MAPPED_SHARDS", 3)
     tokens = np.arange(10_000, dtype=np.uint16)
     for i, part in enumerate(np.split(tokens, 10)):
         write_shard(tmp_path / f"a_train_{i:06d}.bin", part)
@@ -445,4 +443,4 @@ def test_a_bad_header_in_a_shard_of_the_right_size_is_found_when_it_is_read(fold
 def test_a_shard_that_has_shrunk_since_it_was_opened_is_refused(folder: Path) -> None:
     stream = open_dataset(folder, VOCABULARY).train
     (folder / "train_000001.bin").write_bytes(llm_c([4]))
-    assert "it has 1 tokens, not 2" in refusal(folder / "train_000001.bin", stream.read, 3, 2)
+    assert "is damaged: 1 tokens, expected 2" in refusal(folder / "train_000001.bin", stream.read, 3, 2)

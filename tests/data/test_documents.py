@@ -112,7 +112,9 @@ def test_every_character_is_of_the_class_that_tiktoken_takes_it_for(tiktoken_gpt
 def test_a_run_too_long_to_encode_is_refused() -> None:
     for run in ("a" * 100, " " * 100, "\n" * 100, "^" * 100):
         assert cut("one two " + run + " three", [7], piece=20, run=100)
-        with pytest.raises(UserError, match=r"a\.txt: more than 70 characters after the first \d+ have no end"):
+        with pytest.raises(
+            UserError, match=r"a\.txt: more than 70 characters without a word boundary after the first \d+"
+        ):
             cut("one two " * 9 + run + " three", [7], piece=20, run=70)
     with pytest.raises(UserError, match=r"a\.txt is filled with NUL bytes"):
         cut("one two " + "\0" * 100 + " three", [7], piece=20, run=70)
@@ -192,5 +194,5 @@ def test_a_document_that_has_changed_is_refused(
 
 
 def test_documents_that_are_gone_are_missed() -> None:
-    with pytest.raises(UserError, match="documents have disappeared since they were first read; do so"):
+    with pytest.raises(UserError, match="documents have disappeared since the first read; do so"):
         list(encoded([Document("", "a")], BulkEncoder(gpt2_tokenizer()), 0, [split_hash(["a"], 0), 7], "do so"))

@@ -107,9 +107,7 @@ def test_rows_of_a_table_are_documents(tmp_path: Path, ending: str, delimiter: s
     content = COMPRESSIONS[compression](codecs.BOM_UTF8 + as_table(delimiter)(TEXTS, "body"))
     path = written(tmp_path, f"a{ending}.gz", content)
     assert texts(path, "body") == TEXTS
-    with pytest.raises(
-        UserError, match=r"has no column 'text'; it has: body, id; name the one with the text by --text-"
-    ):
+    with pytest.raises(UserError, match=r"has no column 'text'; it has: body, id; select one with --text-"):
         texts(path)
 
 
@@ -184,13 +182,13 @@ def test_json_that_is_read_as_text_is_told_from_prose(tmp_path: Path, content: s
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[{"text": "a"} {"text": "b"}]', "line 1: not JSON .a comma is missing after record 1"),
-        (b'[{"text": "a"},\n 3]', "line 2: record 2 should be a JSON object"),
+        (b'[{"text": "a"} {"text": "b"}]', "line 1: not JSON .missing comma after record 1"),
+        (b'[{"text": "a"},\n 3]', "line 2: record 2 must be a JSON object"),
         (b'[{"text": "a"},\n\n {"text": }]', "line 3: record 2 is not JSON"),
         (b'[{"text": "a"}, {"text": "b"', "record 2 is not JSON"),
-        (b'[{"text": "a"}', "is truncated: its JSON array has no end after record 1"),
+        (b'[{"text": "a"}', "is truncated: its JSON array does not end after record 1"),
         (b'[{"text": "a"}] more', "extra data after the end of the array"),
-        (b'[{"text": 3}]', "record 1: 'text' should be text, not 3"),
+        (b'[{"text": 3}]', "record 1: 'text' must be text, not 3"),
         (b'{"text": "a"}\nno JSON\n', "line 2: not JSON"),
         (b'[{"text": "a"}, {"text": "\xff"}]', "is not UTF-8 text: byte 0xff at offset 26"),
         (b'[{"text": "a"}, {"text": ' + b"[" * 100_000, "record 2 is not JSON"),
@@ -208,15 +206,17 @@ def test_a_record_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(file_format, "HEAD_BYTES", 100)
     monkeypatch.setattr(streams, "READ_BYTES", 100)
     for long in ([{"text": "a" * 3000}], [{"text": "b"}, {"text": "a" * 3000}]):
-        with pytest.raises(UserError, match=r"record \d is longer than 0\.001 MB; put this document into a plain text"):
+        with pytest.raises(
+            UserError, match=r"record \d is longer than 0\.001 MB; move this document to a separate plain text"
+        ):
             texts(written(tmp_path, "a.json", json.dumps(long).encode()))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"id,text\n1,a, b\n", "line 2: 3 fields in a row, and 2 in the header"),
-        (b"id,text\n1,a\n2\n", "line 3: 1 fields in a row"),
+        (b"id,text\n1,a, b\n", "line 2: 3 fields, but 2 in the header"),
+        (b"id,text\n1,a\n2\n", "line 3: 1 fields"),
         (b'id,text\n1,"a" b\n', "line 2: not CSV"),
         (b'id,text\n1,"a\nb\n', "not CSV .unexpected end of data"),
     ],
@@ -290,7 +290,7 @@ def test_a_container_is_refused_with_how_to_mend_it(
     tmp_path: Path, container: str, compression: str, name: str
 ) -> None:
     path = written(tmp_path, name, COMPRESSIONS[compression](CONTAINERS[container]))
-    with pytest.raises(UserError, match=f"{name} (is|holds) .*, not text: .*, or leave it out with a glob$"):
+    with pytest.raises(UserError, match=f"{name} (is|contains) .*, not text: .*, or exclude it with a glob$"):
         texts(path)
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_is_compressed_twice_is_refused(tmp_path: Path) -> None:
 def test_utf_16_and_32_are_refused_with_how_to_convert(tmp_path: Path, encoding: str, name: str) -> None:
     """With their byte-order mark, or without, where each second byte of English is NUL."""
     wide = encoding[:6].upper()
-    with pytest.raises(UserError, match=f"is not UTF-8 text but {wide}; convert it: iconv -f {wide} -t UTF-8"):
+    with pytest.raises(UserError, match=f"is {wide}, not UTF-8 text; convert it: iconv -f {wide} -t UTF-8"):
         texts(written(tmp_path, name, "some English text".encode(encoding)))
 
 
@@ -403,5 +403,5 @@ def test_a_table_is_told_by_its_header_and_rows(tmp_path: Path, name: str, delim
 
 def test_a_folder_in_place_of_a_file_is_called_one(tmp_path: Path) -> None:
     for read in (detect_format, lambda path: load_task(str(path), tmp_path, None)):
-        with pytest.raises(UserError, match="is a folder; name a file"):
+        with pytest.raises(UserError, match="is a folder; give the path of a file"):
             read(tmp_path)

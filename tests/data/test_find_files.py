@@ -35,7 +35,7 @@ def test_links_are_followed_and_each_file_comes_once(tmp_path: Path) -> None:
     (root / "sub").symlink_to("../real")
     files, left_out = found(root)
     assert files == ["a.txt", "own.txt", "sub/2.txt", "sub/deep/3.txt"]
-    assert left_out == {"met before": 1}
+    assert left_out == {"duplicate path": 1}
 
 
 def test_a_file_is_read_by_its_path_without_a_link(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_file_is_read_by_its_path_without_a_link(tmp_path: Path) -> None:
     os.link(root / "m" / "real.txt", root / "z.txt")
     files, left_out = found(root)
     assert files == ["m/real.txt"]
-    assert left_out == {"met before": 3}
+    assert left_out == {"duplicate path": 3}
 
 
 def test_loops_broken_links_and_what_is_no_file_are_told_and_not_fatal(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_what_is_not_there_is_refused_with_what_is(hub: Hub) -> None:
         (lambda hub: hub.gated.add(KEY), "is gated: accept its terms"),
         (
             lambda hub: (hub.repos.update({KEY: {"train/1.png": b"x"}}), hub.cards.clear()),
-            "no files for the dataset, split train: none that can be read",
+            "no files for the dataset, split train; readable files: none",
         ),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_unit(
 
 
 def test_a_missing_column_lists_those_there_are(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"000_00000\.parquet has no column 'txt'; it has: .*text.*; name the one"):
+    with pytest.raises(UserError, match=r"000_00000\.parquet has no column 'txt'; it has: .*text.*; select one"):
         prepared(tmp_path / "out", text_column="txt")
 
 
@@ -345,9 +345,12 @@ def test_published_shards_arrive_as_they_are(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (bin_shard(np.arange(100))[:-2], r"finewebedu_train_000001\.bin is damaged: its header says 100 tokens"),
-        (b"\0" * (HEADER_BYTES + 20), r"is not a token shard: its header lacks the magic number"),
-        (bin_shard(np.array([1, 50257])), r"finewebedu_train_000001\.bin holds the token 50257"),
+        (
+            bin_shard(np.arange(100))[:-2],
+            r"finewebedu_train_000001\.bin is damaged: expected 1,224 bytes for the 100 tokens",
+        ),
+        (b"\0" * (HEADER_BYTES + 20), r"is not a token shard: no magic number"),
+        (bin_shard(np.array([1, 50257])), r"finewebedu_train_000001\.bin contains the token 50257"),
     ],
 )
 def test_a_published_shard_that_is_wrong_is_refused(hub: Hub, tmp_path: Path, content: bytes, said: str) -> None:
@@ -358,11 +361,11 @@ def test_a_published_shard_that_is_wrong_is_refused(hub: Hub, tmp_path: Path, co
 
 
 def test_published_shards_cannot_be_searched_for_duplicates(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="published shards are taken as they are; leave --dedup out"):
+    with pytest.raises(UserError, match="remove --dedup"):
         prepare_folder((f"pretokenized:{POOL}",), PrepareConfig(dedup=True), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_repository_without_shards_is_refused(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no shards there such as fineweb_train_000001\.bin"):
+    with pytest.raises(UserError, match=r"no token shards on the hub, such as fineweb_train_000001\.bin"):
         prepare_folder((f"pretokenized:{REPO}",), PrepareConfig(), tmp_path / "out", workers=1)

@@ -101,10 +101,8 @@ def test_every_command_says_it(folder: Path, tmp_path: Path, capsys: pytest.Capt
         sizes = sizes_of(folder)
         assert f"as plain text (.md 2, .xyz 1, {sizes['plain text']} bytes)" in said
         assert f"1 file as JSON lines (.json.gz, {sizes['JSON lines']} bytes)" in said
-        assert "left out: 3 files or folders: broken link 1, empty 1, hidden 1" in said
-        assert (
-            f"warning: the text holds {END} 4 times as characters; if it separates documents, add --separator" in said
-        )
+        assert "skipped: 3 files or folders: broken link 1, empty 1, hidden 1" in said
+        assert f"warning: the text contains a literal {END} 4 times; if it separates documents, split" in said
         assert "warning: files may be missing: broken link 1" in said
 
 
@@ -117,7 +115,7 @@ def test_a_manifest_without_the_counts_opens_and_says_nothing(
     del manifest["read"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert main(["data", str(out)]) == 0
-    assert "left out" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
     assert summary_rows(open_dataset(out, tokenizer.sha256).manifest) == []
     assert main(["prepare", str(folder), "--out", str(out)]) == 0  # and is what was asked for
 
@@ -126,7 +124,7 @@ def test_a_separator_that_stands_nowhere_is_warned_of(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", str(folder), "--out", str(tmp_path / "out"), "--separator", "---"]) == 0
-    assert "warning: the separator does not occur" in capsys.readouterr().out
+    assert "warning: --separator does not occur" in capsys.readouterr().out
 
 
 def test_with_the_separator_only_those_of_records_are_left(
@@ -179,4 +177,4 @@ def test_data_tells_separators_from_literals(
     tokens = [50256, *tiktoken_gpt2.encode_ordinary(text), 50256, *tiktoken_gpt2.encode_ordinary("b")]
     np.save(tmp_path / "x_train_0.npy", np.array(tokens, dtype=np.uint16))
     assert main(["data", str(tmp_path)]) == 0
-    assert f"the token 50256 2 times, the characters {END} {text.count(END)} times" in capsys.readouterr().out
+    assert f"2 tokens 50256, {text.count(END)} literal {END}" in capsys.readouterr().out

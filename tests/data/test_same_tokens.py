@@ -73,7 +73,7 @@ def test_one_other_token_is_found_and_its_place_named(at: int, tmp_path: Path) -
 def test_another_number_of_tokens_is_told(tmp_path: Path) -> None:
     before = with_hashes(published(tmp_path / "a", "bin", []))
     assert token_difference(before, published(tmp_path / "b", "bin", [], TOKENS[:-1])) == (
-        "in the train split, there are 4,499 tokens, not 4,500"
+        "in the train split, the number of tokens is 4,499, not 4,500"
     )
 
 
@@ -90,12 +90,12 @@ def test_the_sources_of_a_mix_are_compared_one_by_one(tmp_path: Path) -> None:
 
 def test_what_recorded_no_hashes_cannot_be_compared(tmp_path: Path) -> None:
     dataset = published(tmp_path / "a", "bin", [])
-    assert "recorded no hashes" in str(token_difference(dataset.manifest, dataset))
+    assert "no hashes" in str(token_difference(dataset.manifest, dataset))
     assert "data.json" in str(token_difference({}, dataset))
 
 
 def test_progress_is_told_while_published_shards_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(same_tokens, "TELL_EVERY", -1.0)
+    monkeypatch.setattr(same_tokens, "REPORT_SECONDS", -1.0)
     said: list[str] = []
     with_hashes(published(tmp_path / "a", "bin", [1000, 2000, 3000]), said.append)
     assert [text.partition(" shards")[0].rpartition(": ")[2] for text in said] == [f"{n} of 4" for n in (1, 2, 3)]

@@ -92,7 +92,7 @@ def test_a_declared_encoding_is_respected(library: Path) -> None:
 
 
 def test_a_library_without_source_is_refused(library: Path) -> None:
-    with pytest.raises(UserError, match=rf"{library} holds no \.py files"):
+    with pytest.raises(UserError, match=rf"{library} has no \.py files"):
         list(python_stdlib())
 
 

@@ -97,8 +97,8 @@ def test_a_killed_worker_is_one_line_and_the_same_command_resumes(
     arguments = ("text", "--out", "out", "--workers", "2")
     process = restomod(*arguments, program=program(tmp_path, KILLED))
     said = error_of(process, tmp_path)
-    assert said.startswith("a worker was killed (SIGKILL), as happens when memory runs out")
-    assert said.endswith("the same command resumes with the rest, perhaps with fewer --workers than 2")
+    assert said.startswith("a worker was killed (SIGKILL), possibly because memory ran out")
+    assert said.endswith("run the same command again to resume, or lower --workers 2")
     check_that_all_are_gone(process.pid, seconds=5)
     assert len(list((tmp_path / "out/.prepare").glob("unit_*.json"))) >= 2
     assert "resuming: " in finished(restomod(*arguments), tmp_path)
@@ -110,7 +110,7 @@ def test_how_a_worker_ended_is_said(tmp_path: Path, text: Path, restomod: Comman
     process = restomod("text", "--out", "out", "--workers", "2", program=program(tmp_path, what))
     said = error_of(process, tmp_path)
     assert said.startswith(
-        "a worker ended unexpectedly (exit code 3); " if "exit" in what else "a worker was killed (SIGSEGV); "
+        "a worker ended unexpectedly with exit code 3; " if "exit" in what else "a worker was killed (SIGSEGV); "
     )
 
 
@@ -187,7 +187,7 @@ def test_a_second_call_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 
     prepare_folder((str(tmp_path / "a.jsonl"),), PrepareConfig(), tmp_path / "out", 1, again)
     assert len(refusals) == 1
-    assert "another `restomod prepare` is at work on" in refusals[0]
+    assert "another `restomod prepare` is writing" in refusals[0]
     assert nothing_but_the_shards(tmp_path / "out")
 
 
@@ -237,9 +237,9 @@ def test_on_ray_the_bytes_are_the_same_and_nothing_else_is_said(tmp_path: Path, 
     finished(restomod("text", "--out", "deduplicated", "--dedup", "--workers", "2"), tmp_path)
     process = restomod(*RAY, "--dedup", **LOCAL)
     said = [line for line in finished(process, tmp_path).splitlines() if not line.endswith(" tokens/s")]
-    assert said[0] == "reading 8 .jsonl files, in 8 units"
-    assert said[1].startswith("on Ray: ")
-    assert said[2] == "looking for duplicates …"
+    assert said[0] == "input: 8 .jsonl files; 8 units of work"
+    assert said[1].startswith("Ray cluster: ")
+    assert said[2] == "finding duplicate documents"
     assert said[3].startswith("out: ")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "deduplicated") != hashes(tmp_path / "reference")
     check_that_all_are_gone(process.pid, seconds=10)
@@ -274,7 +274,7 @@ def test_on_ray_what_was_killed_or_stopped_is_resumed(
         check_that_all_are_gone(process.pid, seconds=10, but=("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
     else:
         check_that_all_are_gone(process.pid, seconds=10)
-    assert "resuming: 3 of 8 units are finished" in finished(restomod(*RAY, **LOCAL), tmp_path)
+    assert "resuming: 3 of 8 units finished" in finished(restomod(*RAY, **LOCAL), tmp_path)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
 
 
@@ -290,8 +290,8 @@ def test_on_ray_a_killed_worker_is_replaced_and_at_last_one_line(
         assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
     else:
         assert error_of(process, tmp_path) == (
-            "a worker of Ray was lost (WorkerCrashedError), as happens when memory runs out; "
-            "finished units are kept, and the same command resumes with the rest"
+            "a Ray worker was lost (WorkerCrashedError), possibly because memory ran out; "
+            "finished units are kept; run the same command again to resume"
         )
 
 
@@ -327,7 +327,7 @@ def test_a_running_cluster_is_used_and_stays(tmp_path: Path, text: Path, restomo
         said = finished(
             restomod("text", "--out", out, "--engine", "ray", RAY_ADDRESS=cluster, RAY_AUTH_MODE="disabled"), tmp_path
         )
-        assert "on Ray: 3 processors of 1 machine\n" in said
+        assert "Ray cluster: 3 CPUs, 1 node\n" in said
         assert hashes(tmp_path / out) == hashes(tmp_path / "reference")
 
 

@@ -119,7 +119,7 @@ def test_a_file_that_has_grown_since_some_of_its_spans_were_finished_is_refused(
     begun(tmp_path, monkeypatch)
     with open(tmp_path / "text" / "a.jsonl", "a") as f:
         f.write(" ")
-    with pytest.raises(UserError, match="was begun with other text or settings"):
+    with pytest.raises(UserError, match="unfinished work with other text or settings"):
         prepared(tmp_path)
 
 

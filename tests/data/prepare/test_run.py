@@ -212,7 +212,7 @@ def test_a_finished_folder_is_found_and_nothing_written(
 ) -> None:
     first = prepared(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(prepare_run, "begin", fail)
+    monkeypatch.setattr(prepare_run, "begin_folder", fail)
     assert prepared(tmp_path).manifest == first.manifest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -224,16 +224,16 @@ def test_what_is_reported(
     arguments = ["prepare", "text", "text/0.jsonl", "--out", "my out", "--val-fraction", "0.5", "--dedup"]
     assert main([*arguments, "--workers", "1"]) == 0
     reading, searching, first, train, val, read, literals, warning, speed, how = capsys.readouterr().out.splitlines()
-    assert reading == f"reading {len(list(Path('text').iterdir())) + 1} .jsonl files, in 2 units"
-    assert searching == "looking for duplicates …"
+    assert reading == f"input: {len(list(Path('text').iterdir())) + 1} .jsonl files; 2 units of work"
+    assert searching == "finding duplicate documents"
     files = [*sorted(Path("text").iterdir()), Path("text/0.jsonl")]
     size = sum(file.stat().st_size for file in files)
     assert read == f"read: {len(files)} files as JSON lines (.jsonl, {size:,} bytes)"
     n = sum(file.read_text().count("<|endoftext|>") for file in files)
-    assert literals.startswith(f"warning: the text holds <|endoftext|> {n:,} times as characters")
-    assert "are few for validation; raise --val-fraction, which is 0.5" in warning
+    assert literals.startswith(f"warning: the text contains a literal <|endoftext|> {n:,} times")
+    assert "validation tokens; raise --val-fraction (now 0.5)" in warning
     manifest = json.loads(Path("my out/manifest.json").read_text())
-    assert first == f"my out: {manifest['documents']} documents, {manifest['tokens']:,} tokens, 20 duplicates left out"
+    assert first == f"my out: {manifest['documents']} documents, {manifest['tokens']:,} tokens, 20 duplicates dropped"
     part = manifest["splits"]["train"]
     shards = len(part["shards"])
     assert train == f"  train {part['tokens']:,} tokens in {shards} shard{'s' * (shards > 1)}"
@@ -241,7 +241,7 @@ def test_what_is_reported(
     assert "MB/s of text" in speed
     assert how.endswith("--data.source tokens --data.path 'my out'")
     assert main(arguments) == 0
-    assert "it was prepared already" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
 
 
 # --- killed and resumed -------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_other_settings_in_a_begun_folder_are_refused(
 ) -> None:
     begun()
     before = hashes(tmp_path / "out")
-    assert "was begun with other text or settings; give those again" in refused(tmp_path, **values)
+    assert "has unfinished work with other text or settings" in refused(tmp_path, **values)
     assert hashes(tmp_path / "out") == before
 
 
@@ -432,7 +432,7 @@ def test_other_settings_or_text_in_a_finished_folder_are_refused(
     prepared(tmp_path)
     if values is None:
         write_jsonl(tmp_path / "text" / "6.jsonl", ["one more"])
-    assert "holds other data already" in refused(tmp_path, **(values or {}))
+    assert "already contains data of other text or settings" in refused(tmp_path, **(values or {}))
 
 
 @pytest.mark.parametrize("values", [{}, {"shard_tokens": 40}])
@@ -454,7 +454,7 @@ def test_a_changed_file_is_refused_if_finished_units_depend_on_it(
     """With dedup, a duplicate dropped from a finished unit may have been in any other file."""
     begun(dedup=dedup)
     write_jsonl(tmp_path / "text" / f"{file}.jsonl", ["changed"])
-    assert "was begun with other text or settings" in refused(tmp_path, dedup=dedup)
+    assert "has unfinished work with other text or settings" in refused(tmp_path, dedup=dedup)
 
 
 @pytest.mark.parametrize("change", [lambda ts: ts[::-1], lambda ts: [ts[0] + ts[1], *ts[2:]], lambda ts: [*ts, "x"]])
@@ -478,26 +478,26 @@ def test_with_dedup_text_that_changes_between_the_passes_is_refused(
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, text: dict[str, list[str]]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "is not empty, and nothing was begun there" in refused(tmp_path)
+    assert "is not empty and was not written by" in refused(tmp_path)
     assert os.listdir(tmp_path / "out") == ["notes.txt"]
 
 
 def test_a_folder_within_its_own_source_is_refused(tmp_path: Path, text: dict[str, list[str]]) -> None:
     for out in ("text/out", "text"):
-        assert "read as text" in refused(tmp_path, out)
+        assert "is inside the source" in refused(tmp_path, out)
     assert sorted(os.listdir(tmp_path / "text")) == list(text)
 
 
 def test_a_set_of_empty_documents_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "text" / "a.jsonl", ["", ""])
     write_jsonl(tmp_path / "text" / "b.jsonl", [""])
-    assert refused(tmp_path) == "the sources hold no text: every document is empty"
+    assert refused(tmp_path) == "the sources have no text: every document is empty"
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, text: dict[str, list[str]]) -> None:
     (tmp_path / "out").mkdir(mode=0o500)
-    assert "cannot make this folder (Permission denied)" in refused(tmp_path)
+    assert "cannot create this folder (Permission denied)" in refused(tmp_path)
 
 
 def corrupt_parquet() -> bytes:
@@ -545,7 +545,7 @@ def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
     assert error.count("\n") == 1
     assert said in error
     first, *progress = (tmp_path / "stdout").read_text().splitlines()
-    assert first.startswith("reading ")
+    assert first.startswith("input: ")
     assert all(" of 7 units, " in line for line in progress)  # written each few seconds: a slow machine shows some
     assert not list((tmp_path / "out").glob(".*.tmp"))
     write_jsonl(tmp_path / "text" / "bad.jsonl", ["mended"])
@@ -578,7 +578,7 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
     with monkeypatch.context() as patch:
         patch.setattr(shard, call, full)
         said = refused(tmp_path, val_fraction=0.2)
-    assert said.startswith(f"{tmp_path / 'out'}: cannot write (No space left on device); finished units are kept")
+    assert said.startswith(f"{tmp_path / 'out'}: cannot write (No space left on device); ")
     reference = hashes(tmp_path / "reference")
     left = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.startswith(".prepare/")}
     assert left.items() <= reference.items()
@@ -595,7 +595,7 @@ def test_a_write_that_fails_within_close_drops_the_half_written_shard(
     process = restomod("text", "--out", "out", "--workers", "1", program=PROGRAM_ON_A_FULL_DISK)
     assert process.wait(timeout=60) == 2
     error = (tmp_path / "stderr").read_text()
-    assert error.startswith("restomod: error: out: cannot write (File too large); finished units are kept")
+    assert error.startswith("restomod: error: out: cannot write (File too large); ")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path / "out")) == [".prepare", "train_00000_000000.bin"]
     prepared(tmp_path)

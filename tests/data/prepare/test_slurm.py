@@ -160,14 +160,14 @@ def test_jobs_write_the_same_bytes_and_the_manifest(
     tmp_path: Path, text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     lines = said(capfd, *flags)
-    assert lines[0] == "reading 4 .jsonl files, in 4 units"
+    assert lines[0] == "input: 4 .jsonl files; 4 units of work"
     stages = ["hash 4 units", "assign", "prepare 4 units", "finish"] if flags else ["prepare 4 units", "finish"]
     assert lines[1:-1] == [f"submitted job {101 + i}: {stage}" for i, stage in enumerate(stages)]
     for job in cluster.jobs():
         assert job["options"]["output"].startswith(f"{tmp_path}/my out/.prepare/slurm/")
     name = cluster.jobs()[0]["options"]["job-name"]
     assert lines[-1] == (
-        f"how far it is: the same command again; the queue: squeue --name={name}; to stop it: scancel --name={name}"
+        f"progress: run the same command again; queue: squeue --name={name}; cancel: scancel --name={name}"
     )
     cluster.run()
     assert cluster.states() == [{"COMPLETED"}] * len(stages)
@@ -182,13 +182,13 @@ def test_while_jobs_are_in_the_queue_nothing_is_submitted_and_other_engines_are_
 ) -> None:
     said(capfd)
     before = hashes(Path("my out"))
-    assert said(capfd)[:2] == ["Slurm is at work on it: 0 tasks running, 5 waiting", "0 of 4 units are finished"]
+    assert said(capfd)[:2] == ["Slurm tasks: 0 running, 5 pending", "0 of 4 units finished"]
     assert main([*SLURM[:4], "--workers", "1"]) == 2
     name = cluster.jobs()[0]["options"]["job-name"]
-    jobs = "5 jobs of Slurm are at work on my out; let them finish, or stop them: "
+    jobs = "5 Slurm jobs are working on my out; wait for them, or cancel them: "
     assert capfd.readouterr().err == f"restomod: error: {jobs}scancel --name={name}\n"
     (cluster.folder / "down").touch()
-    assert refusal(capfd).startswith("squeue cannot tell whether jobs are at work on my out: slurm_load_jobs error")
+    assert refusal(capfd).startswith("squeue cannot list the jobs of my out: slurm_load_jobs error")
     assert len(cluster.jobs()) == 2
     assert hashes(Path("my out")) == before
 
@@ -210,7 +210,7 @@ def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
     assert "2.jsonl is not UTF-8 text: byte 0xff at offset 10 of line 1" in refusal(capfd)
     (text / "2.jsonl").write_bytes(good)
     lines = said(capfd)
-    assert lines[0] == "resuming: 3 of 4 units are finished"
+    assert lines[0] == "resuming: 3 of 4 units finished"
     assert "submitted job 103: prepare 1 unit" in lines
     cluster.run()
     assert hashes(tmp_path / "my out") == hashes(tmp_path / "reference")
@@ -233,7 +233,7 @@ def test_jobs_that_were_lost_are_submitted_again_and_a_lost_last_one_is_made_up_
     said(capfd)
     shutil.rmtree(cluster.folder / "queue")  # as scancel would leave it
     lines = said(capfd)
-    assert "its jobs have ended without the others: out of time or memory? See my out/.prepare/slurm" in lines
+    assert lines[1].startswith("warning: the jobs ended with unfinished units")
     (cluster.folder / "queue" / "102.json").unlink()
     cluster.run()
     assert not Path("my out/manifest.json").exists()
@@ -268,7 +268,7 @@ def test_more_units_than_an_array_has_tasks(
 
 def test_what_sbatch_refuses_is_one_line(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     assert refusal(capfd, "--slurm-partition", "nope") == (
-        "sbatch refuses the job: sbatch: error: invalid partition specified: nope"
+        "sbatch failed: sbatch: error: invalid partition specified: nope"
     )
     assert said(capfd)[-2:-1] == ["submitted job 102: finish"]
 
@@ -278,12 +278,12 @@ def test_without_slurm_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert refusal(capfd) == (
-        "--engine slurm needs Slurm's commands, and there is no sbatch here; run this on the cluster"
+        "--engine slurm needs sbatch, which is not installed on this machine; run the command on the cluster"
     )
     assert not Path("my out").exists()
 
 
 def test_settings_of_slurm_are_for_slurm(text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SLURM[:4], "--slurm-time", "1:00"]) == 2
-    assert "--slurm-mem-gb are for --engine slurm, not local" in capfd.readouterr().err
+    assert "--slurm-mem-gb need --engine slurm, not local" in capfd.readouterr().err
     assert "--slurm-mem-gb is 0; it must be at least 1" in refusal(capfd, "--slurm-mem-gb", "0")

@@ -87,14 +87,14 @@ def test_train_and_prepare_make_the_same_tokens(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({}, "no text to read: add --data.path"),
-        ({"path": ""}, "no text to read: add --data.path"),
+        ({}, "--data.source text needs --data.path"),
+        ({"path": ""}, "--data.source text needs --data.path"),
         ({"path": "nowhere"}, "nowhere: no such file or folder"),
         ({"path": "fineweb-edu"}, "fineweb-edu: no such file or folder"),  # no source on the hub
         ({"path": "empty.txt"}, "empty.txt is empty"),
-        ({"path": "blank.jsonl"}, "the sources hold no text"),
+        ({"path": "blank.jsonl"}, "the sources have no text"),
         ({"path": "latin.txt"}, "latin.txt is not UTF-8 text: byte 0xef at offset 2"),
-        ({"path": "tokens"}, "tokens holds prepared tokens, not text: add --data.source tokens"),
+        ({"path": "tokens"}, "tokens contains token shards, not text; add --data.source tokens"),
     ],
 )
 def test_a_source_without_text_is_refused(
@@ -237,9 +237,7 @@ def test_progress_is_shown_within_a_unit_and_after_each(
         (tmp_path / "text" / "a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
         expected = [f"{n:,} of 2,000" for n in range(16, 2001, 16)] + ["2,000 of 2,000"]
     prepare_text(text_config(tmp_path))
-    assert capsys.readouterr().err.splitlines() == [
-        f"preparing text: {progress} documents are tokenized" for progress in expected
-    ]
+    assert capsys.readouterr().err.splitlines() == [f"preparing text: {progress} documents" for progress in expected]
 
 
 @pytest.mark.parametrize("at_document", [0, 3])
@@ -284,7 +282,7 @@ def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig) -> None:
 def test_a_damaged_folder_is_refused(book: DataConfig) -> None:
     folder = prepare_text(book).folder
     (folder / "train_00000_000000.bin").write_bytes(b"half of this")
-    with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it anew"):
+    with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it again"):
         prepare_text(book)
 
 
@@ -374,8 +372,8 @@ def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        (None, "no tokens to read: add --data.path FOLDER"),
-        ("nowhere", "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere` makes one"),
+        (None, "--data.source tokens needs --data.path FOLDER"),
+        ("nowhere", "nowhere: no such folder of token shards; create it: restomod prepare SOURCE --out nowhere"),
     ],
 )
 def test_missing_tokens_are_refused(path: str | None, said: str) -> None:

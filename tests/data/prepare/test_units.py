@@ -13,7 +13,7 @@ import pytest
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data.prepare import units as module
-from restomod.data.prepare.units import Unit, describe, kinds_of, plan_units, unit_documents
+from restomod.data.prepare.units import Unit, describe, describe_files, plan_units, unit_documents
 from restomod.utils.errors import UserError
 
 CONFIG = PrepareConfig()
@@ -123,13 +123,13 @@ def test_a_missing_source_is_refused() -> None:
 def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="has no text"):
         plan_units((str(tmp_path),), CONFIG)
 
 
 def test_what_is_read_is_told_by_its_endings() -> None:
     files = ("a/v1.2.txt", "b.TXT", "c.d.jsonl.xz", "Makefile", "hf://datasets/o/n@0/x.y.parquet")
-    told = kinds_of([Unit(files, 9), Unit((), 0, "python-stdlib")])
+    told = describe_files([Unit(files, 9), Unit((), 0, "python-stdlib")])
     assert told == "1 .jsonl.xz file, 1 .parquet file, 2 .txt files, 1 plain file, python-stdlib"
 
 
@@ -161,7 +161,7 @@ def test_a_large_file_is_cut_into_units_of_about_equal_size(
     assert sum(unit.bytes for unit in units) == 100
     assert all(unit.files == (str(file),) for unit in units)
     assert plan_units((str(file),), CONFIG) == units
-    assert kinds_of(units) == f"1 {ending.lower()} file"
+    assert describe_files(units) == f"1 {ending.lower()} file"
 
 
 @pytest.mark.parametrize("name", ["large.txt", "large.jsonl.xz", "large.parquet.gz", "jsonl"])
