@@ -25,13 +25,13 @@ VOCABULARY = "f" * 64
 
 
 def llm_c(tokens: list[int], magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
-    """A shard as llm.c's dev/data/data_common.py writes it: 256 int32, then uint16, all little-endian."""
+    """Return a shard in the layout of llm.c's dev/data/data_common.py: 256 int32, then uint16, all little-endian."""
     header = [magic, version, len(tokens) if count is None else count] + [0] * 253
     return struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def refusal(path: Path, call: Any, *arguments: Any) -> str:
-    """The one line with which a call is refused, which names ``path``."""
+    """Return the error message of a call, which is one line and contains ``path``."""
     with pytest.raises(UserError) as caught:
         call(*arguments)
     assert str(path) in str(caught.value)
@@ -74,7 +74,7 @@ BAD_SHARDS = {
 
 @pytest.mark.parametrize("what", BAD_SHARDS)
 def test_a_bad_shard_is_refused_by_name(tmp_path: Path, what: str) -> None:
-    """Those of others are not to be prepared anew but to be fetched again."""
+    """The fix for a published shard is another download, not another preparation."""
     content, said = BAD_SHARDS[what]
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(content)
@@ -137,7 +137,7 @@ SHARDS = {"train": [[1, 2, 3], [4, 5]], "val": [[6, 7]]}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A prepared folder, made without the code that is tested."""
+    """Create a prepared folder without the tested code."""
     splits = {}
     for split, shards in SHARDS.items():
         entries = []
@@ -220,7 +220,7 @@ KEYS = [
 
 
 def edited(manifest: Any, key: str, change: Any) -> Any:
-    """A copy of ``manifest`` in which ``change(holder, last part of the key)`` has been done at a dotted ``key``."""
+    """Return a copy of ``manifest`` after ``change(parent, last part of the key)`` at a dotted ``key``."""
     manifest = copy.deepcopy(manifest)
     *above, last = [int(part) if part.isdigit() else part for part in key.split(".")]
     holder = manifest
@@ -316,7 +316,7 @@ def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypa
 
 
 def save_npy(path: Path, tokens: Any) -> None:
-    """As build-nanogpt's fineweb.py does."""
+    """Save tokens like build-nanogpt's fineweb.py."""
     np.save(path, np.array(tokens, dtype=np.uint16))
 
 
@@ -352,7 +352,7 @@ def test_published_shards_without_validation_are_read(tmp_path: Path) -> None:
     assert (len(dataset.train), len(dataset.val)) == (2, 0)
 
 
-def test_published_shards_are_known_again_and_told_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_identifies_published_shards(tmp_path: Path) -> None:
     prints = set()
     for name, tokens in (("a_train_1", [1, 2]), ("a_train_1", [1, 3]), ("a_train_1", [1, 2, 3]), ("a_train_2", [1, 2])):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -411,7 +411,7 @@ def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: 
 
 
 def maps_of(folder: Path) -> list[str]:
-    """What this process has mapped of a folder's files."""
+    """Return the mappings of a folder's files in this process."""
     maps = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
     return [m for m in maps if f"{folder}/" in m]
 

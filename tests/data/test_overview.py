@@ -1,4 +1,4 @@
-"""What `restomod data` says about a folder is what numpy counts in its files."""
+"""`restomod data` prints the same numbers as numpy counts in the files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ END = 50256  # <|endoftext|>
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three shards for training and one for validation, from 60 documents of 1 to 60 words, one of them twice."""
+    """Prepare 60 documents of 1 to 60 words, one of them twice, as several training shards and one validation shard."""
     texts = [f"{i}" + " word" * i for i in range(60)] + ["7" + " word" * 7]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = PrepareConfig(val_fraction=0.2, shard_tokens=600, dedup=True)
@@ -104,7 +104,7 @@ def test_the_windows_are_the_beginning_the_middle_and_the_end(folder: Path, tikt
 def test_of_a_large_split_a_part_is_counted_and_said_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = lines(folder)
     monkeypatch.setattr(module, "READ_TOKENS", 77)
-    assert lines(folder) == whole  # read in parts, the numbers are the same
+    assert lines(folder) == whole  # the size of the reads does not change the numbers
     monkeypatch.setattr(module, "SAMPLE_TOKENS", 500)
     part = lines(folder)
     (most_common,) = [line for line in part if line.startswith("most common")]

@@ -1,4 +1,4 @@
-"""Documents come out of every kind of file as they went in, and what is wrong with a file is one line."""
+"""Documents are read unchanged from every format, and errors in a file are one line."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_several_streams_in_one_file_are_read_to_the_end(tmp_path: Path) -> None
         assert [document.text for document in read_documents(path)] == TEXTS[:5] * 2
 
 
-def test_a_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_file_is_read_lazily(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", json_lines(TEXTS) + b"this is no JSON\n")
     documents = read_documents(path)
     assert next(documents).text == TEXTS[0]
@@ -114,7 +114,7 @@ def test_a_truncated_compressed_file_is_refused(tmp_path: Path, kind: str, compr
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 def test_a_file_that_is_not_compressed_as_its_name_says_is_read_as_it_is(tmp_path: Path, compression: str) -> None:
-    """As a browser or a proxy leaves it that has decompressed it on the way."""
+    """Browsers and proxies can decompress a file during the download."""
     path = written(tmp_path, f"a.txt{compression}", b"plain text, and enough of it")
     assert [document.text for document in read_documents(path)] == ["plain text, and enough of it"]
 

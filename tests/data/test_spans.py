@@ -1,4 +1,4 @@
-"""A file cut into spans, and a text read in parts, hold what they hold as a whole."""
+"""Spans of a file and parts of a text contain exactly the documents of the complete file."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ def said_of(path: Path) -> str:
     st.lists(st.text(max_size=3).map(str.encode) | st.binary(max_size=3), max_size=9).map(b"".join), st.integers(1, 5)
 )
 def test_a_long_text_is_refused_where_a_short_one_is(content: bytes, read_bytes: int) -> None:
-    """Not UTF-8, at the same offset and for the same reason, or filled with NUL bytes."""
-    content = b"x" + content  # else it may be a byte-order mark, or begin as a compressed file does
+    """Check that both errors have the same offset and reason."""
+    content = b"x" + content  # avoid a byte-order mark and the magic numbers of compressed files
     with file_of("a.txt", content + b"end") as path:
         short = said_of(path)
         try:
@@ -191,9 +191,7 @@ def test_a_short_text_is_not_read_in_parts(tmp_path: Path) -> None:
 # --- large records ------------------------------------------------------------------------------------------
 
 
-def test_as_many_rows_are_read_at_once_as_are_of_a_bounded_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_size_of_a_parquet_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [("a" * 10, "b" * 1000)[i >= 1000] + str(i) for i in range(2000)]
     table = pyarrow.table({"text": rows, "other": ["c" * 9000 + str(i) for i in range(2000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000)

@@ -201,7 +201,7 @@ def _expect_random_reads(tokens: np.ndarray) -> None:
 class TokenStream:
     """Shards of one split as a single array of tokens with random access.
 
-    At most `MAX_MAPPED_SHARDS` shards are memory-mapped at the same time; the least recently read one is unmapped first.
+    At most `MAX_MAPPED_SHARDS` shards are memory-mapped; the least recently read one is unmapped first.
     """
 
     def __init__(self, shards: Sequence[np.ndarray | ShardFile]) -> None:

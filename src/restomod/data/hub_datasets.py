@@ -74,7 +74,8 @@ def dataset_files(repository: str, config: str | None, split: str, revision: str
     if not found:
         there = ", ".join(sorted(sizes)[:5]) or "none"
         raise UserError(
-            f"{repository} on the hub has no files for {config or 'the dataset'}, split {split}; readable files: {there}"
+            f"{repository} on the hub has no files for {config or 'the dataset'}, split {split}; "
+            f"readable files: {there}"
         )
     return [HubFile(repository, info.sha, path, sizes[path]) for path in found]
 

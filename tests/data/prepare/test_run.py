@@ -1,4 +1,4 @@
-"""Any number of workers, killed and started again at any moment, write the same bytes."""
+"""The output bytes do not depend on the number of workers or on interruptions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.data.prepare.preparing import (
 
 END = 50256  # <|endoftext|>
 
-# the command line where no file may grow beyond 30,000 bytes, except those that the tokenizer needs to begin with
+# command line with a limit of 30,000 bytes per file, set after the tokenizer has written its files
 PROGRAM_ON_A_FULL_DISK = """
 import resource, sys
 import restomod.data.prepare.units, restomod.data.prepare.worker
@@ -59,7 +59,7 @@ sys.exit(main())
 
 @pytest.fixture
 def text(tmp_path: Path) -> dict[str, list[str]]:
-    """Six files below ``tmp_path/text`` and their documents, in the order in which they are to be read."""
+    """Write six files below ``tmp_path/text``, and return their documents in reading order."""
     files = {f"{i}.jsonl": texts_of(20, seed=i) for i in range(6)}
     for name, texts in files.items():
         write_jsonl(tmp_path / "text" / name, texts)
@@ -68,7 +68,7 @@ def text(tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.fixture
 def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is a unit."""
+    """Make every file a unit."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
 
@@ -85,7 +85,7 @@ def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
 
 
 def is_validation(text: str, fraction: float, seed: int) -> bool:
-    """The rule as documented: the document's 64-bit BLAKE2b hash, salted with the seed, as a fraction of 2^64."""
+    """Return the documented hash: 64-bit BLAKE2b of the document, salted with the seed, as a fraction of 2^64."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little") / 2**64 < fraction
 
@@ -217,7 +217,7 @@ def test_a_finished_folder_is_found_and_nothing_written(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_what_is_reported(
+def test_the_report_of_prepare(
     tmp_path: Path, text: dict[str, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -254,7 +254,7 @@ def fail(*_: object) -> NoReturn:
 def check_kills(
     tmp_path: Path, restomod: Command, kills: int, seed: int, workers: tuple[int, ...], flags: tuple[str, ...] = ()
 ) -> None:
-    """Kill and start again ``kills`` times, let it finish, and compare with an undisturbed run."""
+    """Kill and restart the command ``kills`` times, let it finish, and compare with an uninterrupted run."""
     print(f"seed {seed}")
     chance, out = random.Random(seed), tmp_path / "killed"
     command = ("text", "--val-fraction", "0.1", "--shard-tokens", "5000", *flags, "--workers")
@@ -270,7 +270,7 @@ def check_kills(
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.05))
         if attempt % 3 == 2:
-            process.kill()  # the parent alone: its workers notice sooner or later
+            process.kill()  # only the parent; its workers exit soon after
         else:
             os.killpg(process.pid, signal.SIGKILL)
         in_the_middle += process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
@@ -314,7 +314,7 @@ def test_a_stop_signal_is_one_line_and_leaves_no_process(
     (os.killpg if group else os.kill)(process.pid, sent)
     code = process.wait(timeout=30)
     assert (code, (tmp_path / "stderr").read_text()) == (130, "restomod: stopped\n")
-    for _ in range(100):  # those that were told to end need a moment
+    for _ in range(100):  # terminated processes need a moment
         if not alive(process.pid):
             break
         time.sleep(0.05)
@@ -394,7 +394,7 @@ def interrupt_at(unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def begun(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:
-    """Prepares the first three units of six."""
+    """Prepare the first three units of six."""
 
     def begin(**values: Any) -> None:
         with monkeypatch.context() as patch:
@@ -436,7 +436,7 @@ def test_other_settings_or_text_in_a_finished_folder_are_refused(
 
 
 @pytest.mark.parametrize("values", [{}, {"shard_tokens": 40}])
-def test_a_changed_file_of_an_unfinished_unit_is_taken_as_it_is_now(
+def test_a_changed_file_of_an_unfinished_unit_is_read_again(
     tmp_path: Path, begun: Callable[..., None], values: dict[str, Any]
 ) -> None:
     begun(**values)
@@ -451,7 +451,7 @@ def test_a_changed_file_of_an_unfinished_unit_is_taken_as_it_is_now(
 def test_a_changed_file_is_refused_if_finished_units_depend_on_it(
     tmp_path: Path, begun: Callable[..., None], file: str, dedup: bool
 ) -> None:
-    """With dedup, a duplicate dropped from a finished unit may have been in any other file."""
+    """With --dedup, a finished unit depends on all other files."""
     begun(dedup=dedup)
     write_jsonl(tmp_path / "text" / f"{file}.jsonl", ["changed"])
     assert "has unfinished work with other text or settings" in refused(tmp_path, dedup=dedup)
@@ -518,7 +518,7 @@ BAD = {
 
 @pytest.mark.parametrize("dedup", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_named_and_once_mended_the_command_resumes(
+def test_a_bad_file_is_named_and_after_a_fix_the_command_resumes(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, name: str, dedup: bool
 ) -> None:
     content, said = BAD[name]
@@ -533,7 +533,7 @@ def test_a_bad_file_is_named_and_once_mended_the_command_resumes(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
 
 
-def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
+def test_a_workers_error_is_one_line_and_the_fixed_file_is_read(
     tmp_path: Path, text: dict[str, list[str]], restomod: Command, many_units: None
 ) -> None:
     content, said = BAD["bad.jsonl"]
@@ -546,7 +546,7 @@ def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
     assert said in error
     first, *progress = (tmp_path / "stdout").read_text().splitlines()
     assert first.startswith("input: ")
-    assert all(" of 7 units, " in line for line in progress)  # written each few seconds: a slow machine shows some
+    assert all(" of 7 units, " in line for line in progress)  # a slow machine prints some
     assert not list((tmp_path / "out").glob(".*.tmp"))
     write_jsonl(tmp_path / "text" / "bad.jsonl", ["mended"])
     prepared(tmp_path)
@@ -589,7 +589,7 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
 def test_a_write_that_fails_within_close_drops_the_half_written_shard(
     tmp_path: Path, restomod: Command, many_units: None
 ) -> None:
-    """The limit stops the file as a full disk does: in a write, and again when the rest is written at closing."""
+    """The size limit fails like a full disk: in a write, and again when the buffer is flushed at closing."""
     write_jsonl(tmp_path / "text" / "0.jsonl", ["small"] * 9)
     write_jsonl(tmp_path / "text" / "1.jsonl", texts_of(3000, seed=0))
     process = restomod("text", "--out", "out", "--workers", "1", program=PROGRAM_ON_A_FULL_DISK)

@@ -1,4 +1,4 @@
-"""Jobs of Slurm write the same bytes; the same command says how far they are and submits what is missing.
+"""Slurm jobs write the same bytes; the same command prints the progress and submits missing units.
 
 In place of Slurm stand programs of the same names that keep a queue in files and run the submitted scripts: arrays task
 by task, dependencies with afterok, `--kill-on-invalid-dep`. Nothing runs before the test says so.
@@ -96,7 +96,7 @@ globals()[pathlib.Path(sys.argv[0]).name](*sys.argv[1:])
 
 
 class Cluster:
-    """The stand-in's folder of programs and of jobs."""
+    """Folder of the fake Slurm programs and their jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,7 +125,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Path:
-    """Four files in a folder with a space in its name; the reference is what one process makes of them."""
+    """Write four files into a folder with a space in its name, and prepare the reference in one process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for i in range(4):
@@ -140,7 +140,7 @@ SLURM = ("prepare", "my text", "--out", "my out", "--engine", "slurm")
 
 
 def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    """The lines of a command that ends well."""
+    """Return the lines of a successful command."""
     assert main([*SLURM, *arguments]) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -148,7 +148,7 @@ def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 
 def refusal(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line of a command that is refused."""
+    """Return the error line of a refused command."""
     assert main([*SLURM, *arguments]) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1, err
@@ -195,7 +195,7 @@ def test_while_jobs_are_in_the_queue_nothing_is_submitted_and_other_engines_are_
 
 @pytest.fixture
 def good(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> bytes:
-    """What should stand in one of the files; the jobs have met with something that is not UTF-8 there."""
+    """Return the correct content of a file that was not UTF-8 when the jobs ran."""
     good = (text / "2.jsonl").read_bytes()
     (text / "2.jsonl").write_bytes(b'{"text": "\xff"}\n')
     said(capfd)
@@ -203,7 +203,7 @@ def good(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> byt
     return good
 
 
-def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
+def test_a_bad_file_is_reported_once_and_then_its_unit_is_submitted(
     tmp_path: Path, text: Path, cluster: Cluster, good: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cluster.states() == [{"COMPLETED", "FAILED"}, {"CANCELLED"}]
@@ -217,7 +217,7 @@ def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
 
 
 @pytest.mark.slow
-def test_a_file_mended_before_the_failure_was_told_is_submitted_at_once(
+def test_a_file_fixed_before_the_report_is_submitted_immediately(
     tmp_path: Path, text: Path, cluster: Cluster, good: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (text / "2.jsonl").write_bytes(good)
@@ -227,11 +227,11 @@ def test_a_file_mended_before_the_failure_was_told_is_submitted_at_once(
 
 
 @pytest.mark.slow
-def test_jobs_that_were_lost_are_submitted_again_and_a_lost_last_one_is_made_up_for(
+def test_lost_jobs_are_submitted_again_and_a_lost_finish_is_replaced(
     tmp_path: Path, text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said(capfd)
-    shutil.rmtree(cluster.folder / "queue")  # as scancel would leave it
+    shutil.rmtree(cluster.folder / "queue")  # like scancel
     lines = said(capfd)
     assert lines[1].startswith("warning: the jobs ended with unfinished units")
     (cluster.folder / "queue" / "102.json").unlink()
@@ -242,7 +242,7 @@ def test_jobs_that_were_lost_are_submitted_again_and_a_lost_last_one_is_made_up_
     assert nothing_but_the_shards(tmp_path / "my out")
 
 
-def test_what_is_asked_of_the_cluster(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_options_of_jobs(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ("--slurm-partition", "cpu", "--slurm-time", "1:00:00", "--slurm-mem-gb", "5", "--workers", "3")
     said(capfd, *flags)
     for job in cluster.jobs():

@@ -21,8 +21,8 @@ from restomod.data.manifest import MANIFEST, read_unit
 from restomod.data.prepare.folder import (
     begin_folder,
     finish_folder,
-    open_finished,
     locked_folder,
+    open_finished,
     plan_folder,
     unfinished_units,
 )
