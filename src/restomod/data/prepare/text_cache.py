@@ -108,7 +108,7 @@ def _key(settings: PrepareConfig, hashes: list[np.ndarray]) -> str:
     digest = hashlib.sha256(f"{Tokenizer.sha256} {settings.split_seed} {settings.val_fraction}".encode())
     for of_unit in hashes:
         digest.update(of_unit.astype("<u8").tobytes())
-    if len(hashes) > 1 and sum(map(len, hashes)) == 1:  # only then is a single document written with a separator
+    if len(hashes) > 1 and sum(map(len, hashes)) == 1:  # with several units, a single document has a separator
         digest.update(b"units")
     return digest.hexdigest()
 
