@@ -106,9 +106,9 @@ def test_a_run_can_be_trained_and_sampled(here: Path, capsys: pytest.CaptureFixt
 
 def test_text_can_be_prepared_inspected_and_trained_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "text.txt", "--out", "tokens", "--val-fraction", "0.1", "--workers", "1"]) == 0
-    assert "train on it: restomod train PRESET --data.source tokens --data.path tokens\n" in capsys.readouterr().out
+    assert "to train: restomod train PRESET --data.source tokens --data.path tokens\n" in capsys.readouterr().out
     assert main(["data", "tokens", "--verify"]) == 0
-    assert capsys.readouterr().out.endswith("every shard has the SHA-256 of the manifest\n")
+    assert capsys.readouterr().out.endswith("verified: SHA-256 of all shards\n")
     arguments = [*SMALL[4:], "--data.source", "tokens", "--data.path", "tokens"]
     assert main(["train", "quickstart", *arguments, "--out", "mine"]) == 0
 

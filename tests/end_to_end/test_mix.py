@@ -96,4 +96,4 @@ def test_what_the_text_of_its_folders_was_is_told(tmp_path: Path) -> None:
     parts = [(open_tokens(tmp_path / name, "sizes"), Fraction(1, 3)) for name in "abc"]
     said = dict(summary_rows(mix(parts).manifest))
     assert said["read"].startswith("3 files as plain text (.txt, ")
-    assert said["warning"].startswith("the text holds <|endoftext|> 18 times as characters")
+    assert said["warning"].startswith("the text contains a literal <|endoftext|> 18 times")
