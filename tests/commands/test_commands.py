@@ -50,7 +50,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CHECK_NAMES = [
     *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
-    *("initial weights", "activations", "bf16", "compiled", "refused updates", "overfitting"),
+    *("initial weights", "activations", "bf16", "compiled", "NaN gradients", "overfit batch"),
 ]
 
 
@@ -81,7 +81,7 @@ def test_a_failed_check_gives_exit_code_1(
     shown = capsys.readouterr()
     *lines, total = shown.out.splitlines()
     (failed,) = [line for line in lines if not line.startswith("pass  ")]
-    assert failed.startswith("fail  causality         changing token 32 changes logits before it")
+    assert failed.startswith("fail  causality         changing token 32 of 64 changes earlier")
     assert len(lines) == len(CHECK_NAMES), "the checks after the failed one were not run"
     assert (total, shown.err) == (f"tiny: {len(CHECK_NAMES) - 1} passed, 1 failed", "")
 

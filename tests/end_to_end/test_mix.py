@@ -70,7 +70,7 @@ def test_validation_is_told_of_each_and_its_mean_goes_by_share(
 def test_a_resumed_run_refuses_another_mix(mixed: RunConfig, folders: list[Path], tmp_path: Path) -> None:
     assert train(mixed, tmp_path / "run", display=QUIET) == 0
     other = dataclasses.replace(mixed.data, mix=f"{folders[0]}:1,{folders[1]}:1")
-    with pytest.raises(UserError, match="this mix holds other tokens than"):
+    with pytest.raises(UserError, match="this mix has other tokens than"):
         train(dataclasses.replace(mixed, data=other, steps=9), tmp_path / "run", resume=True, display=QUIET)
 
 
