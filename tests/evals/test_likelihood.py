@@ -238,7 +238,7 @@ def test_endings_of_one_question_are_cut_each_for_itself(model: ScoredGPT, their
 
 
 def test_a_continuation_longer_than_the_window_is_refused(model: ScoredGPT) -> None:
-    with pytest.raises(UserError, match="a continuation of 49 tokens is longer than the model's window of 48"):
+    with pytest.raises(UserError, match="a continuation of 49 tokens is longer than the model's context length of 48"):
         log_likelihoods(model, [Request((1,), tuple(range(49)))])
 
 

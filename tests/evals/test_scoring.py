@@ -137,7 +137,9 @@ def test_contexts_that_lost_their_beginning_are_counted_by_example(model: Scored
 
 def test_a_long_question_is_cut_and_counted_and_a_long_choice_refused(model: ScoredGPT) -> None:
     assert score_task(model, loaded([("cat " * 100, ["a", "b"], 0), ("q", ["a", "b"], 0)])).truncated == 1
-    with pytest.raises(UserError, match="line 1: a choice of 100 tokens is longer than the model's window of 48"):
+    with pytest.raises(
+        UserError, match="line 1: a choice of 100 tokens is longer than the model's context length of 48"
+    ):
         score_task(model, loaded([("q", ["a", "b"], 0), ("q", ["a", ("cat " * 100)[:-1]], 0)]))
 
 

@@ -94,7 +94,7 @@ def test_what_is_known_is_not_computed_again_and_is_shown(run: Path) -> None:
     lines: list[str] = []
     for _ in range(2):
         analyse_errors(open_run(run), 256, "cpu", "fp32", lines.append)
-    assert "step_000003 already" in lines[-1]
+    assert "already contains the error analysis of step_000003" in lines[-1]
     (shown,) = report_data([open_run(run)], HourlyRates())["runs"]
     assert shown["error_analysis"]["tokens"] == 256
     assert shown["error_analysis"]["remark"] == ""
@@ -125,7 +125,7 @@ def test_data_that_has_changed_is_not_analysed(run: Path) -> None:
     path.write_text(json.dumps(json.loads(before) | {"fingerprint": "another"}))
     analyse_errors(open_run(run), 512, "cpu", "fp32", lines.append)
     path.write_text(before)
-    assert lines == [f"{run}: no error analysis: its data has changed since it was trained"]
+    assert lines == [f"{run}: no error analysis: the data has changed since training"]
 
 
 def test_each_source_of_a_mix_has_its_own_loss(run: Path, tmp_path: Path) -> None:

@@ -160,6 +160,15 @@ def test_the_switches_change_the_axes(open_page: Open, page_of_two: Path) -> Non
     assert low < 3 < high < 4  # and not 11, where it began
 
 
+@pytest.mark.parametrize("low", [0.05, 1.0, 3.0, 5.2, 9.0, 10.79])
+def test_a_logarithmic_axis_has_at_least_three_ticks(open_page: Open, tmp_path: Path, low: float) -> None:
+    run = make_run(tmp_path / "run", spikes={step: max(low, 10.8 - step) for step in range(40)})
+    records = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in records if '"val"' not in line))
+    report([open_run(run)], tmp_path / "page.html", say=lambda line: None)
+    assert open_page(tmp_path / "page.html").locator("#plot-loss .ytick text").count() >= 3
+
+
 def test_samples_through_training(open_page: Open, page_of_two: Path) -> None:
     page = open_page(page_of_two)
     page.locator("#sample").fill("0")

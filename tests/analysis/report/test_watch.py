@@ -91,7 +91,7 @@ def test_new_records_are_seen(tmp_path: Path) -> None:
 def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     with served(folder) as port:
-        assert data(port)["waiting"] == "waiting for the run to begin"
+        assert data(port)["waiting"] == "waiting for the run to start"
         assert ask(port, "/")[0] == 200
         folder.mkdir()
         assert data(port)["runs"] == []
@@ -101,7 +101,7 @@ def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
         (folder / "environment.json").write_text("{")
         assert "environment.json is damaged" in data(port)["runs"][0]["remark"]
         shutil.rmtree(folder)
-        assert data(port)["waiting"] == "waiting for the run to begin"
+        assert data(port)["waiting"] == "waiting for the run to start"
         make_run(folder, steps=7)
         assert len(data(port)["runs"][0]["curves"]["loss"]["x"]) == 7
 
@@ -223,17 +223,20 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     for arguments, said in (
-        (["--port", str(port), str(tmp_path / "r")], f"port {port} of 127.0.0.1 is in use; choose another with --port"),
+        (
+            ["--port", str(port), str(tmp_path / "r")],
+            f"port {port} of 127.0.0.1 is in use; choose another port with --port",
+        ),
         (["--port", "70000", "r"], "--port is 70000"),
         ([str(tmp_path / "file")], "is a file; name the folder of a run"),
-        (["--host", "no.such.host.invalid", "r"], "--host no.such.host.invalid: cannot listen there"),
+        (["--host", "no.such.host.invalid", "r"], "--host no.such.host.invalid: cannot listen on this address"),
     ):
         assert main(["watch", *arguments]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
     taken.close()
-    with pytest.raises(UserError, match="cannot listen there"):
+    with pytest.raises(UserError, match="cannot listen on this address"):
         watching.open_server(tmp_path, "192.0.2.1", 0, HourlyRates())
 
 

@@ -225,7 +225,7 @@ def test_published_losses_are_shown_with_a_loss_on_their_data(tmp_path: Path, na
     (folder / "evals" / "step_000040-validation-of-f.json").write_text(json.dumps(values))
     (table,) = evaluation_tables(open_run(folder))
     assert (["GPT-2 124M", "3.2924"] in [row[:2] for row in table["rows"]]) is is_it
-    assert f"of {name}, not the run's data" in table["rows"][0][-1]
+    assert f"other data than the run: {name}" in table["rows"][0][-1]
 
 
 def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
@@ -285,8 +285,8 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "rollback", "step": 20, "failed_step": 33, "data_offset": 14}\n')
     found = run_data(open_run(folder), "r", HourlyRates())["events"]
-    assert [3, "the loss is not a finite number"] in found
-    assert [20, "rolled back from step 33, skipping the data in between"] in found
+    assert [3, "the loss is not finite"] in found
+    assert [20, "rollback from step 33; the data in between is skipped"] in found
 
 
 def test_samples_of_a_long_run_are_spread_over_it(tmp_path: Path) -> None:

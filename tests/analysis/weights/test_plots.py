@@ -192,7 +192,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tensors: dict[str, Tens
     name = "transformer.h.1.mlp.c_fc.weight"
     bad = tensors[name].clone()
     bad[0, 0] = float("nan")
-    with pytest.raises(UserError, match=rf"^mine cannot be drawn: {name} holds numbers that are not finite$"):
+    with pytest.raises(UserError, match=rf"^mine cannot be drawn: {name} has values that are not finite$"):
         draw_weights({**tensors, name: bad}, "mine", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

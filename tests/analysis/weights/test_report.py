@@ -114,7 +114,7 @@ def test_one_changed_number_shows_in_one_line(theirs: GPT2LMHeadModel, folder: P
     bias[3] = float(x[3])
     lines = list(compare_weights(str(folder), str(tmp_path / "changed"), 0))
     assert "27 of 28 tensors are identical" in lines
-    assert lines[-1].endswith(f", of {BIAS}")
+    assert lines[-1].endswith(f" in {BIAS}")
     changed = {name: cells for name, cells in table(lines).items() if cells != ["=", "=", "="]}
     relative = np.linalg.norm(x - y) / np.linalg.norm(x)
     cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
@@ -129,7 +129,7 @@ def test_models_of_different_depth_can_be_compared(folder: Path, tmp_path: Path)
     assert rows[WPE] == ["(12, 16) and (10, 16)"]
     assert rows["transformer.h.2.ln_1.bias"] == ["only in the second"]
     assert any(line.endswith(" of 40 tensors are identical") for line in lines)
-    assert any(line.startswith("the shapes differ: 2 layers") and "3 layers" in line for line in lines)
+    assert any(line.startswith("the configurations differ: 2 layers") and "3 layers" in line for line in lines)
 
 
 @pytest.mark.parametrize("second", ["nowhere", "quikstart"])

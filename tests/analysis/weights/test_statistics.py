@@ -62,8 +62,8 @@ def test_memory_and_work_of_gpt2() -> None:
     table = dict(totals(ModelConfig()))
     assert table["weights"] == "0.50 GB in fp32"  # 497,903,616 bytes
     assert table["gradients"] == "0.50 GB"
-    assert table["AdamW state"] == "1.00 GB"
-    assert table["training"].startswith("1.99 GB ")
+    assert table["optimizer state"] == "1.00 GB with AdamW"
+    assert table["training memory"].startswith("1.99 GB ")
     assert table["FLOPs per token"].startswith("855 million")
     assert table["tied lm_head"].startswith("saves 38,597,376 ")
 

@@ -197,10 +197,10 @@ def test_a_list_of_tasks_may_name_files_with_commas(tmp_path: Path, monkeypatch:
 
 def test_a_task_without_a_name_is_refused_and_not_taken_for_the_present_folder(tmp_path: Path) -> None:
     for given in ("hellaswag,", "hellaswag,,piqa", ",", ""):
-        with pytest.raises(UserError, match="a task has no name"):
+        with pytest.raises(UserError, match="a task has an empty name"):
             task_names(given)
     with pytest.raises(UserError, match="no file after the ="):
         load_task(with_absolute_path("lambada="), tmp_path)
     for name in ("", with_absolute_path("")):
-        with pytest.raises(UserError, match="a task has no name"):
+        with pytest.raises(UserError, match="a task has an empty name"):
             load_task(name, tmp_path)
