@@ -1,4 +1,4 @@
-"""What `inspect` prints."""
+"""Output of `inspect`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(theirs: GPT2LMHeadModel, tmp_path: Path) -> Path:
 
 
 def table(lines: list[str]) -> dict[str, list[str]]:
-    """The cells of each tensor's line, by its name."""
+    """Return the cells of each tensor's line by name."""
     rows = lines[1 : lines.index("")]
     return {row.split("  ")[0].strip(): [cell.strip() for cell in row.split("  ")[1:] if cell.strip()] for row in rows}
 
@@ -133,7 +133,7 @@ def test_models_of_different_depth_can_be_compared(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("second", ["nowhere", "quikstart"])
-def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: Path, second: str) -> None:
+def test_a_missing_second_model_is_an_error_before_any_output(folder: Path, second: str) -> None:
     with pytest.raises(UserError, match=f"^{second}: no such preset, run or model"):
         next(compare_weights(str(folder), second, 0))
 
