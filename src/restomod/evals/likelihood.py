@@ -122,7 +122,7 @@ def encode_pair(encode: Callable[[str], Sequence[int]], prefix: int, context: st
         UserError: the continuation is empty or adds no token to the context.
     """
     if not continuation:
-        raise UserError("a continuation is empty: there is nothing to score")
+        raise UserError("a continuation is empty; it needs text to score")
     if not context:
         tokens = tuple(map(int, encode(continuation)))
         return Request((prefix,), tokens) if tokens[0] != prefix else Request(tokens[:1], tokens[1:])

@@ -308,7 +308,7 @@ def show_result(result: EvalResult, evaluation: OpenEvaluation, display: Display
     published: dict[tuple[str, str], dict[str, str]] = {}
     for r in result.references:
         published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
-    others = [[model, *(v.get(name, "") for name in names), whose] for (model, whose), v in published.items()]
+    others = [[model, *(v.get(name, "") for name in names), convention] for (model, convention), v in published.items()]
     display.lines(result.notes)
     display.line("")
     display.grid([result.task, *names, ""], [mine, *others])

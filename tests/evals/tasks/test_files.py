@@ -110,7 +110,7 @@ def test_json_lines_and_parquet_give_the_same_examples(tmp_path: Path) -> None:
         (own_example, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
         (own_example, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
         (own_example, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
-        (own_example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
+        (own_example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; every choice needs text"),
         (own_example, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
         (own_example, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
         (own_example, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),

@@ -176,7 +176,9 @@ def _tasks(found: Comparison) -> list[Table]:
         published: dict[tuple[str, str], dict[str, str]] = {}
         for r in references(task) if task in whole else []:
             published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
-        others = [[m, *(v.get(metric, "") for metric in TASK_METRICS), whose] for (m, whose), v in published.items()]
+        others = [
+            [m, *(v.get(metric, "") for metric in TASK_METRICS), convention] for (m, convention), v in published.items()
+        ]
         notes = ["published results: all examples, with the convention in the last column"] if others else []
         made.append(Table(task, ["", *TASK_METRICS, ""], [*rows, *others], notes))
     return made

@@ -106,8 +106,10 @@ def check_reference_loss(run: Run) -> Finding:
     data_settings = [name for name in flatten_config(run.config) if name.startswith("data.")]
     off = differing([flatten_config(preset(reference.preset)), flatten_config(run.config)], ("seed", *data_settings))
     shown = [f"{name} {values[1]} (not {values[0]})" for name, values in off.items()][:NAMED_DIFFERENCES]
-    but = f"; this run differs from {reference.preset} in {', '.join(shown)}" if off else ""
+    difference = f"; this run differs from {reference.preset} in {', '.join(shown)}" if off else ""
     status: Status = "ok" if low <= loss <= high else "warning" if off else "fail"
     where = "within" if low <= loss <= high else "above" if loss > high else "below"
-    usual = f"range of {reference.preset} on {reference.data}, {low:.2f} to {high:.2f} ({reference.source})"
-    return Finding(NAME, status, f"validation loss {loss:.4f} at step {step} is {where} the {usual}{but}")
+    reference_range = f"range of {reference.preset} on {reference.data}, {low:.2f} to {high:.2f} ({reference.source})"
+    return Finding(
+        NAME, status, f"validation loss {loss:.4f} at step {step} is {where} the {reference_range}{difference}"
+    )

@@ -60,14 +60,16 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
         measured = [_metrics(values) for values in found]
         columns = list(dict.fromkeys(name for metrics in measured for name in metrics))
         mine = [
-            [_at(values, run), *(metrics.get(name, "") for name in columns), _asked(values, run)]
+            [_at(values, run), *(metrics.get(name, "") for name in columns), _scope(values, run)]
             for values, metrics in zip(found, measured, strict=True)
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
         if any(_on_fineweb_edu(v, run) if task == "validation" else is_whole(task, v.get("examples")) for v in found):
             for r in references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
-        others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
+        others = [
+            [model, *(v.get(name, "") for name in columns), convention] for (model, convention), v in published.items()
+        ]
         tables.append(
             {
                 "task": task,
@@ -98,7 +100,7 @@ def _at(values: Record, run: Run) -> str:
     return f"{run.name}, step {step:,}" if step is not None else run.name
 
 
-def _asked(values: Record, run: Run) -> str:
+def _scope(values: Record, run: Run) -> str:
     examples, tokens = values.get("examples"), values.get("tokens")
     parts = [f"{examples:,} examples"] if examples is not None else []
     parts += [f"{tokens:,} tokens"] if tokens is not None else []

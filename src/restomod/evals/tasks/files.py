@@ -89,7 +89,7 @@ def _checked(example: Example, where: str) -> Example:
         raise RecordError(f"the right choice is {gold}, but the {n} choices are numbered 0 to {n - 1}")
     for i, (choice, continuation) in enumerate(zip(example.choices, example.continuations, strict=True)):
         if not choice or not continuation.strip():  # the length of a choice is also a divisor of accuracies
-            raise RecordError(f"choice {i} is empty; there is nothing to score")
+            raise RecordError(f"choice {i} is empty; every choice needs text")
     texts = (
         tuple(map(without_surrogates, part)) for part in (example.contexts, example.continuations, example.choices)
     )
