@@ -105,7 +105,7 @@ def test_a_runs_results_are_written_into_it(
     assert result["choices"]["acc"] == choices
     assert (result["examples"], result["truncated"], result["step"]) == (5, 1, 12)
     assert result["environment"]["precision"] == "fp32"
-    assert "warning: questions: 1 of 5 examples do not fit into the model's 32 tokens" in shown
+    assert "warning: questions: 1 of 5 examples are longer than the context length of 32 tokens" in shown
     validation = json.loads((run / "evals" / "step_000012-validation.json").read_text())
     last = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "val"][-1]
     assert validation["loss"] == pytest.approx(last["loss"], rel=1e-6)
