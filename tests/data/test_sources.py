@@ -10,12 +10,15 @@ import tokenize
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from restomod.config.run import DataConfig
+from restomod.config.run import DataConfig, Source
 from restomod.data import sources
-from restomod.data.sources import download_tinyshakespeare, python_stdlib, source_name
+from restomod.data.documents import Document
+from restomod.data.prepare.text_cache import prepare_text
+from restomod.data.sources import BUILT_IN, DOCUMENTS, download_tinyshakespeare, python_stdlib, source_name
 from restomod.utils.errors import UserError
 
 
@@ -98,6 +101,19 @@ def test_a_library_without_source_is_refused(library: Path) -> None:
 
 def test_the_library_is_named_with_pythons_version() -> None:
     assert source_name(DataConfig(source="python-stdlib")) == f"python-stdlib-{platform.python_version()}"
+
+
+def test_every_source_has_a_reader() -> None:
+    assert sorted(get_args(Source)) == sorted((*BUILT_IN, "text", "tokens"))
+
+
+def test_a_new_source_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{a} + {b} = {a + b}\n" for a in range(20) for b in range(20)]
+    monkeypatch.setitem(DOCUMENTS, "sums", lambda: (Document(f"sum-{i}", text) for i, text in enumerate(texts)))
+    dataset = prepare_text(DataConfig(source="sums", cache=str(tmp_path)))  # type: ignore[arg-type]
+    assert dataset.manifest["name"] == "sums"
+    assert dataset.manifest["documents"] == len(texts)
+    assert len(dataset.train) > 10 * len(dataset.val) > 0
 
 
 # --- tinyshakespeare ----------------------------------------------------------------------------------------

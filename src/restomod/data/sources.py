@@ -6,14 +6,13 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from restomod.config.run import DataConfig
 from restomod.data.documents import Document
 from restomod.utils.errors import UserError, one_line
 
-BUILT_IN = ("python-stdlib", "tinyshakespeare")  # sources that need no files of the user's
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -57,6 +56,14 @@ def _indented_by_one(text: str) -> str:
     single spaces. One space a level costs next to nothing: a token may begin with one.
     """
     return re.sub(r"^(?: {4})+", lambda spaces: " " * (len(spaces[0]) // 4), text, flags=re.MULTILINE)
+
+
+DOCUMENTS: dict[str, Callable[[], Iterator[Document]]] = {"python-stdlib": python_stdlib}
+"""Built-in sources by name: functions that yield the same documents in the same order at every call.
+
+A new source is a function, an entry here, and a name in `restomod.config.run.Source`.
+"""
+BUILT_IN = (*DOCUMENTS, "tinyshakespeare")  # sources that need no files from the user
 
 
 def download_tinyshakespeare(folder: Path) -> Path:

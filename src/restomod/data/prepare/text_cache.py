@@ -20,7 +20,7 @@ from restomod.data.prepare.folder import Work, finish_folder
 from restomod.data.prepare.units import Unit, describe, plan_units, unit_documents
 from restomod.data.prepare.worker import WORK, PrepareUnit, assign_splits, hash_documents, hashes_path, write_array
 from restomod.data.read_counts import ReadCounts
-from restomod.data.sources import download_tinyshakespeare, source_name
+from restomod.data.sources import DOCUMENTS, download_tinyshakespeare, source_name
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 from restomod.utils.files import fsync_path, move_folder
@@ -55,8 +55,8 @@ def prepare_text(config: DataConfig, shard_tokens: int = SHARD_TOKENS) -> Datase
         shard_tokens=shard_tokens,
     )
     left_out, read = ReadCounts(), ReadCounts()
-    if config.source == "python-stdlib":
-        source, units = "python-stdlib", [Unit((), 0, "python-stdlib")]
+    if config.source in DOCUMENTS:
+        source, units = str(config.source), [Unit((), 0, config.source)]
     else:
         source = str(_path_of_text(config).absolute())
         units = plan_units((source,), settings, counts=left_out)

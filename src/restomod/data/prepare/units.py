@@ -24,7 +24,7 @@ from restomod.data.find_files import find_files
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
 from restomod.data.read_counts import ReadCounts
 from restomod.data.readers import Span, can_be_cut, read_documents
-from restomod.data.sources import BUILT_IN, download_tinyshakespeare, python_stdlib
+from restomod.data.sources import BUILT_IN, DOCUMENTS, download_tinyshakespeare
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import counted
@@ -188,8 +188,8 @@ def unit_documents(
     Files of the hub are downloaded into ``downloads`` (None: the hub client's cache).
     """
     counts = counts or ReadCounts()
-    if unit.source == "python-stdlib":
-        yield from map(counts.count, python_stdlib())
+    if unit.source in DOCUMENTS:
+        yield from map(counts.count, DOCUMENTS[unit.source]())
     files = unit.files
     if unit.source == "tinyshakespeare":
         files = (str(download_tinyshakespeare(Path(DataConfig.cache))),)
