@@ -136,8 +136,8 @@ def test_a_saved_model_is_loaded_bit_for_bit(config: ModelConfig, tmp_path: Path
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers should be a whole number"),
-        ({"model_type": "mamba"}, "model_type is 'mamba'; the known types are gpt2, llama, qwen3, restomod"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be an integer"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; supported types: gpt2, llama, qwen3, restomod"),
     ],
 )
 def test_other_parts_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:

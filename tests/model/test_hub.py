@@ -330,8 +330,8 @@ def test_the_hashes_are_those_of_sha2_and_of_git(tmp_path: Path) -> None:
 
 def test_an_unknown_repository_is_one_line(hub: Hub) -> None:
     assert refusal("nobody/nothing") == (
-        "nobody/nothing: no such folder here, and no such public model on the Hugging Face hub; "
-        "OpenAI's are gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        "nobody/nothing: no such local folder, and no such public model on the Hugging Face hub; "
+        "OpenAI's models are gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     )
     assert len(hub.requests) == 1
 
@@ -348,18 +348,18 @@ def test_a_name_that_the_client_refuses_is_one_line(hub: Hub) -> None:
 
 def test_a_gated_repository_says_what_to_do(hub: Hub) -> None:
     hub.gated = {REPO}
-    assert refusal() == f"{REPO} on the hub is gated: accept its terms there, then `hf auth login`"
+    assert refusal() == f"{REPO} on the hub is gated: accept its terms on the website, then run `hf auth login`"
     assert len(hub.requests) == 1
 
 
 def test_a_repository_without_a_config_is_one_line(hub: Hub) -> None:
     del hub.repos[REPO]["config.json"]
-    assert refusal() == f"{REPO} on the hub has no config.json: it is not a model for `transformers`"
+    assert refusal() == f"{REPO} on the hub has no config.json: it is not a `transformers` model"
 
 
 def test_a_repository_without_weights_is_one_line(hub: Hub) -> None:
     hub.repos[REPO] = {"config.json": CONFIG, "tf_model.h5": b"TensorFlow"}
-    assert refusal() == f"{REPO} on the hub has no weights: no model.safetensors and no pytorch_model.bin"
+    assert refusal() == f"{REPO} on the hub has no weights: model.safetensors and pytorch_model.bin are missing"
     hub.repos[REPO]["model.safetensors"] = WEIGHTS
     assert (download_model(REPO) / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -397,7 +397,9 @@ def test_without_connection_and_cache_the_reason_is_one_line(
     said = refusal()
     assert said.startswith(f"{REPO}: the Hugging Face hub cannot be reached (")
     assert {"closed": "refused", "503": "503", "HF_HUB_OFFLINE": "offline mode"}[how] in said
-    assert said.endswith("the model is not in its cache; connect once, or give the folder of a downloaded model")
+    assert said.endswith(
+        "the model is not in the cache; connect to the internet, or give the folder of a downloaded model"
+    )
 
 
 @WAYS
@@ -408,7 +410,7 @@ def test_without_a_connection_half_a_model_is_none_and_nothing_waits_for_the_res
     refusal()
     offline(hub, how, monkeypatch)
     hub.requests.clear()
-    assert "the model is not in its cache" in refusal()
+    assert "the model is not in the cache" in refusal()
     assert len(hub.requests) <= 1
 
 
@@ -455,7 +457,7 @@ def test_without_a_connection_a_spoiled_file_is_refused(
     download_model(REPO)
     blobs(cache)[etag(name, FILES[name])].write_bytes(b"spoiled")
     offline(hub, "HF_HUB_OFFLINE", monkeypatch)
-    assert "the model is not in its cache" in refusal()
+    assert "the model is not in the cache" in refusal()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.close_session()
     assert contents(download_model(REPO)) == FILES
