@@ -99,7 +99,7 @@ def test_without_its_device_what_needs_it_is_skipped(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["doctor", "--device", "cuda", "--preset", "quickstart"]) == 1
     found = {line[6:22].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert found["device"].startswith("fail  device            device 'cuda' is not available here (there is: ")
+    assert found["device"].startswith("fail  device            device 'cuda' is not available (available: ")
     for name in ("memory", "parity", "matmuls", "bf16"):
         assert found[name].startswith("skip  ")
         assert found[name].endswith("there is no device to try it on")

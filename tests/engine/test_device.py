@@ -58,7 +58,7 @@ def test_a_device_that_is_there_can_be_asked_for(monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, mps=True)
-    with pytest.raises(UserError, match=r"device 'cuda' is not available here \(there is: mps, cpu\)"):
+    with pytest.raises(UserError, match=r"device 'cuda' is not available \(available: mps, cpu\)"):
         choose_device("cuda")
 
 

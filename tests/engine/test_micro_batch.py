@@ -78,9 +78,7 @@ def test_what_is_proposed_for_an_uneven_batch_is_even(sequences: int, processes:
 def test_a_micro_batch_has_to_divide_what_each_process_has() -> None:
     config = make_trainee(batch_tokens=16 * 24, micro_batch=8).config
     assert choose_micro_batch(config, CPU, 3) == 8
-    with pytest.raises(
-        UserError, match="the 12 sequences of a step that each process has; choose --micro-batch 6 or 12"
-    ):
+    with pytest.raises(UserError, match="the 12 sequences of a step per process; choose --micro-batch 6 or 12"):
         choose_micro_batch(config, CPU, 2)
 
 
@@ -256,13 +254,13 @@ def test_out_of_memory_halves_the_micro_batch_until_it_fits(error: BaseException
     assert compute.micro_batch == loss_of.compute.micro_batch == 2
     assert 0 < seconds < 60
     assert said == [
-        "warning: out of memory with a micro-batch of 8: it is 4 from here on",
-        "warning: out of memory with a micro-batch of 4: it is 2 from here on",
+        "warning: out of memory with a micro-batch of 8; reduced to 4",
+        "warning: out of memory with a micro-batch of 4; reduced to 2",
     ]
 
 
 def test_where_not_one_sequence_fits_it_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"one sequence at once \(CUDA out of memory.*--gradient-checkpointing"):
+    with pytest.raises(UserError, match=r"a micro-batch of 1 \(CUDA out of memory.*--gradient-checkpointing"):
         first(raising(torch.OutOfMemoryError("CUDA out of memory"), above=0))
 
 
@@ -306,7 +304,7 @@ def test_where_torch_compile_fails_the_model_is_run_without_it() -> None:
 
 
 def test_where_it_was_asked_for_that_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"torch\.compile does not work here \(.*no C compiler.*leave --compile out"):
+    with pytest.raises(UserError, match=r"torch\.compile fails \(.*no C compiler.*--compile off"):
         first(no_compiler, compiled=True, setting="on")
 
 
