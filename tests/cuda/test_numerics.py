@@ -98,7 +98,7 @@ def test_loss_and_gradients_with_a_bf16_residual_stream_against_fp64(family: str
     ids=["gpt2", "gpt2-bf16-stream", "speedrun"],
 )
 def test_compiled_gradients_are_as_exact_as_eager_ones(family: str, residual_dtype: torch.dtype) -> None:
-    """The width is that of training; some Inductor releases reduce many rows wrongly (pytorch issues 193061, 190796)."""
+    """The width is that of training: some Inductor releases reduce many rows wrongly (pytorch issue 193061)."""
     model = device_parity.random_model(wide(family)).to(DEVICE)
     tokens, targets = random_text(model.config, WIDE_ROWS, WIDE_LENGTH)
     in_fp32 = loss_gradients(model, batch_loss(model, tokens, targets, ComputeConfig(DEVICE, torch.float32, WIDE_ROWS)))

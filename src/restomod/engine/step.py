@@ -78,7 +78,7 @@ def batch_loss(
 
 
 def document_mask(tokens: Tensor) -> Tensor:
-    """Compute the document mask: a token attends to itself and to earlier tokens of its own document.
+    """Compute the document mask: a token attends to itself and to earlier tokens of the same document.
 
     Args:
         tokens: input tokens, (B, T) int64.
