@@ -113,7 +113,7 @@ def test_every_check_that_asks_for_the_device_is_skipped_without(monkeypatch: py
     for name in (*NAMES, *SLOW_NAMES):
         verdict = run_check(getattr(doctor, name.replace(" ", "_")), this(device="cuda"))
         assert verdict.check == name
-        assert ("not available here" in verdict.reason) == (name == "device"), verdict
+        assert ("is not available (" in verdict.reason) == (name == "device"), verdict
 
 
 def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,11 @@ def choose_compile(setting: Compile, device: torch.device) -> tuple[bool, str]:
 
 
 def compiler_problem() -> str | None:
-    """Return what is missing for torch.compile on CUDA and how to install it; None if nothing. Compiles nothing."""
+    """Find a missing requirement of torch.compile on CUDA, without compiling.
+
+    Returns:
+        Missing requirement and how to install it; None if all are met.
+    """
     from torch.utils._triton import has_triton
 
     if not has_triton():

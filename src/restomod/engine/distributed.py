@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 class Processes:
     """Ranks of a run: rank and world size of this process, and collective operations over all ranks.
 
-    All ranks must call a collective operation, in the same order. With a world size of 1 it returns its argument.
+    All ranks must call the collective operations, in the same order. With a world size of 1 there is no communication.
     """
 
     rank: int = 0
@@ -178,7 +178,7 @@ SINGLE = Processes()
 
 
 def device_of(device: torch.device, processes: Processes) -> torch.device:
-    """Return the device of this rank: on CUDA the GPU whose index is the local rank.
+    """Return the device of this rank. On CUDA the local rank is the index of the GPU.
 
     Args:
         device: device type of the run.

@@ -112,7 +112,7 @@ def apply_rope(x: Tensor, rope: RopeCache) -> Tensor:
         rope: result of `rope_cache`.
 
     Returns:
-        Rotated queries or keys, (B, H, T, K), fp32.
+        Rotated queries or keys, (B, H, T, K), in the wider dtype of ``x`` and ``rope``.
     """
     (cos, sin), (a, b) = rope, x.chunk(2, -1)  # a, b: (B, H, T, K / 2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
