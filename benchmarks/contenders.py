@@ -1,6 +1,6 @@
-"""Contenders of a comparison: a function in this process, a function in its own process, or a command.
+"""Contenders of a comparison: a function in this process, a function in a separate process, or a command.
 
-A contender that cannot take part raises `Absent` with the reason; the others continue.
+A contender that cannot run raises `Absent` with the reason; the others continue.
 """
 
 from __future__ import annotations
@@ -20,52 +20,56 @@ from typing import Any, NamedTuple, Protocol
 
 from benchmarks.records import Values
 
-PATIENCE = 600.0  # seconds for a start or a round
+TIMEOUT = 600.0  # seconds for a start or a round
 PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 
 
 class Absent(Exception):
-    """Why a contender does not take part, in one line."""
+    """Reason why a contender cannot run, in one line."""
 
 
 class Measured(NamedTuple):
     """Result of one round."""
 
     values: Values
+    """Measured numbers by name of the metric."""
     output: Any = None
-    """Output, to be compared with the first contender's."""
+    """Output, for the comparison with the first contender's output."""
 
 
 Round = Callable[[], Measured]
 
 
 class Contender(Protocol):
-    """Is started, makes its rounds when it is its turn, and is stopped. Each may raise `Absent`."""
+    """Participant of a comparison. `start` and `round` may raise `Absent`."""
 
     name: str
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Prepare the rounds."""
 
-    def round(self) -> Measured: ...
+    def round(self) -> Measured:
+        """Run and measure one round."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Release all resources."""
 
 
 def reason(e: BaseException) -> str:
-    """An exception as one short line, without the folders of this machine."""
+    """Return an exception as one short line without paths of this machine."""
     if isinstance(e, Absent):
         return str(e)
     if isinstance(e, ImportError):
         return f"{e.name or e} cannot be imported"
-    if isinstance(e, OSError):  # whose message names a path
+    if isinstance(e, OSError):  # its message contains a path
         return f"{type(e).__name__}: {e.strerror or 'refused by the system'}"
     line = next((line.strip() for line in str(e).splitlines() if line.strip()), "no message")
     return f"{type(e).__name__}: {line:.160}"
 
 
 @dataclass
-class Here:
-    """A function of this process: ``make`` prepares, and what it returns is a round."""
+class InProcess:
+    """Function in this process; ``make`` prepares it and returns it."""
 
     name: str
     make: Callable[[], Round]
@@ -90,16 +94,18 @@ class Here:
 
 @dataclass
 class Worker:
-    """A function in its own process: its peak memory is measured alone, and a crash ends only that process.
+    """Function in a separate process, with separate peak memory; a crash ends only that process.
 
-    ``make`` is a function of a module, called there with ``arguments``. The process computes on as many threads as
-    this one. What it prints is dropped, unless an environment variable BENCH_OUTPUT is set.
+    ``make`` is a module-level function, called in that process with ``arguments``; it returns the function for a round.
+    The process has the same number of threads as this one. Its output is discarded unless the environment variable
+    BENCH_OUTPUT is set.
     """
 
     name: str
     make: Callable[..., Round]
     arguments: tuple[Any, ...] = ()
-    patience: float = PATIENCE
+    timeout: float = TIMEOUT
+    """Seconds for the start or a round."""
     _process: BaseProcess | None = field(default=None, init=False)
     _pipe: Connection | None = field(default=None, init=False)
     _ready: bool = field(default=False, init=False)
@@ -112,12 +118,12 @@ class Worker:
         threads = torch.get_num_threads()
         self._process = context.Process(target=_work, args=(self.make, self.arguments, threads, theirs), daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # otherwise the pipe stays open after the process has ended
         self._ready = False
 
     def round(self) -> Measured:
         assert self._pipe is not None
-        if not self._ready:  # all import and build at once; whoever comes first waits here, in the warm-up
+        if not self._ready:  # all workers start at the same time; the warm-up round waits for them
             self._answer()
             self._ready = True
         try:
@@ -131,8 +137,8 @@ class Worker:
     def _answer(self) -> Measured | None:
         assert self._pipe is not None
         try:
-            if not self._pipe.poll(self.patience):
-                raise Absent(f"no answer after {self.patience:g} s")
+            if not self._pipe.poll(self.timeout):
+                raise Absent(f"no answer after {self.timeout:g} s")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             raise Absent(self._ended()) from None
@@ -157,7 +163,7 @@ class Worker:
 
 
 def _work(make: Callable[..., Round], arguments: tuple[Any, ...], threads: int, pipe: Connection) -> None:
-    """The process of a `Worker`: answers None when it is ready, then every request, or with a reason and ends."""
+    """Run the process of a `Worker`: send None when it is ready, then a result per request, or a reason and exit."""
     import torch
 
     torch.set_num_threads(threads)
@@ -178,18 +184,21 @@ def _work(make: Callable[..., Round], arguments: tuple[Any, ...], threads: int, 
 
 @dataclass
 class Command:
-    """A program that is run anew in every round: its seconds, and the memory of its largest process.
+    """Program that is started in every round.
 
-    The metrics are ``seconds`` and ``peak memory`` (GB). ``also`` makes further values of the seconds.
+    Its metrics are ``seconds`` and ``peak memory`` (GB, largest process).
     """
 
     name: str
     command: Sequence[str]
     also: Callable[[float], Values] = lambda seconds: {}
+    """Function that computes more metrics from the seconds."""
     before: Callable[[], None] = lambda: None
-    """Called ahead of every round, outside of the clock."""
+    """Function to call before every round, not timed."""
     environment: dict[str, str] = field(default_factory=dict)
-    patience: float = PATIENCE
+    """Additional environment variables."""
+    timeout: float = TIMEOUT
+    """Seconds for a round."""
 
     def start(self) -> None:
         pass
@@ -202,10 +211,10 @@ class Command:
         launcher = [sys.executable, "-S", str(PEAK_MEMORY), "--json", *self.command]
         try:
             done = subprocess.run(
-                launcher, capture_output=True, text=True, timeout=self.patience, env=os.environ | self.environment
+                launcher, capture_output=True, text=True, timeout=self.timeout, env=os.environ | self.environment
             )
         except subprocess.TimeoutExpired:
-            raise Absent(f"no end after {self.patience:g} s") from None
+            raise Absent(f"still running after {self.timeout:g} s") from None
         found = json.loads(done.stdout) if done.returncode == 0 else {"code": done.returncode}
         if found["code"]:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")

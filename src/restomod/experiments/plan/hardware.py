@@ -64,8 +64,8 @@ def find_gpu(name: str) -> GPU:
     if gpu is None:
         keys = [gpu.key for gpu in GPUS]
         raise UserError(
-            f"--gpu {shortened(name)}: unknown GPU{did_you_mean(_plain(name)[:80], keys)}; "
-            f"for another GPU, run --measure on it"
+            f"--gpu {shortened(name)}: unknown GPU (for another GPU, run --measure on it)"
+            f"{did_you_mean(_plain(name)[:80], keys)}"
         )
     return gpu
 
