@@ -223,6 +223,7 @@ class Trial:
 
 
 def main() -> int:
+    """Run the kill tests and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="total number of kills (default: %(default)s)")
     parser.add_argument(

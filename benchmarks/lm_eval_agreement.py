@@ -59,6 +59,7 @@ def evaluate_by_harness(folder: Path, file: Path, examples: int) -> dict[str, An
 
 
 def main() -> None:
+    """Score the examples with restomod and with the harness, and print the agreement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)

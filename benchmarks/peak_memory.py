@@ -16,6 +16,7 @@ import time
 
 
 def main() -> int:
+    """Run the command and return its exit code, 0 with --json."""
     arguments = sys.argv[1:]
     as_json = arguments[:1] == ["--json"]
     start = time.perf_counter()

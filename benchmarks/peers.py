@@ -181,7 +181,7 @@ def nanogpt(inputs: StepInputs) -> Step:
 
 
 def nanochat(inputs: StepInputs) -> Step:
-    """Return the step of nanochat's base_train.py: own architecture (value embeddings, untied lm_head), Muon, compiled."""
+    """Return the step of nanochat's base_train.py: value embeddings, untied lm_head, Muon, compiled."""
     file = _file(inputs.path, "nanochat/gpt.py")
     sys.path.insert(0, str(file.parents[1].absolute()))
     from nanochat.gpt import GPT, GPTConfig

@@ -1,4 +1,4 @@
-"""Ratios of measurements, restomod divided by a peer, with bootstrap intervals and the reasons where a peer is ahead."""
+"""Ratios of measurements, restomod divided by a peer, with bootstrap intervals and reasons where a peer is ahead."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def table(rows: list[Row]) -> str:
     baseline = max((key for key in groups if key[0] == BASELINE), default=None)
     target = statistics.mean(row["loss"] for row in groups[baseline]) if baseline else None
     lines = [
-        "| recipe | tokens | validation loss, mean ± sd | n | tokens to the baseline's loss | relative time per token |",
+        "| recipe | tokens | validation loss, mean ± sd | n | tokens to the baseline's loss | relative time |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for (name, tokens), group in sorted(groups.items(), key=lambda item: (item[0] != baseline, item[0])):
@@ -227,6 +227,7 @@ def slower(baseline: list[float], speeds: list[float]) -> float:
 
 
 def main() -> None:
+    """Run the trials and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", help="folder of token shards")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of finished trials")

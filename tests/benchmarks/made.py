@@ -1,4 +1,4 @@
-"""Measurements that were never made, for tests of what is said of measurements."""
+"""Invented measurements for tests of tables and plots."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ENVIRONMENT = {
 
 
 def items() -> dict[str, Item]:
+    """Return an item with a comparison of three contenders, one of them absent, and an item with a curve."""
     ours = Entry("restomod", {"tokens/s": [200.0, 220.0, 210.0], "load": [1.0, 1.0, 1.0]})
     slower = Entry(
         "other",

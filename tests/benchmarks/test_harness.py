@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import Absent, Command, Contender, Here, Measured, Round, Worker
+from benchmarks.contenders import Absent, Command, Contender, InProcess, Measured, Round, Worker
 from benchmarks.harness import BenchPlan, compare, together
 from benchmarks.records import Comparison, Metric
 
@@ -44,7 +44,7 @@ class Diary:
 
             return one_round
 
-        return Here(name, make)
+        return InProcess(name, make)
 
     @property
     def rounds(self) -> str:
@@ -111,7 +111,7 @@ def test_outputs_are_compared(plan: BenchPlan) -> None:
     diary = Diary()
     found = compare(plan, "x", [diary.contender("A", 1.0), diary.contender("B", 1.0)], [SPEED], 2, agree=agree)
     assert found.entries[1].agreement == [1.0, 1.0]
-    other = Here("C", lambda: lambda: Measured({"speed": 1.0}, -1))
+    other = InProcess("C", lambda: lambda: Measured({"speed": 1.0}, -1))
     found = compare(plan, "x", [diary.contender("A", 1.0), other], [SPEED], 2, agree=agree)
     assert found.entries[1].agreement == [0.0, 0.0]
 
@@ -119,7 +119,7 @@ def test_outputs_are_compared(plan: BenchPlan) -> None:
 def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: BenchPlan) -> None:
     events: list[str] = []
 
-    class Stubborn(Here):
+    class Stubborn(InProcess):
         def round(self) -> Measured:
             raise Absent("no answer")
 
@@ -130,7 +130,7 @@ def test_one_that_is_absent_is_stopped_before_the_others_go_on(plan: BenchPlan) 
         events.append("round")
         return Measured({"speed": 1.0})
 
-    compare(plan, "x", [Stubborn("A", lambda: note), Here("B", lambda: note)], [SPEED], rounds=2, warmup=0)
+    compare(plan, "x", [Stubborn("A", lambda: note), InProcess("B", lambda: note)], [SPEED], rounds=2, warmup=0)
     assert events[:3] == ["stopped", "round", "round"]
 
 
@@ -236,7 +236,7 @@ def test_reasons_name_no_folder_of_this_machine(plan: BenchPlan) -> None:
         (plan.scratch / "absent").read_text()
         raise AssertionError("not reached")
 
-    found: Comparison = compare(plan, "x", [Here("A", make)], [SPEED], 1)
+    found: Comparison = compare(plan, "x", [InProcess("A", make)], [SPEED], 1)
     assert found.entries[0].absent == "FileNotFoundError: No such file or directory"
 
 
