@@ -30,5 +30,5 @@ def items() -> dict[str, Item]:
     memory = Series("a run", "seconds", "memory, GB", [(float(i), 1.0 + (i >= 6)) for i in range(8)], [(7.0, 3.0)])
     return {
         "step": Item("Step", [step], left_out=["nanogpt: no folder"], seconds=12.0, environment=ENVIRONMENT),
-        "growth": Item("Growth", [], [memory], seconds=3.0, environment=ENVIRONMENT),
+        "growth": Item("Long runs", [], [memory], seconds=3.0, environment=ENVIRONMENT),
     }

@@ -58,7 +58,7 @@ def test_tables_are_written_and_then_current(root: Path, capsys: pytest.CaptureF
     assert "| restomod | 210 (200 to 220)" in page
     assert "| training step, 4 × 256 tokens | 210 tokens/s | other 105" in page
     assert "| Step: 4 × 256 tokens" in page
-    assert "### Growth" in page
+    assert "### Long runs" in page
     assert "*Not measured yet: `OUT=measure benchmarks/gpu/measure.sh`.*" in page
     assert "\nold\n" not in page
     assert page.startswith("# A page\n\n<!-- bench:cpu/step -->\n")
@@ -115,7 +115,9 @@ def test_a_change_of_gpu_measurements_is_detected(root: Path) -> None:
         ("<!-- bench:tpu -->\n<!-- /bench -->\n", "unknown results 'tpu'"),
     ],
 )
-def test_an_invalid_marker_is_an_error_with_its_line(root: Path, capsys: pytest.CaptureFixture[str], text: str, error: str) -> None:
+def test_an_invalid_marker_is_an_error_with_its_line(
+    root: Path, capsys: pytest.CaptureFixture[str], text: str, error: str
+) -> None:
     (root / "README.md").write_text(text)
     assert readme.main(["--check"], root) == 2
     (line,) = capsys.readouterr().err.splitlines()

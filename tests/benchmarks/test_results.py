@@ -37,10 +37,12 @@ def test_earlier_names_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_committed_measurements_have_current_names() -> None:
-    """Every name that `renamed.json` replaces occurs in a file of results, and no file has both names."""
+    """Every earlier name in `renamed.json` occurs in a file of results, and no current name is an earlier name."""
     names = json.loads(records.RENAMED.read_text())
     texts = [path.read_text() for path in (readme.ROOT / "benchmarks" / "results").glob("[cg]pu.json")]
-    assert all(any(json.dumps(old, ensure_ascii=escaped) in text for text in texts for escaped in (0, 1)) for old in names)
+    assert all(
+        any(json.dumps(old, ensure_ascii=escaped) in text for text in texts for escaped in (0, 1)) for old in names
+    )
     assert not set(names) & set(names.values())
 
 
