@@ -167,7 +167,7 @@ def not_covered(config: RunConfig, gpu: GPU, gpus: int) -> str | None:
     if config.precision not in ("auto", gpu.half):
         return f"speeds are known for {gpu.half}, and this run uses {config.precision}"
     if config.document_mask:
-        return "speeds are known only without document masks, which the fastest attention kernels lack"
+        return "speeds are known only without document masks, which the fastest attention kernels do not support"
     if config.parallel == "fsdp" and gpus > 1:
         return "speeds are known only for DDP; omit --parallel to see the time with DDP"
     return None
