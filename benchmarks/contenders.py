@@ -76,12 +76,14 @@ class InProcess:
     _round: Round | None = field(default=None, init=False)
 
     def start(self) -> None:
+        """Prepare the function; raise Absent if that fails."""
         try:
             self._round = self.make()
         except Exception as e:
             raise Absent(reason(e)) from e
 
     def round(self) -> Measured:
+        """Call the function; raise Absent if it fails."""
         assert self._round is not None
         try:
             return self._round()
@@ -89,6 +91,7 @@ class InProcess:
             raise Absent(reason(e)) from e
 
     def stop(self) -> None:
+        """Drop the function and its data."""
         self._round = None
 
 
@@ -111,6 +114,7 @@ class Worker:
     _ready: bool = field(default=False, init=False)
 
     def start(self) -> None:
+        """Start the process without waiting for it."""
         import torch
 
         context = multiprocessing.get_context("spawn")
@@ -122,6 +126,7 @@ class Worker:
         self._ready = False
 
     def round(self) -> Measured:
+        """Run one round in the process, after it is ready; raise Absent if it fails or times out."""
         assert self._pipe is not None
         if not self._ready:  # all workers start at the same time; the warm-up round waits for them
             self._answer()
@@ -152,6 +157,7 @@ class Worker:
         return f"its process ended with code {self._process.exitcode}"
 
     def stop(self) -> None:
+        """End the process, with a kill if necessary."""
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
@@ -201,9 +207,10 @@ class Command:
     """Seconds for a round."""
 
     def start(self) -> None:
-        pass
+        """Do nothing; every round starts the program."""
 
     def round(self) -> Measured:
+        """Run the program; raise Absent if it fails or times out."""
         try:
             self.before()
         except Exception as e:
@@ -223,4 +230,4 @@ class Command:
         return Measured({"seconds": seconds, "peak memory": found["peak_bytes"] / 1e9} | self.also(seconds))
 
     def stop(self) -> None:
-        pass
+        """Do nothing; the program has ended."""

@@ -48,7 +48,7 @@ class Part:
 
 
 def _bench(what: str) -> Part:
-    return Part("bench", "A step of 524,288 tokens: `restomod bench step gpt2-124m`", what)
+    return Part("bench", "Training step of 524,288 tokens: `restomod bench step gpt2-124m`", what)
 
 
 PARTS: dict[str, Part] = {  # in the order of the page
