@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.ratios import Ratio, advantage, ahead, ratio_of
+from benchmarks.ratios import NOISE, Ratio, advantage, ahead, ratio_of
 from benchmarks.records import Comparison, Entry, Item, Metric, Series
 
 NOT_PEERS = (  # other settings of restomod, lower bounds, and programs that do something else
@@ -116,7 +116,10 @@ def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def summary(items: dict[str, Item]) -> str:
-    """Return a table of the comparisons in `SUMMARY`, each with its best peer, and the peers that are ahead."""
+    """Return a table of the comparisons in `SUMMARY` with the best peer, and all results in which a peer is better.
+
+    The last part covers all comparisons, also those outside the table.
+    """
     rows: list[list[str]] = []
     for name, index, label in SUMMARY:
         if name not in items or index >= len(items[name].comparisons):
@@ -132,18 +135,27 @@ def summary(items: dict[str, Item]) -> str:
             _, best = min(peers, key=lambda pair: pair[0])
             cell = f"{number(statistics.median(ours.values[metric.name]))} {metric.unit or metric.name}"
             rows.append([label.format(case=comparison.case), cell, _peer(best, metric)])
-    leading = [
-        f"- ahead of restomod: {who} in {metric} ({comparison.case}): {why}"
-        for item in items.values()
-        for comparison in item.comparisons
-        for who, metric, why in ahead(comparison)
-        if any(entry.name == who for entry in _peers_of(comparison))
-    ]
+    comparisons = [comparison for item in items.values() for comparison in item.comparisons]
+    leading = [line for comparison in comparisons for line in _better_peers(comparison)]
     head = ["measurement", "restomod", "best peer (advantage of restomod with 95 % interval)"]
     devices = dict.fromkeys(str(item.environment["device"]) for item in items.values() if item.environment)
     dates = sorted(str(item.environment["started"])[:10] for item in items.values() if item.environment)
     about = f"*{'; '.join(devices)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}*" if dates else ""
     return "\n".join([*_markdown(head, rows), "", *leading, *([""] if leading else []), about])
+
+
+def _better_peers(comparison: Comparison) -> Iterator[str]:
+    """Yield a line per peer and metric for which the peer is better, with the reason for a significant difference."""
+    reasons = {(who, metric): why for who, metric, why in ahead(comparison)}
+    for entry in _peers_of(comparison):
+        for metric in comparison.metrics:
+            ratio = ratio_of(entry, metric)
+            if (entry.name, metric.name) in reasons:
+                why = reasons[entry.name, metric.name]
+                yield f"- ahead of restomod: {entry.name} in {metric.name} ({comparison.case}): {why}"
+            elif ratio is not None and advantage(ratio, metric).median < 1 - NOISE:
+                words = in_words(advantage(ratio, metric))
+                yield f"- ahead, not significant: {entry.name} in {metric.name} ({comparison.case}), advantage {words}"
 
 
 def peer_table(items: dict[str, Item]) -> str:

@@ -106,6 +106,16 @@ def test_the_summary_has_the_best_peer_and_the_peers_that_are_ahead() -> None:
     assert lines[-1] == "*A Processor, 2 threads, 2026-01-02*"
 
 
+def test_the_summary_has_differences_that_are_not_significant() -> None:
+    (step,) = items()["step"].comparisons
+    mine, other, _ = step.entries
+    unclear = dataclasses.replace(other, values={"tokens/s": [240.0, 200.0, 240.0], "load": [1.01, 1.01, 1.01]})
+    changed = dataclasses.replace(step, entries=[mine, unclear])
+    lines = table.summary({"step": Item("Step", [changed], environment=ENVIRONMENT)}).splitlines()
+    (line,) = [line for line in lines if line.startswith("- ")]
+    assert line.startswith("- ahead, not significant: other in tokens/s (4 × 256 tokens), advantage 0.875 × [")
+
+
 def test_the_summary_of_the_committed_measurements_is_small() -> None:
     found = records.read(readme.ROOT / "benchmarks" / "results" / "cpu.json")
     rows = [line for line in table.summary(found).splitlines() if line.startswith("|")]
