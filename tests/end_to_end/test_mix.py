@@ -70,7 +70,7 @@ def test_validation_is_told_of_each_and_its_mean_goes_by_share(
 def test_a_resumed_run_refuses_another_mix(mixed: RunConfig, folders: list[Path], tmp_path: Path) -> None:
     assert train(mixed, tmp_path / "run", display=QUIET) == 0
     other = dataclasses.replace(mixed.data, mix=f"{folders[0]}:1,{folders[1]}:1")
-    with pytest.raises(UserError, match="this mix holds other tokens than"):
+    with pytest.raises(UserError, match="this mix has other tokens than"):
         train(dataclasses.replace(mixed, data=other, steps=9), tmp_path / "run", resume=True, display=QUIET)
 
 
@@ -96,4 +96,4 @@ def test_what_the_text_of_its_folders_was_is_told(tmp_path: Path) -> None:
     parts = [(open_tokens(tmp_path / name, "sizes"), Fraction(1, 3)) for name in "abc"]
     said = dict(summary_rows(mix(parts).manifest))
     assert said["read"].startswith("3 files as plain text (.txt, ")
-    assert said["warning"].startswith("the text holds <|endoftext|> 18 times as characters")
+    assert said["warning"].startswith("the text contains a literal <|endoftext|> 18 times")

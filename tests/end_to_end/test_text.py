@@ -32,9 +32,9 @@ def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again
     for _ in range(2):
         rows = run_summary(set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False))
         assert ("read", f"8 files as plain text (.txt, {size:,} bytes)") in rows
-        assert ("left out", "1 file or folder: met before 1") in rows
+        assert ("skipped", "1 file or folder: duplicate path 1") in rows
         (warning,) = (text for name, text in rows if name == "warning")
-        assert f"{n} times as characters" in warning
+        assert f"a literal <|endoftext|> {n} times" in warning
         for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         (tmp_path / "run").rmdir()

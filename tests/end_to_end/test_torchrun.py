@@ -200,7 +200,7 @@ def test_an_error_is_one_line_among_torchruns(shared: RunConfig, tmp_path: Path,
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = errors(error)
-    assert "exists already" in line
+    assert "already exists" in line
 
 
 def test_one_process_under_torchrun_is_one_process(shared: RunConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from restomod.runs.metrics import append_jsonl
 from restomod.train.console_lines import check_lines, closing_lines
 from restomod.utils.console import CheckResult
 
-LOSS = CheckResult("initial loss", "pass", "10.80 ≈ ln(50257) = 10.82")
+LOSS = CheckResult("initial loss", "pass", "10.80, expected ln(50257) = 10.82")
 CAUSAL = CheckResult("causality", "pass", "changing token 32 changes none before it")
 NARROW = CheckResult("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
 
@@ -19,15 +19,15 @@ NARROW = CheckResult("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
     ("results", "lines"),
     [
         ([], []),
-        ([LOSS], ["initial loss 10.80 ≈ ln(50257) = 10.82"]),
+        ([LOSS], ["initial loss 10.80, expected ln(50257) = 10.82"]),
         (
             [LOSS, CAUSAL, CheckResult("tied lm_head", "pass", "")],
-            ["initial loss 10.80 ≈ ln(50257) = 10.82", "also checked: causality, tied lm_head"],
+            ["initial loss 10.80, expected ln(50257) = 10.82", "also checked: causality, tied lm_head"],
         ),
         (
             [LOSS, CAUSAL, NARROW],
             [
-                "initial loss 10.80 ≈ ln(50257) = 10.82",
+                "initial loss 10.80, expected ln(50257) = 10.82",
                 "also checked: causality",
                 "warning: kernel shapes: n_embd 32 is no multiple of 64",
             ],

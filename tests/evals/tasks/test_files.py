@@ -195,7 +195,7 @@ def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
         read_examples(tmp_path / "a.jsonl", own_example)
-    with pytest.raises(UserError, match="is a folder; name a file"):
+    with pytest.raises(UserError, match="is a folder; give the path of a file"):
         read_examples(tmp_path, own_example)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"a\.parquet is damaged: "):

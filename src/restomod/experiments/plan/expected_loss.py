@@ -68,7 +68,7 @@ def expected_loss(config: RunConfig) -> ExpectedLoss:
         return _unknown("the published runs use AdamW")
     if config.data.source == "tinyshakespeare":
         return _tinyshakespeare(config)
-    if config.data.source == "python-stdlib" or config.data.mix is not None:
+    if config.data.source not in ("text", "tokens") or config.data.mix is not None:
         return _unknown("the published runs train on FineWeb-Edu or TinyShakespeare")
     if _is_other_text(config):
         return _unknown(f"the published runs train on FineWeb-Edu, and {config.data.path} is other text")
@@ -96,7 +96,7 @@ def _same_model(model: ModelConfig, other: ModelConfig) -> bool:
 def _llama(config: RunConfig) -> ExpectedLoss:
     """Return the loss of the published Llama run if ``config`` equals it, that is, the preset llama-124m."""
     same = llama_124m()
-    other_source = config.data.source in ("python-stdlib", "tinyshakespeare") or config.data.mix is not None
+    other_source = config.data.source not in ("text", "tokens") or config.data.mix is not None
     if other_source or _is_other_text(config):
         return _unknown("the published run trains on FineWeb-Edu")
     if config.optim != same.optim or (config.steps, config.batch_tokens) != (same.steps, same.batch_tokens):
