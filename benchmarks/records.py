@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,6 @@ from restomod.utils.files import write_json_atomically
 from restomod.utils.json_files import read_json
 
 Values = dict[str, float]
-
-RENAMED = Path(__file__).with_name("renamed.json")  # current names of fields and titles in earlier measurements
 
 
 @dataclass(frozen=True)
@@ -130,19 +127,9 @@ def read(path: Path) -> dict[str, Item]:
     """
     if not path.exists():
         return {}
-    names: dict[str, str] = json.loads(RENAMED.read_text(encoding="utf-8"))
     try:
-        content = _renamed(read_json(path, "file of measurements"), names)
+        content = read_json(path, "file of measurements")
         return TypeAdapter(File).validate_python(content)["items"]
     except ValidationError as e:
         reason = e.errors()[0]["msg"]
         raise UserError(f"{path}: not a file of `python -m benchmarks.run` ({reason}); delete it") from None
-
-
-def _renamed(value: Any, names: dict[str, str]) -> Any:
-    """Return JSON values with keys and texts replaced by their names in `RENAMED`."""
-    if isinstance(value, dict):
-        return {names.get(key, key): _renamed(one, names) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_renamed(one, names) for one in value]
-    return names.get(value, value) if isinstance(value, str) else value

@@ -25,27 +25,6 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert raw["items"]["step"]["comparisons"][0]["entries"][1]["values"]["tokens/s"] == [100.0, 110.0, 105.0]
 
 
-def test_earlier_names_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of fields and titles change; the numbers do not."""
-    (tmp_path / "renamed.json").write_text(json.dumps({"side": "paired", "stop": "load", "Old": "Step"}))
-    monkeypatch.setattr(records, "RENAMED", tmp_path / "renamed.json")
-    path = tmp_path / "cpu.json"
-    records.write(path, items())
-    text = path.read_text().replace('"paired"', '"side"').replace('"load"', '"stop"').replace('"Step"', '"Old"')
-    path.write_text(text)
-    assert records.read(path) == items()
-
-
-def test_committed_measurements_have_current_names() -> None:
-    """Every earlier name in `renamed.json` occurs in a file of results, and no current name is an earlier name."""
-    names = json.loads(records.RENAMED.read_text())
-    texts = [path.read_text() for path in (readme.ROOT / "benchmarks" / "results").glob("[cg]pu.json")]
-    assert all(
-        any(json.dumps(old, ensure_ascii=escaped) in text for text in texts for escaped in (0, 1)) for old in names
-    )
-    assert not set(names) & set(names.values())
-
-
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 0, "items": {}}', '{"format": 1, "items": {"a": {}}}', "{"])
 def test_a_damaged_file_is_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "cpu.json"
