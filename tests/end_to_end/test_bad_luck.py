@@ -28,6 +28,7 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train import spike_guard as guard_module
 from restomod.train import step_log as journal_module
 from restomod.train.loop import EXIT_INTERRUPTED, train
+from restomod.utils import console as console_module
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 from restomod.utils.run_files import list_checkpoints
@@ -137,8 +138,8 @@ def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
     run = tmp_path / "run"
     assert train(quick, run, display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
-    assert "step 8  the loss is nan" in said
-    assert "rolled back to step 4; skips the data of 5 steps" in said
+    assert "warning: step 8: the loss is nan" in said
+    assert "rolled back to step 4; the batches of 5 steps are skipped" in said
     assert records(run, "rollback") == [{"kind": "rollback", "step": 4, "failed_step": 8, "data_offset": 5}]
     log = records(run, "train")
     assert [record["step"] for record in log] == list(range(12))
@@ -173,7 +174,7 @@ def test_a_run_that_went_back_and_is_stopped_goes_on_as_if_it_had_not_been(
 def test_what_does_not_get_better_ends_the_run(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
     poisoned.update(dict.fromkeys(range(6, 100), float("nan")))
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"step \d+: the loss is nan .*, and going back to step 4 has not helped"):
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan .*, and rolling back to step 4 did not help"):
         train(quick, run, display=QUIET)
     assert [folder.name for folder in list_checkpoints(run)] == ["step_000004"]
     assert finite(run)
@@ -199,7 +200,7 @@ def test_a_spike_never_reaches_the_weights(
     (skipped,) = [r for r in records(tmp_path / "run", "train") if "skipped" in r]
     assert skipped["step"] == 9
     assert skipped["loss"] > 30
-    assert "standard deviations above the mean" in skipped["skipped"]
+    assert "standard deviations above the recent mean" in skipped["skipped"]
     with pytest.raises(UserError, match="step 9: the loss is 3"):
         train(dataclasses.replace(config, on_spike="stop"), tmp_path / "stopped", display=QUIET)
 
@@ -239,9 +240,7 @@ def test_a_stop_among_skipped_steps_tells_what_there_is_and_goes_on_as_if_it_had
     said = capsys.readouterr().out
     saved = [folder.name for folder in list_checkpoints(tmp_path / "run")]
     assert saved == ([] if first == 1 else ["step_000004"])
-    assert (
-        "stopped after 3 steps without a checkpoint" if first == 1 else "the newest checkpoint is that of step 4"
-    ) in said
+    assert ("stopped after 3 steps without a checkpoint" if first == 1 else "newest checkpoint: step 4") in said
     assert train(quick, tmp_path / "run", resume=True, display=QUIET) == 0
     assert [r["loss"] for r in records(tmp_path / "run", "train")] == [
         r["loss"] for r in records(tmp_path / "whole", "train")
@@ -303,7 +302,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
     capsys.readouterr()
     assert train(quick, run, resume=True, display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
-    assert "warning: set aside: " in said
+    assert "warning: unusable checkpoint renamed: " in said
     assert "step_000008" in said
     assert "resuming from step 4" in said
     assert (run / "checkpoints/step_000008.damaged").is_dir()
@@ -440,6 +439,7 @@ def test_output_that_fails_costs_no_checkpoint(
     """A run goes on without it; where its reader has left, it stops with a checkpoint."""
     if interactive and code == 75:
         pytest.skip("a progress bar is drawn when it likes")
+    monkeypatch.setattr(console_module, "LOG_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stdout", Broken(error, "Step" if interactive else "step 6/"))
     assert train(quick, tmp_path / "run", display=Display(interactive)) == code
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(steps))
@@ -501,8 +501,8 @@ def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
     assert train(config, tmp_path / "run", display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
     assert said.count("out of memory") == 2
-    assert "out of memory: micro-batch 2 from here on" in said
-    assert "out of memory: micro-batch 1 from here on" in said
+    assert "out of memory; the micro-batch is now 2" in said
+    assert "out of memory; the micro-batch is now 1" in said
     assert sizes[:20] == [4] * 20
     assert set(sizes[20:]) == {1}
     for ours, theirs in zip(records(tmp_path / "run", "train"), records(tmp_path / "whole", "train"), strict=True):

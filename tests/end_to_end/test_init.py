@@ -281,5 +281,5 @@ def test_weights_that_do_not_fit_in_memory_are_one_line(
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr("restomod.train.setup.load_model", too_large)
-    with pytest.raises(UserError, match=r"parameters does not fit here \(CUDA out of memory\.\)$"):
+    with pytest.raises(UserError, match=r"parameters does not fit into memory \(CUDA out of memory\.\)$"):
         train(dataclasses.replace(tiny, init=str(source)), tmp_path / "run", display=QUIET)

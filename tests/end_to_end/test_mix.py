@@ -48,7 +48,8 @@ def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Pat
         ((x, _),) = training.data.batches.micro_batches(step, 4)
         assert ((x >= 200).all(dim=1).sum().item(), (x < 100).all(dim=1).sum().item()) == (1, 3)
     table = dict(run_summary(training))
-    assert table["data"].startswith("0.75 web + 0.25 books: 7,100 tokens; 6,700 for training, 400 for validation")
+    assert table["data"] == "0.75 web + 0.25 books (7,100 tokens)"
+    assert table["split"] == "6,700 training tokens, 400 validation tokens"
     assert table["steps"] == "8 (1,024 tokens, 0.13 epochs of web, 0.38 epochs of books)"
 
 

@@ -44,15 +44,22 @@ def assert_same_run(a: Path, b: Path, step: int) -> None:
     assert same_checkpoint(a, b, step)
 
 
-def kill_after(lines: int, delay: float, process: subprocess.Popen[str]) -> None:
-    """SIGKILL ``process`` a moment after it has printed its ``lines``-th line about a step."""
-    assert process.stdout is not None
-    about_steps = (line for line in process.stdout if line.startswith("step "))
-    for _ in zip(range(lines), about_steps, strict=False):
-        pass
+def kill_after(records: int, delay: float, process: subprocess.Popen[str], run: Path) -> None:
+    """Kill a training process (SIGKILL) ``delay`` seconds after it has logged a number of new records."""
+    log = run / "metrics.jsonl"
+    before, new = _count_lines(log), 0
+    while process.poll() is None and new < records:
+        now = _count_lines(log)
+        new += max(0, now - before)  # a resumed run first removes records
+        before = now
+        time.sleep(0.002)
     time.sleep(delay)
     process.kill()
     process.communicate()
+
+
+def _count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, seed: int, threads: int = 1) -> None:
@@ -64,7 +71,7 @@ def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, se
     for attempt in range(kills):
         arguments = ("--resume", str(killed)) if attempt else ("quickstart", "--out", str(killed), *flags(tiny))
         process = restomod("train", *arguments, threads=threads)
-        kill_after(chance.randrange(1, tiny.steps), chance.uniform(0, 0.05), process)
+        kill_after(chance.randrange(1, tiny.steps), chance.uniform(0, 0.05), process, killed)
     output, error = restomod("train", "--resume", str(killed), threads=threads).communicate(timeout=120)
     assert "finished" in output or "already" in output, error
     assert_same_run(killed, reference, tiny.steps)

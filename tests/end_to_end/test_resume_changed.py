@@ -237,7 +237,9 @@ def test_a_checkpoint_that_is_not_finite_is_set_aside(name: str, run: Path, made
     rewrite_hash(run / "checkpoints/step_000003", name)
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=4), run, resume=True, display=heard(said)) == 0
-    assert any(f"set aside: {file}: {first} holds values that are not finite" in line for line in said)
+    assert any(
+        f"unusable checkpoint renamed: {file}: {first} holds values that are not finite" in line for line in said
+    )
     assert any("resuming from step 2" in line for line in said)
     assert trained(run) == [0, 1, 2, 3]
 
@@ -251,7 +253,7 @@ def test_fewer_steps_than_made_are_refused_and_as_many_are_finished(
     before = content(run)
     assert main(["train", "--resume", str(run), "--steps", "1"]) == 2
     error = capsys.readouterr().err
-    assert "has made 2 steps already" in error
+    assert "is already at step 2" in error
     assert error.count("\n") == 1
     assert main(["train", "--resume", str(run), "--steps", "2", "--eval-every", "7"]) == 0
     assert "already" in capsys.readouterr().out
@@ -303,7 +305,7 @@ def test_steps_that_the_log_lacks_are_told(kept: slice, run: Path) -> None:
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=3), run, resume=True, display=heard(said)) == 0
     assert lacking
-    assert f"warning: {log} lacks {lacking} of the 2 steps before this one" in said
+    assert f"warning: {log} lacks {lacking} of the 2 steps before the checkpoint" in said
 
 
 def heard(said: list[str]) -> Display:

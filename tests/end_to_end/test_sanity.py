@@ -41,12 +41,12 @@ def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
     first_step = next(i for i, line in enumerate(lines) if line.startswith("step "))
     (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss 1")]
     assert lines[initial + 1 : first_step] == [
-        "also checked: targets, causality, gradients, tied lm_head",
+        "sanity checks passed: targets, causality, gradients, tied lm_head",
         "warning: kernel shapes: n_embd 32 is no multiple of 64: it works, but slower than it could",
     ]
     train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)
     assert "initial loss" not in (out := capsys.readouterr().out)
-    assert "checked" not in out
+    assert "sanity checks passed" not in out
 
 
 def test_a_planted_fault_stops_a_run_before_it_leaves_anything(
@@ -69,7 +69,7 @@ def test_who_insists_can_train_without_the_checks(
     run, config = tmp_path / "run", dataclasses.replace(tiny, steps=1)
     assert main(["train", "quickstart", "--out", str(run), *flags(config), "--no-sanity-checks"]) == 0
     assert len(losses(run)) == 1 + 2
-    assert "check" not in capsys.readouterr().out.replace(str(run), "").replace("checkpoint", "")
+    assert "sanity checks passed" not in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_from_before_its_first_step_is_checked(

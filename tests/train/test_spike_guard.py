@@ -64,7 +64,7 @@ def test_a_spike_is_a_loss_far_above_the_last_ones() -> None:
     assert problem(subject, mean + 9.9 * deviation) is None
     assert problem(subject, mean - 50 * deviation) is None  # a lower loss is none
     said = problem(subject, mean + 10.1 * deviation)
-    assert said == f"the loss is {mean + 10.1 * deviation:.4f}, 10 standard deviations above the mean of the last ones"
+    assert said == f"the loss is {mean + 10.1 * deviation:.4f}, 10 standard deviations above the recent mean"
 
 
 def test_a_spike_is_not_counted_among_the_losses_that_the_next_is_compared_with() -> None:

@@ -21,7 +21,7 @@ from rich.text import Text
 import restomod
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
-from restomod.utils.output import print_if_possible, raw_stream, run_guarded
+from restomod.utils.output import print_error, print_if_possible, raw_stream, run_guarded
 from restomod.utils.terminal import Terminal
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
@@ -199,6 +199,35 @@ def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixtu
     assert error.startswith("\r 50 % of ␛\nlog ␛\n")
     assert error.splitlines()[-1].startswith("restomod: error: a␛[2J")
     assert not set(error) & set("\x1b\x9b\u202e\u2028\udcff")
+
+
+class FakeTerminal(io.StringIO):
+    """Stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+@pytest.mark.parametrize("stream", [FakeTerminal, io.StringIO])
+def test_warnings_and_errors_are_coloured_in_a_terminal_only(
+    stream: type[io.StringIO], no_colour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> int:
+        print("warning: little memory")
+        print("a line\x1b[33m")
+        print_error("warning: no shard")
+        raise UserError("bad flag")
+
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out := stream())
+    monkeypatch.setattr(sys, "stderr", error := stream())
+    assert run_guarded(work) == 2
+    coloured = stream is FakeTerminal and not no_colour and os.name != "nt"
+    yellow, red, reset = ("\x1b[33m", "\x1b[31m", "\x1b[0m") if coloured else ("", "", "")
+    assert out.getvalue() == f"{yellow}warning: little memory{reset}\na line␛[33m\n"
+    assert error.getvalue() == f"{yellow}warning: no shard{reset}\n{red}restomod: error: bad flag{reset}\n"
 
 
 def test_escapes_of_rich_are_its_own_and_those_of_the_text_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,4 +201,4 @@ def test_a_run_that_continues_and_rolls_back_is_judged_like_its_file(tmp_path: P
     )
     training.processes.main = False
     assert symptoms() == []
-    assert Health(training).verdict_line().startswith("verdict: healthy")
+    assert Health(training).verdict().startswith("healthy")
