@@ -58,7 +58,7 @@ def test_it_runs_once_and_the_exit_code_stays(tmp_path: Path, kind: str, code: i
     assert process.returncode == code, errors
     assert said.read_text() == "the end\n"
     if kind != "abort":
-        assert "has ended with exit code 5" in errors
+        assert "failed with exit code 5" in errors
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
