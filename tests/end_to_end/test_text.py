@@ -1,4 +1,4 @@
-"""Runs on text of one's own: what was read is said at the start of each of them, and folders may have any name."""
+"""Runs on the user's text: counts of read files at the start, separators, folders with any name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .conftest import QUIET, flags
 END = "<|endoftext|>"
 
 
-def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again(
+def test_train_lists_read_files_and_warnings_also_with_cached_tokens(
     tiny: RunConfig, text: Path, tmp_path: Path
 ) -> None:
     stories = (text / "0.txt").read_text()
@@ -41,7 +41,7 @@ def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again
         (tmp_path / "run").rmdir()
 
 
-def test_separator_is_a_flag_of_train_and_stays_on_resuming(tiny: RunConfig, text: Path, tmp_path: Path) -> None:
+def test_separator_is_a_flag_of_train_and_is_kept_on_resuming(tiny: RunConfig, text: Path, tmp_path: Path) -> None:
     (text / "0.txt").write_text(f"\n{END}\n".join(["the cat sleeps and never runs"] * 5 + ["a dog"]))
     run = tmp_path / "run"
     short = dataclasses.replace(tiny, steps=4)

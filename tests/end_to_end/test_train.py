@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model."""
+"""Complete runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def records(run: Path, kind: str) -> list[dict]:
     return [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == kind]
 
 
-def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) -> None:
+def test_a_run_learns_and_writes_all_its_files(tiny: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = dataclasses.replace(tiny, steps=60)
     assert train(config, run, display=QUIET) == 0
@@ -41,7 +41,7 @@ def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) 
     train_losses = [r["loss"] for r in records(run, "train")]
     assert [r["step"] for r in records(run, "train")] == list(range(60))
     assert abs(train_losses[0] - math.log(50257)) < 0.3
-    # the text is drawn evenly from 20 words, so ln(20) = 3.0 is the best a model can do
+    # the text is uniform over 20 words, so ln(20) = 3.0 is the lowest possible loss
     assert math.log(20) - 0.2 < records(run, "val")[-1]["loss"] < 6
     assert [r["step"] for r in records(run, "val")] == [*range(0, 60, 5), 60]
     assert [r["step"] for r in read_jsonl(run / "samples.jsonl", SampleRecord)] == [*range(5, 60, 5), 60]
@@ -58,7 +58,7 @@ def test_target_loss_stops_with_a_checkpoint_and_a_last_evaluation(tiny: RunConf
     assert list_checkpoints(run)[-1].name == f"step_{len(trained):06d}"
 
 
-def test_without_validation_text_none_is_measured(tiny: RunConfig, tmp_path: Path) -> None:
+def test_without_a_validation_split_there_is_no_validation_loss(tiny: RunConfig, tmp_path: Path) -> None:
     data = dataclasses.replace(tiny.data, val_fraction=0.0)
     train(dataclasses.replace(tiny, data=data, steps=2), tmp_path / "run", display=QUIET)
     assert records(tmp_path / "run", "val") == []
@@ -71,7 +71,7 @@ def test_bad_text_leaves_no_run_folder(tiny: RunConfig, tmp_path: Path, text: Pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_head_of_a_run_states_what_will_happen(
+def test_the_start_of_a_run_prints_its_settings(
     tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny, tmp_path / "run")
@@ -110,7 +110,7 @@ def test_compiling_without_a_compiler_is_one_line(
 
 
 @pytest.mark.parametrize("vocab_size", [256, 50304])
-def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path, vocab_size: int) -> None:
+def test_another_vocabulary_than_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path, vocab_size: int) -> None:
     model = dataclasses.replace(tiny.model, vocab_size=vocab_size)
     with pytest.raises(UserError, match="tokenizer has 50257 tokens"):
         train(dataclasses.replace(tiny, model=model), tmp_path / "run", display=QUIET)

@@ -24,7 +24,7 @@ RECORD: dict[str, Any] = {
 }
 
 
-def test_numbers_of_a_record_with_the_mfu_where_it_is_known() -> None:
+def test_a_record_is_formatted_with_the_mfu_if_known() -> None:
     assert format_train_record(RECORD) == "loss 3.1416  lr 6.00e-04  norm 0.57  1234 ms/step  98,765 tok/s"
     assert format_train_record({**RECORD, "mfu": 0.4123}).endswith("tok/s  mfu 41.2%")
 
@@ -33,7 +33,7 @@ def test_numbers_of_a_record_with_the_mfu_where_it_is_known() -> None:
 
 
 def show(display: Display) -> None:
-    """All that a run shows."""
+    """Print everything that a run prints."""
     display.table([("model", "GPT-2"), ("batch", "[bold]4,096[/bold]")])
     display.start(40, 100)
     for step in (40, 41):
@@ -65,7 +65,7 @@ def test_a_log_has_the_first_and_last_step_and_one_every_few_seconds(
     assert shown == ["41/100", "53/100", "65/100", "77/100", "89/100", "100/100"]
 
 
-def test_text_is_shown_as_it_is_even_where_it_looks_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_looks_like_markup_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     show(Display(interactive=False))
     lines = capsys.readouterr().out.splitlines()
     assert "batch  [bold]4,096[/bold]" in lines
@@ -80,9 +80,9 @@ def test_long_lines_are_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def in_terminal(width: int = 200) -> tuple[Display, io.StringIO]:
-    """A display, and what it writes."""
+    """Return a display for a terminal, and its output."""
     display, written = Display(interactive=True), io.StringIO()
-    display.stop()  # does nothing before the start
+    display.stop()  # no effect before the start
     display.console = Console(file=written, force_terminal=True, color_system="standard", width=width, highlight=False)
     return display, written
 
@@ -95,7 +95,7 @@ def test_in_a_terminal_there_is_a_progress_bar() -> None:
     assert "validation loss 3.0000" in terminal.getvalue()
 
 
-def test_only_what_is_meant_is_styled() -> None:
+def test_labels_and_prompts_are_styled() -> None:
     display, terminal = in_terminal(80)
     display.table([("model", "GPT-2")])
     display.sample("the", " cat\nsat")
@@ -140,7 +140,7 @@ def test_warnings_are_yellow_in_a_terminal() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_decides_about_the_progress_bar(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_display_is_interactive_in_a_terminal_only(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     assert Display().interactive == terminal
 
