@@ -139,7 +139,7 @@ class Format:
     """Kind of damage, one of `tests.mutations.KINDS`."""
     commands: tuple[Command, ...]
     sealed: str | None = None
-    """Record with size and SHA-256 of the file, updated after the damage so that the file itself is read."""
+    """Record with size and SHA-256 of the file, updated after the damage so that the file is read."""
 
 
 FORMATS = {
@@ -504,8 +504,8 @@ def judged(
     """Return the outcome of a command, one of `OUTCOMES`, and its reason.
 
     Args:
+        said: result of the command.
         command: command that was run.
-        ran: result of the command.
         name: name of the damaged file.
         healthy: output for the healthy file.
         new: files that the command has created.

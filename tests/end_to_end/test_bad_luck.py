@@ -184,7 +184,7 @@ def test_without_a_checkpoint_no_rollback_is_possible(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
 ) -> None:
     poisoned.update(dict.fromkeys((0, 1, 2), float("nan")))
-    with pytest.raises(UserError, match=r"step 2: the loss is nan .*, and there is no checkpoint to go back to"):
+    with pytest.raises(UserError, match=r"step 2: the loss is nan .*, and there is no checkpoint to roll back to"):
         train(quick, tmp_path / "run", display=QUIET)
 
 

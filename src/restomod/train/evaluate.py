@@ -90,7 +90,8 @@ class Health:
         """Return the verdict on the run in one line: healthy or not, with the names of the symptoms."""
         findings = self._findings()
         symptoms = ", ".join(finding.symptom for finding in failures(findings))
-        checked = counted(sum(finding.status != "unknown" for finding in findings), "symptom")
+        judged, total = sum(finding.status != "unknown" for finding in findings), len(findings)
+        checked = counted(total, "symptom") if judged == total else f"{judged} of {counted(total, 'symptom')}"
         details = f"details: restomod verdict {shell_quoted(str(self.training.run.folder))}"
         return f"not healthy: {symptoms} ({details})" if symptoms else f"healthy ({checked} checked; {details})"
 

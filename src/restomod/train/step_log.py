@@ -100,7 +100,7 @@ class StepLog:
         if action == "stop":
             newest = describe_newest(self.training.run.folder)
             raise self.training.processes.error(
-                f"step {step}: {problem}; the update was skipped and the run has stopped; "
+                f"step {step}: {problem}, so the run has stopped; "
                 f"lower --optim.lr or raise --optim.warmup-steps in a new run ({newest})"
             )
         if action == "update":
