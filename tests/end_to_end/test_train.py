@@ -129,7 +129,8 @@ def test_a_healthy_run_ends_with_its_verdict(
 ) -> None:
     said = lines_of(tiny, tmp_path / "run", capsys)
     (last,) = [line for line in said if line.startswith("verdict")]
-    assert re.fullmatch(rf"verdict +healthy \((\d+ of )?\d+ symptoms checked; details: restomod verdict {tmp_path}/run\)", last)
+    assert re.match(r"verdict +healthy \((\d+ of )?\d+ symptoms checked; details: ", last)
+    assert last.endswith(f"restomod verdict {tmp_path / 'run'})")
     warnings = [line for line in said if line.startswith("warning")]
     assert [w for w in warnings if not w.startswith("warning: kernel shapes")] == []
     assert {record["kind"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")} == {"train", "val"}
