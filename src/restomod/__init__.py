@@ -1,4 +1,4 @@
-"""restomod: GPT-2 rebuilt with modern parts.
+"""restomod: GPT-2, reproduced from scratch with modern parts.
 
     from pathlib import Path
 
@@ -19,7 +19,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> module that defines it
+_MODULES = {  # public name -> module that defines it
     "RunConfig": "restomod.config.run",
     "ModelConfig": "restomod.config.run",
     "DataConfig": "restomod.config.run",
@@ -42,13 +42,13 @@ _HOME = {  # public name -> module that defines it
     "validation_loss": "restomod.evals.validation",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'restomod' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,34 +1,34 @@
-"""`python -m restomod`, and the command `restomod`."""
+"""Entry point of `python -m restomod` and of the command `restomod`."""
 
 import os
 import sys
 
 
 def main() -> int:
-    """Run the command line."""
-    import_nothing_from_working_folder()  # before anything that could be there is imported
+    """Run the command line and return the exit code."""
+    remove_working_folder_from_path()  # before any import that a file in the working folder could replace
 
     from restomod.engine.signals import stop_with_torchrun
     from restomod.utils.output import sanitize_output
 
-    sanitize_output()  # to the very end: of a traceback too
-    stop_with_torchrun()  # before what takes seconds to import: torchrun may be killed meanwhile
+    sanitize_output()  # stays active until exit, so that it covers tracebacks too
+    stop_with_torchrun()  # before imports that take seconds: torchrun may be killed meanwhile
     from restomod.cli import main as run
 
     return run()
 
 
-def import_nothing_from_working_folder() -> None:
-    """Leave the working folder out of where modules are looked for, here and in child processes.
+def remove_working_folder_from_path() -> None:
+    """Remove the working folder from `sys.path`, here and in child processes.
 
-    Commands are run within folders of others: a `torch.py` that lies there must not run. Python looks there first with
-    `-m` and `-c`, by which torchrun, torch.compile, multiprocessing and sweeps start processes. Not so where this
-    package itself is in the working folder.
+    Users run commands in folders that others wrote, and a `torch.py` there must not be imported. With `-m` and `-c`,
+    Python searches the working folder first; torchrun, torch.compile, multiprocessing and sweeps start processes this
+    way. The path is unchanged if the working folder contains this package.
     """
     package = os.path.dirname(os.path.abspath(__file__))
     try:
         here = os.getcwd()
-    except OSError:  # it is deleted, and nothing can be in it
+    except OSError:  # a deleted folder contains no modules
         return
     if os.path.dirname(package) == here:
         return

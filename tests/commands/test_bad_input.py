@@ -1,7 +1,7 @@
-"""Bad command lines and bad files: exit code 2, one line that names the flag or the file, nothing lost or left behind.
+"""Invalid command lines and files: exit code 2, one line that names the flag or file, all files unchanged.
 
-`BAD` is a table of mistakes. The tests after it give odd values to every flag of every command; what they try follows
-from the flags themselves, so a new flag is tried too.
+`BAD` is a table of invalid command lines. The tests after it try odd values for every flag of every command. They find
+the flags in the dataclasses of the commands, so a new flag is tested too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SHORT = {
     "SMALL": "--out new --sequence-length 64 --batch-tokens 256 --steps 1 --eval-tokens 64 --device cpu "
     "--precision fp32 --model.n-layer 1 --model.n-head 2 --model.n-embd 32",
 }
-# a command line, in which `SHORT` is written out, and the words that its error has
+# command line with the abbreviations of `SHORT`, and words in its error message
 BAD: list[tuple[str, ...]] = [
     # commands, presets and flags that do not exist
     ("trian", "'trian'", "'train'"),
@@ -78,12 +78,12 @@ BAD: list[tuple[str, ...]] = [
     ("report", "name a run"),
     ("compare", "name the runs"),
     # values of the wrong type
-    ("train quickstart --steps many", "--steps", "'many'", "whole number"),
+    ("train quickstart --steps many", "--steps", "'many'", "integer"),
     ("train quickstart --data.source txt", "--data.source", "'txt'", "python-stdlib"),
     ("train quickstart --optim.betas 0.9", "--optim.betas"),
     ("train quickstart --then", "--then"),
     ("plan quickstart --optim.lr -inf", "--optim.lr: '-inf'"),
-    ("plan quickstart --micro-batch x", "--micro-batch: 'x' is not a whole number or None"),
+    ("plan quickstart --micro-batch x", "--micro-batch: 'x' is not an integer or None"),
     ("plan quickstart --target-loss x", "--target-loss: 'x' is not a number or None"),
     ("plan quickstart --optim.betas a b", "--optim.betas: 'a', 'b' are not 2 numbers"),
     ("compare-samples dir dir --prompt --hello", "--flag=VALUE"),
@@ -144,7 +144,7 @@ BAD: list[tuple[str, ...]] = [
     ("prepare text.txt --out o --val-fraction nan", "--val-fraction is nan"),
     ("prepare text.txt --out o --shard-tokens 0", "--shard-tokens is 0"),
     ("prepare text.txt --out o --split-seed -1", "--split-seed is -1"),
-    # texts and tokens
+    # text files and token shards
     ("TRAIN --data.path nowhere.txt", "nowhere.txt: no such file"),
     ("TRAIN --data.path empty.txt", "empty.txt is empty"),
     ("TRAIN --data.path latin.txt", "latin.txt", "0xe9", "offset 3"),
@@ -186,18 +186,18 @@ BAD: list[tuple[str, ...]] = [
     ("inspect gtp2", "'gpt2'"),
     ("inspect gpt2 --plots here --diff gpt2-medium", "--plots", "--diff"),
     ("inspect model --diff mdel", "mdel: no such preset, run or model"),
-    ("inspect hostile", "model.safetensors", "unexpected ␛[2J␇a b"),  # a name cannot steer the terminal
+    ("inspect hostile", "model.safetensors", "unexpected ␛[2J␇a b"),  # control characters are not printed
     ("check gpt2-124", "'gpt2-124m'"),
     ("check runs/nowhere", "runs/nowhere: "),
     ("check text.txt", "text.txt is a file"),
-    # outputs that cannot be written, or would overwrite something
+    # outputs that cannot be written, or would overwrite a file
     ("inspect model --plots text.txt", "--plots text.txt is a file"),
     ("compare-samples model model --out samples.txt", "--out samples.txt"),
     ("compare-samples model model --out nowhere/samples.md", "--out nowhere/samples.md"),
     ("plan gpt2-124m --measure --json no/p.json", "no/p.json", "no folder no"),
     ("plan gpt2-124m --gpu a100 --json .", "--json . is a folder"),
     ("plan gpt2-124m --prices none.toml", "none.toml"),
-    # one file for two things
+    # one file for two purposes
     ("report runs/a --out o --markdown ./o", "--out and --markdown are the same file"),
     ("report runs/a --out o --png o", "would overwrite each other"),
     ("report runs/a --out dir/loss.png --png dir", "would overwrite each other"),
@@ -269,7 +269,7 @@ BAD: list[tuple[str, ...]] = [
     ("prepare python-stdlib --out o --text_column x", "--text-column has no effect"),
     ("prepare python-stdlib --out o --separator x", "--separator has no effect"),
 ]
-BOXED = [  # by tyro, or after a line with an ellipsis
+BOXED = [  # errors in a box of tyro, or after a progress line
     *(line for line, *_ in BAD if line.startswith(("sample ", "train quickstart --"))),
     "sample",
     "TRAIN --data.path nowhere.txt",
@@ -278,14 +278,14 @@ BOXED = [  # by tyro, or after a line with an ellipsis
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs, models and texts, whole and damaged. A refused command changes none of them, so all tests share them."""
+    """Valid and damaged runs, models and texts. A rejected command does not change them, so all tests share them."""
     folder = tmp_path_factory.mktemp("made")
     texts = {
         "text.txt": "A text that is long enough to be trained on.\n" * 200,
         "short.txt": "Too short.",  # 3 tokens
         "empty.txt": "",
         "blank.txt": "\n",
-        "file": "not to be lost",
+        "file": "do not overwrite",
         "dir/notes.txt": "keep me",
         "damaged/json/config.json": "{",
         "damaged/missing/config.json": '{"steps": 1}',
@@ -299,7 +299,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (folder / "link").symlink_to("target.png")
     (folder / "runs" / "quickstart" / "checkpoints").mkdir(parents=True)
-    (folder / "data").mkdir()  # the cache of texts, in which something may be left
+    (folder / "data").mkdir()  # cache of texts, which a rejected command may write to
     make_run(folder / "runs" / "a")
     make_run(folder / "runs" / "b")
     for name, vocab_size in (("model", 50257), ("hostile", 50257), ("other", 97)):
@@ -316,7 +316,7 @@ Refused = Callable[[str], str]
 
 @pytest.fixture
 def refused(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a bad command line, checks what holds for all of them, and returns the error."""
+    """Run an invalid command line, check exit code, message and files, and return the message."""
     monkeypatch.chdir(made)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
@@ -340,17 +340,17 @@ def refused(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("line", "words"), [(line, words) for line, *words in BAD], ids=[line for line, *_ in BAD])
-def test_a_mistake_is_one_line_that_names_it(line: str, words: list[str], refused: Refused) -> None:
+def test_an_error_is_one_line_with_the_expected_words(line: str, words: list[str], refused: Refused) -> None:
     error = refused(line)
     assert [word for word in words if word not in error] == [], error
 
 
 @pytest.mark.parametrize("columns", ["40", "200"])
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
-def test_the_line_is_the_same_in_every_terminal(
+def test_the_error_is_the_same_in_every_terminal(
     encoding: str, columns: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tyro draws its box as wide as the terminal, and from other characters where the output is not UTF-8."""
+    """The box of tyro depends on the width of the terminal and on its encoding."""
     for line in BOXED:
         usual = refused(line)
         with monkeypatch.context() as patch:
@@ -360,7 +360,7 @@ def test_the_line_is_the_same_in_every_terminal(
 
 
 @pytest.mark.parametrize("command", ["", "train", "plan", "bench", "sweep"])
-def test_an_unfinished_command_shows_its_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_arguments_prints_its_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 2
     assert capsys.readouterr().out.startswith(f"usage: restomod {command}")
 
@@ -383,7 +383,7 @@ ODD = (
     "no/such/thing",
     "/dev/null",
 )
-COMMANDS: dict[str, tuple[type, tuple[str, ...]]] = {  # what comes before a flag; everything else is refused, or quick
+COMMANDS: dict[str, tuple[type, tuple[str, ...]]] = {  # arguments before the flag; the command then fails or is fast
     "report": (ReportArguments, ("runs/a",)),
     "compare": (CompareArguments, ("runs/a", "runs/b")),
     "verdict": (VerdictArguments, ("runs/a",)),
@@ -396,13 +396,13 @@ COMMANDS: dict[str, tuple[type, tuple[str, ...]]] = {  # what comes before a fla
     "train": (TrainArguments, ("quickstart", "--data.source", "text", "--data.path", "nowhere")),
     "plan": (PlanArguments, ("quickstart", "--gpus", "0")),
 }
-SKIPPED = {"then", "error_analysis"}  # a command of the shell; needs a checkpoint
+SKIPPED = {"then", "error_analysis"}  # runs a shell command; needs a checkpoint
 
 Answer = Callable[..., tuple[int, str]]
 
 
 def flags_of(cls: Any, prefix: str = "") -> Iterator[str]:
-    """The flags that a dataclass stands for."""
+    """Yield the flags of a dataclass."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         kind = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
         if dataclasses.is_dataclass(kind):
@@ -413,12 +413,12 @@ def flags_of(cls: Any, prefix: str = "") -> Iterator[str]:
 
 @pytest.fixture
 def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Answer:
-    """Runs a command line among two runs and a few files; returns its exit code and what it says on stderr."""
+    """Run a command line in a folder with two runs and a few files; return exit code and standard error."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "runs" / "b")
     (tmp_path / "dir").mkdir()
-    (tmp_path / "file").write_text("not to be lost")
+    (tmp_path / "file").write_text("do not overwrite")
     monkeypatch.setattr(restomod.analysis.report.watch, "watch", lambda *a: None)
     monkeypatch.setattr(restomod.checks.doctor, "check_machine", lambda *a: iter(()))
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -441,11 +441,11 @@ def test_odd_values_of_every_flag(command: str, answer: Answer) -> None:
     cls, before = COMMANDS[command]
     for flag in flags_of(cls):
         if command in ("plan", "train", "bench", "sweep") and flag in RUN_FLAGS - {"--steps", "--seed"}:
-            continue  # one command with them is enough
+            continue  # these are tested with `plan` only
         for value in ODD:
             code, said = answer(command, *before, flag, value)
             if flag in PATHS and value == "":
-                assert (code, said) == (2, f"restomod: error: {flag} is empty; give it a value or leave it out\n")
+                assert (code, said) == (2, f"restomod: error: {flag} is empty; give it a value or omit it\n")
         answer(command, *before, flag)
 
 
@@ -468,7 +468,7 @@ def test_odd_arguments_of_every_command(command: str, answer: Answer) -> None:
             answer(command, value)
 
 
-def test_a_flag_that_other_trials_need_is_no_mistake(answer: Answer) -> None:
+def test_a_trial_accepts_flags_that_only_other_trials_use(answer: Answer) -> None:
     grid = ("--grid", "optim.optimizer=adamw,muon", "--optim.muon-lr", "0.1")
     assert "another" not in answer("sweep", "quickstart", *grid, "--out", "file")[1]
     trial = Path("s/trials/000")
@@ -478,14 +478,14 @@ def test_a_flag_that_other_trials_need_is_no_mistake(answer: Answer) -> None:
     assert "nowhere: no such file" in answer("train", "quickstart", *nothing, "--out", str(trial))[1]
 
 
-def test_values_keep_their_dashes() -> None:
+def test_values_may_begin_with_a_dash() -> None:
     flags = ["--sampling.prompts", "-a", "- b", "--- c", "--out", "-x", "--target-loss", "-1.5", "--data.cache=--d"]
     config, folder, _ = parse_arguments(["quickstart", *flags])
     assert config.sampling.prompts == ("-a", "- b", "--- c")
     assert (str(folder), config.target_loss, config.data.cache) == ("-x", -1.5, "--d")
 
 
-def test_what_cannot_change_on_resuming_is_named_with_both_values(tmp_path: Path) -> None:
+def test_settings_that_cannot_change_on_resume_are_named_with_both_values(tmp_path: Path) -> None:
     config = dataclasses.replace(preset("quickstart"), steps=99)
     other = dataclasses.replace(config, seed=5, optim=dataclasses.replace(config.optim, lr=3.0, betas=(0.5, 0.9)))
     with pytest.raises(UserError) as caught:
@@ -500,5 +500,5 @@ def test_what_cannot_change_on_resuming_is_named_with_both_values(tmp_path: Path
 def test_a_device_is_never_replaced_by_a_file(answer: Answer) -> None:
     for device in ("/dev/null", "/dev/stdout"):
         for line in ("compare runs/a --json", "report runs/a --markdown", "verdict runs/a --json"):
-            assert answer(*line.split(), device)[0] in (0, 1)  # a verdict of 1: not healthy
+            assert answer(*line.split(), device)[0] in (0, 1)  # verdict: 1, the run is not healthy
         assert not os.path.isfile("/dev/null")

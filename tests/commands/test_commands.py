@@ -1,4 +1,4 @@
-"""Commands in full: what they print and write, on models that are made in a moment."""
+"""Complete commands on tiny models: exit code, printed lines, written files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = (
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, but for a text that is long enough to train on."""
+    """Current folder with one text file that is long enough for training."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("A text that is long enough to be trained on.\n" * 200)
     return tmp_path
@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(here: Path) -> str:
-    """A model folder with GPT-2's vocabulary."""
+    """Model folder with GPT-2's vocabulary."""
     (here / "model").mkdir()
     save_model(random_model(ModelConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8)), here / "model")
     return "model"
@@ -42,7 +42,7 @@ def model(here: Path) -> str:
 
 @pytest.fixture
 def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A preset that is checked in a moment, and a compiler that leaves everything as it is."""
+    """Preset with a tiny model, and a `torch.compile` without effect."""
     config = RunConfig(1, 64, 64, ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=64, vocab_size=499))
     monkeypatch.setitem(PRESETS, "tiny", lambda: config)
     monkeypatch.setattr("torch.compile", lambda module: module.forward)
@@ -54,7 +54,7 @@ CHECK_NAMES = [
 ]
 
 
-def test_check_prints_a_line_for_each_check_and_a_sum(tiny_preset: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_one_line_per_check_and_a_summary(tiny_preset: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "tiny", "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     *lines, total = shown.out.splitlines()
@@ -73,7 +73,7 @@ def test_a_warning_and_a_skipped_check_do_not_count_as_failures(
     )
 
 
-def test_a_check_that_fails_is_exit_code_1(
+def test_a_failed_check_gives_exit_code_1(
     tiny_preset: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     QUICK_FAULTS["a mask that hides nothing"][0](monkeypatch)
@@ -82,11 +82,11 @@ def test_a_check_that_fails_is_exit_code_1(
     *lines, total = shown.out.splitlines()
     (failed,) = [line for line in lines if not line.startswith("pass  ")]
     assert failed.startswith("fail  causality         changing token 32 changes logits before it")
-    assert len(lines) == len(CHECK_NAMES), "the checks after the one that failed are missing"
+    assert len(lines) == len(CHECK_NAMES), "the checks after the failed one were not run"
     assert (total, shown.err) == (f"tiny: {len(CHECK_NAMES) - 1} passed, 1 failed", "")
 
 
-def test_check_passes_its_flags_on_and_checks_gpt2_124m_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_passes_on_its_flags_and_checks_gpt2_124m_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("restomod.checks.model_slow.check", lambda *arguments: seen.append(arguments) or [])
     assert main(["check"]) == 0
@@ -104,7 +104,7 @@ def test_a_run_can_be_trained_and_sampled(here: Path, capsys: pytest.CaptureFixt
     assert "\n--- 2 of 2 ---\nA text" in shown
 
 
-def test_text_can_be_prepared_looked_at_and_trained_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_can_be_prepared_inspected_and_trained_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "text.txt", "--out", "tokens", "--val-fraction", "0.1", "--workers", "1"]) == 0
     assert "train on it: restomod train PRESET --data.source tokens --data.path tokens\n" in capsys.readouterr().out
     assert main(["data", "tokens", "--verify"]) == 0
@@ -114,7 +114,7 @@ def test_text_can_be_prepared_looked_at_and_trained_on(here: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("workers", [None, 0, 3])
-def test_the_workers_are_as_many_as_processors_unless_said(
+def test_there_is_one_worker_per_cpu_unless_workers_is_given(
     here: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None
 ) -> None:
     given = []
@@ -155,7 +155,7 @@ def test_models_are_compared(model: str, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.endswith("\nall 16 tensors are identical\n")
 
 
-def test_pictures_are_drawn_into_the_folder_that_is_named(
+def test_plots_are_written_to_the_given_folder(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -166,7 +166,7 @@ def test_pictures_are_drawn_into_the_folder_that_is_named(
 
 
 class Terminal(io.StringIO):
-    """A standard output that is one, and remembers each piece that was written before the next was flushed."""
+    """Standard output that is a terminal and records its content at every flush."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Terminal(io.StringIO):
 
 
 def texts(shown: str) -> list[str]:
-    """The texts that `sample` printed."""
+    """Return the texts that `sample` printed."""
     return [part.partition("\n")[2].rstrip("\n") for part in re.split(r"(?m)^--- (?=\d+ of )", shown)[1:]]
 
 
@@ -198,7 +198,7 @@ def test_prompts_are_continued_in_the_order_of_the_flags_or_of_the_file(
     assert texts(capsys.readouterr().out) == texts(of_file)[2:]
 
 
-def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
+def test_one_text_in_a_terminal_is_streamed_without_control_characters(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: iter(["one", "\x1b[2J", "two"]))
@@ -208,7 +208,7 @@ def test_one_text_in_a_terminal_appears_as_it_is_made_and_cannot_steer_it(
     assert sys.stdout.flushed[:4] == [start, start + "one", start + "one␛[2J", start + "one␛[2Jtwo"]
 
 
-def test_a_text_is_exact_where_the_output_is_no_terminal(
+def test_a_text_is_unchanged_if_the_output_is_not_a_terminal(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: iter(["one", "\x1b[2J", "\r\u202etwo"]))
@@ -216,7 +216,7 @@ def test_a_text_is_exact_where_the_output_is_no_terminal(
     assert capsys.readouterr().out == "--- 1 of 1 ---\nTheone\x1b[2J\r\u202etwo\n"
 
 
-def test_several_texts_in_a_terminal_are_made_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_texts_in_a_terminal_are_generated_in_batches(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restomod.generate.text.stream_text", lambda *a: pytest.fail("streamed"))
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert main(["sample", model, "--num-samples", "2", "--max-tokens", "2", "--device", "cpu"]) == 0

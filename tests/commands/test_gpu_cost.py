@@ -1,4 +1,4 @@
-"""A price is that of one GPU and one hour, in every command."""
+"""--price is the price of one GPU for one hour in every command."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from restomod.runs.reader import open_run
 from tests.experiments.sweep.sweeping import run, trials
 from tests.runs.made_runs import START, make_run, stamp
 
-PRICE = 1800.0  # dollars for a GPU and an hour: half a dollar a second
+PRICE = 1800.0  # US dollars per GPU-hour: 0.5 dollars per second
 
 
 def started_with(folder: Path, *starts: dict[str, Any], at: tuple[float, ...] = (0,)) -> None:
-    """Write a run's starts, some seconds after `START`, with more values."""
+    """Write the starts of a run: seconds after `START`, and additional values."""
     first = json.loads((folder / "environment.json").read_text())[0]
     written = [first | {"started": stamp(START + s)} | more for s, more in zip(at, starts, strict=True)]
     (folder / "environment.json").write_text(json.dumps(written))
 
 
 def compared(folder: Path, out: Path) -> dict[str, Any]:
-    """What `compare` writes of a run at `PRICE`."""
+    """Return the record that `compare` writes about a run at `PRICE`."""
     assert main(["compare", str(folder), "--price", str(PRICE), "--json", str(out)]) == 0
     found: dict[str, Any] = json.loads(out.read_text())["groups"][0]["runs"][0]
     return found
@@ -69,7 +69,7 @@ def test_a_dollar_limit_counts_every_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     assert 1.5 <= trial["seconds"] < 6
 
 
-def test_a_run_that_was_resumed_with_other_gpus_pays_for_each_session(tmp_path: Path) -> None:
+def test_a_run_resumed_on_other_gpus_costs_the_sum_of_its_sessions(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)  # its first step begins after 5 s, each takes 1 s
     started_with(folder, *({"processes": n} for n in (8, 2, 4)), at=(0, 25, 35))  # 20, 10 and 10 steps
     used = run_usage(open_run(folder))
@@ -83,8 +83,8 @@ def test_a_run_that_was_resumed_with_other_gpus_pays_for_each_session(tmp_path: 
 @pytest.mark.parametrize(
     ("count", "seconds"),
     [
-        ({}, 45),  # not said: one
-        *(({"processes": bad}, 40) for bad in (None, 0, "8", -3)),  # left out: 40 steps, each by one process
+        ({}, 45),  # absent: one process
+        *(({"processes": bad}, 40) for bad in (None, 0, "8", -3)),  # ignored: 40 steps with one process
     ],
 )
 def test_starts_with_an_unknown_or_impossible_count(count: dict[str, Any], seconds: float, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_starts_with_an_unknown_or_impossible_count(count: dict[str, Any], secon
     assert run_usage(open_run(folder)).gpu_seconds == pytest.approx(seconds)
 
 
-def test_records_without_a_time_are_of_the_first_session(tmp_path: Path) -> None:
+def test_records_without_a_time_belong_to_the_first_session(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40, timed=False)
     started_with(folder, {"processes": 8})
     assert run_usage(open_run(folder)).cost(PRICE) == pytest.approx(160)

@@ -1,4 +1,4 @@
-"""A lack of memory on a CPU is one line that says what needs less, in every command."""
+"""An out-of-memory error on a CPU is one line with the flags to change, in every command."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 
 from restomod import cli
 from restomod.cli import main
+from restomod.commands.catalog import COMMANDS
 
-HUGE = 2**60  # no machine has it
+HUGE = 2**60  # bytes; more than any machine has
 
 
 def fail_with(error: Exception) -> object:
@@ -44,8 +45,8 @@ ALLOCATE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("allocate", ALLOCATE.values(), ids=ALLOCATE)
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_says_it_in_one_line(
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_one_line(
     command: str, allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(arguments: list[str]) -> int:
@@ -70,9 +71,9 @@ def test_another_error_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
         main(["train"])
 
 
-def test_the_flags_that_are_recommended_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recommended_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
     hints = 0
-    for command in cli.COMMANDS:
+    for command in COMMANDS:
         module = importlib.import_module(f"restomod.commands.{command.replace('-', '_')}")
         flags = re.findall(r"--[\w-]+", getattr(module, "MEMORY_HINT", ""))
         hints += len(flags)
@@ -104,7 +105,7 @@ def test_a_process_whose_memory_is_limited(arguments: str, room: int, tmp_path: 
         env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
     )
     assert done.returncode == 2, done.stderr[-1000:]
-    *warnings_of_torch, _ = done.stderr.splitlines()  # such as of another kernel that it tries
+    *warnings_of_torch, _ = done.stderr.splitlines()  # torch may warn about kernels
     assert not any("Traceback" in line or "restomod: error" in line for line in warnings_of_torch)
     assert "memory" in done.stderr
     assert not (tmp_path / "r").exists()

@@ -1,4 +1,4 @@
-"""Every output flag with every kind of destination: nothing is replaced that is no file, and nothing is lost."""
+"""Every output flag with every kind of destination: only regular files are replaced, and no file is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from restomod.utils.temporary import NAME
 from tests.evals.plainly import SMALL
 from tests.runs.made_runs import make_run
 
-FLAGS = {  # the command line before each output flag, and how the file begins
+FLAGS = {  # output flag -> command line before it, first bytes of the file
     "report --out": (("report", "runs/a"), b"<!doctype html>"),
     "report --markdown": (("report", "runs/a"), b"# a"),
     "compare --json": (("compare", "runs/a", "runs/b"), b"{"),
@@ -60,7 +60,7 @@ Command = Callable[..., Answer]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs, a model and a task: read by all tests."""
+    """Two runs, a model and a task, which all tests read."""
     folder = tmp_path_factory.mktemp("made")
     for name in ("a", "b"):
         make_run(folder / "runs" / name)
@@ -75,14 +75,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Command]:
-    """Runs a command with a flag, among the runs; afterwards no temporary file may be left anywhere."""
+    """Run a command with an output flag; afterwards, check that no temporary file remains."""
     monkeypatch.chdir(made)
 
     def run(flag: str, path: Path | str) -> Answer:
         before, _ = FLAGS[flag]
         code = main([*before, f"--{flag.partition('--')[2]}", str(path)])
         shown = capsys.readouterr()
-        return Answer(0 if (before[0], code) == ("verdict", 1) else code, shown.out, shown.err)  # 1: it is not healthy
+        return Answer(0 if (before[0], code) == ("verdict", 1) else code, shown.out, shown.err)  # 1: unhealthy
 
     yield run
     assert not [path for folder in (made, tmp_path) for path in folder.rglob("*") if NAME.fullmatch(path.name)]
@@ -108,7 +108,7 @@ def node(path: Path, minor: int) -> Path:
 
 
 def refused(answer: Answer, *words: str) -> None:
-    """One line that names what was given, exit code 2."""
+    """Check exit code 2 and a message of one line with these words."""
     assert answer.code == 2
     assert answer.err.startswith("restomod: error: ")
     assert answer.err.count("\n") == 1
@@ -117,7 +117,7 @@ def refused(answer: Answer, *words: str) -> None:
 
 
 def computed(answer: Answer, flag: str) -> bool:
-    """Whether the result has been printed; `report` has none but its files."""
+    """Return whether the result was printed; `report` prints no result."""
     return flag.startswith("report") or answer.out.count("\n") > 1
 
 
@@ -136,14 +136,14 @@ def test_a_new_file_may_have_a_long_name_and_has_the_umasks_permissions(
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_device_is_written_to_and_stays_one(flag: str, command: Command, tmp_path: Path) -> None:
+def test_a_device_is_written_to_and_not_replaced(flag: str, command: Command, tmp_path: Path) -> None:
     device = node(tmp_path / "null", 3)
     assert command(flag, device).code == 0
     assert stat.S_ISCHR(os.lstat(device).st_mode)
     assert os.listdir(tmp_path) == ["null"]
 
 
-def test_a_full_device_is_named_and_the_result_is_printed_before(flag: str, command: Command, tmp_path: Path) -> None:
+def test_a_full_device_is_named_after_the_result_is_printed(flag: str, command: Command, tmp_path: Path) -> None:
     device = node(tmp_path / "full", 7)
     answer = command(flag, device)
     refused(answer, str(device), "No space left on device")
@@ -151,7 +151,7 @@ def test_a_full_device_is_named_and_the_result_is_printed_before(flag: str, comm
     assert stat.S_ISCHR(os.lstat(device).st_mode)
 
 
-def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(
     flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = file_for(flag, tmp_path)
@@ -168,7 +168,7 @@ def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path) -> None:
+def test_a_named_pipe_receives_the_complete_file(flag: str, command: Command, tmp_path: Path) -> None:
     pipe, got = tmp_path / "pipe", list[bytes]()
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
@@ -179,7 +179,7 @@ def test_a_named_pipe_gets_all_of_it(flag: str, command: Command, tmp_path: Path
     assert stat.S_ISFIFO(os.lstat(pipe).st_mode)
 
 
-def test_a_named_pipe_that_nothing_reads_is_given_up(
+def test_a_named_pipe_without_a_reader_is_an_error(
     flag: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("restomod.utils.files.FIFO_TIMEOUT", 0.15)
@@ -204,7 +204,7 @@ def test_links_are_followed_and_permissions_kept(flag: str, command: Command, tm
     assert link.is_symlink()
 
 
-def test_a_broken_link_makes_its_target_where_its_folder_exists(flag: str, command: Command, tmp_path: Path) -> None:
+def test_a_broken_link_creates_its_target_if_the_folder_exists(flag: str, command: Command, tmp_path: Path) -> None:
     target, link, lost = (file_for(flag, tmp_path, stem) for stem in ("target", "link", "lost"))
     link.symlink_to(target.name)
     assert command(flag, link).code == 0
@@ -214,7 +214,9 @@ def test_a_broken_link_makes_its_target_where_its_folder_exists(flag: str, comma
     refused(command(flag, lost), f"--{flag.partition('--')[2]} {lost}", "nowhere")
 
 
-def test_a_read_only_file_or_folder_is_refused_before_the_work(flag: str, command: Command, tmp_path: Path) -> None:
+def test_a_read_only_file_or_folder_is_rejected_before_the_computation(
+    flag: str, command: Command, tmp_path: Path
+) -> None:
     path = file_for(flag, tmp_path)
     path.write_text("old")
     path.chmod(0o444)
@@ -227,7 +229,7 @@ def test_a_read_only_file_or_folder_is_refused_before_the_work(flag: str, comman
 
 
 @pytest.mark.parametrize("kind", ["missing folder", "folder", "a file as folder", "name too long", "link to itself"])
-def test_what_cannot_be_a_file_is_refused_before_the_work(
+def test_an_impossible_path_is_rejected_before_the_computation(
     kind: str, flag: str, command: Command, tmp_path: Path
 ) -> None:
     path = file_for(flag, tmp_path, "y" * 300 if kind == "name too long" else "x")
@@ -247,22 +249,22 @@ def test_what_cannot_be_a_file_is_refused_before_the_work(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_an_open_file_is_gone_on_with_and_not_replaced(flag: str, command: Command, tmp_path: Path) -> None:
+def test_an_open_file_is_appended_to_and_not_replaced(flag: str, command: Command, tmp_path: Path) -> None:
     with open(tmp_path / "open", "w+b") as f:
-        f.write(b"said before\n")
+        f.write(b"first line\n")
         f.flush()
         inode = os.fstat(f.fileno()).st_ino
         assert command(flag, f"/dev/fd/{f.fileno()}").code == 0
     assert (tmp_path / "open").stat().st_ino == inode
     said, _, content = (tmp_path / "open").read_bytes().partition(b"\n")
-    assert said == b"said before"
+    assert said == b"first line"
     assert begins_well(flag, content)
     with open(tmp_path / "open", "rb") as f:
         refused(command(flag, f"/proc/self/fd/{f.fileno()}"), "Bad file descriptor")
     assert os.listdir(tmp_path) == ["open"]
 
 
-def test_where_one_file_fails_the_others_are_written(
+def test_if_one_file_fails_the_others_are_written(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(made)
@@ -280,7 +282,7 @@ def test_where_one_file_fails_the_others_are_written(
     assert (tmp_path / "p" / "loss.png").stat().st_size > 1000
 
 
-def test_pictures_do_not_leave_their_folder_and_long_names_do_not_fail_a_report(
+def test_plots_stay_in_their_folder_and_long_names_are_shortened(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -299,7 +301,7 @@ def test_pictures_do_not_leave_their_folder_and_long_names_do_not_fail_a_report(
 
 
 @pytest.mark.parametrize("flag", ["--png", "--plots"])
-def test_a_folder_for_pictures_is_tried_before_the_work(
+def test_a_folder_for_plots_is_checked_before_the_computation(
     flag: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(made)
@@ -325,14 +327,14 @@ def test_the_default_page_is_not_written_through_a_link_out_of_the_run(
     assert main(["report", str(run)]) == 2
     assert "is a link out of" in capsys.readouterr().err
     assert (tmp_path / ".bashrc").read_text() == "mine"
-    assert main(["report", str(run), "--out", str(run / "report.html")]) == 0  # as it was named
+    assert main(["report", str(run), "--out", str(run / "report.html")]) == 0  # an explicit path is followed
     assert (tmp_path / ".bashrc").read_text() != "mine"
 
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["train", "--help"], ["report", "x"], ["plan", "quickstart"], []]
 )
-def test_a_working_folder_that_has_been_deleted_is_one_line(
+def test_a_deleted_working_folder_is_a_one_line_error(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gone").mkdir()

@@ -31,14 +31,14 @@ def test_a_plan_is_printed_and_written(here: Path, capsys: pytest.CaptureFixture
     assert os.listdir(here) == ["p.json"]
 
 
-def test_flags_of_train_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_train_are_accepted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gpt2-124m", "--gpu", "a100", "--steps", "100"]) == 0
     out = capsys.readouterr().out
     assert "100 steps × 524,288 tokens = 52.43M tokens" in out
     assert "build-nanogpt in its lecture" in out
 
 
-def test_prices_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prices_from_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = 'provider="Mine"\ngpu="a100"\ngpus=1\ndollars_per_gpu_hour=1\ndate=2026-01-01\nsource="here"\n'
     (here / "o.toml").write_text(f"[[price]]\n{entry}")
     assert main(["plan", "gpt2-124m", "--prices", "o.toml"]) == 0
@@ -54,7 +54,7 @@ def test_this_machine_is_measured(here: Path, capsys: pytest.CaptureFixture[str]
     assert "tokens/s, measured on " in capsys.readouterr().out
     plan = json.loads((here / "p.json").read_text())
     measured = plan["measured"]
-    step = 4 * measured["micro_batch_seconds"] + measured["update_seconds"]  # of which two were made
+    step = 4 * measured["micro_batch_seconds"] + measured["update_seconds"]  # the plan assumes four micro-batches
     assert plan["tokens_per_second"] == pytest.approx(512 / step)
     assert plan["dollars"] == pytest.approx(plan["seconds"] / 3600 * 2)
     assert measured["micro_batch_seconds"] > 0

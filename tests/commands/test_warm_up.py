@@ -1,4 +1,4 @@
-"""The warm-up of a preset follows --steps in every command; a warm-up of the whole run is reported before it begins."""
+"""The warm-up of a preset is proportional to --steps; a warm-up longer than the run causes a warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from restomod.cli import main
 from restomod.commands.parsing import parse_run
-from restomod.commands.sweep import SweepArguments, plan_of
+from restomod.commands.sweep import SweepArguments, build_plan
 from restomod.commands.train import TrainArguments, parse_arguments
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import RunConfig
@@ -32,13 +32,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(name: str, *flags: str) -> RunConfig:
-    """What `restomod train` makes of a preset and flags."""
+    """Return the configuration that `restomod train` builds from a preset and flags."""
     return parse_arguments([name, *flags])[0]
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "modern-d6"])
 @pytest.mark.parametrize("steps", [1, 10, 100, 40_000])
-def test_a_presets_warm_up_is_the_same_share_of_any_steps(name: str, steps: int) -> None:
+def test_a_presets_warm_up_is_a_constant_fraction_of_the_steps(name: str, steps: int) -> None:
     base = preset(name)
     share = Fraction(base.optim.warmup_steps, base.steps)
     assert config_of(name, "--steps", str(steps)).optim.warmup_steps == max(1, math.ceil(share * steps))
@@ -46,16 +46,16 @@ def test_a_presets_warm_up_is_the_same_share_of_any_steps(name: str, steps: int)
 
 
 @pytest.mark.parametrize("flags", [("--optim.warmup-steps", "7"), ("--optim.warmup_steps=7",)])
-def test_a_warm_up_that_is_given_stays(flags: tuple[str, ...]) -> None:
+def test_an_explicit_warm_up_is_not_scaled(flags: tuple[str, ...]) -> None:
     assert config_of("gpt2-124m", "--steps", "100", *flags).optim.warmup_steps == 7
 
 
-def test_a_preset_without_warm_up_stays_without() -> None:
+def test_a_preset_without_warm_up_gets_none() -> None:
     none = config_of("quickstart", "--optim.warmup-steps", "0")
     assert parse_run(TrainArguments(none, out=""), ["--steps", "9000"], "").config.optim.warmup_steps == 0
 
 
-def test_plan_says_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_warm_up_and_warning(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gpt2-124m", "--steps", "1000", "--json", "p.json"]) == 0
     said = capsys.readouterr().out
     assert "38 steps of 1,000" in said
@@ -67,7 +67,7 @@ def test_plan_says_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rises to 0.00015 of" in said
 
 
-def test_training_says_it_before_its_first_step_and_resuming_keeps_it(
+def test_training_prints_it_before_the_first_step_and_resume_keeps_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "quickstart", *TINY, "--steps", "30", "--out", "a"]) == 0
@@ -86,7 +86,7 @@ def test_training_says_it_before_its_first_step_and_resuming_keeps_it(
     assert f"rises to {max(rate for rate in rates if rate):.4g} of 0.002" in warning
 
 
-def test_a_batch_that_is_more_than_all_text_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_larger_than_the_data_is_reported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart", *TINY, "--batch-tokens", "6400", "--steps", "1", "--out", "a"]) == 0
     assert "lower --batch-tokens" in capsys.readouterr().out
 
@@ -98,14 +98,14 @@ def test_the_warning_is_true(steps: int, warmup: int) -> None:
     warnings = schedule_warnings(config)
     if warmup >= steps > 1:
         (warning,) = warnings
-        assert rates == sorted(rates)  # it never comes down
+        assert rates == sorted(rates)  # no decay
         assert f"rises to {rates[-1]:.4g}" in warning
         assert ("longer" in warning) is (rates[-1] < config.optim.lr)
     else:
         assert not warnings
 
 
-def test_checkpoints_that_are_never_kept_are_said() -> None:
+def test_a_keep_every_beyond_the_last_step_is_reported() -> None:
     assert "keep_every 901" in schedule_warnings(config_of("quickstart", "--keep-every", "901"))[0]
     assert not schedule_warnings(config_of("quickstart", "--keep-every", "900"))
 
@@ -119,12 +119,12 @@ def test_checkpoints_that_are_never_kept_are_said() -> None:
         ("optim.lr=1,2", ["--steps", "90"], 90, 5),
     ],
 )
-def test_a_sweep_prunes_nothing_within_any_warm_up(space: str, flags: list[str], steps: int, warmup: int) -> None:
-    plan = plan_of("quickstart", preset("quickstart"), SweepArguments(grid=(space,), out="s"), flags)
+def test_a_sweep_does_not_prune_during_the_warm_up(space: str, flags: list[str], steps: int, warmup: int) -> None:
+    plan = build_plan("quickstart", preset("quickstart"), SweepArguments(grid=(space,), out="s"), flags)
     assert (plan.steps, plan.prune_from, plan.flags) == (steps, warmup, tuple(flags))
 
 
-def test_a_sweep_over_a_range_of_steps_plans_for_its_end() -> None:
+def test_a_sweep_over_steps_is_planned_for_the_largest_value() -> None:
     given = SweepArguments(random=("steps=90..1800",), trials=3, out="s")
-    plan = plan_of("quickstart", preset("quickstart"), given, [])
+    plan = build_plan("quickstart", preset("quickstart"), given, [])
     assert (plan.steps, plan.prune_from) == (1800, 90)

@@ -17,7 +17,7 @@ from restomod.utils.errors import UserError
 
 
 def ours(config: ModelConfig) -> int:
-    """Parameters of our model, without the rows that pad the vocabulary."""
+    """Return the number of parameters of this package's model, without the padding of the vocabulary."""
     with torch.device("meta"):
         model = GPT(config)
     padding = (model.head.shape[0] - config.vocab_size) * config.n_embd * len(model.vocabulary_matrices())
@@ -25,7 +25,7 @@ def ours(config: ModelConfig) -> int:
 
 
 def theirs(config: ModelConfig) -> int:
-    """Parameters of the `transformers` model that our `config.json` stands for."""
+    """Return the number of parameters of the `transformers` model with the same `config.json`."""
     values = family_of(config).to_json(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
@@ -33,22 +33,23 @@ def theirs(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameters_are_those_of_transformers_and_of_the_formula(name: str) -> None:
+def test_parameter_count_equals_transformers_and_the_formula(name: str) -> None:
     config = preset(name).model
     assert ours(config) == parameter_count(config)
     if name != "speedrun-124m":
         assert ours(config) == theirs(config)
 
 
-def test_the_speedrun_has_three_tables_and_its_blocks_are_gpt2s() -> None:
-    """A token embedding, a value embedding, a head; the rest is GPT-2's, less its biases and positions."""
+def test_parameter_count_of_the_speedrun() -> None:
+    """Token embedding, value embedding and lm_head; blocks as in GPT-2, without biases and position embedding."""
     D, V = 768, 50257
     blocks = 12 * (12 * D * D + 2 * D + 2 * 64 + 4 * D)  # matrices, norms, norms of heads, skips
-    assert parameter_count(preset("speedrun-124m").model) == 3 * V * D + blocks + 2 * D  # norms before and after
+    norms = 2 * D  # of the embedding, and before lm_head
+    assert parameter_count(preset("speedrun-124m").model) == 3 * V * D + blocks + norms
 
 
-# n_layer, n_head, n_embd and parameters of OpenAI's four models; tokens per step and learning rate of the GPT-3 of that
-# name (Small, Medium, Large, XL) in Brown et al., 2020, table 2.1
+# n_layer, n_head, n_embd and parameters of OpenAI's four models; batch size and learning rate of GPT-3 Small, Medium,
+# Large and XL in Brown et al., 2020, table 2.1
 GPT2_SIZES = {
     "gpt2-124m": (12, 12, 768, 124_439_808, "0.5M", 6.0e-4),
     "gpt2-355m": (24, 16, 1024, 354_823_168, "0.5M", 3.0e-4),
@@ -82,7 +83,7 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
         preset("tinyshakespear")
 
 
-def test_a_preset_like_none_lists_all() -> None:
+def test_a_name_unlike_any_preset_lists_all() -> None:
     names = [*PRESETS, "gpt2-dN", "llama-dN", "modern-dN", "speedrun-dN"]
     with pytest.raises(UserError, match=f"known: {', '.join(sorted(names))}$"):
         preset("xyzzy")
@@ -95,8 +96,8 @@ def test_every_preset_has_a_one_line_summary(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "llama-124m", "modern-124m", "speedrun-124m"])
-def test_a_new_model_knows_nothing_of_the_next_token(name: str) -> None:
-    """Its loss is ln(V): no token, not even the one it has just read, is expected."""
+def test_the_initial_loss_is_that_of_a_uniform_prediction(name: str) -> None:
+    """The loss of a uniform prediction is ln(V)."""
     model = build_model(dataclasses.replace(preset(name).model, n_layer=2), 0, torch.device("cpu"))
     tokens = torch.randint(50257, (1, 129), generator=torch.Generator().manual_seed(0))
     compute = ComputeConfig(torch.device("cpu"), torch.float32, micro_batch=1)
@@ -121,14 +122,14 @@ def test_width_and_heads_follow_the_layers(kind: str, layers: int) -> None:
     assert dataclasses.replace(model, n_layer=12, n_head=12, n_embd=768) == preset(f"{kind}-124m").model
 
 
-def test_llama_is_trained_as_the_public_run_of_its_parts_was() -> None:
+def test_llama_has_the_hyperparameters_of_the_public_run() -> None:
     llama = preset("llama-124m")
     assert (llama.steps, llama.batch_tokens) == (38_146, 524_288)
     assert (llama.optim.lr, llama.optim.warmup_steps) == (pytest.approx(1.8e-3), 285)
     assert (llama.optim.betas, llama.optim.weight_decay, llama.optim.min_lr_ratio) == ((0.9, 0.95), 0.1, 0.1)
 
 
-def test_the_rate_of_adamw_goes_down_with_the_width_and_that_of_muon_does_not() -> None:
+def test_only_the_learning_rate_of_adamw_depends_on_the_width() -> None:
     """Table 2.1 of the GPT-3 paper: 6e-4 at a width of 768, 2e-4 at 2048 (here: 2.25e-4)."""
     for kind, times in (("gpt2", 1), ("llama", 3)):
         rates = [preset(f"{kind}-d{layers}").optim.lr for layers in (6, 12, 32)]

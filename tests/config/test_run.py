@@ -153,7 +153,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
         ("sampling.xyzzy", "unknown key sampling.xyzzy; known: max_tokens, prompts, temperature, top_k, top_p"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest(key: str, said: str) -> None:
+def test_an_unknown_key_is_rejected_with_a_suggestion(key: str, said: str) -> None:
     assert message(nested(key, 1)) == said
 
 
@@ -196,23 +196,23 @@ def test_a_missing_nested_key_is_named_with_its_dots() -> None:
         ("optim.lr", "x", "optim.lr should be float, not 'x'"),
         ("optim.lr", True, "optim.lr should be float, not True"),
         ("optim.betas", 0.9, "optim.betas should be a list, not 0.9"),
-        ("optim.betas", [0.9], "optim.betas should hold 2 values, not 1"),
-        ("optim.betas", [0.9, 0.9, 0.9], "optim.betas should hold 2 values, not 3"),
+        ("optim.betas", [0.9], "optim.betas should have 2 values, not 1"),
+        ("optim.betas", [0.9, 0.9, 0.9], "optim.betas should have 2 values, not 3"),
         ("optim.betas", [0.9, "x"], "optim.betas should be float, not 'x'"),
         ("sampling.prompts", "hello", "sampling.prompts should be a list, not 'hello'"),
         ("sampling.prompts", ["hello", 1], "sampling.prompts should be str, not 1"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_its_dotted_key(key: str, value: Any, said: str) -> None:
+def test_a_value_of_the_wrong_type_is_rejected_with_its_dotted_key(key: str, value: Any, said: str) -> None:
     assert message(nested(key, value)).startswith(said)
 
 
 @pytest.mark.parametrize("value", [None, [], 3, "text"])
-def test_a_file_that_is_no_object_is_refused(value: Any) -> None:
+def test_a_file_without_an_object_is_rejected(value: Any) -> None:
     assert message(value) == f"the file should be an object, not {value!r}"
 
 
-def test_a_value_out_of_range_is_refused_by_the_files_name_too() -> None:
+def test_a_value_out_of_range_in_a_file_is_rejected() -> None:
     assert message(nested("steps", 0)).startswith("steps is 0")
     assert message(nested("optim.lr", -1.0)).startswith("optim.lr is -1.0")
 
@@ -252,7 +252,7 @@ def build(key: str, value: Any) -> Any:
         ("sampling.top_k", -1),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_its_dotted_key(key: str, value: Any) -> None:
+def test_a_value_out_of_range_is_rejected_with_its_dotted_key(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"^{re.escape(key)} .*{re.escape(str(value))}"):
         build(key, value)
 
@@ -279,18 +279,18 @@ def test_the_ends_of_the_ranges_are_accepted(key: str, value: Any) -> None:
     build(key, value)
 
 
-def test_a_window_longer_than_the_positions_is_refused() -> None:
+def test_a_sequence_longer_than_the_context_is_rejected() -> None:
     with pytest.raises(UserError, match=r"sequence_length 64 is longer than model\.n_positions 63"):
         run_config(model=ModelConfig(n_positions=63))
     run_config(model=ModelConfig(n_positions=64))
 
 
-def test_a_path_for_the_standard_library_is_refused() -> None:
+def test_a_path_with_the_standard_library_is_rejected() -> None:
     with pytest.raises(UserError, match=r"add --data\.source text"):
         DataConfig(path="book.txt")
 
 
-# --- proposals ----------------------------------------------------------------------------------------------
+# --- suggestions ----------------------------------------------------------------------------------------------
 
 
 def numbers_after(text: str, error: UserError) -> list[int]:
@@ -337,7 +337,7 @@ def test_a_proposed_number_of_heads_is_accepted_and_is_the_nearest(n_embd: int, 
     assert proposed in nearest_divisors(n_embd, n_head)
 
 
-# --- what follows from a config -----------------------------------------------------------------------------
+# --- derived values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_nearest_divisor_below(n: int, limit: int) -> None:
     assert nearest_divisor_below(n, limit) == max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, limit))
 
 
-def test_a_config_cannot_be_changed_in_place_but_copied_with_a_change_that_is_checked() -> None:
+def test_a_config_is_frozen_and_replace_checks_the_values() -> None:
     config = run_config()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 2  # type: ignore[misc]
@@ -364,11 +364,11 @@ def test_a_config_cannot_be_changed_in_place_but_copied_with_a_change_that_is_ch
         replace(config, steps=0)
 
 
-# --- preparing ----------------------------------------------------------------------------------------------
+# --- preparation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", [{"val_fraction": 0.0}, {"val_fraction": 0.999}, {"shard_tokens": 1}])
-def test_prepare_settings_at_their_limits_are_taken(values: dict[str, Any]) -> None:
+def test_prepare_settings_at_their_limits_are_accepted(values: dict[str, Any]) -> None:
     assert dataclasses.asdict(PrepareConfig(**values)) == dataclasses.asdict(PrepareConfig()) | values
 
 
@@ -380,7 +380,7 @@ def test_prepare_settings_at_their_limits_are_taken(values: dict[str, Any]) -> N
         *({"split_seed": value} for value in (-1, 2**32)),
     ],
 )
-def test_prepare_settings_out_of_range_are_refused_by_their_flag(values: dict[str, Any]) -> None:
+def test_prepare_settings_out_of_range_are_rejected_with_their_flag(values: dict[str, Any]) -> None:
     (name,) = values
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is "):
         PrepareConfig(**values)
@@ -398,13 +398,13 @@ def test_prepare_settings_out_of_range_are_refused_by_their_flag(values: dict[st
         ("a:1,b:2", [("a", Fraction(333333, 1000000)), ("b", Fraction(666667, 1000000))]),
     ],
 )
-def test_a_mix_names_folders_and_shares(mix: str, expected: list[tuple[str, Fraction]]) -> None:
+def test_a_mix_has_folders_and_shares(mix: str, expected: list[tuple[str, Fraction]]) -> None:
     assert DataConfig(source="tokens", mix=mix).mixed() == expected
     assert sum(share for _, share in expected) == 1
 
 
 @pytest.mark.parametrize("mix", ["", "web", "web:", ":0.5", "web:0.5,", "web:-1", "web:0", "web:nan", "web:inf", "a:x"])
-def test_what_is_no_mix_is_refused(mix: str) -> None:
+def test_an_invalid_mix_is_rejected(mix: str) -> None:
     with pytest.raises(UserError, match="is not FOLDER:WEIGHT"):
         DataConfig(source="tokens", mix=mix)
 
@@ -412,13 +412,13 @@ def test_what_is_no_mix_is_refused(mix: str) -> None:
 @pytest.mark.parametrize(
     ("mix", "said"), [("a:1,a:2", "names a folder twice"), ("a:1,b:1e-9", "less than a millionth")]
 )
-def test_a_mix_that_makes_no_sense_is_refused(mix: str, said: str) -> None:
+def test_a_mix_with_invalid_folders_or_weights_is_rejected(mix: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         DataConfig(source="tokens", mix=mix)
 
 
-def test_a_mix_stands_in_place_of_a_path() -> None:
-    with pytest.raises(UserError, match=r"leave data\.path out"):
+def test_a_mix_excludes_a_path() -> None:
+    with pytest.raises(UserError, match=r"omit data\.path"):
         DataConfig(source="tokens", path="x", mix="a:1,b:1")
 
 
@@ -435,8 +435,8 @@ def test_a_mix_stands_in_place_of_a_path() -> None:
         ["a", "a,b", "b"],
     ],
 )
-def test_a_mix_takes_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
-    """Relative ones, as given, and absolute ones, as a run's config.json keeps them."""
+def test_a_mix_accepts_any_folder_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
+    """Relative paths, and absolute paths as in a run's `config.json`."""
     for name in names:
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -448,16 +448,16 @@ def test_a_mix_takes_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("mix", ["/gone/a,b:0.5,/gone/c:0.5", "C:/data, old:1,D:/x:1"])
-def test_a_comma_in_a_folder_needs_no_folder_to_be_there(mix: str) -> None:
-    """A run's report is read on machines without its data."""
+def test_a_comma_in_a_folder_name_does_not_require_the_folder(mix: str) -> None:
+    """Reports are written on machines without the data of the run."""
     assert len(DataConfig(source="tokens", mix=mix).mixed()) == 2
 
 
 @pytest.mark.parametrize("size", [-1, 0, 10**8, 10**9, 10**12, 2**63, 10**400])
 @pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "head_dim"])
-def test_an_absurd_size_of_a_model_is_refused_at_once(name: str, size: int) -> None:
+def test_an_absurd_model_size_is_rejected(name: str, size: int) -> None:
     if size == 10**8 and name == "n_positions":
-        return  # of contexts, 10 million tokens are real
+        return  # published models have context lengths of 10 million tokens
     with pytest.raises(UserError, match=f"model.{name} is ") as caught:
         ModelConfig(**{name: size})
     assert len(str(caught.value)) < 200
@@ -473,7 +473,7 @@ def test_an_absurd_size_of_a_model_is_refused_at_once(name: str, size: int) -> N
         {"n_layer": 48, "n_head": 40, "n_embd": 5120, "n_positions": 10_485_760, "vocab_size": 202_048},  # Llama 4
     ],
 )
-def test_the_largest_models_there_are_can_be_described(shape: dict[str, int]) -> None:
+def test_the_largest_published_models_are_accepted(shape: dict[str, int]) -> None:
     assert dataclasses.asdict(ModelConfig(**shape)).items() >= shape.items()
 
 
@@ -487,7 +487,7 @@ def test_the_largest_models_there_are_can_be_described(shape: dict[str, int]) ->
         (SamplingConfig, "top_k"),
     ],
 )
-def test_an_absurd_count_is_refused_by_name(of: Any, name: str) -> None:
+def test_an_absurd_count_is_rejected_with_its_name(of: Any, name: str) -> None:
     run = {"steps": 1, "batch_tokens": 1024, "sequence_length": 1024} if of is RunConfig else {}
     most = {"batch_tokens": 2**30, "max_tokens": 2**20}.get(name, 2**40)
     for value in (most + 1024, 10**400):

@@ -366,8 +366,8 @@ def test_a_users_file_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) 
         (["--task", "questions.jsonl", "--json", "questions.jsonl"], "questions.jsonl; name two different files"),
         (["--task", "questions.jsonl", "--json", "model/config.json"], "would overwrite a file"),
         (["--tasks", "questions.jsonl", "--task", "questions.jsonl"], "two tasks are called questions"),
-        (["--limit", "x"], "--limit: 'x' is not a whole number"),
-        (["--context", "1.5"], "--context: '1.5' is not a whole number"),
+        (["--limit", "x"], "--limit: 'x' is not an integer"),
+        (["--context", "1.5"], "--context: '1.5' is not an integer"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -194,7 +194,7 @@ def test_a_folder_that_is_no_run_says_how_to_start_one(tmp_path: Path) -> None:
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"model": {"n_layers": 3}}, "unknown key model.n_layers; did you mean 'n_layer'"),
-        ({"optim": {"betas": [0.9]}}, "optim.betas should hold 2 values, not 1"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas should have 2 values, not 1"),
         ({"sampling": []}, "sampling should be an object"),
         *(({"version": version}, "version is") for version in (2, "1", None, -1)),
     ],

@@ -1,1 +1,1 @@
-"""Commands of the command line: one module each, with its flags and `run(arguments)`, which returns the exit code."""
+"""Commands: one module per command, with a dataclass of flags and `run(arguments)`, which returns the exit code."""

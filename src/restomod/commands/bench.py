@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from restomod.commands.catalog import heading
 from restomod.commands.flags import ConfigArguments
 from restomod.commands.parsing import flags_in, ignored_by_run, parse_run, preset_first, refuse_ignored
 from restomod.config.model import require_size
@@ -12,27 +13,31 @@ from restomod.config.presets import preset
 from restomod.utils.errors import UserError, did_you_mean, reported_once
 
 MEMORY_HINT = "lower --micro-batch, --batch-tokens or --sequence-length"
-USAGE = """\
+USAGE = f"""\
 usage: restomod bench step [PRESET] [FLAGS]    measure a training step (default preset: quickstart)
-       restomod bench step PRESET --help       list all flags; those of `restomod train` may be given too"""
+       restomod bench step PRESET --help       list all flags; the flags of `restomod train` are accepted too
+
+{heading("bench")}"""
 
 
 @dataclass(frozen=True)
 class BenchArguments(ConfigArguments):
+    """Flags of `restomod bench step`."""
+
     tokens: Literal["synthetic", "real"] = "synthetic"
-    """Training tokens. synthetic: random, nothing to prepare; real: from the run's data."""
+    """Training tokens. synthetic: random tokens, without data preparation; real: tokens of the run's data."""
     warmup: int = 3
-    """Steps to discard before the measurement."""
+    """Number of untimed steps before the measurement."""
     timed: int = 10
-    """Steps to time as a whole, and the same number to time phase by phase, alternately."""
+    """Number of timed steps; the same number of steps is timed phase by phase, in alternation."""
     json: str | None = None
-    """Write all results, the configuration and the environment to this file."""
+    """JSON file for results, configuration and environment. None: no file."""
     trace: str | None = None
-    """Write a Chrome trace of one more step to this file (open it in ui.perfetto.dev)."""
+    """File for a Chrome trace of one additional step; open it in ui.perfetto.dev. None: no trace."""
 
 
 def run(arguments: list[str]) -> int:
-    """Measure. Returns the exit code."""
+    """Measure a training step, and return the exit code."""
     with reported_once():
         name, given = _parse(arguments)
 
@@ -42,7 +47,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[str, BenchArguments]:
-    """Return the preset's name and all flags."""
+    """Return the name of the preset and the parsed flags."""
     benchmark, rest = preset_first("bench step", arguments, USAGE)
     if benchmark != "step":
         raise UserError(f"unknown benchmark {benchmark!r}{did_you_mean(benchmark, ['step'])}")

@@ -1,4 +1,4 @@
-"""Command `check`: sanity checks of a model."""
+"""Command `check`: test that a model is correct and can learn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from restomod.commands.flags import DeviceArguments
 from restomod.commands.parsing import parse
 from restomod.config.run import require_seed
 
-if TYPE_CHECKING:  # torch is imported when it is needed
+if TYPE_CHECKING:  # this module imports torch
     from restomod.utils.console import CheckResult, Display
 
 EXIT_CHECK_FAILED = 1
@@ -21,14 +21,16 @@ STATUS_WORDS = {"pass": "passed", "warn": "with a warning", "fail": "failed", "s
 
 @dataclass(frozen=True, kw_only=True)
 class CheckArguments(DeviceArguments):
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2-124m"
-    """A preset (its initial weights), a run, a model folder, or a name on the Hugging Face hub, such as gpt2."""
+    """Flags of `restomod check`."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "gpt2-124m"
+    """Preset (initial weights), run, model folder, or name on the Hugging Face Hub such as gpt2."""
     seed: int = 1337
-    """Random seed of a preset's initial weights."""
+    """Random seed of the initial weights of a preset."""
 
 
 def run(arguments: list[str]) -> int:
-    """Check a preset or a model. Returns 0, or 1 if a check has failed."""
+    """Check a preset or a model; return 1 if a check failed, else 0."""
     parsed = parse(CheckArguments, arguments, "restomod check")
     require_seed("--seed", parsed.seed)
 
@@ -40,7 +42,13 @@ def run(arguments: list[str]) -> int:
 
 
 def show_check_results(results: Iterable[CheckResult], subject: str, display: Display) -> int:
-    """Print results as they come, and a summary. Returns the exit code."""
+    """Print every result when it is available, then a summary, and return the exit code.
+
+    Args:
+        results: results of checks; a generator that runs them one by one.
+        subject: name of the model or machine, for the summary.
+        display: output for the lines.
+    """
     statuses = []
     for result in results:
         display.check_result(result)

@@ -1,4 +1,4 @@
-"""Command `compare`: compare runs."""
+"""Command `compare`: compare the loss curves of runs."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from restomod.utils.errors import UserError
 
 @dataclass(frozen=True)
 class CompareArguments:
+    """Flags of `restomod compare`."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-    """Folders of runs, finished or not. Runs that differ only in their seed form a group."""
+    """Folders of finished or unfinished runs. Runs that differ only in their seed form a group."""
     baseline: str | None = None
-    """A run of the baseline group. Default: the first."""
+    """Run of the baseline group. None: the first run."""
     target_loss: float | None = None
-    """Target of the tokens-to-target count. Default: the final loss of the baseline."""
+    """Loss in nats for the comparison of tokens to a target loss. None: the final loss of the baseline."""
     price: float | None = None
-    """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
+    """Price in US dollars of one GPU for one hour (on a CPU: of one process for one hour). None: no cost."""
     x: Literal["all", "steps", "tokens", "flops", "time", "dollars"] = "all"
-    """x-axis of the curves. all: tokens in the table, every axis in the picture."""
+    """x-axis of the curves. all: tokens in the table, and one plot per axis."""
     json: Path | None = None
-    """Write everything, curves included, to this JSON file."""
+    """JSON file for all results, including the curves. None: no file."""
     markdown: Path | None = None
-    """Write the tables to this Markdown file."""
+    """Markdown file for the tables. None: no file."""
     plot: Path | None = None
-    """Draw the curves as a PNG file."""
+    """PNG file for a plot of the curves. None: no plot."""
 
 
 def run(arguments: list[str]) -> int:
-    """Compare runs: print tables, and write the files asked for. Returns 0."""
+    """Print a comparison of runs, write the requested files, and return 0."""
     parsed = parse(CompareArguments, arguments, "restomod compare")
     if not parsed.runs:
         raise UserError("name the runs: restomod compare RUN RUN ... (restomod compare --help)")
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> int:
     require_outputs({"--json": json, "--markdown": report, "--plot": plot})
     if plot is not None:
         if plot.suffix.lower() != ".png" and resolve_destination(plot).is_regular:
-            raise UserError(f"{plot}: the picture is a PNG file; name it .png")
+            raise UserError(f"{plot}: the plot is a PNG file; its name must end in .png")
         require_matplotlib()
     runs = [open_run(folder) for folder in parsed.runs]
     baseline = None

@@ -10,21 +10,23 @@ import tyro
 from restomod.commands.flags import GenerateArguments
 from restomod.commands.parsing import parse
 
-MEMORY_HINT = "give fewer prompts, or lower --max-tokens"
+MEMORY_HINT = "use fewer prompts, or lower --max-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSamplesArguments(GenerateArguments):
+    """Flags of `restomod compare-samples`."""
+
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """A run (its newest checkpoint is used), a model folder, or a name on the Hugging Face hub, such as gpt2."""
+    """First model: run (newest checkpoint), model folder, or name on the Hugging Face Hub such as gpt2."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """The other model, named in the same way."""
+    """Second model: run (newest checkpoint), model folder, or name on the Hugging Face Hub such as gpt2."""
     out: str | None = None
-    """Also write the texts to this file: Markdown (.md) or a page for the browser (.html)."""
+    """File for the texts: Markdown (.md) or HTML (.html). None: no file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Print the texts side by side, and write them if asked to. Returns 0."""
+    """Print the texts side by side, write the requested file, and return 0."""
     parsed = parse(CompareSamplesArguments, arguments, "restomod compare-samples")
     settings = parsed.settings(arguments)
 

@@ -1,4 +1,4 @@
-"""Command `data`: show what is in a folder of token shards."""
+"""Command `data`: show the contents of a folder of token shards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from restomod.commands.parsing import parse
 
 @dataclass(frozen=True)
 class DataArguments:
+    """Flags of `restomod data`."""
+
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """A folder made by `restomod prepare`, or one of published shards (llm.c's .bin, build-nanogpt's .npy)."""
+    """Folder of token shards, written by `restomod prepare`, llm.c (.bin) or build-nanogpt (.npy)."""
     verify: bool = False
-    """Read every byte and compare its SHA-256 with the manifest."""
+    """Read all shards and compare their SHA-256 with the manifest."""
 
 
 def run(arguments: list[str]) -> int:
-    """Print the overview. Returns 0."""
+    """Print an overview of the folder, and return 0."""
     parsed = parse(DataArguments, arguments, "restomod data")
 
     from restomod.data.overview import overview

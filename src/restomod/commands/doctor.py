@@ -1,4 +1,4 @@
-"""Command `doctor`: check that this machine is fit for training."""
+"""Command `doctor`: test that this machine can train."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from restomod.config.presets import preset
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments(DeviceArguments):
+    """Flags of `restomod doctor`."""
+
     preset: str = "gpt2-124m"
-    """Preset for which disk space and memory must suffice."""
+    """Preset that determines the required disk space and memory."""
     out: str = "runs"
-    """Folder where runs will be written."""
+    """Folder of future runs, for the check of disk space."""
 
 
 def run(arguments: list[str]) -> int:
-    """Check this machine. Returns 0, or 1 if a check has failed."""
+    """Check this machine; return 1 if a check failed, else 0."""
     parsed = parse(DoctorArguments, arguments, "restomod doctor")
     config = preset(parsed.preset)
 

@@ -16,34 +16,38 @@ from restomod.utils.errors import reported_once
 
 MEMORY_HINT = "lower --batch or --context"
 TASKS_HELP = (
-    f"Comma-separated names: {', '.join([VALIDATION, *TASKS])}. NAME=FILE reads a task's data from a file. "
-    f"Default: {VALIDATION} (where there is data) and hellaswag."
+    f"Comma-separated tasks: {', '.join([VALIDATION, *TASKS])}. NAME=FILE reads the data of a task from a file. "
+    f"None: {VALIDATION} if data is available, and hellaswag."
 )
+RARE = ("context", "batch", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments(ModelArguments):
+    """Flags of `restomod eval`."""
+
     tasks: Annotated[str | None, tyro.conf.arg(help=TASKS_HELP)] = None
     task: str | None = None
-    """Your own questions: a .jsonl file with query (or ctx), choices (or endings) and gold (or label) in every line."""
+    """File with your own questions (.jsonl): query (or ctx), choices (or endings) and gold (or label) in every line.
+    None: no own questions."""
     limit: int | None = None
-    """Evaluate on the first N examples of each task only."""
+    """Maximum number of examples per task; the first ones are used. None: all."""
     data: str | None = None
-    """Folder of token shards for the validation loss. Default: the validation split of the run's data."""
+    """Folder of token shards for the validation loss. None: the validation split of the run's data."""
     context: int | None = None
-    """Tokens per window of the validation loss. Default: the sequence length of the run's training."""
+    """Tokens per window of the validation loss. None: the sequence length of the run's training."""
     batch: int | None = None
-    """Contexts (windows) per forward pass. It changes the speed and not the results. Default: chosen automatically."""
+    """Questions or windows per forward pass. The results do not depend on it. None: chosen automatically."""
     json: Path | None = None
-    """Write all results to this file. Results of a run's model are also written to its folder evals/."""
+    """JSON file for all results. The results of a run are always written to its folder evals/ too. None: no file."""
     cache: Path = Path("data")
-    """Folder for HellaSwag's file. Other data sets go into the cache of the Hugging Face client."""
+    """Cache folder for HellaSwag. The other data sets are in the cache of the Hugging Face client."""
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate. Returns the exit code."""
+    """Evaluate a model, and return the exit code."""
     with reported_once():
-        parsed = parse(EvalArguments, arguments, "restomod eval")
+        parsed = parse(EvalArguments, arguments, "restomod eval", rare=RARE)
         for flag in ("limit", "context", "batch"):
             require_size(f"--{flag}", getattr(parsed, flag))
 

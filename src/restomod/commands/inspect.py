@@ -1,4 +1,4 @@
-"""Command `inspect`: statistics and pictures of a model's weights, and comparison of two models."""
+"""Command `inspect`: statistics and plots of a model's weights, and comparison of two models."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from restomod.utils.errors import UserError
 
 @dataclass(frozen=True)
 class InspectArguments:
+    """Flags of `restomod inspect`."""
+
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run, a model folder, a name on the Hugging Face hub, such as gpt2, or a preset (its initial weights)."""
+    """Run (newest checkpoint), model folder, name on the Hugging Face Hub such as gpt2, or preset (initial weights)."""
     plots: Path | None = None
-    """Draw the weights as PNG files into this folder."""
+    """Folder for plots of the weights (PNG). None: no plots."""
     diff: str | None = None
-    """Compare MODEL with this model, tensor by tensor; named like MODEL."""
+    """Second model, to compare with MODEL tensor by tensor. None: no comparison."""
     seed: int = 1337
-    """Random seed of a preset's initial weights."""
+    """Random seed of the initial weights of a preset."""
 
 
 def run(arguments: list[str]) -> int:
-    """Print the statistics or the comparison. Returns 0."""
+    """Print the statistics or the comparison, and return 0."""
     parsed = parse(InspectArguments, arguments, "restomod inspect")
     require_seed("--seed", parsed.seed)
     if parsed.seed != InspectArguments.seed and not any(is_preset(m) for m in (parsed.model, parsed.diff or "")):
-        raise UserError("--seed sets the initial weights of a preset, and no preset is named; leave it out")
+        raise UserError("--seed has no effect without a preset; omit it")
     if parsed.plots is not None and parsed.diff is not None:
-        raise UserError("--plots draws one model and --diff compares two: give one of them")
+        raise UserError("--plots and --diff exclude each other; omit one of them")
 
     from restomod.analysis.weights.report import compare_weights, inspect_weights
 

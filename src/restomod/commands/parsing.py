@@ -1,4 +1,4 @@
-"""Parsing of flags into dataclasses with tyro. Each mistake is one line that names the flag and what it should be."""
+"""Parsing of flags into dataclasses with tyro; an error is one line with the flag and its valid values."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-import tyro._strings
 
+from restomod.commands.catalog import heading
+from restomod.commands.help_format import help_layout
 from restomod.config.presets import with_scaled_warmup
-from restomod.config.run import RunConfig
+from restomod.config.run import COMMON_FIELDS, RARELY_USED_FIELDS, RunConfig
 from restomod.utils.errors import EXIT_USER_ERROR, UserError, shortened
 from restomod.utils.output import raw_stream
 from restomod.utils.text import visible
@@ -26,17 +27,25 @@ from restomod.utils.text import visible
 Arguments = TypeVar("Arguments")
 
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
-SHORT = re.compile(r"^--(mix|separator)(?==|$)")  # of a run's data
-NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses these as values
-DASH = "\ue000"  # stands for the first dash of a value, which tyro would take for a flag
-MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt begins a document; a glob has a message of its own
-# a docstring of several lines is one paragraph of help; tyro (1.0) breaks it before its indented lines
-tyro._strings.remove_single_line_breaks = lambda helptext: " ".join(helptext.split())
-METAVARS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "STR": "a text"}
+SHORT = re.compile(r"^--(mix|separator)(?==|$)")  # short for --data.mix and --data.separator
+NUMBER = re.compile(r"-(\d|\.\d)")  # tyro parses negative numbers as values
+DASH = "\ue000"  # replaces the first dash of a value, which tyro would parse as a flag
+MAY_BE_EMPTY = {"prompt", "prompts", "glob"}  # an empty prompt starts a document; a glob has its own message
+METAVARS = {"INT": "an integer", "FLOAT": "a number", "{None}": "None", "STR": "a string"}
 
 
 def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """Split the name of a preset off a command line; raises SystemExit after printing help."""
+    """Return the first argument of a command, a preset's name, and the other arguments.
+
+    Args:
+        command: name of the command, for messages.
+        arguments: arguments of the command.
+        usage: help to print.
+
+    Raises:
+        UserError: the first argument is a flag.
+        SystemExit: ``usage`` was printed, because help was requested or there are no arguments.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else EXIT_USER_ERROR)
@@ -47,7 +56,7 @@ def preset_first(command: str, arguments: list[str], usage: str) -> tuple[str, l
 
 
 def long_names(arguments: list[str]) -> list[str]:
-    """Write --mix and --separator of a run as --data.mix and --data.separator."""
+    """Replace --mix and --separator by --data.mix and --data.separator."""
     return [SHORT.sub(r"--data.\1", argument) for argument in arguments]
 
 
@@ -56,33 +65,40 @@ def parse(
     arguments: list[str],
     program: str,
     default: Any = tyro.MISSING_NONPROP,
-    description: str = "",
+    rare: Collection[str] = (),
+    notes: str = "",
 ) -> Arguments:
     """Parse flags into the dataclass ``cls``.
 
     Args:
-        arguments: the flags. A value may begin with a dash; one that looks like a flag is given as --flag=VALUE.
-        program: how the command line begins, for help and messages.
-        default: an instance with the values of flags that are not given. Default: those of ``cls``.
-        description: text at the head of the help.
+        cls: dataclass of the flags.
+        arguments: flags and values. A value may begin with a dash; if it looks like a flag, write --flag=VALUE.
+        program: beginning of the command line for help and messages, such as "restomod train quickstart".
+        default: instance with the values of absent flags. Without it, the defaults of ``cls`` are used.
+        rare: fields that the help lists last.
+        notes: paragraph for the help.
 
     Raises:
-        UserError: a flag is wrong.
-        SystemExit: help has been printed.
+        UserError: a flag is unknown, or its value is invalid.
+        SystemExit: the help was printed.
     """
     _refuse_empty(arguments)
     hidden = [a if is_flag(a) or NUMBER.match(a) or a == "--" else re.sub("^-(?=.)", DASH, a) for a in arguments]
     problem = io.StringIO()
     columns = os.environ.get("COLUMNS")
     helps = bool({"-h", "--help"} & set(arguments))
-    if helps:  # tyro prints colours, which must pass, and values of a run, which may be hostile
+    if helps:  # a run's values may contain control characters, and tyro's own colours must be printed
         default, program = _map_texts(default, visible), visible(program)
     else:
-        os.environ["COLUMNS"] = "10000"  # an error is not to be wrapped: it becomes one line
-    output = contextlib.redirect_stdout(raw_stream(sys.stdout)) if helps else contextlib.nullcontext()
+        os.environ["COLUMNS"] = "10000"  # one line per error: without wrapping
     try:
-        with contextlib.redirect_stderr(problem), output:
-            parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description=description)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stderr(problem))
+            if helps:
+                top = heading(program.split()[1]) + (f"\n\n{notes}" if notes else "")
+                stack.enter_context(contextlib.redirect_stdout(raw_stream(sys.stdout)))
+                stack.enter_context(help_layout(top, COMMON_FIELDS, rare))
+            parsed = tyro.cli(cls, default=default, args=hidden, prog=program, description="")
     except UserError as e:
         raise UserError(_restore_dashes(str(e))) from None
     except SystemExit as e:
@@ -97,9 +113,20 @@ def parse(
     return typing.cast(Arguments, parsed if hidden == arguments else _map_texts(parsed, _restore_dash))
 
 
-def parse_run(default: Arguments, arguments: list[str], program: str) -> Arguments:
-    """Parse as `parse`, and scale the warm-up of ``default.config``, a preset, with --steps unless it is given."""
-    given: Any = parse(type(default), arguments, program, default)
+def parse_run(default: Arguments, arguments: list[str], program: str, rare: Collection[str] = ()) -> Arguments:
+    """Parse the flags of a run, and scale the preset's warm-up in proportion to --steps.
+
+    Args:
+        default: dataclass with the preset in its field ``config``.
+        arguments: flags and values. The warm-up is not scaled if --optim.warmup-steps is among them.
+        program: beginning of the command line for help and messages.
+        rare: fields that the help lists last, in addition to `RARELY_USED_FIELDS`.
+
+    Raises:
+        UserError: a flag is unknown, or its value is invalid.
+        SystemExit: the help was printed.
+    """
+    given: Any = parse(type(default), arguments, program, default, {*RARELY_USED_FIELDS, *rare})
     if "--optim.warmup-steps" not in flags_in(arguments):
         base: RunConfig = default.config  # type: ignore[attr-defined]
         given = dataclasses.replace(given, config=with_scaled_warmup(given.config, base))
@@ -107,31 +134,36 @@ def parse_run(default: Arguments, arguments: list[str], program: str) -> Argumen
 
 
 def is_flag(argument: str) -> bool:
-    """Return whether an argument is a flag, and not a value such as -2 or -hello."""
+    """Return whether an argument is a flag; -2 and -hello are values."""
     return FLAG.fullmatch(argument) is not None
 
 
 def flags_in(arguments: Iterable[str]) -> set[str]:
-    """Return the names of the flags among arguments, without values, with dashes for underscores."""
+    """Return the flags in a command line, without values and with dashes instead of underscores."""
     return {argument.partition("=")[0].replace("_", "-") for argument in arguments if is_flag(argument)}
 
 
 def refuse_ignored(arguments: Iterable[str], ignored: Mapping[str, str]) -> None:
-    """Raise UserError for a flag without effect; ``ignored`` maps such flags to the setting that disables them."""
+    """Raise UserError if a flag has no effect.
+
+    Args:
+        arguments: command line.
+        ignored: flags without effect, with the reason, such as "with --optim.decay cosine".
+    """
     given = flags_in(arguments)
     for flag, why in ignored.items():
         if flag in given:
-            raise UserError(f"{flag} has no effect {why}; leave it out or change that")
+            raise UserError(f"{flag} has no effect {why}; omit it or change the other setting")
 
 
 def require_number(flag: str, value: float | None, above_0: bool = False) -> None:
-    """Raise UserError unless ``value`` is None, or finite and at least 0, or ``above_0``."""
+    """Raise UserError unless ``value`` is None, or finite and at least 0 (with ``above_0``: greater than 0)."""
     if value is not None and not (0 < value < math.inf or (value == 0 and not above_0)):
         raise UserError(f"{flag} is {value}; it must be {'above 0' if above_0 else '0 or more'}")
 
 
 def ignored_by_run(config: RunConfig) -> dict[str, str]:
-    """Map each flag of a run that has no effect to the setting that disables it: "with --optim.decay cosine"."""
+    """Return the flags without effect in a configuration, with the reason, such as "with --optim.decay cosine"."""
     data, optim = config.data, config.optim
     source = "with --data.mix" if data.mix is not None else f"with --data.source {data.source}"
     prepared = data.mix is not None or data.source == "tokens"
@@ -163,17 +195,17 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _restore_dash(text: str) -> str:
-    """Put back the dash at the beginning of a value that `parse` has hidden."""
+    """Return a value with the first dash that `parse` replaced by `DASH`."""
     return "-" + text[1:] if text.startswith(DASH) else text
 
 
 def _restore_dashes(message: str) -> str:
-    """Put back the dashes that `parse` has hidden into a message, which may quote values by `repr`."""
+    """Return a message with the dashes that `parse` replaced, also in values quoted by `repr`."""
     return message.replace(DASH, "-").replace(ascii(DASH)[1:-1], "-")
 
 
 def _refuse_empty(arguments: list[str]) -> None:
-    """Raise UserError where a value is empty: as a path it would mean the current folder."""
+    """Raise UserError if a value is empty: an empty path would mean the current folder."""
     flag = "an argument"
     for argument in arguments:
         value = argument
@@ -183,22 +215,22 @@ def _refuse_empty(arguments: list[str]) -> None:
             if not equals:
                 continue
         if value == "" and flag.lstrip("-").rpartition(".")[2] not in MAY_BE_EMPTY:
-            raise UserError(f"{flag} is empty; give it a value or leave it out")
+            raise UserError(f"{flag} is empty; give it a value or omit it")
         if "\0" in value:
             raise UserError(f"{flag} contains a NUL byte, which no file name can contain")
-        if not flag.endswith("prompts"):  # which may have several values
+        if not flag.endswith("prompts"):  # --prompts has several values
             flag = "an argument"
 
 
 def _one_line(box: str) -> str:
-    """Turn tyro's boxed error into one line: its message and the nearest suggestion."""
+    """Return tyro's boxed error as one line: its message and the nearest suggestion."""
     rows = [row.strip("│ ") for row in box.splitlines()[1:-1]]
-    if rows and set(rows[0]) == {"-"}:  # where standard output is not UTF-8, a rule stands under the title
+    if rows and set(rows[0]) == {"-"}:  # a line under the title, if standard output is not UTF-8
         rows = rows[1:]
     rule = [i for i, row in enumerate(rows) if set(row) in ({"─"}, {"-"})]
     message = " ".join(row.strip() for row in rows[: rule[0] if rule else None]).rstrip(".")
     message = message.removeprefix("Error parsing ")
-    if message.startswith("Missing from "):  # and then the help of what is missing
+    if message.startswith("Missing from "):  # the help of the missing arguments follows
         program = message.removeprefix("Missing from ").partition(":")[0]
         missing = [found[0] for row in rows if (found := re.match(r"--[a-z]\S*( [A-Z]+)?|[A-Z]+(?=  |$)", row))]
         message = f"{program} needs {' and '.join(missing)}" if missing else message
@@ -208,19 +240,19 @@ def _one_line(box: str) -> str:
 
 
 def _in_words(message: str) -> str:
-    """Rephrase tyro's message about a value that cannot be parsed, without Python's types and errors."""
-    flag, _, said = message.partition(": ")
-    union = re.match(r"no type matching (\S+) could be instantiated from \[(.*)\]\.\s+Got errors", said, re.DOTALL)
-    number = re.match(r"(invalid literal for int\(\)|could not convert string to float|Exceeds the limit)", said)
-    several = re.match(r"Could not parse arguments \[(.*)\] into tuple type \S+?\[(.*)\]", said, re.DOTALL)
+    """Return tyro's message about an invalid value without Python's types and errors."""
+    flag, _, detail = message.partition(": ")
+    union = re.match(r"no type matching (\S+) could be instantiated from \[(.*)\]\.\s+Got errors", detail, re.DOTALL)
+    number = re.match(r"(invalid literal for int\(\)|could not convert string to float|Exceeds the limit)", detail)
+    several = re.match(r"Could not parse arguments \[(.*)\] into tuple type \S+?\[(.*)\]", detail, re.DOTALL)
     if union:
         kinds = [METAVARS.get(kind, kind) for kind in sorted(union[1].split("|"), key=lambda kind: kind == "{None}")]
         return f"{flag}: {shortened(union[2])} is not {' or '.join(kinds)}"
     if number and number[0].startswith("Exceeds"):
         return f"{flag}: the number has too many digits"
     if number:
-        kind = "a number" if "float" in number[0] else "a whole number"
-        return f"{flag}: {shortened(said.partition(': ')[2])} is not {kind}"
+        kind = "a number" if "float" in number[0] else "an integer"
+        return f"{flag}: {shortened(detail.partition(': ')[2])} is not {kind}"
     if several:
         return f"{flag}: {shortened(several[1])} are not {several[2].count(',') + 1} numbers"
     if "Expected 1 values" in message:

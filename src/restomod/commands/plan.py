@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from restomod.commands.catalog import heading
 from restomod.commands.flags import ConfigArguments
 from restomod.commands.parsing import ignored_by_run, parse_run, preset_first, refuse_ignored, require_number
 from restomod.config.model import require_size
@@ -22,58 +23,63 @@ if TYPE_CHECKING:  # these import torch
     from restomod.experiments.plan.estimate import MeasuredStep, Plan
 
 MEMORY_HINT = "lower --micro-batch, --batch-tokens or --sequence-length"
-TIMED = 2  # steps, whole and by phase
+RARE = ("prices",)
+TIMED_STEPS = 2  # without and with the times of the phases
 USAGE = f"""\
 usage: restomod plan PRESET [FLAGS]     estimate memory, time, cost and final loss of a run
-       restomod plan PRESET --help      list all flags; those of `restomod train` may be given too
+       restomod plan PRESET --help      list all flags; the flags of `restomod train` are accepted too
+
+{heading("plan")}
 
 presets: {", ".join(PRESETS)}"""
 
 
 @dataclass(frozen=True)
 class PlanArguments(ConfigArguments):
+    """Flags of `restomod plan`."""
+
     gpu: str | None = None
-    """Plan for this GPU: a100, a100-40gb, h100, h200, l40s, rtx3090, rtx3090ti, rtx4090, ..."""
+    """GPU of the plan: a100, a100-40gb, h100, h200, l40s, rtx3090, rtx3090ti, rtx4090, ... None: no speed estimate."""
     gpus: int = 1
-    """Number of these GPUs in one machine."""
+    """Number of GPUs in the machine."""
     price: float | None = None
-    """Price of one GPU for one hour, in US dollars."""
+    """Price in US dollars of one GPU for one hour. None: only a table of the prices of cloud providers."""
     measure: bool = False
-    """Time a few training steps on this machine and plan for it."""
+    """Measure a few training steps on this machine and plan for this machine."""
     prices: Path | None = None
-    """TOML file of GPU prices to use instead of those of restomod, whose file explains the format."""
+    """TOML file of GPU prices. None: the file of restomod, which also documents the format."""
     json: Path | None = None
-    """Also write the plan to this file."""
+    """JSON file for the plan. None: no file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Print the plan, and write it if asked to. Returns 0."""
+    """Print the plan, write the requested file, and return 0."""
     name, rest = preset_first("plan", arguments, USAGE)
-    given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}")
-    _refuse(given)
+    given = parse_run(PlanArguments(preset(name)), rest, f"restomod plan {name}", RARE)
+    _check_flags(given)
     refuse_ignored(rest, ignored_by_run(given.config))
     prices = read_prices(given.prices)
 
     from restomod.experiments.plan.text import plan_lines
 
     plan = _plan(name, given)
-    print("\n".join(plan_lines(plan, prices)))  # all of it, or the one line of an error
+    print("\n".join(plan_lines(plan, prices)))  # one call, so that an error prints no partial plan
     if given.json is not None:
         print()
         write_outputs([Output(given.json, lambda path: write_json_atomically(path, plan.to_dict(prices)))])
     return 0
 
 
-def _refuse(given: PlanArguments) -> None:
-    """Raise UserError where flags make no sense, before anything is measured."""
+def _check_flags(given: PlanArguments) -> None:
+    """Raise UserError if flags are out of range or contradict each other, before any measurement."""
     require_size("--gpus", given.gpus)
     require_number("--price", given.price)
     if given.measure and (given.gpu is not None or given.gpus > 1):
-        raise UserError("--measure plans for one device of this machine; leave --gpu and --gpus out")
+        raise UserError("--measure plans for one device of this machine; omit --gpu and --gpus")
     if given.gpu is None and not given.measure and (given.price is not None or given.gpus > 1):
         raise UserError("--price and --gpus need a GPU; add --gpu, for example --gpu a100")
     if given.gpu is not None and given.config.device in ("cpu", "mps"):
-        raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; leave one out")
+        raise UserError(f"--gpu {given.gpu} and --device {given.config.device} exclude each other; omit one of them")
     require_outputs({"--json": given.json}, {"--prices": given.prices})
 
 
@@ -101,14 +107,14 @@ def _measure(name: str, config: RunConfig) -> MeasuredStep:
     from restomod.utils.console import Display
 
     display = Display()
-    report = measure_micro_batches(config, name, TIMED, display)
+    report = measure_micro_batches(config, name, TIMED_STEPS, display)
     display.line("")
     display.require_printed()
-    return measured_of(report)
+    return to_measured_step(report)
 
 
-def measured_of(report: Report) -> MeasuredStep:
-    """Time and memory of a step, from a benchmark."""
+def to_measured_step(report: Report) -> MeasuredStep:
+    """Convert the report of a benchmark to the time and memory of a step."""
     from restomod.engine.memory import estimate_memory
     from restomod.experiments.plan.estimate import MeasuredStep
 

@@ -1,4 +1,4 @@
-"""Command `prepare`: turn text into token shards."""
+"""Command `prepare`: tokenize text into token shards."""
 
 from __future__ import annotations
 
@@ -16,35 +16,41 @@ from restomod.config.prepare import Engine, PrepareConfig, SlurmConfig
 from restomod.utils.errors import UserError
 
 MEMORY_HINT = "lower --workers"
+RARE = (
+    *("split_seed", "shard_tokens", "hub_config", "hub_split", "hub_revision", "keep_downloads"),
+    *("engine", "slurm_partition", "slurm_time", "slurm_mem_gb"),
+)
 
 
 @dataclass(frozen=True)
 class PrepareArguments:
+    """Flags of `restomod prepare`."""
+
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    """Text to read, in this order: files and folders (plain text, JSON, CSV or Parquet, also compressed; the content
-    says which); on the hub fineweb-edu, fineweb, hf:OWNER/NAME, or token shards pretokenized:OWNER/NAME; python-stdlib;
-    tinyshakespeare."""
+    """Sources, read in this order. Files and folders: plain text, JSON, CSV or Parquet, also compressed, detected from
+    the content. Hugging Face Hub: fineweb-edu, fineweb, hf:OWNER/NAME, or pretokenized:OWNER/NAME for token shards.
+    Built-in: python-stdlib, tinyshakespeare."""
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
     out: str
-    """Folder of the token shards. An interrupted preparation in this folder is resumed."""
+    """Folder for the token shards. If a preparation in this folder was interrupted, it is resumed."""
     workers: int = 0
-    """Files to process in parallel, each in its own process (0: one per processor; on a cluster: chosen by it)."""
+    """Number of worker processes, one file each (0: one per CPU; on a cluster, chosen by the cluster)."""
     engine: Engine = "local"
-    """Where workers run: processes of this machine, a Ray cluster (RAY_ADDRESS, or one that runs here, or else a new
-    one), or jobs of Slurm. The output is the same. Clusters need the files and the folder on all their machines."""
+    """Place of the workers. local: processes on this machine; ray: a Ray cluster (RAY_ADDRESS, a running local one, or
+    a new one); slurm: Slurm jobs. The output is the same. A cluster needs a file system that its machines share."""
     slurm: Annotated[SlurmConfig, tyro.conf.arg(name="")] = field(default_factory=SlurmConfig)
 
 
 def run(arguments: list[str]) -> int:
-    """Prepare the text. Returns 0."""
-    parsed = parse(PrepareArguments, arguments, "restomod prepare")
+    """Write the token shards, and return 0."""
+    parsed = parse(PrepareArguments, arguments, "restomod prepare", rare=RARE)
     if not parsed.sources:
-        raise UserError("name what to prepare: restomod prepare SOURCE --out DIR (restomod prepare --help)")
+        raise UserError("name a source: restomod prepare SOURCE --out DIR (restomod prepare --help)")
     require_size("--workers", parsed.workers, least=0)
     if os.path.isdir(parsed.out) and any(os.path.realpath(s) == os.path.realpath(parsed.out) for s in parsed.sources):
-        raise UserError(f"--out {parsed.out} is also a source; name another folder")
+        raise UserError(f"--out {parsed.out} is also a source; choose another folder")
     if os.path.lexists(parsed.out) and not os.path.isdir(parsed.out):
-        raise UserError(f"--out {parsed.out} is not a folder; name another")
+        raise UserError(f"--out {parsed.out} is not a folder; choose another path")
 
     from restomod.data.prepare.units import ignored_by_sources
 

@@ -1,4 +1,4 @@
-"""Command `report`: write a page about runs."""
+"""Command `report`: write an HTML report about runs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,32 @@ from restomod.utils.errors import UserError
 from restomod.utils.files import require_inside
 
 MEMORY_HINT = "lower --error-analysis-tokens, or report fewer runs"
-PAGE_CONTENT = """\
-The page contains losses and speeds, evaluations, samples and prompts, passages
-of the validation text (with report --error-analysis), all settings with the paths of the
-data, the commands without --then, versions and the kind of machine; no host
-names and no environment variables. Home folders are shortened to ~, and what
-looks like a token, key or password is redacted. Look at it before you share it:
-secrets in other forms are not recognised."""
+RARE = ("error_analysis_tokens", "device", "precision", "watts")
+PAGE_CONTENT = (
+    "The page contains: losses and speeds, evaluations, prompts and samples, all settings, data paths, command lines "
+    "without --then, versions, the type of the machine, and with `report --error-analysis` passages of the validation "
+    "text. It contains no host names and no environment variables. Home folders are shortened to ~. Text that looks "
+    "like a token, key or password is redacted, but other secrets are not recognised: read the page before you share "
+    "it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriceArguments:
+    """Flags for the cost and energy of a run."""
+
     price: float | None = None
-    """US dollars for one GPU and one hour (on a CPU: for one process and one hour), for the cost of the run, overhead
-    included."""
+    """Price in US dollars of one GPU for one hour (on a CPU: of one process for one hour), for the cost of the run
+    with its overhead. None: no cost."""
     watts: float | None = None
-    """Mean power of the whole machine in watts, for the energy."""
+    """Mean power of the complete machine in watts, for the energy of the run. None: no energy."""
 
     def rates(self) -> HourlyRates:
-        """Return the rates; raises UserError for one out of range."""
+        """Return the hourly rates.
+
+        Raises:
+            UserError: a rate is out of range.
+        """
         require_number("--price", self.price)
         require_number("--watts", self.watts)
         return HourlyRates(self.price, self.watts)
@@ -42,29 +49,31 @@ class PriceArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments(PriceArguments):
+    """Flags of `restomod report`."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
-    """Folders of runs, finished or not."""
+    """Folders of finished or unfinished runs."""
     out: Path | None = None
-    """HTML file to write. Default: report.html in the run's folder; for several runs, in the current folder."""
+    """HTML file of the report. None: report.html in the run's folder, or in the current folder for several runs."""
     markdown: Path | None = None
-    """Also write the numbers and texts as Markdown to this file."""
+    """Markdown file for the same numbers and texts. None: no file."""
     png: Path | None = None
-    """Also draw the curves as PNG files in this folder."""
+    """Folder for plots of the curves (PNG). None: no plots."""
     error_analysis: bool = False
-    """First analyse the errors of the newest checkpoint: validation loss by kind of token, position, source and
-    passage; kept in the run's folder for later reports. The only part that needs the model, its data, and time."""
+    """Analyse the errors of the newest checkpoint: validation loss by kind of token, position, source and passage. This
+    needs the model and its data. The result is saved in the run's folder for later reports."""
     error_analysis_tokens: int = 100_000
-    """Number of validation tokens of the error analysis, spread evenly over the split."""
+    """Number of validation tokens for --error-analysis, evenly spaced over the split."""
     device: Device = "auto"
-    """Device of the error analysis. auto: CUDA, else MPS, else CPU."""
+    """Device for --error-analysis. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
-    """Compute dtype of the error analysis. auto: bf16 if supported in hardware, else fp16 on a GPU that has it, else
-    fp32."""
+    """Compute dtype of matmuls for --error-analysis. auto: bf16 if the hardware supports it, else fp16 on a GPU that
+    supports it, else fp32."""
 
 
 def run(arguments: list[str]) -> int:
-    """Write a report."""
-    given = parse(ReportArguments, arguments, "restomod report", description=PAGE_CONTENT)
+    """Write a report, and return 0."""
+    given = parse(ReportArguments, arguments, "restomod report", rare=RARE, notes=PAGE_CONTENT)
     if not given.runs:
         raise UserError("name a run: restomod report runs/NAME (restomod report --help)")
     require_size("--error-analysis-tokens", given.error_analysis_tokens)
@@ -76,7 +85,7 @@ def run(arguments: list[str]) -> int:
 
     runs = open_runs(given.runs)
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
-    if given.out is None:  # a link there may lead to a file that nobody has named
+    if given.out is None:  # a link at the default path could overwrite a file outside the run
         require_inside(default.parent, default)
     files = given.out or default, given.markdown, given.png
     require_writable(*files)

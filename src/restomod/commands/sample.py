@@ -12,19 +12,22 @@ from restomod.commands.parsing import parse
 from restomod.config.model import require_size
 from restomod.utils.output import raw_stream
 
-MEMORY_HINT = "give fewer prompts, or lower --num-samples or --max-tokens"
+MEMORY_HINT = "use fewer prompts, or lower --num-samples or --max-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments(GenerateArguments, ModelArguments):
+    """Flags of `restomod sample`."""
+
     num_samples: int = 3
-    """Number of continuations of each prompt. Without a prompt, each one starts a new document."""
+    """Number of texts per prompt. Without a prompt, every text starts a new document."""
     stream: bool = False
-    """Print each text as it is generated, one after the other. In a terminal, a single text is always streamed."""
+    """Generate the texts sequentially and print every token immediately. A single text in a terminal is always
+    streamed."""
 
 
 def run(arguments: list[str]) -> int:
-    """Print texts. In a terminal they are shown without control characters, elsewhere exactly. Returns 0."""
+    """Print generated texts, without control characters in a terminal and unchanged otherwise, and return 0."""
     parsed = parse(SampleArguments, arguments, "restomod sample")
     require_size("--num-samples", parsed.num_samples, most=10**6)
     settings, n = parsed.settings(arguments), parsed.num_samples

@@ -1,4 +1,4 @@
-"""Command `sweep`: train a run for every point of a grid, or for points chosen by a sampler."""
+"""Command `sweep`: train one run for every point of a grid, or for points that a sampler chooses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from restomod.commands.catalog import heading
 from restomod.commands.parsing import (
     ignored_by_run,
     is_flag,
@@ -31,61 +32,67 @@ from restomod.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SweepArguments:
+    """Flags of `restomod sweep` itself; `restomod train` has the flags of its trials."""
+
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE,VALUE: train all combinations of these values of any settings (--grid optim.lr=6e-4,1.2e-3
-    model.n-layer=2,4)."""
+    """Grid search: settings as NAME=VALUE,VALUE, for example --grid optim.lr=6e-4,1.2e-3 model.n-layer=2,4. A run is
+    trained for every combination."""
     random: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=LOW..HIGH or NAME=VALUE,VALUE: train --trials configurations drawn at random. A range whose ends are above 0
-    and differ by a factor of ten or more is log-uniform; LOW..HIGH:log and LOW..HIGH:linear override that."""
+    """Random search: settings as NAME=LOW..HIGH or NAME=VALUE,VALUE; needs --trials. A positive range with
+    HIGH / LOW >= 10 is sampled log-uniformly; LOW..HIGH:log and LOW..HIGH:linear override this."""
     tpe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """As --random, but chosen by Optuna's TPE sampler, which learns from earlier trials."""
+    """Search with Optuna's TPE sampler, which uses the results of earlier trials. Settings are as in --random."""
     trials: int | None = None
-    """Number of configurations of --random or --tpe."""
+    """Number of configurations; required with --random and --tpe. None: not set."""
     seeds: int = 1
-    """Number of seeds per configuration: the run's seed and the following ones."""
+    """Number of seeds per configuration: the value of --seed and the integers after it."""
     search_seed: int = 0
-    """Seed of --random and --tpe."""
+    """Random seed of --random and --tpe."""
     prune: Pruning = "none"
-    """Stop bad trials early: median: validation loss above the median of earlier trials at that step (from the sixth
-    trial on, after the warm-up); hyperband: by Hyperband."""
+    """Pruning: stop bad trials early. none: never; median: if the validation loss is above the median of earlier trials
+    at the same step (from the sixth trial on, after the warm-up); hyperband: with the Hyperband algorithm."""
     max_hours: float | None = None
-    """Limit in hours of all trials together, on all machines: no trial is started that would exceed it, judged by the
-    finished ones; at the limit, the running trial is stopped with a checkpoint."""
+    """Limit in hours for all trials on all machines. A trial is not started if, judged by the finished ones, it would
+    exceed the limit. At the limit, the running trial is stopped with a checkpoint. None: no limit."""
     max_dollars: float | None = None
-    """The same limit in US dollars, for all GPUs together; needs --price."""
+    """Limit in US dollars for all trials on all GPUs, enforced like --max-hours; needs --price. None: no limit."""
     price: float | None = None
-    """US dollars for one GPU and one hour (on a CPU: for one process and one hour)."""
+    """Price in US dollars of one GPU for one hour (on a CPU: of one process for one hour). None: no cost."""
     then: str | None = None
-    """Shell command to run at the end, however the sweep ends (--then "sudo shutdown now")."""
+    """Shell command to run after the sweep, also after an error, such as --then "sudo shutdown now". None: no
+    command."""
     out: str
-    """Folder of the sweep. The same command resumes it, also while other processes work on it."""
+    """Folder of the sweep. The same command resumes the sweep, and several processes can work on it in parallel."""
 
 
+RARE = ("search_seed", "then")
 SPACES = ("--grid", "--random", "--tpe")
-USAGE = """\
-usage: restomod sweep PRESET --grid NAME=VALUE,VALUE [FLAGS]                train all combinations of values
-       restomod sweep PRESET --random NAME=LOW..HIGH --trials N [FLAGS]    train random points (--tpe: chosen ones)
-       restomod sweep PRESET --help                                        list the flags of sweep; those of
-                                                                           `restomod train PRESET` may be given too"""
+USAGE = f"""\
+usage: restomod sweep PRESET --grid NAME=VALUE,VALUE [FLAGS]               train all combinations of values
+       restomod sweep PRESET --random NAME=LOW..HIGH --trials N [FLAGS]    random search (--tpe: TPE sampler)
+       restomod sweep PRESET --help                                        list the flags of sweep; the flags of
+                                                                           `restomod train PRESET` are accepted too
+
+{heading("sweep")}"""
 OWN = {field.name for field in dataclasses.fields(SweepArguments)}
 
 
 def run(arguments: list[str]) -> int:
-    """Train the trials of a sweep. Returns the exit code."""
+    """Train the trials of a sweep, and return the exit code."""
     name, rest = preset_first("sweep", arguments, USAGE)
     base = preset(name)
     own, others = split(rest)
-    given = parse(SweepArguments, own, f"restomod sweep {name}", SweepArguments(out=f"sweeps/{name}"))
-    plan = plan_of(name, base, given, others)
+    given = parse(SweepArguments, own, f"restomod sweep {name}", SweepArguments(out=f"sweeps/{name}"), RARE)
+    plan = build_plan(name, base, given, others)
     refuse_ignored(own, {"--search-seed": "with --grid"} if given.grid else {})
     for flag in ("max_hours", "max_dollars", "price"):
         require_number(f"--{flag.replace('_', '-')}", getattr(given, flag), above_0=True)
     if given.max_dollars is not None and given.price is None:
-        raise UserError("--max-dollars needs the price of an hour: add --price DOLLARS")
+        raise UserError("--max-dollars needs the price of one GPU for one hour; add --price DOLLARS")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a sweep trains each trial with one process; instead of torchrun, start the same command once per GPU, "
-            "each with its own CUDA_VISIBLE_DEVICES"
+            "a sweep trains each trial with one process and does not support torchrun; start the same command once per "
+            "GPU, each with its own CUDA_VISIBLE_DEVICES"
         )
     if importlib.util.find_spec("optuna") is None:
         raise UserError("a sweep needs the package optuna: pip install -c constraints.txt -e '.[sweep]'")
@@ -96,7 +103,7 @@ def run(arguments: list[str]) -> int:
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into the sweep's own flags with their values, and those of its trials."""
+    """Return the arguments of the sweep itself, and those of its trials."""
     own: list[str] = []
     others: list[str] = []
     target, again = others, False
@@ -105,18 +112,24 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
             flag = argument.lstrip("-").partition("=")[0].replace("-", "_")
             target = own if flag in {*OWN, "h", "help"} else others
             target.append(argument)
-        else:  # --grid A B is --grid A --grid B
+        else:  # --grid A B equals --grid A --grid B
             repeated = [own[-2]] if again and target is own and len(own) > 1 and own[-2] in SPACES else []
             target += [*repeated, argument]
         again = target is own and not is_flag(argument)
     return own, others
 
 
-def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
-    """Build the plan of a sweep over the preset ``base``, called ``name``, from its own flags and those of its trials.
+def build_plan(name: str, base: RunConfig, given: SweepArguments, flags: list[str]) -> SweepPlan:
+    """Build the plan of a sweep.
+
+    Args:
+        name: name of the preset.
+        base: configuration of the preset.
+        given: flags of the sweep itself.
+        flags: flags of its trials.
 
     Raises:
-        UserError: the flags contradict each other.
+        UserError: flags are out of range or contradict each other.
     """
     methods: dict[Method, tuple[str, ...]] = {"grid": given.grid, "random": given.random, "tpe": given.tpe}
     asked = [method for method, space in methods.items() if space]
@@ -127,10 +140,10 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     swept = [dimension.name for dimension in dimensions]
     for field in swept:
         if swept.count(field) > 1:
-            raise UserError(f"{field} is swept twice; give all its values at once")
+            raise UserError(f"{field} is swept twice; combine its values in one list")
         flag = f"--{field.replace('_', '-')}"
         if any(f.partition("=")[0].replace("_", "-") == flag for f in flags):
-            raise UserError(f"{field} is swept and fixed by {flag}; leave one of them out")
+            raise UserError(f"{field} is swept and fixed by {flag}; omit one of them")
     if method == "grid":
         if given.trials is not None:
             raise UserError("--trials belongs to --random and --tpe; a grid has one trial per combination")
@@ -142,7 +155,7 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     require_size("--trials", trials, most=space.MOST_TRIALS)
     require_size("--seeds", given.seeds, most=space.MOST_TRIALS)
     if given.seeds > 1 and "seed" in swept:
-        raise UserError("seed is swept; leave --seeds out")
+        raise UserError("seed is swept; omit --seeds")
     require_seed("--search-seed", given.search_seed)
     longest: dict[str, Value] = {d.name: d.greatest for d in dimensions if d.name in ("steps", "optim.warmup_steps")}
     of_trials = TrainArguments(base, out=given.out)
@@ -152,9 +165,7 @@ def plan_of(name: str, base: RunConfig, given: SweepArguments, flags: list[str])
     refuse_ignored(flags, {flag: ignored[flag] for flag in decided})
     require_seed("the last seed", config.seed + given.seeds - 1)
     if not config.data.has_validation and "data.val_fraction" not in swept:
-        raise UserError(
-            "a sweep compares validation losses, and there is no validation split; add --data.val-fraction 0.05"
-        )
+        raise UserError("a sweep compares validation losses and needs a validation split; add --data.val-fraction 0.05")
     return SweepPlan(
         name,
         tuple(flags),

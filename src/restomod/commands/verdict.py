@@ -1,4 +1,4 @@
-"""Command `verdict`: look for symptoms of an unhealthy run."""
+"""Command `verdict`: find symptoms of an unhealthy run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ EXIT_NOT_HEALTHY = 1
 
 @dataclass(frozen=True)
 class VerdictArguments:
+    """Flags of `restomod verdict`."""
+
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a run: finished, stopped or running."""
+    """Folder of a finished, stopped or active run."""
     weights: bool = True
-    """Also look for dead layers in the newest checkpoint. The other checks need no torch."""
+    """Check the newest checkpoint for dead layers. This imports torch; the other checks do not."""
     json: Path | None = None
-    """Also write the findings to this JSON file."""
+    """JSON file for the findings. None: no file."""
 
 
 def run(arguments: list[str]) -> int:
-    """Look for every symptom and print the findings. Returns 0 if the run is healthy, else 1."""
+    """Print the symptoms of a run; return 0 if it is healthy, else 1."""
     parsed = parse(VerdictArguments, arguments, "restomod verdict")
 
     from restomod.analysis.health.verdict import verdict

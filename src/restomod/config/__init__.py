@@ -1,1 +1,1 @@
-"""Dataclasses of a run's settings, their checks, JSON, and the presets."""
+"""Settings of runs and data preparation: dataclasses with checks, JSON files, presets."""

@@ -1,4 +1,4 @@
-"""`ModelConfig`: the architecture of a model; range checks and divisors that all configurations use."""
+"""`ModelConfig`: the architecture of a model; checks of ranges and divisors for all configurations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 from restomod.utils.errors import UserError, shortened
 
-LARGEST = 2**40  # largest size or number of steps: beyond it is a typing error, and finding divisors takes forever
-LARGEST_OF_MODEL = {  # far beyond any model that was built
+LARGEST = 2**40  # larger values are typing errors, and the search for divisors would not end
+LARGEST_OF_MODEL = {  # far above every published model
     "n_layer": 4096,
     "n_head": 65_536,
     "n_embd": 2**20,
@@ -26,13 +26,13 @@ Activation = Literal["gelu", "relu2", "swiglu"]
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError with ``message`` unless ``condition`` holds."""
+    """Raise UserError with ``message`` if ``condition`` is false."""
     if not condition:
         raise UserError(message)
 
 
 def require_size(name: str, value: int | None, least: int = 1, most: int = LARGEST) -> None:
-    """Raise UserError unless ``value`` is None, or lies between ``least`` and ``most``."""
+    """Raise UserError unless ``value`` is None or in [``least``, ``most``]; the message begins with ``name``."""
     if value is not None and not least <= value <= most:
         at = f"at least {least}" if value < least else f"at most {most:,}"
         raise UserError(f"{name} is {shortened(str(value))}; it must be {at}")
@@ -40,44 +40,44 @@ def require_size(name: str, value: int | None, least: int = 1, most: int = LARGE
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a model; the defaults are GPT-2 124M's."""
+    """Architecture of a model. The defaults are those of GPT-2 124M."""
 
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12
-    """Attention heads per block. Must divide n_embd unless head_dim is given."""
+    """Attention heads per block. They must divide model.n_embd unless model.head_dim is set."""
     n_embd: int = 768
-    """Width of the residual stream."""
+    """Embedding width D: channels of the residual stream."""
     n_positions: int = 1024
     """Maximum context length, in tokens."""
     vocab_size: int = VOCAB_SIZE
     """Vocabulary size; 50257 for GPT-2's tokenizer."""
     norm: Norm = "layernorm"
-    """Normalization before attention, before the MLP and before lm_head."""
+    """Normalisation before attention, before the MLP and before lm_head."""
     positions: Positions = "learned"
-    """Position encoding. learned: a learned embedding per position; rope: rotary embedding of queries and keys."""
+    """Position encoding. learned: learned position embedding; rope: rotary embedding of queries and keys (RoPE)."""
     rope_theta: float = 10000.0
-    """Base of the rotary embedding's frequencies; used with positions rope."""
+    """Base of the RoPE frequencies; used with model.positions rope."""
     mlp: Activation = "gelu"
-    """Activation of the MLP. gelu: GELU with the tanh approximation, as GPT-2; relu2: relu(x)²; swiglu: gated by SiLU,
-    with a third matrix."""
+    """Activation of the MLP. gelu: GELU in the tanh approximation of GPT-2; relu2: relu(x)²; swiglu: SiLU gate with a
+    third weight matrix."""
     n_inner: int | None = None
-    """Hidden size of the MLP. None: 4 n_embd; for a gated activation (its name ends in glu) 8/3 n_embd rounded up to a
-    multiple of 64, which has about as many parameters."""
+    """Hidden size of the MLP. None: 4 n_embd, or for swiglu 8/3 n_embd rounded up to a multiple of 64, which has about
+    as many parameters."""
     head_dim: int | None = None
     """Channels per attention head. None: n_embd / n_head."""
     qk_norm: bool = False
-    """RMS-normalize the queries and keys of every head."""
+    """Apply RMS norm to the queries and keys of every head (QK-norm)."""
     bias: bool = True
     """Use biases in linear layers and layer norms."""
     tied: bool = True
-    """Tie lm_head to the token embedding; otherwise lm_head is an untied matrix."""
+    """Tie lm_head to the token embedding (weight tying); otherwise lm_head is a separate matrix."""
     zero_init_projections: bool = False
-    """Initialise the output projections of attention and MLP to zero, so that every block starts as the identity."""
+    """Initialise the output projections of attention and MLP to zero, so that every block is initially the identity."""
     softcap: float | None = None
-    """Soft-cap the logits z: softcap * tanh(z / softcap). None: no cap."""
+    """Soft cap of the logits z: softcap * tanh(z / softcap). None: no cap."""
     embedding_norm: bool = False
-    """RMS-normalize the token embedding before the first block."""
+    """Apply RMS norm to the token embedding before the first block."""
     embedding_skip: bool = False
     """Add a learned per-channel residual from the embedding to the input of every block."""
     value_embedding: bool = False
@@ -93,7 +93,7 @@ class ModelConfig:
             )
         require(
             self.positions != "rope" or self.head_size % 2 == 0,
-            f"model.positions rope needs an even number of channels per head, and there are {self.head_size}",
+            f"model.positions rope needs an even number of channels per head, not {self.head_size}",
         )
         require(
             self.softcap is None or 0 < self.softcap < math.inf, f"model.softcap is {self.softcap}; it must be above 0"
@@ -107,19 +107,19 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP's activation takes 2 I inputs, a gate and a value for each unit: its name ends in "glu"."""
+        """Whether the MLP has a gate and a value per hidden unit, that is 2 I inputs of the activation."""
         return self.mlp.endswith("glu")
 
     @property
     def inner_size(self) -> int:
-        """I, hidden size of the MLP."""
+        """Hidden size I of the MLP."""
         if self.n_inner is not None:
             return self.n_inner
         return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.gated else 4 * self.n_embd
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix in memory: the vocabulary, rounded up to a multiple of 64 (50304)."""
+        """Rows of the embedding matrix in memory: vocab_size rounded up to a multiple of 64, such as 50304."""
         return 64 * math.ceil(self.vocab_size / 64)
 
 
@@ -129,22 +129,22 @@ def _divisors(n: int) -> set[int]:
 
 
 def nearest_divisor(n: int, to: int) -> int:
-    """The divisor of ``n`` nearest to ``to`` (the smaller one where two are equally near)."""
+    """Return the divisor of ``n`` nearest to ``to``; the smaller one if two are equally near."""
     return min(_divisors(n), key=lambda d: (abs(d - to), d))
 
 
 def divisors_near(n: int, to: int) -> str:
-    """The divisors of ``n`` on either side of ``to``, as text for an error message."""
+    """Return the nearest divisors of ``n`` below and above ``to``, as text for an error message."""
     below, above = [d for d in _divisors(n) if d < to], [d for d in _divisors(n) if d > to]
     return " or ".join(str(d) for d in (*sorted(below)[-1:], *sorted(above)[:1]))
 
 
-def neighbours(n: int, multiple: int) -> str:
-    """The multiples of ``multiple`` on either side of ``n``, as text for an error message."""
+def nearest_multiples(n: int, multiple: int) -> str:
+    """Return the nearest multiples of ``multiple`` below and above ``n``, as text for an error message."""
     below = n // multiple * multiple
     return f"{below} and {below + multiple}" if below else f"{multiple}"
 
 
 def nearest_divisor_below(n: int, limit: int) -> int:
-    """The largest divisor of ``n`` that is at most ``limit`` (and at least 1)."""
+    """Return the largest divisor of ``n`` that is at most max(1, ``limit``)."""
     return max(d for d in _divisors(n) if d <= max(1, limit))

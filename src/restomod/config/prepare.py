@@ -13,36 +13,36 @@ Engine = Literal["local", "ray", "slurm"]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How text is read, split and cut into shards."""
+    """Settings for reading text, splitting it and writing shards."""
 
     glob: str = "**/*"
-    """Which files of a folder to read. Links are followed; hidden files are skipped."""
+    """Glob pattern for the files of a folder. Links are followed, and hidden files are skipped."""
     text_column: str = "text"
-    """Field of JSON files, or column of CSV and Parquet files, that holds the text."""
+    """Name of the JSON field, or of the CSV or Parquet column, that contains the text."""
     separator: str | None = None
-    """Text that separates the documents of a plain text file, such as '<|endoftext|>'. Newlines around it are
-    dropped. None: a plain text file is one document."""
+    """Separator of the documents in a plain text file, such as '<|endoftext|>'. Newlines around it are removed.
+    None: one document per file."""
     val_fraction: float = 0.01
-    """Fraction of the documents held out for validation, chosen by the hash of their text (0: none). Of a single
-    document, its last part is held out."""
+    """Fraction of the documents in the validation split (0: no validation). A document's split depends on the hash of
+    its text. If there is only one document, the validation split is its last part."""
     split_seed: int = 0
-    """Seed that chooses which documents are held out."""
+    """Random seed of the validation split."""
     hub_config: str | None = None
-    """Configuration of a dataset on the Hugging Face hub. None: its default; for fineweb and
-    fineweb-edu sample-10BT."""
+    """Configuration of a dataset on the Hugging Face Hub. None: its default; sample-10BT for fineweb and
+    fineweb-edu."""
     hub_split: str = "train"
-    """Split of a dataset on the hub. Validation documents are taken from the same split."""
+    """Split of a dataset on the Hub. The validation documents are taken from this split too."""
     hub_revision: str = "main"
-    """Branch, tag or commit of a dataset on the hub."""
+    """Branch, tag or commit of a dataset on the Hub."""
     keep_downloads: bool = False
-    """Keep downloads in the hub client's cache; otherwise each file is deleted once it is tokenized."""
+    """Keep downloaded files in the cache of the Hub client; otherwise each file is deleted after tokenization."""
     dedup: bool = False
-    """Drop documents whose text is identical to that of an earlier document."""
+    """Remove documents whose text equals that of an earlier document (deduplication)."""
     shard_tokens: int = 100_000_000
-    """Maximum number of tokens per shard file."""
+    """Maximum number of tokens per shard."""
 
     def __post_init__(self) -> None:
-        require(self.separator != "", "--separator is empty; name the text that stands between two documents")
+        require(self.separator != "", "--separator is empty; set it to the text between two documents")
         require_fraction("--val-fraction", self.val_fraction)
         require_size("--shard-tokens", self.shard_tokens)
         require_seed("--split-seed", self.split_seed)
@@ -50,14 +50,14 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """Slurm options for each unit of work; used with --engine slurm."""
+    """Slurm options of the jobs of --engine slurm."""
 
     slurm_partition: str | None = None
     """Slurm partition. None: the cluster's default."""
     slurm_time: str | None = None
-    """Slurm time limit of a unit of work, such as 2:00:00. None: the partition's default."""
+    """Slurm time limit of a job, such as 2:00:00. None: the partition's default."""
     slurm_mem_gb: int = 2
-    """Slurm memory for a unit of work, in GB."""
+    """Slurm memory of a job, in GB."""
 
     def __post_init__(self) -> None:
         require_size("--slurm-mem-gb", self.slurm_mem_gb)

@@ -1,4 +1,4 @@
-"""Presets: functions that return a complete `RunConfig` and name only what differs from the defaults."""
+"""Presets: functions that return a complete `RunConfig` and set only the fields that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from restomod.utils.errors import UserError, did_you_mean
 
 
 def quickstart() -> RunConfig:
-    """A small GPT-2 (7.7M parameters) on the source code of your Python's standard library: minutes on a laptop CPU."""
+    """Small GPT-2 (7.7M parameters) on the source code of Python's standard library: minutes on a laptop CPU."""
     return RunConfig(
         model=ModelConfig(n_layer=6, n_head=4, n_embd=128, n_positions=256),
         optim=OptimConfig(lr=2e-3, warmup_steps=45),
         steps=900,
-        batch_tokens=512,  # 2 sequences * 256 tokens: with so few tokens in all, many small steps learn the most
+        batch_tokens=512,  # 2 sequences * 256 tokens: with few training tokens, many small steps learn most
         sequence_length=256,
         eval_every=300,
         eval_tokens=32_768,
@@ -29,9 +29,9 @@ def quickstart() -> RunConfig:
 
 
 def tinyshakespeare() -> RunConfig:
-    """GPT-2 124M memorises TinyShakespeare: training loss below 0.09, as in the public reproduction."""
+    """GPT-2 124M that memorises TinyShakespeare: training loss below 0.09, as in the public reproduction."""
     return RunConfig(
-        data=DataConfig(source="tinyshakespeare", val_fraction=0.0),  # all 338,025 tokens are trained on
+        data=DataConfig(source="tinyshakespeare", val_fraction=0.0),  # train on all 338,025 tokens
         optim=OptimConfig(lr=6e-4, warmup_steps=100),
         steps=3600,
         batch_tokens=4096,  # 64 sequences * 64 tokens
@@ -57,47 +57,54 @@ def gpt2_774m() -> RunConfig:
 
 
 def gpt2_1558m() -> RunConfig:
-    """GPT-2 XL with the batch size and learning rate of GPT-3 XL, the nearest, on your own text (--data.path)."""
+    """GPT-2 XL with GPT-3 XL's batch size and learning rate, on your own text (--data.path)."""
     return _gpt2(ModelConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, batch_tokens=2**20)
 
 
 def llama_124m() -> RunConfig:
-    """Llama's architecture at GPT-2 124M's size: 20B tokens at 3x the learning rate, on your own text (--data.path)."""
+    """Llama's architecture in GPT-2 124M's size: 20B tokens, 3x the learning rate, on your own text (--data.path)."""
     return llama_of(12)
 
 
 def modern_124m() -> RunConfig:
-    """Qwen3's architecture at GPT-2 124M's size, trained with Muon, on your own text (--data.path)."""
+    """Qwen3's architecture in GPT-2 124M's size, trained with Muon, on your own text (--data.path)."""
     return modern_of(12)
 
 
 def speedrun_124m() -> RunConfig:
-    """Lowest loss per token: modern-124m with relu², untied lm_head, value embeddings; only this package loads it."""
+    """modern-124m with relu², untied lm_head, value embeddings: lowest loss per token; transformers cannot load it."""
     return speedrun_of(12)
 
 
 def shape_of(layers: int) -> ModelConfig:
-    """GPT-2's architecture with one head of 64 channels per layer: GPT-2 124M with 12 layers."""
+    """Return GPT-2's architecture with ``layers`` layers, as many heads, and 64 channels per head."""
     return ModelConfig(n_layer=layers, n_head=layers, n_embd=64 * layers)
 
 
 def gpt2_of(layers: int) -> RunConfig:
-    """`gpt2-124m` with another number of layers; AdamW's rate is scaled by 1 / n_embd (GPT-3 paper, table 2.1)."""
+    """Return `gpt2-124m` with another number of layers.
+
+    The learning rate of AdamW is proportional to 1 / n_embd, which fits table 2.1 of the GPT-3 paper (Brown et al.,
+    2020).
+    """
     return _gpt2(shape_of(layers), lr=6e-4 * 12 / layers, batch_tokens=2**19)
 
 
 def llama_of(layers: int) -> RunConfig:
-    """`llama-124m` with another number of layers. Source: PersonalRec/reproduce-gpt2, results/050226, 20B tokens."""
+    """Return `llama-124m` with another number of layers.
+
+    Source of the hyperparameters: PersonalRec/reproduce-gpt2, results/050226, 20B tokens.
+    """
     gpt2 = gpt2_of(layers)
     optim = dataclasses.replace(gpt2.optim, lr=3 * gpt2.optim.lr, warmup_steps=285)
     return dataclasses.replace(gpt2, model=llama_parts(gpt2.model), optim=optim, steps=2 * gpt2.steps)
 
 
 def modern_of(layers: int) -> RunConfig:
-    """`modern-124m` with another number of layers: Muon's learning rate does not depend on n_embd."""
+    """Return `modern-124m` with another number of layers; Muon's learning rate does not depend on n_embd."""
     gpt2 = gpt2_of(layers)
     model = dataclasses.replace(llama_parts(gpt2.model), qk_norm=True, zero_init_projections=True)
-    optim = OptimConfig(  # AdamW at a higher learning rate than it could have alone; decay over the second half
+    optim = OptimConfig(  # with Muon, AdamW is stable at a higher learning rate; decay over the second half
         optimizer="muon",
         muon_lr=0.02,
         lr=4e-3,
@@ -112,7 +119,7 @@ def modern_of(layers: int) -> RunConfig:
 
 
 def speedrun_of(layers: int) -> RunConfig:
-    """`speedrun-124m` with another number of layers."""
+    """Return `speedrun-124m` with another number of layers."""
     modern = modern_of(layers)
     model = dataclasses.replace(
         modern.model,
@@ -127,12 +134,12 @@ def speedrun_of(layers: int) -> RunConfig:
 
 
 def llama_parts(model: ModelConfig) -> ModelConfig:
-    """Replace the parts of ``model`` by Llama's; the shape stays."""
+    """Return ``model`` with Llama's norm, positions, MLP and without biases, in the same shape."""
     return dataclasses.replace(model, norm="rmsnorm", positions="rope", mlp="swiglu", bias=False)
 
 
 def _gpt2(model: ModelConfig, lr: float, batch_tokens: int) -> RunConfig:
-    """GPT-2 on 10 billion tokens with the hyperparameters of Brown et al., 2020, table 2.1 and appendix B."""
+    """Return a run on 10 billion tokens with the hyperparameters of Brown et al., 2020, table 2.1 and appendix B."""
     return RunConfig(
         model=model,
         data=DataConfig(source="text", val_fraction=0.01),
@@ -153,14 +160,14 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 SIZES: dict[str, Callable[[int], RunConfig]] = {
     make.__name__.removesuffix("_of"): make for make in (gpt2_of, llama_of, modern_of, speedrun_of)
 }
-"""Families of presets: ``modern-d6`` has 6 layers; n_embd, heads and learning rates follow from them."""
+"""Families of presets. `modern-d6` has 6 layers; embedding width, heads and learning rates depend on the layers."""
 
 
 def preset(name: str) -> RunConfig:
-    """Return the preset called ``name``: one of `PRESETS`, or one of `SIZES` with its number of layers.
+    """Return a preset: a name in `PRESETS`, or a family in `SIZES` with a number of layers, such as "modern-d6".
 
     Raises:
-        UserError: there is none of that name; the message suggests the nearest.
+        UserError: unknown name; the message suggests the nearest one.
     """
     if not is_preset(name):
         known = [*PRESETS, *(f"{family}-dN" for family in SIZES)]
@@ -169,17 +176,17 @@ def preset(name: str) -> RunConfig:
 
 
 def is_preset(name: str) -> bool:
-    """Whether there is a preset called ``name``."""
+    """Return whether ``name`` is a preset."""
     sized = re.fullmatch(r"(\w+)-d[1-9]\d?", name)
     return name in PRESETS or (sized is not None and sized[1] in SIZES)
 
 
 def with_scaled_warmup(config: RunConfig, base: RunConfig) -> RunConfig:
-    """Scale the warm-up of the preset ``base`` to the steps of ``config``: the same fraction, rounded up."""
+    """Return ``config`` with the warm-up of the preset ``base``, as the same fraction of all steps, rounded up."""
     warmup_steps = -(-base.optim.warmup_steps * config.steps // base.steps)
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps))
 
 
 def preset_summary(name: str) -> str:
-    """First line of a preset's docstring."""
+    """Return the first line of a preset's docstring."""
     return (PRESETS[name].__doc__ or "").strip().splitlines()[0]

@@ -1,7 +1,8 @@
 """`RunConfig`: all settings of a training run, as frozen dataclasses that check their values.
 
-The docstring of a field is its help text on the command line. Only the standard library is imported, so that
-`restomod --help` is instant and a report reads a run without torch.
+The docstring of a field is the help text of its flag. If a field can be None, the docstring ends with the sentence
+"None: MEANING.", and the help shows MEANING as the default. Only the standard library is imported, so that a report
+can read a run without torch.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
-from restomod.config.model import ModelConfig, nearest_divisor, neighbours, require, require_size
+from restomod.config.model import ModelConfig, nearest_divisor, nearest_multiples, require, require_size
 from restomod.utils.errors import UserError
 from restomod.utils.text import split_items
 
-MIX_ITEM_END = re.compile(r":\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*(?=,)", re.IGNORECASE)  # a weight, and a comma after it
+MIX_ITEM_END = re.compile(r":\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*(?=,)", re.IGNORECASE)  # a weight before a comma
 MIX_PRECISION = 10**6  # shares of a mix are rounded to millionths
-LARGEST_BATCH = 2**30  # tokens of an optimizer step; published runs use up to 2**26
-LARGEST_SAMPLE = 2**20  # tokens of a sample
+LARGEST_BATCH = 2**30  # tokens per optimizer step; published runs use up to 2**26
+LARGEST_SAMPLE = 2**20  # tokens per sample
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
 Optimizer = Literal["adamw", "muon"]
@@ -36,73 +37,73 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 def require_seed(name: str, seed: int) -> None:
-    """Raise UserError unless ``seed`` is one that every random generator takes."""
+    """Raise UserError unless ``seed`` is in [0, 2**32), the range that Python, NumPy and torch accept."""
     require(0 <= seed < 2**32, f"{name} is {seed}; it must be at least 0 and below 2**32")
 
 
 def require_fraction(name: str, value: float) -> None:
-    """Raise UserError unless ``value`` is at least 0 and below 1."""
+    """Raise UserError unless ``value`` is in [0, 1)."""
     require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training text: where it is, how it is read, and what is held out for validation."""
+    """Training data: source, file format and validation split."""
 
     source: Source = "python-stdlib"
-    """What to train on. python-stdlib: the source of the running Python's standard library; text: the file or folder
-    data.path; tinyshakespeare: downloaded, or data.path; tokens: the folder data.path of token shards, made by
-    `restomod prepare` or published (llm.c's .bin, build-nanogpt's .npy)."""
+    """Kind of training data. python-stdlib: source code of Python's standard library; text: text files in data.path;
+    tinyshakespeare: downloaded, or read from data.path; tokens: token shards in data.path, written by `restomod
+    prepare`, llm.c (.bin) or build-nanogpt (.npy)."""
     path: str | None = None
-    """File or folder to read: plain text, JSON, CSV or Parquet, also compressed. The format is detected from the
-    content."""
+    """File or folder with the training data. Text can be plain text, JSON, CSV or Parquet, also compressed; the format
+    is detected from the content. None: no path."""
     mix: str | None = None
-    """Folders of token shards and their weights, FOLDER:WEIGHT,FOLDER:WEIGHT, in place of source and path. Every
-    step takes its share of sequences from each folder; smaller folders are repeated more often."""
+    """Folders of token shards with weights, instead of data.source and data.path: FOLDER:WEIGHT,FOLDER:WEIGHT. In
+    every batch, the number of sequences from a folder is proportional to its weight. None: a single source."""
     glob: str = "**/*"
-    """Which files of a folder to read. Links are followed; hidden files are skipped."""
+    """Glob pattern for the files of a folder. Links are followed, and hidden files are skipped."""
     text_column: str = "text"
-    """Field of JSON files, or column of CSV and Parquet files, that holds the text."""
+    """Name of the JSON field, or of the CSV or Parquet column, that contains the text."""
     separator: str | None = None
-    """Text that separates the documents of a plain text file, such as '<|endoftext|>'. Newlines around it are
-    dropped. None: a plain text file is one document."""
+    """Separator of the documents in a plain text file, such as '<|endoftext|>'. Newlines around it are removed.
+    None: one document per file."""
     val_fraction: float = 0.05
-    """Fraction of the documents held out for validation, chosen by the hash of their text (0: none). Of a single
-    document, its last part is held out."""
+    """Fraction of the documents in the validation split (0: no validation). A document's split depends on the hash of
+    its text. If there is only one document, the validation split is its last part."""
     split_seed: int = 0
-    """Seed that chooses which documents are held out."""
+    """Random seed of the validation split."""
     cache: str = "data"
-    """Folder in which prepared token shards are cached."""
+    """Cache folder for TinyShakespeare and for token shards of text."""
 
     def __post_init__(self) -> None:
         require_fraction("data.val_fraction", self.val_fraction)
         require_seed("data.split_seed", self.split_seed)
         require(
             self.source != "python-stdlib" or self.path is None,
-            "data.path has no meaning for data.source python-stdlib; for your own text add --data.source text",
+            "data.path has no effect with data.source python-stdlib; to train on your own text, add --data.source text",
         )
-        require(self.separator != "", "data.separator is empty; name the text that stands between two documents")
+        require(self.separator != "", "data.separator is empty; set it to the text between two documents")
         require(
             self.separator is None or (self.source == "text" and self.mix is None),
-            "data.separator splits text of your own; it needs data.source text",
+            "data.separator needs data.source text",
         )
         if self.mix is not None:
-            require(self.path is None, "data.mix names the folders of tokens itself; leave data.path out")
+            require(self.path is None, "data.mix and data.path exclude each other; omit data.path")
             self.mixed()
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is a validation split, as far as the settings tell: prepared tokens may lack one."""
+        """Whether the settings provide a validation split; token shards can still lack one."""
         return self.val_fraction > 0 or self.source == "tokens" or self.mix is not None
 
     def mixed(self) -> list[tuple[str, Fraction]]:
-        """The folders of `mix` and their shares, which add up to 1.
+        """Return the folders of `mix` and their shares of a batch, which sum to 1.
 
-        An item ends at a comma after a colon and a weight, so that names of folders may hold commas and colons. Where
-        a name holds such an end itself, the longest name of a folder that exists is taken.
+        Folder names can contain commas and colons: an item ends at a comma after ":WEIGHT". If a name contains such a
+        sequence, the longest name of an existing folder is used.
 
         Raises:
-            UserError: ``mix`` is not of the form FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights.
+            UserError: `mix` does not have the form FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights.
         """
         weights: dict[str, float] = {}
         mix = self.mix or ""
@@ -122,39 +123,41 @@ class DataConfig:
             weights[folder] = weight
         total = sum(weights.values())
         millionths = {folder: round(MIX_PRECISION * weight / total) for folder, weight in weights.items()}
-        require(min(millionths.values()) > 0, f"data.mix: a weight is less than a millionth of the whole: {mix}")
+        require(min(millionths.values()) > 0, f"data.mix: a weight is less than a millionth of the sum: {mix}")
         return [(folder, Fraction(part, sum(millionths.values()))) for folder, part in millionths.items()]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its learning-rate schedule: linear warm-up, then decay to a fraction of the maximum."""
+    """Optimizer and learning-rate schedule: linear warm-up, then decay to a fraction of the maximum."""
 
     optimizer: Optimizer = "adamw"
-    """adamw: AdamW for all parameters; muon: Muon for the matrices of the blocks, AdamW for all other parameters."""
+    """Optimizer. adamw: AdamW for all parameters; muon: Muon for the matrices of the blocks, AdamW for the others."""
     lr: float = 6e-4
     """Maximum learning rate of AdamW."""
     muon_lr: float = 0.02
     """Maximum learning rate of Muon."""
     decay: Decay = "cosine"
-    """Learning-rate decay after the warm-up. cosine: half a cosine; linear: linear; wsd (warm-up, stable, decay):
-    constant, then linear over the last part, given by cooldown; 1-sqrt: as wsd, but by 1 - sqrt(progress)."""
+    """Learning-rate schedule after the warm-up. cosine: half a cosine period; linear: a straight line; wsd (warm-up,
+    stable, decay): constant, then linear during the cooldown; 1-sqrt: constant, then 1 - sqrt(progress) during the
+    cooldown."""
     cooldown: float = 0.4
-    """Fraction of the steps after the warm-up over which wsd and 1-sqrt decay."""
+    """Length of the cooldown of wsd and 1-sqrt, as a fraction of the steps after the warm-up."""
     min_lr_ratio: float = 0.1
     """Final learning rate, as a fraction of the maximum."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0 to the maximum. Unless given, a preset's warm-up is scaled with --steps."""
+    """Steps of linear warm-up from 0 to the maximum learning rate. If this flag is not given, the preset's value is
+    scaled in proportion to --steps."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's beta1 and beta2: decay of its running means of the gradient and of its square."""
+    """beta1 and beta2 of AdamW: decay rates of the running means of the gradient and of the squared gradient."""
     eps: float = 1e-8
-    """Added to AdamW's denominator."""
+    """Epsilon of AdamW, added to the denominator of the update."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, on matrices and embeddings only."""
+    """Decoupled weight decay of AdamW; applied to matrices and embeddings, not to biases and norms."""
     muon_momentum: float = 0.95
     """Momentum of Muon."""
     muon_weight_decay: float = 0.0
-    """Muon's decoupled weight decay."""
+    """Decoupled weight decay of Muon."""
     grad_clip: float = 1.0
     """Maximum global gradient norm; larger gradients are scaled down to it."""
 
@@ -173,24 +176,24 @@ class OptimConfig:
         require_fraction("optim.muon_momentum", self.muon_momentum)
         require(0 < self.cooldown <= 1, f"optim.cooldown is {self.cooldown}; it must be above 0 and at most 1")
         ratio = self.min_lr_ratio
-        require(0 <= ratio <= 1, f"optim.min_lr_ratio is {ratio}; it must lie between 0 and 1")
+        require(0 <= ratio <= 1, f"optim.min_lr_ratio is {ratio}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Samples that are generated during training."""
+    """Text generation during training."""
 
     prompts: tuple[str, ...] = ("",)
-    """Prompts to continue. <|endoftext|> in a prompt, or an empty prompt, starts a new document."""
+    """Prompts of the samples. An empty prompt or <|endoftext|> in a prompt starts a new document."""
     max_tokens: int = 64
-    """Tokens to generate for each prompt."""
+    """Tokens to generate per prompt."""
     temperature: float = 0.8
-    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it; 0 is greedy decoding."""
+    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it, 0 is greedy decoding."""
     top_k: int = 50
-    """Sample from the k most likely tokens only (0: from all)."""
+    """Number of most likely tokens to sample from (0: all)."""
     top_p: float = 1.0
-    """Nucleus sampling: sample from the smallest set of most likely tokens with at least this total probability
-    (1: from all)."""
+    """Nucleus sampling: sample from the smallest set of most likely tokens whose total probability is at least this
+    value (1: all tokens)."""
 
     def __post_init__(self) -> None:
         require_size("sampling.max_tokens", self.max_tokens, most=LARGEST_SAMPLE)
@@ -204,82 +207,83 @@ class RunConfig:
     """All settings of a training run."""
 
     steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_tokens: int
-    """Tokens per optimizer step, summed over micro-batches and processes."""
+    """Batch size: tokens per optimizer step, over all micro-batches and ranks."""
     sequence_length: int
-    """Tokens per training window (T)."""
+    """Sequence length T, in tokens."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     micro_batch: int | None = None
-    """Sequences per forward pass (B); gradients are accumulated up to batch_tokens. None: chosen automatically, and
-    lowered when memory runs out."""
+    """Micro-batch B: sequences per forward and backward pass. Gradients are accumulated over several micro-batches up
+    to batch_tokens. None: chosen automatically, and lowered when memory runs out."""
     target_loss: float | None = None
-    """Stop when the training loss of a step is at or below this."""
+    """Training loss in nats at which training stops. None: train for all steps."""
     eval_every: int = 250
-    """Steps between validations. The last step is always followed by one."""
+    """Steps between validations. The last step is always followed by a validation."""
     eval_tokens: int | None = None
-    """Maximum number of validation tokens; always the same tokens. None: the whole validation split."""
+    """Maximum number of tokens per validation; every validation uses the same tokens. None: the complete split."""
     eval_tasks: tuple[str, ...] = ()
-    """Tasks to score at every validation, such as hellaswag or lambada=FILE (`restomod eval --help` lists them)."""
+    """Tasks to evaluate at every validation, such as hellaswag or lambada=FILE; `restomod eval --help` lists all."""
     eval_limit: int | None = None
-    """Maximum number of examples per task; the first ones are taken. None: all."""
+    """Maximum number of examples per task of --eval-tasks; the first ones are used. None: all."""
     sample_every: int = 250
-    """Steps between samples. The last step is always followed by them."""
+    """Steps between samples. The last step is always followed by samples."""
     save_every: int | None = None
-    """Steps between checkpoints. None: by time only. The last step is always followed by one."""
+    """Steps between checkpoints. The last step is always followed by a checkpoint. None: by time only."""
     save_every_minutes: float | None = 10.0
-    """Minutes between checkpoints; after a validation, half of that. None: by steps only."""
+    """Minutes between checkpoints; at the step of a validation, half of this time suffices. None: by steps only."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep (0: all)."""
     keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation loss."""
+    """Keep the checkpoint with the lowest validation loss, in addition to the newest ones."""
     keep_every: int = 0
-    """Also keep the checkpoints at multiples of this many steps (0: none)."""
+    """Interval in steps of checkpoints that are kept permanently, up to --keep-gb (0: none)."""
     keep_gb: float | None = None
-    """Keep at most this many gigabytes of checkpoints; the newest is always kept. None: no limit."""
+    """Maximum size of all checkpoints in GB; the newest one is always kept. None: no limit."""
     track: tuple[Tracker, ...] = ()
-    """Experiment trackers that also get the records of `metrics.jsonl`; several may be named. tensorboard: files in
-    RUN/tensorboard; wandb: offline in RUN/wandb unless WANDB_MODE says otherwise; trackio: its local database."""
+    """Experiment trackers, one or several, that receive the records of metrics.jsonl. tensorboard: files in
+    RUN/tensorboard; wandb: offline in RUN/wandb, or the mode in the environment variable WANDB_MODE; trackio: its
+    local database."""
     on_save_error: OnSaveError = "stop"
-    """What to do when a checkpoint cannot be written, as on a full disk. stop: end the run; continue: try again at the
-    next checkpoint."""
+    """Action if a checkpoint cannot be written, for example because the disk is full. stop: end the run; continue: try
+    again at the next checkpoint."""
     on_spike: OnSpike = "rollback"
-    """What to do when the loss is not finite or is a spike (see spike_sigmas). The update of such a step is always
-    skipped. stop: end the run; skip: continue, and end the run after 10 such steps in a row; rollback: after 3 in a
-    row, go back to the newest checkpoint and skip the data that followed it."""
+    """Action if the loss is not finite or a spike (see --spike-sigmas). The update of such a step is always skipped.
+    stop: end the run; skip: continue, and end the run after 10 consecutive skipped steps; rollback: after 3
+    consecutive skipped steps, return to the newest checkpoint and skip the data since then."""
     spike_sigmas: float = 10.0
-    """A loss is a spike if it is this many standard deviations above the mean of the last 128 (0: no spike
+    """Threshold of a loss spike, in standard deviations above the mean loss of the last 128 steps (0: no spike
     detection)."""
     init: str | None = None
-    """Initial weights: a model on the Hugging Face hub (gpt2), a model folder, or a run. None: random."""
+    """Initial weights: a model on the Hugging Face Hub such as gpt2, a model folder, or a run. None: random."""
     sanity_checks: bool = True
-    """Run sanity checks of the model before the first step, and stop if one fails (`restomod check` runs more)."""
+    """Run sanity checks of the model before the first step, and stop if a check fails; `restomod check` runs more."""
     seed: int = 1337
-    """Random seed of the initial weights, the order of the data and the samples."""
+    """Random seed of the initial weights, the data order and the samples."""
     device: Device = "auto"
     """Device to train on. auto: CUDA, else MPS, else CPU."""
     precision: Precision = "auto"
-    """Compute dtype of matmuls; weights are always fp32. auto: bf16 where the hardware supports it, else fp16 with loss
-    scaling on a GPU that supports it, else fp32."""
+    """Compute dtype of matmuls (mixed precision); weights and optimizer state are always fp32. auto: bf16 if the
+    hardware supports it, else fp16 with loss scaling on a GPU that supports it, else fp32."""
     residual_dtype: ResidualDtype = "fp32"
-    """Dtype of the residual stream in training. bf16 saves memory and time on a GPU and adds rounding errors; it needs
-    precision bf16. Evaluation and sampling always use fp32."""
+    """Dtype of the residual stream in training. bf16 saves memory and time on a GPU but adds rounding errors; it
+    requires precision bf16. Evaluation and sampling always use fp32."""
     document_mask: bool = False
-    """Mask attention across document boundaries in training."""
+    """Mask attention between documents in training, so that a token attends only to its own document."""
     parallel: Parallel = "ddp"
-    """How several processes (torchrun) train one model. ddp: every process has the whole model; fsdp: parameters,
-    gradients and optimizer state are sharded, for large models."""
+    """Parallelism of several ranks (torchrun). ddp: every rank has the complete model; fsdp: parameters, gradients and
+    optimizer state are sharded over the ranks, for large models."""
     gradient_checkpointing: bool = False
-    """Gradient checkpointing (activation checkpointing): recompute the activations of each block in the backward pass
-    instead of storing them. Uses less memory; a step takes about a third longer."""
+    """Recompute the activations of each block in the backward pass instead of storing them (also called activation
+    checkpointing). This saves memory; a step takes about a third longer."""
     deterministic: bool = False
-    """Use deterministic kernels only. This is slower on a GPU and changes nothing on a CPU."""
+    """Use only deterministic kernels. This is slower on a GPU and has no effect on a CPU."""
     compile: Compile = "auto"
-    """Compile the model with torch.compile before training. auto: only on a CUDA device with Triton and a C compiler;
-    on: always (a CPU needs a C++ compiler); off: never."""
+    """Compile the model with torch.compile. auto: on a CUDA device with Triton and a C compiler; on: always (a CPU
+    needs a C++ compiler); off: never, the model runs in eager mode."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "eval_every", "sample_every", "save_every", "eval_limit"):
@@ -295,7 +299,7 @@ class RunConfig:
         require(
             self.residual_dtype == "fp32" or self.precision in ("auto", "bf16"),
             f"residual_dtype {self.residual_dtype} needs precision bf16, and precision is {self.precision}; "
-            f"leave one of them out",
+            f"omit one of them",
         )
         T = self.sequence_length
         require(
@@ -306,7 +310,7 @@ class RunConfig:
         require(
             self.batch_tokens % T == 0,
             f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {T}; "
-            f"the nearest that are: {neighbours(self.batch_tokens, T)}",
+            f"the nearest that are: {nearest_multiples(self.batch_tokens, T)}",
         )
         B = self.micro_batch
         if B is not None and (B < 1 or self.batch_sequences % B):
@@ -326,9 +330,24 @@ class RunConfig:
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences per optimizer step, over all micro-batches and processes."""
+        """Sequences per optimizer step, over all micro-batches and ranks."""
         return self.batch_tokens // self.sequence_length
 
     def compiles_on(self, device_type: str) -> bool:
-        """Whether the model is compiled on a kind of device (cpu, mps, cuda) that has a working compiler."""
+        """Return whether the model is compiled on ``device_type`` (cpu, mps, cuda), if a compiler is installed."""
         return self.compile == "on" or (self.compile == "auto" and device_type == "cuda")
+
+
+COMMON_FIELDS = (
+    *("data.source", "data.path", "data.mix"),
+    *("steps", "batch_tokens", "sequence_length", "micro_batch", "optim.optimizer", "optim.lr", "target_loss"),
+    *("eval_every", "eval_tasks", "sample_every", "save_every", "init", "track", "seed"),
+    *("device", "precision", "compile", "gradient_checkpointing", "parallel"),
+)
+"""Fields that `--help` lists first, in this order."""
+RARELY_USED_FIELDS = (
+    *("eval_tokens", "eval_limit", "save_every_minutes", "keep_checkpoints", "keep_best", "keep_every", "keep_gb"),
+    *("on_save_error", "on_spike", "spike_sigmas", "sanity_checks"),
+    *("residual_dtype", "document_mask", "deterministic"),
+)
+"""Fields that `--help` lists last. The fields in neither tuple follow in groups: model, data, optim, sampling."""

@@ -1,4 +1,4 @@
-"""Configurations to JSON and back, strictly: unknown keys and wrong types raise `UserError`."""
+"""Conversion between configurations and JSON. Unknown keys and wrong types raise `UserError`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from restomod.utils.errors import UserError, did_you_mean, shortened
 from restomod.utils.json_files import read_json
 from restomod.utils.run_files import require_run_inside
 
-CONFIG_VERSION = 1  # of a run's `config.json`, which has every field of `RunConfig`
+CONFIG_VERSION = 1  # format of a run's `config.json`, which has every field of `RunConfig`
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values: nested dataclasses become objects, tuples become lists."""
+    """Convert a dataclass to JSON values: nested dataclasses become objects, tuples become lists."""
     values: dict[str, Any] = dataclasses.asdict(
         config, dict_factory=lambda items: {key: list(v) if isinstance(v, tuple) else v for key, v in items}
     )
@@ -27,15 +27,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_file(config: RunConfig) -> dict[str, Any]:
-    """What a run's `config.json` holds."""
+    """Return the content of a run's `config.json`."""
     return {"version": CONFIG_VERSION, **to_dict(config)}
 
 
 def from_file(values: Any, where: str) -> RunConfig:
-    """The configuration that `to_file` made.
+    """Build a configuration from the content of a run's `config.json`, the inverse of `to_file`.
+
+    Args:
+        values: parsed JSON.
+        where: file name for messages.
 
     Raises:
-        UserError: as `from_dict`; the version is not known; a field is missing.
+        UserError: unknown version, unknown or missing key, or invalid value.
     """
     require(isinstance(values, dict), f"{where}: the file should be an object, not {shortened(repr(values))}")
     version = values.get("version", CONFIG_VERSION)
@@ -56,11 +60,17 @@ def from_dict(
     prefix: str = "",
     complete: bool = False,
 ) -> Any:
-    """Build the dataclass ``cls`` from what `to_dict` made; absent fields take their defaults unless ``complete``.
+    """Build a dataclass from JSON values, the inverse of `to_dict`.
+
+    Args:
+        values: parsed JSON.
+        cls: dataclass to build.
+        where: file name at the beginning of messages.
+        prefix: dotted path of ``values`` in the file, such as "optim.", for messages.
+        complete: whether every field must be present; otherwise absent fields have their defaults.
 
     Raises:
-        UserError: an unknown or missing key, a value of the wrong type, or one that the dataclass refuses. The message
-            begins with the file's name ``where``, and its keys with ``prefix``.
+        UserError: unknown or missing key, value of the wrong type, or value that the dataclass rejects.
     """
     if not isinstance(values, dict):
         raise UserError(
@@ -69,7 +79,7 @@ def from_dict(
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
-        if key not in names:  # looking for what is meant takes longer than all else here
+        if key not in names:  # the search for the nearest name is slow, so it runs only for unknown keys
             raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), names)}")
     known = {
         name: _typed(values[name], hints[name], where, f"{prefix}{name}", complete) for name in names if name in values
@@ -84,7 +94,7 @@ def from_dict(
 
 
 def _typed(value: Any, hint: Any, where: str, key: str, complete: bool = False) -> Any:
-    """Return ``value`` as type ``hint`` (an int is a fine float; a list a fine tuple), or raise UserError."""
+    """Convert ``value`` to type ``hint``, or raise UserError; int is accepted as float, and list as tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(value, typing.cast(type, hint), where, f"{key}.", complete)
@@ -101,7 +111,7 @@ def _typed(value: Any, hint: Any, where: str, key: str, complete: bool = False) 
         require(isinstance(value, list), f"{where}: {key} should be a list, not {shortened(repr(value))}")
         element = arguments[0]
         right_length = arguments[-1] is Ellipsis or len(value) == len(arguments)
-        require(right_length, f"{where}: {key} should hold {len(arguments)} values, not {len(value)}")
+        require(right_length, f"{where}: {key} should have {len(arguments)} values, not {len(value)}")
         return tuple(_typed(v, element, where, key) for v in value)
     if hint is float and type(value) is int:
         return float(value)
@@ -110,10 +120,10 @@ def _typed(value: Any, hint: Any, where: str, key: str, complete: bool = False) 
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration of an existing run, of which no file is a link to elsewhere.
+    """Read the configuration of an existing run.
 
     Raises:
-        UserError: ``folder`` is no run, or its configuration is damaged.
+        UserError: ``folder`` is not a run, a file in it is a link out of the run, or its `config.json` is damaged.
     """
     require_run_inside(folder)
     refuse_model(folder)
@@ -124,7 +134,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def refuse_model(folder: Path) -> None:
-    """Raise UserError where ``folder`` is a file, a checkpoint, the checkpoints of a run, or a model."""
+    """Raise UserError if ``folder`` is a file, a model folder, a checkpoint or the folder `checkpoints` of a run."""
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder of a run")
     here = folder.absolute()

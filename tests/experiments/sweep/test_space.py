@@ -6,7 +6,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from restomod.commands.parsing import parse
-from restomod.commands.sweep import SweepArguments, plan_of
+from restomod.commands.sweep import SweepArguments, build_plan
 from restomod.commands.train import TrainArguments
 from restomod.config.presets import preset
 from restomod.experiments.sweep.space import flags, grid, parse_dimension
@@ -67,7 +67,7 @@ def test_more_trials_than_can_be_are_refused_before_they_are_listed() -> None:
     for n, seeds in ((10**11, 1), (1, 10**9)):
         given = SweepArguments(random=("optim.lr=1e-4..1e-2",), out="s", trials=n, seeds=seeds)
         with pytest.raises(UserError, match="it must be at most 100,000"):
-            plan_of("quickstart", preset("quickstart"), given, [])
+            build_plan("quickstart", preset("quickstart"), given, [])
 
 
 def test_the_flags_give_a_run_the_parameters() -> None:
