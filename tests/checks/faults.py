@@ -1,4 +1,4 @@
-"""Faults as a careless programmer would write them, to be planted into a sound GPT-2."""
+"""Typical programming errors, which tests plant into a correct GPT-2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ sound_init = GPT.__init__
 
 
 def _initialise(std: float, mean: float = 0.0, residual_scale: bool = True, bias: float = 0.0) -> Plant:
-    """GPT-2's initialisation with other numbers."""
+    """GPT-2's initialisation with other constants."""
 
     @torch.no_grad()
     def init_weights(model: GPT, seed: int) -> None:
@@ -59,7 +59,7 @@ def _attend(kind: str) -> Plant:
 
 
 def _embed(kind: str) -> Plant:
-    """The transformer's forward pass with a slip."""
+    """Forward pass of the transformer with an error."""
 
     def forward(self: Transformer, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         x, positions = self.wte(tokens), self.wpe(torch.arange(tokens.shape[1]))
@@ -86,7 +86,7 @@ def _residual_stream(scale: float) -> Plant:
 
 
 def _untied(patch: pytest.MonkeyPatch) -> None:
-    """A head with weights of its own."""
+    """An untied lm_head."""
 
     def __init__(self: GPT, config: Any) -> None:
         sound_init(self, config)
@@ -97,12 +97,12 @@ def _untied(patch: pytest.MonkeyPatch) -> None:
 
 
 def _head(head: Callable[[Tensor], Tensor]) -> Plant:
-    """A head that is made from the embedding."""
+    """An lm_head computed from the token embedding."""
     return lambda patch: patch.setattr(GPT, "head", property(lambda self: head(self.transformer.wte.weight)))
 
 
 def _built(alter: Alter) -> Plant:
-    """A model that is altered once it stands."""
+    """A model that is altered after its construction."""
 
     def __init__(self: GPT, config: Any) -> None:
         sound_init(self, config)
@@ -112,7 +112,7 @@ def _built(alter: Alter) -> Plant:
 
 
 def _load(tokens_ahead: int, targets_ahead: int) -> Plant:
-    """A loader whose tokens and targets begin elsewhere in their window."""
+    """A loader with shifted tokens and targets."""
 
     def load(self: Batches, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         text = self.streams[0].read(0, len(self.streams[0])).astype(np.int64)
@@ -126,11 +126,11 @@ def _load(tokens_ahead: int, targets_ahead: int) -> Plant:
     return lambda patch: patch.setattr(Batches, "load", load)
 
 
-def _loss(slip: Callable[[Tensor, int], tuple[Tensor, int]]) -> Plant:
-    """A loss of other targets (N,), or over another vocabulary; inside `batch_loss`, whatever the loader does."""
+def _loss(error: Callable[[Tensor, int], tuple[Tensor, int]]) -> Plant:
+    """A loss in `batch_loss` with other targets (N,) or another vocabulary size."""
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *how: Any) -> Tensor:
-        targets, vocab_size = slip(targets, vocab_size)
+        targets, vocab_size = error(targets, vocab_size)
         return linear_cross_entropy(hidden, weight, targets, vocab_size, *how)
 
     return lambda patch: patch.setattr("restomod.engine.step.linear_cross_entropy", loss)
@@ -145,14 +145,14 @@ def _differs_in_bf16(patch: pytest.MonkeyPatch) -> None:
 
 
 def _optimizer(keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> Plant:
-    """AdamW over some of the groups of parameters only."""
+    """AdamW with a part of the parameter groups."""
     return lambda patch: patch.setattr(
         "restomod.engine.optimizers.adamw.AdamW", lambda groups, **settings: AdamW(list(keep(groups)), **settings)
     )
 
 
 def _compiled(scale: float) -> Plant:
-    """A compiler whose code computes something else."""
+    """A compiler whose code returns scaled results."""
     return lambda patch: patch.setattr("torch.compile", lambda module: lambda tokens: module.forward(tokens) * scale)
 
 
@@ -178,46 +178,54 @@ def _without_bias(self: MLP, x: Tensor) -> Tensor:
 
 
 QUICK_FAULTS: dict[str, tuple[Plant, str, str]] = {
-    # what was done: how, the check that must fail, and a part of what it must say
+    # name of the fault: function that plants it, name of the check that must fail, part of its reason
     "20 times the std, no residual scaling": (  # far enough from 1.5 nats for any text
         _initialise(0.4, residual_scale=False),
         "initial loss",
         "the initialisation is wrong",
     ),
-    "a mask that hides nothing": (_attend("all"), "causality", "it sees ahead"),
-    "a mask that is off by one": (_attend("one ahead"), "causality", "it sees ahead"),
-    "a mask that is upside down": (_attend("backwards"), "causality", "it sees ahead"),
-    "logits that do not depend on the tokens": (_embed("ignores its input"), "causality", "no logit at all"),
+    "a mask that hides nothing": (_attend("all"), "causality", "attention is not causal"),
+    "a mask that is off by one": (_attend("one ahead"), "causality", "attention is not causal"),
+    "a mask that is transposed": (_attend("backwards"), "causality", "attention is not causal"),
+    "logits that do not depend on the tokens": (_embed("ignores its input"), "causality", "changes no logits"),
     "a head with its own weights": (_untied, "tied lm_head", "a copy"),
     "a head that is a detached copy": (_head(lambda w: w.detach().clone()), "tied lm_head", "a copy"),
-    "a head that is detached": (_head(torch.Tensor.detach), "tied lm_head", "gets no gradient"),
-    "a block too few": (_built(lambda model: model.transformer.h.__delitem__(1)), "tied lm_head", "1 blocks, not 2"),
-    "a loader with targets 0 ahead": (_load(0, 0), "targets", "0 ahead of its input, not 1"),
-    "a loader with targets 2 ahead": (_load(0, 2), "targets", "2 ahead of its input, not 1"),
-    "a loader with targets behind": (_load(0, -1), "targets", "-1 ahead of its input, not 1"),
-    "a loader with targets far off": (_load(0, 7), "targets", "the targets of the first window are wrong: they are"),
-    "a loader that loses the first token": (_load(1, 2), "targets", "the tokens of the first window are wrong"),
-    "a loss of targets 0 ahead": (_loss(lambda y, V: (y.roll(1), V)), "targets", "is not the next tokens' cross"),
-    "a loss of targets 2 ahead": (_loss(lambda y, V: (y.roll(-1), V)), "targets", "is not the next tokens' cross"),
-    "a loss over the padding": (_loss(lambda y, V: (y, 64 * math.ceil(V / 64))), "targets", "is not the next"),
+    "a head that is detached": (_head(torch.Tensor.detach), "tied lm_head", "detached"),
+    "a block too few": (
+        _built(lambda model: model.transformer.h.__delitem__(1)),
+        "tied lm_head",
+        "1 blocks, expected 2",
+    ),
+    "a loader with targets 0 ahead": (_load(0, 0), "targets", "shifted by 0 tokens, expected 1"),
+    "a loader with targets 2 ahead": (_load(0, 2), "targets", "shifted by 2 tokens, expected 1"),
+    "a loader with targets behind": (_load(0, -1), "targets", "shifted by -1 tokens, expected 1"),
+    "a loader with targets far off": (_load(0, 7), "targets", "the targets of the first window are wrong: they differ"),
+    "a loader that skips the first token": (_load(1, 2), "targets", "the tokens of the first window are wrong"),
+    "a loss of targets 0 ahead": (_loss(lambda y, V: (y.roll(1), V)), "targets", "cross-entropy of the next tokens"),
+    "a loss of targets 2 ahead": (_loss(lambda y, V: (y.roll(-1), V)), "targets", "cross-entropy of the next tokens"),
+    "a loss over the padding": (
+        _loss(lambda y, V: (y, 64 * math.ceil(V / 64))),
+        "targets",
+        "cross-entropy of the next",
+    ),
     "a frozen matrix": (
         _built(lambda model: model.transformer.wpe.weight.requires_grad_(False)),
         "gradients",
         "transformer.wpe.weight is frozen",
     ),
-    "frozen altogether": (_built(lambda model: model.requires_grad_(False)), "gradients", "wte.weight is frozen"),
-    "blocks cut off by .detach()": (_embed("detached"), "gradients", "none reaches transformer.wpe.weight"),
+    "all parameters frozen": (_built(lambda model: model.requires_grad_(False)), "gradients", "wte.weight is frozen"),
+    "blocks cut off by .detach()": (_embed("detached"), "gradients", "wpe.weight has no gradient"),
     "attention cut off by .detach()": (
         _attend("detached"),
         "gradients",
-        "none reaches transformer.h.0.ln_1.weight",
+        "h.0.ln_1.weight has no gradient",
     ),
-    "no positions": (_embed("no positions"), "gradients", "none reaches transformer.wpe.weight"),
-    "a bias left out": (_mlp(_without_bias), "gradients", "none reaches transformer.h.0.mlp.c_proj.bias"),
+    "no positions": (_embed("no positions"), "gradients", "wpe.weight has no gradient"),
+    "a missing bias": (_mlp(_without_bias), "gradients", "h.0.mlp.c_proj.bias has no gradient"),
     "an optimizer without biases and norms": (
         _optimizer(lambda groups: groups[:1]),
         "gradients",
-        "the optimizer does not update transformer.h.0.ln_1.weight",
+        "h.0.ln_1.weight is missing in the optimizer",
     ),
 }
 
@@ -225,19 +233,19 @@ SLOW_FAULTS: dict[str, tuple[Plant, str, str]] = {
     "no residual scaling": (
         _initialise(0.02, residual_scale=False),
         "initial weights",
-        "transformer.h.0.attn.c_proj.weight has standard deviation",
+        "transformer.h.0.attn.c_proj.weight has std",
     ),
-    "10 times the std": (_initialise(0.2, residual_scale=False), "initial weights", "wte.weight has standard dev"),
-    "a tenth of the std": (_initialise(0.002), "initial weights", "wte.weight has standard deviation 0.002"),
+    "10 times the std": (_initialise(0.2, residual_scale=False), "initial weights", "wte.weight has std"),
+    "a tenth of the std": (_initialise(0.002), "initial weights", "wte.weight has std 0.002"),
     "weights around another mean": (_initialise(0.02, mean=0.02), "initial weights", "has mean 0.0"),
     "biases that are not 0": (_initialise(0.02, bias=0.1), "initial weights", "ln_1.bias is not all 0"),
     "a residual stream that explodes": (_residual_stream(100.0), "activations", "exploding"),
     "a residual stream that dies": (_residual_stream(0.01), "activations", "dead"),
     "a residual stream that overflows": (_residual_stream(1e30), "activations", "not finite"),
-    "dead hidden units": (_mlp(_relu_far_below_zero), "activations", "100.0% of MLP units are 0"),
-    "another loss in bf16": (_differs_in_bf16, "bf16", "more than 0.05 apart"),
-    "a compiler's other loss": (_compiled(1.05), "compiled", "without"),
-    "a compiler that forgets the gradient": (_compiled_without_gradient, "compiled", "gradient norm"),
-    "an optimizer that takes NaN": (_takes_nan, "refused updates", "with optimizer muon change transformer"),
-    "an optimizer that does nothing": (_nothing_is_learned, "overfitting", " steps"),
+    "dead hidden units": (_mlp(_relu_far_below_zero), "activations", "dead MLP units: 100.0%"),
+    "another loss in bf16": (_differs_in_bf16, "bf16", "differ by more than 0.05"),
+    "a compiler's other loss": (_compiled(1.05), "compiled", "eager"),
+    "a compiler without gradients": (_compiled_without_gradient, "compiled", "gradient norm"),
+    "an optimizer that applies NaN": (_takes_nan, "NaN gradients", "optimizer muon changes transformer"),
+    "an optimizer without updates": (_nothing_is_learned, "overfit batch", " steps"),
 }

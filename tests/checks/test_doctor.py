@@ -1,4 +1,4 @@
-"""The doctor says what is wrong with a machine: faults are planted for every check. No test looks at speed."""
+"""`doctor` reports faults of a machine; tests plant a fault for every check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from restomod.checks.speed import Rates, matmul_rates
 from restomod.cli import main
 from restomod.config.presets import preset
 from restomod.config.run import Device, ModelConfig, OptimConfig, Precision
-from restomod.runs.async_saver import kept
+from restomod.runs.async_saver import steps_to_keep
 from restomod.utils.console import CheckResult, CheckStatus
 from restomod.utils.errors import UserError
 from tests.checks.test_device_parity import FAULTS, WrongKernel
@@ -51,7 +51,7 @@ SLOW_NAMES = ["compiler", "processes"]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks that take seconds pass without being made; what they do is tested below."""
+    """Slow checks are replaced; other tests cover them."""
     for name in SLOW_NAMES:
         monkeypatch.setattr(doctor, name, lambda machine, name=name: CheckResult(name, "pass", "planted"))
     monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=2e12))
@@ -62,7 +62,7 @@ def rates(size: int = 1024, **per_second: float) -> Rates:
     return Rates({name: {size: rate} for name, rate in per_second.items()})
 
 
-def test_a_line_for_each_check_and_a_sum(
+def test_every_check_has_a_line_and_the_last_is_a_summary(
     quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -93,7 +93,7 @@ def test_a_fail_is_exit_code_1_and_the_others_are_still_made(
     assert shown.err == ""
 
 
-def test_without_its_device_what_needs_it_is_skipped(
+def test_checks_of_a_missing_device_are_skipped(
     quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -102,12 +102,12 @@ def test_without_its_device_what_needs_it_is_skipped(
     assert found["device"].startswith("fail  device            device 'cuda' is not available here (there is: ")
     for name in ("memory", "parity", "matmuls", "bf16"):
         assert found[name].startswith("skip  ")
-        assert found[name].endswith("there is no device to try it on")
+        assert found[name].endswith("no device")
     assert found["disk"].startswith("pass  ")
 
 
-def test_every_check_that_asks_for_the_device_is_skipped_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are not may be made: none of them may meet the error that there is no device, but `device`."""
+def test_only_one_check_reports_a_missing_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the check `device` may report the missing device as an error."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(tools, "_child", lambda *_: None)
     for name in (*NAMES, *SLOW_NAMES):
@@ -136,7 +136,7 @@ def test_versions_of_this_installation() -> None:
         (["no-such-package"], "fail", "no-such-package is missing; pip install 'no-such-package'"),
         (["tokie==9.9"], "warn", "tokenized by tiktoken instead, 4 times slower; pip install 'tokie==9.9'"),
         (["torch>=99", "tokie==9.9"], "fail", "pip install 'torch>=99' 'tokie==9.9'"),
-        (["no-such-package; extra == 'test'", "torch>=2"], "pass", "all 1 packages"),
+        (["no-such-package; extra == 'test'", "torch>=2"], "pass", "; 1 packages"),
     ],
 )
 def test_a_package_of_another_release(
@@ -149,7 +149,7 @@ def test_a_package_of_another_release(
 @pytest.mark.parametrize(
     ("release", "status"), [((2, 11), "pass"), ((2, 15), "pass"), ((2, 16), "warn"), ((3, 0), "warn")]
 )
-def test_a_torch_that_nobody_has_tested_is_warned_of(
+def test_an_untested_torch_is_a_warning(
     release: tuple[int, int], status: CheckStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "torch_release", lambda: release)
@@ -162,7 +162,9 @@ def test_without_an_installation_versions_are_not_known(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("cuda", "said"), [(None, "built without CUDA"), ("12.8", "built for CUDA 12.8, cannot use")])
-def test_a_gpu_that_lies_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, said: str) -> None:
+def test_an_unused_gpu_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, said: str
+) -> None:
     monkeypatch.setattr(machine, "choose_device", lambda name: CPU)
     assert machine.device(this(device="auto")).status == "pass"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
@@ -170,30 +172,30 @@ def test_a_gpu_that_lies_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("torch.version.cuda", cuda)
     assert_says(machine.device(this(device="auto")), "warn", said)
-    assert machine.device(this(device="cpu")).status == "pass"  # as was asked for
+    assert machine.device(this(device="cpu")).status == "pass"  # requested by the user
 
 
 # --- disk, memory, threads ----------------------------------------------------------------------------------
 
 
-def test_room_for_checkpoints_is_that_of_those_kept_the_best_and_one_more(
+def test_the_disk_needs_space_for_kept_checkpoints_and_one_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = preset("quickstart")
     saved = range(0, config.steps + 1, config.save_every)
-    kept_at_most = max(
-        len(kept(list(saved[: n + 1]), {step: float(step != best) for step in saved[: n + 1]}, {}, config))
+    max_kept = max(
+        len(steps_to_keep(list(saved[: n + 1]), {step: float(step != best) for step in saved[: n + 1]}, {}, config))
         for n in range(len(saved))
         for best in saved
     )
-    needed = (kept_at_most + 1) * (4 * 7_655_552 + machine.optimizer_bytes(config.model, config.optim)[0])
+    needed = (max_kept + 1) * (4 * 7_655_552 + machine.optimizer_bytes(config.model, config.optim)[0])
     monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=needed))
-    assert_says(machine.disk(this(tmp_path / "runs" / "x")), "pass", "0.37 GB", "3 checkpoints of 0.09 GB")
+    assert_says(machine.disk(this(tmp_path / "runs" / "x")), "pass", "0.37 GB", "4 checkpoints of 0.09 GB")
     monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=needed - 1))
     assert_says(machine.disk(this(tmp_path / "runs" / "x")), "fail", f"free in {tmp_path}", "--out on another disk")
 
 
-def test_a_checkpoint_is_as_large_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimated_size_of_a_checkpoint_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("A text that is long enough to be trained on.\n" * 200)
     model = ("--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32", "--sequence-length", "64")
@@ -203,12 +205,12 @@ def test_a_checkpoint_is_as_large_as_is_said(tmp_path: Path, monkeypatch: pytest
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     config = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=256)
     said = 4 * machine.parameter_count(config) + machine.optimizer_bytes(config, OptimConfig())[0]
-    assert said < size < said + 4 * 2**20  # the vocabulary's files are with it
+    assert said < size < said + 4 * 2**20  # the tokenizer's files
 
 
-def test_a_file_where_runs_are_to_go(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_runs_folder_fails(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    assert_says(machine.disk(this(tmp_path / "runs")), "fail", "cannot be written to; train with --out")
+    assert_says(machine.disk(this(tmp_path / "runs")), "fail", "is not writable; train with --out")
 
 
 @pytest.mark.parametrize(
@@ -217,10 +219,10 @@ def test_a_file_where_runs_are_to_go(tmp_path: Path) -> None:
 )
 def test_memory_for_gpt2_124m(monkeypatch: pytest.MonkeyPatch, free: float, status: CheckStatus, said: str) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda device: int(free))
-    assert_says(machine.memory(this(precision="bf16", of="gpt2-124m")), status, said, "micro-batches of 4")
+    assert_says(machine.memory(this(precision="bf16", of="gpt2-124m")), status, said, "micro-batch 4")
 
 
-def test_memory_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda device: None)
     assert machine.memory(this()).status == "skip"
 
@@ -264,12 +266,12 @@ def test_a_containers_limit_of_processors(
 @pytest.mark.parametrize(
     ("used", "there", "variable", "status", "said"),
     [
-        (2, 2, None, "pass", "torch uses 2 threads, and this process has 2 processors"),
-        (8, 1.5, None, "warn", "they take turns; export OMP_NUM_THREADS=1"),
+        (2, 2, None, "pass", "torch uses 2 threads on 2 CPUs"),
+        (8, 1.5, None, "warn", "too many; export OMP_NUM_THREADS=1"),
         (8, 0.5, None, "warn", "export OMP_NUM_THREADS=1"),
         (1, 1.5, "1", "pass", ""),
         (1, 4, "1", "warn", "OMP_NUM_THREADS is 1; export OMP_NUM_THREADS=4"),
-        (2, 4, None, "pass", ""),  # torch's own choice: a thread per core, of two that share it
+        (2, 4, None, "pass", ""),  # torch's default: one thread per physical core
     ],
 )
 def test_threads(
@@ -284,22 +286,22 @@ def test_threads(
     assert_says(machine.threads(this()), status, said)
 
 
-# --- right, and how fast ------------------------------------------------------------------------------------
+# --- parity and speed ---------------------------------------------------------------------------------------
 
 
 def test_a_wrong_kernel() -> None:
     assert run_check(doctor.parity, this()).status == "pass"
     with WrongKernel(*FAULTS["attention 2 % too large"]):
-        assert_says(run_check(doctor.parity, this()), "fail", "gradients by at most")
+        assert_says(run_check(doctor.parity, this()), "fail", "gradients at most")
     assert device_parity.SHAPE.n_embd == 64 * device_parity.SHAPE.n_head  # the heads are those of GPT-2
 
 
 @pytest.mark.parametrize(
     ("precision", "bf16_rate", "status", "said"),
     [
-        ("bf16", 2e12, "pass", "2.00 times as fast as fp32 at 1024"),
-        ("bf16", 0.5e12, "warn", "0.50 times as fast as fp32 at 1024, so it only costs precision; train with --prec"),
-        ("fp32", 0.5e12, "pass", "0.50 times as fast as fp32 at 1024; the compute dtype is fp32 here"),
+        ("bf16", 2e12, "pass", "2.00 × the speed of fp32 (size 1024)"),
+        ("bf16", 0.5e12, "warn", "0.50 × the speed of fp32 (size 1024); train with --precision fp32"),
+        ("fp32", 0.5e12, "pass", "0.50 × the speed of fp32 (size 1024); compute dtype is fp32"),
     ],
 )
 def test_bf16_slower_than_fp32(
@@ -307,13 +309,13 @@ def test_bf16_slower_than_fp32(
 ) -> None:
     monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=bf16_rate, fp16=3e12))
     assert_says(bf16(this(precision=precision)), status, said)
-    assert_says(matmuls(this()), "pass", "fp32 1.00 TFLOP/s (at 1024)", "fp16 3.00 TFLOP/s")
+    assert_says(matmuls(this()), "pass", "fp32 1.00 TFLOP/s (size 1024)", "fp16 3.00 TFLOP/s")
 
 
-def test_bf16_that_is_faster_where_it_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faster_bf16_is_suggested_where_fp32_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "matmul_rates", lambda device: rates(fp32=1e12, bf16=2e12))
     monkeypatch.setattr(machine, "choose_dtype", lambda precision, device: torch.float32)
-    assert_says(bf16(this(precision="auto")), "pass", "--precision bf16 can be tried")
+    assert_says(bf16(this(precision="auto")), "pass", "--precision bf16 may be faster")
 
 
 def test_matmuls_grow_until_one_would_take_too_long() -> None:
@@ -336,19 +338,19 @@ def test_matmuls_grow_until_one_would_take_too_long() -> None:
     assert found.compared("bf16", "fp32") == (1024, pytest.approx(1e13), pytest.approx(2e10))
 
 
-def test_rates_and_bandwidth_are_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_and_bandwidth_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "REPEAT_SECONDS", 0.0)
     monkeypatch.setattr(speed, "LONGEST_MATMUL", 0.0)
     monkeypatch.setattr(speed, "COPIED_BYTES", {"cpu": 2**20})
     assert matmuls(this()).status == "pass"
-    assert doctor.bandwidth(this()).reason.endswith(" GB/s, copying")
+    assert doctor.bandwidth(this()).reason.endswith(" GB/s")
 
 
 # --- tools --------------------------------------------------------------------------------------------------
 
 
 def compiler_verdict(path: str) -> CheckResult:
-    """In a process of its own, as torch keeps what it has once found out about a compiler."""
+    """Run the check in a new process, because torch caches its results about a compiler."""
     program = (
         "from pathlib import Path; from restomod.checks.doctor import *; from restomod.config.presets import preset;"
         "v = run_check(compiler, Machine('cpu', 'fp32', 'x', preset('quickstart'), Path()));"
@@ -362,7 +364,7 @@ def compiler_verdict(path: str) -> CheckResult:
 
 def test_a_compiler_that_is_absent(tmp_path: Path) -> None:
     assert_says(
-        compiler_verdict(str(tmp_path)), "warn", "there is no C++ compiler", "train with --compile off", "install g++"
+        compiler_verdict(str(tmp_path)), "warn", "no C++ compiler found", "train with --compile off", "install g++"
     )
 
 
@@ -370,7 +372,7 @@ def test_a_compiler_that_is_absent(tmp_path: Path) -> None:
     ("message", "said"),
     [
         ("x.h:1: fatal error: Python.h: No such file", "(Python.h is missing); train with --compile off, or install"),
-        ("x.cpp:1:1: error: no such thing", "(x.cpp:1:1: error: no such thing); train with --compile off, or see"),
+        ("x.cpp:1:1: error: no such thing", "(x.cpp:1:1: error: no such thing); train with --compile off, or repair"),
     ],
 )
 def test_a_compiler_that_fails(tmp_path: Path, message: str, said: str) -> None:
@@ -382,7 +384,7 @@ def test_a_compiler_that_fails(tmp_path: Path, message: str, said: str) -> None:
 
 @pytest.mark.slow
 def test_a_compiler_that_works() -> None:
-    assert_says(compiler_verdict(os.environ["PATH"]), "pass", "torch.compile compiles a module here")
+    assert_says(compiler_verdict(os.environ["PATH"]), "pass", "torch.compile works")
 
 
 @pytest.mark.slow
@@ -391,12 +393,12 @@ def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path) -> None:
     (tmp_path / "g++").write_text(f'#!/bin/sh\n{refuses}\nexec {shutil.which("g++")} "$@"\n')
     (tmp_path / "g++").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    assert_says(compiler_verdict(path), "pass", "torch.compile compiles a module here")
+    assert_says(compiler_verdict(path), "pass", "torch.compile works")
 
 
-def test_a_compiler_that_compiles_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_with_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda module: lambda x: module(x) * 1.001)
-    assert_says(run_check(tools.compiler, this()), "fail", "a compiled module is off by", "--compile off")
+    assert_says(run_check(tools.compiler, this()), "fail", "outputs differ by", "--compile off")
     monkeypatch.setattr("torch.compile", lambda module: module)
     assert run_check(tools.compiler, this()).status == "pass"
 
@@ -406,36 +408,36 @@ def test_a_compiler_that_compiles_something_else(monkeypatch: pytest.MonkeyPatch
     [
         ("Cannot find a working triton installation", "install triton"),
         ("CppCompileError: C++ compile error\n\nx.cpp:1:1: error: no such thing", "x.cpp:1:1: error: no such thing"),
-        ("", "no reason given"),
+        ("", "unknown reason"),
     ],
 )
-def test_what_a_compilers_message_means(message: str, said: str) -> None:
+def test_causes_in_compiler_messages(message: str, said: str) -> None:
     assert said in " ".join(tools._compiler_problem(message))
 
 
-def test_two_processes_add_up() -> None:
-    assert_says(run_check(tools.processes, this()), "pass", "two processes add up over gloo")
+def test_all_reduce_between_two_processes() -> None:
+    assert_says(run_check(tools.processes, this()), "pass", "all-reduce works over gloo")
 
 
 def test_a_process_group_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-network")
     assert_says(
-        run_check(tools.processes, this()), "fail", "two processes cannot work together (", "GLOO_SOCKET_IFNAME=lo"
+        run_check(tools.processes, this()), "fail", "two processes cannot communicate (", "GLOO_SOCKET_IFNAME=lo"
     )
 
 
-def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "TIMEOUT", 0.01)
-    assert_says(run_check(tools.processes, this()), "fail", "did not find each other")
+    assert_says(run_check(tools.processes, this()), "fail", "did not connect")
 
 
 def _says(output: str, code: int = 0) -> Any:
     return lambda *_: SimpleNamespace(returncode=code, stdout=output, stderr="")
 
 
-def test_processes_that_add_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_all_reduce_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "_child", _says("roundtrip gloo 3.0\nroundtrip NCCL 2.0\n"))
-    assert_says(tools.processes(this()), "fail", "1 + 2 over two processes: NCCL gave 2.0")
+    assert_says(tools.processes(this()), "fail", "NCCL returned 2.0, not 3")
     monkeypatch.setattr(tools, "_child", _says("roundtrip gloo 3.0\nroundtrip NCCL 3.0\n"))
     assert_says(tools.processes(this()), "pass", "gloo and NCCL")
     monkeypatch.setattr(tools, "_child", _says(""))
@@ -453,7 +455,7 @@ def test_a_child_finds_this_package_wherever_it_is_run_from(tmp_path: Path, monk
     assert done.stdout.split() == [sys.modules["restomod"].__file__, "False"]
 
 
-def test_a_user_error_in_a_check_is_its_reason() -> None:
+def test_a_user_error_in_a_check_becomes_its_reason() -> None:
     def wants_more(machine: Machine) -> CheckResult:
         raise UserError("micro_batch 3 does not divide")
 

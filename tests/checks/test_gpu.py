@@ -1,4 +1,4 @@
-"""What the doctor says of a GPU's libraries, from what a machine with one would report."""
+"""`doctor`'s checks of GPU libraries, with simulated reports of a machine with a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MACHINE = WithGPU("cuda", "auto", "quickstart", preset("quickstart"), Path("runs
 
 @pytest.mark.parametrize("use", list(BACKENDS))
 def test_the_backend_is_the_one_that_torch_chooses(use: Use) -> None:
-    """On a CPU its flash kernel, for all that GPT-2 does."""
+    """On a CPU, torch chooses its flash kernel for all uses."""
     assert chosen_backend(torch.device("cpu"), torch.float32, use) == SDPBackend.FLASH_ATTENTION
 
 
@@ -40,7 +40,7 @@ def test_every_use_is_named_with_its_backend(monkeypatch: pytest.MonkeyPatch) ->
     assert_says(attention(MACHINE), "pass", expected)
 
 
-def test_a_gpu_left_with_the_slowest_backend_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_math_backend_on_a_gpu_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "chosen_backend", lambda device, dtype, use: SDPBackend.MATH)
     assert_says(attention(MACHINE), "warn", "math for training", "update torch")
 
@@ -50,7 +50,7 @@ def test_a_gpu_left_with_the_slowest_backend_is_warned_of(monkeypatch: pytest.Mo
 
 @pytest.fixture
 def maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands in for the list of this process's mapped files."""
+    """Replaces the list of this process's mapped files."""
     monkeypatch.setattr(gpu, "MAPS", tmp_path / "maps")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "site-packages/torch/__init__.py"))
@@ -70,12 +70,12 @@ def test_cudnn_is_named_with_its_folder(maps: Path, tmp_path: Path) -> None:
     assert_says(cudnn(MACHINE), "pass", f"9.19.0, from {folder}")
 
 
-def test_another_cudnn_than_torchs_own_is_warned_of(maps: Path) -> None:
+def test_another_cudnn_than_torchs_own_is_a_warning(maps: Path) -> None:
     maps.write_text(mapped(Path("/usr/local/cuda/lib64/libcudnn.so.9.8.0")))
     assert_says(cudnn(MACHINE), "warn", "from /usr/local/cuda/lib64", "unset LD_LIBRARY_PATH")
 
 
-def test_without_such_a_list_the_folder_is_unknown(maps: Path) -> None:
+def test_without_a_list_of_mapped_files_the_folder_is_unknown(maps: Path) -> None:
     assert_says(cudnn(MACHINE), "pass", "from an unknown folder")
 
 
@@ -87,18 +87,18 @@ def test_without_such_a_list_the_folder_is_unknown(maps: Path) -> None:
     [
         ((9, 0), ["sm_80", "sm_90", "compute_90"], True),
         ((9, 0), ["sm_80", "sm_90a"], True),
-        ((8, 9), ["sm_80", "sm_90"], True),  # machine code of the same major capability
+        ((8, 9), ["sm_80", "sm_90"], True),  # binaries of the same major capability
         ((7, 0), ["sm_75", "sm_80"], False),  # a V100 and a build for CUDA 13
         ((12, 0), ["sm_80", "sm_90"], False),  # an RTX 5090 and a build for CUDA 12.6
-        ((12, 0), ["sm_80", "compute_90"], True),  # translated when it is loaded
+        ((12, 0), ["sm_80", "compute_90"], True),  # PTX, compiled at load time
         ((8, 0), ["sm_86"], False),
     ],
 )
-def test_a_card_without_kernels_is_found(capability: tuple[int, int], kernels: list[str], supported: bool) -> None:
+def test_a_gpu_without_kernels_is_found(capability: tuple[int, int], kernels: list[str], supported: bool) -> None:
     assert is_supported(capability, kernels) == supported
 
 
-def test_a_card_without_kernels_fails_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_kernels_fails_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
     assert_says(known_faults(MACHINE), "fail", "compute capability 7.0, only for sm_75, sm_90", "install a build")
@@ -112,7 +112,7 @@ def test_a_card_without_kernels_fails_with_what_to_install(monkeypatch: pytest.M
         ((2, 15), (9, 0), False, False),
     ],
 )
-def test_faults_that_are_avoided_are_said_and_pass(
+def test_avoided_faults_are_listed_and_pass(
     release: tuple[int, int],
     capability: tuple[int, int],
     reductions: bool,
@@ -127,7 +127,7 @@ def test_faults_that_are_avoided_are_said_and_pass(
     assert ("with a mask" in verdict.reason) == masks
 
 
-def test_a_fault_that_the_environment_brings_back_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_enabled_by_the_environment_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
     monkeypatch.setattr("restomod.engine.device.torch_release", lambda: (2, 11))
@@ -136,6 +136,6 @@ def test_a_fault_that_the_environment_brings_back_is_warned_of(monkeypatch: pyte
         assert_says(check_faults((8, 0), (2, 11)), "warn", "wrong gradients", f"unset {REDUCTIONS}")
 
 
-def test_without_a_gpu_there_is_nothing_to_say() -> None:
+def test_without_a_gpu_the_checks_are_skipped() -> None:
     for check in (cudnn, known_faults):
         assert check(this()).status == "skip"

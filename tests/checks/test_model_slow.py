@@ -1,4 +1,4 @@
-"""`restomod check` finds planted faults, lets sound models of any shape pass, and changes nothing before its end."""
+"""`restomod check` finds faults, and passes correct models; only its last check changes the weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from restomod.checks.model_slow import (
     compiled_agreement,
     initial_weights,
     memorises_batch,
-    own_source,
     precision_agreement,
     residual_stds,
+    source_tokens,
 )
 from restomod.cli import main
 from restomod.config.presets import PRESETS
@@ -45,21 +45,21 @@ from tests.trainee import assert_leaves_no_trace, make_subject, state_of
 
 NAMES = [
     *("initial loss", "targets", "causality", "gradients", "tied lm_head", "kernel shapes"),
-    *("initial weights", "activations", "bf16", "compiled", "refused updates", "overfitting"),
+    *("initial weights", "activations", "bf16", "compiled", "NaN gradients", "overfit batch"),
 ]
 WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=96, n_positions=32, vocab_size=97)
-cached_source = functools.cache(own_source)
+cached_source = functools.cache(source_tokens)
 
 
 @pytest.fixture(autouse=True)
 def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's source is tokenized once for all tests."""
-    monkeypatch.setattr(check_module, "own_source", cached_source)
+    """Tokenizes the source code of the package once for all tests."""
+    monkeypatch.setattr(check_module, "source_tokens", cached_source)
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler that takes no time: it leaves everything as it is."""
+    """Replaces torch.compile by eager mode."""
     monkeypatch.setattr("torch.compile", lambda module: module.forward)
 
 
@@ -68,7 +68,7 @@ Checked = Callable[..., dict[str, CheckResult]]
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Checked:
-    """Checks a preset of a given model; nothing is compiled, and the initial loss is read off fewer tokens."""
+    """Checks a preset of a given model, without compilation and with fewer tokens."""
     monkeypatch.setattr("restomod.checks.model_quick.INITIAL_LOSS_TOKENS", 512)
 
     def run(model: ModelConfig, seed: int = 1) -> dict[str, CheckResult]:
@@ -89,7 +89,7 @@ def failures(verdicts: dict[str, CheckResult]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_sound_model_passes_everything_whatever_its_seed(seed: int, checked: Checked) -> None:
+def test_a_sound_model_passes_all_checks_with_any_seed(seed: int, checked: Checked) -> None:
     model = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=64, vocab_size=499)
     assert {v.status for v in checked(model, seed).values()} == {"pass"}
 
@@ -135,7 +135,7 @@ def test_the_presets_pass_everything(name: str, capsys: pytest.CaptureFixture[st
     assert lines[-1] == f"{name}: 12 passed"
 
 
-def test_a_saved_model_is_checked_but_not_for_its_initial_weights(tmp_path: Path, uncompiled: None) -> None:
+def test_initial_weights_are_not_checked_in_a_saved_model(tmp_path: Path, uncompiled: None) -> None:
     model = build_model(WIDE, 1, CPU)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.bias[:100] = -10.0  # dead units are common in trained models
@@ -145,23 +145,21 @@ def test_a_saved_model_is_checked_but_not_for_its_initial_weights(tmp_path: Path
     assert list(verdicts) == ["loss", *NAMES[1:]]
     assert failures(verdicts) == {}
     assert verdicts["initial weights"].status == "skip"
-    assert f"; {100 / (8 * 96):.1%} of MLP units are 0 on this text" in verdicts["activations"].reason
+    assert f"; dead MLP units: {100 / (8 * 96):.1%}" in verdicts["activations"].reason
 
 
-def test_weights_that_are_not_numbers_fail_every_check_that_looks_at_them(
-    monkeypatch: pytest.MonkeyPatch, uncompiled: None
-) -> None:
+def test_nan_weights_fail_all_checks_that_use_them(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
     model = build_model(WIDE, 1, CPU)
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[3, 3] = math.nan
     monkeypatch.setitem(PRESETS, "mine", lambda: RunConfig(1, 32, 32, WIDE))
     monkeypatch.setattr("restomod.runs.open_model.build_model", lambda *_: model.eval())
     failed = {v.check for v in check("mine", 1, "cpu", "fp32") if v.status == "fail"}
-    expected = {"targets", "causality", "gradients", "activations", "bf16", "compiled", "overfitting"}
+    expected = {"targets", "causality", "gradients", "activations", "bf16", "compiled", "overfit batch"}
     assert failed == expected | {"initial loss", "initial weights"}
 
 
-def test_verdicts_come_as_they_are_found(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_yielded_immediately(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
     checked(WIDE)
     later: list[CheckedModel] = []
     monkeypatch.setattr(check_module, "SLOW", (later.append,))
@@ -183,8 +181,8 @@ FOUND_BY_ONE_CHECK = {
     "a residual stream that explodes",
     "another loss in bf16",
     "a compiler's other loss",
-    "an optimizer that takes NaN",
-    "an optimizer that does nothing",
+    "an optimizer that applies NaN",
+    "an optimizer without updates",
 }
 
 
@@ -199,12 +197,12 @@ def test_a_planted_fault_is_found(fault: str, checked: Checked, monkeypatch: pyt
         assert len(failed) == 1
 
 
-# --- what is changed ------------------------------------------------------------------------------------------
+# --- side effects ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("one", SLOW[:-1])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_check_leaves_the_model_as_it_was(
+def test_a_check_does_not_change_the_model(
     one: Callable[[CheckedModel], CheckResult], training: bool, uncompiled: None
 ) -> None:
     assert_leaves_no_trace(one, training)
@@ -218,7 +216,7 @@ def test_only_the_last_check_changes_the_weights() -> None:
     assert state_of(subject.model) != before
 
 
-def test_a_model_that_breaks_while_it_is_looked_at_keeps_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_are_removed_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = make_subject()
     before = state_of(subject.model)
     monkeypatch.setattr(F, "gelu", lambda *_, **__: 1 / 0)
@@ -232,7 +230,7 @@ def test_a_model_that_breaks_while_it_is_looked_at_keeps_no_hooks(monkeypatch: p
 
 def test_the_text_is_this_packages_source() -> None:
     files = sorted(Path(restomod.__file__).parent.rglob("*.py"))
-    text = own_source(50257)
+    text = source_tokens(50257)
     assert len(files) > 20
     assert gpt2_tokenizer().decode(text.read(0, len(text)).tolist()) == "".join(
         f.read_text() for f in files if f.stat().st_size
@@ -241,7 +239,7 @@ def test_the_text_is_this_packages_source() -> None:
 
 @pytest.mark.parametrize("V", [1, 97, 50256, 65_536, 70_000])
 def test_the_text_fits_any_vocabulary(V: int) -> None:
-    own, gpt2 = own_source(V), own_source(50257)
+    own, gpt2 = source_tokens(V), source_tokens(50257)
     assert np.array_equal(own.read(0, 5000), gpt2.read(0, 5000).astype(np.int64) % V)
 
 
@@ -275,9 +273,9 @@ def test_the_initialisation_is_within_chance(model: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("name", "by", "said"),
     [
-        ("h.0.attn.c_attn.weight", 1.06, "transformer.h.0.attn.c_attn.weight has standard deviation 0.021"),
-        ("h.1.mlp.c_proj.weight", 0.94, "transformer.h.1.mlp.c_proj.weight has standard deviation 0.009"),
-        ("wpe.weight", 1.2, "transformer.wpe.weight has standard deviation 0.02"),
+        ("h.0.attn.c_attn.weight", 1.06, "transformer.h.0.attn.c_attn.weight has std 0.021"),
+        ("h.1.mlp.c_proj.weight", 0.94, "transformer.h.1.mlp.c_proj.weight has std 0.009"),
+        ("wpe.weight", 1.2, "transformer.wpe.weight has std 0.02"),
         ("ln_f.weight", 1.001, "transformer.ln_f.weight is not all 1"),
     ],
 )
@@ -296,16 +294,16 @@ def test_a_mean_slightly_off_is_named() -> None:
     subject = make_subject(model=WIDE)
     weight = subject.model.transformer.h[0].mlp.c_fc.weight
     weight.data += 0.002 - weight.mean()
-    assert initial_weights(subject).reason == "transformer.h.0.mlp.c_fc.weight has mean 0.0020, not 0"
+    assert initial_weights(subject).reason == "transformer.h.0.mlp.c_fc.weight has mean 0.0020, expected 0"
     weight.data -= 0.004
-    assert initial_weights(subject).reason == "transformer.h.0.mlp.c_fc.weight has mean -0.0020, not 0"
+    assert initial_weights(subject).reason == "transformer.h.0.mlp.c_fc.weight has mean -0.0020, expected 0"
 
 
 def test_rows_that_pad_the_vocabulary_do_not_count() -> None:
-    """They are 0: a quarter of 128 rows here."""
+    """A quarter of the 128 rows are 0."""
     subject = make_subject(model=WIDE)
     assert initial_weights(subject).status == "pass"
-    assert initial_weights(subject).reason.startswith("standard deviation 0.02, and 0.02 / √4 = 0.0100 where")
+    assert initial_weights(subject).reason.startswith("std 0.02; 0.02 / √4 = 0.0100 for")
 
 
 # --- activations ----------------------------------------------------------------------------------------------
@@ -332,18 +330,18 @@ def test_the_residual_streams_std_is_that_of_transformers(scale: float) -> None:
     assert ours == pytest.approx([x.std().item() for x in hidden], rel=1e-4)
 
 
-def test_activations_tell_where_the_stream_would_end_without_scaling() -> None:
+def test_activations_report_the_std_without_residual_scaling() -> None:
     subject = make_subject(model=WIDE)
     stds = residual_stds(subject)[0]
     unscaled = residual_stds(subject, 2.0)[0]  # two layers: 1/√4
     reason = activations(subject).reason
     assert f": {stds[0]:.2g} {stds[1]:.2g} {stds[2]:.2g}; " in reason
-    assert reason.endswith(f"without the 1/√4 scaling it would end at {unscaled[-1]:.2g}")
+    assert reason.endswith(f"; {unscaled[-1]:.2g} without 1/√4 scaling")
     assert unscaled[-1] > stds[-1]
 
 
 @pytest.mark.parametrize(("n_layer", "shown"), [(1, 2), (6, 7), (11, 7), (12, 7), (13, 8), (24, 7), (36, 7), (48, 7)])
-def test_of_a_deep_model_some_layers_are_shown_and_always_the_last(
+def test_some_layers_of_a_deep_model_are_shown_with_the_last(
     n_layer: int, shown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stds = [0.1 + i / 1000 for i in range(n_layer + 1)]
@@ -363,10 +361,10 @@ def test_of_a_deep_model_some_layers_are_shown_and_always_the_last(
         ([0.03, 0.0009], 0.0, True, "fail", "dead: "),
         ([0.0009, 0.03], 0.0, True, "fail", "dead: "),
         ([0.03, 0.03], 0.009, True, "pass", "0.03 0.03"),
-        ([0.03, 0.03], 0.011, True, "fail", "1.1% of MLP units are 0"),
+        ([0.03, 0.03], 0.011, True, "fail", "dead MLP units: 1.1%"),
         ([0.03, math.nan], 0.0, True, "fail", "not finite"),
         ([0.03, math.inf], 0.0, False, "fail", "not finite"),
-        ([0.03, 500.0], 0.5, False, "pass", "50.0% of MLP units are 0 on this text"),
+        ([0.03, 500.0], 0.5, False, "pass", "dead MLP units: 50.0%"),
         ([0.03, 1e-7], 0.0, False, "fail", "0.03 1e-07"),
     ],
 )
@@ -399,11 +397,11 @@ def test_bf16_may_differ_by_rounding(apart: float, status: CheckStatus, monkeypa
     monkeypatch.setattr(check_module, "batch_loss", loss)
     verdict = precision_agreement(make_subject(dtype=torch.bfloat16))
     assert verdict.status == status
-    assert verdict.reason.startswith(f"loss {3 + apart:.4f} in bf16 and 3.0000 in fp32")
+    assert verdict.reason.startswith(f"loss {3 + apart:.4f} in bf16, 3.0000 in fp32")
 
 
 def test_a_compiled_model_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and differentiated by the compiler, but not turned into machine code: that takes a minute."""
+    """Traces and differentiates the model, but generates no code, which would take a minute."""
     torch._dynamo.reset()
     compiled, compile_ = [], torch.compile
 
@@ -449,7 +447,7 @@ def test_a_compiled_model_may_differ_by_rounding(
     assert compiled_agreement(make_subject()).status == status
 
 
-def test_without_a_compiler_that_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_check_is_skipped_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
         def fail(tokens: Tensor) -> Tensor:
             raise torch._dynamo.exc.TorchDynamoException("\n  InvalidCxxCompiler: no C++ compiler\n\nmore")
@@ -459,18 +457,18 @@ def test_without_a_compiler_that_check_is_skipped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.compile", compile_)
     verdict = compiled_agreement(make_subject())
     assert verdict.status == "skip"
-    assert "does not work here (InvalidCxxCompiler: no C++ compiler)" in verdict.reason
+    assert "fails on this machine (InvalidCxxCompiler: no C++ compiler)" in verdict.reason
     assert "\n" not in verdict.reason
 
 
-# --- overfitting ----------------------------------------------------------------------------------------------
+# --- overfit batch --------------------------------------------------------------------------------------------
 
 
 def steps(verdict: CheckResult) -> int:
     return int(verdict.reason.split(" in ")[1].split()[0])
 
 
-def test_overfitting_stops_as_soon_as_the_text_is_known() -> None:
+def test_overfitting_stops_when_the_sequence_is_memorised() -> None:
     subject = make_subject()
     verdict = memorises_batch(subject)
     assert verdict.status == "pass"
@@ -490,8 +488,8 @@ def test_overfitting_takes_up_to_64_tokens_in_any_precision(T: int, n: int) -> N
     assert verdict.status == "pass"
 
 
-def test_windows_that_begin_alike_and_go_on_differently_can_be_learned() -> None:
-    """Two targets for one token: no model gets below ln(2)."""
+def test_windows_with_equal_starts_and_different_continuations_pass() -> None:
+    """With two targets for one token, the minimum loss is ln(2)."""
     text = np.array([7, 1, 5, 7, 2])
     model = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=1, vocab_size=97)
     subject = make_subject(model=model, sequence_length=1, batch_tokens=1, text=text)
@@ -499,7 +497,7 @@ def test_windows_that_begin_alike_and_go_on_differently_can_be_learned() -> None
     assert memorises_batch(subject).status == "pass"
 
 
-def test_a_deep_and_narrow_model_does_not_stumble() -> None:
+def test_a_deep_and_narrow_model_passes() -> None:
     model = ModelConfig(n_layer=24, n_head=2, n_embd=64, n_positions=64, vocab_size=97)
     verdict = memorises_batch(make_subject(model=model, sequence_length=64, batch_tokens=64))
     assert verdict.status == "pass"
@@ -509,15 +507,15 @@ def test_a_deep_and_narrow_model_does_not_stumble() -> None:
 @pytest.mark.parametrize(
     ("free", "status"), [(9_000_000_000, "pass"), (8_999_999_999, "skip"), (8_000_000_000, "skip"), (None, "pass")]
 )
-def test_where_memory_is_too_small_training_is_not_tried(
+def test_the_check_is_skipped_without_enough_memory(
     free: int | None, status: CheckStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = make_subject()
-    weights = 4 * padded_parameters(subject.model.config)  # they are in memory already
+    weights = 4 * padded_parameters(subject.model.config)  # already in memory
     monkeypatch.setattr(check_module, "state_bytes", lambda config, optim: 9 * 10**9 + weights)
     monkeypatch.setattr(check_module, "available_bytes", lambda device: free)
     before = state_of(subject.model)
     verdict = memorises_batch(subject)
     assert verdict.status == status
     assert (state_of(subject.model) == before) == (status == "skip")
-    assert ("training takes 9.00 GB more" in verdict.reason) == (status == "skip")
+    assert ("needs 9.00 GB of memory" in verdict.reason) == (status == "skip")

@@ -135,7 +135,7 @@ BAD: list[tuple[str, ...]] = [
             ("--prompt a --prompt-file b", "--prompt and --prompt-file"),
             ("--prompt-file b", "--prompt-file b", "No such file"),
             ("--prompt-file .", "--prompt-file .", "Is a directory"),
-            ("--prompt-file blank.txt", "--prompt-file blank.txt holds no prompt"),
+            ("--prompt-file blank.txt", "--prompt-file blank.txt has no prompts"),
             ("--prompt-file latin.txt", "--prompt-file latin.txt", "0xe9", "offset 3"),
         )
     ),
@@ -164,7 +164,7 @@ BAD: list[tuple[str, ...]] = [
     ("data text.txt", "text.txt: no such folder"),
     ("data .", "manifest.json"),
     # runs and models
-    ("TRAIN --out dir", "dir exists already", "--out"),
+    ("TRAIN --out dir", "dir already exists", "--out"),
     ("TRAIN --out runs/a", "restomod train --resume runs/a"),
     ("train --resume nowhere", "nowhere is not a run", "config.json"),
     ("train --resume dir", "dir is not a run", "config.json"),
@@ -179,7 +179,7 @@ BAD: list[tuple[str, ...]] = [
     *((f"TRAIN --init {name}", name) for name in ("nowhere", "runs/quikstart", "text.txt", "dir")),
     ("sample nowhere", "nowhere: no such run or model folder"),
     ("sample runs/quikstart", "runs/quikstart: no such", "'quickstart'"),
-    ("sample damaged/missing", "damaged/missing holds no checkpoint"),
+    ("sample damaged/missing", "damaged/missing has no checkpoint"),
     ("sample dir", "dir is neither a run nor a model folder"),
     ("sample other --prompt 'the cat'", "other has a vocabulary of 97 tokens", "50,257"),
     ("compare-samples model other", "other has a vocabulary of 97 tokens"),

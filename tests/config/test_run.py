@@ -16,6 +16,7 @@ from restomod.config.model import nearest_divisor_below
 from restomod.config.prepare import PrepareConfig
 from restomod.config.presets import PRESETS, preset
 from restomod.config.run import (
+    SOURCES_WITH_PATH,
     Compile,
     DataConfig,
     Device,
@@ -67,7 +68,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ),
         data=DataConfig(
             source=source,
-            path=None if source == "python-stdlib" else draw(st.none() | st.text()),
+            path=None if source not in SOURCES_WITH_PATH else draw(st.none() | st.text()),
             glob=draw(st.text()),
             val_fraction=draw(fractions),
             split_seed=draw(st.integers(0, 2**31)),

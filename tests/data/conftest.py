@@ -1,4 +1,4 @@
-"""Fixtures that the tests of data share."""
+"""Fixtures of the data tests."""
 
 from tests.data.prepare.preparing import restomod
 

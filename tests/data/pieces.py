@@ -1,4 +1,4 @@
-"""Settings under which any text is a long one."""
+"""Settings that treat every text as a long text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from restomod.data.prepare import worker
 
 @contextlib.contextmanager
 def tiny_pieces(read_bytes: int = 11, piece: int = 30) -> Iterator[None]:
-    """Every plain file is read in parts of a few bytes and encoded in pieces of a few words."""
+    """Read plain files in parts of a few bytes and encode them in pieces of a few words."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "READ_BYTES", read_bytes)
         patch.setattr(readers, "READ_BYTES", read_bytes)

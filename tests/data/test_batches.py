@@ -20,7 +20,7 @@ epochs = st.integers(0, 1000)
 
 
 def counting(n: int) -> TokenStream:
-    """A stream in which token i is i."""
+    """Return a stream in which token i has the value i."""
     return TokenStream([np.arange(n, dtype=np.uint16)])
 
 
@@ -129,7 +129,7 @@ def test_the_last_token_is_only_a_target(tokens: int, T: int, n_windows: int) ->
 @pytest.mark.parametrize("tokens", [0, 1, 4])
 def test_a_text_shorter_than_a_window_and_its_target_is_refused(tokens: int) -> None:
     stream = counting(tokens) if tokens else TokenStream([])
-    with pytest.raises(UserError, match=f"the validation text has {tokens} tokens, fewer than a window of 4"):
+    with pytest.raises(UserError, match=f"the validation split has {tokens} tokens, fewer than --sequence-length 4"):
         Batches(stream, 4, 1, seed=1, split="validation")
 
 
@@ -153,12 +153,12 @@ def test_large_token_ids_stay_positive() -> None:
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     batches = Batches(TokenStream([np.array([1, 2, 50257, 3, 4, 5], dtype=np.uint16)]), 1, 1, seed=1)
     batches.load(np.array([3]))
-    with pytest.raises(UserError, match="the token 50257, and GPT-2's vocabulary ends at 50256"):
+    with pytest.raises(UserError, match="the token 50257, but GPT-2's vocabulary ends at 50256"):
         batches.load(np.array([0, 1]))
 
 
 def starts(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
-    """The windows of ``batches`` over `counting`, by the first token of each, in order."""
+    """Return the windows of ``batches`` over `counting`, in order, as indices from their first tokens."""
     return [first // 4 for x, _ in batches for first in x[:, 0].tolist()]
 
 
@@ -275,7 +275,7 @@ def test_sources_of_equal_length_have_orders_of_their_own() -> None:
 
 
 def test_a_source_of_a_mix_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(UserError, match="has 4 tokens, fewer than a window of 4"):
+    with pytest.raises(UserError, match="has 4 tokens, fewer than --sequence-length 4"):
         Batches([counting(9), counting(4)], 4, 2, seed=1, shares=[Fraction(1, 2)] * 2)
 
 
@@ -292,7 +292,7 @@ def test_document_ids_change_at_every_separator() -> None:
 
 
 class Watched(Batches):
-    """Batches that note which steps were loaded, where, and that take their time."""
+    """Slow batches that record which steps were loaded in which thread."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         super().__init__(TokenStream([np.arange(401, dtype=np.uint16)]), 4, 8, seed=1)
@@ -330,7 +330,7 @@ def test_a_run_can_begin_anywhere_and_ask_in_any_order() -> None:
             assert same(data.get(step)[0], Batches.micro_batches(batches, step, 2))
 
 
-def test_what_comes_is_loaded_meanwhile_in_one_other_thread_and_nothing_beyond_the_last_step() -> None:
+def test_next_steps_are_prefetched_in_one_thread_up_to_the_last_step() -> None:
     batches = Watched()
     with Prefetch(batches, 2, 5) as data:
         data.get(0)
@@ -345,7 +345,7 @@ def test_what_comes_is_loaded_meanwhile_in_one_other_thread_and_nothing_beyond_t
     assert threading.get_ident() not in batches.threads
 
 
-def test_waiting_is_hidden_behind_computing_and_what_is_left_is_told() -> None:
+def test_loading_overlaps_with_computing_and_the_wait_is_returned() -> None:
     with Prefetch(Watched(seconds=0.05), 2, 6) as data:
         first = data.get(0)[1]
         assert first > 0.04
@@ -354,7 +354,7 @@ def test_waiting_is_hidden_behind_computing_and_what_is_left_is_told() -> None:
             assert data.get(step)[1] < 0.04
 
 
-def test_what_goes_wrong_while_loading_is_raised_where_the_step_is_asked_for() -> None:
+def test_an_error_while_loading_is_raised_by_get() -> None:
     with Prefetch(Watched(), 2, 20) as data:
         data.get(5)
         data.get(6)
@@ -372,7 +372,7 @@ def test_nothing_is_loaded_after_closing() -> None:
 
 
 def test_pages_for_a_gpu_are_locked_in_a_thread_that_uses_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise every process of a machine makes a context on GPU 0."""
+    """Otherwise every process of a machine creates a context on GPU 0."""
     chosen: dict[int, object] = {}
     pinned: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.update({threading.get_ident(): device}))

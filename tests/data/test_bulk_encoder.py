@@ -1,4 +1,4 @@
-"""Encoding in bulk gives tiktoken's tokens for any text."""
+"""The bulk encoder returns tiktoken's tokens for any text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from restomod.data.bulk_encoder import BulkEncoder, _pieces
 from restomod.data.tokenizer import gpt2_tokenizer
 from tests.properties import examples
 
-# what tokie is known to trip over, and what GPT-2's pattern turns on
+# known differences between tokie and tiktoken, and characters with a special role in GPT-2's pattern
 TRICKY = [
     *" '\t\n\r\v\fsStTrevmlLdDaé0٣½²!?.—’|<>\x00\x1c\x85\xa0\u1680\u2003\u2028\u200b\u200d\u3000\ufeff",
     *"中あ🔥👩\u0301\u0903Ⓐⓩ🄰ⅷ\u0378\u088f\U0001e030\U00010940",

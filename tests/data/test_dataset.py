@@ -25,13 +25,13 @@ VOCABULARY = "f" * 64
 
 
 def llm_c(tokens: list[int], magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
-    """A shard as llm.c's dev/data/data_common.py writes it: 256 int32, then uint16, all little-endian."""
+    """Return a shard in the layout of llm.c's dev/data/data_common.py: 256 int32, then uint16, all little-endian."""
     header = [magic, version, len(tokens) if count is None else count] + [0] * 253
     return struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def refusal(path: Path, call: Any, *arguments: Any) -> str:
-    """The one line with which a call is refused, which names ``path``."""
+    """Return the error message of a call, which is one line and contains ``path``."""
     with pytest.raises(UserError) as caught:
         call(*arguments)
     assert str(path) in str(caught.value)
@@ -59,29 +59,29 @@ def test_a_shard_is_mapped_and_not_read(tmp_path: Path) -> None:
 
 WHOLE = llm_c([1, 2, 3, 4])
 BAD_SHARDS = {
-    "one token short": (WHOLE[:-2], "is damaged: its header says 4 tokens"),
-    "one byte short": (WHOLE[:-1], "is damaged: its header says 4 tokens"),
-    "one token long": (WHOLE + b"\x00\x00", "is damaged: its header says 4 tokens"),
+    "one token short": (WHOLE[:-2], "is damaged: expected 1,032 bytes for the 4 tokens"),
+    "one byte short": (WHOLE[:-1], "is damaged: expected 1,032 bytes for the 4 tokens"),
+    "one token long": (WHOLE + b"\x00\x00", "is damaged: expected 1,032 bytes for the 4 tokens"),
     "cut in the header": (WHOLE[:512], "is not a token shard"),
     "cut within a number of the header": (WHOLE[:511], "is not a token shard"),
     "empty": (b"", "is not a token shard"),
-    "wrong magic": (llm_c([1, 2], magic=20240521), "is not a token shard: its header lacks the magic number 20240520"),
+    "wrong magic": (llm_c([1, 2], magic=20240521), "is not a token shard: no magic number 20240520"),
     "wrong version": (llm_c([1, 2], version=2), "is not a token shard"),
-    "wrong count": (llm_c([1, 2], count=3), "is damaged: its header says 3 tokens"),
-    "negative count": (llm_c([1, 2], count=-1), "is damaged: its header says -1 tokens"),
+    "wrong count": (llm_c([1, 2], count=3), "is damaged: expected 1,030 bytes for the 3 tokens"),
+    "negative count": (llm_c([1, 2], count=-1), "is damaged: expected 1,022 bytes for the -1 tokens"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_SHARDS)
 def test_a_bad_shard_is_refused_by_name(tmp_path: Path, what: str) -> None:
-    """Those of others are not to be prepared anew but to be fetched again."""
+    """The fix for a published shard is another download, not another preparation."""
     content, said = BAD_SHARDS[what]
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(content)
     assert refusal(path, open_shard, path).startswith(f"{path} {said}")
     message = refusal(path, open_published, tmp_path)
     assert message.startswith(f"{path} {said}")
-    assert message.endswith("; get it again")
+    assert message.endswith("; download it again")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ SHARDS = {"train": [[1, 2, 3], [4, 5]], "val": [[6, 7]]}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A prepared folder, made without the code that is tested."""
+    """Create a prepared folder without the tested code."""
     splits = {}
     for split, shards in SHARDS.items():
         entries = []
@@ -189,7 +189,7 @@ def test_a_flipped_bit_in_a_shard_of_a_folder_is_refused(folder: Path, name: str
     content = bytearray((folder / name).read_bytes())
     content[-1] ^= 1
     (folder / name).write_bytes(content)
-    assert "its SHA-256 is not the one in manifest.json" in refusal(folder / name, open_dataset, folder, VOCABULARY)
+    assert "its SHA-256 differs from manifest.json" in refusal(folder / name, open_dataset, folder, VOCABULARY)
 
 
 def test_another_whole_shard_in_a_shards_place_is_refused(folder: Path) -> None:
@@ -220,7 +220,7 @@ KEYS = [
 
 
 def edited(manifest: Any, key: str, change: Any) -> Any:
-    """A copy of ``manifest`` in which ``change(holder, last part of the key)`` has been done at a dotted ``key``."""
+    """Return a copy of ``manifest`` after ``change(parent, last part of the key)`` at a dotted ``key``."""
     manifest = copy.deepcopy(manifest)
     *above, last = [int(part) if part.isdigit() else part for part in key.split(".")]
     holder = manifest
@@ -316,7 +316,7 @@ def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypa
 
 
 def save_npy(path: Path, tokens: Any) -> None:
-    """As build-nanogpt's fineweb.py does."""
+    """Save tokens like build-nanogpt's fineweb.py."""
     np.save(path, np.array(tokens, dtype=np.uint16))
 
 
@@ -352,7 +352,7 @@ def test_published_shards_without_validation_are_read(tmp_path: Path) -> None:
     assert (len(dataset.train), len(dataset.val)) == (2, 0)
 
 
-def test_published_shards_are_known_again_and_told_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_identifies_published_shards(tmp_path: Path) -> None:
     prints = set()
     for name, tokens in (("a_train_1", [1, 2]), ("a_train_1", [1, 3]), ("a_train_1", [1, 2, 3]), ("a_train_2", [1, 2])):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -368,11 +368,11 @@ def as_npz(path: Path) -> None:
 
 
 BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
-    "signed": (lambda path: np.save(path, np.array([1, 2], dtype=np.int16)), "holds int16 of shape (2,), not a row"),
-    "wide": (lambda path: np.save(path, np.array([1, 2], dtype=np.uint32)), "holds uint32 of shape (2,), not a row"),
-    "big-endian": (lambda path: np.save(path, np.array([1, 2], dtype=">u2")), "holds >u2 of shape (2,), not a row"),
-    "two-dimensional": (lambda path: save_npy(path, [[1, 2]]), "holds uint16 of shape (1, 2), not a row"),
-    "a number": (lambda path: save_npy(path, 3), "holds uint16 of shape (), not a row"),
+    "signed": (lambda path: np.save(path, np.array([1, 2], dtype=np.int16)), "has dtype int16 and shape (2,)"),
+    "wide": (lambda path: np.save(path, np.array([1, 2], dtype=np.uint32)), "has dtype uint32 and shape (2,)"),
+    "big-endian": (lambda path: np.save(path, np.array([1, 2], dtype=">u2")), "has dtype >u2 and shape (2,)"),
+    "two-dimensional": (lambda path: save_npy(path, [[1, 2]]), "has dtype uint16 and shape (1, 2)"),
+    "a number": (lambda path: save_npy(path, 3), "has dtype uint16 and shape ()"),
     "objects": (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "is damaged: "),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps([1, 2])), "is damaged: "),
     "an archive": (as_npz, "is an archive of arrays"),
@@ -394,9 +394,7 @@ def test_a_bad_npy_shard_is_refused_by_name(tmp_path: Path, what: str) -> None:
 def test_a_folder_without_training_shards_is_refused(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_bytes(llm_c([1]))
-    assert "holds no token shards: no manifest.json, and no files such as" in refusal(
-        tmp_path, open_published, tmp_path
-    )
+    assert "has no token shards: neither manifest.json nor files such as" in refusal(tmp_path, open_published, tmp_path)
 
 
 def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: Path) -> None:
@@ -413,14 +411,14 @@ def test_random_reads_are_expected_of_every_shard_and_change_no_token(tmp_path: 
 
 
 def maps_of(folder: Path) -> list[str]:
-    """What this process has mapped of a folder's files."""
+    """Return the mappings of a folder's files in this process."""
     maps = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
     return [m for m in maps if f"{folder}/" in m]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is mapped")
 def test_of_many_shards_few_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restomod.data.dataset.MAPPED_AT_ONCE", 3)
+    monkeypatch.setattr("restomod.data.dataset.MAX_MAPPED_SHARDS", 3)
     tokens = np.arange(10_000, dtype=np.uint16)
     for i, part in enumerate(np.split(tokens, 10)):
         write_shard(tmp_path / f"a_train_{i:06d}.bin", part)
@@ -445,4 +443,4 @@ def test_a_bad_header_in_a_shard_of_the_right_size_is_found_when_it_is_read(fold
 def test_a_shard_that_has_shrunk_since_it_was_opened_is_refused(folder: Path) -> None:
     stream = open_dataset(folder, VOCABULARY).train
     (folder / "train_000001.bin").write_bytes(llm_c([4]))
-    assert "it has 1 tokens, not 2" in refusal(folder / "train_000001.bin", stream.read, 3, 2)
+    assert "is damaged: 1 tokens, expected 2" in refusal(folder / "train_000001.bin", stream.read, 3, 2)

@@ -1,4 +1,4 @@
-"""A long text is hashed and encoded in pieces, and nobody can tell from its hash or its tokens."""
+"""The pieces of a long text do not change its hash or its tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ tricky_texts = st.lists(st.sampled_from(TRICKY + AT_CUTS) | st.characters(codec=
 
 
 def in_parts(text: str, lengths: list[int]) -> Iterator[str]:
-    """``text`` in parts of these lengths, over and over."""
+    """Yield ``text`` in parts of these lengths, repeatedly."""
     start = 0
     for length in itertools.cycle(lengths):
         if start >= len(text):
@@ -62,7 +62,7 @@ def cut(text: str, lengths: list[int], piece: int, run: int = 10**9) -> list[str
 
 @examples(1500)
 @given(tricky_texts, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 12))
-def test_pieces_have_together_the_tokens_of_the_whole(
+def test_pieces_have_the_tokens_of_the_complete_text(
     tiktoken_gpt2: tiktoken.Encoding, text: str, lengths: list[int], piece: int
 ) -> None:
     found = cut(text, lengths, piece)
@@ -90,7 +90,7 @@ def test_runs_of_white_space_line_ends_and_apostrophes_are_not_torn(
     ],
 )
 def test_any_usual_text_is_cut_into_pieces_of_the_size_that_is_asked_for(text: str) -> None:
-    for part in (1, 50):  # a place to cut may be between two parts
+    for part in (1, 50):  # a cut can be between two parts
         found = cut(text * 200, [part], piece=100)
         assert max(map(len, found)) <= 200
         assert len(found) >= len(text)
@@ -112,7 +112,9 @@ def test_every_character_is_of_the_class_that_tiktoken_takes_it_for(tiktoken_gpt
 def test_a_run_too_long_to_encode_is_refused() -> None:
     for run in ("a" * 100, " " * 100, "\n" * 100, "^" * 100):
         assert cut("one two " + run + " three", [7], piece=20, run=100)
-        with pytest.raises(UserError, match=r"a\.txt: more than 70 characters after the first \d+ have no end"):
+        with pytest.raises(
+            UserError, match=r"a\.txt: more than 70 characters without a word boundary after the first \d+"
+        ):
             cut("one two " * 9 + run + " three", [7], piece=20, run=70)
     with pytest.raises(UserError, match=r"a\.txt is filled with NUL bytes"):
         cut("one two " + "\0" * 100 + " three", [7], piece=20, run=70)
@@ -120,13 +122,13 @@ def test_a_run_too_long_to_encode_is_refused() -> None:
 
 @given(st.text(max_size=50), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**31))
 def test_the_hash_is_that_of_the_whole_text(text: str, lengths: list[int], seed: int) -> None:
-    """The rule as documented."""
+    """Compare with the documented rule."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     assert split_hash(in_parts(text, lengths), seed) == int.from_bytes(digest, "little")
 
 
 def long(text: str, *later: str) -> LongDocument:
-    """A document whose text is another one each time it is read."""
+    """Document with another text at each read."""
     texts = iter([text, *later])
     last = [text]
 
@@ -188,9 +190,9 @@ def test_a_document_that_has_changed_is_refused(
 
     with pytest.raises(UserError, match=r"long\.txt has changed since it was first read; do so"):
         take()
-    assert given == (hashes or given)[: len(given)]  # none that is not known
+    assert given == (hashes or given)[: len(given)]  # only known hashes
 
 
-def test_documents_that_are_gone_are_missed() -> None:
-    with pytest.raises(UserError, match="documents have disappeared since they were first read; do so"):
+def test_missing_documents_are_detected() -> None:
+    with pytest.raises(UserError, match="documents have disappeared since the first read; do so"):
         list(encoded([Document("", "a")], BulkEncoder(gpt2_tokenizer()), 0, [split_hash(["a"], 0), 7], "do so"))

@@ -1,4 +1,4 @@
-"""What a file is follows from its content: text in every guise is read alike, and what holds no text is refused."""
+"""The format of a file is detected from its content, and files without text are refused."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def test_rows_of_a_table_are_documents(tmp_path: Path, ending: str, delimiter: s
     content = COMPRESSIONS[compression](codecs.BOM_UTF8 + as_table(delimiter)(TEXTS, "body"))
     path = written(tmp_path, f"a{ending}.gz", content)
     assert texts(path, "body") == TEXTS
-    with pytest.raises(
-        UserError, match=r"has no column 'text'; it has: body, id; name the one with the text by --text-"
-    ):
+    with pytest.raises(UserError, match=r"has no column 'text'; it has: body, id; select one with --text-"):
         texts(path)
 
 
@@ -124,7 +122,7 @@ def test_without_the_field_records_are_refused_by_name(tmp_path: Path, layout: s
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
 @pytest.mark.parametrize("layout", ["lines", "array", "pretty array", "pretty objects"])
-def test_json_longer_than_what_is_looked_at_first(
+def test_json_longer_than_the_first_read(
     tmp_path: Path, layout: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_format, "HEAD_BYTES", 10)
@@ -163,7 +161,7 @@ def test_one_json_object_with_the_field_is_one_document(tmp_path: Path, indent: 
     ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.txt"])
-def test_what_only_resembles_records_stays_plain_text(tmp_path: Path, content: str, name: str) -> None:
+def test_text_that_resembles_records_is_plain_text(tmp_path: Path, content: str, name: str) -> None:
     assert texts(written(tmp_path, name, content.encode())) == [content]
 
 
@@ -175,7 +173,7 @@ def test_what_only_resembles_records_stays_plain_text(tmp_path: Path, content: s
         *((content, False) for content in ('["Yes," he said] and left', "[[Main page]] of a wiki", "[1] A", '["a" b]')),
     ],
 )
-def test_json_that_is_read_as_text_is_told_from_prose(tmp_path: Path, content: str, as_text: bool) -> None:
+def test_json_read_as_text_is_reported(tmp_path: Path, content: str, as_text: bool) -> None:
     path = written(tmp_path, "a.txt", content.encode())
     assert detect_format(path) == file_format.FileFormat("plain text", False, as_text)
     assert not detect_format(path, "name").as_text or "name" not in content
@@ -184,13 +182,13 @@ def test_json_that_is_read_as_text_is_told_from_prose(tmp_path: Path, content: s
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[{"text": "a"} {"text": "b"}]', "line 1: not JSON .a comma is missing after record 1"),
-        (b'[{"text": "a"},\n 3]', "line 2: record 2 should be a JSON object"),
+        (b'[{"text": "a"} {"text": "b"}]', "line 1: not JSON .missing comma after record 1"),
+        (b'[{"text": "a"},\n 3]', "line 2: record 2 must be a JSON object"),
         (b'[{"text": "a"},\n\n {"text": }]', "line 3: record 2 is not JSON"),
         (b'[{"text": "a"}, {"text": "b"', "record 2 is not JSON"),
-        (b'[{"text": "a"}', "is truncated: its JSON array has no end after record 1"),
+        (b'[{"text": "a"}', "is truncated: its JSON array does not end after record 1"),
         (b'[{"text": "a"}] more', "extra data after the end of the array"),
-        (b'[{"text": 3}]', "record 1: 'text' should be text, not 3"),
+        (b'[{"text": 3}]', "record 1: 'text' must be text, not 3"),
         (b'{"text": "a"}\nno JSON\n', "line 2: not JSON"),
         (b'[{"text": "a"}, {"text": "\xff"}]', "is not UTF-8 text: byte 0xff at offset 26"),
         (b'[{"text": "a"}, {"text": ' + b"[" * 100_000, "record 2 is not JSON"),
@@ -208,15 +206,17 @@ def test_a_record_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(file_format, "HEAD_BYTES", 100)
     monkeypatch.setattr(streams, "READ_BYTES", 100)
     for long in ([{"text": "a" * 3000}], [{"text": "b"}, {"text": "a" * 3000}]):
-        with pytest.raises(UserError, match=r"record \d is longer than 0\.001 MB; put this document into a plain text"):
+        with pytest.raises(
+            UserError, match=r"record \d is longer than 0\.001 MB; move this document to a separate plain text"
+        ):
             texts(written(tmp_path, "a.json", json.dumps(long).encode()))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"id,text\n1,a, b\n", "line 2: 3 fields in a row, and 2 in the header"),
-        (b"id,text\n1,a\n2\n", "line 3: 1 fields in a row"),
+        (b"id,text\n1,a, b\n", "line 2: 3 fields, but 2 in the header"),
+        (b"id,text\n1,a\n2\n", "line 3: 1 fields"),
         (b'id,text\n1,"a" b\n', "line 2: not CSV"),
         (b'id,text\n1,"a\nb\n', "not CSV .unexpected end of data"),
     ],
@@ -239,7 +239,7 @@ def as_tar(format: int) -> bytes:
 
 
 def as_old_tar() -> bytes:
-    """Of before POSIX: without `ustar`, told by its checksum alone."""
+    """Old tar files without `ustar` are recognised by the checksum."""
     block = bytearray(as_tar(tarfile.USTAR_FORMAT))
     block[257:265] = bytes(8)
     block[148:156] = b" " * 8
@@ -290,7 +290,7 @@ def test_a_container_is_refused_with_how_to_mend_it(
     tmp_path: Path, container: str, compression: str, name: str
 ) -> None:
     path = written(tmp_path, name, COMPRESSIONS[compression](CONTAINERS[container]))
-    with pytest.raises(UserError, match=f"{name} (is|holds) .*, not text: .*, or leave it out with a glob$"):
+    with pytest.raises(UserError, match=f"{name} (is|contains) .*, not text: .*, or exclude it with a glob$"):
         texts(path)
 
 
@@ -302,9 +302,9 @@ def test_a_file_that_is_compressed_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_utf_16_and_32_are_refused_with_how_to_convert(tmp_path: Path, encoding: str, name: str) -> None:
-    """With their byte-order mark, or without, where each second byte of English is NUL."""
+    """They are recognised by the byte-order mark, or by NUL in every second byte of English."""
     wide = encoding[:6].upper()
-    with pytest.raises(UserError, match=f"is not UTF-8 text but {wide}; convert it: iconv -f {wide} -t UTF-8"):
+    with pytest.raises(UserError, match=f"is {wide}, not UTF-8 text; convert it: iconv -f {wide} -t UTF-8"):
         texts(written(tmp_path, name, "some English text".encode(encoding)))
 
 
@@ -327,7 +327,7 @@ def test_a_byte_order_mark_before_records_is_none_of_them(
 def test_a_byte_order_mark_is_no_part_of_a_text(
     tmp_path: Path, text: str, size: int, long_text: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the first one: a second is the text's own, and so is one further on."""
+    """Only the first byte-order mark is removed; later ones are part of the text."""
     monkeypatch.setattr(streams, "READ_BYTES", size)
     monkeypatch.setattr("restomod.data.readers.LONG_TEXT", long_text)
     path = written(tmp_path, "a.txt", codecs.BOM_UTF8 + text.encode())
@@ -339,7 +339,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(
 
 @pytest.fixture
 def at_most_seconds() -> Iterator[None]:
-    """Ends a test that waits for ever in opening or reading something."""
+    """End a test that blocks while opening or reading."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
@@ -366,7 +366,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def test_no_pipe_device_or_socket_is_opened(
     tmp_path: Path, kind: str, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening one could block, and reading one never end."""
+    """Opening such a file can block, and reading it can be endless."""
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     path = tmp_path / kind
     with socket.socket(socket.AF_UNIX) as server:
@@ -394,7 +394,7 @@ def test_a_damaged_first_line_makes_no_prose_of_json_lines(tmp_path: Path, name:
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.txt", ","), ("t", ","), ("t.tab", "\t"), ("t.csv", "\t")])
 @pytest.mark.parametrize("rows", [1, 3, 40_000])
-def test_a_table_is_told_by_its_header_and_rows(tmp_path: Path, name: str, delimiter: str, rows: int) -> None:
+def test_a_table_is_recognised_by_its_header_and_rows(tmp_path: Path, name: str, delimiter: str, rows: int) -> None:
     written = io.StringIO(newline="")
     csv.writer(written, delimiter=delimiter).writerows([["id", "text"], *([i, TEXTS[i % 4]] for i in range(rows))])
     (tmp_path / name).write_bytes(written.getvalue().encode())
@@ -403,5 +403,5 @@ def test_a_table_is_told_by_its_header_and_rows(tmp_path: Path, name: str, delim
 
 def test_a_folder_in_place_of_a_file_is_called_one(tmp_path: Path) -> None:
     for read in (detect_format, lambda path: load_task(str(path), tmp_path, None)):
-        with pytest.raises(UserError, match="is a folder; name a file"):
+        with pytest.raises(UserError, match="is a folder; give the path of a file"):
             read(tmp_path)

@@ -1,4 +1,4 @@
-"""Which files of a folder are read: through links too, each once, and what is left out is counted."""
+"""Files of a folder are found through links, each once, and skipped files are counted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_links_are_followed_and_each_file_comes_once(tmp_path: Path) -> None:
     (root / "sub").symlink_to("../real")
     files, left_out = found(root)
     assert files == ["a.txt", "own.txt", "sub/2.txt", "sub/deep/3.txt"]
-    assert left_out == {"met before": 1}
+    assert left_out == {"duplicate path": 1}
 
 
 def test_a_file_is_read_by_its_path_without_a_link(tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ def test_a_file_is_read_by_its_path_without_a_link(tmp_path: Path) -> None:
     os.link(root / "m" / "real.txt", root / "z.txt")
     files, left_out = found(root)
     assert files == ["m/real.txt"]
-    assert left_out == {"met before": 3}
+    assert left_out == {"duplicate path": 3}
 
 
-def test_loops_broken_links_and_what_is_no_file_are_told_and_not_fatal(tmp_path: Path) -> None:
+def test_loops_broken_links_and_special_files_are_counted(tmp_path: Path) -> None:
     root = make(tmp_path, "a.txt", "b/c.txt", ".hidden", ".git/config")
     (root / "empty").touch()
     (root / "loop").symlink_to(".")
@@ -62,7 +62,7 @@ def test_loops_broken_links_and_what_is_no_file_are_told_and_not_fatal(tmp_path:
 
 
 def test_folders_that_are_linked_with_each_other_are_walked_once(tmp_path: Path) -> None:
-    """Else fifteen folders, each with links to the fourteen others, are 10^12 paths."""
+    """Otherwise fifteen folders with links to each other have 10^12 paths."""
     for i in range(15):
         make(tmp_path, f"{i:02d}/a.txt")
         for j in range(15):
@@ -77,7 +77,7 @@ def test_a_glob_finds_through_a_link_what_another_path_does_not_match(tmp_path: 
     (root / "z").symlink_to("a/real")
     assert found(root, "z/*.txt")[0] == ["z/1.txt"]
     make(tmp_path, "m/d/3.txt")
-    (root / "m" / "k").symlink_to("d")  # the same folder, at another place of the pattern
+    (root / "m" / "k").symlink_to("d")  # the same folder at another position of the pattern
     assert found(root, "m/**/k/*.txt")[0] == ["m/k/3.txt"]
     assert found(root, "*/*.md") == (["a/2.md"], {"not matching the glob": 4})
 
@@ -86,7 +86,7 @@ def test_a_glob_finds_through_a_link_what_another_path_does_not_match(tmp_path: 
     "glob", ["**/*", "*.txt", "a/*", "**/b/*.txt", "a/**/*.txt", "*/*", "./*.txt", "a//*", "[ab]/?.*", "**/a/**/b/*"]
 )
 def test_without_links_a_glob_means_what_it_means_to_pathlib(tmp_path: Path, glob: str) -> None:
-    """So that the documents of a folder, and their fingerprint, are those of releases before."""
+    """The documents of a folder and their fingerprint do not change between releases."""
     chance = random.Random(0)
     for _ in range(60):
         parts = chance.choices(["a", "b", "c.txt.d"], k=chance.randrange(4))

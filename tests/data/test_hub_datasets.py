@@ -1,4 +1,4 @@
-"""Datasets of the hub, with the real client against a hub on this machine: the right files, whole, or refused."""
+"""Datasets on the hub, with the real client and a local hub server: correct, complete files or an error."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_patterns_mean_what_globs_mean(pattern: str, path: str, means: bool) -> 
     assert _matches(path, pattern) is means
 
 
-def test_what_is_not_there_is_refused_with_what_is(hub: Hub) -> None:
+def test_a_missing_name_is_refused_with_the_existing_ones(hub: Hub) -> None:
     for call, said in (
         (lambda: paths("sample-10B"), r"no configuration 'sample-10B'; did you mean 'sample-10BT'\?"),
         (lambda: paths(split="test"), r"no split 'test'; known: train"),
@@ -152,11 +152,11 @@ def test_what_is_not_there_is_refused_with_what_is(hub: Hub) -> None:
         (lambda hub: hub.gated.add(KEY), "is gated: accept its terms"),
         (
             lambda hub: (hub.repos.update({KEY: {"train/1.png": b"x"}}), hub.cards.clear()),
-            "no files for the dataset, split train: none that can be read",
+            "no files for the dataset, split train; readable files: none",
         ),
     ],
 )
-def test_a_dataset_that_cannot_be_read_as_it_is_says_what_to_do(hub: Hub, change: Any, said: str) -> None:
+def test_an_unreadable_dataset_is_refused_with_a_fix(hub: Hub, change: Any, said: str) -> None:
     change(hub)
     with pytest.raises(UserError, match=said):
         paths()
@@ -172,7 +172,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub) -> None:
 
 
 def prepared(out: Path, *sources: str, **settings: Any) -> dict[str, bytes]:
-    """All files of a folder prepared from ``sources``, by one process."""
+    """Return all files of a folder prepared from ``sources`` in one process."""
     prepare_folder(sources or ("fineweb-edu",), PrepareConfig(val_fraction=0.2, **settings), out, workers=1)
     return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -183,7 +183,7 @@ def shards(files: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.fixture
 def expected(tmp_path: Path) -> dict[str, bytes]:
-    """The shards of the same files when they lie on this machine."""
+    """Return the shards of the same files from the local disk."""
     local = tmp_path / "local"
     local.mkdir()
     names = sorted(name for name in FILES if name.startswith("sample/"))
@@ -216,7 +216,7 @@ def sent(hub: Hub) -> list[str]:
     return [request.path for request in hub.requests if request.method == "GET" and "/cdn/" in request.path]
 
 
-def test_a_connection_that_breaks_is_taken_up_again(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_a_broken_connection_is_resumed(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
     hub.cut(after=1000, times=3)
     assert shards(prepared(tmp_path / "out")) == expected
     assert len(sent(hub)) == 3 + 3
@@ -253,9 +253,7 @@ def test_what_was_finished_before_the_hub_failed_stays(
     assert len(sent(hub)) == 1
 
 
-def test_resuming_stays_at_the_commit_that_was_begun_and_lists_nothing_anew(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_keeps_the_commit_and_its_files(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: Any, **options: Any) -> NoReturn:
         raise KeyboardInterrupt
 
@@ -296,7 +294,7 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_unit(
 
 
 def test_a_missing_column_lists_those_there_are(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"000_00000\.parquet has no column 'txt'; it has: .*text.*; name the one"):
+    with pytest.raises(UserError, match=r"000_00000\.parquet has no column 'txt'; it has: .*text.*; select one"):
         prepared(tmp_path / "out", text_column="txt")
 
 
@@ -345,9 +343,12 @@ def test_published_shards_arrive_as_they_are(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (bin_shard(np.arange(100))[:-2], r"finewebedu_train_000001\.bin is damaged: its header says 100 tokens"),
-        (b"\0" * (HEADER_BYTES + 20), r"is not a token shard: its header lacks the magic number"),
-        (bin_shard(np.array([1, 50257])), r"finewebedu_train_000001\.bin holds the token 50257"),
+        (
+            bin_shard(np.arange(100))[:-2],
+            r"finewebedu_train_000001\.bin is damaged: expected 1,224 bytes for the 100 tokens",
+        ),
+        (b"\0" * (HEADER_BYTES + 20), r"is not a token shard: no magic number"),
+        (bin_shard(np.array([1, 50257])), r"finewebedu_train_000001\.bin contains the token 50257"),
     ],
 )
 def test_a_published_shard_that_is_wrong_is_refused(hub: Hub, tmp_path: Path, content: bytes, said: str) -> None:
@@ -358,11 +359,11 @@ def test_a_published_shard_that_is_wrong_is_refused(hub: Hub, tmp_path: Path, co
 
 
 def test_published_shards_cannot_be_searched_for_duplicates(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="published shards are taken as they are; leave --dedup out"):
+    with pytest.raises(UserError, match="remove --dedup"):
         prepare_folder((f"pretokenized:{POOL}",), PrepareConfig(dedup=True), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_repository_without_shards_is_refused(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no shards there such as fineweb_train_000001\.bin"):
+    with pytest.raises(UserError, match=r"no token shards on the hub, such as fineweb_train_000001\.bin"):
         prepare_folder((f"pretokenized:{REPO}",), PrepareConfig(), tmp_path / "out", workers=1)

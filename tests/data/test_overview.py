@@ -1,4 +1,4 @@
-"""What `restomod data` says about a folder is what numpy counts in its files."""
+"""`restomod data` prints the same numbers as numpy counts in the files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ END = 50256  # <|endoftext|>
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three shards for training and one for validation, from 60 documents of 1 to 60 words, one of them twice."""
+    """Prepare 60 documents of 1 to 60 words, one of them twice, as several training shards and one validation shard."""
     texts = [f"{i}" + " word" * i for i in range(60)] + ["7" + " word" * 7]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = PrepareConfig(val_fraction=0.2, shard_tokens=600, dedup=True)
@@ -50,7 +50,7 @@ def test_the_splits_are_counted(folder: Path) -> None:
     train, val = tokens_of(folder, "train*"), tokens_of(folder, "val*")
     splits = json.loads((folder / "manifest.json").read_text())["splits"]
     first, about_train, about_val, origin, duplicates, *_ = lines(folder)
-    assert first == f"{folder}: a.jsonl, {len(train) + len(val):,} tokens of the gpt2 vocabulary"
+    assert first == f"{folder}: a.jsonl, {len(train) + len(val):,} tokens, vocabulary gpt2"
     assert (train == END).sum() + (val == END).sum() == 60
     for name, said, tokens in (("train", about_train, train), ("val", about_val, val)):
         text_bytes, n = splits[name]["text_bytes"], len(list(folder.glob(f"{name}*")))
@@ -59,8 +59,10 @@ def test_the_splits_are_counted(folder: Path) -> None:
             f"{text_bytes:,} bytes of text, {text_bytes / len(tokens):.2f} per token"
         )
     assert len(list(folder.glob("train*"))) > 1
-    assert re.fullmatch(r"made of /.*/a\.jsonl \(1 file\) with --dedup --shard-tokens 600 --val-fraction 0\.2", origin)
-    assert duplicates == "1 duplicate document left out"
+    assert re.fullmatch(
+        r"source: /.*/a\.jsonl \(1 file\), settings: --dedup --shard-tokens 600 --val-fraction 0\.2", origin
+    )
+    assert duplicates == "duplicates: 1 document dropped"
 
 
 def test_the_lengths_of_documents_are_counted(folder: Path) -> None:
@@ -69,7 +71,7 @@ def test_the_lengths_of_documents_are_counted(folder: Path) -> None:
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     said = lines(folder)
     assert (
-        f"document lengths in tokens: 5 % up to {low:,.0f}, half up to {middle:,.0f}, 95 % up to {high:,.0f}"
+        f"document length: 5th percentile {low:,.0f} tokens, median {middle:,.0f}, 95th percentile {high:,.0f}"
     ) in said
     rows = [re.fullmatch(r" +(\d+) to +(\d+) +(\d+)  (█*)", line) for line in said]
     bars = [(int(row[1]), int(row[2]), int(row[3]), len(row[4])) for row in rows if row]
@@ -102,11 +104,11 @@ def test_the_windows_are_the_beginning_the_middle_and_the_end(folder: Path, tikt
 def test_of_a_large_split_a_part_is_counted_and_said_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = lines(folder)
     monkeypatch.setattr(module, "READ_TOKENS", 77)
-    assert lines(folder) == whole  # read in parts, the numbers are the same
+    assert lines(folder) == whole  # the size of the reads does not change the numbers
     monkeypatch.setattr(module, "SAMPLE_TOKENS", 500)
     part = lines(folder)
     (most_common,) = [line for line in part if line.startswith("most common")]
-    assert most_common == "most common tokens, of the first 500 tokens:"
+    assert most_common == "most common tokens in the first 500 tokens:"
     share, token, _ = part[part.index(most_common) + 1].split(None, 2)
     first = tokens_of(folder, "train*")[:500]
     assert share == f"{np.bincount(first).max() / 500:.2%}"
@@ -121,8 +123,8 @@ def test_verify_finds_a_flipped_byte_that_is_not_read_without_it(folder: Path) -
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert lines(folder)[-1] == "sizes are right; --verify compares every byte"
-    with pytest.raises(UserError, match=r"val_00000_000000\.bin is damaged: its SHA-256 is not the one in manifest"):
+    assert lines(folder)[-1] == "verified: sizes of all shards; add --verify to compare their SHA-256"
+    with pytest.raises(UserError, match=r"val_00000_000000\.bin is damaged: its SHA-256 differs from manifest"):
         lines(folder, verify=True)
 
 
@@ -137,7 +139,7 @@ def test_only_verify_hashes(folder: Path, verify: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(verified, "sha256_file", recording)
     last = lines(folder, verify)[-1]
     assert sorted(read) == (sorted(path.name for path in folder.glob("*.bin")) if verify else [])
-    assert last.startswith("every shard has the SHA-256" if verify else "sizes are right")
+    assert last.startswith("verified: SHA-256" if verify else "verified: sizes")
 
 
 # --- small and foreign folders ------------------------------------------------------------------------------
@@ -148,11 +150,11 @@ def test_published_shards_bring_no_hashes(tmp_path: Path, verify: bool) -> None:
     np.save(tmp_path / "edufineweb_train_000001.npy", np.array([END, 1, 2, 3], dtype=np.uint16))
     said = lines(tmp_path, verify)
     assert said[:3] == [
-        f"{tmp_path}: {tmp_path.name}, 4 tokens of the gpt2 vocabulary",
+        f"{tmp_path}: {tmp_path.name}, 4 tokens, vocabulary gpt2",
         "train 4 tokens, 1 shard",
         "val   0 tokens, 0 shards",
     ]
-    assert said[-1] == "sizes are right; these shards came without hashes to compare"
+    assert said[-1] == "verified: sizes of all shards (published shards have no SHA-256 to compare)"
 
 
 @pytest.mark.parametrize(
@@ -177,15 +179,15 @@ def test_a_split_without_tokens_is_shown(tmp_path: Path) -> None:
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     write_bin(tmp_path / "x_train_0.bin", [1, 50257])
-    with pytest.raises(UserError, match="holds the token 50257, and GPT-2's vocabulary ends at 50256"):
+    with pytest.raises(UserError, match="contains the token 50257, but GPT-2's vocabulary ends at 50256"):
         lines(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: None, "no such folder of token shards; `restomod prepare SOURCE --out "),
-        (lambda folder: folder.mkdir(), "holds no token shards"),
+        (lambda folder: None, "no such folder of token shards; create it: restomod prepare SOURCE --out "),
+        (lambda folder: folder.mkdir(), "has no token shards"),
         (lambda folder: folder.write_text("a file"), "no such folder of token shards"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What was read as what, and what was left out, is counted, kept in the manifest and said by every command."""
+"""Files are counted by format or by the reason for skipping; the manifest and all commands show the counts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_prepare_counts_the_same_in_any_units_and_spans(
     assert dataset.manifest["read"] == expected
 
 
-def test_train_counts_them_and_says_what_files_are_there_now(folder: Path, tmp_path: Path) -> None:
+def test_train_counts_the_current_files(folder: Path, tmp_path: Path) -> None:
     config = DataConfig(source="text", path=str(folder), cache=str(tmp_path / "cache"))
     first = prepare_text(config)
     expected = EXPECTED | {"bytes": sizes_of(folder)}
@@ -93,7 +93,7 @@ def test_train_counts_them_and_says_what_files_are_there_now(folder: Path, tmp_p
     assert again.manifest["read"]["files"]["plain text"] == {".md": 1, ".txt": 1, ".xyz": 1}
 
 
-def test_every_command_says_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_the_counts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     for command in (["prepare", str(folder), "--out", out], ["prepare", str(folder), "--out", out], ["data", out]):
         assert main(command) == 0
@@ -101,10 +101,8 @@ def test_every_command_says_it(folder: Path, tmp_path: Path, capsys: pytest.Capt
         sizes = sizes_of(folder)
         assert f"as plain text (.md 2, .xyz 1, {sizes['plain text']} bytes)" in said
         assert f"1 file as JSON lines (.json.gz, {sizes['JSON lines']} bytes)" in said
-        assert "left out: 3 files or folders: broken link 1, empty 1, hidden 1" in said
-        assert (
-            f"warning: the text holds {END} 4 times as characters; if it separates documents, add --separator" in said
-        )
+        assert "skipped: 3 files or folders: broken link 1, empty 1, hidden 1" in said
+        assert f"warning: the text contains a literal {END} 4 times; if it separates documents, split" in said
         assert "warning: files may be missing: broken link 1" in said
 
 
@@ -117,16 +115,14 @@ def test_a_manifest_without_the_counts_opens_and_says_nothing(
     del manifest["read"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert main(["data", str(out)]) == 0
-    assert "left out" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
     assert summary_rows(open_dataset(out, tokenizer.sha256).manifest) == []
-    assert main(["prepare", str(folder), "--out", str(out)]) == 0  # and is what was asked for
+    assert main(["prepare", str(folder), "--out", str(out)]) == 0  # plain text was requested
 
 
-def test_a_separator_that_stands_nowhere_is_warned_of(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_absent_separator_causes_a_warning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(folder), "--out", str(tmp_path / "out"), "--separator", "---"]) == 0
-    assert "warning: the separator does not occur" in capsys.readouterr().out
+    assert "warning: --separator does not occur" in capsys.readouterr().out
 
 
 def test_with_the_separator_only_those_of_records_are_left(
@@ -173,10 +169,10 @@ def test_data_tells_separators_from_literals(
     tiktoken_gpt2: tiktoken.Encoding,
     read_tokens: int,
 ) -> None:
-    """In shards of others too, about whose text no manifest says anything."""
+    """The counts also work for published shards without a manifest."""
     monkeypatch.setattr(overview, "READ_TOKENS", read_tokens)
     text = f"{END}one.{END}.\n({END}) endoftext <|endoftext |endoftext|> {END}{END} {END}"
     tokens = [50256, *tiktoken_gpt2.encode_ordinary(text), 50256, *tiktoken_gpt2.encode_ordinary("b")]
     np.save(tmp_path / "x_train_0.npy", np.array(tokens, dtype=np.uint16))
     assert main(["data", str(tmp_path)]) == 0
-    assert f"the token 50256 2 times, the characters {END} {text.count(END)} times" in capsys.readouterr().out
+    assert f"2 tokens 50256, {text.count(END)} literal {END}" in capsys.readouterr().out

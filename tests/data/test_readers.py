@@ -1,4 +1,4 @@
-"""Documents come out of every kind of file as they went in, and what is wrong with a file is one line."""
+"""Documents are read unchanged from every format, and errors in a file are one line."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_several_streams_in_one_file_are_read_to_the_end(tmp_path: Path) -> None
         assert [document.text for document in read_documents(path)] == TEXTS[:5] * 2
 
 
-def test_a_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_file_is_read_lazily(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", json_lines(TEXTS) + b"this is no JSON\n")
     documents = read_documents(path)
     assert next(documents).text == TEXTS[0]
@@ -108,13 +108,13 @@ def test_a_truncated_compressed_file_is_refused(tmp_path: Path, kind: str, compr
     whole = COMPRESSORS[compression](content)
     for kept in (len(whole) // 2, len(whole) - 5):
         path = written(tmp_path, f"a{kind}{compression}", whole[:kept])
-        with pytest.raises(UserError, match=r"a\.\w+\.\w+ is (truncated|damaged): .*get it again$"):
+        with pytest.raises(UserError, match=r"a\.\w+\.\w+ is (truncated|damaged): .*download it again$"):
             list(read_documents(path))
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 def test_a_file_that_is_not_compressed_as_its_name_says_is_read_as_it_is(tmp_path: Path, compression: str) -> None:
-    """As a browser or a proxy leaves it that has decompressed it on the way."""
+    """Browsers and proxies can decompress a file during the download."""
     path = written(tmp_path, f"a.txt{compression}", b"plain text, and enough of it")
     assert [document.text for document in read_documents(path)] == ["plain text, and enough of it"]
 
@@ -129,7 +129,7 @@ def test_an_altered_gzip_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [7, 1000, -1])
 def test_a_corrupt_parquet_file_is_refused(tmp_path: Path, cut: int) -> None:
     path = written(tmp_path, "a.parquet", parquet(TEXTS)[:cut])
-    with pytest.raises(UserError, match=r"a\.parquet is damaged: .*[Pp]arquet.*; get it again"):
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: .*[Pp]arquet.*; download it again"):
         list(read_documents(path))
 
 
@@ -137,10 +137,10 @@ def test_a_corrupt_parquet_file_is_refused(tmp_path: Path, cut: int) -> None:
     ("content", "said"),
     [
         (b'{"text": "a"}\n{"text":\n', r"a\.jsonl, line 2: not JSON"),
-        (b'{"text": "a"}\n["text"]\n', r"a\.jsonl, line 2: should be an object with a field 'text'"),
-        (b'{"text": "a"}\n{"txt": "a"}\n', r"a\.jsonl, line 2 has no field 'text'; it has: txt; name the one"),
-        (b'{"body": "a", "title": "b"}\n', r"a\.jsonl, line 1 has no field 'text'; it has: body, title; name the one"),
-        (b'{"text": 3}\n', r"a\.jsonl, line 1: 'text' should be text, not 3"),
+        (b'{"text": "a"}\n["text"]\n', r"a\.jsonl, line 2: must be a JSON object with a field 'text'"),
+        (b'{"text": "a"}\n{"txt": "a"}\n', r"a\.jsonl, line 2 has no field 'text'; it has: txt; select one"),
+        (b'{"body": "a", "title": "b"}\n', r"a\.jsonl, line 1 has no field 'text'; it has: body, title; select one"),
+        (b'{"text": 3}\n', r"a\.jsonl, line 1: 'text' must be text, not 3"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl is not UTF-8 text: byte 0xff at offset 10 of line 2"),
         (b"", r"a\.jsonl is empty"),
         (b"\0" * 500, r"a\.jsonl, line 1, is filled with NUL bytes"),
@@ -153,7 +153,7 @@ def test_a_bad_line_is_named(tmp_path: Path, content: bytes, said: str) -> None:
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "a.parquet", parquet(["a"]))
-    with pytest.raises(UserError, match="row 1: 'id' should be text, not 0"):
+    with pytest.raises(UserError, match="row 1: 'id' must be text, not 0"):
         list(read_documents(path, "id"))
 
 

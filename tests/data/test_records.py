@@ -1,4 +1,4 @@
-"""Plain text cut at a separator: the documents and tokens are those of the text split as a whole."""
+"""Plain text with a separator has the documents and tokens of `str.split` on the complete text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STORIES = f"Once upon a time.\nIt slept.\n{END}\n\nA dog, naïve 🔥.\r\n{END}\
 
 
 def split(text: str, at: str) -> list[str]:
-    """The reference: the text as a whole."""
+    """Return the reference: `str.split` on the complete text."""
     return [part for part in (part.strip("\r\n") for part in text.split(at)) if part]
 
 
@@ -75,7 +75,7 @@ def test_the_tokens_are_tiktokens_of_the_split_text(
     tiny_pieces: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By `prepare` and by `train`; also where every document is a long one that is read in small parts."""
+    """Test `prepare` and `train`, also with every document treated as a long one."""
     if tiny_pieces:
         monkeypatch.setattr(readers, "LONG_TEXT", 3)
         monkeypatch.setattr(streams, "READ_BYTES", 7)

@@ -1,4 +1,4 @@
-"""Whether folders hold the same tokens, however these are cut into shards."""
+"""Comparison of the tokens of folders, independent of shard boundaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(50257, size=5000).astype(np.uint16)
 
 
 def published(folder: Path, kind: str, cuts: list[int], tokens: np.ndarray = TOKENS) -> Dataset:
-    """Shards without a manifest: a validation shard of 500 tokens, and the rest for training."""
+    """Create shards without a manifest: a validation shard of 500 tokens, and training shards."""
     folder.mkdir()
     parts = {f"web_train_{i:06d}": part for i, part in enumerate(np.split(tokens[500:], cuts))}
     for name, part in ({"web_val_000000": tokens[:500]} | parts).items():
@@ -30,7 +30,7 @@ def published(folder: Path, kind: str, cuts: list[int], tokens: np.ndarray = TOK
 
 
 def prepared(folder: Path, shard_tokens: int) -> Dataset:
-    """The same with a manifest."""
+    """Create shards with a manifest."""
     folder.mkdir()
     splits: dict[str, Any] = {}
     for split, part in (("train", TOKENS[500:]), ("val", TOKENS[:500])):
@@ -70,10 +70,10 @@ def test_one_other_token_is_found_and_its_place_named(at: int, tmp_path: Path) -
     assert f"in the {split} split, tokens {first:,} to" in difference
 
 
-def test_another_number_of_tokens_is_told(tmp_path: Path) -> None:
+def test_another_number_of_tokens_is_reported(tmp_path: Path) -> None:
     before = with_hashes(published(tmp_path / "a", "bin", []))
     assert token_difference(before, published(tmp_path / "b", "bin", [], TOKENS[:-1])) == (
-        "in the train split, there are 4,499 tokens, not 4,500"
+        "in the train split, the number of tokens is 4,499, not 4,500"
     )
 
 
@@ -88,14 +88,16 @@ def test_the_sources_of_a_mix_are_compared_one_by_one(tmp_path: Path) -> None:
     assert "b2, tokens" in str(token_difference(before, mix([(a2, third), (b2, 1 - third)])))
 
 
-def test_what_recorded_no_hashes_cannot_be_compared(tmp_path: Path) -> None:
+def test_a_run_without_hashes_cannot_be_compared(tmp_path: Path) -> None:
     dataset = published(tmp_path / "a", "bin", [])
-    assert "recorded no hashes" in str(token_difference(dataset.manifest, dataset))
+    assert "no hashes" in str(token_difference(dataset.manifest, dataset))
     assert "data.json" in str(token_difference({}, dataset))
 
 
-def test_progress_is_told_while_published_shards_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(same_tokens, "TELL_EVERY", -1.0)
+def test_progress_is_reported_while_published_shards_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(same_tokens, "REPORT_SECONDS", -1.0)
     said: list[str] = []
     with_hashes(published(tmp_path / "a", "bin", [1000, 2000, 3000]), said.append)
     assert [text.partition(" shards")[0].rpartition(": ")[2] for text in said] == [f"{n} of 4" for n in (1, 2, 3)]

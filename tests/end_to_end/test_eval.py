@@ -105,7 +105,7 @@ def test_a_runs_results_are_written_into_it(
     assert result["choices"]["acc"] == choices
     assert (result["examples"], result["truncated"], result["step"]) == (5, 1, 12)
     assert result["environment"]["precision"] == "fp32"
-    assert "warning: questions: 1 of 5 examples do not fit into the model's 32 tokens" in shown
+    assert "warning: questions: 1 of 5 examples are longer than the context length of 32 tokens" in shown
     validation = json.loads((run / "evals" / "step_000012-validation.json").read_text())
     last = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "val"][-1]
     assert validation["loss"] == pytest.approx(last["loss"], rel=1e-6)
@@ -223,7 +223,7 @@ def test_a_read_only_run_is_a_warning_before_the_work(
     before = sorted(run.rglob("*"))
     assert evaluate(str(run), str(questions)) == 0
     out = capsys.readouterr().out
-    assert out.index("cannot be written to, so results are only shown") < out.index("acc_norm")
+    assert out.index("not writable, so results are only printed") < out.index("acc_norm")
     assert sorted(run.rglob("*")) == before
 
 
@@ -333,7 +333,7 @@ def test_published_numbers_are_shown_for_whole_tasks_only(
         assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl", *limit]) == 0
         shown = capsys.readouterr().out
         assert "GPT-2 124M" not in shown
-        assert "they are of all 10,042 examples" in shown
+        assert "they were measured on all 10,042 examples" in shown
 
 
 def test_a_users_file_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) -> None:
@@ -347,7 +347,10 @@ def test_a_users_file_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) 
     ("arguments", "said"),
     [
         (["--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
-        (["--tasks", "validation"], "model is not of a run, and has no data of its own: name a folder of tokens with"),
+        (
+            ["--tasks", "validation"],
+            "model is not a checkpoint of a run, so its data is unknown; name token shards with",
+        ),
         (["--tasks", "validation", "--data", "nowhere"], "nowhere: no such folder of token shards"),
         (["--task", "none.jsonl"], "none.jsonl: no such file"),
         (["--task", "questions.jsonl", "--limit", "0"], "--limit is 0; it must be at least 1"),
@@ -355,17 +358,17 @@ def test_a_users_file_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) 
         (["--task", "questions.jsonl", "--json", "no/out.json"], "no/out.json: there is no folder no"),
         (["--task", "bad.jsonl"], "bad.jsonl, line 1: not JSON"),
         (["--tsks", "hellaswag"], "did you mean --task"),
-        (["--task", "questions.jsonl", "--data", "nope"], "--data is for the validation loss, which is not asked for"),
+        (["--task", "questions.jsonl", "--data", "nope"], "--data needs the validation loss: add validation to"),
         (
             ["--task", "questions.jsonl", "--context", "5"],
-            "--context is for the validation loss, which is not asked for",
+            "--context needs the validation loss: add validation to --tasks",
         ),
-        (["--tasks", "validation", "--data", "x", "--limit", "5"], "--limit is for the examples of tasks"),
+        (["--tasks", "validation", "--data", "x", "--limit", "5"], "--limit applies to the examples of tasks"),
         (["--task", ""], "--task is empty"),
         (["--task", "questions.jsonl", "--json", ""], "--json is empty"),
         (["--task", "questions.jsonl", "--json", "questions.jsonl"], "questions.jsonl; name two different files"),
         (["--task", "questions.jsonl", "--json", "model/config.json"], "would overwrite a file"),
-        (["--tasks", "questions.jsonl", "--task", "questions.jsonl"], "two tasks are called questions"),
+        (["--tasks", "questions.jsonl", "--task", "questions.jsonl"], "two tasks have the name questions"),
         (["--limit", "x"], "--limit: 'x' is not an integer"),
         (["--context", "1.5"], "--context: '1.5' is not an integer"),
     ],
@@ -383,7 +386,7 @@ def test_a_mistake_is_one_line(
 
 def test_a_context_beyond_the_positions_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(run), "--tasks", "validation", "--context", "33"]) == 2
-    assert "--context 33 is longer than the model's 32 positions" in capsys.readouterr().err
+    assert "--context 33 is longer than the model's context length of 32" in capsys.readouterr().err
 
 
 @pytest.mark.slow

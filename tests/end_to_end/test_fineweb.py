@@ -120,7 +120,7 @@ def test_lasting_faults_are_one_line_and_the_same_command_resumes(
     done = prepare(hub, out, home)
     assert done.returncode == 0, done.stderr
     if fault == "a missing file":
-        assert "2 of 3 units are finished" in done.stdout
+        assert "2 of 3 units finished" in done.stdout
     assert shards(out) == undisturbed
 
 

@@ -71,7 +71,7 @@ def test_the_validation_loss_is_the_mean_weighted_by_share(
 def test_a_resumed_run_refuses_another_mix(mixed: RunConfig, folders: list[Path], tmp_path: Path) -> None:
     assert train(mixed, tmp_path / "run", display=QUIET) == 0
     other = dataclasses.replace(mixed.data, mix=f"{folders[0]}:1,{folders[1]}:1")
-    with pytest.raises(UserError, match="this mix holds other tokens than"):
+    with pytest.raises(UserError, match="this mix has other tokens than"):
         train(dataclasses.replace(mixed, data=other, steps=9), tmp_path / "run", resume=True, display=QUIET)
 
 
@@ -97,4 +97,4 @@ def test_counts_of_read_files_are_summed(tmp_path: Path) -> None:
     parts = [(open_tokens(tmp_path / name, "sizes"), Fraction(1, 3)) for name in "abc"]
     said = dict(summary_rows(mix(parts).manifest))
     assert said["read"].startswith("3 files as plain text (.txt, ")
-    assert said["warning"].startswith("the text holds <|endoftext|> 18 times as characters")
+    assert said["warning"].startswith("the text contains a literal <|endoftext|> 18 times")

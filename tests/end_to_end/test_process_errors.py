@@ -48,7 +48,7 @@ def the_one_error(ended: list[Ended]) -> str:
         (["quickstart", "--data.source", "text", "--data.path", "nowhere"], "nowhere"),
         (["quickstart", "--data.source", "tokens", "--data.path", "nowhere"], "nowhere: no such folder"),
         (["quickstart", "--init", "./nowhere"], "nowhere"),
-        (["quickstart", "--out", "/"], "exists already"),
+        (["quickstart", "--out", "/"], "already exists"),
     ],
 )
 def test_an_error_on_all_ranks_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

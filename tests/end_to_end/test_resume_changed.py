@@ -211,7 +211,7 @@ def test_a_renamed_checkpoint_is_refused_by_name(run: Path, capsys: pytest.Captu
     (run / "checkpoints/step_000002").rename(run / "checkpoints/step_000090")
     for arguments in (["train", "--resume", str(run), "--steps", "100"], ["sample", str(run)]):
         assert main(arguments) == 2
-        assert "step_000090 holds step 2, not 90" in capsys.readouterr().err
+        assert "step_000090 contains step 2, not 90" in capsys.readouterr().err
     assert trained(run) == [0, 1]
 
 
@@ -237,9 +237,7 @@ def test_a_checkpoint_that_is_not_finite_is_renamed(name: str, run: Path, made: 
     rewrite_hash(run / "checkpoints/step_000003", name)
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=4), run, resume=True, display=heard(said)) == 0
-    assert any(
-        f"unusable checkpoint renamed: {file}: {first} holds values that are not finite" in line for line in said
-    )
+    assert any(f"unusable checkpoint renamed: {file}: {first} has values that are not finite" in line for line in said)
     assert any("resuming from step 2" in line for line in said)
     assert trained(run) == [0, 1, 2, 3]
 
@@ -278,7 +276,7 @@ def test_a_run_that_has_reached_its_target_makes_no_more_steps(made: Path, tmp_p
     for steps in (9, 12):
         assert train(dataclasses.replace(config, steps=steps), run, resume=True, display=heard(said)) == 0
         assert content(run) == before
-    assert any("has reached its target loss 20.0 already, at step 0" in line for line in said)
+    assert any("has already reached its target loss 20.0 at step 0" in line for line in said)
     assert train(dataclasses.replace(config, steps=2, target_loss=0.1), run, resume=True, display=QUIET) == 0
     assert trained(run) == [0, 1]
 

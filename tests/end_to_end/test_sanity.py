@@ -42,7 +42,7 @@ def test_only_a_new_run_lists_its_sanity_checks(
     (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss 1")]
     assert lines[initial + 1 : first_step] == [
         "sanity checks passed: targets, causality, gradients, tied lm_head",
-        "warning: kernel shapes: n_embd 32 is no multiple of 64: it works, but slower than it could",
+        "warning: kernel shapes: n_embd 32 is not a multiple of 64: training is slower",
     ]
     train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)
     assert "initial loss" not in (out := capsys.readouterr().out)
@@ -56,7 +56,7 @@ def test_a_planted_fault_stops_a_run_before_files_are_written(
     run = tmp_path / "runs" / "mine"
     assert main(["train", "quickstart", "--out", str(run), *flags(tiny)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("restomod: error: sanity check 'causality' failed: changing token 16 changes logits before")
+    assert error.startswith("restomod: error: sanity check 'causality' failed: changing token 16 of 32 changes earlier")
     assert "`restomod check` shows all checks; --no-sanity-checks trains anyway" in error
     assert error.count("\n") == 1
     assert not run.parent.exists()

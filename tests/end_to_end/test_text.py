@@ -33,9 +33,9 @@ def test_train_lists_read_files_and_warnings_also_with_cached_tokens(
         training = set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False)
         rows = run_summary(training)
         assert ("read", f"8 files as plain text (.txt, {size:,} bytes)") in rows
-        assert ("left out", "1 file or folder: met before 1") in rows
+        assert ("skipped", "1 file or folder: duplicate path 1") in rows
         (warning,) = run_warnings(training)
-        assert f"{n} times as characters" in warning
+        assert f"a literal <|endoftext|> {n} times" in warning
         for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         (tmp_path / "run").rmdir()

@@ -198,7 +198,7 @@ def test_an_error_is_one_line_among_torchruns(shared: RunConfig, tmp_path: Path,
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = errors(error)
-    assert "exists already" in line
+    assert "already exists" in line
 
 
 def test_one_rank_under_torchrun_equals_a_single_process(shared: RunConfig, tmp_path: Path) -> None:

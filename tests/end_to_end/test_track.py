@@ -53,7 +53,7 @@ def test_a_faulty_tracker_changes_nothing_in_a_run(
     assert train(quick, tmp_path / "without", display=QUIET) == 0
     config = dataclasses.replace(quick, track=("tensorboard",))
     assert train(config, tmp_path / "with", display=Display(interactive=False)) == 0
-    assert capsys.readouterr().out.count("warning: tensorboard tracks no more") == 1
+    assert capsys.readouterr().out.count("warning: tracker tensorboard is dropped") == 1
     with_, without = (
         [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(tmp_path / name / "metrics.jsonl")]
         for name in ("with", "without")

@@ -300,7 +300,7 @@ def loaded_by_another(processes: Processes, folder: Path) -> None:
 def test_a_checkpoint_of_another_optimizer_is_refused_in_all_with_one_line(tmp_path: Path) -> None:
     ended = launch(2, member, loaded_by_another, tmp_path, timeout=30)
     (line,) = error_lines(ended)
-    assert "is of another optimizer or model" in line
+    assert "belongs to another optimizer or model" in line
     assert [e.code for e in ended] == [2, 2]
 
 

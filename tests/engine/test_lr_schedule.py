@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from restomod.config.run import OptimConfig
-from restomod.engine.lr_schedule import learning_rate
+from restomod.config.run import Decay, OptimConfig
+from restomod.engine.lr_schedule import DECAYS, learning_rate
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(50, 10), (50, 1), (200, 60), (12, 10)])
@@ -51,3 +54,33 @@ def test_a_warmup_as_long_as_the_run_or_longer_only_rises(warmup: int) -> None:
     rates = [learning_rate(config, step, 5) for step in range(5)]
     assert rates == sorted(rates)
     assert 0 < rates[0] <= rates[-1] <= 1.0
+
+
+def test_every_decay_has_a_function() -> None:
+    assert sorted(DECAYS) == sorted(get_args(Decay))
+
+
+@pytest.mark.parametrize("cooldown", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_decay_falls_from_1_to_0(decay: Decay, cooldown: float) -> None:
+    factors = [DECAYS[decay](i / 1000, cooldown) for i in range(1001)]
+    assert factors[0] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.0)
+    assert factors == sorted(factors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("decay", "step", "factor"),
+    [
+        ("linear", 75, 0.25),
+        ("wsd", 60, 1.0),  # a cooldown of 0.4 begins at step 60
+        ("wsd", 70, 0.75),
+        ("wsd", 90, 0.25),
+        ("1-sqrt", 60, 1.0),
+        ("1-sqrt", 70, 1 - math.sqrt(0.25)),
+        ("1-sqrt", 90, 1 - math.sqrt(0.75)),
+    ],
+)
+def test_decays_at_known_steps(decay: Decay, step: int, factor: float) -> None:
+    config = OptimConfig(lr=1.0, min_lr_ratio=0.0, warmup_steps=0, decay=decay, cooldown=0.4)
+    assert learning_rate(config, step, 101) == pytest.approx(factor)

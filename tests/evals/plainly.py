@@ -1,4 +1,4 @@
-"""What scores are by definition: a row for every continuation, alone, through `transformers`, with all its logits."""
+"""Direct computation of scores: one row per continuation through `transformers`, from all its logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=48)
 
 @torch.no_grad()
 def plain_score(model: Any, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood, in float64, and whether greedy decoding writes the continuation."""
+    """Return the log-likelihood in float64 and whether greedy decoding generates the continuation."""
     tokens = torch.tensor([*context, *continuation])
     logits = model(tokens[None, :-1]).logits[0].double()[len(context) - 1 :]  # (len(continuation), V)
     targets = tokens[len(context) :]
@@ -24,7 +24,7 @@ def plain_score(model: Any, context: Sequence[int], continuation: Sequence[int])
 
 
 def harness_split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """lm-evaluation-harness 0.4.13, TemplateLM._encode_pair and loglikelihood, for a causal model, in other words."""
+    """Encode a pair as TemplateLM._encode_pair and loglikelihood of lm-evaluation-harness 0.4.13 do."""
     if context == "":
         return [50256], tokenizer.encode(continuation).tolist()
     spaces = len(context) - len(context.rstrip())

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, unmodified, on an exported checkpoint: the same answers to every example."""
+"""Unmodified lm-evaluation-harness on an exported checkpoint: the same choice for every example."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def harness(folder: Path, task: str, file: Path) -> tuple[dict, list[dict]]:
-    """Results, and samples in the file's order."""
+    """Return the results and the samples in file order."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -102,7 +102,7 @@ def ours(folder: Path, task: str) -> TaskResult:
     return score_task(open_language_model(str(folder), CPU, torch.float32), load_task(task, Path()))
 
 
-def test_multiple_choice_is_judged_alike(folder: Path, tmp_path: Path) -> None:
+def test_multiple_choice_gives_the_same_choices(folder: Path, tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
 
     def words(least: int, most: int) -> str:
@@ -112,7 +112,7 @@ def test_multiple_choice_is_judged_alike(folder: Path, tmp_path: Path) -> None:
         {"query": words(1, 40), "choices": [words(1, 6) for _ in range(4)], "gold": int(chance.integers(4))}
         for _ in range(60)
     ]
-    records[3]["query"] += "  "  # spaces at its end belong to the choice
+    records[3]["query"] += "  "  # spaces at the end of the context belong to the choice
     records[4]["choices"][2] = records[4]["choices"][1]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,4 +1,4 @@
-"""Shared rows against a row for every continuation in `transformers`; and that nothing else decides a result."""
+"""Shared rows compared with one row per continuation in `transformers`, for any batch, order and number of ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def theirs(model: ScoredGPT) -> Any:
 
 
 def some_requests(n: int = 60, seed: int = 0) -> list[Request]:
-    """Contexts of 1 to 20 tokens with one to five continuations of 1 to 12; some contexts and requests come twice."""
+    """Return requests: contexts of 1 to 20 tokens, 1 to 5 continuations of 1 to 12 tokens, with repetitions."""
     chance = random.Random(seed)
 
     def tokens(longest: int) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ def test_equals_a_row_for_every_continuation(model: ScoredGPT, theirs: Any) -> N
 
 
 @torch.no_grad()
-def test_what_greedy_decoding_writes_is_greedy_and_nothing_else(model: ScoredGPT, theirs: Any) -> None:
+def test_only_continuations_of_greedy_decoding_are_greedy(model: ScoredGPT, theirs: Any) -> None:
     context = (7, 8, 9)
     written = list(context)
     for _ in range(4):
@@ -97,7 +97,7 @@ def shared_by_processes(n: int) -> list[Score]:
         return log_likelihoods(scored(), some_requests(n), 3, processes)
 
 
-@pytest.mark.parametrize(("count", "n"), [(2, 60), (3, 60), (2, 1)])  # at last, more processes than rows
+@pytest.mark.parametrize(("count", "n"), [(2, 60), (3, 60), (2, 1)])  # the last case has more ranks than rows
 def test_the_number_of_processes_changes_no_bit(count: int, n: int, model: ScoredGPT) -> None:
     assert results(count, shared_by_processes, n) == [log_likelihoods(model, some_requests(n), 3)] * count
 
@@ -110,7 +110,7 @@ def test_each_context_goes_through_the_model_once(monkeypatch: pytest.MonkeyPatc
     )
     log_likelihoods(model, [Request((1, 2, 3, 4), (k, 5, 6)) for k in (7, 8, 9, 9)])
     (tokens,) = seen
-    assert tokens.tolist() == [[1, 2, 3, 4, 7, 5, 8, 5, 9, 5]]  # the last token of a continuation predicts nothing
+    assert tokens.tolist() == [[1, 2, 3, 4, 7, 5, 8, 5, 9, 5]]  # the last token of a continuation is only a target
 
 
 def test_only_positions_that_predict_go_through_the_head(model: ScoredGPT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_logits_in_several_chunks_are_the_same(model: ScoredGPT, monkeypatch: py
     assert close(log_likelihoods(model, some_requests()), expected)
 
 
-def test_many_continuations_are_shared_out_to_several_rows(model: ScoredGPT, theirs: Any) -> None:
+def test_many_continuations_are_split_into_several_rows(model: ScoredGPT, theirs: Any) -> None:
     requests = [Request((1, 2, 3), (k, *range(k, k + 9))) for k in range(30)]  # 273 tokens in one row
     for request, score in zip(requests, log_likelihoods(model, requests), strict=True):
         assert score.log_likelihood == pytest.approx(
@@ -147,10 +147,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @torch.no_grad()
 def certain(scale: float, cap: float | None = None) -> tuple[GPT, torch.Tensor, torch.Tensor]:
-    """A model, the surer the larger ``scale``, hidden states of it, (40, D), and the likeliest token of each."""
+    """Return a model, hidden states (40, D) and their most likely tokens; ``scale`` multiplies the logits."""
     config = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=48, vocab_size=97, softcap=cap)
     model = build_model(config, 1, CPU)
-    model.head[97:] = 100.0  # padding: would be the likeliest by far
+    model.head[97:] = 100.0  # padding, with the largest logits
     hidden = scale * torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     return model, hidden, (hidden @ model.head[:97].t()).argmax(-1)
 
@@ -188,7 +188,7 @@ def test_scoring_and_training_compute_one_cross_entropy(scale: float, dtype: tor
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tokens_predicted_by_one_hidden_state_are_scored_each_for_itself(dtype: torch.dtype) -> None:
+def test_tokens_predicted_by_one_hidden_state_are_scored_independently(dtype: torch.dtype) -> None:
     model, hidden, _ = certain(100.0)
     which, targets = torch.tensor([3, 3, 0, 3, 0]), torch.tensor([5, 6, 7, 8, 9])
     found, best = gpt_log_probs(model, hidden[:4], which, targets, dtype)
@@ -215,13 +215,13 @@ def test_log_probabilities_of_logits_are_those_of_torch(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(("context", "continuation"), [(46, 3), (47, 3), (100, 3), (100, 48), (1, 48)])
-def test_the_context_loses_its_beginning_as_in_the_harness(
+def test_long_contexts_are_cut_as_in_the_harness(
     context: int, continuation: int, model: ScoredGPT, theirs: Any
 ) -> None:
     request = Request(tuple(range(100, 100 + context)), tuple(range(continuation)))
     window = (*request.context, *request.continuation)[
         -49:
-    ]  # (context + continuation)[-(max_length + 1):][:-1] is read
+    ]  # the input is (context + continuation)[-(max_length + 1):][:-1]
     (score,) = log_likelihoods(model, [request])
     assert score.log_likelihood == pytest.approx(
         plain_score(theirs, window[:-continuation], request.continuation)[0], rel=1e-5
@@ -229,7 +229,7 @@ def test_the_context_loses_its_beginning_as_in_the_harness(
     assert score.truncated == (context + continuation > 49)
 
 
-def test_endings_of_one_question_are_cut_each_for_itself(model: ScoredGPT, theirs: Any) -> None:
+def test_endings_of_one_question_are_cut_independently(model: ScoredGPT, theirs: Any) -> None:
     context = tuple(range(100, 147))  # 47
     short, long = log_likelihoods(model, [Request(context, (1, 2)), Request(context, (1, 2, 3, 4))])
     assert (short.truncated, long.truncated) == (False, True)
@@ -238,7 +238,7 @@ def test_endings_of_one_question_are_cut_each_for_itself(model: ScoredGPT, their
 
 
 def test_a_continuation_longer_than_the_window_is_refused(model: ScoredGPT) -> None:
-    with pytest.raises(UserError, match="a continuation of 49 tokens is longer than the model's window of 48"):
+    with pytest.raises(UserError, match="a continuation of 49 tokens is longer than the model's context length of 48"):
         log_likelihoods(model, [Request((1,), tuple(range(49)))])
 
 
@@ -252,7 +252,7 @@ def test_text_is_split_as_the_harness_splits_it(context: str, continuation: str)
     tokenizer = gpt2_tokenizer()
     before, after = harness_split(tokenizer, context, continuation)
     encode = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
-    if not after:  # where the harness ends with an assertion
+    if not after:  # the harness fails here with an assertion
         with pytest.raises(UserError, match="adds no token"):
             encode_pair(encode, 50256, context, continuation)
         return
@@ -278,10 +278,10 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_changes_nothing_and_leaves_a_compiled_model_alone(training: bool) -> None:
+def test_scoring_does_not_change_the_model_or_compile_it(training: bool) -> None:
     gpt: GPT = random_model(SMALL).train(training)
     expected = log_likelihoods(ScoredGPT(random_model(SMALL)), some_requests())
-    gpt.transformer._compiled_call_impl = refuse  # what `compile()` sets
+    gpt.transformer._compiled_call_impl = refuse  # attribute that `compile()` sets
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
     random_state = torch.get_rng_state()
     assert log_likelihoods(ScoredGPT(gpt), some_requests()) == expected
@@ -291,7 +291,7 @@ def test_changes_nothing_and_leaves_a_compiled_model_alone(training: bool) -> No
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_bf16_products_come_close(model: ScoredGPT) -> None:
+def test_bf16_matmuls_are_close(model: ScoredGPT) -> None:
     half = ScoredGPT(model.model, torch.bfloat16)
     exact, rounded = (log_likelihoods(m, some_requests()) for m in (model, half))
     for a, b in zip(exact, rounded, strict=True):

@@ -1,4 +1,4 @@
-"""Models of `transformers`, of several architectures, against a row for every continuation."""
+"""Architectures of `transformers` in shared rows compared with one row per continuation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_kind(kind: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
-    for parameter in model.parameters():  # initial ones are so small that a wrong mask is within the noise
+    for parameter in model.parameters():  # with initial weights, the effect of a wrong mask is too small
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -50,8 +50,8 @@ def of_kind(kind: str, **settings: Any) -> Any:
         ("Llama", KEYS, True),
         ("Qwen3", KEYS | {"head_dim": 16}, True),
         ("GPTNeoX", HEADS, True),
-        ("Mistral", KEYS | {"sliding_window": 8}, False),  # sees a part of its window
-        ("Bloom", {"vocab_size": 50257, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),  # no positions to give
+        ("Mistral", KEYS | {"sliding_window": 8}, False),  # sliding-window attention
+        ("Bloom", {"vocab_size": 50257, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),  # no position ids
         ("Mamba", {"vocab_size": 50257, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, False),
     ],
 )
@@ -80,7 +80,7 @@ def test_transformers_gpt2_scores_as_ours(attention: str, folder: Path) -> None:
         assert b.log_likelihood == pytest.approx(a.log_likelihood, rel=1e-5, abs=1e-4)
 
 
-def test_a_model_that_ignores_the_mask_is_found_out(folder: Path) -> None:
+def test_a_model_that_ignores_the_mask_is_detected(folder: Path) -> None:
     theirs = to_transformers(random_model(SMALL))
     forward = theirs.forward
 
@@ -91,7 +91,7 @@ def test_a_model_that_ignores_the_mask_is_found_out(folder: Path) -> None:
     assert not ScoredTransformers(theirs, AutoTokenizer.from_pretrained(folder)).shares_contexts
 
 
-def test_a_folder_is_opened_as_what_it_is(folder: Path, tmp_path: Path) -> None:
+def test_the_folder_determines_the_model_class(folder: Path, tmp_path: Path) -> None:
     gpt2 = open_language_model(str(folder), CPU, torch.float32)
     assert isinstance(gpt2, ScoredGPT)
     model = of_kind("Llama", **KEYS)
@@ -106,7 +106,7 @@ def test_a_folder_is_opened_as_what_it_is(folder: Path, tmp_path: Path) -> None:
     assert score.log_likelihood == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_transformers_cannot_load_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_transformers_cannot_load_is_an_error_in_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="transformers cannot load it") as caught:

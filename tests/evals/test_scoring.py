@@ -1,4 +1,4 @@
-"""Accuracies, perplexity and standard errors against numpy and against scores made up."""
+"""Accuracies, perplexity and standard errors compared with numpy and with given scores."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model() -> ScoredGPT:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Log-likelihoods to be found, in order."""
+    """Replace the scoring by given log-likelihoods, in order."""
 
     def give(*values: float, greedy: Sequence[bool] = (), truncated: Sequence[bool] = ()) -> None:
         def scores(model: Any, requests: list[Request], *_: Any) -> list[Score]:
@@ -58,7 +58,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return give
 
 
-def test_choices_are_those_of_a_row_for_every_ending(model: ScoredGPT) -> None:
+def test_choices_equal_those_of_one_row_per_ending(model: ScoredGPT) -> None:
     theirs, encode = to_transformers(model.model), model.tokenizer.encode
     result = score_task(model, loaded(QUESTIONS))
     expected: dict[str, list[int]] = {name: [] for name in result.choices}
@@ -99,7 +99,7 @@ def test_each_accuracy_divides_by_its_own_length(model: ScoredGPT, answers: Any)
     assert (result.choices["acc_norm"], result.choices["acc_bytes"]) == ([1], [0])  # 3.33, 3; 1.67, 3
 
 
-def test_of_equally_good_choices_the_first_counts(model: ScoredGPT, answers: Any) -> None:
+def test_the_first_of_equal_choices_wins(model: ScoredGPT, answers: Any) -> None:
     answers(-2.0, -1.0, -1.0)
     assert score_task(model, loaded([("q", ["a", "b", "c"], 2)])).choices["acc"] == [1]
 
@@ -130,18 +130,20 @@ def test_lambada_counts_greedy_words_and_perplexity(model: ScoredGPT, answers: A
     assert score_task(model, last_words("c")).metrics["perplexity"].value == math.inf
 
 
-def test_contexts_that_lost_their_beginning_are_counted_by_example(model: ScoredGPT, answers: Any) -> None:
+def test_truncated_contexts_are_counted_per_example(model: ScoredGPT, answers: Any) -> None:
     answers(-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, truncated=[True, True, False, False, False, True])
     assert score_task(model, loaded([("q", ["a", "b"], 0)] * 3)).truncated == 2
 
 
 def test_a_long_question_is_cut_and_counted_and_a_long_choice_refused(model: ScoredGPT) -> None:
     assert score_task(model, loaded([("cat " * 100, ["a", "b"], 0), ("q", ["a", "b"], 0)])).truncated == 1
-    with pytest.raises(UserError, match="line 1: a choice of 100 tokens is longer than the model's window of 48"):
+    with pytest.raises(
+        UserError, match="line 1: a choice of 100 tokens is longer than the model's context length of 48"
+    ):
         score_task(model, loaded([("q", ["a", "b"], 0), ("q", ["a", ("cat " * 100)[:-1]], 0)]))
 
 
-def test_what_is_not_a_number_is_refused(model: ScoredGPT, answers: Any) -> None:
+def test_nan_scores_are_refused(model: ScoredGPT, answers: Any) -> None:
     answers(-1.0, math.nan)
     with pytest.raises(UserError, match="line 0: the model's output is not finite"):
         score_task(model, loaded([("q", ["a", "b"], 0)]))
@@ -155,5 +157,5 @@ def test_what_is_not_a_number_is_refused(model: ScoredGPT, answers: Any) -> None
         (Estimate(35131.0, 1234.5), "35,131.00 ± 1,234.50"),
     ],
 )
-def test_numbers_are_shown_with_their_errors(estimate: Estimate, text: str) -> None:
+def test_estimates_are_formatted_with_their_errors(estimate: Estimate, text: str) -> None:
     assert format_estimate(estimate) == text

@@ -1,4 +1,4 @@
-"""The validation loss against the plain computation, and that taking it changes nothing."""
+"""Validation loss compared with a direct computation; the evaluation does not change the model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.processes import results
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
 T = 16
-TEXT = np.random.default_rng(0).integers(97, size=10 * T + 7).astype(np.uint16)  # 10 windows and a rest
-STREAM = TokenStream([TEXT[:50], TEXT[50:]])  # windows cross from shard to shard
+TEXT = np.random.default_rng(0).integers(97, size=10 * T + 7).astype(np.uint16)  # 10 windows and a shorter last one
+STREAM = TokenStream([TEXT[:50], TEXT[50:]])  # windows cross shard boundaries
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def model() -> GPT:
 
 @torch.no_grad()
 def plain_loss(model: GPT, windows: list[int]) -> float:
-    """Window by window, from all logits; window 10 is the rest."""
+    """Compute the losses window by window from all logits; window 10 is the shorter last one."""
     losses = []
     for w in windows:
         tokens = torch.from_numpy(TEXT[w * T : w * T + T + 1].astype(np.int64))
@@ -58,7 +58,7 @@ def test_does_not_depend_on_the_batch(batch: int, model: GPT) -> None:
     assert found.tokens == 10 * T + 6
 
 
-def test_bf16_matmuls_come_close(model: GPT) -> None:
+def test_bf16_matmuls_are_close(model: GPT) -> None:
     found = validation_loss(model, STREAM, T, CPU, torch.bfloat16)
     assert found.loss == pytest.approx(plain_loss(model, list(range(11))), rel=0.01)
 
@@ -76,7 +76,7 @@ def test_the_number_of_processes_changes_no_bit(count: int, model: GPT) -> None:
 
 @pytest.mark.parametrize("context", [1, 5, 8])
 @torch.no_grad()
-def test_other_contexts_cover_every_token_too(context: int, model: GPT) -> None:
+def test_other_sequence_lengths_also_cover_every_token(context: int, model: GPT) -> None:
     found = validation_loss(model, STREAM, context, CPU, torch.float32)
     tokens, losses = torch.from_numpy(TEXT.astype(np.int64)), []
     for start in range(0, len(TEXT) - 1, context):
@@ -91,21 +91,21 @@ def test_other_contexts_cover_every_token_too(context: int, model: GPT) -> None:
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss(model: GPT, tokenizer: Tokenizer) -> None:
     found = validation_loss(model, STREAM, T, CPU, torch.float32, tokenizer=tokenizer)
-    text = tokenizer._encoding.decode_bytes(TEXT[1:].tolist())  # what is predicted
+    text = tokenizer._encoding.decode_bytes(TEXT[1:].tolist())  # targets
     assert found.bytes == len(text)
     assert found.perplexity == pytest.approx(np.exp(found.loss))
     assert found.bits_per_byte == pytest.approx(found.loss * (len(TEXT) - 1) / np.log(2) / len(text))
     assert validation_loss(model, STREAM, T, CPU, torch.float32).bits_per_byte is None
 
 
-def test_what_is_not_a_number_is_not_left_out() -> None:
+def test_nan_losses_are_not_skipped() -> None:
     model = random_model(CONFIG)
     with torch.no_grad():
         model.head[3, 3] = torch.nan
     assert np.isnan(validation_loss(model, STREAM, T, CPU, torch.float32).loss)
 
 
-def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
+def test_the_loss_of_a_mix_is_weighted_by_share(model: GPT) -> None:
     streams = {"a": STREAM, "b": TokenStream([TEXT[:40]]), "none": TokenStream([TEXT[:0]])}
     parts = tuple(
         Part(name, cast(Dataset, SimpleNamespace(val=stream)), Fraction(n, 8))
@@ -122,7 +122,7 @@ def test_of_a_mix_the_mean_goes_by_share(model: GPT) -> None:
     assert dataset_loss(model, cast(Dataset, SimpleNamespace(sources=parts[2:])), T, CPU, torch.float32) is None
     few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=8 * T)
     assert few is not None
-    assert few.tokens == (2 + 2) * T  # of 8 windows 2 and 6, of which there are 2
+    assert few.tokens == (2 + 2) * T  # 2 of 8 windows, and all 2 windows of the other source (limit: 6)
 
 
 def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT, tokenizer: Tokenizer) -> None:
@@ -130,7 +130,7 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
 
     The sources differ in loss, in bytes per token and in size, and the shares differ from the sizes.
     """
-    singles = np.resize(np.arange(40, 90, 7), 3 * T + 1).astype(np.uint16)  # a byte each
+    singles = np.resize(np.arange(40, 90, 7), 3 * T + 1).astype(np.uint16)  # tokens of one byte
     words = np.resize(TEXT, 9 * T + 1)
     many = np.where(words < 90, words + 400, words)  # tokens of several letters
     model = random_model(dataclasses.replace(CONFIG, vocab_size=500))
@@ -147,14 +147,14 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
         mixed = cast(Dataset, SimpleNamespace(sources=parts, parts=parts))
         found = dataset_loss(model, mixed, T, CPU, torch.float32, tokenizer=tokenizer)
         assert found is not None
-        # N tokens of the one and M of the other, N : M as the shares are
+        # N tokens of the first and M of the second source; N : M is the ratio of the shares
         N, M = float(share) * 1e6, float(1 - share) * 1e6
         nats, n_bytes = N * a.loss + M * b.loss, N * a.bytes / a.tokens + M * b.bytes / b.tokens
         assert found.bits_per_byte == pytest.approx(nats / np.log(2) / n_bytes)
         assert found.loss == pytest.approx(nats / (N + M))
         assert found.bytes_per_token == pytest.approx(n_bytes / (N + M))
         assert min(a.bits_per_byte, b.bits_per_byte) <= found.bits_per_byte <= max(a.bits_per_byte, b.bits_per_byte)
-        # a part of the splits, as much of each as its share is
+        # part of each split, in proportion to its share
         few = dataset_loss(model, mixed, T, CPU, torch.float32, max_tokens=4 * T, tokenizer=tokenizer)
         assert few is not None
         assert few.to_dict()["bits_per_byte"] == pytest.approx(few.loss / np.log(2) / few.bytes_per_token)
@@ -173,7 +173,7 @@ def test_bits_per_byte_of_a_mix_are_those_of_text_drawn_by_its_shares(model: GPT
         (1000 * T, list(range(10))),
     ],
 )
-def test_max_tokens_takes_whole_windows_from_all_over_the_split(
+def test_max_tokens_selects_complete_windows_spread_over_the_split(
     max_tokens: int, windows: list[int], model: GPT
 ) -> None:
     found = validation_loss(model, STREAM, T, CPU, torch.float32, max_tokens=max_tokens)
@@ -195,8 +195,8 @@ def test_windows_are_distinct_and_evenly_spread(n: int, T: int, extra: int) -> N
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_changes_nothing(training: bool) -> None:
-    """Not the weights, their gradients, the mode or random states; and keeps nothing for a backward pass."""
+def test_evaluation_does_not_change_the_model(training: bool) -> None:
+    """Weights, gradients, training mode and random states are unchanged, and no graph is kept for a backward pass."""
     model = random_model(CONFIG).train(training)
     for p in model.parameters():
         p.grad = torch.ones_like(p)

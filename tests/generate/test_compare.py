@@ -1,4 +1,4 @@
-"""Two models side by side: the texts, and that no text is taken for markup, by independent parsers of each format."""
+"""Comparison of two models; independent parsers check that no text is interpreted as markup."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ HOSTILE = (
 
 
 def comparison(*texts: str) -> SampleComparison:
-    """Each text as a model's name, a prompt, and either continuation."""
+    """Comparison that uses each text as a model name, a prompt and both continuations."""
     return SampleComparison((texts[0], texts[-1]), "5 tokens", tuple((text, text[::-1], text) for text in texts))
 
 
 def shown(text: str) -> str:
-    """As a reader sees it: control characters as pictures."""
+    """Visible form of a text, with symbols for control characters."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]",
         lambda m: "�" if m[0] > "\x7f" else "␡" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])),
@@ -52,7 +52,7 @@ def shown(text: str) -> str:
 
 
 class Parsed(HTMLParser):
-    """The tags of a page, their attributes, and the text within cells and captions."""
+    """Tags of a page with their attributes, and the text of cells and captions."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def check_markdown(texts: tuple[str, ...]) -> None:
     assert cells == ["prompt", seen[0], seen[-1], *(cell for row in rows for cell in row)]
 
 
-def test_hostile_text_is_shown_as_it_is() -> None:
+def test_hostile_text_is_shown_unchanged() -> None:
     check_html(HOSTILE)
     check_markdown(HOSTILE)
 
@@ -113,18 +113,18 @@ UGLY = st.text(alphabet=st.sampled_from("ab1 \n\t|`*_<>&#[]()!\\~-+=:.\"'{}$@/;x
 
 
 @given(st.tuples(UGLY, UGLY))
-def test_any_text_is_shown_as_it_is(texts: tuple[str, str]) -> None:
+def test_any_text_is_shown_unchanged(texts: tuple[str, str]) -> None:
     check_html(texts)
     check_markdown(texts)
 
 
-def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:
+def test_a_page_has_no_scripts_and_loads_no_files() -> None:
     page = samples_html(comparison("a", "b"))
     assert not re.search(r"https?:|src=|href=|url\(|<script|@import", page)
     assert "default-src 'none'" in page
 
 
-def test_the_terminal_shows_texts_beside_each_other_and_takes_no_markup() -> None:
+def test_the_terminal_shows_texts_in_columns_without_markup() -> None:
     table = samples_table(
         SampleComparison(("left", "right"), "5 tokens", (("[bold]p\x1b[0m", "[red]one", "two\nlines"),)), 40
     )
@@ -136,7 +136,7 @@ def test_the_terminal_shows_texts_beside_each_other_and_takes_no_markup() -> Non
     assert max(map(len, table.splitlines())) <= 40
 
 
-def test_the_texts_are_those_that_each_model_writes(tmp_path: Path) -> None:
+def test_the_texts_are_the_samples_of_each_model(tmp_path: Path) -> None:
     names = []
     for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
@@ -158,16 +158,14 @@ def test_a_run_is_named_with_its_checkpoint(tmp_path: Path) -> None:
     assert found.models[0] == f"{tmp_path} (step_000007)"
 
 
-def test_both_models_are_looked_for_before_anything_is_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_models_are_checked_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(random_model(SMALL), tmp_path)
     monkeypatch.setattr("restomod.generate.compare.sample_texts", lambda *a: pytest.fail("computed"))
     with pytest.raises(UserError, match="nowhere: no such run"):
         compare_samples(str(tmp_path), str(tmp_path / "nowhere"), ["x"], SamplingConfig(), 0)
 
 
-def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "samples.md"
     path.write_text("before")
     write = samples_writer(str(path))
@@ -184,13 +182,13 @@ def test_a_report_replaces_the_one_before_it_as_a_whole(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("out", ["samples.txt", "samples", "nowhere/samples.md", "folder.md"])
-def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path, out: str) -> None:
+def test_an_invalid_output_is_refused_immediately(tmp_path: Path, out: str) -> None:
     (tmp_path / "folder.md").mkdir()
     with pytest.raises(UserError, match=out):
         samples_writer(str(tmp_path / out))
 
 
-def test_a_folder_that_is_closed_to_writing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *a: False)  # root may write anywhere
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *a: False)  # root has write access everywhere
     with pytest.raises(UserError, match="read-only"):
         samples_writer(str(tmp_path / "samples.md"))

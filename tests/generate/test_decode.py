@@ -1,4 +1,4 @@
-"""Generation against full forward passes and against `transformers`, row by row and in batches."""
+"""Generation compared with full forward passes and with `transformers`, for single rows and batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from restomod.checks.device_parity import random_model
 from restomod.config.run import ModelConfig, SamplingConfig
 from restomod.data.tokenizer import END_OF_TEXT
 from restomod.engine.device import autocast
-from restomod.generate.decode import CACHE_BYTES, Decoder, Prompt, RowCache, generate, rows_at_once
+from restomod.generate.decode import CACHE_BYTES, Decoder, Prompt, RowCache, generate, max_rows
 from restomod.model.gpt import GPT, KVCache, build_model
 from restomod.model.hf_io import save_model
 from restomod.utils.errors import UserError
@@ -42,7 +42,7 @@ def generated(
     dtype: torch.dtype | None = None,
     **how: Any,
 ) -> list[list[int]]:
-    """New tokens of each prompt; greedy, without an end and in the model's precision unless told otherwise."""
+    """New tokens of each prompt; by default greedy, without a stop token, in the dtype of the model."""
     sampling = SamplingConfig(max_tokens=max_tokens, **{"temperature": 0.0, "top_k": 0, **how})
     requests = [Prompt(prompt, number) for prompt, number in zip(prompts, numbers or [0] * len(prompts), strict=True)]
     texts: list[list[int]] = [[] for _ in prompts]
@@ -56,7 +56,7 @@ def generated(
 def by_full_passes(
     model: GPT, prompt: list[int], max_tokens: int, stop: int | None = None, dtype: torch.dtype | None = None
 ) -> list[int]:
-    """Greedy, without a cache: a context that is longer than the positions is cut to its newest half."""
+    """Greedy generation without a cache; a context that exceeds the context length is truncated to its newest half."""
     context, new = list(prompt), []
     while len(new) < max_tokens and (not new or new[-1] != stop):
         if len(context) > model.config.n_positions:
@@ -68,7 +68,7 @@ def by_full_passes(
 
 
 def lively(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model whose blocks outweigh its embedding: a small random one only repeats its last token.
+    """A model with large weights in its blocks; a small random model only repeats its last token.
 
     In fp64, where no two logits are so near each other that the order of a sum decides between them.
     """
@@ -89,10 +89,8 @@ def lively(config: ModelConfig, seed: int = 0) -> GPT:
     stop=st.none() | st.integers(0, 96),
     seed=st.integers(0, 3),
 )
-def test_any_batch_is_continued_as_its_rows_alone(
-    lengths: list[int], max_tokens: int, stop: int | None, seed: int
-) -> None:
-    """Past the window, with rows that are cut and rows that end at different times."""
+def test_a_batch_gives_the_texts_of_its_rows(lengths: list[int], max_tokens: int, stop: int | None, seed: int) -> None:
+    """Texts beyond the context length, with truncated rows and rows that end at different times."""
     model = lively(CONFIG, seed)
     prompts = [random_tokens(CONFIG, 1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
     expected = [by_full_passes(model, prompt, max_tokens, stop) for prompt in prompts]
@@ -100,7 +98,7 @@ def test_any_batch_is_continued_as_its_rows_alone(
 
 
 def check_against_transformers(config: ModelConfig, lengths: list[int], max_tokens: int, folder: Path) -> None:
-    """A batch against `generate` on the exported folder: there padded on the left, and by rows alone."""
+    """Compares a batch with `generate` of `transformers` on the exported folder: left-padded, and row by row."""
     model = lively(config)
     prompts = [random_tokens(config, 1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
     ours = generated(model, prompts, max_tokens)
@@ -118,24 +116,24 @@ def check_against_transformers(config: ModelConfig, lengths: list[int], max_toke
         assert text == theirs.generate(alone, attention_mask=torch.ones_like(alone), **how)[0, len(prompt) :].tolist()
 
 
-def test_a_batch_is_continued_as_by_transformers(tmp_path: Path) -> None:
+def test_a_batch_equals_transformers(tmp_path: Path) -> None:
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, n_positions=128, vocab_size=1031)
     check_against_transformers(config, [1, 40, 7, 64, 7], 64, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_batch_is_continued_as_by_transformers_at_the_shape_of_124m(tmp_path: Path) -> None:
+def test_a_batch_equals_transformers_at_the_shape_of_124m(tmp_path: Path) -> None:
     check_against_transformers(ModelConfig(), [3, 50, 17], 40, tmp_path)
 
 
 @pytest.mark.parametrize("length", [1, 23, 24, 25, 100])
-def test_text_goes_on_past_the_models_positions(length: int, model: GPT) -> None:
+def test_texts_can_exceed_the_context_length(length: int, model: GPT) -> None:
     prompt = [(7 * i) % 97 for i in range(length)]
     (new,) = generated(model, [prompt], 3 * CONFIG.n_positions)
     assert new == by_full_passes(model, prompt, 3 * CONFIG.n_positions)
 
 
-def test_a_window_of_one_token_is_enough() -> None:
+def test_a_context_length_of_one_works() -> None:
     model = random_model(ModelConfig(n_layer=1, n_head=1, n_embd=16, n_positions=1, vocab_size=97))
     prompts, context = [[3], [4, 5]], 5
     expected = []
@@ -149,7 +147,7 @@ def test_a_window_of_one_token_is_enough() -> None:
 
 
 class Watched:
-    """Counts what goes through a model's transformer and its head."""
+    """Records the shapes of the inputs of a model's transformer and lm_head."""
 
     def __init__(self, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -169,15 +167,15 @@ class Watched:
         monkeypatch.setattr("torch.nn.functional.linear", watched_linear)
 
 
-def test_a_prompt_is_read_once_and_then_a_position_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_runs_once_then_one_position_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIG)
     watched = Watched(model, monkeypatch)
     generated(model, [PROMPTS[1], PROMPTS[3], PROMPTS[3]], 4, numbers=[0, 0, 1])
-    assert watched.shapes == [(2, 15), *[(3, 1)] * 4]  # two prompts but for their last tokens; then three rows
-    assert watched.heads == [(3, 32)] * 4  # only last positions
+    assert watched.shapes == [(2, 15), *[(3, 1)] * 4]  # two prompts without their last tokens, then three rows
+    assert watched.heads == [(3, 32)] * 4  # last positions only
 
 
-def test_rows_that_have_ended_are_not_computed_and_all_ended_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively(CONFIG)
     texts = generated(model, PROMPTS, 8)
     stop = texts[0][2]
@@ -192,7 +190,7 @@ def test_rows_that_have_ended_are_not_computed_and_all_ended_is_the_end(monkeypa
     assert watched.shapes == [(1, 1)]
 
 
-def test_the_cache_takes_no_more_room_than_the_text_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_not_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     make = RowCache.__init__
     monkeypatch.setattr(RowCache, "__init__", lambda self, *a: (made.append(a), make(self, *a))[1])
@@ -202,15 +200,13 @@ def test_the_cache_takes_no_more_room_than_the_text_needs(monkeypatch: pytest.Mo
     assert [a[-1] for a in made] == [8, 24]
 
 
-def test_as_many_rows_go_together_as_have_room() -> None:
+def test_the_number_of_rows_fits_into_the_cache_size() -> None:
     config = ModelConfig()
     row = 2 * 12 * 768 * 1024 * 4
     assert KVCache(config, 1, torch.device("meta"), torch.float32).keys.nbytes * 2 == row
-    assert rows_at_once(config, 1000, 1000, torch.float32) == CACHE_BYTES // row
-    assert rows_at_once(config, 5, 5, torch.bfloat16) == CACHE_BYTES // (row // 1024 * 10 // 2)
-    assert (
-        rows_at_once(ModelConfig(n_layer=48, n_head=25, n_embd=1600, n_positions=10**5), 1, 10**9, torch.float32) == 1
-    )
+    assert max_rows(config, 1000, 1000, torch.float32) == CACHE_BYTES // row
+    assert max_rows(config, 5, 5, torch.bfloat16) == CACHE_BYTES // (row // 1024 * 10 // 2)
+    assert max_rows(ModelConfig(n_layer=48, n_head=25, n_embd=1600, n_positions=10**5), 1, 10**9, torch.float32) == 1
 
 
 # --- random --------------------------------------------------------------------------------------------------
@@ -221,7 +217,7 @@ def test_a_single_candidate_is_greedy_at_any_temperature(how: dict[str, Any], mo
     assert generated(model, [[5]], 15, temperature=5.0, **how) == generated(model, [[5]], 15)
 
 
-def test_a_seed_repeats_and_seeds_and_samples_differ(model: GPT) -> None:
+def test_texts_depend_on_seed_and_sample(model: GPT) -> None:
     first, again, other = (generated(model, [[5], [5]], 30, [0, 1], temperature=1.0, seed=seed) for seed in (3, 3, 4))
     assert first == again
     assert len({tuple(text) for text in (*first, *other)}) == 4
@@ -230,7 +226,7 @@ def test_a_seed_repeats_and_seeds_and_samples_differ(model: GPT) -> None:
 def test_prompts_do_not_share_their_random_numbers() -> None:
     model = build_model(CONFIG, 0, CPU)
     with torch.no_grad():
-        model.head.zero_()  # every token is as likely after any text
+        model.head.zero_()  # uniform prediction
     first, second = generated(model, [[5], [6]], 30, temperature=1.0)
     assert first != second
 
@@ -242,7 +238,7 @@ def test_a_text_does_not_depend_on_its_batch(model: GPT) -> None:
     assert together == [generated(model, [prompt], 60, **how)[0] for prompt in PROMPTS]
 
 
-def test_a_shorter_text_is_the_beginning_of_a_longer_one(model: GPT) -> None:
+def test_a_shorter_text_is_a_prefix_of_a_longer_one(model: GPT) -> None:
     longer = generated(model, PROMPTS, 60, temperature=1.0)
     assert generated(model, PROMPTS, 21, temperature=1.0) == [text[:21] for text in longer]
 
@@ -267,7 +263,7 @@ def test_the_model_is_not_changed(dtype: torch.dtype) -> None:
     assert all(p.grad is None and p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_nothing_is_kept_for_a_backward_pass(model: GPT) -> None:
+def test_no_graph_is_kept_for_a_backward_pass(model: GPT) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         generated(model, [[5]], 5)
@@ -276,7 +272,7 @@ def test_nothing_is_kept_for_a_backward_pass(model: GPT) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padded_rows_are_never_drawn_even_where_they_are_huge(temperature: float, dtype: torch.dtype) -> None:
+def test_padding_of_the_vocabulary_is_never_sampled(temperature: float, dtype: torch.dtype) -> None:
     model = build_model(ModelConfig(n_layer=1, n_head=1, n_embd=16, n_positions=16), 0, CPU)
     with torch.no_grad():
         model.head[50257:] = 1000.0 * torch.randn(47, 16, generator=torch.Generator().manual_seed(0))
@@ -284,7 +280,7 @@ def test_padded_rows_are_never_drawn_even_where_they_are_huge(temperature: float
     assert max(map(max, rows)) < 50257
 
 
-def test_a_model_of_damaged_weights_is_one_line() -> None:
+def test_nan_weights_are_a_user_error() -> None:
     model = random_model(CONFIG)
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = float("nan")
@@ -309,7 +305,7 @@ def test_casting_once_gives_the_logits_of_autocast_bit_for_bit(model: GPT) -> No
         assert torch.equal(decoder.step([int(tokens[0, 8])], cache), expected)
 
 
-def test_in_bf16_linear_layers_are_copied_and_nothing_else(model: GPT) -> None:
+def test_in_bf16_only_linear_layers_are_copied(model: GPT) -> None:
     copy = dict(Decoder(model, torch.bfloat16).transformer.named_parameters())
     for name, parameter in model.transformer.named_parameters():
         linear = ".attn." in name or ".mlp." in name
@@ -317,7 +313,7 @@ def test_in_bf16_linear_layers_are_copied_and_nothing_else(model: GPT) -> None:
         assert linear or copy[name].data_ptr() == parameter.data_ptr(), name
 
 
-def test_for_many_rows_weights_lie_in_columns_and_mean_the_same(model: GPT) -> None:
+def test_column_major_weights_have_the_same_values(model: GPT) -> None:
     few, many = (Decoder(model, torch.float32, rows) for rows in (7, 8))
     assert few.transformer is model.transformer
     assert few.head.stride() == (CONFIG.n_embd, 1)
@@ -330,7 +326,7 @@ def test_for_many_rows_weights_lie_in_columns_and_mean_the_same(model: GPT) -> N
     assert generated(model, prompts, 20) == [generated(model, [prompt], 20)[0] for prompt in prompts]
 
 
-def test_bf16_products_work_in_batches_and_past_the_window(model: GPT) -> None:
+def test_bf16_works_in_batches_and_beyond_the_context_length(model: GPT) -> None:
     rows = generated(model, PROMPTS, 60, temperature=1.0, dtype=torch.bfloat16)
     assert [len(row) for row in rows] == [60] * 4
     assert all(0 <= token < 97 for row in rows for token in row)

@@ -1,4 +1,4 @@
-"""One draw against `transformers`' logits warpers and against the distribution it should follow."""
+"""Sampling compared with `transformers`' logits warpers and with expected frequencies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ours(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def theirs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The same by transformers, in its order."""
+    """Probability of every token, (B, V) float64, from `transformers`."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -46,7 +46,7 @@ def test_candidates_are_those_of_transformers(temperature: float, top_k: int, to
 
 
 @given(st.lists(st.floats(-30, 30, width=16), min_size=2, max_size=12, unique=True), st.floats(0.01, 1), st.data())
-def test_the_nucleus_is_the_smallest_that_reaches_p(logits: list[float], top_p: float, data: st.DataObject) -> None:
+def test_the_nucleus_is_the_smallest_set_that_reaches_p(logits: list[float], top_p: float, data: st.DataObject) -> None:
     probabilities = torch.softmax(torch.tensor(logits, dtype=torch.float64), -1)
     falling = sorted(probabilities.tolist(), reverse=True)
     mass, size = 0.0, 0
@@ -56,15 +56,15 @@ def test_the_nucleus_is_the_smallest_that_reaches_p(logits: list[float], top_p: 
     assert kept == size or abs(sum(falling[: min(kept, size)]) - top_p) < 1e-9
 
 
-def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
+def test_top_p_keeps_the_token_that_reaches_p() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     kept = {p: (ours(logits, drawing(top_p=p)) > 0).sum().item() for p in (0.4, 0.5, 0.51, 0.75, 0.8, 1.0)}
     assert kept == {0.4: 1, 0.5: 1, 0.51: 2, 0.75: 2, 0.8: 3, 1.0: 4}
-    even = torch.zeros(1, 4)  # of which each has exactly a quarter
+    even = torch.zeros(1, 4)  # probability 1/4 each
     assert [(ours(even, drawing(top_p=p)) > 0).sum().item() for p in (0.25, 0.5, 0.75)] == [1, 2, 3]
 
 
-def test_tokens_that_equal_the_last_of_the_top_k_are_all_kept_as_by_transformers() -> None:
+def test_ties_with_the_last_of_the_top_k_are_kept() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, -1.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
     sampling = drawing(top_k=2)
     assert (ours(logits, sampling) > 0).sum(-1).tolist() == [4, 2]
@@ -72,7 +72,7 @@ def test_tokens_that_equal_the_last_of_the_top_k_are_all_kept_as_by_transformers
 
 
 def draws(sampling: SamplingConfig, n: int = 20_000) -> Tensor:
-    """How often each token is drawn."""
+    """Number of draws of each token."""
     uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
     return torch.bincount(next_tokens(torch.tensor([LOGITS] * n), sampling, uniforms), minlength=len(LOGITS))
 
@@ -87,11 +87,11 @@ def test_draws_follow_the_distribution_of_transformers(temperature: float, top_k
     assert (counts[expected == 0] == 0).all()
     drawn = expected > 0
     chi_square = ((counts - expected)[drawn] ** 2 / expected[drawn]).sum()
-    assert chi_square < 24.3  # exceeded once in 1000 at 7 degrees of freedom, more rarely at fewer
+    assert chi_square < 24.3  # p = 0.001 at 7 degrees of freedom
 
 
 @pytest.mark.parametrize("sampling", [drawing(), drawing(top_k=3), drawing(top_p=0.8)])
-def test_the_least_and_the_greatest_uniform_number_draw_what_may_be_drawn(sampling: SamplingConfig) -> None:
+def test_extreme_uniform_numbers_draw_candidates_only(sampling: SamplingConfig) -> None:
     possible = theirs(torch.tensor([LOGITS]), sampling)[0] > 0
     for uniform in (0.0, 1 - 2**-53):
         assert possible[next_tokens(torch.tensor([LOGITS]), sampling, [uniform])]
@@ -103,11 +103,11 @@ def test_a_token_without_weight_is_never_drawn() -> None:
     assert next_tokens(logits, drawing(), [0.0, 0.5]).tolist() == [1, 3]
 
 
-def test_temperature_0_takes_the_likeliest() -> None:
+def test_temperature_0_takes_the_most_likely_token() -> None:
     assert draws(drawing(0.0), n=10).tolist() == [0, 0, 10, 0, 0, 0, 0, 0]
 
 
-def test_a_tiny_temperature_is_as_good_as_0() -> None:
+def test_a_tiny_temperature_equals_0() -> None:
     assert draws(drawing(1e-320), n=10).tolist() == [0, 0, 10, 0, 0, 0, 0, 0]
 
 
@@ -121,6 +121,6 @@ def test_each_row_is_drawn_from_its_own_logits_and_number() -> None:
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_refused(wrong: float, temperature: float) -> None:
+def test_logits_that_are_not_finite_are_refused(wrong: float, temperature: float) -> None:
     with pytest.raises(UserError, match="not finite"):
         next_tokens(torch.tensor([[0.0, wrong, 1.0]]), drawing(temperature), [0.5])

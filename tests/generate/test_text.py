@@ -1,4 +1,4 @@
-"""Texts: where they end, what they depend on, and the pieces in which they are streamed."""
+"""Generated texts: end, reproducibility, streaming, prompts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model() -> GPT:
 
 @pytest.fixture(scope="module")
 def babbler() -> GPT:
-    """A model that says " the" (262) or "<|endoftext|>", each half of the time, whatever it reads."""
+    """A model that always predicts " the" (262) and "<|endoftext|>" with probability 1/2 each."""
     model = build_model(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=16), 0, CPU)
     with torch.no_grad():
         model.head.zero_()
@@ -57,7 +57,7 @@ def test_a_text_stops_at_endoftext(babbler: GPT, tokenizer: Tokenizer) -> None:
     assert 1 < max(lengths) < 30
 
 
-def test_a_text_without_endoftext_has_the_length_asked_for(babbler: GPT, tokenizer: Tokenizer) -> None:
+def test_a_text_without_endoftext_has_the_requested_length(babbler: GPT, tokenizer: Tokenizer) -> None:
     model = build_model(babbler.config, 0, CPU)
     model.load_state_dict(babbler.state_dict())
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_an_empty_prompt_starts_a_document(model: GPT, tokenizer: Tokenizer) -> 
     assert continuations(model, tokenizer, [""], 1, greedy, 0, FP32) == [[tokenizer.decode(ids)]]
 
 
-def test_texts_come_by_prompt_and_depend_on_no_other(model: GPT, tokenizer: Tokenizer) -> None:
+def test_texts_are_grouped_by_prompt_and_independent(model: GPT, tokenizer: Tokenizer) -> None:
     how: Any = (2, SamplingConfig(max_tokens=20, temperature=1.0), 3, FP32)
     prompts = ["one", "another, longer one", ""]
     texts = continuations(model, tokenizer, prompts, *how)
@@ -104,7 +104,7 @@ def test_no_prompts_give_no_texts(model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def saying(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every generation be ``tokens``."""
+    """Makes every generation return ``tokens``."""
     monkeypatch.setattr("restomod.generate.text.generate", lambda *a: ({0: token} for token in tokens))
 
 
@@ -112,7 +112,7 @@ def pieces(model: GPT, tokenizer: Tokenizer) -> list[str]:
     return list(stream_text(model, tokenizer, "", 0, SamplingConfig(), 0, FP32))
 
 
-def test_a_character_is_held_back_until_it_is_whole(
+def test_incomplete_characters_are_not_streamed(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = tokenizer.encode("a🦜é").tolist()
@@ -121,7 +121,7 @@ def test_a_character_is_held_back_until_it_is_whole(
     assert pieces(model, tokenizer) == ["a", "", "", "🦜", "é", ""]
 
 
-def test_half_a_character_at_the_end_is_shown_as_one_that_is_missing(
+def test_an_incomplete_last_character_is_replaced(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saying(tokenizer.encode("a🦜").tolist()[:-1], monkeypatch)
@@ -129,14 +129,14 @@ def test_half_a_character_at_the_end_is_shown_as_one_that_is_missing(
 
 
 @given(st.lists(st.integers(0, 50255)))
-def test_pieces_of_any_tokens_add_up_to_their_text(tokens: list[int]) -> None:
+def test_streamed_pieces_join_to_the_text(tokens: list[int]) -> None:
     tokenizer = gpt2_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         saying(tokens, patch)
         assert "".join(pieces(random_model(SMALL), tokenizer)) == tokenizer.decode(tokens)
 
 
-def test_streamed_texts_are_those_of_a_batch(model: GPT, tmp_path: Path) -> None:
+def test_streamed_texts_equal_those_of_a_batch(model: GPT, tmp_path: Path) -> None:
     save_model(model, tmp_path)
     how: Any = (str(tmp_path), ["one", ""], 2, SamplingConfig(max_tokens=20, temperature=1.0), 3, "cpu", "fp32")
     whole = [text for texts in sample_texts(*how) for text in texts]
@@ -153,25 +153,25 @@ def test_prompts_are_the_lines_of_a_file_that_are_not_blank(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"])
-def test_only_line_ends_end_a_prompt(tmp_path: Path, inside: str, newline: str) -> None:
+def test_only_newlines_end_a_prompt(tmp_path: Path, inside: str, newline: str) -> None:
     (tmp_path / "p.txt").write_bytes(newline.join([f"one{inside}prompt", "two", ""]).encode())
     assert choose_prompts((), str(tmp_path / "p.txt"), ("",)) == (f"one{inside}prompt", "two")
 
 
 @pytest.mark.parametrize("prompt", ["<|endoftext|>", "a<|endoftext|>b", "a <|endoftext|>\n<|endoftext|>", "<|endof"])
-def test_end_of_text_in_a_prompt_is_its_token(
+def test_endoftext_in_a_prompt_becomes_the_token(
     prompt: str, tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding
 ) -> None:
-    """As in nanoGPT, which gives tiktoken just this special token, and as in transformers."""
+    """nanoGPT and transformers do the same."""
     assert prompt_tokens(tokenizer, prompt) == tiktoken_gpt2.encode(prompt, allowed_special={"<|endoftext|>"})
 
 
-def test_given_prompts_come_before_the_default() -> None:
+def test_given_prompts_replace_the_default() -> None:
     assert choose_prompts(("a", ""), None, ("b",)) == ("a", "")
     assert choose_prompts((), None, ("b",)) == ("b",)
 
 
-def test_a_file_of_prompts_that_memory_could_not_hold_is_refused(tmp_path: Path) -> None:
+def test_a_huge_prompt_file_is_refused(tmp_path: Path) -> None:
     with open(tmp_path / "prompts.txt", "wb") as f:
         f.truncate(2**40)
     with pytest.raises(UserError, match=r"prompts\.txt is too large"):

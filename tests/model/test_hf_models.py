@@ -297,7 +297,7 @@ def test_what_transformers_makes_of_a_head_is_taken(tmp_path: Path) -> None:
 def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
     save_model(random_model(ModelConfig(**GPT2)), tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter"):
+    with pytest.raises(UserError, match="contains an adapter"):
         find_model(str(tmp_path))
 
 

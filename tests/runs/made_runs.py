@@ -1,4 +1,4 @@
-"""Run folders without training: with given records, with those of the quickstart, or with known numbers."""
+"""Run folders without training, with given or generated records."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ HOSTILE = (
 
 
 def stamp(seconds: float) -> str:
-    """As environment.json has it."""
+    """Time in the format of environment.json."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def loss_at(step: int) -> float:
-    """The training loss of a made run."""
+    """Training loss of a generated run."""
     return 3 + 8 * math.exp(-step / 10)
 
 
@@ -44,7 +44,7 @@ def write_run(
     data: dict[str, Any] | None = None,
     environments: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """A run's folder as training leaves it, without checkpoints."""
+    """Creates a run folder without checkpoints."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     write(folder / "metrics.jsonl", records)
@@ -64,10 +64,10 @@ def make_run(
     data: str = "python-stdlib",
     spikes: dict[int, float] | None = None,
 ) -> Path:
-    """A finished run of the quickstart, or ``config``, with a loss of 3 + 8 exp(-step / 10), but for ``spikes``.
+    """Creates a finished run of quickstart or ``config``, with the loss 3 + 8 exp(-step / 10) and ``spikes``.
 
-    Its first step begins 5 seconds after `START`; each takes a second. It validates every 10 steps. ``timed``: its
-    records have times. ``text`` is in its samples, prompts and device; ``data`` is the name of its data.
+    The first step begins 5 seconds after `START`; each step takes a second. Validation is every 10 steps. With
+    ``timed``, records have times. ``text`` is used in samples, prompts and device; ``data`` is the name of the data.
     """
     config = dataclasses.replace(config or QUICKSTART, steps=steps)
     if text != "a text":
@@ -100,7 +100,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def add_task(folder: Path, name: str = "hellaswag", step: int = 40, **more: Any) -> None:
-    """An evaluation, as `restomod eval` writes it."""
+    """Writes an evaluation in the format of `restomod eval`."""
     metrics = {"acc": {"value": 0.28, "stderr": 0.01}, "acc_token": {"value": 0.31, "stderr": 0.02}}
     (folder / "evals").mkdir(exist_ok=True)
     values = {"task": name, "step": step, "examples": 1000, "metrics": metrics, "convention": "as it is"} | more
@@ -108,7 +108,7 @@ def add_task(folder: Path, name: str = "hellaswag", step: int = 40, **more: Any)
 
 
 def add_error_analysis(folder: Path, text: str = "a passage") -> None:
-    """An error analysis, as `restomod report --error-analysis` writes it."""
+    """Writes an error analysis in the format of `restomod report --error-analysis`."""
     passage = {"loss": 2.0, "before": text, "tokens": [[text, 1.0], [" end", 3.0]]}
     kinds = [{"name": text, "meaning": text, "loss": 2.0, "share": 1.0, "of_loss": 1.0}]
     values = {"format": "restomod-error-analysis-1", "checkpoint": "step_000040", "step": 40, "asked": 10, "tokens": 10}
@@ -129,15 +129,15 @@ def val(step: int, loss: float, tokens: int = 32_768) -> dict[str, Any]:
 
 
 def simple(losses: dict[int, float], steps: int = 100, ms: float = 200.0) -> list[dict[str, Any]]:
-    """Records of a run with these validation losses by step, and steps of equal length."""
+    """Records of a run with the given validation losses by step, and steps of equal duration."""
     return [train(s, 5.0, ms) for s in range(steps)] + [val(s, loss) for s, loss in losses.items()]
 
 
 def healthy(seed: int, steps: int = 900, sigma: float | None = None) -> list[dict[str, Any]]:
-    """Records with the noise of real runs: of losses normal, heavy-tailed or drifting, of times and of gradients.
+    """Records with realistic noise of losses (normal, heavy-tailed or drifting), times and gradients.
 
-    The loss falls by a power law from ln(50257) to a floor; batches of 512 tokens scatter by 0.6 nats (measured on the
-    quickstart), those of half a million by some 0.02.
+    The loss falls by a power law from ln(50257) to a floor; its standard deviation is 0.6 nats for batches of 512
+    tokens (measured on quickstart), about 0.02 for half a million tokens.
     """
     rng = np.random.default_rng(seed)
     t = np.arange(steps)
@@ -162,6 +162,6 @@ def healthy(seed: int, steps: int = 900, sigma: float | None = None) -> list[dic
 
 
 def quickstart_records() -> list[dict[str, Any]]:
-    """Of a real run of the quickstart (2 threads of an Intel Xeon, fp32), rounded to six digits."""
+    """Records of a real run of quickstart (2 threads of an Intel Xeon, fp32), rounded to six digits."""
     packed = (Path(__file__).parent / "quickstart.jsonl.xz").read_bytes()
     return [json.loads(line) for line in lzma.decompress(packed).splitlines()]

@@ -1,4 +1,4 @@
-"""Saving beside training: what is written is what was there when it was asked for, and what is kept."""
+"""Asynchronous saving writes the state at the time of the call, and keeps the right checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from restomod.config.run import RunConfig
 from restomod.runs import async_saver as module
-from restomod.runs.async_saver import Saver, drop_others, kept
+from restomod.runs.async_saver import Saver, delete_old_checkpoints, steps_to_keep
 from restomod.runs.checkpoint import load_checkpoint
 from restomod.utils.errors import UserError
 from restomod.utils.run_files import list_checkpoints
@@ -28,7 +28,7 @@ CONFIG = RunConfig(steps=9, batch_tokens=8, sequence_length=8, keep_checkpoints=
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is written until the event is set."""
+    """Delays all writes until the event is set."""
     ready, write = threading.Event(), module.write_checkpoint
 
     def waiting(*arguments: Any) -> Path:
@@ -44,13 +44,13 @@ def steps(run: Path) -> list[int]:
     return [int(folder.name[5:]) for folder in list_checkpoints(run)]
 
 
-def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path, slow_disk: threading.Event) -> None:
+def test_a_save_writes_the_state_at_the_time_of_the_call(tmp_path: Path, slow_disk: threading.Event) -> None:
     trainee = make_trainee()
     trainee.train(0, 2)
     then = trainee.tensors()
     with Saver(tmp_path, CONFIG) as saver:
         saver.save(2, trainee.model, trainee.optimizer, data_offset=3)
-        trainee.train(2, 5)  # training goes on
+        trainee.train(2, 5)  # training continues
         assert steps(tmp_path) == []
         slow_disk.set()
         saver.finish()
@@ -59,7 +59,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path, s
     assert_identical(restored.tensors(), then)
 
 
-def test_a_save_waits_for_the_one_before_it(tmp_path: Path) -> None:
+def test_a_save_waits_for_the_previous_one(tmp_path: Path) -> None:
     trainee = make_trainee()
     states = {}
     with Saver(tmp_path, CONFIG) as saver:
@@ -74,7 +74,7 @@ def test_a_save_waits_for_the_one_before_it(tmp_path: Path) -> None:
         assert_identical(restored.tensors(), states[step])
 
 
-def test_the_memory_of_the_copies_is_used_again(tmp_path: Path) -> None:
+def test_the_memory_of_the_copies_is_reused(tmp_path: Path) -> None:
     trainee = make_trainee()
     addresses = []
     with Saver(tmp_path, CONFIG) as saver:
@@ -107,7 +107,7 @@ def first_step() -> Trainee:
     return trainee
 
 
-def test_a_failure_is_told_once_and_stops_the_run_where_it_is_to(
+def test_a_failure_is_reported_once_and_stops_the_run_if_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, 1)
@@ -120,7 +120,7 @@ def test_a_failure_is_told_once_and_stops_the_run_where_it_is_to(
         assert saver.failure() is None
 
 
-def test_the_next_save_raises_what_the_one_before_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_save_raises_the_error_of_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, 1)
     trainee = first_step()
     with Saver(tmp_path, CONFIG) as saver:
@@ -129,7 +129,7 @@ def test_the_next_save_raises_what_the_one_before_met(tmp_path: Path, monkeypatc
             saver.save(2, trainee.model, trainee.optimizer)
 
 
-def test_a_failure_is_got_over_where_the_run_is_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_after_a_failed_save_if_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, 1)
     trainee = first_step()
     with Saver(tmp_path, dataclasses.replace(CONFIG, on_save_error="continue")) as saver:
@@ -140,7 +140,7 @@ def test_a_failure_is_got_over_where_the_run_is_to_continue(tmp_path: Path, monk
     assert steps(tmp_path) == [2]
 
 
-def test_leaving_waits_for_what_is_being_written(tmp_path: Path, slow_disk: threading.Event) -> None:
+def test_leaving_waits_for_the_last_write(tmp_path: Path, slow_disk: threading.Event) -> None:
     trainee = first_step()
     threading.Timer(0.3, slow_disk.set).start()
     with contextlib.suppress(ZeroDivisionError), Saver(tmp_path, CONFIG) as saver:
@@ -163,7 +163,7 @@ TEN = list(range(100, 1100, 100))
         ({"keep_checkpoints": 30}, {}, TEN),
         ({"keep_checkpoints": 2}, {300: 3.0, 500: 2.5, 900: 2.6}, [500, 900, 1000]),
         ({"keep_checkpoints": 2, "keep_best": False}, {300: 3.0, 500: 2.5}, [900, 1000]),
-        ({"keep_checkpoints": 2}, {300: 2.5, 500: 2.5}, [500, 900, 1000]),  # of equal ones the newer
+        ({"keep_checkpoints": 2}, {300: 2.5, 500: 2.5}, [500, 900, 1000]),  # the newer of two equal losses
         ({"keep_checkpoints": 1, "keep_every": 400}, {}, [400, 800, 1000]),
         ({"keep_checkpoints": 2, "keep_gb": 3.5}, {300: 1.0}, [300, 900, 1000]),
         ({"keep_checkpoints": 2, "keep_gb": 2.5}, {300: 1.0}, [300, 1000]),
@@ -171,16 +171,16 @@ TEN = list(range(100, 1100, 100))
         ({"keep_checkpoints": 2, "keep_gb": 0.1}, {300: 1.0}, [1000]),
     ],
 )
-def test_what_is_kept(settings: dict[str, Any], losses: dict[int, float], expected: list[int]) -> None:
+def test_kept_checkpoints(settings: dict[str, Any], losses: dict[int, float], expected: list[int]) -> None:
     config = dataclasses.replace(CONFIG, **settings)
-    assert sorted(kept(TEN, losses, dict.fromkeys(TEN, 10**9), config)) == expected
+    assert sorted(steps_to_keep(TEN, losses, dict.fromkeys(TEN, 10**9), config)) == expected
 
 
-def test_nothing_is_kept_of_nothing() -> None:
-    assert kept([], {}, {}, CONFIG) == set()
+def test_without_checkpoints_none_is_kept() -> None:
+    assert steps_to_keep([], {}, {}, CONFIG) == set()
 
 
-def test_other_checkpoints_are_deleted_by_their_losses_and_sizes(tmp_path: Path) -> None:
+def test_checkpoints_are_deleted_by_loss_and_size(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
         (folder / "training_state").mkdir(parents=True)
@@ -197,14 +197,14 @@ def test_other_checkpoints_are_deleted_by_their_losses_and_sizes(tmp_path: Path)
             )
         )
     )
-    drop_others(tmp_path, dataclasses.replace(CONFIG, keep_checkpoints=1))
+    delete_old_checkpoints(tmp_path, dataclasses.replace(CONFIG, keep_checkpoints=1))
     assert steps(tmp_path) == [2, 4]
-    drop_others(tmp_path, dataclasses.replace(CONFIG, keep_checkpoints=1, keep_gb=1.9e-6))
+    delete_old_checkpoints(tmp_path, dataclasses.replace(CONFIG, keep_checkpoints=1, keep_gb=1.9e-6))
     assert steps(tmp_path) == [4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000004"]
 
 
-def test_saving_changes_no_weight_and_no_state(tmp_path: Path) -> None:
+def test_saving_changes_neither_weights_nor_state(tmp_path: Path) -> None:
     trainee = first_step()
     before, random_state = trainee.tensors(), torch.get_rng_state()
     with Saver(tmp_path, CONFIG) as saver:
@@ -221,7 +221,7 @@ def test_saving_changes_no_weight_and_no_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cuda", "limit", "asked"), [(True, False, [True]), (True, True, [True, False]), (False, False, [False])]
 )
-def test_copies_from_a_gpu_go_to_page_locked_memory(
+def test_copies_from_a_gpu_use_pinned_memory(
     cuda: bool, limit: bool, asked: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned: list[bool] = []
@@ -234,11 +234,11 @@ def test_copies_from_a_gpu_go_to_page_locked_memory(
         return torch.empty(3)
 
     monkeypatch.setattr(torch, "empty_like", empty_like)
-    module.staging(SimpleNamespace(is_cuda=cuda))  # type: ignore[arg-type]
+    module.cpu_buffer(SimpleNamespace(is_cuda=cuda))  # type: ignore[arg-type]
     assert pinned == asked
 
 
-def test_saving_from_a_cpu_leaves_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_from_a_cpu_does_not_initialise_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def touched(*arguments: object) -> None:
         raise AssertionError("CUDA is initialised")
 
@@ -252,7 +252,7 @@ def test_saving_from_a_cpu_leaves_cuda_alone(tmp_path: Path, monkeypatch: pytest
 
 
 class Copies(TorchFunctionMode):
-    """Notes of every copy whether it was asked for without waiting."""
+    """Records for every copy whether it is asynchronous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,8 +264,8 @@ class Copies(TorchFunctionMode):
         return f(*args, **(kwargs or {}))
 
 
-def test_only_copies_from_cuda_are_read_later_than_they_are_made(tmp_path: Path) -> None:
-    """Of MPS there is no event to wait for, so what is copied without waiting may be written before it is there."""
+def test_only_copies_from_cuda_are_asynchronous(tmp_path: Path) -> None:
+    """MPS has no event to wait for, so an asynchronous copy could be written before it is complete."""
     trainee = make_trainee()
     trainee.train(0, 1)
     with Saver(tmp_path, CONFIG) as saver, Copies() as copies:

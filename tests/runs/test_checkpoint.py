@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, never a pickle, and the training goes on as if nothing had happened."""
+"""Checkpoints are atomic, free of pickles, and restore the training exactly."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from restomod.engine.optimizer import Optimizers, optimizer_tensors
 from restomod.runs import checkpoint as module
 from restomod.runs.checkpoint import (
     load_checkpoint,
-    newest_whole,
     progress,
+    set_aside_unusable,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -58,13 +58,13 @@ def load(trainee: Trainee, folder: Path) -> int:
 
 
 def names(run: Path) -> list[str]:
-    """Everything in the folder of checkpoints."""
+    """Names of all files in the checkpoints folder."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainee, Path]:
-    """A run after three steps, and its checkpoint, which is not to be changed."""
+    """A run after three steps, and its checkpoint, which tests must not change."""
     trainee = make_trainee()
     trainee.train(0, 3)
     return trainee, save(trainee, tmp_path_factory.mktemp("run"), 3)
@@ -72,20 +72,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainee, Path]:
 
 @pytest.fixture
 def folder(saved: tuple[Trainee, Path], tmp_path: Path) -> Path:
-    """A copy of that checkpoint, to be damaged."""
+    """A copy of this checkpoint, which tests may damage."""
     return shutil.copytree(saved[1], tmp_path / "checkpoints" / "step_000003")
 
 
 # --- there and back ------------------------------------------------------------------------------------------
 
 
-def test_weights_and_optimizer_come_back_bit_for_bit(saved: tuple[Trainee, Path]) -> None:
+def test_weights_and_optimizer_are_restored_bit_for_bit(saved: tuple[Trainee, Path]) -> None:
     old, new = saved[0], make_trainee(seed=2)
     assert load(new, saved[1]) == 3
     assert_identical(new.tensors(), old.tensors())
 
 
-def test_next_steps_after_loading_are_those_without(tmp_path: Path) -> None:
+def test_loading_does_not_change_the_next_steps(tmp_path: Path) -> None:
     through, resumed = make_trainee(seed=1), make_trainee(seed=1)
     through.train(0, 3)
     load(resumed, save(through, tmp_path, 3))
@@ -94,7 +94,7 @@ def test_next_steps_after_loading_are_those_without(tmp_path: Path) -> None:
 
 
 class Counting(torch.optim.Optimizer):
-    """An optimizer of one's own, whose state holds a number of Python."""
+    """Custom optimizer with a Python number in its state."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(parameters, {"lr": 0.01})
@@ -107,7 +107,7 @@ class Counting(torch.optim.Optimizer):
             p.add_(p.grad, alpha=-self.param_groups[0]["lr"] / state["step"])
 
 
-def test_numbers_in_the_state_of_an_optimizer_come_back_too(tmp_path: Path) -> None:
+def test_python_numbers_in_optimizer_state_are_restored(tmp_path: Path) -> None:
     through, resumed = make_trainee(seed=1), make_trainee(seed=2)
     for trainee in (through, resumed):
         trainee.optimizer = Optimizers([Counting(trainee.model.parameters())], trainee.optimizer.loss_scale)
@@ -121,7 +121,7 @@ def test_numbers_in_the_state_of_an_optimizer_come_back_too(tmp_path: Path) -> N
         assert resumed.optimizer.parts[0].state[ours] == {"step": 6}
 
 
-def test_loading_puts_the_optimizer_back_where_it_had_gone_on(folder: Path) -> None:
+def test_loading_replaces_a_later_optimizer_state(folder: Path) -> None:
     ahead, fresh = make_trainee(), make_trainee()
     ahead.train(0, 6)
     load(ahead, folder)
@@ -144,9 +144,9 @@ def test_transformers_loads_a_checkpoint_folder(saved: tuple[Trainee, Path]) -> 
         assert (theirs.eval()(tokens).logits - model(tokens)).abs().max() < 1e-4
 
 
-def test_another_models_checkpoint_is_refused(folder: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:
     other = make_trainee(model=ModelConfig(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97))
-    with pytest.raises(UserError, match="is of another model than"):
+    with pytest.raises(UserError, match="has another model than"):
         load(other, folder)
 
 
@@ -157,28 +157,28 @@ def test_another_models_checkpoint_is_refused(folder: Path) -> None:
     ("change", "said"),
     [
         (lambda tensors: tensors.pop("state.transformer.ln_f.bias.exp_avg"), r"ln_f\.bias\.exp_avg is missing"),
-        (lambda tensors: tensors.update(more=torch.zeros(1)), "more does not fit"),
-        (lambda tensors: tensors.update({"state.transformer.ln_f.bias.exp_avg": torch.zeros(1)}), "does not fit"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "more does not match"),
+        (lambda tensors: tensors.update({"state.transformer.ln_f.bias.exp_avg": torch.zeros(1)}), "does not match"),
     ],
 )
-def test_another_optimizers_state_is_refused(folder: Path, change: Any, said: str) -> None:
+def test_the_state_of_another_optimizer_is_refused(folder: Path, change: Any, said: str) -> None:
     file = folder / module.STATE / module.OPTIMIZER
     tensors = {name: value.clone() for name, value in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
     trainee = make_trainee()
-    with pytest.raises(UserError, match=f"of another optimizer or model: .*{said}"):
+    with pytest.raises(UserError, match=f"belongs to another optimizer or model: .*{said}"):
         module.load_optimizer(folder, trainee.model, trainee.optimizer)
 
 
-def test_the_files_below_are_all_there_are(saved: tuple[Trainee, Path]) -> None:
+def test_the_list_of_files_is_complete(saved: tuple[Trainee, Path]) -> None:
     found = {path for pattern in FILES for path in saved[1].glob(pattern)}
     assert found == {path for path in saved[1].rglob("*") if path.is_file()}
 
 
 @pytest.fixture(params=FILES)
 def file(request: pytest.FixtureRequest, folder: Path) -> Path:
-    """Each file of a checkpoint in turn."""
+    """Each file of a checkpoint."""
     (file,) = folder.glob(request.param)
     return file
 
@@ -259,7 +259,7 @@ def test_all_tensors_are_in_safetensors_and_the_rest_is_text(saved: tuple[Traine
     assert tensors == 3 * weights - padding + len(list(saved[0].model.parameters()))  # + a step count for each
 
 
-def test_nothing_is_pickled_or_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pickle_is_never_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise AssertionError("a pickle")
 
@@ -275,7 +275,7 @@ def test_nothing_is_pickled_or_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_pa
 # --- which checkpoints there are -----------------------------------------------------------------------------
 
 
-def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path: Path) -> None:
+def test_only_checkpoints_are_listed_sorted_by_step(tmp_path: Path) -> None:
     for name in ("step_1000000", "step_999999", "step_000010", ".step_000020.tmp", "step_x", "step_30.old", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000010", "step_999999", "step_1000000"]
@@ -289,7 +289,7 @@ def no_space(*_: object) -> NoReturn:
 
 
 @pytest.mark.parametrize("at", ["save_model", "fsync_path", "sha256_file", "write_tensors"])
-def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(
+def test_a_failed_save_leaves_only_the_older_checkpoint(
     at: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainee = make_trainee()
@@ -304,7 +304,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_else(
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Lets the system refuse to write beyond ``size`` bytes of a file, much as it does on a full disk."""
+    """Limits files to ``size`` bytes; larger writes fail, as on a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -317,7 +317,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     "limit", [500_000, 1_000_000, 1_500_000], ids=["model.safetensors", "vocab.json", "optimizer state"]
 )
-def test_a_file_that_cannot_be_written_whole_is_a_users_error(limit: int, tmp_path: Path) -> None:
+def test_an_incomplete_write_is_a_user_error(limit: int, tmp_path: Path) -> None:
     # 0.9 MB of weights, 1.0 MB of vocabulary, 1.7 MB of optimizer state
     trainee = make_trainee(model=ModelConfig(n_layer=1, n_head=2, n_embd=128, n_positions=16, vocab_size=97))
     trainee.train(0, 1)
@@ -329,7 +329,7 @@ def test_a_file_that_cannot_be_written_whole_is_a_users_error(limit: int, tmp_pa
     verify_checkpoint(older)
 
 
-def test_what_a_killed_save_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_save_are_removed(folder: Path, tmp_path: Path) -> None:
     stale = folder.with_name(".restomod.0123456789abcdef.tmp")
     (stale / "training_state").mkdir(parents=True)
     (stale / "training_state" / "stale.safetensors").write_bytes(b"half a file")
@@ -343,11 +343,11 @@ def test_what_a_killed_save_left_is_no_obstacle(folder: Path, tmp_path: Path) ->
 
 
 class Killed(BaseException):
-    """As SIGKILL, nothing catches it."""
+    """Simulated SIGKILL, which no code catches."""
 
 
 @pytest.mark.parametrize("moment", range(6))
-def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_one(
+def test_a_kill_during_a_replacement_leaves_the_old_or_the_new_checkpoint(
     moment: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = make_trainee(), make_trainee(seed=2)
@@ -369,12 +369,12 @@ def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_one
 
     monkeypatch.setattr(Path, "rename", deadly(Path.rename))
     monkeypatch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
-    monkeypatch.setattr(Temporary, "__exit__", lambda self, *_: self._close())  # all that a kill does
+    monkeypatch.setattr(Temporary, "__exit__", lambda self, *_: self._close())  # a killed process only closes files
     with pytest.raises(Killed):
         save(new, tmp_path, 3)
     monkeypatch.undo()
     assert calls == ["rename", "rename", "rmtree"][: moment // 2 + 1]
-    found, problems = newest_whole(tmp_path)
+    found, problems = set_aside_unusable(tmp_path)
     assert (found, problems) == (folder, [])
     assert names(tmp_path) == ["step_000003"]
     restored = make_trainee(seed=3)
@@ -385,7 +385,7 @@ def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_one
 # --- file systems that cannot rename folders -----------------------------------------------------------------
 
 
-def test_without_renaming_folders_checkpoints_are_saved_replaced_set_aside_and_removed(
+def test_checkpoints_work_on_file_systems_that_cannot_rename_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_renaming_folders(monkeypatch)
@@ -398,12 +398,12 @@ def test_without_renaming_folders_checkpoints_are_saved_replaced_set_aside_and_r
     assert load(other, tmp_path / "checkpoints/step_000003") == 3
     assert_identical(other.tensors(), trainee.tensors())
     spoil(tmp_path, 3)
-    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoints/step_000002"
+    assert set_aside_unusable(tmp_path)[0] == tmp_path / "checkpoints/step_000002"
     module.remove_checkpoint(tmp_path / "checkpoints/step_000001")
     assert names(tmp_path) == ["step_000002", "step_000003.damaged"]
 
 
-def test_a_kill_while_files_are_moved_one_by_one_leaves_the_checkpoint_before(
+def test_a_kill_while_files_are_moved_leaves_the_previous_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainee = make_trainee()
@@ -415,19 +415,19 @@ def test_a_kill_while_files_are_moved_one_by_one_leaves_the_checkpoint_before(
             replace = os.replace
 
             def deadly(source: Any, target: Any) -> None:
-                if next(calls) == fatal:  # noqa: B023 - called within this round
+                if next(calls) == fatal:  # noqa: B023 - called in this iteration
                     raise Killed
                 replace(source, target)  # noqa: B023
 
             patch.setattr(os, "replace", deadly)
             with pytest.raises(Killed):
                 save(trainee, tmp_path, 4)
-        assert newest_whole(tmp_path)[0] == folder
+        assert set_aside_unusable(tmp_path)[0] == folder
     verify_checkpoint(folder)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_where_nothing_can_be_renamed_the_reason_is_said_and_nothing_is_left(
+def test_a_failed_rename_is_reported_and_leaves_no_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     trainee = make_trainee()
@@ -461,55 +461,55 @@ def spoil(run: Path, step: int) -> None:
 
 
 def reseal(folder: Path, name: str) -> None:
-    """Make the record of a checkpoint that of a file as it is now."""
+    """Update a checkpoint's record of a file to its current content."""
     record, path = json.loads((folder / "COMPLETE").read_text()), folder / name
     record["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     (folder / "COMPLETE").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("what", ["exp_avg_sq", "step"])
-def test_an_optimizer_that_would_make_the_weights_nan_is_passed_over(three: Path, what: str) -> None:
+def test_a_checkpoint_with_invalid_optimizer_state_is_skipped(three: Path, what: str) -> None:
     newest, name = three / "checkpoints/step_000003", "training_state/optimizer.safetensors"
     tensors = load_file(newest / name)
     next(value for key, value in tensors.items() if key.endswith(f".{what}")).fill_(-1.0)
     save_file(tensors, newest / name)
     reseal(newest, name)
-    found, problems = newest_whole(three)
+    found, problems = set_aside_unusable(three)
     assert found == three / "checkpoints/step_000002"
-    assert f"{what} holds values below 0" in problems[0]
+    assert f"{what} has values below 0" in problems[0]
 
 
-def test_the_newest_is_taken_where_it_is_whole(three: Path) -> None:
+def test_the_newest_complete_checkpoint_is_used(three: Path) -> None:
     spoil(three, 1)
-    assert newest_whole(three) == (three / "checkpoints/step_000003", [])
+    assert set_aside_unusable(three) == (three / "checkpoints/step_000003", [])
     assert names(three) == ["step_000001", "step_000002", "step_000003"]
 
 
-def test_damaged_ones_are_set_aside_and_told_of(three: Path) -> None:
+def test_damaged_checkpoints_are_set_aside_and_reported(three: Path) -> None:
     spoil(three, 3)
     (three / "checkpoints/step_000002/COMPLETE").unlink()
-    folder, problems = newest_whole(three)
+    folder, problems = set_aside_unusable(three)
     assert folder == three / "checkpoints/step_000001"
     first, second = problems
     assert "step_000003/model.safetensors is damaged: its SHA-256" in first
     assert "step_000002/COMPLETE is missing" in second
     assert names(three) == ["step_000001", "step_000002.damaged", "step_000003.damaged"]
-    assert newest_whole(three) == (folder, [])
+    assert set_aside_unusable(three) == (folder, [])
 
 
-def test_where_none_is_whole_nothing_is_touched(three: Path) -> None:
+def test_no_file_changes_if_all_checkpoints_are_damaged(three: Path) -> None:
     for step in (1, 2, 3):
         spoil(three, step)
-    with pytest.raises(UserError, match=r"none of its 3 checkpoints: .*step_000003.*delete"):
-        newest_whole(three)
+    with pytest.raises(UserError, match=r"all 3 checkpoints are unusable: .*step_000003.*delete"):
+        set_aside_unusable(three)
     assert names(three) == ["step_000001", "step_000002", "step_000003"]
 
 
-def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) == (None, [])
+def test_a_run_without_checkpoints_has_no_newest_one(tmp_path: Path) -> None:
+    assert set_aside_unusable(tmp_path) == (None, [])
 
 
-def test_how_many_batches_were_passed_over_is_remembered(tmp_path: Path) -> None:
+def test_the_data_offset_is_saved(tmp_path: Path) -> None:
     trainee = make_trainee()
     trainee.train(0, 1)
     tensors = optimizer_tensors(trainee.model, trainee.optimizer)

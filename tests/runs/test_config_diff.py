@@ -1,4 +1,4 @@
-"""Which settings are different, and which differences mean nothing."""
+"""Differences between settings, and settings without effect on results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from restomod.analysis.compare.tables import why_not_published
 from restomod.config.run import DataConfig, RunConfig
-from restomod.runs.config_diff import CHANGES_NOTHING, differing, flatten_config, settings, trains_on_fineweb_edu
+from restomod.runs.config_diff import NO_EFFECT_ON_RESULT, differing, flatten_config, settings, trains_on_fineweb_edu
 from restomod.runs.reader import open_run
 from tests.end_to_end.test_resume_changed import CHANGED
 from tests.runs.made_runs import SMALL, write_run
@@ -18,7 +18,7 @@ from tests.runs.test_folder import CONFIG as ANY
 OF_TOKENS = {"fingerprint": "0123456789ab", "name": "text"}
 
 
-def test_only_what_differs_is_named() -> None:
+def test_only_differences_are_listed() -> None:
     other = dataclasses.replace(SMALL, seed=7, optim=dataclasses.replace(SMALL.optim, lr=1e-3, betas=(0.9, 0.99)))
     assert differing([flatten_config(SMALL), flatten_config(other), flatten_config(SMALL)], without=("seed",)) == {
         "optim.lr": [2e-3, 1e-3, 2e-3],
@@ -26,8 +26,8 @@ def test_only_what_differs_is_named() -> None:
     }
 
 
-@pytest.mark.parametrize("name", [n for n in CHANGES_NOTHING if "." not in n])
-def test_settings_that_change_no_result_are_no_difference(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in NO_EFFECT_ON_RESULT if "." not in n])
+def test_settings_without_effect_are_ignored(name: str) -> None:
     assert name in {field.name for field in dataclasses.fields(RunConfig)}
     changed = CHANGED | {"eval_tasks": {"eval_tasks": ("hellaswag",)}, "sanity_checks": {"sanity_checks": False}}
     other = dataclasses.replace(ANY, **changed[name])
@@ -35,7 +35,7 @@ def test_settings_that_change_no_result_are_no_difference(name: str) -> None:
     assert differing([flatten_config(ANY), flatten_config(other)]) == {}
 
 
-def test_data_is_told_by_its_tokens_and_not_by_where_they_are(tmp_path: Path) -> None:
+def test_data_is_identified_by_its_tokens_not_its_path(tmp_path: Path) -> None:
     moved = dataclasses.replace(SMALL, data=DataConfig(source="text", path="elsewhere"))
     a = open_run(write_run(tmp_path / "a", SMALL, data=OF_TOKENS))
     b = open_run(write_run(tmp_path / "b", moved, data=OF_TOKENS))
@@ -44,7 +44,7 @@ def test_data_is_told_by_its_tokens_and_not_by_where_they_are(tmp_path: Path) ->
     assert differing([settings(a), settings(c)]) == {"data": ["text (01234567)", "text (ffff)"]}
 
 
-def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None:
+def test_the_precision_chosen_by_auto_is_a_difference(tmp_path: Path) -> None:
     a = open_run(write_run(tmp_path / "a", environments=[{"precision": "fp32"}]))
     b = open_run(write_run(tmp_path / "b", environments=[{"precision": "fp32"}, {"precision": "bf16"}]))
     assert differing([settings(a), settings(b)]) == {"precision": ["fp32", "bf16"]}
@@ -62,7 +62,7 @@ def test_the_precision_that_auto_came_to_is_a_difference(tmp_path: Path) -> None
         ("fineweb-edu+notes.txt", "fineweb-edu+notes", False),
     ],
 )
-def test_fineweb_edu_is_known_by_the_name_of_its_tokens(name: str, path: str, is_it: bool, tmp_path: Path) -> None:
+def test_fineweb_edu_is_recognised_by_the_name_of_its_tokens(name: str, path: str, is_it: bool, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, data=DataConfig(source="tokens", path=path))
     plan = {"units": [{"source": name, "files": [path]}]}
     run = open_run(write_run(tmp_path / "a", config, data={"name": name, "plan": plan}))

@@ -1,4 +1,4 @@
-"""Run folders: made once, reopened only for the same run on the same data."""
+"""Run folders are created once, and reopened only with the same settings and data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dataset(fingerprint: str = "0123456789abcdef") -> Dataset:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run that has been made."""
+    """A new run folder."""
     return create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1}).folder
 
 
@@ -53,7 +53,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- making one ----------------------------------------------------------------------------------------------
 
 
-def test_a_new_run_holds_its_configuration_data_and_environment(folder: Path) -> None:
+def test_a_new_run_has_its_configuration_data_and_environment(folder: Path) -> None:
     assert read_config(folder) == CONFIG
     assert json.loads((folder / "data.json").read_text()) == {"fingerprint": "0123456789abcdef", "name": "text"}
     assert json.loads((folder / "environment.json").read_text()) == [{"start": 1}]
@@ -62,14 +62,12 @@ def test_a_new_run_holds_its_configuration_data_and_environment(folder: Path) ->
 
 def test_an_existing_run_is_not_overwritten(folder: Path) -> None:
     before = content(folder)
-    with pytest.raises(UserError, match=r"exists already.*--resume.*--out"):
+    with pytest.raises(UserError, match=r"already exists.*--resume.*--out"):
         create_run(folder, CONFIG, dataset(), {})
     assert content(folder) == before
 
 
-def test_a_run_that_is_killed_while_it_is_made_can_be_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_during_its_creation_can_be_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     def killed(path: Path, value: Any) -> None:
@@ -89,17 +87,17 @@ def test_a_run_that_is_killed_while_it_is_made_can_be_made_again(
 
 
 def test_any_existing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"exists already; choose another folder with --out"):
+    with pytest.raises(UserError, match=r"already exists; choose another folder with --out"):
         create_run(tmp_path, CONFIG, dataset(), {})
 
 
-def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the run's folder"):
+    with pytest.raises(UserError, match="cannot create the run folder"):
         create_run(tmp_path / "file" / "run", CONFIG, dataset(), {})
 
 
-def test_the_environment_names_what_a_result_depends_on() -> None:
+def test_the_environment_has_versions_and_device() -> None:
     here = environment("a processor", "fp32")
     assert {"restomod", "git_revision", "python", "torch", "platform", "threads", "command", "started"} < here.keys()
     assert (here["device"], here["precision"]) == ("a processor", "fp32")
@@ -114,17 +112,15 @@ def test_a_file_system_that_cannot_rename_folders_gets_the_same_files(
     folder = create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1}).folder
     assert read_config(folder) == CONFIG
     assert [path.name for path in folder.parent.iterdir()] == ["a"]
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         create_run(folder, CONFIG, dataset(), {})
 
 
-def test_where_nothing_can_be_renamed_the_reason_is_said_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_rename_is_reported_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_renaming_folders(monkeypatch, errno.EPERM)
     monkeypatch.setattr(files_module.os, "replace", refuse(errno.EROFS))
     monkeypatch.setattr(run_module, "write_json_atomically", lambda path, value: path.write_text(json.dumps(value)))
-    with pytest.raises(UserError, match=r"cannot make the run's folder .*Read-only file system"):
+    with pytest.raises(UserError, match=r"cannot create the run folder .*Read-only file system"):
         create_run(tmp_path / "runs" / "a", CONFIG, dataset(), {"start": 1})
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -142,12 +138,12 @@ MUST_STAY = {
 }
 
 
-def test_every_setting_that_must_stay_is_tried() -> None:
+def test_every_fixed_setting_is_tested() -> None:
     assert MUST_STAY.keys() == set(FIXED)
 
 
 @pytest.mark.parametrize(("name", "value"), MUST_STAY.items())
-def test_what_changes_the_meaning_of_a_run_cannot_change(name: str, value: Any, folder: Path) -> None:
+def test_fixed_settings_cannot_change(name: str, value: Any, folder: Path) -> None:
     with pytest.raises(UserError, match=f"cannot change on resume: {name}"):
         check_resumable(folder, dataclasses.replace(CONFIG, **{name: value}), dataset())
 
@@ -157,7 +153,7 @@ def test_other_data_is_refused_by_its_fingerprint(folder: Path) -> None:
         check_resumable(folder, CONFIG, dataset("fedcba9876543210"))
 
 
-def test_checking_whether_a_run_can_go_on_changes_nothing(folder: Path) -> None:
+def test_checking_whether_a_run_can_resume_changes_no_file(folder: Path) -> None:
     before = content(folder)
     check_resumable(folder, dataclasses.replace(CONFIG, steps=200), dataset())
     assert content(folder) == before
@@ -181,7 +177,7 @@ def test_every_environment_is_recorded(folder: Path) -> None:
 # --- its configuration ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_no_run_says_how_to_start_one(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_with_a_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run.*restomod train PRESET"):
         read_config(tmp_path)
 
@@ -217,7 +213,7 @@ def test_a_damaged_configuration_is_named(text: str, folder: Path) -> None:
 
 
 def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted names of all fields of a JSON object."""
+    """Dotted names of all fields of a JSON object."""
     return [f"{prefix}{key}" for key in values] + [
         path for key, value in values.items() if isinstance(value, dict) for path in paths(value, f"{prefix}{key}.")
     ]
@@ -253,8 +249,8 @@ def test_a_logged_record_is_returned_and_written(folder: Path) -> None:
     assert read_jsonl(folder / "metrics.jsonl") == [record]
 
 
-def test_rewinding_forgets_exactly_what_came_after_the_checkpoint(folder: Path) -> None:
-    # In the order of the loop: at each step validation, samples and checkpoint of the weights, then the update.
+def test_rewinding_deletes_exactly_the_records_after_the_checkpoint(folder: Path) -> None:
+    # order of the loop: validation, samples and checkpoint of the weights, then the update
     run = RunFolder(folder, CONFIG)
     for step in range(6):
         run.log("val", step, loss=1.0)
@@ -267,13 +263,13 @@ def test_rewinding_forgets_exactly_what_came_after_the_checkpoint(folder: Path) 
     assert [r["step"] for r in read_jsonl(folder / "samples.jsonl", SampleRecord)] == [0, 1, 2, 3]
 
 
-def test_rewinding_a_run_that_has_logged_nothing_makes_no_files(folder: Path) -> None:
+def test_rewinding_a_run_without_records_creates_no_files(folder: Path) -> None:
     before = content(folder)
     RunFolder(folder, CONFIG).rewind(0)
     assert content(folder) == before
 
 
-def test_without_a_checkpoint_everything_logged_is_forgotten(folder: Path) -> None:
+def test_without_a_checkpoint_all_records_are_deleted(folder: Path) -> None:
     run = RunFolder(folder, CONFIG)
     run.log("val", 0, loss=1.0)
     run.log("train", 0, loss=2.0)

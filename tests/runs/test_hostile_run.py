@@ -1,4 +1,4 @@
-"""A run's folder that was made to do harm, through every command that shows it: nothing runs, steers or leaks."""
+"""A malicious run folder: no command runs its contents, sends control characters or leaks secrets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with markup, escapes, secrets and foreign keys in all that it says."""
+    """A run with markup, escape sequences, secrets and unknown keys in all its texts."""
     config = dataclasses.replace(
         preset("quickstart"),
         data=DataConfig(source="tokens", path=TEXT.replace("\0", "")),
@@ -63,13 +63,13 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_harmless(text: str, *allowed: str) -> None:
-    """No character steers, and no secret is told; ``allowed`` may be: a command may name the run as it was named."""
+    """Checks for control characters and secrets; the string ``allowed``, such as the run's path, may occur."""
     assert sorted({hex(ord(c)) for c in text if ord(c) in VISIBLE}) == []
     assert [secret for secret in SECRETS if secret in text and secret not in allowed] == []
 
 
 @pytest.mark.parametrize("command", ["compare", "verdict", "eval", "sample", "inspect", "data"])
-def test_no_command_steers_the_terminal(hostile: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_control_characters(hostile: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(hostile)]) in (0, 1, 2)
     shown = capsys.readouterr()
     assert_harmless(shown.out + shown.err, *SECRETS)
@@ -78,7 +78,7 @@ def test_no_command_steers_the_terminal(hostile: Path, command: str, capsys: pyt
 
 
 @pytest.mark.parametrize("more", [(), ("--help",)])
-def test_going_on_with_it_steers_nothing(
+def test_resuming_prints_no_control_characters(
     hostile: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -92,14 +92,14 @@ def test_going_on_with_it_steers_nothing(
 
 @pytest.fixture(scope="module")
 def written(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all that is written of it to be sent around."""
+    """Folder with all files that are meant for sharing."""
     folder = tmp_path_factory.mktemp("written")
     assert main(["report", str(hostile), "--out", str(folder / "r.html"), "--markdown", str(folder / "r.md")]) == 0
     assert main(["compare", str(hostile), "--markdown", str(folder / "c.md")]) == 0
     return folder
 
 
-def test_what_is_sent_around_tells_no_secret(written: Path) -> None:
+def test_shared_files_contain_no_secrets(written: Path) -> None:
     page = (written / "r.html").read_text()
     (values,) = re.findall(r'(?s)<script type="application/json" id="data">(.*?)</script>', page)
     shown = "\n".join(texts(json.loads(values)))
@@ -122,7 +122,7 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(part)
 
 
-def test_what_is_served_tells_no_secret(hostile: Path) -> None:
+def test_served_pages_contain_no_secrets(hostile: Path) -> None:
     with served(hostile) as port:
         shown = "\n".join(texts(data(port)))
     assert "~/x" in shown
@@ -131,7 +131,7 @@ def test_what_is_served_tells_no_secret(hostile: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
 @pytest.mark.parametrize("live", [False, True])
-def test_nothing_of_it_runs_in_a_browser(hostile: Path, written: Path, live: bool) -> None:
+def test_no_script_of_the_run_runs_in_a_browser(hostile: Path, written: Path, live: bool) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     with served(hostile) as port, sync_api.sync_playwright() as playwright:
         address = f"http://127.0.0.1:{port}/" if live else (written / "r.html").as_uri()

@@ -1,4 +1,4 @@
-"""`.jsonl` files: what goes in comes out, and a crash costs at most the last line."""
+"""`.jsonl` files return the written records; a crash damages at most the last line."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_records_come_back_in_order(path: Path) -> None:
+def test_records_are_read_in_order(path: Path) -> None:
     assert read_jsonl(path) == RECORDS
 
 
 def test_records_share_their_keys(path: Path) -> None:
-    """Those of 600,000 steps need half the memory then."""
+    """Shared keys halve the memory of 600,000 records."""
     first, second, _ = map(list, read_jsonl(path))
     assert all(a is b for a, b in zip(first, second, strict=True))
 
@@ -45,7 +45,7 @@ def test_each_record_is_one_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["two\nlines", "\u2028 \x85 \x0c \r", "naïve 猫 🐈", '"quoted" \\', "\x00\ufffd", ""])
-def test_any_text_comes_back(text: str, tmp_path: Path) -> None:
+def test_any_text_is_read_unchanged(text: str, tmp_path: Path) -> None:
     for step in (1, 2):
         append_jsonl(tmp_path / "samples.jsonl", {"step": step, "prompt": text, "text": text})
     assert read_jsonl(tmp_path / "samples.jsonl", SampleRecord) == [
@@ -53,19 +53,19 @@ def test_any_text_comes_back(text: str, tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_that_is_not_there_holds_no_records(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_records(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_last_line_cut_anywhere_costs_only_itself(path: Path) -> None:
+def test_an_incomplete_last_line_is_skipped(path: Path) -> None:
     content = path.read_bytes()
-    last = len(content) - content[:-1].rindex(b"\n") - 1  # its bytes, with the line's end
+    last = len(content) - content[:-1].rindex(b"\n") - 1  # bytes with the newline
     for cut in range(2, last):
         path.write_bytes(content[:-cut])
         assert read_jsonl(path) == RECORDS[:2]
 
 
-def test_a_last_line_that_lacks_only_its_end_counts(path: Path) -> None:
+def test_a_last_line_without_newline_is_read(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     assert read_jsonl(path) == RECORDS
 
@@ -76,7 +76,7 @@ def test_only_wanted_records_are_kept(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5])
-def test_after_keeping_records_a_cut_line_is_mended_and_more_can_be_appended(path: Path, cut: int) -> None:
+def test_records_can_be_appended_after_an_incomplete_line_is_removed(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
     keep_records(path, lambda record: record["step"] < 2)
     append_jsonl(path, RECORDS[2])
@@ -86,7 +86,7 @@ def test_after_keeping_records_a_cut_line_is_mended_and_more_can_be_appended(pat
 @pytest.mark.parametrize(
     "damage", [b"{", b"\xff\xfe", b"[]", b"5", b'{"kind": "train"}', b'{"step": "1"}', b"\x00" * 9]
 )
-def test_a_damaged_line_amid_others_is_counted_and_one_cut_short_at_the_end_is_not(path: Path, damage: bytes) -> None:
+def test_damaged_lines_are_counted_except_an_incomplete_last_one(path: Path, damage: bytes) -> None:
     said: list[str] = []
     assert list(iterate_jsonl(path, said.append)) == RECORDS
     assert not said
@@ -98,23 +98,23 @@ def test_a_damaged_line_amid_others_is_counted_and_one_cut_short_at_the_end_is_n
     assert said[0].endswith("the first is line 3")
 
 
-def test_damaged_lines_among_those_that_are_kept_stay_as_they_are(path: Path) -> None:
+def test_damaged_lines_between_kept_records_stay_unchanged(path: Path) -> None:
     first, second, third = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b"\xff{\n" + second + b"[\n" + third + b'{"st')
     keep_records(path, lambda record: record["step"] < 2)
     assert path.read_bytes() == first + b"\xff{\n" + second
 
 
-def test_keeping_records_makes_no_file_where_there_is_none(tmp_path: Path) -> None:
+def test_keeping_records_creates_no_file(tmp_path: Path) -> None:
     keep_records(tmp_path / "metrics.jsonl", lambda _: True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_what_is_new_is_read(path: Path) -> None:
+def test_only_new_lines_are_read(path: Path) -> None:
     reader = NewRecords(path)
     fresh, records = reader.read()
     assert (fresh, list(records)) == (True, RECORDS)
-    with open(path, "r+b") as f:  # whoever read it again would find nothing
+    with open(path, "r+b") as f:  # a second read would find no records
         f.write(b"#" * 10)
     append_jsonl(path, {"kind": "train", "step": 3})
     fresh, records = reader.read()
@@ -123,7 +123,7 @@ def test_only_what_is_new_is_read(path: Path) -> None:
     assert (fresh, list(records)) == (False, [])
 
 
-def test_a_new_line_counts_when_it_is_whole(path: Path) -> None:
+def test_a_new_line_is_read_when_it_is_complete(path: Path) -> None:
     reader = NewRecords(path)
     assert len(list(reader.read()[1])) == 3
     with open(path, "a") as f:
@@ -136,7 +136,7 @@ def test_a_new_line_counts_when_it_is_whole(path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
 @pytest.mark.parametrize("more", [0, 1, 5])
-def test_a_file_that_has_been_rewritten_is_read_from_its_beginning(kept: int, more: int, path: Path) -> None:
+def test_a_rewritten_file_is_read_from_its_start(kept: int, more: int, path: Path) -> None:
     reader = NewRecords(path)
     assert len(list(reader.read()[1])) == 3
     keep_records(path, lambda record: record["step"] < kept)
@@ -147,7 +147,7 @@ def test_a_file_that_has_been_rewritten_is_read_from_its_beginning(kept: int, mo
     assert (fresh, list(records)) == (True, RECORDS[:kept] + again)
 
 
-def test_a_file_may_come_and_go(tmp_path: Path) -> None:
+def test_a_file_may_appear_and_disappear(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reader = NewRecords(path)
     fresh, records = reader.read()
@@ -160,7 +160,7 @@ def test_a_file_may_come_and_go(tmp_path: Path) -> None:
     assert (fresh, list(records)) == (True, [])
 
 
-def test_validation_losses_are_followed(tmp_path: Path) -> None:
+def test_validation_losses_are_read_incrementally(tmp_path: Path) -> None:
     losses, path = ValidationLosses(tmp_path), tmp_path / "metrics.jsonl"
     assert losses.read() == {}
     for kind, step, loss in (("val", 0, 9.0), ("train", 1, 8.0), ("val", 2, 7.0), ("val", 4, None), ("val", "x", 1.0)):
@@ -199,7 +199,7 @@ TRAIN = b'{"kind": "train", "step": 3'
     ],
     ids=lambda line: str(line[:40]),
 )
-def test_a_line_with_values_of_other_types_or_beyond_range_is_damaged(path: Path, line: bytes) -> None:
+def test_values_of_wrong_types_or_out_of_range_are_damage(path: Path, line: bytes) -> None:
     first, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, line, b"\n", *others]))
     said: list[str] = []
@@ -214,7 +214,7 @@ def test_a_line_with_values_of_other_types_or_beyond_range_is_damaged(path: Path
     assert read_jsonl(path) == RECORDS
 
 
-def test_what_a_healthy_run_writes_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_records_of_a_healthy_run_are_read_unchanged(tmp_path: Path) -> None:
     records = [
         {"kind": "val", "step": 0, "loss": float("inf"), "tokens": 5, "sources": {"a": 1.5, "b": 2}, "time": 1.5},
         {
@@ -239,7 +239,7 @@ def test_what_a_healthy_run_writes_is_read_as_it_was_written(tmp_path: Path) -> 
     assert (set(last), last["loss"] != last["loss"]) == ({"kind", "step", "loss"}, True)
 
 
-def test_a_line_without_end_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "MAX_SKIPPED", 4 * MAX_LINE)
     with open(path, "ab") as f:
         f.truncate(2**40)  # zeros

@@ -1,4 +1,4 @@
-"""What a user may call a model, and the folder that it leads to."""
+"""Names of models, and the folders that they resolve to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=4, vocab_size=97
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, and a hub that must not be asked."""
+    """An empty working folder, and a hub that must not be contacted."""
 
     def asked(repository: str) -> NoReturn:
         raise AssertionError(f"the hub was asked for {repository}")
@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the hub is asked for, where it may be."""
+    """Names requested from the hub."""
     names: list[str] = []
 
     def download(repository: str) -> Path:
@@ -77,21 +77,21 @@ def same_weights(model: GPT, other: GPT) -> bool:
 # --- runs and checkpoints --------------------------------------------------------------------------------------
 
 
-def test_a_run_is_its_newest_checkpoint(trainee: Trainee) -> None:
-    for step in (5, 999_999, 1_000_000):  # whose names do not sort as their numbers do
+def test_a_run_resolves_to_its_newest_checkpoint(trainee: Trainee) -> None:
+    for step in (5, 999_999, 1_000_000):  # alphabetical and numerical order differ
         folder = save(trainee, "runs/mine", step)
     assert find_model("runs/mine") == folder == Path("runs/mine/checkpoints/step_1000000")
     assert find_model("runs/mine/") == folder
 
 
-def test_a_checkpoint_is_itself(trainee: Trainee) -> None:
+def test_a_checkpoint_resolves_to_itself(trainee: Trainee) -> None:
     old = save(trainee, "mine", 5)
     save(trainee, "mine", 6)
     assert find_model(str(old)) == old
     assert same_weights(open_model(str(old), CPU), trainee.model)
 
 
-def test_an_unfinished_checkpoint_is_passed_over(trainee: Trainee) -> None:
+def test_an_incomplete_checkpoint_is_skipped(trainee: Trainee) -> None:
     folder = save(trainee, "mine", 5)
     save(trainee, "mine", 6).rename("mine/checkpoints/.step_000006.tmp")
     assert find_model("mine") == folder
@@ -106,10 +106,10 @@ def test_an_altered_checkpoint_is_refused_by_the_files_name(trainee: Trainee, na
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
     said = refusal("mine" if as_run else str(folder))
-    assert said.startswith(f"{folder / name} is damaged: its SHA-256 is not the one recorded")
+    assert said.startswith(f"{folder / name} is damaged: its SHA-256 differs from the recorded one")
 
 
-def test_a_checkpoint_is_read_once_and_again_only_where_a_file_has_changed(
+def test_a_checkpoint_is_verified_again_only_if_a_file_has_changed(
     trainee: Trainee, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_read_once_and_again_only_where_a_file_has_changed(
     assert read == ["model.safetensors"]
 
 
-def test_a_damaged_optimizer_state_stops_a_resume_and_no_sample(trainee: Trainee) -> None:
+def test_a_damaged_optimizer_state_prevents_resuming_but_not_sampling(trainee: Trainee) -> None:
     folder = save(trainee, "mine", 6)
     state = folder / "training_state/optimizer.safetensors"
     content = bytearray(state.read_bytes())
@@ -145,26 +145,24 @@ def test_a_damaged_optimizer_state_stops_a_resume_and_no_sample(trainee: Trainee
 
 
 @pytest.mark.parametrize("gone", ["COMPLETE", "model.safetensors", "training_state/state.json"])
-def test_a_checkpoint_that_lacks_a_file_is_refused_and_not_taken_for_a_model_folder(
-    trainee: Trainee, gone: str
-) -> None:
+def test_an_incomplete_checkpoint_is_not_used_as_a_model_folder(trainee: Trainee, gone: str) -> None:
     folder = save(trainee, "mine", 5)
     (folder / gone).unlink()
     assert str(folder / gone) in refusal(str(folder))
 
 
-def test_a_run_without_a_checkpoint_says_how_to_go_on() -> None:
+def test_a_run_without_a_checkpoint_is_refused_with_a_fix() -> None:
     Path("my run").mkdir()
     Path("my run/config.json").write_text(json.dumps({"steps": 9, "model": {}}))
     assert refusal("my run") == (
-        "my run holds no checkpoint yet; continue training with `restomod train --resume 'my run'`"
+        "my run has no checkpoint yet; continue training with `restomod train --resume 'my run'`"
     )
 
 
 # --- model folders ---------------------------------------------------------------------------------------------
 
 
-def test_a_plain_model_folder_is_itself() -> None:
+def test_a_model_folder_resolves_to_itself() -> None:
     model = random_model(CONFIG)
     to_transformers(model).save_pretrained("theirs")
     assert find_model("theirs") == Path("theirs")
@@ -173,14 +171,14 @@ def test_a_plain_model_folder_is_itself() -> None:
     assert same_weights(opened, model)
 
 
-def test_a_model_folder_that_speaks_of_steps_is_no_run() -> None:
+def test_a_model_config_with_steps_is_not_a_run() -> None:
     to_transformers(random_model(CONFIG)).save_pretrained("theirs")
     path = Path("theirs/config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 9}))
     assert find_model("theirs") == Path("theirs")
 
 
-def test_a_folder_of_neither_is_refused() -> None:
+def test_other_folders_are_refused() -> None:
     Path("empty").mkdir()
     assert refusal("empty") == "empty is neither a run nor a model folder: it has no config.json"
 
@@ -195,7 +193,7 @@ def test_a_folder_with_a_damaged_config_is_refused_by_its_name() -> None:
 def test_a_file_is_refused_whatever_its_name(name: str) -> None:
     Path("runs").mkdir()
     Path(name).write_text("text")
-    assert refusal(name) == f"{name} is a file; give the folder of a run or a model"
+    assert refusal(name) == f"{name} is a file; pass the folder of a run or a model"
 
 
 # --- what is on the hub, and what only looks like it -----------------------------------------------------------
@@ -215,7 +213,7 @@ def test_a_folder_is_preferred_to_the_hub() -> None:
         assert find_model(name) == Path(name)
 
 
-def test_a_slip_in_a_path_is_not_sent_to_the_hub() -> None:
+def test_a_mistyped_path_is_not_sent_to_the_hub() -> None:
     Path("runs/quickstart/checkpoints").mkdir(parents=True)
     Path("runs/no run").mkdir()
     Path("runs/notes.txt").write_text("no folder")
@@ -223,25 +221,25 @@ def test_a_slip_in_a_path_is_not_sent_to_the_hub() -> None:
     assert refusal("runs/zzz") == "runs/zzz: no such run or model folder; known: quickstart"
 
 
-def test_a_slip_in_a_folder_without_others_suggests_nothing() -> None:
+def test_a_mistyped_path_in_an_empty_folder_has_no_suggestion() -> None:
     Path("runs").mkdir()
     assert refusal("runs/quikstart") == "runs/quikstart: no such run or model folder"
 
 
 @pytest.mark.parametrize("name", ["./mine", "../mine", "~/mine", "a/b/c", "/nowhere/mine", "mine/"])
-def test_what_can_only_be_a_path_is_not_sent_to_the_hub(name: str) -> None:
+def test_paths_are_not_sent_to_the_hub(name: str) -> None:
     assert refusal(name).startswith(f"{name}: no such run or model folder")
 
 
-def test_a_slip_in_a_name_suggests_openais_and_the_folders_here() -> None:
+def test_a_mistyped_name_suggests_openais_models_and_folders() -> None:
     Path("mine-2").mkdir()
     Path("mine-2/config.json").write_text("{}")
     assert refusal("gpt2-midium").endswith("; did you mean 'gpt2-medium'?")
     assert refusal("mine2").endswith("; did you mean 'mine-2'?")
 
 
-def test_a_preset_is_not_a_model_but_can_become_one() -> None:
-    assert refusal("quickstart").startswith("quickstart is a preset: `restomod train quickstart` makes a run of it")
+def test_a_preset_is_not_a_model() -> None:
+    assert refusal("quickstart").startswith("quickstart is a preset: `restomod train quickstart` creates the run")
 
 
 # --- presets ---------------------------------------------------------------------------------------------------
@@ -269,14 +267,14 @@ def test_a_file_of_a_presets_name_does_not_hide_the_preset() -> None:
     assert open_or_build("quickstart", CPU, seed=3)[1]
 
 
-def test_a_run_is_opened_where_a_preset_could_stand(trainee: Trainee) -> None:
+def test_a_run_can_replace_a_preset(trainee: Trainee) -> None:
     save(trainee, "mine", 5)
     model, fresh = open_or_build("mine", CPU, seed=3)
     assert not fresh
     assert same_weights(model, trainee.model)
 
 
-def test_a_name_that_is_nothing_suggests_presets_too() -> None:
+def test_an_unknown_name_suggests_presets_too() -> None:
     with pytest.raises(UserError, match=r"^quikstart: no such preset, run or model; did you mean 'quickstart'\?$"):
         open_or_build("quikstart", CPU, seed=0)
     with pytest.raises(UserError) as caught:
@@ -284,7 +282,7 @@ def test_a_name_that_is_nothing_suggests_presets_too() -> None:
     assert all(name in str(caught.value) for name in (*PRESETS, "gpt2-xl"))
 
 
-def test_a_short_name_of_the_hub_is_no_preset(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_hub_name_is_not_a_preset(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_model", lambda folder, device: random_model(CONFIG))
     for name in ("gpt2", "a/b"):
         assert not open_or_build(name, CPU, seed=0)[1]
@@ -296,7 +294,7 @@ def test_a_preset_that_is_too_large_is_one_line(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't allocate memory\nand more")
 
     monkeypatch.setattr("restomod.runs.open_model.build_model", too_large)
-    with pytest.raises(UserError, match=r"^quickstart does not fit into memory here \(can't allocate memory\)$"):
+    with pytest.raises(UserError, match=r"^quickstart does not fit into memory \(can't allocate memory\)$"):
         open_or_build("quickstart", CPU, seed=3)
 
 
@@ -307,7 +305,7 @@ def test_a_model_that_transformers_runs_is_not_inspected(tmp_path: Path) -> None
         open_or_build(str(tmp_path / "neox"), CPU, seed=0)
 
 
-def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path: Path) -> None:
+def test_unreadable_checkpoints_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "run" / "checkpoints").write_text("no folder")

@@ -1,4 +1,4 @@
-"""A run's folder, read whatever state it is in."""
+"""Reading of run folders in any state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from restomod.utils.errors import UserError
 from tests.runs.made_runs import SMALL, train, val, write_run
 
 
-def test_steps_are_in_order_each_once_and_the_later_record_counts(tmp_path: Path) -> None:
+def test_steps_are_sorted_and_unique_with_their_last_record(tmp_path: Path) -> None:
     records = [train(0, 9.0), train(1, 8.0), train(2, 7.0), {"kind": "rollback", "step": 1}, train(1, 6.0), val(1, 5.0)]
     run = open_run(write_run(tmp_path / "a", SMALL, records))
     assert [(r["step"], r["loss"]) for r in run.train] == [(0, 9.0), (1, 6.0), (2, 7.0)]
@@ -27,9 +27,7 @@ def test_steps_are_in_order_each_once_and_the_later_record_counts(tmp_path: Path
 
 
 @pytest.mark.parametrize("command", [["verdict", "--no-weights"], ["compare"], ["report"]])
-def test_lines_of_the_log_that_cannot_be_read_are_told(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_lines_are_reported(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "a", SMALL, [train(0, 9.0), train(1, 8.0), val(2, 8.0)])
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
@@ -46,14 +44,14 @@ def test_tokens_and_flops_of_gpt2_124m(tmp_path: Path) -> None:
     assert run.flops_at(1) == 524_288 * (6 * (85_056_000 + 768 * 50_257) + 12 * 12 * 768 * 1024)
 
 
-def test_a_run_that_has_just_begun_has_nothing_to_tell(tmp_path: Path) -> None:
+def test_a_new_run_has_no_records(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").unlink()
     run = open_run(folder)
     assert (run.train, run.val, run.samples, run.evaluations, run.environments, run.updates) == ([], [], [], [], [], 0)
 
 
-def test_the_newest_checkpoint_is_that_of_the_last_step(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_has_the_last_step(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     for name in ("step_9", "step_10", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -63,14 +61,16 @@ def test_the_newest_checkpoint_is_that_of_the_last_step(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "unreadable") is None
 
 
-def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", SMALL, [train(0, 9.0)])
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 1, "lo')
     assert [r["step"] for r in open_run(folder).train] == [0]
 
 
-def test_its_name_is_its_folders_wherever_it_is_seen_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_run_does_not_depend_on_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(write_run(tmp_path / "a"))
     assert open_run(".").name == "a"
 
@@ -88,7 +88,7 @@ def test_evaluations_samples_and_environments_are_read(tmp_path: Path) -> None:
     assert [e["task"] for e in run.evaluations] == ["a", "b"]
 
 
-def test_parameters_and_flops_are_those_recorded_at_the_start_or_else_computed(tmp_path: Path) -> None:
+def test_parameters_and_flops_are_recorded_or_computed(tmp_path: Path) -> None:
     recorded = open_run(write_run(tmp_path / "a", SMALL, environments=[{"parameters": 5, "flops_per_token": 7}, {}]))
     assert (recorded.parameters, recorded.flops_at(2)) == (5, 2 * SMALL.batch_tokens * 7)
     computed = open_run(write_run(tmp_path / "b", SMALL, environments=[{}]))
@@ -96,18 +96,18 @@ def test_parameters_and_flops_are_those_recorded_at_the_start_or_else_computed(t
     assert computed.flops_per_token == flops_per_token(SMALL.model, SMALL.sequence_length)
 
 
-def test_only_so_many_evaluations_are_read_as_do_not_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_evaluations_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, said = write_run(tmp_path / "a"), list[str]()
     (folder / "evals").mkdir()
     for name in "abcd":
         (folder / "evals" / f"{name}.json").write_text(json.dumps({"task": name}))
-    monkeypatch.setattr(reader, "MOST_EVALUATIONS", 3)
+    monkeypatch.setattr(reader, "MAX_EVALUATIONS", 3)
     assert [e["task"] for e in open_run(folder, said.append).evaluations] == ["b", "c", "d"]
     assert len(said) == 1
     assert "the last 3 of 4 evaluations" in said[0]
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such run"):
         open_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is not a run: it has no config.json"):
@@ -141,7 +141,7 @@ def test_reading_and_judging_a_run_needs_no_torch(command: list[str], tmp_path: 
         ("r/config.json", "r/config.json is a file; name the folder of a run"),
     ],
 )
-def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
+def test_parts_of_runs_and_models_are_refused_with_the_name_of_the_run(
     command: list[str],
     folder: str,
     said: str,
@@ -162,7 +162,7 @@ def test_what_is_part_of_a_run_or_a_model_is_said_to_be(
     assert error.count("\n") == 1
 
 
-def test_a_run_is_named_as_its_checkpoint_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_named_like_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "r")
     (tmp_path / "r" / "checkpoints").mkdir()
     (tmp_path / "elsewhere").mkdir()

@@ -1,4 +1,4 @@
-"""A run is trained by one job at a time, on whatever file system and machine."""
+"""One job at a time trains a run, on any file system and machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from restomod.utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("PATIENCE", 0.3), ("SAVING", 30.0), ("BEAT", 0.1), ("SILENT", 0.5), ("POLL", 0.02)):
+    for name, seconds in (
+        ("PATIENCE", 0.3),
+        ("SAVING", 30.0),
+        ("HEARTBEAT", 0.1),
+        ("HEARTBEAT_TIMEOUT", 0.5),
+        ("POLL", 0.02),
+    ):
         monkeypatch.setattr(run_lock, name, seconds)
 
 
@@ -44,7 +50,7 @@ def held(run: Path) -> Iterator[RunLock]:
 
 
 @pytest.mark.usefixtures("held")
-def test_a_second_job_is_told_who_holds_the_run_and_changes_nothing(run: Path, tmp_path: Path) -> None:
+def test_a_second_job_is_refused_with_the_holder_and_changes_nothing(run: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(run)
     before = state(run)
@@ -55,7 +61,7 @@ def test_a_second_job_is_told_who_holds_the_run_and_changes_nothing(run: Path, t
     assert state(run) == before
 
 
-def test_a_lock_leaves_nothing_behind(run: Path, held: RunLock) -> None:
+def test_a_released_lock_leaves_no_files(run: Path, held: RunLock) -> None:
     held.release()
     assert os.listdir(run) == ["config.json"]
     again = RunLock(run)
@@ -73,9 +79,9 @@ def test_a_job_waits_for_one_that_is_about_to_end(run: Path, held: RunLock) -> N
     assert f"process {os.getpid()}" in said[0]
 
 
-def test_one_that_was_asked_to_stop_is_given_the_time_to_save(run: Path, held: RunLock) -> None:
+def test_a_job_that_is_stopping_has_time_to_save(run: Path, held: RunLock) -> None:
     held.stopping()
-    threading.Timer(1.0, held.release).start()  # longer than others are waited for
+    threading.Timer(1.0, held.release).start()  # longer than PATIENCE
     began = time.monotonic()
     second = RunLock(run)
     second.take(resume=True)
@@ -83,7 +89,7 @@ def test_one_that_was_asked_to_stop_is_given_the_time_to_save(run: Path, held: R
     assert time.monotonic() - began >= 0.9
 
 
-def test_of_two_that_begin_one_new_run_one_is_refused_at_once(tmp_path: Path) -> None:
+def test_two_jobs_cannot_start_the_same_new_run(tmp_path: Path) -> None:
     first, second = RunLock(tmp_path / "runs/new"), RunLock(tmp_path / "runs/new")
     first.take(resume=False)
     began = time.monotonic()
@@ -100,7 +106,7 @@ def test_of_two_that_begin_one_new_run_one_is_refused_at_once(tmp_path: Path) ->
     assert os.listdir(tmp_path / "runs/new") == []
 
 
-def test_where_no_run_was_made_nothing_is_left(tmp_path: Path) -> None:
+def test_without_a_new_run_no_files_are_left(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "a/b/run")
     lock.take(resume=False)
     lock.release()
@@ -108,10 +114,10 @@ def test_where_no_run_was_made_nothing_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("locks_of_the_system", [True, False])
-def test_another_machine_that_is_alive_holds_the_run_where_locks_are_not_passed_on(
+def test_the_heartbeat_of_another_machine_holds_the_run_without_shared_locks(
     run: Path, locks_of_the_system: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it writes changes; whether it has locked the file is not to be seen from here."""
+    """The heartbeat changes, but the lock is not visible on this machine."""
     if not locks_of_the_system:
         monkeypatch.setattr(locks, "fcntl", None)
     over = threading.Event()
@@ -135,18 +141,18 @@ def test_another_machine_that_is_alive_holds_the_run_where_locks_are_not_passed_
         over.set()
         thread.join()
     lock = RunLock(run)
-    lock.take(resume=True)  # it was killed: its record stays, and does not change
+    lock.take(resume=True)  # a killed holder's record does not change
     assert json.loads((run / ".lock").read_text())["host"] == os.uname().nodename
     lock.release()
 
 
-def test_without_locks_a_job_goes_on_and_says_so(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_a_job_trains_with_a_warning(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "fcntl", None)
     said: list[str] = []
     lock = RunLock(run, said.append)
     lock.take(resume=True)
     assert len(said) == 1
-    assert "no locks" in said[0]
-    with pytest.raises(UserError, match=f"process {os.getpid()}"):  # its signs of life are seen all the same
+    assert "does not support locks" in said[0]
+    with pytest.raises(UserError, match=f"process {os.getpid()}"):  # found by its heartbeat
         RunLock(run).take(resume=True)
     lock.release()

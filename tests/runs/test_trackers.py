@@ -1,4 +1,4 @@
-"""Trackers get what `metrics.jsonl` gets, and cost a run nothing."""
+"""Trackers receive the records of `metrics.jsonl`, and never disturb a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tracked(*names: Any) -> RunConfig:
 
 
 def log(run: RunFolder, first: int, last: int) -> None:
-    """Steps as a run logs them, with a validation before every second."""
+    """Logs steps like a run, with a validation before every second one."""
     for step in range(first, last):
         if step % 2 == 0:
             run.log("val", step, loss=9 - step / 7, tokens=64, sources={"web": 8 - step / 3})
@@ -47,7 +47,7 @@ def session(folder: Path, config: RunConfig, first: int, last: int, said: list[s
 
 
 def by_name(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
-    """The series that the records hold, written out by hand and not by `numbers`."""
+    """Expected series of the records, independent of `tracked_values`."""
     series = defaultdict(list)
     for r in records:
         for key, value in r.items():
@@ -63,7 +63,7 @@ def by_name(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
-    """Step, value and time of every scalar, by TensorBoard's own reader."""
+    """Step, value and time of every scalar, from TensorBoard's reader."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     accumulator = accumulators.EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
     accumulator.Reload()
@@ -90,13 +90,13 @@ def test_tensorboard_has_the_metrics_also_after_a_resumption(tmp_path: Path) -> 
     said: list[str] = []
     session(tmp_path, tracked("tensorboard"), 0, 5, said)
     assert_events_are_the_metrics(tmp_path)
-    session(tmp_path, tracked("tensorboard"), 4, 8, said)  # from its newest checkpoint: step 4 is made again
+    session(tmp_path, tracked("tensorboard"), 4, 8, said)  # from its newest checkpoint: step 4 is repeated
     assert_events_are_the_metrics(tmp_path)
     assert len(by_name(read_jsonl(tmp_path / "metrics.jsonl"))["train/lr"]) == 8
     assert said == []
 
 
-def test_tensorboard_forgets_what_a_run_goes_back_on(tmp_path: Path) -> None:
+def test_tensorboard_drops_steps_before_a_rollback(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     config = tracked("tensorboard")
     with Trackers(tmp_path, config, print) as trackers:
@@ -113,15 +113,13 @@ def test_tensorboard_forgets_what_a_run_goes_back_on(tmp_path: Path) -> None:
 # --- W&B and Trackio -----------------------------------------------------------------------------------------
 
 
-def test_wandb_writes_an_offline_run_and_goes_on_under_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_writes_an_offline_run_and_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)  # restored afterwards, when the sink has set them
+        monkeypatch.delenv(name)  # restored after the sink has set them
     monkeypatch.setattr(track, "CLOSING", 120.0)
     said: list[str] = []
     session(tmp_path, tracked("wandb"), 0, 5, said)
@@ -149,20 +147,20 @@ def log_records(data: bytes) -> list[bytes]:
     """The records of a W&B file: LevelDB's log format (doc/log_format.md there) after a head of 7 bytes."""
     records, parts, at = [], b"", 7
     while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no record begins in the last bytes of a block
+        if 32768 - at % 32768 < 7:  # no record starts in the last bytes of a block
             at += 32768 - at % 32768
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # complete, or the last part
             records.append(parts)
             parts = b""
     return records
 
 
 class FakeRun:
-    """What a tracker's own `init` returns."""
+    """Object returned by a tracker's `init`."""
 
     def __init__(self, **options: Any) -> None:
         self.options, self.rows, self.finished = options, list[Any](), False
@@ -174,8 +172,8 @@ class FakeRun:
         self.finished = True
 
 
-def test_trackio_logs_locally_and_goes_on_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a module in trackio's place; the arguments are those of trackio 0.43."""
+def test_trackio_logs_locally_and_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the module trackio; the arguments are those of trackio 0.43."""
     import sys
     import types
 
@@ -202,7 +200,7 @@ def test_trackio_logs_locally_and_goes_on_under_its_name(tmp_path: Path, monkeyp
     assert steps == [list(range(5)), list(range(4, 8))]
 
 
-def test_a_tracker_that_comes_later_gets_what_was_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_added_later_receives_earlier_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, bool]] = []
 
     class Noting(Quiet):
@@ -249,7 +247,7 @@ def hangs(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize("fault", [raises, exits, hangs])
 @pytest.mark.parametrize("where", ["__init__", "begin", "write", "close"])
-def test_a_tracker_that_fails_or_hangs_costs_a_warning(
+def test_a_tracker_that_fails_or_hangs_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any
 ) -> None:
     monkeypatch.setattr(track, "CLOSING", 0.5)
@@ -266,7 +264,7 @@ def test_a_tracker_that_fails_or_hangs_costs_a_warning(
     session(tmp_path, tracked("trackio", "wandb"), 0, 8, said)
     assert time.monotonic() - began < 10
     assert len(said) == 1
-    assert said[0].startswith("warning: trackio tracks no more (")
+    assert said[0].startswith("warning: tracker trackio is dropped (")
     assert "\n" not in said[0]
     assert written == read_jsonl(tmp_path / "metrics.jsonl"), "the other tracker has suffered"
 
@@ -283,11 +281,11 @@ def test_a_full_queue_drops_the_tracker_and_never_waits(tmp_path: Path, monkeypa
         for step in range(100):
             run.log("train", step, loss=1.0)
         assert time.monotonic() - began < 5
-    assert said == ["warning: wandb tracks no more (5 records wait for it); metrics.jsonl has everything"]
+    assert said == ["warning: tracker wandb is dropped (5 records are pending); metrics.jsonl stays complete"]
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 100
 
 
-def test_a_damaged_record_of_identities_costs_a_warning(tmp_path: Path) -> None:
+def test_a_damaged_record_of_identities_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "track.json").write_text("{")
     said: list[str] = []
     session(tmp_path, tracked("tensorboard"), 0, 2, said)
@@ -301,7 +299,7 @@ def test_only_the_main_process_tracks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_are_named_by_their_kind_and_nothing_else_is_one() -> None:
+def test_only_numbers_are_tracked_under_their_kind() -> None:
     assert tracked_values({"kind": "train", "step": 3, "time": 1.0, "loss": None, "lr": 2, "skipped": "why"}) == {
         "train/lr": 2.0
     }

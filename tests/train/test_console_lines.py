@@ -21,7 +21,7 @@ from restomod.train.console_lines import (
 )
 from restomod.utils.console import CheckResult
 
-LOSS = CheckResult("initial loss", "pass", "10.80 ≈ ln(50257) = 10.82")
+LOSS = CheckResult("initial loss", "pass", "10.80, expected ln(50257) = 10.82")
 CAUSAL = CheckResult("causality", "pass", "changing token 32 changes none before it")
 NARROW = CheckResult("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
 CONFIG = preset("quickstart")
@@ -35,15 +35,15 @@ def record(kind: str, step: int, loss: float, **values: Any) -> dict[str, Any]:
     ("results", "lines"),
     [
         ([], []),
-        ([LOSS], ["initial loss 10.80 ≈ ln(50257) = 10.82"]),
+        ([LOSS], ["initial loss 10.80, expected ln(50257) = 10.82"]),
         (
             [LOSS, CAUSAL, CheckResult("tied lm_head", "pass", "")],
-            ["initial loss 10.80 ≈ ln(50257) = 10.82", "sanity checks passed: causality, tied lm_head"],
+            ["initial loss 10.80, expected ln(50257) = 10.82", "sanity checks passed: causality, tied lm_head"],
         ),
         (
             [LOSS, CAUSAL, NARROW],
             [
-                "initial loss 10.80 ≈ ln(50257) = 10.82",
+                "initial loss 10.80, expected ln(50257) = 10.82",
                 "sanity checks passed: causality",
                 "warning: kernel shapes: n_embd 32 is no multiple of 64",
             ],

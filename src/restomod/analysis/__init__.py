@@ -1,1 +1,1 @@
-"""After a run: its health, comparison with others, report, weights."""
+"""Analysis of runs: symptoms and verdict, comparison, report, weight statistics."""

@@ -1,1 +1,1 @@
-"""Checks of models (`check`) and machines (`doctor`)"""
+"""Checks of models (`check`) and machines (`doctor`)."""

@@ -1,7 +1,7 @@
-"""Device parity: a small GPT-2's loss and gradients on a device, compared with a reference in fp64.
+"""Device parity: loss and gradients of a small GPT-2 on a device, compared with a reference in fp64.
 
-The reference is computed on the CPU in fp64, attention as plain matmuls and a softmax, the loss from all logits.
-Training uses none of these kernels on any device, so any wrong kernel shows.
+The reference is computed on the CPU in fp64, with unfused attention and the loss from all logits. Training uses none
+of these kernels, so the comparison finds any wrong kernel of a device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from restomod.engine.step import ComputeConfig, batch_loss
 from restomod.model.gpt import GPT, build_model
 from restomod.utils.console import CheckResult
 
-CHECKED_BEFORE_TRAINING = {"mps"}  # device types whose kernels have been wrong before
+CHECKED_BEFORE_TRAINING = {"mps"}  # device types that had wrong kernels in earlier releases
 
-# Largest relative differences that count as rounding. Over 20 seeds a CPU with AVX-512 BF16 was off by at most 7e-8
-# (loss) and 1.2e-6 (gradients) in fp32, by 1.4e-4 and 0.013 in bf16. Other devices add in another order, so there is
-# room; the least of the faults that are planted in tests, a softmax 2 % too large, is off by more.
+# Largest relative differences explained by rounding. Over 20 seeds, a CPU with AVX-512 BF16 had differences of at most
+# 7e-8 (loss) and 1.2e-6 (gradients) in fp32, 1.4e-4 and 0.013 in bf16. The tolerances are larger, because other devices
+# sum in another order. The smallest fault in the tests, a softmax 2 % too large, exceeds them.
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -36,38 +36,37 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Differences:
-    """Relative differences of the loss, and of each gradient in its norm, from the reference."""
+    """Relative differences from the reference."""
 
     loss: float
+    """Relative difference of the loss."""
     gradients: dict[str, float]
-    """By the parameter's name."""
+    """Norm of each gradient's difference, relative to the norm of the gradient, by parameter name."""
 
     @property
     def worst(self) -> str:
-        """The parameter with the largest gradient difference; NaN counts as infinite."""
+        """Name of the parameter with the largest gradient difference; NaN counts as infinite."""
         return max(self.gradients, key=lambda name: _finite(self.gradients[name]))
 
 
 def device_parity(device: torch.device, dtype: torch.dtype) -> CheckResult:
-    """Check that a small GPT-2 has the reference's loss and gradients on this device in this dtype, up to rounding."""
+    """Check that loss and gradients of a small GPT-2 on a device equal the fp64 reference, up to rounding."""
     found = parity_errors(device, dtype)
     gradient = found.gradients[found.worst]
     where = f"{device.type} in {dtype_name(dtype)}"
     reason = (
-        f"{where} against exact arithmetic: loss off by {found.loss:.1e}, gradients by at most {gradient:.1e} "
+        f"{where}, relative error against fp64: loss {found.loss:.1e}, gradients at most {gradient:.1e} "
         f"({found.worst.removeprefix('transformer.')})"
     )
     limits = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
     if found.loss <= limits[0] and gradient <= limits[1]:
         return CheckResult("parity", "pass", reason)
     other = "--precision fp32" if dtype != torch.float32 else "another torch release, or --device cpu"
-    return CheckResult(
-        "parity", "fail", f"{reason}; rounding explains {limits[0]:.0e} and {limits[1]:.0e}: use {other}"
-    )
+    return CheckResult("parity", "fail", f"{reason}; limits are {limits[0]:.0e} and {limits[1]:.0e}: use {other}")
 
 
 def parity_errors(device: torch.device, dtype: torch.dtype, seed: int = SEED) -> Differences:
-    """Compare a device and compute dtype with the reference."""
+    """Compute the relative errors of a device and compute dtype, with the weights and tokens of ``seed``."""
     model = random_model(SHAPE, seed)
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(SHAPE.vocab_size, (SEQUENCES, SHAPE.n_positions + 1), generator=generator)
@@ -84,7 +83,10 @@ def parity_errors(device: torch.device, dtype: torch.dtype, seed: int = SEED) ->
 
 
 def random_model(config: ModelConfig, seed: int = SEED) -> GPT:
-    """A model whose attention is not uniform, and whose biases and norms all matter, unlike at initialisation."""
+    """Build a model with random biases, norms and large weights.
+
+    At initialisation, attention is almost uniform and biases are 0; wrong kernels could remain unnoticed.
+    """
     model = build_model(config, seed, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -98,7 +100,7 @@ def random_model(config: ModelConfig, seed: int = SEED) -> GPT:
 
 
 def _exact(model: GPT, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Reference loss and gradients by parameter name, in fp64."""
+    """Compute the reference loss, and gradients by parameter name, in fp64."""
     model = copy.deepcopy(model).double()
     with sdpa_kernel(SDPBackend.MATH):
         logits = model(tokens)  # (B, T, V)

@@ -26,19 +26,19 @@ MAPS = Path("/proc/self/maps")
 
 
 def attention(machine: Machine) -> CheckResult:
-    """Report which attention backend torch chooses for each use, of those that `restomod.model.attention` allows."""
+    """Report the attention backend that torch chooses for each use; warn of the slow math backend on a GPU."""
     chosen = {use: NAMES[chosen_backend(machine.device, machine.dtype, use)] for use in BACKENDS}
     found = ", ".join(f"{backend} for {use}" for use, backend in chosen.items())
     slow = [use for use, backend in chosen.items() if backend == "math" and use in ("training", "scoring")]
     if machine.device.type == "cuda" and slow:
         return CheckResult(
-            "attention", "warn", f"{found}: math is slow and needs memory for all pairs of tokens; update torch"
+            "attention", "warn", f"{found}: math is slow and stores the (T, T) score matrix; update torch"
         )
     return CheckResult("attention", "pass", found)
 
 
 def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBackend:
-    """The backend that torch chooses for inputs of GPT-2's shape."""
+    """Return the attention backend that torch chooses for inputs with the shape of GPT-2 124M."""
     trains, single = use in ("training", "masked training"), use == "decoding"
     shape = (1, HEADS, TOKENS, HEAD_SIZE)
     k = torch.zeros(shape, device=device, dtype=dtype, requires_grad=trains)
@@ -50,23 +50,21 @@ def chosen_backend(device: torch.device, dtype: torch.dtype, use: Use) -> SDPBac
 
 
 def cudnn(machine: Machine) -> CheckResult:
-    """Check which cuDNN is loaded, and from where; one found through LD_LIBRARY_PATH may be too old for this torch."""
+    """Report the version and folder of cuDNN; warn of a copy from LD_LIBRARY_PATH, which may be too old for torch."""
     version = torch.backends.cudnn.version() if machine.device.type == "cuda" else None
     if version is None:
-        return CheckResult("cudnn", "skip", "is used on CUDA devices only")
+        return CheckResult("cudnn", "skip", "used on CUDA devices only")
     name = f"{version // 10_000}.{version // 100 % 100}.{version % 100}"
     paths = loaded_libraries("libcudnn")
     found = f"{name}, from {paths[0].parent if paths else 'an unknown folder'}"
-    bundled = Path(torch.__file__).parents[1] / "nvidia"  # where pip puts it
+    bundled = Path(torch.__file__).parents[1] / "nvidia"  # pip's folder
     if paths and (bundled / "cudnn").exists() and bundled not in paths[0].parents:
-        return CheckResult(
-            "cudnn", "warn", f"{found}, not the one installed with torch in {bundled}: unset LD_LIBRARY_PATH"
-        )
+        return CheckResult("cudnn", "warn", f"{found}, instead of torch's own copy in {bundled}: unset LD_LIBRARY_PATH")
     return CheckResult("cudnn", "pass", found)
 
 
 def loaded_libraries(name: str) -> list[Path]:
-    """Loaded shared libraries whose file name starts with ``name`` (Linux only)."""
+    """Return the paths of loaded shared libraries whose file names start with ``name`` (Linux only)."""
     try:
         lines = MAPS.read_text().splitlines()
     except OSError:
@@ -77,26 +75,27 @@ def loaded_libraries(name: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of certain releases of torch on certain cards."""
+    """Known bug of some torch releases on some GPUs."""
 
     first: tuple[int, int]
-    """Release of torch in which it appeared."""
+    """First affected release of torch."""
     fixed: tuple[int, int]
-    """Release that has the fix."""
+    """First release with the fix."""
     affects: Callable[[tuple[int, int]], bool]
-    """Whether it affects a card, by its compute capability."""
-    what: str
+    """Predicate: true for the compute capabilities of affected GPUs."""
+    symptom: str
+    """Description of the bug, for messages."""
     avoided: Callable[[], bool]
-    """Whether restomod avoids it here."""
+    """Predicate: true if restomod avoids the bug on this machine."""
     advice: str
-    """What to do where it does not."""
+    """Fix for a machine on which restomod does not avoid the bug."""
 
 
 FAULTS = (
     Fault(
         *WRONG_REDUCTIONS,
         lambda capability: True,
-        "compiled models may get wrong gradients from Inductor's mix-order reductions",
+        "Inductor's mix-order reductions may give wrong gradients",
         avoid_wrong_reductions,
         f"unset {REDUCTIONS}",
     ),
@@ -104,34 +103,36 @@ FAULTS = (
         (2, 11),
         (2, 15),
         lambda capability: capability[0] == 9,
-        "cuDNN's attention gives NaN gradients with a mask for some lengths",
+        "cuDNN attention with a mask gives NaN gradients at some sequence lengths",
         lambda: SDPBackend.CUDNN_ATTENTION not in BACKENDS["masked training"],
-        "leave --document-mask out",
+        "train without --document-mask",
     ),
 )
 
 
 def known_faults(machine: Machine) -> CheckResult:
-    """Check that torch has kernels for this GPU, and that known faults of this release are avoided."""
+    """Check that torch has kernels for this GPU, and that known bugs of this release are avoided."""
     name = "known faults"
     if machine.device.type != "cuda":
-        return CheckResult(name, "skip", "are listed for CUDA devices only")
+        return CheckResult(name, "skip", "listed for CUDA devices only")
     capability = torch.cuda.get_device_capability(machine.device)
     kernels = torch.cuda.get_arch_list()
     if not is_supported(capability, kernels):
         return CheckResult(
             name,
             "fail",
-            f"this torch has no kernels for a card of compute capability {capability[0]}.{capability[1]}, only for "
+            f"torch has no kernels for this GPU of compute capability {capability[0]}.{capability[1]}, only for "
             f"{', '.join(kernels)}; install a build of torch for another CUDA release (pytorch.org)",
         )
     return check_faults(capability, torch_release())
 
 
 def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
-    """Whether a build of torch runs on a card: by machine code for its major capability, or by PTX of an older one.
+    """Return whether a build of torch runs on a GPU: with binaries of its major capability, or with older PTX.
 
-    ``kernels`` are those of `torch.cuda.get_arch_list()`, such as sm_80, sm_90a, compute_90.
+    Args:
+        capability: compute capability of the GPU, (major, minor).
+        kernels: architectures from `torch.cuda.get_arch_list()`, such as sm_80 or compute_90.
     """
     for kernel in kernels:
         kind, digits = re.fullmatch(r"(sm|compute)_(\d+)[a-z]?", kernel).groups()  # type: ignore[union-attr]
@@ -142,11 +143,11 @@ def is_supported(capability: tuple[int, int], kernels: list[str]) -> bool:
 
 
 def check_faults(capability: tuple[int, int], release: tuple[int, int]) -> CheckResult:
-    """Warn of faults of a torch release on a GPU that restomod does not avoid."""
-    there = [fault for fault in FAULTS if fault.first <= release < fault.fixed and fault.affects(capability)]
-    left = [f"{fault.what}: {fault.advice}" for fault in there if not fault.avoided()]
-    if left:
-        return CheckResult("known faults", "warn", "; ".join(left))
-    avoided = [fault.what for fault in there]
-    said = f"avoided: {'; '.join(avoided)}" if avoided else f"none of torch {release[0]}.{release[1]} on this card"
-    return CheckResult("known faults", "pass", said)
+    """Warn of known bugs of a torch release on a GPU that restomod does not avoid."""
+    present = [fault for fault in FAULTS if fault.first <= release < fault.fixed and fault.affects(capability)]
+    active = [f"{fault.symptom}: {fault.advice}" for fault in present if not fault.avoided()]
+    if active:
+        return CheckResult("known faults", "warn", "; ".join(active))
+    avoided = "; ".join(fault.symptom for fault in present)
+    reason = f"avoided: {avoided}" if avoided else f"none in torch {release[0]}.{release[1]} on this GPU"
+    return CheckResult("known faults", "pass", reason)

@@ -33,28 +33,31 @@ from restomod.utils.process_memory import CGROUP, available_bytes
 from restomod.utils.text import gigabytes
 
 PACKAGE = "restomod"
-NOT_NEEDED = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
+OPTIONAL = {"tokie": "text is tokenized by tiktoken instead, 4 times slower"}
 
 
 class NoDevice(UserError):
-    """The device under check is missing."""
+    """The requested device does not exist."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine under check, and the run planned for it."""
+    """Machine to check, and the planned run."""
 
     device_name: Device
+    """Requested device."""
     precision: Precision
+    """Requested compute dtype."""
     preset: str
+    """Name of the preset to run."""
     config: RunConfig
-    """The preset's."""
+    """Configuration of the preset."""
     out: Path
-    """Folder for runs."""
+    """Parent folder of runs."""
 
     @property
     def device(self) -> torch.device:
-        """The device; raises `NoDevice` where it is missing."""
+        """Device to check; raises `NoDevice` if it does not exist."""
         try:
             return choose_device(self.device_name)
         except UserError as e:
@@ -62,115 +65,117 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the planned run."""
         return choose_dtype(self.precision, self.device)
 
     @functools.cached_property
     def rates(self) -> Rates:
-        """Matmul speeds; measured once."""
+        """FLOP/s of matmuls, measured on first use."""
         return matmul_rates(self.device)
 
 
 def versions(machine: Machine) -> CheckResult:
-    """Check that all packages are of releases that restomod requires."""
+    """Check the releases of Python packages against the requirements of restomod."""
     name = "versions"
     try:
-        asked = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+        required = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
     except importlib.metadata.PackageNotFoundError:
-        return CheckResult(
-            name, "skip", f"{PACKAGE} runs from its source and is not installed: nothing says what it needs"
-        )
+        return CheckResult(name, "skip", f"{PACKAGE} is not installed, only its source: requirements are unknown")
     wrong: list[tuple[Requirement, str]] = []
     slower: list[tuple[Requirement, str]] = []
-    here = f"Python {platform.python_version()}, torch {torch.__version__}"
-    asked = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    for one in asked:
+    found = f"Python {platform.python_version()}, torch {torch.__version__}"
+    required = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for one in required:
         try:
             version = importlib.metadata.version(one.name)
         except importlib.metadata.PackageNotFoundError:
             version = "missing"
         if version == "missing" or not one.specifier.contains(version, prereleases=True):
-            (slower if one.name in NOT_NEEDED else wrong).append((one, version))
-    said = "; ".join(f"{one.name} is {version}" for one, version in [*wrong, *slower])
+            (slower if one.name in OPTIONAL else wrong).append((one, version))
+    problems = "; ".join(f"{one.name} is {version}" for one, version in [*wrong, *slower])
     install = "pip install " + " ".join(f"'{one.name}{one.specifier}'" for one, _ in [*wrong, *slower])
     if wrong:
-        return CheckResult(name, "fail", f"{said}; {install}")
+        return CheckResult(name, "fail", f"{problems}; {install}")
     if slower:
-        return CheckResult(name, "warn", f"{said}: {NOT_NEEDED[slower[0][0].name]}; {install}")
+        return CheckResult(name, "warn", f"{problems}: {OPTIONAL[slower[0][0].name]}; {install}")
     oldest, newest = TESTED_TORCH
     if not oldest <= torch_release() <= newest:
         tested = f"{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
         return CheckResult(
-            name, "warn", f"{here}: restomod is tested with torch {tested}; run `make test` with this one"
+            name, "warn", f"{found}: tested releases of torch are {tested}; run `make test` with this one"
         )
-    return CheckResult(name, "pass", f"{here}, and all {len(asked)} packages are of releases that restomod asks for")
+    return CheckResult(name, "pass", f"{found}; {len(required)} packages meet the requirements")
 
 
 def device(machine: Machine) -> CheckResult:
-    """Check that the device exists, and that no GPU stays unused."""
+    """Check that the device exists; warn if there is an unused NVIDIA GPU."""
     chosen = machine.device
     found = f"{chosen.type}: {describe_device(chosen)}"
     if chosen.type == "cpu" and machine.device_name == "auto" and shutil.which("nvidia-smi"):
         if torch.version.cuda is None:
-            why = "this torch is built without CUDA; install the one that pytorch.org names for this machine"
+            why = "torch is built without CUDA; install the build for this machine from pytorch.org"
         else:
             why = f"torch, built for CUDA {torch.version.cuda}, cannot use it: see nvidia-smi, update the driver"
-        return CheckResult("device", "warn", f"{found}; but there is an NVIDIA driver, and {why}")
+        return CheckResult("device", "warn", f"{found}; an NVIDIA driver is installed, but {why}")
     return CheckResult("device", "pass", found)
 
 
 def disk(machine: Machine) -> CheckResult:
-    """Check for disk space for a run's checkpoints: those that are kept, and the one being written."""
-    folder = machine.out.absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return CheckResult("disk", "fail", f"{there} cannot be written to; train with --out in another folder")
-    free = shutil.disk_usage(there).free
+    """Check that the disk has space for the checkpoints of a run, and for the one being written."""
+    out = machine.out.absolute()
+    folder = next(parent for parent in (out, *out.parents) if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return CheckResult("disk", "fail", f"{folder} is not writable; train with --out in another folder")
+    free = shutil.disk_usage(folder).free
     model, optim = machine.config.model, machine.config.optim
     each = FP32 * parameter_count(model) + optimizer_bytes(model, optim)[0]
-    kept = machine.config.keep_checkpoints + machine.config.keep_best  # the best may be older than those
+    kept = machine.config.keep_checkpoints + machine.config.keep_best  # the best may be older than the newest ones
     needed = each * (kept + 1)
-    what = f"{machine.preset} needs {gigabytes(needed)} ({kept} checkpoints of {gigabytes(each)} and one being written)"
-    found = f"{gigabytes(free)} free in {there}"
+    found = (
+        f"{gigabytes(free)} free in {folder}; {machine.preset} needs {gigabytes(needed)} "
+        f"({kept + 1} checkpoints of {gigabytes(each)}, one of them temporary)"
+    )
     if free < needed:
-        return CheckResult("disk", "fail", f"{found}, and {what}; train with --out on another disk")
-    return CheckResult("disk", "pass", f"{found}; {what}")
+        return CheckResult("disk", "fail", f"{found}; train with --out on another disk")
+    return CheckResult("disk", "pass", found)
 
 
 def memory(machine: Machine) -> CheckResult:
-    """Check for memory for a preset's weights, gradients, optimizer state and one micro-batch."""
+    """Check that memory suffices for the preset's weights, gradients, optimizer state and one micro-batch."""
     name, free = "memory", available_bytes(machine.device)
     if free is None:
-        return CheckResult(name, "skip", "this system does not tell how much memory is available")
+        return CheckResult(name, "skip", "the available memory of this system is unknown")
     micro_batch = choose_micro_batch(machine.config, machine.device)
     number, kind = machine.dtype.itemsize, machine.device.type
     total = total_memory(machine.device)
     needed, least = (estimate_memory(machine.config, n, number, kind, 1, total).total for n in (micro_batch, 1))
-    asked = f"{machine.preset} needs about {gigabytes(needed)} with micro-batches of {micro_batch}"
-    found = f"{gigabytes(free)} available; {asked}"
+    found = (
+        f"{gigabytes(free)} available; {machine.preset} needs about {gigabytes(needed)} at micro-batch {micro_batch}"
+    )
     if free < least:
         return CheckResult(
-            name, "fail", f"{found}, {gigabytes(least)} with 1; train a smaller preset, or close other programs"
+            name, "fail", f"{found}, {gigabytes(least)} at 1; train a smaller preset, or close other programs"
         )
     if free < needed:
-        return CheckResult(name, "warn", f"{found}, {gigabytes(least)} with 1; lower --micro-batch")
+        return CheckResult(name, "warn", f"{found}, {gigabytes(least)} at 1; lower --micro-batch")
     return CheckResult(name, "pass", found)
 
 
 def threads(machine: Machine) -> CheckResult:
-    """Check that torch uses as many threads as this process has processors."""
-    name, used, there = "threads", torch.get_num_threads(), usable_processors()
+    """Check that the number of torch's threads equals the number of available CPUs."""
+    name, used, available = "threads", torch.get_num_threads(), usable_processors()
     variable = os.environ.get("OMP_NUM_THREADS")
-    found = f"torch uses {used} threads, and this process has {there:g} processors"
-    if used > max(1, there):
-        return CheckResult(name, "warn", f"{found}: they take turns; export OMP_NUM_THREADS={max(1, int(there))}")
-    if variable is not None and used < min(int(there), os.cpu_count() or 1):
-        fix = f"export OMP_NUM_THREADS={int(there)}, unless other processes train here too"
+    found = f"torch uses {used} threads on {available:g} CPUs"
+    if used > max(1, available):
+        return CheckResult(name, "warn", f"{found}: too many; export OMP_NUM_THREADS={max(1, int(available))}")
+    if variable is not None and used < min(int(available), os.cpu_count() or 1):
+        fix = f"export OMP_NUM_THREADS={int(available)}, unless other training jobs share this machine"
         return CheckResult(name, "warn", f"{found}: OMP_NUM_THREADS is {variable}; {fix}")
     return CheckResult(name, "pass", found)
 
 
 def usable_processors() -> float:
-    """Processors available to this process, by its affinity and its container's limit."""
+    """Return the number of CPUs available to this process: the lower of its affinity and its container's quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [float(bound)]
     with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max 100000" is no limit

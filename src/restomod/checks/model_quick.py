@@ -1,7 +1,9 @@
-"""Quick sanity checks of a model, before the first step of every new run.
+"""Quick sanity checks of a model, run before the first step of every new run.
 
-Each check takes a `CheckedModel`, leaves it unchanged, and returns a `CheckResult`. Slower checks are in
-`restomod.checks.model_slow`. Most come from Karpathy, "A Recipe for Training Neural Networks", 2019.
+Each check takes a `CheckedModel`, does not change it, and returns a `CheckResult`. Slower checks are in
+`restomod.checks.model_slow`. Most are from Karpathy, "A Recipe for Training Neural Networks", 2019.
+
+Shapes: T = sequence length, n = tokens per checked sequence, V = vocabulary size, D = embedding width, K = head size.
 """
 
 from __future__ import annotations
@@ -22,44 +24,49 @@ from restomod.model.flops import parameter_count
 from restomod.model.gpt import GPT
 from restomod.utils.console import CheckResult, CheckStatus
 
-INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); repetitive text may move the mean so far
-WRONG_INITIAL_LOSS = 1.5  # nats off, which no text explains
-INITIAL_LOSS_TOKENS = 4096  # fewer, and a few repeated words move the mean
-FEW_TOKENS = 64  # of two sequences each: enough to tell right from wrong
-LOSS_TOLERANCE = 1e-4  # nats between two ways to the same fp32 loss; padding in the softmax would add 9e-4
-SEES_AHEAD = 1e-5  # of the change after a token; narrow models let little through, and rounding differs by 1e-7
+INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); repetitive text causes such differences
+WRONG_INITIAL_LOSS = 1.5  # nats around ln(V); larger differences are a fail
+INITIAL_LOSS_TOKENS = 4096  # in shorter texts, a few repeated words change the mean
+FEW_TOKENS = 64  # length of the two sequences of other checks
+LOSS_TOLERANCE = 1e-4  # nats between two computations of a fp32 loss; padding in the softmax would add 9e-4
+CAUSALITY_TOLERANCE = 1e-5  # change before a token, relative to the change after it; rounding causes 1e-7
 
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model, text, and how it is to be trained."""
+    """Model to check, with the data and settings of its training."""
 
     model: GPT
+    """Model to check."""
     batches: Batches
+    """Training data."""
     compute: ComputeConfig
+    """Device, compute dtype and micro-batch size."""
     optimizer: Optimizers
+    """Optimizer of the training."""
     fresh: bool
-    """Whether the weights are still those of the initialisation."""
+    """True for initial weights, False for trained ones."""
 
     def few_tokens(self) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of the start of two windows of the text, (2, n) each, n at most `FEW_TOKENS`."""
+        """Return the first tokens and targets of two windows, (2, n) each, with n at most `FEW_TOKENS`."""
         last = self.batches.n_windows - 1
         tokens, targets = self.batches.load(np.array([0, last]))
         return tokens[:, :FEW_TOKENS], targets[:, :FEW_TOKENS]
 
     @property
     def fp32(self) -> ComputeConfig:
+        """Settings with compute dtype fp32."""
         return ComputeConfig(self.compute.device, torch.float32, self.compute.micro_batch)
 
 
 def quick_checks(subject: CheckedModel) -> list[CheckResult]:
-    """Run all checks of this file."""
+    """Run all quick checks of a model."""
     return [check(subject) for check in QUICK]
 
 
 @torch.no_grad()
 def initial_loss(subject: CheckedModel) -> CheckResult:
-    """Check that the loss of initial weights is ln(V): that of a uniform prediction."""
+    """Check that the loss of initial weights is ln(V), the loss of a uniform prediction."""
     batches, compute = subject.batches, subject.compute
     windows = min(batches.n_windows, max(1, INITIAL_LOSS_TOKENS // batches.T))
     spread = np.arange(windows) * batches.n_windows // windows
@@ -71,19 +78,18 @@ def initial_loss(subject: CheckedModel) -> CheckResult:
     uniform = f"ln({V}) = {math.log(V):.2f}"
     if not subject.fresh:
         if not math.isfinite(loss):
-            return CheckResult("loss", "fail", f"{loss} before training here: these weights cannot be trained further")
+            return CheckResult("loss", "fail", f"{loss} before the first step: the weights are damaged")
+        found = f"{loss:.2f} before the first step, a uniform prediction has {uniform}"
         if loss < math.log(V):
-            return CheckResult("loss", "pass", f"{loss:.2f} before training here; a uniform prediction gives {uniform}")
-        return CheckResult(
-            "loss", "warn", f"{loss:.2f} is worse than a uniform prediction, {uniform}: another tokenizer?"
-        )
+            return CheckResult("loss", "pass", found)
+        return CheckResult("loss", "warn", f"{found}: the model may have another tokenizer")
     off = loss - math.log(V)
     # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that
     if -INITIAL_LOSS_TOLERANCE <= off <= INITIAL_LOSS_TOLERANCE + subject.model.config.n_embd * 0.02**2 / 2:
-        return CheckResult("initial loss", "pass", f"{loss:.2f} ≈ {uniform}, as it should be for random weights")
+        return CheckResult("initial loss", "pass", f"{loss:.2f}, expected {uniform} for a uniform prediction")
     status: CheckStatus = "warn" if abs(off) <= WRONG_INITIAL_LOSS else "fail"
-    why = "the text is unusual" if status == "warn" else "the initialisation is wrong"
-    return CheckResult("initial loss", status, f"{loss:.2f}, but random weights should give {uniform}: {why}")
+    why = "the text may be repetitive" if status == "warn" else "the initialisation is wrong"
+    return CheckResult("initial loss", status, f"{loss:.2f}, expected {uniform} for a uniform prediction: {why}")
 
 
 @torch.no_grad()
@@ -96,7 +102,7 @@ def next_token_targets(subject: CheckedModel) -> CheckResult:
     for what, row, expected in (("tokens", tokens[0], text[:-1]), ("targets", targets[0], text[1:])):
         if not torch.equal(row, expected):
             ahead = [k for k in (-1, 0, 2) if what == "targets" and _is_shift(row, text, k)]
-            found = f"each is the token {ahead[0]} ahead of its input, not 1" if ahead else "they are not the text"
+            found = f"they are shifted by {ahead[0]} tokens, expected 1" if ahead else "they differ from the text"
             return CheckResult(name, "fail", f"the {what} of the first window are wrong: {found}")
     tokens, targets = subject.few_tokens()
     ours = batch_loss(model, tokens, targets, subject.fp32).item()
@@ -104,25 +110,25 @@ def next_token_targets(subject: CheckedModel) -> CheckResult:
     plain = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten()).item()
     if not abs(ours - plain) <= LOSS_TOLERANCE:
         return CheckResult(
-            name, "fail", f"the training loss {ours:.4f} is not the next tokens' cross-entropy {plain:.4f}"
+            name, "fail", f"the training loss is {ours:.4f}, the cross-entropy of the next tokens {plain:.4f}"
         )
-    return CheckResult(name, "pass", "the token at t + 1 for every t, and the loss is their cross-entropy")
+    return CheckResult(name, "pass", "next tokens; the training loss is their cross-entropy")
 
 
 def _is_shift(row: Tensor, text: Tensor, ahead: int) -> bool:
-    """Whether ``row`` (T,) is ``text`` (T + 1,) from ``ahead`` tokens on, as far as both reach."""
+    """Return whether ``row`` (T,) equals ``text`` (T + 1,) shifted by ``ahead`` tokens, where they overlap."""
     first, end = max(0, -ahead), min(len(row), len(text) - ahead)
     return bool(end > first) and torch.equal(row[first:end], text[first + ahead : end + ahead])
 
 
 @torch.no_grad()
 def causality(subject: CheckedModel) -> CheckResult:
-    """Check that changing a token changes the logits from its position on, and none before it."""
+    """Check that a changed token changes logits at its own and later positions only."""
     name = "causality"
     tokens = subject.few_tokens()[0].to(subject.compute.device)
     n = tokens.shape[1]
     if n < 2:
-        return CheckResult(name, "skip", "a context of one token has nothing before it")
+        return CheckResult(name, "skip", "the sequence length is 1")
     t = n // 2
     changed = tokens.clone()
     changed[:, t] = (changed[:, t] + 1) % subject.model.config.vocab_size
@@ -131,16 +137,16 @@ def causality(subject: CheckedModel) -> CheckResult:
     if not math.isfinite(before + after):
         return CheckResult(name, "fail", "the logits are not finite")
     if after == 0:
-        return CheckResult(name, "fail", f"changing token {t} changes no logit at all")
-    if before > SEES_AHEAD * after:
+        return CheckResult(name, "fail", f"changing token {t} of {n} changes no logits")
+    if before > CAUSALITY_TOLERANCE * after:
         return CheckResult(
-            name, "fail", f"changing token {t} changes logits before it (by {before:.2g}): it sees ahead"
+            name, "fail", f"changing token {t} of {n} changes earlier logits by {before:.2g}: attention is not causal"
         )
-    return CheckResult(name, "pass", f"changing token {t} of {n} changes no logit before it")
+    return CheckResult(name, "pass", f"changing token {t} of {n} leaves earlier logits unchanged")
 
 
 def gradients(subject: CheckedModel) -> CheckResult:
-    """Check that every parameter gets a gradient, and that the optimizer holds every parameter."""
+    """Check that every parameter has a finite gradient and belongs to the optimizer."""
     model = subject.model
     reached = loss_gradients(model, batch_loss(model, *subject.few_tokens(), subject.compute))
     held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
@@ -151,19 +157,22 @@ def gradients(subject: CheckedModel) -> CheckResult:
         if not p.requires_grad:
             problems.append(f"{name} is frozen")
         elif not math.isfinite(norm):
-            problems.append(f"that of {name} is {norm}")
+            problems.append(f"{name} has gradient norm {norm}")
         elif norm == 0 and not (subject.fresh and model.config.zero_init_projections and ".h." in name):
-            problems.append(f"none reaches {name}")
+            problems.append(f"{name} has no gradient")
         elif id(p) not in held:
-            problems.append(f"the optimizer does not update {name}")
+            problems.append(f"{name} is missing in the optimizer")
     if problems:
         more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
         return CheckResult("gradients", "fail", "; ".join(problems[:2]) + more)
-    return CheckResult("gradients", "pass", f"reach all {len(reached)} parameters, norm {math.sqrt(squares):.2f}")
+    return CheckResult("gradients", "pass", f"all {len(reached)} tensors have one, norm {math.sqrt(squares):.2f}")
 
 
 def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of ``loss`` by parameter name, of parameters that it depends on; `Tensor.grad` stays unchanged."""
+    """Compute the gradients of ``loss`` by parameter name, without changing `Tensor.grad`.
+
+    Parameters that do not influence the loss are absent.
+    """
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not loss.requires_grad:
         return {}
@@ -172,38 +181,38 @@ def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def tied_lm_head(subject: CheckedModel) -> CheckResult:
-    """Check that lm_head is the token embedding itself, and the number of parameters."""
+    """Check that lm_head and the token embedding are one tensor, and that no block is missing."""
     model, config = subject.model, subject.model.config
     embedding, saved = model.transformer.wte.weight, config.vocab_size * config.n_embd
     blocks, expected = len(model.transformer.h), parameter_count(config)
     if blocks != config.n_layer:
-        return CheckResult("tied lm_head", "fail", f"the model has {blocks} blocks, not {config.n_layer}")
+        return CheckResult("tied lm_head", "fail", f"the model has {blocks} blocks, expected {config.n_layer}")
     if not config.tied:
         return CheckResult("tied lm_head", "skip", f"untied lm_head; {expected:,} parameters")
     if model.head is not embedding:
-        return CheckResult("tied lm_head", "fail", "lm_head is a copy of the token embedding, or gets no gradient")
+        return CheckResult("tied lm_head", "fail", "lm_head is a copy of the token embedding, or detached from it")
     return CheckResult("tied lm_head", "pass", f"saves {saved:,} of {expected + saved:,} parameters")
 
 
 def kernel_shapes(subject: CheckedModel) -> CheckResult:
-    """Check that dimensions are multiples of 64, where matmuls are fastest."""
+    """Check that dimensions are multiples of 64, for which matmuls are fastest."""
     config, T = subject.model.config, subject.batches.T
     K = config.head_size
     odd = [
-        f"{name} {size} is no multiple of {of}"
+        f"{name} {size} is not a multiple of {of}"
         for name, size, of in (
             ("n_embd", config.n_embd, 64),
             ("embedding rows", subject.model.transformer.wte.weight.shape[0], 64),
             ("tokens of a micro-batch", subject.compute.micro_batch * T, 64),
-            ("head width", K, 8),  # required by fused attention kernels
+            ("head size", K, 8),  # required by fused attention kernels
         )
         if size % of
     ]
     if odd:
-        return CheckResult("kernel shapes", "warn", "; ".join(odd) + ": it works, but slower than it could")
+        return CheckResult("kernel shapes", "warn", "; ".join(odd) + ": training is slower")
     rows = config.padded_vocab_size
     return CheckResult(
-        "kernel shapes", "pass", f"multiples of 64: {config.n_embd} wide, {rows:,} embedding rows, heads of {K}"
+        "kernel shapes", "pass", f"multiples of 64: width {config.n_embd}, {rows:,} embedding rows; head size {K}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command `check`: all sanity checks of a preset or a model, the slow ones too, on this package's source code."""
+"""Implementation of `check`: all sanity checks of a model, including slow ones, on the source code of this package."""
 
 from __future__ import annotations
 
@@ -37,31 +37,37 @@ OVERFIT_STEPS = 200
 OVERFIT_WARMUP_STEPS = 10  # without it, the first steps of deep, narrow models diverge
 OVERFIT_LOSS = 0.05  # nats
 BF16_TOLERANCE = 0.05  # nats between the bf16 and the fp32 loss
-LARGEST_STD = 10.0  # of the residual stream after initialisation; GPT-2 124M's ends at about 0.3
-DEAD_STD = 1e-3
-DEAD_UNITS = 0.01  # largest share of MLP units that are 0 on all tokens after initialisation
+LARGEST_STD = 10.0  # maximum of the initial residual stream; about 0.3 after the last block of GPT-2 124M
+DEAD_STD = 1e-3  # minimum of the initial residual stream
+DEAD_UNITS = 0.01  # maximum share of MLP units that are initially 0 on all tokens
 CONTEXT = 1024
 KNOWN_INITIALISATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, ScaledResidual)
 
 
 def check(name: str, seed: int, device: Device, precision: Precision) -> Iterator[CheckResult]:
-    """Check a preset (with its initial weights), a run, a model folder or a name on the hub; yield as results come.
+    """Check a model, and yield each result when it is known.
+
+    Args:
+        name: preset (checked with its initial weights), run, model folder or hub name.
+        seed: seed of the initial weights and of the batches.
+        device: device of the model.
+        precision: compute dtype.
 
     Raises:
-        UserError: ``name`` is none of these, or the device is not there.
+        UserError: the model or the device does not exist.
     """
     target = choose_device(device)
     model, fresh = open_or_build(name, target, seed)
     T = min(model.config.n_positions, CONTEXT)
-    batches = Batches(own_source(model.config.vocab_size), T, 1, seed)
+    batches = Batches(source_tokens(model.config.vocab_size), T, 1, seed)
     compute = ComputeConfig(target, choose_dtype(precision, target), micro_batch=1)
     subject = CheckedModel(model, batches, compute, build_optimizer(model, OptimConfig()), fresh)
     for one in (*QUICK, *SLOW):
         yield one(subject)
 
 
-def own_source(vocab_size: int) -> TokenStream:
-    """Tokens of this package's source code: a text that every installation has."""
+def source_tokens(vocab_size: int) -> TokenStream:
+    """Tokenize the source code of this package, a text that every installation has."""
     files = find_files(Path(__file__).parent.parent, "**/*.py")
     texts = ("".join(document.parts()) for file in files for document in read_documents(file))
     tokens = np.concatenate([gpt2_tokenizer().encode(text) for text in texts])
@@ -70,10 +76,10 @@ def own_source(vocab_size: int) -> TokenStream:
 
 @torch.no_grad()
 def initial_weights(subject: CheckedModel) -> CheckResult:
-    """Check the mean and standard deviation of every initial tensor, within four standard errors."""
+    """Check the mean and standard deviation of all initial tensors, within four standard errors."""
     name, config = "initial weights", subject.model.config
     if not subject.fresh:
-        return CheckResult(name, "skip", "these weights are trained")
+        return CheckResult(name, "skip", "the weights are trained")
     tables = set(map(id, subject.model.vocabulary_matrices()))
     problems = []
     for parameter, value in subject.model.named_parameters():
@@ -92,51 +98,52 @@ def initial_weights(subject: CheckedModel) -> CheckResult:
             continue
         std, mean, n = real.std(correction=0).item(), real.mean().item(), real.numel()
         if not abs(std / expected - 1) < 0.02 + 4 / math.sqrt(2 * n):  # four standard errors
-            problems.append(f"{parameter} has standard deviation {std:.4f}, not {expected:.4f}")
+            problems.append(f"{parameter} has std {std:.4f}, expected {expected:.4f}")
         elif not abs(mean / expected) < 0.02 + 4 / math.sqrt(n):
-            problems.append(f"{parameter} has mean {mean:.4f}, not 0")
+            problems.append(f"{parameter} has mean {mean:.4f}, expected 0")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         return CheckResult(name, "fail", problems[0] + more)
     added, embedded = (initial_std(config, n) for n in ("transformer.h.0.mlp.c_proj.weight", "transformer.wte.weight"))
     scale = f"0.02 / √{2 * config.n_layer} = {added:.4f}" if added else "0"
-    found = f"standard deviation 0.02, and {scale} where a block adds to the residual stream"
-    found += f"; {embedded:.4f} in the token embedding" if embedded != 0.02 else ""
+    found = f"std 0.02; {scale} for residual projections"
+    found += f"; {embedded:.4f} for the token embedding" if embedded != 0.02 else ""
     return CheckResult(name, "pass", found)
 
 
 @torch.no_grad()
 def activations(subject: CheckedModel) -> CheckResult:
-    """Check that the residual stream neither vanishes nor explodes with depth, and that MLP units are not dead."""
+    """Check that the residual stream neither vanishes nor explodes with depth, and that few MLP units are dead."""
     name, model = "activations", subject.model
     stds, dead = residual_stds(subject)
     shown = stds[:: max(1, len(stds) // 6)]
-    path = " ".join(f"{std:.2g}" for std in (shown if shown[-1] == stds[-1] else [*shown, stds[-1]]))
-    found = f"residual stream's std from the embedding to the last block: {path}"
+    values = " ".join(f"{std:.2g}" for std in (shown if shown[-1] == stds[-1] else [*shown, stds[-1]]))
+    found = f"std of the residual stream, from embedding to last block: {values}"
     if not all(math.isfinite(std) for std in stds):
         return CheckResult(name, "fail", f"{found}: not finite")
     if not subject.fresh:
-        found += f"; {dead:.1%} of MLP units are 0 on this text"
+        found += f"; dead MLP units: {dead:.1%}"
         return CheckResult(name, "fail" if min(stds) < 1e-6 else "pass", found)
     if max(stds) > LARGEST_STD or min(stds) < DEAD_STD or dead > DEAD_UNITS:
         what = "exploding" if max(stds) > LARGEST_STD else "dead"
-        return CheckResult(name, "fail", f"{what}: {found}; {dead:.1%} of MLP units are 0")
+        return CheckResult(name, "fail", f"{what}: {found}; dead MLP units: {dead:.1%}")
     if model.config.zero_init_projections:
         return CheckResult(name, "pass", found)
     depth = 2 * model.config.n_layer
     unscaled = residual_stds(subject, projection_scale=math.sqrt(depth))[0][-1]
-    return CheckResult(name, "pass", f"{found}; without the 1/√{depth} scaling it would end at {unscaled:.2g}")
+    return CheckResult(name, "pass", f"{found}; {unscaled:.2g} without 1/√{depth} scaling")
 
 
 def residual_stds(subject: CheckedModel, projection_scale: float = 1.0) -> tuple[list[float], float]:
-    """Standard deviations of the residual stream, and the share of hidden MLP units that are 0 on every token.
+    """Compute the standard deviations of the residual stream, and the share of dead MLP units.
 
     Args:
-        subject: its model is run once, uncompiled.
-        projection_scale: multiplies what every block adds to the residual stream, as larger weights would.
+        subject: model to run once in eager mode, and its tokens.
+        projection_scale: factor for the output of every residual projection.
 
     Returns:
-        One per block and one before the first, n_layer + 1 in all; the share, from 0 to 1.
+        Standard deviations before the first block and after each block, n_layer + 1 values; share of hidden MLP units
+        that are 0 on every token, from 0 to 1.
     """
     stds: list[float] = []
     dead: list[Tensor] = []
@@ -166,19 +173,21 @@ def residual_stds(subject: CheckedModel, projection_scale: float = 1.0) -> tuple
     finally:
         for hook in hooks:
             hook.remove()
-    return stds, torch.cat(dead).float().mean().item() if dead else 0.0  # a projection may not be called as a module
+    return stds, torch.cat(
+        dead
+    ).float().mean().item() if dead else 0.0  # no hook ran if no projection is called as a module
 
 
 @torch.no_grad()
 def precision_agreement(subject: CheckedModel) -> CheckResult:
-    """Check that the loss in bf16 equals that in fp32, up to rounding."""
+    """Check that the losses in bf16 and fp32 are equal, up to rounding."""
     tokens, targets = subject.few_tokens()
     bf16 = ComputeConfig(subject.compute.device, torch.bfloat16, 1)
     losses = [batch_loss(subject.model, tokens, targets, compute).item() for compute in (bf16, subject.fp32)]
     agree = abs(losses[0] - losses[1]) <= BF16_TOLERANCE
-    reason = f"loss {losses[0]:.4f} in bf16 and {losses[1]:.4f} in fp32"
+    reason = f"loss {losses[0]:.4f} in bf16, {losses[1]:.4f} in fp32"
     return CheckResult(
-        "bf16", "pass" if agree else "fail", reason if agree else f"{reason}: more than {BF16_TOLERANCE} apart"
+        "bf16", "pass" if agree else "fail", reason if agree else f"{reason}: differ by more than {BF16_TOLERANCE}"
     )
 
 
@@ -206,35 +215,37 @@ def compiled_agreement(subject: CheckedModel) -> CheckResult:
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = one_line(e)
         return CheckResult(
-            "compiled", "skip", f"torch.compile does not work here ({reason:.120}); train with --compile off"
+            "compiled", "skip", f"torch.compile fails on this machine ({reason:.120}); train with --compile off"
         )
-    reason = f"loss {compiled_loss:.4f} and gradient norm {compiled_norm:.3f}; {loss:.4f} and {norm:.3f} without"
+    reason = f"loss {compiled_loss:.4f}, gradient norm {compiled_norm:.3f}; eager {loss:.4f}, {norm:.3f}"
     agree = abs(compiled_loss - loss) <= LOSS_TOLERANCE and abs(compiled_norm - norm) <= 0.01 * norm
     return CheckResult("compiled", "pass" if agree else "fail", reason)
 
 
-def refused_updates(subject: CheckedModel) -> CheckResult:
-    """Check that NaN gradients change neither weights nor optimizer state, with every optimizer of this package."""
+def nan_gradients(subject: CheckedModel) -> CheckResult:
+    """Check that NaN gradients change neither weights nor optimizer state, with every optimizer."""
     device, dtype = subject.compute.device, subject.compute.dtype
     for name in get_args(Optimizer):
         config = OptimConfig(optimizer=name)
         changed = changed_by_nan(lambda model, config=config: build_optimizer(model, config, dtype), device)  # type: ignore[misc]
         if changed:
-            return CheckResult("refused updates", "fail", f"NaN gradients with optimizer {name} change {changed[0]}")
-    return CheckResult("refused updates", "pass", f"NaN gradients change nothing ({', '.join(get_args(Optimizer))})")
+            return CheckResult("NaN gradients", "fail", f"optimizer {name} changes {changed[0]}")
+    return CheckResult("NaN gradients", "pass", f"weights and state unchanged ({', '.join(get_args(Optimizer))})")
 
 
 def memorises_batch(subject: CheckedModel) -> CheckResult:
-    """Check that the model memorises one short text. The last check: it changes the weights."""
-    name, model = "overfitting", subject.model
-    more = state_bytes(model.config, OptimConfig()) - FP32 * padded_parameters(model.config)  # the weights are there
+    """Check that the model memorises one short sequence. This check changes the weights, so it is the last one."""
+    name, model = "overfit batch", subject.model
+    more = state_bytes(model.config, OptimConfig()) - FP32 * padded_parameters(model.config)  # without the weights
     free = available_bytes(subject.compute.device)
     if free is not None and more > free:
-        return CheckResult(name, "skip", f"training takes {gigabytes(more)} more, and {gigabytes(free)} are available")
+        return CheckResult(name, "skip", f"needs {gigabytes(more)} of memory, {gigabytes(free)} available")
     # AdamW trains narrow models fastest at higher learning rates: 6e-4 at GPT-2's 768
     lr = min(0.02, 0.46 / model.config.n_embd)
     optimizer = build_optimizer(model, OptimConfig(lr=lr, weight_decay=0.0))
-    tokens, targets = (x[:1] for x in subject.few_tokens())  # two could begin alike and continue differently
+    tokens, targets = (
+        x[:1] for x in subject.few_tokens()
+    )  # two sequences may have equal starts and different continuations
     first = loss = math.nan
     for step in range(OVERFIT_STEPS + 1):
         batch = batch_loss(model, tokens, targets, subject.compute)
@@ -247,9 +258,7 @@ def memorises_batch(subject: CheckedModel) -> CheckResult:
         optimizer.update(min(1.0, (step + 1) / OVERFIT_WARMUP_STEPS), clip, torch.isnan(clip))
     passed = loss <= OVERFIT_LOSS
     reason = f"{tokens.numel()} tokens: loss {first:.2f} → {loss:.2f} in {step} steps"
-    return CheckResult(
-        name, "pass" if passed else "fail", reason if passed else f"{reason}; {OVERFIT_LOSS} was expected"
-    )
+    return CheckResult(name, "pass" if passed else "fail", reason if passed else f"{reason}, expected {OVERFIT_LOSS}")
 
 
 SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (
@@ -257,6 +266,6 @@ SLOW: tuple[Callable[[CheckedModel], CheckResult], ...] = (
     activations,
     precision_agreement,
     compiled_agreement,
-    refused_updates,
+    nan_gradients,
     memorises_batch,
 )

@@ -1,4 +1,4 @@
-"""Speed of a device: matmuls in each dtype, and memory bandwidth."""
+"""Speed measurements of a device: matmuls in each dtype, and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from restomod.engine.device import synchronize
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROBE = 256  # size of a first matmul, which predicts the time of larger ones
+PROBE = 256  # size of the first matmul, which predicts the time of larger ones
 SIZES = (1024, 2048, 4096)
 LONGEST_MATMUL = 0.5  # seconds
 REPEAT_SECONDS = 0.15
@@ -22,18 +22,24 @@ Matmul = Callable[[torch.device, torch.dtype, int], float]
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of square matmuls, by dtype and size."""
+    """FLOP/s of square matmuls."""
 
     by_size: dict[str, dict[int, float]]
+    """FLOP/s by dtype and size."""
 
     def compared(self, name: str, other: str) -> tuple[int, float, float]:
-        """The largest size measured in both dtypes, and their FLOP/s."""
+        """Return the largest size measured in both dtypes, and the FLOP/s of each."""
         size = max(self.by_size[name].keys() & self.by_size[other].keys())
         return size, self.by_size[name][size], self.by_size[other][size]
 
 
 def matmul_rates(device: torch.device, seconds: Matmul | None = None) -> Rates:
-    """Measure matmuls of growing size, alternating dtypes, while one takes at most `LONGEST_MATMUL` seconds."""
+    """Measure matmuls of increasing size in all dtypes, while one takes at most `LONGEST_MATMUL` seconds.
+
+    Args:
+        device: device to measure.
+        seconds: function that times a matmul; None uses `fastest_matmul`.
+    """
     seconds = seconds or fastest_matmul
     rates: dict[str, dict[int, float]] = {name: {} for name in TYPES}
     for size in (PROBE, *SIZES):
@@ -45,20 +51,20 @@ def matmul_rates(device: torch.device, seconds: Matmul | None = None) -> Rates:
 
 
 def fastest_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Seconds of one matmul of two (size, size) matrices: the fastest of several."""
+    """Return the seconds of one matmul of two (size, size) matrices, the fastest of several repetitions."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return fastest(lambda: a @ b, device)
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of copying a tensor larger than any cache."""
+    """Return the memory bandwidth in bytes per second (reads and writes), measured by copying a large tensor."""
     source = torch.ones(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several repetitions, after one to warm up."""
+    """Return the seconds of the fastest of several repetitions, after a warm-up."""
     work()
     synchronize(device)
     seconds: list[float] = []

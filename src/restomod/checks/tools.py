@@ -1,4 +1,4 @@
-"""Checks that try tools of training: the compiler, and several processes."""
+"""Checks of torch.compile and of distributed training."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from restomod.engine.distributed import join_processes
 from restomod.utils.console import CheckResult
 
 COMPILED_TOLERANCE = 1e-5
-TIMEOUT = 60.0  # seconds for a child process
+TIMEOUT = 60.0  # seconds until a child process is stopped
 
 
 def compiler(machine: Machine) -> CheckResult:
-    """Check that torch.compile compiles a small module, without its caches, and computes the same."""
+    """Check that torch.compile works on a small module, without caches, and does not change its output."""
     name, device = "compiler", machine.device
     module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).to(device)
     x = torch.randn(8, 64, device=device)
     expected = module(x).detach()
     try:
-        found = _compiled_anew(module, x)
+        found = _compile_uncached(module, x)
     except torch._dynamo.exc.TorchDynamoException as e:
         why, fix = _compiler_problem(str(e))
-        return CheckResult(name, "warn", f"torch.compile does not work ({why}); train with --compile off, or {fix}")
+        return CheckResult(name, "warn", f"torch.compile fails ({why}); train with --compile off, or {fix}")
     off = (found - expected).abs().max().item()
     if not off <= COMPILED_TOLERANCE:
-        return CheckResult(name, "fail", f"a compiled module is off by {off:.1e}; train with --compile off")
-    return CheckResult(name, "pass", "torch.compile compiles a module here, which computes the same")
+        return CheckResult(name, "fail", f"compiled and eager outputs differ by {off:.1e}; train with --compile off")
+    return CheckResult(name, "pass", "torch.compile works; compiled and eager outputs agree")
 
 
-def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
-    """The output of a module, compiled without torch's caches.
+def _compile_uncached(module: nn.Module, x: Tensor) -> Tensor:
+    """Compile a module without torch's caches, and return its output.
 
-    torch would first compile and run a test program for each vector instruction set of the processor, which takes
-    longer than the rest. The best set is used untested instead; a second attempt does without, for old compilers.
+    torch normally compiles and runs a test program for each vector instruction set of the CPU, which takes most of the
+    time. This function uses the best set without the test. A second attempt uses no vector instructions, for old
+    compilers.
     """
     import torch._inductor.config
     from torch._inductor.utils import fresh_cache
 
-    # precompiled headers pay off from the second kernel on
+    # precompiled headers save time only with two or more kernels
     options = {"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
     problem: BaseException | None = None
     for more in ({}, {"cpp.simdlen": 1}):
@@ -54,47 +55,47 @@ def _compiled_anew(module: nn.Module, x: Tensor) -> Tensor:
             torch._dynamo.reset()
             try:
                 return torch.compile(module)(x)
-            except torch._dynamo.exc.TorchDynamoException as e:  # not out of `fresh_cache`, which would keep its folder
+            except (
+                torch._dynamo.exc.TorchDynamoException
+            ) as e:  # raised outside `fresh_cache`, which would keep its folder
                 problem = e
     assert problem is not None
     raise problem
 
 
 def _compiler_problem(message: str) -> tuple[str, str]:
-    """The line of an error message with the cause, and what to do about it."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
+    """Extract the cause from an error message, and return it with a fix."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown reason"]
     if "No working C++ compiler" in message:
-        return "there is no C++ compiler", "install g++ (apt install g++; on macOS xcode-select --install)"
+        return "no C++ compiler found", "install g++ (apt install g++; on macOS xcode-select --install)"
     if "Python.h" in message:
         return "Python.h is missing", "install Python's headers (apt install python3-dev)"
     if "triton" in message.lower():
         return f"{lines[0]:.120}", "install triton (pip install triton) and a C compiler (apt install gcc)"
     error = next((line for line in lines if re.search(r"\b(fatal )?error:", line)), lines[0])
-    return f"{error:.120}", "see that g++ compiles a file that includes <cmath>"
+    return f"{error:.120}", "repair g++: it must compile a file that includes <cmath>"
 
 
 def processes(machine: Machine) -> CheckResult:
-    """Check that two processes, started by torchrun, add up their numbers: over gloo, and over NCCL on two GPUs."""
-    name, fix = "processes", "training in one process is not touched by this; for several"
+    """Check an all-reduce between two processes started by torchrun: over gloo, and over NCCL with two GPUs."""
+    name, fix = "processes", "training in one process still works; for several,"
     command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m restomod.checks.tools"
     done = _child(command.split(), os.environ | {"OMP_NUM_THREADS": "1"})
     if done is None:
-        return CheckResult(
-            name, "fail", f"two processes did not find each other in {TIMEOUT:.0f} s; {fix} {_INTERFACE}"
-        )
+        return CheckResult(name, "fail", f"two processes did not connect in {TIMEOUT:.0f} s; {fix} {_INTERFACE}")
     answers = re.findall(r"^roundtrip (\S+) (\S+)$", done.stdout, re.MULTILINE)
     if done.returncode or not answers:
         errors = re.findall(r"^\S*(?:Error|Exception): .+$|^restomod: error: .+$", done.stderr, re.MULTILINE)
         why = errors[0] if errors else f"exit code {done.returncode}"
-        return CheckResult(name, "fail", f"two processes cannot work together ({why:.160}); {fix} {_INTERFACE}")
-    wrong = [f"{over} gave {total}" for over, total in answers if float(total) != 3.0]
+        return CheckResult(name, "fail", f"two processes cannot communicate ({why:.160}); {fix} {_INTERFACE}")
+    wrong = [f"{backend} returned {total}" for backend, total in answers if float(total) != 3.0]
     if wrong:
-        return CheckResult(name, "fail", f"1 + 2 over two processes: {', '.join(wrong)}; {fix} reinstall torch")
-    return CheckResult(name, "pass", f"two processes add up over {' and '.join(over for over, _ in answers)}")
+        return CheckResult(name, "fail", f"all-reduce of 1 and 2: {', '.join(wrong)}, not 3; {fix} reinstall torch")
+    return CheckResult(name, "pass", f"all-reduce works over {' and '.join(backend for backend, _ in answers)}")
 
 
 def print_sums() -> None:
-    """Run in either of the two processes; rank 0 prints 1 + 2 as `roundtrip BACKEND SUM` for each backend."""
+    """Compute 1 + 2 between two ranks; rank 0 prints `roundtrip BACKEND SUM` for each backend."""
     with join_processes() as ranks:
         (total,) = ranks.sum(ranks.rank + 1.0)
         answers = {"gloo": total}
@@ -107,12 +108,12 @@ def print_sums() -> None:
                 print(f"roundtrip {backend} {answer}", flush=True)
 
 
-_INTERFACE = "name the network that joins them: export GLOO_SOCKET_IFNAME=lo (on one machine)"
+_INTERFACE = "set the network interface: export GLOO_SOCKET_IFNAME=lo (on one machine)"
 
 
 def _child(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
-    """Run Python in a child process; None after `TIMEOUT`, when it and its own children have been ended."""
-    with tempfile.TemporaryDirectory() as empty:  # -m looks into the current folder first
+    """Run Python in a child process; after `TIMEOUT`, stop it with its children and return None."""
+    with tempfile.TemporaryDirectory() as empty:  # -m searches the current folder first
         child = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
@@ -125,7 +126,7 @@ def _child(arguments: list[str], environment: dict[str, str]) -> subprocess.Comp
         try:
             output, errors = child.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
-            child.terminate()  # torchrun ends its own children at this signal
+            child.terminate()  # torchrun also stops its children
             child.communicate()
             return None
         return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
@@ -135,7 +136,7 @@ _TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 
 def _python_path() -> str:
-    """Where this process finds modules, for a child in another folder."""
+    """Return this process's module search path with absolute folders, for a child in another folder."""
     return os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
 
 

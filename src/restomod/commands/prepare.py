@@ -56,11 +56,11 @@ def run(arguments: list[str]) -> int:
 
     refuse_ignored(arguments, ignored_by_sources(parsed.sources))
 
-    from restomod.data.prepare.run import prepare_and_report, stopped_by_signals
+    from restomod.data.prepare.run import prepare_and_report, signals_as_interrupts
 
     workers = parsed.workers or (os.cpu_count() or 1 if parsed.engine == "local" else 0)
     report = functools.partial(print, flush=True)
-    with stopped_by_signals():
+    with signals_as_interrupts():
         out = Path(parsed.out)
         prepare_and_report(parsed.sources, parsed.config, out, workers, report, parsed.engine, parsed.slurm)
     return 0

@@ -24,6 +24,7 @@ LARGEST_BATCH = 2**30  # tokens per optimizer step; published runs use up to 2**
 LARGEST_SAMPLE = 2**20  # tokens per sample
 
 Source = Literal["python-stdlib", "text", "tinyshakespeare", "tokens"]
+SOURCES_WITH_PATH = ("text", "tinyshakespeare", "tokens")
 Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "wsd", "1-sqrt"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -79,8 +80,8 @@ class DataConfig:
         require_fraction("data.val_fraction", self.val_fraction)
         require_seed("data.split_seed", self.split_seed)
         require(
-            self.source != "python-stdlib" or self.path is None,
-            "data.path has no effect with data.source python-stdlib; to train on your own text, add --data.source text",
+            self.source in SOURCES_WITH_PATH or self.path is None,
+            f"data.path has no effect with data.source {self.source}; for your own text, add --data.source text",
         )
         require(self.separator != "", "data.separator is empty; set it to the text between two documents")
         require(

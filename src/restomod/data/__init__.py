@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizer, shards, preparation, batches."""
+"""Data pipeline: text sources, tokenizer, token shards, preparation, and training batches."""

@@ -1,11 +1,12 @@
-"""Batches as a pure function of (seed, step), and loading them ahead in a thread.
+"""Training batches as a pure function of (seed, step), and a background thread that prefetches them.
 
-A source of n tokens holds (n - 1) // T windows; window i is tokens [i*T, i*T + T], the last one only a target. Every
-epoch visits all windows once, in an order drawn from (seed, epoch). Steps take `batch_sequences` windows each,
-running on from one epoch into the next. To resume at step k is to ask for step k: nothing is skipped or stored.
+A source of n tokens has (n - 1) // T windows. Window i contains the tokens [i*T, i*T + T]; its last token is only a
+target. Every epoch visits all windows once, in an order determined by (seed, epoch). Every step reads
+`batch_sequences` windows and continues in the next epoch where one ends. No state is stored, so a run resumes at
+step k by requesting step k.
 
-Where several sources are mixed, each has its own windows and epochs, and the sequences of a run are dealt out among
-the sources evenly: after any number of sequences each source has had its share of them, to within one or two.
+Each source of a mix has its own windows and epochs. After any number of sequences, every source has contributed its
+share to within one or two sequences.
 
 Shapes: B = sequences, T = sequence_length.
 """
@@ -26,24 +27,27 @@ from restomod.data.tokenizer import END_OF_TEXT, require_in_vocabulary
 from restomod.utils.errors import UserError
 
 FEISTEL_ROUNDS = 8
-STEPS_AHEAD = 2  # steps whose batches `Prefetch` loads before they are asked for
+STEPS_AHEAD = 2  # steps that `Prefetch` loads in advance
 
-MicroBatches = list[tuple[Tensor, Tensor]]  # tokens and targets of each, (B, T)
+MicroBatches = list[tuple[Tensor, Tensor]]  # (tokens, targets) of each micro-batch, both (B, T)
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
-    """Map each index by a seeded permutation of range(n), in memory that does not grow with n.
+    """Apply a seeded permutation of range(n) to indices, in memory that does not grow with n.
 
-    A balanced Feistel network over the smallest 4^k >= n, whose results outside range(n) are sent through again until
-    they fall inside (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4).
+    The permutation is a balanced Feistel network over the smallest 4^k >= n with cycle walking: results outside
+    range(n) pass through the network again (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002,
+    section 4).
 
     Args:
-        index: shape (m,), values in [0, n).
+        index: indices to permute, shape (m,), values in [0, n).
         n: size of the permuted range.
-        seed, epoch, source: choose the permutation.
+        seed: seed of the run.
+        epoch: index of the epoch.
+        source: index of the source in a mix.
 
     Returns:
-        Shape (m,), int64, values in [0, n); distinct for distinct indices.
+        Permuted indices, shape (m,), int64, values in [0, n); distinct for distinct inputs.
     """
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
@@ -60,7 +64,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer: every output bit depends on every input bit (Steele et al., 2014)."""
+    """Mix 64-bit integers with SplitMix64's finalizer (Steele et al., 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -69,15 +73,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def assign_sources(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
     """Return the source of each sequence of a run, and its index within that source.
 
-    The first source gets sequence p where floor(p * share) rises, the second likewise among those that are left, and
-    so on. So both answers are known for any p without those before it.
+    The first source gets sequence p if floor((p + 1) * share) > floor(p * share). The same rule assigns the remaining
+    sequences to the remaining sources. The result for p does not depend on earlier results.
 
     Args:
-        position: shape (m,), int64: indices of sequences of the run.
-        shares: one per source; they add up to 1, with denominators small enough for 64-bit arithmetic.
+        position: indices of sequences in the run, shape (m,), int64.
+        shares: share of each source; the sum is 1, and the denominators are small enough for 64-bit arithmetic.
 
     Returns:
-        Two arrays (m,), int64: the source, and the index within it.
+        Two arrays of shape (m,), int64: the source, and the index within the source.
     """
     source, index = np.full(len(position), len(shares) - 1), np.empty(len(position), dtype=np.int64)
     left, rest = np.arange(len(position)), Fraction(1)
@@ -92,7 +96,7 @@ def assign_sources(position: np.ndarray, shares: Sequence[Fraction]) -> tuple[np
 
 
 class Batches:
-    """The batches of a run, by step."""
+    """Access to the batches of a run by step."""
 
     def __init__(
         self,
@@ -103,18 +107,18 @@ class Batches:
         split: str = "training",
         shares: Sequence[Fraction] = (Fraction(1),),
     ) -> None:
-        """Number the windows of all streams, each of which is a source.
+        """Initialise the batches and count the windows of every source.
 
         Args:
-            streams: the tokens of each source.
-            sequence_length: T.
-            batch_sequences: sequences per step, summed over processes.
-            seed: chooses the order of the windows.
-            split: the tokens' name in messages.
-            shares: fraction of the run's sequences for each source; they add up to 1.
+            streams: token stream of each source.
+            sequence_length: T, in tokens.
+            batch_sequences: sequences per step, over all ranks.
+            seed: seed of the order of the windows.
+            split: name of the split in error messages.
+            shares: fraction of the run's sequences from each source; the sum is 1.
 
         Raises:
-            UserError: a stream is shorter than a window and its target.
+            UserError: a stream has fewer than T + 1 tokens.
         """
         self.streams = [streams] if isinstance(streams, TokenStream) else list(streams)
         self.T, self.batch_sequences, self.seed, self.shares = sequence_length, batch_sequences, seed, tuple(shares)
@@ -122,20 +126,28 @@ class Batches:
         for stream, n_windows in zip(self.streams, self.source_windows, strict=True):
             if n_windows < 1:
                 raise UserError(
-                    f"the {split} text has {len(stream)} tokens, fewer than a window of {sequence_length} and its "
-                    f"target; give more text, lower --sequence-length, or change --data.val-fraction"
+                    f"the {split} split has {len(stream)} tokens, fewer than --sequence-length {sequence_length} "
+                    f"plus one target; add text, lower --sequence-length, or change --data.val-fraction"
                 )
-        self._first_windows = np.cumsum([0, *self.source_windows])  # of each source, and the number of all
+        self._first_windows = np.cumsum([0, *self.source_windows])  # first window of each source, then the total
 
     @property
     def n_windows(self) -> int:
-        """Number of windows of all sources together."""
+        """Total number of windows over all sources."""
         return int(self._first_windows[-1])
 
     def windows(self, step: int, start: int = 0, count: int | None = None) -> np.ndarray:
-        """The windows of step ``step``'s global batch, or ``count`` of them from ``start`` on, shape (count,), int64.
+        """Return the window indices of a slice of a step's global batch.
 
-        The windows of all sources are numbered one source after the other. What is not asked for takes no time.
+        The numbering of windows is consecutive over the sources.
+
+        Args:
+            step: index of the step.
+            start: first sequence of the slice.
+            count: number of sequences; None: up to the end of the batch.
+
+        Returns:
+            Window indices, shape (count,), int64.
         """
         first = step * self.batch_sequences + start
         position = np.arange(first, first + (self.batch_sequences - start if count is None else count))
@@ -143,16 +155,22 @@ class Batches:
         windows = np.empty_like(index)
         for k, n in enumerate(self.source_windows):
             epoch, within = np.divmod(index, n)
-            for e in np.unique(epoch[source == k]):  # a batch may end one epoch and begin the next
+            for e in np.unique(epoch[source == k]):  # a batch can span two epochs
                 here = (source == k) & (epoch == e)
                 windows[here] = self._first_windows[k] + permute(within[here], n, self.seed, int(e), k)
         return windows
 
     def load(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of ``windows`` (B,): two int64 tensors (B, T), the second one token ahead.
+        """Read the tokens and targets of windows.
+
+        Args:
+            windows: window indices, shape (B,).
+
+        Returns:
+            Two int64 tensors (B, T); the targets are the tokens shifted by one position.
 
         Raises:
-            UserError: the shards hold a token that GPT-2's vocabulary lacks.
+            UserError: a shard contains a token outside GPT-2's vocabulary.
         """
         source = np.searchsorted(self._first_windows, windows, side="right") - 1
         starts = (windows - self._first_windows[source]) * self.T
@@ -163,38 +181,38 @@ class Batches:
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def micro_batches(self, step: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> MicroBatches:
-        """One process's share of a step, cut into micro-batches of ``micro_batch`` sequences.
+        """Load one rank's part of a step as micro-batches of ``micro_batch`` sequences.
 
-        The ranks' shares are consecutive slices of the global batch, so any number of ranks together has that batch.
+        Each rank reads a consecutive slice of the global batch, so the global batch does not depend on ``world_size``.
 
         Raises:
-            UserError: the batch cannot be shared out so evenly.
+            UserError: the batch is not divisible by ``world_size * micro_batch``.
         """
         share = self.batch_sequences // world_size
         if share * world_size != self.batch_sequences or share % micro_batch:
             raise UserError(
-                f"a batch of {self.batch_sequences} sequences cannot be cut into micro-batches of {micro_batch} "
-                f"on {world_size} processes; choose numbers that divide it"
+                f"a batch of {self.batch_sequences} sequences is not divisible into micro-batches of {micro_batch} "
+                f"on {world_size} processes; change --batch-tokens, --micro-batch or the number of processes"
             )
         mine = self.windows(step, rank * share, share)
         return [self.load(mine[i : i + micro_batch]) for i in range(0, share, micro_batch)]
 
 
 def document_ids(tokens: Tensor) -> Tensor:
-    """Number the documents of each window, for attention that is masked at their boundaries.
+    """Return the index of each token's document within its window, for the document mask.
 
     Args:
-        tokens: (B, T), from shards, where ``<|endoftext|>`` stands before every document.
+        tokens: token ids (B, T), with ``<|endoftext|>`` before every document.
 
     Returns:
-        (B, T), int32: 0 for what is left of the document in which the window begins, then 1, 2, …; the separator is
-        the first token of its document.
+        Document indices (B, T), int32. The document in which the window begins has index 0. ``<|endoftext|>`` is the
+        first token of its document.
     """
     return (tokens == END_OF_TEXT).cumsum(dim=1, dtype=torch.int32)
 
 
 class Prefetch:
-    """Loads the micro-batches of coming steps in a background thread while the device computes."""
+    """Background thread that loads the micro-batches of the next steps while the device computes."""
 
     def __init__(
         self,
@@ -205,24 +223,30 @@ class Prefetch:
         world_size: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        """Load nothing yet; loading begins with the first `get`, and ends with the last of ``steps``.
+        """Initialise the thread; loading starts with the first call of `get`.
 
-        For a CUDA ``device`` batches are loaded into page-locked memory, from which it copies while it computes.
+        Args:
+            batches: source of the micro-batches.
+            micro_batch: sequences per micro-batch.
+            steps: number of steps of the run; later steps are not prefetched.
+            rank: index of this process.
+            world_size: number of processes.
+            device: device that receives the batches; for CUDA they are loaded into page-locked memory.
         """
         self.batches, self.micro_batch, self.steps = batches, micro_batch, steps
         self.rank, self.world_size = rank, world_size
         self.pin_memory = device is not None and device.type == "cuda"
         self._loading: dict[int, Future[MicroBatches]] = {}
-        # a new thread uses GPU 0, on which pinning would create a CUDA context for every process of the machine
+        # a new thread defaults to GPU 0, where pinning would create a CUDA context for every process
         one_of_several = self.pin_memory and device is not None and device.index is not None
         choose = (torch.cuda.set_device, (device,)) if one_of_several else (None, ())
         self._thread = ThreadPoolExecutor(1, "prefetch", *choose)
 
     def get(self, step: int) -> tuple[MicroBatches, float]:
-        """The micro-batches of ``step`` (see `Batches.micro_batches`), and the seconds waited for them.
+        """Return the micro-batches of ``step`` (see `Batches.micro_batches`) and the waiting time in seconds.
 
         Raises:
-            UserError: as loading does.
+            UserError: the micro-batches cannot be loaded.
         """
         start = time.perf_counter()
         for ahead in range(step, max(step + 1, min(step + 1 + STEPS_AHEAD, self.steps))):
@@ -238,7 +262,7 @@ class Prefetch:
         return micro_batches
 
     def close(self) -> None:
-        """Cancel what is not loaded yet."""
+        """Cancel pending loads."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._loading.clear()
 

@@ -1,9 +1,12 @@
-"""GPT-2's encoding of many documents at once by tokie: several times faster than tiktoken, with the same tokens.
+"""Fast GPT-2 encoding of many documents in one batch with tokie, identical to tiktoken.
 
-The Rust library tokie does the work. It differs from tiktoken in three known ways, and what they could touch goes
-through tiktoken instead: some characters (vertical tab, form feed, circled letters, and letters younger than its
-Unicode tables), a contraction directly after white space other than a space or line feed, and texts of 10,000 bytes
-and more, which it cuts for its threads in the wrong places. So texts are cut here, where a cut changes nothing.
+The Rust library tokie is several times faster than tiktoken. It is known to differ from tiktoken in three cases:
+
+- some characters: vertical tab, form feed, circled letters, and letters newer than tokie's Unicode tables;
+- a contraction directly after white space other than a space or line feed;
+- texts of 10,000 bytes or more, which tokie cuts at wrong positions for its threads.
+
+Texts of the first two cases are encoded with tiktoken. Long texts are cut here at positions that do not change tokens.
 """
 
 from __future__ import annotations
@@ -24,30 +27,30 @@ import numpy as np
 
 from restomod.data.tokenizer import Tokenizer, vocabulary_file
 
-TOKIE = "0.1.4"  # the release whose agreement with tiktoken is tested
-PIECE_BYTES = 9_000  # below tokie's 10,000
-SEPARATOR = b"\xff"  # no byte of UTF-8
+TOKIE = "0.1.4"  # release that is tested against tiktoken
+PIECE_BYTES = 9_000  # below the 10,000 bytes at which tokie cuts texts
+SEPARATOR = b"\xff"  # never occurs in UTF-8
 CONTRACTION = re.compile(r"'(?<=[^\S \n\r]')(?:[sdmt]|ll|ve|re)")
 CUTTABLE_AFTER = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?)\"'-")
 
 
 class BulkEncoder:
-    """Encodes documents with tokie where it is installed and known to agree with tiktoken, else with tiktoken."""
+    """Encoder of documents: tokie where it is installed and agrees with tiktoken, otherwise tiktoken."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._fast = _tokie()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of every text, each (n,) uint16; the same as `Tokenizer.encode` gives."""
+        """Return the token ids of every text, each (n,) uint16, equal to those of `Tokenizer.encode`."""
         fast: list[bytes] = []
-        plans: list[list[int | str]] = []  # per text: the number of pieces in `fast`, or text for tiktoken
+        plans: list[list[int | str]] = []  # per text: numbers of pieces in `fast`, or texts for tiktoken
         for text in texts:
             pieces = _pieces(text) if self._fast is not None else []
-            if pieces and agrees(text):
+            if pieces and tokie_agrees(text):
                 plan: list[int | str] = [len(pieces)]
             else:
-                plan = [1 if agrees(part) else part for part in map(bytes.decode, pieces)] or [text]
+                plan = [1 if tokie_agrees(part) else part for part in map(bytes.decode, pieces)] or [text]
                 pieces = [piece for piece, item in zip(pieces, plan, strict=False) if item == 1]
             fast += pieces
             plans.append(plan)
@@ -65,18 +68,18 @@ class BulkEncoder:
         return encoded
 
     def _encode_pieces(self, pieces: list[bytes]) -> tuple[np.ndarray, list[int]]:
-        """Ids of all pieces, (n,) uint16, and where each ends, beginning with 0."""
+        """Encode pieces with tokie; return all ids, (n,) uint16, and the boundaries of the pieces, starting with 0."""
         if not pieces:
             return np.empty(0, dtype=np.uint16), [0]
         with _memory_file(SEPARATOR.join(pieces)) as path:
             ids, ends = self._fast.encode_files([path], separator=SEPARATOR, add_special_tokens=False)
         if len(ends) != len(pieces) + 1:
-            raise AssertionError(f"tokie encoded {len(ends) - 1} pieces of {len(pieces)}")
+            raise AssertionError(f"tokie returned {len(ends) - 1} pieces instead of {len(pieces)}")
         return ids.astype(np.uint16), ends.tolist()
 
 
-def agrees(text: str) -> bool:
-    """Whether tokie is known to encode every piece of ``text`` as tiktoken does."""
+def tokie_agrees(text: str) -> bool:
+    """Return whether tokie is known to encode every piece of ``text`` exactly like tiktoken."""
     if CONTRACTION.search(text):
         return False
     if text.isascii():
@@ -89,10 +92,12 @@ def agrees(text: str) -> bool:
 
 
 def _pieces(text: str) -> list[bytes]:
-    """``text`` in UTF-8, cut into pieces whose tokens, one after the other, are those of the whole.
+    """Cut ``text`` into UTF-8 pieces whose concatenated tokens equal the tokens of the text.
 
-    A cut stands before a space that follows a letter, digit or punctuation: there GPT-2's pattern always ends a word.
-    Where no such place is near enough, or the text is not Unicode, the list is empty.
+    A cut is before a space that follows a letter, digit or punctuation mark, where GPT-2's pattern always ends a word.
+
+    Returns:
+        Pieces of at most `PIECE_BYTES`; empty if there is no possible cut or the text contains lone surrogates.
     """
     try:
         data = text.encode()
@@ -114,10 +119,10 @@ def _pieces(text: str) -> list[bytes]:
 
 @functools.cache
 def _doubtful() -> np.ndarray:
-    """By code point, (0x110000,) bool: might its class in GPT-2's pattern depend on the version of Unicode?
+    """Return a mask of code points, (0x110000,) bool, whose class in GPT-2's pattern depends on the Unicode version.
 
-    What has kept its class since Unicode 3.2 is certain, and so are symbols such as emoji, which are in the same class
-    as code points that stand for nothing yet.
+    Code points with the same class since Unicode 3.2 are certain. Symbols such as emoji are certain too, because
+    unassigned code points have the same class.
     """
     doubtful = np.ones(0x110000, dtype=bool)
     for code in range(0x110000):
@@ -125,25 +130,25 @@ def _doubtful() -> np.ndarray:
         if now == "So" or (now != "Cn" and now == unicodedata.ucd_3_2_0.category(chr(code))):
             doubtful[code] = False
     doubtful[[0x0B, 0x0C]] = True
-    doubtful[0x24B6:0x24EA] = doubtful[0x1F130:0x1F18A] = True  # circled letters: symbols, but alphabetic
+    doubtful[0x24B6:0x24EA] = doubtful[0x1F130:0x1F18A] = True  # circled letters: category symbol, but alphabetic
     return doubtful
 
 
 def _tokie() -> Any:
-    """Tokie with GPT-2's vocabulary and no special tokens, or None where it is not installed in the tested release."""
+    """Return tokie's GPT-2 tokenizer without special tokens; None if the tested release is not installed."""
     try:
         return _load_tokie() if importlib.metadata.version("tokie") == TOKIE else None
-    except ImportError:  # PackageNotFoundError is one
+    except ImportError:  # includes PackageNotFoundError
         return None
 
 
 @functools.cache
 def _load_tokie() -> Any:
-    """Tokie's tokenizer, built once per process (about 0.3 s)."""
+    """Build tokie's tokenizer once per process (about 0.3 s)."""
     import tokie
 
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    merges = vocabulary_file("vocab.bpe").decode().split("\n")[1:-1]  # after the version, before the last line's end
+    merges = vocabulary_file("vocab.bpe").decode().split("\n")[1:-1]  # without the version and the empty last line
     description: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -173,7 +178,7 @@ def _load_tokie() -> Any:
 
 @contextlib.contextmanager
 def _memory_file(content: bytes) -> Iterator[str]:
-    """The path of a file with this content, in memory where the system has such files."""
+    """Provide the path of a temporary file with ``content``, in memory where the system supports it."""
     if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create("documents"), "wb") as f:
             f.write(content)

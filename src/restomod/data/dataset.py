@@ -1,8 +1,8 @@
-"""Token shards in llm.c's `.bin` layout: writing them, and opening folders of them as a `Dataset`, alone or mixed.
+"""Token shards in llm.c's `.bin` layout, and folders of shards as a `Dataset` or a mix of datasets.
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then the
-tokens as little-endian uint16: the layout in which pre-tokenized FineWeb is published. `manifest.json` is written
-last; it names every shard with its token count and SHA-256, and the tokenizer that made them.
+A shard has a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), followed by the
+tokens as little-endian uint16. Published pre-tokenized FineWeb has the same layout. `manifest.json` is written last.
+It contains the name, token count and SHA-256 of every shard, and identifies the tokenizer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
 SPLITS = ("train", "val")
-MAPPED_AT_ONCE = 128  # of a stream; each map holds a file descriptor, of which a process has 1,024 by default
+MAX_MAPPED_SHARDS = 128  # shards per stream; each map needs a file descriptor, and the default limit is 1,024
 
 Verify = Literal["sizes", "changed", "all"]
 
@@ -46,14 +46,14 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def shard_header(tokens: int) -> bytes:
-    """The bytes of the header of a shard with ``tokens`` tokens."""
+    """Return the header of a shard with ``tokens`` tokens, as bytes."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens
     return header.tobytes()
 
 
 class _OpenShard:
-    """A shard that is being written; it gets its name when it is complete and synced to disk."""
+    """Shard that is being written to a temporary file; `close` syncs it to disk and renames it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.tokens = path, 0
@@ -77,16 +77,20 @@ class _OpenShard:
         return {"file": self.path.name, "tokens": self.tokens, "sha256": sha256}
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):  # on a full disk: closing writes what is still in memory
+        with contextlib.suppress(OSError):  # closing flushes the buffer, which fails on a full disk
             self._file.close()
         self._temporary.remove()
 
 
 def open_shard(path: Path, remedy: str = PREPARE_AGAIN) -> np.ndarray:
-    """Map a shard's tokens, shape (n,), uint16, without reading them: llm.c's `.bin`, or `.npy`.
+    """Memory-map the tokens of a shard, shape (n,), uint16.
+
+    Args:
+        path: `.bin` file in llm.c's layout, or `.npy` file.
+        remedy: end of the error messages: how to fix a damaged shard.
 
     Raises:
-        UserError: the file is missing, is no such shard, or its size does not fit its header; ends with ``remedy``.
+        UserError: the file is missing, is not a token shard, or its size does not match its header.
     """
     require_regular(path)
     if path.suffix == ".npy":
@@ -99,18 +103,18 @@ def open_shard(path: Path, remedy: str = PREPARE_AGAIN) -> np.ndarray:
         raise UserError(f"{path}: cannot read this token shard ({e.strerror}); {remedy}") from None
     header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path} is not a token shard: its header lacks the magic number {MAGIC}; {remedy}")
+        raise UserError(f"{path} is not a token shard: no magic number {MAGIC} in its header; {remedy}")
     n = int(header[2])
     if size != HEADER_BYTES + 2 * n:
         raise UserError(
-            f"{path} is damaged: its header says {n:,} tokens ({HEADER_BYTES + 2 * n:,} bytes), "
-            f"but the file has {size:,} bytes; {remedy}"
+            f"{path} is damaged: expected {HEADER_BYTES + 2 * n:,} bytes for the {n:,} tokens in its header, "
+            f"found {size:,} bytes; {remedy}"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
 
 
 class ShardWriter:
-    """Cut a stream of token arrays into shards `PREFIX_000000.bin`, `PREFIX_000001.bin`, … in a folder."""
+    """Writer that cuts a stream of tokens into shards `PREFIX_000000.bin`, `PREFIX_000001.bin`, … in a folder."""
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
@@ -119,7 +123,7 @@ class ShardWriter:
         self._open: _OpenShard | None = None
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append ``tokens`` (n,) to the stream; they go to the disk at once."""
+        """Append ``tokens`` (n,) to the stream."""
         self.tokens += len(tokens)
         while len(tokens):
             if self._open is None:
@@ -131,13 +135,13 @@ class ShardWriter:
                 self._finish(self._open)
 
     def close(self) -> list[dict[str, Any]]:
-        """Finish the last shard and return the manifest entries of all."""
+        """Finish the last shard and return the manifest entries of all shards."""
         if self._open is not None:
             self._finish(self._open)
         return self.shards
 
     def discard(self) -> None:
-        """Drop the shard that is being written, after an error."""
+        """Delete the unfinished shard after an error."""
         if self._open is not None:
             self._open.discard()
             self._open = None
@@ -149,62 +153,65 @@ class ShardWriter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardFile:
-    """A shard on the disk that is mapped only while it is read."""
+    """Shard on disk that is memory-mapped only when it is read."""
 
     folder: Path
     name: str
     tokens: int
-    """Number of tokens that the manifest says."""
+    """Number of tokens according to the manifest."""
 
     def __len__(self) -> int:
         return self.tokens
 
     def map(self, random_reads: bool = False) -> np.ndarray:
-        """Map its tokens, shape (n,), uint16, without reading them.
+        """Memory-map the tokens of the shard, shape (n,), uint16.
+
+        Args:
+            random_reads: turn off the read-ahead of the operating system.
 
         Raises:
-            UserError: it is missing, damaged, or has not ``tokens`` tokens.
+            UserError: the file is missing or damaged, or its token count is not ``tokens``.
         """
         path = self.folder / self.name
         tokens = open_shard(path)
         if len(tokens) != self.tokens:
-            raise UserError(f"{path} is damaged: it has {len(tokens):,} tokens, not {self.tokens:,}; {PREPARE_AGAIN}")
+            raise UserError(f"{path} is damaged: {len(tokens):,} tokens, expected {self.tokens:,}; {PREPARE_AGAIN}")
         if random_reads:
             _expect_random_reads(tokens)
         return tokens
 
     def check(self) -> None:
-        """Check the file's size (microseconds), and the header only where the size is wrong.
+        """Check the size of the file, which takes microseconds; the header is read only if the size is wrong.
 
         Raises:
-            UserError: as `map` does; a bad header in a file of the right size is left for `map` to find.
+            UserError: the file is missing, damaged, or has the wrong size.
         """
-        with contextlib.suppress(OSError):  # `map` says what is wrong with it
+        with contextlib.suppress(OSError):  # `map` raises a specific error
             if os.stat(f"{self.folder}/{self.name}").st_size == HEADER_BYTES + 2 * self.tokens:
                 return
         self.map()
 
 
 def _expect_random_reads(tokens: np.ndarray) -> None:
-    mapped = getattr(tokens, "_mmap", None)  # numpy's memmap has no public way to it
+    mapped = getattr(tokens, "_mmap", None)  # numpy's memmap has no public attribute for it
     if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
 
 
 class TokenStream:
-    """The shards of one split as a single array of tokens, read where asked.
+    """Shards of one split as a single array of tokens with random access.
 
-    However many shards on the disk there are, the `MAPPED_AT_ONCE` that were read last are mapped.
+    At most `MAX_MAPPED_SHARDS` shards are memory-mapped; the least recently read one is unmapped first.
     """
 
     def __init__(self, shards: Sequence[np.ndarray | ShardFile]) -> None:
         self._shards = list(shards)
         self._starts = np.cumsum([0] + [len(s) for s in shards])  # (n_shards + 1,)
         self._random_reads = False
-        self._map = functools.lru_cache(MAPPED_AT_ONCE)(ShardFile.map)
+        self._map = functools.lru_cache(MAX_MAPPED_SHARDS)(ShardFile.map)
 
     def expect_random_reads(self) -> None:
-        """Turn off read-ahead, which on some systems reads megabytes for the two kilobytes of a window."""
+        """Turn off read-ahead, which can read megabytes for a window of two kilobytes."""
         self._random_reads = True
         for shard in self._shards:
             if not isinstance(shard, ShardFile):
@@ -214,9 +221,9 @@ class TokenStream:
         return int(self._starts[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length), shape (length,), uint16; a read may cross from shard to shard."""
+        """Read tokens [start, start + length) over shard boundaries, shape (length,), uint16."""
         if not 0 <= start <= start + length <= len(self):
-            raise IndexError(f"tokens [{start}, {start + length}) of a stream of {len(self)}")
+            raise IndexError(f"tokens [{start}, {start + length}) of a stream of {len(self)} tokens")
         parts = []
         i = int(np.searchsorted(self._starts, start, side="right")) - 1
         while length > 0:
@@ -231,7 +238,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared folder: its manifest, and its splits as streams of tokens."""
+    """Folder of token shards: its manifest and its splits as token streams."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -239,37 +246,37 @@ class Dataset:
     val: TokenStream
 
     parts: tuple[Part, ...] = ()
-    """The sources of a mix; empty where it is not a mix."""
+    """Sources of a mix; empty for a single dataset."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the text, the tokenizer and the split: equal fingerprints mean equal tokens."""
+        """Hash of the tokens, the tokenizer and the split; equal fingerprints mean equal tokens."""
         return str(self.manifest["fingerprint"])
 
     @property
     def sources(self) -> tuple[Part, ...]:
-        """The sources with their shares; a dataset that is not a mix is its own only source."""
+        """Sources and their shares; a single dataset is its only source, with share 1."""
         return self.parts or (Part(str(self.manifest["name"]), self, Fraction(1)),)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source of a mix."""
+    """Source of a mix."""
 
     name: str
     dataset: Dataset
     share: Fraction
-    """Fraction of the sequences of a run; the shares of all sources add up to 1."""
+    """Fraction of the run's sequences; the sum over all sources is 1."""
 
 
 def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed") -> Dataset:
-    """Open a folder with a manifest, and check every shard against it.
+    """Open a folder of token shards and check every shard against the manifest.
 
     Args:
-        folder: the folder.
-        tokenizer_sha256: the vocabulary that the tokens must have.
-        verify: compare only sizes, or the SHA-256 of every shard, or only of those that the file system says have
-            changed since they were last compared.
+        folder: folder with token shards and a manifest.
+        tokenizer_sha256: SHA-256 of the expected vocabulary.
+        verify: "sizes" compares file sizes; "all" also compares the SHA-256 of every shard; "changed" compares the
+            SHA-256 of shards whose file status has changed since the last comparison.
 
     Raises:
         UserError: the manifest is missing, damaged or made with another tokenizer; a shard is missing or altered.
@@ -281,7 +288,7 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
     entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
     hashes = {entry["file"]: entry["sha256"] for split in SPLITS for entry in entries[split]}
     if len(hashes) < sum(map(len, entries.values())):
-        raise UserError(f"{folder / MANIFEST} is damaged: it names a shard twice; {PREPARE_AGAIN}")
+        raise UserError(f"{folder / MANIFEST} is damaged: a shard is listed twice; {PREPARE_AGAIN}")
     shards = [[ShardFile(folder, entry["file"], entry["tokens"]) for entry in entries[split]] for split in SPLITS]
     for shard in itertools.chain(*shards):
         shard.check()
@@ -289,61 +296,71 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
     if verify != "sizes":
         changed = changed_file(folder, hashes, remember=verify == "changed")
         if changed:
-            raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one in {MANIFEST}; {PREPARE_AGAIN}")
+            raise UserError(f"{folder / changed} is damaged: its SHA-256 differs from {MANIFEST}; {PREPARE_AGAIN}")
     return Dataset(folder, manifest, train, val)
 
 
 def open_npy(path: Path, dtype: type[np.generic], remedy: str) -> np.ndarray:
-    """Map a file of NumPy that holds one row of numbers, shape (n,), without reading them.
+    """Memory-map a `.npy` file that contains a one-dimensional array.
+
+    Args:
+        path: `.npy` file.
+        dtype: expected dtype.
+        remedy: end of the error messages: how to fix the file.
+
+    Returns:
+        Array of shape (n,).
 
     Raises:
-        UserError: it is missing or damaged, or holds something else; the message ends with ``remedy``.
+        UserError: the file is missing or damaged, or has another dtype or number of dimensions.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as e:  # of many kinds: its header is Python's source
+    except Exception as e:  # numpy evaluates the header as Python source, which raises many kinds of errors
         raise UserError(f"{path} is damaged: {one_line(e)}; {remedy}") from None
     if not isinstance(array, np.ndarray):
         array.close()
-        raise UserError(f"{path} is an archive of arrays (.npz), not one row of numbers; {remedy}")
+        raise UserError(f"{path} is an archive of arrays (.npz), expected a one-dimensional array; {remedy}")
     if array.dtype != dtype or array.ndim != 1:
-        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not a row of {dtype.__name__}; {remedy}")
+        raise UserError(
+            f"{path} has dtype {array.dtype} and shape {array.shape}, expected {dtype.__name__} (n,); {remedy}"
+        )
     return array
 
 
 def open_tokens(folder: Path, verify: Verify = "changed") -> Dataset:
-    """Open a folder of token shards with a manifest (`open_dataset`), or as others publish them (`open_published`).
+    """Open a folder of token shards: prepared ones (`open_dataset`) or published ones (`open_published`).
 
     Raises:
-        UserError: there are no shards, or they are damaged.
+        UserError: the folder is missing or has no shards, or a shard is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of token shards; `restomod prepare SOURCE --out {folder}` makes one")
+        raise UserError(f"{folder}: no such folder of token shards; create it: restomod prepare SOURCE --out {folder}")
     if (folder / MANIFEST).exists():
         return open_dataset(folder, Tokenizer.sha256, verify)
     return open_published(folder)
 
 
 def split_of(name: str) -> str | None:
-    """The split in the name of a published shard, such as `fineweb_train_000001.bin`; None: there is none."""
+    """Return the split in the file name of a published shard, such as `fineweb_train_000001.bin`; None without one."""
     words = Path(name).stem.split("_")
     return next((split for split in SPLITS if split in words), None)
 
 
 def open_published(folder: Path) -> Dataset:
-    """Open shards that others have published, in place: llm.c's `*_train_*.bin`, build-nanogpt's `*_train_*.npy`.
+    """Open published shards in place: `*_train_*.bin` of llm.c or `*_train_*.npy` of build-nanogpt.
 
-    Their fingerprint is made of names, sizes and beginnings, as they bring no hashes.
+    Published shards have no hashes. Their fingerprint is a hash of file names, token counts and first tokens.
 
     Raises:
-        UserError: there are none, or one is damaged.
+        UserError: the folder has no training shard, or a shard is damaged.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
     paths = {split: [path for path in files if split_of(path.name) == split] for split in SPLITS}
     if not paths["train"]:
         raise UserError(
-            f"{folder} holds no token shards: no {MANIFEST}, and no files such as fineweb_train_000001.bin "
-            f"or edufineweb_train_000001.npy"
+            f"{folder} has no token shards: neither {MANIFEST} nor files such as fineweb_train_000001.bin "
+            f"or edufineweb_train_000001.npy; create them: restomod prepare SOURCE --out FOLDER"
         )
     digest = hashlib.sha256()
     splits: dict[str, dict[str, Any]] = {}
@@ -351,7 +368,7 @@ def open_published(folder: Path) -> Dataset:
     for split, found in paths.items():
         entries: list[dict[str, Any]] = []
         for path in found:
-            tokens = open_shard(path, "get it again")
+            tokens = open_shard(path, "download it again")
             entries.append({"file": path.name, "tokens": len(tokens)})
             digest.update(f"{entries[-1]} {tokens[:4096].tobytes().hex()}".encode())
         streams[split] = TokenStream([ShardFile(folder, entry["file"], entry["tokens"]) for entry in entries])
@@ -369,10 +386,13 @@ def open_published(folder: Path) -> Dataset:
 
 
 def mix(datasets: list[tuple[Dataset, Fraction]]) -> Dataset:
-    """Mix datasets: every step takes from each its share of sequences; the shares add up to 1.
+    """Combine datasets into a mix.
+
+    Args:
+        datasets: datasets and their shares of the run's sequences; the sum of the shares is 1.
 
     Returns:
-        A dataset whose `sources` are these, and whose splits and manifest are those of all together.
+        Dataset with these `sources`; its splits and manifest cover all of them.
     """
     manifests = [dataset.manifest for dataset, _ in datasets]
     digest = hashlib.sha256("".join(f"{share} {dataset.fingerprint}\n" for dataset, share in datasets).encode())

@@ -1,4 +1,4 @@
-"""Finds the files of a folder that match a glob: follows links, yields each file once, counts what is skipped."""
+"""Search for the files of a folder that match a glob, each of them once, with counts of skipped files."""
 
 from __future__ import annotations
 
@@ -14,55 +14,58 @@ from restomod.utils.errors import UserError
 from restomod.utils.files import require_regular
 
 
-def find_files(path: Path, glob: str, left_out: collections.Counter[str] | None = None) -> Iterator[Path]:
-    """The files of a folder that match ``glob``, sorted by path; a file is itself.
+def find_files(path: Path, glob: str, skipped: collections.Counter[str] | None = None) -> Iterator[Path]:
+    """Yield the files of a folder that match ``glob``, sorted by path.
 
-    Links to files and folders are followed. A file with several paths is yielded once: by the first path without a
-    link, or else by the first. Hidden and empty files, broken links, loops and special files are skipped.
+    Links to files and folders are followed. A file with several paths is yielded once: with the first path without
+    links, otherwise with the first path. Hidden and empty files, broken links, link loops and special files are
+    skipped.
 
     Args:
-        path: a file or folder.
-        glob: `*`, `?` and `[…]` within a name; `**` for any number of folders.
-        left_out: gets the number of skipped files (or folders, as wholes) by reason.
+        path: folder, or a single file that is yielded regardless of ``glob``.
+        glob: pattern of `*`, `?` and `[…]` within a name, and `**` for any number of folders.
+        skipped: counter of skipped files and folders by reason, which is updated.
 
     Raises:
-        UserError: there is none, ``glob`` is no pattern, or ``path`` is a device, FIFO or socket.
+        UserError: no file matches, all matching files are empty, ``glob`` is not a pattern, or ``path`` is a device,
+            FIFO or socket.
     """
     if not path.is_dir():
         require_regular(path)
         yield path
         return
     if glob.startswith("/"):
-        raise UserError(f"the glob {glob!r} starts with /; it is matched inside {path}, for example '**/*.txt'")
+        raise UserError(f"the glob {glob!r} starts with /; give a pattern relative to {path}, for example '**/*.txt'")
     pattern = [part for part in glob.split("/") if part not in ("", ".")]
     if not pattern or any("**" in part and part != "**" for part in pattern):
-        raise UserError(f"the glob {glob!r} is not a pattern: ** stands alone between slashes; for example '**/*.txt'")
+        raise UserError(f"the glob {glob!r} is not a pattern: ** must be a complete path part, for example '**/*.txt'")
     counts: collections.Counter[str] = collections.Counter()
-    first: dict[tuple[object, ...], Path] = {}  # device and inode -> by which path a file is read
+    first: dict[tuple[object, ...], Path] = {}  # (device, inode) -> path by which the file is read
     for _, file, status in sorted(_walk(path, pattern, counts), key=lambda found: found[:2]):
-        key = (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(file),)  # not every system has one
+        # some systems have no inodes
+        key = (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(file),)
         if status.st_size == 0:
             counts["empty"] += 1
         elif key in first:
-            counts["met before"] += 1
+            counts["duplicate path"] += 1
         else:
             first[key] = file
-    if left_out is not None:
-        left_out.update(counts)
+    if skipped is not None:
+        skipped.update(counts)
     if not first:
         empty = counts["empty"]
         all_empty = "its only file is empty" if empty == 1 else f"its {empty} files are all empty"
-        raise UserError(f"{path} holds no text: {all_empty if empty else f'no file matches the glob {glob!r}'}")
+        raise UserError(f"{path} has no text: {all_empty if empty else f'no file matches the glob {glob!r}'}")
     yield from sorted(first.values())
 
 
 def _walk(
     root: Path, pattern: list[str], counts: collections.Counter[str]
 ) -> Iterator[tuple[bool, Path, os.stat_result]]:
-    """The regular files below ``root`` that match: (whether a link leads there, path, status).
+    """Yield the regular files below ``root`` that match: (whether the path contains a link, path, status).
 
-    Folders are walked before links to folders. None is walked twice at the same places of the pattern, so that neither
-    a loop nor folders that are linked with each other make more work than there are folders.
+    Folders are visited before links to folders. No folder is visited twice at the same positions of the pattern, so
+    link loops and folders linked with each other do not multiply the work.
     """
     start = _closed(pattern, {0})
     folders, links = collections.deque([(root, False, start)]), collections.deque[tuple[Path, bool, frozenset[int]]]()
@@ -72,7 +75,7 @@ def _walk(
         status = folder.stat()
         if (key := (status.st_dev, status.st_ino, places)) in walked:
             loop = Path(os.path.realpath(folder.parent)).is_relative_to(os.path.realpath(folder))
-            counts["link loop" if loop else "met before"] += 1
+            counts["link loop" if loop else "duplicate path"] += 1
             continue
         walked.add(key)
         try:
@@ -105,7 +108,7 @@ def _walk(
 
 
 def matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a pattern means a path, both in parts: `*` stays within a part, `**` is any number of parts."""
+    """Return whether a pattern matches a path, both as lists of parts; `**` matches any number of parts."""
     places = _closed(pattern, {0})
     for name in path:
         places = _after(pattern, places, name)
@@ -113,7 +116,7 @@ def matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _after(pattern: Sequence[str], places: frozenset[int], name: str) -> frozenset[int]:
-    """Positions in the pattern that are reached after one more part of the path."""
+    """Return the positions in the pattern after one more part of the path."""
     reached = set()
     for place in places:
         if place < len(pattern) and pattern[place] == "**":
@@ -124,7 +127,7 @@ def _after(pattern: Sequence[str], places: frozenset[int], name: str) -> frozens
 
 
 def _closed(pattern: Sequence[str], places: set[int]) -> frozenset[int]:
-    """Add the positions that are reached because `**` may match nothing."""
+    """Add the positions after each `**`, which can match zero parts."""
     for place in range(len(pattern)):
         if place in places and pattern[place] == "**":
             places.add(place + 1)

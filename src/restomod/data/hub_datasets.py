@@ -1,7 +1,7 @@
-"""Finds and downloads the files of a dataset's configuration and split on the Hugging Face hub.
+"""Search for and download of the files of a dataset on the Hugging Face hub, by configuration and split.
 
-A dataset's card lists its configurations and the files of each (`configs` in the front matter of its README); where it
-does not, the files are recognised by their folders and names. Only files that `restomod.data.readers` reads count.
+The card of a dataset (the front matter of its README) lists configurations and their files under `configs`. Without
+this list, files are selected by their folders and names. Files that `restomod.data.readers` cannot read are ignored.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from restomod.utils.errors import UserError, did_you_mean, one_line
 from restomod.utils.hub import hub_file
 
 READABLE = (PARQUET, ".txt", ".md", *JSON_LINES)
-IF_NAMED = (".json", *TABLES)  # text where a card says so (C4's .json.gz); elsewhere a description or a result
+IF_LISTED = (".json", *TABLES)  # read if the card lists them (C4's .json.gz); usually they are metadata
 SCHEME = "hf://datasets/"
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a dataset at one commit."""
+    """File of a dataset on the hub at one commit; its string is the address hf://datasets/REPOSITORY@COMMIT/PATH."""
 
     repository: str
     commit: str
@@ -36,22 +36,32 @@ class HubFile:
 
 
 def parse_address(address: str) -> tuple[str, str, str]:
-    """Repository, commit and path of a `HubFile` as text."""
+    """Split the address of a `HubFile` into repository, commit and path.
+
+    Raises:
+        ValueError: the address is not that of a hub file.
+    """
     found = re.fullmatch(re.escape(SCHEME) + r"([^@]+)@([0-9a-f]{40})/(.+)", address)
     if found is None:
-        raise ValueError(f"not a file of a dataset: {address!r}")
+        raise ValueError(f"not the address of a file on the hub: {address!r}")
     return found[1], found[2], found[3]
 
 
 def dataset_files(repository: str, config: str | None, split: str, revision: str) -> list[HubFile]:
-    """The files of a dataset's split, sorted by path, all of one commit; ``config`` None is the default one.
+    """Return the files of a dataset's split on the hub, sorted by path, all of one commit.
+
+    Args:
+        repository: name of the dataset repository, OWNER/NAME.
+        config: configuration of the dataset; None: the default one.
+        split: split of the dataset, such as "train".
+        revision: branch, tag or commit.
 
     Raises:
-        UserError: there is no such dataset, configuration or split, or the hub cannot be reached.
+        UserError: the dataset, configuration or split does not exist, or the hub cannot be reached.
     """
     info = _info(repository, revision)
     configs = _configs(info.card_data)
-    endings = (*READABLE, *IF_NAMED) if configs else READABLE
+    endings = (*READABLE, *IF_LISTED) if configs else READABLE
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or [] if _readable(s.rfilename, endings)}
     if configs:
         chosen = _choose(repository, configs, config)
@@ -62,13 +72,20 @@ def dataset_files(repository: str, config: str | None, split: str, revision: str
     else:
         found = sorted(path for path in sizes if _matches_by_name(path, config, split))
     if not found:
-        there = ", ".join(sorted(sizes)[:5]) or "none that can be read"
-        raise UserError(f"{repository} on the hub has no files for {config or 'the dataset'}, split {split}: {there}")
+        there = ", ".join(sorted(sizes)[:5]) or "none"
+        raise UserError(
+            f"{repository} on the hub has no files for {config or 'the dataset'}, split {split}; "
+            f"readable files: {there}"
+        )
     return [HubFile(repository, info.sha, path, sizes[path]) for path in found]
 
 
 def repository_files(repository: str, revision: str, suffixes: tuple[str, ...]) -> list[HubFile]:
-    """All files of a dataset repository with one of ``suffixes``, sorted by path; raises as `dataset_files`."""
+    """Return all files of a dataset repository on the hub with one of ``suffixes``, sorted by path.
+
+    Raises:
+        UserError: the dataset does not exist, or the hub cannot be reached.
+    """
     info = _info(repository, revision)
     found = sorted((s.rfilename, s.size or 0) for s in info.siblings or [] if s.rfilename.endswith(suffixes))
     return [HubFile(repository, info.sha, path, size) for path, size in found]
@@ -81,17 +98,19 @@ def _info(repository: str, revision: str) -> Any:
     try:
         return hub.HfApi().dataset_info(repository, revision=revision, files_metadata=True)
     except errors.GatedRepoError:
-        raise UserError(f"{repository} on the hub is gated: accept its terms there, then `hf auth login`") from None
+        raise UserError(
+            f"{repository} on the hub is gated: accept its terms on its page, then run `hf auth login`"
+        ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repository} on the hub has no revision {revision!r}") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"{repository}: no such public dataset on the Hugging Face hub") from None
-    except Exception as e:  # no common base: httpx's errors in one version, httpx2's in another, OSError
+    except Exception as e:  # no common base class: errors of httpx or httpx2 by version, OSError
         raise UserError(f"{repository}: the Hugging Face hub cannot be reached ({one_line(e)})") from None
 
 
 def _configs(card: Any) -> dict[str, dict[str, list[str]]]:
-    """Configuration -> split -> patterns, from a dataset's card."""
+    """Read the configurations of a dataset's card: configuration -> split -> file patterns."""
     listed = (card.to_dict() if card is not None else {}).get("configs") or []
     configs: dict[str, dict[str, list[str]]] = {}
     for entry in listed:
@@ -127,7 +146,7 @@ def _readable(path: str, endings: tuple[str, ...]) -> bool:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether a card's pattern means ``path``: `*` stays within a folder, `**` does not; a folder means all in it."""
+    """Return whether a pattern of a card matches ``path``; a folder matches all files below it."""
     pattern = pattern.removeprefix("./").rstrip("/")
     return path.startswith(pattern + "/") or matches(path.split("/"), pattern.split("/"))
 
@@ -141,9 +160,20 @@ def _matches_by_name(path: str, config: str | None, split: str) -> bool:
 
 
 def fetch(address: str, cache: Path | None) -> Path:
-    """Download a `HubFile`, verified, into ``cache`` (None: the hub client's own)."""
+    """Download and verify a hub file.
+
+    Args:
+        address: address of a `HubFile`.
+        cache: folder for the download; None: cache of the hub client.
+
+    Returns:
+        Path of the downloaded file.
+
+    Raises:
+        UserError: the file is missing on the hub or cannot be downloaded.
+    """
     repository, commit, name = parse_address(address)
     path = hub_file(repository, name, commit, kind="dataset", cache=cache)
     if path is None:
-        raise UserError(f"{name} of {repository} is missing on the hub, although it is listed there; try again later")
+        raise UserError(f"{name} of {repository} is missing on the hub, although the hub lists it; try again later")
     return path

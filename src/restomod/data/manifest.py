@@ -1,4 +1,4 @@
-"""Manifests of token shards, plans and records of units of work: their types, checked when they are read.
+"""Types of manifests, plans and unit records, and functions that read and validate them.
 
 Unknown keys are kept.
 """
@@ -18,24 +18,24 @@ from restomod.utils.json_files import as_tuple, checked, file_name, read_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "restomod-tokens-1"
-MAX_BYTES = 512 * 2**20  # of a manifest: 10 trillion tokens of local files are 900,000 units of work
-READ = "read"  # key of the counts of `restomod.data.read_counts`; older manifests lack it
-PREPARE_AGAIN = "delete the folder and prepare it anew"
+MAX_BYTES = 512 * 2**20  # limit of a manifest; 10 trillion tokens of local files are 900,000 units
+READ = "read"  # key of the counts from `restomod.data.read_counts`; missing in older manifests
+PREPARE_AGAIN = "delete the folder and prepare it again"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
-Finite = Annotated[float, Field(ge=-1e100, le=1e100)]  # neither NaN nor infinite, and sums of squares stay so
+Finite = Annotated[float, Field(ge=-1e100, le=1e100)]  # finite, and small enough for finite sums of squares
 
 
 class Shard(TypedDict):
-    """A file of tokens."""
+    """Manifest entry of a shard."""
 
     file: Annotated[str, AfterValidator(file_name)]
-    tokens: Annotated[int, Field(ge=0, lt=2**31)]  # its header has 32 bits for it
+    tokens: Annotated[int, Field(ge=0, lt=2**31)]  # the header has 32 bits for the count
     sha256: str
 
 
 class Split(TypedDict):
-    """The shards of a split, in order."""
+    """Shards of a split, in order."""
 
     tokens: Count
     shards: list[Shard]
@@ -44,12 +44,14 @@ class Split(TypedDict):
 
 
 class Splits(TypedDict):
+    """Training and validation split."""
+
     train: Split
     val: Split
 
 
 class Read(TypedDict, total=False):
-    """Made by `ReadCounts.to_dict`."""
+    """Counts of files that were read or skipped, from `ReadCounts.to_dict`."""
 
     files: dict[str, dict[str, Count]]
     bytes: dict[str, Count]
@@ -59,7 +61,7 @@ class Read(TypedDict, total=False):
 
 
 class UnitPlan(TypedDict):
-    """A unit of work, written by `restomod.data.prepare.units.describe`."""
+    """Unit of work in a plan, from `restomod.data.prepare.units.describe`."""
 
     files: list[str]
     bytes: Count
@@ -67,27 +69,31 @@ class UnitPlan(TypedDict):
 
 
 class PreparePlan(TypedDict):
-    """All that decides the shards of a folder, made by `restomod.data.prepare.units.describe`."""
+    """Plan of a folder: everything that determines its shards, from `restomod.data.prepare.units.describe`."""
 
     name: str
     settings: dict[str, str | int | float | bool | None]
-    datasets: dict[str, list[Annotated[tuple[str, Count], BeforeValidator(as_tuple)]]]  # addresses, sizes in bytes
+    datasets: dict[str, list[Annotated[tuple[str, Count], BeforeValidator(as_tuple)]]]  # (address, bytes)
     units: list[UnitPlan]
     tokenizer: str
 
 
 class UnitSplit(Split):
+    """Shards and counts of one split of a unit."""
+
     documents: Count  # type: ignore[misc]
     text_bytes: Count  # type: ignore[misc]
 
 
 class UnitSplits(TypedDict):
+    """Training and validation split of a unit."""
+
     train: UnitSplit
     val: UnitSplit
 
 
 class UnitRecord(TypedDict):
-    """Record of a finished unit."""
+    """Record of a finished unit: its shards and counts."""
 
     splits: UnitSplits
     documents: Count
@@ -96,6 +102,8 @@ class UnitRecord(TypedDict):
 
 
 class TokenizerRecord(TypedDict):
+    """Tokenizer of a folder of shards: its name and the SHA-256 of its vocabulary."""
+
     name: str
     sha256: str
 
@@ -106,7 +114,7 @@ class Manifest(TypedDict):
     name: str
     fingerprint: str
     tokenizer: TokenizerRecord
-    documents: Count | None  # None: not known of published shards
+    documents: Count | None  # None: unknown, for published shards
     tokens: Count
     splits: Splits
     duplicates: NotRequired[Count]
@@ -115,17 +123,18 @@ class Manifest(TypedDict):
 
 
 class Prepared(Manifest):
-    """Manifest of a folder that was prepared here."""
+    """Manifest of a folder that `restomod prepare` has written."""
 
     documents: Count  # type: ignore[misc]
     duplicates: Count  # type: ignore[misc]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of token shards, with all its keys.
+    """Read the manifest of a folder of token shards, with all its keys.
 
     Raises:
-        UserError: it is missing, of another format, or damaged: a value has a wrong type, or counts contradict.
+        UserError: the manifest is missing, has another format, has values of wrong types, or its counts are
+            inconsistent.
     """
     path = folder / MANIFEST
     manifest = read_json(path, "manifest of token shards", max_bytes=MAX_BYTES)
@@ -140,13 +149,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key, tokens, summed in [*sums, ("tokens", manifest["tokens"], parts.values())]:
         if tokens != (total := sum(part["tokens"] for part in summed)):
             raise UserError(
-                f"{path} is damaged: {key} is {tokens:,}, but its parts have {total:,} tokens; {PREPARE_AGAIN}"
+                f"{path} is damaged: {key} is {tokens:,}, but the sum of its parts is {total:,}; {PREPARE_AGAIN}"
             )
     return manifest
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The plan that was begun in a folder, with all its keys; raises UserError where it is damaged."""
+    """Read the plan of a folder, with all its keys.
+
+    Raises:
+        UserError: the plan is damaged.
+    """
     plan = read_json(path, "plan of this folder", max_bytes=MAX_BYTES)
     checked(plan, PreparePlan, f"{path} is damaged: the plan of this folder")
     assert isinstance(plan, dict)
@@ -154,7 +167,11 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def read_unit(path: Path) -> dict[str, Any]:
-    """The record of a finished unit; raises UserError where it is damaged (without it, the unit is done again)."""
+    """Read the record of a finished unit.
+
+    Raises:
+        UserError: the record is damaged; after its deletion the unit is prepared again.
+    """
     try:
         return dict(read_json(path, "record of a finished unit", UnitRecord))
     except UserError as e:
@@ -162,11 +179,11 @@ def read_unit(path: Path) -> dict[str, Any]:
 
 
 def merge_counts(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up what several units of work read, each as made by `ReadCounts.to_dict`."""
+    """Sum the counts of several units, each from `ReadCounts.to_dict`."""
     whole: dict[str, Any] = {}
     for record in records:
         for key, value in record.items():
-            if key in Read.__annotations__:  # others may be of any type
+            if key in Read.__annotations__:  # unknown keys can have any type
                 whole[key] = _sum(whole.get(key), value)
     return whole
 
@@ -179,10 +196,13 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def is_fineweb_edu(manifest: Mapping[str, Any]) -> bool:
-    """Whether the name or a shard's name says FineWeb-Edu, the text of the published validation losses; not a mix."""
+    """Return whether a dataset is FineWeb-Edu, by its name or the names of its validation shards; False for a mix.
+
+    The published validation losses of GPT-2 reproductions are on FineWeb-Edu.
+    """
     splits = manifest.get("splits")
-    held_out = splits.get("val") if isinstance(splits, dict) else None
-    shards = held_out.get("shards") if isinstance(held_out, dict) else None
+    val = splits.get("val") if isinstance(splits, dict) else None
+    shards = val.get("shards") if isinstance(val, dict) else None
     files = [str(shard.get("file")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
     names = [str(manifest.get("name", "")), *files]
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]

@@ -1,4 +1,4 @@
-"""Command `data`: describes a folder of token shards."""
+"""Description of a folder of token shards, printed by the command `data`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from restomod.data.sources import BUILT_IN
 from restomod.data.tokenizer import END_OF_TEXT, END_OF_TEXT_LITERAL, Tokenizer, gpt2_tokenizer, require_in_vocabulary
 from restomod.utils.text import counted
 
-SAMPLE_TOKENS = 20_000_000  # of the training split; more changes the statistics little
+SAMPLE_TOKENS = 20_000_000  # training tokens of the statistics; more tokens change them little
 READ_TOKENS = 1_000_000
 MOST_COMMON = 20
 WINDOW_TOKENS = 64
@@ -26,32 +26,36 @@ BAR = 40
 
 
 def overview(folder: Path, verify: bool) -> Iterator[str]:
-    """Yield lines about a folder: splits, document lengths, most common tokens, three decoded windows.
+    """Yield lines that describe a folder: splits, origin, document lengths, most common tokens, decoded windows.
 
-    With ``verify``, every byte is read and every SHA-256 compared with the manifest.
+    Args:
+        folder: folder of token shards.
+        verify: compare the SHA-256 of every shard with the manifest, which reads every byte.
 
     Raises:
-        UserError: the folder does not hold whole token shards.
+        UserError: the folder has no token shards, or a shard is damaged.
     """
     tokenizer = gpt2_tokenizer()
     dataset = open_tokens(folder, "all" if verify else "sizes")
     manifest = dataset.manifest
     vocabulary = manifest["tokenizer"]["name"]
-    yield f"{folder}: {manifest['name']}, {manifest['tokens']:,} tokens of the {vocabulary} vocabulary"
+    yield f"{folder}: {manifest['name']}, {manifest['tokens']:,} tokens, vocabulary {vocabulary}"
     for name, stream in (("train", dataset.train), ("val", dataset.val)):
         yield _split_line(dataset, name, stream)
     yield from _origin(manifest)
     if manifest.get("duplicates"):
-        yield f"{counted(manifest['duplicates'], 'duplicate document')} left out"
+        yield f"duplicates: {counted(manifest['duplicates'], 'document')} dropped"
     yield from summary_lines(manifest)
     if len(dataset.train):
         yield from _statistics(folder, dataset.train, tokenizer)
         yield from _windows(dataset.train, tokenizer)
     if not (folder / MANIFEST).exists():
-        yield "sizes are right; these shards came without hashes to compare"
+        yield "verified: sizes of all shards (published shards have no SHA-256 to compare)"
     else:
         yield (
-            "every shard has the SHA-256 of the manifest" if verify else "sizes are right; --verify compares every byte"
+            "verified: SHA-256 of all shards"
+            if verify
+            else "verified: sizes of all shards; add --verify to compare their SHA-256"
         )
 
 
@@ -67,7 +71,7 @@ def _split_line(dataset: Dataset, name: str, stream: TokenStream) -> str:
 
 
 def _origin(manifest: dict[str, Any]) -> Iterator[str]:
-    """Sources and settings with which the folder was prepared; nothing for published shards."""
+    """Yield a line with the sources and settings of a prepared folder; nothing for published shards."""
     plan = manifest.get("plan")
     if not plan:
         return
@@ -80,11 +84,11 @@ def _origin(manifest: dict[str, Any]) -> Iterator[str]:
     named = [*plan["datasets"], *sorted({u["source"] for u in plan["units"] if u["source"] in BUILT_IN})]
     origin = ", ".join([*named, *files[: not named]]) + (" …" if len(files) > 1 and not named else "")
     in_files = f" ({counted(len(files), 'file')})" if files else ""
-    yield f"made of {origin}{in_files}" + (f" with {' '.join(flags)}" if flags else "")
+    yield f"source: {origin}{in_files}" + (f", settings: {' '.join(flags)}" if flags else "")
 
 
 def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
-    """Lengths of documents and most common tokens, over the first `SAMPLE_TOKENS` of a split."""
+    """Yield document lengths and most common tokens of the first `SAMPLE_TOKENS` of a split."""
     n, literals = min(len(stream), SAMPLE_TOKENS), 0
     counts, ends = np.zeros(tokenizer.vocab_size, dtype=np.int64), []
     for start in range(0, n, READ_TOKENS):
@@ -93,16 +97,15 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
         literals += _literals(stream, start, min(start + READ_TOKENS, n), tokenizer)
         ends.append(start + np.flatnonzero(tokens == END_OF_TEXT))
-    of = "" if n == len(stream) else f", of the first {n:,} tokens"
+    of = "" if n == len(stream) else f" in the first {n:,} tokens"
     lengths = np.diff(np.concatenate([*ends, [n]])) - 1
     lengths = lengths[lengths > 0]
-    yield (
-        f"separators{of}: the token {END_OF_TEXT} {counts[END_OF_TEXT]:,} times, the characters "
-        f"{END_OF_TEXT_LITERAL} {literals:,} times"
-    )
+    yield f"separators{of}: {counts[END_OF_TEXT]:,} tokens {END_OF_TEXT}, {literals:,} literal {END_OF_TEXT_LITERAL}"
     if len(lengths):
         low, middle, high = np.percentile(lengths, [5, 50, 95])
-        yield f"document lengths in tokens{of}: 5 % up to {low:,.0f}, half up to {middle:,.0f}, 95 % up to {high:,.0f}"
+        yield (
+            f"document length{of}: 5th percentile {low:,.0f} tokens, median {middle:,.0f}, 95th percentile {high:,.0f}"
+        )
         yield from _histogram(lengths)
     yield f"most common tokens{of}:"
     for token in np.argsort(counts)[::-1][:MOST_COMMON]:
@@ -111,8 +114,8 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
 
 
 def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) -> int:
-    """Count the characters ``<|endoftext|>`` that begin in [start, stop) of a stream."""
-    word = tokenizer.encode("endoftext").tolist()  # a word of its own between other characters
+    """Count literal ``<|endoftext|>`` that begin at tokens [start, stop) of a stream."""
+    word = tokenizer.encode("endoftext").tolist()  # a separate word between other characters
     low = max(0, start - 4)
     tokens = stream.read(low, min(stop + len(word) + 4, len(stream)) - low).tolist()
     found = 0
@@ -124,7 +127,7 @@ def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) 
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
-    """Histogram with a bar per power of two."""
+    """Yield the lines of a histogram with one bar per power of two."""
     powers = np.floor(np.log2(lengths)).astype(int)
     counts = np.bincount(powers)
     for power in range(int(powers.min()), len(counts)):
@@ -133,7 +136,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 
 
 def _windows(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[str]:
-    """Three decoded windows: from the beginning, the middle and the end."""
+    """Yield three decoded windows: from the beginning, the middle and the end of a split."""
     length = min(WINDOW_TOKENS, len(stream))
     for start in dict.fromkeys([0, (len(stream) - length) // 2, len(stream) - length]):
         yield f"tokens {start:,} to {start + length - 1:,}:"

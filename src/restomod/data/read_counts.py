@@ -1,4 +1,4 @@
-"""Counts of files read by format and of files skipped by reason, for the manifest and the console."""
+"""Counts of read files by format and skipped files by reason, for the manifest and the console."""
 
 from __future__ import annotations
 
@@ -16,35 +16,42 @@ from restomod.utils.text import counted
 
 AS_TEXT = "plain text (JSON without the text field)"
 ADVICE = (
-    "if it separates documents, add --separator '<|endoftext|>', which splits plain text files there; in JSON, CSV or "
-    "Parquet make a record of each document"
+    "if it separates documents, split plain text files with --separator '<|endoftext|>'; in JSON, CSV or Parquet, "
+    "store each document as a record"
 )
-TO_MEND = ("broken link", "unreadable folder")
+POSSIBLE_LOSSES = ("broken link", "unreadable folder")
 
 
 class ReadCounts:
-    """Counts of files read and skipped, and of separators."""
+    """Counts of read and skipped files, literal ``<|endoftext|>``, and separators."""
 
     def __init__(self) -> None:
         self.files: dict[str, collections.Counter[str]] = {}
         """Number of files by format and ending."""
         self.bytes: collections.Counter[str] = collections.Counter()
-        """Size of the files as stored, by format."""
-        self.left_out: collections.Counter[str] = collections.Counter()
-        """Number of files (or folders) skipped, by reason."""
+        """Size of the files on disk in bytes, by format."""
+        self.skipped: collections.Counter[str] = collections.Counter()
+        """Number of skipped files and folders, by reason."""
         self.separators: int | None = None
-        """Occurrences of --separator in plain text; None: not asked for."""
+        """Occurrences of --separator in plain text; None without --separator."""
         self._literals = 0
         self._long_literals: dict[str, int] = {}
 
     def count_file(self, path: Path, found: FileFormat) -> None:
-        """Count a file."""
+        """Count a file by its format."""
         kind = AS_TEXT if found.as_text else found.kind
         self.files.setdefault(kind, collections.Counter())[ending(path)] += 1
         self.bytes[kind] += path.stat().st_size
 
     def count(self, document: AnyDocument) -> AnyDocument:
-        """Count the literal ``<|endoftext|>`` in a document; in a long one while its text is read."""
+        """Count literal ``<|endoftext|>`` in a document; in a long document, each time its text is read.
+
+        Args:
+            document: document to count.
+
+        Returns:
+            The document to read in its place.
+        """
         if isinstance(document, Document):
             self._literals += document.text.count(END_OF_TEXT_LITERAL)
             return document
@@ -55,17 +62,17 @@ class ReadCounts:
         for part in parts():
             joined = end + part
             found += joined.count(END_OF_TEXT_LITERAL)
-            end = joined[1 - len(END_OF_TEXT_LITERAL) :]  # one may stand across two parts
+            end = joined[1 - len(END_OF_TEXT_LITERAL) :]  # a literal can span two parts
             yield part
-        self._long_literals[name] = found  # once, however often it is read
+        self._long_literals[name] = found  # assignment, because a document can be read several times
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without counts of zero."""
+        """Return the counts as JSON values, without zeros."""
         literals = self._literals + sum(self._long_literals.values())
         values = {
             "files": {kind: dict(sorted(endings.items())) for kind, endings in sorted(self.files.items())},
             "bytes": dict(sorted(self.bytes.items())),
-            "left_out": dict(sorted(self.left_out.items())),
+            "left_out": dict(sorted(self.skipped.items())),
             "end_of_text_literals": literals,
         }
         separators = {} if self.separators is None else {"separators": self.separators}
@@ -73,30 +80,28 @@ class ReadCounts:
 
 
 def summary_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """A manifest's counts of what was read, as (heading, text) rows, warnings last; none for published shards."""
+    """Return the counts of a manifest as (heading, text) rows, warnings last; empty for published shards."""
     read = manifest.get(READ) or {}
-    files, sizes, left_out = read.get("files", {}), read.get("bytes", {}), read.get("left_out", {})
+    files, sizes, skipped = read.get("files", {}), read.get("bytes", {}), read.get("left_out", {})
     rows = []
     if files:
         rows.append(("read", ", ".join(_of_kind(kind, endings, sizes.get(kind, 0)) for kind, endings in files.items())))
-    if left_out:
-        n = sum(left_out.values())
-        rows.append(("left out", f"{counted(n, 'file')} or {'folder' if n == 1 else 'folders'}: {_counts(left_out)}"))
+    if skipped:
+        n = sum(skipped.values())
+        rows.append(("skipped", f"{counted(n, 'file')} or {'folder' if n == 1 else 'folders'}: {_counts(skipped)}"))
     if literals := read.get("end_of_text_literals", 0):
-        rows.append(("warning", f"the text holds <|endoftext|> {counted(literals, 'time')} as characters; {ADVICE}"))
+        rows.append(("warning", f"the text contains a literal <|endoftext|> {counted(literals, 'time')}; {ADVICE}"))
     if read.get("separators") == 0:
-        rows.append(("warning", "the separator does not occur in any plain text file, so nothing was split"))
+        rows.append(("warning", "--separator does not occur in any plain text file, so no file was split"))
     if list(files) == [AS_TEXT]:
-        rows.append(
-            ("warning", "this JSON is used as plain text; to use the text of a field, name it with --text-column")
-        )
-    if lost := {what: left_out[what] for what in TO_MEND if what in left_out}:
+        rows.append(("warning", "the JSON was read as plain text; to read the text of a field, set --text-column"))
+    if lost := {what: skipped[what] for what in POSSIBLE_LOSSES if what in skipped}:
         rows.append(("warning", f"files may be missing: {_counts(lost)}"))
     return rows
 
 
 def summary_lines(manifest: dict[str, Any]) -> list[str]:
-    """`summary_rows` as lines."""
+    """Return the counts of a manifest as lines, warnings last; see `summary_rows`."""
     return [f"{heading}: {text}" for heading, text in summary_rows(manifest)]
 
 

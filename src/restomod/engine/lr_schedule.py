@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from restomod.config.run import OptimConfig, RunConfig
+from restomod.config.run import Decay, OptimConfig, RunConfig
 from restomod.utils.text import counted
 
 
@@ -14,24 +15,56 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
-    """Factor of all maximum learning rates in step ``step`` of ``steps``, counted from 0.
+    """Return the factor of all maximum learning rates at ``step`` of ``steps``, counted from 0.
 
-    Linear warm-up over ``warmup_steps`` (the first step already moves), then down as ``decay`` says, to
-    ``min_lr_ratio`` at the last step. Sources: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B
-    (cosine); Hu et al., "MiniCPM", 2024 (warm-up, stable, decay); Hägele et al., "Scaling Laws and Compute-Optimal
-    Training Beyond Fixed Training Durations", 2024 (1-sqrt).
+    The factor rises linearly over ``warmup_steps``; the first step already has a positive rate. Then it falls along
+    the function of ``decay`` in `DECAYS` from 1 to ``min_lr_ratio`` at the last step.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
-    cooled = max(0.0, 1 - (1 - progress) / config.cooldown)  # how much of the cooldown has passed
-    remaining = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": 1 - progress,
-        "wsd": 1 - cooled,
-        "1-sqrt": 1 - math.sqrt(cooled),
-    }[config.decay]
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * DECAYS[config.decay](progress, config.cooldown)
+
+
+def cosine(progress: float, cooldown: float) -> float:
+    """Return half a cosine. Source: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float, cooldown: float) -> float:
+    """Return a straight line."""
+    return 1 - progress
+
+
+def wsd(progress: float, cooldown: float) -> float:
+    """Return 1, then a straight line over the cooldown (warm-up, stable, decay). Source: Hu et al., "MiniCPM", 2024."""
+    return 1 - cooldown_progress(progress, cooldown)
+
+
+def one_minus_sqrt(progress: float, cooldown: float) -> float:
+    """Return 1, then 1 - sqrt(progress of the cooldown).
+
+    Source: Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", 2024.
+    """
+    return 1 - math.sqrt(cooldown_progress(progress, cooldown))
+
+
+def cooldown_progress(progress: float, cooldown: float) -> float:
+    """Return the fraction of the cooldown that has passed: 0 before it begins, 1 at the last step."""
+    return max(0.0, 1 - (1 - progress) / cooldown)
+
+
+DECAYS: dict[Decay, Callable[[float, float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": wsd,
+    "1-sqrt": one_minus_sqrt,
+}
+"""Decays by name: functions of (progress, cooldown) that fall from 1 at progress 0 to 0 at progress 1.
+
+``progress`` is the passed fraction of the steps after the warm-up, ``cooldown`` is `OptimConfig.cooldown`. A new decay
+is a function, an entry here, and a name in `restomod.config.run.Decay`.
+"""
 
 
 def describe_warmup(config: RunConfig) -> str:

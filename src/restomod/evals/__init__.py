@@ -1,1 +1,1 @@
-"""Evaluation of a model: validation loss and tasks by log-likelihood, scored, beside published results."""
+"""Evaluation of language models: validation loss and log-likelihood tasks, compared with published results."""

@@ -1,14 +1,13 @@
-"""Log-likelihoods of continuations given contexts: the one interface under every task.
+"""Log-likelihoods of continuations given contexts, the scoring interface of every task.
 
-Requests with the same context share a row: the context once, then its continuations side by side. A mask lets each
-continuation attend to the context and itself; position ids are those it would have directly after the context. One
-forward pass replaces a row per continuation, and the context is computed once.
+Requests with the same context share a row: the context, followed by all its continuations. An attention mask lets each
+continuation attend to the context and to itself. Its position ids begin directly after the context. The context is
+therefore computed once, and a multiple-choice question needs one row instead of one row per choice.
 
-The rules are those of lm-evaluation-harness 0.4 (EleutherAI): how text is split into the tokens of a context and of a
-continuation (`encode_pair`), and what is cut away where the two are too long for the model (`_fit`).
+Tokenization (`encode_pair`) and truncation (`_fit`) follow lm-evaluation-harness 0.4 (EleutherAI).
 
-Shapes: B = rows, T = tokens of the longest, N = positions that predict, M = predicted tokens, D = n_embd,
-V = vocabulary.
+Shapes: B = rows, T = tokens of the longest row, N = positions that predict a token, M = predicted tokens, D = n_embd,
+V = vocabulary size.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Request:
-    """A context and a continuation to score, neither of them empty."""
+    """Token ids of a context and of the continuation to score, both non-empty."""
 
     context: Tokens
     continuation: Tokens
@@ -44,83 +43,93 @@ class Score:
     """Log-likelihood of a continuation."""
 
     log_likelihood: float
-    """Nats, summed over the tokens of the continuation."""
+    """Sum over the tokens of the continuation, in nats."""
     greedy: bool
     """Whether greedy decoding would generate the continuation."""
     tokens: int
-    """Length of the continuation."""
+    """Length of the continuation in tokens."""
     truncated: bool
-    """Whether the beginning of the context was cut to fit into the model's window."""
+    """Whether the beginning of the context was cut to fit into the context length."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that go through the model together."""
+    """Input of one forward pass."""
 
     tokens: Tensor
-    """(B, T) int64, padded at the right."""
+    """Token ids, (B, T) int64, padded at the right."""
     positions: Tensor | None
-    """(B, T) int64; None: 0, 1, 2, … in every row."""
+    """Position ids, (B, T) int64; None: 0, 1, 2, … in every row."""
     mask: Tensor | None
-    """(B, 1, T, T) bool, which tokens (last) each token attends to; None: causal."""
+    """Attention mask, (B, 1, T, T) bool; True where a query (third axis) attends to a key (last axis). None: causal."""
     at: Tensor
-    """(N,) int64, the positions that predict, counted through all rows."""
+    """Positions that predict a token, (N,) int64, as indices into the flattened (B * T,) tokens."""
     which: Tensor
-    """(M,) int64, index into ``at`` of the position that predicts each target."""
+    """Index into ``at`` of the position that predicts each target, (M,) int64."""
     targets: Tensor
-    """(M,) int64, the tokens of all continuations, one continuation after the other."""
+    """Tokens of all continuations, concatenated, (M,) int64."""
 
 
 class LanguageModel(Protocol):
-    """A model that can be scored."""
+    """Interface of a model that can be scored."""
 
     max_length: int
-    """Length of its window in tokens."""
+    """Context length in tokens."""
     shares_contexts: bool
-    """Whether it takes positions and masks, so that continuations can share a row."""
+    """Whether the model accepts position ids and masks, so that continuations can share a row."""
     tokens_per_forward: int
     """Tokens per forward pass, chosen for speed."""
     prefix: int
-    """The token that stands for an empty context."""
+    """Token that replaces an empty context."""
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text."""
+        """Return the token ids of a text."""
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probability, (M,) fp32, of each target, and whether no other token was likelier, (M,) bool."""
+        """Compute the log-probability of each target.
+
+        Returns:
+            Log-probabilities, (M,) fp32, and whether each target is the most likely token, (M,) bool.
+        """
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A context and some of its continuations."""
+    """Context and some of its continuations."""
 
     context: Tokens
     continuations: tuple[Tokens, ...]
 
     @property
     def length(self) -> int:
-        """Tokens that go through the model: the last one of a continuation predicts nothing."""
+        """Number of input tokens. The last token of a continuation is only a target, not an input."""
         return len(self.context) + sum(len(c) - 1 for c in self.continuations)
 
 
 def encode_pair(encode: Callable[[str], Sequence[int]], prefix: int, context: str, continuation: str) -> Request:
-    """Encode a context and a continuation, split where the context ends.
+    """Encode a context and a continuation.
 
-    As in lm-evaluation-harness's `_encode_pair`: spaces at the end of the context belong to the continuation; both are
-    encoded together, so that the boundary is the one that running text has; an empty context is the token ``prefix``.
+    Follows `_encode_pair` of lm-evaluation-harness. Spaces at the end of the context become part of the continuation.
+    Both texts are encoded together and then split, so that the tokens are those of continuous text.
+
+    Args:
+        encode: tokenizer.
+        prefix: token that replaces an empty context.
+        context: text before the continuation, may be empty.
+        continuation: text to score.
 
     Raises:
-        UserError: the continuation is empty, or the context's last token swallows it.
+        UserError: the continuation is empty or adds no token to the context.
     """
     if not continuation:
-        raise UserError("a continuation is empty: there is nothing to score")
+        raise UserError("a continuation is empty; it needs text to score")
     if not context:
         tokens = tuple(map(int, encode(continuation)))
         return Request((prefix,), tokens) if tokens[0] != prefix else Request(tokens[:1], tokens[1:])
     kept = context.rstrip()
     before = tuple(map(int, encode(kept)))
     whole = tuple(map(int, encode(context + continuation)))
-    if not before:  # of white space alone
+    if not before:  # the context is white space
         return Request((prefix,), whole)
     if len(whole) <= len(before):
         raise UserError(f"the continuation {continuation!r:.40} adds no token to its context; put a space before it")
@@ -130,16 +139,19 @@ def encode_pair(encode: Callable[[str], Sequence[int]], prefix: int, context: st
 def log_likelihoods(
     model: LanguageModel, requests: Sequence[Request], batch: int | None = None, processes: Processes = SINGLE
 ) -> list[Score]:
-    """Score every request.
+    """Score every request. Equal requests are computed once.
 
-    The result depends on neither the order of the requests nor the number of processes, and on ``batch`` only by the
-    rounding of matmuls: which requests share a batch follows from their content alone.
+    The result does not depend on the order of the requests or on the number of ranks, because batches are formed from
+    the content of the requests. ``batch`` changes the rounding of matmuls only. All ranks must call this function.
 
-    Equal requests are computed once. ``batch`` is in contexts per forward pass; None: about
-    ``model.tokens_per_forward`` tokens. All processes call this, share the work and get the same result.
+    Args:
+        model: model to evaluate.
+        requests: contexts and continuations.
+        batch: contexts per forward pass; None: about ``model.tokens_per_forward`` tokens.
+        processes: ranks that share the work; all of them get the complete result.
 
     Raises:
-        UserError: a continuation alone is longer than the model's window.
+        UserError: a continuation is longer than the context length.
     """
     fitted = [_fit(request, model.max_length) for request in requests]
     batches = list(_batches(_rows(fitted, model), batch, model.tokens_per_forward))
@@ -157,21 +169,21 @@ def log_likelihoods(
 
 
 def _fit(request: Request, max_length: int) -> Request:
-    """Cut the beginning of the context where both together exceed the window by more than one token.
+    """Cut the beginning of the context if context and continuation together exceed ``max_length + 1`` tokens.
 
-    The last token is predicted and not read, so one more than the window fits.
+    One more token than the context length fits, because the last token is only a target.
     """
     room = max_length + 1 - len(request.continuation)
     if room < 1:
         raise UserError(
-            f"a continuation of {len(request.continuation):,} tokens is longer than the model's window of "
-            f"{max_length:,}; shorten it, or leave it out"
+            f"a continuation of {len(request.continuation):,} tokens is longer than the model's context length of "
+            f"{max_length:,}; shorten or remove it"
         )
     return request if len(request.context) <= room else Request(request.context[-room:], request.continuation)
 
 
 def _rows(requests: Sequence[Request], model: LanguageModel) -> list[_Row]:
-    """Group requests by context, longest row first, in an order that depends on their content only."""
+    """Group requests by context, longest row first; the order depends only on their content."""
     by_context: dict[Tokens, set[Tokens]] = {}
     for request in requests:
         by_context.setdefault(request.context, set()).add(request.continuation)
@@ -189,7 +201,7 @@ def _rows(requests: Sequence[Request], model: LanguageModel) -> list[_Row]:
 
 
 def _batches(rows: list[_Row], batch: int | None, tokens_per_forward: int) -> Iterator[list[_Row]]:
-    """Batches of neighbouring rows, which have similar lengths."""
+    """Yield batches of consecutive rows, which have similar lengths."""
     start = 0
     while start < len(rows):
         stop = start + (batch or max(1, tokens_per_forward // rows[start].length))
@@ -199,7 +211,7 @@ def _batches(rows: list[_Row], batch: int | None, tokens_per_forward: int) -> It
 
 @torch.no_grad()
 def _score(model: LanguageModel, rows: list[_Row]) -> list[tuple[float, bool]]:
-    """Log-likelihood and greediness of every continuation of some rows."""
+    """Return the log-likelihood of every continuation, and whether greedy decoding would generate it."""
     log_probs, best = model.predict(pack(rows))
     p, b = log_probs.cpu().double().tolist(), best.tolist()  # MPS has no fp64
     scores, start = [], 0
@@ -211,9 +223,9 @@ def _score(model: LanguageModel, rows: list[_Row]) -> list[tuple[float, bool]]:
 
 
 def pack(rows: Sequence[_Row]) -> Batch:
-    """Pack rows into tensors."""
+    """Pack rows into the tensors of one forward pass."""
     T = max(row.length for row in rows)
-    tokens, positions, branches = [], [], []  # a row each, later (B, T)
+    tokens, positions, branches = [], [], []  # lists of rows, later (B, T)
     at: list[int] = []
     which: list[int] = []
     targets: list[int] = []
@@ -245,10 +257,10 @@ def pack(rows: Sequence[_Row]) -> Batch:
 
 
 def _mask(branches: Tensor) -> Tensor:
-    """Attention mask, (B, 1, T, T) bool: each token attends to earlier tokens of the context and of its own branch.
+    """Return the attention mask, (B, 1, T, T) bool: causal within the context and the token's own continuation.
 
     Args:
-        branches: (B, T): 0 in the context, k in its k-th continuation, `PADDING` behind.
+        branches: (B, T) int64: 0 in the context, k in the k-th continuation, `PADDING` after the last one.
     """
     T = branches.shape[1]
     key, query = branches[:, None, :], branches[:, :, None]
@@ -258,10 +270,17 @@ def _mask(branches: Tensor) -> Tensor:
 def gpt_log_probs(
     model: GPT, hidden: Tensor, which: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens from the hidden states that predict them.
+    """Compute log-probabilities of tokens from hidden states.
 
-    Takes ``hidden`` (N, D) and, of each target, its index ``which`` (M,). Returns (M,) fp32, at most 0, and whether no
-    other token was likelier, (M,) bool.
+    Args:
+        model: model whose lm_head and logit soft cap are used.
+        hidden: hidden states, (N, D).
+        which: row of ``hidden`` that predicts each target, (M,).
+        targets: token ids, (M,).
+        dtype: compute dtype of the lm_head.
+
+    Returns:
+        Log-probabilities, (M,) fp32, at most 0, and whether each target is the most likely token, (M,) bool.
     """
     config = model.config
     return linear_log_probs(hidden[which], model.head, targets, config.vocab_size, dtype, config.softcap)

@@ -1,4 +1,4 @@
-"""Models that can be scored: ours, and any causal language model of `transformers`."""
+"""Models that can be scored: restomod's GPT and causal language models of `transformers`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,42 @@ from restomod.runs.open_model import find_model
 from restomod.utils.errors import UserError
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 32768}
-SAME = 1e-3  # nats by which two ways to compute one log-likelihood may differ in fp32
+SAME = 1e-3  # tolerance in nats between two ways to compute a log-likelihood in fp32
 
 
 class ScoredGPT:
-    """Our GPT-2 as a `LanguageModel`. A compiled transformer is run uncompiled: rows have many lengths."""
+    """restomod's GPT as a `LanguageModel`. A compiled model runs in eager mode, because row lengths vary."""
 
     shares_contexts = True
     prefix = END_OF_TEXT
 
     def __init__(self, model: GPT, dtype: torch.dtype = torch.float32) -> None:
-        """Take a model with GPT-2's vocabulary; raises UserError if it has another."""
+        """Wrap a model.
+
+        Args:
+            model: model with GPT-2's vocabulary, on its device.
+            dtype: compute dtype.
+
+        Raises:
+            UserError: the model has another vocabulary.
+        """
         self.model, self.dtype = model, dtype
         self.tokenizer: Tokenizer = gpt2_tokenizer()
         if model.config.vocab_size != self.tokenizer.vocab_size:
             raise UserError(
-                f"the model has a vocabulary of {model.config.vocab_size:,} tokens, and the tasks' text is read with "
-                f"GPT-2's {self.tokenizer.vocab_size:,}: it cannot be evaluated on text"
+                f"the model has a vocabulary of {model.config.vocab_size:,} tokens; evaluation on text needs GPT-2's "
+                f"vocabulary of {self.tokenizer.vocab_size:,}"
             )
         self.max_length = model.config.n_positions
         device = model.head.device
         self.tokens_per_forward = tokens_on(device, TOKENS_PER_FORWARD)
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text; `<|endoftext|>` becomes one token."""
         return [int(token) for token in self.tokenizer.encode_special(text)]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compute log-probabilities, (M,) fp32, and whether each target is the most likely token, (M,) bool."""
         device = self.model.head.device
         positions = None if batch.positions is None else batch.positions.to(device)
         mask = None if batch.mask is None else batch.mask.to(device)
@@ -56,18 +66,24 @@ class ScoredGPT:
 
 
 class ScoredTransformers:
-    """A causal language model of `transformers` as a `LanguageModel`.
+    """Causal language model of `transformers` as a `LanguageModel`.
 
-    Whether it accepts position ids and a 4-D mask, so that continuations can share a row, is tried: where the result
-    differs from that of separate rows, or attention is windowed, every continuation gets its own row.
+    Continuations share a row if the model accepts position ids and a 4-D attention mask and gives the same
+    log-likelihoods as with separate rows. This is tested with a few tokens. Models with sliding-window attention always
+    get one row per continuation.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        """Take an `AutoModelForCausalLM`, whose dtype and device are used, and its `AutoTokenizer`."""
+        """Wrap a model.
+
+        Args:
+            model: `AutoModelForCausalLM`; its dtype and device are used.
+            tokenizer: `AutoTokenizer` of the model.
+        """
         self.opened = TransformersModel(model.eval(), tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.prefix = self.opened.max_length, self.opened.prefix
-        # logits are computed for all positions from the first that is needed on: fewer tokens at once
+        # logits of all positions from the first needed one take memory, so use half the tokens
         self.tokens_per_forward = tokens_on(model.device, TOKENS_PER_FORWARD) // 2
         parameters = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in parameters
@@ -75,11 +91,13 @@ class ScoredTransformers:
         self.shares_contexts = "position_ids" in parameters and attends_to_all and self._sharing_is_exact()
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens at its ends."""
         return self.opened.encode(text)
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compute log-probabilities, (M,) fp32, and whether each target is the most likely token, (M,) bool."""
         device, (_, T) = self.model.device, batch.tokens.shape
-        first = int((batch.at % T).min())  # no logits are needed before
+        first = int((batch.at % T).min())  # no logits are needed before this position
         given: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
         if self.keeps_logits:
             given["logits_to_keep"] = T - first
@@ -95,12 +113,12 @@ class ScoredTransformers:
         return log_probs_of(lambda part: flat[at[part]], batch.targets.to(device))
 
     def _sharing_is_exact(self) -> bool:
-        """Whether continuations that share a row get the log-likelihoods that they get in rows of their own."""
+        """Return whether continuations in a shared row have the same log-likelihoods as in separate rows."""
         context = tuple(range(1, 9))
         requests = [Request(context[:n], (n, *range(9, 9 + n), k)) for n in (5, 8) for k in (1, 2, 3)]
         results: list[list[float]] = []
         for self.shares_contexts in (False, True):
-            # masks that it does not take, tokens that it lacks, a window that is shorter
+            # the model may reject the mask, lack the tokens or have a shorter context length
             with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, UserError):
                 results.append([score.log_likelihood for score in log_likelihoods(self, requests)])
         if len(results) < 2:
@@ -113,12 +131,19 @@ class ScoredTransformers:
 def open_language_model(
     name: str, device: torch.device, dtype: torch.dtype, folder: Path | None = None
 ) -> LanguageModel:
-    """Open the model that ``name`` stands for (see `restomod.runs.open_model.find_model`) for scoring.
+    """Open a model for scoring.
 
-    What this package computes exactly is run by it, all others by `transformers`; see `open_causal_model`.
+    Architectures that restomod implements exactly become `ScoredGPT`, all others `ScoredTransformers`; see
+    `restomod.model.hf_models.open_causal_model`.
+
+    Args:
+        name: run, model folder or name on the Hugging Face hub; see `restomod.runs.open_model.find_model`.
+        device: device of the model.
+        dtype: compute dtype.
+        folder: folder of the model, if ``name`` was resolved before; None: ``name`` is resolved.
 
     Raises:
-        UserError: there is none, it is damaged, or `transformers` is needed and missing or cannot load it.
+        UserError: the model does not exist or is damaged, or `transformers` is needed and is missing or cannot load it.
     """
     opened = open_causal_model(name, folder or find_model(name), device, dtype)
     if isinstance(opened, TransformersModel):

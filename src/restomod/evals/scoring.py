@@ -1,4 +1,4 @@
-"""Scoring of tasks: accuracies and perplexity, each with its standard error."""
+"""Scoring of tasks: accuracies and perplexity with standard errors."""
 
 from __future__ import annotations
 
@@ -18,43 +18,51 @@ from restomod.evals.tasks.task import Example
 from restomod.utils.errors import NOT_FINITE, UserError
 
 ACCURACIES = {
-    "acc": "the choice of the highest log-probability",
-    "acc_norm": "… per character of the choice (lm-evaluation-harness's acc_norm)",
-    "acc_bytes": "… per byte of the choice",
-    "acc_token": "… per token (build-nanogpt's, and the GPT-3 paper's)",
+    "acc": "highest log-likelihood",
+    "acc_norm": "highest log-likelihood per character (lm-evaluation-harness's acc_norm)",
+    "acc_bytes": "highest log-likelihood per byte",
+    "acc_token": "highest log-likelihood per token (build-nanogpt, GPT-3 paper)",
 }
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over a sample of questions."""
+    """Mean over examples with its standard error."""
 
     value: float
     stderr: float | None
-    """One standard error; None for a single question."""
+    """One standard error; None if it is unknown, for example with a single example."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A model's result on a task."""
+    """Result of a model on a task."""
 
     metrics: dict[str, Estimate]
     choices: dict[str, list[int]]
-    """By accuracy, the choice for each example; for last words, 1 where greedy decoding generates the word."""
+    """Choice of the model for each example, by accuracy; for last words, 1 if greedy decoding generates the word."""
     gold: list[int]
+    """Right choice of each example."""
     truncated: int
-    """Examples whose context was cut to fit into the model's window."""
+    """Number of examples whose context was cut to fit into the context length."""
     seconds: float
+    """Wall-clock time of the evaluation."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result as JSON values."""
         return {"examples": len(self.gold)} | dataclasses.asdict(self)
 
 
 def score_task(
     model: LanguageModel, loaded: LoadedTask, batch: int | None = None, processes: Processes = SINGLE
 ) -> TaskResult:
-    """Score a model on all examples of a task; for ``batch`` and ``processes`` see `log_likelihoods`.
+    """Score a model on all loaded examples of a task.
+
+    Args:
+        model: model to evaluate.
+        loaded: task and examples.
+        batch: contexts per forward pass; None: chosen automatically.
+        processes: ranks that share the work.
 
     Raises:
         UserError: an example cannot be scored, or the model's output is not finite.
@@ -84,8 +92,8 @@ def _requests(model: LanguageModel, example: Example) -> list[Request]:
     longest = max(len(request.continuation) for request in requests)
     if longest > model.max_length:
         raise UserError(
-            f"{example.where}: a choice of {longest:,} tokens is longer than the model's window of "
-            f"{model.max_length:,}; shorten it, or leave it out"
+            f"{example.where}: a choice of {longest:,} tokens is longer than the model's context length of "
+            f"{model.max_length:,}; shorten or remove it"
         )
     return requests
 
@@ -93,7 +101,7 @@ def _requests(model: LanguageModel, example: Example) -> list[Request]:
 def _multiple_choice(
     examples: Sequence[Example], scores: Sequence[Sequence[Score]]
 ) -> tuple[dict[str, Estimate], dict[str, list[int]]]:
-    """The four accuracies; ties go to the first choice, as in lm-evaluation-harness."""
+    """Compute the four accuracies. The first of equal choices wins, as in lm-evaluation-harness."""
     choices: dict[str, list[int]] = {name: [] for name in ACCURACIES}
     for example, part in zip(examples, scores, strict=True):
         summed = np.array([score.log_likelihood for score in part])
@@ -115,33 +123,33 @@ def _multiple_choice(
 def _last_words(
     examples: Sequence[Example], scores: Sequence[Sequence[Score]]
 ) -> tuple[dict[str, Estimate], dict[str, list[int]]]:
-    """Share of words that greedy decoding generates, and exp of the mean negative log-probability of a word."""
+    """Compute the accuracy of greedy decoding, and the perplexity: exp of the mean negative log-likelihood."""
     greedy = [part[0].greedy for part in scores]
     losses = [-part[0].log_likelihood for part in scores]
     mean = math.fsum(losses) / len(losses)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     error = None
-    if len(losses) > 1:  # of the mean, carried through exp to first order
+    if len(losses) > 1:  # delta method: the standard error of the mean times the derivative of exp
         variance = math.fsum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)
         error = perplexity * math.sqrt(variance / len(losses))
     return {"acc": proportion(greedy), "perplexity": Estimate(perplexity, error)}, {"acc": [int(g) for g in greedy]}
 
 
 def proportion(hits: Sequence[bool]) -> Estimate:
-    """Proportion p of n hits, with the standard error sqrt(p (1 - p) / (n - 1)) of a sample's mean."""
+    """Return the proportion p of hits among n, with the standard error sqrt(p (1 - p) / (n - 1))."""
     n = len(hits)
     p = sum(hits) / n
     return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None)
 
 
 def headline(loaded: LoadedTask, result: TaskResult) -> str:
-    """The commonly quoted accuracy, with its standard error and the number of examples."""
+    """Format the most commonly quoted accuracy with its standard error and the number of examples."""
     name = loaded.task.headline
     return f"{name} {format_estimate(result.metrics[name])} ({len(result.gold):,} examples)"
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """Format a number and its standard error: four decimals below 10, else two."""
+    """Format a value and its standard error, with four decimals below 10 and two from 10 on."""
     digits = 4 if estimate.value < 10 else 2
     error = "" if estimate.stderr is None else f" ± {estimate.stderr:,.{digits}f}"
     return f"{estimate.value:,.{digits}f}{error}"

@@ -1,9 +1,11 @@
-"""Evaluates a model: validation loss and tasks, collected as values, written as JSON, shown beside published results.
+"""Evaluation of a model: validation loss and tasks, printed next to published results and written as JSON.
 
-from restomod.evals.suite import EvalRequest, evaluate_model
+Example, without printing or writing::
 
-results = evaluate_model(EvalRequest("runs/mine", tasks=("validation", "hellaswag"), limit=200))
-results["hellaswag"].metrics["acc_norm"].value
+    from restomod.evals.suite import EvalRequest, evaluate_model
+
+    results = evaluate_model(EvalRequest("runs/mine", tasks=("validation", "hellaswag"), limit=200))
+    results["hellaswag"].metrics["acc_norm"].value
 """
 
 from __future__ import annotations
@@ -48,72 +50,78 @@ COLUMNS = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_token"
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Which model to evaluate, on what, and how."""
+    """Settings of an evaluation."""
 
     model: str
-    """A run, a model folder, or a name on the hub; not only GPT-2s."""
+    """Run, model folder or name on the Hugging Face hub; any causal language model."""
     tasks: tuple[str, ...] = ()
-    """As `restomod.evals.tasks.registry.load_task` takes them, and "validation" for the validation loss. Empty: that,
-    where there is data, and HellaSwag."""
+    """Tasks as in `restomod.evals.tasks.registry.load_task`, or "validation" for the validation loss. Empty: HellaSwag
+    and, if data is known, the validation loss."""
     limit: int | None = None
-    """Ask only the first examples of each task."""
+    """Maximum number of examples per task, the first ones; None: all."""
     data: str | None = None
-    """Folder of token shards for the validation loss; None: the run's own data."""
+    """Folder of token shards for the validation loss; None: the data of the run."""
     context: int | None = None
-    """Tokens of the windows of the validation loss; None: as many as the run trained on."""
+    """Tokens per window of the validation loss; None: the sequence length of the run."""
     batch: int | None = None
-    """Contexts, or windows of the validation loss, per forward pass; None: chosen automatically."""
+    """Contexts (tasks) or windows (validation loss) per forward pass; None: chosen automatically."""
     device: Device = "auto"
     precision: Precision = "auto"
+    """Compute dtype."""
     cache: Path = Path("data")
     """Folder for downloads."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A model's result on one task, or its validation loss."""
+    """Result of a model on one task, or its validation loss."""
 
     task: str
     metrics: dict[str, Estimate]
     scope: str
-    """On which examples or tokens, and under which convention."""
+    """Evaluated examples or tokens, and the convention, as text."""
     values: dict[str, Any]
-    """All that was measured, for JSON."""
+    """All measured values, as JSON values."""
     file_stem: str
-    """Name of its files in `evals/`, after the step; another one for other data or fewer examples."""
+    """Name of the result files in `evals/`, without step and suffix; differs for other data or fewer examples."""
     references: tuple[Reference, ...] = ()
     """Published results on the same data."""
     notes: list[str] = field(default_factory=list)
+    """Lines printed above the table."""
     validation: ValidationLoss | None = None
+    """Validation loss; None for other tasks."""
 
 
 @dataclass(frozen=True)
 class OpenEvaluation:
-    """A model and its tasks, loaded and checked."""
+    """Loaded model and tasks of an evaluation."""
 
     request: EvalRequest
     folder: Path
+    """Folder of the model."""
     run: Path | None
-    """The run that the model is a checkpoint of, if it is one."""
+    """Run that the checkpoint belongs to; None: the model is not a checkpoint of a run."""
     step: int | None
+    """Step of the checkpoint; None: the model is not a checkpoint of a run."""
     model: LanguageModel
     tasks: list[LoadedTask]
     dataset: Dataset | None
-    """Data of the validation loss; None: it is not asked for."""
+    """Data of the validation loss; None: the validation loss is not requested."""
     config: RunConfig | None
+    """Configuration of the run; None: the model is not a checkpoint of a run."""
     device: torch.device
     dtype: torch.dtype
     processes: Processes
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """Model and environment, for JSON."""
+        """Model and environment as JSON values."""
         here = environment(describe_device(self.device), dtype_name(self.dtype))
         here["processes"] = self.processes.world_size
         return {"model": self.request.model, "folder": str(self.folder), "step": self.step, "environment": here}
 
     def results(self) -> Iterator[EvalResult]:
-        """Measure one task after the other. All processes have to iterate, and get the same.
+        """Yield the result of each task in order. All ranks must iterate and get the same results.
 
         Raises:
             UserError: an example cannot be scored, or the model's output is not finite.
@@ -128,10 +136,10 @@ class OpenEvaluation:
     def _validation_loss(self, dataset: Dataset) -> ValidationLoss:
         model, batch = self.model, self.request.batch
         if isinstance(model, ScoredTransformers) and not model.opened.reads_gpt2:
-            raise UserError("the validation loss is that of GPT-2's tokens: of this model only tasks can be evaluated")
+            raise UserError(f"the validation loss needs a model with GPT-2's tokens; remove {VALIDATION} from --tasks")
         T = self.request.context or (self.config.sequence_length if self.config else model.max_length)
         if model.max_length < T:
-            raise UserError(f"--context {T} is longer than the model's {model.max_length} positions")
+            raise UserError(f"--context {T} is longer than the model's context length of {model.max_length}")
         if not isinstance(model, ScoredGPT):
             batch = batch or max(1, model.tokens_per_forward // T)
         scored = model.model if isinstance(model, ScoredGPT) else model
@@ -150,28 +158,28 @@ class OpenEvaluation:
         return EvalResult(
             VALIDATION,
             {name: Estimate(value, None) for name, value in values.items() if value is not None},
-            f"{loss.tokens:,} tokens: windows of {len(loss.by_position):,}",
+            f"{loss.tokens:,} tokens, windows of {len(loss.by_position):,}",
             loss.to_dict() | {"data": {"name": dataset.manifest["name"], "fingerprint": dataset.fingerprint}},
             f"{VALIDATION}-of-{dataset.fingerprint[:8]}" if other_data else VALIDATION,
             references(VALIDATION) if published else (),
             []
             if published
-            else ["published losses are not shown: they were measured on FineWeb-Edu, not on this text"],
+            else ["published losses are not shown: they were measured on FineWeb-Edu, not on this data"],
             loss,
         )
 
     def _task_result(self, loaded: LoadedTask) -> EvalResult:
         task, result = loaded.task, score_task(self.model, loaded, self.request.batch, self.processes)
         n = len(result.gold)
-        notes = [f"{task.name}: {n:,} examples in {duration(result.seconds)}, {n / result.seconds:.1f} a second"]
+        notes = [f"{task.name}: {n:,} examples in {duration(result.seconds)}, {n / result.seconds:.1f} examples/s"]
         if result.truncated:
             notes.append(
-                f"warning: {task.name}: {result.truncated:,} of {n:,} examples do not fit into the model's "
-                f"{self.model.max_length:,} tokens; their contexts lost their beginning"
+                f"warning: {task.name}: {result.truncated:,} of {n:,} examples are longer than the context length of "
+                f"{self.model.max_length:,} tokens; the beginning of their contexts was cut"
             )
         published = task.references if n == task.size else ()
         if task.references and not published:
-            notes.append(f"published results are not shown: they are of all {task.size:,} examples")
+            notes.append(f"published results are not shown: they were measured on all {task.size:,} examples")
         asked = f"the first {n:,}" if loaded.limited else f"all {n:,}"
         return EvalResult(
             task.name,
@@ -185,15 +193,23 @@ class OpenEvaluation:
 
 
 def evaluate_model(request: EvalRequest, processes: Processes = SINGLE) -> dict[str, EvalResult]:
-    """Evaluate a model and return its results by task; nothing is printed or written. Raises UserError."""
+    """Evaluate a model and return its results by task, without printing or writing.
+
+    Raises:
+        UserError: see `open_evaluation` and `OpenEvaluation.results`.
+    """
     return {result.task: result for result in open_evaluation(request, processes).results()}
 
 
 def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> OpenEvaluation:
-    """Load the model and the data of its tasks, downloaded where they are missing.
+    """Load the model and the data of its tasks. Missing files are downloaded.
+
+    Args:
+        request: settings of the evaluation.
+        processes: ranks that share the work.
 
     Raises:
-        UserError: the model, a task or its data is not usable, or a part of the request would change nothing.
+        UserError: the model, a task or its data cannot be used, or a setting would have no effect.
     """
     device = device_of(choose_device(request.device), processes)
     if device.type == "cpu":
@@ -212,23 +228,23 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Open
     names = [loaded.task.name for loaded in tasks]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise UserError(f"two tasks are called {twice[0]}, and one result would replace the other: rename a file")
+        raise UserError(f"two tasks have the name {twice[0]}, so one result would replace the other: rename a file")
     dataset = None
     if VALIDATION in wanted:
         dataset = processes.run_on_all_ranks(lambda: _open_data(request, config), one_first=True)
-    # a run may have a newer checkpoint meanwhile; all processes evaluate the same one
+    # training may save a new checkpoint during this function; all ranks evaluate the same one
     found = Path(processes.gather(str(folder))[0]) if Path(request.model).is_dir() else folder
     model = processes.run_on_all_ranks(lambda: open_language_model(request.model, device, dtype, found), one_first=True)
     return OpenEvaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes)
 
 
 def _refuse_unused(request: EvalRequest, wanted: tuple[str, ...]) -> None:
-    """Refuse flags that would change nothing."""
+    """Raise UserError for flags that would have no effect."""
     for flag, value in (("--data", request.data), ("--context", request.context)):
         if value is not None and VALIDATION not in wanted:
-            raise UserError(f"{flag} is for the validation loss, which is not asked for: add {VALIDATION} to --tasks")
+            raise UserError(f"{flag} needs the validation loss: add {VALIDATION} to --tasks, or remove {flag}")
     if request.limit is not None and set(wanted) == {VALIDATION}:
-        raise UserError("--limit is for the examples of tasks, and the validation loss uses all tokens; leave it out")
+        raise UserError("--limit applies to the examples of tasks, not to the validation loss; remove --limit")
 
 
 def _open_data(request: EvalRequest, config: RunConfig | None) -> Dataset:
@@ -238,24 +254,30 @@ def _open_data(request: EvalRequest, config: RunConfig | None) -> Dataset:
         source = config.data
     else:
         raise UserError(
-            f"{request.model} is not of a run, and has no data of its own: name a folder of tokens with --data DIR"
+            f"{request.model} is not a checkpoint of a run, so its data is unknown; name token shards with --data DIR"
         )
     dataset = prepare_text(source)
     if not len(dataset.val):
         name = request.data or request.model
-        raise UserError(f"{name}: nothing of its data is held out for validation; name another with --data DIR")
+        raise UserError(f"{name}: the data has no validation split; name other data with --data DIR")
     return dataset
 
 
 def run_eval(request: EvalRequest, json_file: Path | None = None, display: Display | None = None) -> int:
-    """Evaluate a model, under torchrun by all processes: show every result as soon as it is known, then write it.
+    """Evaluate a model, print each result and write it. Under torchrun, all ranks share the work.
 
-    Results of a run's model are written into its folder `evals/`; one that cannot be written is a warning.
+    Results of a checkpoint of a run are written into the run's folder `evals/`. A write error there is a warning.
 
-    All results are written to ``json_file``, too. Returns 0.
+    Args:
+        request: settings of the evaluation.
+        json_file: additional file for all results; None: no such file.
+        display: output; None: the console of the main process.
+
+    Returns:
+        Exit code 0.
 
     Raises:
-        UserError: as `evaluate_model`, or ``json_file`` cannot be written.
+        UserError: see `evaluate_model`; or ``json_file`` cannot be written.
     """
     with reported_once():
         files = {f"the task {task}": Path(task.partition("=")[2] or task) for task in request.tasks}
@@ -279,35 +301,35 @@ def run_eval(request: EvalRequest, json_file: Path | None = None, display: Displ
 
 
 def show_result(result: EvalResult, evaluation: OpenEvaluation, display: Display) -> None:
-    """Print a table: this model, then published results, each with its convention."""
+    """Print a table of this model's result and published results, each with its convention."""
     at = f", step {evaluation.step}" if evaluation.step is not None else ""
     names = [name for name in COLUMNS if name in result.metrics]
     mine = [f"{evaluation.request.model}{at}", *(format_estimate(result.metrics[name]) for name in names), result.scope]
     published: dict[tuple[str, str], dict[str, str]] = {}
     for r in result.references:
         published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
-    others = [[model, *(v.get(name, "") for name in names), whose] for (model, whose), v in published.items()]
+    others = [[model, *(v.get(name, "") for name in names), convention] for (model, convention), v in published.items()]
     display.lines(result.notes)
     display.line("")
     display.grid([result.task, *names, ""], [mine, *others])
 
 
 def _result_folder(evaluation: OpenEvaluation, display: Display) -> Path | None:
-    """The folder of the run that results are written into; None, with a warning beforehand, where they cannot be."""
+    """Return the run's folder for results; None without a run or, after a warning, if the folder is not writable."""
     run = evaluation.run
     if run is None or not evaluation.processes.main:
         return None
     folder = run / "evals"
     if os.access(folder if folder.exists() else run, os.W_OK):
         return folder
-    display.line(f"warning: {folder} cannot be written to, so results are only shown; --json FILE keeps them")
+    display.line(f"warning: {folder} is not writable, so results are only printed; save them with --json FILE")
     return None
 
 
 def _write_result(result: EvalResult, evaluation: OpenEvaluation, folder: Path, display: Display) -> None:
-    """Write a result as JSON and, of a validation loss, a picture of it by position."""
+    """Write a result as JSON and, for a validation loss, a plot of the loss by position."""
     stem = f"step_{evaluation.step:06d}-{result.file_stem}"
-    # on one line: thousands of choices, one a line, are no easier to read
+    # one line, because there are thousands of choices
     text = json.dumps({"task": result.task} | evaluation.about | result.values) + "\n"
 
     def write(suffix: str, done: str, write_to: Callable[[Path], None]) -> None:

@@ -1,6 +1,6 @@
-"""Validation loss: mean cross-entropy on a fixed set of tokens, the same bit for bit with any number of processes.
+"""Validation loss: mean cross-entropy on a fixed set of tokens. It is bit-identical for any number of ranks.
 
-Shapes: B = windows, T = tokens of each, D = n_embd, N = B * T.
+Shapes: B = windows per batch, T = tokens per window, D = n_embd, N = B * T.
 """
 
 from __future__ import annotations
@@ -23,47 +23,52 @@ from restomod.engine.distributed import SINGLE, Processes
 from restomod.evals.likelihood import Batch, LanguageModel, gpt_log_probs
 from restomod.model.gpt import GPT
 
-UNIT = 2**32  # losses are summed as integers, in 1 / UNIT nats: integer sums do not depend on the order
+UNIT = 2**32  # losses are summed as integers in units of 1 / UNIT nats, because integer sums do not depend on the order
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Loss on a split or, of a mix, means over its sources weighted by their shares."""
+    """Loss on a validation split. For a mix, all means are weighted by the shares of its sources."""
 
     loss: float
     """Mean cross-entropy per token, in nats."""
     tokens: int
-    """Number of evaluated tokens, all sources together."""
+    """Number of evaluated tokens in all sources."""
     bytes: int
-    """Bytes of the text of these tokens; 0 where they were not counted."""
+    """UTF-8 bytes of the evaluated tokens; 0 if bytes were not counted."""
     by_position: list[float]
-    """Mean loss at each of the T positions of a window."""
+    """Mean loss at each position of a window, (T,), in nats."""
     sources: dict[str, float]
-    """Loss of each source of a mix; empty for a split."""
+    """Loss of each source of a mix; empty without a mix."""
     bytes_per_token: float = 0.0
-    """Weighted by share, like the loss: ``bytes / tokens`` would weight a source by the size of its split. 0 where
-    bytes were not counted."""
+    """Mean bytes per token, weighted by share like the loss; 0 if bytes were not counted."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Perplexity, exp(loss)."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Mean loss of a token in bits, by the mean bytes of a token; None where they have none.
+        """Mean loss per token in bits, divided by the mean bytes per token; None if bytes were not counted.
 
-        Of a mix, the value of a text drawn by its shares. `<|endoftext|>` has no bytes, but its loss counts.
+        `<|endoftext|>` has no bytes, but its loss counts.
         """
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all values as JSON values, with perplexity and bits per byte."""
         return dataclasses.asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
 def validation_windows(n_windows: int, sequence_length: int, max_tokens: int | None) -> np.ndarray:
-    """Indices of the windows to evaluate, (m,): all, or at most ``max_tokens`` tokens, spread evenly over the split."""
+    """Return the indices of the windows to evaluate, (m,), spread evenly over the split.
+
+    Args:
+        n_windows: windows of the split.
+        sequence_length: tokens per window.
+        max_tokens: maximum number of tokens to evaluate; None: all windows.
+    """
     m = n_windows if max_tokens is None else min(n_windows, max_tokens // sequence_length)
     return np.arange(m) * n_windows // m
 
@@ -80,17 +85,21 @@ def validation_loss(
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
 ) -> ValidationLoss:
-    """Compute the mean cross-entropy per token over a split. All processes call this and share the windows.
+    """Compute the mean cross-entropy per token over a split. All ranks must call this function.
 
-    A compiled transformer is run uncompiled. A model that is not ours keeps its device and dtype, and reads GPT-2's
-    tokens.
+    A compiled model runs in eager mode.
 
     Args:
-        sequence_length: T; every window is evaluated without context from the one before.
-        max_tokens: evaluate about this many tokens, in whole windows (None: every token of the split but the first,
-            the last ones in a shorter window).
-        batch: windows per forward pass; changes the result by rounding only.
-        tokenizer: counts the bytes; None: they are not counted.
+        model: restomod model, or any `LanguageModel` with GPT-2's tokens, which keeps its own device and dtype.
+        stream: tokens of the split.
+        sequence_length: T, tokens per window; windows do not share context.
+        device: device of a restomod model.
+        dtype: compute dtype of a restomod model.
+        max_tokens: approximate number of tokens to evaluate, in complete windows; None: all tokens of the split except
+            the first, with a shorter last window.
+        batch: windows per forward pass, changes the result by rounding only; None: chosen automatically.
+        processes: ranks that share the windows.
+        tokenizer: tokenizer that counts bytes; None: bytes are not counted.
     """
     T = sequence_length
     batch = batch or max(1, tokens_on(device, EVAL_TOKENS) // T)
@@ -113,7 +122,7 @@ def validation_loss(
 
 
 def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tokens and targets, (B, T) each; without ``max_tokens`` the rest behind the last window, too."""
+    """Yield tokens and targets, (B, T) each; without ``max_tokens``, a shorter last window follows."""
     batches = Batches(stream, T, 1, seed=0, split="validation")
     windows = validation_windows(batches.n_windows, T, max_tokens)
     for start in range(0, len(windows), batch):
@@ -127,7 +136,18 @@ def _inputs(stream: TokenStream, T: int, max_tokens: int | None, batch: int) -> 
 def token_losses(
     model: GPT | LanguageModel, tokens: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Cross-entropy of each target, (B, T) fp32, on the CPU."""
+    """Compute the cross-entropy of each target.
+
+    Args:
+        model: restomod model or `LanguageModel`.
+        tokens: inputs, (B, T) int64.
+        targets: next tokens, (B, T) int64.
+        device: device of a restomod model.
+        dtype: compute dtype of a restomod model.
+
+    Returns:
+        Losses in nats, (B, T) fp32, on the CPU.
+    """
     if not isinstance(model, GPT):
         every = torch.arange(tokens.numel())
         log_probs, _ = model.predict(Batch(tokens, None, None, every, every, targets.flatten()))
@@ -150,9 +170,13 @@ def dataset_loss(
     processes: Processes = SINGLE,
     tokenizer: Tokenizer | None = None,
 ) -> ValidationLoss | None:
-    """Compute `validation_loss` of a dataset's validation split; of a mix, of each source and their mean by share.
+    """Compute the validation loss of a dataset. For a mix, average the losses of its sources by share.
 
-    Returns None without a validation split. Each source gets its share of ``max_tokens``, at least a window.
+    The arguments are those of `validation_loss`. Each source of a mix gets its share of ``max_tokens``, at least one
+    window.
+
+    Returns:
+        Validation loss; None if the dataset has no validation split.
     """
     sources = [source for source in dataset.sources if len(source.dataset.val)]
     if not sources:

@@ -1,1 +1,1 @@
-"""Text from a model: decoding with a key/value cache, sampling, comparison of two models."""
+"""Text generation: decoding with a key/value cache, sampling, comparison of two models."""

@@ -1,6 +1,6 @@
-"""Comparison of two models' continuations of the same prompts: in the terminal, as Markdown, as HTML.
+"""Comparison of the texts of two models: table for the terminal, Markdown, HTML.
 
-Prompts and continuations are escaped in all three: no markup in them takes effect.
+Prompts and continuations are escaped in all formats, so that markup in them has no effect.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class SampleComparison:
     """Continuations of the same prompts by two models."""
 
     models: tuple[str, str]
+    """Names of the models."""
     settings: str
-    """How the texts were sampled, in words."""
+    """Description of the sampling settings."""
     rows: tuple[tuple[str, str, str], ...]
-    """Prompt, and each model's continuation."""
+    """One row per prompt: the prompt and both continuations."""
 
 
 def compare_samples(
@@ -43,10 +44,19 @@ def compare_samples(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> SampleComparison:
-    """Continue the same prompts with two models, from the same random numbers.
+    """Continue the same prompts with two models and the same random numbers.
+
+    Args:
+        a: first model (see `find_model`).
+        b: second model.
+        prompts: texts to continue; an empty prompt starts a new document.
+        sampling: sampling settings.
+        seed: seed of the random numbers.
+        device: device of both models.
+        precision: compute dtype.
 
     Raises:
-        UserError: a model is missing or damaged; both are checked before anything is computed.
+        UserError: a model is missing or damaged; both are checked before the first text is generated.
     """
     names = a, b
     folders = [find_readable_model(name) for name in names]
@@ -64,17 +74,22 @@ def compare_samples(
 
 
 def _label(name: str, folder: Path) -> str:
-    """Name of a model; of a run, with the checkpoint that was used."""
+    """Return the name of a model, with the name of the checkpoint if it is a run."""
     return f"{name} ({folder.name})" if folder.parent == Path(name) / "checkpoints" else name
 
 
 def samples_writer(out: str | None, prompt_file: str | None = None) -> Callable[[SampleComparison], None]:
-    """Return a function that writes a comparison to the file ``out`` atomically (None: that does nothing).
+    """Return a function that writes a comparison to a file, atomically.
 
-    ``out`` ends in .md or .html; a device or a named pipe may have any name and gets Markdown.
+    Call this before generating texts, so that an invalid path is refused immediately.
+
+    Args:
+        out: path that ends in .md or .html; devices and named pipes may have any name, and receive Markdown. None
+            returns a function without effect.
+        prompt_file: input file that must not be overwritten.
 
     Raises:
-        UserError: ``out`` cannot be written, or is ``prompt_file``; checked before anything is computed.
+        UserError: ``out`` is not writable, has another ending, or equals ``prompt_file``.
     """
     if out is None:
         return lambda comparison: None
@@ -82,7 +97,7 @@ def samples_writer(out: str | None, prompt_file: str | None = None) -> Callable[
     formats = {".md": samples_markdown, ".html": samples_html}
     require_outputs({"--out": path}, {"--prompt-file": Path(prompt_file) if prompt_file is not None else None})
     if path.suffix not in formats and resolve_destination(path).is_regular:
-        raise UserError(f"--out {out}: name a file that ends in .md (Markdown) or .html (a page for the browser)")
+        raise UserError(f"--out {out}: the file name must end in .md (Markdown) or .html (web page)")
     text_of = formats.get(path.suffix, samples_markdown)
 
     def write(comparison: SampleComparison) -> None:
@@ -93,7 +108,12 @@ def samples_writer(out: str | None, prompt_file: str | None = None) -> Callable[
 
 
 def samples_table(comparison: SampleComparison, width: int | None = None) -> str:
-    """Format as a table of two columns, ``width`` characters wide (None: as the terminal), a pair under each prompt."""
+    """Format a comparison as text, with a table of two columns under each prompt.
+
+    Args:
+        comparison: texts to format.
+        width: characters per line; None uses the width of the terminal.
+    """
     from rich.box import HORIZONTALS
     from rich.table import Table
     from rich.text import Text
@@ -113,7 +133,7 @@ def samples_table(comparison: SampleComparison, width: int | None = None) -> str
 
 
 def samples_markdown(comparison: SampleComparison) -> str:
-    """Format as a table in GitHub's Markdown with a row per prompt."""
+    """Format a comparison as a Markdown table (GitHub's dialect), with one row per prompt."""
     lines = [
         f"# {markdown_cell(' and '.join(comparison.models))}",
         "",
@@ -156,7 +176,7 @@ td {{ font-family: ui-monospace, monospace; font-size: 0.85rem; }}
 
 
 def samples_html(comparison: SampleComparison) -> str:
-    """Format as a page without scripts or other files, with a table per prompt."""
+    """Format a comparison as a self-contained HTML page without scripts, with one table per prompt."""
     heads = "".join(f'<th scope="col">{_html(model)}</th>' for model in comparison.models)
     tables = [
         f"<table>\n<caption>{_html(prompt or '(a new document)')}</caption>\n<tr>{heads}</tr>\n"

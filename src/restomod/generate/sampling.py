@@ -1,8 +1,8 @@
 """Sampling of the next token: temperature, then top-k, then top-p, then one draw per row.
 
-The caller gives one uniform number per row, so that no row depends on the others.
+The caller passes one uniform random number per row, so that rows are independent of each other.
 
-Shapes: B = rows, V = vocabulary, C = candidates that may be drawn.
+Shapes: B = rows, V = vocabulary size, C = candidate tokens.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from restomod.utils.errors import NOT_FINITE, UserError
 
 
 def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[float]) -> Tensor:
-    """Draw one token per row.
+    """Sample one token per row.
 
     Args:
-        logits: (B, V), on any device.
-        sampling: at temperature 0 the likeliest token is taken; else see `candidates`.
-        uniforms: B numbers in [0, 1); not used at temperature 0.
+        logits: logits, (B, V), on any device.
+        sampling: sampling settings; temperature 0 selects the most likely token.
+        uniforms: B random numbers in [0, 1), ignored at temperature 0.
 
     Returns:
-        (B,) int64 on the CPU.
+        Token ids, (B,) int64, on the CPU.
 
     Raises:
-        UserError: a row's largest logit is not finite.
+        UserError: the largest logit of a row is not finite.
     """
     if not torch.isfinite(logits.amax(-1)).all():
         raise UserError(NOT_FINITE)
@@ -39,16 +39,19 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Sequence[flo
 
 
 def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Weights of the tokens that may be drawn.
+    """Compute the probabilities of the candidate tokens.
 
-    Top-k: Fan et al., "Hierarchical Neural Story Generation", 2018, section 5.4. Top-p: Holtzman et al., "The Curious
-    Case of Neural Text Degeneration", 2020, section 3.1: the smallest set of likeliest tokens whose mass, after
-    temperature and top-k, reaches p. Order and results are those of `transformers`' logits warpers.
+    Top-k sampling: Fan et al., "Hierarchical Neural Story Generation", 2018, section 5.4. Top-p (nucleus) sampling:
+    Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1. It keeps the smallest set of
+    most likely tokens whose total probability, after temperature and top-k, reaches p. The order of operations and the
+    results are those of the logits warpers in `transformers`.
 
-    The temperature is above 0. ``logits`` are (B, V).
+    Args:
+        logits: logits, (B, V).
+        sampling: sampling settings with a temperature above 0.
 
     Returns:
-        Weights (B, C) float64, 0 for what must not be drawn, and token ids (B, C) int64, both on the CPU.
+        Unnormalised probabilities, (B, C) float64, 0 for excluded tokens; token ids, (B, C) int64; both on the CPU.
     """
     logits = logits.float()
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -57,31 +60,38 @@ def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor
         values, ids = logits.sort(descending=True, stable=True)
     else:
         values, ids = logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    values, ids = values.cpu().double(), ids.cpu()  # few numbers; not all devices have fp64
-    best = values.amax(-1, keepdim=True)  # subtracted first: dividing by a tiny temperature overflows
+    values, ids = values.cpu().double(), ids.cpu()  # some devices have no fp64
+    best = values.amax(-1, keepdim=True)  # subtracted first, because dividing by a tiny temperature overflows
     weights = torch.softmax((values - best) / sampling.temperature, -1)
     if sampling.top_p < 1:
-        likelier = weights.cumsum(-1) - weights  # the mass of all tokens before each
+        likelier = weights.cumsum(-1) - weights  # total probability of all likelier tokens
         weights = weights.masked_fill(likelier >= sampling.top_p, 0.0)
     return weights, ids
 
 
 def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row and their ids, in descending order; all that equal the k-th are kept."""
+    """Return the k largest logits of each row and their ids, in descending order; ties with the k-th are kept."""
     values, ids = logits.topk(k)
     least = values[:, -1:]  # (B, 1)
     kept = int((logits >= least).sum(-1).max())
-    if kept > k:  # in bf16 ties are common, and which of them topk returns depends on the device
+    if kept > k:  # ties are common in bf16, and topk breaks them differently on each device
         values, ids = logits.topk(kept)
         values = values.masked_fill(values < least, float("-inf"))
     return values, ids
 
 
 def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse of the cumulative weights (B, C) at ``uniforms`` (B,): an index per row, (B, 1) int64.
+    """Draw an index per row by inverting the cumulative sum of the weights.
 
-    A weight of 0 is never picked: the sum does not rise there, and a number below 1 with 53 bits, times the total, is
-    rounded to less than the total.
+    An index with weight 0 is never drawn: the cumulative sum does not increase there, and a 53-bit number below 1 times
+    the total rounds to less than the total.
+
+    Args:
+        weights: unnormalised probabilities, (B, C) float64.
+        uniforms: random numbers in [0, 1), (B,) float64.
+
+    Returns:
+        Indices, (B, 1) int64.
     """
     sums = weights.cumsum(-1)
     return torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)

@@ -1,4 +1,4 @@
-"""Sampling of texts: continuations of prompts in batches, or streamed in pieces."""
+"""Text generation from prompts: complete texts in batches, or streamed texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from restomod.generate.decode import (
     cache_is_exact,
     generate,
     generate_with_transformers,
-    rows_at_once,
+    max_rows,
 )
 from restomod.model.gpt import GPT
 from restomod.model.hf_format import UnsupportedModel
@@ -28,7 +28,7 @@ from restomod.runs.open_model import find_model
 from restomod.utils.errors import UserError, describe_os_error
 from restomod.utils.files import read_limited
 
-MAX_PROMPT_BYTES = 32 * 2**20  # size of a file of prompts
+MAX_PROMPT_BYTES = 32 * 2**20  # maximum size of a prompt file
 
 
 def continuations(
@@ -40,19 +40,28 @@ def continuations(
     seed: int,
     dtype: torch.dtype,
 ) -> list[list[str]]:
-    """Continue each prompt ``n_samples`` times, up to ``<|endoftext|>``.
+    """Continue each prompt ``n_samples`` times, until ``<|endoftext|>`` or ``sampling.max_tokens``.
 
-    The texts of a prompt depend on the model, the prompt and the seed, not on other prompts.
+    The texts of a prompt depend on the model, the prompt and the seed, not on the other prompts.
+
+    Args:
+        model: model to sample from.
+        tokenizer: tokenizer of the model.
+        prompts: texts to continue.
+        n_samples: number of texts per prompt.
+        sampling: sampling settings.
+        seed: seed of the random numbers.
+        dtype: compute dtype.
 
     Returns:
-        A list of texts per prompt.
+        List of texts for each prompt, without the prompt.
     """
     samples = [Prompt(prompt_tokens(tokenizer, prompt), i) for prompt in prompts for i in range(n_samples)]
     longest = max((len(prompt.tokens) for prompt in samples), default=0)
-    at_once = rows_at_once(model.config, longest, sampling.max_tokens, dtype)
+    batch = max_rows(model.config, longest, sampling.max_tokens, dtype)
     texts: list[list[int]] = [[] for _ in samples]
-    for start in range(0, len(samples), at_once):
-        for new in generate(model, samples[start : start + at_once], sampling, seed, dtype):
+    for start in range(0, len(samples), batch):
+        for new in generate(model, samples[start : start + batch], sampling, seed, dtype):
             for i, token in new.items():
                 texts[start + i].append(token)
     decoded = [tokenizer.decode([token for token in text if token != END_OF_TEXT]) for text in texts]
@@ -68,7 +77,10 @@ def stream_text(
     seed: int,
     dtype: torch.dtype,
 ) -> Iterator[str]:
-    """Yield sample ``number`` of a prompt in pieces of whole characters, which join to the text of `continuations`."""
+    """Yield a text in pieces of complete characters; joined, they equal the text of `continuations`.
+
+    ``number`` is the index of the sample.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for new in generate(model, [Prompt(prompt_tokens(tokenizer, prompt), number)], sampling, seed, dtype):
         if new[0] != END_OF_TEXT:
@@ -79,7 +91,10 @@ def stream_text(
 def stream_text_with_transformers(
     opened: TransformersModel, prompt: str, number: int, sampling: SamplingConfig, seed: int, cached: bool
 ) -> Iterator[str]:
-    """Like `stream_text`, by `transformers`; ``cached``: see `generate_with_transformers`."""
+    """Yield a text in pieces, like `stream_text`, from a model of `transformers`.
+
+    ``cached`` is explained in `generate_with_transformers`.
+    """
 
     def text_of(ids: list[int]) -> str:
         return str(opened.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -98,42 +113,51 @@ def stream_text_with_transformers(
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Encode a prompt; an empty one is ``<|endoftext|>``, which starts a document, and so does one within a prompt."""
+    """Encode a prompt to token ids.
+
+    ``<|endoftext|>`` in a prompt becomes the token that starts a document. An empty prompt becomes this token.
+    """
     return tokenizer.encode_special(prompt).tolist() or [END_OF_TEXT]
 
 
 def choose_prompts(prompts: tuple[str, ...], file: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the prompts that are given, or the lines of a file that are not blank, or ``default``.
+    """Choose the prompts: ``prompts``, or the lines of a file that are not blank, or ``default``.
 
     Raises:
-        UserError: both are given, or the file is not regular, cannot be read, is not UTF-8, or holds no prompt.
+        UserError: both prompts and a file are given, or the file is unreadable, not UTF-8 text, or has no prompts.
     """
     if file is None:
         return prompts or default
     if prompts:
-        raise UserError("--prompt and --prompt-file both name prompts: give one of them")
+        raise UserError("--prompt and --prompt-file cannot be combined: use one of them")
     if not file:
-        raise UserError("--prompt-file is empty; name a text file, a prompt per line")
+        raise UserError("--prompt-file needs a file name: a text file with one prompt per line")
     path = Path(file)
     try:
-        content = read_limited(path, "file of prompts", MAX_PROMPT_BYTES)
-        lines = re.split("\r\n|\n|\r", content.decode("utf-8-sig"))  # str.splitlines: at U+2028, too
+        content = read_limited(path, "prompt file", MAX_PROMPT_BYTES)
+        lines = re.split("\r\n|\n|\r", content.decode("utf-8-sig"))  # str.splitlines would also split at U+2028
     except UnicodeDecodeError as e:
         raise UserError(
             f"--prompt-file {path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} at offset {e.start} ({e.reason})"
         ) from None
     except OSError as e:
-        raise UserError(f"--prompt-file {describe_os_error(e)}; it should be a text file, a prompt per line") from None
+        raise UserError(
+            f"--prompt-file {describe_os_error(e)}; it must be a text file with one prompt per line"
+        ) from None
     found = tuple(line for line in lines if line.strip())
     if not found:
-        raise UserError(f"--prompt-file {path} holds no prompt: write one per line")
+        raise UserError(f"--prompt-file {path} has no prompts: write one per line")
     return found
 
 
 def find_readable_model(where: str) -> Path:
-    """Find the folder of a model, a run or a name on the hub; read its config. Raises UserError: none, or damaged."""
+    """Find the folder of a model (see `find_model`), and check its configuration.
+
+    Raises:
+        UserError: the model does not exist, or is damaged.
+    """
     folder = find_model(where)
-    with contextlib.suppress(UnsupportedModel):  # transformers may know it
+    with contextlib.suppress(UnsupportedModel):  # transformers may support it
         read_model_config(folder)
     return folder
 
@@ -148,9 +172,23 @@ def sample_texts(
     precision: Precision = "auto",
     folder: Path | None = None,
 ) -> list[list[str]]:
-    """Continue each prompt ``n_samples`` times with the model that ``where`` names; return a list of texts per prompt.
+    """Continue each prompt ``n_samples`` times.
 
-    An empty prompt starts a document. ``folder`` is the result of `find_readable_model`, where it is known.
+    Args:
+        where: run, checkpoint, model folder or hub name.
+        prompts: texts to continue; an empty prompt starts a new document.
+        n_samples: number of texts per prompt.
+        sampling: sampling settings.
+        seed: seed of the random numbers.
+        device: device of the model.
+        precision: compute dtype.
+        folder: result of `find_readable_model` for ``where``; None calls it.
+
+    Returns:
+        List of texts for each prompt, without the prompt.
+
+    Raises:
+        UserError: the model does not exist or is damaged, or its logits are not finite.
     """
     model, dtype = _open(where, device, precision, folder)
     if isinstance(model, GPT):
@@ -168,7 +206,7 @@ def stream_texts(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> Iterator[Iterator[str]]:
-    """Yield the texts of `sample_texts` one after the other, each in pieces."""
+    """Yield the texts of `sample_texts` sequentially, each as an iterator of pieces."""
     model, dtype = _open(where, device, precision)
     yield from _streams(model, prompts, n_samples, sampling, seed, dtype)
 

@@ -1,1 +1,1 @@
-"""A run's folder: settings, records, checkpoints, trackers."""
+"""Run folders: configuration, metrics, checkpoints, trackers."""

@@ -1,7 +1,7 @@
-"""Saves checkpoints while training continues, and deletes those that are not to be kept.
+"""Asynchronous saving of checkpoints, and deletion of old ones.
 
-The training loop waits only while the tensors are copied to CPU memory, which is reused; a thread writes the copy.
-For a GPU it is page-locked memory: copies are several times as fast, and asynchronous.
+The training loop waits only until the tensors are copied to CPU memory. A thread writes the copy to disk. The CPU
+memory is reused by the next save; for tensors on a GPU it is pinned, so that copies are asynchronous and faster.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ from restomod.utils.run_files import list_checkpoints, step_of
 
 
 class Saver:
-    """Writes the checkpoints of a run from its main process; the others take part in gathering what is saved."""
+    """Writer of a run's checkpoints, as a context manager.
+
+    The main process writes. The other ranks only take part in gathering sharded tensors.
+
+    Args:
+        run: run folder.
+        config: run configuration, with the rules for keeping checkpoints.
+        processes: ranks of the training.
+    """
 
     def __init__(self, run: Path, config: RunConfig, processes: Processes = SINGLE) -> None:
         self.run, self.config, self.processes = run, config, processes
-        self._model: GPT | None = None  # copies, on the CPU
+        self._model: GPT | None = None  # copy on the CPU
         self._state: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future[None] | None = None
@@ -39,12 +47,18 @@ class Saver:
         self._losses = ValidationLosses(run)
 
     def save(self, step: int, model: GPT, optimizer: Optimizers, data_offset: int = 0) -> None:
-        """Start saving the checkpoint of ``step`` updates, after the previous one is written. All processes call this.
+        """Wait for the previous save, then start saving a checkpoint. All ranks call this.
+
+        Args:
+            step: number of updates made so far.
+            model: model to save.
+            optimizer: optimizer to save.
+            data_offset: number of batches skipped by rollbacks.
 
         Raises:
-            UserError: the previous one could not be written, and ``on_save_error`` is "stop".
+            UserError: the previous checkpoint could not be written, and ``on_save_error`` is "stop".
         """
-        state = optimizer_tensors(model, optimizer) if step > 0 else {}  # before the first step an optimizer has none
+        state = optimizer_tensors(model, optimizer) if step > 0 else {}  # the optimizer creates it in the first step
         self.finish()
         if is_sharded(model):
             model, state = gather_model_on_main(model, self.processes), gather_on_main(state, self.processes)
@@ -55,21 +69,22 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, model: GPT, state: dict[str, Tensor]) -> torch.cuda.Event | None:
-        """Copy everything to the CPU. Returns the event after which copies from a GPU are complete.
+        """Start copying the model and optimizer state to the CPU.
 
-        The GPU makes the copies between two steps, so the training loop does not wait for them.
+        Returns:
+            Event that marks the end of asynchronous copies from a GPU; None without CUDA.
         """
         if self._model is None:
             with torch.device("meta"):
                 self._model = GPT(model.config)
-            staged = {name: staging(p) for name, p in model.state_dict().items()}
+            staged = {name: cpu_buffer(p) for name, p in model.state_dict().items()}
             self._model.load_state_dict(staged, assign=True)
         for copy, parameter in zip(self._model.parameters(), model.parameters(), strict=True):
             copy.copy_(parameter, non_blocking=parameter.is_cuda)
         self._state = {name: self._state[name] for name in state if name in self._state}
         for name, value in state.items():
             if name not in self._state:
-                self._state[name] = staging(value)
+                self._state[name] = cpu_buffer(value)
             self._state[name].copy_(value, non_blocking=value.is_cuda)
         if not torch.cuda.is_initialized():
             return None
@@ -83,17 +98,25 @@ class Saver:
         if copied is not None:
             copied.synchronize()
         write_checkpoint(self.run, step, model, state, data_offset)
-        drop_others(self.run, self.config, self._losses.read())
+        delete_old_checkpoints(self.run, self.config, self._losses.read())
 
     def failure(self) -> UserError | None:
-        """The error of the last save, once; None if there is none, or the save is in progress."""
+        """Return the error of the last save, and clear it.
+
+        Returns:
+            None if the save succeeded or is still in progress.
+        """
         if self._writing is not None and self._writing.done():
             self._wait()
         failure, self._failure = self._failure, None
         return failure
 
     def finish(self) -> None:
-        """Wait until all is written. All processes call this. Raises UserError if ``on_save_error`` is "stop"."""
+        """Wait until the last checkpoint is written. All ranks call this.
+
+        Raises:
+            UserError: the checkpoint could not be written, and ``on_save_error`` is "stop".
+        """
         self.processes.run_on_all_ranks(self._finish)
 
     def _finish(self) -> None:
@@ -118,33 +141,49 @@ class Saver:
         self._thread.shutdown(wait=True)
 
 
-def staging(tensor: Tensor) -> Tensor:
-    """CPU memory for a copy of ``tensor``; page-locked for a tensor on a GPU, if the system's limit allows it.
+def cpu_buffer(tensor: Tensor) -> Tensor:
+    """Allocate CPU memory for a copy of ``tensor``.
 
-    torch rounds each page-locked block up to a power of two: GPT-2 124M with AdamW takes 2.5 GB for 1.5.
+    The memory is pinned if the tensor is on a GPU and the system's limit on locked memory allows it. torch rounds
+    pinned blocks up to powers of two: 1.5 GB of GPT-2 124M with AdamW take 2.5 GB.
     """
     if tensor.is_cuda:
-        with contextlib.suppress(RuntimeError):  # the system's limit on locked memory
+        with contextlib.suppress(RuntimeError):  # the limit on locked memory is reached
             return torch.empty_like(tensor, device="cpu", pin_memory=True)
     return torch.empty_like(tensor, device="cpu")
 
 
-def drop_others(run: Path, config: RunConfig, losses: Mapping[int, float] | None = None) -> None:
-    """Delete checkpoints that ``config`` does not keep; ``losses``: by step, None for those of `metrics.jsonl`."""
+def delete_old_checkpoints(run: Path, config: RunConfig, losses: Mapping[int, float] | None = None) -> None:
+    """Delete the checkpoints that ``config`` does not keep.
+
+    Args:
+        run: run folder.
+        config: run configuration.
+        losses: validation loss by step; None reads them from `metrics.jsonl`.
+    """
     losses = ValidationLosses(run).read() if losses is None else losses
     folders = {step_of(folder): folder for folder in list_checkpoints(run)}
     sizes = {step: _size(folder) for step, folder in folders.items()} if config.keep_gb is not None else {}
     known = {step: losses[step] for step in folders if step in losses}
-    for step in folders.keys() - kept(list(folders), known, sizes, config):
-        with contextlib.suppress(OSError):  # it is tried again after the next save
+    for step in folders.keys() - steps_to_keep(list(folders), known, sizes, config):
+        with contextlib.suppress(OSError):  # the next save tries again
             remove_checkpoint(folders[step])
 
 
-def kept(steps: list[int], losses: dict[int, float], sizes: dict[int, int], config: RunConfig) -> set[int]:
-    """Steps of the checkpoints to keep.
+def steps_to_keep(steps: list[int], losses: dict[int, float], sizes: dict[int, int], config: RunConfig) -> set[int]:
+    """Select the checkpoints to keep.
 
-    By priority: the newest (always), the best, the ``keep_checkpoints`` newest, one every ``keep_every`` steps, up to
-    ``keep_gb`` in total, for which alone ``sizes`` (bytes) are needed. Not every checkpoint has a validation loss.
+    The order of priority is: the newest checkpoint (always kept), the one with the lowest validation loss, the
+    ``keep_checkpoints`` newest, one every ``keep_every`` steps. ``keep_gb`` limits the total size.
+
+    Args:
+        steps: steps of all checkpoints.
+        losses: validation loss by step; checkpoints without a validation are absent.
+        sizes: bytes by step; used only with ``keep_gb``.
+        config: run configuration.
+
+    Returns:
+        Steps of the checkpoints to keep.
     """
     newest = sorted(steps, reverse=True)
     best = [min(losses, key=lambda step: (losses[step], -step))] if losses and config.keep_best else []

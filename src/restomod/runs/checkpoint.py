@@ -1,12 +1,12 @@
-"""Checkpoints: written whole or not at all, verified, loaded.
+"""Checkpoints: atomic writing, verification, loading.
 
     checkpoints/step_000500/
-        config.json  model.safetensors  vocab.json  merges.txt  …   a model folder for `from_pretrained`
-        training_state/                                             the optimizer's tensors and the step
-        COMPLETE                                                    every file's size and SHA-256, written last
+        config.json  model.safetensors  vocab.json  merges.txt  …   model folder for `from_pretrained`
+        training_state/                                             optimizer state and step
+        COMPLETE                                                    size and SHA-256 of every file, written last
 
-A checkpoint is written to a temporary folder, synced to disk, and renamed. Tensors are safetensors throughout: no
-pickle is ever written or loaded.
+A checkpoint is written to a temporary folder, synced to disk, and renamed. All tensors are in safetensors format;
+pickle is never used.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ STATE = "training_state"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
 STATE_FORMAT = "restomod-state-2"  # of state.json
-REPLACED = ".old.tmp"  # suffix of an older checkpoint of the same step until the new one has its name
-NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # of AdamW: their roots, or powers, would make the weights NaN
+REPLACED = ".old.tmp"  # suffix of an older checkpoint of the same step until the new one is renamed
+NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # AdamW state; negative values would make the weights NaN
 
 
 class Size(TypedDict):
@@ -80,26 +80,37 @@ class State(TypedDict):
     step: Count
     data_offset: Count
     run: dict[str, Any]
-    """Identity of its run, see `run_identity`."""
+    """Identity of the checkpoint's run, from `run_identity`."""
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """`newest_usable`, and the problems of newer checkpoints, which are set aside."""
+def set_aside_unusable(run: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest usable checkpoint, and set newer ones aside.
+
+    Returns:
+        Folder of the checkpoint (None without checkpoints), and the problems of the newer ones.
+
+    Raises:
+        UserError: all checkpoints are unusable.
+    """
     folder, unusable = newest_usable(run)
     set_aside(unusable)
     return folder, list(unusable.values())
 
 
 def newest_usable(run: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint from which a run can resume, and the problems of newer ones, which are for `set_aside`.
+    """Find the newest checkpoint from which a run can resume.
 
-    It is complete, of this run and of the step in its name, and its tensors are finite. Not to be called while a
-    checkpoint is being written: what a killed process has half written or deleted is removed.
+    A usable checkpoint is complete, belongs to this run, matches the step in its name, and has finite tensors. The
+    function also deletes incomplete files of killed processes. Do not call it while a checkpoint is being written.
+
+    Returns:
+        Folder of the checkpoint (None without checkpoints), and newer, unusable ones with their problems, for
+        `set_aside`.
 
     Raises:
-        UserError: there are checkpoints, and none is usable.
+        UserError: all checkpoints are unusable.
     """
-    with contextlib.suppress(OSError):  # the next save will say what is the matter
+    with contextlib.suppress(OSError):  # the next save reports the problem
         _remove_leftovers(run)
     unusable: dict[Path, str] = {}
     for folder in list_checkpoints(run)[::-1]:
@@ -113,14 +124,14 @@ def newest_usable(run: Path) -> tuple[Path | None, dict[Path, str]]:
         return folder, unusable
     if unusable:
         raise UserError(
-            f"{run} can resume from none of its {len(unusable)} checkpoints: {next(iter(unusable.values()))}; "
-            f"mend it, or delete {run / 'checkpoints'} to start the run from step 0"
+            f"{run} cannot resume: all {len(unusable)} checkpoints are unusable: {next(iter(unusable.values()))}; "
+            f"restore one, or delete {run / 'checkpoints'} to start from step 0"
         )
     return None, {}
 
 
 def set_aside(unusable: Iterable[Path]) -> None:
-    """Rename checkpoints to ``….damaged``, so that they are no longer found."""
+    """Rename checkpoints to ``….damaged``, so that `list_checkpoints` ignores them."""
     for folder in unusable:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -128,17 +139,17 @@ def set_aside(unusable: Iterable[Path]) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; it is never visible half deleted."""
+    """Delete a checkpoint atomically: it is renamed first, so that no partial checkpoint is visible."""
     with Temporary(folder.parent, "folder") as doomed:
         try:
-            folder.rename(doomed.path)  # which is empty
-        except OSError:  # a file system that cannot rename folders
+            folder.rename(doomed.path)
+        except OSError:  # some file systems cannot rename folders
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder)
 
 
 def _remove_leftovers(run: Path) -> None:
-    """Remove what a killed save or deletion has left; restore the checkpoint that a killed save was replacing."""
+    """Delete temporary files of killed processes; restore a checkpoint that a killed save was replacing."""
     checkpoints = run / CHECKPOINTS
     for replaced in checkpoints.glob(f".step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED)[1:])
@@ -146,7 +157,7 @@ def _remove_leftovers(run: Path) -> None:
             replaced.unlink()
         elif folder.exists():
             shutil.rmtree(replaced)
-        else:  # killed between the two renames
+        else:  # the save was killed between its two renames
             move_folder(replaced, folder, COMPLETE)
     remove_leftovers(checkpoints)
 
@@ -154,12 +165,20 @@ def _remove_leftovers(run: Path) -> None:
 def write_checkpoint(
     run: Path, step: int, model: GPT, optimizer_state: dict[str, Tensor], data_offset: int = 0
 ) -> Path:
-    """Write the checkpoint of ``step`` updates and ``data_offset`` skipped batches.
+    """Write a checkpoint.
 
-    The model holds all its weights in this process; the state is from `optimizer_tensors`, empty before the first step.
+    Args:
+        run: run folder.
+        step: number of updates made so far.
+        model: model with all its weights on this rank.
+        optimizer_state: tensors by name, from `optimizer_tensors`; empty before the first step.
+        data_offset: number of batches skipped by rollbacks.
+
+    Returns:
+        Folder of the checkpoint.
 
     Raises:
-        UserError: the disk is full or refuses; older checkpoints are untouched.
+        UserError: the disk is full or not writable; older checkpoints are unchanged.
     """
     folder = run / CHECKPOINTS / f"step_{step:06d}"
     try:
@@ -170,7 +189,7 @@ def write_checkpoint(
             state = {"format": STATE_FORMAT, "step": step, "data_offset": data_offset, "run": run_identity(run)}
             _write_files(temporary.path, model, optimizer_state, state)
             replaced = folder.with_name(f".{folder.name}{REPLACED}")
-            if folder.exists():  # left by an earlier attempt at this step
+            if folder.exists():  # written before a rollback or by a killed run
                 move_folder(folder, replaced, COMPLETE)
             move_folder(temporary.path, folder, COMPLETE)
         fsync_path(folder.parent)
@@ -180,14 +199,14 @@ def write_checkpoint(
         with contextlib.suppress(OSError):
             _remove_leftovers(run)
         raise UserError(
-            f"cannot save {folder}: {reason(e)}; {describe_newest(run)}: "
-            f"mend it, then resume with `restomod train --resume {quote(str(run))}`"
+            f"cannot save {folder}: {reason(e)}; {describe_newest(run)}; "
+            f"after fixing it, resume with `restomod train --resume {quote(str(run))}`"
         ) from None
     return folder
 
 
 def _write_files(folder: Path, model: GPT, optimizer_state: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint's files into an empty folder, and sync them to disk."""
+    """Write the files of a checkpoint into an empty folder, and sync them to disk."""
     (folder / STATE).mkdir()
     save_model(model, folder)
     if optimizer_state:
@@ -203,85 +222,88 @@ def _write_files(folder: Path, model: GPT, optimizer_state: dict[str, Tensor], s
 
 
 def describe_newest(run: Path) -> str:
-    """Name the newest checkpoint in a run's folder, for messages."""
+    """Describe the newest checkpoint of a run in words, for messages."""
     newest = list_checkpoints(run)[-1:]
     return f"the newest checkpoint is {newest[0].name}" if newest else "there is no checkpoint yet"
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check every byte of a checkpoint against `COMPLETE`, its step against its name, its settings against its run's.
+    """Check a checkpoint: the hashes of all files, its step, and the run it belongs to.
 
     Raises:
-        UserError: a file is missing or altered; the message names it. Or the checkpoint is of another step or run.
+        UserError: a file is missing or altered (the message names it), or the step or run does not match.
     """
     _verify(folder, lambda name: True, remember=False)
 
 
 def verify_model(folder: Path) -> None:
-    """Check the files of a checkpoint that a model is read from, as `verify_checkpoint` does.
+    """Check a checkpoint for reading its model: like `verify_checkpoint`, without hashing the optimizer state.
 
-    Of the optimizer's state only the size is checked. A file that was right before is read again only if its inode,
-    size or time of change differs (see `restomod.utils.verified`).
+    A file that passed before is read again only if its inode, size or time of change differs (see
+    `restomod.utils.verified`).
+
+    Raises:
+        UserError: a file is missing or altered (the message names it), or the step or run does not match.
     """
     _verify(folder, lambda name: name != f"{STATE}/{OPTIMIZER}", remember=True)
 
 
 def _verify(folder: Path, is_needed: Callable[[str], bool], remember: bool) -> None:
-    mend = f"delete {folder} to fall back on the checkpoint before it"
+    fix = f"delete {folder} to use the previous checkpoint"
     if not (folder / COMPLETE).exists():
-        raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {mend}")
+        raise UserError(f"{folder / COMPLETE} is missing: the checkpoint may be incomplete; {fix}")
     require_checkpoint_inside(folder)
     try:
-        record = read_json(folder / COMPLETE, "record of a finished checkpoint", CheckpointFiles)
+        record = read_json(folder / COMPLETE, "list of a checkpoint's files", CheckpointFiles)
     except UserError as e:
-        raise UserError(f"{e}; {mend}") from None
+        raise UserError(f"{e}; {fix}") from None
     files = record["files"]
     require_checkpoint_inside(folder, *(folder / name for name in files))
     for needed in (WEIGHTS, "config.json", f"{STATE}/state.json"):
         if needed not in files:
-            raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {mend}")
+            raise UserError(f"{folder / COMPLETE} is damaged: it does not list {needed}; {fix}")
     for name, entry in files.items():
         path, size = folder / name, entry["bytes"]
         if not path.is_file():
-            raise UserError(f"{path} is missing from the checkpoint; {mend}")
+            raise UserError(f"{path} is missing from the checkpoint; {fix}")
         if path.stat().st_size != size:
-            raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {size:,}; {mend}")
+            raise UserError(f"{path} is damaged: {path.stat().st_size:,} bytes, not {size:,}; {fix}")
     hashes = {name: entry["sha256"] for name, entry in files.items() if is_needed(name)}
     if (changed := changed_file(folder, hashes, remember)) is not None:
-        raise UserError(f"{folder / changed} is damaged: its SHA-256 is not the one recorded; {mend}")
+        raise UserError(f"{folder / changed} is damaged: its SHA-256 differs from the recorded one; {fix}")
     state = read_state(folder)
     if STEP_FOLDER.fullmatch(folder.name) and state["step"] != step_of(folder):
-        raise UserError(f"{folder} holds step {state['step']}, not {step_of(folder)}; {mend}")
+        raise UserError(f"{folder} contains step {state['step']}, not {step_of(folder)}; {fix}")
     if folder.absolute().parent.name == CHECKPOINTS:
         run = run_identity(folder.absolute().parent.parent)
-        # a model can be used whose data have changed; only training cannot continue
+        # changed data prevent further training, but not the use of the model
         _require_same(folder, {name: value for name, value in run.items() if name != DATA_FINGERPRINT})
 
 
 def _require_same(folder: Path, run: dict[str, Any]) -> None:
-    """Raise UserError if a checkpoint's run is not the one with the identity ``run``."""
+    """Raise UserError if a checkpoint does not belong to the run with the identity ``run``."""
     other = identity_differences(read_state(folder)["run"], run)
     if other:
         raise UserError(
-            f"{folder} belongs to another run: {', '.join(other)}; delete it to fall back on the checkpoint before it"
+            f"{folder} belongs to another run: {', '.join(other)}; delete it to use the previous checkpoint"
         )
 
 
 def read_state(folder: Path) -> State:
-    """The `state.json` of a checkpoint; raises UserError if a value is missing or of another type."""
+    """Read the `state.json` of a checkpoint; raise UserError if a value is missing or has the wrong type."""
     state: State = read_json(folder / STATE / "state.json", "training state", State)
     return state
 
 
 def progress(folder: Path) -> tuple[int, int]:
-    """Step and data offset of a checkpoint; raises UserError if its training state is damaged."""
+    """Return the step and data offset of a checkpoint; raise UserError if its training state is damaged."""
     state = read_state(folder)
     return state["step"], state["data_offset"]
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; raises UserError if it is damaged, or torch lacks a tensor's dtype."""
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raise UserError if it is damaged or torch lacks a tensor's dtype."""
     require_regular(path)
     try:
         require_short_header(path)
@@ -292,38 +314,38 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def require_shape(folder: Path, config: ModelConfig) -> None:
-    """Raise UserError if a checkpoint is not of the model ``config`` describes; called before memory is allocated."""
+    """Raise UserError if a checkpoint's model is not that of ``config``; reads no tensors."""
     if read_model_config(folder) != as_saved(config):
-        raise UserError(f"{folder} is of another model than config.json of the run; restore the original files")
-    with opened(folder / WEIGHTS) as saved:
+        raise UserError(f"{folder} has another model than config.json of the run; restore the original files")
+    with open_safetensors(folder / WEIGHTS) as saved:
         sizes = [math.prod(saved.get_slice(name).get_shape()) for name in saved.keys()]  # noqa: SIM118
     if sum(sizes) != parameter_count(config):
         raise UserError(
-            f"{folder / WEIGHTS} holds {sum(sizes):,} parameters, but the run's config.json describes a model of "
+            f"{folder / WEIGHTS} has {sum(sizes):,} parameters, but the model in the run's config.json has "
             f"{parameter_count(config):,}; restore the original config.json"
         )
 
 
 def require_finite(folder: Path) -> None:
-    """Raise UserError if a tensor of a verified checkpoint holds NaN or infinity, or a mean of squares below 0."""
+    """Raise UserError if a tensor of a verified checkpoint is not finite, or a second moment is negative."""
     for path in [folder / WEIGHTS, *(folder / STATE).glob("*.safetensors")]:
-        with opened(path) as saved:
-            for name in saved.keys():  # noqa: SIM118  # it is no mapping
+        with open_safetensors(path) as saved:
+            for name in saved.keys():  # noqa: SIM118  # not a mapping
                 values = saved.get_tensor(name)
                 if not values.isfinite().all():
-                    raise UserError(f"{path}: {name} holds values that are not finite")
+                    raise UserError(f"{path}: {name} has values that are not finite")
                 if name.endswith(NEVER_NEGATIVE) and (values < 0).any():
-                    raise UserError(f"{path}: {name} holds values below 0")
+                    raise UserError(f"{path}: {name} has values below 0")
 
 
 def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> None:
-    """Load the optimizer state of a verified checkpoint, tensor by tensor. All processes call this, one reads.
+    """Load the optimizer state of a verified checkpoint, tensor by tensor. All ranks call this; the main one reads.
 
-    Step 0 resets the optimizer. The loss scale of fp16 is ignored in other precisions, and starts anew if the
-    checkpoint has none.
+    A checkpoint of step 0 resets the optimizer. The loss scale is loaded in fp16 only; it is reset if the checkpoint
+    has none.
 
     Raises:
-        UserError: the state is of another optimizer or model.
+        UserError: the state belongs to another optimizer or model.
     """
     if processes.from_main(lambda: progress(folder)[0]) == 0:
         optimizer.reset()
@@ -335,7 +357,7 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
     for name in processes.from_main(lambda: _optimizer_tensor_names(path, shapes)):
 
         def read(name: str = name) -> Tensor:
-            with opened(path) as saved:
+            with open_safetensors(path) as saved:
                 value: Tensor = saved.get_tensor(name)
             return value
 
@@ -344,27 +366,27 @@ def load_optimizer(folder: Path, model: GPT, optimizer: Optimizers, processes: P
 
 
 def _optimizer_tensor_names(path: Path, shapes: dict[str, torch.Size]) -> list[str]:
-    """Names of the saved optimizer tensors, which have to match ``shapes``.
+    """Return the names of the saved optimizer tensors that are to be loaded; raise UserError if shapes differ.
 
-    The loss scale may be missing on either side: only fp16 has one.
+    The loss scale may be missing, in ``shapes`` or in the file, because only fp16 has one.
     """
-    with opened(path) as saved:
+    with open_safetensors(path) as saved:
         found = {name: torch.Size(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
     names = [name for name in found if name in shapes or name not in LOSS_SCALE]
     for name in names:
         if shapes.get(name) != found[name]:
-            raise UserError(f"{path} is of another optimizer or model: {name} does not fit")
+            raise UserError(f"{path} belongs to another optimizer or model: {name} does not match")
     missing = shapes.keys() - found.keys() - set(LOSS_SCALE)
     if missing:
-        raise UserError(f"{path} is of another optimizer or model: {min(missing)} is missing")
+        raise UserError(f"{path} belongs to another optimizer or model: {min(missing)} is missing")
     return names
 
 
 def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) -> None:
-    """Load the weights of a checkpoint that `newest_usable` has found. All processes call this.
+    """Load the weights of a checkpoint from `newest_usable`. All ranks call this.
 
     Raises:
-        UserError: the model differs.
+        UserError: the checkpoint has another model.
     """
 
     def read() -> GPT | None:
@@ -377,7 +399,11 @@ def load_saved_weights(folder: Path, model: GPT, processes: Processes = SINGLE) 
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizers, processes: Processes = SINGLE) -> int:
-    """Verify and load a checkpoint; return its step. All processes call this. Raises UserError: not usable."""
+    """Verify and load a checkpoint; return its step. All ranks call this.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to another run, model or optimizer.
+    """
     processes.from_main(lambda: verify_checkpoint(folder))
     load_saved_weights(folder, model, processes)
     load_optimizer(folder, model, optimizer, processes)

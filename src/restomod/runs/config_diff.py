@@ -1,4 +1,4 @@
-"""Differences between configurations: which settings may change on resume, which change no result, which differ."""
+"""Differences between configurations: settings fixed on resume, settings without effect on results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from restomod.utils.json_files import read_json
 Settings = dict[str, Any]
 
 FIXED = ("seed", "init", "batch_tokens", "sequence_length", "model", "optim", "document_mask")
-"""Settings of a run that cannot change on resume; all others may."""
+"""Settings that cannot change on resume."""
 DATA_FINGERPRINT = "data fingerprint"
-CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same result
+NO_EFFECT_ON_RESULT = (  # settings without effect on the result, up to rounding
     "eval_every",
     "eval_tasks",
     "eval_limit",
@@ -37,37 +37,45 @@ CHANGES_NOTHING = (  # when to evaluate and save, and how to compute the same re
     "sanity_checks",
     "micro_batch",
     "device",
-    "precision",  # as requested; the one that was used is in the environment
+    "precision",  # the requested one; `settings` adds the one in use
     "parallel",
     "gradient_checkpointing",
     "deterministic",
     "compile",
     "data.cache",
 )
-WHERE_DATA_IS = re.compile(r"data\.(?!mix)\w+")  # the fingerprint of the tokens says more
+DATA_LOCATION = re.compile(r"data\.(?!mix)\w+")  # replaced by the fingerprint of the tokens
 
 
 def flatten_config(config: RunConfig) -> Settings:
-    """Settings by dotted name, such as ``optim.lr``, without those that change no result."""
+    """Return settings by dotted name, such as ``optim.lr``, without those that have no effect on the result."""
     return {
         name: value
         for name, value in flatten(to_dict(config)).items()
-        if not any(name == other or name.startswith(f"{other}.") for other in CHANGES_NOTHING)
+        if not any(name == other or name.startswith(f"{other}.") for other in NO_EFFECT_ON_RESULT)
     }
 
 
 def settings(run: Run) -> Settings:
-    """What determines a run's result, its seed included: configuration, data and actual precision."""
+    """Return the settings that determine a run's result: configuration, seed, data and the precision in use."""
     found, data = flatten_config(run.config), run.manifest
     if "fingerprint" in data:
-        found = {name: value for name, value in found.items() if not WHERE_DATA_IS.fullmatch(name)}
+        found = {name: value for name, value in found.items() if not DATA_LOCATION.fullmatch(name)}
         found["data"] = f"{data.get('name', 'tokens')} ({str(data['fingerprint'])[:8]})"
     precision = run.environments[-1].get("precision") if run.environments else None
     return found | ({"precision": precision} if precision else {"precision": run.config.precision})
 
 
 def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """Settings that differ among ``many``, with the value in each; None where one is absent."""
+    """Return the settings that differ between runs.
+
+    Args:
+        many: settings of each run.
+        without: names to ignore.
+
+    Returns:
+        Values by name, one per run; None for a run without the setting.
+    """
     names = dict.fromkeys(name for each in many for name in each)
     values = {name: [each.get(name) for each in many] for name in names if name not in without}
     return {
@@ -76,15 +84,17 @@ def differing(many: Sequence[Settings], without: Sequence[str] = ()) -> dict[str
 
 
 def trains_on_fineweb_edu(run: Run) -> bool:
-    """Whether a run trains on FineWeb-Edu, so that losses published for it can stand beside its own."""
+    """Return whether a run trains on FineWeb-Edu, so that published losses are comparable."""
     return run.config.data.mix is None and is_fineweb_edu(run.manifest)
 
 
 def run_identity(run: Path) -> dict[str, Any]:
-    """Settings of a run that cannot change, and the fingerprint of its data, as JSON values.
+    """Return the settings that cannot change on resume, and the fingerprint of the data, as JSON values.
 
-    Runs of equal identity make the same checkpoints, so a run's folder may be copied and moved.
-    Empty, so that nothing is compared, where `config.json` or `data.json` cannot be read.
+    Runs with equal identities can exchange checkpoints, so a run folder may be copied and moved.
+
+    Returns:
+        Values by name; empty if `config.json` or `data.json` cannot be read, so that no difference is found.
     """
     try:
         config = read_json(run / "config.json", "run's configuration", dict[str, Any])
@@ -95,7 +105,7 @@ def run_identity(run: Path) -> dict[str, Any]:
 
 
 def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """Differences among the JSON settings that both sides have, each as ``PREFIX.NAME is A, not B``."""
+    """List the differences between settings that both sides have, each as ``PREFIX.NAME is A, not B``."""
     found = []
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]
@@ -107,7 +117,7 @@ def identity_differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: s
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Nested settings by dotted name."""
+    """Flatten nested settings to dotted names."""
     found: Settings = {}
     for name, value in values.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

@@ -1,10 +1,10 @@
-"""A run's folder: everything about a run, in files of standard formats.
+"""Run folder: creation, resumption, appending of records.
 
 runs/NAME/
-    config.json        the complete configuration
+    config.json        complete configuration
     environment.json   versions, machine and command of the start and of every resumption
-    data.json          the manifest of the token shards that were trained on
-    metrics.jsonl      losses, learning rate, gradient norm, speed, and when each was known
+    data.json          manifest of the token shards
+    metrics.jsonl      losses, learning rate, gradient norm and speed, with times
     samples.jsonl      texts generated during training
     checkpoints/
 """
@@ -45,14 +45,14 @@ class RunFolder:
     folder: Path
     config: RunConfig
     writes: bool = True
-    """False in all processes but the main one."""
+    """True on the main process only; other ranks write no files."""
     trackers: Trackers | None = None
-    """Receive the records of `metrics.jsonl` too."""
+    """Trackers that also receive the records of `metrics.jsonl`; None without trackers."""
     unwritten: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    """Records that could not be written, as (file name, record); retried with the next one."""
+    """Pending records as (file name, record); a failed write is retried with the next record."""
 
     def log(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
-        """Append a record to `metrics.jsonl` and return it."""
+        """Append a record to `metrics.jsonl`, pass it to the trackers, and return it."""
         record = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         if not self.writes:
             return record
@@ -70,9 +70,10 @@ class RunFolder:
         self.write_records()
 
     def write_records(self) -> OSError | None:
-        """Write pending records. Returns the error that prevents it, if any.
+        """Write pending records.
 
-        An exception in one process in the middle of a run would leave the others waiting for it.
+        Returns:
+            Error of a failed write, or None. It is not raised, because the other ranks would wait forever.
         """
         try:
             while self.unwritten:
@@ -84,11 +85,14 @@ class RunFolder:
         return None
 
     def rewind(self, step: int) -> None:
-        """Remove records after the checkpoint of ``step`` (0: there is none), as these steps are repeated."""
+        """Delete the records after the checkpoint of ``step``, because these steps are repeated.
+
+        Step 0 deletes all records.
+        """
 
         def keep(record: Record) -> bool:
             at = record["step"]
-            after = record.get("kind") in ("train", "rollback")  # made after the checkpoint of their step
+            after = record.get("kind") in ("train", "rollback")  # written after the checkpoint of the same step
             return bool(at < step or (at == step > 0 and not after))
 
         keep_records(self.folder / "metrics.jsonl", keep)
@@ -96,14 +100,14 @@ class RunFolder:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise UserError if there is anything at ``folder``."""
+    """Raise UserError if ``folder`` exists."""
     if folder.exists():
         how = (
             f"resume it with `restomod train --resume {quote(str(folder))}`, or "
             if (folder / "config.json").exists()
             else ""
         )
-        raise UserError(f"{folder} exists already; {how}choose another folder with --out")
+        raise UserError(f"{folder} already exists; {how}choose another folder with --out")
 
 
 def create_run(
@@ -113,14 +117,21 @@ def create_run(
     environment: dict[str, Any],
     print_line: Callable[[str], None] = lambda text: None,
 ) -> RunFolder:
-    """Create a run folder. It gets its name when it is complete, so an existing folder can always be resumed.
+    """Create a run folder atomically: a folder that exists under its name is complete and can be resumed.
+
+    Args:
+        folder: path of the new folder.
+        config: run configuration.
+        dataset: training and validation data.
+        environment: record from `environment`.
+        print_line: function that prints progress.
 
     Raises:
         UserError: the folder exists, or cannot be created.
     """
     refuse_existing(folder)
     manifest = with_hashes(dataset, print_line)
-    real = folder.resolve()  # of a link to a folder that is still to be made
+    real = folder.resolve()  # the folder may be a dangling link
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         with Temporary(real.parent, "folder") as temporary:
@@ -129,7 +140,7 @@ def create_run(
             write_json_atomically(temporary.path / "config.json", to_file(config))
             move_folder(temporary.path, real, "config.json")
     except OSError as e:
-        raise UserError(f"{folder}: cannot make the run's folder ({reason(e)})") from None
+        raise UserError(f"{folder}: cannot create the run folder ({reason(e)})") from None
     return RunFolder(folder, config)
 
 
@@ -137,25 +148,25 @@ def check_resumable(folder: Path, config: RunConfig, dataset: Dataset) -> None:
     """Check that an existing run can resume with ``config``.
 
     Raises:
-        UserError: a setting that must not change has changed, or the data differ from those of the run.
+        UserError: a fixed setting has changed, or the data differ from those of the run.
     """
     now, before = ({name: to_dict(each)[name] for name in FIXED} for each in (config, read_config(folder)))
     if changed := identity_differences(now, before):
         raise UserError(f"cannot change on resume: {', '.join(changed)}")
-    _starts(folder)  # it will be rewritten, so it has to be readable
+    _starts(folder)  # raises UserError if environment.json, which is rewritten, is damaged
     manifest = read_run_data(folder)
     trained_on = str(manifest.get("fingerprint"))
     difference = None if dataset.fingerprint == trained_on else token_difference(manifest, dataset)
     if difference is not None:
         data = "this mix" if dataset.parts else dataset.folder
         raise UserError(
-            f"{data} holds other tokens than {folder} was trained on: {difference} (fingerprint "
+            f"{data} has other tokens than the training data of {folder}: {difference} (fingerprint "
             f"{dataset.fingerprint[:12]}, not {trained_on[:12]}); restore the original text, or start a new run"
         )
 
 
 def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], step: int) -> RunFolder:
-    """Open an existing run to resume from the checkpoint of ``step`` (0: from its start)."""
+    """Open an existing run for resuming from the checkpoint of ``step``; 0 starts from the beginning."""
     write_json_atomically(folder / "environment.json", [*_starts(folder), environment], folder)
     write_json_atomically(folder / "config.json", to_file(config), folder)
     run = RunFolder(folder, config)
@@ -164,7 +175,7 @@ def reopen_run(folder: Path, config: RunConfig, environment: dict[str, Any], ste
 
 
 def _target_reached(folder: Path, target: float | None, step: int) -> int | None:
-    """The first step before ``step`` with a training loss of at most ``target``; None if there is none."""
+    """Return the first step before ``step`` with a training loss of at most ``target``, or None."""
     if target is None:
         return None
     for record in iterate_jsonl(folder / "metrics.jsonl"):
@@ -175,28 +186,28 @@ def _target_reached(folder: Path, target: float | None, step: int) -> int | None
 
 
 def _starts(folder: Path) -> list[Any]:
-    """The environments of all starts of a run."""
+    """Read the environments of the start and all resumptions of a run."""
     log = folder / "environment.json"
-    known = list[dict[str, Any]] | dict[str, Any]  # with unknown keys, as they are written again
+    known = list[dict[str, Any]] | dict[str, Any]  # unknown keys are kept, because the file is rewritten
     starts = read_json(log, "record of the run's environments", known) if log.exists() else []
     return starts if isinstance(starts, list) else [starts]
 
 
 def nothing_left_to_do(folder: Path, config: RunConfig, step: int) -> str | None:
-    """Why a run that would resume from ``step`` has nothing left to do; None where it has."""
+    """Explain why a run that resumes from ``step`` is already finished; None if it is not."""
     if step >= config.steps:
-        return f"{folder} has made its {config.steps} steps already; --steps N continues to step N"
+        return f"{folder} has already completed its {config.steps} steps; continue to step N with --steps N"
     reached = _target_reached(folder, config.target_loss, step)
     if reached is None:
         return None
     return (
-        f"{folder} has reached its target loss {config.target_loss} already, at step {reached}; "
-        f"continue with a lower --target-loss, or --target-loss None"
+        f"{folder} has already reached its target loss {config.target_loss} at step {reached}; "
+        f"continue with a lower --target-loss, or with --target-loss None"
     )
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:
-    """Versions, device and command: what a result may depend on besides the configuration."""
+    """Return the record of this process for `environment.json`: versions, device, precision, command line."""
     return {
         "restomod": restomod.__version__,
         "git_revision": _git_revision(),
@@ -206,13 +217,13 @@ def environment(device: str, precision: str) -> dict[str, Any]:
         "device": device,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],  # a run's folder is passed around
+        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],  # run folders are shared
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def _git_revision() -> str | None:
-    """Git revision of this package's source tree, with "+changes" if it is not clean; None outside of one."""
+    """Return the Git revision of this package, with "+changes" for uncommitted ones; None outside a repository."""
     tree = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:

@@ -1,8 +1,13 @@
-"""A run's metrics: one JSON object per line, written immediately.
+"""Metrics of a run: writing and reading of `.jsonl` files, one JSON object per line.
 
-Kinds of records in `metrics.jsonl`: "train" (step s: the loss of the weights after s updates, before the next), "val"
-(the validation loss of the same weights), "task" (metrics of a task), and "rollback" (the run rolls back to step s).
-Each has its time, in seconds since 1970.
+Kinds of records in `metrics.jsonl`:
+
+- "train": training loss at step s, of the weights after s updates
+- "val": validation loss of the same weights
+- "task": metrics of an evaluation task
+- "rollback": return to step s
+
+Every record has a time, in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -23,18 +28,18 @@ from restomod.utils.files import open_to_append, require_regular, write_bytes_at
 from restomod.utils.json_files import parse_line
 
 Record = dict[str, Any]
-"""A line of a `.jsonl` file, whose known keys are of the types of `MetricsRecord` or `SampleRecord`."""
+"""Line of a `.jsonl` file; its known keys have the types of `MetricsRecord` or `SampleRecord`."""
 
-MAX_LINE = 2**20  # bytes; a line of records has some hundred
-MAX_SKIPPED = 2**28  # bytes of a line that is too long; beyond, the file is none of records
-TOO_LONG = b"\0"  # stands for such a line
+MAX_LINE = 2**20  # bytes; a record has a few hundred
+MAX_SKIPPED = 2**28  # bytes; longer lines are skipped up to this length, then the file is refused
+TOO_LONG = b"\0"  # placeholder for a skipped line
 
 Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class MetricsRecord(TypedDict, total=False):
-    """A record of `metrics.jsonl`; what may be NaN or infinite is of the type ``float``."""
+    """Record of `metrics.jsonl`; values of type ``float`` may be NaN or infinite."""
 
     kind: Required[str]
     step: Required[Count]
@@ -56,23 +61,23 @@ class MetricsRecord(TypedDict, total=False):
 
 
 class SampleRecord(TypedDict):
-    """A record of `samples.jsonl`."""
+    """Record of `samples.jsonl`."""
 
     step: Count
     prompt: str
     text: str
 
 
-TASK_RESULT = dict[str, float | str | None]  # a "task" record, which has keys by the names of metrics, too
+TASK_RESULT = dict[str, float | str | None]  # a "task" record also has a key per metric
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append a record to a `.jsonl` file; where the disk refuses it (OSError), no part of it stays."""
+    """Append a record to a `.jsonl` file; a write that fails with OSError leaves the file unchanged."""
     line = json.dumps(record).encode() + b"\n"
     with open_to_append(path) as f:
         end = f.seek(0, os.SEEK_END)
         try:
-            while line:  # a disk that is nearly full takes a part
+            while line:  # a nearly full disk may write only a part
                 line = line[f.write(line) :]
         except OSError:
             f.truncate(end)
@@ -80,21 +85,21 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path, kind: Any = MetricsRecord) -> list[Record]:
-    """All readable records of a `.jsonl` file; none if there is no file."""
+    """Read all valid records of a `.jsonl` file; return an empty list if the file does not exist."""
     return list(iterate_jsonl(path, kind=kind))
 
 
 def iterate_jsonl(path: Path, warn: Callable[[str], None] | None = None, kind: Any = MetricsRecord) -> Iterator[Record]:
-    """Yield the records of a `.jsonl` file one by one, as those of a long run take a gigabyte.
+    """Yield the records of a `.jsonl` file one by one, because those of a long run take a gigabyte of memory.
 
     Args:
-        path: the file.
-        warn: called at the end if lines are damaged: not JSON, of other types, or too long. A last line that a crash
-            has cut short does not count: its step is repeated and logged again.
+        path: path of the file, which may be missing.
+        warn: function called at the end with a message about damaged lines (no JSON, wrong types, or too long). An
+            incomplete last line is ignored: a resumed run repeats and logs its step.
         kind: `MetricsRecord` or `SampleRecord`.
 
     Raises:
-        UserError: it is not a regular file, or has a line of more than `MAX_SKIPPED` bytes.
+        UserError: the path is not a regular file, or a line has more than `MAX_SKIPPED` bytes.
     """
     bad: list[int] = []
     number = 0
@@ -116,31 +121,39 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(f: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Each line and its size in the file; `TOO_LONG` stands for a line of more than `MAX_LINE` bytes."""
+    """Yield each line and its size in bytes; `TOO_LONG` replaces lines of more than `MAX_LINE` bytes."""
     while line := f.readline(MAX_LINE):
         size = len(line)
         if size == MAX_LINE and not line.endswith(b"\n"):
             while (more := f.readline(MAX_LINE)) and not more.endswith(b"\n"):
                 size += len(more)
                 if size > MAX_SKIPPED:
-                    raise UserError(f"{f.name} has a line of more than {MAX_SKIPPED:,} bytes: it is no file of records")
+                    raise UserError(f"{f.name} is not a file of records: a line has more than {MAX_SKIPPED:,} bytes")
             size += len(more)
             line = TOO_LONG + more[-1:]
         yield line, size
 
 
 class NewRecords:
-    """Reads only new lines of a growing `.jsonl` file; skips, unparsed, those without the bytes ``containing``."""
+    """Incremental reader of a growing `.jsonl` file: each call reads only the new lines.
+
+    Args:
+        path: path of the file.
+        containing: bytes that a line must contain; other lines are skipped without parsing.
+    """
 
     def __init__(self, path: Path, containing: bytes = b"") -> None:
         self._path, self._containing = path, containing
-        self._end = 0  # of what has been read, in bytes
-        self._last = b""  # the line before that: whether the file has been replaced meanwhile
+        self._end = 0  # bytes read so far
+        self._last = b""  # last line read; if it has changed, the file was rewritten
 
     def read(self) -> tuple[bool, Iterator[Record]]:
-        """Whether the file is read from its start (the first time, or after a rewrite), and the new records.
+        """Read the new records.
 
-        A last line without a newline is left for the next time: it may be half written.
+        A last line without a newline may be incomplete; the next call reads it.
+
+        Returns:
+            True if the file is read from its start (first call, or rewritten file), and the records.
         """
         if self._end and not self._is_continued():
             self._end, self._last = 0, b""
@@ -168,14 +181,14 @@ class NewRecords:
 
 
 class ValidationLosses:
-    """The validation losses of a running run; each call reads only what is new."""
+    """Validation losses of a run in progress, read incrementally from `metrics.jsonl`."""
 
     def __init__(self, run: Path) -> None:
         self._records = NewRecords(run / "metrics.jsonl", containing=b'"val"')
         self._losses: dict[int, float] = {}
 
     def read(self) -> dict[int, float]:
-        """The finite validation losses by step."""
+        """Return the finite validation losses by step."""
         fresh, records = self._records.read()
         if fresh:
             self._losses.clear()
@@ -186,14 +199,19 @@ class ValidationLosses:
         return self._losses
 
     def after_start(self) -> dict[int, float]:
-        """The finite validation losses by step, without step 0."""
+        """Return the finite validation losses by step, without step 0."""
         return {step: loss for step, loss in self.read().items() if step > 0}
 
 
 def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = MetricsRecord) -> None:
-    """Rewrite a `.jsonl` file with only the records for which ``keep`` is true, and damaged lines among them.
+    """Rewrite a `.jsonl` file atomically with selected records.
 
-    Lines that are too long for a record are dropped. ``kind`` is as for `iterate_jsonl`.
+    Damaged lines before the last kept record stay. Lines of more than `MAX_LINE` bytes are dropped.
+
+    Args:
+        path: path of the file, which may be missing.
+        keep: predicate that is true for the records to keep.
+        kind: `MetricsRecord` or `SampleRecord`.
     """
     if not path.exists():
         return
@@ -209,7 +227,7 @@ def keep_records(path: Path, keep: Callable[[Record], bool], kind: Any = Metrics
 
 
 def _parsed(line: bytes, kind: Any) -> Record | None:
-    """Parse a line; None if it is not JSON, or of other types."""
+    """Parse a line; return None if it is not JSON or has wrong types."""
     record: Record | None = parse_line(line, kind)
     if record is not None and record.get("kind") == "task":
         others = parse_line(line, TASK_RESULT)

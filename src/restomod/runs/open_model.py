@@ -1,4 +1,4 @@
-"""Opening a model: a run (its newest checkpoint), a checkpoint, a Hugging Face model folder, or a name on the hub."""
+"""Opening of models: run (newest checkpoint), checkpoint, Hugging Face model folder, or hub name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from restomod.utils.run_files import CHECKPOINTS, list_checkpoints
 
 
 def find_model(name: str) -> Path:
-    """Find the model folder of ``name``, verified if a checkpoint, downloaded if a hub name.
+    """Find the folder of a model; verify a checkpoint; download a model of the hub.
+
+    Args:
+        name: path of a run, a checkpoint or a model folder, or a name on the hub.
+
+    Returns:
+        Model folder; of a run, its newest checkpoint.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the model does not exist, or is damaged.
     """
     path = Path(name)
     if not path.is_dir():
@@ -34,33 +40,40 @@ def find_model(name: str) -> Path:
         verify_model(checkpoints[-1])
         return checkpoints[-1]
     if is_run(path):
+        raise UserError(f"{path} has no checkpoint yet; continue training with `restomod train --resume {quote(name)}`")
+    if (path / "adapter_config.json").exists():  # without it, the folder's weights are another model
         raise UserError(
-            f"{path} holds no checkpoint yet; continue training with `restomod train --resume {quote(name)}`"
-        )
-    if (path / "adapter_config.json").exists():  # weights beside it, without the adapter, are another model
-        raise UserError(
-            f"{path} holds an adapter (LoRA): merge it into the weights of its model (PEFT: merge_and_unload), "
-            f"and give the folder of that"
+            f"{path} contains an adapter (LoRA): merge it into its base model (PEFT: merge_and_unload), "
+            f"and pass the folder of the merged model"
         )
     if path.absolute().name == CHECKPOINTS and is_run(path.absolute().parent):
-        raise UserError(f"{path} holds the checkpoints of a run: name the run, or one of them")
+        raise UserError(f"{path} contains all checkpoints of a run: pass the run, or one checkpoint")
     if (path / "manifest.json").exists():
-        raise UserError(f"{path} holds tokens and no model; `restomod data {quote(name)}` shows them")
+        raise UserError(f"{path} contains tokens, not a model; show them with `restomod data {quote(name)}`")
     if not (path / "config.json").exists():
         raise UserError(f"{path} is neither a run nor a model folder: it has no config.json")
     return path
 
 
 def open_model(name: str, device: torch.device) -> GPT:
-    """The model that ``name`` stands for (see `find_model`), on ``device``, in evaluation mode."""
+    """Load a model on ``device`` in evaluation mode; see `find_model` for ``name``."""
     return load_model(find_model(name), device)
 
 
 def open_or_build(name: str, device: torch.device, seed: int, finite: bool = True) -> tuple[GPT, bool]:
-    """A preset's model with the initial weights of ``seed``, or an existing model; and whether it is a preset's.
+    """Build the model of a preset, or load an existing model.
+
+    Args:
+        name: name of a preset, or a model (see `find_model`).
+        device: device of the model.
+        seed: seed of a preset's initial weights.
+        finite: require finite weights.
+
+    Returns:
+        Model in evaluation mode, and True if it has the initial weights of a preset.
 
     Raises:
-        UserError: ``name`` is neither a preset nor a model, or with ``finite`` its weights are not finite.
+        UserError: the name is neither a preset nor a model, the weights are not finite, or memory is too small.
     """
     if is_preset(name) and not Path(name).is_dir():
         try:
@@ -68,7 +81,7 @@ def open_or_build(name: str, device: torch.device, seed: int, finite: bool = Tru
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e):
                 raise
-            raise UserError(f"{name} does not fit into memory here ({one_line(e)})") from e
+            raise UserError(f"{name} does not fit into memory ({one_line(e)})") from e
     if Path(name).name == name and not Path(name).exists() and name not in OPENAI:
         raise UserError(f"{name}: no such preset, run or model{did_you_mean(name, [*PRESETS, *OPENAI])}")
     try:
@@ -78,7 +91,7 @@ def open_or_build(name: str, device: torch.device, seed: int, finite: bool = Tru
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder's `config.json` is of a run, and not of a model."""
+    """Return whether a folder is a run folder; the `config.json` of a model has other keys."""
     path = folder / "config.json"
     values = read_json(path, "configuration") if path.exists() else None
     return isinstance(values, dict) and "model_type" not in values and "steps" in values
@@ -87,12 +100,12 @@ def is_run(folder: Path) -> bool:
 def _from_hub(name: str) -> Path:
     path = Path(name)
     if path.exists():
-        raise UserError(f"{path} is a file; give the folder of a run or a model")
+        raise UserError(f"{path} is a file; pass the folder of a run or a model")
     repository = hub_name(name)
-    meant_here = path.parent != Path() and path.parent.exists()  # a slip in a path is not sent to the hub
+    meant_here = path.parent != Path() and path.parent.exists()  # a mistyped path is not sent to the hub
     if repository is None or meant_here:
         if is_preset(name):
-            raise UserError(f"{name} is a preset: `restomod train {name}` makes a run of it, runs/{name}")
+            raise UserError(f"{name} is a preset: `restomod train {name}` creates the run runs/{name}")
         there = path.parent.iterdir() if path.parent.is_dir() else []
         near = [entry.name for entry in there if any((entry / made).exists() for made in (CHECKPOINTS, "config.json"))]
         known = near if meant_here else [*OPENAI, *near]

@@ -1,11 +1,11 @@
-"""The lock of a run: one job trains it at a time, and takes the lock before it changes anything in the folder.
+"""Lock of a run, so that only one job at a time trains it and changes its folder.
 
-RUN/.lock           held while the run is trained; says by whom
-.NAME.lock          beside a folder that is still to be made, until it is
+RUN/.lock           lock of an existing run, held while it is trained
+.NAME.lock          lock of a new run, next to its future folder
 
-The lock is the kernel's (`restomod.utils.locks`), so nothing has to be cleaned up after a kill. The file names
-the holder, and is a heartbeat for machines whose file system does not share locks: the holder rewrites it every few
-seconds, and a record that keeps changing belongs to a running process.
+The kernel's file locks (`restomod.utils.locks`) are released when a process is killed. Some shared file systems do not
+share locks between machines. Therefore the lock file is also a heartbeat: the holder rewrites its record every few
+seconds, and a changing record proves that the holder is alive.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from restomod.utils.files import short_name
 from restomod.utils.json_files import read_json
 from restomod.utils.locks import POLL, FileLock
 
-PATIENCE = 30.0  # seconds to wait for a job that holds the run: it may be about to receive its signal
-SAVING = 600.0  # seconds to wait for one that has received a signal, and saves
-BEAT = 5.0  # seconds between two writes of the holder
-SILENT = 3 * BEAT  # seconds without a change after which another machine no longer holds the lock
-RECORD = 300  # characters, padded: a reader never sees the end of an older record
+PATIENCE = 30.0  # seconds to wait for the holder, which may be about to stop
+SAVING = 600.0  # seconds to wait for a holder that is stopping and saves
+HEARTBEAT = 5.0  # seconds between two writes of the holder
+HEARTBEAT_TIMEOUT = 3 * HEARTBEAT  # seconds without a write after which a holder on another machine has ended
+RECORD = 300  # characters; padding overwrites a longer older record
 
 
 class Holder(TypedDict, total=False):
@@ -46,7 +46,12 @@ class Holder(TypedDict, total=False):
 
 
 class RunLock:
-    """The lock of one run, which the main process takes for all ranks. ``print_line`` is told why it waits."""
+    """Lock of one run, taken by the main process for all ranks.
+
+    Args:
+        folder: run folder.
+        print_line: function that prints the reason for waiting.
+    """
 
     def __init__(self, folder: Path, print_line: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self._print_line = folder, print_line
@@ -62,7 +67,11 @@ class RunLock:
         self._over = threading.Event()
 
     def take(self, resume: bool) -> None:
-        """Lock an existing run once a job that is ending has ended, or a new run's name. Raises UserError: taken."""
+        """Take the lock of an existing run (``resume``), after waiting for a job that is stopping, or of a new run.
+
+        Raises:
+            UserError: another job trains the run.
+        """
         if resume:
             self._acquire(self.folder / ".lock", PATIENCE)
             return
@@ -72,14 +81,14 @@ class RunLock:
         self._acquire(parent / f".{short_name(self.folder.resolve().name)}.lock", 0.0)
 
     def move_into_folder(self) -> None:
-        """Switch to the lock inside a new run's folder, once that exists."""
+        """Switch to the lock inside the folder of a new run, after the folder is created."""
         before = self._lock
         self._acquire(self.folder / ".lock", 0.0)
         if before is not None and before is not self._lock:
             before.release(remove=True)
 
     def stopping(self) -> None:
-        """Tell waiting jobs that this job is stopping. May be called from a signal handler."""
+        """Announce to waiting jobs that this job is stopping; safe in a signal handler."""
         self._record["stopping"] = True
         self._write()
 
@@ -88,7 +97,7 @@ class RunLock:
         self._over.set()
         if self._lock is not None:
             self._lock.release(remove=True)
-        for folder in self._created:  # if no run was created in them
+        for folder in self._created:  # only empty ones: no run was created
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -105,7 +114,7 @@ class RunLock:
             limit = max(patience, SAVING) if patience and holder.get("stopping") else patience
             if time.monotonic() > began + limit:
                 raise UserError(
-                    f"{self.folder} is already being trained by {_describe(holder)}; wait for it or stop it, then "
+                    f"{self.folder} is already being trained by {_describe(holder)}; wait for it, or stop it and "
                     f"resume with `restomod train --resume {quote(str(self.folder))}`"
                 )
             if not told:
@@ -113,47 +122,48 @@ class RunLock:
                 self._print_line(f"{self.folder} is being trained by {_describe(holder)}; waiting until it ends")
             time.sleep(POLL)
         if not lock.enforced:
-            self._print_line(f"the file system of {path} has no locks; make sure that no other job trains this run")
+            self._print_line(f"the file system of {path} does not support locks; do not train this run in other jobs")
         first, self._lock = self._lock is None, lock
         self._write()
         if first:
-            threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+            threading.Thread(target=self._heartbeat, name="run lock", daemon=True).start()
 
     def _held_elsewhere(self, lock: FileLock, holder: dict[str, Any]) -> bool:
-        """Whether another machine holds a lock that could be taken here, as the file system does not share locks."""
+        """Return whether another machine holds the lock on a file system that does not share locks."""
         if not holder or (holder.get("host") == self._record["host"] and lock.enforced):
             return False
         self._print_line(
-            f"{self.folder} was last trained by {_describe(holder)}; checking for {SILENT:.0f} s whether it still is"
+            f"{self.folder} was last trained by {_describe(holder)}; "
+            f"waiting {HEARTBEAT_TIMEOUT:.0f} s for a sign that it is still running"
         )
-        end = time.monotonic() + SILENT
+        end = time.monotonic() + HEARTBEAT_TIMEOUT
         while time.monotonic() < end:
             time.sleep(POLL)
             now = _read(lock.path)
             if now and now != holder:
                 return True
             if not lock.path.exists():
-                return False  # it has ended
+                return False  # the holder has ended
         return False
 
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT):
+    def _heartbeat(self) -> None:
+        while not self._over.wait(HEARTBEAT):
             self._record["beat"] += 1
             self._write()
 
     def _write(self) -> None:
-        """Write the holder into the lock file."""
+        """Write the holder's record into the lock file."""
         fd = self._lock.fd if self._lock is not None else None
         if fd is not None:
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+            with contextlib.suppress(OSError):  # the lock works without the record
                 os.pwrite(fd, f"{json.dumps(self._record):<{RECORD}}\n".encode(), 0)
-                os.fsync(fd)  # on a shared file system, for others to see
+                os.fsync(fd)  # makes it visible to other machines
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The holder of a lock; empty if the file does not say."""
+    """Read the holder of a lock; return an empty dict if the record is missing or damaged."""
     with contextlib.suppress(UserError):
-        return dict(read_json(path, "record of who trains the run", Holder, max_bytes=16 * RECORD))
+        return dict(read_json(path, "record of a run's lock", Holder, max_bytes=16 * RECORD))
     return {}
 
 

@@ -1,7 +1,7 @@
-"""Trackers: TensorBoard, Weights & Biases and Trackio receive a run's metrics.
+"""Trackers: copies of a run's metrics for TensorBoard, Weights & Biases and Trackio.
 
-Each tracker has its own thread and a bounded queue. One that fails, hangs or is too slow is dropped with a warning, and
-training continues: `metrics.jsonl` has everything. Their packages are imported in that thread.
+Each tracker has its own thread, which imports its package, and a bounded queue. A tracker that fails, hangs or is too
+slow is dropped with a warning. Training continues, and `metrics.jsonl` stays complete.
 """
 
 from __future__ import annotations
@@ -30,23 +30,28 @@ from restomod.utils.json_files import read_json
 from restomod.utils.redaction import redact
 
 PROJECT = "restomod"
-QUEUE = 2000  # pending records at which a tracker is dropped
-Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it becomes a part of paths and addresses
-CLOSING = 20.0  # seconds that the end of a run waits for all of them
+QUEUE = 2000  # maximum number of pending records; a tracker with more is dropped
+Identity = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # used in paths and URLs
+CLOSING = 20.0  # seconds to wait for all trackers at the end of a run
 
 
 class Sink:
-    """One tracker, used from one thread. Written for services that resume a run by its id; `TensorBoard` differs."""
+    """Base class of trackers, used from a single thread; for services that resume a run by its id."""
 
     _run: Any
 
     def begin(self, records: list[Record], fresh: bool) -> None:
-        """Take all of `metrics.jsonl`: when a run starts (then ``fresh``), resumes or rolls back."""
+        """Receive all records of `metrics.jsonl`, when a run starts, resumes or rolls back.
+
+        Args:
+            records: records in the order of the file.
+            fresh: the service does not have this run yet.
+        """
         for record in records if fresh else []:
             self.write(record)
 
     def write(self, record: Record) -> None:
-        """Take one more record."""
+        """Log a new record."""
         if values := tracked_values(record):
             self._log(values, record["step"])
 
@@ -54,12 +59,12 @@ class Sink:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Finish."""
+        """Finish the run of the service."""
         self._run.finish()
 
 
 def tracked_values(record: Record) -> dict[str, float]:
-    """The numbers of a record of `metrics.jsonl` by name: ``train/loss``, ``val/loss``, ``task/hellaswag/acc_norm``."""
+    """Extract the numbers of a record, under names such as ``train/loss`` or ``task/hellaswag/acc_norm``."""
     prefix = f"task/{record.get('task')}" if record["kind"] == "task" else record["kind"]
     values = {f"{prefix}/{name}": value for name, value in record.items() if name not in ("step", "time")}
     values |= {f"{prefix}/loss/{name}": value for name, value in record.get("sources", {}).items()}
@@ -67,7 +72,7 @@ def tracked_values(record: Record) -> dict[str, float]:
 
 
 class TensorBoard(Sink):
-    """Event files in RUN/tensorboard, written anew at every start: they say what `metrics.jsonl` says."""
+    """TensorBoard event files in RUN/tensorboard, rewritten from `metrics.jsonl` at every start."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -77,6 +82,7 @@ class TensorBoard(Sink):
         self._writer: Any = None
 
     def begin(self, records: list[Record], fresh: bool) -> None:
+        """Replace the event files with new ones of all ``records``; ``fresh`` is ignored."""
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._writer = self._new(str(self._folder))
@@ -84,16 +90,18 @@ class TensorBoard(Sink):
             self.write(record)
 
     def write(self, record: Record) -> None:
+        """Add the numbers of a record to the event file."""
         for name, value in tracked_values(record).items():
             self._writer.add_scalar(name, value, record["step"], record.get("time"), new_style=True)
 
     def close(self) -> None:
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
 
 
 class WandB(Sink):
-    """Weights & Biases: offline in RUN/wandb, for `wandb sync`, unless the user has set WANDB_MODE."""
+    """Weights & Biases run, offline in RUN/wandb (for `wandb sync`) unless WANDB_MODE is set."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
@@ -109,11 +117,11 @@ class WandB(Sink):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                x_disable_meta=True,  # the command line with its secrets, the user and the host
+                x_disable_meta=True,  # it contains the user, the host, and secrets of the command line
                 host="",
             ),
         )
-        # its own step metric: W&B's step only grows, and a run may roll back
+        # separate step metric, because W&B's step cannot decrease in a rollback
         self._run.define_metric("*", step_metric="step")
 
     def _log(self, values: dict[str, float], step: int) -> None:
@@ -121,7 +129,7 @@ class WandB(Sink):
 
 
 class Trackio(Sink):
-    """Trackio: its database on this machine, which `trackio show` shows."""
+    """Trackio run in its local database, displayed by `trackio show`."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str) -> None:
         import trackio
@@ -141,16 +149,20 @@ OPENERS: dict[Tracker, Callable[[Path, RunConfig, str], Sink]] = {
 
 
 def require_installed(names: Iterable[Tracker]) -> None:
-    """Raise UserError if the package of one of the trackers is missing."""
+    """Raise UserError if the package of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--track {name} needs the package {name}: pip install -c constraints.txt -e '.[track]'")
 
 
 class Trackers:
-    """All trackers of a run, as a context in which they take records; without ``writes`` there are none.
+    """All trackers of a run, as a context manager.
 
-    ``report`` is called with warnings, from any thread.
+    Args:
+        run: run folder.
+        config: run configuration.
+        report: function called with warnings, from any thread.
+        writes: True on the main process; other ranks have no trackers.
     """
 
     def __init__(self, run: Path, config: RunConfig, report: Callable[[str], None], writes: bool = True) -> None:
@@ -164,7 +176,7 @@ class Trackers:
         try:
             known = self._identities()
         except (UserError, OSError) as e:
-            self._report(f"warning: nothing is tracked: {e}")
+            self._report(f"warning: trackers are disabled: {e}")
             return self
         records = read_jsonl(self._path / "metrics.jsonl")
         for name in self._names:
@@ -179,7 +191,7 @@ class Trackers:
         return self
 
     def _identities(self) -> dict[str, tuple[str, bool]]:
-        """What each tracker knows this run by, and whether that is new; kept in the run's folder."""
+        """Return the run's id for each tracker, and True if it is new; store new ids in `track.json`."""
         path = self._path / "track.json"
         require_inside(self._path, path, self._path / "tensorboard", self._path / "wandb")
         old = read_json(path, "record of the run's trackers", dict[str, Identity]) if path.exists() else {}
@@ -188,7 +200,7 @@ class Trackers:
         return {name: (identity, name not in old) for name, identity in known.items()}
 
     def put(self, record: Record) -> None:
-        """Hand a record over, which has just been written to `metrics.jsonl`. It never waits."""
+        """Pass a record of `metrics.jsonl` to all trackers, without waiting for them."""
         if not self._feeds:
             return
         again = read_jsonl(self._path / "metrics.jsonl") if record["kind"] == "rollback" else None
@@ -207,7 +219,7 @@ class Trackers:
 
 
 class _Feed:
-    """The thread of one tracker."""
+    """Thread and queue of one tracker."""
 
     def __init__(self, name: str, start: Callable[[], Sink], report: Callable[[str], None]) -> None:
         self._name, self._start, self._report = name, start, report
@@ -225,28 +237,28 @@ class _Feed:
                 else:
                     sink.write(item)
             sink.close()
-        except BaseException as e:  # whatever it is, it ends here; some trackers exit
+        except BaseException as e:  # some trackers raise SystemExit
             self._drop(f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
 
     def _drop(self, why: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
-            self._report(f"warning: {self._name} tracks no more ({why}); metrics.jsonl has everything")
+            self._report(f"warning: tracker {self._name} is dropped ({why}); metrics.jsonl stays complete")
 
     def put(self, item: Record | list[Record]) -> None:
         if not self._dropped.is_set():
             try:
                 self._queue.put_nowait(item)
             except queue.Full:
-                self._drop(f"{QUEUE} records wait for it")
+                self._drop(f"{QUEUE} records are pending")
 
     def end(self) -> None:
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
 
     def join(self, until: float) -> None:
-        """Wait for the end, but not past a time of `time.monotonic`, nor for one that is dropped."""
+        """Wait for the thread until a time of `time.monotonic`; do not wait for a dropped tracker."""
         if not self._dropped.is_set():
             self._thread.join(max(0.0, until - time.monotonic()))
             if self._thread.is_alive():
-                self._drop(f"it has not ended after {CLOSING:.0f} s")
+                self._drop(f"not finished after {CLOSING:.0f} s")

@@ -7,7 +7,7 @@ from restomod.engine.device import release_memory
 from restomod.engine.micro_batch import next_smaller_divisor, split_micro_batches
 from restomod.engine.step import PendingStep, train_step
 from restomod.runs.async_saver import Saver
-from restomod.runs.checkpoint import describe_newest, load_checkpoint, newest_whole
+from restomod.runs.checkpoint import describe_newest, load_checkpoint, set_aside_unusable
 from restomod.runs.metrics import iterate_jsonl
 from restomod.train.setup import Training
 from restomod.train.spike_guard import SpikeGuard
@@ -37,7 +37,7 @@ def roll_back(
     """
     run, processes = training.run, training.processes
     saver.finish()
-    checkpoint, _ = processes.from_main(lambda: newest_whole(run.folder))
+    checkpoint, _ = processes.from_main(lambda: set_aside_unusable(run.folder))
     if checkpoint is None:
         raise processes.error(
             f"step {step}: {problem}, and there is no checkpoint to roll back to; lower --optim.lr in a new run"

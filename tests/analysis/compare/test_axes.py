@@ -1,4 +1,4 @@
-"""Curves by steps, tokens, FLOPs, time and money."""
+"""Loss curves by steps, tokens, FLOPs, time and cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_axis_measures_the_same_points(tmp_path: Path) -> None:
     assert flops.tolist() == [0, run.flops_at(50), run.flops_at(100)]
 
 
-def test_time_is_of_the_steps_before(tmp_path: Path) -> None:
+def test_time_counts_the_steps_before(tmp_path: Path) -> None:
     records = [
         train(0, 9.0, 3.6e6),
         train(1, 9.0, 7.2e6),
@@ -62,20 +62,20 @@ def test_training_losses_are_means_over_blocks_that_end_with_the_last_step(tmp_p
     assert len(steps) == 43
 
 
-def test_a_loss_that_is_not_finite_is_no_point(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_skipped(tmp_path: Path) -> None:
     records = [train(0, None), train(1, 8.0)]
     steps, loss = measured_losses(open_run(write_run(tmp_path / "a", SMALL, records)), "training loss")
     assert (steps.tolist(), loss.tolist()) == ([2], [8.0])
 
 
-def test_between_measurements_a_curve_is_a_line_and_outside_nothing() -> None:
+def test_a_curve_is_interpolated_linearly_and_unknown_outside_the_measurements() -> None:
     c = line((0, 10), (100, 6), (200, 5))
     assert (c.at(50), c.at(100), c.at(150)) == (8, 6, 5.5)
     assert (c.at(-1), c.at(201)) == (None, None)
 
 
 @pytest.mark.parametrize(("target", "x"), [(8.0, 50), (6.0, 100), (5.5, 150), (5.0, 200), (4.9, None), (11.0, 0)])
-def test_where_a_curve_first_gets_below_a_target(target: float, x: float | None) -> None:
+def test_the_first_position_below_a_target(target: float, x: float | None) -> None:
     assert line((0, 10), (100, 6), (200, 5)).first_below(target) == x
 
 
@@ -83,7 +83,7 @@ def test_the_first_time_counts_where_a_loss_rises_again() -> None:
     assert line((0, 10), (100, 5), (200, 9), (300, 4)).first_below(6) == pytest.approx(80)
 
 
-def test_a_mean_curve_is_known_where_all_are() -> None:
+def test_a_mean_curve_covers_the_common_range() -> None:
     mean = mean_curve([line((0, 10), (100, 6), (200, 4)), line((50, 9), (150, 5))])
     assert mean.x.tolist() == [50, 100, 150]
     assert mean.loss.tolist() == [(8 + 9) / 2, (6 + 7) / 2, (5 + 5) / 2]

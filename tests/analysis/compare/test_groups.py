@@ -22,11 +22,11 @@ from restomod.runs.reader import Run, open_run
 from restomod.utils.errors import UserError
 from tests.runs.made_runs import SMALL, simple, train, val, write_run
 
-T = 512  # tokens of a step
+T = 512  # tokens per step
 
 
 def run(folder: Path, name: str, losses: dict[int, float], seed: int = 0, lr: float = 2e-3, **changes: Any) -> Run:
-    """A run with these validation losses by step."""
+    """Write a run with the given validation losses by step and open it."""
     config = dataclasses.replace(SMALL, seed=seed, optim=dataclasses.replace(SMALL.optim, lr=lr), **changes)
     steps = max(losses, default=100)
     return open_run(write_run(folder / name, config, simple(losses, steps)))
@@ -34,7 +34,7 @@ def run(folder: Path, name: str, losses: dict[int, float], seed: int = 0, lr: fl
 
 @pytest.fixture
 def six(tmp_path: Path) -> list[Run]:
-    """Three seeds of each of two learning rates, in no order."""
+    """Return three seeds of each of two learning rates, in mixed order."""
     a = [run(tmp_path, f"a{s}", {0: 10.8, 50: 6.0 + 0.1 * s, 100: 5.0 + 0.1 * s}, s) for s in range(3)]
     b = [run(tmp_path, f"b{s}", {0: 10.8, 50: 5.0 + 0.1 * s, 100: 4.0 + 0.1 * s}, s, lr=3e-3) for s in range(3)]
     return [a[0], b[0], a[1], b[1], b[2], a[2]]
@@ -52,7 +52,7 @@ def test_runs_that_differ_in_their_seed_only_are_a_group(six: list[Run]) -> None
         assert (group.final.n, group.final.mean, group.final.sd) == (3, pytest.approx(mean), pytest.approx(0.1))
 
 
-def test_trials_of_a_sweep_are_called_by_what_they_have_in_common(tmp_path: Path) -> None:
+def test_groups_of_sweep_trials_are_named_by_their_common_settings(tmp_path: Path) -> None:
     def trial(folder: str, number: int, lr: float, seed: int) -> Run:
         (tmp_path / folder).mkdir(exist_ok=True)
         return run(tmp_path / folder, f"{number:03}-optim.lr-{lr}-seed-{seed}", {0: 10.8, 100: 5.0}, seed, lr=lr)
@@ -60,11 +60,15 @@ def test_trials_of_a_sweep_are_called_by_what_they_have_in_common(tmp_path: Path
     trials = [trial("s", 2 * i + seed, lr, seed) for i, lr in enumerate((1e-3, 2e-3)) for seed in (0, 1)]
     assert [g.name for g in compare_runs(trials).groups] == ["optim.lr-0.001, 2 seeds", "optim.lr-0.002, 2 seeds"]
     assert [g.name for g in compare_runs(trials[1:]).groups] == ["001-optim.lr-0.001-seed-1", "optim.lr-0.002, 2 seeds"]
-    longer = [trial("t", seed, 1e-3, seed) for seed in (2, 3)]  # of another sweep, where it means something else
+    longer = [trial("t", seed, 1e-3, seed) for seed in (2, 3)]  # trials of another sweep with the same name
     for other in longer:
         object.__setattr__(other, "config", dataclasses.replace(other.config, batch_tokens=2 * T))
     names = [g.name for g in compare_runs([*trials, *longer]).groups]
-    assert names == ["000-optim.lr-0.001-seed-0 +1", "optim.lr-0.002, 2 seeds", "002-optim.lr-0.001-seed-2 +1"]
+    assert names == [
+        "000-optim.lr-0.001-seed-0 (+1 run)",
+        "optim.lr-0.002, 2 seeds",
+        "002-optim.lr-0.001-seed-2 (+1 run)",
+    ]
 
 
 def test_groups_are_tested_against_the_baseline_at_equal_tokens(six: list[Run]) -> None:
@@ -90,7 +94,7 @@ def test_the_baseline_may_be_any_run(six: list[Run]) -> None:
 def test_tokens_to_the_baselines_last_loss(six: list[Run]) -> None:
     found = compare_runs(six)
     assert found.target == pytest.approx(5.1)
-    # b's mean is 10.8 at 0 and 5.1 after 50 steps; a's comes to 5.1 at its end
+    # b's mean is 10.8 at 0 and 5.1 after 50 steps; a's reaches 5.1 at its end
     assert found.to_target == pytest.approx([100 * T, 50 * T])
     assert compare_runs(six, target=6.0).to_target == pytest.approx([50 * T + 0.1 * 50 * T, 50 * T * 4.8 / 5.7])
     assert compare_runs(six, target=1.0).to_target == [None, None]
@@ -123,14 +127,14 @@ def test_runs_are_compared_at_equal_tokens(
 # --- runs of every kind --------------------------------------------------------------------------------------
 
 
-def test_without_a_validation_the_training_loss_is_compared_and_it_says_so(tmp_path: Path, six: list[Run]) -> None:
+def test_without_a_validation_training_losses_are_compared_with_a_note(tmp_path: Path, six: list[Run]) -> None:
     blind = open_run(write_run(tmp_path / "blind", SMALL, [train(s, 5.0) for s in range(100)]))
     found = compare_runs([*six, blind])
     assert found.measure == "training loss"
     assert any(note.startswith("blind: no validation") for note in found.notes)
     assert found.groups[0].final is not None
     assert found.groups[0].final.mean == 5.0
-    assert "not comparable: not every run here has a validation loss" in comparison_markdown(found, "tokens")
+    assert "not comparable: some runs have no validation loss" in comparison_markdown(found, "tokens")
 
 
 def test_one_run_alone(tmp_path: Path) -> None:
@@ -139,13 +143,13 @@ def test_one_run_alone(tmp_path: Path) -> None:
     assert [t.title for t in comparison_tables(found, "tokens") if t.rows] == ["results", "validation loss by tokens"]
 
 
-def test_a_run_that_is_under_way_says_so(tmp_path: Path) -> None:
+def test_a_run_in_progress_is_noted(tmp_path: Path) -> None:
     found = compare_runs([run(tmp_path, "a", {0: 10.8, 50: 6.0}, steps=1000)])
-    assert found.notes == ["a is at step 50 of 1,000: its learning rate is not decayed"]
+    assert found.notes == ["a is at step 50 of 1,000: its learning rate has not decayed"]
 
 
 @pytest.mark.parametrize("records", [[], [val(0, 10.8)], [train(0, None)], [train(0, 10.8)]])
-def test_a_run_that_has_hardly_begun(records: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_run_with_at_most_one_record(records: list[dict[str, Any]], tmp_path: Path) -> None:
     begun = open_run(write_run(tmp_path / "begun", dataclasses.replace(SMALL, seed=9), records))
     other = run(tmp_path, "a", {0: 10.8, 100: 5.0}, lr=1.0)
     for runs in ([begun], [begun, other], [other, begun]):
@@ -155,14 +159,14 @@ def test_a_run_that_has_hardly_begun(records: list[dict[str, Any]], tmp_path: Pa
         comparison_figure(found, ["tokens"])
 
 
-def test_what_makes_a_comparison_doubtful_is_said(tmp_path: Path) -> None:
+def test_notes_name_the_limits_of_a_comparison(tmp_path: Path) -> None:
     a = run(tmp_path, "a", {0: 10.8, 100: 5.0})
     again = run(tmp_path, "again", {0: 10.8, 100: 5.0})
     windows = run(tmp_path, "windows", {0: 10.8, 100: 5.0}, sequence_length=128)
     said = "\n".join(compare_runs([a, again, windows]).notes)
-    assert "a +1: runs with the same seed are not independent samples" in said
+    assert "a (+1 run): runs with the same seed are not independent samples" in said
     assert "sequence_length differs" in said
-    assert "p needs at least two seeds" in said
+    assert "needs at least two seeds" in said
     other = {"fingerprint": "ffff", "name": "other"}
     there = open_run(write_run(tmp_path / "there", SMALL, simple({0: 10.8, 100: 5.0}), data=other))
     assert any("the groups have different data" in note for note in compare_runs([a, there]).notes)
@@ -177,8 +181,8 @@ def test_a_run_twice_is_refused(six: list[Run]) -> None:
 
 
 def test_published_losses_are_shown_with_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
-    assert "every run here trained" in str(why_not_published(six))
-    assert "and a0 trained on" in str(why_not_published(six[:1]))
+    assert "the data of all runs" in str(why_not_published(six))
+    assert "the data of a0" in str(why_not_published(six[:1]))
     config = dataclasses.replace(
         SMALL,
         data=DataConfig(source="tokens", path="fineweb-edu"),
@@ -199,7 +203,7 @@ def test_published_results_follow_the_newest_results_of_tasks(tmp_path: Path) ->
     folder = write_run(tmp_path / "a", SMALL, [*simple({0: 10.8, 100: 5.0}), *asked])
     assert newest_tasks(open_run(folder)) == {"hellaswag": (20, 200, {"acc_token": 0.2})}
     (table,) = [t for t in comparison_tables(compare_runs([open_run(folder)]), "tokens") if t.title == "hellaswag"]
-    assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published ones are of all
+    assert table.rows == [["a, step 20", "", "", "0.2000", "", "200 examples"]]  # published results need all examples
     assert not table.notes
     (folder / "evals").mkdir()
     metrics = {"acc_token": {"value": 0.31, "stderr": 0.005}}
@@ -226,7 +230,7 @@ def test_the_command_writes_json_markdown_and_a_picture(
     assert written["groups"][1]["against_baseline"]["test"]["df"] == pytest.approx(4)
     curve = written["groups"][0]["runs"][0]["curve"]
     assert (curve["tokens"], curve["loss"]) == ([0, 50 * T, 100 * T], [10.8, 6.0, 5.0])
-    assert curve["dollars"] == pytest.approx([0, 10, 20])  # 100 steps of 0.2 s at a dollar a second
+    assert curve["dollars"] == pytest.approx([0, 10, 20])  # 100 steps of 0.2 s at one dollar per second
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     headings = [
         token.content for token in MarkdownIt().enable("table").parse(files["md"].read_text()) if token.type == "inline"
@@ -235,7 +239,7 @@ def test_the_command_writes_json_markdown_and_a_picture(
     assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_names_are_escaped(tmp_path: Path) -> None:
     name = "_a|b *c* <i>$x$ &amp; `d`"
     found = compare_runs([run(tmp_path, name, {0: 10.8, 100: 5.0})])
     parsed = MarkdownIt().enable("table").parse(comparison_markdown(found, "tokens"))
@@ -254,7 +258,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
 def test_a_picture_has_a_panel_for_every_axis_and_a_line_for_every_group(six: list[Run]) -> None:
     figure = comparison_figure(compare_runs(six, price=1.0), ["steps", "tokens", "dollars"])
     assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "dollars"]
-    line = next(line for line in figure.axes[1].lines if line.get_label() == " b0 +2")
+    line = next(line for line in figure.axes[1].lines if line.get_label() == " b0 (+2 runs)")
     assert np.allclose(np.asarray(line.get_xydata()), [(0, 10.8), (50 * T, 5.1), (100 * T, 4.1)])
 
 
@@ -300,5 +304,5 @@ def test_unequal_variances_and_numbers_follow_welchs_formulas() -> None:
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], [3.0]), ([1.0, 1.0], [2.0, 2.0])])
-def test_what_cannot_be_tested_is_not(a: list[float], b: list[float]) -> None:
+def test_too_few_or_equal_values_have_no_test(a: list[float], b: list[float]) -> None:
     assert welch(a, b) is None

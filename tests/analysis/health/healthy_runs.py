@@ -1,6 +1,6 @@
-"""Healthy runs by the hundred thousand: how often does one fail?
+"""False alarms of the symptoms, counted in simulated healthy runs.
 
-python -m tests.analysis.health.healthy_runs 100000 150 3000     # so many runs of 150 and of 3,000 steps
+python -m tests.analysis.health.healthy_runs 100000 150 3000     # 100,000 runs of 150 and of 3,000 steps
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from restomod.analysis.health.symptoms import find_symptoms_in_curves
 from tests.runs.made_runs import QUICKSTART
 
 LENGTHS = (60, 130, 150, 200, 400, 1000, 3000)
-DEVIATIONS = (0.02, 0.1, 0.3, 0.6)  # nats, of one step's loss: batches of half a million to 512 tokens
+DEVIATIONS = (0.02, 0.1, 0.3, 0.6)  # nats, for the loss of one step: batches of half a million to 512 tokens
 ERROR_OF_VAL = ERROR_OF_TOKEN / math.sqrt(32_768)
 
 
 def noise(rng: np.random.Generator, steps: int) -> Array:
-    """Noise of unit variance, of one step's loss: normal, heavy-tailed, or drifting."""
+    """Return noise of unit variance for the loss of each step: normal, heavy-tailed or autocorrelated."""
     kind = rng.integers(4)
     if kind == 0:
         return rng.standard_normal(steps)
@@ -42,7 +42,7 @@ def noise(rng: np.random.Generator, steps: int) -> Array:
 
 
 def level(rng: np.random.Generator, steps: int) -> Array:
-    """The loss without noise before each step and after the last, (steps + 1,): several shapes of a fall from ln(V)."""
+    """Return the loss without noise before each step and after the last, (steps + 1,), falling from ln(V)."""
     t = np.arange(steps + 1)
     floor = rng.uniform(2.5, 4.5)
     shape = rng.integers(3)
@@ -51,14 +51,14 @@ def level(rng: np.random.Generator, steps: int) -> Array:
     elif shape == 1:  # two exponentials: words, then the rest
         slow = rng.uniform(0.15, 0.4)
         fall = (1 - slow) * np.exp(-t / rng.uniform(15, 40)) + slow * np.exp(-t / (steps * rng.uniform(0.3, 1.0)))
-    else:  # a power law, and what the decay of the rate brings in its last fifth
+    else:  # a power law, with the effect of learning-rate decay in the last fifth
         fall = (1 + t / rng.uniform(15, 60)) ** -rng.uniform(0.4, 0.7)
         fall -= rng.uniform(0, 0.03) * np.maximum(0, t / steps - 0.8) / 0.2
     return floor + (10.82 - floor) * fall
 
 
 def healthy_run(seed: int, steps: int) -> Curves:
-    """One healthy run, as `restomod.analysis.health.history.curves_from_records` gives it."""
+    """Return the curves of one healthy run, as from `restomod.analysis.health.history.curves_from_records`."""
     rng = np.random.default_rng((seed, steps))
     t = np.arange(steps, dtype=np.float64)
     truth = level(rng, steps)
@@ -73,7 +73,7 @@ def healthy_run(seed: int, steps: int) -> Curves:
 
 
 def gathered(loss: Array, norm: Array, ms: Array, val_step: Array, val_loss: Array) -> Curves:
-    """Curves of a run of at most `ROWS` steps, without the detour of records."""
+    """Return the curves of a run of at most `ROWS` steps, without records."""
     t = np.arange(len(loss), dtype=np.float64)
     spikes = SpikeFinder()
     spikes.scan(t, loss, to_the_end=True)
@@ -87,7 +87,7 @@ def gathered(loss: Array, norm: Array, ms: Array, val_step: Array, val_loss: Arr
 
 
 def alarms(runs: int, steps: int, run: Callable[[int, int], Curves] = healthy_run) -> dict[tuple[str, str], list[int]]:
-    """The seeds of runs in which a symptom was seen ("fail"), or noted as over ("warning")."""
+    """Return the seeds of runs with a symptom of status "fail" or "warning"."""
     config = dataclasses.replace(QUICKSTART, steps=steps)
     found: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     for seed in range(runs):

@@ -1,4 +1,4 @@
-"""Runs of any length: their curves are gathered in bounded memory, and show what those of short runs show."""
+"""Curves of runs of any length: bounded memory, and the same symptoms as in short runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TRUTH = 3 + 7 * (1 + np.arange(LONG + 1) / 300) ** -0.5
 
 
 def long_run(seed: int = 0, sigma: float = 0.1, every: int = 2000) -> dict[str, np.ndarray]:
-    """Loss and time of each step, and the loss of each validation, of a healthy run of `LONG` steps."""
+    """Return loss and time of each step and the loss of each validation of a healthy run of `LONG` steps."""
     rng = np.random.default_rng(seed)
     loss = TRUTH[:-1] + sigma * rng.standard_normal(LONG)
     return {"loss": loss, "ms": 200 * np.exp(0.05 * rng.standard_normal(LONG)), "val": TRUTH[::every].copy()}
 
 
 def records(run: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """In the order in which training writes them."""
+    """Yield the records in the order in which training writes them."""
     every = LONG // (len(run["val"]) - 1)
     found = []
     for s, (loss, ms) in enumerate(zip(run["loss"].tolist(), run["ms"].tolist(), strict=True)):
@@ -58,7 +58,7 @@ def assert_equal(a: Curves, b: Curves) -> None:
 
 
 @pytest.mark.parametrize("pauses", [(), (100, 9000, 9001, 25_000), tuple(range(0, LONG, 2000))])
-def test_looking_in_between_changes_nothing(pauses: tuple[int, ...]) -> None:
+def test_intermediate_curves_do_not_change_the_result(pauses: tuple[int, ...]) -> None:
     run = long_run()
     run["loss"][[300, 20_000, LONG - 5]] += 5
     together, one_by_one = records(run), History()
@@ -69,7 +69,7 @@ def test_looking_in_between_changes_nothing(pauses: tuple[int, ...]) -> None:
     assert_equal(one_by_one.curves(), curves_from_records(together))
 
 
-def test_rows_are_means_of_their_steps_and_the_newest_steps_are_whole() -> None:
+def test_rows_are_means_of_their_steps_and_the_newest_steps_are_unmerged() -> None:
     run = long_run()
     seen = curves_from_records(records(run))
     width = seen.row_steps
@@ -83,9 +83,9 @@ def test_rows_are_means_of_their_steps_and_the_newest_steps_are_whole() -> None:
     assert seen.updates == LONG
 
 
-def test_times_that_come_in_a_rhythm_are_drawn_in_proportion() -> None:
+def test_periodic_times_are_sampled_in_proportion() -> None:
     run = long_run()
-    run["ms"][:] = np.where(np.arange(LONG) % 8 == 0, 900, 100)  # eight steps a row
+    run["ms"][:] = np.where(np.arange(LONG) % 8 == 0, 900, 100)  # eight steps per row
     assert np.mean(curves_from_records(records(run)).ms == 900) == pytest.approx(1 / 8, abs=0.03)
 
 
@@ -129,7 +129,7 @@ def test_a_long_healthy_run_is_healthy(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_rate_that_decays_at_the_end_is_no_wave(seed: int) -> None:
+def test_learning_rate_decay_is_not_a_wave(seed: int) -> None:
     run = long_run(seed, sigma=0.02)
     run["loss"] -= 0.3 * np.maximum(0, np.arange(LONG) / LONG - 0.8) / 0.2
     assert findings(run)["periodic loss"].status == "ok"
@@ -142,8 +142,8 @@ def test_an_early_spike_is_remembered() -> None:
     assert (finding.status, "at step 300" in finding.reason) == ("warning", True)
 
 
-@pytest.mark.parametrize("length", [120, 2500, 9000])  # in the newest steps, and only in rows
-def test_batches_that_come_back_are_found(length: int) -> None:
+@pytest.mark.parametrize("length", [120, 2500, 9000])  # found in the newest steps, and only in rows
+def test_repeated_batches_are_found(length: int) -> None:
     run = long_run()
     run["loss"] += np.resize(0.2 * np.random.default_rng(7).standard_normal(length), LONG)
     finding = findings(run, {"an epoch": float(length)})["periodic loss"]

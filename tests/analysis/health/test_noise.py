@@ -1,4 +1,4 @@
-"""Levels, noise and repetition in noisy curves whose truth is known."""
+"""Level, noise and period of noisy curves with known parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def falling(n: int, sigma: float, seed: int) -> Array:
     return 3 + 7 * (1 + t / 30) ** -0.5 + sigma * np.random.default_rng(seed).standard_normal(n)
 
 
-def test_the_noise_upon_a_trend_is_found_in_spite_of_outliers() -> None:
+def test_the_noise_on_a_trend_is_estimated_despite_outliers() -> None:
     x = falling(3000, 0.3, 0)
     x[::50] += 5
     assert noise_deviation(x) == pytest.approx(0.3, rel=0.07)
@@ -39,7 +39,7 @@ def test_the_level_and_its_error_are_those_of_a_least_squares_line() -> None:
     off = []
     for _ in range(300):
         loss = 5 - 0.01 * np.arange(400) + 0.5 * rng.standard_normal(400)
-        for step in (200, 400):  # among its neighbours, and at the end
+        for step in (200, 400):  # within the curve, and at its end
             level = level_at(np.arange(400.0), loss, step)
             assert level is not None
             off.append((level[0] - (5 - 0.01 * step)) / level[1])
@@ -63,7 +63,7 @@ def test_records_are_sorted_and_the_later_counts() -> None:
 
 
 @pytest.mark.parametrize("length", [40, 100, 225])
-def test_batches_that_come_back_are_found_with_their_number(length: int) -> None:
+def test_repeated_batches_are_found_with_their_period(length: int) -> None:
     rng = np.random.default_rng(length)
     same = np.resize(rng.standard_normal(length), 900)
     assert period(falling(900, 0, 0) + 0.3 * same + 0.3 * rng.standard_normal(900)) == length
@@ -84,14 +84,14 @@ def test_noise_does_not_repeat_itself() -> None:
     assert period(curves_from_records(quickstart_records()).loss) is None
 
 
-def test_a_curve_that_stands_still_or_is_short_has_no_period() -> None:
+def test_a_constant_or_short_curve_has_no_period() -> None:
     assert period(np.full(900, 3.0)) is None
     assert period(np.resize([0.0, 1.0], 100)) is None
 
 
 @pytest.mark.parametrize(("rho", "truth"), [(0.0, 1.0), (0.5, 3.0), (0.7, 17 / 3)])
 def test_the_autocorrelation_time_is_that_of_autoregressive_noise(rho: float, truth: float) -> None:
-    """(1 + rho) / (1 - rho) in closed form; the trend that is taken off takes up to half of it, where there is any."""
+    """Compare with the closed form (1 + rho) / (1 - rho); removing the trend lowers the estimate by up to half."""
     white = np.random.default_rng(0).standard_normal(20_000)
     noise = np.empty_like(white)
     at = 0.0
@@ -100,7 +100,7 @@ def test_the_autocorrelation_time_is_that_of_autoregressive_noise(rho: float, tr
     assert max(1.0, truth / 2) <= autocorrelation_time(falling(20_000, 0, 0) + noise) <= 1.1 * truth
 
 
-def test_the_moving_median_is_that_of_every_window_where_it_is_taken() -> None:
+def test_the_moving_median_equals_a_direct_computation() -> None:
     values = np.random.default_rng(0).exponential(size=500)
     padded = np.pad(values, 40, mode="reflect")
     every = np.array([np.median(padded[i : i + 81]) for i in range(500)])

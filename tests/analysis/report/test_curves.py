@@ -1,4 +1,4 @@
-"""Thinning, means and clocks, against the same computed one number at a time."""
+"""Downsampling, moving means and clocks compared with direct computations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runs.made_runs import add_task, loss_at, make_run
 NUMBERS = st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=200)
 
 
-def test_a_spike_of_one_step_in_a_hundred_thousand_stays() -> None:
+def test_a_spike_of_one_step_in_a_hundred_thousand_remains() -> None:
     y = 3 + 0.01 * np.sin(np.arange(100_000))
     y[[12_345, 12_346, 70_001]] = 9.5, 0.5, 11.0
     kept = thin(y)
@@ -39,7 +39,7 @@ def test_thinning_keeps_the_extremes_of_every_range(values: list[float], points:
         assert np.nanmin(y[kept]) == np.nanmin(y)
 
 
-def test_a_long_gap_stays_a_gap() -> None:
+def test_a_long_gap_remains() -> None:
     y = np.ones(10_000)
     y[4000:6000] = np.nan
     kept = thin(y, 100)
@@ -48,7 +48,7 @@ def test_a_long_gap_stays_a_gap() -> None:
 
 
 @given(NUMBERS, st.integers(1, 30))
-def test_means_are_those_of_the_neighbours(values: list[float], width: int) -> None:
+def test_moving_means_equal_a_direct_computation(values: list[float], width: int) -> None:
     n = len(values)
     for i, mean in enumerate(centred_mean(np.array(values), width)):
         half = min(width // 2, i, n - 1 - i)
@@ -57,7 +57,7 @@ def test_means_are_those_of_the_neighbours(values: list[float], width: int) -> N
 
 
 @pytest.mark.parametrize("value", [None, "3", math.inf, math.nan, True, [1]])
-def test_what_is_no_finite_number_is_nan(value: object) -> None:
+def test_values_that_are_not_finite_numbers_become_nan(value: object) -> None:
     assert math.isnan(number(value))
 
 
@@ -69,7 +69,7 @@ def test_curves_of_a_run(tmp_path: Path) -> None:
     assert made["loss"]["h"][36] == pytest.approx(36 / 3600, rel=1e-4)
     assert made["val"]["x"] == [0, 10, 20, 30, 40]
     assert made["val"]["h"][-1] == pytest.approx(40 / 3600, rel=1e-4)
-    assert "mfu" not in made  # not known
+    assert "mfu" not in made  # unknown
 
 
 def test_a_long_run_has_means(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_long_run_has_means(tmp_path: Path) -> None:
     assert made["loss_mean"]["y"][200] == pytest.approx(expected, rel=1e-5)
 
 
-def test_accuracies_along_the_way_and_of_evaluations(tmp_path: Path) -> None:
+def test_accuracies_of_training_and_of_evaluations(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
     record = {"kind": "task", "step": 20, "task": "hellaswag", "acc": 0.2, "acc_token": 0.27, "acc_token_stderr": 0.01}
     with open(folder / "metrics.jsonl", "a") as f:
@@ -105,7 +105,7 @@ def test_accuracies_of_many_validations_are_thinned(tmp_path: Path) -> None:
 
 
 def test_points_of_different_sample_sizes_are_not_joined(tmp_path: Path) -> None:
-    """200 examples, after a resumption 500, and all of them by `restomod eval`, at the same steps too."""
+    """Check 200 examples, 500 after a resume, and all examples by `restomod eval`, partly at the same steps."""
     folder = make_run(tmp_path / "r")
     with open(folder / "metrics.jsonl", "a") as f:
         for step, n, share in ((30, 500, 0.3), (10, 200, 0.1), (20, 200, 0.2), (40, 500, 0.4)):
@@ -114,7 +114,7 @@ def test_points_of_different_sample_sizes_are_not_joined(tmp_path: Path) -> None
     for step in (20, 40):
         add_task(folder, step=step, examples=10_042, metrics=metrics)
     points = task_curves(open_run(folder), {"hellaswag": "acc"})["hellaswag"]
-    lines: list[list[tuple[int, int, float]]] = [[]]  # what a plot joins: up to a point without a value
+    lines: list[list[tuple[int, int, float]]] = [[]]  # lines of a plot end at a point without a value
     for x, n, y in zip(points["x"], points["examples"], points["y"], strict=True):
         lines = [*lines, []] if y is None else [*lines[:-1], [*lines[-1], (x, n, y)]]
     assert lines == [

@@ -1,4 +1,4 @@
-"""Error analysis, against losses that torch computes from the logits of `transformers`."""
+"""Error analysis compared with losses that torch computes from the logits of `transformers`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT = "In 1924 the car, a Bentley, won (again!). Zoë's naïve 東京 text: it 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run on text of many kinds, with a checkpoint."""
+    """Train a tiny run on text with many kinds of tokens and return its folder."""
     folder = tmp_path_factory.mktemp("error_analysis")
     for i in range(20):
         (folder / "texts").mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and losses, (windows, T) each, of the whole validation split."""
+    """Return targets and losses of the complete validation split, (windows, T) each."""
     shard = next((run.parent / "data").glob("*/val_*.bin"))
     tokens = np.fromfile(shard, dtype="<u2", offset=1024).astype(np.int64)
     n = (len(tokens) - 1) // T
@@ -90,11 +90,11 @@ def test_losses_are_those_of_transformers(run: Path, tiktoken_gpt2: tiktoken.Enc
         assert passage["loss"] == pytest.approx(np.mean([loss for _, loss in passage["tokens"]]), abs=1e-3)
 
 
-def test_what_is_known_is_not_computed_again_and_is_shown(run: Path) -> None:
+def test_a_current_analysis_is_kept_and_shown(run: Path) -> None:
     lines: list[str] = []
     for _ in range(2):
         analyse_errors(open_run(run), 256, "cpu", "fp32", lines.append)
-    assert "step_000003 already" in lines[-1]
+    assert "already contains the error analysis of step_000003" in lines[-1]
     (shown,) = report_data([open_run(run)], HourlyRates())["runs"]
     assert shown["error_analysis"]["tokens"] == 256
     assert shown["error_analysis"]["remark"] == ""
@@ -125,7 +125,7 @@ def test_data_that_has_changed_is_not_analysed(run: Path) -> None:
     path.write_text(json.dumps(json.loads(before) | {"fingerprint": "another"}))
     analyse_errors(open_run(run), 512, "cpu", "fp32", lines.append)
     path.write_text(before)
-    assert lines == [f"{run}: no error analysis: its data has changed since it was trained"]
+    assert lines == [f"{run}: no error analysis: the data has changed since training"]
 
 
 def test_each_source_of_a_mix_has_its_own_loss(run: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_kinds_of_tokens(piece: str, kind: str) -> None:
     assert kind_of_token(b"", True) == "end of text"
 
 
-def test_characters_of_several_tokens_are_shown_whole(tokenizer: Tokenizer) -> None:
+def test_characters_of_several_tokens_are_complete(tokenizer: Tokenizer) -> None:
     text = "naïve 東京 🦜, \x1b[2J"
     tokens = [int(t) for t in tokenizer.encode(text)]
     pieces = list(_pieces([*tokens, tokenizer.end_of_text], tokenizer))

@@ -1,6 +1,6 @@
-"""The page in a browser: it draws, reacts, fits a phone, asks nothing of a network, and runs nothing of a run's text.
+"""The report page in a browser: charts, controls, phone layout, no network access, no execution of a run's text.
 
-Needs the extra `browser` and a Chromium that is installed apart.
+The extra `browser` and a separately installed Chromium are needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """Open a page without a network; any complaint or request fails the test at the end."""
+    """Open a page without network access; any console message or request fails the test at the end."""
     contexts: list[Any] = []
     wrong: list[str] = []
 
@@ -60,7 +60,7 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def page_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of two runs: the first with an error analysis, the second with other losses and another sample."""
+    """Write a report of two runs: one with an error analysis, one with other losses and samples."""
     folder = tmp_path_factory.mktemp("two")
     first = make_run(folder / "first", steps=400, data="fineweb-edu")
     second = make_run(folder / "second", steps=300, text="another text", spikes={100: 20.0})
@@ -83,7 +83,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hover(page: Any) -> str:
-    """Put the mouse into the middle of the chart of the loss; what the chart then says."""
+    """Move the mouse to the middle of the loss chart and return the text of the hover label."""
     area = page.locator("#plot-loss .nsewdrag")
     area.scroll_into_view_if_needed()
     box = area.bounding_box()
@@ -93,7 +93,7 @@ def hover(page: Any) -> str:
 
 
 def until(page: Any, expression: str, value: object) -> None:
-    """Wait until an expression has a value. (The page's policy forbids playwright's own way to wait for one.)"""
+    """Wait until an expression has a value. The page's policy does not allow playwright's own function for it."""
     for _ in range(100):
         if page.evaluate(expression) == value:
             return
@@ -102,7 +102,7 @@ def until(page: Any, expression: str, value: object) -> None:
 
 
 def bright(page: Any, what: str) -> float:
-    """Mean of the red, green and blue of the text colour or background of the body, 0 to 255."""
+    """Return the mean of red, green and blue of the body's text or background colour, 0 to 255."""
     rgb = page.evaluate(f"getComputedStyle(document.body).{what}.match(/[0-9]+/g).slice(0, 3).map(Number)")
     return sum(rgb) / 3
 
@@ -116,7 +116,7 @@ def test_every_chart_is_drawn(open_page: Open, page_of_two: Path) -> None:
     assert "GPT-2 124M 3.29" in page.locator("#plot-loss .annotation").all_text_contents()
 
 
-def test_a_chart_tells_its_numbers_under_the_mouse(open_page: Open, page_of_two: Path) -> None:
+def test_a_chart_shows_values_under_the_mouse(open_page: Open, page_of_two: Path) -> None:
     page = open_page(page_of_two)
     assert page.locator("#plot-loss .hoverlayer text").count() == 0
     assert "first : 3.0000" in hover(page)
@@ -157,7 +157,16 @@ def test_the_switches_change_the_axes(open_page: Open, page_of_two: Path) -> Non
     assert page.evaluate(scale) == "log"
     page.click("button[data-value=late]")
     low, high = page.evaluate("document.getElementById('plot-loss')._fullLayout.yaxis.range")
-    assert low < 3 < high < 4  # and not 11, where it began
+    assert low < 3 < high < 4  # without 11, the loss at the start
+
+
+@pytest.mark.parametrize("low", [0.05, 1.0, 3.0, 5.2, 9.0, 10.79])
+def test_a_logarithmic_axis_has_at_least_three_ticks(open_page: Open, tmp_path: Path, low: float) -> None:
+    run = make_run(tmp_path / "run", spikes={step: max(low, 10.8 - step) for step in range(40)})
+    records = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in records if '"val"' not in line))
+    report([open_run(run)], tmp_path / "page.html", say=lambda line: None)
+    assert open_page(tmp_path / "page.html").locator("#plot-loss .ytick text").count() >= 3
 
 
 def test_samples_through_training(open_page: Open, page_of_two: Path) -> None:
@@ -176,7 +185,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(open_page: Open, page_of_tw
     assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
 
 
-def test_dark_where_the_reader_prefers_it(open_page: Open, page_of_two: Path) -> None:
+def test_dark_mode_follows_the_browser(open_page: Open, page_of_two: Path) -> None:
     light, dark = open_page(page_of_two), open_page(page_of_two, dark=True)
     assert bright(light, "backgroundColor") > 240 > 60 > bright(light, "color")
     assert bright(dark, "backgroundColor") < 60 < 200 < bright(dark, "color")
@@ -186,7 +195,7 @@ def test_dark_where_the_reader_prefers_it(open_page: Open, page_of_two: Path) ->
     until(dark, tick, light.evaluate(tick))
 
 
-def test_hostile_text_is_shown_and_never_run(open_page: Open, hostile_page: Path) -> None:
+def test_hostile_text_is_shown_and_never_executed(open_page: Open, hostile_page: Path) -> None:
     page = open_page(hostile_page)
     page.select_option("#run", index=1)
     page.select_option("#run", index=0)
@@ -200,7 +209,7 @@ def test_hostile_text_is_shown_and_never_run(open_page: Open, hostile_page: Path
     assert "<b>other" in page.locator("#plot-loss .legendtext").all_text_contents()
 
 
-def test_the_policy_stops_what_is_not_its_own(browser: Any, page_of_two: Path) -> None:
+def test_the_policy_blocks_other_scripts(browser: Any, page_of_two: Path) -> None:
     page = browser.new_context(offline=True).new_page()
     page.goto(page_of_two.as_uri())
     page.wait_for_selector("html[data-ready]", timeout=LOAD_MS)
@@ -221,7 +230,7 @@ def test_a_watched_page_follows_its_run(browser: Any, tmp_path: Path, monkeypatc
     with served(folder) as port:
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("html[data-ready]", timeout=LOAD_MS)
-        assert page.locator("#state").text_content() == "waiting for the run to begin"
+        assert page.locator("#state").text_content() == "waiting for the run to start"
         make_run(folder, steps=20)
         until(page, "document.getElementById('state').textContent", "finished, after 20 steps")
         page.locator("details.settings").evaluate("node => { node.open = true; }")
@@ -233,5 +242,5 @@ def test_a_watched_page_follows_its_run(browser: Any, tmp_path: Path, monkeypatc
         assert page.evaluate("document.getElementById('plot-loss')._fullData[0].visible") == "legendonly"
         assert page.locator("details.settings").evaluate("node => node.open") is True
         assert wrong == []
-    until(page, "document.getElementById('state').textContent.startsWith('the server has stopped')", True)
+    until(page, "document.getElementById('state').textContent.startsWith('the server does not respond')", True)
     page.close()

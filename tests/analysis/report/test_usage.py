@@ -1,4 +1,4 @@
-"""Compute, hours, idle time, money and energy of runs whose every second is known."""
+"""FLOPs, hours, downtime, cost and energy of runs with known times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_flops_are_those_of_gpt2(tmp_path: Path) -> None:
     assert used.flops == 10 * 2048 * (6 * head_and_blocks + 12 * 12 * 768 * 1024)
 
 
-def test_time_between_sessions_is_idle_but_draws_nothing(tmp_path: Path) -> None:
+def test_time_between_sessions_is_downtime_without_energy(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", steps=40)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
@@ -48,12 +48,12 @@ def test_time_between_sessions_is_idle_but_draws_nothing(tmp_path: Path) -> None
     assert used.sessions == 2
     assert used.wall == pytest.approx(3645)
     assert used.overhead == pytest.approx(3605)
-    assert used.downtime == pytest.approx(3600 + 20 - 25)  # from the last record, of second 25
+    assert used.downtime == pytest.approx(3600 + 20 - 25)  # from the last record, at second 25
     assert used.energy(1000.0) == pytest.approx((3645 - 3595) / 3600)
 
 
-def test_a_run_of_many_sessions_is_added_up_in_one_pass(tmp_path: Path) -> None:
-    """A machine that may be taken away at any time: 8,000 sessions of 10 steps, a minute apart."""
+def test_a_run_of_many_sessions_takes_linear_time(tmp_path: Path) -> None:
+    """Check a preemptible machine: 8,000 sessions of 10 steps, one minute apart."""
     one = open_run(make_run(tmp_path / "r", steps=2))
     sessions, second = [one.environments[0] | {"started": stamp(START + 60 * i)} for i in range(8000)], one.train[0]
     records = [second | {"step": i, "time": START + 60 * (i // 10) + 1 + i % 10} for i in range(80_000)]
@@ -63,7 +63,7 @@ def test_a_run_of_many_sessions_is_added_up_in_one_pass(tmp_path: Path) -> None:
     assert used.downtime == pytest.approx(7999 * (60 - 10))
 
 
-def test_records_that_do_not_say_when(tmp_path: Path) -> None:
+def test_records_without_times(tmp_path: Path) -> None:
     used = run_usage(open_run(make_run(tmp_path / "r", timed=False)))
     assert used.wall is None
     assert used.overhead is None

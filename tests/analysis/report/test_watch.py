@@ -1,4 +1,4 @@
-"""A page that follows a run: what the server answers, through all that can happen to a run."""
+"""Live report: responses of the server while a run starts, grows, is damaged, restarts or ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.runs.made_runs import HOSTILE, make_run
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[int]:
-    """A server of a run in a thread; its port."""
+    """Serve a run in a thread and yield the port."""
     server = watching.open_server(folder, "127.0.0.1", 0, HourlyRates())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -41,7 +41,7 @@ def served(folder: Path) -> Iterator[int]:
 
 
 def ask(port: int, path: str, host: str | None = None) -> tuple[int, str, bytes]:
-    """Status, type and body of an answer."""
+    """Return status, content type and body of a response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path, headers={"Host": host} if host is not None else {})
     answer = connection.getresponse()
@@ -56,7 +56,7 @@ def data(port: int) -> Any:
 
 @pytest.fixture(autouse=True)
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the page again whenever a file has changed, however long that takes."""
+    """Rebuild the page after every change of a file, without idle time."""
     monkeypatch.setattr(watching, "REST", 0)
 
 
@@ -91,7 +91,7 @@ def test_new_records_are_seen(tmp_path: Path) -> None:
 def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     with served(folder) as port:
-        assert data(port)["waiting"] == "waiting for the run to begin"
+        assert data(port)["waiting"] == "waiting for the run to start"
         assert ask(port, "/")[0] == 200
         folder.mkdir()
         assert data(port)["runs"] == []
@@ -101,7 +101,7 @@ def test_a_run_that_begins_later_is_replaced_and_ends(tmp_path: Path) -> None:
         (folder / "environment.json").write_text("{")
         assert "environment.json is damaged" in data(port)["runs"][0]["remark"]
         shutil.rmtree(folder)
-        assert data(port)["waiting"] == "waiting for the run to begin"
+        assert data(port)["waiting"] == "waiting for the run to start"
         make_run(folder, steps=7)
         assert len(data(port)["runs"][0]["curves"]["loss"]["x"]) == 7
 
@@ -120,7 +120,7 @@ def test_a_run_is_not_read_again_while_training_needs_the_processor(
 
 
 def send(port: int, request: bytes) -> bytes:
-    """All that comes back for some bytes."""
+    """Send bytes and return the complete response."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -157,7 +157,7 @@ def test_odd_requests_get_one_answer_and_print_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_every_answer_forbids_what_the_page_does_not_need(tmp_path: Path) -> None:
+def test_every_response_has_the_security_headers(tmp_path: Path) -> None:
     with served(make_run(tmp_path / "r")) as port:
         for path, policy in (("/", b"default-src 'none'; script-src 'sha256-"), ("/data.json", b"default-src 'none';")):
             head, _, body = send(port, f"HEAD {path} HTTP/1.1\r\n".encode() + HOST).partition(b"\r\n\r\n")
@@ -186,7 +186,7 @@ def test_silent_and_slow_connections_hold_no_threads(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_a_damaged_run_is_told_and_shown_again_when_it_is_mended(tmp_path: Path, name: str) -> None:
+def test_a_damaged_run_is_reported_and_shown_again_after_repair(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path / "r")
     content = (folder / name).read_bytes()
     with served(folder) as port:
@@ -199,7 +199,7 @@ def test_a_damaged_run_is_told_and_shown_again_when_it_is_mended(tmp_path: Path,
         assert len(data(port)["runs"]) == 1
 
 
-def test_an_error_that_nobody_foresaw_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise TypeError("a value\x1b of another type")
 
@@ -218,28 +218,31 @@ def test_other_names_for_this_machine_are_refused(tmp_path: Path, host: str) -> 
         assert ask(port, "/data.json", f"localhost:{port}")[0] == 200
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     for arguments, said in (
-        (["--port", str(port), str(tmp_path / "r")], f"port {port} of 127.0.0.1 is in use; choose another with --port"),
+        (
+            ["--port", str(port), str(tmp_path / "r")],
+            f"port {port} of 127.0.0.1 is in use; choose another port with --port",
+        ),
         (["--port", "70000", "r"], "--port is 70000"),
         ([str(tmp_path / "file")], "is a file; name the folder of a run"),
-        (["--host", "no.such.host.invalid", "r"], "--host no.such.host.invalid: cannot listen there"),
+        (["--host", "no.such.host.invalid", "r"], "--host no.such.host.invalid: cannot listen on this address"),
     ):
         assert main(["watch", *arguments]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
     taken.close()
-    with pytest.raises(UserError, match="cannot listen there"):
+    with pytest.raises(UserError, match="cannot listen on this address"):
         watching.open_server(tmp_path, "192.0.2.1", 0, HourlyRates())
 
 
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "restomod", "watch", str(make_run(tmp_path / "r")), "--port", "0"]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests that run in the background do not
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore SIGINT
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         assert process.stdout is not None

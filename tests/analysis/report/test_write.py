@@ -1,4 +1,4 @@
-"""Reports: what they say of runs with known numbers, and that text stays text, by independent parsers."""
+"""Reports of runs with known values, read by independent parsers; text of a run is never parsed as HTML or Markdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.runs.made_runs import HOSTILE, START, add_error_analysis, add_task, l
 
 
 class Page(HTMLParser):
-    """A page's tags, the text of its scripts, and the policy that it names."""
+    """Parser of a page that collects its tags, scripts and Content-Security-Policy."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_hostile_text_is_text_in_markdown(tmp_path: Path) -> None:
     assert html.count("&lt;script&gt;") >= 4
 
 
-def test_markdown_holds_the_numbers(tmp_path: Path) -> None:
+def test_markdown_contains_the_numbers(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
     add_task(folder)
     report(str(folder), "--markdown", str(tmp_path / "r.md"), "--png", str(tmp_path / "pictures"))
@@ -170,7 +170,7 @@ def test_several_runs_in_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run_names(open_runs(["x/r", "z"])) == ["r", "z"]
 
 
-def test_numbers_that_json_lacks_become_null() -> None:
+def test_numbers_that_are_not_finite_become_null() -> None:
     text = as_json({"a": [float("nan"), float("inf"), 1.5], "b": "</script>&"})
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
         "a": [None, None, 1.5],
@@ -217,7 +217,7 @@ def test_gpt2s_line_stands_where_the_data_trains_on_fineweb_edu(
 
 @pytest.mark.parametrize(("name", "is_it"), [("kjj0/finewebedu10B-gpt2", True), ("other", False)])
 def test_published_losses_are_shown_with_a_loss_on_their_data(tmp_path: Path, name: str, is_it: bool) -> None:
-    """Of a run on other text; `eval --data` says what it was evaluated on."""
+    """Check a run on other data; the result of `eval --data` contains the evaluated data."""
     folder = make_run(tmp_path / "r", data="python-stdlib-3.11.7")
     data = {"name": name, "fingerprint": "f"}
     (folder / "evals").mkdir(exist_ok=True)
@@ -225,7 +225,7 @@ def test_published_losses_are_shown_with_a_loss_on_their_data(tmp_path: Path, na
     (folder / "evals" / "step_000040-validation-of-f.json").write_text(json.dumps(values))
     (table,) = evaluation_tables(open_run(folder))
     assert (["GPT-2 124M", "3.2924"] in [row[:2] for row in table["rows"]]) is is_it
-    assert f"of {name}, not the run's data" in table["rows"][0][-1]
+    assert f"other data than the run: {name}" in table["rows"][0][-1]
 
 
 def test_the_part_of_a_task_has_no_published_line(tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     config = dataclasses.replace(base, seed=5, optim=dataclasses.replace(base.optim, lr=1e-3))
     assert changed_settings(config, base) == [("optim.lr", "0.001", "0.0006"), ("seed", "5", "1337")]
     folder = make_run(tmp_path / "r", 40, config)
-    assert preset_of(open_run(folder)) == "quickstart"  # as its command says
+    assert preset_of(open_run(folder)) == "quickstart"  # from its command
     (folder / "environment.json").write_text("[]")
-    assert preset_of(open_run(folder)) == "gpt2-124m"  # the nearest
+    assert preset_of(open_run(folder)) == "gpt2-124m"  # the most similar preset
 
 
 def test_published_results_follow_evaluations(tmp_path: Path) -> None:
@@ -280,13 +280,13 @@ def test_the_state_of_a_run(tmp_path: Path, steps: int, of: int, after: float, s
     assert run_state(run, run_usage(run), START + 45 + after)[0] == state
 
 
-def test_what_went_wrong_is_told(tmp_path: Path) -> None:
+def test_events_are_listed(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", spikes={3: float("nan")})
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "rollback", "step": 20, "failed_step": 33, "data_offset": 14}\n')
     found = run_data(open_run(folder), "r", HourlyRates())["events"]
-    assert [3, "the loss is not a finite number"] in found
-    assert [20, "rolled back from step 33, skipping the data in between"] in found
+    assert [3, "the loss is not finite"] in found
+    assert [20, "rollback from step 33; the data in between is skipped"] in found
 
 
 def test_samples_of_a_long_run_are_spread_over_it(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_run_with_nothing_but_a_configuration(tmp_path: Path) -> None:
     assert json.loads(Page(page).scripts["data"])["runs"][0]["state"] == "waiting"
 
 
-def test_records_of_no_use_are_passed_over(tmp_path: Path) -> None:
+def test_invalid_records_are_skipped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
     odd = [
         {"kind": "train", "step": 50},

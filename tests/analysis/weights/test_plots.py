@@ -1,4 +1,4 @@
-"""Pictures of weights: what is drawn is what numpy finds in them, and four whole PNG files come of it."""
+"""Plots of weights compared with numpy, and the PNG files that are written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lines(axes: Any) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def panels(figure: Any) -> list[Any]:
-    """The four panels of matrices, without the scale of layers."""
+    """Return the four panels of matrices without the colour scale."""
     return figure.axes[:4]
 
 
@@ -125,9 +125,9 @@ def test_layers_differ_in_colour_and_the_scale_counts_them(
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether a picture is whole and more than an empty page."""
+    """Return whether an image can be decoded and is not empty."""
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))  # decodes all of it
+        pixels = np.asarray(image.convert("RGB"))  # decodes the complete image
         assert image.format == "PNG"
     return bool(len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels[0, 0] == 255).all())
 
@@ -135,7 +135,7 @@ def is_drawn(path: Path) -> bool:
 def test_four_pictures_are_written_into_a_new_folder(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "new" / "pictures"
     before = dict(rcParams)
-    paths = draw_weights(tensors, "runs/a $x_{$ model", folder)  # what would be a broken formula
+    paths = draw_weights(tensors, "runs/a $x_{$ model", folder)  # an invalid formula for matplotlib
     assert paths == [folder / name for name in SIZES]
     assert sorted(path.name for path in folder.iterdir()) == sorted(SIZES)
     for path in paths:
@@ -192,7 +192,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tensors: dict[str, Tens
     name = "transformer.h.1.mlp.c_fc.weight"
     bad = tensors[name].clone()
     bad[0, 0] = float("nan")
-    with pytest.raises(UserError, match=rf"^mine cannot be drawn: {name} holds numbers that are not finite$"):
+    with pytest.raises(UserError, match=rf"^mine cannot be drawn: {name} has values that are not finite$"):
         draw_weights({**tensors, name: bad}, "mine", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -205,7 +205,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tensors: dict[str, Tens
         ("position_embeddings.png/", "", "position_embeddings.png is a folder"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(
     taken: str, folder: str, said: str, tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     (tmp_path / taken).mkdir() if taken.endswith("/") else (tmp_path / taken).write_text("a file")
@@ -215,7 +215,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_without_matplotlib_the_way_to_get_it_is_said(
+def test_without_matplotlib_the_message_says_how_to_install_it(
     tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -225,7 +225,7 @@ def test_without_matplotlib_the_way_to_get_it_is_said(
 
 
 def test_drawing_leaves_pyplot_and_its_windows_alone() -> None:
-    """It would choose a backend for the whole process, and keep every figure."""
+    """Check that pyplot is not used, because it selects a backend for the process and keeps every figure."""
     program = """
 import sys
 import torch

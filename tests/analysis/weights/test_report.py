@@ -1,4 +1,4 @@
-"""What `inspect` prints."""
+"""Output of `inspect`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(theirs: GPT2LMHeadModel, tmp_path: Path) -> Path:
 
 
 def table(lines: list[str]) -> dict[str, list[str]]:
-    """The cells of each tensor's line, by its name."""
+    """Return the cells of each tensor's line by name."""
     rows = lines[1 : lines.index("")]
     return {row.split("  ")[0].strip(): [cell.strip() for cell in row.split("  ")[1:] if cell.strip()] for row in rows}
 
@@ -114,7 +114,7 @@ def test_one_changed_number_shows_in_one_line(theirs: GPT2LMHeadModel, folder: P
     bias[3] = float(x[3])
     lines = list(compare_weights(str(folder), str(tmp_path / "changed"), 0))
     assert "27 of 28 tensors are identical" in lines
-    assert lines[-1].endswith(f", of {BIAS}")
+    assert lines[-1].endswith(f" in {BIAS}")
     changed = {name: cells for name, cells in table(lines).items() if cells != ["=", "=", "="]}
     relative = np.linalg.norm(x - y) / np.linalg.norm(x)
     cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
@@ -129,11 +129,11 @@ def test_models_of_different_depth_can_be_compared(folder: Path, tmp_path: Path)
     assert rows[WPE] == ["(12, 16) and (10, 16)"]
     assert rows["transformer.h.2.ln_1.bias"] == ["only in the second"]
     assert any(line.endswith(" of 40 tensors are identical") for line in lines)
-    assert any(line.startswith("the shapes differ: 2 layers") and "3 layers" in line for line in lines)
+    assert any(line.startswith("the configurations differ: 2 layers") and "3 layers" in line for line in lines)
 
 
 @pytest.mark.parametrize("second", ["nowhere", "quikstart"])
-def test_a_second_model_that_is_none_is_said_before_anything_is_printed(folder: Path, second: str) -> None:
+def test_a_missing_second_model_is_an_error_before_any_output(folder: Path, second: str) -> None:
     with pytest.raises(UserError, match=f"^{second}: no such preset, run or model"):
         next(compare_weights(str(folder), second, 0))
 

@@ -1,4 +1,4 @@
-"""A model in numbers: statistics against numpy, totals against the published ones, roughness against its theory."""
+"""Weight statistics compared with numpy, totals with published numbers, roughness with theory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_statistics_are_numpys() -> None:
         x = value.numpy().astype(np.float64)
         assert (row.shape, row.count, row.not_finite) == (x.shape, x.size, 0)
         assert row.mean == pytest.approx(x.mean(), rel=1e-12)
-        assert row.std == pytest.approx(x.std(), rel=1e-9)  # of the population
+        assert row.std == pytest.approx(x.std(), rel=1e-9)  # population standard deviation
 
 
 def test_one_number_and_numbers_that_are_not_finite() -> None:
@@ -58,12 +58,15 @@ def test_totals_of_openais_models_are_the_published_ones(name: str, parameters: 
 
 
 def test_memory_and_work_of_gpt2() -> None:
-    """By hand: 124,439,808 parameters and 47 padded rows of 768, of 4 bytes; 6 * 123,653,376 + 12 * 12 * 768 * 1024."""
+    """Check values computed manually.
+
+    Bytes: 4 * (124,439,808 parameters + 47 padded rows of 768). FLOPs: 6 * 123,653,376 + 12 * 12 * 768 * 1024.
+    """
     table = dict(totals(ModelConfig()))
     assert table["weights"] == "0.50 GB in fp32"  # 497,903,616 bytes
     assert table["gradients"] == "0.50 GB"
-    assert table["AdamW state"] == "1.00 GB"
-    assert table["training"].startswith("1.99 GB ")
+    assert table["optimizer state"] == "1.00 GB with AdamW"
+    assert table["training memory"].startswith("1.99 GB ")
     assert table["FLOPs per token"].startswith("855 million")
     assert table["tied lm_head"].startswith("saves 38,597,376 ")
 
@@ -82,7 +85,7 @@ def test_memory_counts_the_padding() -> None:
 @pytest.mark.parametrize(
     ("series", "expected", "rel", "abs_"),
     [
-        (noise(1024, 256), 1, 0.01, 0),  # white
+        (noise(1024, 256), 1, 0.01, 0),  # white noise
         (
             torch.sin(2 * math.pi * 3 * torch.arange(1024) / 1024)[:, None],
             1 - math.cos(2 * math.pi * 3 / 1024),
@@ -112,7 +115,7 @@ def test_roughness_is_numpys_for_any_mean_and_scale() -> None:
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1 / 3, -7e-20])
 @pytest.mark.parametrize("n", [2, 3, 10, 1024])
 def test_a_channel_that_does_not_vary_is_left_out(constant: float, n: int) -> None:
-    """Its spread may come out as a rounding error: 0.1 + 0.1 + 0.1 is not 3 * 0.1."""
+    """Check channels whose variance may be a rounding error, because 0.1 + 0.1 + 0.1 is not 3 * 0.1."""
     x = noise(n, 2).double()
     still = torch.full((n, 1), constant, dtype=torch.float64)
     assert roughness(torch.cat([x, still], dim=1)) == roughness(x)

@@ -1,4 +1,4 @@
-"""What the tests of `restomod prepare` share: small texts, the command line with small units, and what came of it."""
+"""Helpers of the `restomod prepare` tests: small texts, a command line with small units, and checks of the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never naïve café 中 and 🔥 <|endoftext|>"
 
-# the command line with units of a given size: what the variable says holds for the workers' parent, who makes the plan
+# command line with units of a given size; only the parent process reads the variable, because it makes the plan
 PROGRAM = """
 import sys
 import restomod.data.prepare.units
@@ -39,7 +39,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
+    """Return the SHA-256 of every file below a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -52,7 +52,7 @@ Command = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def restomod(tmp_path: Path) -> Iterator[Command]:
-    """Starts `restomod prepare` with small units in a group of its own; what is left of it is killed afterwards."""
+    """Start `restomod prepare` with small units in a separate process group, which is killed after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -91,7 +91,7 @@ sys.exit(code)
 
 
 def peak_memory(folder: Path, *arguments: str) -> int:
-    """Of a command of one process, in bytes."""
+    """Return the peak memory of a command with one process, in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=True
     )
@@ -101,7 +101,7 @@ def peak_memory(folder: Path, *arguments: str) -> int:
 
 
 def alive(group: int) -> list[str]:
-    """The command lines of the living processes of a group."""
+    """Return the command lines of the running processes of a group."""
     listed = subprocess.run(
         ["ps", "-e", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -110,7 +110,7 @@ def alive(group: int) -> list[str]:
 
 
 def finished(process: subprocess.Popen[str], folder: Path) -> str:
-    """Wait for a command to end well; what it printed."""
+    """Wait until a command succeeds, and return its output."""
     code = process.wait(timeout=120)
     assert (code, (folder / "stderr").read_text()) == (0, "")
     return (folder / "stdout").read_text()

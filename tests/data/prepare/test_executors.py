@@ -1,4 +1,4 @@
-"""Wherever the units are worked on, and whoever is killed: the same bytes, or one line and nothing left behind."""
+"""Every engine writes the same bytes, also after kills; errors are one line and leave no processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.data.prepare.preparing import (
     write_jsonl,
 )
 
-# Workers run this too, for they import the program's file: in unit 3 something happens, as often as the test says.
+# Workers import the file of the program and run this code too; it injects a failure into unit 3.
 IN_UNIT_3 = """
 import os, signal, time
 from pathlib import Path
@@ -56,7 +56,7 @@ def program(folder: Path, what: str) -> str:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Eight files; the reference is what one process makes of them."""
+    """Write eight files, and prepare the reference in one process."""
     for i in range(8):
         write_jsonl(tmp_path / "text" / f"{i}.jsonl", texts_of(50, seed=i // 2))
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def check_that_all_are_gone(group: int, seconds: float, but: tuple[str, ...] = (
 
 
 def error_of(process: subprocess.Popen[str], folder: Path) -> str:
-    """The one line of a command that fails as it should."""
+    """Return the error line of a failing command."""
     code, said = process.wait(timeout=100), (folder / "stderr").read_text()
     assert (code, said.count("\n")) == (2, 1), said
     assert said.startswith("restomod: error: ")
@@ -97,8 +97,8 @@ def test_a_killed_worker_is_one_line_and_the_same_command_resumes(
     arguments = ("text", "--out", "out", "--workers", "2")
     process = restomod(*arguments, program=program(tmp_path, KILLED))
     said = error_of(process, tmp_path)
-    assert said.startswith("a worker was killed (SIGKILL), as happens when memory runs out")
-    assert said.endswith("the same command resumes with the rest, perhaps with fewer --workers than 2")
+    assert said.startswith("a worker was killed (SIGKILL), possibly because memory ran out")
+    assert said.endswith("run the same command again to resume, or lower --workers 2")
     check_that_all_are_gone(process.pid, seconds=5)
     assert len(list((tmp_path / "out/.prepare").glob("unit_*.json"))) >= 2
     assert "resuming: " in finished(restomod(*arguments), tmp_path)
@@ -106,11 +106,11 @@ def test_a_killed_worker_is_one_line_and_the_same_command_resumes(
 
 
 @pytest.mark.parametrize("what", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGSEGV)"])
-def test_how_a_worker_ended_is_said(tmp_path: Path, text: Path, restomod: Command, what: str) -> None:
+def test_the_exit_status_of_a_worker_is_reported(tmp_path: Path, text: Path, restomod: Command, what: str) -> None:
     process = restomod("text", "--out", "out", "--workers", "2", program=program(tmp_path, what))
     said = error_of(process, tmp_path)
     assert said.startswith(
-        "a worker ended unexpectedly (exit code 3); " if "exit" in what else "a worker was killed (SIGSEGV); "
+        "a worker ended unexpectedly with exit code 3; " if "exit" in what else "a worker was killed (SIGSEGV); "
     )
 
 
@@ -125,14 +125,14 @@ def test_killing_the_parent_alone_leaves_no_process(tmp_path: Path, text: Path, 
     assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
 
 
-def test_an_error_ends_the_other_workers_at_once(tmp_path: Path, text: Path, restomod: Command) -> None:
+def test_an_error_ends_the_other_workers_immediately(tmp_path: Path, text: Path, restomod: Command) -> None:
     (text / "4.jsonl").write_bytes(b"nonsense")
     process = restomod("text", "--out", "out", "--workers", "2", program=program(tmp_path, WAITS))
     assert "4.jsonl" in error_of(process, tmp_path)
     check_that_all_are_gone(process.pid, seconds=5)
 
 
-def test_a_workers_traceback_comes_along(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workers_traceback_is_kept(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     (text / "4.jsonl").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"4\.jsonl") as caught:
@@ -162,7 +162,7 @@ def test_every_rank_is_run_once_on_every_number_of_workers(tmp_path: Path, tasks
 
 
 class Note:
-    """A step that notes how often each rank was run."""
+    """Step that records how often each rank was run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -187,7 +187,7 @@ def test_a_second_call_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 
     prepare_folder((str(tmp_path / "a.jsonl"),), PrepareConfig(), tmp_path / "out", 1, again)
     assert len(refusals) == 1
-    assert "another `restomod prepare` is at work on" in refusals[0]
+    assert "another `restomod prepare` is writing" in refusals[0]
     assert nothing_but_the_shards(tmp_path / "out")
 
 
@@ -195,7 +195,7 @@ EARLIER_PLAN = {"name": "d", "settings": {"dedup": False}, "datasets": {}, "unit
 
 
 def test_a_lock_alone_is_no_foreign_file_and_outlives_a_change_of_plan(tmp_path: Path) -> None:
-    """A command that was killed before it noted anything; and one that is given other settings."""
+    """Test a command that was killed before the first record, and a command with other settings."""
     (tmp_path / "out/.prepare").mkdir(parents=True)
     (tmp_path / "out/.prepare/lock").touch()
     (tmp_path / "out/.prepare/plan.json").write_text(json.dumps(EARLIER_PLAN))
@@ -213,7 +213,7 @@ ray_is_there = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install -e '.[ray]')"
 )
 RAY = ("text", "--out", "out", "--engine", "ray")
-LOCAL = {"RAY_ADDRESS": "local"}  # not the cluster that somebody else may have here
+LOCAL = {"RAY_ADDRESS": "local"}  # do not use another cluster on this machine
 
 
 def test_without_ray_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: py
 
 
 def everywhere(folder: Path, what: str) -> dict[str, str]:
-    """The environment in which ``what`` happens in unit 3: Ray's workers do not import the program's file."""
+    """Return an environment in which ``what`` happens in unit 3; Ray workers do not import the program's file."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(program(folder, what).removesuffix(PROGRAM))
     return LOCAL | {"PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])}
@@ -237,9 +237,9 @@ def test_on_ray_the_bytes_are_the_same_and_nothing_else_is_said(tmp_path: Path, 
     finished(restomod("text", "--out", "deduplicated", "--dedup", "--workers", "2"), tmp_path)
     process = restomod(*RAY, "--dedup", **LOCAL)
     said = [line for line in finished(process, tmp_path).splitlines() if not line.endswith(" tokens/s")]
-    assert said[0] == "reading 8 .jsonl files, in 8 units"
-    assert said[1].startswith("on Ray: ")
-    assert said[2] == "looking for duplicates …"
+    assert said[0] == "input: 8 .jsonl files; 8 units of work"
+    assert said[1].startswith("Ray cluster: ")
+    assert said[2] == "finding duplicate documents"
     assert said[3].startswith("out: ")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "deduplicated") != hashes(tmp_path / "reference")
     check_that_all_are_gone(process.pid, seconds=10)
@@ -270,11 +270,11 @@ def test_on_ray_what_was_killed_or_stopped_is_resumed(
     process.send_signal(sent)
     code, said = process.wait(timeout=60), (tmp_path / "stderr").read_text()
     assert (code, said) == ((-9, "") if sent == signal.SIGKILL else (130, "restomod: stopped\n"))
-    if sent == signal.SIGKILL:  # two idle helpers of Ray's own tell a cluster that is gone, for about a minute
+    if sent == signal.SIGKILL:  # two idle helper processes of Ray remain for about a minute
         check_that_all_are_gone(process.pid, seconds=10, but=("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
     else:
         check_that_all_are_gone(process.pid, seconds=10)
-    assert "resuming: 3 of 8 units are finished" in finished(restomod(*RAY, **LOCAL), tmp_path)
+    assert "resuming: 3 of 8 units finished" in finished(restomod(*RAY, **LOCAL), tmp_path)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
 
 
@@ -290,14 +290,14 @@ def test_on_ray_a_killed_worker_is_replaced_and_at_last_one_line(
         assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
     else:
         assert error_of(process, tmp_path) == (
-            "a worker of Ray was lost (WorkerCrashedError), as happens when memory runs out; "
-            "finished units are kept, and the same command resumes with the rest"
+            "a Ray worker was lost (WorkerCrashedError), possibly because memory ran out; "
+            "finished units are kept; run the same command again to resume"
         )
 
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """The address of a cluster with three processors in a folder of its own, so that nobody finds it by itself."""
+    """Return the address of a cluster with three CPUs in a separate folder, which others do not find."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -312,11 +312,11 @@ def cluster() -> Iterator[str]:
         )
         environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
         status = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address=127.0.0.1:{port}"]
-        for _ in range(20):  # on a machine at work it takes a while until a cluster answers
+        for _ in range(20):  # a cluster starts slowly on a busy machine
             if subprocess.run(status, env=environment, capture_output=True, check=False).returncode == 0:
                 break
         yield f"127.0.0.1:{port}"
-        os.killpg(process.pid, signal.SIGKILL)  # told to end, it takes half a minute
+        os.killpg(process.pid, signal.SIGKILL)  # a clean shutdown takes half a minute
         process.wait(timeout=60)
 
 
@@ -327,7 +327,7 @@ def test_a_running_cluster_is_used_and_stays(tmp_path: Path, text: Path, restomo
         said = finished(
             restomod("text", "--out", out, "--engine", "ray", RAY_ADDRESS=cluster, RAY_AUTH_MODE="disabled"), tmp_path
         )
-        assert "on Ray: 3 processors of 1 machine\n" in said
+        assert "Ray cluster: 3 CPUs, 1 node\n" in said
         assert hashes(tmp_path / out) == hashes(tmp_path / "reference")
 
 
@@ -341,7 +341,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path, text: Path, 
 @ray_is_there
 @pytest.mark.slow
 def test_a_cluster_is_left_as_it_was_found(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shut down where this package started it, and kept where its caller did."""
+    """A cluster is shut down if this package started it, and kept if the caller started it."""
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", "local")

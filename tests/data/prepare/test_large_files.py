@@ -1,4 +1,4 @@
-"""`restomod prepare` treats large files as it does small ones, with any number of workers, in bounded memory."""
+"""`restomod prepare` handles large files like small ones, with any number of workers and bounded memory."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_a_file_cut_into_spans_holds_its_documents_in_order(
 def test_one_document_in_several_spans_is_no_single_document(
     tmp_path: Path, spans: None, tiktoken_gpt2: tiktoken.Encoding
 ) -> None:
-    """The plan alone decides, as it is made before anything is read."""
+    """The plan decides, because it is made before any file is read."""
     (text,) = texts_of(1, seed=1, length=2)
     write_jsonl(tmp_path / "text" / "a.jsonl", [text * 900])
     assert all_tokens(prepared(tmp_path, val_fraction=0.0).train) == delimited([text * 900], tiktoken_gpt2)
 
 
 def begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepares the first three units."""
+    """Prepare the first three units."""
     real = run.PrepareUnit.work
 
     def work(step: run.PrepareUnit, unit: int) -> None:
@@ -119,7 +119,7 @@ def test_a_file_that_has_grown_since_some_of_its_spans_were_finished_is_refused(
     begun(tmp_path, monkeypatch)
     with open(tmp_path / "text" / "a.jsonl", "a") as f:
         f.write(" ")
-    with pytest.raises(UserError, match="was begun with other text or settings"):
+    with pytest.raises(UserError, match="unfinished work with other text or settings"):
         prepared(tmp_path)
 
 

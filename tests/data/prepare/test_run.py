@@ -1,4 +1,4 @@
-"""Any number of workers, killed and started again at any moment, write the same bytes."""
+"""The output bytes do not depend on the number of workers or on interruptions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.data.prepare.preparing import (
 
 END = 50256  # <|endoftext|>
 
-# the command line where no file may grow beyond 30,000 bytes, except those that the tokenizer needs to begin with
+# command line with a limit of 30,000 bytes per file, set after the tokenizer has written its files
 PROGRAM_ON_A_FULL_DISK = """
 import resource, sys
 import restomod.data.prepare.units, restomod.data.prepare.worker
@@ -59,7 +59,7 @@ sys.exit(main())
 
 @pytest.fixture
 def text(tmp_path: Path) -> dict[str, list[str]]:
-    """Six files below ``tmp_path/text`` and their documents, in the order in which they are to be read."""
+    """Write six files below ``tmp_path/text``, and return their documents in reading order."""
     files = {f"{i}.jsonl": texts_of(20, seed=i) for i in range(6)}
     for name, texts in files.items():
         write_jsonl(tmp_path / "text" / name, texts)
@@ -68,7 +68,7 @@ def text(tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.fixture
 def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is a unit."""
+    """Make every file a unit."""
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
 
@@ -85,7 +85,7 @@ def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
 
 
 def is_validation(text: str, fraction: float, seed: int) -> bool:
-    """The rule as documented: the document's 64-bit BLAKE2b hash, salted with the seed, as a fraction of 2^64."""
+    """Return the documented hash: 64-bit BLAKE2b of the document, salted with the seed, as a fraction of 2^64."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little") / 2**64 < fraction
 
@@ -212,28 +212,28 @@ def test_a_finished_folder_is_found_and_nothing_written(
 ) -> None:
     first = prepared(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(prepare_run, "begin", fail)
+    monkeypatch.setattr(prepare_run, "begin_folder", fail)
     assert prepared(tmp_path).manifest == first.manifest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_what_is_reported(
+def test_the_report_of_prepare(
     tmp_path: Path, text: dict[str, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["prepare", "text", "text/0.jsonl", "--out", "my out", "--val-fraction", "0.5", "--dedup"]
     assert main([*arguments, "--workers", "1"]) == 0
     reading, searching, first, train, val, read, literals, warning, speed, how = capsys.readouterr().out.splitlines()
-    assert reading == f"reading {len(list(Path('text').iterdir())) + 1} .jsonl files, in 2 units"
-    assert searching == "looking for duplicates …"
+    assert reading == f"input: {len(list(Path('text').iterdir())) + 1} .jsonl files; 2 units of work"
+    assert searching == "finding duplicate documents"
     files = [*sorted(Path("text").iterdir()), Path("text/0.jsonl")]
     size = sum(file.stat().st_size for file in files)
     assert read == f"read: {len(files)} files as JSON lines (.jsonl, {size:,} bytes)"
     n = sum(file.read_text().count("<|endoftext|>") for file in files)
-    assert literals.startswith(f"warning: the text holds <|endoftext|> {n:,} times as characters")
-    assert "are few for validation; raise --val-fraction, which is 0.5" in warning
+    assert literals.startswith(f"warning: the text contains a literal <|endoftext|> {n:,} times")
+    assert "validation tokens; raise --val-fraction (now 0.5)" in warning
     manifest = json.loads(Path("my out/manifest.json").read_text())
-    assert first == f"my out: {manifest['documents']} documents, {manifest['tokens']:,} tokens, 20 duplicates left out"
+    assert first == f"my out: {manifest['documents']} documents, {manifest['tokens']:,} tokens, 20 duplicates dropped"
     part = manifest["splits"]["train"]
     shards = len(part["shards"])
     assert train == f"  train {part['tokens']:,} tokens in {shards} shard{'s' * (shards > 1)}"
@@ -241,7 +241,7 @@ def test_what_is_reported(
     assert "MB/s of text" in speed
     assert how.endswith("--data.source tokens --data.path 'my out'")
     assert main(arguments) == 0
-    assert "it was prepared already" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
 
 
 # --- killed and resumed -------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def fail(*_: object) -> NoReturn:
 def check_kills(
     tmp_path: Path, restomod: Command, kills: int, seed: int, workers: tuple[int, ...], flags: tuple[str, ...] = ()
 ) -> None:
-    """Kill and start again ``kills`` times, let it finish, and compare with an undisturbed run."""
+    """Kill and restart the command ``kills`` times, let it finish, and compare with an uninterrupted run."""
     print(f"seed {seed}")
     chance, out = random.Random(seed), tmp_path / "killed"
     command = ("text", "--val-fraction", "0.1", "--shard-tokens", "5000", *flags, "--workers")
@@ -270,7 +270,7 @@ def check_kills(
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.05))
         if attempt % 3 == 2:
-            process.kill()  # the parent alone: its workers notice sooner or later
+            process.kill()  # only the parent; its workers exit soon after
         else:
             os.killpg(process.pid, signal.SIGKILL)
         in_the_middle += process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
@@ -314,7 +314,7 @@ def test_a_stop_signal_is_one_line_and_leaves_no_process(
     (os.killpg if group else os.kill)(process.pid, sent)
     code = process.wait(timeout=30)
     assert (code, (tmp_path / "stderr").read_text()) == (130, "restomod: stopped\n")
-    for _ in range(100):  # those that were told to end need a moment
+    for _ in range(100):  # terminated processes need a moment
         if not alive(process.pid):
             break
         time.sleep(0.05)
@@ -394,7 +394,7 @@ def interrupt_at(unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def begun(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:
-    """Prepares the first three units of six."""
+    """Prepare the first three units of six."""
 
     def begin(**values: Any) -> None:
         with monkeypatch.context() as patch:
@@ -421,7 +421,7 @@ def test_other_settings_in_a_begun_folder_are_refused(
 ) -> None:
     begun()
     before = hashes(tmp_path / "out")
-    assert "was begun with other text or settings; give those again" in refused(tmp_path, **values)
+    assert "has unfinished work with other text or settings" in refused(tmp_path, **values)
     assert hashes(tmp_path / "out") == before
 
 
@@ -432,11 +432,11 @@ def test_other_settings_or_text_in_a_finished_folder_are_refused(
     prepared(tmp_path)
     if values is None:
         write_jsonl(tmp_path / "text" / "6.jsonl", ["one more"])
-    assert "holds other data already" in refused(tmp_path, **(values or {}))
+    assert "already contains data of other text or settings" in refused(tmp_path, **(values or {}))
 
 
 @pytest.mark.parametrize("values", [{}, {"shard_tokens": 40}])
-def test_a_changed_file_of_an_unfinished_unit_is_taken_as_it_is_now(
+def test_a_changed_file_of_an_unfinished_unit_is_read_again(
     tmp_path: Path, begun: Callable[..., None], values: dict[str, Any]
 ) -> None:
     begun(**values)
@@ -451,10 +451,10 @@ def test_a_changed_file_of_an_unfinished_unit_is_taken_as_it_is_now(
 def test_a_changed_file_is_refused_if_finished_units_depend_on_it(
     tmp_path: Path, begun: Callable[..., None], file: str, dedup: bool
 ) -> None:
-    """With dedup, a duplicate dropped from a finished unit may have been in any other file."""
+    """With --dedup, a finished unit depends on all other files."""
     begun(dedup=dedup)
     write_jsonl(tmp_path / "text" / f"{file}.jsonl", ["changed"])
-    assert "was begun with other text or settings" in refused(tmp_path, dedup=dedup)
+    assert "has unfinished work with other text or settings" in refused(tmp_path, dedup=dedup)
 
 
 @pytest.mark.parametrize("change", [lambda ts: ts[::-1], lambda ts: [ts[0] + ts[1], *ts[2:]], lambda ts: [*ts, "x"]])
@@ -478,26 +478,26 @@ def test_with_dedup_text_that_changes_between_the_passes_is_refused(
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, text: dict[str, list[str]]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "is not empty, and nothing was begun there" in refused(tmp_path)
+    assert "is not empty and was not written by" in refused(tmp_path)
     assert os.listdir(tmp_path / "out") == ["notes.txt"]
 
 
 def test_a_folder_within_its_own_source_is_refused(tmp_path: Path, text: dict[str, list[str]]) -> None:
     for out in ("text/out", "text"):
-        assert "read as text" in refused(tmp_path, out)
+        assert "is inside the source" in refused(tmp_path, out)
     assert sorted(os.listdir(tmp_path / "text")) == list(text)
 
 
 def test_a_set_of_empty_documents_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "text" / "a.jsonl", ["", ""])
     write_jsonl(tmp_path / "text" / "b.jsonl", [""])
-    assert refused(tmp_path) == "the sources hold no text: every document is empty"
+    assert refused(tmp_path) == "the sources have no text: every document is empty"
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, text: dict[str, list[str]]) -> None:
     (tmp_path / "out").mkdir(mode=0o500)
-    assert "cannot make this folder (Permission denied)" in refused(tmp_path)
+    assert "cannot create this folder (Permission denied)" in refused(tmp_path)
 
 
 def corrupt_parquet() -> bytes:
@@ -518,7 +518,7 @@ BAD = {
 
 @pytest.mark.parametrize("dedup", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_named_and_once_mended_the_command_resumes(
+def test_a_bad_file_is_named_and_after_a_fix_the_command_resumes(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, name: str, dedup: bool
 ) -> None:
     content, said = BAD[name]
@@ -533,7 +533,7 @@ def test_a_bad_file_is_named_and_once_mended_the_command_resumes(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
 
 
-def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
+def test_a_workers_error_is_one_line_and_the_fixed_file_is_read(
     tmp_path: Path, text: dict[str, list[str]], restomod: Command, many_units: None
 ) -> None:
     content, said = BAD["bad.jsonl"]
@@ -545,8 +545,8 @@ def test_a_workers_error_is_one_clean_line_and_the_mended_file_is_read(
     assert error.count("\n") == 1
     assert said in error
     first, *progress = (tmp_path / "stdout").read_text().splitlines()
-    assert first.startswith("reading ")
-    assert all(" of 7 units, " in line for line in progress)  # written each few seconds: a slow machine shows some
+    assert first.startswith("input: ")
+    assert all(" of 7 units, " in line for line in progress)  # a slow machine prints some
     assert not list((tmp_path / "out").glob(".*.tmp"))
     write_jsonl(tmp_path / "text" / "bad.jsonl", ["mended"])
     prepared(tmp_path)
@@ -578,7 +578,7 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
     with monkeypatch.context() as patch:
         patch.setattr(shard, call, full)
         said = refused(tmp_path, val_fraction=0.2)
-    assert said.startswith(f"{tmp_path / 'out'}: cannot write (No space left on device); finished units are kept")
+    assert said.startswith(f"{tmp_path / 'out'}: cannot write (No space left on device); ")
     reference = hashes(tmp_path / "reference")
     left = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.startswith(".prepare/")}
     assert left.items() <= reference.items()
@@ -589,13 +589,13 @@ def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
 def test_a_write_that_fails_within_close_drops_the_half_written_shard(
     tmp_path: Path, restomod: Command, many_units: None
 ) -> None:
-    """The limit stops the file as a full disk does: in a write, and again when the rest is written at closing."""
+    """The size limit fails like a full disk: in a write, and again when the buffer is flushed at closing."""
     write_jsonl(tmp_path / "text" / "0.jsonl", ["small"] * 9)
     write_jsonl(tmp_path / "text" / "1.jsonl", texts_of(3000, seed=0))
     process = restomod("text", "--out", "out", "--workers", "1", program=PROGRAM_ON_A_FULL_DISK)
     assert process.wait(timeout=60) == 2
     error = (tmp_path / "stderr").read_text()
-    assert error.startswith("restomod: error: out: cannot write (File too large); finished units are kept")
+    assert error.startswith("restomod: error: out: cannot write (File too large); ")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path / "out")) == [".prepare", "train_00000_000000.bin"]
     prepared(tmp_path)

@@ -1,4 +1,4 @@
-"""Jobs of Slurm write the same bytes; the same command says how far they are and submits what is missing.
+"""Slurm jobs write the same bytes; the same command prints the progress and submits missing units.
 
 In place of Slurm stand programs of the same names that keep a queue in files and run the submitted scripts: arrays task
 by task, dependencies with afterok, `--kill-on-invalid-dep`. Nothing runs before the test says so.
@@ -96,7 +96,7 @@ globals()[pathlib.Path(sys.argv[0]).name](*sys.argv[1:])
 
 
 class Cluster:
-    """The stand-in's folder of programs and of jobs."""
+    """Folder of the fake Slurm programs and their jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,7 +125,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Path:
-    """Four files in a folder with a space in its name; the reference is what one process makes of them."""
+    """Write four files into a folder with a space in its name, and prepare the reference in one process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for i in range(4):
@@ -140,7 +140,7 @@ SLURM = ("prepare", "my text", "--out", "my out", "--engine", "slurm")
 
 
 def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    """The lines of a command that ends well."""
+    """Return the lines of a successful command."""
     assert main([*SLURM, *arguments]) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -148,7 +148,7 @@ def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 
 def refusal(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line of a command that is refused."""
+    """Return the error line of a refused command."""
     assert main([*SLURM, *arguments]) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1, err
@@ -160,14 +160,14 @@ def test_jobs_write_the_same_bytes_and_the_manifest(
     tmp_path: Path, text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     lines = said(capfd, *flags)
-    assert lines[0] == "reading 4 .jsonl files, in 4 units"
+    assert lines[0] == "input: 4 .jsonl files; 4 units of work"
     stages = ["hash 4 units", "assign", "prepare 4 units", "finish"] if flags else ["prepare 4 units", "finish"]
     assert lines[1:-1] == [f"submitted job {101 + i}: {stage}" for i, stage in enumerate(stages)]
     for job in cluster.jobs():
         assert job["options"]["output"].startswith(f"{tmp_path}/my out/.prepare/slurm/")
     name = cluster.jobs()[0]["options"]["job-name"]
     assert lines[-1] == (
-        f"how far it is: the same command again; the queue: squeue --name={name}; to stop it: scancel --name={name}"
+        f"progress: run the same command again; queue: squeue --name={name}; cancel: scancel --name={name}"
     )
     cluster.run()
     assert cluster.states() == [{"COMPLETED"}] * len(stages)
@@ -182,20 +182,20 @@ def test_while_jobs_are_in_the_queue_nothing_is_submitted_and_other_engines_are_
 ) -> None:
     said(capfd)
     before = hashes(Path("my out"))
-    assert said(capfd)[:2] == ["Slurm is at work on it: 0 tasks running, 5 waiting", "0 of 4 units are finished"]
+    assert said(capfd)[:2] == ["Slurm tasks: 0 running, 5 pending", "0 of 4 units finished"]
     assert main([*SLURM[:4], "--workers", "1"]) == 2
     name = cluster.jobs()[0]["options"]["job-name"]
-    jobs = "5 jobs of Slurm are at work on my out; let them finish, or stop them: "
+    jobs = "5 Slurm jobs are working on my out; wait for them, or cancel them: "
     assert capfd.readouterr().err == f"restomod: error: {jobs}scancel --name={name}\n"
     (cluster.folder / "down").touch()
-    assert refusal(capfd).startswith("squeue cannot tell whether jobs are at work on my out: slurm_load_jobs error")
+    assert refusal(capfd).startswith("squeue cannot list the jobs of my out: slurm_load_jobs error")
     assert len(cluster.jobs()) == 2
     assert hashes(Path("my out")) == before
 
 
 @pytest.fixture
 def good(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> bytes:
-    """What should stand in one of the files; the jobs have met with something that is not UTF-8 there."""
+    """Return the correct content of a file that was not UTF-8 when the jobs ran."""
     good = (text / "2.jsonl").read_bytes()
     (text / "2.jsonl").write_bytes(b'{"text": "\xff"}\n')
     said(capfd)
@@ -203,21 +203,21 @@ def good(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> byt
     return good
 
 
-def test_a_bad_file_is_told_once_and_then_what_is_left_is_submitted(
+def test_a_bad_file_is_reported_once_and_then_its_unit_is_submitted(
     tmp_path: Path, text: Path, cluster: Cluster, good: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cluster.states() == [{"COMPLETED", "FAILED"}, {"CANCELLED"}]
     assert "2.jsonl is not UTF-8 text: byte 0xff at offset 10 of line 1" in refusal(capfd)
     (text / "2.jsonl").write_bytes(good)
     lines = said(capfd)
-    assert lines[0] == "resuming: 3 of 4 units are finished"
+    assert lines[0] == "resuming: 3 of 4 units finished"
     assert "submitted job 103: prepare 1 unit" in lines
     cluster.run()
     assert hashes(tmp_path / "my out") == hashes(tmp_path / "reference")
 
 
 @pytest.mark.slow
-def test_a_file_mended_before_the_failure_was_told_is_submitted_at_once(
+def test_a_file_fixed_before_the_report_is_submitted_immediately(
     tmp_path: Path, text: Path, cluster: Cluster, good: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (text / "2.jsonl").write_bytes(good)
@@ -227,13 +227,13 @@ def test_a_file_mended_before_the_failure_was_told_is_submitted_at_once(
 
 
 @pytest.mark.slow
-def test_jobs_that_were_lost_are_submitted_again_and_a_lost_last_one_is_made_up_for(
+def test_lost_jobs_are_submitted_again_and_a_lost_finish_is_replaced(
     tmp_path: Path, text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said(capfd)
-    shutil.rmtree(cluster.folder / "queue")  # as scancel would leave it
+    shutil.rmtree(cluster.folder / "queue")  # like scancel
     lines = said(capfd)
-    assert "its jobs have ended without the others: out of time or memory? See my out/.prepare/slurm" in lines
+    assert lines[1].startswith("warning: the jobs ended with unfinished units")
     (cluster.folder / "queue" / "102.json").unlink()
     cluster.run()
     assert not Path("my out/manifest.json").exists()
@@ -242,7 +242,7 @@ def test_jobs_that_were_lost_are_submitted_again_and_a_lost_last_one_is_made_up_
     assert nothing_but_the_shards(tmp_path / "my out")
 
 
-def test_what_is_asked_of_the_cluster(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_options_of_jobs(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ("--slurm-partition", "cpu", "--slurm-time", "1:00:00", "--slurm-mem-gb", "5", "--workers", "3")
     said(capfd, *flags)
     for job in cluster.jobs():
@@ -268,7 +268,7 @@ def test_more_units_than_an_array_has_tasks(
 
 def test_what_sbatch_refuses_is_one_line(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     assert refusal(capfd, "--slurm-partition", "nope") == (
-        "sbatch refuses the job: sbatch: error: invalid partition specified: nope"
+        "sbatch failed: sbatch: error: invalid partition specified: nope"
     )
     assert said(capfd)[-2:-1] == ["submitted job 102: finish"]
 
@@ -278,12 +278,12 @@ def test_without_slurm_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert refusal(capfd) == (
-        "--engine slurm needs Slurm's commands, and there is no sbatch here; run this on the cluster"
+        "--engine slurm needs sbatch, which is not installed on this machine; run the command on the cluster"
     )
     assert not Path("my out").exists()
 
 
 def test_settings_of_slurm_are_for_slurm(text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SLURM[:4], "--slurm-time", "1:00"]) == 2
-    assert "--slurm-mem-gb are for --engine slurm, not local" in capfd.readouterr().err
+    assert "--slurm-mem-gb need --engine slurm, not local" in capfd.readouterr().err
     assert "--slurm-mem-gb is 0; it must be at least 1" in refusal(capfd, "--slurm-mem-gb", "0")

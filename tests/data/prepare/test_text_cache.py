@@ -30,7 +30,7 @@ END = 50256  # <|endoftext|>
 
 
 def text_config(folder: Path, val_fraction: float = 0.3, split_seed: int = 0) -> DataConfig:
-    """A config that reads the folder or file ``folder/text`` and caches in ``folder/cache``."""
+    """Return a configuration that reads ``folder/text`` and caches in ``folder/cache``."""
     return DataConfig(
         source="text",
         path=str(folder / "text"),
@@ -69,7 +69,7 @@ def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path) -> N
 
 
 def test_train_and_prepare_make_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several units of work, too."""
+    """Test one and several units of work."""
     write_documents(tmp_path, numbered(60))
     monkeypatch.setattr(units, "UNIT_BYTES", 500)
     cached = prepare_text(text_config(tmp_path))
@@ -87,14 +87,14 @@ def test_train_and_prepare_make_the_same_tokens(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({}, "no text to read: add --data.path"),
-        ({"path": ""}, "no text to read: add --data.path"),
+        ({}, "--data.source text needs --data.path"),
+        ({"path": ""}, "--data.source text needs --data.path"),
         ({"path": "nowhere"}, "nowhere: no such file or folder"),
         ({"path": "fineweb-edu"}, "fineweb-edu: no such file or folder"),  # no source on the hub
         ({"path": "empty.txt"}, "empty.txt is empty"),
-        ({"path": "blank.jsonl"}, "the sources hold no text"),
+        ({"path": "blank.jsonl"}, "the sources have no text"),
         ({"path": "latin.txt"}, "latin.txt is not UTF-8 text: byte 0xef at offset 2"),
-        ({"path": "tokens"}, "tokens holds prepared tokens, not text: add --data.source tokens"),
+        ({"path": "tokens"}, "tokens contains token shards, not text; add --data.source tokens"),
     ],
 )
 def test_a_source_without_text_is_refused(
@@ -114,7 +114,7 @@ def test_a_source_without_text_is_refused(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the record of verified shards, which is written where preparing has taken a while."""
+    """Return all files except the record of verified shards, which is written only after a slow preparation."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != VERIFIED}
 
 
@@ -147,7 +147,7 @@ def book(tmp_path: Path) -> DataConfig:
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below ``folder`` with its inode and time of change."""
+    """Return every file below ``folder`` with its inode and modification time."""
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
@@ -201,7 +201,7 @@ def test_what_changes_the_tokens_gets_another_folder(
 
 
 def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: DataConfig) -> None:
-    """And are described as they are now."""
+    """The dataset describes the current files."""
     first = prepare_text(book)
     (tmp_path / "text" / "0000.txt").rename(tmp_path / "text" / "000.md")
     again = prepare_text(book)
@@ -213,7 +213,7 @@ def test_equal_texts_under_other_names_are_found_again(tmp_path: Path, book: Dat
 def test_a_document_of_several_units_is_not_taken_for_one_of_a_single_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is written after a separator, the second without one."""
+    """With several units, a single document has a separator."""
     write_documents(tmp_path, ["The only text."])
     (tmp_path / "text" / "blank.jsonl").write_text('{"text": ""}\n')
     alone = prepare_text(text_config(tmp_path, val_fraction=0.0))
@@ -237,9 +237,7 @@ def test_progress_is_shown_within_a_unit_and_after_each(
         (tmp_path / "text" / "a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
         expected = [f"{n:,} of 2,000" for n in range(16, 2001, 16)] + ["2,000 of 2,000"]
     prepare_text(text_config(tmp_path))
-    assert capsys.readouterr().err.splitlines() == [
-        f"preparing text: {progress} documents are tokenized" for progress in expected
-    ]
+    assert capsys.readouterr().err.splitlines() == [f"preparing text: {progress} documents" for progress in expected]
 
 
 @pytest.mark.parametrize("at_document", [0, 3])
@@ -254,7 +252,7 @@ def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
         return encode(encoder, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "BATCH_CHARACTERS", 1)  # each document by itself
+        patch.setattr(worker, "BATCH_CHARACTERS", 1)  # one document per batch
         patch.setattr(BulkEncoder, "encode", fail_at)
         with pytest.raises(RuntimeError):
             prepare_text(book, shard_tokens=10)
@@ -265,7 +263,7 @@ def test_a_failure_midway_leaves_nothing_and_can_be_repeated(
 def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
     book: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A killed process cleans nothing up, and in a container the next one often has the same process id."""
+    """A killed process leaves its files, and in a container the next process often has the same id."""
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         patch.setattr(BulkEncoder, "encode", fail)
@@ -274,7 +272,7 @@ def test_a_kill_midway_does_not_stand_in_the_way_of_the_next_try(
     assert prepare_text(book).manifest["documents"] == 6
 
 
-def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig) -> None:
+def test_a_folder_without_a_manifest_is_prepared_again(book: DataConfig) -> None:
     folder = prepare_text(book).folder
     (folder / "manifest.json").unlink()
     (folder / "train_00000_000000.bin").write_bytes(b"half of this")
@@ -284,7 +282,7 @@ def test_a_folder_without_a_manifest_is_prepared_anew(book: DataConfig) -> None:
 def test_a_damaged_folder_is_refused(book: DataConfig) -> None:
     folder = prepare_text(book).folder
     (folder / "train_00000_000000.bin").write_bytes(b"half of this")
-    with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it anew"):
+    with pytest.raises(UserError, match=r"train_00000_000000\.bin .*delete the folder and prepare it again"):
         prepare_text(book)
 
 
@@ -306,7 +304,7 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(
 def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
     book: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process may be about to open it. Without locks, nothing else keeps the two apart."""
+    """The other process may be opening it; this matters on file systems without locks."""
     monkeypatch.setattr(locks, "fcntl", None)
     others: list[Dataset] = []
     finished = {}
@@ -326,7 +324,7 @@ def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(
     assert state(mine.folder) == finished
 
 
-def test_of_several_that_ask_at_once_one_works(book: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_simultaneous_calls_prepares(book: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     write, written = text_cache._prepare, []
 
     def slow(*arguments: Any) -> None:
@@ -346,7 +344,7 @@ def test_of_several_that_ask_at_once_one_works(book: DataConfig, monkeypatch: py
     assert folders(book) == [found[0].folder.name]
 
 
-def test_what_killed_processes_left_is_removed_and_what_living_ones_make_is_not(book: DataConfig) -> None:
+def test_leftovers_of_killed_processes_only_are_removed(book: DataConfig) -> None:
     cache = Path(book.cache)
     prepare_text(book)
     killed, foreign = cache / f".restomod.{'a1' * 8}.tmp", cache / ".mine.tmp"
@@ -374,8 +372,8 @@ def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        (None, "no tokens to read: add --data.path FOLDER"),
-        ("nowhere", "nowhere: no such folder of token shards; `restomod prepare SOURCE --out nowhere` makes one"),
+        (None, "--data.source tokens needs --data.path FOLDER"),
+        ("nowhere", "nowhere: no such folder of token shards; create it: restomod prepare SOURCE --out nowhere"),
     ],
 )
 def test_missing_tokens_are_refused(path: str | None, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Sources become units of work in an order and a size that only the settings, names and sizes decide."""
+"""The units of work depend only on the settings and on the names and sizes of files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from restomod.config.prepare import PrepareConfig
 from restomod.data.prepare import units as module
-from restomod.data.prepare.units import Unit, describe, kinds_of, plan_units, unit_documents
+from restomod.data.prepare.units import Unit, describe, describe_files, plan_units, unit_documents
 from restomod.utils.errors import UserError
 
 CONFIG = PrepareConfig()
@@ -21,7 +21,7 @@ CONFIG = PrepareConfig()
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A folder of files of 1, 2, … 9 bytes."""
+    """Create a folder of files of 1, 2, … 9 bytes."""
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(1, 10):
@@ -113,7 +113,7 @@ def test_the_standard_library_is_read_file_by_file() -> None:
 
 
 def test_a_missing_source_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^'': no such file, folder or source"):  # and not the present folder
+    with pytest.raises(UserError, match=r"^'': no such file, folder or source"):  # not the current folder
         plan_units(("",), CONFIG)
     with pytest.raises(UserError, match=r"nowhere: no such file, folder or source; known: .*python-stdlib"):
         plan_units(("nowhere",), CONFIG)
@@ -123,13 +123,13 @@ def test_a_missing_source_is_refused() -> None:
 def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="has no text"):
         plan_units((str(tmp_path),), CONFIG)
 
 
-def test_what_is_read_is_told_by_its_endings() -> None:
+def test_files_are_described_by_ending() -> None:
     files = ("a/v1.2.txt", "b.TXT", "c.d.jsonl.xz", "Makefile", "hf://datasets/o/n@0/x.y.parquet")
-    told = kinds_of([Unit(files, 9), Unit((), 0, "python-stdlib")])
+    told = describe_files([Unit(files, 9), Unit((), 0, "python-stdlib")])
     assert told == "1 .jsonl.xz file, 1 .parquet file, 2 .txt files, 1 plain file, python-stdlib"
 
 
@@ -161,7 +161,7 @@ def test_a_large_file_is_cut_into_units_of_about_equal_size(
     assert sum(unit.bytes for unit in units) == 100
     assert all(unit.files == (str(file),) for unit in units)
     assert plan_units((str(file),), CONFIG) == units
-    assert kinds_of(units) == f"1 {ending.lower()} file"
+    assert describe_files(units) == f"1 {ending.lower()} file"
 
 
 @pytest.mark.parametrize("name", ["large.txt", "large.jsonl.xz", "large.parquet.gz", "jsonl"])
@@ -206,7 +206,7 @@ def test_a_description_of_spans_survives_json_and_that_of_whole_files_is_as_it_w
 def test_another_size_of_a_file_is_another_plan_of_each_of_its_spans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a finished unit would be taken for one of the file as it is now."""
+    """Otherwise a finished unit of the old file would be used for the new one."""
     monkeypatch.setattr(module, "SPAN_BYTES", 60)
     units = []
     for size in (100, 101):

@@ -1,4 +1,4 @@
-"""Records of every task, and what is wrong with a file: by its name and line."""
+"""Records of every task, and error messages for invalid files with path and line."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def texts(example: Example) -> list[tuple[str, str]]:
     return list(zip(example.contexts, example.continuations, strict=True))
 
 
-def test_hellaswag_is_scored_as_it_stands_or_as_the_harness_writes_it() -> None:
+def test_hellaswag_has_the_formats_of_build_nanogpt_and_of_the_harness() -> None:
     plain = hellaswag.plain_example(WIKIHOW)
     assert texts(plain) == [(WIKIHOW["ctx"], " it [substeps] again."), (WIKIHOW["ctx"], " the  cat.")]
     assert (plain.gold, plain.choices) == (1, ("it [substeps] again.", "the  cat."))
-    # by hand, from lm-evaluation-harness's tasks/hellaswag/utils.py
+    # written manually from lm-evaluation-harness's tasks/hellaswag/utils.py
     context = "Home and Garden:  How to mow. Wait. Mow dry grass. Then mow".replace(":  ", ": ")
     assert texts(hellaswag.harness_example(WIKIHOW)) == [(context, " it again."), (context, " the cat.")]
     without_parts = {k: v for k, v in WIKIHOW.items() if k not in ("ctx_a", "ctx_b")}
@@ -67,7 +67,7 @@ def test_arc_and_piqa_ask_a_question() -> None:
     assert example.gold == 1
 
 
-def test_a_winograd_schema_asks_how_likely_the_rest_is_after_each_candidate() -> None:
+def test_a_winograd_schema_scores_the_rest_after_each_candidate() -> None:
     before = "The trophy does not fit in the case because "
     assert texts(winograd.example(WSC)) == [
         (f"{before}the trophy", " is too big."),
@@ -87,12 +87,12 @@ def test_lambada_asks_for_the_last_word() -> None:
     assert texts(lambada.example({"context": "I don't care about", "continuation": " signs"})) == expected
 
 
-def test_own_questions_have_either_names() -> None:
+def test_own_questions_may_have_either_field_names() -> None:
     assert own_example(GOOD) == own_example({"ctx": "One and one is", "endings": ["two", "three"], "label": 0})
     assert texts(own_example(GOOD)) == [("One and one is", " two"), ("One and one is", " three")]
 
 
-def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
+def test_json_lines_and_parquet_give_the_same_examples(tmp_path: Path) -> None:
     other = GOOD | {"gold": 1}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(other)}\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, other]), tmp_path / "a.parquet")
@@ -110,7 +110,7 @@ def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
         (own_example, GOOD | {"gold": "one"}, "'gold' should be the number of the right choice, not 'one'"),
         (own_example, GOOD | {"gold": None}, "'gold' should be a whole number, not None"),
         (own_example, GOOD | {"gold": True}, "'gold' should be a whole number, not True"),
-        (own_example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; there is nothing to score"),
+        (own_example, GOOD | {"choices": ["two", ""]}, "choice 1 is empty; every choice needs text"),
         (own_example, GOOD | {"choices": ["two", " \n"]}, "choice 1 is empty"),
         (own_example, GOOD | {"choices": ["two"]}, "has 1 choices; a question needs two or more"),
         (own_example, GOOD | {"choices": "two"}, "'choices' should be a list, not 'two'"),
@@ -119,13 +119,13 @@ def test_files_of_lines_and_of_rows_are_read_alike(tmp_path: Path) -> None:
         (own_example, {"query": "a", "gold": 0}, "has no 'choices' or 'endings'; it has 'query', 'gold'"),
         (own_example, {}, "has no 'query' or 'ctx'; it has no fields"),
         (hellaswag.plain_example, GOOD, "has no 'ctx'; it has 'query', 'choices', 'gold'"),
-        (arc.example, ARC | {"answerKey": "D"}, "the answer 'D' is none of the choices' labels ['A', 'B', 'C']"),
-        (winograd.example, WSC | {"pronoun_loc": 3}, "the pronoun 'it' does not stand at character 3 of the text"),
+        (arc.example, ARC | {"answerKey": "D"}, "the answer 'D' is not in the choices' labels ['A', 'B', 'C']"),
+        (winograd.example, WSC | {"pronoun_loc": 3}, "the pronoun 'it' is not at character 3 of the text"),
         (winograd.example, WSC | {"options": ["the cat", ""]}, "choice 1 is empty"),
         (own_example, GOOD | {"gold": "9" * 4000}, f"the right choice is {'9' * 80}…, but"),
-        (winograd.example, WSC | {"pronoun": "x" * 10**6}, f"the pronoun '{'x' * 79}… does not stand"),
-        (arc.example, ARC | {"answerKey": "D" * 10**6}, f"the answer '{'D' * 79}… is none of"),
-        (lambada.example, {"text": "word"}, "has no word before its last one"),
+        (winograd.example, WSC | {"pronoun": "x" * 10**6}, f"the pronoun '{'x' * 79}… is not at"),
+        (arc.example, ARC | {"answerKey": "D" * 10**6}, f"the answer '{'D' * 79}… is not in"),
+        (lambada.example, {"text": "word"}, "has a single word"),
         (lambada.example, {"text": "two words "}, "choice 0 is empty"),
     ],
 )
@@ -149,7 +149,7 @@ RECORD = b'{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
         (b"not JSON\n", ", line 1: not JSON (Expecting value"),
         (b"\xff\n", ", line 1: not JSON ("),
         (b"[1]\n", ", line 1: should be an object such as"),
-        (b"\n\n", " is empty: it holds no examples"),
+        (b"\n\n", " is empty: it has no examples"),
         (b"[" * 100_000, ", line 1: not JSON ("),
         (RECORD + b"[" * 100_000, ", line 2: "),
         (RECORD + b'{"a":' * 100_000, ", line 2: "),
@@ -171,7 +171,7 @@ def test_a_wrong_file_is_refused(content: bytes, said: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a", "a.gz"])
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
-def test_a_file_is_read_for_what_it_holds(
+def test_the_content_determines_the_format(
     tmp_path: Path, name: str, compress: Callable[[bytes], bytes], mark: bytes
 ) -> None:
     other = GOOD | {"gold": 1}
@@ -184,7 +184,7 @@ def test_a_file_is_read_for_what_it_holds(
         assert [example.gold for example in read_examples(tmp_path / name, own_example)] == [0, 1]
 
 
-def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+def test_a_row_that_is_not_utf8_is_an_error_in_one_line(tmp_path: Path) -> None:
     raw = pyarrow.array([b"a", b"caf\xe9"], type=pyarrow.binary())
     text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"query": text}), tmp_path / "a.parquet")
@@ -195,7 +195,7 @@ def test_a_row_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
         read_examples(tmp_path / "a.jsonl", own_example)
-    with pytest.raises(UserError, match="is a folder; name a file"):
+    with pytest.raises(UserError, match="is a folder; give the path of a file"):
         read_examples(tmp_path, own_example)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"a\.parquet is damaged: "):
@@ -221,7 +221,7 @@ def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path: Path
 
 
 @pytest.mark.parametrize("head", ['{"query":"', "", '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'])
-def test_a_giant_line_is_refused_without_being_held(tmp_path: Path, head: str) -> None:
+def test_a_giant_line_is_refused_without_reading_it_into_memory(tmp_path: Path, head: str) -> None:
     path = tmp_path / "a.jsonl"
     with gzip.open(path, "wb", compresslevel=1) as f:
         f.write(head.encode())

@@ -1,4 +1,4 @@
-"""Where a task's data comes from: its authors' file by its hash, the hub by the real client, or a named file."""
+"""Data of tasks: a download checked by its hash, the hub through its real client, or a named file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def take_from(url: str, sha256: str, task: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def authors(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """HellaSwag's host, on this machine; what it was asked for."""
+    """Serve HellaSwag's file on this machine and return the list of requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -139,7 +139,7 @@ def test_other_data_comes_from_the_hub(
     assert (examples[0].contexts[0], examples[0].continuations[0]) == (context, continuation)
 
 
-def test_a_hub_that_is_gone_says_what_else_to_do(hub: Hub, tmp_path: Path) -> None:
+def test_an_unreachable_hub_names_the_alternative(hub: Hub, tmp_path: Path) -> None:
     hub.close()
     with pytest.raises(UserError, match=r"cannot be reached.*--tasks piqa=FILE"):
         load_task("piqa", tmp_path)
@@ -155,7 +155,7 @@ def test_a_named_file_replaces_the_official_one_and_a_limit_takes_the_first(
     assert ([e.gold for e in loaded.examples], loaded.limited) == ([0, 1, 0, 1, 0, 1][:n], limited)
 
 
-def test_ones_own_file_is_a_task_of_its_name(tmp_path: Path) -> None:
+def test_a_users_file_is_a_task_with_the_name_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "birds.jsonl"
     path.write_text(json.dumps({"query": "A bird", "choices": ["flies", "barks"], "gold": 0}))
     loaded = load_task(str(path), tmp_path)
@@ -177,7 +177,7 @@ def test_a_task_without_official_data_asks_for_a_file(tmp_path: Path, monkeypatc
         load_task("colours", tmp_path)
 
 
-def test_paths_are_made_to_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()
     assert with_absolute_path("hellaswag") == "hellaswag"
@@ -195,12 +195,12 @@ def test_a_list_of_tasks_may_name_files_with_commas(tmp_path: Path, monkeypatch:
     assert task_names("hellaswag,piqa=x") == ["hellaswag", "piqa=x"]
 
 
-def test_a_task_without_a_name_is_refused_and_not_taken_for_the_present_folder(tmp_path: Path) -> None:
+def test_an_empty_task_name_is_refused_and_not_the_working_folder(tmp_path: Path) -> None:
     for given in ("hellaswag,", "hellaswag,,piqa", ",", ""):
-        with pytest.raises(UserError, match="a task has no name"):
+        with pytest.raises(UserError, match="a task has an empty name"):
             task_names(given)
     with pytest.raises(UserError, match="no file after the ="):
         load_task(with_absolute_path("lambada="), tmp_path)
     for name in ("", with_absolute_path("")):
-        with pytest.raises(UserError, match="a task has no name"):
+        with pytest.raises(UserError, match="a task has an empty name"):
             load_task(name, tmp_path)

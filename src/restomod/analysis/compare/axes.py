@@ -1,4 +1,4 @@
-"""Loss curves of a run by steps, tokens, FLOPs, time and money, and mean curves of several runs."""
+"""Loss curves of runs by steps, tokens, FLOPs, time or cost, and mean curves of several runs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ TRAIN_POINTS = 60  # block means of the training loss; the last is the final los
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses at increasing points ``x`` of an axis, (n,) each."""
+    """Losses along an axis."""
 
     x: Array
+    """Increasing positions on the axis, (n,)."""
     loss: Array
+    """Losses in nats, (n,)."""
 
     def at(self, x: float) -> float | None:
-        """The loss at ``x``, interpolated linearly; None outside the measurements."""
+        """Interpolate the loss at ``x`` linearly; None outside the measured range."""
         if not len(self.x) or not self.x[0] <= x <= self.x[-1]:
             return None
         return float(np.interp(x, self.x, self.loss))
 
     def first_below(self, target: float) -> float | None:
-        """Where the loss first reaches ``target``, interpolated linearly; None if never."""
+        """Find the first position where the loss reaches ``target``, interpolated linearly; None if never."""
         below = np.flatnonzero(self.loss <= target + 1e-12)
         if not len(below):
             return None
@@ -53,7 +55,13 @@ class Curve:
 
 
 def measured_losses(run: Run, measure: Measure) -> tuple[Array, Array]:
-    """Steps and losses, (n,) each: of every validation, or block means of the training loss."""
+    """Return steps and losses, (n,) each.
+
+    Args:
+        run: run to read.
+        measure: "validation loss" for the loss of every validation; "training loss" for means over at most
+            `TRAIN_POINTS` equal blocks of steps.
+    """
     records = run.val if measure == "validation loss" else run.train
     known = [(r["step"], loss) for r in records if math.isfinite(loss := number(r.get("loss")))]
     table = np.array(known, dtype=np.float64).reshape(-1, 2)
@@ -65,7 +73,14 @@ def measured_losses(run: Run, measure: Measure) -> tuple[Array, Array]:
 
 
 def axis_positions(run: Run, steps: Array, axis: Axis, price: float | None) -> Array:
-    """Position of a run on an axis after each number of updates, (n,). The price is that of one GPU and one hour."""
+    """Return the position of a run on an axis after each number of updates, (n,).
+
+    Args:
+        run: run to read.
+        steps: numbers of updates, (n,).
+        axis: axis of the positions.
+        price: US dollars per GPU hour; None: 0.
+    """
     if axis == "steps":
         return steps
     if axis == "tokens":
@@ -76,24 +91,34 @@ def axis_positions(run: Run, steps: Array, axis: Axis, price: float | None) -> A
 
 
 class Clock:
-    """Time of a run in steps, without validation and saving.
-
-    With ``of_gpus`` in GPU hours: times the number of GPUs (processes), which may change when a run is resumed.
-    """
+    """Cumulative time of a run in training steps, without validation and saving."""
 
     def __init__(self, run: Run, of_gpus: bool = False) -> None:
+        """Read the step times of a run.
+
+        Args:
+            run: run to read.
+            of_gpus: whether to count GPU hours, the time multiplied by the number of ranks of each session.
+        """
         counts = [run.processes_of(r) if of_gpus else 1 for r in run.train]
         ms = np.nan_to_num([number(r.get("ms")) for r in run.train])
         self._steps = np.array([r["step"] for r in run.train], dtype=np.int64)
         self._hours = np.concatenate([[0.0], np.cumsum(np.array(counts) * ms / 3.6e6)])
 
     def hours_at(self, steps: NDArray[Any]) -> Array:
-        """Hours spent before each of ``steps``, that is, after so many updates."""
+        """Return the hours in steps before each of ``steps``, (n,)."""
         return self._hours[np.searchsorted(self._steps, steps)]
 
 
 def loss_curve(run: Run, measure: Measure, axis: Axis = "tokens", price: float | None = None) -> Curve:
-    """Losses of a run along an axis; no points where its position does not change, as without recorded times."""
+    """Return the losses of a run along an axis; empty if its position does not change (no recorded times).
+
+    Args:
+        run: run to read.
+        measure: loss to return.
+        axis: axis of the curve.
+        price: US dollars per GPU hour, for the axis "dollars".
+    """
     steps, loss = measured_losses(run, measure)
     x = axis_positions(run, steps, axis, price)
     if len(x) > 1 and x[0] == x[-1]:
@@ -102,7 +127,7 @@ def loss_curve(run: Run, measure: Measure, axis: Axis = "tokens", price: float |
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Mean of curves over their common range, at every point where one was measured."""
+    """Average curves over their common range, at every measured point of any of them."""
     curves = [c for c in curves if len(c.x)]
     if not curves:
         return Curve(np.zeros(0), np.zeros(0))

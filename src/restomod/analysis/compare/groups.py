@@ -1,4 +1,4 @@
-"""Comparison of runs: groups that differ only in their seed, tested against a baseline group."""
+"""Comparison of runs: groups of runs with different seeds, tested against a baseline group."""
 
 from __future__ import annotations
 
@@ -11,55 +11,72 @@ from typing import Any
 
 import numpy as np
 
-from restomod.analysis.compare.axes import AXES, Axis, Clock, Curve, Measure, loss_curve, mean_curve, measured_losses
+from restomod.analysis.compare.axes import (
+    AXES,
+    TRAIN_POINTS,
+    Axis,
+    Clock,
+    Curve,
+    Measure,
+    loss_curve,
+    mean_curve,
+    measured_losses,
+)
 from restomod.runs.config_diff import Settings, differing, settings
 from restomod.runs.reader import Run
 from restomod.utils.errors import UserError
+from restomod.utils.text import counted
 
 SEED = "seed"
-TRIAL = re.compile(r"\d+-(.+)-seed-\d+")  # as `restomod sweep` names its runs
+TRIAL = re.compile(r"\d+-(.+)-seed-\d+")  # names of the trials of `restomod sweep`
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation of several values."""
+    """Mean and standard deviation of values."""
 
     n: int
+    """Number of values."""
     mean: float
     sd: float | None
     """Sample standard deviation (n - 1); None for a single value."""
 
     def shown(self) -> str:
-        """As text: mean ± standard deviation."""
+        """Format the mean ± standard deviation."""
         return f"{self.mean:.4f}" + (f" ± {self.sd:.4f}" if self.sd is not None else "")
 
 
 @dataclass(frozen=True)
 class Welch:
-    """Welch's t-test of two means, with unequal variances and sample sizes."""
+    """Result of Welch's t-test of the difference of two means."""
 
     difference: float
-    """The second mean minus the first."""
+    """Second mean minus first mean."""
     t: float
+    """t statistic."""
     df: float
-    """Degrees of freedom, by the Welch-Satterthwaite equation."""
+    """Degrees of freedom from the Welch-Satterthwaite equation."""
     p: float
     """Two-sided p-value."""
     low: float
+    """Lower end of the 95 % confidence interval of the difference."""
     high: float
-    """95 % confidence interval of the difference."""
+    """Upper end of the 95 % confidence interval of the difference."""
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Mean and standard deviation of at least one value."""
+    """Compute mean and standard deviation of at least one value."""
     return Summary(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
-    """Welch's t-test of the difference of two means.
+    """Compute Welch's t-test of the difference of two means, for unequal variances and sample sizes.
 
-    None with fewer than two values on a side, or without any variation. Source: Welch, "The generalization of
-    Student's problem when several different population variances are involved", 1947.
+    Source: Welch, "The generalization of Student's problem when several different population variances are involved",
+    1947.
+
+    Returns:
+        Test of ``second`` minus ``first``; None if one side has fewer than two values, or all values are equal.
     """
     if min(len(first), len(second)) < 2 or statistics.pvariance(first) + statistics.pvariance(second) == 0:
         return None
@@ -80,73 +97,81 @@ class Group:
     runs: list[Run]
     settings: Settings
     curves: list[Curve]
-    """Loss by tokens, of each run."""
+    """Loss of each run as a function of its tokens."""
     name: str = ""
+    """Name for tables and plots."""
 
     @property
     def known(self) -> list[Curve]:
-        """The curves that have a point."""
+        """Curves with at least one point."""
         return [c for c in self.curves if len(c.x)]
 
     @property
     def final(self) -> Summary | None:
-        """Final loss of its runs, which may differ in length."""
+        """Final loss of the runs, which may have different lengths; None: no losses."""
         return summarize([float(c.loss[-1]) for c in self.known]) if self.known else None
 
     @property
     def best(self) -> Summary | None:
-        """Lowest loss of its runs."""
+        """Lowest loss of the runs; None: no losses."""
         return summarize([float(c.loss.min()) for c in self.known]) if self.known else None
 
     def at(self, tokens: float) -> list[float]:
-        """Losses after ``tokens`` tokens, of the runs that got there."""
+        """Return the losses after ``tokens`` tokens, without runs that have not reached them."""
         found = [c.at(tokens) for c in self.curves]
         return [loss for loss in found if loss is not None]
 
     @property
     def tokens(self) -> float:
-        """Tokens that all of its runs have reached; 0 where nothing is known."""
+        """Tokens that all runs have reached; 0 if there are no losses."""
         return min((float(c.x[-1]) for c in self.known), default=0.0)
 
 
 @dataclass(frozen=True)
 class GroupDifference:
-    """Difference of a group from the baseline, after the most tokens that all runs of both have seen."""
+    """Difference of a group from the baseline, at the largest number of tokens that all runs of both have reached."""
 
     tokens: float
+    """Tokens at which the losses are compared."""
     loss: Summary
+    """Loss of the group."""
     baseline: Summary
+    """Loss of the baseline."""
     test: Welch | None
+    """t-test; None with fewer than two runs in a group."""
 
     @property
     def difference(self) -> float:
-        """Mean loss minus that of the baseline."""
+        """Mean loss of the group minus mean loss of the baseline."""
         return self.loss.mean - self.baseline.mean
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of runs."""
+    """Comparison of groups of runs."""
 
     groups: list[Group]
     baseline: int
     """Index of the baseline group."""
     measure: Measure
+    """Compared loss."""
     target: float | None
-    """Target loss; None where the baseline has none yet."""
+    """Target loss; None: the baseline has no loss yet."""
     price: float | None
+    """US dollars per GPU hour; None: unknown."""
     against: list[GroupDifference | None]
-    """By group; None for the baseline itself, and where there is nothing to compare."""
+    """Difference of each group from the baseline; None for the baseline and for groups without losses."""
     to_target: list[float | None]
-    """By group: tokens until its mean curve reaches the target; None: not reached."""
+    """Tokens until the mean curve of each group reaches the target; None: not reached."""
     notes: list[str] = field(default_factory=list)
+    """Warnings about the comparison, such as different data."""
 
     def differences(self) -> dict[str, list[Any]]:
-        """Settings that differ between groups, with the value of each group."""
+        """Return the settings that differ between groups, with the value of each group."""
         return differing([group.settings for group in self.groups], without=(SEED,))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Return the comparison as JSON values."""
         return {
             "measure": self.measure,
             "baseline": self.groups[self.baseline].name,
@@ -190,25 +215,25 @@ class Comparison:
         }
 
     def mean(self, i: int, axis: Axis) -> Curve:
-        """The mean curve of a group along an axis."""
+        """Return the mean curve of group ``i`` along an axis."""
         return mean_curve([loss_curve(run, self.measure, axis, self.price) for run in self.groups[i].runs])
 
 
 def hours_in_steps(run: Run, of_gpus: bool = False) -> float:
-    """Hours (or GPU hours) in steps so far, each step counted once."""
+    """Return the hours in steps so far, or the GPU hours with ``of_gpus``; every step counts once."""
     return float(Clock(run, of_gpus).hours_at(np.array([run.updates]))[0])
 
 
 def compare_runs(
     runs: Sequence[Run], baseline: Run | None = None, target: float | None = None, price: float | None = None
 ) -> Comparison:
-    """Group runs and compare every group with a baseline.
+    """Group runs that differ only in their seed and compare every group with a baseline.
 
     Args:
-        runs: at least one; finished or not, of any lengths.
-        baseline: a run of the baseline group; None: the first.
-        target: target loss of the tokens-to-target count; None: the final loss of the baseline.
-        price: US dollars for one GPU and one hour.
+        runs: one or more runs, finished or in progress, of any length.
+        baseline: run in the baseline group; None: the first run.
+        target: target loss for the number of tokens to target; None: the final loss of the baseline.
+        price: US dollars per GPU hour; None: unknown.
 
     Raises:
         UserError: a run is given twice, or a manifest is damaged.
@@ -242,13 +267,13 @@ def _grouped(runs: Sequence[Run], measure: Measure) -> list[Group]:
         same.curves.append(loss_curve(run, measure))
     points = [_point(group.runs) for group in groups]
     for group, point in zip(groups, points, strict=True):
-        others = f" +{len(group.runs) - 1}" if len(group.runs) > 1 else ""
+        others = f" (+{counted(len(group.runs) - 1, 'run')})" if len(group.runs) > 1 else ""
         group.name = point if point and points.count(point) == 1 else f"{group.runs[0].name}{others}"
     return groups
 
 
 def _point(runs: Sequence[Run]) -> str | None:
-    """Common settings of a sweep's trials (`003-optim.lr-1e-3-seed-7`); None if the runs are not such trials."""
+    """Return the common settings in the names of sweep trials (`003-optim.lr-1e-3-seed-7`); None for other runs."""
     found = {match[1] if (match := TRIAL.fullmatch(run.name)) else None for run in runs}
     point = found.pop()
     return f"{point}, {len(runs)} seeds" if point and not found and len(runs) > 1 else None
@@ -271,25 +296,26 @@ def _notes(
     without = [run.name for run in runs if not run.val]
     if without:
         notes.append(
-            f"{', '.join(without)}: no validation, so training losses are compared (means over a sixtieth of the steps)"
+            f"{', '.join(without)}: no validation, so training losses are compared (means over 1/{TRAIN_POINTS} of the "
+            f"steps)"
         )
     for run in runs:
         if run.updates < run.config.steps:
             notes.append(
-                f"{run.name} is at step {run.updates:,} of {run.config.steps:,}: its learning rate is not decayed"
+                f"{run.name} is at step {run.updates:,} of {run.config.steps:,}: its learning rate has not decayed"
             )
     for group in groups:
         seeds = [run.config.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
             notes.append(f"{group.name}: runs with the same seed are not independent samples")
     if len({str(group.settings.get("data")) for group in groups}) > 1:
-        notes.append("the groups have different data: their validation losses are of different texts")
+        notes.append("the groups have different data: validation losses on different text are not comparable")
     for name in ("eval_tokens", "sequence_length"):
         if measure == "validation loss" and len({str(group.settings.get(name)) for group in groups}) > 1:
-            notes.append(f"{name} differs: the validation losses are of different windows")
+            notes.append(f"{name} differs: the validation losses were measured on different windows")
     tested = sum(a is not None and a.test is not None for a in against)
     if len(groups) > 1 and tested < sum(a is not None for a in against):
-        notes.append("p needs at least two seeds in both groups")
+        notes.append("a p-value needs at least two seeds in both groups")
     if tested > 1:
         notes.append(f"p-values are not corrected for multiple tests ({tested})")
     return notes

@@ -1,4 +1,4 @@
-"""Picture of a comparison: mean curve of every group, curves of its runs, and the target loss."""
+"""Plot of a comparison: mean curve of every group, curves of its runs, target loss and published losses."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#2a6fbb", "#d1495b", "#3c8d53", "#8a5fbf", "#d98e04", "#3aa6a6", "#7a5c3e", "#c2559d")
-BEGINNING = 0.1  # share of the axis whose losses may lie above the picture
+BEGINNING = 0.1  # share of the axis, at its start, whose losses may exceed the limits of the plot
 
 
 def draw_comparison(found: Comparison, axes: Sequence[Axis], path: Path) -> None:
-    """Draw the curves, one panel per axis, as a PNG file.
+    """Draw the curves of a comparison as a PNG file with one panel per axis.
+
+    Args:
+        found: comparison to draw.
+        axes: axes of the panels.
+        path: PNG file to write.
 
     Raises:
         UserError: the file cannot be written.
@@ -33,7 +38,7 @@ def draw_comparison(found: Comparison, axes: Sequence[Axis], path: Path) -> None
 
 
 def comparison_figure(found: Comparison, axes: Sequence[Axis]) -> Figure:
-    """Draw the figure without writing it."""
+    """Return the figure of a comparison, with one panel per axis, without writing it."""
     columns = 2 if len(axes) == 4 else min(3, len(axes))
     rows = -(-len(axes) // columns)
     figure = new_figure(found.measure, 8 if len(axes) == 1 else 5.2 * columns, 5 * rows)

@@ -1,4 +1,4 @@
-"""Tables of a comparison: differences, results, tests, curves, published results."""
+"""Tables of a comparison: different settings, results, t-tests, curves, published results, tasks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,25 @@ PUBLISHED_CONTEXT = 1024
 
 
 def comparison_tables(found: Comparison, axis: Axis) -> list[Table]:
-    """All tables in reading order, empty ones left out."""
+    """Return all non-empty tables of a comparison in reading order.
+
+    Args:
+        found: comparison to show.
+        axis: axis of the table of curves.
+    """
     found_tables = (_differences(found), _results(found), _against(found), _curves(found, axis), _published(found))
     return [table for table in (*found_tables, *_tasks(found)) if table.rows or table.notes]
 
 
 def comparison_markdown(found: Comparison, axis: Axis, plot: Path | None = None) -> str:
-    """All tables as Markdown, with the picture if there is one."""
-    head = f"# Runs compared: {found.measure}\n\n"
+    """Return all tables as Markdown.
+
+    Args:
+        found: comparison to show.
+        axis: axis of the table of curves.
+        plot: PNG file in the same folder, shown at the end; None: no plot.
+    """
+    head = f"# Comparison of runs: {found.measure}\n\n"
     picture = f"\n![{found.measure}](<{plot.name}>)\n" if plot is not None else ""
     return head + "\n".join(table.markdown() for table in comparison_tables(found, axis)) + picture
 
@@ -74,14 +85,14 @@ def _results(found: Comparison) -> Table:
 
 
 def _against(found: Comparison) -> Table:
-    """Difference of every group from the baseline after equal tokens."""
-    headings = ["at equal tokens", "tokens", found.measure, "baseline", "difference", "95 %", "t", "df", "p"]
+    """Return the difference of every group from the baseline after the same number of tokens."""
+    headings = ["at equal tokens", "tokens", found.measure, "baseline", "difference", "95 % CI", "t", "df", "p"]
     rows = []
     for name, against in zip(_names(found), found.against, strict=True):
         if against is not None:
             row = [name, short_count(against.tokens), against.loss.shown(), against.baseline.shown()]
             rows.append([*row, f"{against.difference:+.4f}", *_test(against.test)])
-    return Table("against the baseline", headings, rows) if rows else Table("", [], [])
+    return Table("difference from the baseline", headings, rows) if rows else Table("", [], [])
 
 
 def _test(test: Welch | None) -> list[str]:
@@ -105,11 +116,11 @@ def _to_target(found: Comparison, i: int) -> str:
 
 
 def _curves(found: Comparison, axis: Axis) -> Table:
-    """Mean losses of the groups at common points of an axis."""
+    """Return the mean losses of the groups at common points of an axis."""
     curves = [found.mean(i, axis) for i in range(len(found.groups))]
     longest = max(curves, key=lambda c: float(c.x[-1]) if len(c.x) else -1.0)
     if not len(longest.x):
-        return Table("", [], [], [f"no curve by {LABELS[axis]}: no loss or no time is recorded yet"])
+        return Table("", [], [], [f"no curve by {LABELS[axis]}: the runs have no losses or no times yet"])
     chosen = np.unique(np.linspace(0, len(longest.x) - 1, ROWS).round().astype(int))
     rows = []
     for x in longest.x[chosen]:
@@ -125,35 +136,33 @@ def _position(x: float, axis: Axis) -> str:
 
 
 def _published(found: Comparison) -> Table:
-    """Validation losses of GPT-2 and its public reproductions, where the data is comparable."""
+    """Return validation losses of GPT-2 and its public reproductions, if the data is comparable."""
     runs = [run for group in found.groups for run in group.runs]
-    why_not = (
-        why_not_published(runs) if found.measure == "validation loss" else "not every run here has a validation loss"
-    )
+    why_not = why_not_published(runs) if found.measure == "validation loss" else "some runs have no validation loss"
     if why_not is not None:
         return Table("", [], [], [f"published validation losses are not comparable: {why_not}"])
     rows = [[r.model, f"{r.value:.4f}", r.convention] for r in references("validation")]
-    note = "FineWeb-Edu too, but the validation documents are the same only with the published validation shard"
+    note = "measured on FineWeb-Edu; the validation documents are identical only with the published validation shard"
     return Table("published validation losses", ["", "loss", ""], rows, [note])
 
 
 def why_not_published(runs: Sequence[Run]) -> str | None:
-    """Why published validation losses are not comparable with those of these runs; None if they are."""
+    """Return the reason why published validation losses are not comparable with these runs; None if they are."""
     others = [run.name for run in runs if not trains_on_fineweb_edu(run)]
     if others:
-        return f"they were measured on FineWeb-Edu, and {_who(others, runs)} trained on other data"
+        return f"they were measured on FineWeb-Edu, not on the data of {_who(others, runs)}"
     shorter = [run.name for run in runs if run.config.sequence_length != PUBLISHED_CONTEXT]
     if shorter:
-        return f"they are of windows of {PUBLISHED_CONTEXT} tokens, and {_who(shorter, runs)} has others"
+        return f"they were measured with windows of {PUBLISHED_CONTEXT} tokens, unlike those of {_who(shorter, runs)}"
     return None
 
 
 def _who(names: Sequence[str], runs: Sequence[Run]) -> str:
-    return "every run here" if len(names) == len(runs) > 1 else ", ".join(names)
+    return "all runs" if len(names) == len(runs) > 1 else ", ".join(names)
 
 
 def _tasks(found: Comparison) -> list[Table]:
-    """Newest task results of every run; published ones too where all examples of a task were scored."""
+    """Return the newest task results of every run, with published results if a run has scored all examples."""
     newest: dict[str, list[list[str]]] = {}
     whole: set[str] = set()
     for group in found.groups:
@@ -167,14 +176,19 @@ def _tasks(found: Comparison) -> list[Table]:
         published: dict[tuple[str, str], dict[str, str]] = {}
         for r in references(task) if task in whole else []:
             published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4g}"
-        others = [[m, *(v.get(metric, "") for metric in TASK_METRICS), whose] for (m, whose), v in published.items()]
-        notes = ["published results are of all examples, by the convention in the last column"] if others else []
+        others = [
+            [m, *(v.get(metric, "") for metric in TASK_METRICS), convention] for (m, convention), v in published.items()
+        ]
+        notes = ["published results: all examples, with the convention in the last column"] if others else []
         made.append(Table(task, ["", *TASK_METRICS, ""], [*rows, *others], notes))
     return made
 
 
 def newest_tasks(run: Run) -> dict[str, tuple[int, int, dict[str, float]]]:
-    """Step, number of examples and metrics of each task: the newest result (at one step, that of the most examples)."""
+    """Return step, number of examples and metrics of the newest result of each task.
+
+    If there are several results of the same step, the one with the most examples is returned.
+    """
     answers = []
     for record in [*run.records, *run.evaluations]:
         values = record.get("metrics", record)

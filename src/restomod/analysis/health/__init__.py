@@ -1,1 +1,1 @@
-"""Named symptoms in a run's records, and the verdict on a run."""
+"""Health of a run: symptoms in its metrics and weights, and the verdict."""

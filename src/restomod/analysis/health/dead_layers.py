@@ -1,4 +1,4 @@
-"""Dead layers: block matrices that training has not moved. Imports torch when called."""
+"""Symptom "dead layers": matrices of the blocks that training has not changed. torch is imported when needed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 NAME = "dead layers"
 FEWEST_UPDATES = 20
-UNMOVED = 0.01  # of the median change of all matrices
-NAMED = 4  # matrices, at most
+UNMOVED = 0.01  # fraction of the median change of all matrices
+NAMED = 4  # maximum number of matrices in a message
 
 
 def find_dead_layers(run: Run) -> Finding:
-    """Look for block matrices, in the newest checkpoint, that are constant or have not moved.
+    """Look for matrices in the newest checkpoint that are constant or have not changed since initialisation.
 
-    The change of a matrix is its component orthogonal to the initial matrix, which the seed determines: weight decay
-    alone only shrinks a matrix. It counts as unmoved below `UNMOVED` times the median change. In a run that started
-    from given weights only constant matrices are found.
+    The change of a matrix is its component orthogonal to the initial matrix, which is rebuilt from the seed. (Weight
+    decay alone only scales a matrix.) A matrix counts as unchanged below `UNMOVED` times the median change. In a run
+    that started from pretrained weights, only constant matrices are found.
     """
     import torch
 
@@ -39,26 +39,26 @@ def find_dead_layers(run: Run) -> Finding:
         verify_model(checkpoints[-1])
         require_shape(checkpoints[-1], run.config.model)
         trained = _matrices(load_model(checkpoints[-1], cpu, finite=False).named_parameters())
-    except (UserError, OSError) as e:  # such as a checkpoint deleted meanwhile, by a run in progress
+    except (UserError, OSError) as e:  # for example, training has deleted the checkpoint
         return Finding(NAME, "unknown", str(e))
     at = f"at step {step_of(checkpoints[-1])}"
     if broken := [name for name, value in trained.items() if not torch.isfinite(value).all()]:
-        return Finding(NAME, "fail", f"{at} not finite: {_listed(broken)}")
+        return Finding(NAME, "fail", f"not finite {at}: {_listed(broken)}")
     dead = [name for name, value in trained.items() if value.numel() > 1 and bool((value == value.flatten()[0]).all())]
     if dead:
-        return Finding(NAME, "fail", f"{at} constant: {_listed(dead)}")
+        return Finding(NAME, "fail", f"constant {at}: {_listed(dead)}")
     if run.config.init is not None:
-        return Finding(NAME, "ok", f"{at} no matrix of a block is constant")
+        return Finding(NAME, "ok", f"no block matrix is constant {at}")
     started = _matrices(build_model(run.config.model, run.config.seed, cpu).named_parameters())
     moved = {name: _moved(value, started[name]) for name, value in trained.items() if name in started}
     usual = sorted(moved.values())[len(moved) // 2]
     still = [name for name, by in moved.items() if by <= UNMOVED * usual]
     if still:
-        return Finding(NAME, "fail", f"{at} not moved: {_listed(still)}; do gradients reach them?")
+        return Finding(NAME, "fail", f"not changed by training {at}: {_listed(still)}; check their gradients")
     return Finding(
         NAME,
         "ok",
-        f"{at} all {len(moved)} matrices of the blocks have moved, by {min(moved.values()):.2g} to "
+        f"all {len(moved)} block matrices have changed {at}, by {min(moved.values()):.2g} to "
         f"{max(moved.values()):.2g} times their initial norm",
     )
 
@@ -72,7 +72,10 @@ def _matrices(parameters: object) -> dict[str, Tensor]:
 
 
 def _moved(now: Tensor, before: Tensor) -> float:
-    """Norm of the component of ``now`` orthogonal to ``before``, over the norm of ``before`` (1 where that is 0)."""
+    """Return the norm of the component of ``now`` orthogonal to ``before``, divided by the norm of ``before``.
+
+    The result is 1 if ``before`` is zero.
+    """
     length = float(before.norm())
     if length == 0:
         return 1.0

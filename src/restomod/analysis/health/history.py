@@ -1,4 +1,4 @@
-"""History of a run's metrics as arrays of bounded size. Needs no torch."""
+"""History of a run's metrics as arrays of bounded size. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,80 +13,85 @@ import numpy as np
 from restomod.analysis.health.noise import Array, level_at, level_width
 from restomod.analysis.health.spikes import Spike, SpikeFinder
 
-ROWS = 8192  # rows of a curve, at most
-RECENT = 8192  # newest steps kept one by one
-VALIDATIONS = 4096
-DRAWN = np.random.default_rng(0).random(ROWS)  # which step represents a row; random, to avoid aliasing with a rhythm
+ROWS = 8192  # maximum number of rows of a curve
+RECENT = 8192  # newest steps, kept without merging
+VALIDATIONS = 4096  # maximum number of validations
+DRAWN = np.random.default_rng(0).random(ROWS)  # step that represents a row; random, so that periods do not alias
 LARGEST = 1e100  # larger values count as infinite, so that squares cannot overflow
-LARGEST_STEP = 2**53
-ERROR_OF_TOKEN = 4.0  # nats: standard deviation of the losses of single tokens
+LARGEST_STEP = 2**53  # exact in float64
+ERROR_OF_TOKEN = 4.0  # standard deviation of the losses of single tokens, in nats
 
 
 def number(value: Any) -> float:
-    """A value of a record as a float; NaN for anything but a finite number below `LARGEST`."""
+    """Return a value of a record as a float; NaN unless it is a finite number below `LARGEST`."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
     return float(value) if good else math.nan
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves of a run, from `History`. Unknown values are NaN.
+    """Curves of a run, from `History`. All arrays are float64; unknown values are NaN.
 
     Shapes: rows = steps with finite loss and an applied update, merged to at most `ROWS`; recent = the newest of these
-    steps, at most `RECENT`, unmerged; vals = validations with finite loss.
+    steps, at most `RECENT`, not merged; vals = validations with finite loss.
     """
 
     step: Array
-    """(rows,): first step of each row."""
+    """First step of each row, (rows,)."""
     loss: Array
-    """(rows,): mean over the steps of a row."""
+    """Mean training loss of each row in nats, (rows,)."""
     grad_norm: Array
-    """(rows,): of one step of each row, as is `ms`."""
+    """Gradient norm of one step of each row, (rows,)."""
     ms: Array
+    """Milliseconds of one step of each row, (rows,)."""
     row_steps: int
     """Steps per row; 1 in runs of up to `ROWS` steps."""
     updates: int
-    """Number of updates applied."""
+    """Number of applied updates."""
     recent_step: Array
+    """Newest steps, (recent,)."""
     recent_loss: Array
-    """(recent,)."""
+    """Training loss of the newest steps in nats, (recent,)."""
     first_rate: float
     """Learning rate of step 0; NaN if unknown."""
     val_step: Array
+    """Step of each validation, (vals,)."""
     val_loss: Array
-    """(vals,)."""
+    """Validation losses in nats, (vals,)."""
     val_error: Array
-    """(vals,): bound on the sampling error of each validation loss, from its number of tokens."""
+    """Bound on the sampling error of each validation loss, from its number of tokens, (vals,)."""
     val_level: Array
-    """(vals,): level of the training loss at that step, see `level_at`."""
+    """Level of the training loss at each validation, (vals,); see `restomod.analysis.health.noise.level_at`."""
     val_level_error: Array
-    """(vals,): standard error of `val_level`."""
+    """Standard error of `val_level`, (vals,)."""
     spikes: list[Spike]
+    """Loss spikes in order of their steps."""
     skipped: list[tuple[int, str]]
-    """Step and reason of each skipped update, fp16 overflows excluded."""
+    """Step and reason of each skipped update, without fp16 overflows."""
     not_finite: list[int]
-    """Steps whose loss or gradient norm was not finite, fp16 overflows excluded."""
+    """Steps whose loss or gradient norm was not finite, without fp16 overflows."""
     rollbacks: int
+    """Number of rollbacks to a checkpoint."""
     steps_seen: int
     """Last recorded training step plus one."""
 
 
 class History:
-    """Collects the records of `metrics.jsonl`, in order and each once, and gives the run's `Curves` at any time.
+    """Accumulator of the records of `metrics.jsonl`. It returns the `Curves` of a run at any time.
 
-    Memory and time are bounded: beyond `ROWS` steps, neighbouring rows are merged, repeatedly. The loss of a row is the
-    mean of its steps; gradient norm and time, whose medians matter, are those of one step, drawn at random.
+    Memory is bounded: beyond `ROWS` steps, pairs of rows are merged, repeatedly. The loss of a row is the mean of its
+    steps. Gradient norm and time are those of one random step of the row, because their medians are needed.
     """
 
     def __init__(self) -> None:
         self._steps = np.empty((2 * RECENT, 4))  # step, loss, gradient norm, ms
-        self._count = 0  # of self._steps
-        self._in_rows = 0  # how many of self._steps are in rows already
+        self._count = 0  # used entries of self._steps
+        self._in_rows = 0  # entries of self._steps that are already in rows
         self._rows = np.empty((ROWS, 4))
         self._row_count, self._row_steps = 0, 1
         self._updates = 0
         self._validations: list[tuple[float, ...]] = []  # step, loss, its error, training loss, its error
-        self._open: list[tuple[float, ...]] = []  # step, loss, its error; steps around it are missing
+        self._open: list[tuple[float, ...]] = []  # step, loss, its error; later steps are still needed
         self._spikes = SpikeFinder()
         self._skipped: list[tuple[int, str]] = []
         self._not_finite: list[int] = []
@@ -95,7 +100,7 @@ class History:
         self._last_step = self._last_validation = -1
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add the next record. Malformed records, and those of known steps, are ignored."""
+        """Add the next record, in order of steps. Malformed records and records of known steps are ignored."""
         step, kind = record.get("step"), record.get("kind")
         if type(step) is not int or not 0 <= step < LARGEST_STEP:
             return
@@ -128,7 +133,7 @@ class History:
             self._updates += 1
 
     def curves(self) -> Curves:
-        """The curves so far."""
+        """Return the curves of the records so far."""
         self._digest()
         known = self._steps[: self._count]
         spikes = copy.deepcopy(self._spikes)
@@ -168,7 +173,7 @@ class History:
         self._spikes.forget(RECENT)
 
     def _digest(self) -> None:
-        """Process what later steps cannot change: full rows, validations with enough steps around them, spikes."""
+        """Process results that later steps cannot change: full rows, validations with enough later steps, spikes."""
         while self._count - self._in_rows >= self._row_steps:
             if self._row_count == ROWS:
                 self._rows[: ROWS // 2] = _merged(self._rows.reshape(-1, 2, 4), 0)
@@ -188,7 +193,7 @@ class History:
         self._spikes.scan(self._steps[: self._count, 0], self._steps[: self._count, 1])
 
     def _with_level(self, validation: tuple[float, ...]) -> tuple[float, ...]:
-        """A validation with the level of the training loss at its step, and its error."""
+        """Append the level of the training loss at a validation's step, and its standard error."""
         known = self._steps[: self._count]
         return (*validation, *(level_at(known[:, 0], known[:, 1], validation[0]) or (math.nan, math.nan)))
 
@@ -201,7 +206,7 @@ def _merged(groups: Array, first: int) -> Array:
 
 
 def curves_from_records(records: Iterable[Mapping[str, Any]]) -> Curves:
-    """Curves of records in any order; of several records of one step the last counts."""
+    """Return the curves of records in any order; the last record of a step replaces earlier ones."""
     history = History()
     last: dict[tuple[int, bool], Mapping[str, Any]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Statistics of noisy curves: trend, level, deviation, autocorrelation time, period. Needs no torch."""
+"""Statistics of noisy curves: trend, level, deviation, autocorrelation time, period. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-SIGMAS_PER_MAD = 1.4826  # of a normal distribution
-OUTLIER = 4.0  # standard deviations at which residuals are clipped
-LAGS = 16  # steps over which noise may be correlated
-FEWEST_FOR_PERIODS = 128
-PEAK = 35.0  # ratio of a peak to the spectrum around it; 10,000 spectra of white and drifting noise had none
-LIKENESS = 7.0  # standard errors of an autocorrelation
-LASTING = 0.5  # share of the amplitude of a wave that it has without its two largest eighths
-SHORTEST_PERIOD = 8
+SIGMAS_PER_MAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
+OUTLIER = 4.0  # residuals are clipped at this many standard deviations
+LAGS = 16  # maximum correlation length of noise, in steps
+FEWEST_FOR_PERIODS = 128  # values
+PEAK = 35.0  # minimum ratio of a peak to the spectrum around it; not reached in 10,000 spectra of white and slow noise
+LIKENESS = 7.0  # minimum autocorrelation of a period, in standard errors
+LASTING = 0.5  # minimum share of a wave's amplitude that remains without its two largest eighths
+SHORTEST_PERIOD = 8  # steps
 FEWEST_WAVES = 5
 
 
 def detrended(values: Array, width: int) -> Array:
-    """Detrend ``values`` over ``width`` (odd) steps, in units of the deviation of the residuals, outliers clipped.
+    """Return the residuals of a trend in units of their standard deviation, with outliers clipped.
 
-    The trend is the moving mean of the moving mean, which amplifies no wave, applied twice ("twicing": Tukey,
-    "Exploratory Data Analysis", 1977) to follow bends.
+    The trend is the moving mean of a moving mean, applied twice ("twicing": Tukey, "Exploratory Data Analysis", 1977)
+    so that it follows bends.
+
+    Args:
+        values: curve, (n,).
+        width: odd number of steps of the moving mean.
     """
     off = values
     for _ in range(2):
@@ -40,11 +44,11 @@ def _moving_mean(values: Array, width: int) -> Array:
 
 
 def autocorrelation_time(values: Array) -> float:
-    """Autocorrelation time, in steps, of the noise on a slow curve: the factor by which the variance of a mean of n
-    steps exceeds that of n independent ones. At least 1.
+    """Estimate the autocorrelation time of the noise on a slow curve, in steps, at least 1.
 
-    Sum of autocorrelations with Bartlett's weights (Newey and West, Econometrica 55, 1987). Up to a factor of two too
-    low, as the trend follows slow noise. The first quarter, where a loss falls fast, is left out.
+    The variance of a mean of n steps is larger by this factor than that of n independent values. The estimate is a sum
+    of autocorrelations with Bartlett's weights (Newey and West, Econometrica 55, 1987). It may be too low by a factor
+    of two, because the trend follows slow noise. The first quarter of the curve, where a loss falls fast, is ignored.
     """
     values = values[len(values) // 4 :]
     if len(values) < 2 * LAGS:
@@ -58,15 +62,19 @@ def autocorrelation_time(values: Array) -> float:
 
 
 def moving_median(values: Array, reach: int) -> Array:
-    """Moving median over ``reach`` values before and after, at every eighth of ``reach``, interpolated between."""
+    """Compute the moving median over ``reach`` values before and after, (n,).
+
+    It is computed at every ``reach // 8``-th value and interpolated linearly between them.
+    """
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, reach, mode="reflect"), 2 * reach + 1)
     at = np.unique(np.append(np.arange(0, len(values), max(1, reach // 8)), len(values) - 1))
     return np.interp(np.arange(len(values)), at, np.median(windows[at], axis=1))
 
 
 def noise_deviation(values: Array) -> float:
-    """Standard deviation of the noise on a slow curve, from the median absolute difference of neighbours, which is
-    robust to outliers; 0 for fewer than two values.
+    """Estimate the standard deviation of the noise on a slow curve; 0 for fewer than two values.
+
+    The estimate uses the median absolute difference of consecutive values, which is robust to outliers.
     """
     if len(values) < 2:
         return 0.0
@@ -74,22 +82,29 @@ def noise_deviation(values: Array) -> float:
 
 
 def blocks(values: Array, width: int) -> Array:
-    """Cut ``values`` into rows of ``width``; the remainder is dropped at the front, so that the last row is newest."""
+    """Cut ``values`` into rows, (n // width, width). The first n % width values are dropped."""
     count = len(values) // width
     return values[len(values) - count * width :].reshape(count, width)
 
 
 def level_width(step: float) -> int:
-    """Steps before and after ``step`` that `level_at` fits: the later, the straighter the curve."""
+    """Return the number of steps before and after ``step`` that `level_at` fits; it grows as the curve flattens."""
     return int(min(max(64.0, step / 8), 1024.0))
 
 
 def level_at(steps: Array, loss: Array, step: float) -> tuple[float, float] | None:
-    """Level of a noisy loss at ``step`` and its standard error, assuming independent noise at every step.
+    """Estimate the level of a noisy loss at ``step`` by a least-squares line through the steps around it.
 
-    Least-squares line through the `level_width` steps before and after. Where there are no later steps yet, the line
-    goes through up to twice as many earlier ones, if the run is long enough to be straight there, and is extrapolated.
-    None where fewer than half of the steps are near.
+    The line is fitted to `level_width` steps before and after. If there are no later steps yet, it is fitted to up to
+    twice as many earlier steps and extrapolated.
+
+    Args:
+        steps: recorded steps in increasing order, (n,).
+        loss: their losses in nats, (n,).
+        step: step of the estimate.
+
+    Returns:
+        Level and its standard error for independent noise; None if too few steps are close to ``step``.
     """
     width = level_width(step)
     before = max(width, min(step / 4, 2048.0)) if len(steps) and steps[-1] < step else width
@@ -106,10 +121,10 @@ def level_at(steps: Array, loss: Array, step: float) -> tuple[float, float] | No
 
 
 def period(values: Array) -> float | None:
-    """Period, in steps, of a noisy curve; None where there is none, or the curve is too short.
+    """Find the period of a noisy curve in steps; None if it has none or is too short.
 
-    Two signs: the noise repeats (autocorrelation, as when batches return), or there is a wave (a peak in the spectrum).
-    The first quarter, where a loss falls fast, is left out.
+    A period is found in the autocorrelation, if the noise repeats (the same batches return), or as a peak of the
+    spectrum, if the curve has a wave. The first quarter of the curve, where a loss falls fast, is ignored.
     """
     values = values[len(values) // 4 :]
     if len(values) < FEWEST_FOR_PERIODS or not np.isfinite(values).all():
@@ -132,7 +147,7 @@ def _repetition(x: Array) -> float | None:
 
 def _wave(x: Array) -> float | None:
     n = len(x)
-    power = np.abs(np.fft.rfft(x * np.hanning(n)))[1:] ** 2  # without the mean: of 1, 2, ... waves in all
+    power = np.abs(np.fft.rfft(x * np.hanning(n)))[1:] ** 2  # without the mean: 1, 2, ... waves over the curve
     reach = max(40, len(power) // 8)
     around = moving_median(power, reach) / math.log(2)
     around = np.maximum(around, np.median(power) / math.log(2))
@@ -144,7 +159,7 @@ def _wave(x: Array) -> float | None:
 
 
 def _lasts(x: Array, length: float) -> bool:
-    """Whether a wave covers all of ``x``, unlike a bend of the curve, as when a learning rate begins to decay."""
+    """Return whether a wave covers all of ``x``. A bend, such as the start of learning-rate decay, does not."""
     wave = np.exp(-2j * np.pi * np.arange(len(x)) / length)
     amplitudes = np.array([part.mean() for part in np.array_split(x * wave, 8)])
     mean = amplitudes.mean()

@@ -1,4 +1,4 @@
-"""Loss spikes: steps far above those before. Needs no torch."""
+"""Loss spikes: losses far above those of the steps before. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,50 +9,58 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SPIKE_BEFORE = 128  # steps that a spike is compared with
-SPIKE_ENOUGH = 64
-SPIKE_SIGMAS = 11.0  # the spike guard of training has 10; steps that it skips do not change the weights
+SPIKE_BEFORE = 128  # steps before a spike that it is compared with
+SPIKE_ENOUGH = 64  # fewest steps before a spike
+SPIKE_SIGMAS = 11.0  # training skips an update from 10 on; skipped steps do not change the weights
 SPIKE_WIDTHS = (1, 4, 16)  # steps
 SMALLEST_SPIKE = 0.25  # nats
-NORMAL_KURTOSIS = 3.0  # of normal noise
-USUAL_KURTOSIS = 4.0  # of losses of small batches, at most; above it, the threshold rises
-ASSUMED_KURTOSIS = 6.0  # while few losses are known: that of Laplace noise
-ASSUMED_STEPS = 128  # weight of this assumption
-LARGEST_SQUARE = 6.0**2  # squared deviations; larger ones are clipped, so that spikes do not count as kurtosis
+NORMAL_KURTOSIS = 3.0  # normal noise
+USUAL_KURTOSIS = 4.0  # maximum for losses of small batches; the threshold rises above it
+ASSUMED_KURTOSIS = 6.0  # Laplace noise; assumed while few losses are known
+ASSUMED_STEPS = 128  # weight of this assumption, in steps
+LARGEST_SQUARE = 6.0**2  # squared deviations are clipped here, so that spikes do not raise the kurtosis
 
 
 @dataclass(frozen=True)
 class Spike:
-    """One spike, and the losses of the at most `SPIKE_BEFORE` steps before it."""
+    """Loss spike."""
 
     step: int
+    """First step of the spike."""
     rise: float
-    """Nats above the mean of the steps before, other spikes excluded."""
+    """Height above the mean of the steps before, without other spikes, in nats."""
     mean: float
+    """Mean loss of the steps before, in nats."""
     deviation: float
+    """Standard deviation of the loss of the steps before, in nats."""
     count: int
+    """Number of steps before, at most `SPIKE_BEFORE`."""
 
 
 class SpikeFinder:
-    """Finds spikes in a loss given in parts. The result does not depend on how it is divided."""
+    """Incremental search for spikes in a loss. The result does not depend on the sizes of the parts.
+
+    Attributes:
+        found: spikes so far.
+    """
 
     def __init__(self) -> None:
         self.found: list[Spike] = []
-        self._at = 0  # the next step to look at, as an index
-        self._usual: deque[float] = deque(maxlen=SPIKE_BEFORE)  # spikes are not among them
+        self._at = 0  # index of the next step to scan
+        self._usual: deque[float] = deque(maxlen=SPIKE_BEFORE)  # losses without spikes
         self._total = self._squares = 0.0
-        # sums of squares and fourth powers of differences between one loss and the next, which have little of the trend
+        # sums of squares and fourth powers of differences of consecutive losses, which contain little of the trend
         self._squared = self._fourths = 0.0
         self._measured = 0
-        self._over_below: float | None = None  # within a spike: the loss at which it is over
+        self._over_below: float | None = None  # within a spike: the spike ends below this loss
 
     def scan(self, step: NDArray[np.float64], loss: NDArray[np.float64], to_the_end: bool = False) -> None:
-        """Scan on to the last step at which every width fits; with ``to_the_end``, to the newest step.
+        """Scan new steps, up to the last step at which every width of a spike fits.
 
         Args:
-            step: (n,) the steps so far, without those dropped by `forget`.
-            loss: (n,) their losses.
-            to_the_end: no further call may follow.
+            step: all steps so far, without those dropped by `forget`, (n,).
+            loss: their losses in nats, (n,).
+            to_the_end: whether to scan up to the newest step; no further call may follow.
         """
         first, new = self._at, loss[self._at :].tolist()
         end = len(loss) if to_the_end else len(loss) - max(SPIKE_WIDTHS) + 1
@@ -62,7 +70,7 @@ class SpikeFinder:
             self._at += 1
             if self._over_below is not None:
                 if value > self._over_below:
-                    continue  # the same one, on its way down
+                    continue  # still the same spike
                 self._over_below = None
             if len(self._usual) >= SPIKE_ENOUGH:
                 mean = self._total / len(self._usual)
@@ -86,17 +94,16 @@ class SpikeFinder:
             self._squares += value * value - gone * gone
 
     def forget(self, steps: int) -> None:
-        """Adjust to arrays whose first ``steps`` entries, already scanned, are removed."""
+        """Adjust the position after the caller has removed the first ``steps`` scanned entries of its arrays."""
         self._at -= steps
 
     def _rise(self, losses: list[float], mean: float, deviation: float) -> tuple[float, int]:
-        """Height and width of the spike that ``losses`` begin with; width 0 if there is none.
+        """Return height and width of the spike at the start of ``losses``; width 0 if there is none.
 
-        Where the noise has heavy tails, single losses lie far above the others without any fault, and means of several
-        less so.
+        The threshold rises with the kurtosis of the noise, because noise with heavy tails has large single losses.
         """
         n, m = self._measured, ASSUMED_STEPS
-        # of a difference of two independent numbers it is half of theirs
+        # the excess kurtosis of a difference of two independent values is half of theirs
         measured = 2 * (self._fourths * n / self._squared**2 - NORMAL_KURTOSIS) if self._squared else 0.0
         excess = (n * measured + m * (ASSUMED_KURTOSIS - NORMAL_KURTOSIS)) / (n + m)
         best = 0.0, 0

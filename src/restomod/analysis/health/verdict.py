@@ -1,4 +1,4 @@
-"""Command `verdict`: the health of a run, from its metrics, weights and reference loss."""
+"""Command `verdict`: health of a run, judged by its metrics, weights and reference loss."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from restomod.utils.text import counted
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """Findings about a run."""
+    """Findings of all symptoms of a run."""
 
     run: str
+    """Folder of the run."""
     step: int
-    """Updates so far."""
+    """Number of updates so far."""
     steps: int
-    """Updates planned."""
+    """Number of planned updates."""
     findings: list[Finding]
 
     @property
     def healthy(self) -> bool:
-        """Whether no symptom failed."""
+        """Whether no finding has the status fail."""
         return not failures(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the verdict as JSON values."""
         return {
             "run": self.run,
             "healthy": self.healthy,
@@ -42,28 +43,32 @@ class RunVerdict:
         }
 
     def summary(self) -> str:
-        """One line."""
+        """Return the verdict in one line."""
         failed = failures(self.findings)
         unknown = sum(f.status == "unknown" for f in self.findings)
         warnings = sum(f.status == "warning" for f in self.findings)
         parts = [f"{len(self.findings) - unknown} symptoms checked"]
         parts += [counted(warnings, "warning")] if warnings else []
-        parts += [f"{unknown} cannot be judged"] if unknown else []
+        parts += [f"{unknown} unknown"] if unknown else []
         what = "healthy" if not failed else f"not healthy: {', '.join(f.symptom for f in failed)}"
         return f"{self.run}, step {self.step:,} of {self.steps:,}: {what} ({', '.join(parts)})"
 
 
 def verdict(run: Run, weights: bool = True) -> RunVerdict:
-    """Look for every symptom of a run, finished or not; with ``weights`` in its newest checkpoint too.
+    """Look for every symptom in a run, finished or in progress.
+
+    Args:
+        run: run to judge.
+        weights: whether the weights of the newest checkpoint are examined as well.
 
     Raises:
-        UserError: a file of the run is damaged, or no line of its records can be read.
+        UserError: a file of the run is damaged, or no line of its metrics can be read.
     """
     if not run.records:
         damage: list[str] = []
         path = run.folder / "metrics.jsonl"
         if not list(iterate_jsonl(path, damage.append)) and damage:
-            raise UserError(f"{path} is damaged: no line of it can be read, so the run cannot be judged")
+            raise UserError(f"{path} is damaged: no line can be read, so the run cannot be judged")
     findings = find_symptoms(run.config, run.records, data_lengths(run))
     findings.append(check_reference_loss(run))
     if weights:
@@ -72,7 +77,7 @@ def verdict(run: Run, weights: bool = True) -> RunVerdict:
 
 
 def data_lengths(run: Run) -> dict[str, float]:
-    """Steps after which the training data comes to the end of an epoch, and of a shard, if there are several."""
+    """Return the lengths of an epoch and, with several shards, of the median shard, in steps."""
     split = run.manifest.get("splits", {}).get("train", {})
     shards = [shard["tokens"] for shard in split.get("shards", [])]
     found = {"an epoch": split.get("tokens", 0) / run.config.batch_tokens}

@@ -1,1 +1,1 @@
-"""The report of a run: page, Markdown, pictures."""
+"""Report of a run: HTML page, Markdown and PNG."""

@@ -1,4 +1,4 @@
-"""Curves of a run for a page: thinned to few points, all spikes kept."""
+"""Curves of a run for the report, downsampled so that all spikes remain."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from restomod.analysis.compare.axes import Clock
 from restomod.analysis.health.history import number
 from restomod.runs.reader import Record, Run
 
-POINTS = 1600  # points of a curve: more than a screen has columns, and tens of kilobytes
-MEANS = 400  # points of a moving mean
+POINTS = 1600  # points per curve: enough for the width of a screen, tens of kilobytes
+MEANS = 400  # points per moving mean
 DIGITS = 6  # significant digits
 
 
 def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
-    """Choose about ``points`` of a curve to keep: minimum and maximum of each range, the first and the last point.
+    """Choose about ``points`` points of a curve: minimum and maximum of equal ranges, the first and the last point.
 
-    Takes values (n,), NaN where there is none; returns increasing indices, (m,), m <= points + 2.
+    Args:
+        y: values, (n,); NaN: no value.
+        points: approximate number of points.
+
+    Returns:
+        Increasing indices into ``y``, (m,), m <= points + 2.
     """
     n = len(y)
     if n <= points:
@@ -30,14 +35,17 @@ def thin(y: np.ndarray, points: int = POINTS) -> np.ndarray:
     for a, b in itertools.pairwise(edges):
         part = y[a:b]
         if np.isnan(part).all():
-            kept.add(int(a))  # the gap stays a gap
+            kept.add(int(a))  # keeps the gap in the line
         else:
             kept |= {int(a + np.nanargmin(part)), int(a + np.nanargmax(part))}
     return np.array(sorted(kept))
 
 
 def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
-    """Centred moving mean over ``width`` values, (n,), NaN ignored; the window shrinks symmetrically at both ends."""
+    """Compute the centred moving mean over ``width`` values, (n,), ignoring NaN.
+
+    The window becomes symmetrically smaller at both ends.
+    """
     n, good = len(y), ~np.isnan(y)
     sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(good, y, 0.0), good))
     at = np.arange(n)
@@ -48,7 +56,7 @@ def centred_mean(y: np.ndarray, width: int) -> np.ndarray:
 
 
 def curve_as_json(steps: np.ndarray, y: np.ndarray, clock: Clock) -> dict[str, list[Any]]:
-    """A thinned curve: steps ``x``, values ``y`` (None where there is none) and hours ``h``."""
+    """Return a downsampled curve as JSON values: steps ``x``, values ``y`` (None: no value) and hours ``h``."""
     kept = thin(y)
     return {
         "x": steps[kept].tolist(),
@@ -63,7 +71,11 @@ def rounded(value: float) -> float | None:
 
 
 def run_curves(run: Run) -> dict[str, Any]:
-    """Curves by name: training metrics, moving means of noisy ones, and ``val``; empty ones are left out."""
+    """Return the non-empty curves of a run by name.
+
+    The names are those of the training metrics ("loss", "lr", …), "<metric>_mean" for moving means, and "val" for the
+    validation loss.
+    """
     train = run.train
     steps = np.array([record["step"] for record in train], dtype=np.int64)
     clock = Clock(run)
@@ -85,10 +97,14 @@ def run_curves(run: Run) -> dict[str, Any]:
 
 
 def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Accuracies during training, by task, from validations and from `restomod eval`.
+    """Return the accuracies of each task, measured during training or by `restomod eval`.
 
-    Points are ordered by number of examples, then by step; a point without a value separates different numbers of
-    examples, so that no line joins them. ``metric_of`` has the metric to show, by task.
+    Points are ordered by number of examples, then by step. A point without a value separates different numbers of
+    examples, so that no line joins them.
+
+    Args:
+        run: run to read.
+        metric_of: metric to show for each task; other tasks show "acc_norm" or "acc".
     """
     clock = Clock(run)
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
@@ -109,9 +125,9 @@ def task_curves(run: Run, metric_of: dict[str, str]) -> dict[str, dict[str, Any]
 
 
 def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str, clock: Clock) -> dict[str, Any]:
-    """The curve of a task from its points, by number of examples (0: unknown) and step."""
+    """Return the curve of a task from its points, keyed by number of examples (0: unknown) and step."""
     sizes = {n for n, _ in points if n}
-    if len(sizes) == 1:  # points of unknown size are assumed to have the only known one
+    if len(sizes) == 1:  # unknown numbers of examples are assumed to be the only known one
         points = {(max(sizes), step): value for (_, step), value in sorted(points.items())}
     made: dict[str, Any] = {"metric": metric, "x": [], "y": [], "error": [], "examples": []}
     kept: list[tuple[int, int]] = []
@@ -130,6 +146,6 @@ def _task_curve(points: dict[tuple[int, int], tuple[float, float]], metric: str,
 
 
 def sample_sizes(points: dict[str, Any]) -> str:
-    """Numbers of examples of a task's points: "200 and 10,042 examples"; empty where unknown."""
+    """Format the numbers of examples of a task's points: "200 and 10,042 examples"; empty if unknown."""
     sizes = [f"{n:,}" for n in sorted(set(points["examples"]) - {0})]
     return f"{' and '.join(sizes)} examples" if sizes else ""

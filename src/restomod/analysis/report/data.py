@@ -1,6 +1,6 @@
-"""A run as one JSON object, of which the page, the Markdown and the pictures are made. Needs no torch.
+"""Content of a report for one run, as JSON values for the page, Markdown and PNG files. Does not import torch.
 
-Its texts are data: whoever shows them escapes them.
+Texts are not escaped here. The code that shows them must escape them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from restomod.utils.json_files import as_tuple
 from restomod.utils.redaction import redact_command
 from restomod.utils.text import duration, short_count
 
-SAMPLED_STEPS = 40  # steps whose samples are shown, at most
+SAMPLED_STEPS = 40  # maximum number of steps whose samples are shown
 SAMPLE_CHARACTERS = 4000
-EVENTS = 200  # events and starts shown, at most
+EVENTS = 200  # maximum number of events, and of starts
 SILENT = 120.0  # seconds without a record after which a run counts as stopped
 
 ERRORS_FILE = "error_analysis.json"
@@ -42,7 +42,13 @@ ERRORS_FORMAT = "restomod-error-analysis-1"
 
 
 def run_data(run: Run, name: str, rates: HourlyRates) -> dict[str, Any]:
-    """All that a report shows of a run, under a name, as JSON values."""
+    """Return the content of a report for one run as JSON values.
+
+    Args:
+        run: run to show.
+        name: name of the run in the report.
+        rates: price and power, for cost and energy.
+    """
     used = run_usage(run)
     name_of_preset = preset_of(run)
     state, remark = run_state(run, used, time.time())
@@ -72,7 +78,7 @@ def run_data(run: Run, name: str, rates: HourlyRates) -> dict[str, Any]:
 
 
 def about(run: Run) -> list[list[str]]:
-    """Names and values: model, data, machine."""
+    """Return the table "Model, data, machine": names and values."""
     manifest = run.manifest
     tokens = manifest.get("tokens")
     data = str(manifest.get("name") or run.config.data.source)
@@ -88,23 +94,30 @@ def about(run: Run) -> list[list[str]]:
 
 
 def _numbers(records: Sequence[Record], name: str) -> list[float]:
-    """The finite values of a metric, in the order of the records."""
+    """Return the finite values of a metric in the order of the records."""
     return [value for record in records if math.isfinite(value := number(record.get(name)))]
 
 
 def headline_numbers(run: Run, used: Usage, rates: HourlyRates, tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The most important numbers: name, value, remark. ``tasks`` are the run's `task_curves`."""
+    """Return the most important numbers of a run: name, value, remark.
+
+    Args:
+        run: run to show.
+        used: resource usage of the run.
+        rates: price and power.
+        tasks: accuracies from `restomod.analysis.report.curves.task_curves`.
+    """
     rows = []
     val = [(loss, r["step"]) for r in run.val if math.isfinite(loss := number(r.get("loss")))]
     train = _numbers(run.train, "loss")[-20:]
     if val:
         (loss, step), (best, best_step) = val[-1], min(val)
-        remark = f"best {best:.4f} at step {best_step:,}" if best < loss else f"step {step:,}, the lowest"
+        remark = f"best {best:.4f} at step {best_step:,}" if best < loss else f"step {step:,}, the best so far"
         rows.append(["Validation loss", f"{loss:.4f}", remark])
     elif train:
         rows.append(["Training loss", f"{np.mean(train):.4f}", f"mean of the last {len(train)} steps"])
     for task, points in tasks.items():
-        # the newest; at one step that of the most examples
+        # newest step first, then the largest number of examples
         columns = zip(points["x"], points["examples"], points["y"], strict=True)
         step, n, share = max(point for point in columns if point[2] is not None)
         of = f", {n:,} examples" if n else ""
@@ -117,7 +130,7 @@ def headline_numbers(run: Run, used: Usage, rates: HourlyRates, tasks: dict[str,
     if used.wall is None or used.overhead is None:
         rows.append(["Time in steps", duration(used.in_steps), "the wall clock is unknown"])
     else:
-        rows.append(["Wall clock", duration(used.wall), f"{duration(used.overhead)} of it overhead"])
+        rows.append(["Wall clock", duration(used.wall), f"including {duration(used.overhead)} of overhead"])
     rows.append(["Compute", flops_text(used.flops), "FLOPs of the model"])
     if rates.per_hour is not None:
         rows.append(["Cost", f"${used.cost(rates.per_hour):,.2f}", used.priced(rates.per_hour)])
@@ -125,7 +138,13 @@ def headline_numbers(run: Run, used: Usage, rates: HourlyRates, tasks: dict[str,
 
 
 def run_state(run: Run, used: Usage, now: float) -> tuple[str, str]:
-    """State of a run (finished, running, stopped or waiting), and a remark."""
+    """Return the state of a run ("finished", "running", "stopped" or "waiting") and a remark.
+
+    Args:
+        run: run to show.
+        used: resource usage of the run.
+        now: current time in seconds since the epoch.
+    """
     config, train = run.config, run.train
     newest = max(_numbers(run.records, "time"), default=None)
     recent = _numbers(train[-50:], "ms")
@@ -134,32 +153,32 @@ def run_state(run: Run, used: Usage, now: float) -> tuple[str, str]:
         return "finished", f"after {used.steps:,} steps"
     where = f"step {used.steps:,} of {config.steps:,}"
     if newest is None:
-        return ("stopped", where) if train else ("waiting", "nothing is logged yet")
+        return ("stopped", where) if train else ("waiting", "no records yet")
     silent = now - newest
     if silent > max(SILENT, 20 * max(recent, default=0.0) / 1000):
-        return "stopped", f"{where}; nothing logged for {duration(silent)}"
+        return "stopped", f"{where}; no new record for {duration(silent)}"
     left = (config.steps - used.steps) * float(np.median(recent)) / 1000 if recent else None
     return "running", where if left is None else f"{where}; about {duration(left)} left"
 
 
 def events(run: Run) -> list[list[Any]]:
-    """Skipped updates, rollbacks and restarts: step (None: unknown) and description."""
+    """Return skipped updates, rollbacks and restarts: step (None: unknown) and description."""
     found: list[list[Any]] = []
     for record in run.records:
         step = record["step"]
         if record["kind"] == "rollback":
-            found.append([step, f"rolled back from step {record.get('failed_step')}, skipping the data in between"])
+            found.append([step, f"rollback from step {record.get('failed_step')}; the data in between is skipped"])
         elif record["kind"] == "train" and "skipped" in record:
             found.append([step, f"update skipped: {record['skipped']}"])
         elif record["kind"] == "train" and not math.isfinite(number(record.get("loss"))):
-            found.append([step, "the loss is not a finite number"])
+            found.append([step, "the loss is not finite"])
     found += [[None, f"resumed {environment.get('started', '')}"] for environment in run.environments[1:]]
     more = len(found) - EVENTS
     return [*found[:EVENTS], [None, f"and {more:,} more"]] if more > 0 else found
 
 
 def samples(run: Run) -> list[Record]:
-    """Samples of at most `SAMPLED_STEPS` steps spread over the run, the first and the last among them."""
+    """Return the samples of at most `SAMPLED_STEPS` steps, spread over the run, including the first and the last."""
     steps = sorted({record["step"] for record in run.samples})
     if len(steps) > SAMPLED_STEPS:
         steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))]
@@ -174,17 +193,17 @@ def samples(run: Run) -> list[Record]:
 
 
 def shown_settings(config: RunConfig) -> dict[str, str]:
-    """All settings by dotted name, as JSON."""
+    """Return all settings as JSON text by dotted name."""
     return {name: json.dumps(value, ensure_ascii=False) for name, value in flatten(to_dict(config)).items()}
 
 
 def changed_settings(config: RunConfig, other: RunConfig) -> list[tuple[str, str, str]]:
-    """Every setting with different values: name, value in ``config``, value in ``other``."""
+    """Return the settings that differ: name, value in ``config``, value in ``other``."""
     return [(name, *values) for name, values in differing([shown_settings(config), shown_settings(other)]).items()]
 
 
 def preset_of(run: Run) -> str:
-    """The preset that a run was started from, by its first command; else the most similar one."""
+    """Return the preset in the first command of a run, or else the most similar preset."""
     command = run.environments[0].get("command") if run.environments else None
     words = [str(word) for word in command] if isinstance(command, list) else []
     named = [after for word, after in itertools.pairwise(words) if word == "train" and is_preset(after)]
@@ -192,7 +211,7 @@ def preset_of(run: Run) -> str:
 
 
 def describe_model(config: RunConfig) -> str:
-    """A model's shape and the parts that are not GPT-2's, in one line."""
+    """Return the sizes of a model and its differences from GPT-2's architecture, in one line."""
     model = config.model
     default = type(model)()
     sizes = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, {model.n_positions:,} positions"
@@ -206,7 +225,7 @@ def describe_model(config: RunConfig) -> str:
 
 
 def environment_rows(environment: Record) -> list[tuple[str, str]]:
-    """Names and values of a `restomod.runs.reader.Environment`; the command without ``--then`` and secrets."""
+    """Return names and values of a `restomod.runs.reader.Environment`; ``--then`` and secrets are removed."""
     rows = []
     for name, value in environment.items():
         if isinstance(value, list):  # the command
@@ -221,6 +240,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class TokenKind(TypedDict):
+    """Loss of one kind of token."""
+
     name: Text
     meaning: Text
     loss: Finite
@@ -238,15 +259,22 @@ class Positions(TypedDict):
 
 
 class SourceLoss(TypedDict):
+    """Loss of one source of a mix."""
+
     name: Text
     loss: Finite
     tokens: Count
 
 
 class Passage(TypedDict):
+    """Passage of the validation text with the loss of every token."""
+
     loss: Finite
+    """Mean loss of the tokens."""
     before: Text
+    """Text before the passage."""
     tokens: list[Annotated[tuple[Text, Finite], BeforeValidator(as_tuple)]]
+    """Text and loss of each token."""
 
 
 class ErrorAnalysis(TypedDict):
@@ -254,9 +282,12 @@ class ErrorAnalysis(TypedDict):
 
     format: Literal["restomod-error-analysis-1"]
     checkpoint: Text
+    """Folder name of the checkpoint."""
     step: Count
     asked: Count
+    """Requested number of validation tokens."""
     tokens: Count
+    """Number of evaluated tokens."""
     loss: Finite
     kinds: Annotated[list[TokenKind], Field(min_length=1)]
     positions: Positions
@@ -266,19 +297,19 @@ class ErrorAnalysis(TypedDict):
 
 
 def read_error_analysis(run: Run) -> Record | None:
-    """The error analysis in a run's folder; None where there is none, or (with a warning) where it is damaged."""
+    """Read the error analysis in a run's folder; None if it is missing or, with a warning, damaged."""
     values = read_optional(run.folder / ERRORS_FILE, "error analysis", ErrorAnalysis, run.warn)
     if values is not None and len(values["positions"]["x"]) != len(values["positions"]["y"]):
-        run.warn(f"warning: left out: {run.folder / ERRORS_FILE} is damaged: its positions differ in length")
+        run.warn(f"warning: {run.folder / ERRORS_FILE} is skipped: its positions and losses differ in number")
         return None
     return None if values is None else dict(values)
 
 
 def error_analysis_or_reason(run: Run) -> dict[str, Any]:
-    """The error analysis and a ``remark`` on its age, or the ``reason`` why there is none."""
+    """Return the error analysis with a ``remark`` on its age, or the ``reason`` why it is not available."""
     values, newest = read_error_analysis(run), newest_checkpoint(run.folder)
     if values is None:
-        how = f"`restomod report {run.folder} --error-analysis` makes it"
+        how = f"create it with `restomod report {run.folder} --error-analysis`"
         return {"reason": how if newest else "the run has no checkpoint yet"}
     old = newest is not None and values["checkpoint"] != newest
     return values | {"remark": f"There is a newer checkpoint, {newest}: repeat --error-analysis." if old else ""}

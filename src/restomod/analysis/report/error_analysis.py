@@ -1,8 +1,8 @@
-"""Error analysis of a checkpoint: validation loss by kind of token, position, source and passage. Needs torch.
+"""Error analysis of a checkpoint: validation loss by kind of token, position, source and passage. Imports torch.
 
-The result is `error_analysis.json` in the run's folder, which reports read without torch.
+The result is written to `error_analysis.json` in the run's folder. Reports read it without torch.
 
-Shapes: B = windows, T = tokens of a window, V = vocabulary.
+Shapes: B = windows per batch, T = tokens per window, V = vocabulary size.
 """
 
 from __future__ import annotations
@@ -36,23 +36,28 @@ from restomod.utils.run_files import step_of
 from restomod.utils.text import visible
 
 PASSAGE = 64  # tokens
-PASSAGES = 5  # best ones, and as many worst ones
+PASSAGES = 5  # number of best passages, and of worst passages
 BEFORE = 24  # tokens of context shown before a passage
-POSITIONS = 30  # ranges of positions, at most
+POSITIONS = 30  # maximum number of ranges of positions
 
 KINDS = {
-    "word after a space": "a word or its first part",
-    "word without a space": "a later part of a word, or a word at the start of a line or after punctuation",
-    "number": "contains a digit",
+    "word after a space": "complete word or its first part",
+    "word without a space": "later part of a word, or word at the start of a line or after punctuation",
+    "number": "token with a digit",
     "punctuation": "punctuation and symbols, with or without a space",
-    "white space": "spaces, tabs, line ends",
-    "end of text": "the end of a document",
+    "white space": "spaces, tabs, line breaks",
+    "end of text": "end of a document",
     "part of a character": "bytes of an incomplete UTF-8 character",
 }
 
 
 def kind_of_token(piece: bytes, is_end: bool = False) -> str:
-    """The kind, a key of `KINDS`, of a token with these bytes."""
+    """Return the kind of a token, a key of `KINDS`.
+
+    Args:
+        piece: bytes of the token.
+        is_end: whether the token is `<|endoftext|>`.
+    """
     if is_end:
         return "end of text"
     try:
@@ -70,23 +75,23 @@ def kind_of_token(piece: bytes, is_end: bool = False) -> str:
 
 
 Passage = tuple[float, int, list[int], list[float]]
-"""Score, index (breaks ties), tokens with their context, and the losses of the last ``len(losses)`` of them."""
+"""Score, index (to break ties), tokens of context and passage, and losses of the passage's tokens, which come last."""
 
 
 @dataclass
 class _Sums:
-    """Sums over windows."""
+    """Sums over the evaluated windows."""
 
     by_token: np.ndarray
-    """(V, 2): sum of losses and count of each target token."""
+    """Sum of losses and count of each target token, (V, 2) float64."""
     by_position: np.ndarray
-    """(T, 2): the same by position."""
+    """Sum of losses and count at each position, (T, 2) float64."""
     passages: int = 0
-    """Number so far."""
+    """Number of passages so far."""
     best: list[Passage] = field(default_factory=list)
-    """A heap whose scores are negative mean losses."""
+    """Heap of the best passages; the scores are negative mean losses."""
     worst: list[Passage] = field(default_factory=list)
-    """A heap whose scores are mean losses."""
+    """Heap of the worst passages; the scores are mean losses."""
 
 
 def analyse_errors(
@@ -96,27 +101,32 @@ def analyse_errors(
     precision: Precision = "auto",
     say: Callable[[str], None] = print,
 ) -> None:
-    """Analyse the errors of a run's newest checkpoint and write the result, unless the file has it already.
+    """Analyse the errors of a run's newest checkpoint and write the result. A current result is kept.
 
-    Failures are reported through ``say`` and raise nothing: the report is written without the analysis.
+    Errors are reported through ``say`` and not raised, so that the report is written without the analysis.
 
-    The ``max_tokens`` validation tokens are evenly spread over the split.
+    Args:
+        run: run to analyse.
+        max_tokens: number of validation tokens, spread evenly over the split.
+        device: device of the model.
+        precision: compute dtype.
+        say: function that prints a line.
     """
     try:
         checkpoint = find_model(str(run.folder))
         known = read_error_analysis(run)
         if known is not None and (known.get("checkpoint"), known.get("asked")) == (checkpoint.name, max_tokens):
-            say(f"{run.folder}: {ERRORS_FILE} has the error analysis of {checkpoint.name} already")
+            say(f"{run.folder}: {ERRORS_FILE} already contains the error analysis of {checkpoint.name}")
             return
         if not os.access(run.folder, os.W_OK):
-            raise UserError(f"its folder cannot be written to, and {ERRORS_FILE} belongs there")
+            raise UserError(f"the folder is not writable, so {ERRORS_FILE} cannot be saved")
         where = choose_device(device)
         if where.type == "cpu":
             keep_freed_memory()
         dataset = prepare_text(run.config.data)
         trained_on = run.manifest.get("fingerprint")
         if trained_on is not None and trained_on != dataset.fingerprint:
-            raise UserError("its data has changed since it was trained")
+            raise UserError("the data has changed since training")
         found = _analyse(run, load_model(checkpoint, where), dataset, max_tokens, where, choose_dtype(precision, where))
     except UserError as e:
         say(f"{run.folder}: no error analysis: {e}")
@@ -139,7 +149,7 @@ def _analyse(
         raise UserError(f"the model's vocabulary of {model.config.vocab_size:,} tokens is not GPT-2's")
     sources = [source for source in dataset.sources if len(source.dataset.val) > T]
     if not sources:
-        raise UserError("nothing of its data is held out for validation")
+        raise UserError("the data has no validation split, or one shorter than a window")
     sums = _Sums(np.zeros((tokenizer.vocab_size, 2)), np.zeros((T, 2)))
     by_source = []
     for source in sources:
@@ -169,13 +179,13 @@ def _windows(
     """Yield tokens and targets, (B, T) each, of windows spread over a source's validation split."""
     batches = Batches(source.dataset.val, T, 1, seed=0, split="validation")
     windows = validation_windows(batches.n_windows, T, max_tokens)
-    at_once = max(1, tokens_on(device, EVAL_TOKENS) // T)
-    for start in range(0, len(windows), at_once):
-        yield batches.load(windows[start : start + at_once])
+    B = max(1, tokens_on(device, EVAL_TOKENS) // T)
+    for start in range(0, len(windows), B):
+        yield batches.load(windows[start : start + B])
 
 
 def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
-    """Add the targets and losses of some windows, (B, T) each."""
+    """Add the targets and losses of a batch of windows, (B, T) each."""
     T = targets.shape[1]
     np.add.at(sums.by_token[:, 0], targets.ravel(), losses.ravel().astype(np.float64))
     np.add.at(sums.by_token[:, 1], targets.ravel(), 1)
@@ -183,7 +193,7 @@ def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
     sums.by_position[:, 1] += len(losses)
     length = min(PASSAGE, T // 2)
     for row, row_losses in zip(targets, losses, strict=True):
-        for start in range(T - length, T // 4 - 1, -length):  # the first ones of a window lack context
+        for start in range(T - length, T // 4 - 1, -length):  # the first quarter of a window lacks context
             part = row_losses[start : start + length]
             mean, sums.passages = float(part.mean()), sums.passages + 1
             entry = (sums.passages, row[max(0, start - BEFORE) : start + length].tolist(), part.tolist())
@@ -194,7 +204,7 @@ def _add(sums: _Sums, targets: np.ndarray, losses: np.ndarray) -> None:
 
 
 def _kinds(by_token: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Loss, share of tokens and share of the total loss of each kind that occurs, highest loss first."""
+    """Return loss, share of tokens and share of the total loss of each kind of token, highest loss first."""
     sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in KINDS}
     for token in np.flatnonzero(by_token[:, 1]).tolist():
         is_end = token == END_OF_TEXT
@@ -209,7 +219,7 @@ def _kinds(by_token: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def _positions(by_position: np.ndarray) -> dict[str, list[float]]:
-    """Mean loss by position in the window, over ranges whose width grows with the position."""
+    """Return the mean loss by position in the window, over ranges whose width grows with the position."""
     T = len(by_position)
     edges = np.unique(np.geomspace(1, T + 1, min(POSITIONS, T + 1)).round().astype(int))
     ranges = list(itertools.pairwise(edges.tolist()))
@@ -218,7 +228,7 @@ def _positions(by_position: np.ndarray) -> dict[str, list[float]]:
 
 
 def _passage(entry: Passage, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A passage as JSON: text and loss of each token, and the text before it."""
+    """Return a passage as JSON values: text and loss of each token, and the text before the passage."""
     _, _, tokens, losses = entry
     texts = list(_pieces(tokens, tokenizer))
     n = len(tokens) - len(losses)
@@ -230,7 +240,7 @@ def _passage(entry: Passage, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pieces(tokens: list[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of each token; a character that spans several tokens is given to the last of them."""
+    """Yield the text of each token; a character that spans several tokens belongs to the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i, token in enumerate(tokens):
         is_end, last = token == END_OF_TEXT, i == len(tokens) - 1

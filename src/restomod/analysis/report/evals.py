@@ -1,4 +1,4 @@
-"""Evaluations of a run as tables: results of `restomod eval` next to published ones."""
+"""Tables of a run's evaluations: results of `restomod eval` next to published results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALIDATION = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits
 
 
 def _on_fineweb_edu(values: Record, run: Run) -> bool:
-    """Whether a validation loss was measured on FineWeb-Edu; the default is the run's data."""
+    """Return whether a validation loss was measured on FineWeb-Edu. Without a data entry, it used the run's data."""
     data = values.get("data")
     if data is None or data.get("fingerprint") == run.manifest.get("fingerprint"):
         return trains_on_fineweb_edu(run)
@@ -25,7 +25,11 @@ def _on_fineweb_edu(values: Record, run: Run) -> bool:
 
 
 def reference_lines(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Published values to draw as lines, by chart: GPT-2's loss on FineWeb-Edu, its accuracies on complete tasks."""
+    """Return published values to draw as lines, by chart.
+
+    They are GPT-2's loss if the run trains on FineWeb-Edu, GPT-2's accuracy on tasks of which the run has scored all
+    examples, and the accuracy of random choices.
+    """
     whole = {task for v in [*run.records, *run.evaluations] if is_whole(task := str(v.get("task")), v.get("examples"))}
     found: dict[str, list[dict[str, Any]]] = {}
     for task, metric in {"validation": "loss", **HEADLINES}.items():
@@ -41,11 +45,11 @@ def reference_lines(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def evaluation_tables(run: Run) -> list[dict[str, Any]]:
-    """One table per task: evaluations of the run, newest step first, then published results.
+    """Return one table per task: evaluations of the run, newest step first, then published results.
 
     Returns:
-        Objects with ``task``, ``columns`` (metrics), ``rows`` (name, a value per column, remark) and ``own``, the
-        number of rows of the run itself.
+        Tables with ``task``, ``columns`` (metrics), ``rows`` (name, one value per column, remark) and ``own``, the
+        number of rows that are results of the run.
     """
     by_task: dict[str, list[Record]] = {}
     for values in run.evaluations:
@@ -56,14 +60,16 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
         measured = [_metrics(values) for values in found]
         columns = list(dict.fromkeys(name for metrics in measured for name in metrics))
         mine = [
-            [_at(values, run), *(metrics.get(name, "") for name in columns), _asked(values, run)]
+            [_at(values, run), *(metrics.get(name, "") for name in columns), _scope(values, run)]
             for values, metrics in zip(found, measured, strict=True)
         ]
         published: dict[tuple[str, str], dict[str, str]] = {}
         if any(_on_fineweb_edu(v, run) if task == "validation" else is_whole(task, v.get("examples")) for v in found):
             for r in references(task):
                 published.setdefault((r.model, r.convention), {})[r.metric] = f"{r.value:.4f}"
-        others = [[model, *(v.get(name, "") for name in columns), whose] for (model, whose), v in published.items()]
+        others = [
+            [model, *(v.get(name, "") for name in columns), convention] for (model, convention), v in published.items()
+        ]
         tables.append(
             {
                 "task": task,
@@ -76,7 +82,7 @@ def evaluation_tables(run: Run) -> list[dict[str, Any]]:
 
 
 def _metrics(values: Record) -> dict[str, str]:
-    """Values of metrics with their standard errors, as text."""
+    """Format the metrics of a result with their standard errors."""
     metrics = values.get("metrics")
     given = {name: values.get(name) for name in VALIDATION if name in values} if metrics is None else metrics
     shown = {}
@@ -94,12 +100,12 @@ def _at(values: Record, run: Run) -> str:
     return f"{run.name}, step {step:,}" if step is not None else run.name
 
 
-def _asked(values: Record, run: Run) -> str:
+def _scope(values: Record, run: Run) -> str:
     examples, tokens = values.get("examples"), values.get("tokens")
     parts = [f"{examples:,} examples"] if examples is not None else []
     parts += [f"{tokens:,} tokens"] if tokens is not None else []
     data = values.get("data")
     if data is not None and data.get("fingerprint") != run.manifest.get("fingerprint"):
-        parts.append(f"of {data.get('name')}, not the run's data")
+        parts.append(f"other data than the run: {data.get('name')}")
     parts += [str(values["convention"])] if values.get("convention") else []
     return "; ".join(parts)

@@ -1,7 +1,7 @@
-"""Report page: one self-contained HTML file without network access.
+"""HTML page of a report: one self-contained file without network access.
 
-Its Content-Security-Policy allows two scripts, by hash: the page's and plotly's. The data is escaped JSON, shown as
-text, so that no content of a run is executed or parsed as markup.
+The Content-Security-Policy of the page allows two scripts, by hash: the page's own script and plotly. The data is
+escaped JSON and shown as text, so that the browser never executes it or parses it as HTML.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from restomod.utils.errors import UserError
 
 
 def footer() -> str:
-    """Version and time of a report."""
+    """Return the version and the time of a report as text."""
     return f"restomod {restomod.__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
 
 
 def json_safe(value: Any) -> Any:
-    """Convert to JSON values; numbers that are not finite become null."""
+    """Convert a value to JSON values; numbers that are not finite become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -36,7 +36,7 @@ def json_safe(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """JSON that is safe within a script element: ASCII, without < > and &."""
+    """Return JSON that is safe in a script element: ASCII without <, > and &."""
     text = json.dumps(json_safe(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -45,8 +45,8 @@ def as_page(data: dict[str, Any]) -> str:
     """Build the page of a report.
 
     Args:
-        data: ``title``, ``footer`` and ``runs`` (see `restomod.analysis.report.data.run_data`); for a live page also
-            ``live``, ``seconds`` between requests, ``version``, and ``waiting`` while there is no run.
+        data: ``title``, ``footer`` and ``runs`` (see `restomod.analysis.report.data.run_data`). A live page also needs
+            ``live``, ``seconds`` (between requests) and ``version``, and ``waiting`` (a reason) while there is no run.
 
     Raises:
         UserError: plotly is missing.
@@ -59,13 +59,16 @@ def as_page(data: dict[str, Any]) -> str:
         "PLOTLY": _plotly()[1],
         "SCRIPT": _script(),
     }
-    pieces = _part("page.html").split("@")  # parts are not split, so that an @ in them is harmless
+    pieces = _part("page.html").split("@")  # only the template is split, so the data may contain an @
     return "".join(parts.get(piece, piece) for piece in pieces)
 
 
 @functools.cache
 def policy(live: bool) -> str:
-    """Content-Security-Policy of a page: its two scripts, inline styles, if ``live`` its own server, nothing else.
+    """Return the Content-Security-Policy of a page: its two scripts and inline styles only.
+
+    Args:
+        live: whether the page may also connect to its own server.
 
     Raises:
         UserError: plotly is missing.
@@ -82,7 +85,7 @@ def _script() -> str:
 
 
 def _hash(script: str) -> str:
-    """Hash of a script for a Content-Security-Policy."""
+    """Return the hash of a script for a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
@@ -93,10 +96,10 @@ def _part(name: str) -> str:
 
 @functools.cache
 def _plotly() -> tuple[str, str]:
-    """plotly.js as text, and gzipped in base64."""
+    """Return plotly.js as text, and gzipped in base64."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as e:
-        raise UserError(f"reports draw with plotly ({e}): pip install plotly") from None
+        raise UserError(f"reports need plotly ({e}): pip install plotly") from None
     script = get_plotlyjs()
     return script, base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()

@@ -1,4 +1,4 @@
-"""Report as GitHub Markdown: numbers and texts, and pictures of the curves if there are any."""
+"""Report as GitHub Markdown, with PNG files of the curves if they are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from restomod.utils.text import markdown_cell
 
 
 def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), folder: Path = Path()) -> str:
-    """Build a report of the data of `restomod.analysis.report.html.as_page`; links are relative to ``folder``."""
+    """Build a Markdown report.
+
+    Args:
+        data: content of the report; see `restomod.analysis.report.html.as_page`.
+        pictures: PNG files to show.
+        folder: folder of the Markdown file; links to the pictures are relative to it.
+    """
     runs = data["runs"]
     lines = [f"# {markdown_cell(data['title'])}", ""]
     if len(runs) > 1:
@@ -30,7 +36,7 @@ def report_markdown(data: dict[str, Any], pictures: Sequence[Path] = (), folder:
 
 
 def _run(run: dict[str, Any], heading: str) -> Iterator[str]:
-    """Yield the lines of a run; ``heading`` is "##" below a common title, or empty."""
+    """Yield the lines of a run; ``heading`` is "##" in a report of several runs, otherwise empty."""
     below = f"#{heading}" if heading else "##"
     if heading:
         yield from (f"{heading} {markdown_cell(run['name'])}", "")
@@ -66,7 +72,7 @@ def _run(run: dict[str, Any], heading: str) -> Iterator[str]:
 def _error_analysis(found: dict[str, Any], below: str) -> Iterator[str]:
     yield from (f"{below} Error analysis", "")
     if "reason" in found:
-        yield from (markdown_cell(f"None: {found['reason']}"), "")
+        yield from (markdown_cell(f"Not available: {found['reason']}"), "")
         return
     rows = [
         [kind["name"], f"{kind['loss']:.3f}", f"{kind['share']:.1%}", f"{kind['of_loss']:.1%}"]
@@ -82,7 +88,7 @@ def _error_analysis(found: dict[str, Any], below: str) -> Iterator[str]:
 
 
 def _spread(rows: list[list[str]], most: int) -> list[list[str]]:
-    """At most ``most`` of the rows, evenly spread, the first and the last among them."""
+    """Return at most ``most`` rows, evenly spread, including the first and the last."""
     if len(rows) <= most:
         return rows
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]

@@ -1,4 +1,4 @@
-"""Report curves as PNG files."""
+"""PNG files of a report's curves."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ CHARTS = {
 
 
 def draw_curves(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
-    """Draw the curves of runs (see `restomod.analysis.report.data.run_data`) without writing them.
+    """Draw the curves of runs without writing them.
+
+    Args:
+        runs: content of each run; see `restomod.analysis.report.data.run_data`.
+        folder: folder of the future files.
 
     Returns:
-        Figures by the file in ``folder`` that each is for.
+        Figures by path.
 
     Raises:
         UserError: matplotlib is missing.
@@ -59,17 +63,17 @@ def draw_curves(runs: list[dict[str, Any]], folder: Path) -> dict[Path, Figure]:
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """Write a figure into a folder, which is created if missing.
+    """Write a figure as a PNG file. Its folder is created if missing.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     make_folder(path.parent)
     write_figure(figure, path, path.parent, dpi=150)
 
 
 def _look(index: int) -> dict[str, Any]:
-    """Style of a run: the first has the accent colour; the others are grey, distinguished by shade and dash."""
+    """Return the line style of a run: accent colour for the first, shades of grey and dashes for the others."""
     if index == 0:
         return {"color": ACCENT, "linewidth": 1.5}
     return {"color": OTHERS[(index - 1) % 4], "linewidth": 1.3, "linestyle": STYLES[(index - 1) % 4]}

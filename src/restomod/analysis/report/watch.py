@@ -1,4 +1,4 @@
-"""Command `watch`: an HTTP server for the live report of a run."""
+"""Command `watch`: HTTP server for the live report of a run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from restomod.utils.errors import UserError, one_line
 from restomod.utils.output import print_error
 from restomod.utils.redaction import redact
 
-SECONDS = 3.0  # between two requests of a page
-REST = 20  # idle time between two builds of the page, as a multiple of the build time: training needs the processor
-FRESH = 60.0  # seconds after which the page is built again though no file has changed: a silent run has stopped
+SECONDS = 3.0  # interval between requests of a page
+REST = 20  # minimum idle time between two builds, in build times, so that training keeps the CPU
+FRESH = 60.0  # maximum age of the data in seconds; a run without new records must become "stopped"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LOCAL_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # as a request gives it
-MAX_CONNECTIONS = 32  # at once, each with a thread
-REQUEST_TIMEOUT = 5.0  # seconds in which a request must be complete
-RESPONSE_TIMEOUT = 30.0  # seconds in which an answer must have been taken
-MAX_REQUEST = 2**16  # bytes of a request
-MAX_DISCARDED = 2**20  # bytes read of a request that is too long, so that its sender reads the answer
+LOCAL_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # in a Host header
+MAX_CONNECTIONS = 32  # concurrent connections, one thread each
+REQUEST_TIMEOUT = 5.0  # seconds to receive a request
+RESPONSE_TIMEOUT = 30.0  # seconds to send a response
+MAX_REQUEST = 2**16  # bytes
+MAX_DISCARDED = 2**20  # bytes read from a request that is too long, so that the client can read the response
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -48,7 +48,7 @@ HEADERS = {
 
 
 class Watched:
-    """Page data of a run's folder, rebuilt at most when its files change."""
+    """Cached page data of a run's folder, rebuilt when its files change."""
 
     def __init__(self, folder: Path, rates: HourlyRates) -> None:
         self.folder, self.rates = folder, rates
@@ -59,7 +59,7 @@ class Watched:
         self._data: dict[str, Any] = {}
 
     def data(self) -> dict[str, Any]:
-        """The newest data, or slightly older; with ``waiting`` where there is no readable run."""
+        """Return the page data, possibly a few seconds old; with ``waiting`` if there is no readable run."""
         with self._lock:
             now = time.monotonic()
             if self._data and now - self._made < REST * self._took:
@@ -80,15 +80,15 @@ class Watched:
             for run in data["runs"]:
                 run["remark"] = "; ".join([run["remark"], *redact(warnings)])
             return data
-        except Exception as e:  # not begun, being replaced, half written, damaged: it may be repaired meanwhile
+        except Exception as e:  # the run may be missing, incomplete or damaged now and readable later
             reason = str(e) if isinstance(e, UserError | OSError) else f"{self.folder} cannot be shown: {one_line(e)}"
             if not os.path.exists(self.folder / "config.json"):
-                reason = "waiting for the run to begin"
+                reason = "waiting for the run to start"
             name = os.path.basename(os.path.realpath(self.folder))
             return about | redact({"title": name, "footer": footer(), "runs": [], "waiting": reason})
 
     def _files(self) -> object:
-        """A value that changes with any file of the run."""
+        """Return a value that changes with every file of the run."""
         names = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", ERRORS_FILE)
         paths = [
             *(self.folder / name for name in names),
@@ -105,7 +105,7 @@ class Watched:
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Serves at most `MAX_CONNECTIONS` at once; beyond, it closes the oldest whose request is incomplete."""
+    """Server with at most `MAX_CONNECTIONS` connections. A new one replaces the oldest with an incomplete request."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -113,21 +113,21 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, watched: Watched) -> None:
         self.watched, self.host = watched, host
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._pending: dict[socket.socket, None] = {}  # whose requests are not complete, oldest first
+        self._pending: dict[socket.socket, None] = {}  # connections with incomplete requests, oldest first
         super().__init__((host, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._connections.acquire(blocking=False):
             for oldest in list(self._pending)[:1]:
                 with contextlib.suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads an end, and leaves
+                    oldest.shutdown(socket.SHUT_RDWR)  # ends the thread of the connection
             if not self._connections.acquire(timeout=1):
                 self.shutdown_request(request)
                 return
         self._pending[request] = None
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread can be started
+        except RuntimeError:  # the thread could not be started
             self._leave(request)
             raise
 
@@ -142,18 +142,18 @@ class _Server(http.server.ThreadingHTTPServer):
         self._connections.release()
 
     def request_complete(self, request: socket.socket) -> None:
-        """Record that a connection's request has been read."""
+        """Record that the request of a connection has been read."""
         self._pending.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report errors of this program; lost connections are normal."""
+        """Print errors of this program. Lost connections are ignored."""
         error = sys.exception()
         if not isinstance(error, OSError):
             print_error(f"warning: a request could not be answered: {type(error).__name__}: {one_line(error)}")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Answers one request, which must be complete within `REQUEST_TIMEOUT` seconds: a slow client holds no thread."""
+    """Handler of one request. A request that is incomplete after `REQUEST_TIMEOUT` seconds is dropped."""
 
     server: _Server
     connection: socket.socket
@@ -172,7 +172,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def _head(self) -> bytes:
-        """Read a request up to its empty line: over `MAX_REQUEST` bytes if too long, no bytes if incomplete."""
+        """Read a request up to its empty line.
+
+        Returns:
+            Request; more than `MAX_REQUEST` bytes if it is too long, no bytes if it is incomplete.
+        """
         until, head, last, size = time.monotonic() + REQUEST_TIMEOUT, bytearray(), b"", 0
         while size < MAX_DISCARDED and (left := until - time.monotonic()) > 0:
             self.connection.settimeout(left)
@@ -191,7 +195,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(http.HTTPStatus.BAD_REQUEST)
             return
         if not self._is_for_us(asked.netloc):
-            self._answer(http.HTTPStatus.FORBIDDEN, "text/plain", b"this page is for its own machine\n")
+            self._answer(http.HTTPStatus.FORBIDDEN, "text/plain", b"this page is only available on its own machine\n")
         elif asked.path == "/":
             self._answer(http.HTTPStatus.OK, "text/html", as_page(self.server.watched.data()).encode(), policy(True))
         elif asked.path == "/data.json":
@@ -201,14 +205,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self._answer(http.HTTPStatus.OK, "application/json", as_json(data).encode())
         else:
-            self._answer(http.HTTPStatus.NOT_FOUND, "text/plain", b"there is only / and /data.json\n")
+            self._answer(http.HTTPStatus.NOT_FOUND, "text/plain", b"not found; available: / and /data.json\n")
 
     do_HEAD = do_GET
 
     def _is_for_us(self, named: str) -> bool:
-        """Whether a request names this machine, in its line (``named``, usually empty) and in its headers.
+        """Return whether a request names this machine. This prevents DNS rebinding.
 
-        A defence against DNS rebinding.
+        Args:
+            named: host in the request line, usually empty; the Host headers are checked as well.
         """
         if self.server.host not in LOCAL:
             return True
@@ -228,7 +233,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     _allowed = ""
 
     def end_headers(self) -> None:
-        """Add `HEADERS` to every response, errors too."""
+        """Add `HEADERS` to every response, including errors."""
         for name, value in HEADERS.items():
             if name == "Content-Security-Policy" and self._allowed:
                 value = f"{self._allowed}; frame-ancestors 'none'"
@@ -236,27 +241,40 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: pages ask every few seconds."""
+        """Log nothing, because pages send a request every few seconds."""
 
 
 def open_server(folder: Path, host: str, port: int, rates: HourlyRates) -> _Server:
-    """Bind a server; it answers once `serve_forever` is called.
+    """Bind a server. It answers requests after a call of `serve_forever`.
+
+    Args:
+        folder: folder of the run, which may be missing.
+        host: address to listen on.
+        port: port; 0: any free port.
+        rates: price and power.
 
     Raises:
-        UserError: the port is in use or not allowed, or the host is not one of this machine.
+        UserError: the port is in use or not allowed, or the host is not an address of this machine.
     """
     try:
         return _Server(host, port, Watched(folder, rates))
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is in use; choose another with --port, or 0 for any") from None
+            raise UserError(f"port {port} of {host} is in use; choose another port with --port, or 0 for any") from None
         if e.errno == errno.EACCES:
-            raise UserError(f"port {port} is not allowed for you; choose one above 1023 with --port") from None
-        raise UserError(f"--host {host}: cannot listen there ({e.strerror or e})") from None
+            raise UserError(f"port {port}: permission denied; choose a port above 1023 with --port") from None
+        raise UserError(f"--host {host}: cannot listen on this address ({e.strerror or e})") from None
 
 
 def watch(folder: Path, host: str, port: int, rates: HourlyRates, say: Callable[[str], None] = print) -> None:
-    """Serve the page of a run, which need not exist yet, until Ctrl-C. Port 0 is any that is free.
+    """Serve the live page of a run until Ctrl-C.
+
+    Args:
+        folder: folder of the run, which may be missing.
+        host: address to listen on.
+        port: port; 0: any free port.
+        rates: price and power.
+        say: function that prints a line.
 
     Raises:
         UserError: see `open_server`; or plotly is missing.
@@ -264,7 +282,7 @@ def watch(folder: Path, host: str, port: int, rates: HourlyRates, say: Callable[
     with open_server(folder, host, port, rates) as server:
         as_page(server.watched.data())
         shown = f"[{host}]" if ":" in host else host
-        say(f"{folder} at http://{shown}:{server.server_address[1]}/ (Ctrl-C ends it)")
+        say(f"{folder} at http://{shown}:{server.server_address[1]}/ (Ctrl-C stops the server)")
         if host not in LOCAL:
             say("warning: anyone who can reach this address can read the run's metrics, samples and settings")
         try:

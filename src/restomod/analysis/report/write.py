@@ -1,4 +1,4 @@
-"""Command `report`: writes runs as one HTML page, Markdown and pictures. Needs no torch."""
+"""Command `report`: an HTML page, Markdown and PNG files of runs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,18 @@ def report(
     rates: HourlyRates | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write a report of runs: the page ``out``, a Markdown file, and pictures in the folder ``png``.
+    """Write a report of runs.
+
+    Args:
+        runs: runs to show.
+        out: HTML file.
+        markdown: Markdown file; None: not written.
+        png: folder for PNG files of the curves; None: not written.
+        rates: price and power; None: unknown.
+        say: function that prints a line.
 
     Raises:
-        UserError: a run's file is damaged, or one cannot be written.
+        UserError: a file of a run is damaged, or an output file cannot be written.
     """
     require_writable(out, markdown, png)
     data = report_data(runs, rates or HourlyRates())
@@ -46,9 +54,9 @@ def report(
 
 
 def report_data(runs: Sequence[Run], rates: HourlyRates) -> dict[str, Any]:
-    """Content of a report, see `restomod.analysis.report.html.as_page`.
+    """Return the content of a report; see `restomod.analysis.report.html.as_page`.
 
-    All text is redacted here: no secrets, home folders or control characters.
+    All text is redacted: secrets, home folders and control characters are removed.
     """
     names = run_names(runs)
     made = [run_data(run, name, rates) for run, name in zip(runs, names, strict=True)]
@@ -63,16 +71,16 @@ def report_data(runs: Sequence[Run], rates: HourlyRates) -> dict[str, Any]:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Names of runs: of their folders, or the paths where two have the same name."""
+    """Return the names of the runs' folders; folders with equal names are shown as paths."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
-    """Open several runs, each once.
+    """Open runs. A folder that is given twice is opened once.
 
     Raises:
-        UserError: one does not exist; the message suggests the most similar name.
+        UserError: a run does not exist; the message suggests the most similar name.
     """
     unique = list({Path(folder).resolve(): folder for folder in folders}.values())
     runs = []

@@ -1,1 +1,1 @@
-"""A model's weights in numbers and pictures."""
+"""Statistics and plots of model weights."""

@@ -1,7 +1,7 @@
-"""Pictures of a model's weights: position embeddings, histograms, singular values.
+"""Plots of model weights: position embeddings, histograms, singular values.
 
-Source of the first two: Karpathy, "Let's reproduce GPT-2 (124M)", 2024: the position embeddings of OpenAI's checkpoint
-are noisy waves.
+The plots of position embeddings follow Karpathy, "Let's reproduce GPT-2 (124M)", 2024, where those of OpenAI's
+checkpoint are noisy waves.
 """
 
 from __future__ import annotations
@@ -23,26 +23,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {  # the matrices of a block
-    "attn.c_attn": "attention, to queries, keys and values",
-    "attn.c_proj": "attention, back to the residual stream",
-    "mlp.c_fc": "MLP, to its hidden units",
-    "mlp.c_proj": "MLP, back to the residual stream",
+KINDS = {  # matrices of a block
+    "attn.c_attn": "attention: queries, keys and values",
+    "attn.c_proj": "attention: output projection",
+    "mlp.c_fc": "MLP: hidden layer",
+    "mlp.c_proj": "MLP: output projection",
 }
 CHANNELS = (150, 200, 250)
 BINS = 200
 
 
 def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> list[Path]:
-    """Draw weights, by GPT-2's names, as PNG files in ``folder`` (created if missing) and return their paths.
+    """Draw the weights of a model as PNG files and return their paths.
+
+    Args:
+        tensors: weights by GPT-2's parameter names, on the CPU.
+        title: name of the model, shown in the titles.
+        folder: folder of the files, created if missing.
 
     Raises:
-        UserError: matplotlib is missing, a number is not finite, or the folder cannot be written.
+        UserError: matplotlib is missing, a weight is not finite, or the folder cannot be written.
     """
     require_matplotlib()
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise UserError(f"{title} cannot be drawn: {name} holds numbers that are not finite")
+            raise UserError(f"{title} cannot be drawn: {name} has values that are not finite")
     pictures = {"weight_histograms.png": weight_histograms, "singular_values.png": singular_values}
     if POSITIONS in tensors:
         positions = {"position_embeddings.png": position_matrix, "position_channels.png": position_channels}
@@ -57,7 +62,7 @@ def draw_weights(tensors: Mapping[str, Tensor], title: str, folder: Path) -> lis
 
 
 def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
-    """Position embeddings as an image: a row per position, a column per channel."""
+    """Draw the position embeddings, (n_positions, D), as an image with one row per position."""
     wpe = tensors[POSITIONS]  # (n_positions, D)
     figure = new_figure("position embeddings", 9, 6.5)
     axes = figure.subplots()
@@ -70,7 +75,7 @@ def position_matrix(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
-    """Three channels of the position embeddings: noise at initialisation, smooth waves after long training."""
+    """Draw three channels of the position embeddings: noise at initialisation, smooth waves after long training."""
     wpe = tensors[POSITIONS]
     D = wpe.shape[1]
     channels = CHANNELS if max(CHANNELS) < D else (D // 4, D // 2, 3 * D // 4)
@@ -88,7 +93,7 @@ def position_channels(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
-    """Distribution of the weights of each kind of matrix, a line per layer."""
+    """Draw the distribution of the weights of each kind of matrix, with one line per layer."""
     figure = new_figure("weights, by layer", 11, 8)
     for axes, weights in _panels(figure, tensors):
         widest = max(4 * w.double().std(correction=0).item() for w in weights) or 1.0
@@ -103,7 +108,7 @@ def weight_histograms(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
-    """Singular values of each kind of matrix in decreasing order, a line per layer."""
+    """Draw the singular values of each kind of matrix in decreasing order, with one line per layer."""
     figure = new_figure("singular values, by layer", 11, 8)
     for axes, weights in _panels(figure, tensors):
         for layer, weight in enumerate(weights):
@@ -116,7 +121,7 @@ def singular_values(tensors: Mapping[str, Tensor]) -> Figure:
 
 
 def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axes, list[Tensor]]]:
-    """Yield a panel for each kind of matrix, and its weights by layer; then add the scale of layers."""
+    """Yield the panel and the weights by layer of each kind of matrix; add the colour scale at the end."""
     layers = sum(name.endswith("ln_1.weight") for name in tensors)
     for axes, (kind, does) in zip(figure.subplots(2, 2).flat, KINDS.items(), strict=True):
         axes.set_title(f"{kind}: {does}", fontsize=10)
@@ -128,7 +133,7 @@ def _panels(figure: Figure, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axe
 def _colour(layer: int, layers: int) -> tuple[float, ...]:
     from matplotlib import colormaps
 
-    return colormaps["viridis"](0.9 * layer / max(1, layers - 1))  # the lightest yellow is unreadable on white
+    return colormaps["viridis"](0.9 * layer / max(1, layers - 1))  # viridis ends in a yellow too light for white
 
 
 def _layer_scale(figure: Figure, layers: int) -> None:

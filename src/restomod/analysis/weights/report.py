@@ -1,4 +1,4 @@
-"""Command `inspect`: prints, draws or compares the weights of models."""
+"""Command `inspect`: statistics, plots and differences of model weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ from restomod.utils.output_files import require_output_folder
 
 
 def inspect_weights(name: str, seed: int, plots: Path | None = None) -> Iterator[str]:
-    """Yield lines about a model: a table of its tensors and its totals; with ``plots``, draw pictures in that folder.
+    """Yield the lines of a model's statistics: a table of its tensors, then totals.
 
-    It is a preset (its initial weights with ``seed``), a run, a model folder, or a name on the hub.
+    Args:
+        name: preset (initial weights), run, model folder, or name on the Hugging Face hub.
+        seed: seed of the initial weights of a preset.
+        plots: folder for plots; None: nothing is drawn.
+
+    Raises:
+        UserError: the model cannot be loaded, or the plots cannot be drawn or written.
     """
     if plots is not None:
         require_output_folder("--plots", plots)
@@ -53,7 +59,16 @@ def inspect_weights(name: str, seed: int, plots: Path | None = None) -> Iterator
 
 
 def compare_weights(first: str, second: str, seed: int) -> Iterator[str]:
-    """Yield lines that compare two models tensor by tensor, named as for `inspect_weights`."""
+    """Yield the lines of a comparison of two models, tensor by tensor.
+
+    Args:
+        first: preset, run, model folder, or name on the Hugging Face hub.
+        second: model to compare with ``first``, named in the same way.
+        seed: seed of the initial weights of a preset.
+
+    Raises:
+        UserError: a model cannot be loaded.
+    """
     (config, a), (other, b) = _open(first, seed), _open(second, seed)
     rows = weight_differences(a, b)
     width = max(len(row.name) for row in rows)
@@ -64,11 +79,11 @@ def compare_weights(first: str, second: str, seed: int) -> Iterator[str]:
     yield ""
     yield f"{same} of {len(rows)} tensors are identical" if same < len(rows) else f"all {same} tensors are identical"
     if config != other:
-        yield f"the shapes differ: {_shape(config)}, and {_shape(other)}"
+        yield f"the configurations differ: {_shape(config)}; {_shape(other)}"
     compared = [row for row in rows if not row.remark]
     if same < len(rows) and compared:
         most = max(compared, key=lambda row: row.relative)
-        yield f"the largest relative change is {most.relative:.2e}, of {most.name}"
+        yield f"largest relative change: {most.relative:.2e} in {most.name}"
 
 
 def _shape(config: ModelConfig) -> str:

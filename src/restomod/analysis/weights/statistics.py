@@ -1,4 +1,4 @@
-"""Statistics of a model's weights: per tensor, in total, and differences of two models."""
+"""Statistics of model weights: values per tensor, totals, and differences between two models."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Statistics of a tensor, in the shape it has in the model's file."""
+    """Statistics of one tensor."""
 
     name: str
     shape: tuple[int, ...]
+    """Shape in the model's file."""
     count: int
+    """Number of elements."""
     mean: float
     std: float
     """Population standard deviation."""
@@ -32,7 +34,7 @@ class TensorStatistics:
 
 
 def tensor_statistics(tensors: Mapping[str, Tensor]) -> list[TensorStatistics]:
-    """Shape, mean and standard deviation of every tensor, in the order given."""
+    """Compute shape, mean and standard deviation of every tensor, in fp64 and in the given order."""
     rows = []
     for name, value in tensors.items():
         x = value.double()
@@ -43,11 +45,11 @@ def tensor_statistics(tensors: Mapping[str, Tensor]) -> list[TensorStatistics]:
 
 
 def roughness(series: Tensor) -> float:
-    """Roughness of a series: 1 for white noise, near 0 for a smooth one.
+    """Compute the roughness of a series, (n, channels): 1 for white noise, near 0 for a smooth series.
 
-    The mean over channels of sum((x[i+1] - x[i])^2) / (2 * sum((x[i] - mean)^2)): half of the ratio of von Neumann,
-    "Distribution of the Ratio of the Mean Square Successive Difference to the Variance", 1941. Constant channels are
-    left out; NaN if all are.
+    It is the mean over channels of sum((x[i+1] - x[i])^2) / (2 * sum((x[i] - mean)^2)), half of the ratio of von
+    Neumann, "Distribution of the Ratio of the Mean Square Successive Difference to the Variance", 1941. Constant
+    channels are skipped; NaN if all channels are constant.
     """
     x = series.double()  # (n, channels)
     jumps = x.diff(dim=0).square().sum(0)  # (channels,)
@@ -57,7 +59,7 @@ def roughness(series: Tensor) -> float:
 
 
 def totals(config: ModelConfig) -> list[tuple[str, str]]:
-    """Parameters, FLOPs and memory of a model, as a table of two columns."""
+    """Return parameters, FLOPs and training memory of a model as pairs of label and value."""
     parameters, head = parameter_count(config), config.vocab_size * config.n_embd
     T = config.n_positions
     weights = FP32_BYTES * padded_parameters(config)
@@ -68,32 +70,33 @@ def totals(config: ModelConfig) -> list[tuple[str, str]]:
         ("FLOPs per token", f"{flops_per_token(config, T) / 1e6:,.0f} million, forward and backward, T = {T:,}"),
         ("weights", f"{gigabytes(weights)} in fp32"),
         ("gradients", gigabytes(weights)),
-        ("AdamW state", gigabytes(2 * weights)),
-        ("training", f"{gigabytes(4 * weights)} plus activations"),
+        ("optimizer state", f"{gigabytes(2 * weights)} with AdamW"),
+        ("training memory", f"{gigabytes(4 * weights)} with AdamW, plus activations"),
     ]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of a tensor between two models."""
+    """Difference of one tensor between two models. Numbers are NaN if the tensors cannot be compared."""
 
     name: str
     largest: float
     """Largest absolute difference of elements."""
     relative: float
-    """Norm of the difference over the norm of the first tensor."""
+    """Norm of the difference, divided by the norm of the first tensor."""
     cosine: float
     """Cosine similarity of the flattened tensors."""
     remark: str = ""
-    """Why they cannot be compared: missing in one model, or different shapes."""
+    """Reason why the tensors cannot be compared: missing in one model, or different shapes. Empty: comparable."""
 
     @property
     def identical(self) -> bool:
+        """Whether the tensors are equal."""
         return not self.remark and self.largest == 0
 
 
 def weight_differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[Difference]:
-    """Compare two models tensor by tensor, in the order of the first."""
+    """Compare two models tensor by tensor, in the order of the first model."""
     rows = []
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in first or name not in second:

@@ -1,1 +1,1 @@
-"""Preparation of any amount of text, by several workers, resumable."""
+"""Resumable preparation of text into token shards, with several workers."""

@@ -1,7 +1,7 @@
-"""Runs units of work on datatrove's executors: local processes or a Ray cluster.
+"""Execution of units of work with datatrove, in local processes or on a Ray cluster.
 
-datatrove's executors do the work of a rank. The loops around it are our own: datatrove's wait forever for a worker
-that was killed, and the one for Ray drops the error of a unit that failed.
+datatrove's executors run each rank. The loops over the ranks are replaced here: datatrove's loops wait forever for a
+killed worker, and its Ray loop loses the error of a failed unit.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ from restomod.data.prepare.worker import WORK, UnitStep, quiet_datatrove
 from restomod.utils.errors import UserError
 from restomod.utils.text import counted
 
-RAY_LAST = Path("/tmp/ray/ray_current_cluster")  # `ray start` leaves its address there, and `ray.init` looks there
-RESUME = "finished units are kept, and the same command resumes with the rest"
+RAY_LAST = Path("/tmp/ray/ray_current_cluster")  # address file, written by `ray start` and read by `ray.init`
+RESUME = "finished units are kept; run the same command again to resume"
 
 
 def run_units(engine: Engine, step: UnitStep, workers: int) -> None:
-    """Run the units of a step on ``workers`` workers (0: as many as there is room for), within `started_engine`.
+    """Run the remaining units of a step; call within `started_engine`.
+
+    Args:
+        engine: local processes or Ray.
+        step: step with the units to run.
+        workers: number of units at the same time; 0: no limit.
 
     Raises:
         UserError: a unit cannot be prepared, or a worker was killed.
@@ -55,27 +60,35 @@ def run_units(engine: Engine, step: UnitStep, workers: int) -> None:
         tasks=n,
         workers=min(workers or n, n),
         logging_dir=str(step.out / WORK / "datatrove"),
-        skip_completed=False,  # a unit's own record, written with its shards, says whether it is finished
+        skip_completed=False,  # finished units are known by their records
     )
     executor.run()
 
 
 @contextlib.contextmanager
 def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[None]:
-    """Connect to a Ray cluster while units are worked on; nothing for other engines."""
+    """Connect to a Ray cluster for the duration of the context; do nothing for other engines.
+
+    Args:
+        engine: engine of the preparation.
+        report: function that receives a line about the cluster.
+
+    Raises:
+        UserError: the Ray cluster does not answer.
+    """
     if engine != "ray":
         yield
         return
     import ray
 
-    if ray.is_initialized():  # by our caller, whose cluster it is
+    if ray.is_initialized():  # the caller owns the connection
         yield
         return
     _connect_to_ray()
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         processors = ray.cluster_resources().get("CPU", 0)
-        report(f"on Ray: {processors:g} processors of {counted(len(nodes), 'machine')}")
+        report(f"Ray cluster: {processors:g} CPUs, {counted(len(nodes), 'node')}")
         yield
     finally:
         ray.shutdown()
@@ -85,20 +98,20 @@ def started_engine(engine: Engine, report: Callable[[str], None]) -> Iterator[No
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor, but killed workers are noticed, and workers end with their parent."""
+    """Local executor of datatrove that detects killed workers and ends its workers with the parent process."""
 
     def run(self) -> None:
-        """Run every rank: one after the other in this process, or on several workers.
+        """Run every rank, sequentially in this process or in several worker processes.
 
         Raises:
             UserError: a worker was killed.
-            Exception: that of the first rank that fails; unfinished work of the others is dropped.
+            Exception: error of the first failed rank; unfinished work of other ranks is discarded.
         """
         if self.workers == 1:
             for rank in range(self.tasks):
                 self._run_for_rank(rank)
             return
-        with _signal_kept(signal.SIGINT, signal.SIG_IGN):  # workers ignore Ctrl-C: their parent ends them
+        with _restored_signal(signal.SIGINT, signal.SIG_IGN):  # workers ignore Ctrl-C; the parent ends them
             forkserver.ensure_running()
         context = multiprocessing.get_context("forkserver")
         workers: dict[Connection, Any] = {}
@@ -108,15 +121,15 @@ class LocalExecutor(LocalPipelineExecutor):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(self, theirs), daemon=True)
                 process.start()
-                theirs.close()  # the worker's copy is the only one left: when it ends, our end is told so
+                theirs.close()  # only the worker keeps this end, so that its exit closes the pipe
                 workers[ours] = process
-                with _end_noticed(process, self.workers):
+                with _exit_as_error(process, self.workers):
                     ours.send(rank)
             working = set(workers)
             while working:
                 for pipe in multiprocessing.connection.wait(list(working)):
                     assert isinstance(pipe, Connection)
-                    with _end_noticed(workers[pipe], self.workers):
+                    with _exit_as_error(workers[pipe], self.workers):
                         failure = pipe.recv()
                     if failure is not None:
                         raise failure
@@ -124,17 +137,17 @@ class LocalExecutor(LocalPipelineExecutor):
                     if following is None:
                         working.remove(pipe)
                         continue
-                    with _end_noticed(workers[pipe], self.workers):
+                    with _exit_as_error(workers[pipe], self.workers):
                         pipe.send(following)
         finally:
-            for process in workers.values():  # nothing is lost: what they are at is not recorded yet
+            for process in workers.values():  # safe: unfinished units have no records
                 if process.is_alive():
                     process.kill()
                 process.join()
 
 
 def _work(executor: PipelineExecutor, pipe: Connection) -> None:
-    """A worker: run the ranks that the parent names, until it hangs up or is gone, in the middle of one too."""
+    """Run the ranks that the parent process sends, and exit immediately when the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ranks: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -155,7 +168,7 @@ def _work(executor: PipelineExecutor, pipe: Connection) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """An error that can be pickled, with the worker's traceback for --debug."""
+    """Return an error that can be pickled, with the worker's traceback as a note for --debug."""
     trace = "".join(traceback.format_exception(error))
     error.add_note(f"\nin a worker:\n{trace}")
     try:
@@ -166,25 +179,25 @@ def _sendable(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _end_noticed(process: Any, workers: int) -> Iterator[None]:
-    """Turn a broken pipe, which means that the worker has ended, into a UserError that says how it ended."""
+def _exit_as_error(process: Any, workers: int) -> Iterator[None]:
+    """Convert a broken pipe, which means that the worker has ended, into a UserError with its exit status."""
     try:
         yield
     except (EOFError, ConnectionError):
         process.join(timeout=5)
         code = process.exitcode
         if code is None or code >= 0:
-            how = f"ended unexpectedly (exit code {code})"
+            how = f"ended unexpectedly with exit code {code}"
         else:
-            memory = ", as happens when memory runs out" if -code == signal.SIGKILL else ""
+            memory = ", possibly because memory ran out" if -code == signal.SIGKILL else ""
             how = f"was killed ({signal.Signals(-code).name}){memory}"
-        raise UserError(f"a worker {how}; {RESUME}, perhaps with fewer --workers than {workers}") from None
+        raise UserError(f"a worker {how}; {RESUME}, or lower --workers {workers}") from None
 
 
 @contextlib.contextmanager
-def _signal_kept(number: signal.Signals, meanwhile: signal.Handlers | None = None) -> Iterator[None]:
-    """Restore the handler of a signal afterwards, and replace it ``meanwhile``."""
-    if threading.current_thread() is not threading.main_thread():  # signals can be set in no other
+def _restored_signal(number: signal.Signals, meanwhile: signal.Handlers | None = None) -> Iterator[None]:
+    """Restore the handler of a signal at the end of the context; until then use ``meanwhile`` if it is given."""
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
         yield
         return
     before = signal.getsignal(number)
@@ -200,18 +213,18 @@ def _signal_kept(number: signal.Signals, meanwhile: signal.Handlers | None = Non
 
 
 class RayExecutor(RayPipelineExecutor):
-    """datatrove's executor for Ray, with Ray's own processes as workers.
+    """Ray executor of datatrove that runs ranks directly in Ray's worker processes.
 
-    datatrove's forks another one in each of them and waits forever if that one is killed. Ray's are noticed; a unit
-    whose worker or machine was lost is begun again three times.
+    datatrove's executor forks a process in each worker and waits forever if it is killed. Ray detects lost workers
+    and restarts their units, at most three times.
     """
 
     def run(self) -> None:
-        """Run every rank on the cluster to which this process is connected.
+        """Run every rank on the connected cluster.
 
         Raises:
-            UserError: workers were lost again and again.
-            Exception: that of the first rank that fails; unfinished work of the others is dropped.
+            UserError: workers were lost repeatedly.
+            Exception: error of the first failed rank; unfinished work of other ranks is discarded.
         """
         import ray
 
@@ -227,10 +240,10 @@ class RayExecutor(RayPipelineExecutor):
             raise (e.cause or e) from None
         except ray.exceptions.RayError as e:
             raise UserError(
-                f"a worker of Ray was lost ({type(e).__name__}), as happens when memory runs out; {RESUME}"
+                f"a Ray worker was lost ({type(e).__name__}), possibly because memory ran out; {RESUME}"
             ) from None
         finally:
-            with contextlib.suppress(Exception):  # of a cluster that is gone; the first error is the one to tell
+            with contextlib.suppress(Exception):  # the cluster may be down; the first error matters
                 for task in running:
                     ray.cancel(task, force=True)
                 if running:
@@ -242,37 +255,43 @@ def _run_rank(executor: PipelineExecutor, rank: int) -> None:
 
 
 def require_engine(engine: Engine) -> None:
-    """Raise UserError where an engine is not installed."""
+    """Check that the package of an engine is installed.
+
+    Raises:
+        UserError: the package is missing.
+    """
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("--engine ray needs the package ray: pip install -c constraints.txt -e '.[ray]'")
 
 
 def _connect_to_ray() -> None:
-    """Connect to the cluster of RAY_ADDRESS or the one that runs on this machine; else start one of our own.
+    """Connect to the cluster of RAY_ADDRESS or the one on this machine, otherwise start a new one.
 
     Raises:
-        UserError: there should be a cluster, and it does not answer.
+        UserError: the cluster of RAY_ADDRESS does not answer, or the connection fails.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no statistics
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it announces a change to come
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # disable telemetry
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # prevents a warning
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or None
-    if address and not _answers(address):  # Ray would try for minutes
-        raise UserError(f"the Ray cluster at {address} (RAY_ADDRESS) does not answer; without one, set it to local")
+    if address and not _answers(address):  # Ray would retry for minutes
+        raise UserError(
+            f"the Ray cluster at {address} (RAY_ADDRESS) does not answer; start it, or set RAY_ADDRESS=local"
+        )
     if address is None and RAY_LAST.exists() and not _answers(RAY_LAST.read_text().strip()):
-        address = "local"  # a cluster that ran here and is gone
+        address = "local"  # the cluster in the address file has ended
     try:
-        # workers import from the folder in which this is called, which may be someone else's: let it be the package's;
-        # Ray's core writes to standard error while it tries, and `ray.init` replaces the handler of SIGTERM
-        with contextlib.chdir(Path(__file__).parents[3]), _signal_kept(signal.SIGTERM), standard_error_aside():
+        # workers import modules from the current folder, so use the folder of the package; Ray's core writes to
+        # standard error during retries, and `ray.init` replaces the handler of SIGTERM
+        with contextlib.chdir(Path(__file__).parents[3]), _restored_signal(signal.SIGTERM), redirected_stderr():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot connect to a Ray cluster ({' '.join(str(e).split())})") from None
 
 
 def _answers(address: str) -> bool:
-    """Whether somebody listens at an address; True of what is no host and port."""
+    """Return whether a server listens at HOST:PORT; True for addresses of other forms."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         return True
@@ -284,8 +303,8 @@ def _answers(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def standard_error_aside() -> Iterator[IO[str]]:
-    """Redirect the process's standard error, also of other languages and programs, to the file yielded."""
+def redirected_stderr() -> Iterator[IO[str]]:
+    """Redirect file descriptor 2, including the output of child processes and C code, to the yielded file."""
     with tempfile.TemporaryFile("w+") as said:
         sys.stderr.flush()
         terminal = os.dup(2)

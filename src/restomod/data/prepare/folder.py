@@ -1,10 +1,10 @@
-"""The folder that `restomod prepare` writes: its lock, its plan, resuming it, its manifest.
+"""Output folder of `restomod prepare`: lock, plan, resuming, manifest.
 
-DIR/.prepare/plan.json              what was begun; another plan is refused
-DIR/.prepare/lock                   held while a process is at work on it
-DIR/.prepare/unit_00012.json        unit 12 is finished: its documents, tokens, shards with their SHA-256
-DIR/train_00012_000000.bin          its shards
-DIR/manifest.json                   written last: the folder is whole
+DIR/.prepare/plan.json              plan of the folder; other plans are refused
+DIR/.prepare/lock                   locked while a process writes the folder
+DIR/.prepare/unit_00012.json        record of finished unit 12: documents, tokens, shards with their SHA-256
+DIR/train_00012_000000.bin          shard of unit 12
+DIR/manifest.json                   written last; marks a complete folder
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from restomod.data.manifest import (
     read_plan,
     read_unit,
 )
-from restomod.data.prepare.units import Unit, describe, kinds_of, plan_units
+from restomod.data.prepare.units import Unit, describe, describe_files, plan_units
 from restomod.data.prepare.worker import SLURM, WORK, failure_path, hashes_path, record_path
 from restomod.data.read_counts import ReadCounts
 from restomod.data.tokenizer import Tokenizer
@@ -48,26 +48,31 @@ PLAN = "plan.json"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Work to do in a folder."""
+    """Plan of a folder and everything needed to execute it."""
 
     out: Path
     config: PrepareConfig
     units: list[Unit]
     description: dict[str, Any]
-    """The plan, as the manifest will hold it."""
+    """Plan as JSON values, stored in the manifest."""
     counts: ReadCounts
-    """Files of the sources' folders that were skipped."""
+    """Counts of skipped files in the folders of the sources."""
 
 
-def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
-    """Plan the contents of a folder without writing anything.
+def plan_folder(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
+    """Plan the contents of a folder without writing.
+
+    Args:
+        sources: files, folders, built-in sources or datasets on the hub.
+        config: settings of the preparation.
+        out: output folder.
 
     Raises:
-        UserError: the sources cannot be read, or ``out`` is no place for them.
+        UserError: the sources cannot be read, ``out`` is inside a source, or ``out`` contains other files.
     """
     for source in sources:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-            raise UserError(f"{out} lies in {source}, where it would be read as text; choose another folder with --out")
+            raise UserError(f"{out} is inside the source {source}; choose another folder with --out")
     begun = None
     if there := (out / MANIFEST).exists():
         begun = read_manifest(out).get("plan")
@@ -76,18 +81,20 @@ def planned(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> Work:
     counts = ReadCounts()
     units = plan_units(sources, config, begun, counts)
     if not there and out.exists() and any(path.name != WORK for path in out.iterdir()):
-        raise UserError(f"{out} is not empty, and nothing was begun there; choose another folder with --out")
+        raise UserError(
+            f"{out} is not empty and was not written by `restomod prepare`; choose another folder with --out"
+        )
     return Work(out, config, units, describe(sources, config, units), counts)
 
 
 @contextlib.contextmanager
 def locked_folder(out: Path) -> Iterator[None]:
-    """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
+    """Lock a folder for this process. The operating system releases the lock when the process ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has locked the folder, or the folder cannot be created.
     """
-    for folder in (out, out / WORK):  # what links to elsewhere name would be written and deleted
+    for folder in (out, out / WORK):  # writes and deletions must not follow links to other places
         if folder.is_dir():
             require_inside(out, *(Path(entry) for entry in os.scandir(folder) if entry.is_symlink()))
     lock = FileLock(out / WORK / LOCK)
@@ -95,50 +102,52 @@ def locked_folder(out: Path) -> Iterator[None]:
         (out / WORK).mkdir(parents=True, exist_ok=True)
         free = lock.acquire(wait=False)
     except OSError as e:
-        raise UserError(f"{out}: cannot make this folder ({e.strerror})") from None
+        raise UserError(f"{out}: cannot create this folder ({e.strerror})") from None
     if not free:
-        raise UserError(f"another `restomod prepare` is at work on {out}; let it finish, or stop it first")
+        raise UserError(f"another `restomod prepare` is writing {out}; wait for it or stop it")
     try:
         yield
     finally:
         lock.release()
 
 
-def unfinished(work: Work, report: Callable[[str], None]) -> list[int]:
-    """Report the progress and what is read; return the units that are still to be done."""
+def unfinished_units(work: Work, report: Callable[[str], None]) -> list[int]:
+    """Report the progress and the input files, and return the indices of unfinished units."""
     n = len(work.units)
     left = [i for i in range(n) if not record_path(work.out, i).exists()]
     if len(left) < n:
-        report(f"resuming: {n - len(left)} of {n} units are finished")
-    report(f"reading {kinds_of(work.units)}, in {counted(n, 'unit')}")
+        report(f"resuming: {n - len(left)} of {n} units finished")
+    report(f"input: {describe_files(work.units)}; {counted(n, 'unit')} of work")
     return left
 
 
-def finished(work: Work) -> Dataset | None:
-    """The data of a finished folder; None: it is not finished. Raises UserError for other data, or damaged data."""
+def open_finished(work: Work) -> Dataset | None:
+    """Open and verify a finished folder; return None if the folder is unfinished.
+
+    Raises:
+        UserError: the folder contains other data, or a file is damaged.
+    """
     if not (work.out / MANIFEST).exists():
         return None
     dataset = open_dataset(work.out, work.description["tokenizer"], verify="all")
     if dataset.manifest.get("plan") != work.description:
-        raise UserError(
-            f"{work.out} holds other data already (other text or settings); choose another folder with --out"
-        )
+        raise UserError(f"{work.out} already contains data of other text or settings; choose another folder with --out")
     checked(dataset.manifest, Prepared, f"{work.out / MANIFEST} is damaged: the manifest of token shards")
-    remove_working_folder(work.out)  # after a kill between the manifest and this
+    remove_working_folder(work.out)  # left over if the process was killed after the manifest was written
     return dataset
 
 
-def begin(work: Work) -> None:
-    """Write the plan into a locked folder, or resume what was begun there.
+def begin_folder(work: Work) -> None:
+    """Write the plan into a locked folder, or resume the plan in it.
 
     Raises:
-        UserError: something else was begun there, or jobs of Slurm are at work on it.
+        UserError: the folder has another plan, or Slurm jobs are working on it.
     """
     out, description = work.out, work.description
     if (out / WORK / SLURM).exists():
         if jobs := slurm_jobs(out):
             raise UserError(
-                f"{len(jobs)} jobs of Slurm are at work on {out}; let them finish, or stop them: "
+                f"{len(jobs)} Slurm jobs are working on {out}; wait for them, or cancel them: "
                 f"scancel --name={job_name(out)}"
             )
         (out / WORK / SLURM).unlink()
@@ -152,12 +161,12 @@ def begin(work: Work) -> None:
 
 
 def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Allow settings or files to be corrected: delete what was begun of units that have changed.
+    """Delete the working files of units whose plan has changed, so that the user can correct settings or files.
 
-    Without a finished unit everything may change.
+    If no unit is finished, any part of the plan may change.
 
     Raises:
-        UserError: the settings or a finished unit have changed, or finished units depend on the changed ones.
+        UserError: the settings or a finished unit have changed, or finished units depend on changed units.
     """
     a, b = before["units"], now["units"]
     finished = {i for i in range(len(a)) if record_path(out, i).exists()}
@@ -165,14 +174,14 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
         for path in [*(out / WORK).iterdir(), *out.glob("*.bin")]:
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:  # we hold it
+            elif path.name != LOCK:  # locked by this process
                 path.unlink()
         return
     changed = {i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]}
     entangled = now["settings"]["dedup"] or 1 in (len(a), len(b))
     if before | {"units": b} != now or finished & changed or entangled:
         raise UserError(
-            f"{out} was begun with other text or settings; give those again to resume, or choose another --out"
+            f"{out} has unfinished work with other text or settings; repeat those to resume, or choose another --out"
         )
     for i in changed:
         shards = (shard for split in SPLITS for shard in out.glob(f"{split}_{i:05d}_*.bin"))
@@ -181,7 +190,11 @@ def _drop_changed_units(out: Path, before: dict[str, Any], now: dict[str, Any]) 
 
 
 def finish_folder(work: Work) -> None:
-    """Write the manifest from the units' records, and remove the working files. Raises UserError without any text."""
+    """Write the manifest from the records of all units, and remove the working files.
+
+    Raises:
+        UserError: all documents are empty.
+    """
     out, description = work.out, work.description
     records = [read_unit(record_path(out, unit)) for unit in range(len(work.units))]
     splits = {}
@@ -193,7 +206,7 @@ def finish_folder(work: Work) -> None:
         }
     documents = sum(record["documents"] for record in records)
     if documents == 0:
-        raise UserError("the sources hold no text: every document is empty")
+        raise UserError("the sources have no text: every document is empty")
     shards = "".join(f"{split} {shard['sha256']}" for split in SPLITS for shard in splits[split]["shards"])
     read = merge_counts([work.counts.to_dict(), *(record[READ] for record in records if READ in record)])
     write_json_atomically(
@@ -216,16 +229,16 @@ def finish_folder(work: Work) -> None:
 
 
 def remove_working_folder(out: Path) -> None:
-    """Remove the working files."""
+    """Remove the working files of a folder."""
     shutil.rmtree(out / WORK, ignore_errors=True)
     remove_leftovers(out)
 
 
 def slurm_jobs(out: Path) -> list[str]:
-    """The states of the jobs that are in Slurm's queue for a folder, such as RUNNING or PENDING; none once all ended.
+    """Return the states of a folder's jobs in Slurm's queue, such as RUNNING or PENDING; empty when all have ended.
 
     Raises:
-        UserError: Slurm cannot be asked.
+        UserError: squeue is missing or fails.
     """
     name = job_name(out)
     try:
@@ -234,14 +247,14 @@ def slurm_jobs(out: Path) -> list[str]:
         )
     except FileNotFoundError:
         raise UserError(
-            f"jobs of Slurm were submitted for {out}, and there is no squeue here to ask whether they have ended; "
-            f"run this on the cluster"
+            f"Slurm jobs were submitted for {out}, but squeue is not installed on this machine; "
+            f"run the command on the cluster"
         ) from None
     if asked.returncode:
-        raise UserError(f"squeue cannot tell whether jobs are at work on {out}: {' '.join(asked.stderr.split())}")
+        raise UserError(f"squeue cannot list the jobs of {out}: {' '.join(asked.stderr.split())}")
     return asked.stdout.split()
 
 
 def job_name(out: Path) -> str:
-    """The name of the jobs for a folder, by which they are found again."""
+    """Return the name of the Slurm jobs for a folder; equal paths have equal names."""
     return f"restomod-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"

@@ -1,10 +1,11 @@
-"""Submits the units of `restomod prepare` to Slurm: job arrays on datatrove's executor, then a job for the manifest.
+"""Submission of `restomod prepare` to Slurm: a job array for the units, then a job for the manifest.
 
-    prepare ─────────────────────── finish      one task per unit; afterwards one that writes the manifest
-    hash ── assign ── prepare ───── finish      with --dedup, which has to know all documents before it writes any
+    prepare ─────────────────────── finish      one task per unit, then one task that writes the manifest
+    hash ── assign ── prepare ───── finish      with --dedup, which compares all documents first
 
-Every stage waits for the one before it, and Slurm cancels it if that one fails. Only the folder's records say what is
-finished: the same command reports the progress, and once no job is left submits what is missing.
+Every stage depends on the previous one, and Slurm cancels it if the previous one fails. The records in the folder
+define which units are finished. The same command reports the progress; when no job is left, it submits the missing
+units.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from restomod.config.prepare import PrepareConfig, SlurmConfig
 from restomod.data.dataset import Dataset
-from restomod.data.prepare.executors import standard_error_aside
+from restomod.data.prepare.executors import redirected_stderr
 from restomod.data.prepare.folder import (
     Work,
-    begin,
+    begin_folder,
     finish_folder,
-    finished,
     job_name,
     locked_folder,
-    planned,
+    open_finished,
+    plan_folder,
     remove_working_folder,
     slurm_jobs,
-    unfinished,
+    unfinished_units,
 )
 from restomod.data.prepare.worker import (
     SLURM,
@@ -55,7 +56,7 @@ from restomod.utils.files import write_json_atomically
 from restomod.utils.json_files import read_json
 from restomod.utils.text import counted
 
-MAX_ARRAY = 1000  # tasks of an array, below Slurm's default of MaxArraySize; beyond it a task does several units
+MAX_ARRAY = 1000  # tasks per array, below Slurm's default MaxArraySize; with more units, each task runs several
 
 
 def submit_folder(
@@ -66,66 +67,81 @@ def submit_folder(
     slurm: SlurmConfig,
     report: Callable[[str], None],
 ) -> Dataset | None:
-    """Submit the units that are left, or report the progress; arguments as of `prepare_folder`.
+    """Submit the unfinished units of a folder to Slurm, or report the progress of submitted jobs.
 
-    The sources and ``out`` must have the same paths on every machine of the cluster.
+    Args:
+        sources: files, folders, built-in sources or datasets on the hub, with the same paths on all nodes.
+        config: settings of the preparation.
+        out: output folder, with the same path on all nodes.
+        workers: maximum number of running tasks; 0: no limit.
+        slurm: options of the jobs.
+        report: function that receives lines about the progress.
 
     Returns:
-        the data once the folder is finished, None before.
+        Dataset of the finished folder; None while units are unfinished.
 
     Raises:
-        UserError: as `prepare_folder`; a job could not prepare its unit; or Slurm refuses.
+        UserError: the sources cannot be read, ``out`` contains other data, a job has failed, or sbatch fails.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("--engine slurm needs Slurm's commands, and there is no sbatch here; run this on the cluster")
+        raise UserError(
+            "--engine slurm needs sbatch, which is not installed on this machine; run the command on the cluster"
+        )
     quiet_datatrove()
-    work = planned(sources, config, out)
-    if (dataset := finished(work)) is not None:
+    work = plan_folder(sources, config, out)
+    if (dataset := open_finished(work)) is not None:
         return dataset
     with locked_folder(out):
-        if (dataset := finished(work)) is not None:
+        if (dataset := open_finished(work)) is not None:
             return dataset
         submitted = (out / WORK / SLURM).exists()
         if submitted and (states := slurm_jobs(out)):
             done = sum(record_path(out, unit).exists() for unit in range(len(work.units)))
             running = len(states) - states.count("PENDING")
-            report(f"Slurm is at work on it: {running} tasks running, {states.count('PENDING')} waiting")
-            report(f"{done:,} of {len(work.units):,} units are finished")
-            report(_how_to_look(out))
+            report(f"Slurm tasks: {running} running, {states.count('PENDING')} pending")
+            report(f"{done:,} of {len(work.units):,} units finished")
+            report(_job_commands(out))
             return None
-        begin(work)
+        begin_folder(work)
         _raise_failure(work)
-        left = unfinished(work, report)
+        left = unfinished_units(work, report)
         if not left:
             finish_folder(work)
-            return finished(work)
+            return open_finished(work)
         if submitted:
-            report(f"its jobs have ended without the others: out of time or memory? See {out / WORK / 'slurm'}")
+            report(
+                f"warning: the jobs ended with unfinished units, possibly at a time or memory limit; "
+                f"logs: {out / WORK / 'slurm'}"
+            )
         _submit(work, left, workers, slurm, report)
-        report(_how_to_look(out))
+        report(_job_commands(out))
     return None
 
 
-def _how_to_look(out: Path) -> str:
+def _job_commands(out: Path) -> str:
     name = job_name(out)
-    return f"how far it is: the same command again; the queue: squeue --name={name}; to stop it: scancel --name={name}"
+    return f"progress: run the same command again; queue: squeue --name={name}; cancel: scancel --name={name}"
 
 
 def _raise_failure(work: Work) -> None:
-    """Raise, once, the error that a failed job has left; the next command submits its unit again."""
+    """Raise the error of a failed job, and delete it so that the next command submits the unit again.
+
+    Raises:
+        UserError: a job has failed since the last command.
+    """
     failures = sorted((work.out / WORK).glob("failed_*.json"))
     if failures:
-        error = read_json(failures[0], "failure of a job", dict[str, str]).get("error", "no reason is given")
+        error = read_json(failures[0], "failure of a job", dict[str, str]).get("error", "no reason was recorded")
         for path in failures:
             path.unlink()
-        raise UserError(f"{error} (fix it and run the same command again, which submits what is left)")
+        raise UserError(f"{error}; fix it and run the same command again to submit the unfinished units")
 
 
 def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, report: Callable[[str], None]) -> None:
-    """Submit the stages, each waiting for the one before it."""
+    """Submit the stages, each with a dependency on the previous one."""
     out = work.out.absolute()
     work = dataclasses.replace(work, out=out)
-    # before the jobs, which must not be forgotten in a crash
+    # written before the submission, so that a crash cannot lose track of the jobs
     write_json_atomically(out / WORK / SLURM, {"name": job_name(out)}, out)
     stages: list[tuple[str, Any]] = []
     if work.config.dedup:
@@ -141,29 +157,29 @@ def _submit(work: Work, left: list[int], workers: int, slurm: SlurmConfig, repor
             (len(step.todo), f" {counted(len(step.todo), 'unit')}") if isinstance(step, UnitStep) else (1, "")
         )
         executor = SlurmExecutor(out, name, step, tasks, workers, slurm, before)
-        with _refusal_in_one_line(before):
+        with _sbatch_errors(before):
             executor.launch_job()
         before = str(executor.job_id)
         report(f"submitted job {before}: {name}{units}")
 
 
 def _assign(work: Work, data: Any, rank: int, world_size: int) -> list[Any]:
-    """A datatrove step for one task: find duplicates, between the stages that hash and that prepare."""
+    """Assign documents to splits and find duplicates, as a datatrove step of one task."""
     assign_splits(work.out, len(work.units), work.config)
     return []
 
 
 def _finish(work: Work, data: Any, rank: int, world_size: int) -> list[Any]:
-    """A datatrove step for one task: write the manifest."""
+    """Write the manifest, as a datatrove step of one task."""
     finish_folder(work)
     return []
 
 
 class SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's executor for Slurm, for one stage of a folder.
+    """Slurm executor of datatrove for one stage of a folder.
 
-    Against datatrove's: no further job that merges statistics, paths with spaces are quoted, the Python that submits
-    is the Python that runs, on PATH or not, and a failure is left where the same command finds it.
+    Differences from datatrove: no additional job that merges statistics, quoted paths with spaces, jobs with the
+    Python interpreter of the submission, and errors written to a file for the next command.
     """
 
     def __init__(
@@ -188,13 +204,15 @@ class SlurmExecutor(SlurmPipelineExecutor):
         self.out, self.stage, self.step = out, stage, step
 
     def launch_merge_stats(self) -> None:
-        """Nothing: the units' records hold what there is to know."""
+        """Submit no job for statistics; the units' records contain all counts."""
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        """Return the options of sbatch, without unset ones and with quoted spaces."""
         given = {key: value for key, value in super().get_sbatch_args(max_array).items() if value is not None}
         return {key: f'"{value}"' if " " in str(value) else value for key, value in given.items()}
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        """Return the batch script, which runs the pickled pipeline with the current Python interpreter."""
         pickled = self.logging_dir.resolve_paths("executor.pik")
         command = f"{quote(sys.executable)} -m datatrove.tools.launch_pickled_pipeline {quote(pickled)}"
         return str(super().get_launch_file_contents(sbatch_args, command))
@@ -207,18 +225,18 @@ class SlurmExecutor(SlurmPipelineExecutor):
             error = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
             write_json_atomically(failure_path(self.out, unit), {"error": error}, self.out)
             raise
-        if self.stage == "finish":  # again: datatrove has left its log and statistics there since
+        if self.stage == "finish":  # again, because datatrove writes its log and statistics after the step
             remove_working_folder(self.out)
         return stats
 
 
 @contextlib.contextmanager
-def _refusal_in_one_line(before: str | None) -> Iterator[None]:
-    """Turn a refusal by sbatch into a UserError of one line; datatrove lets it write to our standard error."""
-    with standard_error_aside() as said:
+def _sbatch_errors(before: str | None) -> Iterator[None]:
+    """Convert the failure of sbatch, which writes to standard error, into a UserError of one line."""
+    with redirected_stderr() as said:
         try:
             yield
         except (subprocess.CalledProcessError, IndexError):
             said.seek(0)
             stays = f"; job {before} stays in the queue" if before else ""
-            raise UserError(f"sbatch refuses the job: {' '.join(said.read().split())}{stays}") from None
+            raise UserError(f"sbatch failed: {' '.join(said.read().split())}{stays}") from None

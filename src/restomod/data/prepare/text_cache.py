@@ -1,4 +1,4 @@
-"""The cache of prepared text: what `train` reads is prepared once, and found again by a hash of its documents."""
+"""Cache of prepared text for `train`, with folders named by a hash of the documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from restomod.data.prepare.folder import Work, finish_folder
 from restomod.data.prepare.units import Unit, describe, plan_units, unit_documents
 from restomod.data.prepare.worker import WORK, PrepareUnit, assign_splits, hash_documents, hashes_path, write_array
 from restomod.data.read_counts import ReadCounts
-from restomod.data.sources import download_tinyshakespeare, source_name
+from restomod.data.sources import DOCUMENTS, download_tinyshakespeare, source_name
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError
 from restomod.utils.files import fsync_path, move_folder
@@ -31,11 +31,15 @@ REPORT_SECONDS = 5.0
 
 
 def prepare_text(config: DataConfig, shard_tokens: int = SHARD_TOKENS) -> Dataset:
-    """Return the dataset of ``config``, preparing its text in this process unless an equal one is in the cache.
+    """Open the dataset of a run; prepare its text in this process unless the cache contains it.
 
-    The text is cut into units of work and prepared as `restomod prepare` does, except that all documents are hashed
-    first, so that a changed text is noticed and no split stays empty. The folder appears under its name when it is
-    whole. Of several processes that ask for the same text at once, one prepares it and the others wait.
+    The pipeline is that of `restomod prepare`, but all documents are hashed first, to detect changed text and to avoid
+    empty splits. The folder is renamed to its final name when it is complete. If several processes request the same
+    text, one of them prepares it and the others wait.
+
+    Args:
+        config: data settings of the run.
+        shard_tokens: maximum number of tokens per shard.
 
     Raises:
         UserError: the text cannot be read, or a folder of tokens is damaged.
@@ -44,7 +48,7 @@ def prepare_text(config: DataConfig, shard_tokens: int = SHARD_TOKENS) -> Datase
         return mix([(open_tokens(Path(folder)), share) for folder, share in config.mixed()])
     if config.source == "tokens":
         if not config.path:
-            raise UserError("no tokens to read: add --data.path FOLDER (`restomod prepare` makes one)")
+            raise UserError("--data.source tokens needs --data.path FOLDER; create the folder with `restomod prepare`")
         return open_tokens(Path(config.path))
     settings = PrepareConfig(
         glob=config.glob,
@@ -54,12 +58,12 @@ def prepare_text(config: DataConfig, shard_tokens: int = SHARD_TOKENS) -> Datase
         split_seed=config.split_seed,
         shard_tokens=shard_tokens,
     )
-    left_out, read = ReadCounts(), ReadCounts()
-    if config.source == "python-stdlib":
-        source, units = "python-stdlib", [Unit((), 0, "python-stdlib")]
+    skipped, read = ReadCounts(), ReadCounts()
+    if config.source in DOCUMENTS:
+        source, units = str(config.source), [Unit((), 0, config.source)]
     else:
         source = str(_path_of_text(config).absolute())
-        units = plan_units((source,), settings, counts=left_out)
+        units = plan_units((source,), settings, counts=skipped)
     hashes = [hash_documents(unit_documents(unit, settings, None, read), config.split_seed) for unit in units]
     name = source_name(config)
     description = describe((source,), settings, units) | {"name": name}
@@ -69,48 +73,48 @@ def prepare_text(config: DataConfig, shard_tokens: int = SHARD_TOKENS) -> Datase
     if not (folder / MANIFEST).exists():
         with locked(
             folder.with_name(f".{folder.name}.lock"),
-            lambda: _say(f"another process is preparing {folder}; waiting for it"),
+            lambda: _say(f"waiting for another process that is preparing {folder}"),
         ):
-            if not (folder / MANIFEST).exists():  # else another process has finished the same meanwhile
+            if not (folder / MANIFEST).exists():  # another process may have finished it since
                 with Temporary(folder.parent, "folder") as temporary:
-                    _prepare(Work(temporary.path, settings, units, description, left_out), hashes)
+                    _prepare(Work(temporary.path, settings, units, description, skipped), hashes)
                     if not (folder / MANIFEST).exists():
-                        shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is not whole
+                        shutil.rmtree(folder, ignore_errors=True)  # incomplete without a manifest
                         move_folder(temporary.path, folder, MANIFEST)
                         fsync_path(folder.parent)
     dataset = open_dataset(folder, Tokenizer.sha256)
-    # perhaps of equal text in files of other names: reported as they are now
-    counts = merge_counts([left_out.to_dict(), read.to_dict()])
+    # the cached folder may come from equal text in files with other names; report the current files
+    counts = merge_counts([skipped.to_dict(), read.to_dict()])
     manifest = dataset.manifest | {"plan": description} | ({READ: counts} if counts else {})
     return dataclasses.replace(dataset, manifest=manifest)
 
 
 def _path_of_text(config: DataConfig) -> Path:
-    """The file or folder to read, downloaded if need be."""
+    """Return the file or folder to read; download TinyShakespeare if it is missing."""
     if config.source == "tinyshakespeare" and not config.path:
         return download_tinyshakespeare(Path(config.cache))
     if not config.path:
-        raise UserError("no text to read: add --data.path FILE_OR_FOLDER")
+        raise UserError("--data.source text needs --data.path FILE_OR_FOLDER")
     path = Path(config.path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if (path / MANIFEST).exists():
-        raise UserError(f"{path} holds prepared tokens, not text: add --data.source tokens")
+        raise UserError(f"{path} contains token shards, not text; add --data.source tokens")
     return path
 
 
 def _key(settings: PrepareConfig, hashes: list[np.ndarray]) -> str:
-    """A hash of all that decides the tokens and their split: the documents in order, the tokenizer, the settings."""
+    """Compute a hash of everything that determines the tokens and splits: documents, tokenizer and settings."""
     digest = hashlib.sha256(f"{Tokenizer.sha256} {settings.split_seed} {settings.val_fraction}".encode())
     for of_unit in hashes:
         digest.update(of_unit.astype("<u8").tobytes())
-    if len(hashes) > 1 and sum(map(len, hashes)) == 1:  # written with a separator; that of a single unit is not
+    if len(hashes) > 1 and sum(map(len, hashes)) == 1:  # with several units, a single document has a separator
         digest.update(b"units")
     return digest.hexdigest()
 
 
 def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
-    """Prepare every unit in this process, and write the manifest last."""
+    """Prepare every unit in this process, and write the manifest."""
     (work.out / WORK).mkdir()
     for unit, of_unit in enumerate(hashes):
         write_array(hashes_path(work.out, unit), of_unit, work.out)
@@ -122,7 +126,7 @@ def _prepare(work: Work, hashes: list[np.ndarray]) -> None:
 
 
 class _ReportingStep(PrepareUnit):
-    """Prints progress every `REPORT_SECONDS`."""
+    """Preparation step that prints its progress every `REPORT_SECONDS`."""
 
     remedy = "run the same command again"
 
@@ -142,7 +146,7 @@ class _ReportingStep(PrepareUnit):
     def _report(self) -> None:
         if time.monotonic() >= self.reported + REPORT_SECONDS:
             self.reported = time.monotonic()
-            _say(f"preparing {self.name}: {self.done:,} of {self.total:,} documents are tokenized")
+            _say(f"preparing {self.name}: {self.done:,} of {self.total:,} documents")
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,7 @@
-"""Cuts sources into independent units of work, and describes the plan of a folder.
+"""Independent units of work, into which sources are cut, and the plan of a folder.
 
-The plan of a folder is a pure function of the settings and the files' names and sizes. A unit's shards are a pure
-function of its files. So any number of workers, killed and started again at any moment, write the same bytes.
+The plan is a pure function of the settings and of the names and sizes of the files. The shards of a unit are a pure
+function of its files. Therefore the output does not depend on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from restomod.data.find_files import find_files
 from restomod.data.hub_datasets import SCHEME, dataset_files, fetch, repository_files
 from restomod.data.read_counts import ReadCounts
 from restomod.data.readers import Span, can_be_cut, read_documents
-from restomod.data.sources import BUILT_IN, download_tinyshakespeare, python_stdlib
+from restomod.data.sources import BUILT_IN, DOCUMENTS, download_tinyshakespeare
 from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import counted
 
-UNIT_BYTES = 64_000_000  # small files are put together up to this; a larger one is a unit by itself, or several
-SPAN_BYTES = 64_000_000  # a larger file is cut into spans of at most this size, if it can be
+UNIT_BYTES = 64_000_000  # small files are grouped up to this size; a larger file is one unit or several
+SPAN_BYTES = 64_000_000  # maximum size of the spans of a large file
 HUB = "hf:"
 PRETOKENIZED = "pretokenized:"
 SHARD_ENDINGS = (".bin", ".npy")
-DATASETS = {  # short names: repository on the hub, its default configuration
+DATASETS = {  # short name -> (repository on the hub, default configuration)
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
 }
@@ -42,15 +42,15 @@ DATASETS = {  # short names: repository on the hub, its default configuration
 
 @dataclass(frozen=True)
 class Unit:
-    """Files that one task turns into shards, or a built-in source."""
+    """Unit of work: files or a built-in source that one task converts into shards."""
 
     files: tuple[str, ...]
     bytes: int
-    """Size of the files as stored."""
+    """Size of the files on disk, before decompression."""
     source: str | None = None
-    """The name of a built-in source or a dataset on the hub; None for local files."""
+    """Name of a built-in source or a dataset on the hub; None for local files."""
     span: Span | None = None
-    """The part of its one file, with ``bytes`` its size; None: whole files."""
+    """Part of the only file, of size ``bytes``; None: complete files."""
 
 
 def plan_units(
@@ -61,17 +61,17 @@ def plan_units(
 ) -> list[Unit]:
     """Cut the sources into units, in order.
 
-    A large file of JSON lines or Parquet becomes several units if it is not compressed. Any other large file is one,
-    and so is one of the hub: who works on a part of it would have to download all of it.
+    A large local file of uncompressed JSON lines or Parquet becomes several units. Any other large file is one unit.
+    A file on the hub is one unit too, because each worker has to download the complete file.
 
     Args:
         sources: files, folders, built-in sources or datasets on the hub.
-        config: how to read them.
-        begun: an earlier plan with the same settings keeps datasets on the hub at its commits.
-        counts: gets the numbers of skipped files.
+        config: settings of the preparation.
+        begun: earlier plan; if its settings are equal, datasets on the hub keep its commits.
+        counts: counts of skipped files, which are updated.
 
     Raises:
-        UserError: a source does not exist or holds no file with anything in it.
+        UserError: a source does not exist or has no text.
     """
     pinned = begun["datasets"] if begun and begun.get("settings") == dataclasses.asdict(config) else {}
     units: list[Unit] = []
@@ -83,7 +83,7 @@ def plan_units(
             repository = DATASETS.get(source, (source.removeprefix(HUB).removeprefix(PRETOKENIZED),))[0]
             before = pinned.get(source, [])
             if not all(address.startswith(f"{SCHEME}{repository}@") for address, _ in before):
-                before = []  # a received folder does not say what is read
+                before = []  # a plan from another machine must not choose the repository
             found = before or _dataset(source, config)
             units += [Unit((address,), size, source) for address, size in found]
             continue
@@ -93,7 +93,7 @@ def plan_units(
             raise UserError(f"{source or repr(source)}: no such file, folder or source{did_you_mean(source, known)}")
         group: list[str] = []
         size = 0
-        for file in find_files(path.absolute(), config.glob, counts.left_out if counts else None):
+        for file in find_files(path.absolute(), config.glob, counts.skipped if counts else None):
             file_size = file.stat().st_size
             cut = file_size > SPAN_BYTES and can_be_cut(file, config.text_column)
             if group and (cut or size >= UNIT_BYTES):
@@ -110,7 +110,7 @@ def plan_units(
 
 
 def _spans(file: Path, size: int) -> Iterator[Unit]:
-    """Units of about equal size that are together one large file."""
+    """Yield units of about equal size that cover a large file."""
     n = -(-size // SPAN_BYTES)
     for i in range(n):
         span = Span(i * size // n, (i + 1) * size // n, of=size)
@@ -122,7 +122,7 @@ def _on_hub(source: str) -> bool:
 
 
 def ignored_by_sources(sources: tuple[str, ...]) -> dict[str, str]:
-    """The flags of `prepare` that have no effect on these sources, each with the reason."""
+    """Return the flags of `prepare` that have no effect on these sources: flag -> reason."""
     hub = [source for source in sources if _on_hub(source)]
     local = [source for source in sources if source not in hub and (source not in BUILT_IN or Path(source).exists())]
     folders = [source for source in local if Path(source).is_dir() or not Path(source).exists()]
@@ -131,28 +131,28 @@ def ignored_by_sources(sources: tuple[str, ...]) -> dict[str, str]:
         (not hub, "without a source on the hub", ("--hub-revision", "--keep-downloads")),
         (not datasets, "without a dataset on the hub", ("--hub-config", "--hub-split")),
         (not folders, "without a folder of text", ("--glob",)),
-        (not (local or datasets), "on these sources, which are read in one way", ("--text-column", "--separator")),
+        (not (local or datasets), "on these sources, whose format is fixed", ("--text-column", "--separator")),
     )
     return {flag: why for ignored, why, flags in rules if ignored for flag in flags}
 
 
 def _dataset(source: str, config: PrepareConfig) -> list[list[Any]]:
-    """The addresses and sizes of a dataset's files."""
+    """Return the files of a dataset on the hub as [address, bytes]."""
     if source.startswith(PRETOKENIZED):
         if config.dedup:
-            raise UserError(f"{source}: published shards are taken as they are; leave --dedup out")
+            raise UserError(f"{source}: published shards cannot be deduplicated; remove --dedup")
         shards = repository_files(source.removeprefix(PRETOKENIZED), config.hub_revision, SHARD_ENDINGS)
         shards = [file for file in shards if split_of(file.path)]
         if not shards:
-            raise UserError(f"{source}: no shards there such as fineweb_train_000001.bin")
+            raise UserError(f"{source}: no token shards on the hub, such as fineweb_train_000001.bin")
         return [[str(file), file.bytes] for file in shards]
     repository, default = DATASETS.get(source, (source.removeprefix(HUB), None))
     files = dataset_files(repository, config.hub_config or default, config.hub_split, config.hub_revision)
     return [[str(file), file.bytes] for file in files]
 
 
-def kinds_of(units: list[Unit]) -> str:
-    """Number of files by ending, and names of built-in sources, as text."""
+def describe_files(units: list[Unit]) -> str:
+    """Return a text with the number of files by ending and the names of built-in sources."""
     files = [file for unit in units for file in unit.files if not unit.span or unit.span.start == 0]
     endings = collections.Counter(ending(Path(file)) for file in files)
     kinds = [counted(n, f"{of} file") for of, n in sorted(endings.items())]
@@ -160,7 +160,7 @@ def kinds_of(units: list[Unit]) -> str:
 
 
 def describe(sources: tuple[str, ...], config: PrepareConfig, units: list[Unit]) -> dict[str, Any]:
-    """The plan as JSON values: equal plans make equal shards."""
+    """Return the plan of a folder as JSON values; equal plans result in equal shards."""
     names = [Path(os.path.abspath(source)).name for source in sources]
     return {
         "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
@@ -183,13 +183,20 @@ def describe(sources: tuple[str, ...], config: PrepareConfig, units: list[Unit])
 def unit_documents(
     unit: Unit, config: PrepareConfig, downloads: Path | None, counts: ReadCounts | None = None
 ) -> Iterator[AnyDocument]:
-    """Yield the documents of a unit, in order, and count what is read in ``counts``.
+    """Yield the documents of a unit, in order.
 
-    Files of the hub are downloaded into ``downloads`` (None: the hub client's cache).
+    Args:
+        unit: unit of work.
+        config: settings of the preparation.
+        downloads: folder for files from the hub; None: cache of the hub client.
+        counts: counts of the files and documents, which are updated.
+
+    Raises:
+        UserError: a file cannot be downloaded or read.
     """
     counts = counts or ReadCounts()
-    if unit.source == "python-stdlib":
-        yield from map(counts.count, python_stdlib())
+    if unit.source in DOCUMENTS:
+        yield from map(counts.count, DOCUMENTS[unit.source]())
     files = unit.files
     if unit.source == "tinyshakespeare":
         files = (str(download_tinyshakespeare(Path(DataConfig.cache))),)

@@ -1,7 +1,7 @@
-"""The work on a unit: hash its documents, assign them to splits, write its shards and its record.
+"""Steps of a unit of work: hash its documents, assign them to splits, write its shards and its record.
 
-A record is written after its shards, so a unit is finished exactly if it has one. What is written is a pure function
-of the files and the settings.
+The record of a unit is written after its shards, so its existence means that the unit is finished. The output is a
+pure function of the files and settings.
 """
 
 from __future__ import annotations
@@ -32,55 +32,59 @@ from restomod.utils.files import fsync_path, sha256_file, write_bytes_atomically
 from restomod.utils.temporary import Temporary
 
 WORK = ".prepare"
-SLURM = "slurm.json"  # there: jobs of Slurm have been submitted for the folder
-ANEW = "choose another folder with --out, or delete this one and run the same command again"
-DESTINATIONS = (*SPLITS, "duplicates")  # of a document; `assign_splits` writes their numbers
-BATCH_CHARACTERS = 4_000_000  # of text encoded at once: fast, and little memory
-COPY_TOKENS = 1_000_000  # read at once of tokens that are in a file
+SLURM = "slurm.json"  # exists if Slurm jobs have been submitted for the folder
+START_AGAIN = "choose another folder with --out, or delete this one and run the same command again"
+DESTINATIONS = (*SPLITS, "duplicates")  # destinations of documents; `assign_splits` writes the indices
+BATCH_CHARACTERS = 4_000_000  # characters per call of the encoder
+COPY_TOKENS = 1_000_000  # tokens per read when a file is copied
 
 
 def record_path(out: Path, unit: int) -> Path:
+    """Return the path of a unit's record, which exists if the unit is finished."""
     return out / WORK / f"unit_{unit:05d}.json"
 
 
 def failure_path(out: Path, unit: int) -> Path:
-    """File in which a job of Slurm leaves the error of a unit."""
+    """Return the path of the file into which a Slurm job writes the error of a unit."""
     return out / WORK / f"failed_{unit:05d}.json"
 
 
 def quiet_datatrove() -> None:
-    """Keep datatrove's log off the terminal; errors are reported as ours."""
+    """Disable datatrove's log on the terminal."""
     from loguru import logger
 
     logger.disable("datatrove")
 
 
 class UnitStep:
-    """A step of a datatrove pipeline: rank r works on unit ``todo[r]``."""
+    """Step of a datatrove pipeline in which rank r processes unit ``todo[r]``."""
 
     def __init__(self, config: PrepareConfig, units: list[Unit], out: Path, todo: Sequence[int] = ()) -> None:
         self.config, self.units, self.out, self.todo = config, units, out, todo
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        quiet_datatrove()  # in a worker, before its first message
+        quiet_datatrove()  # also in worker processes
 
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterable[AnyDocument]:
+        """Process the unit of a rank; datatrove calls this function."""
         self.work(self.todo[rank])
         return []
 
     def work(self, unit: int) -> None:
+        """Process a unit."""
         raise NotImplementedError
 
     def downloads(self, unit: int) -> Path | None:
-        """Folder for a unit's downloads, deleted when it is finished; None: the hub client's cache, to keep them."""
+        """Return the temporary folder for a unit's downloads; None for the hub client's cache (--keep-downloads)."""
         return None if self.config.keep_downloads else self.out / WORK / f"downloads_{unit:05d}"
 
 
 class HashUnit(UnitStep):
-    """Write the hashes of a unit's documents, by which duplicates are found."""
+    """Step that writes the hashes of a unit's documents."""
 
     def work(self, unit: int) -> None:
+        """Write the hashes of a unit's documents unless they exist."""
         if hashes_path(self.out, unit).exists():
             return
         documents = unit_documents(self.units[unit], self.config, self.downloads(unit))
@@ -89,11 +93,12 @@ class HashUnit(UnitStep):
 
 
 def hash_documents(documents: Iterable[AnyDocument], seed: int) -> np.ndarray:
-    """The `split_hash` of every document, shape (n,), uint64."""
+    """Compute the `split_hash` of every document, shape (n,), uint64."""
     return np.fromiter((split_hash(document.parts(), seed) for document in documents), dtype=np.uint64)
 
 
 def hashes_path(out: Path, unit: int) -> Path:
+    """Return the path of the hashes of a unit's documents."""
     return out / WORK / f"hashes_{unit:05d}.npy"
 
 
@@ -102,15 +107,23 @@ def _assigned_path(out: Path, unit: int) -> Path:
 
 
 def _load(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """Map the values that an earlier step has written, shape (n,). Raises UserError where they are damaged."""
+    """Memory-map an array of an earlier step, shape (n,). Raises UserError if the file is damaged."""
     return open_npy(path, dtype, "delete this file and run the same command again")
 
 
 def assign_splits(out: Path, units: int, config: PrepareConfig) -> None:
-    """Write for every unit the place in `DESTINATIONS` of each of its documents, given the hashes of all documents.
+    """Assign every document to a split or to the duplicates, from the hashes of all documents.
 
-    Validation gets at least one text if ``val_fraction`` is above 0, and never all. With ``dedup`` only the first
-    document of each text is kept, in the order of the units.
+    If ``val_fraction`` is above 0, the validation split receives at least one text, but never all texts. With
+    ``dedup``, the first document of each text in the order of the units is kept.
+
+    Args:
+        out: output folder; the indices in `DESTINATIONS` are written as one array per unit.
+        units: number of units.
+        config: settings of the preparation.
+
+    Raises:
+        UserError: an array of hashes is missing or damaged.
     """
     hashes = [_load(hashes_path(out, unit), np.uint64) for unit in range(units)]
     together = np.concatenate(hashes)
@@ -128,24 +141,35 @@ def assign_splits(out: Path, units: int, config: PrepareConfig) -> None:
 
 
 def val_limit(config: PrepareConfig) -> int:
-    """The hash below which documents go to validation."""
+    """Return the hash limit of the validation split; documents with a smaller hash belong to it."""
     return math.ceil(config.val_fraction * 2**64)
 
 
 def write_array(path: Path, values: np.ndarray, out: Path) -> None:
-    """Save a value per document of a unit, shape (n,), as .npy, atomically: hashes (uint64) or destinations (uint8)."""
+    """Write one value per document of a unit atomically as .npy.
+
+    Args:
+        path: output file.
+        values: hashes (uint64) or indices in `DESTINATIONS` (uint8), shape (n,).
+        out: output folder of the preparation.
+    """
     content = io.BytesIO()
     np.save(content, values)
     write_bytes_atomically(path, content.getvalue(), out)
 
 
 class PrepareUnit(UnitStep):
-    """Tokenize a unit's documents into its shards, and write its record."""
+    """Step that tokenizes a unit's documents and writes its shards and record."""
 
-    remedy = ANEW
-    """What to do about a document that has changed since it was hashed, for messages."""
+    remedy = START_AGAIN
+    """End of the error message for a document that has changed since it was hashed."""
 
     def work(self, unit: int) -> None:
+        """Write the shards and the record of a unit unless it is finished.
+
+        Raises:
+            UserError: a file cannot be downloaded, read or written, or a document has changed.
+        """
         if record_path(self.out, unit).exists():
             return
         source = self.units[unit].source
@@ -162,8 +186,8 @@ class PrepareUnit(UnitStep):
                 writer.discard()
             if isinstance(e, OSError):
                 raise UserError(
-                    f"{self.out}: cannot write ({e.strerror or e}); finished units are kept: "
-                    f"free space or fix it, and run the same command again"
+                    f"{self.out}: cannot write ({e.strerror or e}); fix it or free disk space, and run the same "
+                    f"command again; finished units are kept"
                 ) from None
             raise
         self._finish(unit, splits, counts["all"]["documents"], counts["duplicates"]["documents"], read)
@@ -171,8 +195,8 @@ class PrepareUnit(UnitStep):
     def _finish(
         self, unit: int, splits: dict[str, Any], documents: int, duplicates: int, read: dict[str, Any] | None = None
     ) -> None:
-        """Write the record of a unit whose shards are written, and drop what it downloaded."""
-        fsync_path(self.out)  # the shards' names are on the disk before a record speaks of them
+        """Write the record of a unit after its shards, and delete its downloads."""
+        fsync_path(self.out)  # the record must not reach the disk before the names of the shards
         record = {"splits": splits, "documents": documents, "duplicates": duplicates}
         if read:
             record[READ] = read
@@ -181,10 +205,10 @@ class PrepareUnit(UnitStep):
             shutil.rmtree(downloads, ignore_errors=True)
 
     def document_done(self) -> None:
-        """Called after each document, for subclasses that show progress."""
+        """Run after each document; subclasses show progress here."""
 
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
-        """Write the documents; return counts of documents and text bytes by destination, and `ReadCounts.to_dict`."""
+        """Write the documents; return documents and text bytes by destination, and the `ReadCounts`."""
         read = ReadCounts()
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
@@ -196,10 +220,10 @@ class PrepareUnit(UnitStep):
             assigned = _load(_assigned_path(self.out, unit), np.uint8).tolist()
         if len(self.units) == 1:
             head = list(islice(documents, 2))
-            if len(head) == 1:  # nothing to delimit: written without a separator, and validation is its tail
+            if len(head) == 1:  # no separator; its last part is the validation split
                 for _, parts in encoded(head, encoder, config.split_seed, hashes, self.remedy):
                     counts |= write_by_position(parts, config.val_fraction, writers, tokenizer)
-                counts["all"]["documents"] = 1  # a part of it in each split
+                counts["all"]["documents"] = 1  # each split contains a part of it
                 self.document_done()
                 return counts, read.to_dict()
             documents = chain(head, documents)
@@ -222,7 +246,7 @@ class PrepareUnit(UnitStep):
 
 
 def document_batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
-    """Documents in groups of about `BATCH_CHARACTERS`; one that is to be encoded in pieces comes by itself."""
+    """Yield documents in batches of about `BATCH_CHARACTERS`; a document that is encoded in pieces is a batch alone."""
     batch: list[AnyDocument] = []
     size = 0
     for document in documents:
@@ -233,7 +257,7 @@ def document_batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocum
         else:
             batch.append(document)
             size += len(document.text)
-        del document  # a long one is not to be held while the next is read
+        del document  # free the memory of a long document before the next one is read
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -248,38 +272,46 @@ def encoded(
     known: Sequence[int] | None = None,
     remedy: str = "run the same command again",
 ) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
-    """Yield the `split_hash` and the tokens of each document; the tokens in parts, to be taken before the next one.
+    """Encode documents: short ones in batches, long ones in pieces.
 
-    Short documents are encoded many at once, a long one piece by piece.
+    Args:
+        documents: documents to encode.
+        encoder: encoder of the tokens.
+        seed: seed of the split hash.
+        known: hashes of the documents from an earlier read; None: not known.
+        remedy: end of the error message for changed documents.
+
+    Yields:
+        The `split_hash` of each document and its tokens in parts, each (n,) uint16. The caller has to read all parts
+        of a document before the next document.
 
     Raises:
-        UserError: a document's hash is not the ``known`` one, or it has changed while it was encoded; ends with
-            ``remedy``.
+        UserError: a document has changed since its first read, or documents have disappeared.
     """
     hashes = iter(known or [])
     for batch in document_batches(documents):
-        alone = len(batch) == 1  # to be encoded in pieces; a short one has only one
+        alone = len(batch) == 1  # encoded in pieces, of which a short document has one
         tokens = iter([] if alone else encoder.encode([d.text for d in batch if isinstance(d, Document)]))
         batch.reverse()
         while batch:
             document = batch.pop()
             h = next(hashes, None) if known is not None else split_hash(document.parts(), seed)
-            in_memory = known is not None and isinstance(document, Document)  # else compared once it is encoded
+            in_memory = known is not None and isinstance(document, Document)  # others are compared while encoding
             if h is None or (in_memory and h != split_hash(document.parts(), seed)):
                 raise UserError(f"{document.name} has changed since it was first read; {remedy}")
             parts = _encoded_pieces(document, encoder, seed, h, remedy) if alone else iter([next(tokens)])
             del document
             yield h, parts
     if next(hashes, None) is not None:
-        raise UserError(f"documents have disappeared since they were first read; {remedy}")
+        raise UserError(f"documents have disappeared since the first read; {remedy}")
 
 
 def _encoded_pieces(
     document: AnyDocument, encoder: BulkEncoder, seed: int, expected: int, remedy: str
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of a document piece by piece. Raises UserError at the end if the text has another hash."""
+    """Yield the tokens of a document in pieces. Raises UserError at the end if the hash of the text has changed."""
     hashed = SplitHash(seed)
-    for piece in pieces(document.name, map(hashed.pass_on, document.parts())):
+    for piece in pieces(document.name, map(hashed.update, document.parts())):
         yield encoder.encode([piece])[0]
     if hashed.value() != expected:
         raise UserError(f"{document.name} has changed since it was first read; {remedy}")
@@ -288,9 +320,19 @@ def _encoded_pieces(
 def write_by_position(
     parts: Iterable[np.ndarray], val_fraction: float, writers: dict[str, ShardWriter], tokenizer: Tokenizer
 ) -> dict[str, dict[str, int]]:
-    """Write the tokens of a single document without a separator, the last part for validation; return counts."""
+    """Write a single document without a separator; its last part is the validation split.
+
+    Args:
+        parts: token ids of the document in parts, each (n,) uint16.
+        val_fraction: fraction of the tokens for validation.
+        writers: shard writer of each split.
+        tokenizer: tokenizer that counts the bytes of the text.
+
+    Returns:
+        Counts of documents and text bytes by split.
+    """
     counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
-    with tempfile.TemporaryFile(dir=writers["train"].folder) as held:  # where to cut is known at the end
+    with tempfile.TemporaryFile(dir=writers["train"].folder) as held:  # the position of the cut depends on the total
         total = 0
         for part in parts:
             held.write(part.astype("<u2", copy=False).tobytes())
@@ -311,14 +353,23 @@ def write_by_position(
 
 
 def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Download one published shard into ``out`` under its own name, check it, and return its record by split.
+    """Download and check one published shard.
+
+    Args:
+        address: address of the shard on the hub.
+        out: output folder; the shard keeps its name.
+        downloads: temporary folder for the download; None: cache of the hub client.
+        tokenizer: tokenizer that counts the bytes of the text.
+
+    Returns:
+        Record by split: tokens, documents, bytes of text and the manifest entry of the shard.
 
     Raises:
-        UserError: it cannot be downloaded, is damaged, or holds tokens that are not GPT-2's.
+        UserError: the shard cannot be downloaded, is damaged, or contains tokens outside GPT-2's vocabulary.
     """
     path = fetch(address, downloads)
     name = path.name
-    tokens = open_shard(path, "get it again")
+    tokens = open_shard(path, "download it again")
     documents = text_bytes = 0
     for start in range(0, len(tokens), COPY_TOKENS):
         part = np.asarray(tokens[start : start + COPY_TOKENS])
@@ -326,13 +377,13 @@ def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Toke
         documents += int(np.count_nonzero(part == END_OF_TEXT))
         text_bytes += tokenizer.byte_length(part)
     blob, count = path.resolve(), len(tokens)
-    del tokens  # unmap it
+    del tokens  # unmap the file
     if downloads is None:
         with Temporary(out) as temporary:
             shutil.copyfile(blob, temporary.path)
             temporary.move(out / name)
     else:
-        os.replace(blob, out / name)  # a download that is not to stay lies within ``out``
+        os.replace(blob, out / name)  # temporary downloads are in ``out``
     fsync_path(out / name)
     shard = {"file": name, "tokens": count, "sha256": sha256_file(out / name)}
     empty: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": []}

@@ -1,1 +1,1 @@
-"""Tasks: a module each, and the registry of them."""
+"""Evaluation tasks, one module per benchmark, and their registry."""

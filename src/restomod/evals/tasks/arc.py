@@ -1,4 +1,4 @@
-"""ARC (Clark et al., 2018): multiple-choice science questions of schools, easy and challenging ones."""
+"""ARC (Clark et al., 2018): multiple-choice school science questions, an easy and a challenge set."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from restomod.utils.errors import shortened
 
 
 def example(record: Record) -> Example:
-    """As lm-evaluation-harness scores it: "Question: …\\nAnswer:", then a choice's text."""
+    """Convert a record as lm-evaluation-harness does: lines "Question: …" and "Answer:", then a choice's text."""
     choices = get_field(record, dict, "choices")
     labels, key = get_field(choices, list, "label"), get_text(record, "answerKey")
     if key not in labels:
-        raise RecordError(f"the answer {shortened(repr(key))} is none of the choices' labels {shortened(repr(labels))}")
+        raise RecordError(f"the answer {shortened(repr(key))} is not in the choices' labels {shortened(repr(labels))}")
     context = f"Question: {get_text(record, 'question')}\nAnswer:"
     return question(context, get_choices(choices, "text"), labels.index(key))
 

@@ -1,6 +1,7 @@
-"""HellaSwag (Zellers et al., 2019): which of four endings continues a description?
+"""HellaSwag (Zellers et al., 2019): four-choice questions, the correct ending of a description.
 
-The file is downloaded from its authors. It is scored as build-nanogpt does, or as lm-evaluation-harness does.
+The official file is downloaded. There are two tasks: the prompt format of build-nanogpt and the one of
+lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _HARNESS = "lm-evaluation-harness, as build-nanogpt quotes it"
 
 
 def plain_example(record: Record) -> Example:
-    """As build-nanogpt scores it: the file's `ctx` as it is, a space, an ending as it is."""
+    """Convert a record as build-nanogpt does: the unchanged field `ctx`, a space, an unchanged ending."""
     return question(get_text(record, "ctx"), get_choices(record, "endings"), get_index(record, "label"))
 
 
 def harness_example(record: Record) -> Example:
-    """As lm-evaluation-harness scores it: the activity before the context, WikiHow's brackets removed.
+    """Convert a record as lm-evaluation-harness does: activity label, context, ending, without WikiHow's brackets.
 
-    Where a file has no `ctx_a` and `ctx_b`, its `ctx` is taken for the two.
+    Records without the fields `ctx_a` and `ctx_b` use `ctx` as the context.
     """
     if "ctx_a" in record:
         context = f"{get_text(record, 'ctx_a')} {get_text(record, 'ctx_b').capitalize()}"
@@ -61,7 +62,7 @@ def _without_brackets(text: str) -> str:
 TASKS = (
     Task(
         "hellaswag",
-        "ctx as it is, a space, the ending (build-nanogpt)",
+        "unchanged ctx, a space, the ending (build-nanogpt)",
         plain_example,
         headline="acc_token",
         source=DATA,

@@ -1,4 +1,4 @@
-"""LAMBADA (Paperno et al., 2016): the last word of a passage, given all before it."""
+"""LAMBADA (Paperno et al., 2016): prediction of the last word of a passage."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from restomod.evals.tasks.task import (
     get_text,
 )
 
-_GPT2_PAPER = "the GPT-2 paper: its own detokenizer, for accuracy a stop-word filter"
+_GPT2_PAPER = "the GPT-2 paper: own detokenizer; accuracy with a stop-word filter"
 
 
 def example(record: Record) -> Example:
-    """The last word of `text`; or `context` and `continuation`, apart already."""
+    """Convert a record: field `text`, split before its last word, or fields `context` and `continuation`."""
     if "text" in record:
         context, _, word = get_text(record, "text").rpartition(" ")
     else:
         context, word = get_text(record, "context"), get_text(record, "continuation").lstrip(" ")
     if not context:
-        raise RecordError("has no word before its last one")
+        raise RecordError("has a single word; a context is needed before the last word")
     return Example((context,), (after_space(word),), (word,), 0)
 
 
 TASKS = (
     Task(
         "lambada",
-        "the last word, a space before it (OpenAI's text)",
+        "the last word with a space before it (OpenAI's text)",
         example,
         headline="acc",
         source=HubData("EleutherAI/lambada_openai", "default", "test"),

@@ -1,4 +1,4 @@
-"""PIQA (Bisk et al., 2020): which of two solutions reaches a goal?"""
+"""PIQA (Bisk et al., 2020): two-choice questions about everyday physics, a goal and two solutions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from restomod.evals.tasks.task import (
 
 
 def example(record: Record) -> Example:
-    """As lm-evaluation-harness scores it: "Question: …\\nAnswer:", then a solution."""
+    """Convert a record as lm-evaluation-harness does: lines "Question: …" and "Answer:", then a solution."""
     context = f"Question: {get_text(record, 'goal')}\nAnswer:"
     return question(context, (get_text(record, "sol1"), get_text(record, "sol2")), get_index(record, "label"))
 

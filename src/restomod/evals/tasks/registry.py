@@ -1,4 +1,4 @@
-"""The tasks by name, their published results, and how users name them: NAME, NAME=FILE or a file of their own."""
+"""Registry of evaluation tasks and their published results. Users write NAME, NAME=FILE or the path of a task file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from restomod.evals.tasks.task import (
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import split_items
 
-VALIDATION = "validation"  # the validation loss, which is asked for by a task's name
-MODULES = ("hellaswag", "arc", "piqa", "winograd", "lambada")  # of this folder; a new task: its module, here
+VALIDATION = "validation"  # name of the validation loss in --tasks
+MODULES = ("hellaswag", "arc", "piqa", "winograd", "lambada")  # modules of this folder; add the module of a new task
 TASKS: dict[str, Task] = {
     task.name: task for module in MODULES for task in importlib.import_module(f"restomod.evals.tasks.{module}").TASKS
 }
@@ -29,60 +29,63 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its examples."""
+    """Task with its examples."""
 
     task: Task
     examples: list[Example]
     limited: bool = False
-    """Whether these are only the first ones."""
+    """Whether the examples were cut to the first ones by a limit."""
 
 
 def own_example(record: Record) -> Example:
-    """Make an example of a user's own record: query or ctx, choices or endings, gold or label."""
+    """Convert a record of a user's file: fields query or ctx, choices or endings, gold or label."""
     query = get_text(record, "query", "ctx")
     return question(query, get_choices(record, "choices", "endings"), get_index(record, "gold", "label"))
 
 
 def own_task(name: str) -> Task:
-    """The task of a file without official data."""
-    return Task(name, "query, a space, the choice (your own file)", own_example, "acc_norm")
+    """Return a task for a user's file, without official data or published results."""
+    return Task(name, "query, a space, the choice (your file)", own_example, "acc_norm")
 
 
 def references(task: str) -> tuple[Reference, ...]:
-    """Published results of a task or, of "validation", losses on FineWeb-Edu's validation shard."""
+    """Return the published results of a task; for "validation", losses on FineWeb-Edu's validation shard."""
     if task == VALIDATION:
         return VALIDATION_LOSSES
     return TASKS[task].references if task in TASKS else ()
 
 
 def is_whole(task: str, examples: object) -> bool:
-    """Whether ``examples`` is the number of all examples of a task, which published results are of."""
+    """Return whether ``examples`` is the size of a task's official data, so that published results are comparable."""
     return task in TASKS and examples == TASKS[task].size
 
 
 def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
-    """Load the task that ``wanted`` names, or its first ``limit`` examples; downloads go into ``cache``.
+    """Load a task and its examples.
 
-    ``wanted`` is a name of `TASKS`, NAME=FILE for its data in a file, or a file of one's own questions.
+    Args:
+        wanted: key of `TASKS`, NAME=FILE for the data of that task in a file, or the path of a user's task file.
+        cache: folder for downloads.
+        limit: maximum number of examples; None: all.
 
     Raises:
-        UserError: there is no such task or file, or its data is wrong.
+        UserError: the task or the file does not exist, or its data is invalid.
     """
     from restomod.evals.tasks.files import read_examples
 
     name, _, file = wanted.partition("=")
     _require_name(name)
     if wanted.endswith("=") and not file:
-        raise UserError(f"{wanted}: there is no file after the =; name one, or leave the = out for the official data")
+        raise UserError(f"{wanted}: no file after the =; name a file, or write {name} for the official data")
     if name in TASKS:
         task = TASKS[name]
-        otherwise = f"fetch it by other means and name that file: --tasks {name}=FILE"
+        otherwise = f"get the file in another way and name it: --tasks {name}=FILE"
         if not file and task.source is None:
             raise UserError(f"task {name} has no official data; name a file: {name}=FILE")
         files = [Path(file)] if file or task.source is None else task.source.files(cache, otherwise)
     elif not file and (Path(name).exists() or Path(name).suffix):
         stem = Path(name).stem
-        if stem in TASKS or stem == VALIDATION:  # not the task of that name
+        if stem in TASKS or stem == VALIDATION:  # the results must not be mistaken for the task of that name
             stem = f"own-{stem}"
         task, files = own_task(stem), [Path(name)]
     else:
@@ -92,7 +95,11 @@ def load_task(wanted: str, cache: Path, limit: int | None = None) -> LoadedTask:
 
 
 def task_names(given: str) -> list[str]:
-    """Split a list of tasks at its commas; names of files may contain some. Raises UserError: an empty item."""
+    """Split a comma-separated list of tasks; names of files may contain commas.
+
+    Raises:
+        UserError: an item is empty.
+    """
 
     def names_a_file(item: str) -> bool:
         name, _, file = item.strip().partition("=")
@@ -107,11 +114,11 @@ def task_names(given: str) -> list[str]:
 
 def _require_name(name: str) -> None:
     if not name:
-        raise UserError("a task has no name (a comma too many?); leave it out, or name one of: " + ", ".join(TASKS))
+        raise UserError("a task has an empty name: remove the extra comma, or name one of: " + ", ".join(TASKS))
 
 
 def with_absolute_path(wanted: str) -> str:
-    """Make a task's file absolute in ``wanted`` (see `load_task`), so that it is found from any folder."""
+    """Return ``wanted`` (see `load_task`) with an absolute path, so that the file is found from any working folder."""
     name, _, file = wanted.partition("=")
     if file:
         return f"{name}={Path(file).absolute()}"

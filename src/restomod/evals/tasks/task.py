@@ -1,7 +1,8 @@
-"""What a task is: its official data, how a record becomes an example, what is measured, published results.
+"""Definition of an evaluation task: official data, conversion of records to examples, metrics, published results.
 
-A new task is a module of this folder with a tuple ``TASKS``, and its name in `restomod.evals.tasks.registry.MODULES`.
-Modules of data are imported where they are used: `restomod eval --help` lists the tasks.
+To add a task, write a module in this folder with a tuple ``TASKS`` and add its name to
+`restomod.evals.tasks.registry.MODULES`. Data modules are imported inside functions, so that `restomod eval --help`,
+which lists the tasks, starts quickly.
 
 Sources of published results: the docstring of build-nanogpt's hellaswag.py, measured with OpenAI's checkpoint; Radford
 et al., "Language Models are Unsupervised Multitask Learners", 2019, table 3 (GPT-2); Brown et al., "Language Models
@@ -23,26 +24,35 @@ KINDS = {str: "text", list: "a list", dict: "an object", (int, str): "a whole nu
 
 @dataclass(frozen=True)
 class Example:
-    """A question: which of the choices is right? Where a word is predicted there is one choice."""
+    """One multiple-choice question. A task that predicts the last word has a single choice."""
 
     contexts: tuple[str, ...]
-    """Text before each choice; mostly the same."""
+    """Text before each choice; usually the same for all choices."""
     continuations: tuple[str, ...]
-    """What is scored, with the space before it."""
+    """Scored text of each choice, including the space before it."""
     choices: tuple[str, ...]
-    """Text of each choice: normalised accuracies divide by its length."""
+    """Text of each choice; its length is the divisor of normalised accuracies."""
     gold: int
     """Index of the right choice."""
     where: str = ""
-    """File and line, for messages."""
+    """File and line of the record, for error messages."""
 
 
 class RecordError(Exception):
-    """Says what is wrong with a record; its reader adds the file and the line."""
+    """Error in a record of a task file. The reader of the file adds the path and the line."""
 
 
 def get_field(record: Record, kind: Any, *names: str) -> Any:
-    """The value of the first of ``names`` that the record has. Raises RecordError: none, or not of type ``kind``."""
+    """Return the value of the first field in ``names`` that exists in the record.
+
+    Args:
+        record: parsed JSON object or Parquet row.
+        kind: expected type, one of the keys of `KINDS`.
+        names: alternative names of the field, in order of preference.
+
+    Raises:
+        RecordError: no field has one of the names, or the value has another type.
+    """
     for name in names:
         if name in record:
             value = record[name]
@@ -54,12 +64,12 @@ def get_field(record: Record, kind: Any, *names: str) -> Any:
 
 
 def get_text(record: Record, *names: str) -> str:
-    """Like `get_field`, of a string."""
+    """Return a string field of a record; see `get_field`."""
     return str(get_field(record, str, *names))
 
 
 def get_index(record: Record, *names: str) -> int:
-    """Like `get_field`, of the index of the right choice, which some files hold as text."""
+    """Return the index of the right choice, stored as an integer or as text; see `get_field`."""
     value = get_field(record, (int, str), *names)
     try:
         return int(value)
@@ -68,7 +78,7 @@ def get_index(record: Record, *names: str) -> int:
 
 
 def get_choices(record: Record, *names: str) -> tuple[str, ...]:
-    """Like `get_field`, of two or more strings."""
+    """Return a list field of two or more strings; see `get_field`."""
     values = get_field(record, list, *names)
     for i, value in enumerate(values):
         if not isinstance(value, str):
@@ -79,29 +89,30 @@ def get_choices(record: Record, *names: str) -> tuple[str, ...]:
 
 
 def question(context: str, choices: tuple[str, ...], gold: int) -> Example:
-    """An example with one context, and a space before each choice."""
+    """Return an example with the same context for all choices and a space before each choice."""
     return Example((context,) * len(choices), tuple(after_space(c) for c in choices), choices, gold)
 
 
 def after_space(text: str) -> str:
-    """The text after a space; an empty one as it is."""
+    """Return the text with a leading space; empty text stays empty."""
     return f" {text}" if text else ""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One published number."""
+    """One published result."""
 
     model: str
     metric: str
-    """As in `restomod.evals.scoring`, the nearest one."""
+    """Name of the closest metric in `restomod.evals.scoring`."""
     value: float
     convention: str
+    """Data, prompt format and source of the published value."""
 
 
 GPT2, GPT3 = "GPT-2 124M", "GPT-3 125M"
 LR_STUDY = "reproduction, lr 6e-4", "reproduction, lr 1.2e-3"
-RTX3090, LLAMA = "reproduction, 4 × 3090", "reproduction, Llama's parts"  # one project's first run and its second
+RTX3090, LLAMA = "reproduction, 4 × 3090", "reproduction, Llama's parts"  # two runs of one project
 GPT3_PAPER = "the GPT-3 paper: zero-shot, its own prompts, per token"
 
 VALIDATION_LOSSES = (
@@ -115,14 +126,22 @@ VALIDATION_LOSSES = (
 
 @dataclass(frozen=True)
 class HubData:
-    """Parquet files of a dataset on the Hugging Face hub, at the commit of its branch `main`."""
+    """Parquet files of a dataset on the Hugging Face hub, at the newest commit of branch `main`."""
 
     repository: str
     config: str | None
     split: str
 
     def files(self, cache: Path, otherwise: str) -> list[Path]:
-        """Download what the hub client's cache lacks. Raises UserError, which ends with ``otherwise``."""
+        """Download missing files into the hub client's cache and return their paths.
+
+        Args:
+            cache: not used; the hub client has its own cache.
+            otherwise: advice that ends an error message.
+
+        Raises:
+            UserError: the download failed.
+        """
         from restomod.data.hub_datasets import dataset_files, fetch
 
         try:
@@ -133,14 +152,22 @@ class HubData:
 
 @dataclass(frozen=True)
 class Download:
-    """A file at a URL, checked against its SHA-256."""
+    """File at a URL with a known SHA-256."""
 
     url: str
     sha256: str
     name: str
 
     def files(self, cache: Path, otherwise: str) -> list[Path]:
-        """Download the file into ``cache`` where it is missing. Raises UserError, which ends with ``otherwise``."""
+        """Download the file into ``cache`` if it is missing and return its path.
+
+        Args:
+            cache: folder for downloads.
+            otherwise: advice that ends an error message.
+
+        Raises:
+            UserError: the download failed, or the file has another SHA-256.
+        """
         from restomod.data.sources import download
 
         return [download(self.url, self.sha256, self.name, cache, otherwise)]
@@ -148,22 +175,22 @@ class Download:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark."""
+    """Evaluation benchmark."""
 
     name: str
-    """As in `--tasks`."""
+    """Name of the task in `--tasks`."""
     convention: str
-    """How the text is put together, in a few words: only numbers of one convention can be compared."""
+    """Short description of the prompt format. Results are comparable only if they have the same convention."""
     example: Callable[[Record], Example]
-    """Makes an example of a record; raises `RecordError`."""
+    """Function that converts a record to an example; raises `RecordError`."""
     headline: str
-    """The accuracy that is commonly quoted, one of `restomod.evals.scoring.ACCURACIES`."""
+    """Most commonly quoted accuracy, one of `restomod.evals.scoring.ACCURACIES`."""
     source: HubData | Download | None = None
-    """The official data; None: a file that the user names."""
+    """Official data; None: the user names a file."""
     kind: Literal["multiple-choice", "last-word"] = "multiple-choice"
     size: int | None = None
-    """Number of examples of the official data, which published results are of."""
+    """Number of examples in the official data; published results cover all of them."""
     chance: float | None = None
-    """Accuracy of uniformly random choices."""
+    """Accuracy of uniformly random choices; None: no fixed number of choices."""
     references: tuple[Reference, ...] = ()
-    """Published results."""
+    """Published results on the official data."""

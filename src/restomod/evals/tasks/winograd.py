@@ -1,4 +1,4 @@
-"""Winograd schemas (Levesque et al., 2012; WSC273): whom does the pronoun refer to?"""
+"""Winograd schemas (Levesque et al., 2012; WSC273): two-choice questions, the referent of a pronoun."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ LOWERED = ("A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "The
 
 
 def example(record: Record) -> Example:
-    """Partial evaluation (Trinh and Le, 2018): how likely is the rest of the sentence after each candidate?
+    """Convert a record for partial evaluation (Trinh and Le, 2018).
 
-    The candidate takes the pronoun's place. As in lm-evaluation-harness, it gets 's for a possessive pronoun, and a
-    small letter within a sentence.
+    Each candidate replaces the pronoun, and the rest of the sentence is scored. As in lm-evaluation-harness, "'s" is
+    added for a possessive pronoun, and a candidate within a sentence begins in lower case.
     """
     text = get_text(record, "text").replace("  ", " ")
     pronoun, at = get_text(record, "pronoun"), get_index(record, "pronoun_loc")
     if text[at : at + len(pronoun)] != pronoun:
         place = shortened(str(at))
-        raise RecordError(f"the pronoun {shortened(repr(pronoun))} does not stand at character {place} of the text")
+        raise RecordError(f"the pronoun {shortened(repr(pronoun))} is not at character {place} of the text")
     before, rest = text[:at], text[at + len(pronoun) :]
     options = tuple(_in_place(option, pronoun, before) for option in get_choices(record, "options"))
     contexts = tuple(before + option for option in options)

@@ -67,7 +67,7 @@ def expected_loss(config: RunConfig) -> ExpectedLoss:
         return _unknown("the published runs are AdamW's")
     if config.data.source == "tinyshakespeare":
         return _tinyshakespeare(config)
-    if config.data.source == "python-stdlib" or config.data.mix is not None:
+    if config.data.source not in ("text", "tokens") or config.data.mix is not None:
         return _unknown("the published runs read FineWeb-Edu or TinyShakespeare")
     if _is_known_other(config):
         return _unknown(f"the published runs were trained on FineWeb-Edu, and {config.data.path} is other text")
@@ -95,7 +95,7 @@ def _same_model(model: ModelConfig, other: ModelConfig) -> bool:
 def _llama(config: RunConfig) -> ExpectedLoss:
     """The preset is the published run."""
     same = llama_124m()
-    other_source = config.data.source in ("python-stdlib", "tinyshakespeare") or config.data.mix is not None
+    other_source = config.data.source not in ("text", "tokens") or config.data.mix is not None
     if other_source or _is_known_other(config):
         return _unknown("the published run reads FineWeb-Edu")
     if config.optim != same.optim or (config.steps, config.batch_tokens) != (same.steps, same.batch_tokens):

@@ -1,15 +1,15 @@
 "use strict";
-// Charts of the runs. Text of a run reaches plotly only through plain(), as plotly parses some markup.
+// Charts of the runs. plotly parses some HTML, so text of a run is passed to it through plain() only.
 
 const CHARTS = [
   { id: "loss", title: "Loss", unit: "nats per token", wide: true, metric: "loss", digits: ".4f" },
   { id: "lr", title: "Learning rate", metric: "lr", digits: ".3~g" },
   { id: "grad_norm", title: "Gradient norm", metric: "grad_norm", digits: ".3~g", log: true },
   { id: "tokens_per_second", title: "Tokens per second", metric: "tokens_per_second", digits: ",.0f" },
-  { id: "mfu", title: "Model FLOP utilisation", metric: "mfu", digits: ".1%", tick: ".0%" },
+  { id: "mfu", title: "Model FLOPs utilisation", metric: "mfu", digits: ".1%", tick: ".0%" },
 ];
 const TASKS = {
-  validation: "Validation loss", hellaswag: "HellaSwag", "hellaswag-harness": "HellaSwag, as lm-evaluation-harness asks it", lambada: "LAMBADA",
+  validation: "Validation loss", hellaswag: "HellaSwag", "hellaswag-harness": "HellaSwag (lm-evaluation-harness)", lambada: "LAMBADA",
   "arc-easy": "ARC, easy", "arc-challenge": "ARC, challenge", piqa: "PIQA", winograd: "Winograd",
 };
 const AXES = { step: "step", tokens: "tokens seen", hours: "hours in steps" };
@@ -28,14 +28,14 @@ function xs(run, curve, axis) {
   return axis === "tokens" ? curve.x.map((step) => step * run.batch_tokens) : curve.x;
 }
 
-/* The chosen run has the accent colour; the others are grey, distinguished by shade and dash. */
+/* Return the line style of a run: accent colour if chosen, otherwise shades of grey and dashes. */
 function look(index, chosen) {
   if (index === chosen) return { color: colour("accent"), dash: "solid" };
   const place = index > chosen ? index - 1 : index;
   return { color: colour("other-" + (1 + (place % 4))), dash: DASHES[place % 4] };
 }
 
-/* The chosen run is drawn last, on top. */
+/* Return runs with their indices; the chosen run comes last, so that it is drawn on top. */
 function inOrder(view) {
   return view.runs.map((run, index) => [run, index]).sort((a, b) => (a[1] === view.chosen) - (b[1] === view.chosen));
 }
@@ -63,7 +63,7 @@ function traces(chart, view) {
     if (val) {
       const shade = chosen ? colour("ink") : color, few = val.x.length <= 30;
       add(val, several ? name + ", validation" : "validation", {
-        ...(several && raw ? { showlegend: false, legendgroup: name } : {}), // one entry for a run
+        ...(several && raw ? { showlegend: false, legendgroup: name } : {}), // one legend entry per run
         mode: few ? "lines+markers" : "lines", line: { color: shade, width: 1.5, dash: few || !chosen ? "dot" : "solid" },
         marker: { size: 6, color: colour("paper"), line: { width: 1.6, color: shade } },
       });
@@ -87,13 +87,13 @@ function taskTraces(task, view) {
   });
 }
 
-/* Numbers of examples of a task's points. No line joins points of different numbers. */
+/* Return the numbers of examples of a task's points as text. Lines do not join points of different numbers. */
 function sampleSizes(task, view) {
   const sizes = new Set(view.runs.flatMap((run) => (run.tasks[task] ? run.tasks[task].examples : [])).filter(Boolean));
   return sizes.size ? [...sizes].sort((a, b) => a - b).map((n) => n.toLocaleString("en")).join(" and ") + " examples" : "";
 }
 
-/* The range of the second half of all curves. */
+/* Return the range of the second half of all curves. */
 function lateRange(data) {
   const last = Math.max(...data.map((trace) => trace.x[trace.x.length - 1]));
   const late = data.filter((trace) => trace.opacity === undefined)
@@ -103,12 +103,14 @@ function lateRange(data) {
   return [low - room, high + room];
 }
 
-/* Round values to mark on a logarithmic axis, as dense as the range allows. */
-function lossTicks(data) {
+/*
+ * Return plotly's `nticks` for a logarithmic axis, so that at least three ticks are shown: at equal distances within a
+ * decade, at 1, 2 and 5 in up to three decades, and at powers of ten beyond.
+ */
+function logTicks(data) {
   const all = data.flatMap((trace) => trace.y.filter((y) => y !== null && y > 0));
-  const low = Math.min(...all), high = Math.max(...all);
-  if (high / low > 8) return [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50];
-  return [0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20].filter((y) => y > low / 1.5 && y < high * 1.5);
+  const decades = Math.log10(Math.max(...all) / Math.min(...all));
+  return decades < 0.6 ? 6 : decades < 1 ? 5 : Math.min(5, Math.max(3, Math.round(2 * decades)));
 }
 
 function layout(chart, view, data) {
@@ -122,7 +124,7 @@ function layout(chart, view, data) {
     font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 52, r: 12, t: 8, b: 40 },
     uirevision: [chart.id, view.axis, view.scale, view.chosen].join(),
-    // many names would leave no room in a small chart; the wide one shows them
+    // a legend of many runs does not fit into a small chart
     showlegend: data.filter((trace) => trace.showlegend !== false).length > 1 && (chart.wide || view.runs.length <= 4),
     legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", font: { ...font, color: ink }, bgcolor: "rgba(0,0,0,0)" },
     hovermode: "x unified",
@@ -137,13 +139,12 @@ function layout(chart, view, data) {
     },
     yaxis: {
       gridcolor: grid, zeroline: false, type: log ? "log" : "linear", tickformat: chart.tick || (chart.digits === ",.0f" ? "~s" : "~g"),
-      nticks: 6, automargin: true, ...(log ? { dtick: "D2" } : {}), ...(range ? { range } : {}),
-      ...(log && isLoss ? { dtick: undefined, tickvals: lossTicks(data) } : {}),
+      nticks: log ? logTicks(data) : 6, automargin: true, ...(range ? { range } : {}),
     },
     shapes: lines.map((line) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: line.value, y1: line.value, line: { color: soft, width: 1, dash: "4px,4px" },
     })),
-    annotations: lines.map((line) => ({ // where a rising curve is not: above its beginning, below its end
+    annotations: lines.map((line) => ({ // rising curves have free space above their start and below their end
       xref: "paper", x: chart.left && line.name !== "chance" ? 0 : 1, xanchor: chart.left && line.name !== "chance" ? "left" : "right", y: line.at, yanchor: "bottom", showarrow: false,
       text: plain(line.name) + " " + line.label, font: { ...font, color: soft, size: 11 }, bgcolor: colour("paper"), opacity: 0.85, borderpad: 1,
     })),
@@ -154,8 +155,8 @@ const CONFIG = { displayModeBar: false, responsive: true, showTips: false, doubl
 
 function units(chart, view) {
   const mean = view.runs[view.chosen].curves[chart.metric + "_mean"];
-  const val = chart.id === "loss" && view.runs.length > 1 && "validation: " + (view.runs[view.chosen].curves.val ? "dark, of others dotted" : "dotted");
-  return [chart.unit, mean && "faint: each step; line: mean over " + mean.over, val].filter(Boolean).join("; ");
+  const val = chart.id === "loss" && view.runs.length > 1 && "validation: " + (view.runs[view.chosen].curves.val ? "dark line (other runs: dotted)" : "dotted line");
+  return [chart.unit, mean && "faint line: single steps; bold line: mean over " + mean.over + " steps", val].filter(Boolean).join("; ");
 }
 
 function allCharts(view) {

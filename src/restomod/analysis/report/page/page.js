@@ -1,10 +1,10 @@
 "use strict";
-// The page: elements built from the data. All text is set as text; no content of a run is parsed as markup.
+// Elements of the page. All content of a run is set as text, so that the browser does not parse it as HTML.
 
 const view = { runs: [], chosen: 0, axis: "step", scale: "log", sampleStep: null, failures: 0 };
 let page = JSON.parse(document.getElementById("data").textContent);
 let made = [];
-const plots = new Map(); // a chart keeps its element, and so the reader's zoom and hidden curves
+const plots = new Map(); // elements are reused, so that zoom and hidden curves remain
 
 function el(tag, attributes, ...children) {
   const node = document.createElement(tag);
@@ -35,7 +35,7 @@ function header(run) {
   return [
     el("h1", {}, run ? run.name : page.title),
     el("div", { class: "state", role: "status" }, el("span", { class: "dot " + (run && !live ? run.state : "") }),
-      el("span", { id: "state" }, live ? "the server has stopped; this is the last known state"
+      el("span", { id: "state" }, live ? "the server does not respond; this is the last known state"
         : run ? (run.state === "waiting" ? "waiting" : run.state) + (run.remark ? ", " + run.remark : "") : page.waiting)),
   ];
 }
@@ -52,12 +52,12 @@ function figures(run) {
     el("div", { class: "name" }, name), el("div", { class: "value" }, value), el("div", { class: "remark" }, remark))));
 }
 
-function sideBySide() {
+function comparison() {
   if (view.runs.length < 2) return [];
   const names = [...new Set(view.runs.flatMap((run) => run.figures.map((figure) => figure[0])))];
   const of = (run, name) => (run.figures.find((figure) => figure[0] === name) || ["", "–"])[1];
-  return [el("h2", {}, "Side by side"), table(["Run", ...names], view.runs.map((run) => [run.name, ...names.map((name) => of(run, name))]),
-    { numeric: names.map((_, i) => i + 1), rowClass: (r) => (r === view.chosen ? "chosen" : null), label: "runs side by side" })];
+  return [el("h2", {}, "Comparison"), table(["Run", ...names], view.runs.map((run) => [run.name, ...names.map((name) => of(run, name))]),
+    { numeric: names.map((_, i) => i + 1), rowClass: (r) => (r === view.chosen ? "chosen" : null), label: "comparison of runs" })];
 }
 
 function chartBox(chart) {
@@ -87,7 +87,7 @@ function events(run) {
 }
 
 function evaluations(run) {
-  if (!run.evaluations.length) return [el("h2", {}, "Evaluation"), el("p", { class: "soft" }, "None yet: restomod eval " + run.folder)];
+  if (!run.evaluations.length) return [el("h2", {}, "Evaluation"), el("p", { class: "soft" }, "No results yet. To evaluate this run: restomod eval " + run.folder)];
   return [el("h2", {}, "Evaluation"), run.evaluations.map((found) => [el("h3", {}, TASKS[found.task] || found.task), table(["Model", ...found.columns, ""], found.rows, {
     numeric: found.columns.map((_, i) => i + 1), remark: found.columns.length + 1, rowClass: (r) => (r < found.own ? "own" : null), label: found.task })])];
 }
@@ -105,7 +105,7 @@ function passage(found) {
 
 function errorAnalysis(run) {
   const found = run.error_analysis, title = el("h2", {}, "Error analysis");
-  if (found.reason) return [title, el("p", { class: "soft" }, "None: " + found.reason + ".")];
+  if (found.reason) return [title, el("p", { class: "soft" }, "Not available: " + found.reason + ".")];
   const most = Math.max(...found.kinds.map((kind) => kind.loss));
   const meter = (loss) => el("span", { class: "share", style: "width:" + (100 * loss / most).toFixed(1) + "%" });
   const percent = (share) => (100 * share).toFixed(1) + " %";
@@ -156,7 +156,7 @@ function render() {
   const open = new Set([...main.querySelectorAll("details")].flatMap((node, i) => (node.open ? [i] : [])));
   const before = main.querySelectorAll("details").length;
   made = [];
-  main.replaceChildren(...[header(run), selector(), run ? [figures(run), sideBySide(), training(run), evaluations(run), errorAnalysis(run), samples(run), details(run)] : [],
+  main.replaceChildren(...[header(run), selector(), run ? [figures(run), comparison(), training(run), evaluations(run), errorAnalysis(run), samples(run), details(run)] : [],
     el("footer", {}, page.footer)].flat(9).filter(Boolean));
   const nodes = [...main.querySelectorAll("details")];
   if (page.live && nodes.length === before) nodes.forEach((node, i) => { node.open = open.has(i); });
@@ -178,7 +178,7 @@ function take(data) {
   render();
 }
 
-/* Ask for new data as long as the page is open; status 204 means that there is none. */
+/* Request new data while the page is open; status 204 means no new data. */
 async function follow() {
   let version = page.version;
   for (;;) {
@@ -215,5 +215,5 @@ unpack().then(() => {
   document.documentElement.dataset.ready = "true";
   if (page.live) follow();
 }).catch((error) => {
-  document.getElementById("page").append(el("p", {}, "This browser cannot show the report (" + error.message + "). It needs one of 2023 or later."));
+  document.getElementById("page").append(el("p", {}, "This browser cannot show the report (" + error.message + "). Use a browser from 2023 or later."));
 });
