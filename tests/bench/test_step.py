@@ -228,7 +228,7 @@ def test_synthetic_tokens_are_of_the_vocabulary_and_fill_a_window() -> None:
         (("--timed", "0"), "--timed is 0"),
         (("--tokens", "fake"), "invalid choice 'fake' for argument '--tokens'"),
         (("--micro-batch", "3"), "micro_batch 3 does not divide the 4 sequences"),
-        (("--parallel", "fsdp"), "--parallel fsdp shares a model among processes: start two or more with torchrun"),
+        (("--parallel", "fsdp"), "--parallel fsdp needs several processes: start two or more with torchrun"),
         (("--tokens", "real", "--data.source", "text", "--data.path", "none.txt"), "none.txt: no such file or folder"),
         (("--tokens", "real", "--model.vocab-size", "100"), "model.vocab_size is 100, but the data's"),
         (("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--timed", "9"), "a step's loss is "),
@@ -263,7 +263,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("restomod.engine.step.linear_cross_entropy", fail)
     assert bench_step() == 2
     error = capsys.readouterr().err
-    assert error.startswith("restomod: error: out of memory with one sequence at once (")
+    assert error.startswith("restomod: error: out of memory with a micro-batch of 1 (")
     assert error.count("\n") == 1
 
 

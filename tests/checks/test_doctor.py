@@ -99,7 +99,7 @@ def test_checks_of_a_missing_device_are_skipped(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["doctor", "--device", "cuda", "--preset", "quickstart"]) == 1
     found = {line[6:22].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert found["device"].startswith("fail  device            device 'cuda' is not available here (there is: ")
+    assert found["device"].startswith("fail  device            device 'cuda' is not available (available: ")
     for name in ("memory", "parity", "matmuls", "bf16"):
         assert found[name].startswith("skip  ")
         assert found[name].endswith("no device")
@@ -113,7 +113,7 @@ def test_only_one_check_reports_a_missing_device(monkeypatch: pytest.MonkeyPatch
     for name in (*NAMES, *SLOW_NAMES):
         verdict = run_check(getattr(doctor, name.replace(" ", "_")), this(device="cuda"))
         assert verdict.check == name
-        assert ("not available here" in verdict.reason) == (name == "device"), verdict
+        assert ("is not available (" in verdict.reason) == (name == "device"), verdict
 
 
 def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

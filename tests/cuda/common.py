@@ -1,4 +1,4 @@
-"""The device under test, models and runs of a size that suits it, and exact results to compare with."""
+"""Device under test, models and runs of suitable size, and exact fp64 references."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FAMILIES = ("gpt2-124m", "llama-124m", "modern-124m", "speedrun-124m")
 
 
 def compile_transformer(model: GPT) -> None:
-    """Compile as training does; on a CPU without Inductor, whose C++ takes a minute to compile."""
+    """Compile with torch.compile; on a CPU without Inductor, whose C++ code takes a minute to compile."""
     if REAL:
         compile_module(model.transformer, DEVICE)
     else:
@@ -45,32 +45,31 @@ def compile_transformer(model: GPT) -> None:
 
 
 def small(family: str, **changes: Any) -> ModelConfig:
-    """A preset's model with two layers, heads of 64 and 1,009 tokens."""
+    """Return a preset's model with two layers, two heads of 64 channels and 1,009 tokens."""
     shape: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_positions": 128, "vocab_size": 1009}
     return dataclasses.replace(preset(family).model, **(shape | changes))
 
 
 def wide(family: str, n_layer: int = 2) -> ModelConfig:
-    """A preset's model at full width with fewer layers; on a CPU a tiny one."""
+    """Return a preset's model at full width with fewer layers; on a CPU a tiny model."""
     if not REAL:
         return small(family, n_layer=n_layer, n_head=1, n_embd=64, n_positions=32)
     return dataclasses.replace(preset(family).model, n_layer=n_layer)
 
 
 def random_text(config: ModelConfig, rows: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens and targets, (rows, length) int64 each, on the CPU."""
+    """Return random tokens and targets, (rows, length) int64 each, on the CPU."""
     text = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 def exact(model: GPT, tokens: Tensor, targets: Tensor, by_document: bool = False) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients by name in fp64 on the CPU, attention as plain products, the loss from all logits at once.
+    """Compute loss and gradients by name in fp64 on the CPU, with plain attention and full logits.
 
     Args:
-        model: on any device; it is copied.
+        model: model on any device; it is copied.
         tokens, targets: (B, T) int64 on the CPU.
-        by_document: every document goes through the model alone, at the positions that it has in its window. That is
-            what a document mask means, without a mask.
+        by_document: compute each document separately, at the positions in its window. This is equal to a document mask.
     """
     model = copy.deepcopy(model).to(CPU).double()
     config = model.config
@@ -91,13 +90,13 @@ def exact(model: GPT, tokens: Tensor, targets: Tensor, by_document: bool = False
 
 
 def document_spans(tokens: Tensor) -> list[slice]:
-    """Where the documents of a window (T,) lie; each begins with <|endoftext|>, but for the first."""
+    """Return the slices of the documents in a window (T,). All but the first one begin with <|endoftext|>."""
     starts = sorted({0, *(tokens == END_OF_TEXT).nonzero().flatten().tolist()})
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
 
 def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of each tensor's difference by the norm of what was expected; infinite where a number is not finite."""
+    """Return the relative error of each tensor, norm(found - expected) / norm(expected); infinity for NaN."""
     assert found.keys() == expected.keys()
     errors = {}
     for name, value in expected.items():
@@ -108,7 +107,7 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 
 
 def worst(errors: dict[str, float]) -> tuple[str, float]:
-    """The largest error and its name."""
+    """Return the name and value of the largest error."""
     return max(errors.items(), key=lambda item: item[1])
 
 
@@ -123,7 +122,7 @@ def write_text(folder: Path) -> Path:
 
 @dataclasses.dataclass
 class Trainee:
-    """A small run in memory, on the device under test."""
+    """Small run in memory, on the device under test."""
 
     config: RunConfig
     batches: Batches
@@ -136,14 +135,14 @@ class Trainee:
         return self.batches.micro_batches(step, self.compute.micro_batch)
 
     def train(self, first: int, end: int) -> list[StepResult]:
-        """Make steps [first, end) and wait for each."""
+        """Train steps [first, end) and return their results."""
         return [
             train_step(self.loss_of, self.optimizer, self.micro_batches(step), self.config, step, SINGLE).wait()
             for step in range(first, end)
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all weights and of all of the optimizer's state, on the device."""
+        """Return copies of all weights and optimizer state, on the device."""
         state = dict(self.model.named_parameters()) | optimizer_tensors(self.model, self.optimizer)
         return {name: value.detach().clone() for name, value in state.items()}
 
@@ -156,9 +155,9 @@ def make_trainee(
     document_mask: bool = False,
     rows: int = 128 if REAL else 8,
 ) -> Trainee:
-    """Two layers on random text of 25,600 tokens, ``rows`` sequences of 64 a step in two micro-batches.
+    """Build a run of two layers on 25,600 random tokens, with ``rows`` sequences of 64 per step in two micro-batches.
 
-    On a GPU a micro-batch has 4,096 tokens: the gradient of the embedding takes another way from 3,072 on.
+    On a GPU a micro-batch has 4,096 tokens, because the embedding gradient uses another kernel from 3,072 tokens on.
     """
     shape = small(family, n_positions=64, vocab_size=50257 if document_mask else 1009)
     optim = OptimConfig(optimizer=optimizer, lr=1e-3, warmup_steps=2)  # type: ignore[arg-type]
@@ -174,7 +173,7 @@ def make_trainee(
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Within, only kernels that give the same bits every time."""
+    """Allow deterministic kernels only, within the context."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -183,7 +182,7 @@ def deterministic() -> Iterator[None]:
 
 
 def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal in every name and every bit."""
+    """Assert that names and bits are equal."""
     assert found.keys() == expected.keys()
     different = [name for name, value in expected.items() if not torch.equal(found[name].cpu(), value.cpu())]
     assert not different, different

@@ -1,4 +1,4 @@
-"""Where these tests run: on a GPU where there is one; with RESTOMOD_SMOKE=cpu on the CPU, at small sizes; else not."""
+"""Fixtures of GPU tests. Without a GPU they are skipped, or run on the CPU at small sizes with RESTOMOD_SMOKE=cpu."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 from tests.cuda.common import REAL, SMOKE
 
-if REAL:  # cuBLAS reads it once, at its first product; without it deterministic algorithms refuse to run
+if REAL:  # required by deterministic algorithms; cuBLAS reads it once, at its first matmul
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
 def needs_device() -> None:
     if not REAL and not SMOKE:
-        pytest.skip("no CUDA device here; RESTOMOD_SMOKE=cpu tries the tests' logic on the CPU")
+        pytest.skip("no CUDA device; RESTOMOD_SMOKE=cpu runs these tests on the CPU")
 
 
 @pytest.fixture(autouse=True)
 def clean_device() -> Iterator[None]:
-    """Leave no memory, compiled code or process-wide setting to the next test."""
+    """Release memory, compiled code and process-wide settings after each test."""
     yield
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()

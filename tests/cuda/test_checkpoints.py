@@ -1,4 +1,4 @@
-"""What is saved is what the device held, and a run that goes on from it is the run that was never stopped."""
+"""Checkpoints on the device: exact contents, resuming bit for bit, and the time of a save."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.cuda
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(optimizer: str, compiled: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(optimizer: str, compiled: bool, tmp_path: Path) -> None:
     def make(seed: int) -> Trainee:
         run = make_trainee(optimizer, seed, rows=16 if REAL else 8)
         if compiled:
@@ -58,12 +58,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(optimizer: str, comp
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_checkpoint_holds_the_moment_of_the_save(
+def test_updates_after_a_save_do_not_change_the_checkpoint(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on as soon as `Saver.save` returns; later updates must not reach the copy. Saved twice: the memory
-    of the first copy is used again.
-    """
+    """Training continues as soon as `Saver.save` returns. There are two saves, because the second reuses the memory."""
     trained_on = threading.Event()
 
     def write_later(run: Path, step: int, model: GPT, *more: Any) -> Path:
@@ -81,7 +79,7 @@ def test_a_checkpoint_holds_the_moment_of_the_save(
                 trained_on.clear()
                 expected[step] = run.tensors()
                 saver.save(step, run.model, run.optimizer)
-            # not waited for: on a GPU the update is made while the copy may still be under way
+            # no wait, so that on a GPU the update may run during the copy
             train_step(run.loss_of, run.optimizer, run.micro_batches(step), run.config, step, SINGLE)
             if step in (3, 5):
                 trained_on.set()
@@ -92,8 +90,8 @@ def test_a_checkpoint_holds_the_moment_of_the_save(
         assert_identical(saved.tensors(), tensors)
 
 
-def test_how_long_a_save_holds_up_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At full width; the first save makes the memory to copy into, the later ones use it again."""
+def test_time_for_which_a_save_blocks_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has full width. The first save allocates the memory of the copy, the later ones reuse it."""
     run = make_trainee()
     model = device_parity.random_model(wide("gpt2-124m", n_layer=6 if REAL else 2)).to(DEVICE)
     optimizer = build_optimizer(model, run.config.optim, torch.bfloat16)
@@ -108,6 +106,6 @@ def test_how_long_a_save_holds_up_training(tmp_path: Path, monkeypatch: pytest.M
             start = time.perf_counter()
             saver.save(i, model, optimizer)
             seconds = time.perf_counter() - start
-            print(f"\nsave {i}: training held up for {1000 * seconds:.0f} ms by {size / 1e9:.2f} GB")
+            print(f"\nsave {i}: training blocked for {1000 * seconds:.0f} ms, {size / 1e9:.2f} GB")
             saver.finish()
-    assert seconds < max(0.2, size / 0.5e9)  # half a gigabyte a second is less than any path to memory has
+    assert seconds < max(0.2, size / 0.5e9)  # 0.5 GB/s is slower than any path from a GPU to memory

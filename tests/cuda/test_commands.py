@@ -1,4 +1,4 @@
-"""The commands on the device: a whole run with validation, samples, saves and a resume; eval, sample, bench, doctor."""
+"""Commands on the device: train with validation, samples, saves and a resume; eval, sample, bench, doctor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process; return what it printed. It must succeed."""
+    """Return a function that runs a command in this process, requires success, and returns the printed text."""
 
     def run(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
         start = time.perf_counter()
@@ -43,19 +43,19 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-def test_what_the_device_is() -> None:
+def test_device_and_dtype_are_detected() -> None:
     print(f"\ntorch {torch.__version__}, {describe_device(DEVICE)}, CUDA {torch.version.cuda}")
     assert choose_device("auto") == DEVICE
     if REAL:
         properties = torch.cuda.get_device_properties(0)
         size, count = properties.total_memory / 1e9, properties.multi_processor_count
         print(f"cuDNN {torch.backends.cudnn.version()}, {size:.0f} GB, {count} multiprocessors")
-        assert peak_flops(describe_device(DEVICE)) is not None  # else there would be no MFU
+        assert peak_flops(describe_device(DEVICE)) is not None  # required for MFU
         assert choose_dtype("auto", DEVICE) == torch.bfloat16
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """The records of a file of a run, by line."""
+    """Return the records of a JSON-lines file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -63,7 +63,7 @@ def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in records(run / "metrics.jsonl") if record["kind"] == kind]
 
 
-def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path) -> None:
+def test_training_resuming_evaluation_and_sampling(command: Command, tmp_path: Path) -> None:
     text = write_text(tmp_path / "text")
     questions = tmp_path / "questions.jsonl"
     asked = [{"query": " ".join(WORDS[: i + 1]), "choices": ["cat sleeps", "dog"], "gold": i % 2} for i in range(4)]
@@ -94,7 +94,7 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
     assert json.loads((whole / "environment.json").read_text())[0]["device"] == describe_device(DEVICE)
 
     shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "step_000024")  # as if it had been killed before
+    shutil.rmtree(cut / "checkpoints" / "step_000024")  # the state of a run killed before this checkpoint
     command("train", "--resume", str(cut))
     assert [record["step"] for record in metrics(cut, "val")] == [0, 8, 16, 24]
     assert [record["loss"] for record in metrics(cut, "train")] == losses
@@ -105,14 +105,14 @@ def test_a_run_from_its_start_to_its_evaluation(command: Command, tmp_path: Path
     last = metrics(whole, "val")[-1]["loss"]
     print(f"validation loss {last} while training\n{printed}")
     found = json.loads((whole / "evals" / "step_000024-validation.json").read_text())
-    assert found["loss"] == pytest.approx(last, rel=1e-3)  # with the last, shorter window
+    assert found["loss"] == pytest.approx(last, rel=1e-3)  # eval also uses the last, shorter window
     printed = command("sample", str(whole), "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "12")
     assert printed.count("the cat") >= 2
-    assert sum(word in printed for word in WORDS) > 3  # it has learned some of them
+    assert sum(word in printed for word in WORDS) > 3  # the model has learned some words
 
 
 @pytest.mark.parametrize(
-    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="Inductor is tried on a GPU"))]
+    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="Inductor is tested on a GPU"))]
 )
 def test_bench_step(compiled: bool, command: Command, tmp_path: Path) -> None:
     file, trace = tmp_path / "bench.json", tmp_path / "trace.json"
@@ -124,13 +124,13 @@ def test_bench_step(compiled: bool, command: Command, tmp_path: Path) -> None:
     assert found["environment"]["device"] == describe_device(DEVICE)
     events = json.loads(trace.read_text())["traceEvents"]
     kernels = [event for event in events if event.get("cat") == "kernel"]
-    print(f"{len(events)} events in the trace, of which {len(kernels)} are kernels of a GPU")
+    print(f"trace: {len(events)} events, {len(kernels)} GPU kernels")
     assert any("training step" in str(event.get("name")) for event in events)
 
 
 @pytest.fixture
 def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU without what takes long there and is tried in `tests/doctor`: large products, compiler, processes."""
+    """Skip slow checks on a CPU (large matmuls, compiler, processes), which other tests cover."""
     if not REAL:
         for check in ("compiler", "processes"):
             monkeypatch.setattr(examine, check, lambda machine, name=check: CheckResult(name, "skip", ""))
@@ -140,7 +140,7 @@ def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_doctor")
 def test_doctor(command: Command, tmp_path: Path) -> None:
-    """Versions may be wrong where packages that tests do without are not installed; the rest must be well."""
+    """Only the versions check may fail, because optional packages may be missing."""
     printed = command("doctor", "--preset", "quickstart", "--out", str(tmp_path), codes=(0, 1))
     print(printed)
     assert [line for line in printed.splitlines() if line.startswith("fail") and "versions" not in line] == []

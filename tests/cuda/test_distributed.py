@@ -1,4 +1,4 @@
-"""One process among several, alone: DistributedDataParallel and Muon's sharing over NCCL (gloo on a CPU)."""
+"""DDP and distributed Muon over NCCL (gloo on a CPU), with a process group of one rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.cuda.common import (
 pytestmark = pytest.mark.cuda
 
 ONE_OF_TWO = Processes(rank=0, world_size=2, local_rank=0)
-"""With it restomod takes the way of several processes; the process group has one, so every sum is its own value."""
+"""Ranks that select the code for several ranks; the process group has one, so that every sum equals its argument."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def group() -> Iterator[None]:
 
 
 def gradients(run: Trainee, loss_of: torch.nn.Module) -> dict[str, Tensor]:
-    """Of a step of two micro-batches, synchronised after the last."""
+    """Compute the gradients of a step of two micro-batches, averaged after the last."""
     micro_batches, head_gradient = run.micro_batches(0), HeadGradient()
     for i, (tokens, targets) in enumerate(micro_batches):
         head_gradient.last = i + 1 == len(micro_batches)
@@ -54,11 +54,11 @@ def gradients(run: Trainee, loss_of: torch.nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("family", "compiled"),
-    [("gpt2-124m", False), ("speedrun-124m", False), ("gpt2-124m", True)],  # speedrun has a head of its own
+    [("gpt2-124m", False), ("speedrun-124m", False), ("gpt2-124m", True)],  # speedrun has an untied lm_head
     ids=["gpt2", "speedrun", "gpt2-compiled"],
 )
-def test_ddp_gives_the_gradients_of_a_single_process(family: str, compiled: bool, group: None) -> None:
-    """The expected ones without `HeadGradient`, every micro-batch for itself."""
+def test_ddp_gradients_equal_those_of_a_single_process(family: str, compiled: bool, group: None) -> None:
+    """The expected gradients are accumulated by autograd, without `HeadGradient`."""
     run = make_trainee(dtype=torch.float32, family=family, rows=16 if REAL else 8)
     for tokens, targets in run.micro_batches(0):
         (run.loss_of(tokens, targets) / 2).backward()
@@ -76,7 +76,7 @@ def test_ddp_gives_the_gradients_of_a_single_process(family: str, compiled: bool
     del ddp
 
 
-def test_muon_shared_among_processes_is_muon(group: None) -> None:
+def test_distributed_muon_equals_muon(group: None) -> None:
     run = make_trainee("muon")
     other = copy.deepcopy(run.model)
     optim = run.config.optim
@@ -99,9 +99,9 @@ def test_muon_shared_among_processes_is_muon(group: None) -> None:
     assert not torch.equal(dict(other.named_parameters())[name], before[name])
 
 
-def test_numbers_of_processes_add_up_on_the_cpu_and_on_the_device(group: None) -> None:
+def test_collectives_of_numbers_on_the_cpu_and_on_the_device(group: None) -> None:
     value = torch.tensor(3.0, device=make_trainee().compute.device)
-    assert ONE_OF_TWO.mean(value).item() == 1.5  # 3 over two processes, of which one is there
+    assert ONE_OF_TWO.mean(value).item() == 1.5  # the sum 3 of one rank, divided by world size 2
     assert value.item() == 3.0
     assert ONE_OF_TWO.sum(1.0, 2.0) == [1.0, 2.0]
     assert ONE_OF_TWO.least(7) == 7

@@ -1,4 +1,4 @@
-"""Scores, validation loss and text on the device are the CPU's; attention with masks is finite and right."""
+"""Scores, validation loss and generated text equal those of the CPU; masked attention has finite, exact gradients."""
 
 from __future__ import annotations
 
@@ -34,45 +34,45 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 
 @pytest.mark.parametrize("family", ["gpt2-124m", "modern-124m", "speedrun-124m"])
-def test_greedy_text_is_the_cpus(family: str) -> None:
-    """Prompts of unequal lengths; 40 tokens on, the longest has outgrown its window and is read again."""
+def test_greedy_text_equals_that_of_the_cpu(family: str) -> None:
+    """Prompts have unequal lengths. The longest one exceeds the context length within 40 tokens."""
     model = device_parity.random_model(small(family))
     requests = [Prompt([5, 6, 7], 0), Prompt([9] * 100, 0), Prompt([1], 0)]
     sampling = SamplingConfig(max_tokens=40, temperature=0)
     here = list(generate(model, requests, sampling, 0, stop=None))
     assert list(generate(model.to(DEVICE), requests, sampling, 0, stop=None)) == here
-    assert len({token for step in here for token in step.values()}) >= 10  # not one token for ever
+    assert len({token for step in here for token in step.values()}) >= 10  # not a repetition of one token
 
 
-def test_how_long_decoding_takes() -> None:
-    """Of attention alone with cuDNN, which plans anew for every length of the keys, and without it."""
+def test_time_of_decoding() -> None:
+    """Also prints the time of attention with cuDNN, which builds a plan for every number of keys, and without it."""
     model = device_parity.random_model(small("modern-124m")).to(DEVICE)
     for attempt in (1, 2):
         start = time.perf_counter()
         made = list(generate(model, [Prompt([5] * 7, 0)], SamplingConfig(max_tokens=60), 0, torch.bfloat16, stop=None))
-        print(f"\n60 tokens in bf16, time {attempt}: {time.perf_counter() - start:.2f} s")
+        print(f"\n60 tokens in bf16, attempt {attempt}: {time.perf_counter() - start:.2f} s")
         assert len(made) == 60
     q = torch.randn(1, 12, 1, 64, device=DEVICE, dtype=torch.bfloat16)
     keys = torch.randn(1, 12, 100, 64, device=DEVICE, dtype=torch.bfloat16)
     if REAL:
-        print("torch itself takes", SDPBackend(torch._fused_sdp_choice(q, keys, keys)))
+        print("torch's choice:", SDPBackend(torch._fused_sdp_choice(q, keys, keys)))
     for name, backends in (("without cuDNN", WITHOUT_CUDNN), ("with cuDNN alone", [SDPBackend.CUDNN_ATTENTION])):
         start = time.perf_counter()
         try:
             with sdpa_kernel(backends):
                 for length in range(40, 100):
                     F.scaled_dot_product_attention(q, keys[:, :, :length], keys[:, :, :length])
-        except RuntimeError as e:  # it does not do this at all
+        except RuntimeError as e:  # this backend does not support the inputs
             print(f"attention {name}: {str(e).splitlines()[0]}")
             continue
         if REAL:
             torch.cuda.synchronize()
-        print(f"attention {name}: {1000 * (time.perf_counter() - start) / 60:.2f} ms for every further length")
+        print(f"attention {name}: {1000 * (time.perf_counter() - start) / 60:.2f} ms per new length")
 
 
 @pytest.mark.parametrize("family", ["gpt2-124m", "speedrun-124m"])
-def test_scores_are_the_cpus(family: str) -> None:
-    """Several continuations share a context by a mask; lengths around multiples of 64."""
+def test_scores_equal_those_of_the_cpu(family: str) -> None:
+    """Several continuations share a context through a mask. Lengths are close to multiples of 64."""
     model = device_parity.random_model(small(family, vocab_size=50257))
     questions = [Question(tuple(range(1, 2 + n)), (7 + k, 8, 9)) for n in (1, 5, 50, 63, 70) for k in range(4)]
     here = [score.log_likelihood for score in log_likelihoods(ScoredGPT(model), questions)]
@@ -80,11 +80,11 @@ def test_scores_are_the_cpus(family: str) -> None:
     for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 0.2)):
         there = [score.log_likelihood for score in log_likelihoods(ScoredGPT(model, dtype), questions)]
         off = float(np.abs(np.array(there) - np.array(here)).max())
-        print(f"\n{family} {dtype}: log-likelihoods off by at most {off:.1e} of {np.abs(here).max():.1f} nats")
+        print(f"\n{family} {dtype}: log-likelihoods: error {off:.1e} nats, maximum {np.abs(here).max():.1f}")
         assert off < tolerance
 
 
-def test_validation_loss_is_the_cpus() -> None:
+def test_validation_loss_equals_that_of_the_cpu() -> None:
     model = device_parity.random_model(small("gpt2-124m"))
     tokens = np.random.default_rng(0).integers(1009, size=40 * 128 + 70).astype(np.uint16)  # the last window is short
     stream = TokenStream([tokens])
@@ -96,8 +96,9 @@ def test_validation_loss_is_the_cpus() -> None:
 
 
 def masked_inputs(T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values (1, 1, T, 64) in bf16, scores near -120, so that a row's log-sum-exp is below -88.7, and a
-    causal mask (1, 1, T, T).
+    """Return bf16 queries, keys and values, (1, 1, T, 64), and a causal mask, (1, 1, T, T).
+
+    Scores are close to -120, so that the logsumexp of each row is below -88.7.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, T, 64, generator=generator) for _ in range(3))
@@ -110,8 +111,9 @@ def masked_inputs(T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("T", [64, 192, 704, 1024])
 def test_masked_attention_has_finite_gradients(T: int) -> None:
-    """CuDNN's backward pass gives NaN where a mask is given, T % 128 is 64 and scores are very negative (pytorch
-    #196678), so restomod must not take it there.
+    """CuDNN must not be used for masked training.
+
+    Its backward pass returns NaN if T % 128 is 64 and scores are very negative (pytorch issue 196678).
     """
     q, k, v, mask = masked_inputs(T)
     if REAL:
@@ -133,13 +135,13 @@ def test_masked_attention_has_finite_gradients(T: int) -> None:
     exact_inputs = [x.cpu().double().requires_grad_() for x in (q, k, v)]
     scores = (exact_inputs[0] @ exact_inputs[1].mT / 8).masked_fill(~mask.cpu(), float("-inf"))
     (torch.softmax(scores, -1) @ exact_inputs[2]).sum().backward()
-    # not of queries: those of the large number in the keys cancel
+    # gradients of queries are not compared, because of cancellation by the large number in the keys
     assert worst(relative_errors({"v": found[2]}, {"v": exact_inputs[2].grad}))[1] < 0.02  # type: ignore[dict-item]
 
 
 @functools.cache
 def masked_case(family: str) -> tuple[GPT, Tensor, Tensor, float, dict[str, Tensor]]:
-    """A model on the CPU, tokens and targets (2, 192) of several documents, and their exact loss and gradients."""
+    """Return a CPU model, tokens and targets (2, 192) of several documents, and their exact loss and gradients."""
     model = device_parity.random_model(small(family, n_positions=192, vocab_size=50257))
     tokens, targets = random_text(model.config, 2, 192)
     tokens[:, ::17] = END_OF_TEXT
@@ -160,4 +162,4 @@ def test_training_with_a_document_mask_against_fp64(family: str, dtype: torch.dt
         print(f"\n{family} {dtype}, mask {mask}: loss off by {off:.1e}, worst gradient {worst(errors[mask])}")
         assert off < device_parity.LOSS_TOLERANCE[dtype] or not mask
     assert worst(errors[True])[1] < tolerance
-    assert worst(errors[False])[1] > 2 * tolerance  # else a mask that is left out would not be seen
+    assert worst(errors[False])[1] > 2 * tolerance  # otherwise a missing mask would not be detected

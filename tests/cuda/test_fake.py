@@ -1,26 +1,25 @@
-"""The CUDA path walked with fake tensors, which have a shape, a dtype and a device and no numbers.
+"""The CUDA code path on a machine without a GPU, with fake tensors: shape, dtype and device, but no values.
 
-For a torch that is built for CUDA on a machine without a GPU. torch's own rules for fake tensors say what every
-operation gives and refuse tensors of two devices or of dtypes that do not go together. So a forgotten `.to(device)`
-and a wrong dtype are found, and nothing about numbers, memory or kernels.
+These tests need a torch that is built for CUDA. torch computes the shape, dtype and device of every result, and raises
+errors for mixed devices and incompatible dtypes. A missing `.to(device)` and a wrong dtype are therefore found. Values,
+memory and kernels are not tested.
 
-Walked so: whole training steps of full size (forward, loss, backward, clipping, update), with `document_mask`, in
-fp32, bf16 and fp16; the loss without gradients; scoring with masks; decoding with the key/value cache; the copy of a
-checkpoint. What torch does not do without a GPU is replaced here:
+Tested are training steps of full size (forward, loss, backward, clipping, update) in fp32, bf16 and fp16, with a
+document mask, the loss without gradients, scoring with masks, decoding with the key/value cache, and the copy of a
+checkpoint. Operations that need a GPU are replaced:
 
-- `torch.autocast("cuda")` switches itself off; `forced_autocast` sets what it would have set.
-- The autograd engine asks the driver for the device; `walk_backward` calls the graph's nodes one by one, and casts and
-  sums their gradients as the engine does.
-- `torch.cuda.Event` and `torch.cuda.get_device_properties` need the driver; `NoEvent` does nothing, and the GPU is said
-  to have 80 GB.
-- `nn.Module.to_empty` cannot exchange the memory of fake tensors; the one here makes new parameters.
+- `torch.autocast("cuda")` disables itself; `forced_autocast` sets the same state.
+- The autograd engine needs the driver; `walk_backward` calls the nodes of the graph one by one, and casts and sums
+  their gradients like the engine.
+- `torch.cuda.Event` and `torch.cuda.get_device_properties` need the driver; `NoEvent` does nothing, and the GPU has
+  80 GB.
+- `nn.Module.to_empty` cannot exchange the memory of fake tensors; the replacement makes new parameters.
+- `torch.compile` of the loss's softmax: the softmax runs in eager mode.
+- Fake tensors do not support `torch.addmm(..., out_dtype=...)`, the CUDA form of `restomod.engine.loss.add_matmul`; the
+  replacement only compares devices and dtypes.
 
-- `torch.compile` of the loss's softmax: it is run as it is written.
-- torch has no rule for `torch.addmm(..., out_dtype=...)`, which `restomod.engine.loss.add_matmul` is on CUDA;
-  `add_matmul` here compares devices and dtypes and leaves the product out.
-
-Not walked: what takes numbers from the device (`tolist`, `item`, drawing a token), pinned memory, compiled code,
-several processes, and which kernel computes an operation: a fake tensor has none.
+Not tested are operations that need values (`tolist`, `item`, sampling), pinned memory, compiled code, several ranks,
+and the choice of kernels.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ DTYPES, DTYPE_NAMES = [torch.float32, torch.bfloat16], ["fp32", "bf16"]
 
 @pytest.fixture(autouse=True)
 def needs_device() -> None:
-    """In place of the folder's own: a GPU is what these tests do without."""
+    """Override the folder's fixture, because these tests need no GPU."""
     if torch.version.cuda is None:
         pytest.skip("this torch is built without CUDA")
     if REAL:
@@ -73,7 +72,7 @@ def needs_device() -> None:
 
 @contextlib.contextmanager
 def forced_autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """`restomod.engine.device.autocast` for CUDA where there is none."""
+    """Replace `restomod.engine.device.autocast` for CUDA on a machine without a GPU."""
     assert device.type == "cuda"
     if dtype == torch.float32:
         yield
@@ -92,7 +91,7 @@ def forced_autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def topological(root: Any) -> list[Any]:
-    """The nodes of an autograd graph, each before those to which it hands gradients."""
+    """Return the nodes of an autograd graph, each before the nodes that receive its gradients."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, left = stack.pop()
@@ -106,7 +105,7 @@ def topological(root: Any) -> list[Any]:
 
 @torch.no_grad()
 def walk_backward(loss: Tensor) -> None:
-    """`loss.backward()` without the autograd engine."""
+    """Compute `loss.backward()` without the autograd engine."""
     gradients: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
     for node in topological(loss.grad_fn):
         found = gradients.pop(node, None)
@@ -118,14 +117,14 @@ def walk_backward(loss: Tensor) -> None:
                 assert gradient.device == expected.device, node.name()
                 gradient = gradient.sum_to_size(tuple(expected.shape)).to(expected.dtype)
             inputs.append(gradient)
-        if hasattr(node, "variable"):  # a parameter's
+        if hasattr(node, "variable"):  # the node of a parameter
             parameter, gradient = node.variable, inputs[0]
             assert gradient is not None
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             continue
         outputs = node(*inputs) if callable(node) else node.apply(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # a function of our own gives a None, too, for each argument behind the tensors
+        # custom autograd functions also return None for each argument after the tensors
         for (after, i), gradient in zip(node.next_functions, outputs, strict=False):
             if after is not None and gradient is not None:
                 waiting = gradients.setdefault(after, [None] * len(after._input_metadata))
@@ -133,14 +132,14 @@ def walk_backward(loss: Tensor) -> None:
 
 
 class NoEvent:
-    """In place of `torch.cuda.Event`."""
+    """Replacement of `torch.cuda.Event` that does nothing."""
 
     def record(self) -> None:
         pass
 
 
 def to_empty(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """`nn.Module.to_empty`, making new parameters instead of exchanging the old ones' memory."""
+    """Replace `nn.Module.to_empty`: make new parameters instead of exchanging memory."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(torch.empty_like(parameter, device=device)))
@@ -148,7 +147,7 @@ def to_empty(module: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`restomod.engine.loss.add_matmul` without numbers."""
+    """Replace `restomod.engine.loss.add_matmul`: check devices and dtypes only."""
     assert total.device == a.device == b.device == CUDA
     assert total.dtype == torch.float32
     assert a.dtype == b.dtype
@@ -157,7 +156,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """Within, every new tensor is fake; what cannot be done without a GPU is replaced."""
+    """Make every new tensor fake, and replace operations that need a GPU."""
     for module in (restomod.engine.step, restomod.evals.models, restomod.generate.decode):
         monkeypatch.setattr(module, "autocast", forced_autocast)
     monkeypatch.setattr(restomod.engine.loss, "add_matmul", add_matmul)
@@ -172,7 +171,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
 
 
 def make_model(family: str) -> GPT:
-    """A model of full size, on the GPU that is not there."""
+    """Build a model of full size on a fake GPU."""
     return build_model(preset(family).model, 1, CUDA)
 
 
@@ -181,7 +180,7 @@ def tokens_of(rows: int, length: int) -> Tensor:
 
 
 def where(*tensors: Tensor) -> set[tuple[torch.device, torch.dtype]]:
-    """Devices and dtypes of tensors, all of which are fake."""
+    """Return the devices and dtypes of tensors, after checking that all are fake."""
     assert all(isinstance(tensor.detach(), FakeTensor) for tensor in tensors)
     return {(tensor.device, tensor.dtype) for tensor in tensors}
 
@@ -201,7 +200,7 @@ def where(*tensors: Tensor) -> set[tuple[torch.device, torch.dtype]]:
 def test_a_training_step(
     family: str, dtype: torch.dtype, document_mask: bool, residual_dtype: torch.dtype, fake: FakeTensorMode
 ) -> None:
-    """With the optimizer of the preset, AdamW or Muon with AdamW; two micro-batches of 16 x 1,024 tokens."""
+    """The step has the preset's optimizer (AdamW, or Muon with AdamW) and two micro-batches of 16 x 1,024 tokens."""
     model, optim = make_model(family), preset(family).optim
     model.transformer.residual_dtype = residual_dtype
     config = RunConfig(10, batch_tokens=32 * 1024, sequence_length=1024, model=model.config, optim=optim)
@@ -266,7 +265,7 @@ def test_scoring_with_masks(family: str, dtype: torch.dtype, fake: FakeTensorMod
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_decoding_with_a_cache(family: str, dtype: torch.dtype, fake: FakeTensorMode) -> None:
-    """Two contexts of different lengths are read, then a token of each; the second time all rows are equally long."""
+    """Two contexts of different lengths are prefilled, then extended by a token; the second batch has equal lengths."""
     model = make_model(family)
     decoder = Decoder(model, dtype, 2)
     cache = RowCache(model.config, 2, CUDA, dtype, 16)

@@ -1,4 +1,4 @@
-"""Where memory runs out the micro-batch is halved. On the CPU the error is raised; on a GPU the memory is limited."""
+"""Out of memory halves the micro-batch. On a GPU the memory is limited; on the CPU the error is raised by the test."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LENGTH = 1024 if REAL else 32
 
 
 def release() -> None:
-    """Give back what is not in use."""
+    """Release unused memory."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def memory_for(sequences: int, peak_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within, no more than about so many sequences fit at once, for which ``peak_bytes`` were reserved."""
+    """Limit memory so that about ``sequences`` sequences fit, whose peak is ``peak_bytes``."""
     if not REAL:
         forward = BatchLoss.forward
 
@@ -61,7 +61,7 @@ def memory_for(sequences: int, peak_bytes: int, monkeypatch: pytest.MonkeyPatch)
 
 @contextlib.contextmanager
 def peak_reserved() -> Iterator[list[int]]:
-    """Within, one number is added to the list: the most bytes that were reserved."""
+    """Measure the peak of reserved bytes within the context, and append it to the yielded list."""
     found: list[int] = []
     if REAL:
         release()
@@ -71,7 +71,7 @@ def peak_reserved() -> Iterator[list[int]]:
 
 
 class Lines:
-    """A display that keeps the lines it is told."""
+    """Display that records its lines."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -80,7 +80,7 @@ class Lines:
         self.said.append(text)
 
 
-def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_fit_uses_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(steps=10, batch_tokens=SEQUENCES * LENGTH, sequence_length=LENGTH, model=wide("gpt2-124m", 4))
     model = device_parity.random_model(config.model).to(DEVICE)
     compute = ComputeConfig(DEVICE, torch.bfloat16, SEQUENCES)
@@ -94,7 +94,7 @@ def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pyt
         processes=SINGLE,
     )
     batch = random_text(config.model, SEQUENCES, LENGTH)
-    batch[1][FIT:] = 0  # another loss than that of the first sequences: none may be left out
+    batch[1][FIT:] = 0  # another loss than that of the first sequences, so that a missing sequence is detected
     micro_batches = [tuple(t.pin_memory() for t in batch) if REAL else batch]
     display = Lines()
 
@@ -102,7 +102,7 @@ def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pyt
         made, fitting = train_step_retrying_oom(training, number, micro_batches, sequences, float("inf"), display)  # type: ignore[arg-type]
         return made.wait().loss, fitting
 
-    step(0, FIT)  # makes the optimizer's state
+    step(0, FIT)  # creates the optimizer state
     with peak_reserved() as reserved:
         step(1, FIT)
     assert display.said == []
@@ -115,11 +115,11 @@ def test_a_step_that_does_not_fit_takes_fewer_sequences_at_once(monkeypatch: pyt
     assert fitting < SEQUENCES
     assert display.said[-1] == f"warning: step 2: out of memory; the micro-batch is now {fitting}"
     assert loss == pytest.approx(expected, abs=2e-3)
-    assert step(3, SEQUENCES)[1] == SEQUENCES  # with all its memory back
+    assert step(3, SEQUENCES)[1] == SEQUENCES  # the limit is removed
 
 
 def test_a_first_micro_batch_that_does_not_fit_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`fitting_micro_batch` looks at the memory of the whole GPU, so it promises too much to a limited process."""
+    """`fitting_micro_batch` uses the memory of the whole GPU, so that its choice is too large for a limited process."""
     text = write_text(tmp_path / "text")
     model = dataclasses.replace(wide("gpt2-124m", 4), vocab_size=50257)
     config = RunConfig(
@@ -139,6 +139,8 @@ def test_a_first_micro_batch_that_does_not_fit_is_halved(tmp_path: Path, monkeyp
     del fits
     with memory_for(FIT, reserved[0], monkeypatch):
         training = set_up(config, tmp_path / "limited", resume=False)
-    print(f"\n{reserved[0] / 1e9:.2f} GB for {FIT} sequences; of {SEQUENCES}, {training.compute.micro_batch} at once")
+    print(
+        f"\n{reserved[0] / 1e9:.2f} GB for {FIT} sequences; micro-batch {training.compute.micro_batch} of {SEQUENCES}"
+    )
     assert training.compute.micro_batch < SEQUENCES
     assert SEQUENCES % training.compute.micro_batch == 0

@@ -1,4 +1,4 @@
-"""The training loop on the device: no waiting, whole batches, refused steps, Muon."""
+"""Training steps on the device: no synchronisation, complete batches, skipped updates, Muon."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.cuda.common import CPU, DEVICE, REAL, assert_identical, make_trainee,
 pytestmark = pytest.mark.cuda
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
-"""Operations whose result the processor needs, so that it would wait for a GPU."""
+"""Operations whose result the CPU needs, so that it would wait for a GPU."""
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raise where an operation would wait for a GPU; for a CPU, which has no such mode of its own."""
+    """Dispatch mode for the CPU that raises if an operation would wait for a GPU."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._schema.name in WAITS:
@@ -37,7 +37,7 @@ class NoWaiting(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Within, whatever waits for the device is an error."""
+    """Raise an error if an operation within the context waits for the device."""
     if not REAL:
         with NoWaiting():
             yield
@@ -53,7 +53,7 @@ def no_waiting() -> Iterator[None]:
     ("optimizer", "dtype", "family", "document_mask"),
     [
         ("adamw", torch.bfloat16, "gpt2-124m", False),
-        ("adamw", torch.float16, "gpt2-124m", False),  # with a loss scale
+        ("adamw", torch.float16, "gpt2-124m", False),  # with loss scaling
         ("muon", torch.bfloat16, "speedrun-124m", False),
         ("muon", torch.bfloat16, "modern-124m", True),
     ],
@@ -73,8 +73,8 @@ def test_a_step_never_waits_for_the_device(
             assert not outcome.refused or (dtype == torch.float16 and not math.isfinite(outcome.grad_norm))
 
 
-def test_prefetched_tokens_arrive_whole() -> None:
-    """Copies that the device makes later than it is told to, from memory that is used again meanwhile."""
+def test_prefetched_tokens_are_complete() -> None:
+    """The device executes copies late, when their pinned memory could already be reused."""
     run, n = make_trainee(), 4096 if REAL else 64
     busy = torch.randn(n, n, device=DEVICE)
     arrived = []
@@ -91,7 +91,7 @@ def test_prefetched_tokens_arrive_whole() -> None:
 
 
 class Overflowing(nn.Module):
-    """A loss whose value is finite and whose gradients are not."""
+    """Loss with a finite value and infinite gradients."""
 
     def __init__(self, loss_of: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Overflowing(nn.Module):
 
 @pytest.mark.parametrize("reason", ["spike", "overflow"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_refused_step_changes_nothing(kind: str, reason: str) -> None:
+def test_a_skipped_update_changes_nothing(kind: str, reason: str) -> None:
     run = make_trainee()
     optim = OptimConfig(optimizer=kind, muon_weight_decay=0.1)  # type: ignore[arg-type]
     run.optimizer = build_optimizer(run.model, optim, torch.bfloat16)
@@ -121,9 +121,9 @@ def test_a_refused_step_changes_nothing(kind: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_muon_updates_as_on_the_cpu(dtype: torch.dtype) -> None:
+def test_muon_updates_equal_those_of_the_cpu(dtype: torch.dtype) -> None:
     def updates(device: torch.device) -> Tensor:
-        """How far three steps move three stacks of three matrices, (3, 384, 128)."""
+        """Return the changes of three parameters of three stacked matrices by three steps, (3, 384, 128)."""
         generator = torch.Generator().manual_seed(0)
         parameters = [nn.Parameter(torch.randn(384, 128, generator=generator).to(device)) for _ in range(3)]
         start = torch.stack(list(parameters)).detach()
@@ -136,5 +136,5 @@ def test_muon_updates_as_on_the_cpu(dtype: torch.dtype) -> None:
         return (torch.stack(list(parameters)).detach() - start).cpu()
 
     error = relative_errors({"update": updates(DEVICE)}, {"update": updates(CPU)})["update"]
-    print(f"\nMuon's update in {dtype}: off by {error:.1e}")
+    print(f"\nMuon's update in {dtype}: relative error {error:.1e}")
     assert error < (1e-4 if dtype == torch.float32 else 0.05)  # in bf16 on a CPU rounding alone is 0.01

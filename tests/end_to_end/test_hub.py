@@ -98,8 +98,8 @@ def test_a_failed_download_is_one_line_and_invalid_names_are_not_requested(hub: 
     expected = {
         "runs/quikstart": "runs/quikstart: no such run or model folder; did you mean 'quickstart'?",
         "./gpt2": "./gpt2: no such run or model folder; did you mean 'gpt2'?",
-        "nobody/nothing": "nobody/nothing: no such folder here, and no such public model on the Hugging Face hub; ",
-        "owner/gated": "owner/gated on the hub is gated: accept its terms there, then `hf auth login`",
+        "nobody/nothing": "nobody/nothing: no such local folder, and no such public model on the Hugging Face hub; ",
+        "owner/gated": "owner/gated on the hub is gated: accept its terms on the website, then run `hf auth login`",
         "owner/empty": "owner/empty on the hub has no weights: ",
         "owner/llama": f"{tmp_path}/hf/hub/models--owner--llama/snapshots/",
     }

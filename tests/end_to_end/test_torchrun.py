@@ -186,7 +186,7 @@ def test_without_restarts_a_kill_ends_in_one_line(
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(errors(error)) == 1, error
-    assert "another process of this run is gone" in errors(error)[0]
+    assert "another process of this run was lost" in errors(error)[0]
     assert errors(error)[0].endswith("; resume with `restomod train --resume RUN`")
     assert error.count("Traceback") == 1, "torchrun's own, which it prints last"
 

@@ -1,3 +1,5 @@
+"""Choice of device, compute dtype and compilation; names of devices; settings of memory."""
+
 from __future__ import annotations
 
 import io
@@ -51,19 +53,19 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(
     assert choose_device("auto") == torch.device(expected)
 
 
-def test_a_device_that_is_there_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_available_device_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=True, mps=True)
     assert [choose_device(name) for name in ("cpu", "cuda", "mps")] == [CPU, CUDA, MPS]
 
 
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_device_is_refused_with_the_available_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, mps=True)
-    with pytest.raises(UserError, match=r"device 'cuda' is not available here \(there is: mps, cpu\)"):
+    with pytest.raises(UserError, match=r"device 'cuda' is not available \(available: mps, cpu\)"):
         choose_device("cuda")
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
-def test_a_precision_that_is_asked_for_is_used(device: torch.device) -> None:
+def test_a_given_precision_is_used(device: torch.device) -> None:
     assert choose_dtype("fp32", device) == torch.float32
     assert choose_dtype("bf16", device) == torch.bfloat16
 
@@ -77,7 +79,7 @@ def test_a_precision_that_is_asked_for_is_used(device: torch.device) -> None:
         ((9, 0), torch.bfloat16),  # Hopper
     ],
 )
-def test_auto_is_what_a_gpu_computes_fast(
+def test_auto_is_a_fast_dtype_of_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -96,7 +98,7 @@ def test_auto_is_what_a_gpu_computes_fast(
         (None, torch.float32),
     ],
 )
-def test_auto_is_bf16_on_processors_that_compute_it(
+def test_auto_is_bf16_on_processors_with_fast_bf16(
     monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, expected: torch.dtype
 ) -> None:
     pretend_cpuinfo(monkeypatch, cpuinfo)
@@ -108,7 +110,7 @@ def test_auto_is_fp32_on_mps() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_autocast_computes_matrix_products_in_the_type_asked_for(precision: Precision) -> None:
+def test_autocast_computes_matmuls_in_the_given_dtype(precision: Precision) -> None:
     dtype = choose_dtype(precision, CPU)
     weight = torch.ones(2, 2)
     with autocast(CPU, dtype):
@@ -116,7 +118,7 @@ def test_autocast_computes_matrix_products_in_the_type_asked_for(precision: Prec
     assert weight.dtype == (weight @ weight).dtype == torch.float32
 
 
-def test_names_of_types_are_those_of_the_precision_flag() -> None:
+def test_dtype_names_are_values_of_the_precision_flag() -> None:
     assert [dtype_name(dtype) for dtype in (torch.float32, torch.bfloat16)] == ["fp32", "bf16"]
 
 
@@ -137,8 +139,8 @@ def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> No
     assert describe_device(CUDA) == "NVIDIA H100 80GB HBM3"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_freed_memory_is_used_again() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_freed_memory_is_reused() -> None:
     program = """
 import resource, torch
 from restomod.engine.device import keep_freed_memory
@@ -158,7 +160,7 @@ print(usual, faults())
     assert kept < 1_000
 
 
-def test_where_the_c_library_has_no_such_setting_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_freed_memory_is_a_no_op_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: None) -> None:
         raise OSError
 
@@ -171,7 +173,7 @@ def test_where_the_c_library_has_no_such_setting_nothing_happens(monkeypatch: py
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine that has all that compiling for CUDA takes."""
+    """Simulate a machine with everything that torch.compile needs for CUDA."""
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     monkeypatch.setattr(restomod.engine.device.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(restomod.engine.device.Path, "exists", lambda path: True)
@@ -179,7 +181,7 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_auto_compiles_on_cuda_and_nowhere_else(complete: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_on_cuda_only(complete: pytest.MonkeyPatch) -> None:
     assert choose_compile("auto", CUDA)[0]
     for device in (CPU, MPS):
         on, why = choose_compile("auto", device)
@@ -188,7 +190,7 @@ def test_auto_compiles_on_cuda_and_nowhere_else(complete: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
-def test_compiling_can_be_asked_for_and_refused(device: torch.device) -> None:
+def test_compilation_can_be_switched_on_and_off(device: torch.device) -> None:
     assert choose_compile("on", device) == (True, "--compile on")
     assert choose_compile("off", device) == (False, "--compile off")
 
@@ -196,7 +198,7 @@ def test_compiling_can_be_asked_for_and_refused(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("missing", "said"), [("triton", "pip install triton"), ("cc", "install gcc"), ("Python.h", "python3-dev")]
 )
-def test_auto_does_without_a_compiler_and_says_what_is_missing(
+def test_auto_is_off_without_a_compiler_and_names_what_is_missing(
     complete: pytest.MonkeyPatch, missing: str, said: str
 ) -> None:
     if missing == "triton":
@@ -220,7 +222,7 @@ def test_auto_does_without_a_compiler_and_says_what_is_missing(
         ((2, 11), "1", False),
     ],
 )
-def test_wrong_reductions_of_some_releases_are_switched_off(
+def test_wrong_reductions_are_disabled_in_affected_releases(
     release: tuple[int, int], environment: str | None, off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch._inductor.config as inductor
@@ -241,8 +243,8 @@ def test_the_release_of_torch() -> None:
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-def test_an_error_that_was_caused_by_lack_of_memory_is_one() -> None:
-    """Errors of each kind are planted in `tests/engine/test_micro_batch.py`."""
+def test_an_error_caused_by_out_of_memory_is_recognised() -> None:
+    """`tests/engine/test_micro_batch.py` tests each kind of error."""
     error = RuntimeError("compiled code failed")
     assert not is_out_of_memory(error)
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")

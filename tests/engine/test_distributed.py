@@ -1,4 +1,4 @@
-"""Several processes compute the numbers of one, keep their gradients to themselves until the last, and fail as one."""
+"""Several ranks compute the results of one, average gradients once per step, and report an error once."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ MICRO_BATCHES = (1, 2, 4)
 
 
 def trainee(**changes: Any) -> Trainee:
-    """Sixteen sequences a step, which four processes can share in micro-batches of four."""
+    """Build a run with 16 sequences per step, which four ranks can share in micro-batches of four."""
     return make_trainee(**{"batch_tokens": 256, **changes})
 
 
-# --- the numbers of one process ------------------------------------------------------------------------------
+# --- equality with a single process --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What a training has come to, in one process."""
+    """Results of a training in one rank."""
 
     numbers: Tensor
     """Loss and gradient norm of every step, (steps, 2)."""
     windows: list[list[int]]
-    """Which were loaded for each step."""
+    """Indices of the windows of each step."""
     gradients: dict[str, Tensor]
-    """With which the first step was made."""
+    """Clipped gradients of the first step."""
     weights: dict[str, Tensor]
-    """At the end."""
+    """Final weights."""
 
 
 def plain_course() -> Course:
-    """Twenty steps in plain torch: the whole batch at once, all its logits, clipping and AdamW by their formulas."""
+    """Train 20 steps in plain torch: one micro-batch, full logits, clipping and AdamW by their formulas."""
     t = trainee()
     o, parameters = t.config.optim, dict(t.model.named_parameters())
     means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
@@ -88,12 +88,12 @@ def plain_course() -> Course:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, in memory of its own."""
+    """Return a full copy of a tensor or DTensor."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def course(parallel: Parallel, micro_batch: int, processes: Processes) -> Course:
-    """The same steps in one of several processes, by the code under test."""
+    """Train 20 steps in one of several ranks, with the code under test."""
     t = trainee()
     loss_of = distribute(
         BatchLoss(t.model, ComputeConfig(CPU, torch.float32, micro_batch)), t.model, parallel, processes
@@ -139,13 +139,13 @@ def expected() -> Course:
     ids=lambda way: f"{way[0]}-{way[1]}",
 )
 def found(request: pytest.FixtureRequest) -> list[list[Course]]:
-    """By rank, for each size of the micro-batch."""
+    """Return the results by rank and micro-batch size."""
     count, parallel = request.param
     return results(count, member, courses, parallel)
 
 
 def without_key_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out what has no influence: its true gradient is 0, and AdamW makes whole steps of rounding errors."""
+    """Remove key biases: their true gradient is 0, and AdamW turns rounding errors into full steps."""
     return {n: torch.cat([p[:32], p[64:]]) if n.endswith("c_attn.bias") else p for n, p in weights.items()}
 
 
@@ -154,17 +154,15 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> bool:
     return all((a[n] - b[n]).norm() <= tolerance * b[n].norm() for n in b)
 
 
-def test_losses_norms_gradients_and_weights_are_those_of_plain_torch(
-    found: list[list[Course]], expected: Course
-) -> None:
-    assert expected.numbers[-1, 0] < expected.numbers[0, 0] - 0.1, "they have trained"
+def test_losses_norms_gradients_and_weights_equal_plain_torch(found: list[list[Course]], expected: Course) -> None:
+    assert expected.numbers[-1, 0] < expected.numbers[0, 0] - 0.1, "the loss has decreased"
     for ours in (c for rank in found for c in rank):
         assert ours.numbers.allclose(expected.numbers, rtol=1e-4, atol=0)
         assert close(without_key_bias(ours.gradients), without_key_bias(expected.gradients), 1e-4)
         assert close(without_key_bias(ours.weights), without_key_bias(expected.weights), 1e-3)
 
 
-def test_all_processes_have_the_same_numbers_and_weights(found: list[list[Course]]) -> None:
+def test_all_ranks_have_equal_results(found: list[list[Course]]) -> None:
     first, *others = found
     for rank in others:
         for ours, theirs in zip(rank, first, strict=True):
@@ -172,7 +170,7 @@ def test_all_processes_have_the_same_numbers_and_weights(found: list[list[Course
             assert_identical(ours.weights, theirs.weights)
 
 
-def test_together_they_read_the_batches_of_one_process_in_order(found: list[list[Course]], expected: Course) -> None:
+def test_ranks_together_read_the_batches_of_one_process_in_order(found: list[list[Course]], expected: Course) -> None:
     for k in range(len(MICRO_BATCHES)):
         for step in range(STEPS):
             assert [w for rank in found for w in rank[k].windows[step]] == expected.windows[step]
@@ -182,7 +180,7 @@ def test_together_they_read_the_batches_of_one_process_in_order(found: list[list
 
 
 def averaged(processes: Processes, parallel: Parallel) -> list[tuple[int, bool]]:
-    """After each backward of a step: how many averaged gradients there are, and whether all processes have the same."""
+    """Return after each backward pass of a step the number of averaged gradients, and whether all ranks are equal."""
     t = trainee()
     loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, torch.float32, 2)), t.model, parallel, processes)
     batch = t.batches.micro_batches(0, 2, processes.rank, processes.world_size)
@@ -206,14 +204,14 @@ def averaged(processes: Processes, parallel: Parallel) -> list[tuple[int, bool]]
     return found
 
 
-@pytest.mark.parametrize(("parallel", "each_has_its_own"), [("ddp", (0, False)), ("fsdp", (0, True))])
+@pytest.mark.parametrize(("parallel", "before_last"), [("ddp", (0, False)), ("fsdp", (0, True))])
 def test_gradients_are_averaged_only_after_the_last_micro_batch(
-    parallel: Parallel, each_has_its_own: tuple[int, bool]
+    parallel: Parallel, before_last: tuple[int, bool]
 ) -> None:
-    """FSDP2 shows gradients only once they are averaged."""
+    """FSDP2 has no visible gradients before they are averaged, so its ranks are equal then."""
     parameters = len(list(trainee().model.parameters()))
     for found in results(2, member, averaged, parallel):
-        assert found == [*[each_has_its_own] * 3, (parameters, True)]
+        assert found == [*[before_last] * 3, (parameters, True)]
 
 
 def elementary(processes: Processes) -> tuple[list[float], float, list[bool]]:
@@ -222,11 +220,11 @@ def elementary(processes: Processes) -> tuple[list[float], float, list[bool]]:
     return processes.sum(1.0, 2.0**-60 * processes.rank), mean.item(), flags
 
 
-def test_sums_means_and_questions_have_one_answer_in_all() -> None:
+def test_sums_means_and_flags_are_equal_in_all_ranks() -> None:
     assert results(3, member, elementary) == [([3.0, 3 * 2.0**-60], 1.0, [True, False])] * 3
 
 
-# --- failing as one ------------------------------------------------------------------------------------------
+# --- errors of ranks -----------------------------------------------------------------------------------------
 
 
 def fails(rank: int, error: type[BaseException]) -> None:
@@ -265,7 +263,7 @@ def known_everywhere(processes: Processes, rank: int) -> None:
 
 
 def before_agreeing(processes: Processes, rank: int) -> None:
-    """While the others have gone on to the next collective, which is none of `Processes`."""
+    """Fail in one rank while the others call a collective of torch itself."""
 
     def work() -> None:
         fails(rank, UserError)
@@ -280,7 +278,7 @@ def system_refuses(processes: Processes, rank: int) -> None:
 
 
 def outside(processes: Processes, rank: int) -> None:
-    """In one process, while the others wait for it in a collective."""
+    """Fail in one rank while the others wait in a collective."""
     fails(rank, UserError)
     processes.any(True)
 
@@ -291,7 +289,7 @@ def outside_everywhere(processes: Processes, rank: int) -> None:
 
 @pytest.mark.parametrize("work", [alone, in_its_turn, nested, thrice_nested, before_agreeing, system_refuses, outside])
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_where_one_fails_all_end_with_its_line(work: Any, rank: int) -> None:
+def test_an_error_in_one_rank_ends_all_with_one_line(work: Any, rank: int) -> None:
     ended = launch(3, member, work, rank, timeout=20)
     (line,) = error_lines(ended)
     assert f"rank {rank} cannot" in line
@@ -299,7 +297,7 @@ def test_where_one_fails_all_end_with_its_line(work: Any, rank: int) -> None:
 
 
 @pytest.mark.parametrize("work", [everywhere, known_everywhere, outside_everywhere])
-def test_where_all_fail_one_speaks(work: Any) -> None:
+def test_an_error_in_all_ranks_is_one_line(work: Any) -> None:
     ended = launch(3, member, work, 0, timeout=20)
     (line,) = error_lines(ended)
     assert "rank 0 cannot" in line
@@ -307,7 +305,7 @@ def test_where_all_fail_one_speaks(work: Any) -> None:
 
 
 def turns(processes: Processes) -> tuple[float, float]:
-    """When this process began and ended a work of a tenth of a second."""
+    """Return the start and end of 0.1 s of work in this rank."""
 
     def work() -> tuple[float, float]:
         began = time.monotonic()
@@ -317,7 +315,7 @@ def turns(processes: Processes) -> tuple[float, float]:
     return processes.run_on_all_ranks(work, one_first=True)
 
 
-def test_the_first_process_of_a_machine_works_before_the_others_where_that_is_asked() -> None:
+def test_one_first_runs_local_rank_0_before_the_others() -> None:
     (_, ended), *others = results(3, member, turns)
     assert all(ended <= began for began, _ in others)
 
@@ -329,11 +327,11 @@ def killed(processes: Processes) -> None:
     processes.any(True)
 
 
-def test_where_one_is_killed_one_of_the_others_says_so() -> None:
+def test_a_killed_rank_is_reported_by_one_of_the_others() -> None:
     ended = launch(3, member, killed, timeout=20)
     (line,) = error_lines(ended)
-    assert "another process of this run is gone" in line
-    assert line.endswith("; start all of them again")
+    assert "another process of this run was lost" in line
+    assert line.endswith("; start all processes again")
     assert [e.code for e in ended] == [2, -signal.SIGKILL, 2]
 
 
@@ -342,7 +340,7 @@ def bug(processes: Processes) -> None:
     processes.any(True)
 
 
-def test_a_bug_in_one_is_a_traceback_in_one() -> None:
+def test_a_bug_in_one_rank_is_one_traceback() -> None:
     ended = launch(2, member, bug, timeout=20)
     assert "ZeroDivisionError: rank 1 cannot" in ended[1].error
     assert ended[0].error == ""
@@ -350,7 +348,7 @@ def test_a_bug_in_one_is_a_traceback_in_one() -> None:
 
 
 def left_at_the_end(error: bool, cycle: bool) -> bool:
-    """Whether a DistributedDataParallel is still there when the process group is destroyed."""
+    """Return whether a DistributedDataParallel still exists when the process group is destroyed."""
     seen: list[weakref.ref[Any]] = []
     left = []
     destroy = dist.destroy_process_group
@@ -379,13 +377,13 @@ def left_at_the_end(error: bool, cycle: bool) -> bool:
 
 
 @pytest.mark.parametrize(("error", "cycle"), [(False, False), (False, True), (True, False), (True, True)])
-def test_nothing_of_torchs_outlives_the_process_group(error: bool, cycle: bool) -> None:
-    """It would wait for gloo's threads while it holds the interpreter's lock, for which they may wait."""
+def test_ddp_modules_are_deleted_before_the_process_group(error: bool, cycle: bool) -> None:
+    """A later deletion can deadlock: it waits for gloo's threads while it holds the interpreter's lock."""
     assert results(2, left_at_the_end, error, cycle) == [False, False]
 
 
 def left(error: bool) -> list[str]:
-    """What is done with the process group at the end."""
+    """Return the operations on the process group at the end."""
     done = []
     abort, destroy = dist.ProcessGroup.abort, dist.destroy_process_group
     with pytest.MonkeyPatch.context() as patch:
@@ -399,23 +397,26 @@ def left(error: bool) -> list[str]:
 
 @pytest.mark.parametrize(("error", "expected"), [(False, ["destroy"]), (True, ["abort", "destroy"])])
 def test_after_an_error_nothing_waits_for_pending_operations(error: bool, expected: list[str]) -> None:
-    """Destroying a process group of NCCL waits for all that was begun, with a process that has failed for ever."""
+    """NCCL's destroy_process_group waits for pending operations, forever if a rank has failed."""
     assert results(2, left, error) == [expected, expected]
 
 
-# --- what can be known without others ------------------------------------------------------------------------
+# --- a single process ----------------------------------------------------------------------------------------
 
 
-def test_where_torchrun_is_gone_its_processes_do_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
-        port = str(nobody.getsockname()[1])
+def test_a_store_that_does_not_answer_is_a_quick_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # without listen()
+        port = str(silent.getsockname()[1])
         environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(distributed, "CONNECTING", datetime.timedelta(seconds=1))
         began = time.monotonic()
-        with pytest.raises(UserError, match=f"nobody answers at 127.0.0.1:{port}"), join_processes():
+        with (
+            pytest.raises(UserError, match=f"cannot connect to the other processes at 127.0.0.1:{port}"),
+            join_processes(),
+        ):
             pass
     assert time.monotonic() - began < 30
 
@@ -436,7 +437,7 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         distribute(loss, t.model, "fsdp", processes)
 
 
-def test_every_process_has_its_own_gpu_or_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_has_one_gpu_and_too_many_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cuda = torch.device("cuda")
     assert device_of(CPU, Processes(3, 4, 3)) == CPU
@@ -446,12 +447,12 @@ def test_every_process_has_its_own_gpu_or_is_told_how_many_there_are(monkeypatch
         device_of(cuda, Processes(2, 4, 2))
 
 
-# --- one works, the others wait ------------------------------------------------------------------------------
+# --- barrier: one rank works, the others wait ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def impatient(silence: float) -> Iterator[None]:
-    """A collective operation may take three seconds."""
+    """Set the time-out of collective operations to 3 s, and that of heartbeats to ``silence`` seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "PATIENCE", datetime.timedelta(seconds=3))
         patch.setattr(barrier, "HEARTBEAT_EVERY", 0.1)
@@ -460,7 +461,7 @@ def impatient(silence: float) -> Iterator[None]:
 
 
 def slow_alone(rank: int, one_first: bool, work: str) -> list[Any]:
-    """One process works for longer than a collective operation may take."""
+    """Work in one rank for longer than the time-out of collective operations."""
 
     def slow(processes: Processes) -> Any:
         if processes.rank == rank:
@@ -475,7 +476,7 @@ def slow_alone(rank: int, one_first: bool, work: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("rank", "one_first"), [pytest.param(0, True, marks=pytest.mark.slow), (1, False)])
-def test_others_wait_for_one_that_works_as_long_as_it_does(rank: int, one_first: bool) -> None:
+def test_ranks_wait_for_a_working_rank_beyond_the_time_out(rank: int, one_first: bool) -> None:
     for found in results(3, slow_alone, rank, one_first, "work"):
         assert found == ["work"] * (2 if rank == 0 else 1) + [[3.0]]
 
@@ -489,7 +490,7 @@ def dies_alone(how: str) -> None:
             raise ZeroDivisionError("a fault")
 
     with impatient(silence=2 if how == "killed elsewhere" else 60), pytest.MonkeyPatch.context() as patch:
-        if how == "killed elsewhere":  # on another machine, whose processes are not seen here
+        if how == "killed elsewhere":  # on another machine, whose processes are not visible
             patch.setattr(barrier, "_is_dead", lambda process: False)
         member(together, work)
 
@@ -501,15 +502,15 @@ def together(processes: Processes, work: Any) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("killed", "process 0 has ended"),
-        ("killed elsewhere", "process 0 has written no heartbeat"),
+        ("killed", "rank 0 has ended"),
+        ("killed elsewhere", "no heartbeat from rank 0"),
         ("fault", "ZeroDivisionError: a fault"),
     ],
 )
-def test_where_the_one_that_works_dies_the_others_say_so_soon(how: str, said: str) -> None:
+def test_the_death_of_a_working_rank_is_reported_soon(how: str, said: str) -> None:
     began = time.monotonic()
     ended = launch(2, dies_alone, how, timeout=60)
     assert time.monotonic() - began < 30
     assert said in ended[0].error + ended[1].error
     assert ended[1].code == 2
-    assert ("another process of this run is gone" in ended[1].error) == (how != "fault")
+    assert ("another process of this run was lost" in ended[1].error) == (how != "fault")

@@ -1,4 +1,4 @@
-"""FSDP: the numbers of DistributedDataParallel, what is gathered where and in which dtype; and both compiled."""
+"""FSDP: equality with DDP, dtypes of gathered parameters, gathering, checkpoints; DDP and FSDP with torch.compile."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MODERN = ModelConfig(
 def shared_out(
     processes: Processes, parallel: Parallel = "fsdp", dtype: torch.dtype = FP32, **changes: Any
 ) -> tuple[Trainee, nn.Module]:
-    """A trainee of several processes, sixteen sequences a step, and what computes its loss."""
+    """Build a run of several ranks with 16 sequences per step, and the module that computes its loss."""
     t = make_trainee(**{"batch_tokens": 256, **changes})
     loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, dtype, 2)), t.model, parallel, processes, dtype)
     t.optimizer = build_optimizer(t.model, t.config.optim, dtype, processes)
@@ -64,7 +64,7 @@ def share_of(t: Trainee, step: int, processes: Processes, micro_batch: int = 2) 
 
 
 def train(t: Trainee, loss_of: nn.Module, processes: Processes, first: int, end: int) -> list[tuple[float, bool]]:
-    """Loss of steps [first, end), and whether the update was refused."""
+    """Train steps [first, end); return each loss, and whether the update was skipped."""
     made = [
         train_step(loss_of, t.optimizer, share_of(t, s, processes), t.config, s, processes) for s in range(first, end)
     ]
@@ -72,7 +72,7 @@ def train(t: Trainee, loss_of: nn.Module, processes: Processes, first: int, end:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, in memory of its own."""
+    """Return a full copy of a tensor or DTensor."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
@@ -84,7 +84,7 @@ def weights(model: GPT) -> dict[str, Tensor]:
 
 
 def gradients_in_bf16(processes: Processes, parallel: Parallel, model: ModelConfig) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a step of four micro-batches."""
+    """Return loss and gradients of a step of four micro-batches in bf16."""
     t, loss_of = shared_out(processes, parallel, BF16, model=model)
     found: dict[str, Tensor] = {}
     t.optimizer.parts[0].register_step_pre_hook(
@@ -95,8 +95,8 @@ def gradients_in_bf16(processes: Processes, parallel: Parallel, model: ModelConf
 
 
 @pytest.mark.parametrize("model", [GPT2, MODERN], ids=["gpt2", "modern"])
-def test_gradients_in_bf16_are_bit_for_bit_those_of_ddp(model: ModelConfig) -> None:
-    """Linear layers are rounded before they are gathered, and autocast would round them after it; nothing else is."""
+def test_gradients_in_bf16_equal_those_of_ddp_bit_for_bit(model: ModelConfig) -> None:
+    """FSDP rounds linear layers before the all-gather, DDP's autocast rounds them in the forward pass."""
     (loss, expected), *_ = results(2, member, gradients_in_bf16, "ddp", model)
     for found_loss, found in results(2, member, gradients_in_bf16, "fsdp", model):
         assert found_loss == loss
@@ -104,7 +104,7 @@ def test_gradients_in_bf16_are_bit_for_bit_those_of_ddp(model: ModelConfig) -> N
 
 
 def dtypes_in_forward(processes: Processes) -> tuple[dict[str, torch.dtype], set[torch.dtype], torch.dtype]:
-    """Dtypes of a block's parameters while it is computed, of the residual stream, and of the embedding."""
+    """Return the dtypes of a block's parameters in the forward pass, of the residual stream, and of the embedding."""
     t, loss_of = shared_out(processes, "fsdp", BF16, model=MODERN)
     block, parameters, stream = t.model.transformer.h[1], {}, set()
     embedding = []
@@ -119,7 +119,7 @@ def dtypes_in_forward(processes: Processes) -> tuple[dict[str, torch.dtype], set
     return parameters, stream, embedding[0]
 
 
-def test_linear_layers_are_gathered_in_the_compute_dtype_and_all_else_in_fp32() -> None:
+def test_linear_layers_are_gathered_in_the_compute_dtype_and_others_in_fp32() -> None:
     for parameters, stream, embedding in results(2, member, dtypes_in_forward):
         linear = {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
         assert {name for name, dtype in parameters.items() if dtype == BF16} == linear
@@ -135,14 +135,14 @@ def on_the_cpu_of_a_machine_with_gpus(processes: Processes) -> list[tuple[float,
     return train(t, loss_of, processes, 0, 2)
 
 
-def test_a_model_on_the_cpu_stays_there_beside_gpus() -> None:
+def test_a_model_on_the_cpu_of_a_gpu_machine_stays_on_the_cpu() -> None:
     first, second = results(2, member, on_the_cpu_of_a_machine_with_gpus)
     assert first == second
     assert not any(refused for _, refused in first)
 
 
 def order_of_copies(processes: Processes) -> list[str]:
-    """How the tokens come to the device, and when FSDP's own hook runs, which would copy them and wait."""
+    """Return the order of token copies and FSDP's own hook, which would copy synchronously."""
     t, loss_of = shared_out(processes)
     tokens, targets = t.batches.load(t.batches.windows(0)[:2])
     order, to, prepare = [], Tensor.to, FSDPState._root_pre_forward
@@ -162,7 +162,7 @@ def order_of_copies(processes: Processes) -> list[str]:
     return order
 
 
-def test_tokens_are_on_the_device_before_fsdp_would_copy_them_and_wait() -> None:
+def test_tokens_are_copied_asynchronously_before_fsdps_hook() -> None:
     expected = ["copy", "non_blocking", "copy", "non_blocking", "FSDP"]
     assert [order[:5] for order in results(2, member, order_of_copies)] == [expected, expected]
 
@@ -170,7 +170,7 @@ def test_tokens_are_on_the_device_before_fsdp_would_copy_them_and_wait() -> None
 def overflow_in_one(
     processes: Processes, parallel: Parallel
 ) -> tuple[list[bool], list[float], bool, dict[str, Tensor]]:
-    """A step in fp16 whose gradients overflow in the second process alone, and the steps after it."""
+    """Train a step in fp16 whose gradients overflow in rank 1 only, and the steps after it."""
     t, loss_of = shared_out(processes, parallel, FP16)
     t.optimizer.loss_scale.factor.fill_(2.0**10)
     train(t, loss_of, processes, 0, 2)
@@ -188,7 +188,7 @@ def overflow_in_one(
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_an_overflow_of_fp16_in_one_process_is_one_in_all(parallel: Parallel) -> None:
+def test_an_fp16_overflow_in_one_rank_skips_the_update_in_all(parallel: Parallel) -> None:
     found = results(2, member, overflow_in_one, parallel)
     for refused, factors, unchanged, _ in found:
         assert refused == [True, False, False]
@@ -201,7 +201,7 @@ def test_an_overflow_of_fp16_in_one_process_is_one_in_all(parallel: Parallel) ->
 
 
 def gathered(processes: Processes) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
-    """Weights and state as they are gathered for a checkpoint; and how many whole tensors there were at once."""
+    """Return expected state, gathered weights, gathered state, and the peak number of full tensors in memory."""
     t, loss_of = shared_out(processes)
     train(t, loss_of, processes, 0, 2)
     expected = weights(t.model) | {n: full(v) for n, v in optimizer_tensors(t.model, t.optimizer).items()}
@@ -223,7 +223,7 @@ def gathered(processes: Processes) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return expected, {n: p for n, p in model.named_parameters() if not p.is_meta}, state, most
 
 
-def test_a_checkpoint_is_gathered_in_the_main_process_alone() -> None:
+def test_a_checkpoint_is_gathered_in_the_main_process_only() -> None:
     main, other = results(2, member, gathered)
     expected, model, state, _ = main
     assert_identical(model | state, expected)
@@ -234,7 +234,7 @@ def test_a_checkpoint_is_gathered_in_the_main_process_alone() -> None:
 
 
 def evaluated(processes: Processes) -> tuple[Tensor, Tensor, set[torch.dtype], set[str]]:
-    """Losses by a copy in bf16 and by one in fp32; the dtypes of the first; devices where there is to be none."""
+    """Return losses of a bf16 and of an fp32 copy, dtypes of the bf16 copy, and devices of a copy without weights."""
     t, loss_of = shared_out(processes, "fsdp", BF16, model=MODERN)
     train(t, loss_of, processes, 0, 5)
     small, large = gather_full_model(t.model, BF16), gather_full_model(t.model)
@@ -246,7 +246,7 @@ def evaluated(processes: Processes) -> tuple[Tensor, Tensor, set[torch.dtype], s
     return losses[0], losses[1], linear, {p.device.type for p in none.parameters()}
 
 
-def test_evaluation_takes_half_the_memory_for_blocks_and_gives_the_same_bits() -> None:
+def test_evaluation_with_bf16_blocks_has_equal_losses() -> None:
     for small, large, linear, none in results(2, member, evaluated):
         assert torch.equal(small, large)
         assert linear == {BF16}
@@ -257,7 +257,7 @@ def test_evaluation_takes_half_the_memory_for_blocks_and_gives_the_same_bits() -
 
 
 def saved_and_loaded(processes: Processes, parallel: Parallel, folder: Path, optimizer: str) -> bool:
-    """Save, load in new trainees, and train on; only the main process has a folder."""
+    """Save, load into a new run, and continue both; only the main process has a folder."""
     run = folder / str(processes.rank)
     optim = make_trainee().config.optim
     changes = {"optim": type(optim)(lr=3e-3, warmup_steps=3, optimizer=optimizer)}  # type: ignore[arg-type]
@@ -281,9 +281,7 @@ def saved_and_loaded(processes: Processes, parallel: Parallel, folder: Path, opt
 
 
 @pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")])
-def test_the_main_process_alone_writes_and_reads_checkpoints(
-    tmp_path: Path, parallel: Parallel, optimizer: str
-) -> None:
+def test_only_the_main_process_writes_and_reads_checkpoints(tmp_path: Path, parallel: Parallel, optimizer: str) -> None:
     assert results(2, member, saved_and_loaded, parallel, tmp_path, optimizer) == [True, True]
 
 
@@ -297,14 +295,14 @@ def loaded_by_another(processes: Processes, folder: Path) -> None:
     load_checkpoint(folder / "checkpoints/step_000001", other.model, other.optimizer, processes)
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused_in_all_with_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_optimizer_is_refused_with_one_line(tmp_path: Path) -> None:
     ended = launch(2, member, loaded_by_another, tmp_path, timeout=30)
     (line,) = error_lines(ended)
     assert "belongs to another optimizer or model" in line
     assert [e.code for e in ended] == [2, 2]
 
 
-# --- compiled ------------------------------------------------------------------------------------------------
+# --- torch.compile -------------------------------------------------------------------------------------------
 
 WIDE = ModelConfig(n_layer=2, n_head=2, n_embd=256, n_positions=16, vocab_size=97)  # gradients of several megabytes
 
@@ -316,7 +314,7 @@ def gradients_of_two_steps(
     t.model.transformer.gradient_checkpointing = gradient_checkpointing
     if processes.world_size > 1:
         for module in compiled_parts(t.model, parallel):
-            module.compile(backend="aot_eager")  # traced and differentiated like any other, but not made to kernels
+            module.compile(backend="aot_eager")  # traced and differentiated, without kernels
     loss_of = distribute(BatchLoss(t.model, ComputeConfig(CPU, FP32, 2)), t.model, parallel, processes)
     found = []
     for step in range(2):
@@ -332,10 +330,10 @@ def gradients_of_two_steps(
 def compiled(
     processes: Processes, parallel: Parallel, gradient_checkpointing: bool, micro_batch: int
 ) -> tuple[list[dict[str, Tensor]], int, int]:
-    """Gradients, how many operations were compiled, and how many graphs."""
+    """Return gradients, the number of compiled operations, and the number of graphs."""
     with pytest.MonkeyPatch.context() as patch:
         small = functools.partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=1)
-        patch.setattr(DistributedDataParallel, "__init__", small)  # several buckets, as of a large model
+        patch.setattr(DistributedDataParallel, "__init__", small)  # several buckets, like a large model
         found = gradients_of_two_steps(processes, parallel, gradient_checkpointing, micro_batch)
     return found, counters["stats"]["calls_captured"], counters["stats"]["unique_graphs"]
 
@@ -343,7 +341,7 @@ def compiled(
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "gradient_checkpointing"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("micro_batch", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_compiled_gradients_are_those_of_one_process_without_compilation(
+def test_compiled_gradients_equal_eager_ones_of_one_process(
     parallel: Parallel, gradient_checkpointing: bool, micro_batch: int
 ) -> None:
     expected = gradients_of_two_steps(SINGLE, "ddp", False, 8)
@@ -353,4 +351,4 @@ def test_compiled_gradients_are_those_of_one_process_without_compilation(
             for name, gradient in theirs.items():
                 torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4)
         assert operations > 0
-        assert graphs == 1, "the blocks share one, and nothing is compiled anew"
+        assert graphs == 1, "all blocks share one graph, without recompilation"

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against `torch.nn.functional.cross_entropy` on logits made all at once."""
+"""Chunked cross-entropy against `torch.nn.functional.cross_entropy` on full logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FP32 = torch.float32
 
 
 def problem(N: int, D: int, V: int, padded: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, an output matrix whose padded rows are large and not zero, and targets."""
+    """Return hidden states, an lm_head whose padding rows are large instead of zero, and targets."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, D, generator=generator)
     weight = torch.randn(padded, D, generator=generator)
@@ -29,7 +29,7 @@ def problem(N: int, D: int, V: int, padded: int, seed: int = 0) -> tuple[Tensor,
 def reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, V: int, cap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and both gradients in fp64, from all logits at once."""
+    """Compute the loss and both gradients in fp64 from full logits."""
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = h @ w[:V].t()
     loss = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets)
@@ -47,7 +47,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chunk", [8, None])
 @pytest.mark.parametrize("N", [1, 2, 3, 7, 8, 9, 16, 30, 1024, 1500])
-def test_loss_and_gradients_are_those_of_full_logits_at_any_length(
+def test_loss_and_gradients_equal_full_logits_at_any_length(
     N: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SOFTMAX_TOKENS", {"cpu": 3 if chunk else 32})
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_full_logits_at_any_length(
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cap", [2.0, 15.0])
-def test_loss_and_gradients_are_those_of_capped_logits(cap: float, compiled: bool) -> None:
+def test_loss_and_gradients_equal_capped_logits(cap: float, compiled: bool) -> None:
     hidden, weight, targets = problem(30, D=12, V=50, padded=64)
     loss = linear_cross_entropy(hidden, weight, targets, 50, FP32, compiled, cap)
     loss.backward()
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_capped_logits(cap: float, compiled: boo
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_log_probabilities_are_those_of_full_logits(cap: float | None) -> None:
+def test_log_probabilities_equal_full_logits(cap: float | None) -> None:
     hidden, weight, targets = problem(30, D=12, V=50, padded=64)
     with torch.no_grad():
         found, best = linear_log_probs(hidden, weight, targets, 50, FP32, cap)
@@ -87,7 +87,7 @@ def test_log_probabilities_are_those_of_full_logits(cap: float | None) -> None:
     assert torch.equal(best, logits.argmax(-1) == targets)
 
 
-def test_padded_rows_take_no_part_even_where_they_are_not_zero() -> None:
+def test_padding_rows_have_no_effect_even_if_they_are_not_zero() -> None:
     hidden, weight, targets = problem(20, D=12, V=50, padded=64)
     losses = []
     for scale in (0.0, 1.0, 1000.0):
@@ -128,7 +128,7 @@ def test_upstream_gradient_scales_both_gradients() -> None:
     torch.testing.assert_close(half[1].grad, whole[1].grad / 2)
 
 
-def test_loss_is_fp32_and_gradients_have_their_tensors_types() -> None:
+def test_loss_is_fp32_and_gradients_have_the_dtypes_of_their_tensors() -> None:
     hidden, weight, targets = problem(20, D=12, V=50, padded=64)
     hidden = hidden.detach().bfloat16().requires_grad_()
     loss = linear_cross_entropy(hidden, weight, targets, 50, torch.bfloat16)
@@ -141,7 +141,7 @@ def test_loss_is_fp32_and_gradients_have_their_tensors_types() -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_a_loss_of_hundreds_of_nats_is_exact_and_its_gradient_finite(dtype: torch.dtype) -> None:
-    # Token 0 is certain by 512 nats, and the target is token 1: all numbers are exact in bf16.
+    # The logit of token 0 exceeds that of the target, token 1, by 512. All numbers are exact in bf16.
     hidden, weight = torch.tensor([[512.0]], requires_grad=True), torch.zeros(64, 1)
     weight[0] = 1.0
     weight.requires_grad_()
@@ -172,7 +172,7 @@ def test_extreme_logits_give_the_exact_loss_in_fp32() -> None:
 
 
 def test_bf16_matmuls_stay_within_half_a_percent_of_fp64() -> None:
-    # bf16 carries 8 bits, so one product is wrong by up to 0.4%; the loss is a mean over many.
+    # bf16 has 8 bits, so the relative error of one multiplication is up to 0.4%; the loss is a mean of many.
     hidden, weight, targets = problem(256, D=64, V=1000, padded=1024)
     with torch.no_grad():
         weight *= 0.1
@@ -184,8 +184,8 @@ def test_bf16_matmuls_stay_within_half_a_percent_of_fp64() -> None:
     assert (weight.grad - d_weight).norm() < 0.005 * d_weight.norm()
 
 
-def test_fp16_holds_the_gradients_of_a_large_batch() -> None:
-    """A mean over 4,096 tokens makes gradients that fp16 would round to nothing, were they not kept larger."""
+def test_fp16_gradients_of_a_large_batch_do_not_underflow() -> None:
+    """The gradients of a mean over 4,096 tokens would underflow; those of the sum, times `GRADIENT_SCALE`, do not."""
     hidden, weight, targets = problem(4096, D=16, V=500, padded=512)
     with torch.no_grad():
         weight *= 0.1
@@ -197,8 +197,8 @@ def test_fp16_holds_the_gradients_of_a_large_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 @pytest.mark.usefixtures("small_chunks")
-def test_the_softmax_that_is_compiled_is_the_other(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its formula; a slow test compiles it."""
+def test_the_formula_of_the_compiled_softmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula is run in eager mode here; a slow test compiles it."""
     monkeypatch.setattr(module, "_compiled_softmax", lambda: module._softmax)
     results = []
     for compiled in (False, True):
@@ -213,7 +213,7 @@ def test_the_softmax_that_is_compiled_is_the_other(dtype: torch.dtype, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_compiled_loss_and_gradients_are_those_of_full_logits(dtype: torch.dtype) -> None:
+def test_compiled_loss_and_gradients_equal_full_logits(dtype: torch.dtype) -> None:
     hidden, weight, targets = problem(1500, D=8, V=50, padded=64)
     loss = linear_cross_entropy(hidden, weight, targets, 50, dtype, compiled=True)
     loss.backward()
@@ -226,7 +226,7 @@ def test_compiled_loss_and_gradients_are_those_of_full_logits(dtype: torch.dtype
 
 
 class Sizes(TorchDispatchMode):
-    """Records the operation and the number of elements of every tensor that is made."""
+    """Dispatch mode that records the operation and the number of elements of every new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-def test_logits_of_all_positions_never_exist_at_once() -> None:
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk() -> None:
     N, D, V = 4096, 4, 256
     hidden, weight, targets = problem(N, D, V, padded=V)
     with Sizes() as sizes:
@@ -257,7 +257,7 @@ def test_no_grad_gives_the_same_loss() -> None:
 
 
 def test_no_grad_does_not_compute_gradients() -> None:
-    # Two of the three large products are for the gradients; validation losses need only one.
+    # Two of the three large matmuls are for gradients; validation losses need one.
     hidden, weight, targets = problem(30, D=12, V=50, padded=64)
     with torch.no_grad(), Sizes() as sizes:
         linear_cross_entropy(hidden, weight, targets, 50, FP32)
@@ -268,7 +268,7 @@ def test_no_grad_does_not_compute_gradients() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
-def test_the_size_of_a_chunk_can_be_chosen_and_changes_only_rounding(chunk: int) -> None:
+def test_the_chunk_size_changes_only_rounding(chunk: int) -> None:
     hidden, weight, targets = problem(30, D=12, V=50, padded=64)
     with Sizes() as sizes:
         loss = linear_cross_entropy(hidden, weight, targets, 50, FP32, chunk=chunk)
@@ -279,8 +279,8 @@ def test_the_size_of_a_chunk_can_be_chosen_and_changes_only_rounding(chunk: int)
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16])
-def test_the_heads_gradient_is_summed_over_micro_batches(dtype: torch.dtype) -> None:
-    """It comes with the last one, and is that of the mean over all; before, autograd gets none."""
+def test_lm_heads_gradient_is_summed_over_micro_batches(dtype: torch.dtype) -> None:
+    """Autograd gets no gradient before the last micro-batch, and then that of the mean over all."""
     hidden, weight, targets = problem(30, D=12, V=50, padded=64)
     head_gradient = HeadGradient()
     for i, part in enumerate((slice(0, 10), slice(10, 20), slice(20, 30))):
@@ -295,7 +295,7 @@ def test_the_heads_gradient_is_summed_over_micro_batches(dtype: torch.dtype) -> 
     for ours, exact in ((hidden.grad, d_hidden), (weight.grad, d_weight)):
         assert ours is not None
         assert (ours.double() - exact).norm() < off * exact.norm()
-    assert head_gradient.total is None, "nothing is left for the next step"
+    assert head_gradient.total is None, "the accumulator is empty for the next step"
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The scale of fp16's loss, against torch's GradScaler."""
+"""Loss scaling in fp16 against torch's GradScaler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.trainee import Trainee, assert_identical, make_trainee, set_optimizer
 FP16 = torch.float16
 
 
-def test_the_factor_is_that_of_torchs_grad_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_factor_equals_that_of_torchs_grad_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS_BEFORE_GROWTH", 5)
     ours = LossScale(FP16, CPU)
     factor, tracker = torch.tensor(module.START), torch.tensor(0, dtype=torch.int32)
@@ -36,7 +36,7 @@ def test_the_factor_is_that_of_torchs_grad_scaler(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_need_no_scale(dtype: torch.dtype) -> None:
+def test_other_dtypes_have_a_constant_factor(dtype: torch.dtype) -> None:
     scale = LossScale(dtype, CPU)
     for overflowed in (True, False):
         scale.update(torch.tensor(overflowed))
@@ -58,15 +58,15 @@ def train(trainee: Trainee, first: int, end: int) -> list[StepResult]:
     ]
 
 
-def test_training_in_fp16_follows_fp32() -> None:
+def test_training_in_fp16_is_close_to_fp32() -> None:
     made, exact = train(in_fp16(), 0, 20), make_trainee().train(0, 20)
     assert not any(outcome.refused for outcome in made)
     assert [o.loss for o in made] == pytest.approx([loss for loss, _ in exact], rel=2e-3)
     assert [o.grad_norm for o in made] == pytest.approx([norm for _, norm in exact], rel=0.02)
 
 
-def test_without_a_scale_small_gradients_would_be_lost() -> None:
-    """Targets that are all but certain, so that what is left to learn is below what fp16 holds."""
+def test_without_loss_scaling_small_gradients_underflow() -> None:
+    """The loss is multiplied by 1e-6, so that many gradients are below the range of fp16."""
     norms = []
     for factor in (1.0, module.START):
         trainee = in_fp16()
@@ -82,7 +82,7 @@ def test_without_a_scale_small_gradients_would_be_lost() -> None:
     assert norms[0] < 0.9 * norms[1]
 
 
-def test_an_overflow_halves_the_scale_and_updates_nothing() -> None:
+def test_an_overflow_halves_the_factor_and_skips_the_update() -> None:
     trainee = in_fp16()
     train(trainee, 0, 2)
     trainee.optimizer.loss_scale.factor.fill_(2.0**40)
@@ -95,7 +95,7 @@ def test_an_overflow_halves_the_scale_and_updates_nothing() -> None:
     assert trainee.optimizer.loss_scale.factor.item() == 2.0**39
 
 
-def test_a_scale_goes_into_a_checkpoint_and_back() -> None:
+def test_the_state_is_saved_and_restored() -> None:
     old, new = in_fp16(), in_fp16()
     old.optimizer.loss_scale.factor.fill_(2.0**10)
     train(old, 0, 3)

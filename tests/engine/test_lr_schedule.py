@@ -1,4 +1,4 @@
-"""The learning rate against torch's own schedulers."""
+"""Learning-rate schedule against torch's schedulers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from restomod.engine.lr_schedule import DECAYS, learning_rate
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(50, 10), (50, 1), (200, 60), (12, 10)])
-def test_warmup_and_cosine_are_those_of_torch(steps: int, warmup: int) -> None:
+def test_warmup_and_cosine_equal_torchs(steps: int, warmup: int) -> None:
     config = OptimConfig(lr=6e-4, min_lr_ratio=0.1, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=6e-4)
     linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(1, warmup - 1))
@@ -35,7 +35,7 @@ def test_last_step_has_exactly_the_smallest_learning_rate(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("warmup", "ratio", "step", "steps", "rate"),
     [
-        (100, 0.1, 0, 1000, 0.01),  # the first step of a warm-up already moves
+        (100, 0.1, 0, 1000, 0.01),  # the first step of a warm-up has a rate above 0
         (100, 0.1, 99, 1000, 1.0),
         (10, 0.2, 60, 111, 0.6),  # halfway down the cosine: the mean of both ends
         (0, 0.1, 0, 3, 1.0),
@@ -49,7 +49,7 @@ def test_rates_at_known_steps(warmup: int, ratio: float, step: int, steps: int, 
 
 
 @pytest.mark.parametrize("warmup", [4, 5, 6, 1000])
-def test_a_warmup_as_long_as_the_run_or_longer_only_rises(warmup: int) -> None:
+def test_the_rate_never_falls_if_the_warmup_is_as_long_as_the_run(warmup: int) -> None:
     config = OptimConfig(lr=1.0, warmup_steps=warmup)
     rates = [learning_rate(config, step, 5) for step in range(5)]
     assert rates == sorted(rates)

@@ -1,4 +1,4 @@
-"""The formula of memory against what torch really keeps, and what processes that train really needed."""
+"""Memory estimate against the tensors that torch saves, and against measured processes."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def a_run(model: ModelConfig, T: int, sequences: int = B, **settings: Any) -> Ru
 
 
 def saved_bytes(model: GPT, T: int, dtype: torch.dtype, mask: bool = False) -> int:
-    """Bytes of all that autograd saves of a forward pass and the loss, without the parameters themselves."""
+    """Return the bytes of all tensors that autograd saves in a forward pass and the loss, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # keep the tensor, so that no address is reused
         return tensor
 
     tokens = torch.randint(0, model.config.vocab_size, (B, T))
@@ -73,15 +73,15 @@ def saved_bytes(model: GPT, T: int, dtype: torch.dtype, mask: bool = False) -> i
 
 @pytest.mark.parametrize("dtype", NUMBER, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("T", [64, 320])  # plain attention in bf16, and torch's kernel
-def test_what_is_kept_is_what_autograd_saves(name: str, dtype: torch.dtype, T: int) -> None:
+@pytest.mark.parametrize("T", [64, 320])  # plain attention in bf16; torch's kernel
+def test_activation_bytes_equal_what_autograd_saves(name: str, dtype: torch.dtype, T: int) -> None:
     shape = ModelConfig(n_layer=3, n_head=2, n_embd=64, n_positions=512, vocab_size=128, **PARTS[name])
     saved = saved_bytes(build_model(shape, 0, CPU), T, dtype)
-    head = 4 * shape.padded_vocab_size * shape.n_embd  # its gradient, which is counted with the loss
+    head = 4 * shape.padded_vocab_size * shape.n_embd  # lm_head's gradient is counted with the loss
     assert activation_bytes(a_run(shape, T), B * T, NUMBER[dtype], "cpu") + head == pytest.approx(saved, rel=0.03)
 
 
-def test_with_recomputation_one_block_is_kept_besides_what_goes_into_each() -> None:
+def test_gradient_checkpointing_keeps_one_block_and_the_inputs_of_all() -> None:
     T, shape = 320, ModelConfig(n_layer=6, n_head=2, n_embd=64, n_positions=512, vocab_size=128)
     config, model = a_run(shape, T, gradient_checkpointing=True), build_model(shape, 0, CPU)
     model.transformer.gradient_checkpointing = True
@@ -92,19 +92,19 @@ def test_with_recomputation_one_block_is_kept_besides_what_goes_into_each() -> N
 
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 @pytest.mark.parametrize("name", ["gpt2", "modern", "untied", "value embedding", "embedding skip"])
-def test_weights_and_optimizer_state_are_as_large_as_they_are(name: str, optimizer: Any) -> None:
+def test_bytes_of_weights_and_optimizer_state_are_exact(name: str, optimizer: Any) -> None:
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97, **PARTS[name])
     model, optim = build_model(shape, 0, CPU), OptimConfig(optimizer=optimizer)
     weights = sum(p.nbytes for p in model.parameters())
     assert 4 * padded_parameters(shape) == weights
     states = optimizer_tensors(model, build_optimizer(model, optim)).values()
-    held = sum(state.nbytes for state in states if state.ndim)  # counts of steps are left out
+    held = sum(state.nbytes for state in states if state.ndim)  # without step counts
     assert optimizer_bytes(shape, optim)[0] == held
     assert state_bytes(shape, optim) == 2 * weights + held
 
 
 class OneMoment(torch.optim.Optimizer):
-    """Keeps a tensor per parameter, and makes two of each for a moment."""
+    """Optimizer that keeps one tensor per parameter and allocates two temporary ones."""
 
     def step(self, closure: Any = None) -> None:
         for p in self.param_groups[0]["params"]:
@@ -113,18 +113,20 @@ class OneMoment(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("layers", [12, 48])
-def test_any_optimizers_memory_is_counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_any_optimizer_is_measured(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(model: GPT, *_: Any) -> list[torch.optim.Optimizer]:
         return [OneMoment(model.parameters(), {"lr": 1.0})]
 
     monkeypatch.setattr("restomod.engine.optimizers.adamw.build", build)
-    shape, optim = ModelConfig(n_layer=layers, n_embd=1600, n_head=25), OptimConfig(lr=0.123)  # not cached before
+    shape, optim = ModelConfig(n_layer=layers, n_embd=1600, n_head=25), OptimConfig(lr=0.123)  # not in the cache
     largest = 4 * shape.padded_vocab_size * shape.n_embd
     assert optimizer_bytes(shape, optim) == (4 * padded_parameters(shape), 2 * largest)
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "ASGD", "NAdam", "SGD"])
-def test_an_optimizer_that_reads_values_of_its_tensors_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_an_optimizer_that_reads_values_of_tensors_is_measured(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def build(model: GPT, config: OptimConfig, *_: Any) -> list[torch.optim.Optimizer]:
         return [getattr(torch.optim, kind)(model.parameters(), lr=config.lr)]
 
@@ -137,7 +139,7 @@ def test_an_optimizer_that_reads_values_of_its_tensors_is_counted(kind: str, mon
     optimizer_bytes.cache_clear()
 
 
-def test_muons_update_needs_what_its_largest_stack_of_matrices_takes() -> None:
+def test_temporary_memory_of_muon_follows_from_its_largest_stack_of_matrices() -> None:
     shape, largest = ModelConfig(), 12 * 768 * 4 * 768  # numbers in the MLP's first matrices of all layers
     _, fp32 = optimizer_bytes(shape, OptimConfig(optimizer="muon"))
     _, bf16 = optimizer_bytes(shape, OptimConfig(optimizer="muon"), 2)
@@ -158,7 +160,7 @@ def test_memory_grows_with_the_micro_batch_by_the_activations(number: int, devic
     assert small.total == sum(dataclasses.astuple(small))
 
 
-def test_gradients_are_there_while_they_are_accumulated_or_averaged() -> None:
+def test_gradients_are_kept_for_accumulation_and_averaging() -> None:
     one, shape = 4 * padded_parameters(ModelConfig()), ModelConfig()
     assert estimate_memory(a_run(shape, 1024, 16), 16, 2, "cuda").gradients == 0
     assert estimate_memory(a_run(shape, 1024, 16), 8, 2, "cuda").gradients == one
@@ -199,14 +201,14 @@ def predicted(layers: int, width: int, heads: int, T: int, micro_batch: int, cou
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=str)
-def test_what_was_measured_is_predicted_within_15_percent(case: Any) -> None:
+def test_measured_memory_is_predicted_within_15_percent(case: Any) -> None:
     *what, measured = case
     assert predicted(*what) / MIB == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", [(2, 128, 2, 256, 4, 2), (4, 256, 4, 256, 4, 2), (6, 384, 6, 256, 4, 2)], ids=str)
-def test_a_process_that_trains_needs_what_is_predicted(what: Any, tmp_path: Path) -> None:
+def test_memory_of_a_training_process_is_predicted(what: Any, tmp_path: Path) -> None:
     layers, width, heads, T, micro_batch, count = what
     model = ("--model.n-layer", layers, "--model.n-embd", width, "--model.n-head", heads, "--model.n-positions", T)
     batch = ("--sequence-length", T, "--micro-batch", micro_batch, "--batch-tokens", micro_batch * count * T)

@@ -1,4 +1,4 @@
-"""Micro-batches and chunks: what fits, what divides a batch, and a first micro-batch that fails or is slow."""
+"""Micro-batch and chunk sizes: memory, divisibility, and a first micro-batch that fails or is slow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.trainee import Trainee, make_subject, make_trainee
 
 
 @pytest.mark.parametrize("table", [CHUNK_TOKENS, EVAL_TOKENS])
-def test_a_gpu_computes_more_at_once_than_a_cpu_and_a_small_one_proportionally_less(table: dict[str, int]) -> None:
+def test_a_gpu_has_more_tokens_than_a_cpu_and_a_small_gpu_proportionally_fewer(table: dict[str, int]) -> None:
     full = scaled_tokens(table, "cuda", 80 * 10**9)
     assert full == scaled_tokens(table, "cuda", None) == scaled_tokens(table, "cuda", 24 * 10**9) == table["cuda"]
     assert full >= 8 * table["cpu"]
@@ -45,11 +45,11 @@ def test_a_gpu_computes_more_at_once_than_a_cpu_and_a_small_one_proportionally_l
     assert full / 3 - 1024 < sizes[2] <= full / 3
 
 
-def test_memory_matters_on_gpus_alone() -> None:
+def test_memory_affects_gpus_only() -> None:
     assert scaled_tokens(CHUNK_TOKENS, "cpu", 10**9) == CHUNK_TOKENS["cpu"]
 
 
-def test_a_runs_chunk_follows_from_the_size_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_depends_on_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         total_memory = 8 * 10**9
 
@@ -59,7 +59,7 @@ def test_a_runs_chunk_follows_from_the_size_of_its_gpu(monkeypatch: pytest.Monke
 
 
 @given(sequences=st.integers(1, 200), processes=st.integers(1, 40))
-def test_what_is_proposed_for_an_uneven_batch_is_even(sequences: int, processes: int) -> None:
+def test_proposals_for_an_uneven_batch_are_valid(sequences: int, processes: int) -> None:
     config = make_trainee(batch_tokens=16 * sequences).config
     if sequences % processes == 0:
         assert choose_micro_batch(config, CPU, processes) >= 1
@@ -75,12 +75,10 @@ def test_what_is_proposed_for_an_uneven_batch_is_even(sequences: int, processes:
         choose_micro_batch(config, CPU, int(proposed))
 
 
-def test_a_micro_batch_has_to_divide_what_each_process_has() -> None:
+def test_a_micro_batch_must_divide_the_share_of_each_rank() -> None:
     config = make_trainee(batch_tokens=16 * 24, micro_batch=8).config
     assert choose_micro_batch(config, CPU, 3) == 8
-    with pytest.raises(
-        UserError, match="the 12 sequences of a step that each process has; choose --micro-batch 6 or 12"
-    ):
+    with pytest.raises(UserError, match="the 12 sequences of a step per process; choose --micro-batch 6 or 12"):
         choose_micro_batch(config, CPU, 2)
 
 
@@ -95,14 +93,14 @@ def test_the_chosen_micro_batch_divides_the_batch_and_fits(sequences: int, lengt
 
 
 @given(fixed=st.integers(0, 10**9), each=st.integers(1, 10**9), room=st.integers(1, 10**11))
-def test_as_many_fit_as_the_line_through_two_measurements_says(fixed: int, each: int, room: int) -> None:
+def test_memory_is_extrapolated_linearly_from_two_measurements(fixed: int, each: int, room: int) -> None:
     n = sequences_that_fit((2, fixed + 2 * each), (4, fixed + 4 * each), room)
     assert n >= 1
     assert n == 1 or fixed + n * each <= room
     assert fixed + (n + 1) * each > room
 
 
-def test_where_both_numbers_take_the_same_any_number_fits() -> None:
+def test_any_number_fits_if_both_measurements_are_equal() -> None:
     assert sequences_that_fit((2, 100), (4, 100), 1e9) > 10**6
     assert sequences_that_fit((2, 100), (4, 90), 1e9) > 10**6
     assert sequences_that_fit((2, 100), (4, 100), 10) == 1
@@ -112,7 +110,7 @@ def test_a_gpu_gets_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatc
     subject = make_subject()
     taken = {2: 1_000_000 + 2 * 50_000, 4: 1_000_000 + 4 * 50_000}
     current = [0]
-    workspace = [10**9]  # that cuBLAS takes once, from the same memory
+    workspace = [10**9]  # bytes that cuBLAS allocates in the first pass
 
     def allocated(model: GPT, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
         current[0] = len(tokens)
@@ -134,18 +132,18 @@ def test_a_gpu_gets_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "batch_loss", allocated)
     compute = ComputeConfig(CPU, torch.float32, 24, chunk=32)
     assert fitting_micro_batch(subject.model, subject.batches, compute, OptimConfig()) == 8  # 11 fit
-    # chunks of the loss that two small micro-batches do not fill: 352 tokens more, all of the 24 sequences
+    # chunks that two small micro-batches do not fill: the chunk is limited to the 384 tokens of 24 sequences
     for chunk in (384, 10**6):
         larger = dataclasses.replace(compute, chunk=chunk)
         assert fitting_micro_batch(subject.model, subject.batches, larger, OptimConfig()) == 6  # 7 fit
-    # half as many when compiled: the logits' gradient is another tensor
+    # compiled chunks take twice the memory, because the gradient of the logits is a separate tensor
     compiled = dataclasses.replace(compute, chunk=32 + 176, compiled=True)
     assert fitting_micro_batch(subject.model, subject.batches, compiled, OptimConfig()) == 6
     assert all(p.grad is None for p in subject.model.parameters())
 
 
 @pytest.mark.parametrize(("sequences", "sizes"), [(1, [1] * 8), (2, [2] * 4), (4, [4, 4]), (8, [4, 4])])
-def test_a_batch_is_cut_and_nothing_is_lost(sequences: int, sizes: list[int]) -> None:
+def test_split_micro_batches_contain_all_sequences(sequences: int, sizes: list[int]) -> None:
     batches = make_trainee().batches
     parts = split_micro_batches(batches.micro_batches(3, 4), sequences)
     assert [len(tokens) for tokens, _ in parts] == sizes
@@ -176,12 +174,12 @@ Before = Callable[[int, int], None]
 
 @pytest.fixture(autouse=True)
 def eager_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling the loss's softmax would take ten seconds, and is not what is tested."""
+    """Run the loss's softmax in eager mode, because its compilation takes ten seconds."""
     monkeypatch.setattr(loss, "_compiled_softmax", lambda: loss._softmax)
 
 
 class PlantedLoss(BatchLoss):
-    """Calls ``before(call, sequences)`` before every loss."""
+    """Loss that calls ``before(call, sequences)`` first."""
 
     def __init__(self, trainee: Trainee, compute: ComputeConfig, before: Before) -> None:
         super().__init__(trainee.model, compute)
@@ -196,7 +194,7 @@ class PlantedLoss(BatchLoss):
 def first(
     before: Before, compiled: bool = False, setting: str = "auto", processes: Processes = SINGLE
 ) -> tuple[PlantedLoss, float, ComputeConfig, list[str]]:
-    """The first micro-batch of a run of eight sequences a step."""
+    """Run `first_micro_batch` for a run of eight sequences per step."""
     trainee = make_trainee(compile=setting)
     compute = ComputeConfig(CPU, torch.float32, 8, compiled)
     loss_of = PlantedLoss(trainee, compute, before)
@@ -206,7 +204,7 @@ def first(
 
 
 def raising(error: BaseException, above: int) -> Before:
-    """Raises ``error`` for more than so many sequences."""
+    """Return a function that raises ``error`` for more than ``above`` sequences."""
 
     def before(call: int, sequences: int) -> None:
         if sequences > above:
@@ -218,9 +216,9 @@ def raising(error: BaseException, above: int) -> Before:
 # --- time ----------------------------------------------------------------------------------------------------
 
 
-def test_the_time_of_a_compiled_micro_batch_is_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_compiled_micro_batch_excludes_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONG_MICRO_BATCH", 0.5)
-    # warm what the first call of all would be slow in
+    # warm-up, because the first call in a process is slow
     first(lambda call, n: None)
     loss_of, seconds, _, _ = first(lambda call, n: time.sleep(1.0 if call == 1 else 0.0), compiled=True)
     assert loss_of.calls == 2
@@ -228,15 +226,13 @@ def test_the_time_of_a_compiled_micro_batch_is_without_compiling(monkeypatch: py
 
 
 @pytest.mark.parametrize(("long", "calls"), [(60.0, 2), (0.0, 1)])
-def test_a_long_one_that_is_not_compiled_is_not_repeated(
-    long: float, calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_eager_micro_batch_is_not_repeated(long: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONG_MICRO_BATCH", long)
     loss_of, *_ = first(lambda call, n: None)
     assert loss_of.calls == calls
 
 
-def test_it_changes_nothing() -> None:
+def test_the_first_micro_batch_changes_neither_weights_nor_random_state() -> None:
     trainee = make_trainee()
     before, random_state = trainee.tensors(), torch.get_rng_state()
     compute = ComputeConfig(CPU, torch.float32, 8)
@@ -256,24 +252,24 @@ def test_out_of_memory_halves_the_micro_batch_until_it_fits(error: BaseException
     assert compute.micro_batch == loss_of.compute.micro_batch == 2
     assert 0 < seconds < 60
     assert said == [
-        "warning: out of memory with a micro-batch of 8: it is 4 from here on",
-        "warning: out of memory with a micro-batch of 4: it is 2 from here on",
+        "warning: out of memory with a micro-batch of 8; reduced to 4",
+        "warning: out of memory with a micro-batch of 4; reduced to 2",
     ]
 
 
-def test_where_not_one_sequence_fits_it_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"one sequence at once \(CUDA out of memory.*--gradient-checkpointing"):
+def test_out_of_memory_with_one_sequence_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"a micro-batch of 1 \(CUDA out of memory.*--gradient-checkpointing"):
         first(raising(torch.OutOfMemoryError("CUDA out of memory"), above=0))
 
 
-def test_another_error_is_not_taken_for_memory() -> None:
+def test_another_error_is_not_treated_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         first(raising(RuntimeError("shapes cannot be multiplied"), above=2))
 
 
 @dataclasses.dataclass(frozen=True)
 class OneOfTwo(Processes):
-    """Another process runs out of memory as often as ``left`` has entries."""
+    """Ranks of which another one runs out of memory for each nonzero entry of ``left``."""
 
     left: list[int] = dataclasses.field(default_factory=list)
 
@@ -282,12 +278,12 @@ class OneOfTwo(Processes):
         return [flags[0] or elsewhere, *flags[1:]]
 
 
-def test_a_process_halves_with_the_others() -> None:
+def test_all_ranks_halve_the_micro_batch() -> None:
     _, _, compute, _ = first(lambda call, n: None, processes=OneOfTwo(0, 2, 0, left=[1, 1]))
     assert compute.micro_batch == 2
 
 
-# --- the compiler --------------------------------------------------------------------------------------------
+# --- torch.compile -------------------------------------------------------------------------------------------
 
 
 def no_compiler(call: int, sequences: int) -> None:
@@ -295,7 +291,7 @@ def no_compiler(call: int, sequences: int) -> None:
         raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no C compiler"), None)
 
 
-def test_where_torch_compile_fails_the_model_is_run_without_it() -> None:
+def test_training_continues_in_eager_mode_if_torch_compile_fails() -> None:
     loss_of, _, compute, said = first(no_compiler, compiled=True)
     assert not compute.compiled
     assert not loss_of.compute.compiled
@@ -305,13 +301,13 @@ def test_where_torch_compile_fails_the_model_is_run_without_it() -> None:
     assert "no C compiler" in said[1]
 
 
-def test_where_it_was_asked_for_that_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"torch\.compile does not work here \(.*no C compiler.*leave --compile out"):
+def test_a_failure_of_torch_compile_with_compile_on_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"torch\.compile fails \(.*no C compiler.*--compile off"):
         first(no_compiler, compiled=True, setting="on")
 
 
-def test_another_micro_batch_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After halving, torch would by default compile for any size, which is slower."""
+def test_every_micro_batch_size_is_compiled_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch would compile for a dynamic size after halving, which is slower."""
     symbolic: list[bool] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

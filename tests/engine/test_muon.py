@@ -1,4 +1,4 @@
-"""Muon against singular value decompositions, against its formula, and in several processes."""
+"""Muon against singular value decompositions, against its formula, and in several ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MUON = OptimConfig(optimizer="muon", lr=3e-3, muon_lr=0.02, muon_weight_decay=0.
 
 
 def with_singular_values(values: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """A matrix (rows, columns) with these singular values, and U Vᵀ."""
+    """Return a random matrix (rows, columns) with the given singular values, and its U Vᵀ."""
     n = len(values)
     u = torch.linalg.qr(torch.randn(rows, n, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(columns, n, dtype=torch.float64))[0]
@@ -29,11 +29,11 @@ def with_singular_values(values: Tensor, rows: int, columns: int) -> tuple[Tenso
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (64, 192), (192, 64)])
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 0.145), (torch.bfloat16, 0.16)])
-def test_singular_values_become_about_one_and_directions_stay(
+def test_singular_values_become_about_one_and_singular_vectors_stay(
     rows: int, columns: int, dtype: torch.dtype, near: float
 ) -> None:
     torch.manual_seed(0)
-    # the norm is the root of the sum of their squares, so that the least is 0.0012 of it
+    # the smallest singular value is 0.0012 of the norm, the root of the sum of squares
     x, direction = with_singular_values(torch.logspace(0, -2.5, 64), rows, columns)
     found = orthogonalise(x.float()[None], dtype)[0]
     assert found.dtype == dtype
@@ -57,8 +57,8 @@ def test_the_scale_of_a_gradient_does_not_matter_and_zero_stays_zero() -> None:
     assert orthogonalise(torch.zeros(1, 8, 8)).abs().max() == 0
 
 
-def test_five_steps_are_those_of_the_formula() -> None:
-    """Momentum, Nesterov's look ahead, decay, and queries, keys and values each for itself."""
+def test_five_steps_match_the_formula() -> None:
+    """The formula has Nesterov momentum, weight decay, and separate orthogonalisation of stacked matrices."""
     torch.manual_seed(0)
     wide, stacked = torch.nn.Parameter(torch.randn(8, 24)), torch.nn.Parameter(torch.randn(36, 12))
     optimizer = Muon([{"params": [wide], "stacked": 1}, {"params": [stacked], "stacked": 3}], 0.02, 0.9, 0.1)
@@ -79,7 +79,7 @@ def test_five_steps_are_those_of_the_formula() -> None:
         torch.testing.assert_close(p.detach(), value, atol=1e-5, rtol=1e-5)
 
 
-def test_tall_matrices_step_further() -> None:
+def test_tall_matrices_have_larger_updates() -> None:
     assert step_factor(768, 768) == step_factor(768, 3072) == 1.0
     assert step_factor(3072, 768) == 2.0
 
@@ -104,7 +104,7 @@ def test_a_model_learns() -> None:
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
+def test_state_is_restored_bit_for_bit() -> None:
     old, new = make_trainee(optim=MUON), make_trainee(optim=MUON)
     new.train(0, 1)
     old.train(0, 3)
@@ -117,7 +117,7 @@ def test_state_goes_into_a_fresh_optimizer_bit_for_bit() -> None:
 
 
 def course(processes: Processes, parallel: str) -> dict[str, Tensor]:
-    """All weights after ten steps."""
+    """Return all weights after ten steps."""
     t = make_trainee(optim=MUON)
     compute = ComputeConfig(CPU, torch.float32, 2)
     loss_of = distribute(BatchLoss(t.model, compute), t.model, parallel, processes)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def course(processes: Processes, parallel: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("count", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_processes_share_the_work_and_end_where_one_ends(count: int, parallel: str) -> None:
+def test_ranks_that_share_the_work_end_with_the_weights_of_one(count: int, parallel: str) -> None:
     alone = make_trainee(optim=MUON)
     alone.train(0, 10, micro_batch=2)
     for weights in results(count, member, course, parallel):
@@ -138,8 +138,8 @@ def test_processes_share_the_work_and_end_where_one_ends(count: int, parallel: s
             torch.testing.assert_close(weights[name], parameter.detach(), atol=2e-5, rtol=1e-4)
 
 
-def products(processes: Processes, parallel: str) -> int:
-    """How many matrices this process orthogonalises in a step."""
+def orthogonalised(processes: Processes, parallel: str) -> int:
+    """Return the number of matrices that this rank orthogonalises in a step."""
     found = []
 
     def counted(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,6 +158,6 @@ def products(processes: Processes, parallel: str) -> int:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_orthogonalise_half_of_the_matrices_each(parallel: str) -> None:
-    assert products(SINGLE, "ddp") == 12  # of two layers, queries, keys and values apart
-    assert results(2, member, products, parallel) == [6, 6]
+def test_two_ranks_orthogonalise_half_of_the_matrices_each(parallel: str) -> None:
+    assert orthogonalised(SINGLE, "ddp") == 12  # 6 per layer; queries, keys and values are separate
+    assert results(2, member, orthogonalised, parallel) == [6, 6]

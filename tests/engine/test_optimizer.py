@@ -1,4 +1,4 @@
-"""AdamW against its definition, and its state out and back in."""
+"""Optimizers: AdamW against its formula, skipped updates of any optimizer, state for checkpoints, gradient norm."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from tests.trainee import assert_identical, make_trainee, set_optimizer_tensors
 CONFIG = OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
-def test_matrices_and_embeddings_are_decayed_and_biases_and_norms_are_not() -> None:
+def test_weight_decay_applies_to_matrices_and_embeddings_only() -> None:
     trainee = make_trainee()
     decay = {id(p): group["weight_decay"] for group in trainee.optimizer.param_groups for p in group["params"]}
     decayed = {name for name, p in trainee.model.named_parameters() if decay[id(p)] == 0.1}
     spared = {name for name, p in trainee.model.named_parameters() if decay[id(p)] == 0.0}
-    products = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    matrices = {f"transformer.h.{i}.{name}.weight" for i in (0, 1) for name in products}
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    matrices = {f"transformer.h.{i}.{name}.weight" for i in (0, 1) for name in layers}
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"} | matrices
     assert len(decayed) + len(spared) == len(list(trainee.model.parameters()))
 
 
-def test_five_steps_are_those_of_adamw_written_out_in_fp64() -> None:
+def test_five_steps_match_the_formula_of_adamw_in_fp64() -> None:
     torch.manual_seed(0)
-    model = nn.Linear(7, 5)  # a matrix, decayed, and a bias, not
+    model = nn.Linear(7, 5)  # a matrix with weight decay and a bias without
     optimizer = build_optimizer(model, CONFIG)
     state = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
     for t in range(1, 6):
-        lr = 1e-3 * t  # the schedule's, another one in every step
+        lr = 1e-3 * t  # a different rate in every step
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn_like(parameter)
             w, m, v = state[name]
@@ -51,7 +51,7 @@ def test_five_steps_are_those_of_adamw_written_out_in_fp64() -> None:
         torch.testing.assert_close(parameter.double(), state[name][0], atol=1e-7, rtol=1e-6)
 
 
-# --- optimizers of one's own ---------------------------------------------------------------------------------
+# --- any optimizer -------------------------------------------------------------------------------------------
 
 OF_TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
@@ -66,8 +66,8 @@ OF_TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OF_TORCH)
-def test_any_optimizer_gets_divided_gradients_and_is_not_called_where_an_update_is_refused(name: str) -> None:
-    """Against the same optimizer by itself, which never sees the refused steps; the first one is refused, too."""
+def test_any_optimizer_gets_divided_gradients_and_ignores_skipped_updates(name: str) -> None:
+    """The reference is the same optimizer without the skipped updates. The first update is skipped, too."""
     torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
@@ -90,7 +90,7 @@ def test_any_optimizer_gets_divided_gradients_and_is_not_called_where_an_update_
 
 
 class Lion(torch.optim.Optimizer):
-    """As an ordinary optimizer is written: it knows nothing of loss scales and refusals. Chen et al., 2023."""
+    """Ordinary optimizer without loss scaling and skipped updates. Source: Chen et al., 2023."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.1})
@@ -138,17 +138,17 @@ def test_nan_gradients_change_nothing_with_any_optimizer_of_the_package(
     assert changed_by_nan(lambda model: build_optimizer(model, config, dtype), CPU, 2.0**16) == []
 
 
-def test_an_optimizer_that_claims_to_refuse_and_does_not_is_found() -> None:
+def test_an_optimizer_that_wrongly_claims_to_skip_updates_is_found() -> None:
     assert "transformer.wte.weight" in changed(lambda p: ClaimsToRefuse(p, 0.1), 1.0)
 
 
-def test_an_optimizer_that_cannot_be_used_is_refused_when_it_is_added() -> None:
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     parameters = list(nn.Linear(3, 2).parameters())
     with pytest.raises(TypeError, match=r"LBFGS cannot be used: .*closure"):
         Optimizers([torch.optim.LBFGS(parameters)], LossScale(torch.float32, CPU))
 
 
-def test_resetting_forgets_all_state() -> None:
+def test_reset_clears_all_state() -> None:
     used, fresh = make_trainee(seed=1), make_trainee(seed=1)
     used.train(0, 3)
     used.optimizer.reset()
@@ -174,7 +174,7 @@ def test_state_is_named_after_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 5])
-def test_state_goes_into_another_optimizer_bit_for_bit(steps: int) -> None:
+def test_state_is_restored_into_another_optimizer_bit_for_bit(steps: int) -> None:
     old, new = make_trainee(seed=1), make_trainee(seed=2)
     old.train(0, 3)
     new.train(0, steps)
@@ -183,7 +183,7 @@ def test_state_goes_into_another_optimizer_bit_for_bit(steps: int) -> None:
     assert_identical(new.tensors(), old.tensors())
 
 
-def test_loading_state_keeps_the_hyperparameters_as_configured() -> None:
+def test_loading_state_keeps_the_configured_hyperparameters() -> None:
     old, new = make_trainee(), make_trainee(optim=OptimConfig(lr=7e-4, betas=(0.8, 0.9), weight_decay=0.3))
     old.train(0, 3)
     set_optimizer_tensors(new, copied(optimizer_tensors(old.model, old.optimizer)))
@@ -191,7 +191,7 @@ def test_loading_state_keeps_the_hyperparameters_as_configured() -> None:
         assert (group["lr"], group["betas"], group["weight_decay"]) == (7e-4, (0.8, 0.9), decay)
 
 
-def test_asking_for_the_state_changes_nothing() -> None:
+def test_reading_the_state_changes_nothing() -> None:
     trainee = make_trainee()
     trainee.train(0, 3)
     before = trainee.tensors()
@@ -199,7 +199,7 @@ def test_asking_for_the_state_changes_nothing() -> None:
     assert_identical(trainee.tensors(), before)
 
 
-# --- the gradients' norm -------------------------------------------------------------------------------------
+# --- gradient norm -------------------------------------------------------------------------------------------
 
 
 def test_the_norm_is_global() -> None:

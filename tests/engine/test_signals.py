@@ -1,4 +1,4 @@
-"""Requests to stop: one may come as several signals at once, a later one means now."""
+"""Signals that stop a run: the first one after the current step, a later one immediately."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from restomod.engine.signals import StopSignal
 from restomod.utils.on_exit import raise_terminated
 
 
-def test_signals_that_come_together_are_one_request(capfd: pytest.CaptureFixture[str]) -> None:
+def test_simultaneous_signals_are_one_request(capfd: pytest.CaptureFixture[str]) -> None:
     with StopSignal() as stop:
         assert not stop.requested
         for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
@@ -29,14 +29,14 @@ def test_signals_that_come_together_are_one_request(capfd: pytest.CaptureFixture
 
 @pytest.fixture
 def usual() -> Iterator[None]:
-    """Python's own answer to Ctrl-C, which who runs the tests may have replaced."""
+    """Install Python's default handler of Ctrl-C, which the test runner may have replaced."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("usual")
-def test_a_later_signal_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_signal_has_its_usual_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
         monkeypatch.setattr(signals, "ONE_REQUEST", -1.0)
@@ -45,14 +45,14 @@ def test_a_later_signal_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stop.requested
 
 
-def test_handlers_are_put_back() -> None:
+def test_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_request_is_taken_where_nobody_reads_the_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_works_with_a_closed_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(fd: int, text: bytes) -> int:
         raise BrokenPipeError
 
@@ -66,8 +66,8 @@ def test_a_request_is_taken_where_nobody_reads_the_errors(monkeypatch: pytest.Mo
     "sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPWR"]
 )
 @pytest.mark.parametrize("within_main", [False, True])
-def test_all_that_asks_a_process_to_end_asks_for_a_checkpoint(sent: str, within_main: bool) -> None:
-    """With the handlers of the system, and with those that the command line has for everything before training."""
+def test_every_signal_that_ends_a_process_is_a_request_to_stop(sent: str, within_main: bool) -> None:
+    """Both with default handlers and with those of the command line."""
     number = getattr(signal, sent)
     usual = signal.default_int_handler if sent == "SIGINT" else raise_terminated if within_main else signal.SIG_DFL
     before, asked = signal.signal(number, usual), []
@@ -81,7 +81,7 @@ def test_all_that_asks_a_process_to_end_asks_for_a_checkpoint(sent: str, within_
         signal.signal(number, before)
 
 
-def test_what_is_ignored_or_handled_by_others_stays_so() -> None:
+def test_ignored_signals_and_other_handlers_are_unchanged() -> None:
     def other(*_: object) -> None:
         pass
 
@@ -98,8 +98,8 @@ def test_what_is_ignored_or_handled_by_others_stays_so() -> None:
             signal.signal(s, handler)
 
 
-def test_a_second_request_ends_a_command_at_once() -> None:
-    """Without leaving the loop in order, which takes as long as the checkpoint that is being written."""
+def test_a_second_signal_ends_a_command_immediately() -> None:
+    """Without clean-up, which would wait for a checkpoint that is being written."""
     script = """
 import signal, time
 from restomod.utils.on_exit import run_then
@@ -118,11 +118,11 @@ run_then(work, None)
     assert done.returncode == -signal.SIGTERM
 
 
-# --- torchrun is gone ----------------------------------------------------------------------------------------
+# --- end of torchrun -----------------------------------------------------------------------------------------
 
 CHILD = """
 import sys, time
-sys.modules["torch"] = None  # nothing that takes so long to import comes first
+sys.modules["torch"] = None  # torch, which is slow to import, must not be imported
 sys.argv = ["restomod", "--version"]
 import runpy
 runpy.run_module("restomod", run_name="__main__")
@@ -130,7 +130,7 @@ runpy.run_module("restomod", run_name="__main__")
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_process_whose_torchrun_is_gone_already_ends_before_anything_else(there: bool) -> None:
+def test_a_process_without_its_torchrun_ends_before_slow_imports(there: bool) -> None:
     with socket.socket() as store:
         store.bind(("127.0.0.1", 0))
         if there:
@@ -146,11 +146,11 @@ def test_a_process_whose_torchrun_is_gone_already_ends_before_anything_else(ther
     assert ("restomod" in done.stdout) == there
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_a_process_of_torchrun_ends_with_it_while_it_imports(tmp_path: Path) -> None:
-    """Before torch is imported, in which no handler of Python's runs."""
+@pytest.mark.skipif(sys.platform != "linux", reason="requires prctl, which only Linux has")
+def test_a_process_of_torchrun_ends_with_it_during_imports(tmp_path: Path) -> None:
+    """Python runs no signal handlers during the import of torch, so torchrun is watched before it."""
     importing = "import sys, time; open('began', 'w').close(); time.sleep(60)"
-    (tmp_path / "tyro.py").write_text(importing)  # what the module of a command imports first
+    (tmp_path / "tyro.py").write_text(importing)  # the first import of a command's module
     parent = (
         "import os, signal, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-m', 'restomod', 'data', '--help'])\n"
@@ -163,6 +163,6 @@ def test_a_process_of_torchrun_ends_with_it_while_it_imports(tmp_path: Path) -> 
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", parent], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=30
-    )  # to the end of what the child may write
+    )  # waits until the child has closed its output
     assert done.returncode == -signal.SIGKILL
     assert time.monotonic() - began < 20

@@ -1,4 +1,4 @@
-"""A training step: the same whatever the micro-batch, able to learn, and harmless where the numbers are not finite."""
+"""Training step: independence of the micro-batch size, learning, skipped updates, document mask, copies."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.trainee import assert_identical, make_trainee
 def test_losses_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
     whole, split = make_trainee(), make_trainee()
     expected, losses = whole.train(0, 20, micro_batch=8), split.train(0, 20, micro_batch=micro_batch)
-    assert torch.tensor(losses).allclose(torch.tensor(expected), rtol=1e-4)  # the losses and the norms
-    assert expected[-1][0] < expected[0][0] - 0.1  # they have trained
+    assert torch.tensor(losses).allclose(torch.tensor(expected), rtol=1e-4)  # losses and gradient norms
+    assert expected[-1][0] < expected[0][0] - 0.1  # the loss has decreased
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
@@ -37,8 +37,8 @@ def test_weights_do_not_depend_on_the_micro_batch(micro_batch: int) -> None:
     split.train(0, 20, micro_batch=micro_batch)
     for (name, a), b in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
         if name.endswith("c_attn.bias"):
-            # Softmax ignores what is added to all keys alike, so the true gradient of the key bias is 0. AdamW makes
-            # whole steps of its rounding errors, and no output depends on them.
+            # Softmax is invariant to the key bias, so its true gradient is 0. AdamW turns rounding errors of this
+            # gradient into full steps, which affect no output.
             D = len(a) // 3
             a, b = (torch.cat([x[:D], x[2 * D :]]) for x in (a, b))
         assert (a - b).norm() <= 1e-4 * a.norm(), name
@@ -54,7 +54,7 @@ def test_memorises_one_batch() -> None:
         model=ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=16, vocab_size=97),
         optim=OptimConfig(lr=1e-2, warmup_steps=5, weight_decay=0.0),
     )
-    trainee.batches.source_windows = [4]  # the same four windows in every step
+    trainee.batches.source_windows = [4]  # four windows, in every step
     losses = [loss for loss, _ in trainee.train(0, 100)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.3)
     assert losses[-1] < 0.05
@@ -92,10 +92,10 @@ def test_leaves_no_gradients() -> None:
     assert all(p.grad is None for p in trainee.model.parameters())
 
 
-# --- numbers that are not finite -----------------------------------------------------------------------------
+# --- skipped updates -----------------------------------------------------------------------------------------
 
 
-def test_a_nan_among_the_weights_updates_nothing() -> None:
+def test_nan_in_the_weights_skips_the_update() -> None:
     trainee = make_trainee()
     trainee.train(0, 2)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_nan_among_the_weights_updates_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_updates_nothing(value: float) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_update(value: float) -> None:
     trainee = make_trainee()
     trainee.train(0, 2)
     before = trainee.tensors()
@@ -120,7 +120,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(value: float) -> None:
     assert_identical(trainee.tensors(), before)
 
 
-def test_training_goes_on_after_a_skipped_update() -> None:
+def test_training_continues_after_a_skipped_update() -> None:
     hit, spared = make_trainee(), make_trainee()
     hit.train(0, 2)
     spared.train(0, 2)
@@ -131,7 +131,7 @@ def test_training_goes_on_after_a_skipped_update() -> None:
     assert_identical(hit.tensors(), spared.tensors())
 
 
-def test_a_loss_above_the_limit_updates_nothing() -> None:
+def test_a_loss_above_the_limit_skips_the_update() -> None:
     trainee = make_trainee()
     trainee.train(0, 2)
     before = trainee.tensors()
@@ -152,8 +152,8 @@ def test_a_loss_above_the_limit_updates_nothing() -> None:
 # --- documents -----------------------------------------------------------------------------------------------
 
 
-def test_a_token_sees_its_own_document_only() -> None:
-    """Positions are relative, so that a document's losses are those that it has alone in a window."""
+def test_a_token_attends_to_its_own_document_only() -> None:
+    """With relative positions, the losses of a document equal those of a window with this document only."""
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, norm="rmsnorm", positions="rope")
     model = random_model(config)
     first, second = (torch.randint(50256, (n,), generator=torch.Generator().manual_seed(n)) for n in (11, 20))
@@ -174,7 +174,7 @@ def test_a_token_sees_its_own_document_only() -> None:
 
 
 class Copies(TorchFunctionMode):
-    """Notes of every copy to another device whether it was asked for without waiting."""
+    """Function mode that records for every copy whether it is asynchronous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,19 +186,19 @@ class Copies(TorchFunctionMode):
         return f(*args, **(kwargs or {}))
 
 
-def test_only_copies_from_and_to_cuda_do_not_wait() -> None:
-    """On MPS what is copied asynchronously is read before it is there, and there is no event to wait for."""
+def test_only_copies_from_and_to_cuda_are_asynchronous() -> None:
+    """On MPS an asynchronous copy may be read too early, and there is no event to wait for."""
     trainee = make_trainee()
     tokens, targets = trainee.batches.load(trainee.batches.windows(0)[:2])
     with Copies() as copies:
         loss = batch_loss(trainee.model, tokens, targets, ComputeConfig(CPU, torch.float32, 2)).detach()
         made = PendingStep(loss, loss, loss > 0)
-    assert len(copies.asynchronous) >= 3  # tokens, targets and the step's numbers
+    assert len(copies.asynchronous) >= 3  # tokens, targets and the result of the step
     assert not any(copies.asynchronous)
     assert made.wait() == StepResult(loss.item(), loss.item(), True)
 
 
-def test_an_untied_head_gets_its_gradient_once_a_step() -> None:
+def test_an_untied_lm_head_gets_its_gradient_once_per_step() -> None:
     trainee = make_trainee(model=dataclasses.replace(make_trainee().config.model, tied=False))
     head, grads = trainee.model.lm_head, []
     assert head is not None

@@ -1,4 +1,4 @@
-"""Which attention backends may be used for what. `tests/cuda` tries the kernels themselves."""
+"""Choice of attention backends. The kernels themselves are tested in `tests/cuda`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 
 
 def enabled() -> set[SDPBackend]:
-    """The backends that torch may choose from at this moment."""
-    asked = {
+    """Return the backends that torch may currently choose from."""
+    switches = {
         CUDNN: torch.backends.cuda.cudnn_sdp_enabled,
         FLASH: torch.backends.cuda.flash_sdp_enabled,
         EFFICIENT: torch.backends.cuda.mem_efficient_sdp_enabled,
         MATH: torch.backends.cuda.math_sdp_enabled,
     }
-    return {backend for backend, ask in asked.items() if ask()}
+    return {backend for backend, is_enabled in switches.items() if is_enabled()}
 
 
 def on_cuda(queries: int, mask: bool, monkeypatch: pytest.MonkeyPatch) -> set[SDPBackend]:
-    """The backends that attention over CUDA tensors of 77 keys leaves to torch."""
+    """Return the backends that `attention` enables for CUDA tensors with ``queries`` queries per sequence."""
     seen: list[set[SDPBackend]] = []
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(enabled()))
@@ -45,7 +45,7 @@ def test_training_may_use_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_cuda(64, False, monkeypatch) == {CUDNN, FLASH, EFFICIENT, MATH}
 
 
-def test_the_table_decides_for_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_uses_the_backends_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "training", [FLASH, MATH])
     assert on_cuda(64, False, monkeypatch) == {FLASH, MATH}
 
@@ -61,14 +61,14 @@ def test_without_gradients_cudnn_is_not_used(queries: int, mask: bool, monkeypat
         assert on_cuda(queries, mask, monkeypatch) == {FLASH, EFFICIENT, MATH}
 
 
-def test_the_choice_ends_with_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_are_restored_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     before = enabled()
     on_cuda(64, True, monkeypatch)
     assert enabled() == before
 
 
-def test_a_compiled_graph_holds_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU torch would choose flash. The choice has to reach the traced graph, without a graph break."""
+def test_a_compiled_graph_uses_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend must be part of the traced graph, without a graph break. On a CPU torch would choose flash."""
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Known answers: parameters, the work per token, and shares of a GPU's peak."""
+"""Parameter counts, FLOPs per token, MFU and peak FLOP/s against known values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from restomod.model.gpt import GPT
         ((48, 25, 1600), 1_557_611_200),
     ],
 )
-def test_parameters_and_flops_of_the_four_gpt2_sizes_are_those_of_closed_forms(
+def test_parameters_and_flops_of_the_four_gpt2_sizes_match_closed_forms(
     shape: tuple[int, int, int], parameters: int
 ) -> None:
     config, (L, _, D), T = ModelConfig(*shape), shape, 1024
@@ -44,16 +44,16 @@ def test_gpt2_124m_takes_855_mflop_per_token_at_1024_positions() -> None:
     assert round(flops_per_token(ModelConfig(), 1024) / 1e6) == 855
 
 
-def test_flops_per_token_is_what_torch_counts_plus_6_per_bias_and_norm() -> None:
-    # torch counts matmuls only; ours has 6 for every parameter but the positions, and so also for biases and norms,
-    # which take part in no matmul. The vocabulary is a multiple of 64: no padding to account for.
+def test_flops_per_token_equal_torchs_count_plus_6_per_bias_and_norm_parameter() -> None:
+    # torch counts matmuls only; ours also has 6 for every parameter of biases and norms. The vocabulary is a multiple
+    # of 64, so that there is no padding.
     config = ModelConfig(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=128)
     model, B, T = GPT(config), 2, 16
     tokens = torch.zeros(B, T, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # attention as plain matmuls
         model(tokens).sum().backward()
-    in_no_matmul = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert flops_per_token(config, T) - 6 * in_no_matmul == counter.get_total_flops() / (B * T)
+    outside_matmuls = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert flops_per_token(config, T) - 6 * outside_matmuls == counter.get_total_flops() / (B * T)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,7 @@ def test_flops_per_token_is_what_torch_counts_plus_6_per_bias_and_norm() -> None
         (100_000, 855e6, None, None),
     ],
 )
-def test_mfu_is_the_share_of_the_peak_where_that_is_known(
-    speed: float, flops: float, peak: float | None, share: Any
-) -> None:
+def test_mfu_is_the_share_of_a_known_peak(speed: float, flops: float, peak: float | None, share: Any) -> None:
     assert mfu(speed, flops, peak) == share
 
 
@@ -89,5 +87,5 @@ def test_mfu_is_the_share_of_the_peak_where_that_is_known(
         ("", None),
     ],
 )
-def test_peak_of_gpus_as_the_driver_names_them(name: str, peak: float | None) -> None:
+def test_peak_flops_by_device_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak

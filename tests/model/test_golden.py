@@ -1,11 +1,12 @@
-"""First-step loss and gradient norm of every recipe, pinned.
+"""Golden values: first-step loss and gradient norm of every recipe.
 
-These numbers may change only together with a deliberate change of the model, its initialisation or the loss, which
-CHANGELOG.md names. Any other commit that changes them is wrong.
+These numbers may change only with a deliberate change of the model, its initialisation or the loss that CHANGELOG.md
+lists. Any other commit that changes them is wrong.
 
-Recipes have a tiny size, in fp32 on the CPU with one thread. "perturbed" is the same model after noise was added to all
-parameters, because projections and factors that start at 0 hide most of the model. The values were computed in fp64; in
-fp32 a loss differs from them by at most 8e-7, a norm by at most 3e-8 of itself, with and without AVX2 and AVX-512.
+Recipes have a tiny size and run in fp32 on the CPU with one thread. "perturbed" is the same model with noise added to
+all parameters, because projections and factors that start at 0 hide most of the model. The values were computed in
+fp64. In fp32 the loss differs by at most 8e-7 and the norm by a fraction of at most 3e-8, with and without AVX2 and
+AVX-512.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 
 def recipe(name: str, weights: str) -> GPT:
-    """A model of two layers, 128 wide."""
+    """Build a model of a recipe with two layers and width 128."""
     model = build_model(dataclasses.replace(SIZES[name](2).model, n_positions=64, vocab_size=997), 1337, CPU)
     if weights == "perturbed":
         generator = torch.Generator().manual_seed(1)
@@ -55,7 +56,7 @@ def recipe(name: str, weights: str) -> GPT:
 
 
 @pytest.mark.parametrize(("name", "weights"), GOLDEN, ids="-".join)
-def test_the_first_loss_and_gradient_norm_are_these(name: str, weights: str) -> None:
+def test_first_loss_and_gradient_norm_are_unchanged(name: str, weights: str) -> None:
     model = recipe(name, weights)
     tokens = random_tokens(model.config, 4, 65)
     loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], ComputeConfig(CPU, torch.float32, micro_batch=4))

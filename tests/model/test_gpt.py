@@ -1,4 +1,4 @@
-"""The model against `transformers`' GPT-2, and against what the paper and the training loop ask of it."""
+"""The model: causality, initialisation, padded vocabulary, key/value cache, and the residual stream's dtype."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = ModelConfig(n_layer=3, n_head=4, n_embd=48, n_positions=24, vocab_size=21
 
 
 @pytest.mark.parametrize("t", [0, 1, 11, 23])
-def test_a_token_changes_its_own_and_all_later_logits_and_none_before(t: int) -> None:
+def test_a_token_changes_only_its_own_and_later_logits(t: int) -> None:
     model = random_model(TINY)
     tokens = random_tokens(TINY, 1, TINY.n_positions)
     changed = tokens.clone()
@@ -43,7 +43,7 @@ def test_a_token_changes_its_own_and_all_later_logits_and_none_before(t: int) ->
 
 @pytest.fixture(scope="module")
 def fresh() -> GPT:
-    """GPT-2's width and vocabulary, two layers, as initialised."""
+    """Build a model with GPT-2's width and vocabulary and two layers, as initialised."""
     return build_model(ModelConfig(n_layer=2, n_positions=64), 1337, CPU)
 
 
@@ -55,7 +55,7 @@ def test_the_loss_of_an_untrained_model_is_that_of_a_uniform_prediction(fresh: G
 
 
 def test_initial_weights_are_gpt2s(fresh: GPT) -> None:
-    """Standard deviation 0.02, divided by the root of the number of projections into the residual stream for those."""
+    """The standard deviation is 0.02; for projections into the residual stream, 0.02 / sqrt(number of projections)."""
     for name, parameter in fresh.named_parameters():
         if parameter.ndim == 1:
             assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
@@ -75,7 +75,7 @@ def test_another_seed_gives_other_weights_everywhere() -> None:
     assert all(not torch.equal(first[name], second[name]) for name in first if first[name].ndim == 2)
 
 
-def test_building_a_model_leaves_the_global_random_state_alone() -> None:
+def test_building_a_model_does_not_change_the_global_random_state() -> None:
     before = torch.get_rng_state()
     build_model(TINY, 7, CPU)
     assert torch.equal(torch.get_rng_state(), before)
@@ -117,13 +117,13 @@ def test_padded_rows_are_exactly_zero_after_optimizer_steps() -> None:
     assert (model.head[211:] == 0).all()
 
 
-# --- the cache of keys and values ----------------------------------------------------------------------------
+# --- key/value cache -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "passes",
     [[24], [1] * 24, [7] + [1] * 17, [5, 4, 1, 12, 2]],
-    ids=["all at once", "one by one", "prefill, then one by one", "prefill, then several at a time"],
+    ids=["one pass", "one token per pass", "prefill, then single tokens", "prefill, then several tokens"],
 )
 def test_logits_with_a_cache_equal_the_full_forward_pass(passes: list[int]) -> None:
     model = random_model(TINY)
@@ -159,7 +159,7 @@ def test_the_residual_stream_of_training_can_be_bf16(name: str) -> None:
         assert (gradient - exact[key]).norm() < 0.1 * exact[key].norm(), key
 
 
-def test_evaluation_does_not_know_of_a_bf16_residual_stream() -> None:
+def test_evaluation_ignores_the_bf16_residual_stream() -> None:
     model = random_model(ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=97))
     tokens = random_tokens(model.config, 2, 16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models with modern parts against `transformers`' Llama and Qwen3, there and back."""
+"""Models with modern parts against `transformers`' Llama and Qwen3: logits, gradients, text, saving and loading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LLAMA = dataclasses.replace(GPT2, norm="rmsnorm", positions="rope", mlp="swiglu"
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)
 OTHERS = {
     "llama": LLAMA,
-    "llama, a head of its own": dataclasses.replace(LLAMA, tied=False, rope_theta=5000.0),
+    "llama, untied lm_head": dataclasses.replace(LLAMA, tied=False, rope_theta=5000.0),
     "qwen3": QWEN3,
     "qwen3, wide heads": dataclasses.replace(QWEN3, head_dim=32, n_inner=96),
 }
@@ -36,13 +36,13 @@ OWN = dataclasses.replace(LLAMA, mlp="relu2", qk_norm=True, tied=False)
 
 @pytest.fixture(params=list(OTHERS), scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Any]:
-    """A model of ours, and what transformers makes of its folder."""
+    """Return a model of this package, and the model that `transformers` loads from its folder."""
     model, folder = random_model(OTHERS[request.param]), tmp_path_factory.mktemp("model")
     save_model(model, folder)
     return model, AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def test_the_class_is_the_one_that_has_these_parts(pair: tuple[GPT, Any]) -> None:
+def test_the_saved_class_has_the_models_parts(pair: tuple[GPT, Any]) -> None:
     model, theirs = pair
     expected = Qwen3ForCausalLM if model.config.qk_norm else LlamaForCausalLM
     assert type(theirs) is expected
@@ -72,7 +72,7 @@ def test_every_gradient_equals_that_of_transformers(pair: tuple[GPT, Any]) -> No
 
 
 def test_the_same_text_is_generated(pair: tuple[GPT, Any]) -> None:
-    """In batches of prompts of different lengths, in fp64: no rounding decides between two tokens."""
+    """Prompts of different lengths in one batch, in fp64, so that rounding does not decide between two tokens."""
     config = pair[0].config
     model, theirs = random_model(config).double(), pair[1]
     prompts = [random_tokens(config, 1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
@@ -94,7 +94,7 @@ def test_the_same_text_is_generated(pair: tuple[GPT, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen3ForCausalLM])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_that_transformers_wrote_is_loaded(kind: Any, tied: bool, tmp_path: Path) -> None:
+def test_a_folder_saved_by_transformers_is_loaded(kind: Any, tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = kind(
         (LlamaConfig if kind is LlamaForCausalLM else Qwen3Config)(
@@ -136,11 +136,11 @@ def test_a_saved_model_is_loaded_bit_for_bit(config: ModelConfig, tmp_path: Path
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers should be a whole number"),
-        ({"model_type": "mamba"}, "model_type is 'mamba'; the known types are gpt2, llama, qwen3, restomod"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be an integer"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; supported types: gpt2, llama, qwen3, restomod"),
     ],
 )
-def test_other_parts_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_unsupported_parts_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     save_model(random_model(LLAMA), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -153,7 +153,7 @@ def test_other_parts_are_refused_by_name(change: dict[str, Any], said: str, tmp_
 # --- single parts --------------------------------------------------------------------------------------------
 
 
-def test_projections_that_begin_at_zero_make_every_block_the_identity() -> None:
+def test_zero_initialised_projections_make_every_block_the_identity() -> None:
     model = build_model(dataclasses.replace(QWEN3, zero_init_projections=True), 0, CPU)
     x = torch.randn(1, 7, 64)
     rope = model.transformer.h[0].attn.q_norm.weight.new_ones(7, 8), torch.zeros(7, 8)
@@ -162,10 +162,10 @@ def test_projections_that_begin_at_zero_make_every_block_the_identity() -> None:
 
 
 def test_rotary_positions_are_relative() -> None:
-    """Attention's scores stay the same when all positions are moved."""
+    """A constant shift of all positions does not change attention scores."""
     model = random_model(LLAMA).double()
     tokens = random_tokens(LLAMA, 1, 20)
     with torch.no_grad():
         here, there = (model.transformer(tokens, positions=torch.arange(20) + n) for n in (0, 40))
-    torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)  # the angles are in fp32
+    torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)  # RoPE angles are fp32
     assert not torch.equal(here, there)

@@ -1,4 +1,4 @@
-"""Model folders: `transformers` reads ours and we read theirs, without changing a bit, or say what is wrong."""
+"""Model folders: exchange with `transformers` without a changed bit, and messages for damaged or unsupported ones."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-# --- ours in transformers ------------------------------------------------------------------------------------
+# --- our folders in transformers -----------------------------------------------------------------------------
 
 
 def test_transformers_loads_a_saved_model_without_missing_or_unexpected_tensors(folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_transformers_loads_a_saved_model_without_missing_or_unexpected_tensors(
     assert not any(report.values()), report
 
 
-def test_transformers_gives_a_saved_model_the_same_logits(model: GPT, folder: Path) -> None:
+def test_transformers_computes_the_same_logits(model: GPT, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = random_tokens(CONFIG, 2, CONFIG.n_positions)
     with torch.no_grad():
@@ -77,11 +77,11 @@ def test_transformers_finds_the_tokenizer_of_a_saved_model(folder: Path) -> None
     assert tokenizer.model_max_length == CONFIG.n_positions
 
 
-def test_the_file_holds_the_real_vocabulary_only(folder: Path) -> None:
+def test_the_file_contains_no_padding_of_the_vocabulary(folder: Path) -> None:
     assert load_file(folder / "model.safetensors")["transformer.wte.weight"].shape == (50257, 16)
 
 
-# --- theirs here ---------------------------------------------------------------------------------------------
+# --- padding -------------------------------------------------------------------------------------------------
 
 
 def test_a_loaded_models_padded_rows_are_zero(folder: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_loaded_models_padded_rows_are_zero(folder: Path) -> None:
     assert (loaded.head[50257:] == 0).all()
 
 
-# --- every layout that is in use ------------------------------------------------------------------------------
+# --- layouts of published checkpoints -------------------------------------------------------------------------
 
 OPENAIS_CONFIG = """{
   "activation_function": "gelu_new",
@@ -126,7 +126,7 @@ def test_openais_config_is_that_of_gpt2_124m(tmp_path: Path) -> None:
 
 
 def masks(prefix: str = "") -> dict[str, Tensor]:
-    """The buffers of attention that old versions of transformers saved."""
+    """Build the attention buffers that old versions of transformers saved."""
     n = SMALL.n_positions
     buffers = {}
     for layer in range(SMALL.n_layer):
@@ -139,12 +139,12 @@ SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=9
 
 
 def old_style(theirs: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """Names, buffers and head as `torch.save(model.state_dict())` left them for years."""
+    """Return tensors in the old layout: names of GPT2LMHeadModel, attention buffers and lm_head."""
     return {**theirs.state_dict(), **masks("transformer.")}
 
 
 def openai_style(theirs: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """As in OpenAI's published files: the names of GPT2Model, with masks, without a head."""
+    """Return tensors in the layout of OpenAI's files: names of GPT2Model, attention masks, no lm_head."""
     return {**theirs.transformer.state_dict(), **masks()}
 
 
@@ -203,7 +203,7 @@ def reference() -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("save", LAYOUTS)
-def test_every_layout_goes_to_us_and_back_without_a_changed_bit(
+def test_every_layout_is_loaded_and_saved_without_a_changed_bit(
     save: Save, reference: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -225,7 +225,7 @@ def test_every_layout_goes_to_us_and_back_without_a_changed_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_precision_are_widened_and_nothing_else(
+def test_weights_of_another_dtype_are_converted_to_fp32(
     reference: GPT2LMHeadModel, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     theirs = copy.deepcopy(reference).to(dtype)
@@ -238,12 +238,12 @@ def test_weights_of_another_precision_are_widened_and_nothing_else(
             assert torch.equal(ours[name], value.float()), name
 
 
-def test_names_are_told_apart_from_masks(reference: GPT2LMHeadModel) -> None:
+def test_biases_are_distinguished_from_attention_masks(reference: GPT2LMHeadModel) -> None:
     expected = reference.state_dict().keys()
     for tensors in (old_style(reference), openai_style(reference)):
         named = canonical_names(tensors)
         assert named.keys() | {"lm_head.weight"} == expected
-    assert "transformer.h.0.attn.c_attn.bias" in named, "a bias that is none of the masks'"
+    assert "transformer.h.0.attn.c_attn.bias" in named
 
 
 def test_names_without_the_prefix_may_come_with_a_head(reference: GPT2LMHeadModel) -> None:
@@ -252,7 +252,7 @@ def test_names_without_the_prefix_may_come_with_a_head(reference: GPT2LMHeadMode
 
 
 def refusal(tensors: dict[str, Tensor], reference: GPT2LMHeadModel, folder: Path) -> str:
-    """What loading says about a folder with the reference's config and these tensors."""
+    """Return the error message for a folder with the reference's config and the given tensors."""
     reference.config.save_pretrained(folder)
     torch.save(tensors, folder / "pytorch_model.bin")
     with pytest.raises(UserError) as caught:
@@ -271,8 +271,8 @@ def test_a_head_that_is_not_the_embedding_is_refused(
     assert said.startswith("lm_head.weight differs from transformer.wte.weight")
 
 
-def test_weights_in_memory_are_views_of_the_models(model: GPT) -> None:
-    """`inspect` needs no second copy of a large model."""
+def test_hf_tensors_are_views_of_the_models_weights(model: GPT) -> None:
+    """`inspect` must not copy a large model."""
     tensors = hf_tensors(model)
     assert tensors["transformer.wte.weight"].shape == (50257, 16)
     assert tensors["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)  # (in, out)
@@ -281,7 +281,7 @@ def test_weights_in_memory_are_views_of_the_models(model: GPT) -> None:
     assert not any(value.requires_grad for value in tensors.values())
 
 
-# --- nothing is half loaded ------------------------------------------------------------------------------------
+# --- tensors that do not fit -----------------------------------------------------------------------------------
 
 WTE, FC = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
 
@@ -292,16 +292,16 @@ WTE, FC = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
         (lambda t: t.pop("transformer.ln_f.bias"), "missing transformer.ln_f.bias"),
         (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}), "unexpected transformer.h.2.ln_1.bias"),
         (lambda t: t.update({"score.weight": torch.zeros(2, 16)}), "unexpected score.weight"),
-        (lambda t: t.update({FC: torch.zeros(64, 16)}), f"{FC} has shape (64, 16) and not (16, 64)"),
-        (lambda t: t.update({FC: torch.zeros(1024)}), f"{FC} has shape (1024,) and not (16, 64)"),
-        (lambda t: t.update({FC: torch.zeros(16, 64, 1)}), f"{FC} has shape (16, 64, 1) and not (16, 64)"),
-        (lambda t: t.update({FC: torch.tensor(0.0)}), f"{FC} has shape () and not (16, 64)"),
-        (lambda t: t.update({"transformer.ln_f.bias": torch.zeros(1)}), "has shape (1,) and not (16,)"),
-        (lambda t: t.update({WTE: torch.zeros(128, 16)}), f"{WTE} has shape (128, 16) and not (97, 16)"),
-        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.int8)}), f"{FC} holds int8, not floats"),
-        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.bool)}), f"{FC} holds bool, not floats"),
-        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.complex64)}), f"{FC} holds complex64, not floats"),
-        (lambda t: t.update({FC: torch.zeros(16, 64).to(torch.float8_e4m3fn)}), f"{FC} holds float8_e4m3fn, not"),
+        (lambda t: t.update({FC: torch.zeros(64, 16)}), f"{FC} has shape (64, 16), not (16, 64)"),
+        (lambda t: t.update({FC: torch.zeros(1024)}), f"{FC} has shape (1024,), not (16, 64)"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, 1)}), f"{FC} has shape (16, 64, 1), not (16, 64)"),
+        (lambda t: t.update({FC: torch.tensor(0.0)}), f"{FC} has shape (), not (16, 64)"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.zeros(1)}), "has shape (1,), not (16,)"),
+        (lambda t: t.update({WTE: torch.zeros(128, 16)}), f"{WTE} has shape (128, 16), not (97, 16)"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.int8)}), f"{FC} has dtype int8, not float"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.bool)}), f"{FC} has dtype bool, not float"),
+        (lambda t: t.update({FC: torch.zeros(16, 64, dtype=torch.complex64)}), f"{FC} has dtype complex64, not float"),
+        (lambda t: t.update({FC: torch.zeros(16, 64).to(torch.float8_e4m3fn)}), f"{FC} has dtype float8_e4m3fn, not"),
         (lambda t: [t.pop(name) for name in list(t)[:5]], " and 2 more"),
     ],
 )
@@ -313,8 +313,8 @@ def test_tensors_that_do_not_fit_are_named(
     assert said in refusal(tensors, reference, tmp_path)
 
 
-def test_a_config_that_asks_for_more_than_there_is_takes_no_memory(folder: Path) -> None:
-    """Found out before the weights are allocated: 10^15 bytes would be refused by the machine, or kill it."""
+def test_a_config_of_a_larger_model_is_refused_before_memory_is_allocated(folder: Path) -> None:
+    """An allocation of 10^15 bytes could end the process."""
     change_config(folder, n_embd=2 * 10**5, n_positions=2 * 10**8)
     with pytest.raises(UserError, match=r"model\.safetensors does not fit its config\.json"):
         load_model(folder, CPU)
@@ -345,14 +345,14 @@ def test_a_config_that_does_not_fit_is_refused_before_a_model_is_built(
         load_model(folder, CPU)
 
 
-def test_a_fresh_model_that_needs_more_memory_than_is_free_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_model_larger_than_the_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restomod.model.gpt.available_bytes", lambda device: 10**6)
     with pytest.raises(MemoryError, match=r"need 0\.5 GB"):
         build_model(ModelConfig(), 0, CPU)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_damaged_header_of_safetensors_is_one_line(folder: Path, seed: int) -> None:
+def test_a_damaged_safetensors_header_is_a_user_error(folder: Path, seed: int) -> None:
     generator, path = random.Random(seed), folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
@@ -364,7 +364,7 @@ def test_a_damaged_header_of_safetensors_is_one_line(folder: Path, seed: int) ->
         load_model(folder, CPU)
 
 
-# --- what cannot be loaded -----------------------------------------------------------------------------------
+# --- damaged and unsupported configs -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -382,23 +382,26 @@ def test_a_missing_or_damaged_config_is_named(folder: Path, content: str | None)
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"n_inner": 100}, "n_inner is 100; GPT-2 has None"),
+        ({"n_inner": 100}, "n_inner is 100; this package supports only None"),
         ({"n_inner": 0}, "n_inner is 0"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; GPT-2 has False"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is True; this package supports only False",
+        ),
         ({"scale_attn_weights": False}, "scale_attn_weights is False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; GPT-2 has 1e-05"),
-        ({"activation_function": "gelu"}, "activation_function is 'gelu'; GPT-2 has 'gelu_new'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; this package supports only 1e-05"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'; this package supports only 'gelu_new'"),
         ({"activation_function": ["gelu_new"]}, "activation_function is ['gelu_new']"),
-        ({"model_type": None}, "model_type is None; the known types are gpt2, "),
+        ({"model_type": None}, "model_type is None; supported types: gpt2, "),
         ({"n_head": 3}, "model.n_embd 16 is not a multiple of model.n_head 3"),
         ({"n_head": 0}, "model.n_head is 0; it must be at least 1"),
         ({"n_layer": -1}, "model.n_layer is -1; it must be at least 1"),
-        ({"n_layer": None}, "is damaged: n_layer should be a whole number, not None"),
-        ({"n_layer": 2.0}, "is damaged: n_layer should be a whole number, not 2.0"),
-        ({"n_layer": True}, "is damaged: n_layer should be a whole number, not True"),
-        ({"n_embd": "16"}, "is damaged: n_embd should be a whole number, not '16'"),
-        ({"vocab_size": [97]}, "is damaged: vocab_size should be a whole number, not [97]"),
+        ({"n_layer": None}, "is damaged: n_layer must be an integer, not None"),
+        ({"n_layer": 2.0}, "is damaged: n_layer must be an integer, not 2.0"),
+        ({"n_layer": True}, "is damaged: n_layer must be an integer, not True"),
+        ({"n_embd": "16"}, "is damaged: n_embd must be an integer, not '16'"),
+        ({"vocab_size": [97]}, "is damaged: vocab_size must be an integer, not [97]"),
     ],
 )
 def test_a_config_of_another_model_is_refused_with_the_files_name(
@@ -414,7 +417,7 @@ def test_a_config_of_another_model_is_refused_with_the_files_name(
 @pytest.mark.parametrize(
     "values", [{"n_inner": 64}, {"n_inner": None}, {"activation_function": "gelu_pytorch_tanh"}, {"n_ctx": 12}]
 )
-def test_another_way_to_say_the_same_is_accepted(folder: Path, values: dict[str, Any]) -> None:
+def test_equivalent_config_values_are_accepted(folder: Path, values: dict[str, Any]) -> None:
     change_config(folder, **values)
     assert read_model_config(folder) == CONFIG
 
@@ -427,6 +430,6 @@ def test_a_config_without_a_needed_key_is_refused_by_that_key(folder: Path, key:
         load_model(folder, CPU)
 
 
-def test_what_a_config_need_not_say_is_gpt2s(folder: Path) -> None:
+def test_missing_config_values_default_to_gpt2s(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **vars_of(CONFIG)}))
     assert load_model(folder, CPU).config == CONFIG

@@ -1,4 +1,4 @@
-"""Folders of models that this package does not compute: scored and continued with the numbers of `transformers`."""
+"""Models of other architectures: scores and text equal those of `transformers`; unsuitable folders are refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build(kind: str, settings: dict[str, Any]) -> Any:
     base = GPT2 if kind == "GPT2" else {}
     config = getattr(transformers, f"{kind}Config")(**base | ENDS | settings)
     model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config)
-    for name, parameter in model.named_parameters():  # initial ones are so small that parts hardly matter
+    for name, parameter in model.named_parameters():  # larger weights, so that every part has a visible effect
         if parameter.ndim == 2 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -86,7 +86,7 @@ def rows(seed: int = 1) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", OTHER_PARTS)
 @torch.no_grad()
-def test_log_likelihoods_are_those_of_transformers_own_logits(part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_log_likelihoods_match_transformers_logits(part: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save(build(*OTHER_PARTS[part]), tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     opened = open_language_model(str(tmp_path), CPU, dtype)
@@ -99,7 +99,7 @@ def test_log_likelihoods_are_those_of_transformers_own_logits(part: str, dtype: 
 
 
 @pytest.mark.parametrize("part", OTHER_PARTS)
-def test_greedy_text_is_that_of_transformers_generate(part: str, tmp_path: Path) -> None:
+def test_greedy_text_matches_transformers_generate(part: str, tmp_path: Path) -> None:
     model = save(build(*OTHER_PARTS[part]), tmp_path)
     padding = list(range(50257, model.config.vocab_size))
     for prompt in ("The cat", "x"):
@@ -116,20 +116,20 @@ def test_greedy_text_is_that_of_transformers_generate(part: str, tmp_path: Path)
         assert sample_texts(str(tmp_path), [prompt], 1, GREEDY, 0, "cpu", "fp32") == [[expected]]
 
 
-def test_caches_that_are_exact_are_used_and_others_not() -> None:
+def test_inexact_caches_are_detected() -> None:
     assert cache_is_exact(build("GPT2", {"activation_function": "gelu"}))
     assert cache_is_exact(build("Llama", HEADS))
     assert not cache_is_exact(build(*OTHER_PARTS["Mamba"]))
     wrong = build("GPT2", {})
     forward = wrong.forward
     wrong.forward = lambda input_ids, past_key_values=None, use_cache=None: forward(input_ids, use_cache=use_cache)
-    assert not cache_is_exact(wrong), "it forgets what it has read"
+    assert not cache_is_exact(wrong), "this model ignores its cache"
 
 
-def test_padding_is_never_drawn(tmp_path: Path) -> None:
+def test_padding_tokens_are_never_sampled(tmp_path: Path) -> None:
     model = build("GPT2", {"vocab_size": 50304, "tie_word_embeddings": False})
     with torch.no_grad():
-        model.lm_head.weight[50257:] *= 100  # by far the likeliest
+        model.lm_head.weight[50257:] *= 100  # by far the most likely tokens
     save(model, tmp_path)
     ids = torch.tensor([gpt2_tokenizer().encode("The").tolist()])
     how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 50256}
@@ -137,10 +137,10 @@ def test_padding_is_never_drawn(tmp_path: Path) -> None:
     made = model.generate(ids, suppress_tokens=list(range(50257, 50304)), **how)[0, 1:].tolist()
     assert sample_texts(str(tmp_path), ["The"], 1, GREEDY, 0, "cpu", "fp32") == [[gpt2_tokenizer().decode(made)]]
     ((text,),) = sample_texts(str(tmp_path), ["The"], 1, SamplingConfig(max_tokens=20, top_k=0), 0, "cpu", "fp32")
-    assert len(gpt2_tokenizer().encode(text)) >= 15, "of ids that stand for no text none would come"
+    assert len(gpt2_tokenizer().encode(text)) >= 15, "padding tokens would decode to no text"
 
 
-def test_a_text_longer_than_the_window_goes_on(tmp_path: Path) -> None:
+def test_text_continues_beyond_the_context_length(tmp_path: Path) -> None:
     save(build(*OTHER_PARTS["gelu"]), tmp_path)
     sampling = SamplingConfig(max_tokens=40, temperature=1.0)
     how: Any = (str(tmp_path), ["one two three " * 20, "", "The"], 2, sampling, 3, "cpu", "fp32")
@@ -151,8 +151,8 @@ def test_a_text_longer_than_the_window_goes_on(tmp_path: Path) -> None:
     assert ["".join(text) for text in stream_texts(*how)] == [text for part in texts for text in part]
 
 
-def test_our_own_draws_as_through_transformers(tmp_path: Path) -> None:
-    """The same weights: here, and, where an entry of the config sends it there, by transformers."""
+def test_sampling_is_equal_with_this_package_and_with_transformers(tmp_path: Path) -> None:
+    """The same weights are loaded twice; a config value that only transformers supports selects transformers."""
     model = build("GPT2", {"activation_function": "gelu_new"})
     save(model, tmp_path / "ours")
     model.config.reorder_and_upcast_attn = True
@@ -169,7 +169,7 @@ def test_our_own_draws_as_through_transformers(tmp_path: Path) -> None:
 
 
 def words(folder: Path, vocab_size: int) -> None:
-    """A tokenizer of whole words, w0 to w(n - 1)."""
+    """Save a tokenizer of whole words, w0 to w(n - 1)."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -180,8 +180,8 @@ def words(folder: Path, vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [97, 50257])
-def test_a_tokenizer_of_its_own_is_used(vocab_size: int, tmp_path: Path) -> None:
-    """Even where the model is one that is computed here, and has as many tokens as GPT-2."""
+def test_the_models_own_tokenizer_is_used(vocab_size: int, tmp_path: Path) -> None:
+    """Also for a GPT-2 architecture with GPT-2's vocabulary size."""
     settings = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 1}
     build("GPT2", settings).save_pretrained(tmp_path)
     words(tmp_path, vocab_size)
@@ -193,18 +193,18 @@ def test_a_tokenizer_of_its_own_is_used(vocab_size: int, tmp_path: Path) -> None
     assert all(word.startswith("w") for word in text.split())
 
 
-def test_without_a_tokenizer_a_padded_vocabulary_is_gpt2s(tmp_path: Path) -> None:
+def test_a_padded_vocabulary_without_a_tokenizer_uses_gpt2s(tmp_path: Path) -> None:
     build("GPT2", {"vocab_size": 50304}).save_pretrained(tmp_path / "padded")
     opened = open_language_model(str(tmp_path / "padded"), CPU, FP32)
     assert opened.encode(" a cat's") == gpt2_tokenizer().encode(" a cat's").tolist()
     build("GPT2", {"vocab_size": 97} | dict.fromkeys(ENDS, 1)).save_pretrained(tmp_path / "small")
-    with pytest.raises(UserError, match="it holds no tokenizer, and a vocabulary of 97 tokens is not GPT-2's"):
+    with pytest.raises(UserError, match="it contains no tokenizer, and GPT-2's does not fit"):
         open_language_model(str(tmp_path / "small"), CPU, FP32)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save(build("GPT2", {"vocab_size": 97} | dict.fromkeys(ENDS, 1)), tmp_path)
-    with pytest.raises(UserError, match="vocabulary of 97 tokens, and its tokenizer one of 50,257"):
+    with pytest.raises(UserError, match="tokenizer does not fit the model: it has 50,257 tokens, but the model has 97"):
         open_language_model(str(tmp_path), CPU, FP32)
 
 
@@ -215,11 +215,11 @@ def test_an_added_token_that_the_model_lacks_is_refused_when_it_is_used(tmp_path
     tokenizer.save_pretrained(tmp_path)
     opened = open_language_model(str(tmp_path), CPU, FP32)
     assert opened.encode(" a cat") == gpt2_tokenizer().encode(" a cat").tolist()
-    with pytest.raises(UserError, match="vocabulary of 50,257 tokens, and its tokenizer gives token 50,257"):
+    with pytest.raises(UserError, match="has token 50,257, but the model has 50,257 tokens"):
         opened.encode(" a cat<|pad|>")
 
 
-def test_gpt2s_tokenizer_in_either_layout_is_known(tmp_path: Path) -> None:
+def test_gpt2s_tokenizer_is_recognised_in_every_layout(tmp_path: Path) -> None:
     for name in ("files", "whole", "none"):
         build("GPT2", {}).save_pretrained(tmp_path / name)
     save_tokenizer(tmp_path / "files")
@@ -229,23 +229,23 @@ def test_gpt2s_tokenizer_in_either_layout_is_known(tmp_path: Path) -> None:
         assert isinstance(open_language_model(str(tmp_path / name), CPU, FP32), ScoredGPT)
 
 
-# --- refused rather than wrong -------------------------------------------------------------------------------
+# --- refused models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: {f"_orig_mod.{n}": v for n, v in t.items()}, ("_orig_mod.transformer.", "torch.compile's")),
-        (lambda t: {f"module.{n}": v for n, v in t.items()}, ("module.transformer.", "DistributedDataParallel's")),
+        (lambda t: {f"_orig_mod.{n}": v for n, v in t.items()}, ("_orig_mod.transformer.", "torch.compile")),
+        (lambda t: {f"module.{n}": v for n, v in t.items()}, ("module.transformer.", "DistributedDataParallel")),
         (
-            lambda t: {f"student.{n}": v for n, v in t.items()},  # a wrapper that is not known
+            lambda t: {f"student.{n}": v for n, v in t.items()},  # an unknown wrapper
             ("missing ", "transformer.h.0.attn.c_attn.", "; unexpected student.transformer.h.0.attn.c_attn."),
         ),
-        (lambda t: {f"base_model.model.{n}": v for n, v in t.items()}, ("base_model.model.", "merge it into")),
+        (lambda t: {f"base_model.model.{n}": v for n, v in t.items()}, ("base_model.model.", "merge the adapter into")),
         (
             lambda t: t | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 16)},
-            ("unexpected transformer.h.0.attn.c_attn.lora_A", "merge it into"),
+            ("unexpected transformer.h.0.attn.c_attn.lora_A", "merge the adapter into"),
         ),
         (lambda t: t | {"transformer.h.2.ln_1.bias": torch.zeros(16)}, ("unexpected transformer.h.2.ln_1.bias",)),
         (
@@ -254,22 +254,22 @@ def test_gpt2s_tokenizer_in_either_layout_is_known(tmp_path: Path) -> None:
         ),
         (
             lambda t: t | {"transformer.ln_f.bias": torch.zeros(8)},
-            ("transformer.ln_f.bias has shape (8,) and not (16,)",),
+            ("transformer.ln_f.bias has shape (8,), not (16,)",),
         ),
         (
             lambda t: t | {"transformer.ln_f.bias": torch.full((16,), torch.nan)},
-            ("16 weights are not finite numbers, in transformer.ln_f.bias",),
+            ("16 weights are NaN or infinite, in transformer.ln_f.bias",),
         ),
         (
             lambda t: {n: torch.full_like(v, torch.inf) for n, v in t.items()},
-            ("weights are not finite numbers, in transformer.", "more tensors"),
+            ("weights are NaN or infinite, in transformer.", "more tensors"),
         ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: tuple[str, ...], activation: str, tmp_path: Path
 ) -> None:
-    """By transformers such weights are made up, or left out, with a warning."""
+    """transformers would initialise or ignore such weights, with a warning only."""
     save(build("GPT2", {"activation_function": activation}), tmp_path)
     change_tensors(tmp_path, change)
     for use in (
@@ -283,8 +283,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(
 
 
 @torch.no_grad()
-def test_what_transformers_makes_of_a_head_is_taken(tmp_path: Path) -> None:
-    """An output matrix that differs from the embedding is used, and heads for other uses are left out."""
+def test_an_untied_lm_head_is_used_and_other_heads_are_ignored(tmp_path: Path) -> None:
+    """The result must equal that of transformers."""
     save(build("GPT2", {}), tmp_path)
     head = torch.randn(50257, 16, generator=torch.Generator().manual_seed(3))
     change_tensors(tmp_path, lambda t: t | {"lm_head.weight": head, "score.weight": torch.zeros(2, 16)})
@@ -301,7 +301,7 @@ def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_weights_that_bring_code_are_refused(tmp_path: Path) -> None:
+def test_custom_model_code_is_not_run(tmp_path: Path) -> None:
     save(build("GPT2", {}), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
@@ -324,12 +324,12 @@ def test_a_config_that_names_code_on_the_hub_is_refused(named: dict[str, Any], t
     save(build("GPT2", GPT2 | {"vocab_size": 50258}), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
-    with pytest.raises(UserError, match=r"config.json: \w*_implementation .* is code on the hub, which is not run"):
+    with pytest.raises(UserError, match=r"config.json: \w*_implementation .* is code on the hub"):
         open_causal_model(str(tmp_path), tmp_path, CPU, FP32)
 
 
-def test_a_config_that_transformers_would_read_otherwise(tmp_path: Path) -> None:
-    """A default of Qwen3's that is not Llama's: heads are 128 wide."""
+def test_qwen3_has_128_channels_per_head_by_default(tmp_path: Path) -> None:
+    """Unlike Llama, whose default is width / heads."""
     from restomod.model.hf_io import read_model_config
 
     values = {"model_type": "qwen3", "num_attention_heads": 2, "num_hidden_layers": 1, "num_key_value_heads": 2}
@@ -338,7 +338,7 @@ def test_a_config_that_transformers_would_read_otherwise(tmp_path: Path) -> None
     assert read_model_config(tmp_path).head_size == transformers.AutoConfig.from_pretrained(tmp_path).head_dim == 128
 
 
-def test_a_model_with_fewer_tensors_than_layers_that_its_config_names_by_default(tmp_path: Path) -> None:
+def test_max_window_layers_does_not_count_as_a_number_of_layers(tmp_path: Path) -> None:
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.Qwen2Config(vocab_size=50257, num_hidden_layers=1, max_position_embeddings=32, **shape)
     assert config.max_window_layers == 28

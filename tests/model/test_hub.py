@@ -1,7 +1,7 @@
-"""Models of the hub arrive whole and as published, or not at all: the real client against a hub with faults.
+"""Downloads of models from a local hub with faults, with the real client: complete and unchanged, or an error.
 
-The client runs in this process, with its settings changed and its waiting taken away; tests/end_to_end/test_hub.py
-runs the command line.
+The client runs in this process with changed settings and without waiting. tests/end_to_end/test_hub.py tests the
+command line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one model, to which the client of this process is turned."""
+    """Start a hub with one model, and make it the hub of this process's client."""
     with Hub({REPO: dict(FILES)}) as hub:
         hub.adopt_client(tmp_path, monkeypatch)
         yield hub
@@ -56,12 +56,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def gets(hub: Hub) -> list[str]:
-    """The files that were sent, by the last part of their address."""
+    """Return the names of the downloaded files, in order."""
     return [request.path.rpartition("/")[2] for request in hub.requests if request.method == "GET"]
 
 
 def blobs(cache: Path) -> dict[str, Path]:
-    """The cached contents by their hash."""
+    """Return the cached files by hash."""
     return {path.name: path for path in cache.glob("models--*/blobs/*")}
 
 
@@ -76,36 +76,36 @@ NO_NAMES = ["", "gpt3", "a/b/c", "/a/b", "a/", "/b", "./a", "../a", "a/..", "~/a
         *((name, None) for name in [*NO_NAMES, "http://a/b"]),
     ],
 )
-def test_names_of_the_hub_are_told_from_paths(name: str, repository: str | None) -> None:
+def test_names_of_the_hub_are_distinguished_from_paths(name: str, repository: str | None) -> None:
     assert hub_name(name) == repository
 
 
-# --- what goes well ------------------------------------------------------------------------------------------
+# --- successful downloads ------------------------------------------------------------------------------------
 
 
-def test_a_model_arrives_as_it_was_published(hub: Hub) -> None:
+def test_a_model_is_downloaded_unchanged(hub: Hub) -> None:
     folder = download_model(REPO)
     assert contents(folder) == FILES
     assert folder.name == hub.commit(REPO)
 
 
-def test_a_second_time_nothing_is_sent(hub: Hub) -> None:
+def test_a_second_call_downloads_nothing(hub: Hub) -> None:
     first = download_model(REPO)
     hub.requests.clear()
     assert download_model(REPO) == first
     assert [request.method for request in hub.requests] == ["HEAD"]
 
 
-def test_every_file_is_asked_for_at_one_commit(hub: Hub) -> None:
-    """A commit that lands between two files must not mix them."""
+def test_all_files_belong_to_one_commit(hub: Hub) -> None:
+    """A commit that is pushed between two downloads must not mix the files."""
     download_model(REPO)
     first, *rest = [request.path.split("/")[4] for request in hub.requests if "/resolve/" in request.path]
     assert first == "main"
     assert set(rest[:-1]) == {hub.commit(REPO)}
-    assert hub.requests[-1].path.endswith("/main/config.json"), "main is noted only after all has arrived"
+    assert hub.requests[-1].path.endswith("/main/config.json"), "main is recorded only after all downloads"
 
 
-def test_a_new_commit_is_fetched_whole_and_the_old_one_stays(hub: Hub) -> None:
+def test_a_new_commit_is_downloaded_and_the_old_one_kept(hub: Hub) -> None:
     old = download_model(REPO)
     hub.repos[REPO] = {"config.json": b'{"new": 1}', "model.safetensors": b"new weights"}
     new = download_model(REPO)
@@ -113,7 +113,7 @@ def test_a_new_commit_is_fetched_whole_and_the_old_one_stays(hub: Hub) -> None:
     assert contents(old) == FILES
 
 
-def test_a_new_commit_with_the_same_weights_sends_only_what_changed(hub: Hub) -> None:
+def test_a_new_commit_downloads_only_changed_files(hub: Hub) -> None:
     download_model(REPO)
     hub.requests.clear()
     hub.repos[REPO]["config.json"] = b'{"new": 1}'
@@ -122,28 +122,28 @@ def test_a_new_commit_with_the_same_weights_sends_only_what_changed(hub: Hub) ->
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
-def test_the_vocabulary_comes_along(hub: Hub, name: str) -> None:
-    """A GPT-2 whose tokens are others than GPT-2's can have as many of them."""
+def test_the_vocabulary_is_downloaded(hub: Hub, name: str) -> None:
+    """A model with GPT-2's vocabulary size may have other tokens."""
     hub.repos[REPO][name] = b'{"a": 0}'
     assert contents(download_model(REPO)) == hub.repos[REPO]
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin")])
-def test_all_shards_arrive(hub: Hub, kind: str, ending: str) -> None:
+def test_all_shards_are_downloaded(hub: Hub, kind: str, ending: str) -> None:
     shards = {f"part-{i}.{ending}": bytes([i]) * 99 for i in range(3)}
     index = json.dumps({"weight_map": {str(i): name for i, name in enumerate(shards)}}).encode()
     hub.repos[REPO] = {"config.json": CONFIG, f"{kind}.index.json": index, **shards}
     assert contents(download_model(REPO)) == hub.repos[REPO]
 
 
-def test_pickles_are_fetched_only_where_there_is_nothing_safer(hub: Hub) -> None:
+def test_pickles_are_downloaded_only_without_safetensors(hub: Hub) -> None:
     hub.repos[REPO]["pytorch_model.bin"] = b"pickle"
     assert set(contents(download_model(REPO))) == {"config.json", "model.safetensors"}
     hub.repos[REPO] = {"config.json": CONFIG, "pytorch_model.bin": b"pickle", "README.md": b"not needed"}
     assert contents(download_model(REPO)) == {"config.json": CONFIG, "pytorch_model.bin": b"pickle"}
 
 
-def test_what_the_hub_lacks_is_asked_for_once_and_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_requested_once_and_without_pauses(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     hub.repos[REPO] = {"config.json": CONFIG, "pytorch_model.bin": b"pickle"}
@@ -164,19 +164,19 @@ def test_a_renamed_repository_is_followed(hub: Hub) -> None:
 # --- broken connections --------------------------------------------------------------------------------------
 
 
-def test_a_transfer_that_breaks_goes_on_where_it_broke(hub: Hub) -> None:
+def test_an_interrupted_download_is_resumed(hub: Hub) -> None:
     hub.repos[REPO]["model.safetensors"] = content = WEIGHTS * (12 << 8)  # 12 MiB; the client keeps chunks of 10 MiB
     hub.cut(after=11 << 20, times=2)  # the config, which is shorter, and the weights once
     assert (download_model(REPO) / "model.safetensors").read_bytes() == content
     assert [request.range for request in hub.requests if request.method == "GET"][1:] == [None, "bytes=10485760-"]
 
 
-def test_a_transfer_that_breaks_more_often_than_the_client_bears_is_begun_again(hub: Hub) -> None:
+def test_a_download_that_the_client_gives_up_is_restarted(hub: Hub) -> None:
     hub.cut(after=10, times=8)  # the client gives up at the sixth
     assert contents(download_model(REPO)) == FILES
 
 
-def test_a_connection_that_always_breaks_is_one_line_and_mending_it_is_enough(hub: Hub, cache: Path) -> None:
+def test_a_connection_that_always_breaks_is_an_error_until_it_works_again(hub: Hub, cache: Path) -> None:
     hub.cut(after=10, times=None)
     said = refusal()
     assert said.startswith(f"cannot download config.json of {REPO}: ")
@@ -186,7 +186,7 @@ def test_a_connection_that_always_breaks_is_one_line_and_mending_it_is_enough(hu
     assert contents(download_model(REPO)) == FILES
 
 
-def test_weights_that_never_arrive_leave_the_config_for_the_next_time(hub: Hub) -> None:
+def test_a_downloaded_config_is_kept_if_the_weights_fail(hub: Hub) -> None:
     hub.cut(after=len(CONFIG), times=None)
     assert refusal().startswith(f"cannot download model.safetensors of {REPO}: ")
     hub.mend()
@@ -195,13 +195,13 @@ def test_weights_that_never_arrive_leave_the_config_for_the_next_time(hub: Hub) 
     assert gets(hub) == [etag("model.safetensors", WEIGHTS)]
 
 
-def test_a_server_that_fails_now_and_then_is_asked_again(hub: Hub) -> None:
+def test_a_request_is_repeated_after_a_server_error(hub: Hub) -> None:
     hub.answer(503, times=3, methods=("GET",))
     assert contents(download_model(REPO)) == FILES
 
 
 @pytest.mark.parametrize("fault", ["a drop", "an error", "a disk that looks full"])
-def test_what_is_got_over_is_not_talked_of(
+def test_recovered_errors_print_no_warnings(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, fault: str
 ) -> None:
     said = io.StringIO()
@@ -210,7 +210,7 @@ def test_what_is_got_over_is_not_talked_of(
     if fault == "a drop":
         hub.cut(after=10)
     elif fault == "an error":
-        hub.answers = {"HEAD": iter([(), (503, ""), (503, "")])}  # the client itself asks again
+        hub.answers = {"HEAD": iter([(), (503, ""), (503, "")])}  # the client repeats the request
     else:
         full = shutil.disk_usage("/")._replace(free=0)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
@@ -223,7 +223,7 @@ def test_what_is_got_over_is_not_talked_of(
     assert said.getvalue().startswith("Rate limited")
 
 
-def test_between_attempts_there_is_a_pause(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_are_separated_by_pauses(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(module, "SECONDS_BETWEEN_ATTEMPTS", 2.5)
@@ -233,7 +233,7 @@ def test_between_attempts_there_is_a_pause(hub: Hub, monkeypatch: pytest.MonkeyP
     assert pauses == [2.5] * (module.ATTEMPTS - 1)
 
 
-def test_ctrl_c_is_not_taken_for_a_broken_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_not_treated_as_a_broken_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> NoReturn:
         raise KeyboardInterrupt
 
@@ -249,7 +249,7 @@ def test_ctrl_c_is_not_taken_for_a_broken_connection(hub: Hub, monkeypatch: pyte
         (PermissionError(errno.EACCES, "Permission denied", "/cache/blobs"), "/cache/blobs: cannot save config.json"),
     ],
 )
-def test_a_disk_that_refuses_is_not_taken_for_a_bad_connection(
+def test_a_disk_error_is_not_treated_as_a_broken_connection(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
 ) -> None:
     calls = []
@@ -263,17 +263,17 @@ def test_a_disk_that_refuses_is_not_taken_for_a_bad_connection(
     assert len(calls) == 1
 
 
-# --- contents that are not what was promised -----------------------------------------------------------------
+# --- wrong hashes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_spoiled_file_is_fetched_again(hub: Hub, times: int) -> None:
+def test_a_damaged_file_is_downloaded_again(hub: Hub, times: int) -> None:
     hub.flip(-1, times)
     assert contents(download_model(REPO)) == FILES
     assert len(gets(hub)) == 2 + times
 
 
-def test_a_file_that_always_comes_spoiled_is_refused_and_not_kept(hub: Hub, cache: Path) -> None:
+def test_a_file_that_is_always_damaged_is_refused_and_not_kept(hub: Hub, cache: Path) -> None:
     hub.flip(times=None)
     said = refusal()
     assert said.startswith(f"cannot download config.json of {REPO}: its SHA differs from the hub's")
@@ -284,7 +284,7 @@ def test_a_file_that_always_comes_spoiled_is_refused_and_not_kept(hub: Hub, cach
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_byte_that_changes_in_the_cache_is_noticed_and_mended(hub: Hub, cache: Path, name: str) -> None:
+def test_a_changed_byte_in_the_cache_is_detected_and_repaired(hub: Hub, cache: Path, name: str) -> None:
     folder = download_model(REPO)
     blob = blobs(cache)[etag(name, FILES[name])]
     blob.write_bytes(b"\xff" + FILES[name][1:])
@@ -294,7 +294,7 @@ def test_a_byte_that_changes_in_the_cache_is_noticed_and_mended(hub: Hub, cache:
     assert len(gets(hub)) == 1
 
 
-def test_a_cached_file_that_two_commits_share_is_mended_for_both(hub: Hub, cache: Path) -> None:
+def test_a_cached_file_of_two_commits_is_repaired_for_both(hub: Hub, cache: Path) -> None:
     old = download_model(REPO)
     hub.repos[REPO]["config.json"] = b'{"new": 1}'
     new = download_model(REPO)
@@ -305,14 +305,14 @@ def test_a_cached_file_that_two_commits_share_is_mended_for_both(hub: Hub, cache
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_that_vanished_from_the_cache_is_fetched_again(hub: Hub, cache: Path, name: str) -> None:
+def test_a_file_deleted_from_the_cache_is_downloaded_again(hub: Hub, cache: Path, name: str) -> None:
     download_model(REPO)
     blobs(cache)[etag(name, FILES[name])].unlink()
     assert contents(download_model(REPO)) == FILES
 
 
-def test_the_hashes_are_those_of_sha2_and_of_git(tmp_path: Path) -> None:
-    """FIPS 180-2's example, and `printf 'hello\\n' | git hash-object --stdin`."""
+def test_hashes_are_sha256_and_gits(tmp_path: Path) -> None:
+    """The values are the example of FIPS 180-2, and `printf 'hello\\n' | git hash-object --stdin`."""
     sha256 = tmp_path / "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     git = tmp_path / "ce013625030ba8dba906f756967f9e9ca394464a"
     for blob, right in ((sha256, b"abc"), (git, b"hello\n")):
@@ -325,13 +325,13 @@ def test_the_hashes_are_those_of_sha2_and_of_git(tmp_path: Path) -> None:
         link.unlink()
 
 
-# --- what the hub refuses ------------------------------------------------------------------------------------
+# --- refused requests ----------------------------------------------------------------------------------------
 
 
 def test_an_unknown_repository_is_one_line(hub: Hub) -> None:
     assert refusal("nobody/nothing") == (
-        "nobody/nothing: no such folder here, and no such public model on the Hugging Face hub; "
-        "OpenAI's are gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        "nobody/nothing: no such local folder, and no such public model on the Hugging Face hub; "
+        "OpenAI's models are gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     )
     assert len(hub.requests) == 1
 
@@ -346,20 +346,20 @@ def test_a_name_that_the_client_refuses_is_one_line(hub: Hub) -> None:
     assert hub.requests == []
 
 
-def test_a_gated_repository_says_what_to_do(hub: Hub) -> None:
+def test_a_gated_repository_is_one_line_with_advice(hub: Hub) -> None:
     hub.gated = {REPO}
-    assert refusal() == f"{REPO} on the hub is gated: accept its terms there, then `hf auth login`"
+    assert refusal() == f"{REPO} on the hub is gated: accept its terms on the website, then run `hf auth login`"
     assert len(hub.requests) == 1
 
 
 def test_a_repository_without_a_config_is_one_line(hub: Hub) -> None:
     del hub.repos[REPO]["config.json"]
-    assert refusal() == f"{REPO} on the hub has no config.json: it is not a model for `transformers`"
+    assert refusal() == f"{REPO} on the hub has no config.json: it is not a `transformers` model"
 
 
 def test_a_repository_without_weights_is_one_line(hub: Hub) -> None:
     hub.repos[REPO] = {"config.json": CONFIG, "tf_model.h5": b"TensorFlow"}
-    assert refusal() == f"{REPO} on the hub has no weights: no model.safetensors and no pytorch_model.bin"
+    assert refusal() == f"{REPO} on the hub has no weights: model.safetensors and pytorch_model.bin are missing"
     hub.repos[REPO]["model.safetensors"] = WEIGHTS
     assert (download_model(REPO) / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -397,23 +397,25 @@ def test_without_connection_and_cache_the_reason_is_one_line(
     said = refusal()
     assert said.startswith(f"{REPO}: the Hugging Face hub cannot be reached (")
     assert {"closed": "refused", "503": "503", "HF_HUB_OFFLINE": "offline mode"}[how] in said
-    assert said.endswith("the model is not in its cache; connect once, or give the folder of a downloaded model")
+    assert said.endswith(
+        "the model is not in the cache; connect to the internet, or give the folder of a downloaded model"
+    )
 
 
 @WAYS
-def test_without_a_connection_half_a_model_is_none_and_nothing_waits_for_the_rest(
+def test_without_a_connection_an_incomplete_download_is_refused_immediately(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     hub.cut(after=len(CONFIG), times=None)
     refusal()
     offline(hub, how, monkeypatch)
     hub.requests.clear()
-    assert "the model is not in its cache" in refusal()
+    assert "the model is not in the cache" in refusal()
     assert len(hub.requests) <= 1
 
 
 @WAYS
-def test_without_a_connection_a_commit_that_came_whole_is_taken_and_not_a_newer_half(
+def test_without_a_connection_a_complete_commit_is_used_instead_of_a_newer_incomplete_one(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     old = download_model(REPO)
@@ -426,7 +428,7 @@ def test_without_a_connection_a_commit_that_came_whole_is_taken_and_not_a_newer_
 
 
 @WAYS
-def test_without_a_connection_the_newest_whole_commit_is_taken(
+def test_without_a_connection_the_newest_complete_commit_is_used(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     download_model(REPO)
@@ -439,8 +441,8 @@ def test_without_a_connection_the_newest_whole_commit_is_taken(
 
 
 @WAYS
-def test_what_another_program_downloaded_is_found(hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """`hf download` fetches what there is, and leaves no note of what there is not."""
+def test_downloads_of_another_program_are_found(hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """`hf download` does not record which files are missing on the hub."""
     hub.repos[REPO] = {"config.json": CONFIG, "pytorch_model.bin": WEIGHTS}
     for name in hub.repos[REPO]:
         hf_hub_download(REPO, name)
@@ -449,19 +451,19 @@ def test_what_another_program_downloaded_is_found(hub: Hub, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_without_a_connection_a_spoiled_file_is_refused(
+def test_without_a_connection_a_damaged_file_is_refused(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     download_model(REPO)
     blobs(cache)[etag(name, FILES[name])].write_bytes(b"spoiled")
     offline(hub, "HF_HUB_OFFLINE", monkeypatch)
-    assert "the model is not in its cache" in refusal()
+    assert "the model is not in the cache" in refusal()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.close_session()
     assert contents(download_model(REPO)) == FILES
 
 
-def test_a_hub_that_goes_away_in_the_middle_is_waited_for_once_and_not_four_times(
+def test_a_hub_that_closes_during_a_download_causes_one_series_of_retries(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds: list[float] = []

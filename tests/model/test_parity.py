@@ -1,4 +1,4 @@
-"""The same numbers as `transformers`' GPT-2, in fp32 on the CPU, at the shapes that GPT-2 was published in."""
+"""Parity with `transformers`' GPT-2 in fp32 on the CPU: logits, loss, gradients, names and shapes of all four sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Computed:
-    """What one model makes of the same weights and tokens; gradients in `transformers`' layout."""
+    """Results of one model for the same weights and tokens; gradients in `transformers`' layout."""
 
     logits: Tensor
     loss: Tensor
@@ -45,12 +45,12 @@ class Computed:
     params=[
         pytest.param((DEEP, 128), id="48 thin layers"),
         pytest.param((GPT2, 128), id="gpt2"),
-        pytest.param((WIDE, 128), id="2 layers as wide as gpt2-xl", marks=pytest.mark.slow),
-        pytest.param((GPT2, 1024), id="gpt2 over its whole context", marks=pytest.mark.slow),
+        pytest.param((WIDE, 128), id="2 layers of gpt2-xl", marks=pytest.mark.slow),
+        pytest.param((GPT2, 1024), id="gpt2 with full context", marks=pytest.mark.slow),
     ],
 )
 def both(request: pytest.FixtureRequest) -> tuple[Computed, Computed]:
-    """Ours and theirs."""
+    """Compute logits, loss and gradients with this package and with `transformers`."""
     config, length = request.param
     model = random_model(config)
     reference = to_transformers(model)
@@ -84,9 +84,9 @@ def test_every_gradient_equals_that_of_transformers(both: tuple[Computed, Comput
     ours, theirs = both
     for name, expected in theirs.gradients.items():
         error = ours.gradients[name] - expected
-        assert expected.abs().max() > 5e-4, name  # or the next line could pass on gradients that are all wrong
+        assert expected.abs().max() > 5e-4, name  # otherwise the next line would pass for wrong gradients
         assert error.abs().max() < 1e-4, name
-        assert error.norm() < 2e-5 * expected.norm(), name  # the float32 noise of either is 2e-6 at most
+        assert error.norm() < 2e-5 * expected.norm(), name  # fp32 rounding errors are at most 2e-6
 
 
 @pytest.mark.parametrize("name", ["gpt2-medium", "gpt2-large", "gpt2-xl"])
@@ -104,7 +104,7 @@ def test_logits_of_two_layers_of_every_larger_size_equal_those_of_transformers(n
 def test_every_layer_norm_has_the_epsilon_of_transformers() -> None:
     config = ModelConfig(n_layer=2, n_head=4, n_embd=64, vocab_size=1031)
     model = random_model(config)
-    with torch.no_grad():  # a residual stream whose variance is about the epsilon, 1e-5; elsewhere it is near 1
+    with torch.no_grad():  # the variance of the residual stream must be close to epsilon, 1e-5; usually it is about 1
         for name, parameter in model.named_parameters():
             if name.startswith(("transformer.wte", "transformer.wpe")):
                 parameter.mul_(0.02)

@@ -1,4 +1,4 @@
-"""Norms and activations: files and names match, and a new part is right without an edit elsewhere."""
+"""Norms and activations: every name has a file, and a new part needs no other edit."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_name_has_a_file_and_every_file_a_name(folder: str, names: Any) ->
 
 @pytest.fixture
 def add_part(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Callable[[ModelConfig], nn.Module]], None]:
-    """Adds a part as its file and its name in a Literal would."""
+    """Return a function that adds a part, with the effect of a new file and a new name in a Literal."""
 
     def add(folder: str, name: str, build: Callable[[ModelConfig], nn.Module]) -> None:
         module = types.ModuleType(name)
@@ -78,13 +78,13 @@ def add_part(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Callable[[M
 
 @pytest.fixture
 def config(add_part: Any) -> ModelConfig:
-    """A small model with two parts that the package lacks."""
+    """Return a small configuration with a norm and an activation that the package lacks."""
     add_part("norms", "dyt", lambda config: DynamicTanh(config.n_embd))
     add_part("activations", "geglu", lambda config: GeGLU())
     return ModelConfig(n_layer=3, n_head=2, n_embd=48, n_positions=32, vocab_size=101, norm="dyt", mlp="geglu")  # type: ignore[arg-type]
 
 
-def test_counts_of_a_new_part_are_those_of_the_closed_form(config: ModelConfig) -> None:
+def test_parameter_counts_of_a_new_part_match_the_closed_form(config: ModelConfig) -> None:
     D, V, L, I = 48, 101, 3, 128  # noqa: E741
     norm = 2 * D + 1
     block = 2 * norm + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * 2 * I + (I + 1) * D
@@ -105,12 +105,12 @@ def test_a_new_part_has_its_own_initial_values(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_what_autograd_saves_of_a_new_part_is_estimated(config: ModelConfig, dtype: torch.dtype, itemsize: int) -> None:
+def test_activation_memory_of_a_new_part_is_estimated(config: ModelConfig, dtype: torch.dtype, itemsize: int) -> None:
     saved = saved_bytes(build_model(config, 0, CPU), 32, dtype) - 4 * config.padded_vocab_size * config.n_embd
     assert activation_bytes(a_run(config, 32), 2 * 32, itemsize, "cpu") == pytest.approx(saved, rel=0.03)
 
 
-def test_a_part_without_initial_values_is_named(add_part: Any) -> None:
+def test_a_part_without_reset_parameters_is_an_error(add_part: Any) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The parts of models that no class of `transformers` has, against a plain computation written out here."""
+"""Parts that `transformers` lacks (soft cap, skips, embedding norm, value embedding) against a plain reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
-    """Logits of one sequence, (T, V), head by head and with the whole table of attention, in the weights' type."""
+    """Compute logits of one sequence, (T, V), head by head with full attention matrices, in the weights' dtype."""
     c, w, T = model.config, dict(model.named_parameters()), len(tokens)
     K = c.n_embd // c.n_head
     x = w["transformer.wte.weight"][tokens]
@@ -72,7 +72,7 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
 
 
 def drawn(config: ModelConfig) -> GPT:
-    """A model whose every part matters: factors of skips are not 0, and logits are large."""
+    """Build a random model in which every part has an effect: skip factors are not 0, and logits are large."""
     model = random_model(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def drawn(config: ModelConfig) -> GPT:
 
 
 @CONFIGS
-def test_logits_are_those_of_the_plain_computation(config: ModelConfig) -> None:
+def test_logits_match_the_reference(config: ModelConfig) -> None:
     model, tokens = drawn(config).double(), random_tokens(config, 2, 40)
     with torch.no_grad():
         expected = torch.stack([plain_logits(model, row) for row in tokens])
@@ -95,14 +95,14 @@ def test_logits_are_those_of_the_plain_computation(config: ModelConfig) -> None:
 
 
 def plain_logits_as(model: GPT, config: ModelConfig, tokens: Tensor) -> Tensor:
-    """The plain computation with another model's parts, of the parameters that both have."""
+    """Compute reference logits with another configuration, from the parameters that both models have."""
     other = drawn(config).double()
     other.load_state_dict(model.state_dict(), strict=False)
     return plain_logits(other, tokens)
 
 
 @CONFIGS
-def test_loss_is_that_of_the_capped_logits_and_reaches_every_parameter(config: ModelConfig) -> None:
+def test_loss_uses_capped_logits_and_has_a_gradient_for_every_parameter(config: ModelConfig) -> None:
     model, tokens = drawn(config), random_tokens(config, 2, 40)
     loss = batch_loss(model, tokens[:, :-1], tokens[:, 1:], ComputeConfig(CPU, torch.float32, micro_batch=2))
     expected = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -118,7 +118,7 @@ def test_loss_is_that_of_the_capped_logits_and_reaches_every_parameter(config: M
 
 
 @CONFIGS
-def test_a_cache_changes_no_logits(config: ModelConfig) -> None:
+def test_a_key_value_cache_does_not_change_logits(config: ModelConfig) -> None:
     model, tokens = drawn(config).double(), random_tokens(config, 2, 30)
     cache, parts = KVCache(config, 2, CPU, torch.float64), []
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_a_cache_changes_no_logits(config: ModelConfig) -> None:
 
 
 @CONFIGS
-def test_generation_follows_the_plain_computation(config: ModelConfig) -> None:
+def test_generation_matches_the_reference(config: ModelConfig) -> None:
     model, prompt = drawn(config).double(), random_tokens(config, 1, 6)[0].tolist()
     sampling = SamplingConfig(max_tokens=12, temperature=0.0)
     new = [step[0] for step in generate(model, [Prompt(prompt, 0)], sampling, 0, torch.float64, stop=None)]
@@ -140,7 +140,7 @@ def test_generation_follows_the_plain_computation(config: ModelConfig) -> None:
         tokens.append(token)
 
 
-def test_the_logits_that_tokens_are_drawn_from_are_capped() -> None:
+def test_tokens_are_sampled_from_capped_logits() -> None:
     model, tokens = drawn(ALL).double(), random_tokens(ALL, 1, 8)[0].tolist()
     decoder, cache = Decoder(model, torch.float64), RowCache(ALL, 1, CPU, torch.float64, 48)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_the_logits_that_tokens_are_drawn_from_are_capped() -> None:
 
 
 @CONFIGS
-def test_saved_and_loaded_it_is_the_same(config: ModelConfig, tmp_path: Path) -> None:
+def test_saving_and_loading_does_not_change_logits(config: ModelConfig, tmp_path: Path) -> None:
     model, tokens = drawn(config), random_tokens(config, 1, 30)
     save_model(model, tmp_path)
     with torch.no_grad():
@@ -157,6 +157,6 @@ def test_saved_and_loaded_it_is_the_same(config: ModelConfig, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_cap_that_is_none_is_refused(cap: float) -> None:
+def test_an_invalid_soft_cap_is_refused(cap: float) -> None:
     with pytest.raises(UserError, match=r"model\.softcap is .*; it must be above 0"):
         dataclasses.replace(PLAIN, softcap=cap)

@@ -1,1 +1,1 @@
-"""One optimizer step: loss, optimizers, schedule, precision, devices, data parallelism, memory."""
+"""The training step: loss, optimizers, learning-rate schedule, precision, devices, data parallelism, memory."""

@@ -1,7 +1,7 @@
-"""Barrier with heartbeats, for waiting without the time-out of collective operations.
+"""Barrier with heartbeats, which has no time-out while all ranks are alive.
 
-A collective operation ends the run when one process exceeds its time-out, even if that process is working. Here a
-thread of each process writes heartbeats into torchrun's store, and the others wait as long as they change.
+A collective operation fails if one rank takes longer than its time-out, even if that rank is working. With this barrier
+a thread of each rank writes heartbeats to torchrun's store. The other ranks wait while the heartbeats change.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from pathlib import Path
 import torch.distributed as dist
 
 HEARTBEAT_EVERY = 1.0  # seconds
-SILENCE = 60.0  # seconds without a heartbeat after which a process is gone; some work delays the thread for a while
+SILENCE = 60.0  # seconds without a heartbeat after which a rank is lost; long, because some work delays the thread
 LONGEST_PAUSE = 0.25  # seconds between polls
 GONE = b"gone"
 
 
 class Barrier:
-    """Barriers of a run. Every process has one object and calls it equally often."""
+    """Reusable barrier of a run. All ranks must call `wait` equally often.
+
+    Args:
+        store: torchrun's store.
+        rank: rank of this process.
+        count: world size.
+    """
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
         self._store: dist.Store | None = store
@@ -29,7 +35,7 @@ class Barrier:
         self._names = [f"alive/{r}" for r in range(count)]
         self._mine = self._names[rank]
         self._over = threading.Event()
-        # a connection of its own: one that waits for an answer keeps others waiting
+        # a separate connection, because a waiting request blocks all others on its connection
         self._writer: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._writer.set(self._mine, "0")
         self._place, self._ids = _place(), [f"id/{r}" for r in range(count)]
@@ -38,10 +44,10 @@ class Barrier:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until every process has reached this barrier.
+        """Wait until all ranks have reached this barrier.
 
         Raises:
-            DistError: one is gone.
+            DistError: a rank has ended or writes no heartbeats.
         """
         self._held += 1
         name = f"barrier/{self._held}"
@@ -57,24 +63,31 @@ class Barrier:
             came = self._came(name, 0)
 
     def leave(self) -> None:
-        """Announce that this process reaches no further barrier."""
+        """Announce that this rank calls no further barrier, so that the others do not wait for it."""
         self._over.set()
         self._thread.join(HEARTBEAT_EVERY)
         with contextlib.suppress(RuntimeError):
             self._writer.set(self._mine, GONE.decode())
 
     def _came(self, name: str, more: int) -> int | None:
-        """Add ``more`` to the count of a barrier and return it; None: the store is gone, the collective decides."""
+        """Add ``more`` to the count of a barrier and return the count; None if the store is gone."""
         if self._store is None:
             return None
         try:
             return int(self._store.add(name, more))
         except RuntimeError:
-            self._store = None  # torchrun was killed; its processes save and end without it
+            self._store = None  # torchrun was killed; the ranks still save a checkpoint, without barriers
             return None
 
     def _require_all_alive(self, seen: dict[str, tuple[bytes, float]]) -> None:
-        """Check the heartbeats. ``seen``: the last one of each process, and when it was new."""
+        """Check the heartbeats of all ranks.
+
+        Args:
+            seen: last heartbeat of each rank and its time in seconds; updated.
+
+        Raises:
+            DistError: a rank has ended or writes no heartbeats.
+        """
         if self._store is None:
             return
         try:
@@ -88,22 +101,22 @@ class Barrier:
             before, when = seen.setdefault(name, (beat, now))
             place, _, process = ident.decode().rpartition(" ")
             if beat == GONE or (place == self._place and _is_dead(process)):
-                raise dist.DistError(f"process {rank} has ended")
+                raise dist.DistError(f"rank {rank} has ended")
             if beat != before:
                 seen[name] = beat, now
             elif now > when + SILENCE:
-                raise dist.DistError(f"process {rank} has written no heartbeat for {now - when:.0f} s")
+                raise dist.DistError(f"no heartbeat from rank {rank} for {now - when:.0f} s")
 
     def _write_heartbeats(self) -> None:
         number = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone
+        with contextlib.suppress(RuntimeError):  # raised when the store is gone
             while not self._over.wait(HEARTBEAT_EVERY):
                 number += 1
                 self._writer.set(self._mine, str(number))
 
 
 def _place() -> str:
-    """Identify the machine and its PID namespace, within which process IDs can be compared."""
+    """Return an identifier of the machine and its PID namespace; process IDs are comparable within it."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
@@ -111,7 +124,7 @@ def _place() -> str:
 
 
 def _is_dead(process: str) -> bool:
-    """Whether a process of this place has ended; torchrun may take some seconds to ask for its exit code."""
+    """Return whether a process of this machine has ended, including zombies that torchrun has not reaped."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,8 +1,9 @@
-"""Data-parallel training: joining torchrun's processes, their collectives and errors, DDP and FSDP.
+"""Data-parallel training with torchrun: process group, collectives, errors of ranks, DDP and FSDP.
 
-Every process computes its slice of the global batch, and gradients are averaged after the last micro-batch, so the
-results of a run do not depend on the number of processes. DistributedDataParallel replicates the model; FSDP2
-(`fully_shard`) shards every tensor. A single process has a world size of 1, so callers never branch.
+Each rank computes its share of the batch. Gradients are averaged after the last micro-batch (all-reduce), so the
+results of a run do not depend on the number of ranks up to rounding. DDP (DistributedDataParallel) replicates the
+model; FSDP2 (`fully_shard`) shards every tensor over the ranks. Without torchrun there is one rank, and all
+collectives are no-ops.
 
     torchrun --nproc-per-node 8 -m restomod train gpt2-124m ...
 """
@@ -34,29 +35,34 @@ from restomod.model.gpt import GPT
 from restomod.utils.errors import ReportedElsewhere, UserError, describe_os_error, one_line
 
 PATIENCE = datetime.timedelta(minutes=30)  # time-out of collective operations
-CONNECTING = datetime.timedelta(minutes=1)  # to torchrun's store, which is there before the processes are
+CONNECTING = datetime.timedelta(minutes=1)  # time-out of connecting to torchrun's store, which starts before the ranks
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank and world size of this process, and collectives over all processes of the run."""
+    """Ranks of a run: rank and world size of this process, and collective operations over all ranks.
+
+    All ranks must call the collective operations, in the same order. With a world size of 1 there is no communication.
+    """
 
     rank: int = 0
+    """Rank of this process, 0 to world size - 1."""
     world_size: int = 1
+    """Number of ranks."""
     local_rank: int = 0
-    """Rank among the processes of the same machine."""
+    """Rank among the processes of the same machine, the index of its GPU."""
     barrier: Barrier | None = field(default=None, compare=False)
-    """Where processes wait for one that works alone; None: in the next collective operation."""
+    """Barrier for work that a single rank does; None: the other ranks wait in the next collective operation."""
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which prints and writes."""
+        """Whether this is the main process: rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean of a scalar over all processes, the same in each."""
+        """Compute the mean of a scalar tensor over all ranks (all-reduce)."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -64,7 +70,7 @@ class Processes:
         return value
 
     def sum(self, *values: float) -> list[float]:
-        """Sums of numbers over all processes, the same in each."""
+        """Compute the sum of each number over all ranks (all-reduce in fp64)."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -72,7 +78,7 @@ class Processes:
         return [float(value) for value in total]
 
     def gather(self, value: Result) -> list[Result]:
-        """Values of all processes, by rank, the same in each."""
+        """Return the values of all ranks, in the order of ranks (all-gather of pickled objects)."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -80,7 +86,7 @@ class Processes:
         return values
 
     def least(self, value: int) -> int:
-        """Smallest value over all processes."""
+        """Return the minimum of an integer over all ranks (all-reduce)."""
         if self.world_size > 1:
             least = torch.tensor(value)
             dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -88,18 +94,22 @@ class Processes:
         return value
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set in any process."""
+        """Return for each flag whether it is set in any rank (all-reduce)."""
         return [n > 0 for n in self.sum(*flags)]
 
     def run_on_all_ranks(self, work: Callable[[], Result], one_first: bool = False) -> Result:
-        """Run ``work`` in every process; if it fails in one, all fail.
+        """Run a function in all ranks; if it fails in one rank, raise in all.
 
         Args:
-            work: called once.
-            one_first: local rank 0 of each machine runs it before the others do; for work that writes files.
+            work: function to run once per rank. A `UserError` or `OSError` counts as failure.
+            one_first: run it in local rank 0 of each machine before the other ranks; for functions that write files.
+
+        Returns:
+            Result of ``work`` in this rank.
 
         Raises:
-            UserError: in the first process that fails; in the others `ReportedElsewhere`, which is not printed.
+            UserError: ``work`` failed; raised in the first failing rank.
+            ReportedElsewhere: ``work`` failed; raised in all other ranks, without a message to the user.
         """
         if self.world_size == 1:
             return work()
@@ -110,7 +120,7 @@ class Processes:
                 try:
                     result.append(work())
                 except UserError as e:
-                    if e.known_to_all:  # from a `run_on_all_ranks` within this one
+                    if e.known_to_all:  # raised by a nested `run_on_all_ranks`
                         raise
                     problem = e
                 except OSError as e:
@@ -124,10 +134,17 @@ class Processes:
         return result[0]
 
     def from_main(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` in rank 0 only, and return its result in every process.
+        """Run a function in the main process only, and broadcast its result.
+
+        Args:
+            work: function whose result can be pickled.
+
+        Returns:
+            Result of ``work``, in all ranks.
 
         Raises:
-            UserError: as ``work`` does; in the other processes `ReportedElsewhere`.
+            UserError: ``work`` failed; raised in rank 0.
+            ReportedElsewhere: ``work`` failed; raised in all other ranks.
         """
         result = [self.run_on_all_ranks(lambda: work() if self.main else None)]
         if self.world_size > 1:
@@ -135,45 +152,64 @@ class Processes:
         return cast(Result, result[0])
 
     def agree(self) -> None:
-        """Within a `run_on_all_ranks`: stop if another process has failed in it.
+        """Raise if another rank has failed in the current `run_on_all_ranks`.
 
-        To be called before a collective operation, which would wait for the process that has failed.
+        ``work`` must call it before a collective operation, which would otherwise wait for the failed rank.
+
+        Raises:
+            ReportedElsewhere: another rank has failed.
         """
         self.run_on_all_ranks(lambda: None)
 
     def error(self, message: str) -> UserError:
-        """Error to raise where all processes meet the same problem; rank 0 reports it."""
+        """Return an error for a problem that occurs in all ranks: `UserError` in rank 0, else `ReportedElsewhere`."""
         return self._shared(UserError(message)) if self.main else ReportedElsewhere(message)
 
     @staticmethod
     def _shared(problem: UserError | OSError) -> UserError:
-        """Mark ``problem`` as known to the other processes."""
+        """Convert an error to a `UserError` that is marked as known to the other ranks."""
         error = problem if isinstance(problem, UserError) else UserError(describe_os_error(problem))
         error.known_to_all = True
         return error
 
 
 SINGLE = Processes()
+"""Ranks of a run without torchrun: one."""
 
 
 def device_of(device: torch.device, processes: Processes) -> torch.device:
-    """Device of this process: on CUDA the GPU of its local rank."""
+    """Return the device of this rank. On CUDA the local rank is the index of the GPU.
+
+    Args:
+        device: device type of the run.
+        processes: ranks of the run.
+
+    Raises:
+        UserError: the machine has fewer GPUs than ranks.
+    """
     if device.type != "cuda" or processes.world_size == 1:
         return device
     if processes.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"{processes.local_rank + 1} processes or more on a machine with {torch.cuda.device_count()} GPUs; "
-            f"start one per GPU: torchrun --nproc-per-node {torch.cuda.device_count()}"
+            f"there are at least {processes.local_rank + 1} processes, but only {torch.cuda.device_count()} GPUs; "
+            f"start one process per GPU: torchrun --nproc-per-node {torch.cuda.device_count()}"
         )
     return torch.device("cuda", processes.local_rank)
 
 
 @contextlib.contextmanager
-def join_processes(mend: str = "start all of them again") -> Iterator[Processes]:
-    """Join the processes that torchrun has started, if any, and leave them at the end.
+def join_processes(remedy: str = "start all processes again") -> Iterator[Processes]:
+    """Join torchrun's process group, and leave it at the end of the context. Without torchrun there is one rank.
 
     Args:
-        mend: what the user is to do where a process is lost.
+        remedy: advice to the user if another rank is lost.
+
+    Yields:
+        Ranks of the run.
+
+    Raises:
+        UserError: torchrun's store cannot be reached, or another rank is lost.
+        ReportedElsewhere: another rank has reported the error.
     """
     stop_with_torchrun()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -184,14 +220,14 @@ def join_processes(mend: str = "start all of them again") -> Iterator[Processes]
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        # Numbers and objects of the CPU go through gloo and wait for no GPU; gradients and weights go through NCCL.
-        # Without `device_id`, which would connect NCCL here: `device_of` refuses two processes on one GPU in plain
-        # words, NCCL with an internal error; and a run on the CPU needs no NCCL.
+        # CPU tensors use gloo, without a wait for the GPU; GPU tensors use NCCL. `device_id` is not given, because it
+        # would connect NCCL here. A run on the CPU needs no NCCL, and two ranks on one GPU must reach `device_of`,
+        # whose message is clearer than NCCL's internal error.
         backend = "cpu:gloo,cuda:nccl"
     store, rank = _store()
-    # after a restart torchrun's store still holds the addresses of the processes before
+    # after a restart torchrun's store still has the addresses of the previous processes
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    barrier = Barrier(store, rank, count)  # before any can wait: then the heartbeats of all are there
+    barrier = Barrier(store, rank, count)  # before the process group, so that all heartbeats exist before any wait
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
     processes = Processes(rank, count, local_rank, barrier)
     failed = False
@@ -200,7 +236,7 @@ def join_processes(mend: str = "start all of them again") -> Iterator[Processes]
     except BaseException as e:
         failed = True
         if threading.current_thread() is threading.main_thread():
-            # torchrun sends it as soon as the first process has ended, and the line about why is still to be printed
+            # torchrun sends SIGTERM as soon as one rank has ended, but this rank may still have to print its error
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _drop_locals(e)
         if isinstance(e, UserError) and e.known_to_all:
@@ -209,57 +245,61 @@ def join_processes(mend: str = "start all of them again") -> Iterator[Processes]
         if not _reports_first(store) and (lost or isinstance(e, (UserError, OSError))):
             raise ReportedElsewhere from e
         if lost:
-            raise UserError(f"another process of this run is gone ({one_line(e)}); {mend}") from e
+            raise UserError(f"another process of this run was lost ({one_line(e)}); {remedy}") from e
         raise
     finally:
-        # torch waits for gloo's threads while it deletes a DistributedDataParallel that outlives the process group,
-        # and they may wait for the interpreter's lock, which it holds
+        # deleting a DistributedDataParallel after the process group can deadlock: torch holds the interpreter's lock
+        # while it waits for gloo's threads, which may need the lock
         gc.collect()
         barrier.leave()
-        with contextlib.suppress(Exception):  # where another process has died there is nothing to leave in order
+        with contextlib.suppress(Exception):  # errors are expected if another rank has died
             group = dist.group.WORLD
             if failed and group is not None:
-                # destroying waits for what NCCL still has to do, which never ends where a process is missing
+                # destroy_process_group waits for pending NCCL operations, which never end if a rank is missing
                 group.abort()
             dist.destroy_process_group()
 
 
 def _store() -> tuple[dist.Store, int]:
-    """Connect to the store of the run; return it and the rank of this process.
+    """Connect to the store of the run.
+
+    Returns:
+        Store, and the rank of this process.
 
     Raises:
-        UserError: nobody answers there.
+        UserError: the store does not answer.
     """
-    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else that of the main process
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # otherwise rank 0 has the store
     try:
         store, rank, _ = next(dist.rendezvous("env://", timeout=CONNECTING if of_torchrun else PATIENCE))
     except dist.DistError as e:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"nobody answers at {address}, where the processes are to meet: start all of them again") from e
+        raise UserError(f"cannot connect to the other processes at {address}: start all processes again") from e
     store.set_timeout(PATIENCE)
     return store, rank
 
 
 def _reports_first(store: dist.Store) -> bool:
-    """Whether no other process has reported yet why the run ends. The store is torchrun's, which outlives them."""
+    """Return whether this rank is the first one to report why the run ends. The store outlives the ranks."""
     try:
         return store.add("reported", 1) == 1
-    except (dist.DistError, RuntimeError):  # it is gone too
+    except (dist.DistError, RuntimeError):  # torchrun has ended too
         return True
 
 
 def _drop_locals(e: BaseException | None) -> None:
-    """Drop the local variables in the traceback of an exception."""
+    """Delete the local variables in the traceback of an exception, so that their tensors are freed."""
     while e is not None:
         traceback.clear_frames(e.__traceback__)
         e = e.__cause__ or e.__context__
 
 
 def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:
-    """Modules to compile separately, before `distribute`; blocks share one graph.
+    """Return the modules to compile with torch.compile, before `distribute`.
 
-    torch does not trace FSDP's hooks on the blocks; with activation checkpointing around them it would silently compile
-    nothing of the transformer. Under DDP torch splits the transformer where buckets of gradients end.
+    With FSDP each block is compiled separately, and all blocks share one graph: torch does not trace FSDP's hooks on
+    the blocks, and with gradient checkpointing it would silently compile nothing. With DDP the transformer is compiled
+    as a whole, and torch splits the graph at the boundaries of gradient buckets.
     """
     return list(model.transformer.h) if parallel == "fsdp" else [model.transformer]
 
@@ -267,50 +307,50 @@ def compiled_parts(model: GPT, parallel: Parallel) -> list[nn.Module]:
 def distribute(
     loss: nn.Module, model: GPT, parallel: Parallel, processes: Processes, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Wrap a module that computes the loss, so that its gradients are averaged over the processes.
+    """Apply DDP or FSDP to a module that computes the loss, so that gradients are averaged over the ranks.
 
     Args:
-        loss: called with tokens and targets; holds ``model``.
-        model: the language model within it, with fp32 weights.
+        loss: module that computes the loss from tokens and targets, and contains ``model``.
+        model: language model with fp32 weights.
         parallel: ddp or fsdp.
-        processes: with a world size of 1, nothing is done for ddp.
-        dtype: compute dtype of the matmuls, which run under autocast.
+        processes: ranks of the run. With a world size of 1, ddp changes nothing.
+        dtype: compute dtype of matmuls, which run under autocast.
 
     Returns:
-        The module to call in place of ``loss``.
+        Module to call instead of ``loss``.
 
     Raises:
-        UserError: fsdp in a single process.
+        UserError: fsdp without torchrun.
     """
     if parallel == "fsdp":
         if not dist.is_initialized():
             raise UserError(
-                "--parallel fsdp shares a model among processes: start two or more with torchrun --nproc-per-node, "
+                "--parallel fsdp needs several processes: start two or more with torchrun --nproc-per-node, "
                 "or choose --parallel ddp"
             )
         _shard(loss, model, processes, dtype)
         return loss
     if processes.world_size == 1:
         return loss
-    # with `device_ids` it would copy the tokens to the GPU itself, and wait there for all that the GPU has to do
+    # no `device_ids`: DDP would copy the tokens to the GPU synchronously
     return DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
 
 def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype) -> None:
-    """Apply FSDP2 in place: a group per block, and a root group with all other parameters.
+    """Apply FSDP2 in place: one group per block for its linear layers, and a root group for all other parameters.
 
-    A block's linear layers are gathered in the compute dtype, to which autocast would round them anyway, so the results
-    are those of fp32 weights at half the traffic and memory. Gradients are averaged in fp32. All else stays in fp32:
-    embeddings, head and norms. A norm of the fp32 residual stream with 16-bit weights is an error on the CPU and, as an
-    RMS norm, leaves the fused kernel on CUDA (torch 2.11). Norms are therefore in the root group, which a pass gathers
-    once; hooks inside of the blocks would break the graph of `torch.compile`.
+    Linear layers are all-gathered in the compute dtype. Autocast would round them to it anyway, so the results are
+    unchanged, with half the traffic and memory. Gradients are averaged in fp32. Embeddings, lm_head and norms stay in
+    fp32. Norms need fp32 weights: 16-bit weights on the fp32 residual stream are an error on a CPU, and exclude the
+    fused RMS norm kernel on CUDA (torch 2.11). Norms are therefore in the root group, which is gathered once per pass.
+    Hooks inside the blocks would break the graph of torch.compile.
     """
-    # the default mesh is that of the GPUs of a machine, even for a model on its CPU
+    # the default mesh consists of GPUs, even for a model on the CPU
     device = model.head.device
     mesh = init_device_mesh(device.type, (processes.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks, linear = model.transformer.h, linear_parameters(model)
-    # the root group takes the parameters of all modules to which a path leads that avoids the groups before it
+    # FSDP finds the root group's parameters on paths that avoid the blocks, so norms need a second path to them
     loss.reached = nn.ModuleList(module for module in blocks.modules() if set(module.parameters(False)) - linear)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - linear)
@@ -321,19 +361,24 @@ def _shard(loss: nn.Module, model: GPT, processes: Processes, dtype: torch.dtype
         asynchronous = device.type == "cuda"  # MPS may read or write such a copy too early
         return tuple(x.to(device, non_blocking=asynchronous) if isinstance(x, Tensor) else x for x in inputs)
 
-    # before FSDP's own hook, which would copy the tokens to the GPU, and wait there for all that the GPU has to do
+    # before FSDP's hook, which would copy the tokens to the GPU synchronously
     loss.register_forward_pre_hook(move, prepend=True)
 
 
 def linear_parameters(model: GPT) -> set[nn.Parameter]:
-    """Parameters of the blocks that autocast casts to the compute dtype: weights and biases of linear layers."""
+    """Return the weights and biases of the blocks' linear layers, which autocast casts to the compute dtype."""
     layers = [module for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
     return {parameter for layer in layers for parameter in layer.parameters()}
 
 
 @contextlib.contextmanager
 def synchronised(loss: nn.Module, last: bool) -> Iterator[None]:
-    """Average gradients over the processes in a backward pass only if it is the ``last`` of its step."""
+    """Average gradients over the ranks only in the last backward pass of a step (gradient accumulation).
+
+    Args:
+        loss: result of `distribute`.
+        last: whether the micro-batch is the last one of its step.
+    """
     if isinstance(loss, FSDPModule):
         loss.set_requires_gradient_sync(last)
         yield

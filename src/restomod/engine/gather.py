@@ -1,7 +1,6 @@
-"""Gathering of sharded models and tensors, and broadcasting of full ones, tensor by tensor.
+"""Gather sharded models and tensors, and broadcast full ones, tensor by tensor.
 
-FSDP leaves each process a shard of every tensor, in a DTensor. Without shards these functions copy, or do nothing, so
-callers never branch.
+With FSDP each rank has a shard of every tensor, a DTensor. Without FSDP these functions copy or return their argument.
 """
 
 from __future__ import annotations
@@ -19,21 +18,22 @@ from restomod.model.gpt import GPT
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds only a shard of the model's weights."""
+    """Return whether the model's weights are sharded over the ranks (FSDP)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @torch.no_grad()
 def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Processes) -> None:
-    """Broadcast what ``read`` returns in rank 0 into ``tensor`` of every process. All processes must call it.
+    """Copy a tensor from rank 0 into a tensor of all ranks. All ranks must call this function.
 
     Args:
-        read: called in rank 0 only; returns a full tensor of the shape of ``tensor``, on any device.
-        tensor: full, or a DTensor, of which each process gets its shard.
-        processes: that have the tensor.
+        read: function that returns the full tensor, on any device. It is called in rank 0 only.
+        tensor: destination, a full tensor or a DTensor of the same shape. A DTensor gets this rank's shard.
+        processes: ranks that have the tensor.
 
     Raises:
-        UserError: as ``read`` does; in the other processes `ReportedElsewhere`.
+        UserError: ``read`` failed; raised in rank 0.
+        ReportedElsewhere: ``read`` failed; raised in all other ranks.
     """
 
     def work() -> Tensor:
@@ -50,12 +50,12 @@ def copy_from_main(read: Callable[[], Tensor], tensor: Tensor, processes: Proces
 
 
 def broadcast_weights(model: GPT, source: GPT | None, processes: Processes) -> None:
-    """Broadcast the weights of ``source`` into the model of every process. All processes must call it.
+    """Broadcast the weights of a model from rank 0 to all ranks. All ranks must call this function.
 
     Args:
-        model: each process has all of its weights, or shards.
-        source: of the same shape; needed in rank 0 only.
-        processes: that have the model.
+        model: destination, with full or sharded weights.
+        source: model with the same configuration; needed in rank 0 only.
+        processes: ranks that have the model.
     """
     weights = {} if source is None else dict(source.named_parameters())
     for name, parameter in model.named_parameters():
@@ -64,23 +64,27 @@ def broadcast_weights(model: GPT, source: GPT | None, processes: Processes) -> N
 
 @torch.no_grad()
 def gather_on_main(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Gather full tensors on the CPU of rank 0, nothing in the others. All processes must call it.
+    """Gather tensors on the CPU of rank 0. All ranks must call this function.
 
-    A GPU holds at most one full tensor at a time.
+    A GPU has at most one full tensor at a time.
+
+    Returns:
+        Full tensors by name in rank 0; an empty dict in other ranks.
     """
     gathered = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if processes.main:
             gathered[name] = full.cpu()
-        del full  # before the next one is gathered
+        del full  # free it before the next tensor is gathered
     return gathered
 
 
 def gather_model_on_main(model: GPT, processes: Processes) -> GPT:
-    """Gather a full copy of a sharded model on the CPU of rank 0; without weights in the others.
+    """Gather a full copy of a model on the CPU of rank 0. All ranks must call this function.
 
-    All processes must call it.
+    Returns:
+        Model on the CPU in rank 0; model on the meta device, without weights, in other ranks.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return _assembled(model, gather_on_main(parameters, processes))
@@ -88,14 +92,16 @@ def gather_model_on_main(model: GPT, processes: Processes) -> GPT:
 
 @torch.no_grad()
 def gather_full_model(model: GPT, dtype: torch.dtype = torch.float32, keep: bool = True) -> GPT:
-    """Gather the full model on this process's device: itself, or a copy where it is sharded.
-
-    All processes must call it.
+    """Gather the full model on the device of this rank. All ranks must call this function.
 
     Args:
-        model: as `distribute` left it.
-        dtype: of the linear layers in the blocks: the compute dtype, to which autocast would cast them anyway.
-        keep: whether this process needs the weights. The copy is without them otherwise.
+        model: model after `distribute`.
+        dtype: dtype of the blocks' linear layers in the copy. The compute dtype loses nothing, because autocast would
+            cast them to it anyway.
+        keep: whether this rank needs the weights.
+
+    Returns:
+        ``model`` if it is not sharded, else a full copy; without ``keep`` a copy on the meta device, without weights.
     """
     if not is_sharded(model):
         return model
@@ -111,7 +117,7 @@ def gather_full_model(model: GPT, dtype: torch.dtype = torch.float32, keep: bool
 
 
 def _assembled(like: GPT, tensors: Mapping[str, Tensor]) -> GPT:
-    """Model of the configuration of ``like`` with ``tensors`` as weights; on `meta` where there are none."""
+    """Build a model with the configuration of ``like`` and the given weights; on the meta device if there are none."""
     with torch.device("meta"):
         model = GPT(like.config)
     if tensors:

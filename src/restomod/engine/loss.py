@@ -1,9 +1,12 @@
-"""Chunked cross-entropy from hidden states, for training and scoring: the logits of all positions never exist at once.
+"""Chunked cross-entropy from hidden states, for training and scoring, which never stores the logits of all positions.
 
-GPT-2's logits are 50,304 numbers per token, 65 times its hidden state. Here they are computed, turned into loss and
-gradient (or into log-probabilities), and freed again, a chunk of some thousand tokens at a time.
+GPT-2 has 50,304 logits per token, 65 times the size of a hidden state. They are computed in chunks of some thousand
+tokens. Each chunk is reduced to a loss and gradients (or to log-probabilities) and freed before the next.
 
-Shapes: N = tokens, n = tokens of one chunk, D = n_embd, V = vocabulary, padded V >= V.
+Shapes: N = tokens of a micro-batch (B T), n = tokens of one chunk, D = n_embd, V = vocab_size, padded V >= V.
+
+Source of the gradient within the forward pass: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models",
+2024; Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024.
 """
 
 from __future__ import annotations
@@ -19,23 +22,24 @@ from torch import Tensor
 from restomod.engine.device import CHUNK_TOKENS, SOFTMAX_TOKENS, tokens_on
 from restomod.model.gpt import soft_cap
 
-# Gradients are kept at this multiple of those of the summed loss: fp16's range is 6e-8 to 65504. A power of two changes
-# no bit in the other dtypes.
 GRADIENT_SCALE = 2.0**-5
+"""Factor of the gradients before the backward pass, which keeps those of the summed loss in the range of fp16, 6e-8 to
+65504. A power of two changes no bit in other dtypes."""
 
 
 @dataclass
 class HeadGradient:
-    """Gradient of the output matrix, summed over the micro-batches of one step before autograd is given it.
+    """Gradient of lm_head, summed over the micro-batches of one step (gradient accumulation).
 
-    Autograd would zero, scale and add a tensor of the matrix's size (154 MB for GPT-2 124M) for every micro-batch. All
-    micro-batches must have equally many tokens, and their losses the same weight.
+    Autograd would allocate, scale and add a tensor of lm_head's size (154 MB for GPT-2 124M) for every micro-batch.
+    Here the backward pass of the last micro-batch returns the sum. All micro-batches of a step must have the same
+    number of tokens and the same weight in the loss.
     """
 
     last: bool = False
-    """Whether the next micro-batch is the last one of the step, whose backward pass yields the sum."""
+    """Whether the next micro-batch is the last one of the step."""
     total: Tensor | None = None
-    """(padded V, D) fp32, of the micro-batches so far."""
+    """Sum over the micro-batches so far, (padded V, D) fp32; None before the first one."""
 
 
 def linear_cross_entropy(
@@ -49,18 +53,19 @@ def linear_cross_entropy(
     chunk: int | None = None,
     head_gradient: HeadGradient | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of the next token, in nats.
+    """Compute the mean cross-entropy of the next token, in nats.
 
     Args:
-        hidden: (N, D) hidden states.
-        weight: (padded V, D) output matrix; rows from ``vocab_size`` on are ignored.
-        targets: (N,) int64 token ids below ``vocab_size``.
+        hidden: hidden states, (N, D).
+        weight: weight of lm_head, (padded V, D). Rows from ``vocab_size`` on are ignored.
+        targets: token ids, (N,) int64, below ``vocab_size``.
         vocab_size: V.
-        dtype: compute dtype of the matmuls; the softmax and the sum over tokens are in fp32.
-        compiled: compile the softmax, which is several times as fast.
-        cap: logits z become cap * tanh(z / cap).
-        chunk: n, tokens whose logits exist at once; None: what is fast on this kind of device.
-        head_gradient: sums the gradient of ``weight`` over the micro-batches of a step; None: each yields its own.
+        dtype: compute dtype of matmuls. The softmax and the sum over tokens are fp32.
+        compiled: use torch.compile for the softmax, which is several times as fast.
+        cap: logit soft cap; None: no cap.
+        chunk: n, tokens per chunk; None: a fast value for the device type.
+        head_gradient: accumulator of the gradient of ``weight`` over the micro-batches of a step; None: every backward
+            pass returns the gradient of its micro-batch.
 
     Returns:
         Scalar fp32 loss, differentiable once with respect to ``hidden`` and ``weight``.
@@ -82,10 +87,12 @@ def linear_log_probs(
     cap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every target, and whether it is the likeliest token. Arguments as `linear_cross_entropy`.
+    """Compute the log-probability of every target, and whether the target is the most likely token.
+
+    Arguments are those of `linear_cross_entropy`.
 
     Returns:
-        (N,) fp32, at most 0; and (N,) bool, whether no other token has a higher logit.
+        Log-probabilities in nats, (N,) fp32, at most 0; and (N,) bool, True where no token has a higher logit.
     """
     x, w, target_logits = _operands(hidden, weight, targets, dtype)
     return log_probs_of(lambda part: x[part] @ w.t(), targets, target_logits, vocab_size, cap, chunk)
@@ -99,25 +106,26 @@ def log_probs_of(
     cap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens from logits that are computed chunk by chunk.
+    """Compute the log-probabilities of targets from logits that a function returns chunk by chunk.
 
     Args:
-        logits_of: returns the logits, (n, padded V), that predict a slice of the targets; they are overwritten.
-        targets: (N,).
-        target_logits: (N,) fp32, replace the targets' entries in ``logits_of``, which 16 bits have rounded.
+        logits_of: function that returns the logits, (n, padded V), for a slice of the targets. They are overwritten.
+        targets: token ids, (N,) int64.
+        target_logits: logits of the targets, (N,) fp32, which replace the 16-bit ones of ``logits_of``; None: those of
+            ``logits_of``.
         vocab_size: V; None: there is no padding.
-        cap: logits z become cap * tanh(z / cap).
-        chunk: n; None: what is fast on this kind of device.
+        cap: logit soft cap; None: no cap.
+        chunk: n, tokens per chunk; None: a fast value for the device type.
 
     Returns:
-        As `linear_log_probs`.
+        Log-probabilities in nats, (N,) fp32, at most 0; and (N,) bool, True where no token has a higher logit.
     """
     kind = targets.device.type
     n = chunk or tokens_on(targets.device, CHUNK_TOKENS)
     log_probs = torch.empty(len(targets), device=targets.device)
     best = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
     for start in range(0, len(targets), n):
-        logits = logits_of(slice(start, start + n))
+        logits = logits_of(slice(start, start + n))  # (n, padded V)
         V = vocab_size or logits.shape[1]
         logits[:, V:] = float("-inf")
         for first in range(0, len(logits), SOFTMAX_TOKENS[kind]):
@@ -128,20 +136,21 @@ def log_probs_of(
             best[rows] = (rounded >= z.amax(-1, keepdim=True)).squeeze(1)
             target = rounded if target_logits is None else target_logits[rows, None]
             losses, *_ = _cross_entropies_(z, y, target, V, cap)
-            log_probs[rows] = (0.0 - losses).squeeze(1)  # not -0.0
+            log_probs[rows] = (0.0 - losses).squeeze(1)  # `-losses` would give -0.0
     return log_probs, best
 
 
 def _operands(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and output matrix in the compute dtype, and the targets' logits, (N,) in fp32."""
+    """Return hidden states and lm_head in the compute dtype, and the uncapped logits of the targets, (N,) fp32."""
     return hidden.to(dtype), weight.to(dtype), (hidden.float() * weight[targets].float()).sum(-1)
 
 
 Softmax = Callable[[Tensor, Tensor, Tensor, int, float | None], tuple[Tensor, Tensor]]
+"""Function with the arguments and results of `_softmax`."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`linear_cross_entropy` with its gradient, which is computed along with it."""
+    """Autograd function of `linear_cross_entropy`; the forward pass also computes the gradients, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -156,13 +165,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n: int,
         head_gradient: HeadGradient | None,
     ) -> Tensor:
-        d_hidden = torch.empty_like(hidden, dtype=dtype)
+        d_hidden = torch.empty_like(hidden, dtype=dtype)  # (N, D)
         so_far = None if head_gradient is None else head_gradient.total
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if so_far is None else so_far
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if so_far is None else so_far  # (padded V, D)
         x, w, target_logits = _operands(hidden, weight, targets, dtype)
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), n):
             chunk = slice(start, start + n)
+            # x @ w.t(), d_logits: (n, padded V)
             loss, d_logits = softmax(x[chunk] @ w.t(), target_logits[chunk], targets[chunk], vocab_size, cap)
             total += loss
             torch.mm(d_logits, w, out=d_hidden[chunk])
@@ -179,18 +189,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         scale = grad[0] / (GRADIENT_SCALE * len(d_hidden))
-        # in place: the loss can be differentiated once
+        # in place, which is safe because the loss is differentiated only once
         d_weight = None if d_weight is None else d_weight.to(weight_dtype).mul_(scale)
         return d_hidden.to(hidden_dtype).mul_(scale), d_weight, *(None,) * 7
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Total += a @ b, summed in fp32.
+    """Add a matmul to a tensor in place: total += a @ b, summed in fp32.
+
+    On CUDA a 16-bit matmul accumulates into the fp32 total without rounding in between. Other devices lack this
+    operation, and round a @ b to 16 bits first.
 
     Args:
         total: (V, D) fp32.
-        a, b: (V, n) and (n, D). On CUDA in bf16 or fp16 the sum is made within the matmul, without rounding in between;
-            elsewhere torch has no such operation, and a @ b is rounded to their dtype first.
+        a, b: (V, n) and (n, D), of the same dtype.
     """
     if a.dtype == total.dtype:
         total.addmm_(a, b)
@@ -203,10 +215,19 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _softmax(
     logits: Tensor, target_logits: Tensor, targets: Tensor, V: int, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of ``logits``, (n, padded V), and its gradient times `GRADIENT_SCALE`, to be compiled.
+    """Compute the summed cross-entropy of one chunk and its gradient; written for torch.compile.
 
-    The gradient with respect to the logits is softmax(logits) - one_hot(targets). ``target_logits``, (n,), replace the
-    targets' own entries, which are rounded to the dtype of the logits.
+    The gradient with respect to the logits is softmax(logits) - one_hot(targets).
+
+    Args:
+        logits: (n, padded V) in the compute dtype.
+        target_logits: logits of the targets, (n,) fp32, which replace their rounded entries in ``logits``.
+        targets: token ids, (n,) int64.
+        V: vocabulary size.
+        cap: logit soft cap; None: no cap.
+
+    Returns:
+        Sum over the chunk, scalar fp32; and its gradient times `GRADIENT_SCALE`, (n, padded V) in the compute dtype.
     """
     columns = torch.arange(logits.shape[1], device=logits.device)
     hit = columns == targets[:, None]
@@ -232,7 +253,7 @@ def _compiled_softmax() -> Softmax:
 def _softmax_by_rows(
     logits: Tensor, target_logits: Tensor, targets: Tensor, V: int, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`_softmax` a few rows at a time and in place, the fastest way without a compiler."""
+    """Compute `_softmax` in place and a few rows at a time, the fastest way without torch.compile."""
     total = torch.zeros((), device=logits.device)
     logits[:, V:] = float("-inf")
     for start in range(0, len(logits), SOFTMAX_TOKENS[logits.device.type]):
@@ -248,18 +269,19 @@ def _softmax_by_rows(
 def _cross_entropies_(
     z: Tensor, y: Tensor, target: Tensor, V: int, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cross-entropy of each row of logits, which are overwritten.
+    """Compute the cross-entropy of each row of logits, and overwrite the logits.
 
     Args:
-        z: (n, padded V) fp32, -inf from V on.
-        y: (n, 1) int64, the targets.
-        target: (n, 1) fp32, their logits, which replace those in ``z``: with a logit in the sum that is rounded
-            otherwise, a loss could be below 0.
-        V: vocabulary.
-        cap: logits z become cap * tanh(z / cap).
+        z: logits, (n, padded V) fp32, -inf in the padding columns.
+        y: targets, (n, 1) int64.
+        target: logits of the targets, (n, 1) fp32. They replace those in ``z``, because a loss could be negative if the
+            two were rounded differently.
+        V: vocabulary size.
+        cap: logit soft cap; None: no cap.
 
     Returns:
-        (n, 1) losses, at least 0; (n, padded V) exp(z - its maximum); their (n, 1) sums; tanh(z / cap) where capped.
+        Losses in nats, (n, 1), at least 0; exp(z - max(z)), (n, padded V); its sums, (n, 1); tanh(z / cap), or None
+        without a cap.
     """
     z, bent = z.scatter_(1, y, target), None
     if cap is not None:

@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the step."""
+"""Learning-rate schedule as a pure function of the step: warm-up, then decay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from restomod.utils.text import counted
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate in step ``step`` of ``steps``, counted from 0."""
+    """Return the learning rate of step ``step`` of ``steps``, counted from 0."""
     return config.lr * rate_factor(config, step, steps)
 
 
@@ -19,6 +19,11 @@ def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
 
     The factor rises linearly over ``warmup_steps``; the first step already has a positive rate. Then it falls along
     the function of ``decay`` in `DECAYS` from 1 to ``min_lr_ratio`` at the last step.
+
+    Args:
+        config: optimizer configuration.
+        step: index of the step, counted from 0.
+        steps: number of steps of the run.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -68,7 +73,7 @@ is a function, an entry here, and a name in `restomod.config.run.Decay`.
 
 
 def describe_warmup(config: RunConfig) -> str:
-    """Describe the schedule in a line: 715 steps of 19,073 to 0.0006, then cosine decay to 6e-05."""
+    """Describe the schedule in one line: ``715 steps of 19,073 to 0.0006, then cosine decay to 6e-05``."""
     optim, steps = config.optim, config.steps
     length = f"{counted(optim.warmup_steps, 'step')} of {steps:,}"
     if optim.warmup_steps >= steps:
@@ -79,22 +84,24 @@ def describe_warmup(config: RunConfig) -> str:
 
 
 def schedule_warnings(config: RunConfig) -> list[str]:
-    """Warnings about the length of a run: a warm-up that takes all of it, checkpoints that are never kept."""
+    """Return warnings about the length of a run: a warm-up as long as the run, or an interval longer than it."""
     optim, steps, found = config.optim, config.steps, []
     if optim.warmup_steps >= steps > 1:
         as_long = "as long as the run" if optim.warmup_steps == steps else f"longer than the run of {steps:,}"
-        short = "" if optim.warmup_steps == steps else f" of {_rates(optim, 1.0)}"
+        maximum = "" if optim.warmup_steps == steps else f" instead of {_rates(optim, 1.0)}"
         found.append(
             f"the warm-up of {optim.warmup_steps:,} steps is {as_long}: the learning rate rises to "
-            f"{_rates(optim, steps / optim.warmup_steps)}{short} in the last step and never comes down; lower "
-            f"--optim.warmup-steps or raise --steps"
+            f"{_rates(optim, steps / optim.warmup_steps)}{maximum} and never decays; lower --optim.warmup-steps or "
+            f"raise --steps"
         )
     if config.keep_every > steps:
-        found.append(f"keep_every {config.keep_every:,} is more than the run's {steps:,} steps: it keeps no checkpoint")
+        found.append(
+            f"keep_every {config.keep_every:,} is more than the run's {steps:,} steps: no extra checkpoint is kept"
+        )
     return found
 
 
 def _rates(optim: OptimConfig, factor: float) -> str:
-    """A fraction of the maximum learning rate, and of Muon's where it is used."""
+    """Format a fraction of the maximum learning rate, and of Muon's maximum if the optimizer is Muon."""
     rate = f"{factor * optim.lr:.4g}"
     return f"{rate} (Muon: {factor * optim.muon_lr:.4g})" if optim.optimizer == "muon" else rate

@@ -1,4 +1,4 @@
-"""Choice of the micro-batch: as large as is fast and fits into memory, smaller after an out-of-memory error."""
+"""Choice of the micro-batch size: large enough to be fast, small enough for memory, halved after out of memory."""
 
 from __future__ import annotations
 
@@ -22,52 +22,77 @@ from restomod.model.gpt import GPT
 from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
 Say = Callable[[str], None]
-"""Shows a line to the user."""
+"""Function that shows a line to the user."""
 
-TRIED = (2, 4)  # sequences
-USABLE_MEMORY = 0.9  # share of a GPU's free memory; the rest is lost to fragmentation
-LONG_MICRO_BATCH = 20.0  # seconds; one that takes longer is not repeated to be timed, unless it was compiled
+TRIED = (2, 4)  # sequences of the two micro-batches whose memory is measured
+USABLE_MEMORY = 0.9  # share of a GPU's free memory; the rest is reserved for fragmentation
+LONG_MICRO_BATCH = 20.0  # seconds; a longer micro-batch is not repeated for timing, unless it was compiled
 
 
 def sequences_per_process(config: RunConfig, processes: int) -> int:
-    """Sequences of a step that each process computes.
+    """Return the sequences of a step that each rank computes.
+
+    Args:
+        config: run configuration.
+        processes: world size.
 
     Raises:
-        UserError: they cannot be divided evenly, or not into micro-batches of the configured size.
+        UserError: the sequences cannot be divided evenly among the ranks, or a rank's share into micro-batches.
     """
     sequences, T = config.batch_sequences, config.sequence_length
     if sequences % processes:
         below = sequences // processes * processes
         tokens = " or ".join(str(T * n) for n in (below, below + processes) if n)
         raise UserError(
-            f"the {sequences} sequences of a step cannot be shared evenly by {processes} processes; "
+            f"the {sequences} sequences of a step cannot be divided evenly among {processes} processes; "
             f"choose --batch-tokens {tokens}, or start {divisors_near(sequences, processes)} processes"
         )
     share = sequences // processes
     if config.micro_batch and share % config.micro_batch:
         raise UserError(
-            f"micro_batch {config.micro_batch} does not divide the {share} sequences of a step that each process "
-            f"has; choose --micro-batch {divisors_near(share, config.micro_batch)}"
+            f"micro_batch {config.micro_batch} does not divide the {share} sequences of a step per process; choose "
+            f"--micro-batch {divisors_near(share, config.micro_batch)}"
         )
     return share
 
 
 def choose_micro_batch(config: RunConfig, device: torch.device, processes: int = 1) -> int:
-    """Sequences per forward pass: configured or chosen by the kind of device. Raises as `sequences_per_process`."""
+    """Choose the micro-batch size: the configured one, or a fast one for the device type.
+
+    Args:
+        config: run configuration.
+        device: device of the rank.
+        processes: world size.
+
+    Returns:
+        Sequences per forward and backward pass, a divisor of the rank's sequences.
+
+    Raises:
+        UserError: the sequences cannot be divided evenly.
+    """
     share = sequences_per_process(config, processes)
     return config.micro_batch or nearest_divisor_below(share, FORWARD_TOKENS[device.type] // config.sequence_length)
 
 
 def fitting_micro_batch(model: GPT, batches: Batches, compute: ComputeConfig, optim: OptimConfig) -> int:
-    """Find the largest divisor of ``compute.micro_batch`` that fits into a GPU's memory.
+    """Find the largest divisor of ``compute.micro_batch`` that fits in a GPU's memory.
 
-    The memory of a forward and backward pass of two small micro-batches, uncompiled, is extrapolated linearly. Both
-    fill the chunks of the loss, so that the memory of these does not seem to grow with the micro-batch.
+    The memory of two small micro-batches is measured in eager mode and extrapolated linearly. Both fill a chunk of the
+    loss, so that the constant memory of a chunk does not affect the slope.
+
+    Args:
+        model: model on the GPU.
+        batches: training data.
+        compute: device, precision and the largest micro-batch to consider.
+        optim: optimizer configuration, for the memory of its state.
+
+    Returns:
+        Sequences per forward and backward pass, at least 1.
     """
     chunk = min(compute.chunk or tokens_on(compute.device, CHUNK_TOKENS), compute.micro_batch * batches.T)
     tried = min(chunk, TRIED[0] * batches.T)
     trial = dataclasses.replace(compute, compiled=False, chunk=tried)
-    _bytes_taken(model, batches, trial, TRIED[0])  # cuBLAS takes its workspaces from the same memory, once
+    _bytes_taken(model, batches, trial, TRIED[0])  # not measured, because it also allocates cuBLAS workspaces
     taken = [_bytes_taken(model, batches, trial, n) for n in TRIED]
     release_memory(compute.device)
     free, _ = torch.cuda.mem_get_info(compute.device)
@@ -89,9 +114,14 @@ def _bytes_taken(model: GPT, batches: Batches, compute: ComputeConfig, sequences
 
 
 def sequences_that_fit(small: tuple[int, int], large: tuple[int, int], room: float) -> int:
-    """Extrapolate how many sequences fit into ``room`` bytes, at least 1, from two pairs (sequences, bytes).
+    """Extrapolate linearly how many sequences fit in memory.
 
-    Both pairs may have the same bytes, where sequences are short; then any number fits.
+    Args:
+        small, large: measured pairs (sequences, bytes). Equal bytes (short sequences) mean that any number fits.
+        room: available bytes.
+
+    Returns:
+        Number of sequences, at least 1.
     """
     each = max(1.0, (large[1] - small[1]) / (large[0] - small[0]))
     return max(1, int((room - (small[1] - each * small[0])) / each))
@@ -107,50 +137,52 @@ def first_micro_batch(
     processes: Processes,
     say: Say,
 ) -> tuple[float, ComputeConfig]:
-    """Compute the first micro-batch of a process, forward and backward. All processes call this.
+    """Run and time a first micro-batch, forward and backward, and adapt the settings until it works.
 
-    torch.compile compiles in it, so a compiled one is timed when it is repeated. Where memory runs out the micro-batch
-    is halved; where torch.compile fails and was chosen automatically, the model is run without it.
+    All ranks must call this function. After out of memory the micro-batch is halved. If torch.compile fails and was
+    chosen automatically, training continues in eager mode. The first compiled micro-batch includes compilation, so the
+    second one is timed. Weights do not change.
 
     Args:
-        model: that is trained.
-        loss_of, compute: from `restomod.train.setup.make_ready`; a change of ``compute`` is made in ``loss_of`` too.
-        batches, config: of the run.
-        step: how many updates the weights have had.
-        processes: that train the model.
-        say: is given a line when compiling begins, and one for each change.
+        model: model to train.
+        loss_of: result of `distribute`, which contains `BatchLoss`. Changed settings are applied to it.
+        batches: training data.
+        compute: settings to start with.
+        config: run configuration.
+        step: index of the step whose batch is used.
+        processes: ranks of the run.
+        say: function that shows a line when compilation starts, and a line for each changed setting.
 
     Returns:
-        Seconds of a micro-batch, and ``compute`` as it works.
+        Seconds per micro-batch, and the working settings.
 
     Raises:
-        UserError: one sequence does not fit, or torch.compile was asked for and does not work.
+        UserError: one sequence does not fit in memory, or torch.compile fails with --compile on.
     """
     repeated = False
     if compute.compiled:
-        say("compiling the model, which takes a minute or two the first time …")
+        say("compiling the model (first time: 1 to 2 minutes) …")
     while True:
         seconds, failure, reason = _try_micro_batch(model, loss_of, batches, compute, step)
         no_memory, no_compiler, long = processes.any(
             failure == "memory", failure == "compiler", seconds > LONG_MICRO_BATCH
         )
         if no_compiler:
-            reason = f"torch.compile does not work here ({reason or 'in another process'})"
+            reason = f"torch.compile fails ({reason or 'in another process'})"
             if config.compile == "on":
-                raise UserError(f"{reason}; leave --compile out")
+                raise UserError(f"{reason}; use --compile off or --compile auto")
             compute = dataclasses.replace(compute, compiled=False, compile_reason=f"auto: {reason}")
             for part in model.modules():
                 part._compiled_call_impl = None
-            say(f"warning: {reason}: training continues without it, slower")
+            say(f"warning: {reason}; training continues in eager mode, which is slower")
         elif no_memory:
             n = compute.micro_batch
             if n == 1:
                 raise UserError(
-                    f"out of memory with one sequence at once ({reason}); try --gradient-checkpointing or a smaller "
-                    "model"
+                    f"out of memory with a micro-batch of 1 ({reason}); use --gradient-checkpointing or a smaller model"
                 )
             compute = dataclasses.replace(compute, micro_batch=next_smaller_divisor(n))
-            say(f"warning: out of memory with a micro-batch of {n}: it is {compute.micro_batch} from here on")
+            say(f"warning: out of memory with a micro-batch of {n}; reduced to {compute.micro_batch}")
         elif repeated or (long and not compute.compiled):
             return seconds, compute
         repeated = not (no_compiler or no_memory)
@@ -165,10 +197,16 @@ def first_micro_batch(
 def _try_micro_batch(
     model: GPT, loss_of: nn.Module, batches: Batches, compute: ComputeConfig, step: int
 ) -> tuple[float, Literal["memory", "compiler"] | None, str]:
-    """Try a micro-batch: its seconds, what failed, and the reason in a line. Changes nothing.
+    """Try one micro-batch, without an update of the weights.
 
-    Gradients are not averaged over processes, so that one that fails leaves no other waiting. FSDP cannot do without:
-    there, out of memory is an error at once.
+    Gradients are not averaged over the ranks, so that no rank waits for a failed one. FSDP requires communication, so
+    there out of memory is an error.
+
+    Returns:
+        Seconds, the kind of failure or None, and its reason in one line.
+
+    Raises:
+        UserError: out of memory with FSDP.
     """
     tokens, targets = batches.load(batches.windows(step)[: compute.micro_batch])
     sharded = isinstance(loss_of, FSDPModule)
@@ -177,14 +215,14 @@ def _try_micro_batch(
         with synchronised(loss_of, last=sharded):
             loss = loss_of(tokens, targets)
             loss.backward()
-        loss.item()  # waits for the device
+        loss.item()  # waits for the device, so that the time is complete
         model.zero_grad(set_to_none=True)
     except Exception as e:
-        reason = one_line(" ".join(str(e).split()) or type(e).__name__)  # a compiler's first line says nothing
+        reason = one_line(" ".join(str(e).split()) or type(e).__name__)  # the first line of a compiler error is vague
         if is_out_of_memory(e):
             if sharded:
                 raise UserError(
-                    f"out of memory ({reason}); lower --micro-batch, or try --gradient-checkpointing"
+                    f"out of memory ({reason}); lower --micro-batch, or use --gradient-checkpointing"
                 ) from e
             return 0.0, "memory", reason
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
@@ -194,7 +232,12 @@ def _try_micro_batch(
 
 
 def split_micro_batches(micro_batches: MicroBatches, sequences: int) -> MicroBatches:
-    """Split a batch into micro-batches of at most ``sequences`` sequences."""
+    """Split micro-batches into smaller ones.
+
+    Args:
+        micro_batches: pairs of tokens and targets, (B, T) each.
+        sequences: maximum sequences per micro-batch of the result.
+    """
     return [
         (tokens[i : i + sequences], targets[i : i + sequences])
         for tokens, targets in micro_batches
@@ -203,5 +246,5 @@ def split_micro_batches(micro_batches: MicroBatches, sequences: int) -> MicroBat
 
 
 def next_smaller_divisor(sequences: int) -> int:
-    """Next smaller micro-batch that divides this one."""
+    """Return the largest divisor of a micro-batch size that is at most half of it."""
     return nearest_divisor_below(sequences, sequences // 2)

@@ -1,4 +1,4 @@
-"""The optimizers of a model: built by name, update or refusal, gradient norm, state as named tensors."""
+"""Optimizers of a model: construction by name, updates that skip NaN gradients, gradient norm, state as tensors."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from restomod.model.gpt import GPT, build_model
 
 
 class Optimizers:
-    """The torch optimizers of a model, each with its parameters, for gradients of a scaled loss.
+    """One or more torch optimizers that together update all parameters of a model.
 
-    Contract: `update` changes nothing where ``refused``, whatever the optimizer. Any `torch.optim.Optimizer` whose
-    ``step`` needs no closure can be a part. Before ``step`` its gradients are divided here, and where the update is
-    refused ``step`` is not called, for which the device has to be waited for. Only optimizers that are known to divide
-    by ``grad_scale`` and to refuse where ``found_inf`` is 1 in their own kernels are called without waiting: Adam and
-    AdamW with ``fused=True``, and classes that themselves define ``refuses_on_device = True``. `changed_by_nan` tests
-    the contract.
+    Contract: a skipped update changes neither weights nor optimizer state. `changed_by_nan` tests the contract.
+
+    Any `torch.optim.Optimizer` whose ``step`` needs no closure can be a part. In general `update` waits for the device,
+    divides the gradients, and calls ``step`` unless the update is skipped. It does not wait for optimizers that read
+    ``grad_scale`` and ``found_inf`` in their kernels and skip the update themselves. These are Adam and AdamW with
+    ``fused=True``, and classes that define ``refuses_on_device = True``.
+
+    Args:
+        parts: optimizers that together contain every parameter once. The ``lr`` of each group is its maximum learning
+            rate.
+        loss_scale: factor of the loss in fp16.
+
+    Raises:
+        TypeError: ``step`` of a part needs a closure, or a parameter group has no learning rate.
     """
 
     def __init__(self, parts: Sequence[Optimizer], loss_scale: LossScale) -> None:
-        """Args:
-        parts: together they hold all parameters; every group's ``lr`` is its maximum learning rate.
-        loss_scale: factor of the loss.
-
-        Raises:
-            TypeError: a part needs a closure, or a group has no learning rate.
-        """
         for part in parts:
             closure = inspect.signature(part.step).parameters.get("closure")
             if closure is not None and closure.default is closure.empty:
@@ -54,18 +55,18 @@ class Optimizers:
         return [group for part in self.parts for group in part.param_groups]
 
     def update(self, rate_factor: float, divisor: Tensor, refused: Tensor) -> None:
-        """Update the parameters unless ``refused``, and drop the gradients; see the class.
+        """Update the parameters, unless the update is skipped, and delete the gradients.
 
         Args:
             rate_factor: fraction of the maximum learning rates.
-            divisor: scalar; the gradients are divided by it.
-            refused: scalar bool; whether neither parameters nor state must change.
+            divisor: divisor of the gradients, scalar (loss scale times clipping factor).
+            refused: whether to skip the update, scalar bool on the device.
         """
         for group in self.param_groups:
             group["lr"] = rate_factor * group["max_lr"]
         for part in self.parts:
             if refuses_on_device(part):
-                # what torch calls them; its fused kernels read them if they exist
+                # torch's fused kernels read these two attributes if they exist
                 part.grad_scale, part.found_inf = divisor, refused.float()  # type: ignore[attr-defined]
                 part.step()
             elif not refused:
@@ -77,22 +78,22 @@ class Optimizers:
         self.zero_grad()
 
     def reset(self) -> None:
-        """Forget all state, as before the first step."""
+        """Reset all state to that before the first step."""
         for part in self.parts:
             part.state.clear()
         self.loss_scale.reset()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Delete the gradients of all parameters."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
 
 def refuses_on_device(part: Optimizer) -> bool:
-    """Whether an optimizer divides by ``grad_scale`` and refuses where ``found_inf`` is 1 by itself; see `Optimizers`.
+    """Return whether the kernels of an optimizer divide by ``grad_scale`` and skip the update if ``found_inf`` is 1.
 
-    torch's other fused optimizers read them too, but a first step that SGD refuses leaves its momentum uninitialised.
-    A subclass may have another ``step``, so what its base class defines does not count.
+    torch's other fused optimizers also read these attributes, but SGD leaves its momentum uninitialised if its first
+    update is skipped. Only the class itself counts, not its base classes, because a subclass may override ``step``.
     """
     if type(part) in (Adam, AdamW):
         return all(group["fused"] for group in part.param_groups)
@@ -102,13 +103,13 @@ def refuses_on_device(part: Optimizer) -> bool:
 def build_optimizer(
     model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32, processes: Processes = SINGLE
 ) -> Optimizers:
-    """Build the optimizer that ``config`` names, by its file in `restomod.engine.optimizers`.
+    """Build the optimizers of a model from the file ``restomod/engine/optimizers/NAME.py``.
 
     Args:
-        model: as `restomod.engine.distributed.distribute` left it.
-        config: the optimizer's name and settings.
-        dtype: compute dtype of the matmuls.
-        processes: that hold the model.
+        model: model after `restomod.engine.distributed.distribute`.
+        config: name and settings of the optimizer.
+        dtype: compute dtype of matmuls.
+        processes: ranks of the run.
     """
     module = importlib.import_module(f"restomod.engine.optimizers.{config.optimizer}")
     parts = module.build(model, config, dtype, processes.world_size > 1)
@@ -116,14 +117,18 @@ def build_optimizer(
 
 
 def changed_by_nan(build: Callable[[GPT], Optimizers], device: torch.device, loss_scale: float = 1.0) -> list[str]:
-    """Names of weights and optimizer state that NaN gradients change; none where the contract of `Optimizers` holds.
+    """Test the contract of `Optimizers`: find weights and optimizer state that a skipped update changes.
 
-    Of two equal small models both get the same three updates, one of them with a refused update before each.
+    Two equal small models get the same three updates. The second model also gets a skipped update with NaN gradients
+    before each of them.
 
     Args:
-        build: makes the optimizers of a model.
-        device: of the models.
-        loss_scale: the gradients of the second model are multiplied and divided by it; a power of 2 changes no bit.
+        build: function that builds the optimizers of a model.
+        device: device of the models.
+        loss_scale: factor of the second model's gradients, divided out in the update. A power of two changes no bit.
+
+    Returns:
+        Names of tensors that differ between the two models; empty if the contract holds.
     """
     config, ends = ModelConfig(n_layer=2, n_head=2, n_embd=8, n_positions=4, vocab_size=8), []
     for with_nan in (False, True):
@@ -140,12 +145,13 @@ def changed_by_nan(build: Callable[[GPT], Optimizers], device: torch.device, los
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name (``state.transformer.wte.weight.exp_avg``), sharing its memory.
+    """Return the optimizer state for a checkpoint, by names such as ``state.transformer.wte.weight.exp_avg``.
 
-    Hyperparameters are left out: they are functions of the configuration and the step. The state of an optimizer that
-    has not stepped yet is created first, for which all processes have to call this. Sharded state is in DTensors.
+    All ranks must call this function, because it creates the state of an optimizer before its first step. Tensors are
+    views, and DTensors if the model is sharded. Hyperparameters are omitted, because they follow from the configuration
+    and the step.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict  # takes long
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict  # a slow import
 
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     flat = cast(dict[str, Any], get_optimizer_state_dict(model, tuple(optimizer.parts), options=options))
@@ -154,12 +160,12 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
 
 
 def put_numbers_back(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
-    """Set the optimizer state that is Python numbers (a count of steps, say) to the values in ``tensors``.
+    """Restore optimizer state that is stored as Python numbers, such as a step count.
 
     Args:
-        model: the one that is optimized.
-        optimizer: whose state is set.
-        tensors: named as those of `optimizer_tensors`.
+        model: model of the optimizer.
+        optimizer: optimizers to restore.
+        tensors: state by name, as returned by `optimizer_tensors`.
     """
     for name, parameter in model.named_parameters():
         for part in optimizer.parts:
@@ -178,6 +184,6 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Global norm of all gradients, a scalar."""
+    """Compute the global L2 norm of all gradients, a scalar; over all shards with FSDP."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

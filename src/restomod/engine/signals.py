@@ -1,4 +1,4 @@
-"""Signals that stop a run after the present step: Ctrl-C, schedulers, the death of the parent process."""
+"""Signals that stop a run after the current step: Ctrl-C, a job scheduler, the end of the parent process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from typing import Any
 from restomod.utils.on_exit import STOP_SIGNALS, raise_terminated
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
-CONNECTING = 5.0  # seconds
-ONE_REQUEST = 1.0  # seconds; a parent's death is told once for each of its threads, Slurm tells a job and its step
+CONNECTING = 5.0  # seconds, time-out of a connection to torchrun's store
+ONE_REQUEST = 1.0  # seconds within which repeated signals count as one; Slurm signals both a job and its step
 
 
 def stop_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent dies; on Linux only."""
+    """Make the kernel send SIGTERM to this process when its parent ends. No-op on systems other than Linux."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it has died meanwhile, and nothing will be sent
+    if os.getppid() != parent:  # the parent ended before prctl, so the kernel sends no signal
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_with_torchrun() -> None:
-    """End with torchrun, in a process that it has started. To be called before anything that takes time.
+    """Make a process that torchrun has started end with torchrun, even if torchrun is killed.
 
-    torchrun ends its processes itself, unless it is killed. If that has happened already, this process has another
-    parent; but torchrun's store exists before its processes, and is gone with it.
+    This must be called early. If torchrun has been killed before the call, its store does not answer, and the process
+    stops immediately.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -46,15 +46,20 @@ def stop_with_torchrun() -> None:
             socket.create_connection(address, timeout=CONNECTING).close()
         except ConnectionRefusedError:
             os.kill(os.getpid(), signal.SIGTERM)
-        except (OSError, KeyError, ValueError):  # joining the others will tell what is wrong
+        except (OSError, KeyError, ValueError):  # `join_processes` reports the problem
             pass
 
 
 class StopSignal:
-    """Turn the first of `STOP_SIGNALS` into a request to stop after this step; a later one acts as usual.
+    """Context that turns the first of `STOP_SIGNALS` into a request to stop after this step.
+
+    A second signal has its usual effect: it ends the process.
+
+    Attributes:
+        requested: whether a signal has arrived.
 
     Args:
-        on_request: called with the first one.
+        on_request: function to call at the first signal, in the signal handler.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
@@ -64,9 +69,9 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             always = signal.SIGINT, signal.SIGTERM
-            # of the others only those that would end the process: nohup ignores SIGHUP, others have handlers
+            # other signals only if they would end the process, because nohup ignores SIGHUP
             taken = [
                 s for s in STOP_SIGNALS if s in always or signal.getsignal(s) in (signal.SIG_DFL, raise_terminated)
             ]
@@ -83,12 +88,12 @@ class StopSignal:
     def _request(self, signum: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
-            # not print: the signal may have interrupted one; and nobody may read it any more
+            # os.write, because the signal may have interrupted a print; stderr may be closed
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step (send the signal again to stop at once)\n")
+                os.write(2, b"\nstopping after this step (send the signal again to stop immediately)\n")
             self._on_request()
         elif time.monotonic() > self._since + ONE_REQUEST:
             self._restore()
             if signal.getsignal(signum) is raise_terminated:
-                signal.signal(signum, signal.SIG_DFL)  # now means now
+                signal.signal(signum, signal.SIG_DFL)  # end without clean-up
             signal.raise_signal(signum)

@@ -1,1 +1,1 @@
-"""The model, its weights on disk, and its arithmetic."""
+"""The model, its weight files, parameter counts and FLOPs."""

@@ -1,11 +1,14 @@
-"""Scaled dot-product attention, and which of torch's attention backends may compute it on CUDA.
+"""Scaled dot-product attention (flash attention where available), and the allowed torch backends on CUDA.
 
-torch chooses among four backends by itself, cuDNN first on Hopper since release 2.11. cuDNN is fast where shapes stay
-the same, as in training. It has two faults that rule it out elsewhere: it builds a plan for every new (batch, keys)
-shape, which a growing key/value cache would pay for at every token; and its backward pass with a mask returns NaN for
-some lengths (pytorch issue 196678, cuDNN as shipped with torch 2.11 to 2.14).
+torch's `scaled_dot_product_attention` has four backends: cuDNN, flash attention, memory-efficient attention, and plain
+math. On Hopper it prefers cuDNN since release 2.11. cuDNN is fast in training, where shapes are constant. Two faults
+exclude it elsewhere. It builds a plan for every new (batch, keys) shape, which a growing key/value cache would pay for
+at every token. Its backward pass with a mask returns NaN for some lengths (pytorch issue 196678, cuDNN of torch 2.11 to
+2.14).
 
 Shapes: B = sequences, H = n_head, T = queries, S = keys, K = head_size.
+
+Sources: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1; Dao et al., "FlashAttention", 2022.
 """
 
 from __future__ import annotations
@@ -18,31 +21,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PLAIN_ATTENTION_TOKENS = 256
-"""Up to this length attention in half precision on a CPU is computed by plain matmuls, because the backward pass of
-torch's fused kernel takes two to four times as long."""
+"""Maximum sequence length for which 16-bit attention on a CPU uses plain matmuls. The backward pass of torch's fused
+CPU kernel takes two to four times as long there."""
 
 Use = Literal["training", "masked training", "scoring", "decoding"]
+"""Purpose of a call of `attention`, which decides the allowed backends."""
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 ALL = [CUDNN, FLASH, EFFICIENT, MATH]
 BACKENDS: dict[Use, list[SDPBackend]] = {
     "training": ALL,
-    "masked training": [EFFICIENT, MATH],  # flash takes no mask
+    "masked training": [EFFICIENT, MATH],  # flash attention supports no explicit mask
     "scoring": [FLASH, EFFICIENT, MATH],
     "decoding": [FLASH, EFFICIENT, MATH],
 }
-"""Backends allowed on CUDA. torch takes the first in its own order that supports the inputs."""
+"""Allowed backends on CUDA by purpose. torch uses the first one in its own order that supports the inputs."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(K)) v, (B, H, T, K).
+    """Compute scaled dot-product attention, softmax(q kᵀ / sqrt(K)) v.
 
     Args:
-        q: (B, H, T, K).
-        k, v: (B, H, S, K).
-        causal: each query attends to its own position and those before it; T = S then, and ``mask`` is None.
-        mask: (B or 1, 1 or H, T, S) bool, True where a query attends to a key.
+        q: queries, (B, H, T, K).
+        k, v: keys and values, (B, H, S, K).
+        causal: causal mask: each query attends to its own and earlier positions. Requires T = S and no ``mask``.
+        mask: attention mask, (B or 1, 1 or H, T, S) bool, True where a query attends to a key; None: no explicit mask.
+
+    Returns:
+        Weighted sums of the values, (B, H, T, K), in the dtype of ``q``.
     """
     T, K = q.shape[-2:]
     if causal and q.device.type == "cpu" and q.dtype.itemsize == 2 and T <= PLAIN_ATTENTION_TOKENS:
@@ -57,9 +64,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
 
 
 def allowed_backends(q: Tensor, mask: Tensor | None) -> list[SDPBackend] | None:
-    """Return the backends that torch may choose from; None for all.
+    """Return the attention backends that torch may choose from.
 
-    Queries (B, H, T, K) with gradients are training, a single one without is decoding, all else is scoring.
+    The purpose follows from the call: training if gradients are enabled, decoding if T = 1, scoring otherwise.
+
+    Args:
+        q: queries, (B, H, T, K).
+        mask: attention mask of the call; None: causal or no mask.
+
+    Returns:
+        Entry of `BACKENDS`; None if all backends are allowed, or on a device other than CUDA.
     """
     if not q.is_cuda:
         return None

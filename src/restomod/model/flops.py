@@ -1,6 +1,7 @@
-"""Parameter counts, FLOPs per token, and MFU.
+"""Parameter counts, FLOPs per token, and MFU (model FLOPs utilisation).
 
-Counts come from the model itself, built on the meta device; torch is imported when the first one is asked for.
+Parameters are counted in a model built on the meta device. torch is imported at the first count, because the import
+takes long.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from restomod.config.model import ModelConfig
 
 
 class Counts(NamedTuple):
-    """Numbers of parameters."""
+    """Parameter counts of a model."""
 
     padded: int
-    """In memory, with the padding rows of the vocabulary."""
+    """Parameters in memory, including the padding rows of the vocabulary."""
     total: int
-    """Without padding; a tied lm_head counts once."""
+    """Parameters without padding; a tied lm_head counts once."""
     embeddings: int
-    """Of all embeddings and an untied lm_head, without padding."""
+    """Parameters of all embeddings and of an untied lm_head, without padding."""
 
 
 @functools.lru_cache
@@ -38,34 +39,40 @@ def _counts(config: ModelConfig) -> Counts:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters without padding; a tied lm_head counts once (124,439,808 for the smallest GPT-2)."""
+    """Return the number of parameters without padding; a tied lm_head counts once.
+
+    GPT-2 124M has 124,439,808.
+    """
     return _counts(config).total
 
 
 def padded_parameters(config: ModelConfig) -> int:
-    """Number of parameters in memory, with the padding rows of the vocabulary."""
+    """Return the number of parameters in memory, including the padding rows of the vocabulary."""
     return _counts(config).padded
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """Number of parameters of embeddings and an untied lm_head, without padding."""
+    """Return the number of parameters of all embeddings and of an untied lm_head, without padding."""
     return _counts(config).embeddings
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Floating-point operations of a forward and backward pass, per token.
+    """Compute the floating-point operations of a forward and backward pass, per token.
 
-    6 per parameter outside the embeddings (a matmul uses each weight once per token: 2 forward, 4 backward), 6 per
-    weight of the lm_head, and 12 * n_layer * n_head * head_size * T for the two matmuls of attention over the full
-    square. All parameters of a new part count so. Source: Chowdhery et al., "PaLM", 2022, appendix B. GPT-2 124M at
-    T = 1024: 855 MFLOP.
+    The count is 6 N + 12 * n_layer * n_head * head_size * T. N is the number of parameters outside the embeddings plus
+    the weights of lm_head: a matmul uses each weight once per token, with 2 FLOPs forward and 4 backward. The second
+    term is the two attention matmuls over all T² pairs, without a discount for the causal mask. GPT-2 124M at T = 1024
+    has 855 MFLOP per token. Source: Chowdhery et al., "PaLM", 2022, appendix B.
+
+    Args:
+        config: model configuration.
+        sequence_length: T, tokens per sequence.
     """
     counts, head = _counts(config), config.vocab_size * config.n_embd
     in_matmuls = counts.total - counts.embeddings + head
     return 6 * in_matmuls + 12 * config.n_layer * config.n_head * config.head_size * sequence_length
 
 
-# dense bf16 peaks in FLOP/s, from the makers' data sheets, by a part of the name that the driver reports
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -77,15 +84,34 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }
+"""Peak dense bf16 FLOP/s from the manufacturers' data sheets, by part of the device name. First match wins."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a whole desktop or server GPU by name, or None where it is not known."""
+    """Return the peak dense bf16 FLOP/s of a GPU.
+
+    Args:
+        device_name: name from the driver, such as "NVIDIA A100-SXM4-80GB".
+
+    Returns:
+        FLOP/s; None for an unknown device, a laptop GPU, or a MIG slice.
+    """
     if re.search(r"Laptop|Max-Q|MIG", device_name):
         return None
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOP utilisation: the share of the device's peak that goes into the model; None if unknown."""
+    """Compute MFU (model FLOPs utilisation), achieved FLOP/s divided by the hardware's peak.
+
+    Args:
+        tokens_per_second: throughput of training.
+        flops_per_token: result of `flops_per_token`.
+        peak: peak FLOP/s of all devices together; None: unknown.
+
+    Returns:
+        Fraction of the peak, 0 to 1; None if ``peak`` is None.
+
+    Source: Chowdhery et al., "PaLM", 2022, section 4.1.
+    """
     return tokens_per_second * flops_per_token / peak if peak else None

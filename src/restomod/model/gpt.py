@@ -1,16 +1,22 @@
-"""The GPT model: GPT-2 by default, with modern parts where `ModelConfig` asks for them.
+"""The GPT model: GPT-2 by default, with modern parts selected in `ModelConfig`.
 
-GPT-2 has pre-norm blocks, learned position embeddings, tanh-GELU, biases, and an lm_head tied to the token embedding.
-Norms are in `restomod.model.norms`, activations in `restomod.model.activations`, one file each.
+GPT-2 has pre-norm blocks, learned position embeddings, tanh-GELU, biases, and weight tying (lm_head is the token
+embedding). Norms are in `restomod.model.norms`, activations in `restomod.model.activations`, one file each.
 
-Sources: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3 (GPT-2); Su et al.,
-"RoFormer", 2021 (rotary position embeddings); Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters",
-2023 (norms of queries and keys).
+Parameter names and shapes are those of `transformers`' GPT2LMHeadModel, except that linear weights are (out, in) here
+and (in, out) there.
 
-Parameter names are those of `transformers`' GPT2LMHeadModel. Shapes are too, except that linear weights are (out, in)
-here and (in, out) there.
+Shapes:
+    B = sequences, T = tokens per sequence, P = tokens in the key/value cache, S = P + T = keys
+    D = n_embd, H = n_head, K = head_size, I = inner_size (hidden units of the MLP), V = vocab_size
 
-Shapes: B = sequences, T = tokens of each, D = n_embd, H = n_head, K = head_size, I = n_inner, V = vocab_size.
+Sources:
+    GPT-2: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
+    RoPE: Su et al., "RoFormer", 2021, section 3.2.2.
+    QK-norm: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023, section 2.
+    Weight tying: Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017.
+    Gradient checkpointing: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+    Embedding skip and value embeddings: Jordan et al., "modded-nanogpt", 2024.
 """
 
 from __future__ import annotations
@@ -30,24 +36,32 @@ from restomod.model.norms.rmsnorm import NORM_EPS
 from restomod.utils.process_memory import available_bytes
 
 RopeCache = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary angles, each (T, K / 2) or (B, 1, T, K / 2), fp32."""
+"""Cosines and sines of the RoPE angles, each (T, K / 2) or (B, 1, T, K / 2), fp32."""
 
 
 class BlockInputs(NamedTuple):
-    """Inputs that all blocks share, besides the residual stream."""
+    """Inputs shared by all blocks, in addition to the residual stream."""
 
     rope: RopeCache | None = None
-    """Angles of rotary positions; None: positions are learned."""
+    """RoPE cosines and sines; None: learned positions."""
     mask: Tensor | None = None
-    """(B or 1, 1, T, S) bool, True where a query attends to a key; None: causal."""
+    """Attention mask, (B or 1, 1, T, S) bool, True where a query attends to a key; None: causal mask."""
     embeddings: Tensor | None = None
-    """(B, T, D), the residual stream before the first block."""
+    """Residual stream before the first block, (B, T, D), input of the embedding skips."""
     value_embeddings: Tensor | None = None
-    """(B, T, H K), the value embeddings of the tokens."""
+    """Value embeddings of the tokens, (B, T, H K); None: the model has no value embedding."""
 
 
 class KVCache:
-    """Keys and values of the tokens so far, so that only new tokens are computed."""
+    """Key/value cache for generation, with which a forward pass computes new tokens only.
+
+    Args:
+        config: model configuration.
+        batch: B, sequences.
+        device: device of the model.
+        dtype: dtype of keys and values.
+        capacity: maximum number of tokens per sequence; None: ``n_positions``.
+    """
 
     def __init__(
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
@@ -55,10 +69,18 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_head, capacity or config.n_positions, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held; the caller advances it after each forward pass
+        self.length = 0  # P, cached tokens; the caller advances it after each forward pass
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens, (B, H, T, K); return those of all tokens, (B, H, length + T, K)."""
+        """Append keys and values of new tokens, and return those of all tokens.
+
+        Args:
+            layer: index of the block.
+            k, v: keys and values of the new tokens, (B, H, T, K).
+
+        Returns:
+            Keys and values of cached and new tokens, (B, H, S, K), views into the cache.
+        """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -66,32 +88,50 @@ class KVCache:
 
 
 def rope_cache(positions: Tensor, head_size: int, theta: float) -> RopeCache:
-    """Cosines and sines of the angles p * theta^(-2i / K) of position p and pair i.
+    """Compute the RoPE angles p * theta^(-2i / K) of position p and channel pair i. Source: RoFormer, section 3.2.2.
 
     Args:
-        positions: (T,) or (B, T) int64.
+        positions: token positions, (T,) or (B, T) int64.
         head_size: K, even.
-        theta: the base of the angles.
+        theta: base of the frequencies.
+
+    Returns:
+        Cosines and sines of the angles, each (T, K / 2) or (B, 1, T, K / 2), fp32.
     """
     frequencies = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)  # (K / 2,)
     angles = positions[..., None] * frequencies  # (T, K / 2) or (B, T, K / 2)
-    angles = angles if positions.ndim == 1 else angles[:, None]
+    angles = angles if positions.ndim == 1 else angles[:, None]  # (B, 1, T, K / 2)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, rope: RopeCache) -> Tensor:
-    """Rotate each pair (x[i], x[i + K / 2]) of queries or keys, (B, H, T, K), by its angle."""
-    (cos, sin), (a, b) = rope, x.chunk(2, -1)
+    """Rotate each channel pair (x[i], x[i + K / 2]) of queries or keys by its RoPE angle.
+
+    Args:
+        x: queries or keys, (B, H, T, K).
+        rope: result of `rope_cache`.
+
+    Returns:
+        Rotated queries or keys, (B, H, T, K), in the wider dtype of ``x`` and ``rope``.
+    """
+    (cos, sin), (a, b) = rope, x.chunk(2, -1)  # a, b: (B, H, T, K / 2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """Cap * tanh(logits / cap): no logit beyond ± ``cap``. Source: Gemma team, "Gemma 2", 2024, section 2."""
+    """Apply the logit soft cap, cap * tanh(logits / cap), which bounds logits to ± ``cap``; None: no cap.
+
+    Source: Gemma team, "Gemma 2", 2024, section 2.
+    """
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class ScaledResidual(nn.Module):
-    """weight * x + skip * other, with learned factors per channel; initially x."""
+    """Weighted sum weight * x + skip * other, with learned factors per channel; initially x.
+
+    Args:
+        width: channels of ``x`` and ``other``.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -100,23 +140,32 @@ class ScaledResidual(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set ``weight`` to 1 and ``skip`` to 0, so that the module is the identity."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.skip)
 
     def forward(self, x: Tensor, other: Tensor | None) -> Tensor:
+        """Compute weight * x + skip * other, both inputs (..., width); the factors are fp32."""
         assert other is not None
         return self.weight * x + self.skip * other
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of queries and keys in their dtype; torch's fused kernel needs a weight of the same dtype."""
+    """QK-norm: RMS norm over the K channels of each query or key, in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise queries or keys, (B, H, T, K)."""
+        # torch's fused kernel requires a weight of the input's dtype
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention, with optional RMS norms of queries and keys, RoPE and value embeddings."""
+    """Multi-head causal self-attention with optional QK-norm, RoPE and value embeddings.
+
+    Args:
+        config: model configuration.
+        layer: index of the block, which selects its part of the key/value cache.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -129,28 +178,38 @@ class CausalSelfAttention(nn.Module):
         self.v_skip = ScaledResidual(width) if config.value_embedding else None
 
     def forward(self, x: Tensor, inputs: BlockInputs, cache: KVCache | None = None) -> Tensor:
+        """Compute self-attention.
+
+        Args:
+            x: normalised residual stream, (B, T, D).
+            inputs: inputs shared by all blocks.
+            cache: key/value cache of P earlier tokens, extended in place; None: no earlier tokens.
+
+        Returns:
+            Output of attention, (B, T, D), to be added to the residual stream.
+        """
         q, k, v = self.c_attn(x).chunk(3, -1)  # each (B, T, H K)
         if self.v_skip is not None:
-            v = self.v_skip(v, inputs.value_embeddings).type_as(q)  # the factors are in fp32
+            v = self.v_skip(v, inputs.value_embeddings).type_as(q)  # the factors are fp32
         q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
         q, k = self.q_norm(q), self.k_norm(k)
         if inputs.rope is not None:
             q, k = apply_rope(q, inputs.rope), apply_rope(k, inputs.rope)
-        q, k = q.type_as(v), k.type_as(v)  # the angles are in fp32
+        q, k = q.type_as(v), k.type_as(v)  # RoPE returns fp32
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = attention(q, k, v, causal=cache is None and inputs.mask is None, mask=inputs.mask)
+            k, v = cache.extend(self.layer, k, v)  # (B, H, S, K)
+        y = attention(q, k, v, causal=cache is None and inputs.mask is None, mask=inputs.mask)  # (B, H, T, K)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 def build_part(kind: Literal["norms", "activations"], name: str, config: ModelConfig) -> nn.Module:
-    """Build the norm or activation of the module ``restomod.model.KIND.NAME``, by its function `build`."""
+    """Build the norm or activation in ``restomod/model/KIND/NAME.py`` by calling its function ``build``."""
     part: nn.Module = importlib.import_module(f"restomod.model.{kind}.{name}").build(config)
     return part
 
 
 class MLP(nn.Module):
-    """D to I hidden units (2 I inputs of a gated activation) and back to D."""
+    """Two-layer perceptron, D to I to D. A gated activation has 2 I inputs."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -159,18 +218,24 @@ class MLP(nn.Module):
         self.activation = build_part("activations", config.mlp, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        """Compute the MLP's output, (B, T, D), from the normalised residual stream, (B, T, D)."""
+        return self.c_proj(self.activation(self.c_fc(x)))  # (B, T, D) -> (B, T, I or 2 I) -> (B, T, I) -> (B, T, D)
 
 
 def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` in the wider dtype of ``x`` and the norm's parameters: fp32 for a bf16 residual stream."""
+    """Apply a norm in the wider dtype of ``x`` and the norm's parameters: fp32 for a bf16 residual stream."""
     for parameter in norm.parameters():
         x = x.to(torch.promote_types(x.dtype, parameter.dtype))
     return norm(x)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention and MLP, each added to the residual stream."""
+    """Pre-norm transformer block: attention and MLP, each added to the residual stream.
+
+    Args:
+        config: model configuration.
+        layer: index of the block.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -181,6 +246,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, inputs: BlockInputs, cache: KVCache | None = None) -> Tensor:
+        """Apply the block to the residual stream, (B, T, D). Arguments are those of `CausalSelfAttention`."""
         if self.x_skip is not None:
             x = self.x_skip(x, inputs.embeddings).type_as(x)
         x = x + self.attn(apply_norm(self.ln_1, x), inputs, cache)
@@ -188,7 +254,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model without the lm_head: from tokens to hidden states after the last norm."""
+    """Transformer without lm_head: tokens to hidden states after the last norm.
+
+    Attributes:
+        gradient_checkpointing: whether the backward pass recomputes each block instead of storing its activations.
+        residual_dtype: dtype of the residual stream in training; None: the dtype of the embeddings.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -201,8 +272,8 @@ class Transformer(nn.Module):
         self.ln_e = nn.RMSNorm(config.n_embd, NORM_EPS) if config.embedding_norm else nn.Identity()
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = build_part("norms", config.norm, config)
-        self.gradient_checkpointing = False  # recompute each block in the backward pass
-        self.residual_dtype: torch.dtype | None = None  # of the residual stream in training; None: the embeddings'
+        self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None
 
     def forward(
         self,
@@ -211,19 +282,22 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Compute hidden states, (B, T, D).
+        """Compute hidden states after the last norm.
 
         Args:
-            tokens: (B, T) int64.
-            cache: keys and values of the P tokens before; extended in place. The caller advances its length.
-            positions: (B, T) or (T,) int64; by default those after the cache's.
-            mask: (B, 1, T, P + T) bool, True where a query attends to a key; causal by default.
+            tokens: token ids, (B, T) int64.
+            cache: key/value cache of P earlier tokens, extended in place. The caller advances its length.
+            positions: token positions, (B, T) or (T,) int64; None: P to P + T - 1.
+            mask: attention mask, (B, 1, T, S) bool, True where a query attends to a key; None: causal mask.
+
+        Returns:
+            Hidden states, (B, T, D).
         """
         past, T = cache.length if cache is not None else 0, tokens.shape[1]
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device)
-        if mask is None and cache is not None and T > 1:  # a single new token attends to all
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=tokens.device).tril(past)
+        if mask is None and cache is not None and T > 1:  # a single new token attends to all keys
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=tokens.device).tril(past)  # (T, S)
         x, rope = self.wte(tokens), None  # (B, T, D)
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -235,17 +309,19 @@ class Transformer(nn.Module):
         inputs = BlockInputs(rope, mask, x, self.vte(tokens) if self.vte is not None else None)
         for block in self.h:
             if self.gradient_checkpointing and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+                x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
             else:
                 x = block(x, inputs, cache)
         return apply_norm(self.ln_f, x)
 
 
 class GPT(nn.Module):
-    """A language model: the transformer and its lm_head.
+    """GPT language model: the transformer and its lm_head.
+
+    With weight tying (``config.tied``) lm_head is the token embedding.
 
     Token embeddings and lm_head have `padded_vocab_size` rows in memory (50304 for 50257), because matmuls are faster
-    at multiples of 64. The padding rows are zero, get no gradient, and take no part in logits or loss.
+    at multiples of 64. The padding rows are zero, get no gradient, and do not affect logits or loss.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -256,11 +332,11 @@ class GPT(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The lm_head's matrix, (padded V, D): the token embedding where they are tied."""
+        """Weight of lm_head, (padded V, D); with weight tying, the token embedding."""
         return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def vocabulary_matrices(self) -> list[Tensor]:
-        """Parameters with a row per token and padding rows."""
+        """Return the parameters with one row per token of the padded vocabulary: wte, vte and lm_head, as present."""
         tables = (self.transformer.wte, self.transformer.vte, self.lm_head)
         return [table.weight for table in tables if table is not None]
 
@@ -268,19 +344,27 @@ class GPT(nn.Module):
         """Compute logits of the next token at every position.
 
         Args:
-            tokens: (B, T) int64, T at most n_positions (with a cache: together with the tokens it holds).
-            cache: keys and values of the tokens before; extended in place. The caller advances its length.
+            tokens: token ids, (B, T) int64; S = P + T is at most ``n_positions``.
+            cache: key/value cache of P earlier tokens, extended in place. The caller advances its length.
 
         Returns:
-            (B, T, V), without the padding of the vocabulary.
+            Logits, (B, T, V), without the padding of the vocabulary.
         """
-        # .forward skips torch.compile, which would recompile for every new length
+        # `.forward` bypasses torch.compile, which would recompile for every new length
         hidden = self.transformer.forward(tokens, cache)  # (B, T, D)
         return soft_cap(F.linear(hidden, self.head[: self.config.vocab_size]), self.config.softcap)
 
 
 def stacked_matrices(config: ModelConfig, name: str) -> int:
-    """Number of matrices stacked in the weight ``name``: 3 of queries, keys, values; 2 of a gated MLP; else 1."""
+    """Return the number of matrices stacked in a weight.
+
+    Args:
+        config: model configuration.
+        name: parameter name, such as ``transformer.h.0.attn.c_attn.weight``.
+
+    Returns:
+        3 for ``c_attn`` (queries, keys, values), 2 for ``c_fc`` of a gated MLP (gate, up), 1 otherwise.
+    """
     if name.endswith("attn.c_attn.weight"):
         return 3
     return 2 if name.endswith("mlp.c_fc.weight") and config.gated else 1
@@ -288,13 +372,18 @@ def stacked_matrices(config: ModelConfig, name: str) -> int:
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Set the initial weights, the same on every device.
+    """Initialise all weights; the values are equal on all devices.
 
-    Linear and embedding weights are normal with `initial_std`, in the order of `named_parameters`; linear biases and
-    the padding rows of the vocabulary are 0. Every other module with parameters sets its own in `reset_parameters`.
+    Linear and embedding weights are normal with mean 0 and standard deviation `initial_std`, drawn on the CPU in the
+    order of `named_modules`. Linear biases and the padding rows of the vocabulary are 0. All other modules with
+    parameters initialise them in `reset_parameters`.
+
+    Args:
+        model: model on any device.
+        seed: seed of the random numbers.
 
     Raises:
-        TypeError: a module has parameters and no `reset_parameters`.
+        TypeError: a module has parameters but no `reset_parameters`.
     """
     generator = torch.Generator().manual_seed(seed)
     for path, module in model.named_modules():
@@ -312,13 +401,18 @@ def init_weights(model: GPT, seed: int) -> None:
 
 
 def initial_std(config: ModelConfig, name: str) -> float:
-    """Standard deviation of the initial linear or embedding weight ``name``.
+    """Return the standard deviation of the initial values of a linear or embedding weight.
 
-    0.02, and 0.02 / sqrt(2 * n_layer) for the two projections of each block that add to the residual stream, so that
-    its variance does not grow with depth (GPT-2's paper, section 2.3), or 0 with ``zero_init_projections``.
+    The default is 0.02. The two output projections of each block (``c_proj``) have 0.02 / sqrt(2 * n_layer), so that
+    the variance of the residual stream does not grow with depth (GPT-2 paper, section 2.3), or 0 with
+    ``zero_init_projections``.
 
-    With ``zero_init_projections`` and a tied lm_head, a token's own logit is initially std * D: the embedding has a
-    std of 1 / D, so that this logit is 1, and not 15 with D = 768.
+    With ``zero_init_projections`` and weight tying, the initial logit of the input token is std * D. The token
+    embedding has 1 / D, so that this logit is 1; with 0.02 and D = 768 it would be 15.
+
+    Args:
+        config: model configuration.
+        name: parameter name, such as ``transformer.h.0.mlp.c_proj.weight``.
     """
     if name == "transformer.wte.weight" and config.tied and config.zero_init_projections:
         return 1.0 / config.n_embd
@@ -328,16 +422,25 @@ def initial_std(config: ModelConfig, name: str) -> float:
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device) -> GPT:
-    """Build a freshly initialised model on ``device``.
+    """Build a model with initial weights.
+
+    Args:
+        config: model configuration.
+        seed: seed of the initial weights.
+        device: device of the model.
+
+    Returns:
+        Model with fp32 weights on ``device``.
 
     Raises:
-        MemoryError: its weights need more memory than is free. (Trying could end this process.)
+        MemoryError: the weights need more memory than is free. This is checked first, because the system may kill a
+            process that runs out of memory.
     """
     with torch.device("meta"):
         model = GPT(config)
     needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), available_bytes(device)
     if free is not None and needed > free:
-        raise MemoryError(f"its weights need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free")
+        raise MemoryError(f"the weights need {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free")
     model = model.to_empty(device=device)
     init_weights(model, seed)
     return model

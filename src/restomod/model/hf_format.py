@@ -1,7 +1,8 @@
-"""Model types of the Hugging Face layout: their config.json, and the names and shapes of their tensors.
+"""Model types of the Hugging Face layout: config.json, tensor names and tensor shapes.
 
-A model is saved as the type of `transformers` that computes the same: GPT-2, Llama or Qwen3. Without one, for example
-with a norm or activation that `transformers` lacks, it is saved under its own names, and only this package loads it.
+A model is saved as the `transformers` type that computes the same function: GPT-2, Llama or Qwen3. If there is no such
+type, for example because `transformers` lacks the norm, it is saved as type "restomod" with this package's parameter
+names. Only this package loads that type.
 """
 
 from __future__ import annotations
@@ -37,54 +38,54 @@ LLAMA_NAMES = {
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 ROPE = {"rope_type", "rope_theta"}
-QWEN3_HEAD = 128  # where its config names none
+QWEN3_HEAD = 128  # default head_dim in `transformers`
 ABSENT = object()
 
 Json = dict[str, Any]
 
 
 class UnsupportedModel(UserError):
-    """A model folder that may be valid, but whose model this package does not compute."""
+    """Error for a model folder that may be valid, but whose model this package cannot compute."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of the Hugging Face layout."""
+    """Model type of the Hugging Face layout, with its conversions."""
 
     model_type: str
-    """`model_type` in its `config.json`."""
+    """Value of `model_type` in `config.json`."""
     title: str
     """Name in printed text."""
     embedding: str
-    """Name of the token embedding's tensor."""
+    """Tensor name of the token embedding."""
     has_parts_of: Callable[[ModelConfig], bool]
-    """Whether the type has the parts of a model."""
+    """Function that returns whether the type can represent a model configuration."""
     to_json: Callable[[ModelConfig], Json]
-    """The values of `config.json`."""
+    """Function that returns the values of `config.json` for a model configuration."""
     from_json: Callable[[Json], ModelConfig]
-    """Read the values of a `config.json`.
+    """Function that returns the model configuration for the values of a `config.json`.
 
     Raises:
-        UnsupportedModel: it describes a model with parts that this package does not have.
-        TypeError: it is damaged.
+        UnsupportedModel: the model has parts that this package lacks.
+        TypeError: a value has a wrong type.
     """
     views: Callable[[GPT], dict[str, Tensor]]
-    """Views of a model's parameters under the names and in the shapes of the files, without padding. Copying into them
-    loads the model."""
+    """Function that returns views of a model's parameters by tensor name, in the shapes of the files, without padding.
+    Copying into the views loads the model."""
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Return the first type that has the parts of a model."""
+    """Return the first type in `FAMILIES` that can represent a model configuration."""
     return next(family for family in FAMILIES.values() if family.has_parts_of(config))
 
 
 def is_exportable(config: ModelConfig) -> bool:
-    """Whether `transformers` has a class that computes the model."""
+    """Return whether `transformers` has a class that computes the model."""
     return family_of(config).model_type != "restomod"
 
 
 def describe_shape(config: ModelConfig) -> str:
-    """Describe a model in a line: ``GPT-2, 12 layers, 12 heads, width 768, context 1024``."""
+    """Describe a model in one line: ``GPT-2, 12 layers, 12 heads, width 768, context 1024``."""
     title = family_of(config).title
     return (
         f"{title}, {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions}"
@@ -92,13 +93,13 @@ def describe_shape(config: ModelConfig) -> str:
 
 
 def as_saved(config: ModelConfig) -> ModelConfig:
-    """Return a model's config as it reads back from its `config.json`: without initialisation, with derived sizes."""
+    """Return the configuration that results from saving and loading: initialisation reset, derived sizes explicit."""
     family = family_of(config)
     return family.from_json(family.to_json(config))
 
 
 def named_views(model: GPT) -> dict[str, Tensor]:
-    """Return the parameters under their own names, without the padding of the vocabulary."""
+    """Return the parameters by this package's names, without the padding of the vocabulary; views, not copies."""
     padded = {id(matrix) for matrix in model.vocabulary_matrices()}
     return {
         name: parameter[: model.config.vocab_size] if id(parameter) in padded else parameter
@@ -107,18 +108,25 @@ def named_views(model: GPT) -> dict[str, Tensor]:
 
 
 def _expect(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], kind: str) -> None:
-    """Raise `UnsupportedModel` where a config's value is not among those allowed, of which the first is the default."""
+    """Check values of a `config.json`.
+
+    Args:
+        values: values of the `config.json`.
+        allowed: allowed values by key, the default of a missing key first.
+        kind: model type for the message.
+
+    Raises:
+        UnsupportedModel: a value is not allowed.
+    """
     for key, choices in allowed.items():
         if values.get(key, choices[0]) not in choices:
-            raise UnsupportedModel(
-                f"{key} is {values[key]!r}; {kind} has {choices[0]!r}, which is all that is computed here"
-            )
+            raise UnsupportedModel(f"{key} is {values[key]!r}; this package supports only {choices[0]!r} for {kind}")
 
 
 def _integer(values: Mapping[str, Any], key: str, default: Any = ABSENT) -> int:
     value = values.get(key) if default is ABSENT else values.get(key, default)
     if type(value) is not int:
-        raise TypeError(f"{key} should be a whole number, not {value!r:.40}")
+        raise TypeError(f"{key} must be an integer, not {value!r:.40}")
     return value
 
 
@@ -166,7 +174,7 @@ def _gpt2_config(values: Json) -> ModelConfig:
 
 
 def _gpt2_views(model: GPT) -> dict[str, Tensor]:
-    """Transpose linear weights: (in, out) in GPT-2's files, (out, in) here."""
+    """Return the parameters with transposed linear weights, which are (in, out) in GPT-2's files and (out, in) here."""
     return {name: view.t() if name.endswith(TRANSPOSED) else view for name, view in named_views(model).items()}
 
 
@@ -203,8 +211,8 @@ def _llama_json(config: ModelConfig, model_type: str = "llama") -> Json:
         "vocab_size": config.vocab_size,
         "hidden_act": "silu",
         "rms_norm_eps": NORM_EPS,
-        "rope_theta": config.rope_theta,  # where transformers 4 looks for it
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # and transformers 5
+        "rope_theta": config.rope_theta,  # read by transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # read by transformers 5
         "attention_bias": False,
         "attention_dropout": 0.0,
         **({"mlp_bias": False} if model_type == "llama" else {"use_sliding_window": False}),
@@ -222,7 +230,7 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
     require_size("num_hidden_layers", layers, most=LARGEST_OF_MODEL["n_layer"])
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise TypeError(f"rope_parameters should be an object, not {rope!r:.40}")
+        raise TypeError(f"rope_parameters must be an object, not {rope!r:.40}")
     _expect(
         values,
         {
@@ -236,12 +244,12 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
             "layer_types": (None, ["full_attention"] * layers),
             "quantization_config": (None,),
         },
-        f"{model_type} with a head for every query",
+        f"{model_type} without grouped-query attention",
     )
     _expect(rope, {"rope_type": ("default",), **dict.fromkeys(rope.keys() - ROPE, (None,))}, model_type)
     theta: Any = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     if type(theta) not in (int, float):
-        raise TypeError(f"rope_theta should be a number, not {theta!r:.40}")
+        raise TypeError(f"rope_theta must be a number, not {theta!r:.40}")
     return ModelConfig(
         n_layer=layers,
         n_head=heads,
@@ -265,7 +273,7 @@ def _llama_config(values: Json, model_type: str = "llama") -> ModelConfig:
 
 
 def _llama_views(model: GPT) -> dict[str, Tensor]:
-    """Split stacked weights (queries, keys and values; gate and up), which are separate tensors in Llama's files."""
+    """Return the parameters by Llama's names. Stacked weights (q, k, v; gate, up) are split into separate tensors."""
     views: dict[str, Tensor] = {}
     for name, view in named_views(model).items():
         prefix, inner = "", name
@@ -287,7 +295,7 @@ def _own_config(values: Json) -> ModelConfig:
     given = {key: value for key, value in values.items() if key != "model_type"}
     unknown = given.keys() - fields
     if unknown:
-        raise UserError(f"{', '.join(sorted(unknown))}: not known here; a later release wrote it?")
+        raise UserError(f"unknown keys: {', '.join(sorted(unknown))}; a newer restomod may have written them: upgrade")
     for key in SHAPE:
         _integer(values, key)
     config: ModelConfig = from_dict(given, ModelConfig, "the model")
@@ -310,7 +318,7 @@ FAMILIES = {
         ),
         Family(
             "restomod",
-            "restomod's own architecture",
+            "restomod architecture",
             "transformer.wte.weight",
             lambda config: True,
             _own_json,

@@ -1,7 +1,7 @@
 """Causal language models of other architectures, loaded and run by `transformers`, with their tokenizers.
 
-What decides is what a model's `config.json` and tokenizer say, not its name: a GPT-2 with another activation, an output
-matrix of its own or a vocabulary of 50,304 tokens is one of these.
+`config.json` and the tokenizer decide whether this package or `transformers` runs a model. A GPT-2 with another
+activation, an untied lm_head or a vocabulary of 50,304 tokens is run by `transformers`.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ from restomod.utils.errors import UserError, is_out_of_memory, one_line
 from restomod.utils.json_files import checked, read_json
 from restomod.utils.process_memory import available_bytes
 
-NOT_SAID = 2048  # the window of a model whose config names none, as in lm-evaluation-harness
-LARGEST_TOKENIZER = 256 * 2**20  # bytes of its file; those of 256,000 tokens have 32 MB
-MOST_PADDING = 1024  # rows of a vocabulary without a tokenizer that may be padding behind GPT-2's
+DEFAULT_CONTEXT = 2048  # tokens, if the config has no context length; the default of lm-evaluation-harness
+LARGEST_TOKENIZER = 256 * 2**20  # bytes of tokenizer.json; tokenizers of 256,000 tokens have 32 MB
+MOST_PADDING = 1024  # padding rows allowed after GPT-2's vocabulary in a model without a tokenizer
 Settings = list[tuple[tuple[str, ...], Any]]
+"""Leaf values of a config, each with its path of keys."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A model of `transformers`, loaded, with its tokenizer."""
+    """Causal language model of `transformers`, with its tokenizer."""
 
     model: Any
-    """An `AutoModelForCausalLM`, in its own dtype and on its own device."""
+    """Loaded `AutoModelForCausalLM`."""
     tokenizer: Any
-    """Its `AutoTokenizer`."""
+    """`AutoTokenizer` of the model."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows of lm_head."""
+        """Vocabulary size V, the rows of lm_head including padding."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
@@ -63,26 +64,30 @@ class TransformersModel:
         """Maximum context length, in tokens."""
         config = self.model.config.get_text_config()
         names = ("n_positions", "max_position_embeddings", "n_ctx")
-        found = next((getattr(config, name) for name in names if getattr(config, name, None)), NOT_SAID)
-        where = f"{self.model.name_or_path}: config.json: its longest context"
+        found = next((getattr(config, name) for name in names if getattr(config, name, None)), DEFAULT_CONTEXT)
+        where = f"{self.model.name_or_path}: config.json: context length"
         return int(checked(found, Annotated[int, Field(ge=1, le=LARGEST)], where))
 
     @property
     def prefix(self) -> int:
-        """Token in place of an empty context."""
+        """Token id that replaces an empty context: BOS, else EOS, else 0."""
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return int(next((token for token in (begin, end) if token is not None), 0))
 
     @property
     def reads_gpt2(self) -> bool:
-        """Whether its first tokens are GPT-2's, so that shards of GPT-2's tokens can be scored."""
+        """Whether the first 50,257 tokens are GPT-2's, so that the model can score shards of GPT-2 tokens."""
         return self.vocab_size >= VOCAB_SIZE and is_gpt2_vocabulary(self.tokenizer.get_vocab())
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
-        """Encode a text; with ``begin`` after the BOS token, if the tokenizer adds one.
+        """Encode a text into token ids.
+
+        Args:
+            text: text to encode.
+            begin: put the BOS token first, if the tokenizer adds one. The result then has at least one token.
 
         Raises:
-            UserError: a token is beyond the model's vocabulary.
+            UserError: a token id is not in the model's vocabulary.
         """
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         if begin:
@@ -91,20 +96,20 @@ class TransformersModel:
             ids = ids or [self.prefix]
         if max(ids, default=0) >= self.vocab_size:
             raise UserError(
-                f"the model has a vocabulary of {self.vocab_size:,} tokens, and its tokenizer gives token {max(ids):,} "
-                f"for {text!r:.40}: it is the tokenizer of another model"
+                f"the tokenizer does not fit the model: {text!r:.40} has token {max(ids):,}, but the model has "
+                f"{self.vocab_size:,} tokens"
             )
         return ids
 
     def ends(self) -> set[int]:
-        """Tokens that end a text."""
+        """Return the ids of the tokens that end a text (EOS)."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = self.tokenizer.eos_token_id if named is None else named
         checked(named, int | list[int] | None, f"{self.model.name_or_path}: generation_config: eos_token_id")
         return set(named) if isinstance(named, list) else {named}
 
     def text_tokens(self) -> Tensor:
-        """Mask of the rows of lm_head that are tokens of the tokenizer, (V,) bool; the others are padding."""
+        """Return a mask of the vocabulary, (V,) bool: True for tokens of the tokenizer, False for padding."""
         known = torch.tensor(sorted(self.tokenizer.get_vocab().values()))
         is_text = torch.zeros(self.vocab_size, dtype=torch.bool)
         is_text[known[known < self.vocab_size]] = True
@@ -117,12 +122,12 @@ def _gpt2_ids() -> dict[str, int]:
 
 
 def is_gpt2_vocabulary(ids: Mapping[str, Any]) -> bool:
-    """Whether the first 50,257 tokens of a vocabulary are GPT-2's."""
+    """Return whether the first 50,257 tokens of a vocabulary (token to id) are GPT-2's."""
     return {token: id for token, id in ids.items() if isinstance(id, int) and id < VOCAB_SIZE} == _gpt2_ids()
 
 
 def _another_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer that is not GPT-2's."""
+    """Return whether a folder contains a tokenizer other than GPT-2's."""
     whole, simple = folder / "tokenizer.json", folder / "vocab.json"
     if not whole.exists() and not simple.exists():
         return any((folder / name).exists() for name in TOKENIZER_FILES)
@@ -132,32 +137,37 @@ def _another_tokenizer(folder: Path) -> bool:
             added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
             values = values["model"]["vocab"] | added
         return not is_gpt2_vocabulary(values)
-    except (TypeError, KeyError, AttributeError):  # another kind of tokenizer: its vocabulary is a list
+    except (TypeError, KeyError, AttributeError):  # other types of tokenizers store their vocabulary as a list
         return True
 
 
 def _why_not_ours(name: str, folder: Path) -> str | None:
-    """Return why this package cannot compute the model of a folder, or None if it can."""
+    """Return the reason why this package cannot compute the model of a folder; None if it can."""
     config = read_model_config(folder)
     if config.vocab_size != VOCAB_SIZE:
         if read_json(folder / "config.json", "model's config")["model_type"] == "restomod":
             raise UserError(
-                f"{name} has a vocabulary of {config.vocab_size:,} tokens, and text is read and written with "
-                f"GPT-2's {VOCAB_SIZE:,}"
+                f"{name} has a vocabulary of {config.vocab_size:,} tokens; text needs GPT-2's vocabulary of "
+                f"{VOCAB_SIZE:,} tokens"
             )
         return f"{folder / 'config.json'}: vocab_size is {config.vocab_size}; GPT-2's is {VOCAB_SIZE}"
-    return f"{folder} holds a tokenizer that is not GPT-2's" if _another_tokenizer(folder) else None
+    return f"{folder} contains a tokenizer other than GPT-2's" if _another_tokenizer(folder) else None
 
 
 def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> GPT | TransformersModel:
-    """Load a model to score or continue text: as ours if this package computes it exactly, else by `transformers`.
+    """Load a causal language model to score or generate text.
 
-    ``name`` is what the user calls it: ``folder``, or a name on the hub. ``dtype`` is for `transformers`; ours has
-    fp32 weights.
+    A model that this package computes exactly is loaded as `GPT`, any other model by `transformers`.
+
+    Args:
+        name: name given by the user: ``folder`` or a hub repository.
+        folder: folder of the model.
+        device: device of the model.
+        dtype: dtype of the weights in `transformers`; a `GPT` has fp32 weights.
 
     Raises:
-        UserError: it is damaged, or `transformers` is needed and missing or cannot load it, or it would run with other
-            weights than its files hold.
+        UserError: the model is damaged, `transformers` is required but missing or fails to load it, or the weights do
+            not fit the model.
     """
     try:
         reason = _why_not_ours(name, folder)
@@ -168,7 +178,7 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
     try:
         import transformers as library
     except ImportError:
-        raise UserError(f"{reason}; transformers may run it: pip install transformers") from None
+        raise UserError(f"{reason}; `transformers` may support it: pip install transformers") from None
     settings = list(_settings(read_json(folder / "config.json", "model's config")))
     _refuse_code(folder / "config.json", settings)
     transformers: Any = library
@@ -178,10 +188,10 @@ def open_causal_model(name: str, folder: Path, device: torch.device, dtype: torc
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
             )
-        except Exception as e:  # of any kind: the files say what is run
+        except Exception as e:  # the model's class in `transformers` may raise any error
             if isinstance(e, UserError) or is_out_of_memory(e):
                 raise
-            raise UserError(f"{reason}; and transformers cannot load it ({one_line(e)})") from None
+            raise UserError(f"{reason}; transformers cannot load it either ({one_line(e)})") from None
         _refuse_misfit(folder, model, loaded)
         tokenizer = _tokenizer(transformers, name, folder, int(model.config.get_text_config().vocab_size))
     model = model.to(device).eval()
@@ -205,11 +215,15 @@ def _settings(values: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _require_possible(transformers: Any, folder: Path, settings: Settings) -> None:
-    """Compare a config with the tensors in its folder before `transformers` builds the model.
+    """Check that the size in a config fits the tensors and the memory, before `transformers` builds the model.
+
+    Args:
+        transformers: the module.
+        folder: folder of the model.
+        settings: leaf values of the config.
 
     Raises:
-        UserError: it has more layers than there are tensors, far more parameters than they hold numbers, or more than
-            memory has room for.
+        UserError: there are more layers than tensors, too many parameters for the tensors, or too little memory.
     """
     tensors, where = read_tensors(folder)
     layers = [
@@ -225,57 +239,71 @@ def _require_possible(transformers: Any, folder: Path, settings: Settings) -> No
     needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     free = available_bytes(torch.device("cpu"))
     if free is not None and needed > free:
-        raise UserError(f"{folder} needs {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
+        raise UserError(f"{folder} needs {needed / 1e9:,.1f} GB of memory, but only {free / 1e9:,.1f} GB are free")
 
 
 def _refuse_code(config: Path, settings: Settings) -> None:
-    """Refuse a config that names kernels on the hub, whose code `transformers` would download and run.
+    """Check that a config names no kernels on the hub, whose code `transformers` would download and run.
 
-    Its other way to code of a model's own, `auto_map`, is closed by ``trust_remote_code=False``.
+    Custom model code (`auto_map`) is disabled by ``trust_remote_code=False``.
+
+    Raises:
+        UserError: the config names such a kernel.
     """
     for keys, value in settings:
         key = next((key for key in keys if key.endswith("_implementation")), None)
         if key is not None and isinstance(value, str) and "/" in value:
-            raise UserError(f"{config}: {key} {value!r} is code on the hub, which is not run; delete {key}")
+            raise UserError(f"{config}: {key} {value!r} is code on the hub, and remote code is disabled; delete {key}")
 
 
 def _refuse_misfit(folder: Path, model: Any, loaded: Mapping[str, Any]) -> None:
-    """Refuse a model with weights that `transformers` has initialised at random or left out, or that are not finite.
+    """Check that `transformers` loaded all weights, for it only warns of missing and unused ones.
 
-    It only warns of these. Tensors of another head, beside the one that is run, change nothing and are left out.
+    Unused tensors of another head, such as a classifier, are allowed.
+
+    Raises:
+        UserError: weights are missing, unused, of a wrong shape, NaN or infinite.
     """
     run = {name for part in (model, model.base_model) for name, _ in part.named_children()}
     missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
-    shapes = [f"{name} has shape {tuple(a)} and not {tuple(b)}" for name, a, b in loaded["mismatched_keys"]]
+    shapes = [f"{name} has shape {tuple(a)}, not {tuple(b)}" for name, a, b in loaded["mismatched_keys"]]
     if missing or shapes or any(name.partition(".")[0] in run or wrapper_of(name) for name in unexpected):
         raise UserError(describe_mismatch(folder, missing, unexpected, shapes))
     refuse_not_finite(dict(model.named_parameters()), folder)
 
 
 def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> Any:
-    """Load the model's tokenizer; GPT-2's if it has none and a vocabulary of GPT-2's size, with or without padding."""
-    local, problem = Path(name).is_dir(), "it holds no tokenizer"
+    """Load the tokenizer of a model.
+
+    A model without a tokenizer gets GPT-2's if its vocabulary has GPT-2's size, with or without padding.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, is missing, or has more tokens than the model.
+    """
+    local, problem = Path(name).is_dir(), "it contains no tokenizer"
     if not local or any((folder / file).exists() for file in TOKENIZER_FILES):
-        # of a model of the hub only config and weights are here
+        # the cached folder of a hub model has only config and weights
         where, commit = (folder, None) if local else (name, folder.name)
         try:
             found = transformers.AutoTokenizer.from_pretrained(where, revision=commit, trust_remote_code=False)
             if found.vocab_size > vocab_size:
                 raise UserError(
-                    f"{name} has a vocabulary of {vocab_size:,} tokens, and its tokenizer one of {found.vocab_size:,}: "
-                    f"it is the tokenizer of another model"
+                    f"{name}: the tokenizer does not fit the model: it has {found.vocab_size:,} tokens, but the model "
+                    f"has {vocab_size:,}"
                 )
             if len(found) > len(found.all_special_tokens):
-                found.encode("a text")  # damage shows only then
+                found.encode("a text")  # some damage causes errors only in use
                 return found
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:  # a panic of tokenizers, which is written in Rust, is no Exception
+        except BaseException as e:  # a panic in the Rust code of `tokenizers` is a BaseException
             problem = f"transformers cannot load its tokenizer ({one_line(e)})"
             if local:
                 raise UserError(f"{name}: {problem}") from None
     if not VOCAB_SIZE <= vocab_size <= VOCAB_SIZE + MOST_PADDING:
-        raise UserError(f"{name}: {problem}, and a vocabulary of {vocab_size:,} tokens is not GPT-2's {VOCAB_SIZE:,}")
+        raise UserError(
+            f"{name}: {problem}, and GPT-2's does not fit: it has {VOCAB_SIZE:,} tokens, the model {vocab_size:,}"
+        )
     with tempfile.TemporaryDirectory() as made:
         save_tokenizer(Path(made))
         gpt2 = transformers.AutoTokenizer.from_pretrained(made)
@@ -285,7 +313,7 @@ def _tokenizer(transformers: Any, name: str, folder: Path, vocab_size: int) -> A
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence `transformers`' progress bars, and its warnings of what this package reports itself."""
+    """Silence the progress bars and warnings of `transformers`; this package reports problems itself."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

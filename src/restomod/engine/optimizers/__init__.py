@@ -1,12 +1,11 @@
-"""Optimizers, one file each: ``build`` makes the torch optimizers of a model.
+"""Optimizers, one file each, with a function ``build`` that returns the torch optimizers of a model.
 
-To add one, write ``NAME.py`` here with this function, and add NAME to `Optimizer` in `restomod.config.run`:
+To add an optimizer, write ``NAME.py`` here and add ``NAME`` to the Literal `restomod.config.run.Optimizer`. The file
+has one function:
 
     def build(model: GPT, config: OptimConfig, dtype: torch.dtype, distributed: bool) -> list[torch.optim.Optimizer]
 
-``dtype`` is the compute dtype of the matmuls, ``distributed`` whether other processes hold the same gradients. Between
-them the optimizers hold every parameter once, each group with its maximum learning rate as ``lr``. Everything else
-follows: gradients are divided and NaN refused before ``step`` is called (`restomod.engine.optimizer.Optimizers`),
-the state is saved under the names of its parameters, and `restomod.engine.memory` counts its bytes by a step on fake
-tensors.
+``dtype`` is the compute dtype of matmuls. ``distributed`` is whether there are several ranks. Together the optimizers
+contain every parameter once, and the ``lr`` of each group is its maximum learning rate. Gradient clipping, skipped
+updates (`restomod.engine.optimizer.Optimizers`), checkpoints and the memory estimate need no further code.
 """

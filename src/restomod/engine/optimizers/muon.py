@@ -1,10 +1,12 @@
 """Muon for the matrices of the blocks, AdamW for all other parameters.
 
-Muon's update is the momentum of a matrix with all singular values made equal. Source: Jordan et al., "Muon: An
-optimizer for hidden layers in neural networks", 2024. The orthogonalisation is the Newton-Schulz iteration with the
-coefficients of Amsel et al., "The Polar Express", 2025.
+Muon's update of a matrix is its momentum, orthogonalised: all singular values become about 1. The orthogonalisation is
+a Newton-Schulz iteration.
 
 Shapes: n = matrices of equal shape, R = rows, C = columns.
+
+Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; Amsel et al., "The Polar
+Express", 2025 (coefficients of the iteration).
 """
 
 from __future__ import annotations
@@ -22,8 +24,6 @@ from restomod.config.run import OptimConfig
 from restomod.engine.optimizers.adamw import adamw
 from restomod.model.gpt import GPT, stacked_matrices
 
-# x (a + b x² + c x⁴), applied in turn: the odd polynomials of degree 5 whose composition brings singular values between
-# 0.001 and 1 nearest to 1. The largest singular value has to be at most 1.
 COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -31,14 +31,16 @@ COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-MARGIN = 1.02  # the norm is made this much less than 1, as rounding may add to it
+"""Coefficients (a, b, c) of the polynomial x (a + b x² + c x⁴) of each iteration. Their composition is the best
+approximation of 1 for singular values between 0.001 and 1. The largest singular value must be at most 1."""
+MARGIN = 1.02  # divisor that keeps the norm below 1 in spite of rounding
 
 
 def build(model: GPT, config: OptimConfig, dtype: torch.dtype, distributed: bool) -> list[Optimizer]:
-    """Muon over the matrices of the blocks, AdamW over all other parameters.
+    """Build Muon for the matrices of the blocks and AdamW for all other parameters.
 
-    Queries, keys and values, and the two matrices of SwiGLU, are stacked in one parameter each and orthogonalised
-    separately.
+    Matrices that are stacked in one parameter (queries, keys and values; gate and up) are orthogonalised separately.
+    Arguments are those in `restomod.engine.optimizers`.
     """
     named = dict(model.named_parameters())
     matrices = [name for name, p in named.items() if p.ndim == 2 and ".h." in name]
@@ -54,18 +56,20 @@ def build(model: GPT, config: OptimConfig, dtype: torch.dtype, distributed: bool
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Approximate U Vᵀ of each matrix U S Vᵀ: singular values above a thousandth of the norm become about 1.
+    """Orthogonalise matrices: approximate U Vᵀ of each matrix U S Vᵀ (singular value decomposition).
+
+    Singular values above 0.001 of the matrix's norm become about 1.
 
     Args:
         matrices: (n, R, C).
-        dtype: compute dtype of the matmuls. bf16 is precise enough.
+        dtype: compute dtype of matmuls. bf16 is precise enough.
 
     Returns:
-        (n, R, C) in ``dtype``.
+        Orthogonalised matrices, (n, R, C) in ``dtype``.
     """
     x = matrices.to(dtype)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # x @ x.mT is then the smaller of the two
+    x = x if wide else x.mT  # R <= C from here on, so that x @ x.mT is the smaller of the two Gram matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * MARGIN + 1e-7)
     for a, b, c in COEFFICIENTS:
         square = x @ x.mT  # (n, R, R)
@@ -74,7 +78,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def _full(direction: Tensor, dtype: torch.dtype) -> Tensor:
-    """The full tensor of a direction; a sharded one is gathered in ``dtype``."""
+    """Return the full tensor of a direction. A DTensor is all-gathered in ``dtype`` (bf16 halves the traffic)."""
     if not isinstance(direction, DTensor):
         return direction
     rounded = direction.to(dtype)
@@ -83,20 +87,32 @@ def _full(direction: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def step_factor(rows: int, columns: int) -> float:
-    """Factor of a matrix's update by its shape, so that updates of all shapes change their layer's output equally.
+    """Return the factor of a matrix's update, sqrt(max(1, rows / columns)).
+
+    With it, updates of matrices of all shapes change the outputs of their layers by equal amounts.
 
     Args:
         rows: outputs of the linear layer.
-        columns: its inputs.
+        columns: inputs of the linear layer.
     """
     return max(1.0, rows / columns) ** 0.5
 
 
 class Muon(Optimizer):
-    """Muon over matrices, several of which may be stacked in one parameter.
+    """Muon optimizer for matrices. Several matrices may be stacked in one parameter.
 
-    As in torch's fused optimizers, gradients are divided by ``grad_scale``, and nothing changes where ``found_inf`` is
-    1. Nothing is read from the device.
+    As in torch's fused optimizers, gradients are divided by ``grad_scale``, and the update is skipped if ``found_inf``
+    is 1, without waiting for the device.
+
+    Args:
+        groups: parameter groups with ``params`` (matrices) and ``stacked`` (number of equal matrices that are stacked
+            along the rows of each parameter).
+        lr: learning rate.
+        momentum: decay of the running sum of gradients.
+        weight_decay: decoupled weight decay, multiplied by ``lr``.
+        dtype: compute dtype of the orthogonalisation.
+        distributed: divide the matrices among the ranks for orthogonalisation. All ranks must have the same gradients,
+            or their shards in DTensors.
     """
 
     refuses_on_device = True  # see `restomod.engine.optimizer.Optimizers`
@@ -110,15 +126,6 @@ class Muon(Optimizer):
         dtype: torch.dtype = torch.float32,
         distributed: bool = False,
     ) -> None:
-        """Args:
-        groups: ``params``, matrices; ``stacked``, how many matrices of equal size each of them has one below the other.
-        lr: learning rate.
-        momentum: decay of the running sum of gradients.
-        weight_decay: decoupled, times lr.
-        dtype: compute dtype of the orthogonalisation.
-        distributed: each process orthogonalises a part of the matrices. All must hold the same gradients, or their
-            shards in DTensors.
-        """
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1})
         self.dtype, self.distributed = dtype, distributed
         self.grad_scale: Tensor | None = None
@@ -126,7 +133,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Make an update, or none; see the class."""
+        """Update all parameters that have a gradient, or skip the update if ``found_inf`` is 1."""
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -137,7 +144,7 @@ class Muon(Optimizer):
                 self._update(alike, group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters of one shape."""
+        """Update parameters of equal shape, whose matrices are orthogonalised in one batch."""
         refused = self.found_inf
         directions = []
         for p in parameters:
@@ -151,7 +158,7 @@ class Muon(Optimizer):
                 sum_ = torch.where(refused > 0, state["momentum"], sum_)
                 gradient = torch.where(refused > 0, torch.zeros((), device=p.device), gradient)
             state["momentum"].copy_(sum_)
-            directions.append(gradient + group["momentum"] * sum_)  # Nesterov's
+            directions.append(gradient + group["momentum"] * sum_)  # Nesterov momentum
         kept = 1.0 if refused is None else 1.0 - refused
         changes = self._orthogonalised(directions, group["stacked"])
         for p, change in zip(parameters, changes, strict=True):
@@ -160,9 +167,9 @@ class Muon(Optimizer):
             p.sub_(change * (kept * (group["lr"] * step_factor(rows, columns))))
 
     def _orthogonalised(self, directions: list[Tensor], stacked: int) -> list[Tensor]:
-        """Orthogonalise directions of one shape, each of the matrices ``stacked`` in them separately."""
+        """Orthogonalise directions of equal shape, each of their ``stacked`` matrices separately."""
         first = directions[0]
-        full = torch.stack([_full(d, self.dtype) for d in directions])
+        full = torch.stack([_full(d, self.dtype) for d in directions])  # (parameters, stacked R, C)
         matrices = full.unflatten(1, (stacked, -1)).flatten(0, 1)  # (n, R, C)
         result = self._divided_among_ranks(matrices) if self.distributed else orthogonalise(matrices, self.dtype)
         changes = result.to(first.dtype).unflatten(0, (-1, stacked)).flatten(1, 2).unbind()
@@ -172,11 +179,11 @@ class Muon(Optimizer):
         return [distribute_tensor(c, mesh, placements, src_data_rank=None) for c in changes]
 
     def _divided_among_ranks(self, matrices: Tensor) -> Tensor:
-        """`orthogonalise`, each process a part of the matrices."""
+        """Orthogonalise matrices, (n, R, C), with each rank computing a part; all-gather the results."""
         count, rank, n = dist.get_world_size(), dist.get_rank(), len(matrices)
         each = -(-n // count)
         mine = matrices[rank * each : (rank + 1) * each]
-        mine = torch.cat([mine, mine.new_zeros(each - len(mine), *mine.shape[1:])])
+        mine = torch.cat([mine, mine.new_zeros(each - len(mine), *mine.shape[1:])])  # (each, R, C)
         found = mine.new_empty(count, *mine.shape, dtype=self.dtype)
         dist.all_gather(list(found), orthogonalise(mine, self.dtype).contiguous())
         return found.flatten(0, 1)[:n]

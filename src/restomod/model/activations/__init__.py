@@ -1,10 +1,10 @@
 """Activations of the MLP, one file each.
 
-A new activation is a file ``NAME.py`` here, and ``NAME`` in the Literal `restomod.config.model.Activation`. Its
-function
+To add an activation, write ``NAME.py`` here and add ``NAME`` to the Literal `restomod.config.model.Activation`. The
+file has one function:
 
     build(config: ModelConfig) -> nn.Module
 
-returns a module from (..., I) to (..., I), I = ``config.inner_size``; where its name ends in "glu" it is gated, from
-(..., 2 I) to (..., I). For parameters see `restomod.model.norms`.
+The module maps (..., I) to (..., I), with I = ``config.inner_size``. An activation whose name ends in "glu" is gated:
+it maps (..., 2 I) to (..., I). Parameters follow the rules in `restomod.model.norms`.
 """

@@ -1,4 +1,7 @@
-"""GELU by the tanh approximation, GPT-2's. Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016."""
+"""GELU with the tanh approximation, as in GPT-2.
+
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units (GELUs)", 2016, section 2.
+"""
 
 from __future__ import annotations
 
@@ -8,5 +11,5 @@ from restomod.config.model import ModelConfig
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """Build tanh-GELU."""
+    """Build GELU with the tanh approximation, (..., I) to (..., I)."""
     return nn.GELU(approximate="tanh")

@@ -1,4 +1,7 @@
-"""Squared ReLU. Source: So et al., "Primer: Searching for Efficient Transformers", 2021."""
+"""Squared ReLU, an alternative to GELU.
+
+Source: So et al., "Primer: Searching for Efficient Transformers for Language Modeling", 2021.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from restomod.config.model import ModelConfig
 
 
 class SquaredReLU(nn.Module):
-    """relu(x)²"""
+    """Squared ReLU: relu(x)²."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute relu(x)² elementwise, (..., I) to (..., I)."""
         return F.relu(x).square()
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """Build a squared ReLU."""
+    """Build a squared ReLU, (..., I) to (..., I)."""
     return SquaredReLU()

@@ -1,4 +1,4 @@
-"""SwiGLU, Llama's. Source: Shazeer, "GLU Variants Improve Transformer", 2020."""
+"""SwiGLU, the gated activation of Llama. Source: Shazeer, "GLU Variants Improve Transformer", 2020, section 2."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from restomod.config.model import ModelConfig
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, where (..., 2 I) inputs are gate and up."""
+    """Gated activation silu(gate) * up; gate and up are the two halves of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, -1)
+        """Compute silu(gate) * up, (..., 2 I) to (..., I)."""
+        gate, up = x.chunk(2, -1)  # each (..., I)
         return F.silu(gate) * up
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """Build SwiGLU."""
+    """Build SwiGLU, (..., 2 I) to (..., I)."""
     return SwiGLU()

@@ -1,10 +1,11 @@
 """Norms of the residual stream, one file each: before attention, before the MLP, and after the last block.
 
-A new norm is a file ``NAME.py`` here, and ``NAME`` in the Literal `restomod.config.model.Norm`. Its function
+To add a norm, write ``NAME.py`` here and add ``NAME`` to the Literal `restomod.config.model.Norm`. The file has one
+function:
 
     build(config: ModelConfig) -> nn.Module
 
-returns a module from (..., D) to (..., D) whose `reset_parameters` sets the initial values of its own parameters
-(`nn.Linear` submodules are initialised by the model). It has no buffers. Parameter counts, FLOPs, initialisation,
-activation memory and saving follow from the module.
+The module maps (..., D) to (..., D). If it has parameters, its `reset_parameters` sets their initial values; the model
+initialises `nn.Linear` submodules. Buffers are not allowed. Parameter counts, FLOPs, initialisation, activation memory
+and checkpoints follow from the module.
 """
