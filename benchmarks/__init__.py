@@ -1,1 +1,1 @@
-"""Repeatable measurements of restomod and other projects, in alternating rounds on one machine."""
+"""Benchmarks of restomod and other projects, in alternating rounds on one machine."""

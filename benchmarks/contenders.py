@@ -1,6 +1,6 @@
-"""Contenders of a comparison: a function in this process, a function in its own process, or a command.
+"""Contenders of a comparison: a function in this process, a function in a separate process, or a command.
 
-A contender that cannot take part raises `Absent` with the reason; the others continue.
+A contender that cannot run raises `Absent` with the reason; the others continue.
 """
 
 from __future__ import annotations
@@ -20,64 +20,70 @@ from typing import Any, NamedTuple, Protocol
 
 from benchmarks.records import Values
 
-PATIENCE = 600.0  # seconds for a start or a round
+TIMEOUT = 600.0  # seconds for a start or a round
 PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 
 
 class Absent(Exception):
-    """Why a contender does not take part, in one line."""
+    """Reason why a contender cannot run, in one line."""
 
 
 class Measured(NamedTuple):
     """Result of one round."""
 
     values: Values
+    """Measured numbers by name of the metric."""
     output: Any = None
-    """Output, to be compared with the first contender's."""
+    """Output, for the comparison with the first contender's output."""
 
 
 Round = Callable[[], Measured]
 
 
 class Contender(Protocol):
-    """Is started, makes its rounds when it is its turn, and is stopped. Each may raise `Absent`."""
+    """Participant of a comparison. `start` and `round` may raise `Absent`."""
 
     name: str
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Prepare the rounds."""
 
-    def round(self) -> Measured: ...
+    def round(self) -> Measured:
+        """Run and measure one round."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Release all resources."""
 
 
 def reason(e: BaseException) -> str:
-    """An exception as one short line, without the folders of this machine."""
+    """Return an exception as one short line without paths of this machine."""
     if isinstance(e, Absent):
         return str(e)
     if isinstance(e, ImportError):
         return f"{e.name or e} cannot be imported"
-    if isinstance(e, OSError):  # whose message names a path
+    if isinstance(e, OSError):  # its message contains a path
         return f"{type(e).__name__}: {e.strerror or 'refused by the system'}"
     line = next((line.strip() for line in str(e).splitlines() if line.strip()), "no message")
     return f"{type(e).__name__}: {line:.160}"
 
 
 @dataclass
-class Here:
-    """A function of this process: ``make`` prepares, and what it returns is a round."""
+class InProcess:
+    """Function in this process; ``make`` prepares it and returns it."""
 
     name: str
     make: Callable[[], Round]
     _round: Round | None = field(default=None, init=False)
 
     def start(self) -> None:
+        """Prepare the function; raise Absent if that fails."""
         try:
             self._round = self.make()
         except Exception as e:
             raise Absent(reason(e)) from e
 
     def round(self) -> Measured:
+        """Call the function; raise Absent if it fails."""
         assert self._round is not None
         try:
             return self._round()
@@ -85,26 +91,30 @@ class Here:
             raise Absent(reason(e)) from e
 
     def stop(self) -> None:
+        """Drop the function and its data."""
         self._round = None
 
 
 @dataclass
 class Worker:
-    """A function in its own process: its peak memory is measured alone, and a crash ends only that process.
+    """Function in a separate process, with separate peak memory; a crash ends only that process.
 
-    ``make`` is a function of a module, called there with ``arguments``. The process computes on as many threads as
-    this one. What it prints is dropped, unless an environment variable BENCH_OUTPUT is set.
+    ``make`` is a module-level function, called in that process with ``arguments``; it returns the function for a round.
+    The process has the same number of threads as this one. Its output is discarded unless the environment variable
+    BENCH_OUTPUT is set.
     """
 
     name: str
     make: Callable[..., Round]
     arguments: tuple[Any, ...] = ()
-    patience: float = PATIENCE
+    timeout: float = TIMEOUT
+    """Seconds for the start or a round."""
     _process: BaseProcess | None = field(default=None, init=False)
     _pipe: Connection | None = field(default=None, init=False)
     _ready: bool = field(default=False, init=False)
 
     def start(self) -> None:
+        """Start the process without waiting for it."""
         import torch
 
         context = multiprocessing.get_context("spawn")
@@ -112,12 +122,13 @@ class Worker:
         threads = torch.get_num_threads()
         self._process = context.Process(target=_work, args=(self.make, self.arguments, threads, theirs), daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # otherwise the pipe stays open after the process has ended
         self._ready = False
 
     def round(self) -> Measured:
+        """Run one round in the process, after it is ready; raise Absent if it fails or times out."""
         assert self._pipe is not None
-        if not self._ready:  # all import and build at once; whoever comes first waits here, in the warm-up
+        if not self._ready:  # all workers start at the same time; the warm-up round waits for them
             self._answer()
             self._ready = True
         try:
@@ -131,8 +142,8 @@ class Worker:
     def _answer(self) -> Measured | None:
         assert self._pipe is not None
         try:
-            if not self._pipe.poll(self.patience):
-                raise Absent(f"no answer after {self.patience:g} s")
+            if not self._pipe.poll(self.timeout):
+                raise Absent(f"no answer after {self.timeout:g} s")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             raise Absent(self._ended()) from None
@@ -146,6 +157,7 @@ class Worker:
         return f"its process ended with code {self._process.exitcode}"
 
     def stop(self) -> None:
+        """End the process, with a kill if necessary."""
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
@@ -157,7 +169,7 @@ class Worker:
 
 
 def _work(make: Callable[..., Round], arguments: tuple[Any, ...], threads: int, pipe: Connection) -> None:
-    """The process of a `Worker`: answers None when it is ready, then every request, or with a reason and ends."""
+    """Run the process of a `Worker`: send None when it is ready, then a result per request, or a reason and exit."""
     import torch
 
     torch.set_num_threads(threads)
@@ -178,23 +190,27 @@ def _work(make: Callable[..., Round], arguments: tuple[Any, ...], threads: int, 
 
 @dataclass
 class Command:
-    """A program that is run anew in every round: its seconds, and the memory of its largest process.
+    """Program that is started in every round.
 
-    The metrics are ``seconds`` and ``peak memory`` (GB). ``also`` makes further values of the seconds.
+    Its metrics are ``seconds`` and ``peak memory`` (GB, largest process).
     """
 
     name: str
     command: Sequence[str]
     also: Callable[[float], Values] = lambda seconds: {}
+    """Function that computes more metrics from the seconds."""
     before: Callable[[], None] = lambda: None
-    """Called ahead of every round, outside of the clock."""
+    """Function to call before every round, not timed."""
     environment: dict[str, str] = field(default_factory=dict)
-    patience: float = PATIENCE
+    """Additional environment variables."""
+    timeout: float = TIMEOUT
+    """Seconds for a round."""
 
     def start(self) -> None:
-        pass
+        """Do nothing; every round starts the program."""
 
     def round(self) -> Measured:
+        """Run the program; raise Absent if it fails or times out."""
         try:
             self.before()
         except Exception as e:
@@ -202,10 +218,10 @@ class Command:
         launcher = [sys.executable, "-S", str(PEAK_MEMORY), "--json", *self.command]
         try:
             done = subprocess.run(
-                launcher, capture_output=True, text=True, timeout=self.patience, env=os.environ | self.environment
+                launcher, capture_output=True, text=True, timeout=self.timeout, env=os.environ | self.environment
             )
         except subprocess.TimeoutExpired:
-            raise Absent(f"no end after {self.patience:g} s") from None
+            raise Absent(f"still running after {self.timeout:g} s") from None
         found = json.loads(done.stdout) if done.returncode == 0 else {"code": done.returncode}
         if found["code"]:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
@@ -214,4 +230,4 @@ class Command:
         return Measured({"seconds": seconds, "peak memory": found["peak_bytes"] / 1e9} | self.also(seconds))
 
     def stop(self) -> None:
-        pass
+        """Do nothing; the program has ended."""

@@ -1,7 +1,7 @@
 """Comparison of contenders in alternating rounds, after a warm-up, until a deadline.
 
-Rounds alternate between forward and backward order (A B C, C B A, …): a machine that grows slower or faster at a steady
-pace favours nobody, and nobody always follows the same other.
+Rounds alternate between forward and backward order (A B C, C B A, …). So a steady drift of the machine's speed favours
+no contender, and no contender always runs after the same one.
 """
 
 from __future__ import annotations
@@ -29,47 +29,48 @@ class BenchPlan:
     """Settings of a measurement."""
 
     scratch: Path
-    """A folder that is deleted afterwards."""
+    """Temporary folder, deleted after the measurement."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Device type: cpu or cuda."""
     smoke: bool = False
-    """Tiny sizes: does everything work? The numbers mean nothing."""
+    """Whether to run tiny sizes as a smoke test, with meaningless numbers."""
     peers: dict[str, Path] = field(default_factory=dict)
     """Checkouts of other projects by name."""
     data: Path | None = None
-    """A folder with corpus/, eval/ and tinyshakespeare/, any of which may be missing."""
+    """Folder with corpus/, eval/ and tinyshakespeare/, each of which is optional."""
     rounds: int | None = None
-    """Instead of each item's own number."""
+    """Number of timed rounds; None for the default of each item."""
     deadline: float = math.inf
-    """When the item at work should end, on the clock of `time.monotonic`."""
+    """Time at which the current item should end, on the clock of `time.monotonic`."""
     command: list[str] = field(default_factory=list)
     """Arguments of `benchmarks.run`."""
     out: Path | None = None
-    """Where the results go."""
+    """Folder of the results."""
     say: Callable[[str], None] = print
+    """Function that prints a line."""
 
     def pick(self, full: T, smoke: T, gpu: T | None = None) -> T:
-        """A size: that of a smoke test, else that for a GPU where it differs, else that for a CPU."""
+        """Return the size for a smoke test, for a GPU (``gpu``, if given), or otherwise for a CPU (``full``)."""
         if self.smoke:
             return smoke
         return gpu if gpu is not None and self.device == "cuda" else full
 
     def late(self) -> bool:
-        """Whether the item at work has had its time."""
+        """Return whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
     def part(self, parts: int) -> BenchPlan:
-        """Copy with a deadline after 1 / ``parts`` of the time that is left."""
+        """Return a copy whose deadline is after 1 / ``parts`` of the remaining time."""
         now = time.monotonic()
         return dataclasses.replace(self, deadline=now + (self.deadline - now) / parts)
 
     def file(self, name: str) -> Path | None:
-        """A file or folder of the data; None where it is not there."""
+        """Return the path of a file or folder in `data`; None if it does not exist."""
         path = self.data / name if self.data is not None else None
         return path if path is not None and path.exists() else None
 
     def command_line(self) -> str:
-        """The command without what is particular to this machine."""
+        """Return the command line, with this machine's paths replaced by PATH, DATA and OUT."""
         hidden = {str(path): "PATH" for path in self.peers.values()}
         hidden |= {str(path): name for path, name in ((self.data, "DATA"), (self.out, "OUT")) if path is not None}
         words = list(self.command)
@@ -89,17 +90,18 @@ def compare(
     agree: Agree | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Run contenders, ours first, in alternating rounds.
+    """Run contenders in alternating rounds.
 
     Args:
-        plan: its number of rounds overrides ``rounds``; after its deadline no round begins, except the first.
-        case: what they do, in a few words.
-        contenders: ours first.
-        metrics: the values of a round to keep.
-        rounds: number of timed rounds, after ``warmup`` others.
-        warmup: number of rounds that do not count.
-        together: how many contenders are started at once, if memory does not hold all; ours takes part in each group.
-        agree: the share of the second output that equals the first, which is ours.
+        plan: settings. Its number of rounds overrides ``rounds``; after its deadline only the first round starts.
+        case: title of the comparison, a few words.
+        contenders: contenders, restomod's first.
+        metrics: metrics to record.
+        rounds: number of timed rounds.
+        warmup: number of warm-up rounds.
+        together: number of contenders that run in one group, if memory is insufficient for all; None for one group.
+            The first contender is in every group.
+        agree: function of two outputs, restomod's first, that returns the equal share of them, 0 to 1.
         notes: remarks.
     """
     ours, others = contenders[0], list(contenders[1:])
@@ -113,7 +115,7 @@ def compare(
             plan.say(f"  absent: {name}: {why}")
         parts.append(comparison_of(case, [c.name for c in members], rows, metrics, absent, warmup, agree))
         if len(rows) < (plan.rounds or rounds):
-            parts[-1].notes.append("the time was up before all rounds were made")
+            parts[-1].notes.append("time limit reached before all rounds")
     first = functools.reduce(_joined, (part.entries[0] for part in parts))
     remarks = dict.fromkeys([*notes, *(note for part in parts for note in part.notes)])
     return Comparison(case, metrics, [first, *(e for part in parts for e in part.entries[1:])], warmup, list(remarks))
@@ -129,7 +131,18 @@ def comparison_of(
     agree: Agree | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Make a comparison of rounds: ``rows`` has a dictionary per round, by names of contenders not ``absent``."""
+    """Return the comparison of measured rounds.
+
+    Args:
+        case: title of the comparison.
+        names: names of all contenders, restomod's first.
+        rows: results by name for every round, without absent contenders.
+        metrics: metrics to record.
+        absent: reasons by name of the contenders that did not run.
+        warmup: number of warm-up rounds.
+        agree: function of two outputs, as for `compare`.
+        notes: remarks.
+    """
     absent = absent or {}
     mine = _entry(names[0], rows, absent, metrics, None, None)
     entries = [mine, *(_entry(name, rows, absent, metrics, mine, agree) for name in names[1:])]
@@ -137,7 +150,7 @@ def comparison_of(
 
 
 def _rounds(plan: BenchPlan, contenders: list[Contender], rounds: int, warmup: int) -> tuple[Rows, dict[str, str]]:
-    """The timed rounds of those who made all of them, and why the others did not."""
+    """Return the timed rounds of the contenders that completed all, and the reasons of the others by name."""
     rows: Rows = []
     absent: dict[str, str] = {}
     try:
@@ -169,7 +182,7 @@ def _try(contender: Contender, act: Callable[[], T], absent: dict[str, str]) -> 
         return act()
     except Absent as e:
         absent[contender.name] = str(e)
-        contender.stop()  # one that hangs would otherwise keep computing
+        contender.stop()  # a hanging process would slow the others down
         return None
 
 
@@ -181,7 +194,7 @@ def _entry(
     mine: Entry | None,
     agree: Agree | None,
 ) -> Entry:
-    """One contender's part of the rounds; ``mine`` is that of ours, where this is another's."""
+    """Return the entry of one contender; ``mine`` is restomod's entry, None for restomod itself."""
     if name in absent:
         return Entry(name, absent=absent[name])
     values = {
@@ -191,13 +204,13 @@ def _entry(
     }
     if mine is None or mine.absent is not None:
         return Entry(name, values)
-    beside = {metric: mine.values[metric] for metric in values if metric in mine.values}
+    paired = {metric: mine.values[metric] for metric in values if metric in mine.values}
     agreement = [agree(row[mine.name].output, row[name].output) for row in rows] if agree else []
-    return Entry(name, values, beside, agreement)
+    return Entry(name, values, paired, agreement)
 
 
 def _joined(first: Entry, more: Entry) -> Entry:
-    """Ours over several groups; absent from one, it is absent."""
+    """Join restomod's entries of several groups; absent in one group means absent."""
     if first.absent or more.absent:
         return Entry(more.name, absent=first.absent or more.absent)
     values = {name: [*first.values.get(name, []), *values] for name, values in more.values.items()}
@@ -205,5 +218,5 @@ def _joined(first: Entry, more: Entry) -> Entry:
 
 
 def together(contenders: int, each_bytes: float, available: int | None) -> int:
-    """Number of contenders of ``each_bytes`` that fit into memory at once, at least two."""
+    """Return the number of contenders, ``each_bytes`` each, that fit into ``available`` bytes, at least two."""
     return contenders if available is None else max(2, min(contenders, int(available / each_bytes)))

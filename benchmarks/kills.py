@@ -1,15 +1,14 @@
-"""Kill tests: tiny runs are killed at random moments, resumed, and compared with an undisturbed run.
+"""Kill tests: tiny runs are killed at random times, resumed, and compared with an undisturbed run.
 
     python -m benchmarks.kills [--kills 200] [--processes 1 2] [--seed 0] [--folder DIR]
 
-A run is begun, killed with SIGKILL at a random moment, resumed, killed again, and so on, until it is finished; then
-its last weights, the optimizer's state, the metrics and the samples are compared bit for bit with those of a run that
-was left alone. Before every resumption all checkpoints are verified. Half of the kills wait for a save to begin and
-strike within it. Of two processes either both are killed, or one, and then the other has to end by itself or on the
-SIGTERM that torchrun sends it.
+A run is killed with SIGKILL and resumed repeatedly until it finishes. Then its final weights, optimizer state, metrics
+and samples must equal those of an undisturbed run bit for bit. All checkpoints are verified before every resume. Half
+of the kills occur during a save. With two processes, either both are killed or one; in the second case the other must
+exit by itself or after the SIGTERM that torchrun sends.
 
-Every process is the command line itself, in a fork of a server that has imported torch. Exit code 1 if anything was
-lost, changed, refused or hanging.
+Every process runs the command line, forked from a server that has imported torch. The exit code is 1 if data was lost
+or changed, or if a process failed or hung.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ FLAGS = """
     --device cpu --precision fp32
 """
 WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never and or but with under over"
-PATIENCE = 120.0  # seconds for a run to end
-GRACE = 30.0  # seconds after which torchrun kills what it has asked to end
-TIMINGS = ("time", "ms", "data_ms", "tokens_per_second", "mfu")  # all else in metrics.jsonl is to be the same
+TIMEOUT = 120.0  # seconds for a complete run
+GRACE = 30.0  # seconds between SIGTERM and SIGKILL, as in torchrun
+TIMINGS = ("time", "ms", "data_ms", "tokens_per_second", "mfu")  # the other values of metrics.jsonl must be equal
 
-COLUMNS = ["processes", "kills", "before a checkpoint", "in a save", "between saves", "of one of two", "runs"]
+COLUMNS = ["processes", "kills", "before first checkpoint", "during a save", "between saves", "one of two", "runs"]
 COLUMNS += ["checkpoints verified", "problems"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -56,7 +55,7 @@ CONTEXT.set_forkserver_preload(["restomod.cli", "restomod.train.loop", "torch._d
 
 
 def process(environment: dict[str, str], arguments: list[str], log: Path) -> None:
-    """The command line, as torchrun would start it; the target of a fork."""
+    """Run the command line as torchrun starts it; the target of a forked process."""
     os.environ.update(environment)
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -65,7 +64,7 @@ def process(environment: dict[str, str], arguments: list[str], log: Path) -> Non
 
 
 def start(count: int, arguments: list[str], log: Path) -> tuple[list[BaseProcess], dist.Store | None]:
-    """Start the command in ``count`` processes; the store by which they find each other is to be kept meanwhile."""
+    """Start the command in ``count`` processes; the caller must keep the rendezvous store while they run."""
     store, environments = world(count) if count > 1 else (None, [{}])
     started: list[BaseProcess] = []
     for own in environments:
@@ -75,15 +74,15 @@ def start(count: int, arguments: list[str], log: Path) -> tuple[list[BaseProcess
 
 
 def ended(processes: list[BaseProcess], seconds: float) -> bool:
-    """Wait until all have ended, but not for more than ``seconds``."""
+    """Wait at most ``seconds`` for all processes, and return whether all have ended."""
     until = time.monotonic() + seconds
     for p in processes:
         p.join(max(0.0, until - time.monotonic()))
     return not any(p.is_alive() for p in processes)
 
 
-def wait_for_a_moment(run: Path, processes: list[BaseProcess], chance: random.Random, longest: float) -> None:
-    """Until a random moment of the run, in half of all cases one within a save, or until it ends."""
+def wait_randomly(run: Path, processes: list[BaseProcess], chance: random.Random, longest: float) -> None:
+    """Wait until a random time, in half of all cases during a save, or until the run ends."""
     if chance.random() < 0.5:
         ended(processes, chance.uniform(0, longest))
         return
@@ -98,29 +97,29 @@ def wait_for_a_moment(run: Path, processes: list[BaseProcess], chance: random.Ra
 
 
 def metrics(run: Path) -> list[dict[str, object]]:
-    """Records of a run without times."""
+    """Return the metrics of a run without `TIMINGS`."""
     return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_jsonl(run / "metrics.jsonl")]
 
 
 def samples(run: Path) -> list[dict[str, object]]:
-    """Texts that a run has generated."""
+    """Return the samples of a run."""
     return read_jsonl(run / "samples.jsonl")
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every tensor of the last checkpoint, and every other file."""
+    """Return the bytes of all tensors and files of the last checkpoint."""
     last = list_checkpoints(run)[-1]
     found = {"": last.name.encode()}
     for f in sorted(last.rglob("*")):
-        if f.suffix == ".safetensors":  # the order of metadata in its header varies
+        if f.suffix == ".safetensors":  # the order of its metadata varies
             found |= {f"{f.name}: {k}": v.numpy().tobytes() for k, v in load_file(f).items()}
-        elif f.is_file() and f.name != "COMPLETE":  # the hashes of the others
+        elif f.is_file() and f.name != "COMPLETE":  # hashes of the other files
             found[f.name] = f.read_bytes()
     return found
 
 
 class Trial:
-    """Kills runs of one number of processes, and counts."""
+    """Repeated kills of runs with ``count`` processes, and their statistics."""
 
     def __init__(self, count: int, folder: Path, chance: random.Random) -> None:
         self.count, self.folder, self.chance = count, folder / f"{count}-processes", chance
@@ -131,62 +130,62 @@ class Trial:
         self.flags = [*FLAGS.split(), "--data.path", str(folder / "text"), "--data.cache", str(folder / "data")]
 
     def command(self, run: Path) -> list[str]:
-        """Arguments that resume a run, or start it."""
+        """Return the arguments that resume ``run`` or start it."""
         if (run / "config.json").exists():
             return ["train", "--resume", str(run)]
         return ["train", "quickstart", "--out", str(run), *self.flags]
 
     def undisturbed(self) -> float:
-        """Make the run that is left alone; return its seconds."""
+        """Run the undisturbed reference, and return its seconds."""
         self.reference = self.folder / "reference"
-        ended(start(1, ["--version"], self.log)[0], PATIENCE)  # the server has imported torch
+        ended(start(1, ["--version"], self.log)[0], TIMEOUT)  # the server imports torch
         began = time.monotonic()
         processes, store = start(self.count, self.command(self.reference), self.log)
-        if not ended(processes, PATIENCE) or any(p.exitcode for p in processes):
+        if not ended(processes, TIMEOUT) or any(p.exitcode for p in processes):
             sys.exit(f"the undisturbed run failed; see {self.log}")
         del store
         return time.monotonic() - began
 
     def strike(self, run: Path, longest: float) -> bool:
-        """Begin or resume a run and kill it. Returns whether it was finished before."""
+        """Start or resume a run and kill it; return whether it finished before the kill."""
         self.verify(run)
         processes, store = start(self.count, self.command(run), self.log)
-        wait_for_a_moment(run, processes, self.chance, longest)
+        wait_randomly(run, processes, self.chance, longest)
         if not any(p.is_alive() for p in processes):
             return self.judge(run, processes)
         victims = processes if self.count == 1 or self.chance.random() < 0.5 else [self.chance.choice(processes)]
         for victim in victims:
             victim.kill()
-        if not ended(processes, 0.2):  # as torchrun does for those that are left
+        if not ended(processes, 0.2):  # torchrun sends SIGTERM to the remaining processes
             for p in processes:
                 p.terminate()
         if not ended(processes, GRACE):
-            self.problems.append(f"{run.name}: a process that was left alone hangs")
+            self.problems.append(f"{run.name}: the remaining process hangs after SIGTERM")
             for p in processes:
                 p.kill()
         del store
         if all(p.exitcode == 0 for p in processes if p not in victims) and all(v.exitcode == 0 for v in victims):
-            return self.judge(run, processes)  # too late
+            return self.judge(run, processes)  # finished before the kill
         self.tally["kills"] += 1
-        self.tally["of one of two"] += len(victims) < self.count
+        self.tally["one of two"] += len(victims) < self.count
         saving = any((run / "checkpoints").glob(".restomod.*.tmp"))
-        where = "in a save" if saving else "between saves" if list_checkpoints(run) else "before a checkpoint"
+        where = "during a save" if saving else "between saves" if list_checkpoints(run) else "before first checkpoint"
         self.tally[where] += 1
         return False
 
     def finish(self, run: Path) -> None:
-        """Let a run come to its end."""
+        """Run to the last step without a kill."""
         self.verify(run)
         processes, store = start(self.count, self.command(run), self.log)
-        if not ended(processes, PATIENCE):
-            self.problems.append(f"{run.name}: does not end")
+        if not ended(processes, TIMEOUT):
+            self.problems.append(f"{run.name}: still running after {TIMEOUT:g} s")
             for p in processes:
                 p.kill()
         del store
         self.judge(run, processes)
 
     def judge(self, run: Path, processes: list[BaseProcess]) -> bool:
-        """Compare a finished run with the reference; a run that failed is a problem, and given up."""
+        """Compare an ended run with the reference and record all problems; return True."""
         self.tally["runs"] += 1
         codes = [p.exitcode for p in processes]
         if any(codes):
@@ -196,11 +195,12 @@ class Trial:
             if read(run) != read(self.reference):
                 self.problems.append(f"{run.name}: {what} differ")
         if any(run.rglob(".restomod.*.tmp")):
-            self.problems.append(f"{run.name}: something half written is left")
+            self.problems.append(f"{run.name}: a temporary file remains")
         self.verify(run)
         return True
 
     def verify(self, run: Path) -> None:
+        """Verify all checkpoints of a run and record the damaged ones."""
         for checkpoint in list_checkpoints(run):
             self.tally["checkpoints verified"] += 1
             try:
@@ -209,7 +209,7 @@ class Trial:
                 self.problems.append(f"{run.name}: {e}")
 
     def go(self, kills: int) -> None:
-        """Kill as often, then let the last run finish."""
+        """Kill runs ``kills`` times, then finish the last run."""
         longest = self.undisturbed()
         number = 0
         run = self.folder / f"run_{number:03d}"
@@ -223,11 +223,14 @@ class Trial:
 
 
 def main() -> int:
+    """Run the kill tests and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="in all")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="a new folder for the runs; kept")
+    parser.add_argument("--kills", type=int, default=200, help="total number of kills (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to test (default: 1 2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="new folder for the runs, which is kept")
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -247,7 +250,7 @@ def main() -> int:
             }
             print("  ".join(f"{tally[name]:>{len(name)}}" for name in COLUMNS))
         problems = [f"{trial.count} processes: {problem}" for trial in trials for problem in trial.problems]
-        print("\n".join(problems) or "every run ended as the one that was left alone, bit for bit")
+        print("\n".join(problems) or "all runs equal the undisturbed run bit for bit")
         print(f"seed {arguments.seed}, {time.monotonic() - began:.0f} s")
         if problems and trials:
             print((trials[-1].log.read_text() if trials[-1].problems else trials[0].log.read_text())[-3000:])

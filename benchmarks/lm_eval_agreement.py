@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e '.[lm-eval]'
     python -m benchmarks.lm_eval_agreement MODEL_FOLDER hellaswag_val.jsonl [--examples 500]
 
-The harness runs unmodified on the exported folder, with a task that reads the same file, and no network.
+The harness runs unmodified on the exported folder, offline, with a task that reads the same file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ metric_list:
 
 
 def evaluate_by_harness(folder: Path, file: Path, examples: int) -> dict[str, Any]:
-    """Return the results of lm-evaluation-harness, with its samples."""
+    """Return the results of lm-evaluation-harness, including its samples."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -59,6 +59,7 @@ def evaluate_by_harness(folder: Path, file: Path, examples: int) -> dict[str, An
 
 
 def main() -> None:
+    """Score the examples with restomod and with the harness, and print the agreement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
@@ -72,7 +73,7 @@ def main() -> None:
     print({name: (e.value, e.stderr) for name, e in ours.metrics.items()}, f"{ours.seconds:.0f} s", flush=True)
     for batch in (1, 8, 32):
         same = score_task(model, loaded, batch).choices == ours.choices
-        print(f"batch {batch}: all choices are {'the same' if same else 'NOT the same'}", flush=True)
+        print(f"batch size {batch}: choices {'equal' if same else 'DIFFER'}", flush=True)
 
     began = time.perf_counter()
     report = evaluate_by_harness(given.folder, given.file, given.examples)
@@ -80,11 +81,11 @@ def main() -> None:
     print(f"lm-evaluation-harness: {report['results']['local_hellaswag']}, {time.perf_counter() - began:.0f} s")
     for name in ("acc", "acc_norm"):
         hits = [a == b for a, b in zip(ours.choices[name], ours.gold, strict=True)]
-        alike = sum(bool(sample[name]) == hit for sample, hit in zip(samples, hits, strict=True))
-        print(f"{name}: {alike} of {len(samples)} judged alike")
+        equal = sum(bool(sample[name]) == hit for sample, hit in zip(samples, hits, strict=True))
+        print(f"{name}: same result for {equal} of {len(samples)} examples")
     likeliest = [int(np.argmax([answer[0][0] for answer in sample["resps"]])) for sample in samples]
     equal = sum(a == b for a, b in zip(likeliest, ours.choices["acc"], strict=True))
-    print(f"acc: {equal} of {len(samples)} choices are the same")
+    print(f"acc: same choice for {equal} of {len(samples)} examples")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Environment of a measurement: machine, packages, revisions of the peers."""
+"""Environment of a measurement: machine, packages and revisions of other projects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("numpy", "tiktoken", "tokie", "transformers", "tokenizers", "litgpt"
 
 
 def environment(plan: BenchPlan) -> dict[str, Any]:
-    """A run's `environment.json`, plus processors, memory, load, packages and revisions of the peers."""
+    """Return the environment of a run plus processors, memory, load, packages and revisions of other projects."""
     device = torch.device(plan.device)
     about = of_run(describe_device(device), dtype_name(choose_dtype("auto", device)))
     return about | {
@@ -36,7 +36,7 @@ def environment(plan: BenchPlan) -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Version of a package; None where it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -44,7 +44,7 @@ def version(package: str) -> str | None:
 
 
 def revision(checkout: Path) -> str | None:
-    """The commit of a folder: of the git work tree whose root it is, or in the file REVISION of a copy."""
+    """Return the commit of a checkout, from its file REVISION or from git; None if unknown."""
     if (checkout / "REVISION").exists():
         return (checkout / "REVISION").read_text().strip()
     if not (checkout / ".git").exists():

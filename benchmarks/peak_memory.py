@@ -1,9 +1,9 @@
-"""Seconds and peak memory of the largest process of a command.
+"""Seconds of a command, and peak memory of its largest process.
 
     python -m benchmarks.peak_memory restomod prepare big.txt --out tokens --workers 1
 
-With --json the command's own output goes to standard error and one line of JSON to standard output. The launcher is a
-process of its own, and small: a program inherits the peak of whoever starts it.
+With --json the command's output goes to standard error and one line of JSON to standard output. The launcher is a
+separate small process because a program inherits the peak memory of its parent.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 
 
 def main() -> int:
+    """Run the command and return its exit code, 0 with --json."""
     arguments = sys.argv[1:]
     as_json = arguments[:1] == ["--json"]
     start = time.perf_counter()
@@ -25,7 +26,7 @@ def main() -> int:
         print(f"{arguments[as_json]}: {e.strerror}", file=sys.stderr)
         code = 127
     seconds = time.perf_counter() - start
-    # of children it is right on Linux too: they begin with what this process holds, which is next to nothing
+    # on Linux the children inherit the peak of this process, which is small
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if as_json:
         print(json.dumps({"seconds": seconds, "peak_bytes": peak, "code": code}))

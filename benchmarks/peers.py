@@ -1,7 +1,7 @@
-"""Training steps of GPT-2 124M as other projects make them: their classes and optimizers, from their files as shipped.
+"""Training steps of GPT-2 124M in other projects, with their unmodified model and optimizer classes.
 
-The lines of their loops are repeated here, with what their scripts choose by default on the device: precision,
-compilation, clipping. Each function takes the same and returns a step, which returns its loss.
+The few lines of their training loops are repeated here, with the defaults of their scripts for precision, torch.compile
+and gradient clipping. Each function returns a step, a function that updates the model and returns the loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PADDED_VOCABULARY = 50304
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a GPT-2."""
+    """Sizes of a GPT-2 model."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -36,28 +36,31 @@ class Shape:
     n_positions: int = 1024
 
     def nanogpt_sizes(self) -> dict[str, int]:
-        """As nanoGPT and its descendants name them."""
+        """Return the sizes by nanoGPT's parameter names."""
         return {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "block_size": self.n_positions}
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Shape, tokens and code of a training step."""
+    """Model sizes, tokens and source code of a training step."""
 
     shape: Shape
+    """Sizes of the model."""
     x: Tensor
+    """Tokens, (B, T), int64, on the device."""
     y: Tensor
-    """Tokens and targets, (B, T), on the device."""
+    """Targets, (B, T), int64, on the device."""
     path: Path | None
-    """The checkout of the project."""
+    """Checkout of the project; None for a package."""
 
     @property
     def device(self) -> torch.device:
+        """Device of the tokens."""
         return self.x.device
 
 
 def clipped_step(loss_of: Callable[[], Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """The step that most of these projects make: backward, clip the gradients' norm to 1, update."""
+    """Return the step of most of these projects: backward, gradient clipping to norm 1, update."""
 
     def step() -> float:
         loss = loss_of()
@@ -71,7 +74,7 @@ def clipped_step(loss_of: Callable[[], Tensor], model: torch.nn.Module, optimize
 
 
 def restomod(inputs: StepInputs, compiled: bool, change: Callable[[GPT], None] = lambda model: None) -> Step:
-    """Ours, as `restomod train gpt2-124m` makes it; ``change`` is called with the model before it is compiled."""
+    """Return the step of `restomod train gpt2-124m`; ``change`` is called with the model before torch.compile."""
     from restomod.config.presets import preset
     from restomod.engine.device import choose_dtype, compile_module, keep_freed_memory
     from restomod.engine.distributed import SINGLE
@@ -95,7 +98,7 @@ def restomod(inputs: StepInputs, compiled: bool, change: Callable[[GPT], None] =
 
 
 def transformers(inputs: StepInputs) -> Step:
-    """GPT2LMHeadModel with what `Trainer` does in a step: bf16 where the device has it, fused AdamW, clip to 1."""
+    """Return the step of transformers' GPT2LMHeadModel with `Trainer`: mixed precision, fused AdamW, clipping to 1."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from restomod.engine.device import autocast, choose_dtype
@@ -110,14 +113,14 @@ def transformers(inputs: StepInputs) -> Step:
 
     def loss_of() -> Tensor:
         with autocast(device, dtype):
-            # the model itself shifts labels by one; a position whose target is known is one of x
+            # the model shifts labels by one position
             return model(input_ids=inputs.x, labels=inputs.x).loss
 
     return clipped_step(loss_of, model, optimizer)
 
 
 def litgpt(inputs: StepInputs) -> Step:
-    """Litgpt's GPT with the lines of its pretrain.py. It has no GPT-2: rotary positions, else the same sizes."""
+    """Return the step of litgpt's pretrain.py with GPT-2's sizes and RoPE; litgpt has no GPT-2."""
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 
@@ -141,7 +144,7 @@ def litgpt(inputs: StepInputs) -> Step:
 
 
 def build_nanogpt(inputs: StepInputs) -> Step:
-    """train_gpt2.py: bf16 on every device, not compiled."""
+    """Return the step of build-nanogpt's train_gpt2.py: bf16 on every device, eager."""
     names = definitions(_file(inputs.path, "train_gpt2.py"))
     names["master_process"] = False
     torch.set_float32_matmul_precision("high")
@@ -158,7 +161,7 @@ def build_nanogpt(inputs: StepInputs) -> Step:
 
 
 def nanogpt(inputs: StepInputs) -> Step:
-    """train.py: on a GPU bf16 and compiled; on a CPU, as its README says, fp32 and not compiled."""
+    """Return the step of nanoGPT's train.py: bf16 and compiled on a GPU; fp32 and eager on a CPU, as in its README."""
     names = definitions(_file(inputs.path, "model.py"))
     shape, device = inputs.shape, inputs.device
     sizes = shape.nanogpt_sizes()
@@ -178,13 +181,13 @@ def nanogpt(inputs: StepInputs) -> Step:
 
 
 def nanochat(inputs: StepInputs) -> Step:
-    """base_train.py: its own architecture (value embeddings, untied lm_head) and its own Muon, compiled."""
+    """Return the step of nanochat's base_train.py: value embeddings, untied lm_head, Muon, compiled."""
     file = _file(inputs.path, "nanochat/gpt.py")
     sys.path.insert(0, str(file.parents[1].absolute()))
     from nanochat.gpt import GPT, GPTConfig
 
     shape, device = inputs.shape, inputs.device
-    heads = max(1, shape.n_embd // 128)  # base_train.py: 128 of width each
+    heads = max(1, shape.n_embd // 128)  # base_train.py: head size 128
     sizes = {"n_layer": shape.n_layer, "n_head": heads, "n_kv_head": heads, "n_embd": shape.n_embd}
     with torch.device("meta"):
         model = GPT(GPTConfig(**sizes, vocab_size=PADDED_VOCABULARY, sequence_len=inputs.x.shape[1]))
@@ -212,17 +215,17 @@ NAMES = ", ".join(CHECKOUTS)
 
 
 def parse(peer: str) -> tuple[str, Path]:
-    """NAME=PATH of a command line. Raises UserError for another name or a folder that is not there."""
+    """Parse NAME=PATH of --peer; raises UserError if the name is unknown or the folder does not exist."""
     name, _, path = peer.partition("=")
     if name not in CHECKOUTS:
         raise UserError(f"unknown peer {name!r}{did_you_mean(name, CHECKOUTS)}")
     if not Path(path).is_dir() or not path:
-        raise UserError(f"--peer {peer}: no such folder; clone the project and name its folder: --peer {name}=PATH")
+        raise UserError(f"--peer {peer}: no such folder; clone the project and give its folder, --peer {name}=PATH")
     return name, Path(path)
 
 
 def definitions(path: Path) -> dict[str, Any]:
-    """The imports, classes and functions of a script, without what it does."""
+    """Return the imports, classes and functions of a script without running its other statements."""
     kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if isinstance(node, kept) and "hellaswag" not in ast.unparse(node)[:40]]
@@ -234,7 +237,7 @@ def definitions(path: Path) -> dict[str, Any]:
 
 def _file(checkout: Path | None, name: str) -> Path:
     if checkout is None:
-        raise Absent("no checkout was named")
+        raise Absent("no checkout given with --peer")
     if not (checkout / name).exists():
-        raise Absent(f"its folder holds no {name}")
+        raise Absent(f"the checkout has no file {name}")
     return checkout / name

@@ -1,4 +1,4 @@
-"""Plots of measurements: how many times better ours is, with intervals, and numbers over time."""
+"""Plots of measurements: advantage of restomod over every peer with intervals, and curves over time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BETTER, WORSE = "#1b7f4d", "#b3402a"
 
 
 def advantages(items: dict[str, Item]) -> list[tuple[str, Ratio]]:
-    """For every contender beside ours and every metric: how many times better ours is, more than 1 if it is."""
+    """Return a label and restomod's advantage, above 1 if restomod is better, for every peer and metric."""
     found = []
     for item in items.values():
         for comparison in item.comparisons:
@@ -25,22 +25,22 @@ def advantages(items: dict[str, Item]) -> list[tuple[str, Ratio]]:
                 for entry in comparison.entries[1:]:
                     ratio = ratio_of(entry, metric) if entry.absent is None else None
                     if ratio is not None:
-                        label = f"{item.title}, {comparison.case}: {metric.name}, beside {entry.name}"
+                        label = f"{item.title}, {comparison.case}: {metric.name}, compared with {entry.name}"
                         found.append((label, advantage(ratio, metric)))
     return found
 
 
 def draw(items: dict[str, Item], path: Path) -> None:
-    """Write a PNG file; nothing where nothing can be drawn.
+    """Write a PNG file, or no file if there is nothing to draw.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     ratios, series = advantages(items), [one for item in items.values() for one in item.series]
     if not ratios and not series:
         return
     heights = ([0.6 + 0.24 * len(ratios)] if ratios else []) + [2.2] * len(series)
-    subject = "restomod: how many times better, median of the rounds and 95 % interval" if ratios else "restomod"
+    subject = "Advantage of restomod (above 1: better), median and 95 % interval" if ratios else "restomod"
     figure = new_figure(subject, 12, 1 + sum(heights))
     every = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     if ratios:
@@ -60,7 +60,7 @@ def draw(items: dict[str, Item], path: Path) -> None:
 def _forest(axes: Axes, ratios: list[tuple[str, Ratio]]) -> None:
     for y, (_, ratio) in enumerate(reversed(ratios)):
         low, high, color = ratio.median, ratio.median, INK
-        if ratio.low is not None and ratio.high is not None:  # of one round nobody knows
+        if ratio.low is not None and ratio.high is not None:  # one round has no interval
             low, high = ratio.low, ratio.high
             color = BETTER if low > 1 else WORSE if high < 1 else INK
         axes.plot([low, high], [y, y], color=color, linewidth=2, solid_capstyle="butt")

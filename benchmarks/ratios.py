@@ -1,4 +1,4 @@
-"""Ratios of measurements, ours to theirs, with bootstrap intervals; and where others are ahead, with the reason."""
+"""Ratios of measurements, restomod divided by a peer, with bootstrap intervals and reasons where a peer is ahead."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from benchmarks.records import Comparison, Entry, Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-NOISE = 0.02  # a smaller relative difference is none
+NOISE = 0.02  # smaller relative differences count as equal
 NO_REASON = "no reason is known yet"
-# why others are ahead, by contender and metric; a test fails where a committed measurement has no reason
+# reasons by contender and metric where a peer is ahead; a test fails if a committed measurement has none
 REASONS: dict[tuple[str, str], str] = {
-    ("python, doing nothing", "seconds"): "a floor and no rival, the interpreter alone",
-    ("python, doing nothing", "peak memory"): "a floor and no rival, the interpreter alone",
+    ("empty Python program", "seconds"): "a lower bound, the interpreter only",
+    ("empty Python program", "peak memory"): "a lower bound, the interpreter only",
     ("torch.save", "load"): (
-        "restomod first compares every byte with its SHA-256, which takes most of that time; torch.load does not"
+        "restomod verifies the SHA-256 of every file first, which takes most of the time; torch.load does not"
     ),
-    ("1 process, one thread each", "peak memory"): "two processes hold buckets of gradients to exchange",
-    ("gpt2", "tokens/s"): "Muon and the modern parts compute more for each token, and need fewer tokens",
+    ("1 process, one thread each", "peak memory"): "with two processes, DDP allocates buckets of gradients",
+    ("gpt2", "tokens/s"): "Muon and the modern parts need more compute per token, and fewer tokens",
 }
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A number of ours divided by theirs."""
+    """Ratio of a measured number, restomod divided by a peer."""
 
     median: float
     """Median of the rounds."""
     low: float | None
     """Lower end of the interval; None for a single round."""
     high: float | None
-    """Upper end."""
+    """Upper end of the interval; None for a single round."""
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """The median of ours / theirs over rounds in which both ran, with its bootstrap interval.
+    """Return the median over rounds of ours / theirs, with its percentile bootstrap interval.
 
-    Rounds are drawn again with replacement, as pairs, so that what slows both down in a round cancels; the interval
-    runs between percentiles of the medians (Efron and Tibshirani, 1993, section 13.3). It is the same at every call.
+    Rounds are resampled in pairs, so a slow machine in one round cancels (Efron and Tibshirani, 1993, section 13.3).
+    The seed is fixed, so the result is reproducible.
 
     Args:
-        ours, theirs: one value per round, in the order of the rounds; positive.
+        ours: positive values of restomod, one per round.
+        theirs: positive values of the peer in the same rounds.
 
     Raises:
-        ValueError: there are no rounds, or not equally many.
+        ValueError: there are no rounds, or the numbers of rounds differ.
     """
     ratios = np.array([a / b for a, b in zip(ours, theirs, strict=True)])
     if len(ratios) == 0:
@@ -62,15 +63,15 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def ratio_of(entry: Entry, metric: Metric) -> Ratio | None:
-    """Ours divided by this contender's; None where one of them lacks the metric."""
-    ours, theirs = entry.beside.get(metric.name), entry.values.get(metric.name)
+    """Return the ratio of restomod to a contender; None if either has no value of the metric."""
+    ours, theirs = entry.paired.get(metric.name), entry.values.get(metric.name)
     if not ours or not theirs or min(theirs) <= 0:
         return None
     return paired_ratio(ours, theirs)
 
 
 def advantage(ratio: Ratio, metric: Metric) -> Ratio:
-    """How many times better ours is: the ratio, or its reciprocal where less is better."""
+    """Return the advantage of restomod: the ratio, or its reciprocal if lower values are better."""
     if metric.better == "higher":
         return ratio
     low, high = ratio.low, ratio.high
@@ -78,7 +79,7 @@ def advantage(ratio: Ratio, metric: Metric) -> Ratio:
 
 
 def is_ahead(entry: Entry, metric: Metric) -> bool:
-    """Whether a contender is better than ours by more than noise."""
+    """Return whether a contender is better than restomod by more than noise."""
     ratio = ratio_of(entry, metric)
     if ratio is None:
         return False
@@ -87,7 +88,7 @@ def is_ahead(entry: Entry, metric: Metric) -> bool:
 
 
 def ahead(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Contenders that are ahead of ours: name, metric, reason."""
+    """Return name, metric and reason for contenders that are ahead of restomod."""
     return [
         (entry.name, metric.name, REASONS.get((entry.name, metric.name), NO_REASON))
         for entry in comparison.entries[1:]

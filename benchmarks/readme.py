@@ -1,12 +1,16 @@
-"""The tables of measured numbers in README.md and docs/, generated from `benchmarks/results/*.json`.
+"""Generator of the benchmark tables in README.md and docs/ from `benchmarks/results/*.json`.
 
-    python -m benchmarks.readme            # write them
-    python -m benchmarks.readme --check    # exit code 1, and what differs, where a page and the measurements disagree
+    python -m benchmarks.readme            # write the tables
+    python -m benchmarks.readme --check    # print differences and exit with 1 if a page is outdated
 
-A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`; what is between is replaced. NAME is `cpu` for the headlines
-of results/cpu.json, `cpu/step` for all that was measured of one item, or `cpu/all` for all of all; `gpu`, `gpu/step`
-and `gpu/all` likewise of results/gpu.json; `scale/data`, `scale/steps` and `scale/predictions` for the tables of
-results/scale.json.
+The text between `<!-- bench:NAME -->` and `<!-- /bench -->` is replaced. NAME is one of:
+
+    cpu               a few rows of results/cpu.json with the best peer of each
+    cpu/peers         all comparisons with peers, one row each
+    cpu/step          all results of one item
+    cpu/all           all results of all items
+    gpu, gpu/...      the same for results/gpu.json
+    scale/data, scale/steps, scale/predictions    tables of results/scale.json
 """
 
 from __future__ import annotations
@@ -28,17 +32,22 @@ from restomod.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = re.compile(r"^<!-- bench:(?P<name>\S+) -->$"), "<!-- /bench -->"
-ALL = "all"
+ALL, PEERS = "all", "peers"
 HOW = {"cpu": "make bench OUT=benchmarks/results", "gpu": "OUT=measure benchmarks/gpu/measure.sh"}
 
 
 def pages(root: Path) -> list[Path]:
-    """Where tables may stand."""
+    """Return the pages that can have tables."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def rendered(text: str, results: Path, where: str) -> str:
-    """Return a page with its tables generated from ``results``; ``where`` names the page in messages.
+    """Return a page with its tables generated.
+
+    Args:
+        text: text of the page.
+        results: folder of the results.
+        where: name of the page for messages.
 
     Raises:
         UserError: a marker has no end or an unknown name, or a file of results is damaged.
@@ -46,7 +55,7 @@ def rendered(text: str, results: Path, where: str) -> str:
     lines, out = iter(enumerate(text.split("\n"), 1)), []
     for number, line in lines:
         if line == END:
-            raise UserError(f"{where}, line {number}: {END} without a beginning")
+            raise UserError(f"{where}, line {number}: {END} without a begin marker")
         out.append(line)
         begin = BEGIN.match(line)
         if begin is None:
@@ -63,25 +72,27 @@ def rendered(text: str, results: Path, where: str) -> str:
 
 
 def content(name: str, results: Path, where: str) -> str:
-    """Markdown to put between the markers of ``name``."""
+    """Return the Markdown for the marker ``name``."""
     machine, _, item = name.partition("/")
     if machine == "scale":
-        return of_scale(item, results / "scale.json", where)
+        return scale_table(item, results / "scale.json", where)
     if machine not in HOW:
         raise UserError(f"{where}: unknown results {machine!r}{did_you_mean(machine, HOW)}")
-    known = (*ITEMS, *(gpu.ITEMS if machine == "gpu" else ()), ALL)
+    known = (*ITEMS, *(gpu.ITEMS if machine == "gpu" else ()), ALL, PEERS)
     if item and item not in known:
         raise UserError(f"{where}: unknown item {item!r}{did_you_mean(item, known)}")
     items = records.read(results / f"{machine}.json")
     if items and not item:
-        return table.headlines(items)
+        return table.summary(items)
+    if items and item == PEERS:
+        return table.peer_table(items)
     if items and item == ALL:
         return table.page(items, "###").rstrip()
     return table.body(items[item]) if item in items else f"*Not measured yet: `{HOW[machine]}`.*"
 
 
-def of_scale(part: str, file: Path, where: str) -> str:
-    """A table of the simulation of scale."""
+def scale_table(part: str, file: Path, where: str) -> str:
+    """Return a table of the simulation of scale."""
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
         "data": lambda found: scale.data_lines(found["data"]),
         "steps": lambda found: scale.step_lines(found["steps"]),
@@ -95,11 +106,11 @@ def of_scale(part: str, file: Path, where: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Returns 0; 1 with --check where a page has drifted; 2 for what the user can mend."""
+    """Write or check the tables and return the exit code: 0, 1 if --check finds a difference, 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is outdated")
     check = parser.parse_args(arguments).check
-    drifted = False
+    outdated = False
     try:
         for page in pages(root):
             before = page.read_text(encoding="utf-8")
@@ -107,7 +118,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             after = rendered(before, root / "benchmarks" / "results", name)
             if after == before:
                 continue
-            drifted = True
+            outdated = True
             if check:
                 diff = difflib.unified_diff(before.splitlines(), after.splitlines(), name, "as measured", "", "", 1, "")
                 print("\n".join(diff))
@@ -117,9 +128,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except (UserError, OSError) as e:
         print(f"benchmarks: error: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
-    if check and drifted:
-        print("these pages are not what was measured: run `python -m benchmarks.readme`", file=sys.stderr)
-    return int(check and drifted)
+    if check and outdated:
+        print("outdated tables: run `python -m benchmarks.readme`", file=sys.stderr)
+    return int(check and outdated)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Measurements and their JSON: raw values of every round, from which tables and plots are computed."""
+"""Measurements and their JSON file, with the raw values of every round, from which tables and plots are computed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,75 +17,92 @@ from restomod.utils.json_files import read_json
 
 Values = dict[str, float]
 
+RENAMED = Path(__file__).with_name("renamed.json")  # current names of fields and titles in earlier measurements
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is measured."""
+    """Measured quantity."""
 
     name: str
+    """Name, such as "peak memory"."""
     unit: str
-    """Empty where the name says it (tokens/s)."""
+    """Unit; empty if the name includes it (tokens/s)."""
     better: Literal["higher", "lower"]
+    """Direction that is better."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender of a comparison."""
+    """Results of one contender of a comparison."""
 
     name: str
+    """Name of the contender."""
     values: dict[str, list[float]] = field(default_factory=dict)
-    """By metric, one value per round."""
-    beside: dict[str, list[float]] = field(default_factory=dict)
-    """By metric, the first contender's values in the same rounds."""
+    """One value per round, by name of the metric."""
+    paired: dict[str, list[float]] = field(default_factory=dict)
+    """Values of the first contender in the same rounds, by name of the metric."""
     agreement: list[float] = field(default_factory=list)
-    """Per round, the share of the output that equals the first contender's; empty where it is not compared."""
+    """Share of the output that equals the first contender's, 0 to 1, per round; empty if outputs are not compared."""
     absent: str | None = None
-    """Why it did not take part; None if it did."""
+    """Reason why the contender did not run; None if it ran."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contenders that did the same, in turns. The first is ours."""
+    """Results of contenders that did the same work in alternating rounds; the first is restomod."""
 
     case: str
+    """Title, a few words."""
     metrics: list[Metric]
+    """Measured quantities."""
     entries: list[Entry]
+    """Results by contender."""
     warmup: int
-    """Rounds before those that count."""
+    """Number of warm-up rounds, which are not recorded."""
     notes: list[str] = field(default_factory=list)
+    """Remarks."""
 
     @property
     def rounds(self) -> int:
-        """Number of rounds of the first contender."""
+        """Number of timed rounds of the first contender."""
         return max((len(values) for values in self.entries[0].values.values()), default=0)
 
 
 @dataclass(frozen=True)
 class Series:
-    """A number over time, or over steps."""
+    """Curve of a quantity over time or steps."""
 
     case: str
+    """Title, a few words."""
     x: str
+    """Name and unit of the horizontal axis."""
     y: str
-    """Name and unit of either axis."""
+    """Name and unit of the vertical axis."""
     points: list[tuple[float, float]]
+    """Points (x, y)."""
     published: list[tuple[float, float]] = field(default_factory=list)
-    """Points of the same curve that others have published."""
+    """Points (x, y) of the same curve in a published run."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A subject that was measured."""
+    """Results of one benchmark."""
 
     title: str
+    """Title."""
     comparisons: list[Comparison] = field(default_factory=list)
+    """Comparisons with peers."""
     series: list[Series] = field(default_factory=list)
+    """Curves."""
     left_out: list[str] = field(default_factory=list)
-    """Parts that were not measured, with the reason."""
+    """Parts that were not measured, each with the reason."""
     notes: list[str] = field(default_factory=list)
+    """Remarks."""
     seconds: float = 0.0
+    """Duration of the measurement."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """See `benchmarks.machine`."""
+    """Environment from `benchmarks.machine`."""
 
 
 class File(TypedDict):
@@ -95,25 +113,36 @@ class File(TypedDict):
 
 
 def to_dict(items: dict[str, Item]) -> dict[str, Any]:
-    """For JSON."""
+    """Return items as JSON values."""
     return {"format": 1, "items": {name: dataclasses.asdict(item) for name, item in items.items()}}
 
 
 def write(path: Path, items: dict[str, Item]) -> None:
-    """Write the file, whole or not at all; raises UserError where that is refused."""
+    """Write the file atomically; raises UserError if the system reports an error."""
     write_json_atomically(path, to_dict(items))
 
 
 def read(path: Path) -> dict[str, Item]:
-    """The items of a file; none where there is no file.
+    """Return the items of a file; empty if the file does not exist.
 
     Raises:
-        UserError: it is damaged, or of another format.
+        UserError: the file is damaged or has another format.
     """
     if not path.exists():
         return {}
+    names: dict[str, str] = json.loads(RENAMED.read_text(encoding="utf-8"))
     try:
-        return TypeAdapter(File).validate_python(read_json(path, "file of measurements"))["items"]
+        content = _renamed(read_json(path, "file of measurements"), names)
+        return TypeAdapter(File).validate_python(content)["items"]
     except ValidationError as e:
         reason = e.errors()[0]["msg"]
-        raise UserError(f"{path} is not what `python -m benchmarks.run` writes ({reason}); delete it") from None
+        raise UserError(f"{path}: not a file of `python -m benchmarks.run` ({reason}); delete it") from None
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """Return JSON values with keys and texts replaced by their names in `RENAMED`."""
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_renamed(one, names) for one in value]
+    return names.get(value, value) if isinstance(value, str) else value

@@ -1,9 +1,9 @@
-"""Runs all benchmarks, or some, and writes JSON, Markdown and a picture.
+"""Runner of the benchmarks, which writes JSON, Markdown and a plot.
 
     python -m benchmarks.run [--only step,loss] [--smoke] [--peer build-nanogpt=PATH] [--data DIR] [--out FOLDER]
 
-Every item writes its results as soon as it is finished: FOLDER/cpu.json (gpu.json on a GPU) holds the raw values,
-cpu.md the tables, cpu.png the picture. What another run has measured there and this one does not is kept.
+Results are written after every item: the raw values to FOLDER/cpu.json (gpu.json on a GPU), the tables to cpu.md, the
+plot to cpu.png. Earlier results of other items in FOLDER are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from restomod.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from restomod.utils.files import write_text_atomically
 
 MINE = Path(__file__).parent / "results" / "mine"
-MINUTES = {  # what each item may take of a whole run; in proportion where there is more or less time, in this order
+MINUTES = {  # time limit of each item, in order; --minutes scales all
     "cpu": {
         "startup": 2.0,
         "tokenizing": 1.0,
@@ -62,31 +62,37 @@ ON_REQUEST = ("shakespeare",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 if all that was asked for was measured, 1 if an item failed, 2 for a user's mistake."""
+    """Run the benchmarks and return the exit code: 0 for success, 1 if an item failed, 2 for a user error."""
     try:
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as e:
         print(f"benchmarks: error: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("benchmarks: stopped; what was finished is written", file=sys.stderr)
+        print("benchmarks: stopped; the results of finished items are written", file=sys.stderr)
         return 130
 
 
 def run(arguments: list[str]) -> int:
-    """Measure what ``arguments`` ask for. Raises UserError for what the user can mend."""
+    """Run the benchmarks that ``arguments`` select and return 0, or 1 if an item failed.
+
+    Raises:
+        UserError: an argument is invalid or a folder is unusable.
+    """
     given = _parser().parse_args(arguments)
     device = choose_device(given.device).type
     if device not in MINUTES:
-        device = "cpu"  # nothing here measures MPS
+        device = "cpu"  # MPS is not measured
     items = chosen_items(given.only, device)
     require_size("--rounds", given.rounds)
     if given.data is not None and not given.data.is_dir():
-        raise UserError(f"{given.data}: no such folder; without --data the source of Python's library is measured on")
+        raise UserError(
+            f"--data {given.data}: no such folder; omit --data to use the source of Python's standard library"
+        )
     try:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"{given.out}: cannot make this folder ({e.strerror}); choose another with --out") from None
+        raise UserError(f"{given.out}: cannot create this folder ({e.strerror}); choose another with --out") from None
     file = given.out / f"{'gpu' if device == 'cuda' else 'cpu'}.json"
     if given.smoke:
         items = dict.fromkeys(items, 5.0)
@@ -105,14 +111,14 @@ def run(arguments: list[str]) -> int:
             out=given.out,
             say=lambda text: print(text, flush=True),
         )
-        print(f"{table.machine(environment(plan))}; at most about {minutes:g} minutes", flush=True)
+        print(f"{table.machine(environment(plan))}; time limit about {minutes:g} minutes", flush=True)
         end = time.monotonic() + 60 * minutes
         for number, name in enumerate(items):
             left = dict(list(items.items())[number:])
             plan.deadline = time.monotonic() + (end - time.monotonic()) * items[name] / sum(left.values())
             print(f"\n{name} …", flush=True)
             try:
-                with tempfile.TemporaryDirectory(dir=scratch) as own:  # deleted at once: a checkpoint takes gigabytes
+                with tempfile.TemporaryDirectory(dir=scratch) as own:  # per item, as checkpoints take gigabytes
                     item = measured(name, dataclasses.replace(plan, scratch=Path(own)))
             except Exception as e:
                 failed.append(name)
@@ -136,14 +142,14 @@ def measured(name: str, plan: BenchPlan) -> Item:
 
 
 def write(file: Path, items: dict[str, Item]) -> None:
-    """The JSON, and what is made from it."""
+    """Write the JSON file, its tables and its plot."""
     records.write(file, items)
     write_text_atomically(file.with_suffix(".md"), table.page(items))
     plot.draw(items, file.with_suffix(".png"))
 
 
 def chosen_items(only: str | None, device: str) -> dict[str, float]:
-    """The items to measure, with their minutes. Raises UserError for an unknown one."""
+    """Return the items to measure with their minutes; raises UserError for an unknown item."""
     names = [name for name in ITEMS if name not in ON_REQUEST] if only is None else only.split(",")
     for name in names:
         if name not in ITEMS:
@@ -153,15 +159,21 @@ def chosen_items(only: str | None, device: str) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    names = f"{', '.join(ITEMS)} (which are all but, if not asked for, {', '.join(ON_REQUEST)})"
+    names = f"{', '.join(ITEMS)} (default: all except {', '.join(ON_REQUEST)})"
     parser.add_argument("--only", help=f"items, separated by commas: {names}")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything work?")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"a checkout: {peers.NAMES}")
+    parser.add_argument("--smoke", action="store_true", help="smoke test with tiny sizes and meaningless numbers")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"checkout of another project to compare with; NAME is one of {peers.NAMES}",
+    )
     parser.add_argument("--data", type=Path, help="folder with corpus/, eval/hellaswag_val.jsonl, tinyshakespeare/")
     parser.add_argument("--out", type=Path, default=MINE, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=int, help="timed rounds, instead of each item's own number")
-    parser.add_argument("--minutes", type=float, help="of all items together; the first round of each is always made")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to measure")
+    parser.add_argument("--rounds", type=int, help="number of timed rounds (default: set by each item)")
+    parser.add_argument("--minutes", type=float, help="time limit for all items; each runs at least one round")
     return parser
 
 

@@ -1,15 +1,14 @@
-"""A simulation of scale: 1,024 ranks that read 10 trillion tokens, and how long their steps would take.
+"""Simulation of scale: data loading by 1,024 ranks from 10 trillion tokens, and the time of their steps.
 
     python -m benchmarks.scale [--part data|steps|all] [--json OUT] [--smoke] [--rounds N] [--folder DIR]
 
-`data`: with the package's own loading code, are the sequences that 1,024 ranks read disjoint and complete, and what
-does a rank need in memory and time to resume in the middle of an epoch? Sparse files stand in for 20 TB
-(`scale_data.py`).
+`data` checks with the package's loading code that the sequences of 1,024 ranks are disjoint and complete, and measures
+memory and time of a rank that resumes in the middle of an epoch. Sparse files replace 20 TB (`scale_data.py`).
 
-`steps`: a model of a data-parallel step (`scale_network.py`) against real steps of two processes here
-(`scale_steps.py`), and what it predicts for 8, 64 and 1,024 GPUs from published figures (`scale_gpus.py`).
+`steps` compares a model of a data-parallel step (`scale_network.py`) with measured steps of two processes
+(`scale_steps.py`), and predicts steps on 8, 64 and 1,024 GPUs from published figures (`scale_gpus.py`).
 
-Tables are printed as Markdown. `--smoke` does the same in seconds with small numbers, which say nothing of speed.
+Tables are printed as Markdown. `--smoke` runs in seconds with small sizes and meaningless times.
 """
 
 from __future__ import annotations
@@ -44,24 +43,26 @@ AT = (0.0, 0.5, 0.999)  # fractions of an epoch at which a rank resumes
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the simulation of data."""
+    """Sizes of the data simulation."""
 
     ranks: int
+    """Number of ranks."""
     share: int
-    """Sequences of a step for each rank."""
+    """Sequences per rank and step."""
     T: int
+    """Sequence length."""
     sizes: tuple[tuple[int, int], ...]
-    """Shards and tokens of a shard; the orders are looked at in the largest."""
+    """Data sets, each as (shards, tokens per shard); the order of windows is checked in the largest."""
     steps: int
-    """Sampled across an epoch."""
+    """Number of steps sampled across an epoch."""
     windows: int
-    """Looked up."""
+    """Number of windows looked up with the inverse permutation."""
     exhaustive: int
-    """Windows of the data that are read completely."""
+    """Number of windows in the data set that is read completely."""
 
     @property
     def batch(self) -> int:
-        """Sequences of a step."""
+        """Sequences per step."""
         return self.ranks * self.share
 
 
@@ -72,24 +73,24 @@ FULL = Scale(
     sizes=((100, 10**8), (1000, 10**8), (10_000, 10**8), (100_000, 10**8), (10_000, 10**9)),
     steps=16,
     windows=500,
-    exhaustive=41_000,  # ten steps and a part of one
+    exhaustive=41_000,  # slightly more than ten steps
 )
 SMOKE = Scale(ranks=16, share=2, T=16, sizes=((4, 10_000), (40, 10_000)), steps=4, windows=20, exhaustive=500)
 
 
 def measure_data(scale: Scale, folder: Path) -> dict[str, Any]:
-    """All about the data; ``folder`` is to hold the sparse files."""
+    """Run the data simulation and return its results; ``folder`` is for the sparse files."""
     shards, shard_tokens = max(scale.sizes, key=lambda size: size[0] * size[1])
     batches = Batches(numbered_stream(shards * shard_tokens, shard_tokens, scale.T), scale.T, scale.batch, SEED)
     reader, n = Reader(batches, scale.ranks), batches.n_windows
-    ends = n // scale.batch  # the step in which the first epoch ends
+    ends = n // scale.batch  # step in which the first epoch ends
     steps = sorted({0, ends - 1, ends, ends + 1, *np.linspace(0, ends, scale.steps, dtype=int).tolist()})
     say(f"{n:,} windows: {len(steps)} steps of {scale.ranks:,} ranks")
     sequences, duplicates = reader.duplicates(steps)
     drawn = np.random.default_rng(SEED).integers(n, size=scale.windows)
     looked_up = np.concatenate([[0, 1, n - 2, n - 1], drawn])
     lost = reader.not_found(looked_up)
-    say(f"all of {scale.exhaustive:,} windows")
+    say(f"complete epoch of {scale.exhaustive:,} windows")
     small = numbered_stream(scale.exhaustive * 8 + 1, 1001, 8)
     missing = Reader(Batches(small, 8, scale.batch, SEED), scale.ranks).missing()
     return {
@@ -106,7 +107,7 @@ def measure_data(scale: Scale, folder: Path) -> dict[str, Any]:
 
 
 def costs(scale: Scale, shards: int, shard_tokens: int, folder: Path) -> dict[str, Any]:
-    """Measure the cost of resuming a rank at each of `AT`, in a new process."""
+    """Measure time and memory of a rank that resumes at each fraction of `AT`, in a new process."""
     say(f"{shards:,} shards of {shard_tokens:,} tokens")
     data = folder / f"{shards}x{shard_tokens}"
     write_sparse_dataset(data, shards, shard_tokens)
@@ -114,18 +115,19 @@ def costs(scale: Scale, shards: int, shard_tokens: int, folder: Path) -> dict[st
 
 
 def data_lines(found: dict[str, Any]) -> list[str]:
+    """Return the results of the data simulation as lines of Markdown."""
     sampled, looked_up, exhaustive = found["sampled"], found["looked_up"], found["exhaustive"]
     lines = [
         f"{found['ranks']:,} ranks, {found['windows']:,} windows of {found['sequence_length']:,} tokens, "
-        f"{found['steps_of_an_epoch']:,.1f} steps an epoch",
-        f"- {len(sampled['steps'])} steps across an epoch: {sampled['sequences']:,} sequences read, "
-        f"{sampled['duplicates']} of them twice",
-        f"- {looked_up['windows']:,} windows looked up by the inverse permutation: {looked_up['not_found']} not read "
-        f"by the rank and step that it names",
-        f"- an epoch of {exhaustive['windows']:,} windows read completely: {exhaustive['not_once']} not read just once",
+        f"{found['steps_of_an_epoch']:,.1f} steps per epoch",
+        f"- {len(sampled['steps'])} steps across an epoch: {sampled['sequences']:,} sequences, "
+        f"{sampled['duplicates']} duplicates",
+        f"- {looked_up['windows']:,} windows looked up with the inverse permutation: {looked_up['not_found']} missing "
+        f"at the computed rank and step",
+        f"- complete epoch of {exhaustive['windows']:,} windows: {exhaustive['not_once']} not read exactly once",
         "",
-        "| tokens | shards | open, s (CPU s) | first batch, ms, at 0, ½, 1 | order, ms | load, ms | a step, kB "
-        "| held, MB | files |",
+        "| tokens | shards | open, s (CPU s) | first batch at 0, ½, 1 of an epoch, ms | order, ms | load, ms "
+        "| memory of a step, kB | memory of the data set, MB | open files |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in found["ranks_measured"]:
@@ -140,7 +142,7 @@ def data_lines(found: dict[str, Any]) -> list[str]:
 
 
 def measure_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
-    """Measured and predicted steps, and predictions for GPUs."""
+    """Measure and predict steps of two processes, and predict steps on GPUs."""
     trial = scale_steps.trial(smoke)
     if rounds is not None:
         trial = dataclasses.replace(trial, rounds=rounds)
@@ -154,14 +156,15 @@ def measure_steps(smoke: bool, rounds: int | None) -> dict[str, Any]:
 
 
 def step_lines(found: dict[str, Any]) -> list[str]:
+    """Return measured and predicted steps of two processes as lines of Markdown."""
     here = found["here"]
     lines = [
-        f"- {kind}: {1e6 * network['latency']:.0f} µs a message, {network['bandwidth'] / 1e9:.2f} GB/s"
+        f"- {kind}: {1e6 * network['latency']:.0f} µs per message, {network['bandwidth'] / 1e9:.2f} GB/s"
         for kind, network in here["networks"].items()
     ]
     lines += [
         "",
-        "| way | micro-batches | alone, ms | communication, ms | predicted, ms | measured, ms | error |",
+        "| method | micro-batches | compute, ms | communication, ms | predicted, ms | measured, ms | error |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in here["rows"]:
@@ -176,21 +179,22 @@ def step_lines(found: dict[str, Any]) -> list[str]:
 
 
 def say(what: str) -> None:
+    """Print time and progress to standard error."""
     print(f"{time.strftime('%H:%M:%S')} {what} …", file=sys.stderr, flush=True)
 
 
 def run(given: argparse.Namespace) -> None:
-    """Measure, print and write. Raises UserError where a file or folder cannot be used."""
+    """Run the simulation, print tables and write JSON; raises UserError if a file or folder is unusable."""
     if given.json:
         require_outputs({"--json": given.json})
     require_size("--rounds", given.rounds)
     result: dict[str, Any] = {"environment": environment(describe_device(torch.device("cpu")), "fp32")}
-    result["environment"]["command"] = ["python", "-m", "benchmarks.scale", "--part", given.part]  # no machine's paths
+    result["environment"]["command"] = ["python", "-m", "benchmarks.scale", "--part", given.part]  # without paths
     result["smoke"] = given.smoke
     lines: list[str] = []
     if given.part in ("data", "all"):
         if given.folder and not given.folder.is_dir():
-            raise UserError(f"{given.folder}: no such folder; make it, or leave --folder out")
+            raise UserError(f"--folder {given.folder}: no such folder; create it or omit --folder")
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             result["data"] = measure_data(SMOKE if given.smoke else FULL, Path(folder))
         lines += data_lines(result["data"])
@@ -203,12 +207,13 @@ def run(given: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="a simulation of scale")
-    parser.add_argument("--part", choices=("data", "steps", "all"), default="all")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here")
-    parser.add_argument("--smoke", action="store_true", help="small numbers, in seconds")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of the measured steps (by default 7)")
-    parser.add_argument("--folder", type=Path, help="where to put the sparse files (by default the system's)")
+    """Run the simulation and return the exit code: 0, or 2 for a user error."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", choices=("data", "steps", "all"), default="all", help="part to run (default: all)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="JSON file for all results")
+    parser.add_argument("--smoke", action="store_true", help="smoke test with small sizes, a few seconds")
+    parser.add_argument("--rounds", type=int, metavar="N", help="number of rounds of measured steps (default: 7)")
+    parser.add_argument("--folder", type=Path, help="folder for the sparse files (default: the system's temporary one)")
     try:
         run(parser.parse_args())
     except (UserError, OSError) as e:

@@ -1,8 +1,8 @@
-"""Reading of 10 trillion tokens by 1,024 ranks: correctness and cost per rank.
+"""Data loading of 10 trillion tokens by 1,024 ranks: correctness, and time and memory per rank.
 
-The code that orders and reads is the package's own (`Batches`, `TokenStream`, `open_dataset`). Two stand-ins take the
-place of 20 TB: shards that make their tokens when they are read, each window telling its own number, so that what a
-rank has read can be known from the tensors it got; and, where files are to be opened, many names of few sparse files.
+Ordering and reading is the package's code (`Batches`, `TokenStream`, `open_dataset`). Two replacements avoid 20 TB of
+files. Correctness uses shards that compute their tokens when they are read: each window begins with its number, so the
+tensors of a rank show which windows it read. Time and memory use many hard links to few sparse files.
 
 n = windows of the data, T = tokens of a window.
 """
@@ -30,14 +30,20 @@ from restomod.utils.files import sha256_file, write_json_atomically
 from restomod.utils.process_memory import status_bytes
 from restomod.utils.verified import VERIFIED, _seen
 
-BASE, DIGITS = 50_000, 3  # a window's number in tokens: up to 1.25e14 windows
-NAMES_PER_FILE = 1000  # file systems allow 65,000 on ext4, fewer elsewhere
-VOCABULARY = "0" * 64  # SHA-256 of no tokenizer
+BASE, DIGITS = 50_000, 3  # base and number of tokens of a window number: up to 1.25e14 windows
+NAMES_PER_FILE = 1000  # hard links; ext4 allows 65,000, other file systems fewer
+VOCABULARY = "0" * 64  # placeholder for the SHA-256 of a tokenizer
 STEPS_TIMED = 20
 
 
 class NumberedShard:
-    """Tokens [first, first + length) of a text in which every window begins with its own number, made when read."""
+    """Shard whose tokens are computed when read, with each window beginning with its number.
+
+    Args:
+        first: position of the first token in the stream.
+        length: number of tokens.
+        T: tokens per window.
+    """
 
     def __init__(self, first: int, length: int, T: int) -> None:
         self.first, self.length, self.T = first, length, T
@@ -53,16 +59,19 @@ class NumberedShard:
 
 
 def numbered_stream(tokens: int, shard_tokens: int, T: int) -> TokenStream:
-    """A stream of ``tokens`` tokens in shards of ``shard_tokens``, windows of T >= 3 telling their numbers."""
+    """Return a stream of ``tokens`` tokens in shards of ``shard_tokens``, with numbered windows of T >= 3."""
     firsts = range(0, tokens, shard_tokens)
     return TokenStream([NumberedShard(f, min(shard_tokens, tokens - f), T) for f in firsts])  # type: ignore[misc]
 
 
 def windows_read(micro_batches: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
-    """Which windows of a `numbered_stream` were read, from the tokens alone.
+    """Return the numbers of the windows in micro-batches from a `numbered_stream`.
+
+    Args:
+        micro_batches: pairs of tokens and targets, (B, T).
 
     Raises:
-        AssertionError: targets are not one token ahead, up to the first token of the next window.
+        AssertionError: the targets are not the next tokens, including the first token of the next window.
     """
     found: list[int] = []
     for x, y in micro_batches:
@@ -75,22 +84,24 @@ def windows_read(micro_batches: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Reader:
-    """All ranks of a run on one set of batches."""
+    """All ranks of a run, simulated in this process."""
 
     batches: Batches
+    """Batches of the run."""
     ranks: int
+    """Number of ranks."""
 
     @property
     def share(self) -> int:
-        """Sequences of a step for each rank."""
+        """Sequences per rank and step."""
         return self.batches.batch_sequences // self.ranks
 
     def read(self, step: int, rank: int) -> list[int]:
-        """The windows that a rank reads at a step, as a training run reads them."""
+        """Return the windows that a rank reads in a step, with the code of training."""
         return windows_read(self.batches.micro_batches(step, self.share, rank, self.ranks))
 
     def duplicates(self, steps: Iterable[int]) -> tuple[int, int]:
-        """Sequences that all ranks read at ``steps``, and how many of them had been read before in their epoch."""
+        """Return the number of sequences that all ranks read in ``steps``, and of duplicates within an epoch."""
         n, size = self.batches.n_windows, self.batches.batch_sequences
         seen: set[tuple[int, int]] = set()
         count = 0
@@ -102,7 +113,7 @@ class Reader:
         return count, count - len(seen)
 
     def missing(self, epoch: int = 0) -> int:
-        """Number of windows not read exactly once in an epoch, by all ranks in all steps."""
+        """Return the number of windows that are not read exactly once in an epoch, over all ranks and steps."""
         n, size = self.batches.n_windows, self.batches.batch_sequences
         times = np.zeros(n, dtype=np.int64)
         for step in range(epoch * n // size, ((epoch + 1) * n - 1) // size + 1):
@@ -112,7 +123,7 @@ class Reader:
         return int((times != 1).sum())
 
     def not_found(self, windows: np.ndarray, epoch: int = 0) -> int:
-        """Number of ``windows`` that are not read at the step and rank that the inverse permutation gives."""
+        """Return the number of ``windows`` that are not read at the rank and step from the inverse permutation."""
         b = self.batches
         positions = epoch * b.n_windows + unpermute(windows, b.n_windows, b.seed, epoch)
         lost = 0
@@ -124,11 +135,11 @@ class Reader:
 
 
 def unpermute(window: np.ndarray, n: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
-    """The inverse of `restomod.data.batches.permute`: where in an epoch each window stands, shape (m,), int64.
+    """Return the position of each window in an epoch, (m,), int64: the inverse of `restomod.data.batches.permute`.
 
-    A round (L, R) -> (R, L ^ f(R)) is undone by (L', R') -> (R' ^ f(L'), L') for any f (Luby and Rackoff, 1988), so
-    the network is a bijection of its whole range; and a walk through it that began inside [0, n) and ended at its
-    first result inside is walked back likewise. That there is an inverse is what makes an epoch complete and disjoint.
+    The inverse of a Feistel round (L, R) -> (R, L ^ f(R)) is (L', R') -> (R' ^ f(L'), L') for any f (Luby and Rackoff,
+    1988), so the network is a bijection of its range. Cycle walking, which repeats the network until the result is in
+    [0, n), is inverted in the same way. Since an inverse exists, an epoch is complete and without duplicates.
     """
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
@@ -145,7 +156,7 @@ def unpermute(window: np.ndarray, n: int, seed: int, epoch: int, source: int = 0
 
 
 def write_sparse_shard(path: Path, tokens: int) -> None:
-    """Write a shard of zeros in llm.c's layout that takes next to no room on the disk."""
+    """Write a shard of zeros in llm.c's format as a sparse file."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens
     with open(path, "wb") as f:
@@ -154,9 +165,9 @@ def write_sparse_shard(path: Path, tokens: int) -> None:
 
 
 def write_sparse_dataset(folder: Path, shards: int, shard_tokens: int) -> None:
-    """A whole prepared folder with ``shards`` training shards, all zeros, that takes next to no room on the disk.
+    """Write a complete folder of token shards, all zeros, as hard links to few sparse files.
 
-    Its manifest is true, and its record of verified shards is as the first start of a training leaves it.
+    The manifest is correct. The record of verified shards equals the one that the first training start writes.
     """
     folder.mkdir(parents=True)
     names = [f"train_{i:06d}.bin" for i in range(shards)] + ["val_000000.bin"]
@@ -183,12 +194,15 @@ def write_sparse_dataset(folder: Path, shards: int, shard_tokens: int) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that belongs to no file, which the page cache cannot drop. Linux only."""
+    """Return the anonymous memory of this process in bytes, which excludes memory-mapped files. Linux only."""
     return status_bytes("RssAnon") or 0
 
 
 def rank_cost(folder: Path, T: int, batch_sequences: int, ranks: int, at: Sequence[float]) -> dict[str, Any]:
-    """Measure the cost of resuming one rank at fractions of an epoch, in a fresh process: seconds, bytes, counts."""
+    """Measure seconds and bytes of one rank that resumes at fractions ``at`` of an epoch.
+
+    Call it in a new process, so that no memory of earlier work is counted.
+    """
     gc.collect()
     before, computing, start = anonymous_bytes(), time.process_time(), time.perf_counter()
     dataset = open_dataset(folder, VOCABULARY)
@@ -236,12 +250,12 @@ def rank_cost(folder: Path, T: int, batch_sequences: int, ranks: int, at: Sequen
 def _is_shard(link: Path) -> bool:
     try:
         return os.readlink(link).endswith(".bin")
-    except OSError:  # that of the listing itself
+    except OSError:  # the descriptor of the directory listing is closed
         return False
 
 
 def in_fresh_process(*arguments: Any) -> dict[str, Any]:
-    """`rank_cost` in a process of its own, which has opened nothing before: a fork of one that has imported torch."""
+    """Call `rank_cost` in a new process, forked from a server that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["restomod.data.batches", "restomod.engine.step"])
     with context.Pool(1) as pool:

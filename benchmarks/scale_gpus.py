@@ -1,4 +1,4 @@
-"""Predictions of steps on 8 to 1,024 GPUs, from published single-GPU speeds and published figures of networks."""
+"""Predictions of steps on 8 to 1,024 GPUs from published single-GPU speeds and network figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from restomod.experiments.plan.hardware import SPEEDS, Speed, tokens_per_second
 
 GB = 10**9
 NCCL = "latencies and efficiency of protocol LL128: src/graph/tuning.cc of NCCL at 01afd20"
-LL128 = 120 / 128  # bytes of data in a line of NVLink's; the rest says that they are there
+LL128 = 120 / 128  # share of data bytes in a 128-byte line; the rest are flags
 TREE = Tree(start=4.4e-6, within=1.2e-6, between=8.5e-6)
 
 NETWORKS = {
@@ -38,22 +38,22 @@ NETWORKS = {
     ),
 }
 WORLDS = (8, 64, 1024)
-MODELS = {"gpt2-124m": 16, "gpt2-1558m": 4}  # sequences of 1,024 tokens on each GPU, a single micro-batch
+MODELS = {"gpt2-124m": 16, "gpt2-1558m": 4}  # sequences of 1,024 tokens per GPU, in one micro-batch
 
 
 def alone(gpu: str) -> Speed:
-    """The published speed of one GPU by itself: others contain the communication that is to be added."""
+    """Return the published speed of a single GPU, which includes no communication."""
     return next(speed for speed in SPEEDS if speed.gpu == gpu and speed.gpus == 1)
 
 
 def predictions(payloads: dict[str, Payload]) -> list[dict[str, Any]]:
-    """Return a row per model, GPU, number of GPUs and way, without overlap and with full overlap."""
+    """Return a row per model, GPU, number of GPUs and method (ddp, fsdp), without overlap and with full overlap."""
     rows = []
     for name, sequences in MODELS.items():
         for gpu, network in NETWORKS.items():
             speed, config = alone(gpu), preset(name)
             tokens = sequences * config.sequence_length
-            # the published step holds its update, which FSDP would divide: a small part of it
+            # the published step includes its update, which FSDP would shard; it is a small part
             work = Work(1, tokens / tokens_per_second(speed, config, 1), 0.0)
             for n in WORLDS:
                 for way in ("ddp", "fsdp"):
@@ -86,9 +86,9 @@ def _step(way: str, payload: Payload, work: Work, n: int, network: Network, over
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return predictions as lines of Markdown."""
     lines = [
-        "| prediction | GPUs | way | compute, ms | communication, ms | step, ms | efficiency |",
+        "| prediction | GPUs | method | compute, ms | communication, ms | step, ms | efficiency |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     for r in rows:

@@ -1,11 +1,11 @@
-"""A model of the time of a data-parallel step: collectives, and how much computation hides them.
+"""Model of the time of a data-parallel step, with collectives and their overlap with computation.
 
-Collectives are rings (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009): an all-gather or a
-reduce-scatter of M bytes over n processes is n - 1 messages of M / n bytes one after the other, an all-reduce is both.
-A ring through several machines leaves each once, and as many rings as a machine has network cards run beside each
-other, so their bandwidths add up. Where trees are known (NCCL), the quicker of ring and tree counts, as NCCL chooses.
+Collectives are rings (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). An all-gather or
+reduce-scatter of M bytes over n processes is n - 1 sequential messages of M / n bytes; an all-reduce is both. A ring
+through several machines leaves each machine once. One ring per network card runs in parallel, so their bandwidths add
+up. If tree latencies are given (NCCL), an all-reduce takes the faster of ring and tree, as NCCL chooses.
 
-All times in seconds, sizes in bytes, bandwidths in bytes/s of one direction.
+Times are in seconds, sizes in bytes, bandwidths in bytes/s of one direction.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import numpy as np
 
 MIB = 2**20
 FP32 = 4
-FIRST_BUCKET, BUCKET = MIB, 25 * MIB  # of DistributedDataParallel, by default
+FIRST_BUCKET, BUCKET = MIB, 25 * MIB  # defaults of DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Latencies of a double binary tree through all machines, a chain within each."""
+    """Latencies of a double binary tree over machines with a chain within each machine."""
 
     start: float
+    """Fixed latency of a collective."""
     within: float
+    """Latency per GPU of the chain."""
     between: float
+    """Latency per level of the tree."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,38 @@ class Network:
     """Bandwidths and latencies between processes."""
 
     name: str
+    """Name of the network."""
     bandwidth: float
-    """From one process to the others of its machine."""
+    """Bandwidth from one process to the others of its machine."""
     latency: float
-    """Per message of a ring within a machine."""
+    """Latency per message of a ring within a machine."""
     per_machine: int
-    """Processes of a machine."""
+    """Processes per machine."""
     bandwidth_out: float = math.inf
-    """Per process, through its network card."""
+    """Bandwidth per process to other machines, through its network card."""
     latency_out: float = 0.0
-    """Per message of a ring between machines."""
+    """Latency per message of a ring between machines."""
     start: float = 0.0
-    """Fixed cost of any ring."""
+    """Fixed latency of a ring."""
     tree: Tree | None = None
+    """Latencies of trees; None if the network has only rings."""
     source: str = ""
+    """Source of the figures."""
 
     def machines(self, n: int) -> int:
+        """Return the number of machines for ``n`` processes."""
         return math.ceil(n / self.per_machine)
 
     def bus(self, n: int) -> float:
-        """Bandwidth of all rings together through one process."""
+        """Return the bandwidth of all rings together through one of ``n`` processes."""
         return self.bandwidth if self.machines(n) == 1 else min(self.bandwidth, self.per_machine * self.bandwidth_out)
 
 
 def ring(network: Network, n: int, size: float, rounds: int) -> float:
-    """A collective that goes ``rounds`` times around: 2 for an all-reduce, 1 for its halves."""
+    """Return the seconds of a ring collective of ``size`` bytes over ``n`` processes.
+
+    ``rounds`` is 2 for an all-reduce, 1 for an all-gather or a reduce-scatter.
+    """
     if n == 1:
         return 0.0
     out = rounds * (network.machines(n) - 1)
@@ -68,9 +78,9 @@ def ring(network: Network, n: int, size: float, rounds: int) -> float:
 
 
 def tree(network: Network, n: int, size: float) -> float:
-    """An all-reduce up and down a double binary tree (Sanders, Speck and Träff, 2009), as NCCL's tuning has it.
+    """Return the seconds of an all-reduce over a double binary tree (Sanders, Speck and Träff, 2009).
 
-    Every byte passes each process twice, at 0.9 of the bandwidth.
+    As in NCCL's tuning, every byte passes each process twice, at 0.9 of the bandwidth. Infinite without `Network.tree`.
     """
     t = network.tree
     if t is None:
@@ -82,19 +92,27 @@ def tree(network: Network, n: int, size: float) -> float:
 
 
 def all_reduce(network: Network, n: int, size: float) -> float:
+    """Return the seconds of an all-reduce of ``size`` bytes over ``n`` processes, ring or tree."""
     return min(ring(network, n, size, 2), tree(network, n, size)) if n > 1 else 0.0
 
 
 def all_gather(network: Network, n: int, size: float) -> float:
-    """``size``: of what all have in the end."""
+    """Return the seconds of an all-gather; ``size`` is the bytes of the gathered tensor."""
     return ring(network, n, size, 1)
 
 
-reduce_scatter = all_gather  # the same messages the other way around; ``size`` is what each has at first
+reduce_scatter = all_gather  # the same messages in reverse; ``size`` is the bytes of the input tensor
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float], rounds: int, n: int = 2) -> Network:
-    """The network of one machine that explains measured rings best, by least squares of relative errors."""
+    """Fit latency and bandwidth of one machine to measured rings, by least squares of relative errors.
+
+    Args:
+        sizes: bytes of the collectives.
+        seconds: measured seconds.
+        rounds: 2 for an all-reduce, 1 for an all-gather or a reduce-scatter.
+        n: number of processes.
+    """
     x, t = np.asarray(sizes, dtype=float), np.asarray(seconds, dtype=float)
     design = np.stack([np.ones_like(x), x], axis=1) / t[:, None]
     latency, per_byte = np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
@@ -107,21 +125,27 @@ class Payload:
     """Bytes that a model communicates."""
 
     blocks: tuple[int, ...]
-    """Bytes of each block's parameters, which FSDP gathers together."""
+    """Bytes of the parameters of each block, which FSDP gathers together."""
     outside: int
-    """Bytes of the embeddings, the last norm and the head."""
+    """Bytes of the embeddings, the last norm and lm_head."""
     buckets: tuple[int, ...]
     """Bytes of DistributedDataParallel's buckets, in the order in which they are ready."""
 
     @property
     def total(self) -> int:
+        """Bytes of all parameters."""
         return sum(self.blocks) + self.outside
 
 
 def buckets(sizes: Sequence[int], first: int = FIRST_BUCKET, cap: int = BUCKET) -> tuple[int, ...]:
-    """Bytes of DistributedDataParallel's buckets for gradients of ``sizes`` bytes, in the order they are ready.
+    """Return the bytes of DistributedDataParallel's buckets, in the order in which they are ready.
 
-    A bucket is closed by the tensor with which it reaches its limit; the first one's is lower.
+    A bucket ends with the tensor that reaches its limit.
+
+    Args:
+        sizes: bytes of the gradients.
+        first: limit of the first bucket in bytes.
+        cap: limit of the other buckets in bytes.
     """
     found: list[int] = []
     held = 0
@@ -135,40 +159,43 @@ def buckets(sizes: Sequence[int], first: int = FIRST_BUCKET, cap: int = BUCKET) 
 
 @dataclass(frozen=True)
 class Work:
-    """Compute time of one process in a step, in seconds."""
+    """Computation of one process in a step."""
 
     micro_batches: int
+    """Number of micro-batches."""
     forward_backward: float
-    """Per micro-batch."""
+    """Seconds of forward and backward per micro-batch."""
     update: float
-    """Update of all parameters."""
+    """Seconds of the update of all parameters."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """A predicted step."""
+    """Predicted times of a step."""
 
     compute: float
+    """Seconds of computation."""
     communication: float
-    """Sum of all collectives."""
+    """Seconds of all collectives."""
     hidden: float
-    """The part of it for which no process waits."""
+    """Seconds of communication that overlap with computation."""
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step."""
         return self.compute + self.communication - self.hidden
 
     @property
     def efficiency(self) -> float:
-        """Computing time as a share of the step."""
+        """Computation as a share of the step, 0 to 1."""
         return self.compute / self.seconds
 
 
 def ddp(payload: Payload, work: Work, n: int, network: Network, overlap: float) -> StepTime:
-    """DistributedDataParallel: every bucket is all-reduced once it is ready, in the last micro-batch's backward pass.
+    """Predict a step with DistributedDataParallel, which all-reduces each bucket when it is ready.
 
-    ``overlap`` is the share, 0 to 1, hidden of what can be: communication during the last backward pass (2/3 of a
-    micro-batch) without the last bucket, which is ready when that ends. The mean of the loss is never hidden.
+    Communication can overlap with the backward pass of the last micro-batch (2/3 of a micro-batch), except the last
+    bucket, which is ready at its end, and the mean of the loss. ``overlap`` is the share of it that overlaps, 0 to 1.
     """
     times = [all_reduce(network, n, size) for size in payload.buckets]
     hidden = overlap * min(sum(times[:-1]), 2 / 3 * work.forward_backward)
@@ -180,12 +207,20 @@ def ddp(payload: Payload, work: Work, n: int, network: Network, overlap: float) 
 def fsdp(
     payload: Payload, work: Work, n: int, network: Network, gathers: Network, scatters: Network, overlap: float
 ) -> StepTime:
-    """FSDP2: blocks are gathered for the forward and again for the backward pass of every micro-batch.
+    """Predict a step with FSDP2, which gathers each block for the forward and for the backward pass.
 
-    Parameters outside of the blocks are gathered once for both. Gradients are reduce-scattered in the last micro-batch;
-    a process updates its part. ``network``, ``gathers`` and ``scatters`` are for all-reduces, all-gathers and
-    reduce-scatters. All but the first all-gather and the last reduce-scatter can be hidden, up to the time of the
-    passes; the mean of the loss and the norm of the gradients are never hidden.
+    Parameters outside the blocks are gathered once per micro-batch. Gradients are reduce-scattered in the last
+    micro-batch, and each process updates its shard. All collectives can overlap with forward and backward, except the
+    first all-gather, the last reduce-scatter, the mean of the loss and the gradient norm.
+
+    Args:
+        payload: bytes that the model communicates.
+        work: computation of a step.
+        n: number of processes.
+        network: network for all-reduces.
+        gathers: network for all-gathers.
+        scatters: network for reduce-scatters.
+        overlap: share of the possible overlap, 0 to 1.
     """
     outside = all_gather(gathers, n, payload.outside)
     blocks = [all_gather(gathers, n, size) for size in payload.blocks]

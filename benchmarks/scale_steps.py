@@ -1,9 +1,9 @@
 """Measured steps of two processes, compared with the predictions of `scale_network.py`.
 
-Everything is measured in the same two processes, in alternating rounds: collectives of several sizes; the training step
-without any communication, in both at once, because they share the caches and the memory's bandwidth; and the step with
-DistributedDataParallel and with FSDP2. Before every measurement the processes wait for each other; a measurement is
-that of the slower one.
+The same two processes measure in alternating rounds: collectives of several sizes, the training step without
+communication, and the step with DistributedDataParallel and with FSDP2. Both processes run the step without
+communication at the same time, because they share caches and memory bandwidth. A barrier precedes every measurement,
+and the slower process counts.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from restomod.utils.errors import UserError
 COUNT = 2
 CPU = torch.device("cpu")
 COLLECTIVES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""Rounds of each through a ring."""
+"""Collectives, and their rounds through a ring."""
 WAYS = ("alone", "ddp", "fsdp")
-OVERLAP = 0.0  # on a CPU the sending, the copying and the adding are done by the cores that compute
+OVERLAP = 0.0  # on a CPU the same cores compute and communicate
 
 Samples = dict[str, list[float]]
-"""Seconds by what was measured, a number for each round."""
+"""Seconds per round, by name of the measurement."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,19 @@ class Trial:
     """Settings of the measurement."""
 
     config: RunConfig
+    """Run configuration."""
     micro_batches: tuple[int, ...]
+    """Numbers of micro-batches per step."""
     sizes: tuple[int, ...]
-    """Sizes of collectives, in bytes."""
+    """Sizes of collectives in bytes."""
     rounds: int
+    """Number of timed rounds."""
     steps: int
-    """Steps of each kind per round; their median counts."""
+    """Steps of each kind per round, of which the median counts."""
 
 
 def trial(smoke: bool) -> Trial:
-    """A small GPT-2 whose gradients take a tenth of a step or more to exchange; with ``smoke`` a tiny one."""
+    """Return settings with a small GPT-2 whose communication is at least 10 % of a step; a tiny one for ``smoke``."""
     layers, width, T = (2, 64, 32) if smoke else (4, 256, 128)
     shape = ModelConfig(n_layer=layers, n_head=4, n_embd=width, n_positions=T, vocab_size=4096)
     config = RunConfig(
@@ -72,7 +75,7 @@ def trial(smoke: bool) -> Trial:
 
 
 def payload(shape: ModelConfig) -> model.Payload:
-    """Bytes that a model of this shape communicates, in fp32."""
+    """Return the bytes that a model of this shape communicates in fp32."""
     with torch.device("meta"):
         net = GPT(shape)
     sizes = [model.FP32 * p.numel() for p in net.parameters()]
@@ -81,7 +84,14 @@ def payload(shape: ModelConfig) -> model.Payload:
 
 
 class StepRunner:
-    """A training in one process of two, and its next steps."""
+    """Training steps of one rank.
+
+    Args:
+        way: "alone" for no communication, "ddp" or "fsdp".
+        count: micro-batches per step.
+        config: run configuration.
+        processes: ranks that share the batch.
+    """
 
     def __init__(self, way: str, count: int, config: RunConfig, processes: Processes) -> None:
         self.config, self.processes, self.way = config, processes, way
@@ -105,25 +115,25 @@ class StepRunner:
         self.updating = time.perf_counter() - start
 
     def take(self) -> None:
-        """Make a step, as the training loop does."""
+        """Make the next step as the training loop does."""
         micro = self.batches.micro_batches(self.step, self.micro_batch, self.processes.rank, self.processes.world_size)
         train_step(self.loss_of, self.optimizer, micro, self.config, self.step, self.run_on_all_ranks).wait()
         self.step += 1
 
 
 def collective(kind: str, size: int) -> Callable[[], Any]:
-    """A collective of ``size`` bytes: of all that an all-gather ends with, or that a reduce-scatter begins with."""
+    """Return a function that runs a collective; ``size`` is the bytes of the whole tensor."""
     whole = torch.ones(size // model.FP32)
     part = torch.ones(len(whole) // COUNT)
     if kind == "all_reduce":
         return lambda: dist.all_reduce(whole)
     if kind == "all_gather":
-        return lambda: dist.all_gather_into_tensor(whole, part)  # as FSDP2 does; newer names exist
+        return lambda: dist.all_gather_into_tensor(whole, part)  # the function that FSDP2 calls
     return lambda: dist.reduce_scatter_tensor(part, whole)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Seconds in this process, after both have come here."""
+    """Measure the seconds of ``work`` in this process, after a barrier."""
     dist.barrier()
     start = time.perf_counter()
     work()
@@ -131,7 +141,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def rounds_of(given: Trial, processes: Processes) -> Samples:
-    """All measurements of one process."""
+    """Run all measurements in one process."""
     trainings = {f"{way} {m}": StepRunner(way, m, given.config, processes) for m in given.micro_batches for way in WAYS}
     exchanges = {f"{kind} {size}": collective(kind, size) for kind in COLLECTIVES for size in given.sizes}
     samples: Samples = {name: [] for name in (*trainings, *exchanges)}
@@ -154,7 +164,7 @@ def rounds_of(given: Trial, processes: Processes) -> Samples:
 
 
 def process(environment: dict[str, str], given: Trial, pipe: Connection) -> None:
-    """One of the two; the target of a new process."""
+    """Run one of the two processes and send its measurements to ``pipe``."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -165,36 +175,36 @@ def process(environment: dict[str, str], given: Trial, pipe: Connection) -> None
 
 
 def measure(given: Trial) -> Samples:
-    """Run the trial in two processes.
+    """Run the measurement in two processes.
 
     Raises:
-        UserError: one of them has failed; it has said why.
+        UserError: a process has failed and has printed the reason.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["restomod.data.batches", "restomod.engine.step"])
-    _store, environments = world(COUNT)  # kept until both have ended
+    _store, environments = world(COUNT)  # must exist until both have ended
     started, pipes = [], []
     for own in environments:
         ours, theirs = context.Pipe(duplex=False)
         started.append(context.Process(target=process, args=(own, given, theirs), daemon=True))
         started[-1].start()
-        theirs.close()  # or its end would not be noticed here
+        theirs.close()  # otherwise the pipe stays open after the process has ended
         pipes.append(ours)
     try:
-        ours, _ = (pipe.recv() for pipe in pipes)  # both have the times of the slower one
+        ours, _ = (pipe.recv() for pipe in pipes)  # both have the times of the slower process
         return ours
     except EOFError:
-        raise UserError("a process of the measured steps has failed; its message is above") from None
+        raise UserError("a measuring process failed; see its message above") from None
     finally:
         for one in started:
             one.join(30)
 
 
 def compared(given: Trial, samples: Samples) -> dict[str, Any]:
-    """Measured steps beside predicted ones, and what the predictions are made of.
+    """Compare measured steps with predicted steps.
 
-    The compute of a prediction is that of its own round, so that what else a machine does in one round does not
-    become an error of the model; the network is that of all rounds.
+    A prediction uses the compute time of the same round, so that other load on the machine in a round does not count as
+    an error of the model. The network is fitted to all rounds.
     """
     networks = {}
     for kind, times in COLLECTIVES.items():

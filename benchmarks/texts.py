@@ -1,4 +1,4 @@
-"""Texts and questions for measurements: from --data, or the standard library's source and random words."""
+"""Texts and questions for benchmarks, from --data or, without it, from Python's standard library and random words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from restomod.data.sources import python_stdlib
 
 CORPUS, HELLASWAG, SHAKESPEARE = "corpus", "eval/hellaswag_val.jsonl", "tinyshakespeare/input.txt"
 GLOB = "*train*.jsonl*"
-INSTEAD = "the source of Python's standard library, for want of --data with corpus/"
+ENGLISH = "English text from --data"
+INSTEAD = "source of Python's standard library, as --data has no corpus/"
 WORDS = (
     "the a man woman people dog ball water is are stands walks holds talks to from with into over camera shows how "
     "and then while another person begins hand hair face floor table small large white black red slowly again across "
@@ -25,7 +26,7 @@ WORDS = (
 
 
 def texts(plan: BenchPlan, megabytes: float) -> tuple[list[str], str]:
-    """Documents of about so much text in all, and what they are."""
+    """Return documents of ``megabytes`` MB in total, and a description of them."""
     corpus = plan.file(CORPUS)
     source: Iterable[AnyDocument] = python_stdlib()
     if corpus is not None:
@@ -38,16 +39,16 @@ def texts(plan: BenchPlan, megabytes: float) -> tuple[list[str], str]:
         size += len(document.text.encode())
         if size >= megabytes * 1e6:
             break
-    return found, "prose of --data" if corpus is not None else INSTEAD
+    return found, ENGLISH if corpus is not None else INSTEAD
 
 
 def write_json_lines(documents: list[str], file: Path) -> None:
-    """Documents as JSON lines."""
+    """Write documents as JSON lines."""
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
 
 
 def training_text(plan: BenchPlan) -> tuple[DataConfig, str]:
-    """Text for a small training run, and what it is."""
+    """Return the data of a small training run, and a description of it."""
     corpus, cache = plan.file(CORPUS), str(plan.scratch / "tokens")
     if plan.smoke:
         found, what = texts(plan, 0.3)
@@ -56,14 +57,14 @@ def training_text(plan: BenchPlan) -> tuple[DataConfig, str]:
     if corpus is None:
         return DataConfig(cache=cache), INSTEAD
     first = next(find_files(corpus, GLOB))
-    return DataConfig(source="text", path=str(first), cache=cache), "prose of --data"
+    return DataConfig(source="text", path=str(first), cache=cache), ENGLISH
 
 
 def hellaswag(plan: BenchPlan, count: int) -> tuple[Path, str]:
-    """Return a file of ``count`` examples, and what they are.
+    """Return a file of ``count`` HellaSwag examples, and a description of it.
 
-    Without HellaSwag itself they are random words, as many as it has: a fifth of its contexts have 17 words on average
-    and endings of 11, the others 44 and 28; endings of one context differ by 5.
+    If --data has no HellaSwag, examples are random words of similar length: one fifth has contexts of 17 words and
+    endings of 11 on average, the others 44 and 28; endings of one context have a standard deviation of 5.
     """
     official = plan.file(HELLASWAG)
     if official is not None:
@@ -80,4 +81,4 @@ def hellaswag(plan: BenchPlan, count: int) -> tuple[Path, str]:
             length = max(3.0, chance.gauss(ending, ending / 4))
             record = {"ind": number, "activity_label": "none", "ctx": words(context, context / 4), "label": 0}
             f.write(json.dumps(record | {"endings": [words(length, 5) for _ in range(4)]}) + "\n")
-    return path, f"{count:,} questions of random words, as long as HellaSwag's, for want of --data with {HELLASWAG}"
+    return path, f"{count:,} questions of random words with HellaSwag's lengths, as --data has no {HELLASWAG}"

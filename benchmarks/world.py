@@ -1,4 +1,4 @@
-"""Rendezvous of several processes of one run, as under torchrun."""
+"""Rendezvous of several ranks on this machine, as with torchrun."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch.distributed as dist
 
 
 def world(count: int) -> tuple[dist.Store, list[dict[str, str]]]:
-    """The store by which ``count`` processes find each other, to be kept meanwhile, and the environment of each.
+    """Return a rendezvous store for ``count`` ranks, and the environment variables of each.
 
-    As under torchrun, the store lives outside of the processes, so it outlives whichever fails.
+    The caller must keep the store while the ranks run. As with torchrun, it is in another process than the ranks, so it
+    survives a failed rank.
     """
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     shared = {

@@ -1,1 +1,1 @@
-"""Benchmarks on one rented GPU, prepared beforehand and measured in two short calls (`docs/benchmarks.md`)."""
+"""Benchmarks on one rented GPU, prepared in advance and measured in two short sessions (`docs/benchmarks.md`)."""

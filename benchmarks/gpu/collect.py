@@ -1,11 +1,10 @@
-"""Collects the results of check.sh and measure.sh into one file for `benchmarks.records`.
+"""Collector of the results of check.sh and measure.sh in one file of `benchmarks.records`.
 
     python -m benchmarks.gpu.collect part NAME --results FOLDER --out gpu.json --exit-code 0 --limit 85 --log NAME.log
     python -m benchmarks.gpu.collect merge CHECK/gpu.json MEASURE/gpu.json    # into benchmarks/results/gpu.json
 
-The scripts call the first after every part, so that what is measured is in the file even if the next one takes the
-machine down; a part without results is in it, too, with the reason. The second joins the two calls, with tables and a
-picture, for `python -m benchmarks.readme`.
+The scripts call `part` after every part, so results are safe if the machine fails later. A part without results is in
+the file with the reason. `merge` joins the files of both scripts, with tables and a plot, for `benchmarks.readme`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from restomod.utils.errors import EXIT_USER_ERROR, UserError
 from restomod.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
-TIMED_OUT = (124, 137)  # exit codes of timeout: it has sent SIGINT, or SIGKILL afterwards
+TIMED_OUT = (124, 137)  # exit codes of the command timeout, after SIGINT or SIGKILL
 BENCH_METRICS = [
     Metric("tokens/s", "", "higher"),
     Metric("step", "ms", "lower"),
@@ -36,29 +35,31 @@ BENCH_METRICS = [
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a script: which item of gpu.json its results belong to."""
+    """Part of a script, which measures an item of gpu.json or one contender of it."""
 
     item: str
+    """Name of the item."""
     title: str
     """Title of the item."""
     what: str
-    """The part's own share of it, in a few words."""
+    """Description of the part, a few words."""
     script: str = "measure.sh"
+    """Script that runs the part."""
 
 
 def _bench(what: str) -> Part:
-    return Part("bench", "A step of 524,288 tokens: `restomod bench step gpt2-124m`", what)
+    return Part("bench", "Training step of 524,288 tokens: `restomod bench step gpt2-124m`", what)
 
 
 PARTS: dict[str, Part] = {  # in the order of the page
     "bench": _bench("micro-batch 64"),
     "bench-micro-32": _bench("micro-batch 32"),
     "bench-micro-128": _bench("micro-batch 128"),
-    "bench-eager": _bench("micro-batch 64, not compiled"),
+    "bench-eager": _bench("micro-batch 64, eager"),
     "bench-residual-bf16": _bench("micro-batch 64, residual stream in bf16"),
-    "step": Part("step", "Training step of GPT-2 124M", "beside build-nanogpt"),
+    "step": Part("step", "Training step of GPT-2 124M", "compared with build-nanogpt"),
     "shakespeare": Part("shakespeare", "TinyShakespeare to a loss of 0.09", "the run"),
-    "recipe": Part("recipe", "Tokens to a loss", "modern beside gpt2"),
+    "recipe": Part("recipe", "Tokens to GPT-2's loss", "modern compared with gpt2"),
     "hellaswag": Part("hellaswag", "HellaSwag", "all contenders"),
     "generation": Part("generation", "Generation with GPT-2 124M", "all contenders"),
     "checkpoint": Part("checkpoint", "Checkpoints of GPT-2 124M", "all contenders"),
@@ -69,10 +70,15 @@ ITEMS = tuple(dict.fromkeys(part.item for part in PARTS.values()))
 
 
 def collect(name: str, results: Path, missing: str | None, code: int, limit: int, log: Path | None) -> Item:
-    """Return the results of a part; if it has none, or has failed after them, ``left_out`` says why.
+    """Return the results of a part; `Item.left_out` has the reason if results are missing or incomplete.
 
-    ``missing`` is why the part was not begun; else it ended with exit ``code``, or after ``limit`` seconds, and printed
-    ``log``. ``results`` has NAME.json, NAME/gpu.json or NAME/cpu.json.
+    Args:
+        name: name of the part.
+        results: folder with NAME.json, NAME/gpu.json or NAME/cpu.json.
+        missing: reason why the part was not started; None if it ran.
+        code: exit code.
+        limit: time limit in seconds.
+        log: file with the output of the part; None if there is none.
     """
     part = PARTS[name]
     item = Item(part.title)
@@ -84,14 +90,14 @@ def collect(name: str, results: Path, missing: str | None, code: int, limit: int
         try:
             item = READERS.get(part.item, _from_records)(found, part)
         except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
-            print(found.read_text(errors="replace"))  # to the scripts' log
-            missing = f"its results cannot be read ({type(e).__name__}: {_without_folders(str(e), results):.160})"
+            print(found.read_text(errors="replace"))  # for the log of the scripts
+            missing = f"damaged results ({type(e).__name__}: {_without_folders(str(e), results):.160})"
     elif name == "tests" and code == 0 and lines:
         item = Item(part.title, notes=[f"`tests/cuda`{said}"])
     elif code == 0 and missing is None:
         missing = f"no results{said}"
     if code in TIMED_OUT:
-        missing = f"stopped after its {limit} s{said}"
+        missing = f"stopped after the limit of {limit} s{said}"
     elif code:
         missing = f"exit code {code}{said}"
     if missing is not None:
@@ -106,13 +112,13 @@ def _without_folders(text: str, results: Path) -> str:
 
 
 def _from_records(file: Path, part: Part) -> Item:
-    """A part that writes records itself."""
+    """Read the results of a part that writes a file of `benchmarks.records`."""
     item = records.read(file)[part.item]
     return dataclasses.replace(item, environment=_environment(item.environment, part))
 
 
 def _from_bench(file: Path, part: Part) -> Item:
-    """`restomod bench step --json`."""
+    """Read the results of `restomod bench step --json`."""
     found = read_json(file, "benchmark")
     milliseconds: list[float] = found["step_ms"]["all"]
     speeds = [1000 * found["tokens_per_step"] / ms for ms in milliseconds]
@@ -121,14 +127,14 @@ def _from_bench(file: Path, part: Part) -> Item:
         values["MFU"] = [100 * speed * found["flops_per_token"] / found["peak_flops"] for speed in speeds]
     if found["peak_memory_bytes"]:
         values["peak memory"] = [found["peak_memory_bytes"] / 1e9]
-    case = f"{found['tokens_per_step']:,} tokens a step"
+    case = f"{found['tokens_per_step']:,} tokens per step"
     comparison = Comparison(case, BENCH_METRICS, [Entry(part.what, values)], found["warmup_steps"])
     return Item(part.title, [comparison], environment=_environment(found["environment"], part))
 
 
 def _from_recipe(file: Path, part: Part) -> Item:
-    """The trials of `benchmarks.recipe`: modern beside gpt2, a round for each seed that both have finished."""
-    from benchmarks.harness import comparison_of  # torch
+    """Read the trials of `benchmarks.recipe` for modern and gpt2, one round per seed that both have finished."""
+    from benchmarks.harness import comparison_of  # imports torch
     from benchmarks.items.recipe import METRICS, measured
     from benchmarks.recipe import BASELINE, rows_of
 
@@ -139,7 +145,7 @@ def _from_recipe(file: Path, part: Part) -> Item:
     whole = [results for results in by_seed.values() if {"modern", BASELINE} <= results.keys()]
     notes = [f"{row['recipe']}, seed {row['seed']}: validation loss {row['loss']:.4f}" for row in rows]
     config = rows[0]["config"]
-    case = f"{config['model']['n_layer']} layers × {config['model']['n_embd']}, {rows[0]['tokens']:,} tokens"
+    case = f"{config['model']['n_layer']} layers, width {config['model']['n_embd']}, {rows[0]['tokens']:,} tokens"
     rounds = [measured(results) for results in whole]
     comparisons = [comparison_of(case, ["modern", BASELINE], rounds, METRICS)] if rounds else []
     return Item(part.title, comparisons, notes=notes, environment=_environment(rows[0]["environment"], part))
@@ -149,7 +155,7 @@ READERS: dict[str, Callable[[Path, Part], Item]] = {"bench": _from_bench, "recip
 
 
 def _environment(found: dict[str, Any], part: Part) -> dict[str, Any]:
-    """An environment with what the scripts know: the command, the revision, whether it is a smoke test."""
+    """Return an environment with the script as command, the revision, and whether this is a smoke test."""
     return found | {
         "command": f"benchmarks/gpu/{part.script}",
         "smoke": found.get("smoke", os.environ.get("RESTOMOD_SMOKE") == "cpu"),
@@ -158,9 +164,9 @@ def _environment(found: dict[str, Any], part: Part) -> dict[str, Any]:
 
 
 def joined(old: Item | None, new: Item) -> Item:
-    """An item measured twice: the new results count, unless there are none.
+    """Join two results of an item; the new results replace the old ones, unless there are none.
 
-    Where several parts make up an item, each adds its contender to the same comparison.
+    Parts of the item `bench` each add their contender to the same comparison.
     """
     if old is None or new.title != _bench("").title:
         return new if old is None or _has_results(new) or not _has_results(old) else old
@@ -184,28 +190,32 @@ def _has_results(item: Item) -> bool:
 
 
 def add(items: dict[str, Item], more: dict[str, Item]) -> dict[str, Item]:
-    """All items of both, in the order of the page."""
+    """Return all items of both, in the order of the page."""
     every = items | {name: joined(items.get(name), item) for name, item in more.items()}
     return {name: every[name] for name in (*ITEMS, *every) if name in every}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 for what the user can correct."""
+    """Run the command and return the exit code: 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.collect", description=(__doc__ or "").split("\n")[0]
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    one = actions.add_parser("part", help="add the results of one part, or why there are none")
-    one.add_argument("name", choices=PARTS)
+    one = actions.add_parser("part", help="add the results of one part, or the reason why there are none")
+    one.add_argument("name", choices=PARTS, help="name of the part")
     one.add_argument("--results", type=Path, required=True, help="folder with NAME.json or NAME/gpu.json")
-    one.add_argument("--out", type=Path, required=True, help="the file to add them to")
-    one.add_argument("--missing", help="why the part was not begun")
-    one.add_argument("--exit-code", type=int, default=0)
-    one.add_argument("--limit", type=int, default=0, help="seconds that the part was allowed")
-    one.add_argument("--log", type=Path, help="what the part has printed")
-    both = actions.add_parser("merge", help="join the files of several calls")
-    both.add_argument("files", type=Path, nargs="+", help="gpu.json of each call; later ones count where both measured")
-    both.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    one.add_argument("--out", type=Path, required=True, help="file to which the results are added")
+    one.add_argument("--missing", help="reason why the part was not started")
+    one.add_argument("--exit-code", type=int, default=0, help="exit code of the part")
+    one.add_argument("--limit", type=int, default=0, help="time limit of the part in seconds")
+    one.add_argument("--log", type=Path, help="file with the output of the part")
+    both = actions.add_parser("merge", help="join the files of several sessions")
+    both.add_argument(
+        "files", type=Path, nargs="+", help="gpu.json of each session; later results replace earlier ones"
+    )
+    both.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="file of the joined results"
+    )
     given = parser.parse_args(arguments)
     try:
         if given.action == "part":
@@ -220,18 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def merge(files: Sequence[Path], out: Path) -> None:
-    """Write the items of all files to one, with tables and a picture beside it.
+    """Join the items of all files in ``out``, with tables and a plot in the same folder.
 
     Raises:
         UserError: a file is missing or damaged.
     """
-    from benchmarks.run import write  # matplotlib
+    from benchmarks.run import write  # imports matplotlib
 
     items: dict[str, Item] = {}
     for file in files:
         found = records.read(file)
         if not found:
-            raise UserError(f"{file}: no measurements here")
+            raise UserError(f"{file}: no such file, or no measurements in it; run check.sh and measure.sh first")
         items = add(items, found)
     write(out, items)
 

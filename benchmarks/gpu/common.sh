@@ -1,15 +1,15 @@
-# Shared by check.sh and measure.sh, which source it: the environment, parts with time limits, and collecting results.
+# Functions of check.sh and measure.sh, which source this file: environment, parts with time limits, collecting results.
 #
-# OUT     folder of the results: gpu.json, log.txt and at most four files more
-# LEFT    seconds that everything together may take (each script has its default)
-# LEAST   seconds that a part needs to be begun (default: 20)
-# KIT     what prepare.sh has gathered (default: build/gpu)
-# PYTHON  the interpreter (default: .venv/bin/python if it is there, else python3)
-# REVISION        the commit that is measured, where the source tree comes without .git
-# RESTOMOD_SMOKE  cpu: tiny sizes on a CPU; --smoke is the same
+# OUT     folder of the results: gpu.json, log.txt and at most four other files
+# LEFT    time limit of the whole script in seconds (each script has a default)
+# LEAST   minimum seconds for a part; with less time it is not started (default: 20)
+# KIT     folder that prepare.sh has filled (default: build/gpu)
+# PYTHON  Python interpreter (default: .venv/bin/python if it exists, otherwise python3)
+# REVISION        measured commit, for a source tree without .git
+# RESTOMOD_SMOKE  "cpu" for tiny sizes on a CPU, as --smoke
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-: "${OUT:?name the folder of the results: OUT=results $0}"
+: "${OUT:?set the folder of the results: OUT=results $0}"
 mkdir -p "$OUT" || exit
 OUT=$(cd "$OUT" && pwd)
 KIT=$(cd "${KIT:-$root/build/gpu}" 2>/dev/null && pwd) || { echo "$0: no folder ${KIT:-build/gpu}; run prepare.sh first" >&2; exit 2; }
@@ -28,7 +28,7 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 
 LEAST=${LEAST:-20}
-RESERVE=10 # seconds at the end: a part that does not stop at once, and collecting
+RESERVE=10 # seconds at the end for a part that stops late and for collecting results
 failed=()
 work=$(mktemp -d) || exit
 trap 'rm -rf "$work"' EXIT
@@ -39,17 +39,17 @@ done
 export PYTHONPATH="$work/site:$root/src:$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 export TORCHINDUCTOR_CACHE_DIR=$work/inductor
-# compiled code of an earlier call; it is found again only on the same kind of GPU and with the same versions
+# compiled code of an earlier session, valid only for the same GPU model and versions
 [[ -f $KIT/inductor.tgz ]] && tar xzf "$KIT/inductor.tgz" -C "$work"
 
-# allowed SECONDS: as many of them as are left
+# allowed SECONDS: prints the smaller of SECONDS and the remaining time
 allowed() {
     local left=$((LEFT - SECONDS - RESERVE))
     echo $(($1 < left ? $1 : left))
 }
 
-# part NAME SECONDS COMMAND...: runs a command that writes its results to $work/NAME.json or $work/NAME/, and adds them,
-# or why they are missing, to $OUT/gpu.json. Never fails itself.
+# part NAME SECONDS COMMAND...: runs a command that writes its results to $work/NAME.json or $work/NAME/, and adds the
+# results, or the reason why they are missing, to $OUT/gpu.json. Always succeeds.
 part() {
     local name=$1 limit log=$work/$1.log code began=$SECONDS
     limit=$(allowed "$2")
@@ -60,7 +60,7 @@ part() {
         collect "$name" --missing "no time left"
         return
     fi
-    echo "=== $name, at most $limit s, begun after $SECONDS s" | tee -a "$OUT/log.txt"
+    echo "=== $name, at most $limit s, started after $SECONDS s" | tee -a "$OUT/log.txt"
     timeout --signal=INT --kill-after=8 "$limit" "$@" >"$log" 2>&1
     code=$?
     cat "$log" >>"$OUT/log.txt"
@@ -72,11 +72,11 @@ part() {
 
 collect() {
     "$PYTHON" -m benchmarks.gpu.collect part "$1" --results "$work" --out "$OUT/gpu.json" "${@:2}" >>"$OUT/log.txt" 2>&1 ||
-        { echo "=== $1: its results cannot be collected:"; cat "$work/$1.json" "$work/$1"/*.json; } >>"$OUT/log.txt" 2>&1
+        { echo "=== $1: cannot collect the results:"; cat "$work/$1.json" "$work/$1"/*.json; } >>"$OUT/log.txt" 2>&1
     return 0
 }
 
-# item NAME SECONDS: one item of benchmarks.run
+# item NAME SECONDS: runs one item of benchmarks.run
 item() {
     local limit
     limit=$(allowed "$2")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Second call on a GPU, at most 420 s: the numbers of docs/benchmarks.md, most wanted first.
+# Second session on a GPU, at most 420 s: the numbers of docs/benchmarks.md, most important first.
 #
 #     OUT=results benchmarks/gpu/measure.sh [--smoke]
 #
 # Writes $OUT/gpu.json, log.txt and shakespeare.jsonl (the metrics of the TinyShakespeare run). Variables: see common.sh.
-# No network is needed.
+# Works without a network.
 set -uo pipefail
 LEFT=${LEFT:-420}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -18,7 +18,7 @@ if ((${#smoke[@]})); then
     recipe=(--layers 1 --width 64 --context 32 --batch-tokens 64 --tokens 512 --looks 2 --eval-tokens 64)
 fi
 
-# bench NAME SECONDS FLAGS...: `restomod bench step gpt2-124m`, 524,288 tokens a step; later flags count
+# bench NAME SECONDS FLAGS...: runs `restomod bench step gpt2-124m` with 524,288 tokens per step; FLAGS override
 bench() {
     part "$1" "$2" "$PYTHON" -m restomod bench step gpt2-124m --device "$device" "${size[@]}" --json "$work/$1.json" "${@:3}"
 }

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Gathers in build/gpu, which git ignores, all that check.sh and measure.sh need on a machine without a network.
+# Collects in build/gpu, which git ignores, all files that check.sh and measure.sh need on a machine without a network.
 #
 #     benchmarks/gpu/prepare.sh PEER DATA [--smoke]
 #
-# PEER  a checkout of build-nanogpt: its train_gpt2.py is measured beside restomod
-# DATA  a folder with corpus/*train*.jsonl.xz, eval/hellaswag_val.jsonl and tinyshakespeare/input.txt
+# PEER  checkout of build-nanogpt, whose train_gpt2.py is compared with restomod
+# DATA  folder with corpus/*train*.jsonl.xz, eval/hellaswag_val.jsonl and tinyshakespeare/input.txt
 #
-# KIT names another folder (it is deleted first); WHEELS one of wheels to take instead of downloading them; PYTHON the
-# interpreter, whose restomod makes the tokens.
+# Variables: KIT, another folder than build/gpu, which is deleted first; WHEELS, folder of wheels to use instead of a
+# download; PYTHON, the Python interpreter with restomod, which prepares the tokens.
 set -euo pipefail
 
-LIMIT=$((60 * 1024 * 1024)) # bytes in all, the compiled code that check.sh brings back included
+LIMIT=$((60 * 1024 * 1024)) # bytes in total, including the compiled code of check.sh
 INDUCTOR=$((16 * 1024 * 1024))
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -25,9 +25,9 @@ fi
 export PYTHONPATH="$root/src:$root${PYTHONPATH:+:$PYTHONPATH}"
 
 for file in "$PEER/train_gpt2.py" "$DATA/eval/hellaswag_val.jsonl" "$DATA/tinyshakespeare/input.txt"; do
-    [[ -f $file ]] || { echo "prepare.sh: $file is missing" >&2; exit 2; }
+    [[ -f $file ]] || { echo "prepare.sh: $file does not exist" >&2; exit 2; }
 done
-[[ ! -e $KIT || -d $KIT/wheels ]] || { echo "prepare.sh: $KIT is not a folder that it made" >&2; exit 2; }
+[[ ! -e $KIT || -d $KIT/wheels ]] || { echo "prepare.sh: $KIT was not written by prepare.sh; choose another KIT" >&2; exit 2; }
 rm -rf "$KIT"
 mkdir -p "$KIT"/{wheels,build-nanogpt,data/eval,data/tinyshakespeare}
 
@@ -55,12 +55,12 @@ megabytes=66 # about 15 million tokens
 
 bytes=$(du -sb "$KIT" | cut -f1)
 du -h --max-depth=2 "$KIT"
-echo "$bytes bytes of at most $((LIMIT - INDUCTOR)), which leaves $INDUCTOR for compiled code"
-((bytes <= LIMIT - INDUCTOR)) || { echo "prepare.sh: that is too much; take a smaller corpus" >&2; exit 1; }
+echo "$bytes bytes of at most $((LIMIT - INDUCTOR)); $INDUCTOR bytes are reserved for compiled code"
+((bytes <= LIMIT - INDUCTOR)) || { echo "prepare.sh: too many bytes; use a smaller corpus" >&2; exit 1; }
 cat <<END
-next: copy the working tree with $KIT to the GPU machine, and there
+next: copy the working tree with $KIT to the GPU machine and run there
     OUT=check REVISION=COMMIT benchmarks/gpu/check.sh        # at most 280 s
-    OUT=measure REVISION=COMMIT benchmarks/gpu/measure.sh    # at most 420 s; with check/inductor.tgz in $KIT
-then here
+    OUT=measure REVISION=COMMIT benchmarks/gpu/measure.sh    # at most 420 s; first copy check/inductor.tgz to $KIT
+then run on this machine
     python -m benchmarks.gpu.collect merge check/gpu.json measure/gpu.json && python -m benchmarks.readme
 END

@@ -1,9 +1,9 @@
-"""Time of a micro-batch of GPT-2 124M by part, and with other settings of the training step.
+"""Time of a micro-batch of GPT-2 124M by part and with other settings of the training step.
 
     python -m benchmarks.gpu.variants --out variants.json --kernels kernels.txt [--seconds 120] [--smoke]
 
-Attention backends, tokens of a chunk of the loss, Inductor's mix-order reductions, and a residual stream in bf16; and
-the kernels of a micro-batch, by time. The file is written after every comparison.
+Variants are attention backends, chunk sizes of the loss, Inductor's mix-order reductions and a residual stream in bf16.
+The kernels of a micro-batch are listed by time. The file is written after every comparison.
 
 Shapes: B = sequences, T = tokens of each, H = heads, K = head size, D = H * K.
 """
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import peers, records, table
-from benchmarks.contenders import Contender, Here, Measured, Round, Worker, reason
+from benchmarks.contenders import Contender, InProcess, Measured, Round, Worker, reason
 from benchmarks.gpu.collect import PARTS
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.loss import close
@@ -44,13 +44,13 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-CHUNKS = (16_384, 4096, 8192, 32_768)  # tokens; the first is compared with
+CHUNKS = (16_384, 4096, 8192, 32_768)  # tokens; the first is the baseline
 MILLISECONDS = Metric("time", "ms", "lower")
-ROWS = 60  # of the table of kernels
+ROWS = 60  # rows in the table of kernels
 
 
 def measure(plan: BenchPlan, kernels: Path, write: Callable[[Item], None]) -> None:
-    """Call ``write`` after every comparison with all that is measured so far."""
+    """Run all comparisons; ``write`` is called after each with all results so far."""
     shape, (batch, length) = plan.pick(Shape(), SMALL), plan.pick((64, 1024), (2, 16))
     about = environment(plan) | {"command": "python -m benchmarks.gpu.variants"}
     item = Item(PARTS["variants"].title, environment=about)
@@ -65,7 +65,7 @@ def measure(plan: BenchPlan, kernels: Path, write: Callable[[Item], None]) -> No
     add(loss_chunks(plan.part(2), micro_batch))
     try:
         found = micro_batch.kernels()
-    except Exception as e:  # the profiler needs more of the driver than computing does
+    except Exception as e:  # some drivers do not support the profiler
         found = f"no table of kernels: {reason(e)}\n"
     write_text_atomically(kernels, found)
     del micro_batch
@@ -75,24 +75,24 @@ def measure(plan: BenchPlan, kernels: Path, write: Callable[[Item], None]) -> No
 
 
 def without_ratios(comparison: Comparison) -> Comparison:
-    """All contenders are settings of ours, none of which is to be called ahead of restomod."""
-    entries = [dataclasses.replace(entry, beside={}) for entry in comparison.entries]
+    """Return a comparison without ratios, as all contenders are settings of restomod."""
+    entries = [dataclasses.replace(entry, paired={}) for entry in comparison.entries]
     return dataclasses.replace(comparison, entries=entries)
 
 
 def attention_backends(plan: BenchPlan, shape: Shape, batch: int, length: int) -> Comparison:
-    """Causal attention and its gradient for all layers, by backend."""
+    """Compare backends of causal attention, forward and backward for all layers."""
     backends = {"math": SDPBackend.MATH} if plan.device == "cpu" else BACKENDS
     contenders: list[Contender] = [
-        Here(name, functools.partial(attention_round, plan.device, shape, batch, length, backend))
+        InProcess(name, functools.partial(attention_round, plan.device, shape, batch, length, backend))
         for name, backend in backends.items()
     ]
-    case = f"attention and its gradient, {shape.n_layer} layers, {batch} × {length} tokens"
+    case = f"attention forward and backward, {shape.n_layer} layers, {batch} × {length} tokens"
     return compare(plan, case, contenders, [MILLISECONDS], plan.pick(10, 2), warmup=plan.pick(3, 1))
 
 
 def attention_round(device_type: str, shape: Shape, batch: int, length: int, backend: SDPBackend) -> Round:
-    """One layer's attention, forward and backward; the time of all layers."""
+    """Return a round of attention forward and backward of one layer, with its time multiplied by the layers."""
     device, H = torch.device(device_type), shape.n_head
     dtype = choose_dtype("auto", device)
     D = shape.n_embd
@@ -112,7 +112,7 @@ def attention_round(device_type: str, shape: Shape, batch: int, length: int, bac
 
 
 class MicroBatch:
-    """A micro-batch forward and backward, compiled on a GPU."""
+    """Forward and backward of a micro-batch, compiled on a GPU."""
 
     def __init__(self, plan: BenchPlan, shape: Shape, batch: int, length: int) -> None:
         self.device = torch.device(plan.device)
@@ -124,7 +124,7 @@ class MicroBatch:
             compile_module(self.model.transformer, self.device)
 
     def run(self, chunk: int) -> float:
-        """Make it, with so many tokens in a chunk of the loss; returns the loss."""
+        """Run the micro-batch with ``chunk`` tokens per chunk of the loss, and return the loss."""
         dtype = choose_dtype("auto", self.device)
         compute = ComputeConfig(self.device, dtype, len(self.task.x), self.compiled, chunk=chunk)
         loss = batch_loss(self.model, self.task.x, self.task.y, compute)
@@ -132,7 +132,7 @@ class MicroBatch:
         return float(loss.item())
 
     def round(self, chunk: int, repeat: int) -> Measured:
-        """``repeat`` micro-batches after one that does not count."""
+        """Measure ``repeat`` micro-batches after one for warm-up."""
         self.run(chunk)
         synchronize(self.device)
         if self.compiled:
@@ -146,7 +146,7 @@ class MicroBatch:
         return Measured(values | {"peak memory": (peak_memory(self.device) or 0) / 1e9}, loss)
 
     def kernels(self) -> str:
-        """A table of the kernels of one micro-batch, those that take longest first."""
+        """Return a table of the kernels of one micro-batch, slowest first."""
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.compiled:
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -158,31 +158,31 @@ class MicroBatch:
 
 
 def loss_chunks(plan: BenchPlan, micro_batch: MicroBatch) -> Comparison:
-    """Time the micro-batch with other chunk sizes of the loss."""
+    """Compare the micro-batch with several chunk sizes of the loss."""
     repeat = plan.pick(5, 1)
 
     def contender(chunk: int) -> Contender:
-        return Here(f"{chunk:,} tokens", lambda: lambda: micro_batch.round(chunk, repeat))
+        return InProcess(f"{chunk:,} tokens", lambda: lambda: micro_batch.round(chunk, repeat))
 
     contenders = [contender(chunk) for chunk in plan.pick(CHUNKS, (16, 32))]
     metrics = [MILLISECONDS, *METRICS]
-    return compare(plan, "a micro-batch by chunks of the loss", contenders, metrics, plan.pick(3, 2), agree=close)
+    return compare(plan, "micro-batch by chunk size of the loss", contenders, metrics, plan.pick(3, 2), agree=close)
 
 
 def switch_mix_order_reduction(model: GPT) -> None:
-    """Have Inductor, in this process, join reductions over rows and over columns in one kernel, or not: the other way.
+    """Switch Inductor's fusion of row and column reductions to the opposite of restomod's setting, in this process.
 
-    restomod leaves them on, but for releases of torch in which they are wrong (`avoid_wrong_reductions`).
+    restomod enables it except in releases of torch that compute wrong results (`avoid_wrong_reductions`).
     """
     from torch._inductor import config
 
     off = avoid_wrong_reductions()
-    os.environ[REDUCTIONS] = str(int(off))  # what restomod heeds before it chooses itself
+    os.environ[REDUCTIONS] = str(int(off))  # overrides restomod's choice
     config.triton.mix_order_reduction = off
 
 
 def residual_in_bf16(model: GPT) -> None:
-    """Keep the residual stream in bf16, as `--residual-dtype bf16`."""
+    """Set the dtype of the residual stream to bf16, as `--residual-dtype bf16`."""
     model.transformer.residual_dtype = torch.bfloat16
 
 
@@ -194,15 +194,15 @@ SETTINGS: dict[str, Callable[[GPT], None]] = {
 
 
 def settings(plan: BenchPlan, shape: Shape, batch: int, length: int) -> Comparison:
-    """Whole training steps; every setting in a process of its own, which compiles for itself."""
+    """Compare settings of the whole training step, each in a separate process with its own compilation."""
     sizes = (shape, batch, length, plan.device, plan.pick(5, 1))
     contenders: list[Contender] = [Worker(name, setting_rounds, (name, *sizes)) for name in SETTINGS]
-    case = f"a training step by setting, {batch} × {length} tokens"
+    case = f"training step by setting, {batch} × {length} tokens"
     return compare(plan, case, contenders, METRICS, plan.pick(4, 2))
 
 
 def setting_rounds(name: str, shape: Shape, batch: int, length: int, device: str, repeat: int) -> Round:
-    """The function of a `Worker`, which has compiled when it is ready: all workers compile at the same time."""
+    """Return a round with a setting, for a `Worker`; compilation happens here, in all workers at the same time."""
     task = task_of(None, shape, batch, length, device)
     step = peers.restomod(task, device == "cuda", SETTINGS[name])
     step()
@@ -212,15 +212,15 @@ def setting_rounds(name: str, shape: Shape, batch: int, length: int, device: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0."""
+    """Run all comparisons and return the exit code 0."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.variants", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, required=True, help="the file of the results")
-    parser.add_argument("--kernels", type=Path, required=True, help="the file of the table of kernels")
-    parser.add_argument("--seconds", type=float, default=120, help="no round begins after so many")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--kernels", type=Path, required=True, help="text file for the table of kernels")
+    parser.add_argument("--seconds", type=float, default=120, help="time after which no round starts")
+    parser.add_argument("--smoke", action="store_true", help="smoke test with tiny sizes on a CPU")
     given = parser.parse_args(words)
 
     def write(item: Item) -> None:

@@ -1,8 +1,8 @@
-"""A training step of ours, compiled, beside build-nanogpt as shipped: the same 64 × 1,024 tokens, in turns.
+"""Comparison of restomod's compiled training step with unmodified build-nanogpt, on the same 64 × 1,024 tokens.
 
     python -m benchmarks.gpu.versus --peer build-nanogpt=PATH --out step.json [--seconds 70] [--smoke]
 
-The item `step` of `benchmarks.run` compares more contenders in more cases, and takes minutes.
+The item `step` of `benchmarks.run` has more contenders and shapes, and takes minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from restomod.utils.errors import EXIT_USER_ERROR, UserError
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Ours and every checkout that ``plan`` names."""
+    """Measure restomod and all checkouts of ``plan``."""
     ours, shape = plan.pick(OURS, EAGER), plan.pick(Shape(), SMALL)
     batch, length = plan.pick((64, 1024), (2, 16))
     repeat = plan.pick(10, 1)
@@ -34,18 +34,24 @@ def measure(plan: BenchPlan) -> Item:
         Worker(name, rounds, (name, plan.peers.get(name), shape, batch, length, plan.device, repeat))
         for name in (ours, *plan.peers)
     ]
-    case = f"{batch} × {length} tokens a step"
+    case = f"{batch} × {length} tokens per step"
     return Item(PARTS["step"].title, [compare(plan, case, contenders, METRICS, plan.pick(4, 2))])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 for what the user can correct."""
+    """Run the comparison and return the exit code: 0, or 2 for a user error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.versus", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"a checkout: {peers.NAMES}")
-    parser.add_argument("--out", type=Path, required=True, help="the file of the results")
-    parser.add_argument("--seconds", type=float, default=70, help="no round begins after so many")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"checkout of another project to compare with; NAME is one of {peers.NAMES}",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--seconds", type=float, default=70, help="time after which no round starts")
+    parser.add_argument("--smoke", action="store_true", help="smoke test with tiny sizes on a CPU")
     given = parser.parse_args(words)
     device = "cpu" if given.smoke else "cuda"
     try:

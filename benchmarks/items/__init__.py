@@ -1,1 +1,1 @@
-"""Benchmarks, a module each with a function `measure` from a `BenchPlan` to an `Item`."""
+"""Benchmarks, one module each with a function `measure` from a `BenchPlan` to an `Item`."""

@@ -1,4 +1,4 @@
-"""Checkpoints of GPT-2 124M with AdamW's state: stall of training, time to disk, time to load."""
+"""Checkpoints of GPT-2 124M with AdamW state: training stall, time to disk, loading time, size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.contenders import Contender, InProcess, Measured, Round
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.generation import random_model
 from benchmarks.records import Item, Metric
@@ -26,15 +26,15 @@ from restomod.runs.checkpoint import load_checkpoint
 from restomod.utils.run_files import list_checkpoints
 
 METRICS = [
-    Metric("training stands still", "s", "lower"),
-    Metric("until it is on the disk", "s", "lower"),
+    Metric("training stall", "s", "lower"),
+    Metric("time to disk", "s", "lower"),
     Metric("load", "s", "lower"),
     Metric("size", "GB", "lower"),
 ]
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Beside `torch.save` and `torch.load` of the same tensors, synced to the disk as ours are."""
+    """Compare restomod's checkpoints with `torch.save`, followed by fsync, and `torch.load` of the same tensors."""
     model = random_model(plan).train()
     config = dataclasses.replace(preset("gpt2-124m"), model=model.config, keep_checkpoints=1)
     optimizer = build_optimizer(model, OptimConfig())
@@ -42,17 +42,17 @@ def measure(plan: BenchPlan) -> Item:
         parameter.grad = torch.full_like(parameter, 1e-4)
     optimizer.update(1.0, torch.ones((), device=plan.device), torch.zeros((), dtype=torch.bool, device=plan.device))
     contenders: list[Contender] = [
-        Here("restomod", lambda: ours(plan.scratch, Saver(plan.scratch / "run", config), model, optimizer)),
-        Here("torch.save", lambda: torch_save_rounds(plan.scratch, model, optimizer)),
+        InProcess("restomod", lambda: ours(plan.scratch, Saver(plan.scratch / "run", config), model, optimizer)),
+        InProcess("torch.save", lambda: torch_save_rounds(plan.scratch, model, optimizer)),
     ]
-    return Item("Checkpoints of GPT-2 124M", [compare(plan, "weights and AdamW's state", contenders, METRICS, 3)])
+    return Item("Checkpoints of GPT-2 124M", [compare(plan, "weights and AdamW state", contenders, METRICS, 3)])
 
 
 Act = Callable[[], None]
 
 
 def timed(save: Act, finish: Act, load: Act, size: Callable[[], int]) -> Round:
-    """A round: save, wait until that is on the disk, load."""
+    """Return a round that saves, waits until the checkpoint is on disk, and loads it."""
 
     def one_round() -> Measured:
         start = time.perf_counter()
@@ -70,7 +70,7 @@ def timed(save: Act, finish: Act, load: Act, size: Callable[[], int]) -> Round:
 
 
 def ours(scratch: Path, saver: Saver, model: GPT, optimizer: Optimizers) -> Round:
-    """The loop's own `Saver`: it stands still while the tensors are copied."""
+    """Return a round with restomod's `Saver`, which stalls training only while it copies the tensors."""
     run, numbers, device = scratch / "run", itertools.count(1), model.head.device
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
@@ -86,7 +86,7 @@ def ours(scratch: Path, saver: Saver, model: GPT, optimizer: Optimizers) -> Roun
 
 
 def torch_save_rounds(folder: Path, model: GPT, optimizer: Optimizers) -> Round:
-    """All tensors into one new file, after which the one before is deleted; training stands still meanwhile."""
+    """Return a round that writes all tensors to a new file and deletes the previous one; training stalls meanwhile."""
     numbers = itertools.count(1)
     files: list[Path] = []
     adamw = torch.optim.AdamW(model.parameters())

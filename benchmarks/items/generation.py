@@ -1,8 +1,8 @@
-"""Speed of generation with the key/value cache, without it, and by `transformers`.
+"""Speed of generation with and without key/value cache, compared with `transformers`.
 
-Greedy, from random weights. "without cache" passes the whole context for every token, and only its last position
-through the head. `transformers` runs the same weights, with its cache, in the same precision (bf16: all weights
-converted).
+Generation is greedy with random weights. Without cache, every token needs a forward pass over the whole context, with
+lm_head only for the last position. `transformers` runs the same weights with its cache in the same compute dtype (for
+bf16 all weights are converted).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.contenders import Contender, InProcess, Measured, Round
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Comparison, Item, Metric
 from restomod.config.presets import preset
@@ -31,11 +31,11 @@ from restomod.model.hf_io import save_model
 Tokens = list[list[int]]
 Way = Callable[[Tokens, int], Tokens]
 Ways = dict[str, Callable[[], Way]]
-PROMPT, WARM = 16, 4  # tokens of a prompt; new ones in the warm-up
+PROMPT, WARM = 16, 4  # tokens of a prompt; new tokens in the warm-up
 
 
 def measure(plan: BenchPlan) -> Item:
-    """256 new tokens of one text, and of eight at once."""
+    """Generate 256 new tokens for batch sizes 1 and 8."""
     device = torch.device(plan.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -44,30 +44,30 @@ def measure(plan: BenchPlan) -> Item:
     left_out: list[str] = []
     ours: Ways = {"restomod": lambda: functools.partial(cached, model, dtype)}
     theirs: Ways = {"transformers, with cache": lambda: by_transformers(exported(model, dtype).to(device))}
-    plain: Ways = {"restomod's model, without cache": lambda: functools.partial(uncached, model, dtype)}
+    plain: Ways = {"restomod without cache": lambda: functools.partial(uncached, model, dtype)}
     cases = [(1, theirs, plan.pick(4, 2, 5)), (8, theirs, plan.pick(4, 2, 5)), (1, plain, plan.pick(2, 1, 3))]
     for number, (rows, others, rounds) in enumerate(cases):
-        case = f"{rows} text{'s' if rows > 1 else ''} at once, {new} new tokens each"
+        case = f"batch size {rows}, {new} new tokens"
         if plan.late() and comparisons:
-            left_out.append(f"{case}, beside {', '.join(others)}: the time was up")
+            left_out.append(f"{case}, compared with {', '.join(others)}: time limit reached")
             continue
         prompts = torch.randint(50257, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
         contenders: list[Contender] = [
-            Here(name, rounds_of(make, prompts, new, device)) for name, make in (ours | others).items()
+            InProcess(name, rounds_of(make, prompts, new, device)) for name, make in (ours | others).items()
         ]
         share, metric = plan.part(len(cases) - number), Metric("tokens/s", "", "higher")
         comparisons.append(compare(share, case, contenders, [metric], rounds, agree=alike))
-    note = f"prompts of {PROMPT} tokens, greedy, random weights; same output: of the texts, token for token"
+    note = f"prompts of {PROMPT} tokens, greedy, random weights; same output: share of identical texts"
     return Item("Generation with GPT-2 124M", comparisons, notes=[note], left_out=left_out)
 
 
 def alike(ours: Tokens, theirs: Tokens) -> float:
-    """Part of the texts that are the same."""
+    """Return the share of identical texts, 0 to 1."""
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def rounds_of(make: Callable[[], Way], prompts: Tokens, new: int, device: torch.device) -> Callable[[], Round]:
-    """A round continues all prompts; the first, which warms up, by a few tokens only."""
+    """Return rounds that continue all prompts by ``new`` tokens, and by `WARM` tokens in the first round."""
 
     def start() -> Round:
         way, lengths = make(), iter([WARM])
@@ -85,7 +85,7 @@ def rounds_of(make: Callable[[], Way], prompts: Tokens, new: int, device: torch.
 
 
 def cached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
-    """Ours, as `restomod sample` does it."""
+    """Generate with the key/value cache, as `restomod sample` does."""
     sampling = SamplingConfig(max_tokens=n, temperature=0)
     steps = list(generate(model, [Prompt(prompt, 0) for prompt in prompts], sampling, 0, dtype, stop=None))
     return [[new[i] for new in steps] for i in range(len(prompts))]
@@ -105,7 +105,7 @@ def uncached(model: GPT, dtype: torch.dtype, prompts: Tokens, n: int) -> Tokens:
 
 
 def by_transformers(model: Any) -> Way:
-    """`generate` of transformers."""
+    """Return a function that calls `generate` of a transformers model."""
 
     def way(prompts: Tokens, n: int) -> Tokens:
         ids = torch.tensor(prompts, device=model.device)
@@ -117,7 +117,7 @@ def by_transformers(model: Any) -> Way:
 
 
 def random_model(plan: BenchPlan) -> GPT:
-    """GPT-2 124M, or a tiny one in a smoke test, with random weights, on the device."""
+    """Return GPT-2 124M, or a tiny model in a smoke test, with random weights on the device."""
     config = preset("gpt2-124m").model
     config = plan.pick(config, dataclasses.replace(config, n_layer=2, n_head=2, n_embd=64))
     assert isinstance(config, ModelConfig)

@@ -1,4 +1,4 @@
-"""Step time and memory over a long run, and the speed-up of two processes."""
+"""Growth of step time and memory over a long run, and the speed-up of two processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL += ["--batch-tokens", "64", "--sequence-length", "32", "--precision", "fp3
 
 
 def measure(plan: BenchPlan) -> Item:
-    """The training loop with validation, samples and checkpoints on the way; on a CPU of a model small enough."""
+    """Measure a training run with validation, samples and checkpoints; on a CPU with a small model."""
     data, what = training_text(plan)
     steps = plan.pick(10_000, 8, 2_000)
     where = ["--data.source", data.source, "--data.cache", data.cache]
@@ -34,32 +34,32 @@ def measure(plan: BenchPlan) -> Item:
     words = ["train", "quickstart", "--out", str(run), "--steps", str(steps), "--eval-tokens", "4096", *often]
     memory = watched([*words, *where, *sizes], run / "metrics.jsonl")
     times = [(float(r["step"]), float(r["ms"])) for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
-    case = f"{steps:,} steps" + plan.pick(" of a model of 1.6M parameters", " of a tiny model", " of the quickstart")
-    series = [Series(case, "step", f"ms a step, medians of {OF}", medians(times, OF))]
+    case = f"{steps:,} steps, " + plan.pick("1.6M parameters", "tiny model", "quickstart")
+    series = [Series(case, "step", f"ms per step, median of {OF}", medians(times, OF))]
     left_out = []
     if memory:
         series.append(Series(case, "seconds since the first step", "resident memory, GB", memory))
     else:
-        left_out.append("memory over time: this system does not tell that of another process")
+        left_out.append("memory over time: the system does not report the memory of another process")
     comparisons = []
     if plan.device == "cpu":
         comparisons.append(processes(plan))
     else:
-        left_out.append("two processes: there is one GPU")
-    return Item("Growth", comparisons, series, left_out, [what])
+        left_out.append("two processes: the machine has one GPU")
+    return Item("Long runs", comparisons, series, left_out, [what])
 
 
 def medians(points: list[tuple[float, float]], of: int) -> list[tuple[float, float]]:
-    """Thin a curve: of each ``of`` points, the first x and the median y."""
+    """Reduce a curve: for each ``of`` consecutive points return the first x and the median y."""
     groups = [points[i : i + of] for i in range(0, len(points), of)]
     return [(group[0][0], statistics.median(y for _, y in group)) for group in groups]
 
 
 def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:
-    """Make a run to its end; seconds since its first step, and the GB that it held then.
+    """Run a training to its end and return pairs of seconds since its first step and resident memory in GB.
 
     Raises:
-        Absent: it fails.
+        Absent: the training failed.
     """
     memory: list[tuple[float, float]] = []
     start = 0.0
@@ -78,17 +78,18 @@ def watched(words: list[str], metrics: Path) -> list[tuple[float, float]]:
 
 def processes(plan: BenchPlan) -> Comparison:
     """Compare steps of one process and of two under torchrun, one thread each."""
-    metrics = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
+    metrics = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB, largest process", "lower")]
     sizes = TINY if plan.smoke else ["--batch-tokens", "2048"]
     contenders: list[Contender] = [
         Bench(f"{n} process{'es' if n > 1 else ''}, one thread each", n, plan, sizes) for n in (2, 1)
     ]
-    notes = ["`restomod bench step quickstart` under torchrun, gloo; twice the speed would be perfect"]
-    return compare(plan, "two processes beside one", contenders, metrics, plan.pick(3, 1), warmup=0, notes=notes)
+    notes = ["`restomod bench step quickstart` under torchrun, gloo; the ideal speed-up is 2"]
+    case = "two processes, compared with one"
+    return compare(plan, case, contenders, metrics, plan.pick(3, 1), warmup=0, notes=notes)
 
 
 class Bench(Command):
-    """`restomod bench step` under torchrun; its tokens/s are those that it reports."""
+    """Contender `restomod bench step` under torchrun; tokens/s are the ones that it reports."""
 
     def __init__(self, name: str, count: int, plan: BenchPlan, sizes: list[str]) -> None:
         self.report = plan.scratch / f"bench-{count}.json"
@@ -99,6 +100,7 @@ class Bench(Command):
         super().__init__(name, command, environment={"OMP_NUM_THREADS": "1"})
 
     def round(self) -> Measured:
+        """Run the benchmark and add its tokens/s."""
         found = super().round()
         speed = json.loads(self.report.read_text())["tokens_per_second"]["median"]
         return Measured(found.values | {"tokens/s": speed})

@@ -1,8 +1,8 @@
-"""Speed of HellaSwag, compared with scoring four full rows of one example at a time.
+"""Speed of HellaSwag, compared with scoring one example at a time as four rows.
 
-That way is the method of build-nanogpt's `hellaswag.py`, written anew: context and ending of all four choices as rows
-of equal length, `transformers`' GPT-2, logits of all positions, cross-entropy, and the endings' part of it. It runs in
-fp32, as that script does, and in bf16, as that project's training does for its evaluations.
+The second method is a reimplementation of build-nanogpt's `hellaswag.py`: context and ending of the four choices as
+rows of equal length, the GPT-2 of `transformers`, logits of all positions, and the cross-entropy of the endings. It
+runs in fp32, as that script, and in bf16, as the evaluation during that project's training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.contenders import Contender, InProcess, Measured, Round
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.items.generation import exported, random_model
 from benchmarks.records import Item, Metric
@@ -32,7 +32,7 @@ Choices = list[tuple[int, int]]
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Score the same examples with the same random weights, a part of them per round."""
+    """Score the same examples with the same random weights, one part of them per round."""
     count, rounds = plan.pick(500, 6, 1000), plan.rounds or plan.pick(5, 2)
     file, what = hellaswag(plan, count)
     model = random_model(plan)
@@ -40,29 +40,29 @@ def measure(plan: BenchPlan) -> Item:
         keep_freed_memory()
     metric = Metric("examples/s", "", "higher")
     contenders: list[Contender] = [
-        Here("restomod eval, fp32", lambda: ours(model, file, count, rounds)),
-        Here("four full rows, fp32", lambda: theirs(model, plan, file, count, rounds, torch.float32)),
+        InProcess("restomod eval, fp32", lambda: ours(model, file, count, rounds)),
+        InProcess("four rows per example, fp32", lambda: theirs(model, plan, file, count, rounds, torch.float32)),
     ]
     left_out = []
     if plan.device == "cuda" or choose_dtype("auto", torch.device("cpu")) == torch.bfloat16:
         contenders.append(
-            Here("four full rows, bf16", lambda: theirs(model, plan, file, count, rounds, torch.bfloat16))
+            InProcess("four rows per example, bf16", lambda: theirs(model, plan, file, count, rounds, torch.bfloat16))
         )
     else:
-        left_out.append("four full rows in bf16: this processor computes that slower than fp32")
-    note = f"{what}; random weights; same output: of the choices by `acc` and `acc_token`"
+        left_out.append("four rows per example, bf16: slower than fp32 on this processor")
+    note = f"{what}; random weights; same output: share of examples with the same choice by `acc` and by `acc_token`"
     case = "one pass over the examples"
     comparison = compare(plan, case, contenders, [metric], rounds, agree=alike)
     return Item("HellaSwag", [comparison], notes=[note], left_out=left_out)
 
 
 def alike(ours: Choices, theirs: Choices) -> float:
-    """Part of the examples in which both accuracies choose the same."""
+    """Return the share of examples with the same choices, 0 to 1."""
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def parts(count: int, rounds: int) -> Iterator[slice]:
-    """Examples of each round: four to warm up, then all in equal parts."""
+    """Yield the examples of each round: four for the warm-up, then all in equal parts."""
     yield slice(0, min(4, count))
     size = -(-count // rounds)
     for start in range(0, count, size):
@@ -70,6 +70,7 @@ def parts(count: int, rounds: int) -> Iterator[slice]:
 
 
 def timed(ask: Callable[[slice], Choices], count: int, rounds: int) -> Round:
+    """Return a round that scores the next part of the examples with ``ask``."""
     remaining = parts(count, rounds)
 
     def one_round() -> Measured:
@@ -82,7 +83,7 @@ def timed(ask: Callable[[slice], Choices], count: int, rounds: int) -> Round:
 
 
 def ours(model: GPT, file: Path, count: int, rounds: int) -> Round:
-    """Score as `restomod eval` does."""
+    """Return a round that scores as `restomod eval` does."""
     loaded, scored = load_task(f"hellaswag={file}", Path(), count), ScoredGPT(model)
 
     def ask(part: slice) -> Choices:
@@ -93,7 +94,7 @@ def ours(model: GPT, file: Path, count: int, rounds: int) -> Round:
 
 
 def theirs(model: GPT, plan: BenchPlan, file: Path, count: int, rounds: int, dtype: torch.dtype) -> Round:
-    """One example at a time, as four full rows."""
+    """Return a round that scores one example at a time as four rows."""
     device = torch.device(plan.device)
     other = exported(model, torch.float32).to(device)
     with open(file, encoding="utf-8") as f:
@@ -103,7 +104,7 @@ def theirs(model: GPT, plan: BenchPlan, file: Path, count: int, rounds: int, dty
 
 @torch.no_grad()
 def four_rows(model: Any, records: list[dict[str, Any]], dtype: torch.dtype, device: torch.device) -> Choices:
-    """The choice of each example by summed and by mean log-probability."""
+    """Return the choice of each example by summed and by mean log-probability."""
     encode = gpt2_tokenizer().encode
     choices = []
     for record in records:

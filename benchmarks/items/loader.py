@@ -1,6 +1,6 @@
-"""Speed of batches out of 10 billion tokens, and time to the first batch of a resumed run.
+"""Speed of batches from 10 billion tokens, and time to the first batch of a resumed run.
 
-The shards are sparse files: they take no room on the disk and hold zeros, but are read as any others.
+The shards are sparse files, which contain zeros and need no disk space.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.contenders import Contender, Here, Measured, Round
+from benchmarks.contenders import Contender, InProcess, Measured, Round
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Item, Metric
 from benchmarks.scale_data import write_sparse_shard
@@ -27,7 +27,7 @@ Fetch = Callable[[], torch.Tensor]
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Beside the ways of nanoGPT's `get_batch` (random windows of one mapped file) and of torch's DataLoader."""
+    """Compare with random windows of a memory-mapped file (nanoGPT's `get_batch`) and with torch's DataLoader."""
     shards, tokens = plan.pick(100, 4), plan.pick(100_000_000, 2_000_000)
     paths = [plan.scratch / f"sparse_train_{i:06d}.bin" for i in range(shards)]
     for path in paths:
@@ -37,38 +37,38 @@ def measure(plan: BenchPlan) -> Item:
     with open(single, "wb") as f:
         f.truncate(2 * shards * tokens)
     ways: list[Contender] = [
-        Here("restomod", lambda: timed_batches(ours(paths, itertools.count(middle)))),
-        Here("random windows of one mapped file", lambda: timed_batches(random_windows(single), 1)),
-        Here("torch DataLoader, shuffled", lambda: timed_batches(data_loader(paths, 0))),
+        InProcess("restomod", lambda: timed_batches(ours(paths, itertools.count(middle)))),
+        InProcess("random windows of a memory-mapped file", lambda: timed_batches(random_windows(single), 1)),
+        InProcess("torch DataLoader, shuffled", lambda: timed_batches(data_loader(paths, 0))),
     ]
-    size = f"{T * SEQUENCES:,} tokens out of {shards * tokens / 1e9:.3g} billion"
-    ahead = "a mapped file: for a page that is not in memory the system reads those around it, too, unless told not to"
+    size = f"{T * SEQUENCES:,} tokens from {shards * tokens / 1e9:.3g} billion"
+    ahead = "memory-mapped file: without advice the system also reads the neighbouring pages of each page"
     ahead += f" ({read_ahead(plan.scratch)})"
     speed = compare(
         plan, f"batches of {size}", ways, [Metric("batches/s", "", "higher")], plan.pick(5, 2), notes=[ahead]
     )
     starts: list[Contender] = [
-        Here("restomod", lambda: timed_first_batch(lambda: ours(paths, itertools.count(middle)))),
-        Here("torch DataLoader, indices skipped", lambda: timed_first_batch(lambda: data_loader(paths, middle))),
+        InProcess("restomod", lambda: timed_first_batch(lambda: ours(paths, itertools.count(middle)))),
+        InProcess("torch DataLoader, skipping indices", lambda: timed_first_batch(lambda: data_loader(paths, middle))),
     ]
-    note = "the DataLoader's sampler is drawn anew and its indices are skipped, without reading what they stand for"
-    case = f"from nothing to the batch of token {middle * T * SEQUENCES:,}"
+    note = "the DataLoader draws the permutation again and skips indices without reading their windows"
+    case = f"time from start to the batch at token {middle * T * SEQUENCES:,}"
     resumed = compare(plan, case, starts, [Metric("ms", "", "lower")], plan.pick(5, 2), notes=[note])
     return Item("Batches of 10 billion tokens", [speed, resumed])
 
 
 def read_ahead(folder: Path) -> str:
-    """Read-ahead of the system for mapped files."""
+    """Return the system's read-ahead for the disk of ``folder``, as text."""
     device = os.stat(folder).st_dev
     block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    for queue in (block / "queue", block / ".." / "queue"):  # of a disk, or of the disk of a partition
+    for queue in (block / "queue", block / ".." / "queue"):  # disk, or disk of a partition
         with contextlib.suppress(OSError, ValueError):
-            return f"up to {int((queue / 'read_ahead_kb').read_text()):,} kB here"
-    return "how much is unknown here"
+            return f"up to {int((queue / 'read_ahead_kb').read_text()):,} kB on this machine"
+    return "size unknown on this machine"
 
 
 def timed_batches(fetch: Fetch, batches: int = 5) -> Round:
-    """A round of some batches."""
+    """Return a round that fetches ``batches`` batches."""
 
     def one_round() -> Measured:
         start = time.perf_counter()
@@ -80,7 +80,7 @@ def timed_batches(fetch: Fetch, batches: int = 5) -> Round:
 
 
 def timed_first_batch(make: Callable[[], Fetch]) -> Round:
-    """A round that opens everything and takes one batch."""
+    """Return a round that opens the data and fetches one batch."""
 
     def one_round() -> Measured:
         start = time.perf_counter()
@@ -91,18 +91,20 @@ def timed_first_batch(make: Callable[[], Fetch]) -> Round:
 
 
 def stream_of(paths: list[Path]) -> TokenStream:
+    """Open shards as a stream for random reads."""
     stream = TokenStream([open_shard(path) for path in paths])
     stream.expect_random_reads()
     return stream
 
 
 def ours(paths: list[Path], steps: Iterator[int]) -> Fetch:
+    """Return a function that loads the batch of the next step with restomod."""
     batches = Batches(stream_of(paths), T, SEQUENCES, seed=1)
     return lambda: batches.micro_batches(next(steps), SEQUENCES)[0][0]
 
 
 def random_windows(path: Path) -> Fetch:
-    """The method of nanoGPT's `get_batch`, written anew: windows drawn with replacement, the file mapped every time."""
+    """Return a reimplementation of nanoGPT's `get_batch`: windows drawn with replacement, the file mapped per batch."""
     generator = torch.Generator().manual_seed(1)
 
     def fetch() -> torch.Tensor:
@@ -116,7 +118,7 @@ def random_windows(path: Path) -> Fetch:
 
 
 class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Token windows for torch's DataLoader, over the same shards as ours."""
+    """Dataset of token windows for torch's DataLoader."""
 
     def __init__(self, stream: TokenStream) -> None:
         self.stream = stream
@@ -130,10 +132,10 @@ class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def data_loader(paths: list[Path], skipped: int) -> Fetch:
-    """A DataLoader in this process, of which the batch sampler has skipped so many batches."""
+    """Return the batches of a DataLoader in this process whose batch sampler skips ``skipped`` batches."""
     windows = Windows(stream_of(paths))
     order = torch.utils.data.RandomSampler(windows, generator=torch.Generator().manual_seed(1))
     every = torch.utils.data.BatchSampler(order, SEQUENCES, drop_last=True)
-    rest = itertools.islice(every, skipped, None)  # as accelerate resumes one
+    rest = itertools.islice(every, skipped, None)  # as accelerate resumes
     batches = iter(torch.utils.data.DataLoader(windows, batch_sampler=rest))
     return lambda: next(batches)[0]

@@ -1,4 +1,4 @@
-"""Speed and memory of the cross-entropy and its gradient: chunked, and torch's."""
+"""Speed and memory of cross-entropy and its gradient, compared with torch's functions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WAYS = ("restomod", "restomod, compiled", "all logits, F.cross_entropy", "F.line
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Forward and backward, every contender in a process of its own."""
+    """Measure forward and backward, each contender in a separate process."""
     tokens, width = plan.pick(2048, 64, 32_768), plan.pick(768, 32)
     contenders: list[Contender] = [Worker(way, rounds, (way, tokens, width, plan.device)) for way in WAYS]
-    case = f"{tokens:,} tokens, {width} wide, {VOCAB_SIZE:,} logits, forward and backward"
-    note = f"same output: the loss within {TOLERANCE:g}, relative"
+    case = f"{tokens:,} tokens, width {width}, {VOCAB_SIZE:,} logits, forward and backward"
+    note = f"same output: share of rounds with a relative difference of the losses of at most {TOLERANCE:g}"
     return Item("Loss", [compare(plan, case, contenders, METRICS, plan.pick(5, 2), agree=close, notes=[note])])
 
 
@@ -34,12 +34,12 @@ TOLERANCE = 2e-3  # rounding of matmuls in bf16
 
 
 def close(ours: float, theirs: float) -> float:
-    """1 where two losses are the same but for rounding, else 0."""
+    """Return 1 if two losses are equal within `TOLERANCE`, otherwise 0."""
     return float(abs(ours - theirs) <= TOLERANCE * abs(ours))
 
 
 def rounds(way: str, tokens: int, width: int, device_type: str) -> Round:
-    """A round is one loss and its gradient; the function of a `Worker`."""
+    """Return a round of one loss and its gradient, for a `Worker`."""
     device = torch.device(device_type)
     if device.type == "cpu":
         keep_freed_memory()
@@ -71,7 +71,7 @@ def rounds(way: str, tokens: int, width: int, device_type: str) -> Round:
 
 
 def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Torch's own, in chunks as it chooses them."""
+    """Compute the loss with torch's chunked F.linear_cross_entropy; raise Absent if torch has none."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise Absent(f"torch {torch.__version__} has no F.linear_cross_entropy in chunks")
+        raise Absent(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
     return F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())

@@ -1,6 +1,6 @@
-"""Tokens that the modern recipe needs to reach the loss of GPT-2's: small models from scratch, several seeds.
+"""Tokens that the modern recipe needs to reach the loss of GPT-2's recipe, with small models and several seeds.
 
-A shortened run of `benchmarks.recipe`, which measures every part at length.
+A short version of `benchmarks.recipe`, which measures every part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METRICS = [
 
 
 def measure(plan: BenchPlan) -> Item:
-    """A round is a seed, with which every recipe is trained once on the same tokens."""
+    """Train every recipe once per round on the same tokens; each round has another seed."""
     data, what = training_text(plan)
     dataset = prepare_text(data)
     sizes = argparse.Namespace(
@@ -46,14 +46,14 @@ def measure(plan: BenchPlan) -> Item:
         if plan.late() and rows:
             break
         rows.append(trained(sizes, seed, dataset, plan.pick(8, 2), plan.pick(8_192, 64)))
-    case = f"{sizes.layers} layers × {sizes.width}, {sizes.tokens:,} tokens, GPT-2's rate {sizes.lr:g}"
-    notes = [f"{what}; a round is a seed; AdamW's rate of GPT-2's recipe was tuned at 4 × 128 with a million tokens"]
+    case = f"{sizes.layers} layers, width {sizes.width}, {sizes.tokens:,} tokens, learning rate {sizes.lr:g} for gpt2"
+    notes = [f"{what}; one seed per round; gpt2's learning rate was tuned at 4 layers, width 128, one million tokens"]
     notes += [f"{name} did not reach GPT-2's loss with every seed" for name in OURS if not reaching(rows, name)]
-    return Item("Tokens to a loss", [comparison_of(case, list(OURS), rows, METRICS, notes=notes)])
+    return Item("Tokens to GPT-2's loss", [comparison_of(case, list(OURS), rows, METRICS, notes=notes)])
 
 
 def trained(sizes: argparse.Namespace, seed: int, dataset: Dataset, looks: int, eval_tokens: int) -> Row:
-    """One seed of all recipes."""
+    """Train all recipes with one seed and return their metrics."""
     results: dict[str, dict[str, Any]] = {}
     for name in OURS:
         run = dataclasses.replace(changed(base(sizes), RECIPES[name]), seed=seed)
@@ -62,7 +62,7 @@ def trained(sizes: argparse.Namespace, seed: int, dataset: Dataset, looks: int, 
 
 
 def measured(results: dict[str, dict[str, Any]]) -> Row:
-    """The values of trials of one seed, by recipe; GPT-2's is among them."""
+    """Return the metrics of trials with one seed, by recipe; the baseline must be included."""
     target = results[BASELINE]["loss"]
     row = {}
     for name, result in results.items():
@@ -73,4 +73,5 @@ def measured(results: dict[str, dict[str, Any]]) -> Row:
 
 
 def reaching(rows: list[Row], name: str) -> bool:
+    """Return whether a recipe reached GPT-2's loss in every round."""
     return all(METRICS[0].name in row[name].values for row in rows)

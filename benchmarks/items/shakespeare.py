@@ -1,6 +1,6 @@
-"""TinyShakespeare memorised: GPT-2 124M until its training loss is at most 0.09. Hours on a CPU, minutes on a GPU.
+"""Memorising TinyShakespeare: GPT-2 124M to a training loss of 0.09, in hours on a CPU or minutes on a GPU.
 
-The settings are those of a published run (preset `tinyshakespeare`), whose curve stands beside ours.
+The settings equal those of a published run (preset `tinyshakespeare`), whose curve is compared.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from restomod.runs.metrics import read_jsonl
 
 NEVER = 10**9  # steps
 METRICS = [
-    Metric("seconds", "start of the program included", "lower"),
+    Metric("seconds", "including start-up", "lower"),
     Metric("steps", "of 4,096 tokens", "lower"),
     Metric("training loss", "nats", "lower"),
 ]
 
 
 def measure(plan: BenchPlan) -> Item:
-    """One run of `restomod train tinyshakespeare`, whose metrics.jsonl is kept beside the results."""
+    """Run `restomod train tinyshakespeare` once and copy its metrics.jsonl to the folder of the results."""
     title, text = "TinyShakespeare to a loss of 0.09", plan.file(SHAKESPEARE)
     if text is None:
-        return Item(title, left_out=[f"all of it: it takes --data with {SHAKESPEARE}"])
+        return Item(title, left_out=[f"complete run: --data has no {SHAKESPEARE}"])
     run = plan.scratch / "run"
     words = ["train", "tinyshakespeare", "--out", str(run), "--device", plan.device, "--data.path", str(text)]
     words += ["--data.cache", str(plan.scratch / "tokens")]
-    # the time of saves and samples is not what is measured; one of each follows the last step
+    # no checkpoint or sample before the last step, as their time is not measured here
     words += [f"--save-every={NEVER}", "--save-every-minutes=None", f"--sample-every={NEVER}"]
     if plan.smoke:
         words += [*TINY, "--steps", "3", "--sequence-length", "64"]
@@ -41,7 +41,7 @@ def measure(plan: BenchPlan) -> Item:
     with training(words) as process:
         while process.poll() is None:
             if plan.late():
-                left_out.append("the rest of the run: the time was up")
+                left_out.append("rest of the run: time limit reached")
                 break
             time.sleep(0.1)
         if process.returncode:
@@ -49,7 +49,7 @@ def measure(plan: BenchPlan) -> Item:
     seconds = time.perf_counter() - start
     records = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
     if not records:
-        return Item(title, left_out=["all of it: the time was up before its first step"])
+        return Item(title, left_out=["complete run: time limit reached before the first step"])
     if plan.out is not None:
         shutil.copy(run / "metrics.jsonl", plan.out / "shakespeare.jsonl")
     values = {"seconds": [seconds], "steps": [float(len(records))], "training loss": [float(records[-1]["loss"])]}

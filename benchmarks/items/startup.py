@@ -1,4 +1,4 @@
-"""Start-up times: `--help`, imports, the first step of the quickstart."""
+"""Start-up times of `--help`, of imports and of the quickstart until its first step."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.contenders import Absent, Command, Contender, Here, Measured, Round
+from benchmarks.contenders import Absent, Command, Contender, InProcess, Measured, Round
 from benchmarks.harness import BenchPlan, compare
 from benchmarks.records import Item, Metric
 
 SECONDS, MEMORY = Metric("seconds", "", "lower"), Metric("peak memory", "GB", "lower")
-PATIENCE = 300.0
+TIMEOUT = 300.0  # seconds
 SHAPE = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32"]
 TINY = [*SHAPE, "--batch-tokens", "512", "--precision", "fp32"]
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Every round is a new process; the warm-up has read its files once."""
+    """Measure new processes; the warm-up round has read their files into the page cache."""
 
     def python(name: str, *words: str) -> Command:
-        return Command(name, [sys.executable, *words], patience=PATIENCE)
+        return Command(name, [sys.executable, *words], timeout=TIMEOUT)
 
     rounds = plan.pick(3, 1)
     helped: list[Contender] = [
         python("restomod --help", "-m", "restomod", "--help"),
         python("litgpt --help", "-m", "litgpt", "--help"),
-        python("python, doing nothing", "-c", "pass"),
+        python("empty Python program", "-c", "pass"),
     ]
     imported: list[Contender] = [
         python("import restomod", "-c", "import restomod"),
         python("import torch", "-c", "import torch"),
-        python("transformers, ready to load a GPT-2", "-c", "from transformers import GPT2LMHeadModel"),
+        python("import transformers.GPT2LMHeadModel", "-c", "from transformers import GPT2LMHeadModel"),
     ]
     cache = plan.scratch / "data"
     begun: list[Contender] = [
-        Here("tokens in the cache", lambda: first_step(plan, cache, lambda: None)),
-        Here("nothing prepared", lambda: first_step(plan, cache, functools.partial(shutil.rmtree, cache, True))),
+        InProcess("cached tokens", lambda: first_step(plan, cache, lambda: None)),
+        InProcess("empty cache", lambda: first_step(plan, cache, functools.partial(shutil.rmtree, cache, True))),
     ]
     return Item(
         "Start-up",
         [
-            compare(plan, "the command's first word", helped, [SECONDS, MEMORY], rounds),
-            compare(plan, "an import", imported, [SECONDS, MEMORY], rounds),
-            compare(plan, "`restomod train quickstart` to its first step", begun, [SECONDS], plan.pick(3, 1)),
+            compare(plan, "time of --help", helped, [SECONDS, MEMORY], rounds),
+            compare(plan, "time of an import", imported, [SECONDS, MEMORY], rounds),
+            compare(plan, "`restomod train quickstart` until its first step", begun, [SECONDS], plan.pick(3, 1)),
         ],
     )
 
 
 def first_step(plan: BenchPlan, cache: Path, before: Callable[[], None]) -> Round:
-    """Start a run, wait until its first step is on record, and end it."""
+    """Return a round that starts a run, waits until its first step is logged, and kills it."""
     numbers = itertools.count()
 
     def one_round() -> Measured:
@@ -68,8 +68,8 @@ def first_step(plan: BenchPlan, cache: Path, before: Callable[[], None]) -> Roun
             while not has_step(run / "metrics.jsonl"):
                 if process.poll() is not None:
                     raise Absent(f"`restomod train` ended with code {process.returncode}")
-                if time.perf_counter() - start > PATIENCE:
-                    raise Absent(f"no step after {PATIENCE:g} s")
+                if time.perf_counter() - start > TIMEOUT:
+                    raise Absent(f"no step after {TIMEOUT:g} s")
                 time.sleep(0.005)
             seconds = time.perf_counter() - start
         shutil.rmtree(run, ignore_errors=True)
@@ -80,7 +80,7 @@ def first_step(plan: BenchPlan, cache: Path, before: Callable[[], None]) -> Roun
 
 @contextlib.contextmanager
 def training(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """`restomod WORDS`, which is killed on the way out."""
+    """Run `restomod WORDS` in the context, and kill it at the end."""
     command = [sys.executable, "-m", "restomod", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -91,7 +91,7 @@ def training(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def has_step(metrics: Path) -> bool:
-    """Whether a training step is on record."""
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or half a line
+    """Return whether a training step is logged."""
+    with contextlib.suppress(OSError, ValueError):  # missing file or incomplete line
         return any(json.loads(line)["kind"] == "train" for line in metrics.read_text().splitlines())
     return False

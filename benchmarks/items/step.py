@@ -1,4 +1,4 @@
-"""Speed and memory of a training step of GPT-2 124M: forward, backward, clip to 1, AdamW."""
+"""Speed and memory of a training step of GPT-2 124M: forward, backward, gradient clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from restomod.checks.tools import compiler
 from restomod.config.presets import preset
 
 METRICS = [Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
-OURS, EAGER = "restomod, compiled", "restomod, not compiled"
+OURS, EAGER = "restomod, compiled", "restomod, eager"
 SMALL = Shape(2, 2, 64, 1024)
 CASES = {"full": [(8, 64), (2, 256), (1, 1024)], "smoke": [(2, 16)], "gpu": [(32, 1024), (128, 256), (512, 64)]}
 NANOCHAT = 256
-NEEDS = 4e9  # bytes of a process on a CPU: weights, gradients, two moments, activations, and what the C library keeps
+NEEDS = 4e9  # bytes per process on a CPU: weights, gradients, AdamW state, activations, freed memory of the C library
 
 
 def measure(plan: BenchPlan) -> Item:
-    """Every contender in a process of its own, all on the same random tokens."""
+    """Measure steps on the same random tokens, each contender in a separate process."""
     notes: list[str] = []
-    left_out = [f"{name}: --peer {name}=PATH was not given" for name in peers.CHECKOUTS.keys() - plan.peers]
+    left_out = [f"{name}: no --peer {name}=PATH given" for name in peers.CHECKOUTS.keys() - plan.peers]
     ours = [EAGER]
     if plan.device == "cuda":
         result = compiler(Machine(plan.device, "auto", "gpt2-124m", preset("gpt2-124m"), plan.scratch))  # type: ignore[arg-type]
@@ -38,19 +38,19 @@ def measure(plan: BenchPlan) -> Item:
             left_out.append(f"{OURS}: {result.reason}")
     else:
         notes.append(
-            "restomod is not compiled, as `restomod train` does not unless asked: on a CPU it brings next to nothing"
+            "restomod is not compiled, the default of `restomod train` on a CPU, where torch.compile gains little"
         )
     if "nanochat" in plan.peers:
-        notes.append("nanochat trains its own architecture, which is larger and uses Muon: the same width and depth")
+        notes.append("nanochat trains its own, larger architecture with Muon, at the same width and depth")
         if plan.device == "cpu":
-            notes.append(f"nanochat takes part with sequences of {NANOCHAT} tokens only: its steps are long on a CPU")
+            notes.append(f"nanochat runs only with sequences of {NANOCHAT} tokens, as its steps are long on a CPU")
     names = [*ours, *peers.PACKAGES, *(name for name in peers.CHECKOUTS if name in plan.peers)]
     shape = plan.pick(Shape(), SMALL)
     comparisons: list[Comparison] = []
     cases = plan.pick(CASES["full"], CASES["smoke"], CASES["gpu"])
     for number, (batch, length) in enumerate(cases):
         if plan.late() and comparisons:
-            left_out.append(f"{batch} × {length} tokens: the time was up")
+            left_out.append(f"{batch} × {length} tokens: time limit reached")
             continue
         repeat = 10 if plan.device == "cuda" else 1
         contenders: list[Contender] = [
@@ -58,21 +58,21 @@ def measure(plan: BenchPlan) -> Item:
             for name in names
             if name != "nanochat" or plan.device == "cuda" or length in (NANOCHAT, CASES["smoke"][0][1])
         ]
-        case = f"{batch} × {length} tokens a step"
-        at_once = None
+        case = f"{batch} × {length} tokens per step"
+        group = None
         if plan.device == "cpu" and not plan.smoke:
             needs = NEEDS * (1.25 if batch * length > 512 else 1)
-            at_once = together(len(contenders), needs, available_bytes(torch.device("cpu")))
+            group = together(len(contenders), needs, available_bytes(torch.device("cpu")))
         share = plan.part(len(cases) - number)
-        comparisons.append(compare(share, case, contenders, METRICS, plan.pick(3, 2, 8), together=at_once))
+        comparisons.append(compare(share, case, contenders, METRICS, plan.pick(3, 2, 8), together=group))
     return Item("Training step of GPT-2 124M", comparisons, notes=notes, left_out=sorted(left_out))
 
 
 def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, device: str, repeat: int) -> Round:
-    """Make ``repeat`` steps a round; the function of a `Worker`.
+    """Return a round of ``repeat`` steps, for a `Worker`.
 
-    On a GPU all contenders hold their weights, but activations only while it is their turn: each gives its cached
-    memory back after its round, and takes it anew in a step before the clock runs.
+    On a GPU all contenders keep their weights in memory. Memory for activations is released after each round and
+    allocated again by an untimed step before the next.
     """
     task = task_of(path, shape, batch, length, device)
     if name in (OURS, EAGER):
@@ -81,19 +81,19 @@ def rounds(name: str, path: Path | None, shape: Shape, batch: int, length: int, 
 
 
 def task_of(path: Path | None, shape: Shape, batch: int, length: int, device: str) -> StepInputs:
-    """Random tokens on the device; the same in every process."""
+    """Return random tokens on the device, equal in every process."""
     tokens = torch.randint(50257, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     x, y = (part.contiguous().to(device) for part in (tokens[:, :-1], tokens[:, 1:]))
     return StepInputs(shape, x, y, path)
 
 
 def timed(step: Step, task: StepInputs, repeat: int) -> Round:
-    """A round of ``repeat`` steps of a contender."""
+    """Return a round of ``repeat`` steps."""
     on_gpu = task.device.type == "cuda"
 
     def one_round() -> Measured:
         if on_gpu:
-            step()  # which reads its loss, so the device is done
+            step()  # reads the loss, which synchronises with the device
         start = time.perf_counter()
         for _ in range(repeat):
             loss = step()

@@ -1,4 +1,4 @@
-"""Speed of tokenization: in memory on one core, compared with tiktoken, and from files with one worker and all."""
+"""Speed of tokenization, in memory on one core compared with tiktoken, and from files with one worker and with all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from restomod.utils.process_memory import peak_resident_bytes
 
 
 def measure(plan: BenchPlan) -> Item:
-    """The text is written to a file first, which every contender reads before the clock runs."""
+    """Write the text to a file, and measure contenders that read it, untimed, at the start."""
     found, what = texts(plan, plan.pick(40.0, 0.3))
     megabytes = sum(len(text.encode()) for text in found) / 1e6
     file = plan.scratch / "text.jsonl"
@@ -36,18 +36,18 @@ def measure(plan: BenchPlan) -> Item:
 
 
 def in_memory(plan: BenchPlan, file: Path) -> Comparison:
-    """One core, from strings to a shard on the disk."""
+    """Compare the encoding of texts in memory to a shard on disk, on one core."""
     metrics = [Metric("MB/s", "", "higher"), Metric("tokens/s", "", "higher"), Metric("peak memory", "GB", "lower")]
     ways: dict[str, Iterable[str]] = {"restomod": ["bulk"], "tiktoken": ["tiktoken"]}
     contenders: list[Contender] = [
         Worker(name, rounds, (*way, file, plan.scratch / f"{name}.bin")) for name, way in ways.items()
     ]
-    case = "one core, from memory to a shard on the disk"
+    case = "one core, text in memory to a shard on disk"
     return compare(plan, case, contenders, metrics, plan.pick(5, 2), agree=lambda ours, theirs: float(ours == theirs))
 
 
 def rounds(way: str, file: Path, shard: Path) -> Round:
-    """All of the file into one shard, whose SHA-256 is the output; the function of a `Worker`."""
+    """Return a round that encodes all texts of a file to one shard and returns its SHA-256, for a `Worker`."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     documents = list(read_documents(file))
@@ -71,15 +71,15 @@ def rounds(way: str, file: Path, shard: Path) -> Round:
         seconds = time.perf_counter() - start
         values = {"MB/s": size / 1e6 / seconds, "tokens/s": len(tokens) / seconds}
         digest = hashlib.sha256(shard.read_bytes()).hexdigest()
-        assert digest == shard_of["sha256"], "the shard's hash is not that of its bytes"
+        assert digest == shard_of["sha256"], "wrong SHA-256 of the shard"
         return Measured(values | {"peak memory": (peak_resident_bytes() or 0) / 1e9}, digest)
 
     return one_round
 
 
 def from_file(plan: BenchPlan, file: Path, megabytes: float) -> Comparison:
-    """`restomod prepare` from its start to verified shards, with a worker for each processor and with one."""
-    metrics = [Metric("MB/s", "", "higher"), Metric("peak memory", "GB, the largest process", "lower")]
+    """Compare `restomod prepare`, from start-up to verified shards, with one worker per processor and with one."""
+    metrics = [Metric("MB/s", "", "higher"), Metric("peak memory", "GB, largest process", "lower")]
     out, all_workers = plan.scratch / "shards", os.cpu_count() or 1
     clear = functools.partial(shutil.rmtree, out, ignore_errors=True)
     contenders: list[Contender] = []
@@ -87,5 +87,5 @@ def from_file(plan: BenchPlan, file: Path, megabytes: float) -> Comparison:
         words = [sys.executable, "-m", "restomod", "prepare", str(file), "--out", str(out), "--workers", str(workers)]
         name = f"restomod prepare --workers {workers}"
         contenders.append(Command(name, words, lambda seconds: {"MB/s": megabytes / seconds}, clear))
-    case = "from a file of JSON lines to verified shards, start of the program included"
+    case = "JSON lines file to verified shards, including start-up"
     return compare(plan, case, contenders, metrics, plan.pick(3, 1), warmup=0)

@@ -1,4 +1,4 @@
-"""The arithmetic of a benchmark, against numbers worked out by hand. No device, no clock."""
+"""Tests of the arithmetic of a benchmark report against manual calculations, without device or clock."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ BY_PHASE = [dict(zip(PHASES, seconds, strict=True)) for seconds in ((0.0, 0.2, 0
 
 
 def report(processes: int = 1, peak_flops: float | None = None, peak_bytes: int | None = 3 * 2**20) -> Report:
-    """GPT-2 124M, 4,096 tokens a step."""
+    """Return a report of GPT-2 124M with 4,096 tokens per step."""
     config = RunConfig(steps=9, batch_tokens=4096, sequence_length=1024)
     timings = Timings(WHOLE, BY_PHASE, peak_bytes)
     return Report("mine", config, "synthetic", 2, 5, timings, {"processes": processes}, "cpu", peak_flops)
 
 
-def test_speed_is_tokens_of_a_step_over_its_seconds() -> None:
+def test_speed_is_tokens_per_step_divided_by_seconds() -> None:
     assert report().step_ms == Spread(500, 250, 1000)
     assert report().tokens_per_second == Spread(8192, 4096, 16384)
 
 
-def test_an_even_number_of_steps_has_its_median_between_the_two_in_the_middle() -> None:
+def test_median_of_an_even_number_of_steps() -> None:
     assert Spread.of([4.0, 1.0, 2.0, 9.0]) == Spread(3.0, 1.0, 9.0)
 
 
-def test_mfu_is_the_share_of_the_peak_that_goes_into_the_model() -> None:
-    # 124,439,808 parameters less 1,024 × 768 positions, 6 each; attention 12 × 12 × 768 × 1,024: "PaLM", appendix B
+def test_mfu_follows_the_formula_of_palm() -> None:
+    # PaLM, appendix B: 6 × (124,439,808 parameters - 1,024 × 768 positions) + 12 × 12 × 768 × 1,024 for attention
     flops = 6 * (124_439_808 - 786_432) + 113_246_208
     assert report().flops_per_token == flops == 855_166_464
     assert report(peak_flops=100e12).mfu == pytest.approx(8192 * 855_166_464 / 100e12)  # 7.0 %
     assert dict(report(peak_flops=100e12).rows())["MFU"] == "7.0%"
-    assert dict(report().rows())["compute"].startswith("7.01 TFLOP/s at 855.2 MFLOP a token")
+    assert dict(report().rows())["compute"].startswith("7.01 TFLOP/s at 855.2 MFLOPs per token")
 
 
-def test_an_unknown_peak_is_an_unknown_mfu() -> None:
+def test_mfu_is_unknown_without_a_peak() -> None:
     assert report().mfu is None
     assert dict(report().rows())["MFU"].startswith("unknown")
 
 
-def test_phases_have_medians_of_their_own_and_shares_of_their_sum() -> None:
+def test_phases_have_separate_medians_and_shares_of_their_sum() -> None:
     assert report().phases_ms["forward"] == Spread(pytest.approx(250), 200, pytest.approx(300))
     assert report().phased_step_ms == Spread(pytest.approx(700), pytest.approx(600), pytest.approx(800))
     shares = [dict(report().rows())[f"  {phase}"].rpartition(", ")[2] for phase in PHASES]
@@ -61,11 +61,11 @@ def test_phases_have_medians_of_their_own_and_shares_of_their_sum() -> None:
         (1, None, "unknown"),
     ],
 )
-def test_memory(processes: int, peak_bytes: int | None, said: str) -> None:
+def test_peak_memory_row(processes: int, peak_bytes: int | None, said: str) -> None:
     assert dict(report(processes, peak_bytes=peak_bytes).rows())["peak memory"] == said
 
 
-def test_json_holds_all_results_and_the_whole_configuration() -> None:
+def test_json_has_all_results_and_the_configuration() -> None:
     one = report(peak_flops=100e12)
     read = json.loads(json.dumps(one.to_dict()))
     assert read["tokens_per_second"] == {"median": 8192, "min": 4096, "max": 16384}

@@ -1,4 +1,4 @@
-"""`restomod bench step` makes the steps that training makes, and tells their times apart. No test looks at speed."""
+"""Tests of `restomod bench step`: its steps equal those of training and its phases add up. No test checks speed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bench_step(*flags: str) -> int:
 
 
 def steps_of(trainee: Trainee, loss_of: nn.Module | None = None) -> Steps:
-    """A trainee's steps, in four micro-batches each."""
+    """Return the training steps of a trainee, each with four micro-batches."""
     compute = ComputeConfig(CPU, torch.float32, 2)
     data = Prefetch(trainee.batches, 2, 20)
     loss_of = loss_of or BatchLoss(trainee.model, compute)
@@ -55,7 +55,7 @@ def steps_of(trainee: Trainee, loss_of: nn.Module | None = None) -> Steps:
 
 
 @pytest.mark.parametrize("kind", ["whole", "by_phase"])
-def test_a_measured_step_is_trainings_step(kind: str) -> None:
+def test_a_measured_step_equals_a_training_step(kind: str) -> None:
     measured, trained = make_trainee(), make_trainee()
     steps = steps_of(measured)
     with steps.data:
@@ -65,7 +65,7 @@ def test_a_measured_step_is_trainings_step(kind: str) -> None:
     assert_identical(measured.tensors(), trained.tensors())
 
 
-def test_steps_are_measured_in_turns_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_steps_and_steps_by_phase_alternate_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, int]] = []
     monkeypatch.setattr(Steps, "whole", lambda self, step: made.append(("whole", step)) or float(step))
     monkeypatch.setattr(Steps, "by_phase", lambda self, step: made.append(("by phase", step)) or {"data": float(step)})
@@ -80,14 +80,14 @@ def test_steps_are_measured_in_turns_after_the_warm_up(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A time that passes only where a test says so: [seconds]."""
+    """Return [seconds], a clock that only the test advances."""
     now = [0.0]
     monkeypatch.setattr(PhaseClock.__init__, "__defaults__", (lambda: now[0],))
     return now
 
 
 class _SlowLoss(BatchLoss):
-    """Takes 3 seconds forward and 5 backward, on the clock of a test."""
+    """Loss that takes 3 seconds forward and 5 seconds backward on the clock of the test."""
 
     def __init__(self, trainee: Trainee, now: list[float]) -> None:
         super().__init__(trainee.model, ComputeConfig(CPU, torch.float32, 2))
@@ -133,7 +133,7 @@ def test_real_phases_add_up_to_the_step() -> None:
 
 
 def test_a_mark_waits_for_the_device() -> None:
-    """A device that computes behind our back: its time belongs to the phase that gave it the work."""
+    """Asynchronous work of the device counts for the phase that started it."""
     now, pending = [0.0], [0.0]
 
     def wait() -> None:
@@ -147,7 +147,7 @@ def test_a_mark_waits_for_the_device() -> None:
     assert (clock.seconds["forward"], clock.seconds["backward"]) == (4, 0)
 
 
-def test_no_hook_stays_in_the_model() -> None:
+def test_hooks_are_removed() -> None:
     steps = steps_of(make_trainee())
     with steps.data:
         steps.by_phase(0)
@@ -155,7 +155,7 @@ def test_no_hook_stays_in_the_model() -> None:
     assert not steps.loss_of._forward_pre_hooks
 
 
-def test_peak_memory_grows_with_what_is_used() -> None:
+def test_peak_memory_grows_with_an_allocation() -> None:
     before = peak_memory(CPU)
     assert before is not None
     needed = before + 2**26
@@ -166,7 +166,7 @@ def test_peak_memory_grows_with_what_is_used() -> None:
 # --- the command -----------------------------------------------------------------------------------------------
 
 
-def test_it_prints_results_and_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_results_and_writes_no_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_step() == 0
     shown = capsys.readouterr().out
     assert "batch           256 tokens = gradient accumulation 2 × micro-batch 2 × sequence length 64, syn" in shown
@@ -212,11 +212,11 @@ def test_real_tokens_are_those_of_the_run(here: Path, monkeypatch: pytest.Monkey
     assert not (here / "runs").exists()
 
 
-def test_synthetic_tokens_are_of_the_vocabulary_and_fill_a_window() -> None:
+def test_synthetic_tokens_are_in_the_vocabulary_and_fill_a_window() -> None:
     stream = bench.synthetic_tokens(97, 16, seed=0)
     assert stream.read(0, len(stream)).max() == 96
     assert len(bench.synthetic_tokens(97, 2**21, seed=0)) == 2**21 + 1
-    assert bench.synthetic_tokens(60_000, 16, seed=0).read(0, 2**20).max() == 50256  # the loader refuses more
+    assert bench.synthetic_tokens(60_000, 16, seed=0).read(0, 2**20).max() == 50256  # the loader rejects larger ones
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_synthetic_tokens_are_of_the_vocabulary_and_fill_a_window() -> None:
         (("--parallel", "fsdp"), "--parallel fsdp needs several processes: start two or more with torchrun"),
         (("--tokens", "real", "--data.source", "text", "--data.path", "none.txt"), "none.txt: no such file or folder"),
         (("--tokens", "real", "--model.vocab-size", "100"), "model.vocab_size is 100, but the data's"),
-        (("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--timed", "9"), "a step's loss is "),
+        (("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--timed", "9"), "the loss is "),
     ],
 )
 def test_mistakes_are_one_line(
@@ -257,7 +257,7 @@ def test_too_little_memory_is_one_line(
 ) -> None:
     def fail(*arguments: object) -> None:
         if problem == "allocator":
-            torch.empty(2**60)  # what the CPU's allocator says
+            torch.empty(2**60)  # raises the error of the CPU's allocator
         raise problem  # type: ignore[misc]
 
     monkeypatch.setattr("restomod.engine.step.linear_cross_entropy", fail)
@@ -267,7 +267,7 @@ def test_too_little_memory_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_another_error_of_torch_is_not_taken_for_one_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runtime_error_is_not_reported_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -276,8 +276,8 @@ def test_another_error_of_torch_is_not_taken_for_one_of_memory(monkeypatch: pyte
         bench_step()
 
 
-def test_a_process_has_its_own_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen from the second of two processes, with no other there."""
+def test_a_rank_gets_its_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the second of two ranks runs; collectives are replaced."""
     monkeypatch.setattr(Processes, "run_on_all_ranks", lambda self, work, one_first=False: work())
     monkeypatch.setattr(Processes, "any", lambda self, *flags: list(flags))
     monkeypatch.setattr("restomod.train.setup.distribute", lambda loss, *_: loss)
@@ -300,6 +300,6 @@ def test_two_processes_share_a_step_and_one_prints(here: Path) -> None:
     assert (done.stdout.count("tokens/s "), done.stdout.count("batch  ")) == (1, 1)
     read = json.loads((here / "r.json").read_text())
     assert read["environment"]["processes"] == 2
-    assert 256e3 / read["step_ms"]["max"] == pytest.approx(read["tokens_per_second"]["min"])  # of both together
+    assert 256e3 / read["step_ms"]["max"] == pytest.approx(read["tokens_per_second"]["min"])  # both ranks together
     assert json.loads((here / "t.json").read_text())["traceEvents"]
     assert "profiler" not in done.stderr

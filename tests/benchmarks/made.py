@@ -1,4 +1,4 @@
-"""Measurements that were never made, for tests of what is said of measurements."""
+"""Invented measurements for tests of tables and plots."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ENVIRONMENT = {
 
 
 def items() -> dict[str, Item]:
+    """Return an item with a comparison of three contenders, one of them absent, and an item with a curve."""
     ours = Entry("restomod", {"tokens/s": [200.0, 220.0, 210.0], "load": [1.0, 1.0, 1.0]})
     slower = Entry(
         "other",
@@ -29,5 +30,5 @@ def items() -> dict[str, Item]:
     memory = Series("a run", "seconds", "memory, GB", [(float(i), 1.0 + (i >= 6)) for i in range(8)], [(7.0, 3.0)])
     return {
         "step": Item("Step", [step], left_out=["nanogpt: no folder"], seconds=12.0, environment=ENVIRONMENT),
-        "growth": Item("Growth", [], [memory], seconds=3.0, environment=ENVIRONMENT),
+        "growth": Item("Long runs", [], [memory], seconds=3.0, environment=ENVIRONMENT),
     }

@@ -1,4 +1,4 @@
-"""The scripts for a GPU: limits, order, reasons; and all of them, tiny, with what that machine lacks blocked."""
+"""Tests of the scripts for a GPU, and a smoke test of all with the packages of a GPU machine only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def item(**values: float) -> Item:
     return Item("Step", [Comparison("case", [SPEED], entries, 1)], environment=ENVIRONMENT)
 
 
-def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
+def test_other_parts_continue_after_a_part_that_fails_or_hangs(tmp_path: Path) -> None:
     (tmp_path / "kit").mkdir()
     out = tmp_path / "out"
     text = json.dumps(records.to_dict({"step": item(ours=2.0)})["items"]["step"])
@@ -70,7 +70,7 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
         "shakespeare": ["the run: exit code 1: Error: /x is gone"],
         "hellaswag": ["all contenders: no time left"],
         "generation": ["all contenders: no results"],
-        "checkpoint": ["all contenders: stopped after its 2 s"],
+        "checkpoint": ["all contenders: stopped after the limit of 2 s"],
     }
     assert "not finished: shakespeare checkpoint hellaswag" in done.stdout
     assert "Error: /x is gone" in (out / "log.txt").read_text()
@@ -85,14 +85,14 @@ def test_damaged_results_are_kept_in_the_log(tmp_path: Path) -> None:
     subprocess.run(["bash", "-c", script, "x"], cwd=ROOT, env=environment, timeout=60, check=True)
     assert '{"half": ' in (tmp_path / "out" / "log.txt").read_text()
     (reason,) = records.read(tmp_path / "out" / "gpu.json")["step"].left_out
-    assert reason.startswith("beside build-nanogpt: its results cannot be read")
+    assert reason.startswith("compared with build-nanogpt: damaged results")
     assert str(tmp_path) not in reason
 
 
-def test_a_script_without_its_folders_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OUT"}
     done = subprocess.run([str(GPU / "check.sh")], env=environment, capture_output=True, text=True)
-    assert "name the folder of the results" in done.stderr
+    assert "set the folder of the results" in done.stderr
     environment |= {"OUT": str(tmp_path), "KIT": str(tmp_path / "none")}
     done = subprocess.run([str(GPU / "measure.sh")], env=environment, capture_output=True, text=True)
     assert (done.returncode, "run prepare.sh first" in done.stderr) == (2, True)
@@ -113,7 +113,7 @@ def test_every_part_of_the_scripts_is_known() -> None:
 
 
 def test_a_benchmark_of_steps_becomes_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REVISION", "0123abc")  # the source tree came without .git
+    monkeypatch.setenv("REVISION", "0123abc")  # for a source tree without .git
     found = {
         "step_ms": {"all": [1000.0, 500.0]},
         "tokens_per_step": 524288,
@@ -127,7 +127,7 @@ def test_a_benchmark_of_steps_becomes_an_item(tmp_path: Path, monkeypatch: pytes
     made = collect.collect("bench-eager", tmp_path, None, 0, 45, None)
     (comparison,) = made.comparisons
     (entry,) = comparison.entries
-    assert (comparison.case, entry.name) == ("524,288 tokens a step", "micro-batch 64, not compiled")
+    assert (comparison.case, entry.name) == ("524,288 tokens per step", "micro-batch 64, eager")
     assert entry.values == {
         "tokens/s": [524288.0, 1048576.0],
         "step": [1000.0, 500.0],
@@ -154,11 +154,11 @@ def test_trials_of_recipes_become_an_item(tmp_path: Path) -> None:
     unfinished = collect.collect("recipe", tmp_path, None, 124, 160, None)
     assert unfinished.comparisons == []
     assert unfinished.notes == ["gpt2, seed 0: validation loss 4.0000"]
-    assert unfinished.left_out == ["modern beside gpt2: stopped after its 160 s"]
+    assert unfinished.left_out == ["modern compared with gpt2: stopped after the limit of 160 s"]
 
 
-def test_calls_are_joined(tmp_path: Path) -> None:
-    """A later result counts, but the lack of one does not; parts of one item stand side by side."""
+def test_sessions_are_joined(tmp_path: Path) -> None:
+    """Later results replace earlier ones, missing results do not; parts of one item share its comparison."""
     bench = collect.PARTS["bench"].title
     first = {
         "step": item(ours=1.0, theirs=2.0),
@@ -185,12 +185,12 @@ def test_calls_are_joined(tmp_path: Path) -> None:
     assert {e.name: e.values["tokens/s"] for e in comparison.entries} == {"a": [1.0], "b": [4.0], "c": [5.0]}
     assert merged["bench"].left_out == ["d: no time left"]
     text = (tmp_path / "out.md").read_text()
-    assert "## HellaSwag\n\n- left out: no time left\n\n## Tests" in text
+    assert "## HellaSwag\n\n- skipped: no time left\n\n## Tests" in text
     assert collect.main(["merge", str(tmp_path / "none.json"), "--out", str(out)]) == 2
 
 
 def test_tinyshakespeare_is_saved_at_the_end_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its curve stands beside the published one."""
+    """The result also has the published curve."""
     asked: list[str] = []
 
     class Ended:
@@ -222,7 +222,7 @@ def test_tinyshakespeare_is_saved_at_the_end_only(tmp_path: Path, monkeypatch: p
 
 
 def wheel(name: str, folder: Path) -> None:
-    """An installed distribution as the wheel that it came from, as far as importing goes."""
+    """Write an importable wheel of an installed distribution."""
     distribution = importlib.metadata.distribution(name)
     with zipfile.ZipFile(folder / f"{name}-{distribution.version}-py3-none-any.whl", "w") as archive:
         for file in distribution.files or []:
@@ -239,7 +239,7 @@ def normal(name: str) -> str:
 
 
 def required(names: Iterable[str]) -> set[str]:
-    """Installed distributions with all that they require: releases here and there need different ones."""
+    """Return installed distributions with all their requirements, which depend on the installed versions."""
     found: set[str] = set()
     remaining = [normal(name) for name in names]
     while remaining:
@@ -254,7 +254,7 @@ def required(names: Iterable[str]) -> set[str]:
 
 
 def blocked() -> str:
-    """Modules of installed packages that a GPU machine is not expected to have."""
+    """Return the modules of installed packages that a GPU machine may not have, separated by commas."""
     expected = required(names_in(GPU / "preinstalled.txt")) | {"restomod"}
     modules = importlib.metadata.packages_distributions()
     return ",".join(m for m, packages in modules.items() if not expected & set(map(normal, packages)))
@@ -262,7 +262,7 @@ def blocked() -> str:
 
 @pytest.fixture
 def kit(tmp_path: Path) -> dict[str, str]:
-    """What prepare.sh makes from tiny files, and the environment to run the other scripts in."""
+    """Run prepare.sh on tiny files, and return the environment variables for the other scripts."""
     wheels, data, peer = (tmp_path / name for name in ("wheels", "data", "peer"))
     for folder in (wheels, data / "eval", data / "tinyshakespeare", peer):
         folder.mkdir(parents=True)
@@ -317,9 +317,9 @@ class GPT(torch.nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_scripts_run_on_a_cpu_with_what_a_gpu_machine_has(kit: dict[str, str], tmp_path: Path) -> None:
+def test_the_scripts_run_on_a_cpu_with_the_packages_of_a_gpu_machine(kit: dict[str, str], tmp_path: Path) -> None:
     tokens = Path(kit["KIT"]) / "data" / "tokens"
-    shutil.move(tokens, tmp_path / "moved")  # so that one part fails
+    shutil.move(tokens, tmp_path / "moved")  # makes one part fail
     merged = []
     for script in ("check", "measure"):
         out = tmp_path / script
@@ -339,7 +339,7 @@ def test_the_scripts_run_on_a_cpu_with_what_a_gpu_machine_has(kit: dict[str, str
     log = (tmp_path / "check" / "log.txt").read_text() + (tmp_path / "measure" / "log.txt").read_text()
     assert list(items) == list(collect.ITEMS), log
     (missing,) = items.pop("recipe").left_out
-    assert missing.startswith("modern beside gpt2: exit code 1: ")
+    assert missing.startswith("modern compared with gpt2: exit code 1: ")
     assert "no such folder" in missing.lower()
     for name, found in items.items():
         assert found.left_out == [], log
@@ -350,4 +350,4 @@ def test_the_scripts_run_on_a_cpu_with_what_a_gpu_machine_has(kit: dict[str, str
                 assert entry.values, (name, entry)
         assert name == "tests" or found.environment["smoke"]
     assert len(items["bench"].comparisons[0].entries) == 5
-    assert [e.name for e in items["step"].comparisons[0].entries] == ["restomod, not compiled", "build-nanogpt"]
+    assert [e.name for e in items["step"].comparisons[0].entries] == ["restomod, eager", "build-nanogpt"]

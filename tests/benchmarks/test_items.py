@@ -1,4 +1,4 @@
-"""What the contenders do is what is said of them."""
+"""Tests of the contenders: steps, checkouts, texts, loaders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def task(path: Path | None = None) -> StepInputs:
 
 
 @pytest.mark.parametrize("make", [lambda t: peers.restomod(t, False), peers.transformers])
-def test_steps_begin_at_the_loss_of_random_weights_and_learn(make: object) -> None:
+def test_steps_start_at_the_loss_of_a_uniform_prediction_and_learn(make: object) -> None:
     pytest.importorskip("transformers")
     step = make(task())  # type: ignore[operator]
     losses = [step() for _ in range(10)]
@@ -38,7 +38,7 @@ SCRIPT = """
 import torch
 from dataclasses import dataclass
 
-open("side effect", "w")  # what a script does is left out
+open("side effect", "w")  # statements of a script are not run
 
 @dataclass
 class GPTConfig:
@@ -64,7 +64,7 @@ class GPT(torch.nn.Module):
 """
 
 
-def test_a_checkout_is_run_without_what_its_script_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_is_imported_without_running_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text(SCRIPT)
     step = peers.nanogpt(task(tmp_path))
@@ -74,15 +74,15 @@ def test_a_checkout_is_run_without_what_its_script_does(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", peers.CHECKOUTS)
-def test_a_checkout_of_something_else_is_absent(name: str, tmp_path: Path) -> None:
-    with pytest.raises(Absent, match="its folder holds no"):
+def test_a_checkout_of_another_project_is_absent(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Absent, match="the checkout has no file"):
         peers.CHECKOUTS[name](task(tmp_path))
-    with pytest.raises(Absent, match="no checkout"):
+    with pytest.raises(Absent, match="no checkout given"):
         peers.CHECKOUTS[name](task())
 
 
-def test_made_up_questions_are_as_long_as_hellaswags(tmp_path: Path) -> None:
-    """Words of HellaSwag's validation set: 38.0 in a context, 24.7 in an ending, on average."""
+def test_random_questions_have_the_lengths_of_hellaswag(tmp_path: Path) -> None:
+    """HellaSwag's validation set has 38.0 words per context and 24.7 per ending on average."""
     file, what = texts.hellaswag(BenchPlan(tmp_path), 1000)
     assert "random words" in what
     examples = load_task(f"hellaswag={file}", tmp_path).examples
@@ -91,14 +91,14 @@ def test_made_up_questions_are_as_long_as_hellaswags(tmp_path: Path) -> None:
     assert np.mean([len(c.split()) for e in examples for c in e.choices]) == pytest.approx(24.7, abs=1.5)
 
 
-def test_official_questions_are_taken_where_they_are(tmp_path: Path) -> None:
+def test_official_questions_are_used_if_they_exist(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     (tmp_path / texts.HELLASWAG).write_text("{}")
     file, _ = texts.hellaswag(BenchPlan(tmp_path, data=tmp_path), 5)
     assert file == tmp_path / texts.HELLASWAG
 
 
-def test_text_of_a_corpus_or_of_python(tmp_path: Path) -> None:
+def test_text_is_from_the_corpus_or_from_python(tmp_path: Path) -> None:
     found, what = texts.texts(BenchPlan(tmp_path), 0.2)
     assert sum(len(text.encode()) for text in found) >= 0.2e6
     assert "Python's standard library" in what
@@ -108,14 +108,14 @@ def test_text_of_a_corpus_or_of_python(tmp_path: Path) -> None:
     assert texts.texts(BenchPlan(tmp_path, data=tmp_path), 1.0)[0] == ["one", "two"]
 
 
-def test_many_points_become_medians() -> None:
+def test_a_curve_is_reduced_to_medians() -> None:
     points = [(float(i), float(i % 3)) for i in range(7)]
     assert growth.medians(points, 3) == [(0.0, 1.0), (3.0, 1.0), (6.0, 0.0)]
     assert growth.medians(points, 1) == points
 
 
 @pytest.mark.parametrize(("count", "rounds"), [(500, 5), (6, 2), (7, 3), (3, 1)])
-def test_all_examples_are_asked_once(count: int, rounds: int) -> None:
+def test_all_examples_are_scored_once(count: int, rounds: int) -> None:
     _, *timed = list(parts(count, rounds))
     assert len(timed) == rounds
     assert [i for part in timed for i in range(count)[part]] == list(range(count))
@@ -133,4 +133,4 @@ def test_both_loaders_read_every_window_once_an_epoch(tmp_path: Path, monkeypatc
         assert sorted(seen.tolist()) == list(range(24))
     whole, rest = loader.data_loader([path], 0), loader.data_loader([path], 2)
     batches = [whole() for _ in range(3)]
-    assert torch.equal(rest(), batches[2]), "a resumed DataLoader goes on where it was"
+    assert torch.equal(rest(), batches[2]), "a resumed DataLoader continues with the next batch"

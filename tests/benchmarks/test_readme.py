@@ -1,4 +1,4 @@
-"""The pages' tables are what was measured."""
+"""Tests of the generated tables in the pages."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ Between.
 
 <!-- bench:cpu -->
 <!-- /bench -->
+<!-- bench:cpu/peers -->
+<!-- /bench -->
 <!-- bench:cpu/all -->
 <!-- /bench -->
 <!-- bench:gpu -->
@@ -38,35 +40,36 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_projects_own_pages_are_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_of_the_repository_are_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_the_projects_own_pages_have_tables() -> None:
+def test_the_pages_of_the_repository_have_tables() -> None:
     text = "\n".join(page.read_text() for page in readme.pages(readme.ROOT))
-    for name in ("cpu", "cpu/all", "gpu/all", "scale/steps"):
+    for name in ("cpu", "cpu/peers", "cpu/all", "gpu/all", "scale/steps"):
         assert f"\n<!-- bench:{name} -->\n" in text
 
 
-def test_tables_are_written_and_then_stand(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_are_written_and_then_current(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main(["--check"], root) == 1
     assert "+| restomod | 210 (200 to 220)" in capsys.readouterr().out
     assert readme.main([], root) == 0
     page = (root / "docs" / "benchmarks.md").read_text()
     assert "| restomod | 210 (200 to 220)" in page
+    assert "| training step, 4 × 256 tokens | 210 tokens/s | other 105" in page
     assert "| Step: 4 × 256 tokens" in page
-    assert "### Growth" in page
+    assert "### Long runs" in page
     assert "*Not measured yet: `OUT=measure benchmarks/gpu/measure.sh`.*" in page
     assert "\nold\n" not in page
     assert page.startswith("# A page\n\n<!-- bench:cpu/step -->\n")
     assert "\n\nBetween.\n\n" in page
     assert readme.main(["--check"], root) == 0
     readme.main([], root)
-    assert (root / "docs" / "benchmarks.md").read_text() == page, "written again it is the same"
+    assert (root / "docs" / "benchmarks.md").read_text() == page, "a second run changes nothing"
 
 
 @pytest.mark.parametrize("change", ["measurement", "page", "no measurement"])
-def test_a_change_of_a_page_or_a_measurement_is_drift(root: Path, change: str) -> None:
+def test_a_change_of_a_page_or_a_measurement_is_detected(root: Path, change: str) -> None:
     readme.main([], root)
     page, results = root / "docs" / "benchmarks.md", root / "benchmarks" / "results" / "cpu.json"
     if change == "measurement":
@@ -78,12 +81,12 @@ def test_a_change_of_a_page_or_a_measurement_is_drift(root: Path, change: str) -
     assert readme.main(["--check"], root) == 1
 
 
-def test_an_item_that_was_not_measured_says_so(root: Path) -> None:
+def test_an_item_without_measurement_is_marked(root: Path) -> None:
     records.write(root / "benchmarks" / "results" / "cpu.json", {"step": items()["step"]})
     assert readme.content("cpu/growth", root / "benchmarks" / "results", "x").startswith("*Not measured yet")
 
 
-def test_what_a_gpu_measured_is_drift_too(root: Path) -> None:
+def test_a_change_of_gpu_measurements_is_detected(root: Path) -> None:
     page, results = root / "docs" / "benchmarks.md", root / "benchmarks" / "results"
     page.write_text("<!-- bench:gpu/shakespeare -->\n<!-- /bench -->\n<!-- bench:gpu/bench -->\n<!-- /bench -->\n")
     readme.main([], root)
@@ -104,7 +107,7 @@ def test_what_a_gpu_measured_is_drift_too(root: Path) -> None:
     ("text", "error"),
     [
         ("<!-- bench:cpu -->\n", "line 1: <!-- bench:cpu --> has no <!-- /bench -->"),
-        ("\n<!-- /bench -->\n", "line 2: <!-- /bench --> without a beginning"),
+        ("\n<!-- /bench -->\n", "line 2: <!-- /bench --> without a begin marker"),
         ("<!-- bench:cpu -->\n<!-- bench:gpu -->\n<!-- /bench -->\n", "line 1: <!-- bench:cpu --> has no"),
         ("<!-- bench:cpu/stepp -->\n<!-- /bench -->\n", "unknown item 'stepp'; did you mean 'step'?"),
         ("<!-- bench:scale/stepp -->\n<!-- /bench -->\n", "unknown part 'stepp'; did you mean 'steps'?"),
@@ -112,7 +115,9 @@ def test_what_a_gpu_measured_is_drift_too(root: Path) -> None:
         ("<!-- bench:tpu -->\n<!-- /bench -->\n", "unknown results 'tpu'"),
     ],
 )
-def test_wrong_markers_are_named(root: Path, capsys: pytest.CaptureFixture[str], text: str, error: str) -> None:
+def test_an_invalid_marker_is_an_error_with_its_line(
+    root: Path, capsys: pytest.CaptureFixture[str], text: str, error: str
+) -> None:
     (root / "README.md").write_text(text)
     assert readme.main(["--check"], root) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The list of measurements: which are made, what is kept, what a user may get wrong. And all of them, tiny."""
+"""Tests of the runner: selection of items, time limits, kept results, user errors, and a smoke test of all items."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(run.__file__).parents[1]
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, BenchPlan]:
-    """Items that measure nothing, but `loss`, which fails; the plans that they were given."""
+    """Replace all items by ones without measurement, `loss` by one that fails, and return their plans."""
     plans: dict[str, BenchPlan] = {}
 
     def module(name: str) -> types.SimpleNamespace:
@@ -36,18 +36,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, BenchPlan]:
     return plans
 
 
-def test_every_item_has_a_file_and_a_time_on_every_device() -> None:
+def test_every_item_has_a_file_and_a_time_limit_per_device() -> None:
     files = {path.stem for path in (ROOT / "benchmarks" / "items").glob("*.py")} - {"__init__"}
     assert files == set(run.ITEMS) == set(run.MINUTES["cpu"]) == set(run.MINUTES["cuda"])
     assert sum(minutes for name, minutes in run.MINUTES["cpu"].items() if name not in run.ON_REQUEST) <= 30
 
 
-def test_hours_are_asked_for() -> None:
+def test_long_items_run_only_on_request() -> None:
     assert "shakespeare" not in run.chosen_items(None, "cpu")
     assert list(run.chosen_items("shakespeare,step", "cuda")) == ["step", "shakespeare"]
 
 
-def test_a_failing_item_stops_no_other_and_what_others_measured_is_kept(
+def test_other_items_continue_after_a_failure_and_earlier_results_are_kept(
     fake: dict[str, BenchPlan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records.write(tmp_path / "cpu.json", {"bench": Item("of benchmarks.gpu")})
@@ -59,10 +59,10 @@ def test_a_failing_item_stops_no_other_and_what_others_measured_is_kept(
     assert step.environment["command"].startswith("python -m benchmarks.run --only step")
     assert step.environment["torch"]
     assert (tmp_path / "cpu.md").read_text().startswith("## ")
-    assert not any(plan.scratch.exists() for plan in fake.values()), "what an item wrote is deleted after it"
+    assert not any(plan.scratch.exists() for plan in fake.values()), "temporary files are deleted"
 
 
-def test_time_is_shared_out_in_proportion(fake: dict[str, BenchPlan], tmp_path: Path) -> None:
+def test_time_is_divided_in_proportion(fake: dict[str, BenchPlan], tmp_path: Path) -> None:
     import time
 
     start = time.monotonic()
@@ -70,7 +70,7 @@ def test_time_is_shared_out_in_proportion(fake: dict[str, BenchPlan], tmp_path: 
     hellaswag, step = (fake[f"benchmarks.items.{name}"].deadline - start for name in ("hellaswag", "step"))
     first, second = run.MINUTES["cpu"]["hellaswag"], run.MINUTES["cpu"]["step"]
     assert hellaswag == pytest.approx(60 * 23 * first / (first + second), abs=30)
-    assert step == pytest.approx(60 * 23, abs=30), "time that the one before did not take is the next one's"
+    assert step == pytest.approx(60 * 23, abs=30), "the next item gets unused time"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_time_is_shared_out_in_proportion(fake: dict[str, BenchPlan], tmp_path: 
         (["--peer", "nanogpt=/nowhere"], "no such folder; clone the project"),
         (["--peer", "nanogpt"], "no such folder; clone the project"),
         (["--data", "/nowhere"], "/nowhere: no such folder"),
-        (["--out", "/dev/null/x"], "cannot make this folder"),
+        (["--out", "/dev/null/x"], "cannot create this folder"),
     ],
 )
-def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], error: str) -> None:
+def test_a_user_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], error: str) -> None:
     assert run.main([*arguments, "--device", "cpu"] if "--out" in arguments else ["--out", "/tmp", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmarks: error: ")
@@ -92,7 +92,7 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], argumen
 
 
 def check_all(file: Path, names: set[str]) -> None:
-    """Every item has numbers of ours, and of everyone else who is not said to be absent."""
+    """Assert that every item has results of restomod and of all contenders that are not absent."""
     items = json.loads(file.read_text())["items"]
     assert set(items) == names
     for name, item in items.items():
@@ -112,5 +112,5 @@ def test_all_items_run_without_peers_or_data(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout + done.stderr
     check_all(tmp_path / "cpu.json", set(run.ITEMS) - set(run.ON_REQUEST))
-    assert "nanogpt: --peer nanogpt=PATH was not given" in done.stdout
-    assert "for want of --data" in done.stdout
+    assert "nanogpt: no --peer nanogpt=PATH given" in done.stdout
+    assert "--data has no" in done.stdout

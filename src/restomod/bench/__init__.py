@@ -1,1 +1,1 @@
-"""Benchmark of a training step: the command `restomod bench`."""
+"""Benchmark of a training step for the command `restomod bench`."""

@@ -1,7 +1,7 @@
-"""Timing of training steps, whole and by phase.
+"""Timing of training steps, as a whole and by phase.
 
-Timing a phase waits for the device, which keeps it from working ahead. So whole steps are timed alternately with steps
-by phase, and only whole steps count for the speed.
+Timing by phase synchronises with the device after every phase, which slows the step down. So the speed comes from
+whole steps only; steps by phase alternate with them.
 """
 
 from __future__ import annotations
@@ -31,20 +31,26 @@ PHASES = ("data", "forward", "backward", "update")
 
 @dataclass(frozen=True)
 class Steps:
-    """Everything for training steps without a run."""
+    """Model, data and optimizer for training steps without a run."""
 
     config: RunConfig
+    """Run configuration."""
     data: Prefetch
+    """Micro-batches of this rank by step."""
     loss_of: nn.Module
+    """Module that computes the loss of a micro-batch."""
     optimizer: Optimizers
+    """Optimizer."""
     compute: ComputeConfig
+    """Device, compute dtype and micro-batch."""
     processes: Processes
+    """Ranks that share the batch."""
 
     def whole(self, step: int) -> float:
-        """Time a step, in seconds.
+        """Make a training step and return its seconds.
 
         Raises:
-            UserError: its loss is not finite, so nothing was updated and its time means nothing.
+            UserError: the loss is not finite, so the step has no update.
         """
         start = time.perf_counter()
         micro_batches, _ = self.data.get(step)
@@ -53,11 +59,12 @@ class Steps:
         return time.perf_counter() - start
 
     def by_phase(self, step: int) -> dict[str, float]:
-        """Time the phases of a step, in seconds; they add up to the step.
+        """Make a training step and return the seconds of its phases, which add up to the step.
 
-        data: waiting for the batch. forward: copying it to the device and computing the loss, and the loss's own
-        gradient, which is computed along with it. backward: the rest of the gradients, and averaging them over
-        processes. update: clipping and the optimizer.
+        data: waiting for the batch.
+        forward: copying the batch to the device, the loss, and its gradient with respect to the logits.
+        backward: all other gradients, and averaging them over ranks.
+        update: gradient clipping and the optimizer.
         """
         clock = PhaseClock(lambda: synchronize(self.compute.device))
         micro_batches, _ = self.data.get(step)
@@ -69,15 +76,15 @@ class Steps:
         return clock.seconds
 
     def traced(self, step: int) -> bytes:
-        """Trace a step in Chrome's format; empty in all processes but rank 0."""
+        """Make a training step and return its trace in Chrome's format; empty on all ranks except rank 0."""
         if not self.processes.main:
             self.whole(step)
             return b""
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.compute.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library else reports its own start and end on stderr
-        profiler = torch.profiler.profile(activities=kinds, acc_events=True)  # else torch 2.11 warns about cycles
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler on stderr
+        profiler = torch.profiler.profile(activities=kinds, acc_events=True)  # prevents a warning of torch 2.11
         with profiler as profile, torch.profiler.record_function("training step"):
             self.whole(step)
         with tempfile.TemporaryDirectory() as folder:
@@ -87,29 +94,28 @@ class Steps:
 
     def _make(self, micro_batches: MicroBatches, step: int, processes: Processes) -> None:
         made = train_step(self.loss_of, self.optimizer, micro_batches, self.config, step, processes).wait()
-        if made.refused and self.compute.dtype != torch.float16:  # which has to find the scale of its loss first
+        if made.refused and self.compute.dtype != torch.float16:  # fp16 skips steps while it searches the loss scale
             raise self.processes.error(
-                f"a step's loss is {made.loss}, so its time says nothing; lower --optim.lr, or try --tokens real"
+                f"step {step}: the loss is {made.loss}, so its time is invalid; lower --optim.lr or use --tokens real"
             )
 
 
 class PhaseClock:
-    """Seconds of a step by phase."""
+    """Stopwatch for the phases of a step.
+
+    Args:
+        wait: function that waits until the device is idle.
+        now: function that returns the time in seconds.
+    """
 
     def __init__(self, wait: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
-        """Start the first phase.
-
-        Args:
-            wait: waits for the device.
-            now: returns the time in seconds.
-        """
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._wait, self._now = wait, now
         self._last = now()
-        self._computed = False  # whether a micro-batch has gone forward, and backward is what follows
+        self._computed = False  # whether the forward pass of a micro-batch has ended
 
     def mark(self, phase: str) -> None:
-        """Add the time since the last mark to ``phase``."""
+        """Add the seconds since the last mark to ``phase``."""
         self._wait()
         now = self._now()
         self.seconds[phase] += now - self._last
@@ -117,7 +123,7 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def marks_forward(self, loss_of: nn.Module) -> Iterator[None]:
-        """Count calls of ``loss_of`` as forward, and the time between two of them as backward."""
+        """Count calls of ``loss_of`` as forward and the time between two calls as backward, with hooks."""
 
         def before(module: nn.Module, inputs: Any) -> None:
             if self._computed:
@@ -137,7 +143,7 @@ class PhaseClock:
 
 @dataclass(frozen=True)
 class _MarkingProcesses(Processes):
-    """Processes that mark the end of backward, after which a step first averages the loss."""
+    """Processes that mark the end of the backward pass; a training step averages the loss right after it."""
 
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(lambda: None))
 
@@ -148,16 +154,18 @@ class _MarkingProcesses(Processes):
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of steps, in the order of measurement."""
+    """Measured times of steps, in the order of measurement."""
 
     whole: list[float]
+    """Seconds of each step timed as a whole."""
     phases: list[dict[str, float]]
+    """Seconds by phase of each step timed by phase."""
     peak_bytes: int | None
-    """Largest peak memory of a process; None where the system does not tell."""
+    """Peak memory in bytes, maximum over processes; None if the system does not report it."""
 
 
 def measure(steps: Steps, warmup: int, timed: int) -> Timings:
-    """Make ``warmup`` steps, then time ``timed`` whole steps alternately with as many by phase."""
+    """Make ``warmup`` steps, then time ``timed`` whole steps and ``timed`` steps by phase, alternating."""
     device, processes = steps.compute.device, steps.processes
     for step in range(warmup):
         steps.whole(step)
@@ -173,7 +181,10 @@ def measure(steps: Steps, warmup: int, timed: int) -> Timings:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak bytes so far: allocated on the GPU since the last reset; elsewhere resident memory of this process."""
+    """Return the peak memory in bytes so far.
+
+    On a GPU: allocated memory since the last reset. Otherwise: resident memory of this process, None if unknown.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()

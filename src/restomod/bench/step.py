@@ -1,4 +1,4 @@
-"""Command `bench step`: measures the training step of a run, without the run."""
+"""Command `bench step`, which measures the training step of a run without writing a run."""
 
 from __future__ import annotations
 
@@ -44,22 +44,23 @@ def bench_step(
     trace: str | None = None,
     display: Display | None = None,
 ) -> int:
-    """Measure the training step of ``config`` and print the results.
+    """Measure the training step of a run and print the results.
 
     Args:
-        config: a complete run.
-        preset: its name.
-        tokens: synthetic for random ones; real for those of ``config.data``.
-        warmup: steps to make before any is timed.
-        timed: steps to time as a whole, and as many again by phase.
-        json, trace: files to write results and a Chrome trace to.
-        display: where to print.
+        config: run configuration.
+        preset: name of the preset.
+        tokens: "synthetic" for random tokens, "real" for the tokens of ``config.data``.
+        warmup: number of steps before the first timed step.
+        timed: number of steps timed as a whole; the same number is timed by phase.
+        json: file for the results; None to write no file.
+        trace: file for a Chrome trace of one step; None to write no file.
+        display: console; None for a new one.
 
     Returns:
-        0.
+        Exit code, always 0.
 
     Raises:
-        UserError: the device, the data, the memory or a file to write is not usable.
+        UserError: the device, the data or an output file is unusable, or memory is insufficient.
     """
     with join_processes() as processes, _memory_errors():
         display = display or Display(muted=not processes.main)
@@ -81,16 +82,16 @@ def bench_step(
 
 
 def measure_micro_batches(config: RunConfig, preset: str, timed: int, display: Display) -> Report:
-    """Measure steps of at most two micro-batches of a run, in this process alone.
+    """Measure steps of at most two micro-batches with random tokens, in this process only.
 
     Args:
-        config: the run. Tokens are random.
-        preset: its name.
-        timed: steps to time as a whole, and as many again by phase.
-        display: where to print.
+        config: run configuration.
+        preset: name of the preset.
+        timed: number of steps timed as a whole; the same number is timed by phase.
+        display: console.
 
     Raises:
-        UserError: as `bench_step`.
+        UserError: the device is unusable or memory is insufficient.
     """
     with _memory_errors():
         micro_batch = choose_micro_batch(config, choose_device(config.device))
@@ -120,8 +121,8 @@ def _bench(
     display: Display,
     processes: Processes,
 ) -> tuple[Report, bytes]:
-    """The report, and a trace of one more step if ``trace``."""
-    count = warmup + 2 * timed + 1  # the last is the traced one
+    """Return the report and, if ``trace``, the Chrome trace of one more step."""
+    count = warmup + 2 * timed + 1  # the last step is traced
     config = dataclasses.replace(config, steps=max(config.steps, count))
     display.line("preparing the data and the model …", style="dim")
     steps, seconds = processes.run_on_all_ranks(lambda: _steps(config, tokens, count, processes, display.line))
@@ -147,7 +148,7 @@ def _bench(
 
 
 def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say: Say) -> tuple[Steps, float]:
-    """Set up everything as training does; with the seconds of a micro-batch."""
+    """Set up the training steps as training does, and return them with the seconds of one micro-batch."""
     compute = choose_compute(config, processes)
     if tokens == "real":
         tokenizer = gpt2_tokenizer()
@@ -164,7 +165,13 @@ def _steps(config: RunConfig, tokens: str, count: int, processes: Processes, say
 
 
 def synthetic_tokens(vocab_size: int, sequence_length: int, seed: int) -> TokenStream:
-    """Random tokens of a vocabulary, at least a window and its target."""
+    """Return random tokens, at least one window of ``sequence_length`` + 1.
+
+    Args:
+        vocab_size: number of different tokens, limited to GPT-2's vocabulary.
+        sequence_length: tokens of a training sequence.
+        seed: seed of the random numbers.
+    """
     n = max(SYNTHETIC_TOKENS, sequence_length + 1)
     drawn = np.random.default_rng(seed).integers(min(vocab_size, VOCAB_SIZE), size=n)
     return TokenStream([drawn.astype(np.uint16)])
@@ -184,6 +191,6 @@ def _head(
         ("device", describe_device(compute.device)),
         ("compute dtype", f"{describe_dtype(config, compute.dtype)}{parallel}"),
         ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
-        ("steps", f"{warmup} warm-up, {timed} timed whole and {timed} by phase, alternating"),
-        ("estimated time", f"{estimate}; fewer --batch-tokens make steps shorter"),
+        ("steps", f"{warmup} warm-up, then {timed} timed as a whole and {timed} by phase, alternating"),
+        ("estimated time", f"{estimate}; lower --batch-tokens for shorter steps"),
     ]

@@ -1,1 +1,1 @@
-"""Before a run: its plan, and sweeps of many runs."""
+"""Planning of single runs and sweeps over many runs."""

@@ -1,6 +1,6 @@
-"""With this folder on PYTHONPATH, installed packages that BLOCKED_MODULES names (with commas) are as if not installed.
+"""Import blocker: with this folder on PYTHONPATH, modules in BLOCKED_MODULES (comma-separated) appear not installed.
 
-Copies of them elsewhere on the path are found.
+Copies of them elsewhere on the path are importable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INSTALLED = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 
 
 class Finder(PathFinder):
-    """Looks for blocked modules everywhere but among the installed packages."""
+    """Finder that skips the installed packages for blocked modules."""
 
     @classmethod
     def find_spec(

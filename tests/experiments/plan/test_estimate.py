@@ -1,4 +1,4 @@
-"""Plans against published runs: each test says the published figure and how far ours may be from it."""
+"""Tests of plans against published runs; each states the published figure and the tolerance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def on(gpu: str, gpus: int, price: float | None = None, config: RunConfig = GPT2
 
 
 def from_another(plan: Plan, software: str) -> tuple[float, float]:
-    """Hours and dollars that one measurement alone gives: none that the published run is from."""
+    """Return hours and dollars predicted from the speed of ``software`` only, which is not the published run."""
     speed = tokens_per_second(speed_of(software), plan.config, plan.gpus)
     hours = plan.work_tokens / speed / HOUR
     return hours, hours * plan.gpus * (plan.price or 0.0)
@@ -38,13 +38,13 @@ def from_another(plan: Plan, software: str) -> tuple[float, float]:
 
 
 def test_build_nanogpt_on_eight_a100() -> None:
-    """Published, learning-rate study: 10.86 h with 3 h idle and $155.53 for three runs: 2.62 h, $37.52 each.
+    """Published learning-rate study: 10.86 h with 3 h idle and $155.53 for three runs, so 2.62 h and $37.52 per run.
 
-    Ours, from another run's 1.1 million tokens/s: 2.60 h, $37.2. Error: -1 %. With its own speed: +3 %, as the
-    study's time has its validations in it already.
+    Predicted from another run with 1.1 million tokens/s: 2.60 h, $37.2, an error of -1 %. Predicted from the study's
+    own speed: +3 %, because its time already includes validation.
     """
     hours, dollars = (10.86 - 3) / 3, 155.53 * (10.86 - 3) / 10.86 / 3
-    price = 155.53 / 10.86 / 8  # $1.79 for a GPU and an hour
+    price = 155.53 / 10.86 / 8  # $1.79 per GPU and hour
     plan = on("a100", 8, price)
     predicted = from_another(plan, "a run based on build-nanogpt")
     assert predicted[0] == pytest.approx(hours, rel=0.02)
@@ -54,21 +54,20 @@ def test_build_nanogpt_on_eight_a100() -> None:
 
 
 def test_llm_c_on_eight_a100() -> None:
-    """Published: about 90 min and $20 (its script says 94.3 min at $14 an hour). Ours: 98 min, $22.9; +9 %, +14 %."""
+    """Published: about 90 min and $20 (script: 94.3 min at $14 per hour). Predicted: 98 min (+9 %), $22.9 (+14 %)."""
     hours, dollars = from_another(on("a100", 8, 14 / 8), "llm.c")
     assert hours == pytest.approx(1.5, rel=0.10)
     assert hours == pytest.approx(94.3 / 60, rel=0.05)
     assert dollars == pytest.approx(20, rel=0.15)
 
 
-def test_the_hour_that_is_told_of_build_nanogpt_would_take_the_whole_peak() -> None:
-    """Published: "~1hr and ~$10" in its README, without hardware. Ours: 2.0 h and $28 from its own lecture's 90 ms.
+def test_one_hour_for_build_nanogpt_would_need_95_percent_of_the_peak() -> None:
+    """Published: "~1hr and ~$10" in its README, without hardware. Predicted: 2.0 h and $28 from 90 ms in its lecture.
 
-    An hour on eight A100 would be 95 % of what their data sheet says, and no measurement is above 76 %.
+    One hour on eight A100 would need 95 % of their peak, and no measurement is above 76 %.
     """
     plan = on("a100", 8, 1.79, COMPILED)
     a100 = find_gpu("a100")
-    assert a100 is not None
     assert a100.peak is not None
     assert plan.flops_per_token * plan.tokens / (8 * a100.peak) / HOUR == pytest.approx(0.95, abs=0.01)
     assert max(speed.mfu for speed in SPEEDS) < 0.77
@@ -77,12 +76,12 @@ def test_the_hour_that_is_told_of_build_nanogpt_would_take_the_whole_peak() -> N
 
 
 def test_four_rtx_3090() -> None:
-    """Published: about 11 h and $7 for 10B tokens. Ours, from one 3090 Ti's share of its peak: 11.6 h, $7.4; +6 %."""
+    """Published: about 11 h and $7 for 10B tokens. Predicted from the MFU of one 3090 Ti: 11.6 h, $7.4 (+6 %)."""
     price = 7 / (4 * 11)
     plan = on("rtx3090", 4, price)
     ti = speed_of("a series of optimizations like build-nanogpt's")
-    there = dataclasses.replace(ti, gpu="RTX 3090", tokens_per_second=ti.tokens_per_second * 71 / 80)  # the same share
-    hours = plan.work_tokens / tokens_per_second(there, plan.config, 4) / HOUR
+    scaled = dataclasses.replace(ti, gpu="RTX 3090", tokens_per_second=ti.tokens_per_second * 71 / 80)  # equal MFU
+    hours = plan.work_tokens / tokens_per_second(scaled, plan.config, 4) / HOUR
     assert hours == pytest.approx(11, rel=0.10)
     assert hours * 4 * price == pytest.approx(7, rel=0.10)
     assert (plan.seconds or 0) / HOUR == pytest.approx(11, rel=0.05)
@@ -95,16 +94,16 @@ def test_four_rtx_3090() -> None:
     [("h100", 8, COMPILED, 0.75), ("l40s", 1, GPT2, 27.0)],
 )
 def test_other_published_times(gpu: str, gpus: int, config: RunConfig, published: float) -> None:
-    """Ours: 46 min, +3 %; 26.9 h, 0 %."""
+    """Predicted: 46 min (+3 %); 26.9 h (0 %)."""
     assert (on(gpu, gpus, config=config).seconds or 0) / HOUR == pytest.approx(published, rel=0.05)
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
 
 
-def test_validation_is_a_third_of_the_work_of_training() -> None:
+def test_a_validation_token_costs_a_third_of_a_training_token() -> None:
     plan = on("a100", 8)
-    assert plan.validations == 78  # at 0, 250, …, 19,000 and 19,073
+    assert plan.validations == 78  # steps 0, 250, …, 19,000 and 19,073
     assert plan.work_tokens == 19_073 * 524_288 + 78 * 10_485_760 / 3
     even = dataclasses.replace(GPT2, steps=500)
     assert on("a100", 8, config=even).validations == 3
@@ -116,7 +115,6 @@ def test_validation_is_a_third_of_the_work_of_training() -> None:
 def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu: str, gpus: int) -> None:
     plan = on(gpu, gpus)
     memory, most = find_gpu(gpu), plan.largest_micro_batch
-    assert memory is not None
     assert most is not None
     assert estimate_memory(GPT2, most, 2, "cuda", gpus).total <= memory.memory
     assert most == 512 // gpus or estimate_memory(GPT2, most + 1, 2, "cuda", gpus).total > memory.memory
@@ -137,11 +135,11 @@ def test_a_model_that_does_not_fit_has_no_time() -> None:
     [
         ("gpt2-124m", "a100", 1, None, "; largest micro-batch 205"),
         ("gpt2-124m", "a100", 8, None, "; largest micro-batch 64 (all sequences of a GPU)"),
-        ("gpt2-124m", "rtx3090", 1, 128, "; largest micro-batch 49; this one does not fit"),
-        ("gpt2-1558m", "rtx3090", 1, None, "; not even one sequence fits"),
+        ("gpt2-124m", "rtx3090", 1, 128, "; largest micro-batch 49; micro-batch 128 does not fit"),
+        ("gpt2-1558m", "rtx3090", 1, None, "; one sequence does not fit"),
     ],
 )
-def test_the_largest_micro_batch_is_said(
+def test_the_largest_micro_batch_is_printed(
     preset_name: str, gpu: str, gpus: int, micro_batch: int | None, said: str
 ) -> None:
     config = dataclasses.replace(preset(preset_name), micro_batch=micro_batch)
@@ -151,7 +149,7 @@ def test_the_largest_micro_batch_is_said(
 @pytest.mark.parametrize(
     ("gpu", "why"), [("gtx1060", "unknown GPU 'gtx1060'"), ("t4", "no published measurement on t4")]
 )
-def test_unknown_hardware_is_unknown(gpu: str, why: str) -> None:
+def test_unknown_hardware_has_no_time_and_no_cost(gpu: str, why: str) -> None:
     plan = on(gpu, 1, 0.3)
     assert (plan.tokens_per_second, plan.seconds, plan.dollars) == (None, None, None)
     shown = dict(plan_rows(plan))
@@ -163,14 +161,14 @@ def measured(micro_batch: int) -> MeasuredStep:
     return MeasuredStep("a CPU", "cpu", "fp32", micro_batch, 2.0, 4.0, 10**9, 10**9)
 
 
-def test_a_measured_step_is_its_micro_batches_and_one_update() -> None:
+def test_the_time_of_a_measured_step_is_its_micro_batches_plus_one_update() -> None:
     plan = Plan("gpt2-124m", GPT2, None, 1, 0.5, measured(4), "fp32", "cpu")
     assert plan.tokens_per_second == pytest.approx(524_288 / (128 * 2.0 + 4.0))
     assert plan.micro_batch == 4
     assert plan.dollars == pytest.approx((plan.seconds or 0) / HOUR * 0.5)
 
 
-# --- what is said -------------------------------------------------------------------------------------------
+# --- printed text -------------------------------------------------------------------------------------------
 
 
 def test_parts_of_the_memory_add_up() -> None:
@@ -181,7 +179,7 @@ def test_parts_of_the_memory_add_up() -> None:
     assert shown["parameters"] == "124,439,808"
 
 
-def test_prices_are_sorted_by_cost_and_the_unknown_ones_last() -> None:
+def test_prices_are_sorted_by_cost_with_unknown_costs_last() -> None:
     day = datetime.date(2026, 1, 1)
     prices = [
         GpuPrice("Unknown", "gtx1060", 1, 0.01, day, "s", ""),
@@ -196,12 +194,12 @@ def test_prices_are_sorted_by_cost_and_the_unknown_ones_last() -> None:
     assert [line.split()[0] for line in (dear, h, unknown, odd)] == ["Dear", "H", "Unknown", "Odd"]
     assert " min*" in h
     assert star.startswith("* measured with torch.compile")
-    assert "3 GPUs cannot share 512 sequences evenly" in why_odd
+    assert "512 sequences are not divisible by 3 GPUs" in why_odd
     assert "unknown GPU 'gtx1060'" in why_unknown
 
 
 @pytest.mark.parametrize("plan", [on("a100", 8, 1.79), on("gtx1060", 1), Plan("quickstart", preset("quickstart"))])
-def test_all_of_it_is_json(plan: Plan) -> None:
+def test_a_plan_is_json(plan: Plan) -> None:
     prices = read_prices()
     written: dict[str, Any] = json.loads(json.dumps(plan.to_dict(prices)))
     assert written["seconds"] == plan.seconds

@@ -1,4 +1,4 @@
-"""GPUs, and what published measurements say of other runs."""
+"""Tests of GPU names, of published speeds and of predictions from them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import dataclasses
 
 import pytest
 
+from restomod.cli import main
 from restomod.config.presets import preset
-from restomod.experiments.plan.hardware import GPUS, SPEEDS, Speed, find_gpu, not_covered, speeds_on, tokens_per_second
+from restomod.experiments.plan.hardware import (
+    GPUS,
+    SPEEDS,
+    Speed,
+    find_gpu,
+    known_gpu,
+    not_covered,
+    speeds_on,
+    tokens_per_second,
+)
 from restomod.model.flops import PEAK_FLOPS
+from restomod.utils.errors import UserError
 
 GPT2 = preset("gpt2-124m")
 
@@ -19,59 +30,71 @@ def speed_of(software: str) -> Speed:
 
 
 @pytest.mark.parametrize("name", ["rtx3090", "RTX 3090", "RTX-3090"])
-def test_a_gpu_is_found_however_it_is_spelled(name: str) -> None:
+def test_a_gpu_is_found_in_any_spelling(name: str) -> None:
     gpu = find_gpu(name)
-    assert gpu is not None
     assert (gpu.key, gpu.memory, gpu.peak) == ("rtx3090", 24 * 2**30, 71e12)
 
 
 @pytest.mark.parametrize("name", ["gtx1060", "a1000", "", "rtx"])
-def test_an_unknown_gpu_is_not_guessed(name: str) -> None:
-    assert find_gpu(name) is None
+def test_an_unknown_gpu_is_an_error(name: str) -> None:
+    assert known_gpu(name) is None
+    with pytest.raises(UserError, match="unknown GPU"):
+        find_gpu(name)
 
 
-def test_every_entry_has_a_peak_or_no_speed() -> None:
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("h1000", "did you mean 'h100'?"), ("RTX-4900", "did you mean 'rtx4090'?"), ("z", "known: a100,")],
+)
+def test_plan_rejects_an_unknown_gpu_in_one_line(name: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gpt2-124m", "--gpu", name]) == 2
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert (shown.out, line.startswith("restomod: error: "), f"--gpu {name}" in line) == ("", True, True)
+    assert near in line
+    assert "--measure" in line
+
+
+def test_every_speed_has_a_source_and_a_plausible_mfu() -> None:
     for speed in SPEEDS:
         assert speed.gpu in PEAK_FLOPS
-        assert 0.1 < speed.mfu < 0.8, speed  # more than 80 % of a data sheet has not been seen
+        assert 0.1 < speed.mfu < 0.8, speed  # no published run is above 80 %
         assert speed.source
     for gpu in GPUS:
         assert gpu.peak is not None or not speeds_on(gpu, compiled=True), gpu
 
 
-# the tokens/s and the MFU that are published together
+# runs that publish both tokens/s and MFU
 @pytest.mark.parametrize(
     ("software", "published"),
     [("modded-nanogpt, first record", 0.40), ("modded-nanogpt, track 3", 0.42), ("llm.c", 0.60)],
 )
-def test_the_share_of_the_peak_is_the_published_one(software: str, published: float) -> None:
+def test_mfu_equals_the_published_mfu(software: str, published: float) -> None:
     assert speed_of(software).mfu == pytest.approx(published, abs=0.01)
 
 
-def test_on_the_gpu_of_a_measurement_the_prediction_is_the_measurement() -> None:
+def test_the_prediction_for_the_measured_gpu_equals_the_measurement() -> None:
     for speed in SPEEDS:
         assert tokens_per_second(speed, GPT2, speed.gpus) == pytest.approx(speed.tokens_per_second)
         assert tokens_per_second(speed, GPT2, 2 * speed.gpus) == pytest.approx(2 * speed.tokens_per_second)
 
 
-def test_a_larger_model_is_as_much_slower_as_it_has_more_flops() -> None:
+def test_speed_is_inversely_proportional_to_flops() -> None:
     ratio = tokens_per_second(SPEEDS[0], GPT2, 8) / tokens_per_second(SPEEDS[0], preset("gpt2-355m"), 8)
-    assert ratio == pytest.approx(2_423 / 855, rel=0.01)  # MFLOP a token: 6 × (302M + 51.5M) + 12 × 24 × 1024²
+    assert ratio == pytest.approx(2_423 / 855, rel=0.01)  # MFLOPs per token: 6 × (302M + 51.5M) + 12 × 24 × 1024²
 
 
-def test_recomputing_costs_one_forward_pass() -> None:
+def test_gradient_checkpointing_costs_one_forward_pass() -> None:
     again = dataclasses.replace(GPT2, gradient_checkpointing=True)
     assert tokens_per_second(SPEEDS[0], again, 8) == pytest.approx(0.75 * tokens_per_second(SPEEDS[0], GPT2, 8))
 
 
-def test_the_first_measurement_is_compiled_or_not_as_the_run_is() -> None:
+def test_the_first_measurement_has_the_kind_of_the_run() -> None:
     a100 = find_gpu("a100")
-    assert a100 is not None
     assert speeds_on(a100, compiled=True)[0].software == "build-nanogpt in its lecture"
     assert speeds_on(a100, compiled=False)[0].software == "build-nanogpt as shipped"
     assert len(speeds_on(a100, compiled=False)) == 5
     forty = find_gpu("A100-40GB")
-    assert forty is not None
     assert speeds_on(forty, True) == speeds_on(a100, True)
 
 
@@ -79,18 +102,17 @@ def test_the_first_measurement_is_compiled_or_not_as_the_run_is() -> None:
     ("changed", "gpus", "why"),
     [
         ({}, 8, None),
-        ({}, 16, "more than 8 GPUs"),
-        ({"precision": "fp32"}, 1, "this run is in fp32"),
+        ({}, 16, "at most 8 GPUs"),
+        ({"precision": "fp32"}, 1, "this run uses fp32"),
         ({"precision": "bf16"}, 1, None),
         ({"document_mask": True}, 1, "document masks"),
         ({"parallel": "fsdp"}, 1, None),
-        ({"parallel": "fsdp"}, 2, "FSDP"),
+        ({"parallel": "fsdp"}, 2, "only for DDP"),
         ({"sequence_length": 64}, 1, "this run has 64"),
     ],
 )
-def test_what_measurements_do_not_cover(changed: dict[str, object], gpus: int, why: str | None) -> None:
+def test_runs_that_measurements_do_not_cover(changed: dict[str, object], gpus: int, why: str | None) -> None:
     a100 = find_gpu("a100")
-    assert a100 is not None
     said = not_covered(dataclasses.replace(GPT2, **changed), a100, gpus)
     assert said is None if why is None else why in (said or "")
 

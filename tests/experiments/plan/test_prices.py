@@ -1,4 +1,4 @@
-"""The price file: its content, and what is refused."""
+"""Tests of price files: the file of the package, valid files and damaged ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from restomod.experiments.plan.hardware import find_gpu
+from restomod.experiments.plan.hardware import known_gpu
 from restomod.experiments.plan.prices import SHIPPED, read_prices
 from restomod.utils.errors import UserError
 
@@ -21,17 +21,17 @@ def written(folder: Path, *entries: str) -> Path:
     return file
 
 
-def test_those_shipped_are_whole_and_of_known_gpus() -> None:
+def test_the_file_of_the_package_is_complete_and_names_known_gpus() -> None:
     prices = read_prices()
     assert {"Colab", "Lambda", "RunPod", "Vast.ai", "your own"} == {price.provider for price in prices}
     for price in prices:
-        assert find_gpu(price.gpu) is not None
+        assert known_gpu(price.gpu) is not None
         assert 0 < price.dollars_per_gpu_hour < 10
         assert price.date < datetime.date(2026, 11, 22)
         assert price.source
 
 
-def test_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_users_file(tmp_path: Path) -> None:
     rented, own = read_prices(written(tmp_path, WHOLE, OWN + 'note = "hot"\n'))
     assert (rented.provider, rented.gpu, rented.gpus, rented.dollars_per_gpu_hour) == ("X", "a100", 2, 1.5)
     assert rented.date == datetime.date(2026, 1, 2)
@@ -61,26 +61,26 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("#" * 2_000_000, "is too large"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_an_error_names_the_entry_and_the_field(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError, match=r"prices\.toml") as caught:
         read_prices(written(tmp_path, WHOLE, text))
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "price = 1\n", "[[offer]]\n", "[[price]]\n[more]\n"])
-def test_a_file_of_something_else(tmp_path: Path, text: str) -> None:
+def test_a_file_with_other_tables_is_rejected(tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.toml"
     file.write_text(text)
     with pytest.raises(UserError, match=r"\[\[price\]\] entries"):
         read_prices(file)
 
 
-def test_a_device_is_refused() -> None:
+def test_a_device_is_rejected() -> None:
     with pytest.raises(UserError, match="/dev/zero is a device"):
         read_prices(Path("/dev/zero"))
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the prices") as caught:
         read_prices(tmp_path / "none.toml")
     assert str(SHIPPED) in str(caught.value)

@@ -1,9 +1,9 @@
-"""Stands in for `restomod train` where a sweep is tested and not training: a run of a few steps in a tenth of a second.
+"""Replacement of `restomod train` for tests of sweeps: a run of a few steps in a tenth of a second.
 
-As a script it takes the arguments of `train`. It writes a run's `config.json`, `metrics.jsonl` and `environment.json`
-(with STAND_IN_PROCESSES processes), a "checkpoint" after every second step, and a line for every start into
-`starts.txt`; SIGTERM stops it after its step. Its loss follows from `--optim.lr`, `--seed` and the step, and from what
-it has read back from its checkpoint. Some rates make it fail.
+The script takes the arguments of `train`. It writes `config.json`, `metrics.jsonl` and `environment.json` (with
+STAND_IN_PROCESSES processes), a checkpoint after every second step, and a line per start to `starts.txt`. SIGTERM stops
+it after its step. The loss depends on `--optim.lr`, `--seed`, the step and the checkpoint. Some learning rates make it
+fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-KILLED, DIVERGED, CRASHED, SILENT = "66", "67", "68", "69"  # rates, and what they do
+KILLED, DIVERGED, CRASHED, SILENT = "66", "67", "68", "69"  # learning rates that cause these failures
 
 
 def main(arguments: list[str]) -> int:

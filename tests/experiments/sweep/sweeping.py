@@ -1,4 +1,4 @@
-"""Starts sweeps as processes, of real trainings or of stand-ins."""
+"""Sweeps as processes for tests, with real training or with `stand_in`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAND_IN = (
 
 
 def start(folder: Path, *arguments: str, real: bool = False, pause: float = 0.0) -> subprocess.Popen[str]:
-    """`restomod sweep quickstart ARGUMENTS --out FOLDER`, in the folder above it."""
+    """Start `restomod sweep quickstart ARGUMENTS --out FOLDER` in the parent of ``folder``."""
     program = ("-m", "restomod") if real else ("-c", STAND_IN)
     return subprocess.Popen(
         [sys.executable, *program, "sweep", "quickstart", *arguments, "--out", str(folder)],
@@ -32,24 +32,24 @@ def start(folder: Path, *arguments: str, real: bool = False, pause: float = 0.0)
 
 
 def run(folder: Path, *arguments: str, real: bool = False, pause: float = 0.0) -> tuple[int, str]:
-    """Exit code and output of a whole sweep."""
+    """Run a sweep and return its exit code and output."""
     process = start(folder, *arguments, real=real, pause=pause)
     said, _ = process.communicate(timeout=900)
     return process.returncode, said
 
 
 def trials(folder: Path) -> list[dict[str, Any]]:
-    """Those of `sweep.json`, by number."""
+    """Return the trials of `sweep.json`, by number."""
     return sorted(json.loads((folder / "sweep.json").read_text())["trials"], key=lambda t: t["number"])
 
 
 def outcomes(folder: Path) -> list[tuple[Any, ...]]:
-    """What must not depend on what a sweep went through: names, states, parameters, losses."""
+    """Return the values that interruptions must not change: names, states, parameters, losses."""
     return [(t["name"], t["state"], t["loss"], t["step"], t["parameters"], t["seed"]) for t in trials(folder)]
 
 
 def losses(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
-    """Every loss of every trial, from the runs themselves."""
+    """Return all losses of all trials, from the runs."""
     found = {}
     for path in sorted(folder.glob("trials/*/metrics.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -58,5 +58,5 @@ def losses(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
 
 
 def starts(folder: Path) -> dict[str, int]:
-    """How often each trial's stand-in was started."""
+    """Return the number of starts of each trial."""
     return {path.parent.name: len(path.read_text().split()) for path in folder.glob("trials/*/starts.txt")}

@@ -1,4 +1,4 @@
-"""Journals of sweeps that are damaged in any line."""
+"""Tests of damaged journals of sweeps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = Callable[[Any], Any]
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    """Of a sweep with a finished trial and one that nobody works on."""
+    """Return the journal of a sweep with one finished trial and one that no process trains."""
     store = Store(tmp_path / "sweep", PLAN)
     for loss in (3.5, None):
         claim = store.claim()
@@ -41,7 +41,7 @@ def line_of(lines: list[bytes], part: str) -> int:
 
 
 def damage(journal: Path, part: str, change: Callable[[bytes], bytes]) -> int:
-    """Change the first line that holds ``part``; returns its number."""
+    """Change the first line that contains ``part`` and return its number, from 1."""
     lines = journal.read_bytes().splitlines(keepends=True)
     at = line_of(lines, part)
     lines[at] = change(lines[at])
@@ -110,14 +110,14 @@ def test_a_damaged_line_is_named(journal: Path, part: str, change: Callable[[byt
         ('"op_code":7', "intermediate_value", "x"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(journal: Path, part: str, key: str, value: Any) -> None:
+def test_an_invalid_value_is_rejected(journal: Path, part: str, key: str, value: Any) -> None:
     part = '"op_code":4' if part == "create" else part
     number = damage(journal, part, lambda line: json.dumps(json.loads(line) | {key: value}).encode() + b"\n")
     with pytest.raises(UserError, match=rf"journal\.jsonl, line {number} is damaged: "):
         Store(journal.parent, PLAN)
 
 
-def test_a_missing_or_repeated_beginning_of_a_trial_is_refused(journal: Path) -> None:
+def test_a_missing_or_repeated_creation_of_a_trial_is_rejected(journal: Path) -> None:
     whole = journal.read_bytes()
     begin = whole.splitlines(keepends=True)[line_of(whole.splitlines(), '"op_code":4')]
     for content in (whole.replace(begin, b""), whole + begin, whole[whole.index(b"\n") + 1 :]):
@@ -126,19 +126,19 @@ def test_a_missing_or_repeated_beginning_of_a_trial_is_refused(journal: Path) ->
             Store(journal.parent, PLAN)
 
 
-def test_a_journal_that_has_lost_a_trial_does_not_begin_it_anew(journal: Path) -> None:
+def test_a_lost_trial_is_not_started_again(journal: Path) -> None:
     (journal.parent / "trials" / "000-optim.lr-1e-3").mkdir()
     journal.write_bytes(journal.read_bytes()[:50])
-    with pytest.raises(UserError, match="lacks 000-optim"):
+    with pytest.raises(UserError, match="no trial 000-optim"):
         Store(journal.parent, PLAN)
 
 
-def test_a_torn_last_line_is_dropped(journal: Path) -> None:
+def test_an_incomplete_last_line_is_removed(journal: Path) -> None:
     journal.write_bytes(journal.read_bytes() + b'{"op_code":8,"wor')
     assert len(Store(journal.parent, PLAN).trials()) == 2
 
 
-def test_any_bytes_are_read_or_refused_in_one_line(journal: Path) -> None:
+def test_random_damage_raises_no_other_error(journal: Path) -> None:
     whole = journal.read_bytes()
     for seed in range(100):
         generator, content = random.Random(seed), bytearray(whole)

@@ -1,4 +1,4 @@
-"""What a sweep varies."""
+"""Tests of the search space of a sweep."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from restomod.utils.errors import UserError
         ("optim.lr=6e-4, 1.2e-3", CategoricalDistribution(("6e-4", "1.2e-3"))),
     ],
 )
-def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: object) -> None:
+def test_ranges_and_values_become_optuna_distributions(text: str, expected: object) -> None:
     assert parse_dimension(text, "random").distribution() == expected
 
 
@@ -34,15 +34,15 @@ def test_ranges_and_values_are_what_optuna_draws_from(text: str, expected: objec
     ("text", "message"),
     [
         ("optim.lr", "not NAME=VALUES"),
-        ("optim.learning=1", "nothing to sweep is called 'optim.learning'"),
+        ("optim.learning=1", "unknown field 'optim.learning'"),
         ("optim.llr=1", "did you mean 'optim.lr'"),
-        ("optim=1", "holds several values"),
-        ("optim.betas=0.9", "holds several values"),
+        ("optim=1", "has several values"),
+        ("optim.betas=0.9", "has several values"),
         ("optim.lr=fast", "not a number"),
-        ("model.n_layer=1.5", "not a whole number"),
-        ("model.n_layer=1.5..3", "not a range LOW..HIGH of whole numbers"),
-        ("optim.lr=2..1", "must be below the second"),
-        ("optim.lr=0..1:log", "needs a range above 0"),
+        ("model.n_layer=1.5", "not an integer"),
+        ("model.n_layer=1.5..3", "not a range LOW..HIGH of integers"),
+        ("optim.lr=2..1", "must be below the upper end"),
+        ("optim.lr=0..1:log", "must be above 0"),
         ("optim.decay=cosine,linnear", "did you mean 'linear'"),
         ("gradient_checkpointing=yes", "true or false"),
         ("optim.lr=1e-3,1e-3", "is repeated"),
@@ -52,7 +52,7 @@ def test_a_mistake_is_named(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         parse_dimension(text, "random")
     with pytest.raises(UserError, match="--random"):
-        parse_dimension("optim.lr=1e-4..1e-2", "grid")  # takes no range
+        parse_dimension("optim.lr=1e-4..1e-2", "grid")  # a grid has no ranges
 
 
 def test_a_grid_has_every_combination_once() -> None:
@@ -60,9 +60,9 @@ def test_a_grid_has_every_combination_once() -> None:
     assert points == [{"optim.lr": a, "model.n_layer": b} for a in "12" for b in "345"]
 
 
-def test_more_trials_than_can_be_are_refused_before_they_are_listed() -> None:
+def test_too_many_trials_are_rejected_before_they_are_enumerated() -> None:
     values = ",".join(map(str, range(1, 1001)))
-    with pytest.raises(UserError, match="the number of the grid's trials is 1000000000; it must be at most"):
+    with pytest.raises(UserError, match="the number of grid trials is 1000000000; it must be at most"):
         grid([parse_dimension(f"{name}={values}", "grid") for name in ("steps", "eval_every", "sample_every")])
     for n, seeds in ((10**11, 1), (1, 10**9)):
         given = SweepArguments(random=("optim.lr=1e-4..1e-2",), out="s", trials=n, seeds=seeds)
@@ -70,7 +70,7 @@ def test_more_trials_than_can_be_are_refused_before_they_are_listed() -> None:
             build_plan("quickstart", preset("quickstart"), given, [])
 
 
-def test_the_flags_give_a_run_the_parameters() -> None:
+def test_flags_set_the_parameters_of_a_run() -> None:
     given = {"optim.lr": 0.0123, "model.n_layer": 3, "optim.decay": "wsd", "micro_batch": "None"}
     given |= {
         "model.bias": "false",

@@ -1,4 +1,4 @@
-"""Sweeps of stand-ins for trainings; tests/end_to_end/test_sweep.py has sweeps of real ones."""
+"""Tests of sweeps with `stand_in` in place of training; tests/end_to_end/test_sweep.py trains for real."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from restomod.commands.sweep import split
 from restomod.experiments.sweep import worker as worker_module
 from restomod.experiments.sweep.gpu_time import Interval, TrialTimes, gpu_in_use
 from restomod.experiments.sweep.journal import drop_torn_line
-from restomod.experiments.sweep.worker import Limits, patiently
+from restomod.experiments.sweep.worker import Limits, retry_while_disk_full
 from restomod.utils.errors import UserError
 from tests.experiments.sweep.stand_in import CRASHED, DIVERGED, KILLED, SILENT
 from tests.experiments.sweep.sweeping import losses, outcomes, run, start, starts, trials
@@ -32,10 +32,10 @@ SIX = "optim.lr=0.1,0.2,0.3,0.4,0.5,0.6"
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for something."""
+    """Wait until ``condition`` is true, at most ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it has not come"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -49,7 +49,7 @@ def test_failing_trials_are_recorded_and_the_others_finish(tmp_path: Path) -> No
     assert found[1]["reason"] == "killed by SIGKILL (out of memory?)"
     assert found[2]["reason"] == "step 3: the loss is nan, so nothing was updated"
     assert found[3]["reason"] == "exit code 1: RuntimeError: a fault"
-    assert found[4]["reason"] == "it has no finite validation loss"
+    assert found[4]["reason"] == "no finite validation loss"
     for t in (found[0], found[-1]):
         rate = float(t["parameters"]["optim.lr"])
         assert (t["loss"], t["step"]) == (pytest.approx(stand_in_loss(rate, 4)), 4)
@@ -59,7 +59,7 @@ def test_failing_trials_are_recorded_and_the_others_finish(tmp_path: Path) -> No
     assert [f"optim.lr={best['parameters']['optim.lr']}" in line for line in shown] == [True, False]
 
 
-def test_where_every_trial_fails_so_does_the_sweep(tmp_path: Path) -> None:
+def test_a_sweep_without_any_result_exits_with_1(tmp_path: Path) -> None:
     assert run(tmp_path / "s", "--grid", f"optim.lr={DIVERGED}", "--steps", "4")[0] == 1
 
 
@@ -69,7 +69,9 @@ def test_where_every_trial_fails_so_does_the_sweep(tmp_path: Path) -> None:
     [("--grid", "optim.lr=0.1,0.2", "--seeds", "2"), ("--tpe", "optim.lr=0.01..1", "--trials", "4")],
     ids=["grid", "tpe"],
 )
-def test_a_sweep_killed_again_and_again_is_the_sweep_that_was_not(tmp_path: Path, space: tuple[str, ...]) -> None:
+def test_a_sweep_that_is_killed_repeatedly_has_the_results_of_an_undisturbed_one(
+    tmp_path: Path, space: tuple[str, ...]
+) -> None:
     arguments = (*space, "--steps", "8", "--prune", "median")
     code, said = run(tmp_path / "whole", *arguments, pause=0.06)
     assert code == 0, said
@@ -79,7 +81,7 @@ def test_a_sweep_killed_again_and_again_is_the_sweep_that_was_not(tmp_path: Path
     def logged() -> int:
         return sum(path.read_text().count("\n") for path in folder.glob("trials/*/metrics.jsonl"))
 
-    for _ in range(5):  # at any moment, but by what was done: machines are not equally fast
+    for _ in range(5):  # kill by progress, not by time: machines differ in speed
         process = start(folder, *arguments, pause=0.06)
         enough = logged() + chance.randint(0, 5)
         until(lambda enough=enough, process=process: logged() >= enough or process.poll() is not None)  # type: ignore[misc]
@@ -121,13 +123,13 @@ def test_two_processes_share_a_sweep_and_run_every_trial_once(tmp_path: Path) ->
     processes = [start(folder, "--grid", SIX, "--steps", "5", pause=0.2) for _ in range(2)]
     said = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert all(" starts: " in text for text in said), "one of them did all the work"
+    assert all(" starts: " in text for text in said), "one process trained all trials"
     assert list(starts(folder).values()) == [1] * 6
     assert [t["state"] for t in trials(folder)] == ["finished"] * 6
 
 
 @pytest.mark.slow
-def test_a_process_takes_over_what_a_killed_one_has_begun(tmp_path: Path) -> None:
+def test_a_worker_continues_the_trial_of_a_killed_worker(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     arguments = ("--grid", "optim.lr=0.1,0.2,0.3", "--steps", "60")
     first = start(folder, *arguments, pause=0.5)
@@ -163,7 +165,7 @@ def test_seeds_are_repetitions_with_a_mean_and_a_standard_deviation(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_trial_above_the_median_is_pruned_after_the_warm_up(tmp_path: Path) -> None:
-    rates = "0.1,0.11,0.12,0.13,0.14,9"  # the first five are never pruned, and the last is worse at every step
+    rates = "0.1,0.11,0.12,0.13,0.14,9"  # only the last is worse than the median
     arguments = ("--grid", f"optim.lr={rates}", "--steps", "12", "--optim.warmup-steps", "4", "--prune", "median")
     code, said = run(tmp_path / "s", *arguments, pause=0.05)
     assert code == 0, said
@@ -174,12 +176,12 @@ def test_a_trial_above_the_median_is_pruned_after_the_warm_up(tmp_path: Path) ->
 
 
 def stand_in_loss(rate: float, steps: int) -> float:
-    """What the stand-in's validation loss is after so many steps."""
+    """Return the validation loss of `stand_in` after ``steps`` steps."""
     return 10 - steps + rate + sum(math.sin(1000 * rate + 1337 + s) / s for s in range(1, steps + 1))
 
 
 @pytest.mark.parametrize("method", ["median", "hyperband"])
-def test_pruning_is_that_of_optuna_itself(tmp_path: Path, method: str) -> None:
+def test_pruning_equals_that_of_optuna(tmp_path: Path, method: str) -> None:
     rates = ["0.5", "0.1", "0.9", "0.3", "0.2", "0.8", "0.7", "2", "3"]
     arguments = ("--steps", "9", "--optim.warmup-steps", "1", "--eval-every", "1", "--prune", method)
     code, said = run(tmp_path / "s", "--grid", f"optim.lr={','.join(rates)}", *arguments)
@@ -204,13 +206,13 @@ def test_pruning_is_that_of_optuna_itself(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.slow
-def test_no_trial_is_started_that_would_go_beyond_the_limit(tmp_path: Path) -> None:
+def test_a_trial_that_would_exceed_the_limit_is_not_started(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     arguments = ("--grid", "optim.lr=0.1,0.2,0.3,0.4", "--steps", "10")
     code, said = run(folder, *arguments, "--max-dollars", "5", "--price", str(5 * 3600 / 9), pause=0.4)
     assert code == 75, said
     states = [t["state"] for t in trials(folder)]
-    done = states.count("finished")  # each takes 4 s and what a start takes; 9 s are allowed
+    done = states.count("finished")  # each takes 4 s plus start-up, within a limit of 9 s
     assert 1 <= done <= 2, said
     assert all(t["seconds"] >= 4 for t in trials(folder)[:done])
     assert "would take about" in said
@@ -236,10 +238,10 @@ def test_a_running_trial_is_stopped_at_the_limit_with_a_checkpoint(tmp_path: Pat
     assert len(losses(folder)["000-optim.lr-0.1"]) == 50
 
 
-def test_the_nearer_limit_counts() -> None:
+def test_the_closest_limit_counts() -> None:
     assert Limits(hours=2.0, dollars=3.0, price=3.0).used(3600, 3600) == 1.0
     assert Limits(hours=0.5, dollars=3.0, price=3.0).used(900, 900) == 0.5
-    assert Limits(dollars=3.0, price=1.5).used(3600, 8 * 3600) == 4.0  # dollars are paid for every GPU
+    assert Limits(dollars=3.0, price=1.5).used(3600, 8 * 3600) == 4.0  # 8 GPUs
     assert Limits(hours=2.0).used(3600, 8 * 3600) == 0.5
     assert Limits().used(3600, 3600) == 0.0
 
@@ -247,9 +249,9 @@ def test_the_nearer_limit_counts() -> None:
 def test_gpu_time_counts_processes_and_a_shared_gpu_once() -> None:
     spans = [
         Interval(0, 0.0, 10.0, "a", 1),
-        Interval(1, 4.0, 10.0, "a", 1),  # on the same GPU: of these 6 s each pays 3
+        Interval(1, 4.0, 10.0, "a", 1),  # shares 6 s of the same GPU: 3 s for each
         Interval(2, 0.0, 10.0, "b", 8),
-        Interval(2, 20.0, 20.0, "b", 8),  # killed at once
+        Interval(2, 20.0, 20.0, "b", 8),  # killed immediately
         Interval(2, 30.0, 31.0, "b", 1),  # resumed on one GPU
     ]
     taken = TrialTimes.from_intervals(range(4), spans)
@@ -257,7 +259,7 @@ def test_gpu_time_counts_processes_and_a_shared_gpu_once() -> None:
     assert taken.gpu_seconds == {0: 7.0, 1: 3.0, 2: 81.0, 3: 0.0}
 
 
-def test_workers_with_gpus_of_their_own_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_gpus_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     first = gpu_in_use()
@@ -269,7 +271,7 @@ def test_workers_with_gpus_of_their_own_are_told_apart(monkeypatch: pytest.Monke
     assert gpu_in_use() != first
 
 
-def test_a_sweep_under_torchrun_is_refused(
+def test_a_sweep_under_torchrun_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -278,17 +280,17 @@ def test_a_sweep_under_torchrun_is_refused(
     assert not (tmp_path / "s").exists()
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_another_sweep_or_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_another_sweep_or_with_other_files_is_unchanged(tmp_path: Path) -> None:
     assert run(tmp_path / "s", "--grid", "optim.lr=0.1", "--steps", "2")[0] == 0
     before = outcomes(tmp_path / "s")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     for folder, words in (
-        ("s", "holds another sweep (space: optim.lr=0.1 there, optim.lr=0.2 now)"),
-        ("other", "is not a sweep, and holds other files"),
+        ("s", "another sweep (space is optim.lr=0.1 there and optim.lr=0.2 here)"),
+        ("other", "is not a sweep and has other files"),
     ):
         code, said = run(tmp_path / folder, "--grid", "optim.lr=0.2", "--steps", "2")
         assert (code, words in said) == (2, True), said
@@ -296,7 +298,7 @@ def test_a_folder_of_another_sweep_or_of_something_else_is_left_alone(tmp_path: 
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.json"]
 
 
-def test_own_flags_are_told_from_those_of_the_trials() -> None:
+def test_flags_of_the_sweep_are_separated_from_flags_of_the_trials() -> None:
     shared = ["--steps", "3", "--data.path", "x", "y", "--compile"]
     own, others = split([*shared[:2], "--grid", "a=1", "b=2", *shared[2:], "--max_hours=2", "--seeds", "3"])
     assert own == ["--grid", "a=1", "--grid", "b=2", "--max_hours=2", "--seeds", "3"]
@@ -306,7 +308,7 @@ def test_own_flags_are_told_from_those_of_the_trials() -> None:
 # --- a full disk ---------------------------------------------------------------------------------------------
 
 
-def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_the_journal_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     for content, kept in ((b"", b""), (b"a\nb\n", b"a\nb\n"), (b"a\nb", b"a\n"), (b"ab", b"")):
         path.write_bytes(content)
@@ -314,9 +316,9 @@ def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
         assert path.read_bytes() == kept
 
 
-def test_a_full_disk_is_waited_for_and_then_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_to_a_full_disk_is_repeated_until_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "POLL", 0.01)
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(worker_module, "DISK_FULL_TIMEOUT", 0.1)
     problems = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "journal")] * 3
 
     def work() -> str:
@@ -324,10 +326,10 @@ def test_a_full_disk_is_waited_for_and_then_reported(monkeypatch: pytest.MonkeyP
             raise problems.pop()
         return "done"
 
-    assert patiently(work) == "done"
+    assert retry_while_disk_full(work) == "done"
     problems.extend([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "journal")] * 1000)
     with pytest.raises(UserError, match="journal: No space left on device"):
-        patiently(work)
+        retry_while_disk_full(work)
 
 
 def test_a_sweep_needs_no_torch() -> None:
@@ -337,7 +339,7 @@ def test_a_sweep_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("name", ["locks", "logs", "trials", "plan.json", "journal.jsonl", "sweep.json"])
-def test_nothing_is_written_through_a_link_out_of_a_sweep(
+def test_a_link_to_a_path_outside_the_sweep_is_rejected(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "theirs").mkdir()

@@ -1,1 +1,1 @@
-"""What a run takes: memory, time, money, final loss."""
+"""Estimates of a run's memory, time, cost and final loss."""

@@ -16,13 +16,13 @@ from restomod.utils.files import read_limited
 from restomod.utils.json_files import checked
 
 SHIPPED = Path(__file__).with_name("prices.toml")
-MAX_BYTES = 2**20  # of a price file
+MAX_BYTES = 2**20  # maximum size of a price file
 
 Dollars = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class PriceEntry(TypedDict):
-    """A `[[price]]` of the file."""
+    """Entry `[[price]]` of a price file; `prices.toml` explains the fields."""
 
     provider: str
     gpu: str
@@ -37,35 +37,44 @@ class PriceEntry(TypedDict):
 
 @dataclass(frozen=True)
 class GpuPrice:
-    """Price of a number of GPUs that are rented together."""
+    """Price of one or more GPUs that are rented together."""
 
     provider: str
+    """Name of the provider."""
     gpu: str
+    """Name of the GPU."""
     gpus: int
+    """Number of GPUs in the machine."""
     dollars_per_gpu_hour: float
+    """US dollars per GPU and hour."""
     date: datetime.date
-    """When the price was read."""
+    """Date on which the price was read."""
     source: str
+    """Source of the price, such as a web page."""
     note: str
+    """Remark; empty if there is none."""
 
 
 def read_prices(path: Path | None = None) -> list[GpuPrice]:
-    """Read the prices of a TOML file, by default those of this package.
+    """Read a TOML file of GPU prices.
+
+    Args:
+        path: price file; None for the file of this package.
 
     Raises:
-        UserError: it cannot be read, or an entry is not as `prices.toml` explains.
+        UserError: the file is unreadable, or an entry does not follow the format that `prices.toml` explains.
     """
     path = path or SHIPPED
     try:
         tables = tomllib.loads(read_limited(path, "price file", MAX_BYTES).decode("utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot read the prices ({e.strerror}); {SHIPPED} is an example") from None
-    except (ValueError, RecursionError) as e:  # of UTF-8, of TOML
+    except (ValueError, RecursionError) as e:  # not UTF-8, not TOML
         why = "nested too deeply" if isinstance(e, RecursionError) else one_line(e)
         raise UserError(f"{path}: not valid TOML ({why}); {SHIPPED} is an example") from None
     entries = tables.pop("price", None)
     if tables or not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: it must contain [[price]] entries and nothing else; {SHIPPED} is an example")
+        raise UserError(f"{path}: the file must contain only [[price]] entries; {SHIPPED} is an example")
     return [_price(entry, f"{path}: price {i}") for i, entry in enumerate(entries, 1)]
 
 

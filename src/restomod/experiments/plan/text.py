@@ -1,4 +1,4 @@
-"""Plan as printed text."""
+"""Plan of a run as printed text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from restomod.model.flops import parameter_count
 from restomod.utils.text import duration, gigabytes, short_count
 
 WIDTH, LABEL = 120, 20
-COMPILED_ONLY = "measured with torch.compile, which --compile off disables: this run will be slower"
+COMPILED_ONLY = "measured with torch.compile; with --compile off this run is slower"
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -27,7 +27,7 @@ PARTS = {
 
 
 def plan_lines(plan: Plan, prices: list[GpuPrice]) -> Iterator[str]:
-    """Yield the output of `restomod plan`."""
+    """Yield the lines of `restomod plan`: labels with values, wrapped to `WIDTH`, then the table of prices."""
     for label, value in plan_rows(plan):
         wrapped = textwrap.wrap(value, WIDTH - LABEL)
         yield f"{label:<{LABEL}}{wrapped[0]}"
@@ -37,7 +37,7 @@ def plan_lines(plan: Plan, prices: list[GpuPrice]) -> Iterator[str]:
 
 
 def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield labels and values."""
+    """Yield label and value of every row of a plan."""
     config, m = plan.config, plan.config.model
     yield "plan", f"{plan.preset}: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}"
     yield "parameters", f"{parameter_count(m):,}"
@@ -52,7 +52,7 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     seconds = plan.seconds
     yield (
         "time",
-        "unknown" if seconds is None else f"{duration(seconds)}, without data preparation, saving and sampling",
+        "unknown" if seconds is None else f"{duration(seconds)}, without data preparation, checkpoints and samples",
     )
     if plan.price is not None:
         paid = f"{plan.gpus} × ${plan.price:.2f} per hour"
@@ -68,17 +68,17 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 def _validation(plan: Plan) -> str:
     tokens = plan.config.eval_tokens
     if not plan.validations:
-        return "none: there is no validation split"
+        return "none: the data has no validation split"
     if tokens is None:
-        return f"{plan.validations} times the whole validation split, whose size is unknown and not counted below"
+        return f"{plan.validations} × the validation split; its size is unknown, so time and cost exclude it"
     more = plan.work_tokens / plan.tokens - 1
-    return f"{plan.validations} times {short_count(tokens)} tokens, forward only: {more:.1%} more compute"
+    return f"{plan.validations} × {short_count(tokens)} tokens, forward pass only, {more:.1%} of the training compute"
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     T, n = plan.config.sequence_length, plan.micro_batch
     where = "per GPU" if plan.gpus > 1 else "on the GPU" if plan.device_type == "cuda" else "on this machine"
-    compiled = "; torch.compile needs less" if plan.compiled else ""
+    compiled = "; upper bound, torch.compile uses less" if plan.compiled else ""
     yield "peak memory", f"{where}, micro-batch {n} × {T:,} tokens, compute dtype {plan.precision}{compiled}"
     parts = plan.memory(n).to_dict()
     labels = PARTS | ({"runtime": "CUDA context"} if plan.device_type == "cuda" else {})
@@ -92,9 +92,9 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
         share = sequences_per_process(plan.config, plan.gpus)
         most = plan.largest_micro_batch
         whole = " (all sequences of a GPU)" if most == share else ""
-        largest = f"largest micro-batch {most:,}{whole}" if most else "not even one sequence fits"
+        largest = f"largest micro-batch {most:,}{whole}" if most else "one sequence does not fit"
         total += f" of {gigabytes(plan.gpu.memory)}; {largest}"
-        total += "; this one does not fit" if most and not plan.fits else ""
+        total += f"; micro-batch {n:,} does not fit" if most and not plan.fits else ""
     elif plan.gpu_name is not None:
         total += "; the memory of this GPU is unknown"
     yield "  total", total
@@ -109,22 +109,22 @@ def _speed(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "speed", f"{speed:,.0f} tokens/s, measured on {measured.device}"
         return
     basis = plan.speeds[0][0]
-    yield "speed", f"{speed:,.0f} tokens/s, assuming the published MFU of {basis.mfu:.0%}: {_source(basis)}"
+    yield "speed", f"{speed:,.0f} tokens/s, from the published MFU of {basis.mfu:.0%}: {_source(basis)}"
     for other, predicted in plan.speeds[1:]:
         time = duration(plan.work_tokens / predicted)
         yield "", f"{predicted:,.0f} tokens/s ({other.mfu:.0%}, {time}) from {_source(other)}"
     if basis.kind == "compiled" and not plan.compiled:
         yield "", COMPILED_ONLY
-    yield "", "all measured with other software; --measure on the GPU itself is more accurate"
+    yield "", "all measured with other software; for a better estimate, run --measure on this GPU"
 
 
 def _source(speed: Speed) -> str:
-    kind = {"unknown": "compiled or not", "kernels": "custom kernels"}.get(speed.kind, speed.kind)
+    kind = {"unknown": "torch.compile not stated", "kernels": "custom kernels"}.get(speed.kind, speed.kind)
     return f"{speed.software}, {speed.gpus} × {speed.gpu}, {kind} ({speed.source})"
 
 
 def price_lines(quotes: list[Quote]) -> Iterator[str]:
-    """Yield the table of prices: the cheapest for this run first, those without a known speed last."""
+    """Yield the table of prices, by cost of this run; entries without a known speed are last."""
     yield f"{'provider':<12}{'GPUs':<15}{'$/GPU h':>8}  {'read on':<12}{'time':>12}{'cost':>12}  source"
     for q in sorted(quotes, key=lambda q: (q.dollars is None, q.dollars or 0.0)):
         p = q.price

@@ -1,1 +1,1 @@
-"""Many runs with varied settings."""
+"""Sweeps: many runs with varied settings."""

@@ -1,4 +1,7 @@
-"""Journal of a sweep, checked line by line before Optuna, which does not validate it, replays it."""
+"""Journal of a sweep, with a check of every line before Optuna reads it.
+
+Optuna does not validate the file.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ LONGEST_LINE = 2**20
 CREATE_STUDY, CREATE_TRIAL, SET_STATE, SET_INTERMEDIATE, SET_USER_ATTR, LAST_OPERATION = 0, 4, 6, 7, 8, 10
 
 Time = Annotated[float, Field(ge=0, le=1e11)]  # seconds since 1970
-Attempt = tuple[Time, Time | None, str]  # its start, its end, its GPU
+Attempt = tuple[Time, Time | None, str]  # start, end, GPU
 
 
 class Notes(TypedDict, total=False):
@@ -36,6 +39,8 @@ class Notes(TypedDict, total=False):
 
 
 class NewNotes(Notes):
+    """User attributes of a new trial, which must have a name and a seed."""
+
     name: Annotated[str, AfterValidator(file_name)]  # type: ignore[misc]
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # type: ignore[misc]
 
@@ -90,7 +95,7 @@ KINDS: dict[int, Any] = {
 
 
 class _JournalLock(FileLock):
-    """Lock of a journal. Optuna's own is a file, which a killed process leaves behind for half a minute."""
+    """Lock of a journal. Optuna's own lock is a file that remains for half a minute after a process is killed."""
 
     def __init__(self, journal: Path) -> None:
         super().__init__(journal.with_name("locks") / "journal")
@@ -103,7 +108,7 @@ class _JournalLock(FileLock):
 
 
 def drop_torn_line(path: Path) -> None:
-    """Truncate a file after its last newline: a full disk or a power failure cut off the rest."""
+    """Remove an incomplete last line, which a full disk or a power failure can leave."""
     with open(path, "rb+") as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
         if f.read(1) not in (b"", b"\n"):
@@ -112,7 +117,12 @@ def drop_torn_line(path: Path) -> None:
 
 
 class CheckedJournal(JournalFileBackend):
-    """Optuna's journal file with validation."""
+    """Optuna's journal file with validation.
+
+    Args:
+        path: journal file.
+        distributions: distributions of all swept fields, which every trial must have.
+    """
 
     def __init__(self, path: Path, distributions: dict[str, BaseDistribution]) -> None:
         super().__init__(str(path), lock_obj=_JournalLock(path))
@@ -127,7 +137,7 @@ class CheckedJournal(JournalFileBackend):
         """Names of the trials."""
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the lines from a number on; a last line without a newline is still being written.
+        """Yield the lines from a number on, without a last line that another process is still writing.
 
         Raises:
             UserError: a line is damaged.
@@ -147,19 +157,19 @@ class CheckedJournal(JournalFileBackend):
 
     def _checked(self, content: bytes) -> dict[str, Any]:
         if len(content) > LONGEST_LINE:
-            raise self.damaged(f"it is longer than {LONGEST_LINE:,} bytes")
+            raise self.damaged(f"longer than {LONGEST_LINE:,} bytes")
         try:
             value = parse_json(content)
         except ValueError as e:
-            raise self.damaged(f"it is not JSON ({one_line(e)})") from None
+            raise self.damaged(f"not JSON ({one_line(e)})") from None
         try:
             operation = checked(value, _Line, "it")["op_code"]
             checked(value, KINDS.get(operation, _Line), "it")
             assert isinstance(value, dict)
             if (self.line == 1 and operation != CREATE_STUDY) or value.get("study_name", STUDY) != STUDY:
-                raise UserError("the first line of a sweep's journal must create its study")
+                raise UserError("the first line of a journal must create the study")
             if value.get("study_id", 0) != 0 or value.get("trial_id", -1) >= len(self.names):
-                raise UserError("the line that creates its trial is missing")
+                raise UserError("the line that creates this trial is missing")
             if operation == CREATE_TRIAL:
                 self._begin(value)
         except UserError as e:
@@ -172,17 +182,17 @@ class CheckedJournal(JournalFileBackend):
             distributions = {key: json_to_distribution(text) for key, text in value["distributions"].items()}
             inside = distributions == self._distributions and params.keys() == distributions.keys()
             inside = inside and all(distributions[key]._contains(number) for key, number in params.items())
-        except Exception:  # of Optuna, on what may be anything
+        except Exception:  # Optuna raises many types for invalid distributions
             inside = False
         if not inside:
-            raise UserError("its parameters are not those of plan.json")
+            raise UserError("the parameters do not match plan.json")
         if name in self.names:
-            raise UserError(f"it creates {name} a second time")
+            raise UserError(f"trial {name} is created twice")
         self.names.append(name)
 
     def damaged(self, why: str) -> UserError:
-        """An error that names the last line read."""
+        """Return an error that names the line read last and the reason ``why``."""
         return UserError(
             f"{self.path}, line {self.line} is damaged: {why}; restore the file from a copy, or delete the line "
-            f"(what it says of a trial is lost)"
+            f"(its record of a trial is lost)"
         )

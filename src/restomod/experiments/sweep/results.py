@@ -1,4 +1,4 @@
-"""Results of a sweep: a table, best first, and `sweep.json`."""
+"""Results of a sweep, as a printed table and as `sweep.json`."""
 
 from __future__ import annotations
 
@@ -27,26 +27,29 @@ class SweepResult:
     """State and result of a trial."""
 
     number: int
+    """Number of the trial, from 0."""
     name: str
-    """Name of its folder in `trials/`."""
+    """Name of the trial's folder in `trials/`."""
     state: State
-    """stopped: started, but no process works on it."""
+    """State; "stopped" is a trial that has started and that no process trains."""
     loss: float | None
-    """Validation loss in nats per token, at the end or where the trial was pruned."""
+    """Validation loss in nats per token, at the last step or where the trial was pruned; None if there is none."""
     step: int | None
     """Step at which the loss was measured."""
     parameters: dict[str, Value]
+    """Swept fields and their values."""
     seed: int
+    """Seed of the run."""
     seconds: float
-    """Sum over all attempts, startup and validation included."""
+    """Seconds of all attempts, including start-up and validation."""
     gpu_seconds: float
-    """Seconds times GPUs (processes); trials that share a GPU share its seconds."""
+    """Seconds times GPUs of all attempts; trials that share a GPU share its seconds."""
     reason: str | None
-    """Why there is no result."""
+    """Reason of a failure or pruning; None otherwise."""
 
 
 def collect_results(store: Store, times: TrialTimes) -> list[SweepResult]:
-    """All trials started so far, best first. Requires the sweep's lock."""
+    """Return all trials started so far, best first. The caller must hold the sweep's lock."""
     found = []
     for trial in store.trials():
         notes = trial.user_attrs
@@ -55,7 +58,7 @@ def collect_results(store: Store, times: TrialTimes) -> list[SweepResult]:
             SweepResult(
                 trial.number,
                 name,
-                STATES.get(trial.state.name) or ("running" if store.at_work(name) else "stopped"),
+                STATES.get(trial.state.name) or ("running" if store.is_running(name) else "stopped"),
                 trial.value,
                 notes.get("step"),
                 dict(trial.params),
@@ -69,7 +72,7 @@ def collect_results(store: Store, times: TrialTimes) -> list[SweepResult]:
 
 
 def configurations(found: list[SweepResult]) -> list[tuple[dict[str, Value], Summary]]:
-    """Losses of finished trials, grouped by parameters, best first."""
+    """Summarize the losses of finished trials by parameters, lowest mean first."""
     by_label: dict[str, list[SweepResult]] = {}
     for result in found:
         if result.state == "finished":
@@ -81,7 +84,13 @@ def configurations(found: list[SweepResult]) -> list[tuple[dict[str, Value], Sum
 
 
 def write_results(found: list[SweepResult], store: Store, price: float | None) -> None:
-    """Write `sweep.json`."""
+    """Write the results, the plan, time and cost to `sweep.json`.
+
+    Args:
+        found: results of all trials.
+        store: trials of the sweep.
+        price: US dollars per GPU and hour; None if unknown.
+    """
     gpu_hours = sum(result.gpu_seconds for result in found) / 3600
     content = {
         "plan": to_dict(store.plan),
@@ -95,7 +104,7 @@ def write_results(found: list[SweepResult], store: Store, price: float | None) -
 
 
 def show_sweep_results(found: list[SweepResult], folder: Path, plan: SweepPlan) -> None:
-    """Print the trials, best first, and the folder."""
+    """Print the table of trials, a summary over seeds, and where the results are."""
     seeds = ["seed"] if plan.seeds > 1 else []
     rows, notes = [], []
     for rank, r in enumerate(found, 1):

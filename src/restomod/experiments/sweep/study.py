@@ -1,16 +1,16 @@
-"""Folder of a sweep: its plan and its trials, which Optuna keeps in a journal file.
+"""Folder of a sweep, with its plan and with its trials in an Optuna journal.
 
 SWEEP/
-    plan.json       the plan; the same command resumes the sweep
-    journal.jsonl   the trials, written by Optuna's JournalStorage
+    plan.json       settings of the sweep; the same command resumes it
+    journal.jsonl   trials, written by Optuna's JournalStorage
     locks/          locks of workers and trials
     logs/           output of each trial
     trials/NAME/    run of each trial
     sweep.json      results, best first
 
-A worker holds `locks/sweep` while it looks for a trial, and `locks/NAME.worker` while it works on one; the training
-process inherits `locks/NAME.run`. A trial that was started and whose worker's lock is free is taken over by the next
-worker, once its training process has ended.
+A worker holds `locks/sweep` while it selects a trial and `locks/NAME.worker` while it trains one. The training process
+inherits `locks/NAME.run`. If a worker is killed, its lock becomes free, and the next worker continues the trial after
+its training process has ended.
 """
 
 from __future__ import annotations
@@ -46,57 +46,77 @@ PARTS = "plan.json", "journal.jsonl", "locks", "logs", "trials", "sweep.json"
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep varies, and how."""
+    """Settings of a sweep."""
 
     preset: str
+    """Name of the preset."""
     flags: tuple[str, ...]
     """Flags of `restomod train` shared by all trials."""
     method: Method
+    """Search method: grid, random or tpe."""
     space: tuple[str, ...]
-    """NAME=VALUES of every swept field."""
+    """Swept fields, each as NAME=VALUES."""
     trials: int
     """Number of configurations."""
     seeds: int
     """Runs per configuration, with consecutive seeds."""
     first_seed: int
+    """Seed of the first run of a configuration."""
     search_seed: int
     """Seed of the sampler."""
     prune: Pruning
+    """Rule that stops trials early."""
     prune_from: int
-    """First step at which trials may be pruned."""
+    """First step at which trials can be pruned."""
     prune_every: int
     """Steps between validations."""
     steps: int
+    """Training steps of a run."""
 
     @property
     def runs(self) -> int:
-        """Number of trials in all."""
+        """Total number of runs: configurations times seeds."""
         return self.trials * self.seeds
 
 
 @dataclass
 class Claim:
-    """A trial that this process works on, with its locks."""
+    """Trial that this process trains, with its locks."""
 
     number: int
+    """Number of the trial, from 0."""
     trial_id: int
+    """Optuna's id of the trial."""
     name: str
+    """Name of the trial's folder."""
     parameters: dict[str, Value]
+    """Swept fields and their values."""
     seed: int
+    """Seed of the run."""
     worker: FileLock
+    """Lock that the worker holds."""
     run: FileLock
+    """Lock that the training process inherits."""
     attempts: list[list[Any]]
-    """Start, end (None: running or killed), in seconds since 1970, and `gpu_in_use` of each attempt."""
+    """Start, end and GPU of each attempt: seconds since 1970 (end None if running or killed), `gpu_in_use`."""
 
 
 class Store:
-    """The trials of a sweep, shared by all workers."""
+    """Trials of a sweep, shared by all workers.
+
+    Args:
+        folder: folder of the sweep, which is created if it is missing.
+        plan: settings of the sweep.
+
+    Raises:
+        UserError: the folder has other files or another sweep, its file system has no locks, or a file is damaged.
+    """
 
     def __init__(self, folder: Path, plan: SweepPlan) -> None:
         self.folder, self.plan = folder, plan
         self._dimensions = [parse_dimension(text, plan.method) for text in plan.space]
         if folder.exists() and any(not (path.name in PARTS or NAME.fullmatch(path.name)) for path in folder.iterdir()):
-            raise UserError(f"{folder} is not a sweep, and holds other files; choose another folder with --out")
+            raise UserError(f"{folder} is not a sweep and has other files; choose another folder with --out")
         require_inside(folder, *(folder / part for part in PARTS))
         for part in ("locks", "logs", "trials"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -104,14 +124,14 @@ class Store:
         with self.lock:
             if not self.lock.enforced:
                 raise UserError(
-                    f"a sweep needs file locks (flock), and {folder} is on a file system without them (or this is "
-                    f"Windows, where WSL has them); choose another --out"
+                    f"{folder}: a sweep needs file locks (flock), and this file system has none; choose another --out "
+                    f"(on Windows, use WSL)"
                 )
             self._agree()
             self._study = self._open()
 
     def _agree(self) -> None:
-        """Check that the folder is of this sweep; the number of trials may grow."""
+        """Check that the folder has the same plan, and write the plan; the number of trials may grow."""
         path = self.folder / "plan.json"
         if path.exists():
             old = from_dict(read_json(path, "sweep's plan"), SweepPlan, str(path))
@@ -119,11 +139,13 @@ class Store:
                 before, now = getattr(old, field.name), getattr(self.plan, field.name)
                 if before != now and field.name != "trials":
                     raise UserError(
-                        f"{self.folder} holds another sweep ({field.name}: {_shown(before)} there, {_shown(now)} now); "
-                        f"choose another folder with --out"
+                        f"{self.folder} is another sweep ({field.name} is {_shown(before)} there and {_shown(now)} "
+                        f"here); choose another folder with --out"
                     )
             if self.plan.trials < old.trials:
-                raise UserError(f"{self.folder} is a sweep of {old.trials} trials already, not {self.plan.trials}")
+                raise UserError(
+                    f"{self.folder} already has {old.trials} trials, more than {self.plan.trials}; raise --trials"
+                )
             if self.plan == old:
                 return
         write_json_atomically(path, to_dict(self.plan))
@@ -145,11 +167,13 @@ class Store:
             study = optuna.create_study(storage=self._storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
         except (UserError, OSError):
             raise
-        except Exception as e:  # of what Optuna makes of a line
+        except Exception as e:  # Optuna raises many types for an invalid line
             raise journal.damaged(one_line(e)) from None
         runs = {run.name for run in (self.folder / "trials").iterdir() if not run.name.startswith(".")}
         if lost := sorted(runs - {*journal.names}):
-            raise UserError(f"{path} lacks {lost[0]}, which is in trials/; restore it from a copy, or delete that run")
+            raise UserError(
+                f"{path} has no trial {lost[0]}, which is in trials/; restore the file from a copy, or delete that run"
+            )
         return study
 
     def _pruner(self) -> BasePruner:
@@ -166,12 +190,12 @@ class Store:
     # --- trials ----------------------------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials started so far, by number."""
+        """Return all trials started so far, by number."""
         trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return trials
 
     def claim(self) -> Claim | None:
-        """Claim a trial: an abandoned one, or else a new one; None if there is none."""
+        """Claim the first trial whose worker was killed or stopped, or else a new one; None if none is left."""
         with self.lock:
             trials = self.trials()
             for trial in trials:
@@ -194,7 +218,7 @@ class Store:
         )
 
     def _begin(self, number: int) -> None:
-        """Record a new trial, with all its parameters in one line of the journal."""
+        """Record a new trial, with all parameters in one line of the journal."""
         import optuna
 
         parameters = self._parameters(number)
@@ -213,7 +237,10 @@ class Store:
         )
 
     def _parameters(self, number: int) -> dict[str, Value]:
-        """Parameters of a trial, determined by the plan and the earlier trials, so that a killed sweep can resume."""
+        """Return the parameters of a trial.
+
+        They depend only on the plan and on earlier trials, so a killed sweep can resume.
+        """
         import optuna
 
         if self.plan.method == "grid":
@@ -221,7 +248,7 @@ class Store:
         trials = self._study.get_trials()
         if number % self.plan.seeds:  # another seed of the same configuration
             return dict(trials[number - number % self.plan.seeds].params)
-        scratch = optuna.create_study(sampler=self._sampler(number))  # in memory: the journal gets all or nothing
+        scratch = optuna.create_study(sampler=self._sampler(number))  # in memory, so the journal gets whole trials
         scratch.add_trials(trials)
         return dict(scratch.ask({d.name: d.distribution() for d in self._dimensions}).params)
 
@@ -236,56 +263,56 @@ class Store:
     # --- time ------------------------------------------------------------------------------------------------
 
     def begin_attempt(self, claim: Claim) -> None:
-        """Record the start of work on a trial; a killed attempt ended with its last activity."""
+        """Record the start of an attempt; attempts that were killed get the time of their last output as end."""
         ended = [[start, end or self._last_activity(claim.name, start), gpu] for start, end, gpu in claim.attempts]
         claim.attempts = [*ended, [time.time(), None, gpu_in_use()]]
         self.note(claim, attempts=claim.attempts)
 
     def end_attempt(self, claim: Claim) -> None:
-        """Record the end of work on a trial."""
+        """Record the end of an attempt."""
         claim.attempts[-1][1] = time.time()
         self.note(claim, attempts=claim.attempts)
 
     def times(self) -> TrialTimes:
-        """Time of each trial so far."""
+        """Return the training time of each trial so far."""
         now, spans = time.time(), []
-        with self.lock:  # so that probing a worker's lock does not prevent others from taking it
+        with self.lock:  # testing a worker's lock takes it for a moment
             trials = self.trials()
             for trial in trials:
                 name = trial.user_attrs["name"]
                 for start, end, gpu in trial.user_attrs.get("attempts", []):
-                    until = end or (now if self.at_work(name) else self._last_activity(name, start))
+                    until = end or (now if self.is_running(name) else self._last_activity(name, start))
                     spans.append(Interval(trial.number, start, until, gpu, self._processes(name, until)))
         return TrialTimes.from_intervals(range(len(trials)), spans)
 
     def _processes(self, name: str, until: float) -> int:
-        """Number of processes that trained a trial before ``until``; 1 where unknown."""
+        """Return the number of processes that trained a trial before ``until``; 1 if unknown."""
         run = self.folder / "trials" / name
         require_run_inside(run)
         sessions = [start for start in read_environments(run, print_error) if (start_time(start) or 0.0) <= until]
         return process_count(sessions[-1]) if sessions else 1
 
-    def at_work(self, name: str) -> bool:
-        """Whether a process works on a trial. Requires the sweep's lock."""
+    def is_running(self, name: str) -> bool:
+        """Return whether a process trains a trial. The caller must hold the sweep's lock."""
         lock = FileLock(self.folder / "locks" / f"{name}.worker")
         free = lock.acquire(wait=False)
         lock.release()
         return not free
 
     def _last_activity(self, name: str, start: float) -> float:
-        """Time of the last output of a trial, in seconds since 1970."""
+        """Return the time of a trial's last output, in seconds since 1970."""
         files = self.folder / "logs" / f"{name}.log", self.folder / "trials" / name / "metrics.jsonl"
         return max([start, *(path.stat().st_mtime for path in files if path.exists())])
 
     # --- results -------------------------------------------------------------------------------------------
 
     def note(self, claim: Claim, **values: Any) -> None:
-        """Record attributes of a trial."""
+        """Record user attributes of a trial."""
         for key, value in values.items():
             self._storage.set_trial_user_attr(claim.trial_id, key, value)
 
     def report(self, claim: Claim, losses: dict[int, float]) -> int | None:
-        """Record validation losses by step. Returns the step at which to prune the trial, or None."""
+        """Record validation losses, in nats per token by step, and return the step at which to prune or None."""
         import optuna
 
         known = self.trials()[claim.number].last_step or 0  # a resumed trial repeats steps
@@ -298,7 +325,7 @@ class Store:
         return None
 
     def finish(self, claim: Claim, state: Literal["COMPLETE", "PRUNED", "FAIL"], loss: float | None = None) -> None:
-        """Record the result of a trial."""
+        """Record the final state of a trial, and its loss in nats per token."""
         import optuna
 
         self._study.tell(claim.number, loss, optuna.trial.TrialState[state])

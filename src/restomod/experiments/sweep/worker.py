@@ -1,7 +1,7 @@
-"""Worker of a sweep: trains the trials one after the other, and resumes where it was stopped.
+"""Worker of a sweep, which trains the trials sequentially and resumes after an interruption.
 
-Every trial is a run, trained by `restomod train` in its own process. All state is in the run's folder and in the
-sweep's journal, so that a worker may be killed at any moment, and several may share a sweep.
+Each trial is a run, trained by `restomod train` in a separate process. All state is in the run's folder and in the
+sweep's journal, so a worker can be killed at any time and several workers can share a sweep.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from restomod.utils.text import duration
 
 EXIT_FINISHED = 0
 EXIT_ALL_FAILED = 1
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL, as of a run: the same command resumes
-POLL = 1.0  # seconds between looks at a trial
-PATIENCE = 60.0  # seconds to wait for room on a full disk
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL, as for a run: the same command resumes
+POLL = 1.0  # seconds between checks of a running trial
+DISK_FULL_TIMEOUT = 60.0  # seconds
 TRAIN = (sys.executable, "-m", "restomod", "train")
 LINES_KEPT = 40
 ERROR = "restomod: error: "
@@ -44,37 +44,44 @@ Returned = TypeVar("Returned")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of all trials together, on all machines."""
+    """Limits for all trials together, on all machines."""
 
     hours: float | None = None
+    """Maximum training time in hours; None for no limit."""
     dollars: float | None = None
+    """Maximum cost in US dollars; None for no limit."""
     price: float | None = None
-    """US dollars for one GPU and one hour."""
+    """US dollars per GPU and hour."""
 
     def used(self, seconds: float, gpu_seconds: float) -> float:
-        """Used share of the nearer limit: 1 at the limit, 0 without limits."""
+        """Return the used share of the limit that is closest: 1 at the limit, 0 without limits."""
         shares = [seconds / 3600 / self.hours] if self.hours is not None else []
         if self.dollars is not None and self.price:
             shares.append(gpu_seconds / 3600 * self.price / self.dollars)
         return max(shares, default=0.0)
 
     def spent(self, seconds: float, gpu_seconds: float) -> str:
-        """Time, and dollars where there is a price."""
+        """Format a time, and its cost if there is a price."""
         return duration(seconds) + (f" (${gpu_seconds / 3600 * self.price:.2f})" if self.price else "")
 
     def __str__(self) -> str:
-        """The limits themselves."""
+        """Format the limits."""
         limits = [] if self.hours is None else [duration(3600 * self.hours)]
         return " and ".join([*limits, *([] if self.dollars is None else [f"${self.dollars:.2f}"])])
 
 
 def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
-    """Run the remaining trials of the sweep in ``folder``, which is new or of the same plan.
+    """Run the remaining trials of a sweep, and print and write the results.
 
-    No trial is started that would exceed the limits; a running one is stopped with a checkpoint.
+    A trial that would exceed the limits is not started. A trial that reaches a limit is stopped with a checkpoint.
+
+    Args:
+        plan: settings of the sweep.
+        folder: folder of the sweep, new or with the same plan.
+        limits: limits for all trials together.
 
     Returns:
-        0 when no trial is left, 1 if none has a result, 75 when a signal or a limit stopped the sweep.
+        Exit code: 0 if all trials have ended, 1 if all failed, 75 if a signal or a limit stopped the sweep.
 
     Raises:
         UserError: the folder belongs to another sweep.
@@ -89,14 +96,17 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
         print_if_possible(f"{worker.stopped_by}; the same command resumes the sweep")
         return EXIT_INTERRUPTED
     if running:
-        print_if_possible(f"no trial is left to start; other processes still work on {running}")
+        print_if_possible(f"all trials are started; other processes still train {running}")
     return EXIT_FINISHED if running or any(r.state == "finished" for r in found) else EXIT_ALL_FAILED
 
 
 class TrainingProcess:
-    """`restomod train` in its own process, which can crash without ending the sweep.
+    """`restomod train` in a separate process, so that a crash does not end the sweep.
 
-    Its output is appended to ``log``. It inherits the lock of an open file, and so holds it for as long as it lives.
+    Args:
+        arguments: arguments of `restomod train`.
+        log: file to which the output is appended.
+        lock: file descriptor of the run's lock; the process inherits it and holds the lock until it ends.
     """
 
     def __init__(self, arguments: list[str], log: Path, lock: int) -> None:
@@ -110,8 +120,8 @@ class TrainingProcess:
             text=True,
             errors="replace",
             pass_fds=(lock,),
-            start_new_session=True,  # Ctrl-C in the terminal is passed on once, by the sweep
-            preexec_fn=stop_with_parent,  # a killed sweep: finish the step, save, end
+            start_new_session=True,  # the sweep, not the terminal, forwards Ctrl-C
+            preexec_fn=stop_with_parent,  # if the sweep is killed: finish the step, save, exit
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -124,7 +134,7 @@ class TrainingProcess:
                 f.write(line.encode())
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, negative for a signal; None if it still runs after ``seconds``."""
+        """Return the exit code, negative for a signal; None if the process still runs after ``seconds``."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -146,7 +156,7 @@ class TrainingProcess:
             self._process.wait()
 
     def reason(self, code: int) -> str:
-        """Reason of a failure, in one line."""
+        """Return the reason of a failure in one line, from the last output and the exit code."""
         lines = [line for line in self._last if line.strip()]
         said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
         if said:
@@ -166,9 +176,9 @@ class _Worker:
         self.stopped_by = ""
 
     def work(self) -> None:
-        """Run trials until none is left, or a signal or limit stops the sweep."""
+        """Run trials until all have started, or a signal or limit stops the sweep."""
         while not self._stopped():
-            claim = patiently(self.store.claim)
+            claim = retry_while_disk_full(self.store.claim)
             if claim is None:
                 return
             try:
@@ -179,7 +189,7 @@ class _Worker:
                 claim.worker.release()
 
     def write(self) -> list[SweepResult]:
-        """Update `sweep.json`."""
+        """Update `sweep.json` and return the results."""
 
         def collect() -> list[SweepResult]:
             times = self.store.times()
@@ -188,7 +198,7 @@ class _Worker:
                 write_results(found, self.store, self.limits.price)
             return found
 
-        return patiently(collect)
+        return retry_while_disk_full(collect)
 
     def _stopped(self) -> bool:
         if self.stop.requested and not self.stopped_by:
@@ -196,19 +206,19 @@ class _Worker:
         return bool(self.stopped_by)
 
     def _is_free(self, claim: Claim) -> bool:
-        """Wait until the training process of a killed worker has ended; False if stopped meanwhile."""
-        told = False
+        """Wait until the training process of a killed worker has ended; return False if the sweep was stopped first."""
+        printed = False
         while not claim.run.acquire(wait=False):
             if self._stopped():
                 return False
-            if not told:
+            if not printed:
                 print_if_possible(f"{claim.name}: waiting for the training process of a killed worker")
-            told = True
+            printed = True
             time.sleep(0.2)
         return True
 
     def _may_begin(self, claim: Claim) -> bool:
-        """Whether a trial is expected to end within the limits, judged by the mean of the finished ones."""
+        """Return whether a trial is expected to end within the limits, from the mean time of finished trials."""
         times, trials = self.store.times(), self.store.trials()
         finished = [t.number for t in trials if t.state.name == "COMPLETE"]
         started = [
@@ -227,14 +237,14 @@ class _Worker:
             return True
         self.stopped_by = (
             f"stopped: {limits.spent(*spent)} of {limits} are used, "
-            f"and {label(claim.parameters)} would take about {limits.spent(*more)}"
+            f"and the trial {label(claim.parameters)} would take about {limits.spent(*more)}"
         )
         return False
 
     # --- one trial -------------------------------------------------------------------------------------------
 
     def _train(self, claim: Claim) -> None:
-        """Train a trial, from its newest checkpoint if it has one, and record the result."""
+        """Train a trial, from its newest checkpoint if there is one, and record the result."""
         store, run = self.store, self.store.folder / "trials" / claim.name
         if (run / "config.json").exists():
             arguments, how = ["--resume", str(run)], "resumes"
@@ -243,29 +253,29 @@ class _Worker:
             arguments, how = [self.plan.preset, *self.plan.flags, *own, "--out", str(run)], "starts"
         shown = label(claim.parameters | ({"seed": claim.seed} if self.plan.seeds > 1 else {}))
         print_if_possible(f"trial {claim.number + 1} of {self.plan.runs} {how}: {shown}  →  {run}")
-        patiently(lambda: store.begin_attempt(claim))
+        retry_while_disk_full(lambda: store.begin_attempt(claim))
         log = store.folder / "logs" / f"{claim.name}.log"
         assert claim.run.fd is not None
         process = TrainingProcess(arguments, log, claim.run.fd)
         try:
             code, pruned = self._watch(claim, process, run)
         finally:
-            process.end()  # where something went wrong here
-        patiently(lambda: store.end_attempt(claim))
+            process.end()  # still running only after an exception
+        retry_while_disk_full(lambda: store.end_attempt(claim))
         if code != EXIT_FINISHED and pruned is None and (self._stopped() or code == EXIT_INTERRUPTED):
             self.stopped_by = self.stopped_by or "the training was stopped by a signal"
             newest = newest_checkpoint(run)
-            print_if_possible(f"  stopped {f'with {newest}' if newest else 'before its first checkpoint'}; log: {log}")
+            print_if_possible(f"  stopped {f'at {newest}' if newest else 'before its first checkpoint'}; log: {log}")
             return
-        patiently(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
+        retry_while_disk_full(lambda: self._settle(claim, run, code, pruned, process.reason(code)))
 
     def _watch(self, claim: Claim, process: TrainingProcess, run: Path) -> tuple[int, int | None]:
-        """Wait for a training process. Returns its exit code and the step at which it was pruned, or None."""
+        """Wait for a training process and return its exit code, and the step at which it was pruned or None."""
         asked, pruned, losses = False, None, ValidationLosses(run)
         while True:
             code = process.wait(POLL)
             if self.plan.prune != "none" and pruned is None:
-                pruned = patiently(lambda: self.store.report(claim, losses.after_start()))
+                pruned = retry_while_disk_full(lambda: self.store.report(claim, losses.after_start()))
             if code is not None:
                 return code, pruned
             if (
@@ -279,7 +289,7 @@ class _Worker:
                 asked = True
 
     def _settle(self, claim: Claim, run: Path, code: int, pruned: int | None, reason: str) -> None:
-        """Record the result of a trial."""
+        """Record and print the result of a trial."""
         store, losses = self.store, ValidationLosses(run).after_start()
         took = duration(store.times().seconds[claim.number])
         if pruned is not None:
@@ -292,26 +302,26 @@ class _Worker:
             store.finish(claim, "COMPLETE", losses[step])
             print_if_possible(f"  validation loss {losses[step]:.4f} at step {step} in {took}")
         else:
-            reason = "it has no finite validation loss" if code == EXIT_FINISHED else reason
+            reason = "no finite validation loss" if code == EXIT_FINISHED else reason
             store.note(claim, reason=reason)
             store.finish(claim, "FAIL")
             print_if_possible(f"  failed after {took}: {reason}")
         self.write()
 
 
-def patiently(work: Callable[[], Returned]) -> Returned:
-    """Call ``work``, which writes into the sweep's folder, again and again while the disk is full.
+def retry_while_disk_full(work: Callable[[], Returned]) -> Returned:
+    """Call ``work``, which writes to the sweep's folder, and repeat the call while the disk is full.
 
     Raises:
-        UserError: the disk is still full after `PATIENCE`, or another error.
+        UserError: the disk is still full after `DISK_FULL_TIMEOUT`, or the system reports another error.
     """
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + DISK_FULL_TIMEOUT
     while True:
         try:
             return work()
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until:
                 raise UserError(
-                    f"{describe_os_error(e)}; once that is repaired, the same command resumes the sweep"
+                    f"{describe_os_error(e)}; fix this, then run the same command to resume the sweep"
                 ) from e
         time.sleep(POLL)
