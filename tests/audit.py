@@ -1,9 +1,9 @@
 """Known vulnerabilities of the packages in constraints.txt, by pip-audit: `make audit`.
 
-    python -m tests.audit PIP-AUDIT    the program, which has a virtual environment of its own
+    python -m tests.audit PIP-AUDIT    path of the program, which has a separate virtual environment
 
-Exit code 1 where one is known. Where PyPI's vulnerability service does not answer, nothing is checked, and that is
-said: pip-audit itself would then find none and succeed.
+The exit code is 1 if a vulnerability is known. If PyPI's vulnerability service does not answer, a message says that
+nothing was checked; pip-audit alone would succeed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOT_CHECKED = "pip-audit: not checked: the service cannot be reached"
 
 
 def audit(pins: list[str], program: str) -> list[dict[str, Any]] | None:
-    """What pip-audit says of each of ``pins`` (NAME==VERSION); None where it fails."""
+    """Return pip-audit's results for each of ``pins`` (NAME==VERSION); None if it fails."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(pins) + "\n")
         file.flush()
@@ -36,7 +36,7 @@ def audit(pins: list[str], program: str) -> list[dict[str, Any]] | None:
 
 
 def main(pins: list[str], ask: Callable[[list[str]], list[dict[str, Any]] | None]) -> int:
-    """Print what is known of ``pins``, for which ``ask`` is asked as `audit`. Returns the exit code."""
+    """Print the known vulnerabilities of ``pins``, found by ``ask`` (see `audit`). Return the exit code."""
     first = ask(pins[:1])  # a service that does not know one package is not asked for all
     found = ask(pins) if first and "skip_reason" not in first[0] else None
     if not found:

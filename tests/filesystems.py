@@ -1,4 +1,4 @@
-"""File systems that refuse what most allow."""
+"""Simulated file systems without some operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def refuse(code: int) -> Callable[..., NoReturn]:
-    """What every call of a function ends in."""
+    """Return a function that raises an error in every call."""
 
     def refused(*_: object, **__: object) -> NoReturn:
         raise OSError(code, os.strerror(code))
@@ -21,7 +21,7 @@ def refuse(code: int) -> Callable[..., NoReturn]:
 
 
 def refuse_renaming_folders(patch: pytest.MonkeyPatch, code: int = errno.EPERM) -> None:
-    """As some network and union file systems do; files can be renamed."""
+    """Simulate a network or union file system that renames files but not folders."""
     rename = os.rename
 
     def for_files(source: str | Path, target: str | Path, **more: int) -> None:

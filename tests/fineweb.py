@@ -1,4 +1,4 @@
-"""Files as FineWeb-Edu has them on the hub."""
+"""Files in the format of FineWeb-Edu on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = ["the", "a", "cat", "dog", "house", "tree", "runs", "sleeps", "eats", "s
 
 
 def parquet(seed: int, documents: int, longest: int) -> bytes:
-    """A file in FineWeb-Edu's schema, with documents of less than ``longest`` words."""
+    """Write a file in FineWeb-Edu's schema, with documents of less than ``longest`` words."""
     chance = random.Random(seed)
     texts = [" ".join(chance.choices(WORDS, k=chance.randrange(5, longest))) for _ in range(documents)]
     columns = {

@@ -1,18 +1,17 @@
-"""Damaged files of every format that restomod reads, given to the commands that read them.
+"""Fuzzing of the commands with damaged files of every format that restomod reads.
 
     python -m tests.fuzz                          500 mutations of each format, 2 processes
     python -m tests.fuzz --mutations 5000 --seed 7 --formats sweep-journal,prices
-    python -m tests.fuzz --case run-config:123    one case again: what was changed, what each command printed
-    python -m tests.fuzz --out tests/fuzz.md      write the table into a file, too
+    python -m tests.fuzz --case run-config:123    repeat one case, with its damage and the output of each command
+    python -m tests.fuzz --out tests/fuzz.md      also write the table to a file
 
-A case is a format and a number, from which the damage follows. It is right to refuse a damaged file in one line with
-exit code 2 ("refused by name" where the line has the file's name), to leave it out, or to read it as something else
-that is valid: then the commands print the same as of the healthy file, or something other. Faults are: an exception
-that is not caught (or another exit code), a hang (over 10 s), over 1 GB of memory, control characters in the output,
-files that are left over or changed, more or less than one line of error.
+A case is a format and a number, which is the seed of the damage. Allowed outcomes: the command refuses the file in one
+line with exit code 2 ("refused by name" if the line names the file), omits it, or reads it as another valid file (same
+or other output). Faults: an uncaught exception or another exit code, a hang (over 10 s), over 1 GB of memory, control
+characters in the output, new or changed files, more or less than one line of error.
 
-The commands run in child processes of this one, which has imported everything; a child works through a number of cases
-and is replaced where it has to be killed. Network connections are refused.
+The commands run in child processes forked from this one, which has imported everything. A child works through several
+cases and is replaced if it must be killed. Network connections are refused.
 """
 
 from __future__ import annotations
@@ -55,15 +54,15 @@ from restomod.utils.process_memory import status_bytes
 from tests.mutations import mutated
 
 CASES_OF_A_CHILD = 250
-CPU_SECONDS = 10.0  # of one command; beyond, it hangs
-WALL_SECONDS = 60.0  # the machine may be busy; a command that waits for ever is killed then
-MEMORY = 10**9  # bytes above what the process has before the command
-ADDRESS_SPACE = 4 * 10**9  # the same, as a limit that the system sets
-LARGE = 100_000  # files above so many bytes are linked into the children's folders, not copied
+CPU_SECONDS = 10.0  # limit of one command
+WALL_SECONDS = 60.0  # limit on a busy machine, and for a command that waits forever
+MEMORY = 10**9  # bytes in addition to the memory before the command
+ADDRESS_SPACE = 4 * 10**9  # limit enforced by the system, in bytes
+LARGE = 100_000  # bytes; larger files are linked into the folders of children, not copied
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 FAULTS = ("traceback", "hang", "memory", "control characters", "left over", "changed", "not one line")
 RIGHT = ("other", "refused", "refused by name", "same")
-OUTCOMES = (*FAULTS, *RIGHT)  # of several commands the first of these counts
+OUTCOMES = (*FAULTS, *RIGHT)  # if commands differ, the first outcome in this order counts
 
 ON_CPU = "--device cpu --precision fp32"
 MODEL_FLAGS = "--model.n-layer 1 --model.n-head 2 --model.n-embd 8 --model.n-positions 32"
@@ -74,18 +73,18 @@ RECORD = f"{CHECKPOINT}/COMPLETE"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What reads a file."""
+    """Command that reads a file."""
 
     line: str
-    """The arguments of `restomod`, with spaces between; or the name of a function of this module."""
+    """Arguments of `restomod`, separated by spaces, or the name of a function of this module."""
     every: int = 1
-    """It is given the cases whose number is a multiple of this."""
+    """Only cases whose number is a multiple of this are tried."""
     writes: bool = False
-    """Whether it may change files of its input where it succeeds."""
+    """Whether a successful command may change its input files."""
     exact: bool = False
-    """Whether it prints a model's text, in which anything may stand."""
+    """Whether the output contains a model's text, which may be arbitrary."""
     made: str | None = None
-    """A text file that it writes, which is looked at as what it prints is."""
+    """Text file that the command writes, checked like its output; None: no file."""
 
 
 REPORT = Command("report run --out page.html --markdown page.md", made="page.md")
@@ -93,7 +92,7 @@ VERDICT = Command("verdict run --no-weights", every=2)
 COMPARE = Command("compare run run2", every=3)
 INSPECT = Command("inspect run")
 RESUME = Command("train --resume run --steps 13", every=50, writes=True, exact=True)
-OFTEN = dataclasses.replace(RESUME, every=10)  # where nothing else reads as much
+OFTEN = dataclasses.replace(RESUME, every=10)  # for files that few other commands read
 EVAL = Command(
     f"eval run --tasks validation --data data --context 16 {ON_CPU} --json result.json", every=40, writes=True
 )
@@ -104,7 +103,9 @@ OTHER, GPT2 = (
 DATA = Command("data data")
 DEDUPLICATED = Command("prepare FIXTURES/text/documents.jsonl --out deduplicated --dedup --workers 1", writes=True)
 PROMPTS = Command(f"sample model --prompt-file prompts.txt --max-tokens 1 --num-samples 1 {ON_CPU}", exact=True)
-BEGUN = Command("prepare FIXTURES/text/documents.jsonl --out begun --workers 1", writes=True)  # a plan has whole paths
+BEGUN = Command(
+    "prepare FIXTURES/text/documents.jsonl --out begun --workers 1", writes=True
+)  # a plan has absolute paths
 SWEEP = Command("sweep quickstart --grid optim.lr=1e-3,2e-3,4e-3 --steps 3 --out sweep", writes=True)
 
 
@@ -130,15 +131,15 @@ def task(what: str) -> tuple[Command, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A file, and what reads it."""
+    """File and the commands that read it."""
 
     path: str
-    """In the folder of fixtures."""
+    """Path in the folder of fixtures."""
     kind: str
-    """Of damage: one of `tests.mutations.KINDS`."""
+    """Kind of damage, one of `tests.mutations.KINDS`."""
     commands: tuple[Command, ...]
     sealed: str | None = None
-    """A record that holds the file's size and SHA-256: it is brought up to date, so that the file itself is read."""
+    """Record with size and SHA-256 of the file, updated after the damage so that the file is read."""
 
 
 FORMATS = {
@@ -207,7 +208,7 @@ FORMATS = {
 
 
 def trackers() -> int:
-    """Read a run's record of its trackers, as training does, with a tracker that takes everything and does nothing."""
+    """Read a run's record of its trackers like training, with a tracker that does nothing."""
     from restomod.config.serialize import read_config
     from restomod.runs import trackers as track
 
@@ -224,7 +225,7 @@ def trackers() -> int:
 
 
 def open_data() -> int:
-    """Open prepared data as training does, which reads the record of verified shards."""
+    """Open prepared data like training, which reads the record of verified shards."""
     from restomod.data.dataset import open_dataset
     from restomod.data.tokenizer import gpt2_tokenizer
 
@@ -236,7 +237,7 @@ def open_data() -> int:
 
 
 def make_fixtures() -> None:
-    """Write one healthy file of each format into the present folder."""
+    """Write one healthy file of each format into the working directory."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -292,7 +293,7 @@ def make_fixtures() -> None:
     Path("run2/config.json").write_text(json.dumps(config | {"seed": config["seed"] + 1}))
     Path("run/track.json").write_text('{"tensorboard": "0a1b2c3d", "wandb": "4e5f6a7b"}')
     Path("data/.verified.json").unlink(missing_ok=True)
-    time.sleep(2.1)  # only what has not changed for two seconds is remembered
+    time.sleep(2.1)  # only files unchanged for two seconds are recorded as verified
     _do(EVAL.line)
     from restomod.experiments.plan import prices
 
@@ -317,7 +318,7 @@ def make_fixtures() -> None:
 
 
 def _without_times(folder: Path) -> None:
-    """Put fixed numbers in place of times, whose digits would move every change of bytes."""
+    """Replace times by fixed numbers, so that positions of bytes are constant."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         times = {"ms": 10.0, "tokens_per_second": 6400.0, "time": 1_763_700_000.0 + record["step"]}
@@ -329,7 +330,7 @@ def _without_times(folder: Path) -> None:
 
 
 def _make_other() -> None:
-    """A tiny Llama whose tokenizer is not GPT-2's, which transformers runs."""
+    """Write a tiny Llama with another tokenizer than GPT-2's, which transformers runs."""
     import tokenizers
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -346,7 +347,7 @@ def _make_other() -> None:
 
 
 def _do(line: str, stop_before: str | None = None) -> None:
-    """Run a command that has to succeed; or one that is stopped before a function of `restomod.data.prepare.run`."""
+    """Run a command that must succeed, or that is stopped before a function of `restomod.data.prepare.run`."""
     from restomod.data.prepare import run as prepare_run
 
     said = io.StringIO()
@@ -366,7 +367,7 @@ def _do(line: str, stop_before: str | None = None) -> None:
 
 
 def _call(line: str) -> int:
-    """The exit code of a command."""
+    """Return the exit code of a command."""
     if line in globals():
         code: int = globals()[line]()
         return code
@@ -376,7 +377,7 @@ def _call(line: str) -> int:
 
 
 class Tree:
-    """A copy of those fixtures whose first name is one of ``names``, made as it was after each command."""
+    """Copy of the fixtures whose first path component is one of ``names``, restored after each command."""
 
     def __init__(self, original: Path, folder: Path, names: set[str]) -> None:
         self.original, self.folder = original, folder
@@ -410,22 +411,22 @@ class Tree:
         return "folder" if is_folder else (status.st_size, status.st_mtime_ns, status.st_ino)
 
     def write(self, path: str, content: bytes) -> None:
-        """Put another content in place of a file's."""
+        """Replace the content of a file."""
         (self.folder / path).unlink()
         (self.folder / path).write_bytes(content)
 
     def changes(self, expected: dict[str, object]) -> tuple[list[str], list[str]]:
-        """Paths that are new, and paths whose file is another than ``expected`` (see `states`) or gone."""
+        """Return new paths, and paths that are missing or differ from ``expected`` (see `states`)."""
         now = set(self._paths(self.folder))
         changed = [path for path, state in expected.items() if self._state(path) != state]
         return sorted(now - expected.keys()), changed
 
     def states(self) -> dict[str, object]:
-        """What all files are like that there should be."""
+        """Return the states of all expected files."""
         return {path: self._state(path) for path in self._states}
 
     def restore(self) -> None:
-        """Make everything as it was."""
+        """Restore all files."""
         new, changed = self.changes(self._states)
         for path in (*reversed(new), *changed):
             _delete(self.folder / path)
@@ -434,7 +435,7 @@ class Tree:
 
 
 def _delete(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -446,24 +447,24 @@ def _delete(path: Path) -> None:
 
 @dataclasses.dataclass
 class Said:
-    """What a command did."""
+    """Result of a command."""
 
     code: int | None
-    """None: an exception came out of it."""
+    """Exit code; None after an uncaught exception."""
     out: str
     err: str
     error: str = ""
-    """The exception's last line, and where it was raised."""
+    """Last line of the exception and the place where it was raised."""
     memory: int = 0
-    """Bytes above those before."""
+    """Additional peak memory in bytes."""
 
 
 def run(line: str, made: str | None = None) -> Said:
-    """Run a command in this process, with standard output and error in files; what it has ``made`` is output, too."""
+    """Run a command in this process with output redirected to files; its file ``made`` is added to the output."""
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what the command takes
+        ctypes.CDLL(None).malloc_trim(0)  # freed but cached memory would hide the command's memory
     before = status_bytes("VmRSS") or 0
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     code, error = None, ""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         saved = [os.dup(number) for number in (1, 2)]
@@ -500,10 +501,15 @@ def run(line: str, made: str | None = None) -> Said:
 def judged(
     said: Said, command: Command, name: str, healthy: str, new: list[str], changed: list[str]
 ) -> tuple[str, str]:
-    """Return the outcome of a command, one of `OUTCOMES`, and why.
+    """Return the outcome of a command, one of `OUTCOMES`, and its reason.
 
-    ``name`` is that of the damaged file; ``healthy`` is the output for the healthy one; ``new`` and ``changed`` are
-    files that the command has made, and fixtures that it has changed.
+    Args:
+        said: result of the command.
+        command: command that was run.
+        name: name of the damaged file.
+        healthy: output for the healthy file.
+        new: files that the command has created.
+        changed: fixtures that the command has changed.
     """
     if said.code is None or said.code not in (0, 1, 2) or "Traceback (most recent call last)" in said.err:
         return "traceback", said.error or f"exit code {said.code}: {said.err[-200:]}"
@@ -513,7 +519,7 @@ def judged(
     shown = said.err if command.exact else said.out + said.err
     if found := CONTROL.search(shown):
         return "control characters", repr(shown[max(0, found.start() - 40) : found.end() + 20])
-    changed = [path for path in changed if not path.endswith(".verified.json")]  # a cache
+    changed = [path for path in changed if not path.endswith(".verified.json")]  # cache file
     left = [path for path in new if ".tmp" in path or path.startswith("..") or (said.code == 2 and not command.writes)]
     if left:
         return "left over", ", ".join(left[:3])
@@ -527,12 +533,12 @@ def judged(
 
 
 def _plain(text: str) -> str:
-    """Output without times and speeds."""
+    """Remove times and speeds from output."""
     return re.sub(r"[\d.,]+( (ms|s|MB/s|tokens/s|documents/s|min))", r"#\1", text)
 
 
 class Child:
-    """Works through cases of one format."""
+    """Runner of the cases of one format."""
 
     def __init__(self, original: Path, folder: Path, format: str) -> None:
         self.format = FORMATS[format]
@@ -553,12 +559,12 @@ class Child:
         return command.line.replace("FIXTURES", str(self.tree.original))
 
     def content(self, number: int) -> bytes:
-        """The damaged file of a case."""
+        """Return the content of the damaged file of a case."""
         healthy = (self.tree.original / self.format.path).read_bytes()
         return mutated(healthy, self.format.kind, random.Random(f"{self.name}:{number}"))
 
     def case(self, number: int, tell: Callable[[str], None] = lambda text: None) -> tuple[str, str]:
-        """The outcome of a case, and why."""
+        """Return the outcome of a case and its reason."""
         content = self.content(number)
         found = []
         for command in self.format.commands:
@@ -596,13 +602,13 @@ class Child:
 
 @dataclasses.dataclass
 class Working:
-    """A child process at work."""
+    """Running child process."""
 
     process: BaseProcess
     pipe: Connection
     format: str
     cases: list[int]
-    """Cases that remain, with the one in work first."""
+    """Remaining cases; the first one is running."""
     folder: Path
     since: float = dataclasses.field(default_factory=time.monotonic)
     cpu: float = 0.0
@@ -610,7 +616,7 @@ class Working:
 
 @dataclasses.dataclass
 class Result:
-    """What became of one case."""
+    """Outcome of one case."""
 
     format: str
     number: int
@@ -620,7 +626,7 @@ class Result:
 
 
 def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path) -> Iterator[Result]:
-    """Try the cases ``numbers`` of each format; ``folder`` is for fixtures and copies of them."""
+    """Run the cases ``numbers`` of each format; ``folder`` holds the fixtures and their copies."""
     original = folder / "fixtures"
     if not original.exists():
         prepared(original)
@@ -662,7 +668,7 @@ def campaign(formats: Iterable[str], numbers: range, workers: int, folder: Path)
 
 
 def prepared(original: Path) -> None:
-    """Import all that commands need, and make the fixtures; network connections are refused from now on."""
+    """Import all modules of the commands and write the fixtures; later network connections are refused."""
     import restomod.analysis.report.error_analysis
     import restomod.analysis.report.write
     import restomod.experiments.sweep.worker
@@ -695,17 +701,17 @@ def _start(original: Path, folder: Path, format: str, cases: list[int]) -> Worki
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(original, home, format, cases, theirs))
     process.start()
-    theirs.close()  # so that the end of the process is the end of the pipe
+    theirs.close()  # the pipe must close when the child ends
     return Working(process, ours, format, cases, home)
 
 
 def _work(original: Path, home: Path, format: str, cases: list[int], pipe: Connection) -> None:
-    """Do cases in a child process: send the number when one begins, and its outcome when it ends."""
+    """Run cases in a child process; send the number at the start of a case and its outcome at the end."""
     os.setsid()
     for number in (1, 2):
         os.dup2(os.open(home / "error.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     _limit()
-    gc.freeze()  # garbage of the parent, freed in the middle of a command, would hide what the command takes
+    gc.freeze()  # garbage of the parent, freed during a command, would hide the command's memory
     child = Child(original, home, format)
     with open(home / "hang.txt", "w") as log:
         for number in cases:
@@ -719,7 +725,7 @@ def _work(original: Path, home: Path, format: str, cases: list[int], pipe: Conne
 
 
 def _limit() -> None:
-    """Limit this process, for the machine's sake."""
+    """Limit memory and CPU time of this process."""
     size = (status_bytes("VmSize") or 0) + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
@@ -727,7 +733,7 @@ def _limit() -> None:
 
 
 def _hangs(child: Working) -> str | None:
-    """Why a child counts as hanging; None: it works."""
+    """Return the reason why a child counts as hanging; None if it is working."""
     cpu, wall = _cpu(child.process.pid) - child.cpu, time.monotonic() - child.since
     if cpu > CPU_SECONDS or wall > WALL_SECONDS:
         return f"after {cpu:.0f} s of computing, {wall:.0f} s in all"
@@ -735,7 +741,7 @@ def _hangs(child: Working) -> str | None:
 
 
 def _cpu(pid: int | None) -> float:
-    """CPU seconds of a process."""
+    """Return the CPU time of a process in seconds."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -744,7 +750,7 @@ def _cpu(pid: int | None) -> float:
 
 
 def table(results: list[Result], formats: Iterable[str]) -> list[str]:
-    """Rows of Markdown: of each format how many cases had which outcome, and what one took."""
+    """Return Markdown rows: number of cases by outcome for each format, and time per case."""
     shown = ("refused by name", "refused", "same", "other", *FAULTS)
     rows = ["| format | tried | " + " | ".join(shown) + " | ms |", "|---|" + "--:|" * (len(shown) + 2)]
     for name in (*formats, "all"):
@@ -757,7 +763,7 @@ def table(results: list[Result], formats: Iterable[str]) -> list[str]:
 
 
 def page(results: list[Result], formats: list[str], command: str, seconds: float, workers: int) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     import torch
 
     from restomod.engine.device import describe_device
@@ -775,7 +781,7 @@ def page(results: list[Result], formats: list[str], command: str, seconds: float
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a campaign, or one case. Returns 1 where there are faults."""
+    """Run a campaign or one case. Return 1 if there are faults."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""A Hugging Face hub on this machine, for the real `huggingface_hub` client, with faults to plant.
+"""Simulated Hugging Face hub for the real `huggingface_hub` client, with planted faults.
 
-It answers what `hf_hub_download` (1.x and 2.x) asks: HEAD and GET of `/{repo}/resolve/{revision}/{file}`. As on
+It answers the requests of `hf_hub_download` (1.x and 2.x): HEAD and GET of `/{repo}/resolve/{revision}/{file}`. As on
 huggingface.co, weights are "LFS" files: their ETag is the content's sha256, and they are redirected to another host
 (`localhost` here); other files are served in place, with the git blob's sha1 as ETag. Connections are not kept.
 """
@@ -26,11 +26,11 @@ from huggingface_hub import constants
 
 METHODS = ("HEAD", "GET")
 LFS = (".safetensors", ".bin", ".parquet", ".xz", ".npy")
-DATASETS = "datasets/"  # before the id of a repository that is one
+DATASETS = "datasets/"  # prefix of dataset repositories
 
 
 class Request(NamedTuple):
-    """What a client asked."""
+    """Request of a client."""
 
     method: str
     path: str
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 def etag(name: str, content: bytes) -> str:
-    """The hash by which the hub knows a file, and by which the client names its blob."""
+    """Return the hash of a file on the hub, which is its blob name in the cache."""
     if name.endswith(LFS):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -49,9 +49,9 @@ def _times(value: Any, times: int | None) -> Iterator[Any]:
 
 
 class Hub:
-    """Serve ``repos`` (repo id -> file name -> content, free to change) at ``url`` until closed.
+    """Server of ``repos`` (repo id -> file name -> content, mutable) at ``url`` until closed.
 
-    A fault hits the next ``times`` requests that it fits (None: all of them).
+    A fault applies to the next ``times`` matching requests (None: all).
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
@@ -61,7 +61,7 @@ class Hub:
         self.cards: dict[str, dict[str, Any]] = {}  # front matter of a dataset's README
         self.requests: list[Request] = []
         self.mend()
-        self.pause = time.sleep  # the real one: `adopt_client` takes it from this process
+        self.pause = time.sleep  # real setting, which `adopt_client` changes in this process
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -74,16 +74,16 @@ class Hub:
         self.close()
 
     def close(self) -> None:
-        """Stop; connections are refused from here on."""
+        """Stop the server; later connections are refused."""
         self._server.shutdown()
         self._server.server_close()
 
     def mend(self) -> None:
-        """Take all faults back."""
+        """Remove all faults."""
         self.cuts: Iterator[int] = iter(())
         self.flips: Iterator[int] = iter(())
         self.stalls: Iterator[float] = iter(())
-        self.hidden: set[str] = set()  # files that are listed and not found
+        self.hidden: set[str] = set()  # listed files that are missing
         self.bytes_per_second = 0.0
         self.answers: dict[str, Iterator[tuple[int, str]]] = {}
 
@@ -92,11 +92,11 @@ class Hub:
         self.cuts = _times(after, times)
 
     def flip(self, bit: int = 0, times: int | None = 1) -> None:
-        """Serve a file with one bit (-1: the last) other than its ETag says."""
+        """Flip one bit of a file (-1: the last), so that it differs from its ETag."""
         self.flips = _times(bit, times)
 
     def stall(self, seconds: float, times: int | None = 1) -> None:
-        """Stop for so long in the middle of a body."""
+        """Pause in the middle of a body."""
         self.stalls = _times(seconds, times)
 
     def answer(self, status: int, code: str = "", times: int | None = 1, methods: Sequence[str] = METHODS) -> None:
@@ -104,12 +104,12 @@ class Hub:
         self.answers = dict.fromkeys(methods, _times((status, code), times))
 
     def commit(self, repo: str) -> str:
-        """The repository's revision, which follows its content."""
+        """Return the revision of a repository, a function of its content."""
         files = sorted((name, etag(name, content)) for name, content in self.repos[repo].items())
         return hashlib.sha1(json.dumps(files).encode()).hexdigest()
 
     def adopt_client(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Turn the client of this process to this hub, with its cache in ``home`` and without its waiting."""
+        """Connect the client of this process to this hub, with its cache in ``home`` and without delays."""
         for name, value in self.environment(home).items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -126,7 +126,7 @@ class Hub:
         huggingface_hub.close_session()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Environment of a process that downloads from here into ``home``; the client reads it at import."""
+        """Return the environment of a process that downloads from this hub into ``home``."""
         mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
         return {**mine, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
 
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.hub
         listing = re.fullmatch(r"/api/datasets/([^/]+/[^/?]+)(?:/revision/([^/?]+))?(?:\?.*)?", self.path)
-        if self.path.startswith("/api/") and not listing:  # telemetry: neither logged nor hit by faults
+        if self.path.startswith("/api/") and not listing:  # telemetry: not logged and without faults
             return self._empty(404)
         hub.requests.append(Request(self.command, self.path, self.headers["Range"]))
         if error := next(hub.answers.get(self.command, iter(())), None):
@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Return the commit of a revision, or None after an error has been sent."""
         if repo in self.hub.gated:
             return self._empty(401, "GatedRepo", f"Access to {repo} is restricted. Please log in.")
-        if repo not in self.hub.repos:  # without a login the hub does not say whether it is private or absent
+        if repo not in self.hub.repos:  # without a login the hub does not distinguish private and missing repositories
             return self._empty(401, "RepoNotFound", "Invalid username or password.")
         commit = self.hub.commit(repo)
         if revision not in ("main", commit):
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
     def _list(self, repo: str, revision: str) -> None:
-        """What the hub says of a dataset: its commit, its card's front matter, its files with their sizes."""
+        """Return the hub's metadata of a dataset: commit, front matter of the card, files with sizes."""
         if not (commit := self._commit(repo, revision)):
             return
         siblings = [{"rfilename": name, "size": len(content)} for name, content in self.hub.repos[repo].items()]
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = content[first : last + 1]
         self._start(206 if asked else 200, len(body), headers)
         if self.command == "GET":
-            with contextlib.suppress(ConnectionError):  # a client may hang up
+            with contextlib.suppress(ConnectionError):  # a client may disconnect
                 self._send(body[: next(self.hub.cuts, None)])
 
     def _send(self, body: bytes) -> None:

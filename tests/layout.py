@@ -1,4 +1,4 @@
-"""Writes docs/layout.md from the first lines of docstrings.
+"""Generator of docs/layout.md from the first lines of module docstrings.
 
 python -m tests.layout     after a module was added, moved or described anew
 """
@@ -24,7 +24,7 @@ OTHERS = ("benchmarks", "benchmarks/items", "benchmarks/gpu")
 
 
 def layout() -> str:
-    """The page, from what is in the folders now."""
+    """Return the page for the current modules."""
     entry = [SOURCE / f"{name}.py" for name in ("__main__", "cli", "__init__")]
     lines = [INTRODUCTION, "## src/restomod", "", *_table(entry)]
     for layer in reversed(LAYERS[1:]):
@@ -50,7 +50,7 @@ def _table(files: list[Path]) -> list[str]:
 
 
 def summary(path: Path) -> str:
-    """First sentence of a module's docstring, which may be wrapped."""
+    """Return the first sentence of a module's docstring, without line breaks."""
     paragraph = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
     text = " ".join(paragraph.split())
     return text.partition(". ")[0].rstrip(".").replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What tests of models share: random weights, and the same model built by `transformers`."""
+"""Helpers for tests of models: random weights, and the same model built by `transformers`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CPU = torch.device("cpu")
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> Tensor:
-    """Token ids, (batch, length) int64."""
+    """Return random token ids, (batch, length) int64."""
     return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def paired(ours: GPT, theirs: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
-    """Name, our parameter, theirs, and whether theirs is transposed, for every parameter of either."""
+    """Yield name, our parameter, theirs, and whether theirs is transposed, for every parameter of both models."""
     parameters = dict(ours.named_parameters())
     for path, module in theirs.named_modules():
         if path != "lm_head":  # tied to the token embedding
@@ -33,7 +33,7 @@ def paired(ours: GPT, theirs: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor, Te
 
 @torch.no_grad()
 def to_transformers(model: GPT) -> GPT2LMHeadModel:
-    """Transformers' GPT-2 with our weights."""
+    """Return a GPT-2 of transformers with the weights of our model."""
     c = model.config
     sizes = {name: getattr(c, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager"))

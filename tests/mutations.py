@@ -1,4 +1,4 @@
-"""Seeded damage to the content of files: to bytes, to lines, to the values of JSON and TOML, to binary headers."""
+"""Seeded damage to the content of files: bytes, lines, values of JSON and TOML, binary headers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTILE_TEXTS = (
     "NaN",
     "y" * 100_000,
 )
-HOSTILE = (  # values as JSON, some of which Python's own writer does not write
+HOSTILE = (  # JSON values, including some that Python's writer does not produce
     *("null", "true", "false", "-1", "0", "1", "2", "0.5", "-0.0", "1e-400", "1e400", "-1e400", "NaN", "-Infinity"),
     *(str(2**31), str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63) - 1), "1" * 400, "-" + "9" * 5000),
     *("1000000000", "1e18", "1e308", "1000000000000000000", "[]", "{}", "[[]]", "[null]", '{"":null}', "[{}]"),
@@ -60,12 +60,12 @@ Mutator = Callable[[bytes, random.Random], bytes]
 
 
 def mutated(content: bytes, kind: str, rng: random.Random) -> bytes:
-    """Content that differs from ``content`` (but by chance), damaged in a way that suits its kind.
+    """Return a damaged copy of a file's content, with damage that fits its kind.
 
     Args:
-        content: of a healthy file.
+        content: content of a healthy file.
         kind: one of `KINDS`.
-        rng: decides everything.
+        rng: source of all random choices.
     """
     for _ in range(20):
         with_structure = rng.random() < 0.65
@@ -79,7 +79,7 @@ def mutated(content: bytes, kind: str, rng: random.Random) -> bytes:
 
 
 def as_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Bits, runs of bytes and lines changed."""
+    """Change bits, runs of bytes or lines."""
     data, n = bytearray(content), len(content)
     at = _place(n, rng)
     end = min(n, at + rng.choice((1, 1, 2, 8, 64, 1024)))
@@ -111,7 +111,7 @@ def as_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def _place(n: int, rng: random.Random) -> int:
-    """Somewhere among ``n`` bytes: at the beginning and the end, where formats say what they are, more often."""
+    """Return a position among ``n`` bytes, more often near the start and the end, where formats have headers."""
     near = min(n, 512)
     return min(
         max(0, n - 1),
@@ -142,8 +142,8 @@ def _lines(content: bytes, rng: random.Random) -> bytes:
 
 
 def as_json(content: bytes, rng: random.Random) -> bytes:
-    """One or a few values, keys or elements changed."""
-    if len(content) > 200_000:  # a vocabulary: parsing it takes longer than all else
+    """Change one or a few values, keys or elements."""
+    if len(content) > 200_000:  # vocabularies are slow to parse
         return _one_entry(content, rng)
     value = json.loads(content)
     raw: dict[str, str] = {}
@@ -156,7 +156,7 @@ def as_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def _one_entry(content: bytes, rng: random.Random) -> bytes:
-    """The key or the value of an entry with a number changed."""
+    """Change the key or value of an entry with a number."""
     entry = re.compile(rb'"(?:[^"\\]|\\.)*"(: ?)\d+').search(content, rng.randrange(len(content) // 2))
     assert entry is not None
     value = rng.choice(HOSTILE).encode("utf-8", "surrogatepass")
@@ -165,7 +165,7 @@ def _one_entry(content: bytes, rng: random.Random) -> bytes:
 
 
 def as_json_lines(content: bytes, rng: random.Random) -> bytes:
-    """The value of one line changed."""
+    """Change the value of one line."""
     lines = content.splitlines()
     i = rng.randrange(len(lines))
     lines[i] = as_json(lines[i], rng).replace(b"\n", b" ")
@@ -173,7 +173,7 @@ def as_json_lines(content: bytes, rng: random.Random) -> bytes:
 
 
 def _changed(value: Any, rng: random.Random, raw: dict[str, str]) -> Any:
-    """``value`` with a change somewhere in it; texts in ``raw`` stand for marks in the result."""
+    """Return ``value`` with one change; texts in ``raw`` replace marks in the result."""
     path: list[tuple[Any, Any]] = []
     inner = value
     while isinstance(inner, (dict, list)) and inner and (not path or rng.random() < 0.85):
@@ -204,7 +204,7 @@ def _changed(value: Any, rng: random.Random, raw: dict[str, str]) -> Any:
                 holder[f"{key}_" if rng.random() < 0.5 else rng.choice(HOSTILE_TEXTS)] = holder.pop(key)
             case 8:
                 holder[rng.choice(("foreign", "a.b", "../x", *HOSTILE_TEXTS))] = _hostile(rng, raw)
-            case _:  # the key twice
+            case _:  # duplicate the key
                 other = rng.choice(HOSTILE)
                 whole = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in holder.items())
                 mark = _mark(raw, "{" + whole + f", {json.dumps(key)}: {other}" + "}")
@@ -220,7 +220,7 @@ def _hostile(rng: random.Random, raw: dict[str, str]) -> str:
 
 
 def _mark(raw: dict[str, str], instead: str) -> str:
-    for mark, text in raw.items():  # within what is written out here already
+    for mark, text in raw.items():  # within text that is already written out
         instead = instead.replace(json.dumps(mark), text)
     mark = f"@@{len(raw)}@@"
     raw[mark] = instead
@@ -231,7 +231,7 @@ def _mark(raw: dict[str, str], instead: str) -> str:
 
 
 def as_toml(content: bytes, rng: random.Random) -> bytes:
-    """A value, key or line changed."""
+    """Change a value, a key or a line."""
     lines = content.decode().splitlines()
     settings = [i for i, line in enumerate(lines) if re.match(r"\w+ *=", line)]
     i = rng.choice(settings)
@@ -253,7 +253,7 @@ def as_toml(content: bytes, rng: random.Random) -> bytes:
 
 
 def as_safetensors(content: bytes, rng: random.Random) -> bytes:
-    """The JSON of the header changed, or its length."""
+    """Change the JSON header or its length."""
     (n,) = struct.unpack("<Q", content[:8])
     header, tensors = content[8 : 8 + n], content[8 + n :]
     if rng.random() < 0.2:
@@ -264,7 +264,7 @@ def as_safetensors(content: bytes, rng: random.Random) -> bytes:
 
 
 def as_shard(content: bytes, rng: random.Random) -> bytes:
-    """A number of llm.c's header changed, or the tokens after it cut or filled with others."""
+    """Change a number of llm.c's header, or cut or replace tokens."""
     data = bytearray(content)
     if rng.random() < 0.7:
         struct.pack_into("<i", data, 4 * rng.choice((0, 1, 2, 2, 2, rng.randrange(256))), rng.choice(NUMBERS))
@@ -276,7 +276,7 @@ def as_shard(content: bytes, rng: random.Random) -> bytes:
 
 
 def as_table(content: bytes, rng: random.Random) -> bytes:
-    """A field of CSV changed."""
+    """Change a field of CSV."""
     lines = content.decode().splitlines()
     i = rng.randrange(len(lines))
     fields = lines[i].split(",")
@@ -288,7 +288,7 @@ def as_table(content: bytes, rng: random.Random) -> bytes:
 
 
 def compressed(unpack: Callable[[bytes], bytes], pack: Callable[[bytes], bytes], inner: Mutator) -> Mutator:
-    """Change what is in a compressed file."""
+    """Change the content of a compressed file."""
     return lambda content, rng: pack(inner(unpack(content), rng))
 
 

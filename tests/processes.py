@@ -1,6 +1,6 @@
-"""Several processes that form one run, as torchrun starts them but in a tenth of its time.
+"""Launcher of several ranks, like torchrun but ten times as fast.
 
-A server process imports torch once and is forked for every process.
+A server process imports torch once and is forked for every rank.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CONTEXT.set_forkserver_preload(["restomod.cli", "restomod.train.loop", "torch._d
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How one process has ended."""
+    """Result of one rank."""
 
     code: int
-    """Its exit code; negative: the signal that killed it."""
+    """Exit code; a negative value is the signal that killed the process."""
     result: Any
-    """What the work returned; None where it did not."""
+    """Return value of the work; None if it failed."""
     output: str
     error: str
 
@@ -46,11 +46,12 @@ def launch(
     timeout: float = 120,
     environment: dict[str, str] | None = None,
 ) -> list[Ended]:
-    """Do ``work`` (a function of a module, called with ``arguments``) in ``count`` processes, by rank.
+    """Run a function of a module on ``count`` ranks and return the results by rank.
 
-    One that has not ended after ``timeout`` seconds is an AssertionError: it hangs.
+    Raises:
+        AssertionError: a rank is still running after ``timeout`` seconds.
     """
-    _store, environments = world(count)  # the store is kept until all have ended
+    _store, environments = world(count)  # the store must outlive all ranks
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank, own in enumerate(environments):
@@ -74,14 +75,14 @@ def launch(
 
 
 def results(count: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
-    """What ``work`` returns in each of ``count`` processes, none of which may fail."""
+    """Return the results of a function on ``count`` ranks, which must all succeed."""
     ended = launch(count, work, *arguments, timeout=timeout)
     assert [e.code for e in ended] == [0] * count, [e.error for e in ended]
     return [e.result for e in ended]
 
 
 def error_lines(ended: list[Ended]) -> list[str]:
-    """All that was written to standard error, by line."""
+    """Return all lines of standard error."""
     return [line for e in ended for line in e.error.splitlines()]
 
 
@@ -93,7 +94,7 @@ def _run(
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    faulthandler.dump_traceback_later(timeout - 1)  # where does it hang?
+    faulthandler.dump_traceback_later(timeout - 1)  # shows where a rank hangs
     os.environ.update(environment)
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -110,7 +111,7 @@ def _result(path: Path) -> Any:
 
 
 def member(work: Any, *arguments: Any) -> Any:
-    """Do ``work`` as one of several processes, and report errors as the command line does."""
+    """Run a function as one of several ranks, and report errors like the command line."""
     try:
         with join_processes() as processes:
             return work(processes, *arguments)

@@ -1,12 +1,12 @@
-"""How many examples a property test tries."""
+"""Number of examples of property tests."""
 
 from __future__ import annotations
 
 from hypothesis import settings
 
-USUAL = 50  # where a test does not say
+USUAL = 50  # default of a test
 
 
 def examples(n: int) -> settings:
-    """A decorator: ``n`` examples, and as many times more as the profile asks for (`make fuzz`)."""
+    """Return a decorator for ``n`` examples, multiplied by the profile's factor (`make fuzz`)."""
     return settings(max_examples=n * settings.default.max_examples // USUAL)

@@ -1,4 +1,4 @@
-"""The audit of pinned packages fails for what is known, and never says that it has checked what it has not."""
+"""The audit of pinned packages fails for known vulnerabilities and reports packages that were not checked."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_answers(
     assert said in capsys.readouterr().out
 
 
-def test_what_the_program_prints_is_read(tmp_path: Path) -> None:
-    """A stand-in that prints what pip-audit 2.10.1 does; one that fails; one that is missing."""
+def test_the_output_of_the_program_is_parsed(tmp_path: Path) -> None:
+    """Use a fake program with the output of pip-audit 2.10.1, one that fails, and one that is missing."""
     program = tmp_path / "pip-audit"
     program.write_text(f"#!{sys.executable}\nprint('{json.dumps({'dependencies': [FAULTY], 'fixes': []})}')\nexit(1)\n")
     program.chmod(0o755)

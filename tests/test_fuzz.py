@@ -23,7 +23,7 @@ QUICK = (
 
 
 def run_campaign(*arguments: str) -> str:
-    """The output of a campaign without faults."""
+    """Run a campaign without faults and return its output."""
     command = [sys.executable, "-m", "tests.fuzz", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -41,7 +41,7 @@ def test_500_damaged_files_of_each_format() -> None:
 
 
 def faulty(folder: Path) -> int:
-    """A command with every fault, by what the damaged file begins with."""
+    """Show every fault, selected by the first byte of the damaged file."""
     kind = (folder / "a.txt").read_bytes()[:1]
     if kind == b"1":
         raise KeyError("x")
@@ -74,16 +74,16 @@ def test_each_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (fixtures / "x/b.txt").write_text("1")
     monkeypatch.setattr(fuzz, "FORMATS", {"x": Format("x/a.txt", "text", (Command("faulty"),))})
     monkeypatch.setattr(fuzz, "faulty", lambda: faulty(Path("x")), raising=False)
-    keep_freed_memory()  # as commands of earlier tests do; a child must not take what is kept for its command's own
+    keep_freed_memory()  # memory kept by earlier tests must not count for a command
     kept = b"y" * 600_000_000
     del kept
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 3.0)
-    monkeypatch.setattr(fuzz, "MEMORY", 10**8)  # a gigabyte takes a busy machine longer than that
+    monkeypatch.setattr(fuzz, "MEMORY", 10**8)  # allocating a gigabyte may take longer on a busy machine
     monkeypatch.setattr(fuzz, "mutated", lambda content, kind, rng: str(_number(rng)).encode())
     numbers = {r.number: r.outcome for r in campaign(["x"], range(11), 2, tmp_path)}
     expected = ["same", "traceback", "hang", "memory", "control characters", "left over", "changed", "not one line"]
     assert [numbers[i] for i in range(10)] == [*expected, "traceback", "refused by name"]
-    assert numbers[10] == "traceback"  # begins with 1, too
+    assert numbers[10] == "traceback"  # also begins with 1
 
 
 def _number(rng: random.Random) -> int:
@@ -91,7 +91,7 @@ def _number(rng: random.Random) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "shard"])
-def test_damage_follows_from_the_seed_and_is_of_many_kinds(name: str) -> None:
+def test_damage_is_a_function_of_the_seed_and_of_many_kinds(name: str) -> None:
     contents = {
         "json": b'{"a": [1, 2], "b": {"c": "d"}}',
         "jsonl": b'{"a": 1}\n{"a": 2}\n',

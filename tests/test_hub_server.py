@@ -1,4 +1,4 @@
-"""The stand-in for the hub, against the real client."""
+"""The simulated hub, tested with the real client."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def hub() -> Iterator[Hub]:
 
 
 def download(hub: Hub, home: Path, *wanted: str) -> list[str]:
-    """Ask for each "repo/file": the path where it lies now, or the error's name."""
+    """Download each "repo/file" and return its path in the cache, or the name of the error."""
     command = [sys.executable, "-c", CLIENT, *wanted]
     done = subprocess.run(command, env=hub.environment(home), stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.splitlines()
 
 
-def test_files_arrive_and_are_kept_under_the_hash_that_git_and_lfs_give_them(hub: Hub, tmp_path: Path) -> None:
+def test_files_are_cached_under_their_git_or_lfs_hash(hub: Hub, tmp_path: Path) -> None:
     config, weights = map(Path, download(hub, tmp_path, f"{GPT2}/config.json", f"{GPT2}/model.safetensors"))
     assert (config.read_bytes(), weights.read_bytes()) == (b"hello\n", b"abc")
     assert config.resolve().name == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
@@ -45,19 +45,19 @@ def test_files_arrive_and_are_kept_under_the_hash_that_git_and_lfs_give_them(hub
     assert config.parent.name == weights.parent.name == hub.commit(GPT2)
 
 
-def test_what_was_downloaded_is_asked_for_but_not_sent_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_cached_file_is_not_sent_again(hub: Hub, tmp_path: Path) -> None:
     first, second = (download(hub, tmp_path, f"{GPT2}/config.json") for _ in range(2))
     assert first == second
     assert [request.method for request in hub.requests] == ["HEAD", "GET", "HEAD"]
 
 
-def test_a_short_name_leads_to_the_repository(hub: Hub, tmp_path: Path) -> None:
+def test_a_short_name_is_redirected_to_the_repository(hub: Hub, tmp_path: Path) -> None:
     (path,) = download(hub, tmp_path, "gpt2/config.json")
     assert Path(path).read_bytes() == b"hello\n"
     assert [request.path.split("/resolve")[0] for request in hub.requests] == ["/gpt2", f"/{GPT2}", f"/{GPT2}"]
 
 
-def test_what_the_hub_lacks_is_refused_as_the_hub_refuses_it(hub: Hub, tmp_path: Path) -> None:
+def test_missing_files_raise_the_errors_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.gated = {"meta/llama"}
     assert download(hub, tmp_path, f"{GPT2}/model.bin", "nobody/nothing/config.json", "meta/llama/config.json") == [
         "RemoteEntryNotFoundError",
@@ -66,7 +66,7 @@ def test_what_the_hub_lacks_is_refused_as_the_hub_refuses_it(hub: Hub, tmp_path:
     ]
 
 
-def test_a_broken_transfer_goes_on_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+def test_a_broken_transfer_is_resumed(hub: Hub, tmp_path: Path) -> None:
     content = bytes(range(256)) * (12 << 12)  # 12 MiB; the client keeps whole chunks of 10 MiB
     hub.repos["a/b"] = {"model.safetensors": content}
     hub.cut(after=11 << 20)
@@ -94,12 +94,12 @@ def test_a_range_is_answered_as_rfc_9110_says(
     assert hub.requests[-1].range == asked
 
 
-def test_planted_faults_arrive_as_often_as_planted(hub: Hub, tmp_path: Path) -> None:
+def test_planted_faults_occur_as_often_as_planted(hub: Hub, tmp_path: Path) -> None:
     wanted = f"{GPT2}/model.safetensors"
     hub.answer(503, methods=("GET",))
     hub.flip(-1)
     error, changed = download(hub, tmp_path / "1", wanted, wanted)
     (mended,) = download(hub, tmp_path / "2", wanted)
     assert error == "HfHubHTTPError"
-    assert Path(changed).read_bytes() == b"ab\xe3"  # which the client does not notice
+    assert Path(changed).read_bytes() == b"ab\xe3"  # the client does not detect it
     assert Path(mended).read_bytes() == b"abc"

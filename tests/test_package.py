@@ -1,4 +1,4 @@
-"""What the package's own docstring promises."""
+"""Public interface of the package and its behaviour in an untrusted working directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.runs import made_runs
 def test_the_example_in_the_docstring_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands there, on a model that trains in a second."""
+    """Run the example with a model that trains in a second."""
     assert restomod.__doc__ is not None
     example = textwrap.dedent("\n".join(line for line in restomod.__doc__.splitlines() if line.startswith("    ")))
     (tmp_path / "text.txt").write_text("the quick brown fox " * 200)
@@ -49,7 +49,7 @@ def test_the_example_in_the_docstring_runs(
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a file in place of every module of Python and of installed packages; it says which was imported."""
+    """A folder with a fake file for every module of Python and of installed packages; an import prints its name."""
     folder = tmp_path_factory.mktemp("poisoned")
     installed = set(importlib.metadata.packages_distributions())
     for name in (set(sys.stdlib_module_names) | installed) - {"restomod"}:
@@ -62,7 +62,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_poisoned(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command `restomod`, as it is installed, within the folder."""
+    """The installed command `restomod` with the folder as working directory."""
     program = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(program, cwd=folder, capture_output=True, text=True)
 
@@ -87,20 +87,20 @@ TINY = f"{SHAPE} --device cpu --data.source text"
         ),
     ],
 )
-def test_nothing_in_the_working_folder_is_imported_or_obeyed(poisoned: Path, line: str) -> None:
+def test_nothing_in_the_working_directory_is_imported(poisoned: Path, line: str) -> None:
     done = in_poisoned(poisoned, *line.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (poisoned / "imported").exists(), (poisoned / "imported").read_text()
 
 
-def test_a_module_of_the_working_folder_is_left_alone_under_python_m(tmp_path: Path) -> None:
+def test_no_module_of_the_working_directory_is_imported_under_python_m(tmp_path: Path) -> None:
     (tmp_path / "tyro.py").write_text("open('imported', 'w')\n")
     done = subprocess.run([sys.executable, "-m", "restomod", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "imported").exists()
 
 
-def test_the_command_at_the_end_has_the_users_own_environment(tmp_path: Path) -> None:
+def test_the_command_of_then_has_the_users_environment(tmp_path: Path) -> None:
     command = f"{sys.executable} -c 'import sys; print(\"safe:\", sys.flags.safe_path)'"
     done = in_poisoned(tmp_path, "train", "no-such-preset", "--then", command)
     assert "safe: False" in done.stdout, done.stderr

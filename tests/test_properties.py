@@ -1,4 +1,4 @@
-"""Property tests try the same examples at every run, so that no change fails for another one's sake."""
+"""Property tests try the same examples in every run, so that results are reproducible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 
 
 def tried(number: int) -> list[int]:
-    """The examples that a property test tries which asks for so many."""
+    """Return the examples of a property test with a number of examples."""
     found = []
 
     @examples(number)
@@ -32,7 +32,7 @@ def test_examples_are_the_same_every_time() -> None:
     assert (settings.default.deadline, settings.default.max_examples) == (None, USUAL)
 
 
-def test_fuzzing_tries_others_and_more() -> None:
+def test_fuzzing_tries_other_and_more_examples() -> None:
     usual = tried(7)
     try:
         settings.load_profile("fuzz")
@@ -42,7 +42,7 @@ def test_fuzzing_tries_others_and_more() -> None:
         settings.load_profile("restomod")
 
 
-def test_no_test_sets_its_examples_otherwise() -> None:
+def test_all_tests_set_their_examples_by_the_decorator() -> None:
     own = [path.name for path in TESTS.rglob("*.py") if "settings" in imported_from_hypothesis(path.read_text())]
     assert sorted(own) == ["conftest.py", "properties.py", "test_properties.py"]
 

@@ -1,4 +1,4 @@
-"""A run in memory that trains in milliseconds."""
+"""Tiny run in memory whose steps take milliseconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.models import CPU
 
 @dataclasses.dataclass
 class Trainee:
-    """A run in memory, without a folder."""
+    """Run in memory, without a folder."""
 
     config: RunConfig
     batches: Batches
@@ -32,7 +32,7 @@ class Trainee:
     optimizer: Optimizers
 
     def train(self, first: int, end: int, micro_batch: int | None = None) -> list[tuple[float, float]]:
-        """Make steps [first, end); return the loss and gradient norm of each."""
+        """Make steps [first, end) and return the loss and gradient norm of each."""
         compute = ComputeConfig(CPU, torch.float32, micro_batch or self.config.batch_sequences)
         loss_of, made = BatchLoss(self.model, compute), []
         for step in range(first, end):
@@ -41,7 +41,7 @@ class Trainee:
         return [(outcome.loss, outcome.grad_norm) for outcome in made]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of all weights and of all of the optimizer's state."""
+        """Return copies of all weights and of the optimizer state."""
         copies = {}
         for name, parameter in self.model.named_parameters():
             copies[name] = parameter.detach().clone()
@@ -52,7 +52,7 @@ class Trainee:
 
 
 def make_trainee(seed: int = 1, **changes: object) -> Trainee:
-    """A two-layer GPT-2 over 97 tokens, eight sequences of 16 to a batch, on random text of 512 tokens."""
+    """Return a two-layer GPT-2 with a vocabulary of 97 tokens, batches of 8 × 16 tokens, and 512 random tokens."""
     config = RunConfig(
         steps=20,
         batch_tokens=128,
@@ -68,7 +68,7 @@ def make_trainee(seed: int = 1, **changes: object) -> Trainee:
 
 
 def set_optimizer_tensors(trainee: Trainee, tensors: dict[str, torch.Tensor]) -> None:
-    """Put into a trainee's optimizer what `optimizer_tensors` gave of another's."""
+    """Copy the optimizer state of another trainee, as returned by `optimizer_tensors`."""
     here = optimizer_tensors(trainee.model, trainee.optimizer)
     assert here.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -76,14 +76,14 @@ def set_optimizer_tensors(trainee: Trainee, tensors: dict[str, torch.Tensor]) ->
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizers) -> Path:
-    """Write a checkpoint, and wait for it."""
+    """Write a checkpoint synchronously."""
     return write_checkpoint(run, step, model, optimizer_tensors(model, optimizer) if step > 0 else {})
 
 
 def make_subject(
     fresh: bool = True, dtype: torch.dtype = torch.float32, text: np.ndarray | None = None, **changes: object
 ) -> CheckedModel:
-    """A trainee for the sanity checks, in micro-batches of two; ``text`` (n,) replaces its random tokens."""
+    """Return a model to be checked, with micro-batches of two; ``text`` (n,) replaces the random tokens."""
     trainee = make_trainee(**changes)
     batches = trainee.batches
     if text is not None:
@@ -92,7 +92,7 @@ def make_subject(
 
 
 def state_of(model: GPT) -> dict[str, object]:
-    """All that a check could leave behind in a model, and the random state, to be compared by ==."""
+    """Return all state of a model that a check could change, and the random state, for comparison by ==."""
     modules = list(model.modules())
     hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in modules]
     state: dict[str, object] = {
@@ -109,14 +109,14 @@ def state_of(model: GPT) -> dict[str, object]:
 
 
 def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Equal in every name and every bit."""
+    """Assert that names and bits of two sets of tensors are equal."""
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32)), name
 
 
 def assert_leaves_no_trace(check: Callable[[CheckedModel], CheckResult], training: bool) -> None:
-    """Weights, gradients, modes and what is frozen are after a check what they were before."""
+    """Assert that a check changes no weights, gradients, modes or frozen parameters."""
     subject = make_subject()
     model = subject.model.train(training)
     model.transformer.h[0].train(not training)

@@ -222,7 +222,7 @@ def test_synthetic_tokens_are_in_the_vocabulary_and_fill_a_window() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--json", "nowhere/r.json"), "nowhere/r.json: there is no folder nowhere; make it first"),
+        (("--json", "nowhere/r.json"), "nowhere/r.json: there is no folder nowhere; create it first"),
         (("--trace", "."), ". is a folder; name a file"),
         (("--warmup", "-1"), "--warmup is -1"),
         (("--timed", "0"), "--timed is 0"),

@@ -76,7 +76,7 @@ class Lines:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def line(self, text: str, **how: object) -> None:
+    def warn(self, text: str) -> None:
         self.said.append(text)
 
 
@@ -113,7 +113,7 @@ def test_a_step_that_does_not_fit_uses_smaller_micro_batches(monkeypatch: pytest
         loss, fitting = step(2, SEQUENCES)
     print(f"\n{reserved[0] / 1e9:.2f} GB for {FIT} sequences; {display.said}; loss {loss:.4f}, expected {expected:.4f}")
     assert fitting < SEQUENCES
-    assert display.said[-1] == f"step 2  out of memory: micro-batch {fitting} from here on"
+    assert display.said[-1] == f"step 2: out of memory; the micro-batch is now {fitting}"
     assert loss == pytest.approx(expected, abs=2e-3)
     assert step(3, SEQUENCES)[1] == SEQUENCES  # the limit is removed
 

@@ -1,4 +1,4 @@
-"""A text, a model and a run small enough to train in a second."""
+"""Fixtures: text, model and run configuration small enough to train in a second."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = "the a cat dog house tree runs sleeps eats sees green old quickly never 
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:
-    """Kind, step and loss of the records of a run that have one."""
+    """Return kind, step and loss of all records of a run with a loss."""
     return [(r["kind"], r["step"], r["loss"]) for r in read_jsonl(run / "metrics.jsonl") if "loss" in r]
 
 
@@ -59,7 +59,7 @@ def tiny(text: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Five questions of one's own; their contexts have different lengths, and the last is too long for `tiny`."""
+    """Five questions with contexts of different lengths; the last is too long for `tiny`."""
     path = tmp_path / "questions.jsonl"
     records = [
         {"query": " ".join(WORDS.split()[: 3 * i + 1]), "choices": ["cat sleeps", "dog"], "gold": i % 2}
@@ -72,14 +72,14 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shared(tiny: RunConfig) -> RunConfig:
-    """A run whose eight sequences a step four processes can share."""
+    """A run with eight sequences per step, which up to four ranks can share."""
     return dataclasses.replace(
         tiny, batch_tokens=128, sequence_length=16, micro_batch=1, eval_tokens=256, keep_checkpoints=0
     )
 
 
 def flags(config: RunConfig) -> list[str]:
-    """The flags that turn the quickstart preset into ``config``."""
+    """Return the flags that turn the quickstart preset into ``config``."""
     m, d, o = config.model, config.data, config.optim
     values = {
         "steps": config.steps,
@@ -111,7 +111,7 @@ def flags(config: RunConfig) -> list[str]:
 
 @pytest.fixture
 def restomod(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the command line as a process of its own, in ``tmp_path``, on one thread as the tests are."""
+    """Function that starts the command line in a separate process in ``tmp_path``, on one thread by default."""
 
     def start(
         *arguments: str, program: tuple[str, ...] = ("-m", "restomod"), threads: int = 1

@@ -1,4 +1,4 @@
-"""A run among losses that are not finite, spikes, damaged checkpoints and full disks."""
+"""Runs with non-finite losses, loss spikes, damaged checkpoints and full disks."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from restomod.runs.metrics import read_jsonl
 from restomod.train import spike_guard as guard_module
 from restomod.train import step_log as journal_module
 from restomod.train.loop import EXIT_INTERRUPTED, train
+from restomod.utils import console as console_module
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
 from restomod.utils.run_files import list_checkpoints
@@ -42,7 +43,7 @@ def quick(tiny: RunConfig) -> RunConfig:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """By batch, what the loss of its micro-batches is multiplied with."""
+    """Factor of the loss by batch."""
     factors: dict[int, float] = {}
     current = [-1]
     get, loss_of = Prefetch.get, step_module.batch_loss
@@ -60,7 +61,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Without the time of day."""
+    """Return the records without their times."""
     found = [record for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == kind]
     return [{key: value for key, value in record.items() if key != "time"} for record in found]
 
@@ -80,13 +81,13 @@ def finite(run: Path) -> bool:
 
 @pytest.fixture(params=[0, 1], ids=["read at once", "read a step late"])
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU, and as on a GPU."""
+    """Results of steps are read immediately (CPU) or one step late (GPU)."""
     monkeypatch.setattr(journal_module, "STEPS_BEHIND", {"cpu": request.param})
 
 
 @pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_step_that_is_not_finite_is_passed_over(
+def test_a_step_that_is_not_finite_is_skipped(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], policy: Any
 ) -> None:
     poisoned[5] = float("nan")
@@ -101,13 +102,13 @@ def test_a_step_that_is_not_finite_is_passed_over(
     assert "the loss is inf" in log[9]["skipped"]
     assert finite(run)
     state = load_file(next((list_checkpoints(run)[-1] / "training_state").glob("*.safetensors")))
-    assert state["state.transformer.ln_f.bias.step"].item() == 10  # updates that were made
+    assert state["state.transformer.ln_f.bias.step"].item() == 10  # number of updates
 
 
-def test_a_run_whose_steps_are_read_late_is_the_run(
+def test_reading_results_late_changes_nothing(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the pauses in which everything is read: evaluations, samples, checkpoints, a target."""
+    """Evaluations, samples, checkpoints and a target loss wait for all results."""
     config = dataclasses.replace(quick, eval_every=5, sample_every=7, save_every=3)
     runs = []
     for behind in (0, 1, 3):
@@ -121,7 +122,7 @@ def test_a_run_whose_steps_are_read_late_is_the_run(
     assert kept[0] == kept[1] == kept[2]
     for run in runs[1:]:
         assert same_weights(run, runs[0])
-    target = kept[0][6][2]  # of an early step
+    target = kept[0][6][2]  # loss of an early step
     monkeypatch.setattr(journal_module, "STEPS_BEHIND", {"cpu": 1})
     stopped = tmp_path / "stopped"
     assert train(dataclasses.replace(config, target_loss=target), stopped, display=QUIET) == 0
@@ -130,20 +131,20 @@ def test_a_run_whose_steps_are_read_late_is_the_run(
 
 
 @pytest.mark.usefixtures("reading")
-def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
+def test_repeated_skips_roll_back_and_skip_the_data(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     poisoned.update(dict.fromkeys((6, 7, 8), float("nan")))
     run = tmp_path / "run"
     assert train(quick, run, display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
-    assert "step 8  the loss is nan" in said
-    assert "rolled back to step 4; skips the data of 5 steps" in said
+    assert "warning: step 8: the loss is nan" in said
+    assert "rolled back to step 4; the batches of 5 steps are skipped" in said
     assert records(run, "rollback") == [{"kind": "rollback", "step": 4, "failed_step": 8, "data_offset": 5}]
     log = records(run, "train")
     assert [record["step"] for record in log] == list(range(12))
     assert not any("skipped" in record for record in log)
-    # from step 4 on it is the run that has seen batches 0 to 3, and then 9 to 16
+    # from step 4 on it equals a run on batches 0 to 3 and 9 to 16
     order = [*range(4), *range(9, 17)]
     load = Batches.micro_batches
     other = tmp_path / "other"
@@ -157,23 +158,21 @@ def test_what_stays_bad_goes_back_to_the_checkpoint_and_past_the_data(
     assert same_weights(run, other)
 
 
-def test_a_run_that_went_back_and_is_stopped_goes_on_as_if_it_had_not_been(
-    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
-) -> None:
+def test_a_stopped_run_resumes_after_a_rollback(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
     poisoned.update(dict.fromkeys((6, 7, 8), float("nan")))
     assert train(quick, tmp_path / "whole", display=QUIET) == 0
     assert train(dataclasses.replace(quick, steps=12), tmp_path / "parts", display=QUIET) == 0
-    for later in list_checkpoints(tmp_path / "parts")[2:]:  # back to step 8, after the rollback
+    for later in list_checkpoints(tmp_path / "parts")[2:]:  # resume from step 8, after the rollback
         subprocess.run(["rm", "-r", str(later)], check=True)
     assert train(quick, tmp_path / "parts", resume=True, display=QUIET) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert records(tmp_path / "parts", "rollback") == records(tmp_path / "whole", "rollback")
 
 
-def test_what_does_not_get_better_ends_the_run(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
+def test_too_many_rollbacks_end_the_run(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
     poisoned.update(dict.fromkeys(range(6, 100), float("nan")))
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"step \d+: the loss is nan .*, and going back to step 4 has not helped"):
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan .*, and rolling back to step 4 did not help"):
         train(quick, run, display=QUIET)
     assert [folder.name for folder in list_checkpoints(run)] == ["step_000004"]
     assert finite(run)
@@ -181,11 +180,11 @@ def test_what_does_not_get_better_ends_the_run(quick: RunConfig, tmp_path: Path,
     assert train(quick, run, resume=True, display=QUIET) == 0
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
+def test_without_a_checkpoint_no_rollback_is_possible(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
 ) -> None:
     poisoned.update(dict.fromkeys((0, 1, 2), float("nan")))
-    with pytest.raises(UserError, match=r"step 2: the loss is nan .*, and there is no checkpoint to go back to"):
+    with pytest.raises(UserError, match=r"step 2: the loss is nan .*, and there is no checkpoint to roll back to"):
         train(quick, tmp_path / "run", display=QUIET)
 
 
@@ -199,15 +198,13 @@ def test_a_spike_never_reaches_the_weights(
     (skipped,) = [r for r in records(tmp_path / "run", "train") if "skipped" in r]
     assert skipped["step"] == 9
     assert skipped["loss"] > 30
-    assert "standard deviations above the mean" in skipped["skipped"]
+    assert "standard deviations above the recent mean" in skipped["skipped"]
     with pytest.raises(UserError, match="step 9: the loss is 3"):
         train(dataclasses.replace(config, on_spike="stop"), tmp_path / "stopped", display=QUIET)
 
 
 @pytest.mark.usefixtures("reading")
-def test_a_save_that_falls_on_a_skipped_step_is_made_after_it(
-    quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]
-) -> None:
+def test_a_save_due_at_a_skipped_step_is_deferred(quick: RunConfig, tmp_path: Path, poisoned: dict[int, float]) -> None:
     poisoned.update({3: float("nan"), 7: float("nan"), 8: float("nan")})  # before steps 4, 8 and 9
     assert train(quick, tmp_path / "run", display=QUIET) == 0
     names = [folder.name for folder in list_checkpoints(tmp_path / "run")]
@@ -215,7 +212,7 @@ def test_a_save_that_falls_on_a_skipped_step_is_made_after_it(
 
 
 @pytest.mark.parametrize("first", [1, 6])
-def test_a_stop_among_skipped_steps_tells_what_there_is_and_goes_on_as_if_it_had_not_been(
+def test_a_stop_among_skipped_steps_resumes_from_the_last_checkpoint(
     quick: RunConfig,
     tmp_path: Path,
     poisoned: dict[int, float],
@@ -239,9 +236,7 @@ def test_a_stop_among_skipped_steps_tells_what_there_is_and_goes_on_as_if_it_had
     said = capsys.readouterr().out
     saved = [folder.name for folder in list_checkpoints(tmp_path / "run")]
     assert saved == ([] if first == 1 else ["step_000004"])
-    assert (
-        "stopped after 3 steps without a checkpoint" if first == 1 else "the newest checkpoint is that of step 4"
-    ) in said
+    assert ("stopped after 3 steps without a checkpoint" if first == 1 else "newest checkpoint: step 4") in said
     assert train(quick, tmp_path / "run", resume=True, display=QUIET) == 0
     assert [r["loss"] for r in records(tmp_path / "run", "train")] == [
         r["loss"] for r in records(tmp_path / "whole", "train")
@@ -251,10 +246,10 @@ def test_a_stop_among_skipped_steps_tells_what_there_is_and_goes_on_as_if_it_had
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_going_back_to_step_0_begins_anew_but_for_the_data(
+def test_a_rollback_to_step_0_restarts_with_later_data(
     quick: RunConfig, tmp_path: Path, poisoned: dict[int, float], optimizer: Any, precision: Any
 ) -> None:
-    """After it the run is the one that saw only the later batches."""
+    """The run then equals a run on the later batches only."""
     optim = dataclasses.replace(quick.optim, optimizer=optimizer)
     config = dataclasses.replace(quick, optim=optim, precision=precision, save_every=100, steps=6)
     config = dataclasses.replace(config, batch_tokens=32, micro_batch=1, eval_tokens=32)  # fp16 is slow on a CPU
@@ -290,7 +285,7 @@ def stopped_before_the_first_step(config: RunConfig, run: Path) -> int:
 # --- checkpoints ---------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
+def test_a_damaged_newest_checkpoint_is_renamed_and_the_result_is_the_same(
     quick: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -303,7 +298,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
     capsys.readouterr()
     assert train(quick, run, resume=True, display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
-    assert "warning: set aside: " in said
+    assert "warning: unusable checkpoint renamed: " in said
     assert "step_000008" in said
     assert "resuming from step 4" in said
     assert (run / "checkpoints/step_000008.damaged").is_dir()
@@ -311,7 +306,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(
     verify_checkpoint(run / "checkpoints/step_000008")
 
 
-def test_minutes_save_too(quick: RunConfig, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_by_time(quick: RunConfig, tmp_path: Path) -> None:
     often = dataclasses.replace(quick, save_every=100, save_every_minutes=1e-6)
     assert train(often, tmp_path / "run", display=QUIET) == 0
     assert len(list_checkpoints(tmp_path / "run")) == 12  # after every step
@@ -320,7 +315,7 @@ def test_minutes_save_too(quick: RunConfig, tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path / "other")) == 1
 
 
-def test_the_best_is_kept_with_the_newest(quick: RunConfig, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept(quick: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     spoiling = dataclasses.replace(quick.optim, lr=0.5, warmup_steps=8)  # the later, the worse
     config = dataclasses.replace(quick, optim=spoiling, eval_every=4, keep_checkpoints=1, on_spike="skip")
@@ -332,7 +327,7 @@ def test_the_best_is_kept_with_the_newest(quick: RunConfig, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_full_disk_costs_no_checkpoint(
+def test_a_full_disk_loses_no_checkpoint(
     quick: RunConfig, tmp_path: Path, policy: str, restomod: Callable, text: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -340,7 +335,7 @@ def test_a_full_disk_costs_no_checkpoint(
     mount = ["mount", "-t", "tmpfs", "-o", "size=46m", "tmpfs", str(disk)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small file system can be mounted only by root on Linux")
-    try:  # a checkpoint takes 21 MB
+    try:  # a checkpoint has 21 MB
         from tests.end_to_end.conftest import flags
 
         out = disk / "run"
@@ -356,7 +351,7 @@ def test_a_full_disk_costs_no_checkpoint(
             policy,
         )
         _, errors = process.communicate(timeout=120)
-        assert process.returncode == 2, errors  # it lacks the last checkpoint at least
+        assert process.returncode == 2, errors  # at least the last checkpoint is missing
         assert errors.startswith("restomod: error: cannot save ")
         assert "No space left on device" in errors
         assert errors.count("\n") == 1
@@ -377,7 +372,7 @@ def test_a_full_disk_costs_no_checkpoint(
 
 
 def unsaved(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Nothing can be saved at these steps."""
+    """Make saving fail at these steps."""
     write = saver_module.write_checkpoint
 
     def refuse(run: Path, step: int, *arguments: Any) -> Path:
@@ -388,7 +383,7 @@ def unsaved(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(saver_module, "write_checkpoint", refuse)
 
 
-def test_a_run_that_lacks_its_last_checkpoint_has_failed(
+def test_a_run_without_its_last_checkpoint_fails(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(quick, on_save_error="continue")
@@ -404,7 +399,7 @@ def test_a_run_that_lacks_its_last_checkpoint_has_failed(
 
 
 class Broken(io.StringIO):
-    """Standard output that fails, from a step on."""
+    """Standard output that fails after a text was written."""
 
     def __init__(self, error: Exception, after: str) -> None:
         super().__init__()
@@ -423,11 +418,11 @@ class Broken(io.StringIO):
         (OSError(errno.ENOSPC, "No space left on device"), 0, 12),
         (OSError(errno.EIO, "Input/output error"), 0, 12),
         (ValueError("I/O operation on closed file"), 0, 12),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 75, 7),  # which the next step notices
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 75, 7),  # detected in the next step
     ],
 )
 @pytest.mark.parametrize("interactive", [False, True])
-def test_output_that_fails_costs_no_checkpoint(
+def test_failing_output_loses_no_checkpoint(
     quick: RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -437,9 +432,10 @@ def test_output_that_fails_costs_no_checkpoint(
     steps: int,
     interactive: bool,
 ) -> None:
-    """A run goes on without it; where its reader has left, it stops with a checkpoint."""
+    """The run continues without output; if the reader has exited, it stops with a checkpoint."""
     if interactive and code == 75:
         pytest.skip("a progress bar is drawn when it likes")
+    monkeypatch.setattr(console_module, "LOG_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stdout", Broken(error, "Step" if interactive else "step 6/"))
     assert train(quick, tmp_path / "run", display=Display(interactive)) == code
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(steps))
@@ -453,7 +449,7 @@ def test_output_that_fails_costs_no_checkpoint(
 def test_a_log_that_cannot_be_written_stops_the_run_with_a_checkpoint(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
 ) -> None:
-    """And where there is room again by the next record, nothing is lost."""
+    """If the next write succeeds, no record is lost."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(quick, whole, display=QUIET) == 0
     append, refused = run_module.append_jsonl, []
@@ -483,7 +479,7 @@ def test_a_log_that_cannot_be_written_stops_the_run_with_a_checkpoint(
 # --- memory --------------------------------------------------------------------------------------------------
 
 
-def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
+def test_out_of_memory_halves_the_micro_batch(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes: list[int] = []
@@ -501,8 +497,8 @@ def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
     assert train(config, tmp_path / "run", display=Display(interactive=False)) == 0
     said = capsys.readouterr().out
     assert said.count("out of memory") == 2
-    assert "out of memory: micro-batch 2 from here on" in said
-    assert "out of memory: micro-batch 1 from here on" in said
+    assert "out of memory; the micro-batch is now 2" in said
+    assert "out of memory; the micro-batch is now 1" in said
     assert sizes[:20] == [4] * 20
     assert set(sizes[20:]) == {1}
     for ours, theirs in zip(records(tmp_path / "run", "train"), records(tmp_path / "whole", "train"), strict=True):
@@ -510,7 +506,7 @@ def test_where_memory_runs_out_fewer_sequences_go_through_at_once(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_where_not_one_sequence_fits_the_run_ends_in_one_line(
+def test_out_of_memory_with_one_sequence_is_one_line(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss_of, calls = step_module.batch_loss, []
@@ -529,7 +525,7 @@ def test_where_not_one_sequence_fits_the_run_ends_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_recomputing_changes_no_number(quick: RunConfig, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_loss(quick: RunConfig, tmp_path: Path) -> None:
     for name, recompute in (("kept", False), ("anew", True)):
         assert train(dataclasses.replace(quick, gradient_checkpointing=recompute), tmp_path / name, display=QUIET) == 0
     assert [r["loss"] for r in records(tmp_path / "kept", "train")] == [
@@ -537,7 +533,7 @@ def test_recomputing_changes_no_number(quick: RunConfig, tmp_path: Path) -> None
     ]
 
 
-def test_deterministic_asks_torch_for_it(quick: RunConfig, tmp_path: Path) -> None:
+def test_deterministic_enables_deterministic_algorithms(quick: RunConfig, tmp_path: Path) -> None:
     try:
         assert train(dataclasses.replace(quick, deterministic=True), tmp_path / "run", display=QUIET) == 0
         assert torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""`restomod eval` on a run, a model folder and several processes; tasks that a run asks along the way."""
+"""`restomod eval` on a run, a model folder and several ranks; tasks scored during training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tasks(run: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(folder: Path, questions: Path, tokenizer: Tokenizer, n: int, window: int) -> tuple[float, list[int]]:
-    """Of the first questions, by `transformers`: the share that is right by summed log-probability, and the choices."""
+    """Return accuracy and choices of the first questions by summed log-probability, computed by `transformers`."""
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
     records = [json.loads(line) for line in questions.read_text().splitlines()][:n]
     choices = []
@@ -64,7 +64,7 @@ def accuracy(folder: Path, questions: Path, tokenizer: Tokenizer, n: int, window
     return sum(c == r["gold"] for c, r in zip(choices, records, strict=True)) / n, choices
 
 
-def test_a_run_asks_its_tasks_at_every_validation(run: Path, questions: Path, tokenizer: Tokenizer) -> None:
+def test_tasks_are_scored_at_every_validation(run: Path, questions: Path, tokenizer: Tokenizer) -> None:
     assert [(record["step"], record["task"], record["examples"]) for record in tasks(run)] == [
         (step, "questions", 3) for step in (0, 5, 10, 12)
     ]
@@ -75,7 +75,7 @@ def test_a_run_asks_its_tasks_at_every_validation(run: Path, questions: Path, to
     assert set(ACCURACIES) < last.keys()
 
 
-def test_a_resumed_run_asks_again_what_it_asked_before(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_scores_the_same_tasks(tiny: RunConfig, questions: Path, tmp_path: Path) -> None:
     asking = dataclasses.replace(tiny, eval_tasks=(f"hellaswag={tmp_path}/none", str(questions)))
     from restomod.utils.errors import UserError
 
@@ -114,7 +114,7 @@ def test_a_runs_results_are_written_into_it(
     assert validation["data"]["fingerprint"] == json.loads((run / "data.json").read_text())["fingerprint"]
 
 
-def test_files_tell_checkpoints_and_limits_apart(run: Path, questions: Path) -> None:
+def test_file_names_distinguish_checkpoints_and_limits(run: Path, questions: Path) -> None:
     evaluate(str(run), str(questions), limit=2, display=QUIET)
     evaluate(str(run / "checkpoints" / "step_000008"), str(questions), display=QUIET)
     found = sorted(path.name for path in (run / "evals").iterdir())
@@ -139,7 +139,7 @@ def evaluate_quietly(run: str, tasks: list[str], file: Path) -> int:
     return evaluate(run, *tasks, json_file=file, display=QUIET)
 
 
-def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_results(run: Path, questions: Path, tmp_path: Path) -> None:
     wanted = [VALIDATION, str(questions)]
     evaluate_quietly(str(run), wanted, tmp_path / "one.json")
     assert results(2, evaluate_quietly, str(run), wanted, tmp_path / "two.json") == [0, 0]
@@ -149,7 +149,7 @@ def test_two_processes_write_what_one_writes(run: Path, questions: Path, tmp_pat
     assert one == two
 
 
-def test_results_are_values_before_anything_is_shown_or_written(
+def test_results_are_collected_before_output(
     run: Path, questions: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -166,7 +166,7 @@ def test_results_are_values_before_anything_is_shown_or_written(
 
 @pytest.fixture
 def truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A task added as a module would add it: a `Task`, registered by name. Returns a file of its records."""
+    """Register a new `Task` by name and return a file of its records."""
 
     def example(record: Record) -> Example:
         return question(get_text(record, "claim"), ("no", "yes"), get_index(record, "answer"))
@@ -179,7 +179,7 @@ def truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_new_task_is_asked_in_training_by_eval_and_in_reports(
+def test_a_new_task_works_in_training_eval_and_reports(
     truth: Path, tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -204,7 +204,7 @@ def test_every_task_is_named_in_the_help(capsys: pytest.CaptureFixture[str]) -> 
 # --- results that cannot be kept -----------------------------------------------------------------------------
 
 
-def test_what_cannot_be_written_into_the_run_is_shown(
+def test_results_that_cannot_be_written_are_printed(
     run: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "evals").write_text("not a folder")
@@ -216,7 +216,7 @@ def test_what_cannot_be_written_into_the_run_is_shown(
     assert "Traceback" not in out
 
 
-def test_a_run_that_cannot_be_written_to_is_said_first(
+def test_a_read_only_run_is_a_warning_before_the_work(
     run: Path, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != run)
@@ -239,14 +239,12 @@ def test_a_full_disk_loses_no_result(
     captured = capsys.readouterr()
     assert "perplexity" in captured.out
     assert "acc_norm" in captured.out
-    assert captured.out.count("No space left on device") == 3  # of both results and the picture
+    assert captured.out.count("No space left on device") == 3  # for both results and the picture
     assert captured.err.count("\n") == 1
     assert f"{file} cannot be written (No space left on device)" in captured.err
 
 
-def test_a_result_is_kept_before_the_next_task_is_asked(
-    run: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_is_written_before_the_next_task(run: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -256,10 +254,10 @@ def test_a_result_is_kept_before_the_next_task_is_asked(
     assert (run / "evals" / "step_000012-validation.json").exists()
 
 
-def test_a_loss_on_other_data_does_not_replace_the_runs(
+def test_a_loss_on_other_data_does_not_replace_the_runs_loss(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Published losses stand beside those of FineWeb-Edu, and of nothing else."""
+    """Published losses are shown next to losses on FineWeb-Edu only."""
     (tmp_path / "other.txt").write_text("one two three four " * 3000)
     assert main(["prepare", str(tmp_path / "other.txt"), "--out", str(tmp_path / "tokens"), "--workers", "1"]) == 0
     manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
@@ -278,7 +276,7 @@ def test_a_loss_on_other_data_does_not_replace_the_runs(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model of no run, in the current folder."""
+    """A model folder without a run, in the working directory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model"
     path.mkdir()
@@ -286,7 +284,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_model_folder_is_evaluated_and_left_as_it_was(
+def test_a_model_folder_is_evaluated_and_not_changed(
     folder: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(folder.rglob("*"))
@@ -319,10 +317,10 @@ def swags(n: int) -> str:
     return (json.dumps(record) + "\n") * n
 
 
-def test_published_numbers_stand_below_a_whole_task_alone(
+def test_published_numbers_are_shown_for_whole_tasks_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """HellaSwag has 10,042 examples; equal ones are computed once."""
+    """HellaSwag has 10,042 examples; duplicates are computed once."""
     (tmp_path / "swag.jsonl").write_text(swags(10_042))
     assert main(["eval", "model", "--tasks", "hellaswag=swag.jsonl"]) == 0
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
@@ -338,7 +336,7 @@ def test_published_numbers_stand_below_a_whole_task_alone(
         assert "they were measured on all 10,042 examples" in shown
 
 
-def test_a_file_of_ones_own_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) -> None:
+def test_a_users_file_is_not_the_task_of_its_name(folder: Path, tmp_path: Path) -> None:
     question = {"query": "Hot and", "choices": ["cold", "warm"], "gold": 0}
     (tmp_path / "hellaswag.jsonl").write_text(json.dumps(question) + "\n")
     assert main(["eval", "model", "--task", "hellaswag.jsonl", "--json", "out.json"]) == 0
@@ -405,7 +403,7 @@ def test_torchrun_evaluates_with_two_processes(run: Path, questions: Path, resto
 # --- published numbers --------------------------------------------------------------------------------------
 
 
-def test_published_numbers_are_of_metrics_that_there_are() -> None:
+def test_published_numbers_belong_to_existing_metrics() -> None:
     found = {name: references(name) for name in (VALIDATION, *TASKS)}
     assert all(r.metric in ("loss", "perplexity", *ACCURACIES) and r.convention for rs in found.values() for r in rs)
     assert all(0.2 < r.value < 0.7 for rs in found.values() for r in rs if r.metric.startswith("acc"))

@@ -1,4 +1,4 @@
-"""`restomod prepare fineweb-edu` as a process, with the real client, against a hub and a disk that fail."""
+"""`restomod prepare fineweb-edu` in a separate process with the real client, a failing hub and a full disk."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def prepare(hub: Hub, out: Path, home: Path, *flags: str) -> subprocess.Complete
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    """What a finished folder holds."""
+    """Return the content of a finished folder."""
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".verified")) == sorted(
         ["manifest.json", *(path.name for path in out.glob("*.bin"))]
     )
@@ -72,7 +72,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["a drop mid-file", "a slow server", "a server that stops", "a wrong hash"])
-def test_what_passes_is_got_over(hub: Hub, tmp_path: Path, undisturbed: dict[str, bytes], fault: str) -> None:
+def test_temporary_faults_are_retried(hub: Hub, tmp_path: Path, undisturbed: dict[str, bytes], fault: str) -> None:
     if fault == "a drop mid-file":
         hub.cut(after=9_000, times=3)
     elif fault == "a slow server":
@@ -90,7 +90,7 @@ def test_what_passes_is_got_over(hub: Hub, tmp_path: Path, undisturbed: dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["a wrong hash", "a missing file", "an error", "no server"])
-def test_what_does_not_pass_is_one_line_and_then_the_same_command_goes_on(
+def test_lasting_faults_are_one_line_and_the_same_command_resumes(
     hub: Hub, tmp_path: Path, undisturbed: dict[str, bytes], fault: str
 ) -> None:
     out, home = tmp_path / "out", tmp_path / "home"
@@ -126,7 +126,7 @@ def test_what_does_not_pass_is_one_line_and_then_the_same_command_goes_on(
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of its own, in memory, of the given size."""
+    """Mount an in-memory file system of the given size."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
@@ -139,9 +139,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["64k", "100k", "160k"])
-def test_a_full_disk_costs_no_finished_unit_and_more_room_mends_it(
-    hub: Hub, tmp_path: Path, undisturbed: dict[str, bytes], size: str
-) -> None:
+def test_a_full_disk_loses_no_finished_unit(hub: Hub, tmp_path: Path, undisturbed: dict[str, bytes], size: str) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, size):
         out = disk / "out"
@@ -159,7 +157,7 @@ def test_a_full_disk_costs_no_finished_unit_and_more_room_mends_it(
 
 
 @pytest.mark.slow
-def test_nothing_half_written_is_taken_for_whole_when_killed_while_downloading(
+def test_a_kill_during_a_download_leaves_no_partial_file(
     hub: Hub, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     hub.bytes_per_second = 15_000

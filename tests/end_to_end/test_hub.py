@@ -1,6 +1,6 @@
-"""Models by name on the command line, with the hub's own client, against a hub on this machine.
+"""Models by name on the command line, with the real client and a simulated hub.
 
-What may go wrong with a download is in tests/model/test_hub.py, where it takes no time.
+tests/model/test_hub.py has fast tests of failing downloads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GPT2 = "openai-community/gpt2"
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_positions=32)
 SAMPLE = ("--prompt", "the cat", "--num-samples", "1", "--max-tokens", "4", "--device", "cpu", "--precision", "fp32")
 
-# several commands in one process: what takes the time is to import torch
+# several commands in one process, because importing torch is slow
 COMMANDS = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -42,7 +42,7 @@ print(json.dumps(outcomes))
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A model as it would be published."""
+    """Return the files of a published model."""
     folder = tmp_path_factory.mktemp("model")
     save_model(random_model(SHAPE), folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -55,7 +55,7 @@ def hub(files: dict[str, bytes]) -> Iterator[Hub]:
 
 
 def run(hub: Hub, here: Path, *commands: tuple[str, ...], **environment: str) -> list[list[int | str]]:
-    """Exit code, output and errors of each command, given in ``here`` by one process with its cache there."""
+    """Return exit code, output and errors of each command, run by one process in ``here`` with its cache there."""
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands)],
         cwd=here,
@@ -69,13 +69,13 @@ def run(hub: Hub, here: Path, *commands: tuple[str, ...], **environment: str) ->
 
 
 def is_refused(outcome: list[int | str], said: str) -> bool:
-    """Whether a command ended with exit code 2 and one line that begins so."""
+    """Return whether a command ended with exit code 2 and one line with this beginning."""
     code, output, error = outcome
     assert isinstance(error, str)
     return (code, output) == (2, "") and error.startswith(f"restomod: error: {said}") and error.count("\n") == 1
 
 
-def test_gpt2_is_downloaded_once_and_then_needs_no_connection(hub: Hub, tmp_path: Path) -> None:
+def test_gpt2_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
     sample = ("sample", "gpt2", *SAMPLE)
     first, (code, inspected, error) = run(hub, tmp_path, sample, ("inspect", GPT2))
     assert [request.method for request in hub.requests].count("GET") == 3, "configuration, vocabulary, weights"
@@ -90,7 +90,7 @@ def test_gpt2_is_downloaded_once_and_then_needs_no_connection(hub: Hub, tmp_path
     assert is_refused(other, "someone/other: the Hugging Face hub cannot be reached (")
 
 
-def test_what_cannot_be_had_is_one_line_and_what_is_no_name_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_a_failed_download_is_one_line_and_invalid_names_are_not_requested(hub: Hub, tmp_path: Path) -> None:
     hub.gated = {"owner/gated"}
     hub.repos["owner/empty"] = {"config.json": b"{}"}
     hub.repos["owner/llama"] = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}

@@ -1,4 +1,4 @@
-"""`--init`: a run that starts from trained weights starts from those weights and no others."""
+"""`--init`: a run starts from exactly the given weights."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def with_flags(config: RunConfig) -> list[str]:
 
 
 def started_from(tiny: RunConfig, init: str | Path, run: Path, steps: int = 1) -> float:
-    """Train a step from ``init``; return the validation loss before it."""
+    """Train one step from ``init`` and return the validation loss before it."""
     assert train(dataclasses.replace(tiny, init=str(init), steps=steps), run, display=QUIET) == 0
     return validation(run)[0]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    """A configuration, and a run of it that made four steps, with checkpoints after two and four; not to be changed."""
+    """A configuration and its read-only run of four steps, with checkpoints after two and four steps."""
     folder = tmp_path_factory.mktemp("world")
     chance = random.Random(0)
     for i in range(4):
@@ -86,7 +86,7 @@ def source(world: tuple[RunConfig, Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def theirs(tiny: RunConfig, tmp_path: Path) -> tuple[Path, GPT2LMHeadModel]:
-    """A model with weights of no run, saved by transformers."""
+    """A model saved by transformers, without a run."""
     model = to_transformers(random_model(tiny.model))
     model.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs", model
@@ -95,7 +95,7 @@ def theirs(tiny: RunConfig, tmp_path: Path) -> tuple[Path, GPT2LMHeadModel]:
 # --- where it starts -------------------------------------------------------------------------------------------
 
 
-def test_a_run_starts_where_another_ended_or_was(tiny: RunConfig, source: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_any_checkpoint_of_another(tiny: RunConfig, source: Path, tmp_path: Path) -> None:
     _, middle, end = validation(source)
     assert middle != end
     assert started_from(tiny, source, tmp_path / "from the run") == end
@@ -118,14 +118,14 @@ def test_a_run_from_a_model_folder_has_transformers_loss(
     assert ours == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
 
 
-def test_the_seed_decides_everything_but_the_weights(tiny: RunConfig, source: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_everything_except_the_weights(tiny: RunConfig, source: Path, tmp_path: Path) -> None:
     first = started_from(dataclasses.replace(tiny, seed=1), source, tmp_path / "1", steps=2)
     second = started_from(dataclasses.replace(tiny, seed=2), source, tmp_path / "2", steps=2)
     assert first == second
     assert losses(tmp_path / "1")[1:] != losses(tmp_path / "2")[1:], "the order of the data"
 
 
-def test_the_summary_says_where_the_weights_are_from(
+def test_the_summary_names_the_initial_weights(
     tiny: RunConfig, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["train", "quickstart", "--out", str(tmp_path / "run"), *with_flags(tiny), "--steps", "1"]
@@ -181,7 +181,7 @@ def test_a_relative_path_is_made_absolute_and_a_run_pinned_to_its_checkpoint(
     assert read_config(Path("run")).init == str(source / "checkpoints/step_000004")
 
 
-def test_a_name_on_the_hub_is_kept_as_it_is(
+def test_a_name_on_the_hub_is_kept(
     tiny: RunConfig, theirs: tuple[Path, GPT2LMHeadModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("restomod.runs.open_model.download_model", lambda repository: theirs[0])
@@ -190,7 +190,7 @@ def test_a_name_on_the_hub_is_kept_as_it_is(
 
 
 def killed_before_a_checkpoint(config: RunConfig, run: Path) -> None:
-    """Start a run that dies in its first evaluation."""
+    """Start a run that is killed in its first evaluation."""
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -205,7 +205,7 @@ def killed_before_a_checkpoint(config: RunConfig, run: Path) -> None:
 def test_a_run_killed_before_its_first_checkpoint_starts_again_from_the_same_weights(
     tiny: RunConfig, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the run they were taken from has gone on since, and the current folder is another."""
+    """The source run has continued meanwhile, and the working directory is another."""
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(tiny, init="source", steps=3)
     train(config, Path("reference"), display=QUIET)
@@ -250,7 +250,7 @@ def test_a_run_with_a_checkpoint_no_longer_needs_its_initial_weights(
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
-def test_a_run_that_goes_on_cannot_be_given_other_initial_weights(
+def test_a_resumed_run_refuses_other_initial_weights(
     tiny: RunConfig, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: bool
 ) -> None:
     run = tmp_path / "run"
@@ -281,5 +281,5 @@ def test_weights_that_do_not_fit_in_memory_are_one_line(
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr("restomod.train.setup.load_model", too_large)
-    with pytest.raises(UserError, match=r"parameters does not fit here \(CUDA out of memory\.\)$"):
+    with pytest.raises(UserError, match=r"parameters does not fit into memory \(CUDA out of memory\.\)$"):
         train(dataclasses.replace(tiny, init=str(source)), tmp_path / "run", display=QUIET)

@@ -1,4 +1,4 @@
-"""A run on a mix of token folders sees its share of each in every step, and can be stopped and resumed."""
+"""Runs on a mix of token folders: shares in every step, validation, resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .conftest import QUIET
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Two folders of tokens: one long and of low ids, the other short and of high ids."""
+    """Two folders of tokens: a long one with low ids and a short one with high ids."""
     chance = np.random.default_rng(0)
     for name, low, high, n in (("web", 0, 100, 6_000), ("books", 200, 300, 700)):
         (tmp_path / name).mkdir()
@@ -44,15 +44,16 @@ def mixed(tiny: RunConfig, folders: list[Path]) -> RunConfig:
 
 def test_every_step_has_its_share_of_each_folder(mixed: RunConfig, tmp_path: Path) -> None:
     training = set_up(mixed, tmp_path / "run", resume=False)
-    for step in range(30):  # 4 sequences a step, one of them from the short folder: beyond its epoch
+    for step in range(30):  # 4 sequences per step, one from the short folder, for more than one epoch
         ((x, _),) = training.data.batches.micro_batches(step, 4)
         assert ((x >= 200).all(dim=1).sum().item(), (x < 100).all(dim=1).sum().item()) == (1, 3)
     table = dict(run_summary(training))
-    assert table["data"].startswith("0.75 web + 0.25 books: 7,100 tokens; 6,700 for training, 400 for validation")
+    assert table["data"] == "0.75 web + 0.25 books (7,100 tokens)"
+    assert table["split"] == "6,700 training tokens, 400 validation tokens"
     assert table["steps"] == "8 (1,024 tokens, 0.13 epochs of web, 0.38 epochs of books)"
 
 
-def test_validation_is_told_of_each_and_its_mean_goes_by_share(
+def test_the_validation_loss_is_the_mean_weighted_by_share(
     mixed: RunConfig, folders: list[Path], tmp_path: Path
 ) -> None:
     assert train(mixed, tmp_path / "run", display=QUIET) == 0
@@ -89,7 +90,7 @@ def test_mix_is_a_flag_of_train(restomod: Callable, folders: list[Path], tmp_pat
     assert err.count("\n") == 1
 
 
-def test_what_the_text_of_its_folders_was_is_told(tmp_path: Path) -> None:
+def test_counts_of_read_files_are_summed(tmp_path: Path) -> None:
     for name, content in (("a", "one <|endoftext|> two"), ("b", "three"), ("c", "four <|endoftext|>")):
         (tmp_path / f"{name}.txt").write_text(content * 9)
         prepare_folder((str(tmp_path / f"{name}.txt"),), PrepareConfig(), tmp_path / name, 1)

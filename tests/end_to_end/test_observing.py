@@ -1,4 +1,4 @@
-"""A run that is evaluated and sampled along the way is the run that is not, compiled or eager."""
+"""Evaluation and sampling do not change a run, compiled or eager."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SAMPLING = SamplingConfig(prompts=("the cat", "", "a dog runs under the old tree
 
 
 def runs(tiny: RunConfig, folder: Path, task: Path, **values: Any) -> tuple[Path, Path]:
-    """Two runs: one evaluated and sampled every 5 steps and saved at each, the other only at the end."""
+    """Train two runs: one with frequent evaluation, samples and checkpoints, the other with these at the end only."""
     config = dataclasses.replace(tiny, sampling=SAMPLING, sanity_checks=False, **values)
     watched, alone = folder / "watched", folder / "alone"
     often = dataclasses.replace(config, eval_every=5, sample_every=5, save_every=1, eval_tasks=(str(task),))
     train(often, watched, display=QUIET)
-    torch.manual_seed(99)  # a run must not depend on the process's own random state either
+    torch.manual_seed(99)  # a run must not depend on the random state of the process
     train(dataclasses.replace(config, eval_every=1000, sample_every=1000, save_every=1000), alone, display=QUIET)
     assert [r["step"] for r in read_jsonl(watched / "metrics.jsonl") if r["kind"] == "val"] == [0, 5, 10, 12]
     assert [r["step"] for r in read_jsonl(watched / "samples.jsonl", SampleRecord)] == [
@@ -67,7 +67,7 @@ def test_evaluating_and_sampling_change_nothing_in_a_compiled_run(
 
 
 def graphs(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many graphs a compiled run hands to its backend, those of recompilations included."""
+    """Return the number of graphs that a compiled run passes to its backend, including recompilations."""
     torch.compiler.reset()
     counter, compile = CompileCounter(), torch.nn.Module.compile
     with monkeypatch.context() as patch:

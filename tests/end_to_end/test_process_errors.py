@@ -1,4 +1,4 @@
-"""What goes wrong in a run of several processes is one line, whether one process meets it or all, and nobody hangs."""
+"""Errors of one or all ranks are reported in one line, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .test_processes import NEVER, command, new_run, succeeded
 
 
 def the_one_error(ended: list[Ended]) -> str:
-    """The one line that all processes together have written to standard error; all have failed."""
+    """Return the only line on standard error of all ranks, which must all have failed."""
     assert all(e.code == 2 for e in ended), [(e.code, e.error) for e in ended]
     (line,) = error_lines(ended)
     assert line.startswith("restomod: error: ")
@@ -51,13 +51,13 @@ def the_one_error(ended: list[Ended]) -> str:
         (["quickstart", "--out", "/"], "already exists"),
     ],
 )
-def test_what_all_processes_find_wrong_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_an_error_on_all_ranks_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     if not {"--out", "--resume"} & set(arguments):
         arguments = [*arguments, "--out", str(tmp_path / "run")]
     assert message in the_one_error(launch(2, command, *arguments, timeout=30))
 
 
-def test_the_batches_that_a_message_proposes_can_be_shared(shared: RunConfig, tmp_path: Path) -> None:
+def test_batches_proposed_by_a_message_can_be_shared(shared: RunConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(shared, batch_tokens=16 * 7, steps=1)
     line = the_one_error(new_run(2, config, tmp_path / "run"))
     proposed = [int(n) for n in re.findall(r"\d+", line.split("--batch-tokens")[1].split(",")[0])]
@@ -68,7 +68,7 @@ def test_the_batches_that_a_message_proposes_can_be_shared(shared: RunConfig, tm
     assert processes == [1, 7]
 
 
-def test_the_micro_batches_that_a_message_proposes_fit(shared: RunConfig, tmp_path: Path) -> None:
+def test_micro_batches_proposed_by_a_message_fit(shared: RunConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(shared, batch_tokens=16 * 12, micro_batch=4, steps=1)
     line = the_one_error(new_run(2, config, tmp_path / "run"))
     assert "micro_batch 4 does not divide the 6 sequences" in line
@@ -79,7 +79,7 @@ def test_the_micro_batches_that_a_message_proposes_fit(shared: RunConfig, tmp_pa
 
 
 def only_in(rank: int, patch: Callable[[pytest.MonkeyPatch], None], *arguments: str) -> None:
-    """The command line, with something broken in one process."""
+    """Run the command line with a fault on one rank."""
     if os.environ["RANK"] == str(rank):
         patch(pytest.MonkeyPatch())
     command(*arguments)
@@ -130,7 +130,7 @@ def without_disk_later(patch: pytest.MonkeyPatch) -> None:
 
 
 def with_infinite_loss(patch: pytest.MonkeyPatch) -> None:
-    """An infinite loss in one process is one in all, as it is averaged."""
+    """The loss is averaged, so an infinite loss on one rank is infinite on all."""
     patch.setattr(step_module, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * math.inf, raising=True)
 
 
@@ -140,7 +140,7 @@ def with_infinite_loss(patch: pytest.MonkeyPatch) -> None:
     [*(functools.partial(broken, what) for what in ("device", "data", "memory", "disk")), insane, without_disk_later],
     ids=["device", "data", "memory", "disk", "insane", "disk later"],
 )
-def test_what_one_process_finds_wrong_stops_all(
+def test_an_error_on_one_rank_stops_all(
     shared: RunConfig, tmp_path: Path, rank: int, patch: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     run = tmp_path / "run"
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_all_in_one_line(shared: RunConfig, tmp_path: Path) ->
     assert "cannot save" in line
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all(shared: RunConfig, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(shared: RunConfig, tmp_path: Path) -> None:
     arguments = (
         "quickstart",
         "--out",
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(shared: RunConfig, t
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_optimizer_that_one_process_cannot_load_stops_all(shared: RunConfig, tmp_path: Path, rank: int) -> None:
+def test_an_optimizer_that_one_rank_cannot_load_stops_all(shared: RunConfig, tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"
     train(dataclasses.replace(shared, steps=1), run, display=QUIET)
     ended = launch(

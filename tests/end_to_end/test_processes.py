@@ -1,4 +1,4 @@
-"""Runs of several processes: the numbers, files and errors of one, whoever stops, fails or is killed."""
+"""Runs of several ranks: numbers and files equal those of one rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEVER = 10**6
 
 
 def command(*arguments: str) -> None:
-    """The command line in one of several processes."""
+    """Run the command line on one of several ranks."""
     sys.exit(main(["train", *arguments]))
 
 
@@ -52,7 +52,7 @@ def succeeded(ended: list[Ended]) -> None:
 
 
 def same_curve(ours: Path, theirs: Path) -> None:
-    """Equal records, and losses within 1e-4 of each other; in norms the rounding of a sum shows more."""
+    """Assert equal records and losses within 1e-4; gradient norms have larger rounding errors."""
     records, expected = (read_jsonl(run / "metrics.jsonl") for run in (ours, theirs))
     assert [(r["kind"], r["step"]) for r in records] == [(r["kind"], r["step"]) for r in expected]
     for key, tolerance in (("loss", 1e-4), ("grad_norm", 5e-4)):
@@ -65,7 +65,7 @@ def close_weights(a: Path, b: Path, step: int) -> None:
     ours, theirs = load_file(a / name), load_file(b / name)
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
-        if not key.endswith("c_attn.bias"):  # that of the keys has no influence, so nothing holds it in place
+        if not key.endswith("c_attn.bias"):  # the bias of the keys has no effect on the loss, so it may drift
             assert (ours[key] - expected).norm() <= 1e-3 * expected.norm(), key
 
 
@@ -73,12 +73,12 @@ def close_weights(a: Path, b: Path, step: int) -> None:
 
 
 def recorded(config: RunConfig, run: Path) -> dict[int, list[int]]:
-    """Train, and tell which windows this process loads for each step."""
+    """Train, and return the windows that this rank loads for each step."""
     seen: dict[int, list[int]] = {}
     micro_batches, load = Batches.micro_batches, Batches.load
 
     def of_step(self: Batches, step: int, *arguments: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:  # all in one thread, that of the prefetching
+        with pytest.MonkeyPatch.context() as patch:  # all in the prefetching thread
 
             def kept(self: Batches, windows: Any) -> Any:
                 if threading.current_thread().name.startswith("prefetch"):
@@ -102,7 +102,7 @@ ALL = [(n, b, way) for n in (1, 2, 4) for b in (1, 2, 4) for way in ("ddp", "fsd
     ("count", "micro_batch", "parallel"),
     [*SOME, *(pytest.param(*way, marks=pytest.mark.slow) for way in ALL if way not in SOME)],
 )
-def test_a_run_of_several_processes_is_that_of_one(
+def test_a_run_of_several_ranks_equals_that_of_one(
     shared: RunConfig, tmp_path: Path, count: int, micro_batch: int, parallel: Parallel
 ) -> None:
     config = dataclasses.replace(shared, batch_tokens=256, steps=20)
@@ -120,7 +120,7 @@ def test_a_run_of_several_processes_is_that_of_one(
 
 
 def opened(config: RunConfig, run: Path, resume: bool) -> list[str]:
-    """Train, and tell which files of the run this process opens."""
+    """Train, and return the files of the run that this rank opens."""
     found: list[str] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -142,7 +142,7 @@ def test_only_the_main_process_opens_files_of_the_run(shared: RunConfig, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_looking_at_a_run_changes_nothing(
+def test_evaluation_and_sampling_change_nothing(
     shared: RunConfig, questions: Path, tmp_path: Path, parallel: Parallel
 ) -> None:
     shared = dataclasses.replace(shared, eval_tasks=(str(questions),))
@@ -165,7 +165,7 @@ def test_looking_at_a_run_changes_nothing(
 
 
 def tasks(run: Path) -> list[dict[str, Any]]:
-    """What a run logged of its tasks, but for the time that they took."""
+    """Return the task records of a run without their durations."""
     kept = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "task"]
     assert len(kept) > 2
     return [{key: value for key, value in r.items() if key not in ("seconds", "time")} for r in kept]
@@ -179,7 +179,7 @@ def train_quietly(config: RunConfig, run: Path, resume: bool = False) -> int:
 
 
 def beginning(run: Path, of: Path, step: int) -> Path:
-    """What was there of a run when it had made the checkpoint of ``step``."""
+    """Copy a run as it was at the checkpoint of ``step``."""
     shutil.copytree(of, run)
     for saved in (run / "checkpoints").iterdir():
         if int(saved.name.removeprefix("step_")) > step:
@@ -188,12 +188,12 @@ def beginning(run: Path, of: Path, step: int) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(shared: RunConfig, tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(shared: RunConfig, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     assert train(shared, reference, display=QUIET) == 0
     ways: list[tuple[int, Parallel]] = [(2, "ddp"), (4, "fsdp"), (2, "fsdp"), (1, "ddp"), (4, "ddp")]
     run = beginning(tmp_path / "run", reference, 4)
-    for i, (count, parallel) in enumerate(ways):  # each makes the next checkpoint, from that of the one before
+    for i, (count, parallel) in enumerate(ways):  # each part resumes from the checkpoint of the previous part
         if i:
             run = beginning(tmp_path / f"run{i}", run, 4 if i % 2 == 0 else 8)
         config = dataclasses.replace(shared, parallel=parallel)
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_another_number_of_processes(shared: RunConfig, tmp_p
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_same_number_of_processes_goes_on_bit_for_bit(
+def test_resuming_with_the_same_number_of_ranks_is_bit_identical(
     shared: RunConfig, tmp_path: Path, parallel: Parallel
 ) -> None:
     reference = tmp_path / "reference"
@@ -238,7 +238,7 @@ def test_transformers_reads_the_checkpoints_of_an_fsdp_run(shared: RunConfig, tm
     assert theirs == pytest.approx(ours, rel=1e-5)
 
 
-def test_one_process_goes_on_with_an_fsdp_run_if_told_how(shared: RunConfig, tmp_path: Path) -> None:
+def test_one_rank_resumes_an_fsdp_run_with_parallel_ddp(shared: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = dataclasses.replace(shared, steps=4, parallel="fsdp")
     assert results(2, train_quietly, config, run) == [0, 0]

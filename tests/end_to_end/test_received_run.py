@@ -1,4 +1,4 @@
-"""A run's folder that comes from elsewhere: nothing outside of it is written through the links in it."""
+"""A received run folder: links in it do not cause writes outside of it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_a_resumption_writes(name: str, run: Path) -> None:
 @pytest.mark.parametrize("target", ["../secret", "../new"])
 def test_what_a_run_appends(target: str, run: Path) -> None:
     mine = RunFolder(run, open_run(str(run)).config)
-    put_link(run / "metrics.jsonl", target)  # afterwards: a run with such a link is not opened
+    put_link(run / "metrics.jsonl", target)  # created later, because a run with such a link is not opened
     mine.log("train", 1, loss=1.0)
     assert isinstance(mine.write_records(), OSError)
 

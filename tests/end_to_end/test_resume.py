@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is, bit for bit, the run that was not."""
+"""A killed and resumed run is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 def same_checkpoint(a: Path, b: Path, step: int) -> bool:
-    """Are the weights and the optimizer's state of two runs equal to the last bit?"""
+    """Return whether weights and optimizer state of two runs are bit-identical."""
     for name in ("model.safetensors", "training_state/optimizer.safetensors"):
         tensors, others = (load_file(run / "checkpoints" / f"step_{step:06d}" / name) for run in (a, b))
         assert len(tensors) > 20
@@ -39,24 +39,31 @@ def same_checkpoint(a: Path, b: Path, step: int) -> bool:
 
 
 def assert_same_run(a: Path, b: Path, step: int) -> None:
-    """Equal losses, and equal checkpoints of ``step``."""
+    """Assert equal losses and equal checkpoints of ``step``."""
     assert losses(a) == losses(b)
     assert same_checkpoint(a, b, step)
 
 
-def kill_after(lines: int, delay: float, process: subprocess.Popen[str]) -> None:
-    """SIGKILL ``process`` a moment after it has printed its ``lines``-th line about a step."""
-    assert process.stdout is not None
-    about_steps = (line for line in process.stdout if line.startswith("step "))
-    for _ in zip(range(lines), about_steps, strict=False):
-        pass
+def kill_after(records: int, delay: float, process: subprocess.Popen[str], run: Path) -> None:
+    """Kill a training process (SIGKILL) ``delay`` seconds after it has logged a number of new records."""
+    log = run / "metrics.jsonl"
+    before, new = _count_lines(log), 0
+    while process.poll() is None and new < records:
+        now = _count_lines(log)
+        new += max(0, now - before)  # a resumed run first removes records
+        before = now
+        time.sleep(0.002)
     time.sleep(delay)
     process.kill()
     process.communicate()
 
 
+def _count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, seed: int, threads: int = 1) -> None:
-    """Kill and resume a run ``kills`` times, let it finish, and compare it with one that was left alone."""
+    """Kill and resume a run ``kills`` times, let it finish, and compare it with an uninterrupted run."""
     reference, killed = tmp_path / "runs/reference", tmp_path / "runs/killed"
     _, error = restomod("train", "quickstart", "--out", str(reference), *flags(tiny), threads=threads).communicate()
     assert (reference / "checkpoints" / f"step_{tiny.steps:06d}").exists(), error
@@ -64,7 +71,7 @@ def check_kills(tiny: RunConfig, tmp_path: Path, restomod: Start, kills: int, se
     for attempt in range(kills):
         arguments = ("--resume", str(killed)) if attempt else ("quickstart", "--out", str(killed), *flags(tiny))
         process = restomod("train", *arguments, threads=threads)
-        kill_after(chance.randrange(1, tiny.steps), chance.uniform(0, 0.05), process)
+        kill_after(chance.randrange(1, tiny.steps), chance.uniform(0, 0.05), process, killed)
     output, error = restomod("train", "--resume", str(killed), threads=threads).communicate(timeout=120)
     assert "finished" in output or "already" in output, error
     assert_same_run(killed, reference, tiny.steps)
@@ -86,9 +93,7 @@ def test_several_kills_change_nothing(
     check_kills(config, tmp_path, restomod, kills=4, seed=seed, threads=2)
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(
-    tiny: RunConfig, tmp_path: Path, restomod: Start
-) -> None:
+def test_a_kill_during_a_save_keeps_the_previous_checkpoint(tiny: RunConfig, tmp_path: Path, restomod: Start) -> None:
     reference, killed = tmp_path / "runs/reference", tmp_path / "runs/killed"
     train(tiny, reference, display=QUIET)
     die_before_second_rename = """
@@ -117,7 +122,7 @@ sys.exit(main())
     assert not list((killed / "checkpoints").glob(".*")), "the unfinished checkpoint was left behind"
 
 
-def test_a_checkpoint_whose_deletion_was_cut_short_is_removed_at_the_next_start(
+def test_a_partly_deleted_checkpoint_is_removed_at_the_next_start(
     tiny: RunConfig, tmp_path: Path, restomod: Start
 ) -> None:
     run = tmp_path / "run"
@@ -152,7 +157,7 @@ SELDOM = [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.
 @pytest.mark.parametrize(
     "sent", [signal.SIGINT, signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)]
 )
-def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
+def test_a_stop_signal_saves_a_checkpoint_and_prints_how_to_resume(
     tiny: RunConfig, tmp_path: Path, restomod: Start, sent: signal.Signals
 ) -> None:
     run = tmp_path / "run"
@@ -188,7 +193,7 @@ sys.exit(main())
     while not (tmp_path / "began").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    assert len(list((tmp_path / "data").iterdir())) == 2  # what is half made, and its lock
+    assert len(list((tmp_path / "data").iterdir())) == 2  # partial file and its lock
     process.terminate()
     _, error = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
@@ -197,13 +202,11 @@ sys.exit(main())
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_being_trained_is_left_alone(
-    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_in_training_is_locked(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(run_lock, "PATIENCE", 0.2)
     assert train(tiny, run, display=QUIET) == 0
-    (run / "checkpoints" / f".restomod.{'0' * 16}.tmp").mkdir()  # as if it were being written
+    (run / "checkpoints" / f".restomod.{'0' * 16}.tmp").mkdir()  # simulates a write in progress
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 12, "loss": 1.0}\n')
     with open(run / "config.json", "a") as f:
@@ -251,7 +254,7 @@ def test_a_stop_before_the_first_step_can_be_resumed_too(
         ("config.json", b"["),
     ],
 )
-def test_a_damaged_record_costs_a_line_or_is_refused_in_one(
+def test_a_damaged_record_is_skipped_or_refused_in_one_line(
     tiny: RunConfig, tmp_path: Path, name: str, damage: bytes
 ) -> None:
     run = tmp_path / "run"
@@ -266,7 +269,7 @@ def test_a_damaged_record_costs_a_line_or_is_refused_in_one(
             train(read_config(run), run, resume=True, display=QUIET)
 
 
-def test_when_the_reader_of_the_output_leaves_the_run_stops_with_a_checkpoint(
+def test_a_run_stops_with_a_checkpoint_when_the_reader_of_its_output_exits(
     tiny: RunConfig, tmp_path: Path, restomod: Start
 ) -> None:
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A run that goes on with other settings, another precision, or with files that are not its own."""
+"""Resuming with other settings, another precision, or files of another run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def short(folder: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text and a run that has made two steps on it; not to be changed."""
+    """A read-only folder with a text and a run of two steps."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "text").mkdir()
     chance = random.Random(0)
@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
-    """A copy of that run, at another place."""
+    """A copy of that run in another folder."""
     return shutil.copytree(made / "run", tmp_path / "run")
 
 
@@ -73,7 +73,7 @@ def trained(run: Path) -> list[int]:
 
 
 def rewrite_hash(checkpoint: Path, name: str) -> None:
-    """Let `COMPLETE` vouch for a file as it is now."""
+    """Update the SHA-256 of a file in `COMPLETE`."""
     record = json.loads((checkpoint / "COMPLETE").read_text())
     file = checkpoint / name
     record["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
@@ -104,7 +104,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "spike_sigmas": {"spike_sigmas": 0.0},
     "device": {"device": "cpu"},
     "precision": {"precision": "bf16"},
-    "parallel": {"parallel": "fsdp"},  # of two processes
+    "parallel": {"parallel": "fsdp"},  # two ranks
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "deterministic": {"deterministic": True},
     "compile": {"compile": "off"},
@@ -114,12 +114,12 @@ CHANGED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_setting_that_may_change_is_tried() -> None:
+def test_every_changeable_setting_is_tested() -> None:
     assert CHANGED.keys() == {field.name for field in dataclasses.fields(RunConfig)} - set(FIXED)
 
 
 @pytest.mark.parametrize("name", sorted(CHANGED))
-def test_a_run_goes_on_with_another(name: str, run: Path, made: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_setting(name: str, run: Path, made: Path, tmp_path: Path) -> None:
     if name == "parallel":
         ended = launch(2, resume_in_parallel, run)
         assert [e.code for e in ended] == [0, 0], [e.error for e in ended]
@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_another(name: str, run: Path, made: Path, tmp_path: 
 
 
 def resume_in_parallel(run: Path) -> None:
-    """One of two processes that share a run's model."""
+    """Train on one of two ranks that shard the model."""
     raise SystemExit(main(["train", "--resume", str(run), "--steps", "3", "--parallel", "fsdp"]))
 
 
@@ -155,8 +155,8 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("before", PRECISIONS)
-def test_a_run_goes_on_in_any_precision(made: Path, tmp_path: Path, before: Precision, optimizer: Any) -> None:
-    """And back, with the optimizer's state; only fp16 has a loss scale."""
+def test_a_run_resumes_in_any_precision(made: Path, tmp_path: Path, before: Precision, optimizer: Any) -> None:
+    """The optimizer state is kept in both directions; only fp16 has a loss scale."""
     optim = dataclasses.replace(short(made).optim, optimizer=optimizer)
     config = dataclasses.replace(short(made), optim=optim, precision=before, keep_checkpoints=0)
     run = tmp_path / "run"
@@ -175,7 +175,7 @@ def test_a_run_goes_on_in_any_precision(made: Path, tmp_path: Path, before: Prec
 # --- checkpoints that are not the run's own ------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_another_seed_is_set_aside_by_name(run: Path, made: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_seed_is_renamed(run: Path, made: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     train(dataclasses.replace(short(made), seed=1, steps=4), other, display=QUIET)
     shutil.copytree(other / "checkpoints/step_000004", run / "checkpoints/step_000004")
@@ -227,7 +227,7 @@ def test_a_state_that_lacks_a_value_is_refused(key: str, run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
-def test_a_checkpoint_that_is_not_finite_is_set_aside(name: str, run: Path, made: Path) -> None:
+def test_a_checkpoint_that_is_not_finite_is_renamed(name: str, run: Path, made: Path) -> None:
     assert train(dataclasses.replace(read_config(run), steps=3), run, resume=True, display=QUIET) == 0
     file = run / "checkpoints/step_000003" / name
     tensors = load_file(file)
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_not_finite_is_set_aside(name: str, run: Path, made
     rewrite_hash(run / "checkpoints/step_000003", name)
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=4), run, resume=True, display=heard(said)) == 0
-    assert any(f"set aside: {file}: {first} has values that are not finite" in line for line in said)
+    assert any(f"unusable checkpoint renamed: {file}: {first} has values that are not finite" in line for line in said)
     assert any("resuming from step 2" in line for line in said)
     assert trained(run) == [0, 1, 2, 3]
 
@@ -245,13 +245,11 @@ def test_a_checkpoint_that_is_not_finite_is_set_aside(name: str, run: Path, made
 # --- what a resumption leaves alone --------------------------------------------------------------------------
 
 
-def test_fewer_steps_than_made_are_refused_and_as_many_are_finished(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fewer_steps_are_refused_and_equal_steps_are_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(run)
     assert main(["train", "--resume", str(run), "--steps", "1"]) == 2
     error = capsys.readouterr().err
-    assert "has made 2 steps already" in error
+    assert "is already at step 2" in error
     assert error.count("\n") == 1
     assert main(["train", "--resume", str(run), "--steps", "2", "--eval-every", "7"]) == 0
     assert "already" in capsys.readouterr().out
@@ -283,7 +281,7 @@ def test_a_run_that_has_reached_its_target_makes_no_more_steps(made: Path, tmp_p
     assert trained(run) == [0, 1]
 
 
-def test_damaged_lines_amid_the_log_are_told_and_kept(run: Path) -> None:
+def test_damaged_lines_in_the_log_are_reported_and_kept(run: Path) -> None:
     log = run / "metrics.jsonl"
     first, *others = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(first + b'{"kind": "tr\xff\n' + b"".join(others) + b'{"kind": "train", "st')
@@ -295,7 +293,7 @@ def test_damaged_lines_amid_the_log_are_told_and_kept(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [slice(0), slice(0, 2), slice(2, None)])
-def test_steps_that_the_log_lacks_are_told(kept: slice, run: Path) -> None:
+def test_missing_steps_in_the_log_are_reported(kept: slice, run: Path) -> None:
     log = run / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[kept]))
@@ -303,11 +301,11 @@ def test_steps_that_the_log_lacks_are_told(kept: slice, run: Path) -> None:
     said: list[str] = []
     assert train(dataclasses.replace(read_config(run), steps=3), run, resume=True, display=heard(said)) == 0
     assert lacking
-    assert f"warning: {log} lacks {lacking} of the 2 steps before this one" in said
+    assert f"warning: {log} lacks {lacking} of the 2 steps before the checkpoint" in said
 
 
 def heard(said: list[str]) -> Display:
-    """A display that notes its lines in ``said``."""
+    """Return a display that appends its lines to ``said``."""
 
     class Heard(Display):
         def line(self, text: str, style: str = "") -> None:

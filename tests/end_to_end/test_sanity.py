@@ -1,4 +1,4 @@
-"""A run checks its model before its first step, and the checks leave no trace in it."""
+"""Sanity checks before the first step, which do not change the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .conftest import QUIET, flags, losses
 NOTHING_IS_MASKED: Plant = QUICK_FAULTS["a mask that hides nothing"][0]
 
 
-def test_the_checks_change_not_one_bit_of_a_run(tiny: RunConfig, tmp_path: Path) -> None:
+def test_sanity_checks_change_no_bit_of_a_run(tiny: RunConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny, steps=4)
     train(config, tmp_path / "with", display=QUIET)
     train(dataclasses.replace(config, sanity_checks=False), tmp_path / "without", display=QUIET)
@@ -33,7 +33,7 @@ def test_the_checks_change_not_one_bit_of_a_run(tiny: RunConfig, tmp_path: Path)
         assert all(torch.equal(a[key].view(torch.int32), b[key].view(torch.int32)) for key in a)
 
 
-def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
+def test_only_a_new_run_lists_its_sanity_checks(
     tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
@@ -41,15 +41,15 @@ def test_a_run_says_what_was_checked_but_not_when_it_goes_on(
     first_step = next(i for i, line in enumerate(lines) if line.startswith("step "))
     (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss 1")]
     assert lines[initial + 1 : first_step] == [
-        "also checked: targets, causality, gradients, tied lm_head",
+        "sanity checks passed: targets, causality, gradients, tied lm_head",
         "warning: kernel shapes: n_embd 32 is not a multiple of 64: training is slower",
     ]
     train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)
     assert "initial loss" not in (out := capsys.readouterr().out)
-    assert "checked" not in out
+    assert "sanity checks passed" not in out
 
 
-def test_a_planted_fault_stops_a_run_before_it_leaves_anything(
+def test_a_planted_fault_stops_a_run_before_files_are_written(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     NOTHING_IS_MASKED(monkeypatch)
@@ -62,19 +62,17 @@ def test_a_planted_fault_stops_a_run_before_it_leaves_anything(
     assert not run.parent.exists()
 
 
-def test_who_insists_can_train_without_the_checks(
+def test_a_flag_disables_the_checks(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     NOTHING_IS_MASKED(monkeypatch)
     run, config = tmp_path / "run", dataclasses.replace(tiny, steps=1)
     assert main(["train", "quickstart", "--out", str(run), *flags(config), "--no-sanity-checks"]) == 0
     assert len(losses(run)) == 1 + 2
-    assert "check" not in capsys.readouterr().out.replace(str(run), "").replace("checkpoint", "")
+    assert "sanity checks passed" not in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_from_before_its_first_step_is_checked(
-    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumed_at_step_0_is_checked(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Sweeps of real trainings: killed, short of disk, configured wrongly, shared."""
+"""Sweeps of real runs: killed, disk full, invalid configuration, several processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 @pytest.fixture
 def shared_flags(tiny: RunConfig) -> list[str]:
-    """Those of `tiny`, but for what is swept; without the checks that come before a run."""
+    """Return the flags of `tiny` without swept settings and without sanity checks."""
     given = flags(tiny)
     for name in ("--optim.lr", "--model.n-embd", "--eval-tokens"):
         at = given.index(name)
@@ -29,15 +29,13 @@ def shared_flags(tiny: RunConfig) -> list[str]:
     return [*given, "--no-sanity-checks"]
 
 
-def test_what_is_killed_invalid_or_out_of_disk_is_recorded_and_the_others_finish(
-    tmp_path: Path, shared_flags: list[str]
-) -> None:
+def test_failed_trials_are_recorded_and_the_others_finish(tmp_path: Path, shared_flags: list[str]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("cannot mount a small disk here")
     try:
-        # the checkpoint of a model 512 wide has 300 MB, those of the others up to 25
+        # the checkpoint of width 512 has 300 MB, the others at most 25 MB
         space = ("--grid", "model.n_embd=32,40,33,512,24")
         folder = disk / "sweep"
         process = start(folder, *space, *shared_flags, "--keep-checkpoints", "1", "--no-keep-best", real=True)
@@ -63,7 +61,7 @@ def test_what_is_killed_invalid_or_out_of_disk_is_recorded_and_the_others_finish
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_sweep_killed_at_random_is_the_sweep_that_was_not(tmp_path: Path, shared_flags: list[str]) -> None:
+def test_a_sweep_killed_at_random_equals_an_uninterrupted_one(tmp_path: Path, shared_flags: list[str]) -> None:
     arguments = ("--grid", "optim.lr=1e-3,3e-3", *shared_flags)
     began = time.monotonic()
     code, said = run(tmp_path / "whole", *arguments, real=True)
@@ -98,7 +96,7 @@ def test_two_processes_share_a_sweep(tmp_path: Path, shared_flags: list[str]) ->
     assert all(len([k for k, _, _ in run if k == "train"]) == 12 for run in losses(folder).values())
 
 
-def test_a_trial_is_the_run_that_train_makes(tmp_path: Path, shared_flags: list[str]) -> None:
+def test_a_trial_equals_the_run_of_train(tmp_path: Path, shared_flags: list[str]) -> None:
     code, said = run(tmp_path / "sweep", "--grid", "optim.lr=2e-3", *shared_flags, real=True)
     assert code == 0, said
     command = ["train", "quickstart", *shared_flags, "--optim.lr", "2e-3", "--out", str(tmp_path / "trials" / "alone")]

@@ -1,4 +1,4 @@
-"""Runs on text of one's own: what was read is said at the start of each of them, and folders may have any name."""
+"""Runs on the user's text: counts of read files at the start, separators, folders with any name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from restomod.config.run import DataConfig, RunConfig
 from restomod.config.serialize import read_config
 from restomod.data.dataset import write_shard
 from restomod.runs.metrics import read_jsonl
-from restomod.train.console_lines import run_summary
+from restomod.train.console_lines import run_summary, run_warnings
 from restomod.train.loop import train
 from restomod.train.setup import set_up
 
@@ -21,7 +21,7 @@ from .conftest import QUIET, flags
 END = "<|endoftext|>"
 
 
-def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again(
+def test_train_lists_read_files_and_warnings_also_with_cached_tokens(
     tiny: RunConfig, text: Path, tmp_path: Path
 ) -> None:
     stories = (text / "0.txt").read_text()
@@ -30,17 +30,18 @@ def test_train_says_what_it_read_and_warns_also_where_the_tokens_are_found_again
     (text / "link.txt").symlink_to("1.txt")
     n = stories.count(" cat ")
     for _ in range(2):
-        rows = run_summary(set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False))
+        training = set_up(dataclasses.replace(tiny, sanity_checks=False), tmp_path / "run", resume=False)
+        rows = run_summary(training)
         assert ("read", f"8 files as plain text (.txt, {size:,} bytes)") in rows
         assert ("skipped", "1 file or folder: duplicate path 1") in rows
-        (warning,) = (text for name, text in rows if name == "warning")
+        (warning,) = run_warnings(training)
         assert f"a literal <|endoftext|> {n} times" in warning
         for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         (tmp_path / "run").rmdir()
 
 
-def test_separator_is_a_flag_of_train_and_stays_on_resuming(tiny: RunConfig, text: Path, tmp_path: Path) -> None:
+def test_separator_is_a_flag_of_train_and_is_kept_on_resuming(tiny: RunConfig, text: Path, tmp_path: Path) -> None:
     (text / "0.txt").write_text(f"\n{END}\n".join(["the cat sleeps and never runs"] * 5 + ["a dog"]))
     run = tmp_path / "run"
     short = dataclasses.replace(tiny, steps=4)
@@ -50,7 +51,7 @@ def test_separator_is_a_flag_of_train_and_stays_on_resuming(tiny: RunConfig, tex
     training = set_up(dataclasses.replace(config, steps=6), run, resume=True)
     assert training.start.step == 4
     assert training.data.dataset.manifest["documents"] == 7 + 6
-    assert not any(name == "warning" for name, _ in run_summary(training))
+    assert run_warnings(training) == []
 
 
 def test_a_mix_of_folders_with_commas_and_colons_resumes(tiny: RunConfig, tmp_path: Path) -> None:

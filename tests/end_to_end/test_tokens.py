@@ -1,4 +1,4 @@
-"""A run on tokens that are there already sees the batches that numpy cuts out of the files."""
+"""Runs on existing token shards: batches equal slices of the files read by numpy."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ KINDS = ["prepared", "llm.c", "build-nanogpt"]
 
 @pytest.fixture
 def prepared(text: Path, tmp_path: Path) -> Path:
-    """The text as token shards of a thousand tokens."""
+    """The text as token shards of 1,000 tokens."""
     out = tmp_path / "prepared"
     prepare_folder((str(text),), PrepareConfig(val_fraction=0.2, shard_tokens=1000), out, workers=1)
     return out
 
 
 def as_published(prepared: Path, kind: str) -> tuple[Path, dict[str, np.ndarray]]:
-    """The same tokens as others lay them out, and what numpy reads from those files."""
+    """The same tokens in formats of other projects, and the tokens that numpy reads from the files."""
     folder = prepared.parent / kind
     folder.mkdir(exist_ok=True)
     tokens: dict[str, np.ndarray] = {}
@@ -70,9 +70,7 @@ def test_batches_are_slices_of_the_files_and_targets_are_one_ahead(prepared: Pat
             assert torch.equal(y, torch.from_numpy(expected[:, 1:]))  # build-nanogpt: buf[1:]
 
 
-def test_a_run_has_the_same_losses_however_the_tokens_are_laid_out(
-    tiny: RunConfig, tmp_path: Path, prepared: Path
-) -> None:
+def test_losses_do_not_depend_on_the_format_of_the_shards(tiny: RunConfig, tmp_path: Path, prepared: Path) -> None:
     runs = {}
     for kind in KINDS:
         folder, _ = as_published(prepared, kind)
@@ -91,7 +89,7 @@ def test_a_run_has_the_same_losses_however_the_tokens_are_laid_out(
     assert runs["prepared"] == runs["llm.c"] == runs["build-nanogpt"]
 
 
-def test_a_run_on_tokens_is_resumed_and_refuses_others(tiny: RunConfig, tmp_path: Path, prepared: Path) -> None:
+def test_a_run_on_tokens_resumes_and_refuses_other_tokens(tiny: RunConfig, tmp_path: Path, prepared: Path) -> None:
     folder, tokens = as_published(prepared, "build-nanogpt")
     config, run = on_tokens(dataclasses.replace(tiny, steps=2), folder), tmp_path / "run"
     assert train(config, run, display=QUIET) == 0
@@ -102,7 +100,7 @@ def test_a_run_on_tokens_is_resumed_and_refuses_others(tiny: RunConfig, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["llm.c", "prepared"])
-def test_a_run_goes_on_with_the_same_tokens_in_other_shards(
+def test_a_run_resumes_with_the_same_tokens_in_other_shards(
     tiny: RunConfig, tmp_path: Path, prepared: Path, kind: str
 ) -> None:
     folder, _ = as_published(prepared, "build-nanogpt")

@@ -1,4 +1,4 @@
-"""torchrun itself: it is asked to stop, one of its processes is killed, it starts them again."""
+"""Runs under torchrun: stop signals, killed ranks, restarts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Start:
-    """Starts `restomod train` in two processes by torchrun."""
+    """Function that starts `restomod train` on two ranks with torchrun."""
 
     def start(*arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
@@ -50,7 +50,7 @@ def torchrun(tmp_path: Path) -> Start:
 
 
 def workers(torchrun: subprocess.Popen[str]) -> list[int]:
-    """The process ids of a torchrun's processes, by rank."""
+    """Return the process ids of torchrun's ranks, in order."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True).stdout
     by_rank = {}
     for pid in map(int, listed.split()):
@@ -69,7 +69,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def trained(run: Path) -> int:
-    """How many steps a run has logged."""
+    """Return the number of logged steps of a run."""
     return sum(r["kind"] == "train" for r in read_jsonl(run / "metrics.jsonl"))
 
 
@@ -81,7 +81,7 @@ def errors(output: str) -> list[str]:
 def test_a_stop_signal_stops_all_after_the_same_step(
     shared: RunConfig, tmp_path: Path, torchrun: Start, sent: signal.Signals
 ) -> None:
-    """A terminal's Ctrl-C reaches torchrun alone, as its processes are in sessions of their own."""
+    """Ctrl-C in a terminal reaches torchrun only, because its ranks are in separate sessions."""
     run, reference = tmp_path / "run", tmp_path / "reference"
     config = dataclasses.replace(shared, steps=200, save_every=NEVER)
     assert train_two(config, reference)
@@ -118,8 +118,8 @@ def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
     assert len(started) == 2
     process.kill()
     try:
-        output, error = process.communicate(timeout=30)  # to the end of what its processes write
-        end = time.monotonic() + 10  # a process closes its files before it is gone
+        output, error = process.communicate(timeout=30)  # until all ranks have closed their output
+        end = time.monotonic() + 10  # a process closes its files before it ends
         while any(map(alive, started)):
             assert time.monotonic() < end, "they live on"
             time.sleep(0.01)
@@ -138,7 +138,7 @@ def test_killing_torchrun_itself_stops_its_processes_with_a_checkpoint(
 
 @pytest.mark.parametrize("save_every", [NEVER, 20], ids=["without a checkpoint", "from a checkpoint"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_starts_a_killed_run_again(
+def test_torchrun_restarts_a_killed_run(
     shared: RunConfig, tmp_path: Path, torchrun: Start, rank: int, save_every: int
 ) -> None:
     reference, run = tmp_path / "reference", tmp_path / "run"
@@ -146,7 +146,7 @@ def test_torchrun_starts_a_killed_run_again(
     assert train_two(config, reference)
     process = torchrun("quickstart", "--out", str(run), *flags(config), restarts=3)
     saves = save_every < config.steps
-    # A step is logged before its checkpoint is complete: a save goes on beside the next steps.
+    # A step is logged before its checkpoint is complete, because checkpoints are saved asynchronously.
     wait_for(lambda: bool(list_checkpoints(run)) if saves else trained(run) >= 1, process)
     os.kill(workers(process)[rank], signal.SIGKILL)
     output, error = process.communicate(timeout=120)
@@ -159,9 +159,7 @@ def train_two(config: RunConfig, run: Path) -> bool:
     return results(2, train_quietly, config, run) == [0, 0]
 
 
-def test_torchrun_starts_a_run_again_as_often_as_it_is_killed(
-    shared: RunConfig, tmp_path: Path, torchrun: Start
-) -> None:
+def test_torchrun_restarts_a_run_after_every_kill(shared: RunConfig, tmp_path: Path, torchrun: Start) -> None:
     reference, run = tmp_path / "reference", tmp_path / "run"
     config = dataclasses.replace(shared, steps=100)
     assert train_two(config, reference)
@@ -203,7 +201,7 @@ def test_an_error_is_one_line_among_torchruns(shared: RunConfig, tmp_path: Path,
     assert "already exists" in line
 
 
-def test_one_process_under_torchrun_is_one_process(shared: RunConfig, tmp_path: Path) -> None:
+def test_one_rank_under_torchrun_equals_a_single_process(shared: RunConfig, tmp_path: Path) -> None:
     run, reference = tmp_path / "run", tmp_path / "reference"
     command = ["-m", "torch.distributed.run", "--standalone", "-m", "restomod", "train", "quickstart"]
     done = subprocess.run([sys.executable, *command, "--out", str(run), *flags(shared)], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Runs that are tracked."""
+"""Runs with experiment trackers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_faulty_tracker_changes_nothing_in_a_run(
     assert with_ == without
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
+def test_a_missing_tracker_is_refused_before_files_are_written(
     quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = importlib.util.find_spec

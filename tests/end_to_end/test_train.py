@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model."""
+"""Complete runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def records(run: Path, kind: str) -> list[dict]:
     return [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == kind]
 
 
-def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) -> None:
+def test_a_run_learns_and_writes_all_its_files(tiny: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = dataclasses.replace(tiny, steps=60)
     assert train(config, run, display=QUIET) == 0
@@ -41,7 +41,7 @@ def test_a_run_learns_and_leaves_all_its_files(tiny: RunConfig, tmp_path: Path) 
     train_losses = [r["loss"] for r in records(run, "train")]
     assert [r["step"] for r in records(run, "train")] == list(range(60))
     assert abs(train_losses[0] - math.log(50257)) < 0.3
-    # the text is drawn evenly from 20 words, so ln(20) = 3.0 is the best a model can do
+    # the text is uniform over 20 words, so ln(20) = 3.0 is the lowest possible loss
     assert math.log(20) - 0.2 < records(run, "val")[-1]["loss"] < 6
     assert [r["step"] for r in records(run, "val")] == [*range(0, 60, 5), 60]
     assert [r["step"] for r in read_jsonl(run / "samples.jsonl", SampleRecord)] == [*range(5, 60, 5), 60]
@@ -58,7 +58,7 @@ def test_target_loss_stops_with_a_checkpoint_and_a_last_evaluation(tiny: RunConf
     assert list_checkpoints(run)[-1].name == f"step_{len(trained):06d}"
 
 
-def test_without_validation_text_none_is_measured(tiny: RunConfig, tmp_path: Path) -> None:
+def test_without_a_validation_split_there_is_no_validation_loss(tiny: RunConfig, tmp_path: Path) -> None:
     data = dataclasses.replace(tiny.data, val_fraction=0.0)
     train(dataclasses.replace(tiny, data=data, steps=2), tmp_path / "run", display=QUIET)
     assert records(tmp_path / "run", "val") == []
@@ -71,16 +71,17 @@ def test_bad_text_leaves_no_run_folder(tiny: RunConfig, tmp_path: Path, text: Pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_head_of_a_run_states_what_will_happen(
+def test_the_start_of_a_run_prints_its_settings(
     tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny, tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     tokens = sum(len(gpt2_tokenizer().encode(p.read_text())) + 1 for p in Path(tiny.data.path or "").iterdir())
-    assert any(f"{tokens:,} tokens in 8 documents" in line for line in lines)
+    assert any(f"({tokens:,} tokens, 8 documents)" in line for line in lines)
     assert any("128 tokens = gradient accumulation 2 × micro-batch 2 × sequence length 32" in line for line in lines)
-    assert any("≈ ln(50257) = 10.82" in line for line in lines)
-    assert sum(line.startswith("step ") and "tok/s" in line for line in lines) == tiny.steps
+    assert any("expected ln(50257) = 10.82" in line for line in lines)
+    progress = [line.split()[1] for line in lines if line.startswith("step ") and "tok/s" in line]
+    assert (progress[0], progress[-1]) == (f"1/{tiny.steps}", f"{tiny.steps}/{tiny.steps}")
     assert any("restomod sample" in line for line in lines)
 
 
@@ -109,7 +110,7 @@ def test_compiling_without_a_compiler_is_one_line(
 
 
 @pytest.mark.parametrize("vocab_size", [256, 50304])
-def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path, vocab_size: int) -> None:
+def test_another_vocabulary_than_the_tokenizers_is_refused(tiny: RunConfig, tmp_path: Path, vocab_size: int) -> None:
     model = dataclasses.replace(tiny.model, vocab_size=vocab_size)
     with pytest.raises(UserError, match="tokenizer has 50257 tokens"):
         train(dataclasses.replace(tiny, model=model), tmp_path / "run", display=QUIET)
@@ -127,9 +128,9 @@ def test_a_healthy_run_ends_with_its_verdict(
     tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = lines_of(tiny, tmp_path / "run", capsys)
-    assert [line for line in said if "verdict" in line] == [
-        f"verdict: healthy; `restomod verdict {tmp_path / 'run'}` says what was looked for"
-    ]
+    (last,) = [line for line in said if line.startswith("verdict")]
+    assert re.match(r"verdict +healthy \((\d+ of )?\d+ symptoms checked; details: ", last)
+    assert last.endswith(f"restomod verdict {tmp_path / 'run'})")
     warnings = [line for line in said if line.startswith("warning")]
     assert [w for w in warnings if not w.startswith("warning: kernel shapes")] == []
     assert {record["kind"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")} == {"train", "val"}
@@ -144,5 +145,5 @@ def test_a_symptom_is_a_warning_at_every_validation_and_in_the_verdict(
     warnings = [line for line in said if line.startswith("warning: warm-up: the learning rate is 0.003 from")]
     assert len(warnings) == 2, "at steps 5 and 10, and at the end only the verdict"
     (last,) = [line for line in said if line.startswith("verdict")]
-    assert last == f"verdict: not healthy: warm-up; `restomod verdict {tmp_path / 'run'}` says what to do"
+    assert last.split(maxsplit=1)[1] == f"not healthy: warm-up (details: restomod verdict {tmp_path / 'run'})"
     assert main(["verdict", str(tmp_path / "run")]) == 1

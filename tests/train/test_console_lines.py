@@ -1,18 +1,34 @@
-"""Lines at the head and at the end of a run."""
+"""Console output at the start and at the end of a run."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from restomod.runs.metrics import append_jsonl
-from restomod.train.console_lines import check_lines, closing_lines
+from restomod.config.presets import preset
+from restomod.config.run import OptimConfig
+from restomod.train.console_lines import (
+    check_lines,
+    describe_optimizer,
+    missing_checkpoint,
+    next_commands,
+    result_rows,
+    stop_line,
+)
 from restomod.utils.console import CheckResult
 
 LOSS = CheckResult("initial loss", "pass", "10.80, expected ln(50257) = 10.82")
 CAUSAL = CheckResult("causality", "pass", "changing token 32 changes none before it")
 NARROW = CheckResult("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
+CONFIG = preset("quickstart")
+
+
+def record(kind: str, step: int, loss: float, **values: Any) -> dict[str, Any]:
+    return {"kind": kind, "step": step, "loss": loss, **values}
 
 
 @pytest.mark.parametrize(
@@ -22,68 +38,83 @@ NARROW = CheckResult("kernel shapes", "warn", "n_embd 32 is no multiple of 64")
         ([LOSS], ["initial loss 10.80, expected ln(50257) = 10.82"]),
         (
             [LOSS, CAUSAL, CheckResult("tied lm_head", "pass", "")],
-            ["initial loss 10.80, expected ln(50257) = 10.82", "also checked: causality, tied lm_head"],
+            ["initial loss 10.80, expected ln(50257) = 10.82", "sanity checks passed: causality, tied lm_head"],
         ),
         (
             [LOSS, CAUSAL, NARROW],
             [
                 "initial loss 10.80, expected ln(50257) = 10.82",
-                "also checked: causality",
+                "sanity checks passed: causality",
                 "warning: kernel shapes: n_embd 32 is no multiple of 64",
             ],
         ),
         (
-            [CheckResult("loss", "warn", "11.00 is worse than guessing"), CAUSAL, CheckResult("gradients", "skip", "")],
-            ["also checked: causality", "warning: loss: 11.00 is worse than guessing"],
+            [CheckResult("loss", "warn", "11.00 is too high"), CAUSAL, CheckResult("gradients", "skip", "")],
+            ["sanity checks passed: causality", "warning: loss: 11.00 is too high"],
         ),
     ],
 )
-def test_the_head_of_a_run_says_what_was_checked(results: list[CheckResult], lines: list[str]) -> None:
+def test_the_start_of_a_run_lists_the_sanity_checks(results: list[CheckResult], lines: list[str]) -> None:
     assert check_lines(results) == lines
 
 
-def test_a_finished_run_tells_its_losses_and_what_to_do_next(tmp_path: Path) -> None:
-    for kind, step, loss in [("val", 0, 10.9), ("train", 0, 10.8), ("train", 1, 9.0), ("val", 2, 8.5)]:
-        append_jsonl(tmp_path / "metrics.jsonl", {"kind": kind, "step": step, "loss": loss})
-    text = "\n".join(closing_lines(tmp_path, [tmp_path / "checkpoints" / "step_000002"], 61, finished=True))
-    assert "finished in 1 min 01 s" in text
-    assert "10.8000 at the start, 9.0000 at the end" in text
-    assert "10.9000 at the start, 8.5000 at the end" in text
-    assert f"restomod sample {tmp_path}" in text
-    assert f"from_pretrained('{tmp_path}/checkpoints/step_000002')" in text
-    own = closing_lines(tmp_path, [tmp_path / "checkpoints" / "step_000002"], 61, finished=True, exportable=False)
-    assert own[-1].startswith("not exportable")
-    assert "from_pretrained" not in "\n".join(own)
+def test_the_optimizer_is_described_with_its_settings() -> None:
+    optim = OptimConfig(betas=(0.9, 0.95), weight_decay=0.1, grad_clip=1.0)
+    assert describe_optimizer(optim) == "AdamW (betas 0.9 and 0.95, weight decay 0.1), gradient clipping 1"
+    assert describe_optimizer(dataclasses.replace(optim, optimizer="muon")).startswith("Muon (momentum 0.95, ")
 
 
-def test_a_run_without_validation_tells_only_its_training_loss(tmp_path: Path) -> None:
-    append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": 0, "loss": 10.8})
-    text = "\n".join(closing_lines(tmp_path, [tmp_path / "step_000001"], 1, finished=True))
-    assert "training loss" in text
-    assert "validation loss" not in text
+def test_results_are_labelled_and_name_the_best_validation_loss() -> None:
+    records = [
+        record("val", 0, 10.9),
+        record("train", 0, 10.8, ms=1000.0),
+        record("train", 1, 9.0, ms=3000.0),
+        record("val", 1, 8.0),
+        record("val", 2, 8.5),
+    ]
+    checkpoint = Path("run/checkpoints/step_000002")
+    rows = dict(result_rows(CONFIG, [checkpoint], records, 61, "healthy"))
+    assert rows["validation loss"] == "10.9000 → 8.5000 nats (best 8.0000 at step 1)"
+    assert rows["training loss"] == "10.8000 → 9.0000 nats"
+    assert rows["tokens"] == "1,024 in 2 steps, 256 tokens/s"
+    assert rows["time"].startswith("1 min 01 s")
+    assert rows["checkpoint"].startswith(str(checkpoint))
+    assert "from_pretrained" in rows["checkpoint"]
+    assert rows["verdict"] == "healthy"
+    own = dict(result_rows(CONFIG, [checkpoint], records, 61, "healthy", exportable=False))
+    assert "from_pretrained" not in own["checkpoint"]
+
+
+def test_without_validation_there_is_no_validation_loss() -> None:
+    rows = dict(result_rows(CONFIG, [], [record("train", 0, 10.8)], 1, "healthy"))
+    assert "training loss" in rows
+    assert "validation loss" not in rows
+
+
+@pytest.mark.parametrize("folder", ["runs/a", "my runs/it's"])
+def test_commands_are_quoted_for_the_shell(folder: str) -> None:
+    commands = [shlex.split(line.partition("restomod ")[2]) for line in next_commands(Path(folder), CONFIG)[1:]]
+    assert [words[0] for words in commands] == ["sample", "report", "train"]
+    assert all(folder in words for words in commands)
+    assert commands[-1][-1] == str(2 * CONFIG.steps)
 
 
 @pytest.mark.parametrize(
     ("saved", "said"),
     [
-        (["step_000003"], "checkpoint of step 3;"),
-        (["step_000002"], "stopped after 3 steps; the newest checkpoint is that of step 2,"),
+        (["step_000003"], "stopped after 3 steps, checkpoint saved;"),
+        (["step_000002"], "stopped after 3 steps, newest checkpoint: step 2 "),
         ([], "stopped after 3 steps without a checkpoint"),
     ],
 )
-def test_a_stopped_run_tells_which_checkpoint_there_is_and_how_to_go_on(
-    tmp_path: Path, saved: list[str], said: str
-) -> None:
-    for step in range(3):
-        append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": step, "loss": 10.8})
-    (line,) = closing_lines(tmp_path, [tmp_path / name for name in saved], 1, finished=False)
-    assert said in line
-    assert f"restomod train --resume {tmp_path}" in line
+def test_a_stopped_run_names_its_checkpoint_and_the_command_to_resume(saved: list[str], said: str) -> None:
+    records = [record("train", step, 10.8) for step in range(3)]
+    line = stop_line(Path("runs/a b"), [Path(name) for name in saved], records)
+    assert line.startswith(said)
+    assert line.endswith("resume with: restomod train --resume 'runs/a b'")
 
 
 @pytest.mark.parametrize(("saved", "missing"), [(["step_000001"], False), (["step_000000"], True), ([], True)])
-def test_a_finished_run_without_its_last_checkpoint_says_so(tmp_path: Path, saved: list[str], missing: bool) -> None:
-    append_jsonl(tmp_path / "metrics.jsonl", {"kind": "train", "step": 0, "loss": 10.8})
-    text = "\n".join(closing_lines(tmp_path, [tmp_path / name for name in saved], 1, finished=True))
-    assert ("the checkpoint of step 1 could not be saved" in text) == missing
-    assert text.count("from_pretrained") == len(saved)
+def test_a_missing_last_checkpoint_is_a_warning(saved: list[str], missing: bool) -> None:
+    found = missing_checkpoint([Path(name) for name in saved], [record("train", 0, 10.8)])
+    assert bool(found) == missing

@@ -1,4 +1,4 @@
-"""Several processes on machines without a common disk: the main process alone reads the run's files."""
+"""Rollback of several ranks without a shared file system: only the main process reads the run's files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAVED = MIN_LOSSES + 1  # the step of the checkpoint
 
 
 def training(processes: Processes, folder: Path) -> Any:
-    """What a `Training` holds of a run with ``LOSSES`` in its log; only the main process has a folder."""
+    """Return a `Training` with ``LOSSES`` in its log; only the main process has the folder."""
     t = make_trainee()
     compute = ComputeConfig(CPU, torch.float32, 2)
     loss_of = distribute(BatchLoss(t.model, compute), t.model, "ddp", processes)
@@ -55,7 +55,7 @@ def training(processes: Processes, folder: Path) -> Any:
 
 
 def limits(processes: Processes, folder: Path) -> tuple[float, float, tuple[int, int], Tensor, bool]:
-    """The highest loss that is no spike at the start and after a return to a checkpoint; where the run goes on."""
+    """Return the loss limit at the start and after a rollback, and the step after the rollback."""
     subject = training(processes, folder)
     guard = StepLog(subject, QUIET).guard
     at_start, weight = guard.loss_limit(), subject.model.transformer.wte.weight
@@ -68,7 +68,7 @@ def limits(processes: Processes, folder: Path) -> tuple[float, float, tuple[int,
     return at_start, guard.loss_limit(), back, weight.detach() - saved, subject.run.folder.exists()
 
 
-def test_all_processes_have_the_spike_limit_of_the_one_log_and_go_back_to_the_one_checkpoint(tmp_path: Path) -> None:
+def test_all_ranks_use_the_log_and_checkpoint_of_the_main_process(tmp_path: Path) -> None:
     main, other = results(2, member, limits, tmp_path)
     for at_start, after, back, change, _ in (main, other):
         assert at_start > after > 5.0

@@ -1,4 +1,4 @@
-"""Suggestions of the nearest known name."""
+"""Suggestions of the most similar known name."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ from restomod.utils.errors import did_you_mean
         ("b", iter({"beta": 1, "alpha": 2}), "; known: alpha, beta"),
     ],
 )
-def test_the_nearest_name_is_suggested_or_all_are_listed(name: str, known: Iterable[str], suggestion: str) -> None:
+def test_the_most_similar_name_is_suggested_or_all_are_listed(name: str, known: Iterable[str], suggestion: str) -> None:
     assert did_you_mean(name, known) == suggestion

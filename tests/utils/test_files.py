@@ -23,13 +23,13 @@ from restomod.utils.output_files import Output, write_outputs
 from tests.filesystems import refuse_renaming_folders
 
 
-def test_sha256_of_the_standards_own_example(tmp_path: Path) -> None:
+def test_sha256_of_the_standards_example(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert sha256_file(tmp_path / "abc") == expected
 
 
-def test_text_is_written_as_utf8_in_place_of_an_old_file_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_text_replaces_a_file_in_utf8_without_leftovers(tmp_path: Path) -> None:
     for old in (False, True):
         if old:
             (tmp_path / "a.txt").write_text("a much longer old text")
@@ -39,7 +39,7 @@ def test_text_is_written_as_utf8_in_place_of_an_old_file_and_nothing_else_is_lef
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def fail(*_: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
@@ -47,12 +47,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match="No space left") as e:
         write_text_atomically(tmp_path / "a.txt", "new")
-    assert e.value.filename == str(tmp_path / "a.txt")  # or nobody knows which disk is full
+    assert e.value.filename == str(tmp_path / "a.txt")  # the message must name the file
     assert (tmp_path / "a.txt").read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_the_text_is_on_the_disk_before_it_gets_its_name_and_the_name_follows(
+def test_a_file_is_synced_before_the_rename_and_its_folder_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -132,7 +132,7 @@ def test_fsync_closes_what_it_opens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("renames", [True, False])
-def test_a_folder_is_moved_whole_and_never_into_another(
+def test_a_folder_is_moved_as_a_whole_and_never_into_another(
     renames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
@@ -150,7 +150,7 @@ def test_a_folder_is_moved_whole_and_never_into_another(
     assert sorted(str(p.relative_to(target)) for p in target.rglob("*")) == ["LAST", "inner", "inner/a"]
 
 
-def test_the_file_that_vouches_for_a_folder_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_completion_marker_of_a_folder_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").mkdir()
     for name in ("a", "LAST", "z"):
         (tmp_path / "source" / name).write_text(name)
@@ -184,7 +184,7 @@ def test_links_out_of_a_folder_are_refused_and_links_within_it_are_not(tmp_path:
 # --- links and permissions -----------------------------------------------------------------------------------
 
 
-def test_what_nobody_has_typed_is_not_written_through_a_link_out_of_its_folder(tmp_path: Path) -> None:
+def test_a_path_not_typed_by_the_user_is_not_written_through_a_link(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "secret").write_text("mine")
@@ -200,7 +200,7 @@ def test_what_nobody_has_typed_is_not_written_through_a_link_out_of_its_folder(t
 
 
 @pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "device"])
-def test_nothing_is_appended_through_a_link_or_to_a_pipe(kind: str, tmp_path: Path) -> None:
+def test_appending_refuses_links_and_pipes(kind: str, tmp_path: Path) -> None:
     path, theirs = tmp_path / "metrics.jsonl", tmp_path / "theirs"
     theirs.write_text("mine")
     if kind == "pipe":
@@ -221,7 +221,7 @@ def test_nothing_is_appended_through_a_link_or_to_a_pipe(kind: str, tmp_path: Pa
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
-def test_the_owner_stays_the_owner(tmp_path: Path) -> None:
+def test_the_owner_of_a_file_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
     os.chown(path, 1234, 4321)
@@ -238,7 +238,7 @@ def test_long_names_are_shortened_and_stay_different() -> None:
     assert all(len(name.encode()) <= 200 for name in long)
 
 
-def test_nothing_follows_what_is_written_into_an_open_file(tmp_path: Path) -> None:
+def test_no_line_follows_a_file_written_to_an_open_descriptor(tmp_path: Path) -> None:
     said: list[str] = []
     with open(tmp_path / "page", "wb") as f:
         paths = [Path(f"/dev/fd/{f.fileno()}"), tmp_path / "other"]

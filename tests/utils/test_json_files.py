@@ -1,4 +1,4 @@
-"""JSON files that are damaged, made to do harm, or of another type than they should be."""
+"""JSON files that are damaged, malicious, or of the wrong type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from restomod.utils.json_files import parse_json, read_json
 
 
 class Point(TypedDict):
-    """What the tests read."""
+    """Record type of these tests."""
 
     step: Annotated[int, Field(ge=0)]
     loss: float | None
@@ -37,17 +37,17 @@ class Point(TypedDict):
         b"[-9223372036854775809]",
     ],
 )
-def test_what_is_no_json_or_beyond_the_limits_is_one_kind_of_error(content: bytes) -> None:
+def test_invalid_json_and_exceeded_limits_are_value_errors(content: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # json's own messages differ between Pythons
         parse_json(content)
 
 
-def test_what_is_within_the_limits_is_as_json_reads_it() -> None:
+def test_values_within_the_limits_equal_those_of_json() -> None:
     text = b'\xef\xbb\xbf{"a": [9223372036854775807, -9223372036854775808, 0.12345678901234567, "' + b"1" * 50 + b'"]}'
     assert parse_json(text) == {"a": [2**63 - 1, -(2**63), 0.12345678901234567, "1" * 50]}
 
 
-def test_json_comes_back_and_ends_with_a_line_end(tmp_path: Path) -> None:
+def test_json_round_trips_and_ends_with_a_newline(tmp_path: Path) -> None:
     value = {"a": [1, 2.5, None, True], "b": {"c": "é"}}
     write_json_atomically(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json", "thing") == value
@@ -55,7 +55,7 @@ def test_json_comes_back_and_ends_with_a_line_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"{'a': 1}", "folder", "missing"])
-def test_json_that_cannot_be_read_is_refused_by_name(content: bytes | str, tmp_path: Path) -> None:
+def test_unreadable_json_is_refused_by_name(content: bytes | str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -65,7 +65,7 @@ def test_json_that_cannot_be_read_is_refused_by_name(content: bytes | str, tmp_p
         read_json(path, "manifest")
 
 
-def test_values_of_the_right_type_come_back_without_foreign_keys(tmp_path: Path) -> None:
+def test_unknown_keys_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "point.json"
     path.write_text('{"step": 3, "loss": 1, "names": ["x"], "auths": {"token": "secret"}}')
     assert read_json(path, "point", Point) == {"step": 3, "loss": 1.0, "names": ["x"]}

@@ -1,4 +1,4 @@
-"""Locks between processes, and between parts of one."""
+"""Locks between processes and within one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from restomod.utils.errors import UserError
 from restomod.utils.locks import FileLock, locked
 
 
-def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive(tmp_path: Path) -> None:
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert first.acquire(wait=False)
     assert not second.acquire(wait=False)
@@ -33,7 +33,7 @@ def hold(path: Path, held: multiprocessing.synchronize.Event) -> None:
     signal.pause()
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     held = fork.Event()
     process = fork.Process(target=hold, args=(tmp_path / "lock", held))
@@ -46,8 +46,8 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.rename(path.with_name("other"))])
-def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    """Whoever opened the file before it was removed, or renamed, would otherwise lock what nobody else looks at."""
+def test_a_lock_on_a_removed_file_is_not_acquired(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """A process that opened the file before its removal would otherwise lock a file that no other process uses."""
     path = tmp_path / "lock"
     opened, flock = [], locks.flock
 
@@ -67,7 +67,7 @@ def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path: Path, change:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, code: int) -> None:
+def test_a_file_system_without_locks_excludes_no_process(tmp_path: Path, code: int) -> None:
     def refuse(*_: object) -> NoReturn:
         raise OSError(code, os.strerror(code))
 
@@ -78,7 +78,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, code: int)
             assert not lock.enforced
 
 
-def test_waiting_is_told_once_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_waiting_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, told = FileLock(tmp_path / "lock"), []
     monkeypatch.setattr(locks, "TELL_AFTER", 0.0)
     other.acquire()

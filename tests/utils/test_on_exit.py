@@ -1,4 +1,4 @@
-"""A command that runs at the very end, once, however it ends."""
+"""The command of --then runs exactly once at the end of a process."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ CODES = {"fine": 0, "stopped": 75, "user error": 2, "crash": 1, "interrupt": 130
 
 
 @pytest.mark.parametrize(("kind", "code"), CODES.items())
-def test_it_runs_once_and_the_exit_code_stays(tmp_path: Path, kind: str, code: int) -> None:
+def test_it_runs_once_and_keeps_the_exit_code(tmp_path: Path, kind: str, code: int) -> None:
     said = tmp_path / "said"
     process = start(kind, said)
-    _, errors = process.communicate(timeout=60)  # the shell that waits has the same standard error
+    _, errors = process.communicate(timeout=60)  # the watching shell has the same standard error
     assert process.returncode == code, errors
     assert said.read_text() == "the end\n"
     if kind != "abort":
-        assert "has ended with exit code 5" in errors
+        assert "failed with exit code 5" in errors
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
@@ -83,7 +83,7 @@ def test_it_runs_after_a_signal_too(tmp_path: Path, sent: signal.Signals) -> Non
         ("fine", {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
     ],
 )
-def test_one_process_runs_it_and_none_that_is_started_again(
+def test_only_rank_0_runs_it_after_the_last_restart(
     tmp_path: Path, kind: str, environment: dict[str, str], runs: bool
 ) -> None:
     process = start(kind, tmp_path / "said", **environment)
@@ -91,7 +91,7 @@ def test_one_process_runs_it_and_none_that_is_started_again(
     assert (tmp_path / "said").exists() == runs
 
 
-def test_a_mistake_in_the_arguments_is_an_end_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_runs_after_an_error_in_the_arguments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = tmp_path / "said"
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for command in ("train", "sweep"):
@@ -113,15 +113,15 @@ def test_other_commands_keep_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [["--then", "exit 1"]]
 
 
-def test_the_command_is_taken_off_before_anything_else_is_read() -> None:
+def test_the_command_is_split_off_before_other_arguments() -> None:
     assert split_then(["a", "--then", "x y", "-b"]) == (["a", "-b"], "x y")
     assert split_then(["a", "--then=x=y", "-b"]) == (["a", "-b"], "x=y")
     assert split_then(["a", "--then"]) == (["a", "--then"], None)
     assert split_then(["a"]) == (["a"], None)
 
 
-def test_it_does_not_wait_for_what_the_work_has_left_behind(tmp_path: Path) -> None:
-    """A process that the work has started and that outlives it keeps nobody from noticing the end."""
+def test_it_does_not_wait_for_child_processes(tmp_path: Path) -> None:
+    """A child process that outlives the work does not delay the command."""
     left = WORK.replace('print("at work"', 'import subprocess; subprocess.Popen(["sleep", "20"]); print("at work"')
     said, began = tmp_path / "said", time.monotonic()
     start("abort", said, work=left).wait(60)
@@ -130,7 +130,7 @@ def test_it_does_not_wait_for_what_the_work_has_left_behind(tmp_path: Path) -> N
         time.sleep(0.05)
 
 
-def test_it_runs_where_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
+def test_it_runs_after_the_reader_of_the_output_has_exited(tmp_path: Path) -> None:
     said = tmp_path / "said"
     process = start("fine", said)
     assert process.stdout is not None
@@ -168,7 +168,7 @@ sys.exit(cli.main(["data"]))
 
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU])
-def test_what_a_signal_ends_is_left_in_order(tmp_path: Path, sent: signal.Signals, ignored: bool) -> None:
+def test_a_signal_runs_cleanup(tmp_path: Path, sent: signal.Signals, ignored: bool) -> None:
     half = tmp_path / "half written"
     half.touch()
     process = subprocess.Popen(
@@ -181,7 +181,7 @@ def test_what_a_signal_ends_is_left_in_order(tmp_path: Path, sent: signal.Signal
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
     process.send_signal(sent)
-    if ignored:  # as nohup has it
+    if ignored:  # as under nohup
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
         assert half.exists()
@@ -189,6 +189,6 @@ def test_what_a_signal_ends_is_left_in_order(tmp_path: Path, sent: signal.Signal
         process.communicate()
         return
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == -sent  # as it would have ended anyway
+    assert process.returncode == -sent  # the default effect of the signal
     assert not half.exists()
     assert "Traceback" not in errors

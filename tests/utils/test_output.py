@@ -1,4 +1,4 @@
-"""Printing that fails in every way there is: one line, no traceback."""
+"""Failures of printing: one line, no traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.text import Text
 import restomod
 from restomod.utils.console import Display
 from restomod.utils.errors import UserError
-from restomod.utils.output import print_if_possible, raw_stream, run_guarded
+from restomod.utils.output import print_error, print_if_possible, raw_stream, run_guarded
 from restomod.utils.terminal import Terminal
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EAGAIN]
@@ -32,7 +32,7 @@ SHOWN = "a␛[2J␛]8;;http://x␛\\b\ufffd1m\ufffdc␍␇\ufffd\ufffdd"
 
 
 class Failing(io.StringIO):
-    """A stream that fails at every write, or only when it is flushed."""
+    """Stream that fails at every write, or only when it is flushed."""
 
     def __init__(self, error: Exception, buffered: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def closed() -> io.StringIO:
 
 
 class WriteOnly:
-    """What a script may put in place of standard output, or a notebook."""
+    """Replacement of standard output by a script or a notebook."""
 
     def write(self, text: str) -> int:
         raise RuntimeError("the window is gone")
@@ -84,7 +84,7 @@ def test_a_command_that_cannot_print_ends_in_one_line(
 
 @pytest.mark.parametrize("buffered", [False, True])
 @pytest.mark.parametrize("rich", [False, True])
-def test_a_reader_that_has_left_is_no_error(
+def test_an_exited_reader_is_no_error(
     buffered: bool, rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def tabulating() -> int:
@@ -92,16 +92,14 @@ def test_a_reader_that_has_left_is_no_error(
         return 1
 
     monkeypatch.setattr(sys, "stdout", Failing(BrokenPipeError(errno.EPIPE, "Broken pipe"), buffered))
-    monkeypatch.setattr("rich.console.os.dup2", lambda *_: None)  # of pytest's own output
+    monkeypatch.setattr("rich.console.os.dup2", lambda *_: None)  # protects pytest's output
     monkeypatch.setattr(Failing, "fileno", lambda _: 99)
     assert run_guarded(tabulating if rich else printing) == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("make", [*FAILURES, closed, lambda: None, WriteOnly])
-def test_what_goes_on_without_output_keeps_its_exit_code(
-    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_without_output_keeps_its_exit_code(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     display = []
 
     def work() -> int:
@@ -116,7 +114,7 @@ def test_what_goes_on_without_output_keeps_its_exit_code(
 
 
 @pytest.mark.parametrize("make", [lambda: None, closed, *FAILURES])
-def test_work_that_goes_on_is_not_ended_by_a_line_about_it(
+def test_print_if_possible_warns_once(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stream = make()
@@ -127,7 +125,7 @@ def test_work_that_goes_on_is_not_ended_by_a_line_about_it(
 
 
 @pytest.mark.parametrize("make", FAILURES)
-def test_a_display_drops_what_cannot_be_printed_and_says_so_when_asked(
+def test_a_display_drops_output_that_cannot_be_printed(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -180,8 +178,8 @@ def test_the_command_itself_ends_without_a_traceback(redirection: str, code: int
     assert done.stderr.count("\n") == (1 if "2>" not in redirection else 0)
 
 
-def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever prints it: ours, libraries, warnings, rich."""
+def test_control_characters_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints of this package, of libraries and of `logging` are sanitized."""
 
     def work() -> int:
         print(STEERS)
@@ -201,7 +199,36 @@ def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixtu
     assert not set(error) & set("\x1b\x9b\u202e\u2028\udcff")
 
 
-def test_escapes_of_rich_are_its_own_and_those_of_the_text_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeTerminal(io.StringIO):
+    """Stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+@pytest.mark.parametrize("stream", [FakeTerminal, io.StringIO])
+def test_warnings_and_errors_are_coloured_in_a_terminal_only(
+    stream: type[io.StringIO], no_colour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> int:
+        print("warning: little memory")
+        print("a line\x1b[33m")
+        print_error("warning: no shard")
+        raise UserError("bad flag")
+
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out := stream())
+    monkeypatch.setattr(sys, "stderr", error := stream())
+    assert run_guarded(work) == 2
+    coloured = stream is FakeTerminal and not no_colour and os.name != "nt"
+    yellow, red, reset = ("\x1b[33m", "\x1b[31m", "\x1b[0m") if coloured else ("", "", "")
+    assert out.getvalue() == f"{yellow}warning: little memory{reset}\na line␛[33m\n"
+    assert error.getvalue() == f"{yellow}warning: no shard{reset}\n{red}restomod: error: bad flag{reset}\n"
+
+
+def test_rich_keeps_its_own_escapes_and_replaces_those_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
 
@@ -223,7 +250,7 @@ def test_escapes_of_rich_are_its_own_and_those_of_the_text_are_not(monkeypatch: 
     assert set(re.findall("\x1b.[0-9;]*.", shown)) == {"\x1b[31m", "\x1b[1m", "\x1b[0m"}
 
 
-def test_only_one_module_makes_consoles() -> None:
+def test_only_one_module_creates_consoles() -> None:
     source = Path(restomod.__file__).parent
     naming = [path.name for path in source.rglob("*.py") if re.search(r"import .*\bConsole\b", path.read_text())]
     assert naming == ["terminal.py"]

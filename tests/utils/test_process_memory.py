@@ -18,18 +18,18 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
 CHILD = "from restomod.utils.process_memory import peak_resident_bytes; print(peak_resident_bytes())"
 
 
-def test_a_process_does_not_count_what_its_parent_held() -> None:
+def test_the_peak_excludes_memory_of_the_parent() -> None:
     printed = subprocess.run([sys.executable, "-c", LARGE_PARENT, CHILD], capture_output=True, check=True).stdout
     assert 2**20 < int(printed) < TOUCHED / 5
 
 
-def test_it_is_what_was_touched_and_given_back() -> None:
+def test_the_peak_includes_released_memory() -> None:
     child = f"held = bytearray(b'x' * {TOUCHED}); del held; {CHILD}"
     printed = subprocess.run([sys.executable, "-c", child], capture_output=True, check=True).stdout
     assert TOUCHED < int(printed) < 3 * TOUCHED
 
 
-def test_where_there_is_no_proc_the_system_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_getrusage_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_memory, "status_bytes", lambda field: None)
     unit = 1 if sys.platform == "darwin" else 1024
     assert peak_resident_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

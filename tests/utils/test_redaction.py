@@ -1,4 +1,4 @@
-"""What is sent around holds no secret and no home folder. The secrets here are made up."""
+"""Shared texts contain no secrets and no home folders. The secrets here are invented."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_homes_are_shortened(text: str, shown: str) -> None:
     assert redact_text(text) == shown
 
 
-def test_the_users_own_home_is_shortened_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_home_is_shortened_at_any_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/data/people/alice")
     assert redact_text("/data/people/alice/x /data/people/alice2") == "~/x /data/people/alice2"
 
@@ -112,11 +112,11 @@ def test_secrets_are_redacted(text: str, secret: str) -> None:
         *(f"revision {HEX}", "the bearer of good news", "basic understanding", "https://example.org/a@b"),
     ],
 )
-def test_other_texts_stay(text: str) -> None:
+def test_other_texts_are_unchanged(text: str) -> None:
     assert redact_text(text) == text
 
 
-def test_a_command_keeps_what_repeats_it() -> None:
+def test_a_command_keeps_its_other_arguments() -> None:
     words = [
         "train",
         "quickstart",
@@ -141,7 +141,7 @@ def test_a_secret_after_a_flag_of_any_length_is_redacted(name: str) -> None:
     assert time.process_time() - started < 2
 
 
-def test_what_a_run_records_of_its_command_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorded_command_of_a_run_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys, "argv", ["/home/alice/bin/restomod", "train", "x", "--then", "curl secret", "--steps", "5"]
     )
@@ -153,7 +153,7 @@ def test_all_texts_and_names_of_a_value_are_redacted() -> None:
     assert redact(value) == {"~": [1, 2.5, None, True, ("␛[2J", {"a": "~/x"})]}
 
 
-def test_a_secret_in_several_pieces_is_found() -> None:
+def test_a_secret_across_pieces_is_redacted() -> None:
     pieces = ["my ", "hf_", "abcdefghij", "klmnopqrst", " and", "\x1b more"]
     shown = redact_pieces(pieces)
     assert "".join(shown) == "my [redacted] and␛ more"
@@ -168,7 +168,7 @@ HARD += ["/home", "a.", "A_", "C:\\Users\\", "--token ", "key: ", "?a", "hf_", "
 
 
 @pytest.mark.parametrize("unit", HARD)
-def test_long_texts_take_time_in_proportion(unit: str) -> None:
+def test_redaction_takes_linear_time(unit: str) -> None:
     text = unit * (200_000 // len(unit))
     started = time.process_time()
     redact_text(text)

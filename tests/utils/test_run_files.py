@@ -1,4 +1,4 @@
-"""Runs that come from elsewhere: links out of them, what is no file, values beyond any range."""
+"""Received runs: links out of the folder, special files, values out of range."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint, and no more."""
+    """A run with one checkpoint."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     trainee = make_trainee()
     trainee.train(0, 2)
@@ -82,7 +82,7 @@ def replace(path: Path, target: str) -> None:
 
 
 def refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command refuses."""
+    """Run a command that must fail, and return its error line."""
     assert main([*arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -111,7 +111,7 @@ def test_links_out_of_a_checkpoint_are_refused(name: str, in_run: bool, checkpoi
         find_model(str(folder))
 
 
-def test_a_record_that_lists_files_elsewhere_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_record_of_files_outside_the_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)
     values = json.loads((checkpoint / COMPLETE).read_text())
     values["files"]["../../../secret"] = {"bytes": len(SECRET), "sha256": sha256_file(tmp_path / "secret")}
@@ -120,7 +120,7 @@ def test_a_record_that_lists_files_elsewhere_is_refused(checkpoint: Path, tmp_pa
         verify_checkpoint(checkpoint)
 
 
-def test_links_that_stay_and_a_run_that_is_a_link_are_read(run: Path) -> None:
+def test_links_within_a_run_and_a_link_to_a_run_are_read(run: Path) -> None:
     (run / "metrics.jsonl").rename(run / "records.jsonl")
     (run / "metrics.jsonl").symlink_to("records.jsonl")
     Path("link").symlink_to("run")
@@ -142,7 +142,7 @@ def test_a_checkpoint_in_the_cache_of_the_hub_is_read(checkpoint: Path, tmp_path
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "huge"])
 @pytest.mark.parametrize("name", ["config.json", "data.json", "metrics.jsonl", *("environment.json", "samples.jsonl")])
-def test_what_is_no_file_of_a_run_neither_hangs_nor_fails(
+def test_special_files_in_a_run_neither_hang_nor_fail(
     name: str, kind: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / name).unlink()
@@ -154,7 +154,7 @@ def test_what_is_no_file_of_a_run_neither_hangs_nor_fails(
         with open(run / name, "wb") as f:
             f.truncate(2**40)
     needed = name not in ("environment.json", "samples.jsonl")
-    for arguments in READERS if name == "config.json" else READERS[:-1]:  # what resumes needs data and more
+    for arguments in READERS if name == "config.json" else READERS[:-1]:  # resuming needs data too
         code = main([*arguments])
         lines = capsys.readouterr().err.splitlines()
         assert (code == 2, len(lines)) == (True, 1) if needed else (code in (0, 1) and len(lines) <= 1)
@@ -163,7 +163,7 @@ def test_what_is_no_file_of_a_run_neither_hangs_nor_fails(
 
 @pytest.mark.parametrize("name", ["environment.json", "error_analysis.json", "evals/mine.json", "data.json"])
 @pytest.mark.parametrize("value", [[1], 5, "x", {"auths": {"hub": "s3cr3t"}}, [{"processes": 0, "device": []}], [[{}]]])
-def test_what_the_page_needs_not_is_left_out_of_it(
+def test_the_page_omits_damaged_optional_files(
     name: str, value: object, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / name).parent.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def changed(value: Any, at: list[str | int], new: Any) -> Any:
         (["format"], "restomod-error-analysis-9"),
     ],
 )
-def test_an_error_analysis_that_does_not_fit_is_left_out_and_told(
+def test_an_inconsistent_error_analysis_is_omitted_with_a_warning(
     at: list[str | int], new: Any, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "error_analysis.json"
@@ -229,7 +229,7 @@ def test_a_training_state_out_of_range_is_refused_by_name(state: Any, checkpoint
 
 
 def record_anew(folder: Path) -> None:
-    """As one does who changes a checkpoint and does not want that to be seen."""
+    """Update the record of a checkpoint after a change, as an attacker would."""
     values = json.loads((folder / COMPLETE).read_text())
     for name, entry in values["files"].items():
         entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
@@ -240,7 +240,7 @@ def record_anew(folder: Path) -> None:
     "files",
     [5, [], {"model.safetensors": None}, {"model.safetensors": {"bytes": -1, "sha256": ""}}, {"a": {"bytes": 1e400}}],
 )
-def test_a_record_of_a_checkpoint_that_does_not_fit_is_refused_by_name(files: Any, checkpoint: Path) -> None:
+def test_an_inconsistent_checkpoint_record_is_refused_by_name(files: Any, checkpoint: Path) -> None:
     (checkpoint / COMPLETE).write_text(json.dumps({"format": "restomod-checkpoint-1", "files": files}))
     with pytest.raises(UserError, match=COMPLETE):
         verify_checkpoint(checkpoint)
@@ -248,7 +248,7 @@ def test_a_record_of_a_checkpoint_that_does_not_fit_is_refused_by_name(files: An
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\0" * 7 + b"\x10{}", b"\x02" + b"\0" * 7 + b"[]"])
-def test_damaged_tensors_whose_record_fits_are_refused_by_name(name: str, content: bytes, checkpoint: Path) -> None:
+def test_damaged_tensors_with_a_valid_record_are_refused_by_name(name: str, content: bytes, checkpoint: Path) -> None:
     (checkpoint / name).write_bytes(content)
     record_anew(checkpoint)
     with pytest.raises(UserError, match=name.rpartition("/")[2]):
@@ -256,7 +256,7 @@ def test_damaged_tensors_whose_record_fits_are_refused_by_name(name: str, conten
 
 
 @pytest.mark.parametrize("changes", [{"n_layer": 4096}, {"n_embd": 2**20}, {"vocab_size": 2**26}, {"n_inner": 2**20}])
-def test_a_model_is_compared_with_its_tensors_before_memory_is_taken(changes: dict[str, int], checkpoint: Path) -> None:
+def test_a_model_is_compared_with_its_tensors_before_allocation(changes: dict[str, int], checkpoint: Path) -> None:
     saved = read_model_config(checkpoint)
     require_shape(checkpoint, saved)
     hostile = dataclasses.replace(saved, **changes)

@@ -1,4 +1,4 @@
-"""Temporary files and folders: made anew, held by a lock, removed when their process is gone."""
+"""Temporary files and folders: newly created, locked, removed after their process has ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("file", "folder")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_has_the_umasks_permissions_and_goes_with_its_context(kind: Kind, tmp_path: Path) -> None:
+def test_it_has_the_umasks_permissions_and_is_removed_with_its_context(kind: Kind, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         with Temporary(tmp_path, kind) as made:
@@ -42,7 +42,7 @@ def hold(folder: Path, held: Event) -> None:
     signal.pause()
 
 
-def test_those_of_a_killed_process_are_removed_by_the_next_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_only_are_removed(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     held = fork.Event()
     process = fork.Process(target=hold, args=(tmp_path, held))
@@ -58,7 +58,7 @@ def test_those_of_a_killed_process_are_removed_by_the_next_and_those_of_a_living
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_locks_only_what_is_older_than_a_day_is_removed(
+def test_without_locks_leftovers_are_removed_after_a_day(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks.fcntl, "flock", refuse(errno.ENOTSUP))
@@ -71,7 +71,7 @@ def test_without_locks_only_what_is_older_than_a_day_is_removed(
         each.remove()
 
 
-def test_links_and_pipes_of_such_a_name_lead_nowhere(tmp_path: Path) -> None:
+def test_links_and_pipes_with_such_a_name_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "a").write_text("mine")
     (tmp_path / "received").mkdir()
@@ -86,7 +86,7 @@ def test_links_and_pipes_of_such_a_name_lead_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_that_is_taken_for_a_leftover_in_the_moment_of_its_making_is_made_again(
+def test_a_file_removed_before_it_is_locked_is_created_again(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock, taken = locks.flock, list[int]()
@@ -102,7 +102,7 @@ def test_one_that_is_taken_for_a_leftover_in_the_moment_of_its_making_is_made_ag
         assert [path.name for path in tmp_path.iterdir()] == [made.path.name]
 
 
-def test_a_file_that_has_been_moved_stays(tmp_path: Path) -> None:
+def test_a_moved_file_is_kept(tmp_path: Path) -> None:
     with Temporary(tmp_path) as made:
         assert made.fd is not None
         os.write(made.fd, b"x")

@@ -26,7 +26,7 @@ HASHES = {name: hashlib.sha256(name.encode() * 1000).hexdigest() for name in ("a
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are read."""
+    """Names of the files that are read."""
     names: list[str] = []
     before = verified.sha256_file
 
@@ -38,7 +38,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_files_that_were_right_and_have_not_changed_are_not_read_again(folder: Path, read: list[str]) -> None:
+def test_verified_files_are_not_read_again(folder: Path, read: list[str]) -> None:
     assert changed_file(folder, HASHES) is None
     assert sorted(read) == ["a", "b", "c"]
     assert changed_file(folder, HASHES) is None
@@ -48,13 +48,13 @@ def test_files_that_were_right_and_have_not_changed_are_not_read_again(folder: P
     assert read[3:] == ["b"]
 
 
-def test_all_are_read_where_nothing_is_to_be_remembered(folder: Path, read: list[str]) -> None:
+def test_all_files_are_read_without_remember(folder: Path, read: list[str]) -> None:
     for _ in range(2):
         assert changed_file(folder, HASHES, remember=False) is None
     assert len(read) == 6
 
 
-def test_an_altered_file_is_named_even_if_its_time_is_set_back(folder: Path) -> None:
+def test_a_changed_file_is_found_even_if_its_time_is_reset(folder: Path) -> None:
     assert changed_file(folder, HASHES) is None
     before = (folder / "b").stat()
     content = bytearray((folder / "b").read_bytes())
@@ -62,15 +62,15 @@ def test_an_altered_file_is_named_even_if_its_time_is_set_back(folder: Path) -> 
     (folder / "b").write_bytes(content)
     os.utime(folder / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert changed_file(folder, HASHES) == "b"
-    assert changed_file(folder, HASHES) == "b"  # it is not remembered as right
+    assert changed_file(folder, HASHES) == "b"  # it is not recorded as verified
 
 
-def test_another_hash_in_the_manifest_is_noticed(folder: Path) -> None:
+def test_a_changed_hash_in_the_manifest_is_found(folder: Path) -> None:
     assert changed_file(folder, HASHES) is None
     assert changed_file(folder, HASHES | {"c": "0" * 64}) == "c"
 
 
-def test_a_copied_folder_is_read_anew(folder: Path, tmp_path_factory: pytest.TempPathFactory, read: list[str]) -> None:
+def test_a_copied_folder_is_read_again(folder: Path, tmp_path_factory: pytest.TempPathFactory, read: list[str]) -> None:
     changed_file(folder, HASHES)
     copy = tmp_path_factory.mktemp("copy") / "of"
     shutil.copytree(folder, copy)
@@ -79,7 +79,7 @@ def test_a_copied_folder_is_read_anew(folder: Path, tmp_path_factory: pytest.Tem
     assert len(read) == 6
 
 
-def test_a_file_that_has_only_just_changed_is_not_remembered(
+def test_a_recently_changed_file_is_not_recorded(
     folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verified, "SETTLED_SECONDS", 60.0)
@@ -89,15 +89,13 @@ def test_a_file_that_has_only_just_changed_is_not_remembered(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2, 3, "x"]}'])
-def test_a_damaged_record_counts_as_none(folder: Path, read: list[str], content: str) -> None:
+def test_a_damaged_record_is_ignored(folder: Path, read: list[str], content: str) -> None:
     (folder / VERIFIED).write_text(content)
     assert changed_file(folder, HASHES) is None
     assert len(read) == 3
 
 
-def test_a_folder_that_cannot_be_written_is_read_each_time(
-    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_folder_is_read_every_time(folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 

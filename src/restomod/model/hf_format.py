@@ -85,10 +85,10 @@ def is_exportable(config: ModelConfig) -> bool:
 
 
 def describe_shape(config: ModelConfig) -> str:
-    """Describe a model in one line: ``GPT-2, 12 layers, 12 heads, 768 wide, 1024 positions``."""
+    """Describe a model in one line: ``GPT-2, 12 layers, 12 heads, width 768, context 1024``."""
     title = family_of(config).title
     return (
-        f"{title}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {config.n_positions} positions"
+        f"{title}, {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions}"
     )
 
 

@@ -1,1 +1,1 @@
-"""Training a run: setup, the loop, recovery, what it prints"""
+"""Training: setup, training loop, recovery from failures, console output."""

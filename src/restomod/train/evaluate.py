@@ -13,14 +13,18 @@ from restomod.model.gpt import GPT
 from restomod.runs.metrics import NewRecords
 from restomod.train.setup import Training
 from restomod.utils.console import Display
+from restomod.utils.text import counted, shell_quoted
 
 
 def evaluate(training: Training, step: int, display: Display) -> None:
-    """Log and show the validation loss, if there is a validation split, and the metrics of the run's tasks."""
+    """Compute, log and print the validation loss and the metrics of the run's tasks.
+
+    Collective: every rank must call this. Without a validation split there is no validation loss.
+    """
     config, compute, processes = training.config, training.compute, training.processes
-    # Under FSDP every process gathers the whole model to evaluate (2 bytes per block parameter in 16 bits, 4 per other
-    # parameter): processes score different numbers of windows and questions, so forward passes that gather weights
-    # would not match. Activations and gradients of a training step, which need more memory, are not allocated then.
+    # Under FSDP every rank gathers the complete model (2 bytes per block parameter in 16 bits, 4 per other parameter):
+    # ranks score different numbers of windows and questions, so all-gathers in forward passes would not match.
+    # Activations and gradients of a training step need more memory and are not allocated here.
     model = gather_full_model(training.model, compute.dtype)
     validation = dataset_loss(
         model,
@@ -34,8 +38,9 @@ def evaluate(training: Training, step: int, display: Display) -> None:
     if validation is not None:
         parts = {"sources": validation.sources} if validation.sources else {}
         training.run.log("val", step, loss=validation.loss, tokens=validation.tokens, **parts)
-        of = ", ".join(f"{name} {part:.4f}" for name, part in validation.sources.items())
-        display.line(f"step {step}  validation loss {validation.loss:.4f}{f' ({of})' if of else ''}", style="bold cyan")
+        by_source = ", ".join(f"{name} {part:.4f}" for name, part in validation.sources.items())
+        suffix = f" ({by_source})" if by_source else ""
+        display.line(f"step {step}  validation loss {validation.loss:.4f}{suffix}", style="bold cyan")
     for loaded in training.data.tasks:
         result = score_task(ScoredGPT(model, compute.dtype), loaded, processes=processes)
         metrics = {name: estimate.value for name, estimate in result.metrics.items()}
@@ -47,7 +52,10 @@ def evaluate(training: Training, step: int, display: Display) -> None:
 
 
 def write_samples(training: Training, step: int, display: Display) -> None:
-    """Log and show one continuation of each prompt."""
+    """Generate, log and print one continuation of each prompt.
+
+    Collective: every rank must call this.
+    """
     model = gather_full_model(training.model, training.compute.dtype, keep=training.processes.main)
     training.processes.from_main(lambda: _sample(training, model, step, display))
 
@@ -63,36 +71,41 @@ def _sample(training: Training, model: GPT, step: int, display: Display) -> None
 
 
 class Health:
-    """Symptoms in the records of a run in progress; each call reads only new records, in the main process only."""
+    """Detector of symptoms of an unhealthy run in progress.
+
+    Each call reads only the new records of `metrics.jsonl`, and only in the main process.
+    """
 
     def __init__(self, training: Training) -> None:
         self.training = training
         self._records, self._history = NewRecords(training.run.folder / "metrics.jsonl"), History()
-        self._gather()  # the records of a resumed run, before the first step
+        self._gather()  # records from before a resumption
 
     def print_warnings(self, display: Display) -> None:
-        """Show one line for each symptom so far."""
-        for symptom in self._symptoms():
-            display.line(f"warning: {symptom.symptom}: {symptom.reason}", style="bold yellow")
+        """Print a warning for each symptom seen so far."""
+        for symptom in failures(self._findings()):
+            display.warn(f"{symptom.symptom}: {symptom.reason}")
 
-    def verdict_line(self) -> str:
-        """The verdict on the run, in one line."""
-        symptoms, folder = [symptom.symptom for symptom in self._symptoms()], self.training.run.folder
-        if symptoms:
-            return f"verdict: not healthy: {', '.join(symptoms)}; `restomod verdict {folder}` says what to do"
-        return f"verdict: healthy; `restomod verdict {folder}` says what was looked for"
+    def verdict(self) -> str:
+        """Return the verdict on the run in one line: healthy or not, with the names of the symptoms."""
+        findings = self._findings()
+        symptoms = ", ".join(finding.symptom for finding in failures(findings))
+        judged, total = sum(finding.status != "unknown" for finding in findings), len(findings)
+        checked = counted(total, "symptom") if judged == total else f"{judged} of {counted(total, 'symptom')}"
+        details = f"details: restomod verdict {shell_quoted(str(self.training.run.folder))}"
+        return f"not healthy: {symptoms} ({details})" if symptoms else f"healthy ({checked} checked; {details})"
 
-    def _symptoms(self) -> list[Finding]:
+    def _findings(self) -> list[Finding]:
         if not self.training.processes.main:
             return []
         self._gather()
-        return failures(find_symptoms_in_curves(self.training.config, self._history.curves()))
+        return find_symptoms_in_curves(self.training.config, self._history.curves())
 
     def _gather(self) -> None:
         if not self.training.processes.main:
             return
         fresh, records = self._records.read()
-        if fresh:  # also after a rollback
+        if fresh:  # first call, or the file was rewritten by a rollback
             self._history = History()
         for record in records:
             self._history.add(record)

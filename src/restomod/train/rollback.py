@@ -1,4 +1,4 @@
-"""Recovery from failures: roll back to a checkpoint, retry a step with a smaller micro-batch."""
+"""Recovery from failures: rollback to a checkpoint, retry of a step with a smaller micro-batch."""
 
 from __future__ import annotations
 
@@ -18,34 +18,43 @@ from restomod.utils.errors import UserError, is_out_of_memory, one_line
 def roll_back(
     training: Training, saver: Saver, guard: SpikeGuard, step: int, problem: str, offset: int, display: Display
 ) -> tuple[int, int]:
-    """Load the newest checkpoint, and skip the batches since, up to the skipped ``step``, which had a ``problem``.
+    """Load the newest checkpoint and skip the batches between it and a failed step.
+
+    Args:
+        training: run in memory.
+        saver: writer of checkpoints, which is finished first.
+        guard: spike guard, which is reset to the checkpoint's step.
+        step: failed step.
+        problem: description of the failure.
+        offset: current data offset, in batches.
+        display: console output.
 
     Returns:
-        The checkpoint's step, and the new data offset.
+        Step of the checkpoint, and the new data offset.
 
     Raises:
-        UserError: there is no checkpoint, or rolling back to it has not helped.
+        UserError: there is no checkpoint, or too many rollbacks to it have failed.
     """
     run, processes = training.run, training.processes
     saver.finish()
     checkpoint, _ = processes.from_main(lambda: set_aside_unusable(run.folder))
     if checkpoint is None:
         raise processes.error(
-            f"step {step}: {problem}, and there is no checkpoint to go back to; lower --optim.lr in a new run"
+            f"step {step}: {problem}, and there is no checkpoint to roll back to; lower --optim.lr in a new run"
         )
     back = load_checkpoint(checkpoint, training.model, training.optimizer, processes)
     log = run.folder / "metrics.jsonl"
     records = processes.from_main(lambda: [record for record in iterate_jsonl(log) if record["step"] < back])
     if not guard.rolled_back(back, records):
         raise processes.error(
-            f"step {step}: {problem}, and going back to step {back} has not helped; lower --optim.lr in a new run "
+            f"step {step}: {problem}, and rolling back to step {back} did not help; lower --optim.lr in a new run "
             f"({describe_newest(run.folder)})"
         )
     if run.writes:
         run.rewind(back)
     offset += step + 1 - back
     run.log("rollback", back, failed_step=step, data_offset=offset)
-    display.line(f"rolled back to step {back}; skips the data of {step + 1 - back} steps", style="bold yellow")
+    display.warn(f"step {step}: rolled back to step {back}; the batches of {step + 1 - back} steps are skipped")
     return back, offset
 
 
@@ -57,13 +66,22 @@ def train_step_retrying_oom(
     loss_limit: float,
     display: Display,
 ) -> tuple[PendingStep, int]:
-    """Make a step on this process's share of the batch, with a smaller micro-batch where memory runs out.
+    """Make a training step on this rank's part of the batch; halve the micro-batch if memory runs out.
+
+    Args:
+        training: run in memory.
+        step: step to make.
+        micro_batches: this rank's sequences of the batch.
+        micro_batch: sequences per forward pass.
+        loss_limit: loss above which the update is skipped.
+        display: console output.
 
     Returns:
-        What `train_step` returns, and the micro-batch that fitted.
+        Pending result of the step, and the micro-batch that fits.
 
     Raises:
-        UserError: one sequence does not fit, or other processes wait for this one in the middle of the step.
+        UserError: memory is too small for one sequence, or for this micro-batch on one of several ranks, which cannot
+            retry alone.
     """
     loss_of, optimizer, processes = training.loss_of, training.optimizer, training.processes
     while True:
@@ -78,7 +96,7 @@ def train_step_retrying_oom(
                     f"step {step}: out of memory with a micro-batch of {micro_batch} sequences ({one_line(e)}); "
                     f"resume with a smaller --micro-batch, or with --gradient-checkpointing"
                 ) from e
-        optimizer.zero_grad()  # outside of `except`, which holds on to the tensors of the step
+        optimizer.zero_grad()  # outside of `except`, which keeps references to the step's tensors
         release_memory(training.compute.device)
         micro_batch = next_smaller_divisor(micro_batch)
-        display.line(f"step {step}  out of memory: micro-batch {micro_batch} from here on", style="bold yellow")
+        display.warn(f"step {step}: out of memory; the micro-batch is now {micro_batch}")

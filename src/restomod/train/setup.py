@@ -1,4 +1,4 @@
-"""Everything a training loop needs, from a configuration: data, model, checks, state of a checkpoint."""
+"""Setup of a run from its configuration: data, model, sanity checks, state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,61 +53,63 @@ from restomod.utils.errors import UserError, is_out_of_memory, one_line
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: step 0, or the checkpoint from which it resumes."""
+    """Starting point of a run: step 0, or the checkpoint from which it resumes."""
 
     checkpoint: Path | None = None
     unusable: dict[Path, str] = field(default_factory=dict)
-    """Newer checkpoints, which are set aside, and their problems."""
+    """Newer, unusable checkpoints and their problems; they are renamed."""
     step: int = 0
-    """Updates that the weights have had."""
+    """Number of updates of the weights."""
     data_offset: int = 0
-    """Skipped batches: step s trains on batch s + data_offset."""
+    """Number of skipped batches: step s trains on batch s + data_offset."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on and is evaluated on."""
+    """Tokens, batches and evaluation tasks of a run."""
 
     dataset: Dataset
     tokenizer: Tokenizer
     batches: Batches
     tasks: list[LoadedTask]
-    """Evaluated at every validation, besides the validation loss."""
+    """Tasks that are scored at every validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A run in memory."""
+    """Run in memory: folder, data, model, optimizer and device."""
 
     run: RunFolder
     start: Start
     data: TrainingData
     model: GPT
     loss_of: nn.Module
-    """Takes tokens and targets, returns the training loss; contains the model."""
+    """Module from tokens and targets, both (B, T), to the training loss; contains the model."""
     optimizer: Optimizers
     compute: ComputeConfig
     processes: Processes
     check_results: list[CheckResult]
-    """Of the sanity checks; empty for a run that resumes or is not checked."""
+    """Results of the sanity checks; empty for a resumed run or without checks."""
     micro_batch_seconds: float
-    """Forward and backward pass of one micro-batch."""
+    """Duration of the forward and backward pass of one micro-batch, in seconds."""
     warnings: list[str]
-    """Of a resumed run: checkpoints that were set aside, records that cannot be read."""
+    """Problems of a resumed run's files: unusable checkpoints, unreadable records."""
     nothing_left: str | None
-    """Why a resumed run has nothing left to do; None where it has."""
+    """Reason why a resumed run is complete already; None if steps remain."""
 
     @property
     def config(self) -> RunConfig:
+        """Run configuration."""
         return self.run.config
 
     @property
     def flops_per_token(self) -> int:
+        """FLOPs of the forward and backward pass per token."""
         return flops_per_token(self.config.model, self.config.sequence_length)
 
     @property
     def peak_flops(self) -> float | None:
-        """Peak FLOP/s of all devices together, if known; see `restomod.model.flops`."""
+        """Peak FLOP/s of all devices together; None if unknown (see `restomod.model.flops`)."""
         peak = peak_flops(describe_device(self.compute.device))
         return None if peak is None else peak * self.processes.world_size
 
@@ -115,17 +117,24 @@ class Training:
 def set_up(
     config: RunConfig, folder: Path, resume: bool, processes: Processes = SINGLE, print_line: Say = lambda text: None
 ) -> Training:
-    """Prepare data, model and optimizer, and create or reopen the run's folder. All processes call this.
+    """Prepare data, model and optimizer, and create or reopen the run's folder.
 
-    Nothing is written before the data and the configuration have been found good, and nothing at all into a run that
-    has nothing left to do. A resumed run starts from its newest checkpoint, or from step 0 if it has none.
+    Collective: every rank must call this. The folder is written only after data and configuration are validated, and
+    only if steps remain. A resumed run starts from its newest checkpoint, or from step 0 without a checkpoint.
+
+    Args:
+        config: run configuration.
+        folder: folder of the run.
+        resume: whether the folder holds a run to be resumed.
+        processes: ranks that share the batch.
+        print_line: function that prints a line about a long operation or a change.
 
     Raises:
-        UserError: the data, the device, the folder or the checkpoint is not usable.
+        UserError: the data, the device, the folder or the checkpoint is unusable.
     """
     start = processes.from_main(lambda: find_start(config, folder)) if resume else Start()
     config = _with_absolute_paths(config, needs_init=start.checkpoint is None)
-    # a run that is still trained may have a newer checkpoint by the time another process looks
+    # another run may write a newer checkpoint before the other ranks look for its newest one
     config = dataclasses.replace(config, init=processes.gather(config.init)[0])
     compute = choose_compute(config, processes)
 
@@ -179,10 +188,10 @@ def set_up(
 
 
 def find_start(config: RunConfig, folder: Path) -> Start:
-    """The newest usable checkpoint of a run; step 0 if it was stopped before its first.
+    """Find the newest usable checkpoint of a run, or step 0 if it was stopped before its first checkpoint.
 
     Raises:
-        UserError: no checkpoint is usable, it is of another model, or it is beyond ``config.steps``.
+        UserError: all checkpoints are unusable, the model has another shape, or the step is beyond ``config.steps``.
     """
     checkpoint, unusable = newest_usable(folder)
     if checkpoint is None:
@@ -191,23 +200,25 @@ def find_start(config: RunConfig, folder: Path) -> Start:
     require_shape(checkpoint, config.model)
     if config.steps < start.step:
         raise UserError(
-            f"{folder} has made {start.step} steps already, more than --steps {config.steps}; "
+            f"{folder} is already at step {start.step}, beyond --steps {config.steps}; "
             f"omit --steps, or raise it to continue"
         )
     return start
 
 
 def build_data(config: RunConfig, processes: Processes) -> TrainingData:
-    """Tokens, batches and evaluation tasks, the same in all processes. All processes call this.
+    """Load tokens, batches and evaluation tasks, identical on all ranks.
+
+    Collective: every rank must call this.
 
     Raises:
-        UserError: there is too little text, the model is for another vocabulary, or processes found different tokens.
+        UserError: too little text, a model with another vocabulary, or different tokens on different ranks.
     """
     tokenizer = gpt2_tokenizer()
     dataset = processes.run_on_all_ranks(lambda: prepare_text(config.data), one_first=True)
     batches = training_batches(config, dataset, tokenizer)
     for source in dataset.sources:
-        if len(source.dataset.val):  # refused now rather than at the first use
+        if len(source.dataset.val):  # raises UserError for a split shorter than a window
             Batches(source.dataset.val, config.sequence_length, 1, 0, "validation")
     cache, limit = Path(config.data.cache), config.eval_limit
     tasks = processes.run_on_all_ranks(
@@ -215,25 +226,28 @@ def build_data(config: RunConfig, processes: Processes) -> TrainingData:
     )
     if len(set(processes.gather(dataset.fingerprint))) > 1:
         raise processes.error(
-            "the processes of this run found different data; give all machines the same files, or one folder that all "
-            "can read (--data.path, --data.cache)"
+            "the processes of this run found different data; use the same files on all machines, or a shared folder "
+            "(--data.path, --data.cache)"
         )
     return TrainingData(dataset, tokenizer, batches, tasks)
 
 
 def check_device(compute: ComputeConfig) -> None:
-    """Raise UserError if the device is of a kind that has computed wrongly before, and does so here."""
+    """Raise UserError if the device computes wrong results; only types of devices with known faults are checked."""
     if compute.device.type in CHECKED_BEFORE_TRAINING:
         parity = device_parity(compute.device, compute.dtype)
         if parity.status == "fail":
             raise UserError(
-                f"this device computes wrongly: {parity.reason} (`restomod doctor` checks it; "
+                f"this device computes wrong results: {parity.reason} (`restomod doctor` checks it; "
                 f"--no-sanity-checks trains anyway)"
             )
 
 
 def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.device, processes: Processes) -> GPT:
-    """The model with the weights of ``checkpoint``, or its initial ones. All processes call this."""
+    """Build the model and load the weights of ``checkpoint`` (None: initial weights).
+
+    Collective: every rank must call this.
+    """
     fresh = config if checkpoint is None else dataclasses.replace(config, init=None)
     model = processes.run_on_all_ranks(lambda: initial_model(fresh, device))
     if checkpoint is not None:
@@ -242,7 +256,11 @@ def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.devi
 
 
 def check_model(model: GPT, data: TrainingData, compute: ComputeConfig, config: RunConfig) -> list[CheckResult]:
-    """Run the quick sanity checks, before torch.compile adapts to their shapes. Raises UserError: one has failed."""
+    """Run the quick sanity checks, without torch.compile.
+
+    Raises:
+        UserError: a check failed.
+    """
     optimizer, eager = build_optimizer(model, config.optim), dataclasses.replace(compute, compiled=False)
     results = quick_checks(CheckedModel(model, data.batches, eager, optimizer, fresh=config.init is None))
     for result in results:
@@ -255,19 +273,23 @@ def check_model(model: GPT, data: TrainingData, compute: ComputeConfig, config: 
 
 
 def _warnings(folder: Path, start: Start) -> list[str]:
-    """What is wrong with the files of a run that resumes from ``start``, but does not stop it."""
-    found = [f"set aside: {problem}" for problem in start.unusable.values()]
+    """Return problems of a resumed run's files that do not prevent its resumption."""
+    found = [f"unusable checkpoint renamed: {problem}" for problem in start.unusable.values()]
     log, before = folder / "metrics.jsonl", len(found)
     records = (record for record in iterate_jsonl(log, found.append) if record["kind"] == "train")
     lacking = start.step - sum(record["step"] < start.step for record in records)
-    if lacking > 0 and len(found) == before:  # damaged lines have been reported
-        found.append(f"{log} lacks {lacking} of the {start.step} steps before this one")
+    if lacking > 0 and len(found) == before:  # damaged lines are already reported
+        found.append(f"{log} lacks {lacking} of the {start.step} steps before the checkpoint")
     collections.deque(iterate_jsonl(folder / "samples.jsonl", found.append, SampleRecord), maxlen=0)
     return found
 
 
 def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> Batches:
-    """The batches of a run. Raises UserError: a source shorter than a window, or a model for another vocabulary."""
+    """Return the training batches of a run.
+
+    Raises:
+        UserError: a source is shorter than a window, or the model has another vocabulary than the tokenizer.
+    """
     sources = dataset.sources
     batches = Batches(
         [source.dataset.train for source in sources],
@@ -282,16 +304,16 @@ def training_batches(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) 
     if config.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size is {config.model.vocab_size}, but the data's {tokenizer.name} tokenizer has "
-            f"{tokenizer.vocab_size} tokens; leave it at that (memory is padded to a multiple of 64 anyway)"
+            f"{tokenizer.vocab_size} tokens; omit --model.vocab-size (weights are padded to a multiple of 64)"
         )
     return batches
 
 
 def choose_compute(config: RunConfig, processes: Processes) -> ComputeConfig:
-    """The device, compute dtype and micro-batch of this process.
+    """Choose device, compute dtype, micro-batch and compilation of this rank.
 
     Raises:
-        UserError: the device is not there, or the batch cannot be divided among the processes.
+        UserError: the device is not available, or the batch cannot be divided among the ranks.
     """
     if config.deterministic:
         compute_deterministically()
@@ -312,10 +334,12 @@ def choose_compute(config: RunConfig, processes: Processes) -> ComputeConfig:
 def make_ready(
     model: GPT, batches: Batches, compute: ComputeConfig, config: RunConfig, processes: Processes
 ) -> tuple[nn.Module, Optimizers, ComputeConfig]:
-    """Compile and distribute a model as configured. All processes call this.
+    """Compile and distribute a model, and build its optimizer.
+
+    Collective: every rank must call this.
 
     Returns:
-        What computes the loss, the optimizer, and ``compute`` with a micro-batch that fits.
+        Module that computes the loss, optimizer, and ``compute`` with a micro-batch that fits into memory.
     """
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     model.transformer.residual_dtype = torch.bfloat16 if config.residual_dtype == "bf16" else None
@@ -330,10 +354,11 @@ def make_ready(
 
 
 def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
-    """The configuration with absolute paths, so that the run resumes from any folder; ``init`` names one checkpoint.
+    """Replace relative paths by absolute ones, so that the run resumes from any working directory.
 
     Args:
-        needs_init: whether the initial weights are still to be read; a run that has a checkpoint does not need them.
+        config: run configuration.
+        needs_init: whether ``init`` is replaced by the checkpoint it stands for; False for a run with a checkpoint.
     """
     data = config.data
     path = str(Path(data.path).absolute()) if data.path else None
@@ -349,10 +374,10 @@ def _with_absolute_paths(config: RunConfig, needs_init: bool) -> RunConfig:
 
 
 def initial_model(config: RunConfig, device: torch.device) -> GPT:
-    """The model at step 0: random weights, or those that ``config.init`` names.
+    """Build the model at step 0, with random weights or those of ``config.init``.
 
     Raises:
-        UserError: ``config.init`` is no model of the run's shape, or memory is too small.
+        UserError: ``config.init`` is not a model of the run's shape, or the model does not fit into memory.
     """
     shape = config.model
     try:
@@ -365,8 +390,8 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
             raise UserError(f"{config.init} can be evaluated and sampled, but not trained further: {e}") from None
         if saved.vocab_size != shape.vocab_size:
             raise UserError(
-                f"{config.init} has a vocabulary of {saved.vocab_size:,} tokens, and a run reads {shape.vocab_size:,}: "
-                f"it can be evaluated and sampled, but not trained further"
+                f"{config.init} has a vocabulary of {saved.vocab_size:,} tokens instead of {shape.vocab_size:,}, so it "
+                f"can be evaluated and sampled, but not trained further"
             )
         if saved != as_saved(shape):
             changed = {
@@ -384,4 +409,4 @@ def initial_model(config: RunConfig, device: torch.device) -> GPT:
         if not is_out_of_memory(e):
             raise
         parameters = parameter_count(shape)
-        raise UserError(f"a model of {parameters:,} parameters does not fit here ({one_line(e)})") from e
+        raise UserError(f"a model of {parameters:,} parameters does not fit into memory ({one_line(e)})") from e

@@ -1,7 +1,7 @@
-"""Spike guard: which steps are skipped, and when a run rolls back or stops, after losses that spike or are not finite.
+"""Spike guard: policy for loss spikes and non-finite losses (skip the update, roll back, or stop the run).
 
-A spike is a loss far above the recent ones, in units of their standard deviation. The guard's state follows from
-`metrics.jsonl`, so a resumed run decides like one that was never stopped.
+A spike is a loss many standard deviations above the mean of recent losses. The guard's state is a function of
+`metrics.jsonl`, so a resumed run makes the same decisions as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from typing import Any, Literal
 from restomod.config.run import RunConfig
 from restomod.engine.step import StepResult
 
-WINDOW = 128  # recent losses that a new one is compared with
-MIN_LOSSES = 64  # fewer give no limit
-MIN_DEVIATION = 0.02  # nats; a run that has memorised its text has losses that hardly differ
+WINDOW = 128  # number of recent losses
+MIN_LOSSES = 64  # number of losses needed for a limit
+MIN_DEVIATION = 0.02  # nats; losses of a model that memorised its text have almost no deviation
 SKIPS_BEFORE_ROLLBACK = 3
 SKIPS_BEFORE_STOP = 10
 ROLLBACKS_BEFORE_STOP = 3
-MAX_HALVINGS = 24  # of fp16's loss scale in a row: from its largest value to far below 1
+MAX_HALVINGS = 24  # consecutive halvings of the fp16 loss scale, from its maximum to far below 1
 
 Action = Literal["update", "skip", "rollback", "stop"]
 
 
 class SpikeGuard:
-    """Decides about the steps of a run, in order; a resumed run continues from its ``records``.
+    """Decision to update, skip, roll back or stop, for the steps of a run in order.
 
-    ``fp16``: gradients may overflow while the loss scale is being found.
+    Args:
+        config: run configuration, with ``on_spike`` and ``spike_sigmas``.
+        records: records of earlier steps, from which a resumed run continues.
+        fp16: whether the compute dtype is fp16, where gradients may overflow until the loss scale is small enough.
     """
 
     def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = (), fp16: bool = False) -> None:
@@ -37,30 +40,30 @@ class SpikeGuard:
         self.policy, self.sigmas = config.on_spike, config.spike_sigmas
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped = 0  # consecutive skipped steps
-        self.rollbacks: dict[int, int] = {}  # number of rollbacks by the checkpoint's step
+        self.rollbacks: dict[int, int] = {}  # number of rollbacks by checkpoint step
         self._replay(records)
 
     def loss_limit(self) -> float:
-        """The largest loss that is not a spike."""
+        """Return the maximum loss that is not a spike, in nats; infinity without a limit."""
         if not self.sigmas or len(self.losses) < MIN_LOSSES:
             return math.inf
         mean, deviation = self._mean_and_deviation()
         return mean + self.sigmas * deviation
 
     def problem(self, result: StepResult) -> str | None:
-        """What was wrong with a step; None if it was an update."""
+        """Describe the problem of a skipped step; None if the weights were updated."""
         if not result.refused:
             return None
         if self._overflowed(result):
-            return "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
+            return "fp16 gradients overflowed, so the loss scale is halved"
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             return f"the loss is {result.loss:.4f} and the gradient norm {result.grad_norm:.4f}"
         mean, deviation = self._mean_and_deviation()
         above = (result.loss - mean) / deviation
-        return f"the loss is {result.loss:.4f}, {above:.0f} standard deviations above the mean of the last ones"
+        return f"the loss is {result.loss:.4f}, {above:.0f} standard deviations above the recent mean"
 
     def decide(self, result: StepResult) -> Action:
-        """What to do after a step, which is remembered."""
+        """Record the result of a step and return the action."""
         self._remember(result.loss, result.refused)
         if not result.refused:
             return "update"
@@ -71,7 +74,15 @@ class SpikeGuard:
         return "stop" if self.policy == "stop" or self.skipped >= SKIPS_BEFORE_STOP else "skip"
 
     def rolled_back(self, step: int, records: Iterable[dict[str, Any]]) -> bool:
-        """Continue from the checkpoint of ``step``, which ``records`` precede; False after too many rollbacks to it."""
+        """Reset the guard to a checkpoint.
+
+        Args:
+            step: step of the checkpoint.
+            records: records of the steps before it.
+
+        Returns:
+            False after too many rollbacks to this checkpoint, otherwise True.
+        """
         self.rollbacks[step] = self.rollbacks.get(step, 0) + 1
         self.losses.clear()
         self.skipped = 0

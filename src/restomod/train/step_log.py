@@ -1,4 +1,4 @@
-"""The log of training steps: wait for their results, judge them, write `metrics.jsonl`, show progress."""
+"""Log of training steps: results of the device, spike guard, `metrics.jsonl`, progress on the console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from restomod.train.setup import Training
 from restomod.train.spike_guard import SpikeGuard
 from restomod.utils.console import Display
 
-STEPS_BEHIND = {"cuda": 1}  # steps in flight on a kind of device before the oldest is read
+STEPS_BEHIND = {"cuda": 1}  # asynchronous steps by type of device; the oldest is read first
 
 
 @dataclass(frozen=True)
@@ -26,43 +26,53 @@ class _Entry:
     step: int
     pending: PendingStep
     started: float
-    """When the batch was requested, in seconds."""
+    """Time of the request for the batch, in seconds."""
     waited: float
-    """Seconds until the batch was there."""
+    """Seconds spent waiting for the batch."""
 
 
 class StepLog:
-    """Keeps the steps that the device has been given, and reads their results in order.
+    """Queue of steps submitted to the device; results are read and logged in order.
 
-    On a GPU a step is read while the next one is computed; only ``read(everything=True)`` waits for the newest.
+    On a GPU the result of a step is read while the next step is computed. Only ``read(everything=True)`` waits for the
+    newest step.
     """
 
     def __init__(self, training: Training, display: Display) -> None:
         self.training, self.display = training, display
         compute = training.compute
         path, fp16 = training.run.folder / "metrics.jsonl", compute.dtype == torch.float16
-        # from the main process's file: guards that differ would refuse different steps, and the processes diverge
+        # the main process reads the records: different guards would skip different steps on different ranks
         self.guard = training.processes.from_main(lambda: SpikeGuard(training.config, iterate_jsonl(path), fp16))
         self.first_step = training.start.step
         self.reached_target = False
         self._behind = STEPS_BEHIND.get(compute.device.type, 0)
         self._entries: deque[_Entry] = deque()
-        self._seconds = 0.0  # in all steps since `first_step`
+        self._seconds = 0.0  # duration of all steps since `first_step`
         self._last_read = 0.0
 
     def add(self, step: int, pending: PendingStep, started: float, waited: float) -> None:
-        """Take a step that the device has been given."""
+        """Append a step that was submitted to the device.
+
+        Args:
+            step: number of the step.
+            pending: its result, still being computed.
+            started: time of the request for the batch, in seconds.
+            waited: time spent waiting for the batch, in seconds.
+        """
         self._entries.append(_Entry(step, pending, started, waited))
 
     def read(self, everything: bool) -> tuple[int, str] | None:
-        """Read the steps that are computed; ``everything``: wait for the newest too.
+        """Read and log the results of finished steps.
+
+        Args:
+            everything: whether to wait for the newest step too.
 
         Returns:
-            The step whose failure rolls the run back to a checkpoint, and the problem; later steps are dropped. None
-            if there is no such step.
+            Step and problem if the run must roll back to a checkpoint, otherwise None. Later steps are dropped.
 
         Raises:
-            UserError: a step failed, and ``on_spike`` is "stop", or too many were skipped.
+            UserError: a step failed and ``on_spike`` is "stop", or too many steps were skipped.
         """
         while len(self._entries) > (0 if everything or self.reached_target else self._behind):
             entry = self._entries.popleft()
@@ -73,11 +83,11 @@ class StepLog:
         return None
 
     def restart_from(self, step: int) -> None:
-        """Continue from an earlier step."""
+        """Continue from an earlier step after a rollback."""
         self.first_step, self._seconds = step, 0.0
 
     def _log(self, entry: _Entry, result: StepResult) -> str | None:
-        """Judge, write and show one step. Returns the problem if the run has to roll back."""
+        """Judge, log and print one step. Return the problem if the run must roll back, otherwise None."""
         config, step, display = self.training.config, entry.step, self.display
         now = time.perf_counter()
         seconds, self._last_read = now - max(entry.started, self._last_read), now
@@ -86,11 +96,11 @@ class StepLog:
         record = self._write(entry, result, problem, seconds)
         action = self.guard.decide(result)
         if problem is not None:
-            display.line(f"step {step}  {problem}: no update", style="bold yellow")
+            display.warn(f"step {step}: {problem}; the update is skipped")
         if action == "stop":
             newest = describe_newest(self.training.run.folder)
             raise self.training.processes.error(
-                f"step {step}: {problem}, so nothing was updated; "
+                f"step {step}: {problem}, so the run has stopped; "
                 f"lower --optim.lr or raise --optim.warmup-steps in a new run ({newest})"
             )
         if action == "update":
@@ -98,13 +108,11 @@ class StepLog:
             display.step(record, seconds_left=(config.steps - step - 1) * self._seconds / done)
             if config.target_loss is not None and result.loss <= config.target_loss:
                 self.reached_target = True
-                display.line(
-                    f"step {step}  training loss {result.loss:.4f} is at or below the target {config.target_loss}"
-                )
+                display.line(f"step {step}  training loss {result.loss:.4f} reached --target-loss {config.target_loss}")
         return problem if action == "rollback" else None
 
     def _write(self, entry: _Entry, result: StepResult, problem: str | None, seconds: float) -> dict[str, object]:
-        """Append the record of a step to `metrics.jsonl`; values that are not finite become null."""
+        """Append the record of a step to `metrics.jsonl`; NaN and infinity become null."""
         training, config = self.training, self.training.config
         speed = config.batch_tokens / seconds
         return training.run.log(

@@ -1,1 +1,1 @@
-"""Helpers for all other folders: errors, files, text, tables, figures, the terminal, the names of a run's files."""
+"""Helpers of all other packages: errors, files, text, tables, figures, console output, file names of a run."""

@@ -1,10 +1,15 @@
-"""Console output of commands: tables, check results, and progress as a bar in a terminal, else a line per step."""
+"""Console output of commands: tables, check results, warnings, samples, progress.
+
+In a terminal, progress is a bar, and long values and samples are wrapped at its width. In a log, lines are not wrapped,
+and progress is a line at most every `LOG_SECONDS`.
+"""
 
 from __future__ import annotations
 
 import io
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO, cast
@@ -17,10 +22,12 @@ from rich.text import Text
 from restomod.utils import output
 from restomod.utils.errors import UserError, reason
 from restomod.utils.terminal import WIDTH_ELSEWHERE, Terminal, rich_table
-from restomod.utils.text import duration
+from restomod.utils.text import duration, visible
 
 CheckStatus = Literal["pass", "warn", "fail", "skip"]
 STATUS_STYLE: dict[CheckStatus, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+LOG_SECONDS = 10.0  # minimum time between two progress lines in a log
+MIN_WIDTH = 20  # characters of a wrapped value in a narrow terminal
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,13 @@ class CheckResult:
 
     check: str
     status: CheckStatus
-    """fail: the model cannot learn, or the machine cannot train. warn: unusual, or slow. skip: does not apply, or
-    cannot run here."""
+    """fail: the model cannot learn, or the machine cannot train. warn: unusual or slow. skip: not applicable, or not
+    possible on this machine."""
     reason: str
 
 
 def format_train_record(record: dict[str, Any]) -> str:
-    """Format one train record of `metrics.jsonl`."""
+    """Format a "train" record of `metrics.jsonl` as loss, learning rate, gradient norm, time and speed."""
     mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
     return (
         f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
@@ -44,7 +51,7 @@ def format_train_record(record: dict[str, Any]) -> str:
 
 
 class _Output(io.TextIOBase):
-    """Standard output for rich, which also prints from a thread: exceptions go to ``fail`` and are not raised."""
+    """Standard output for rich. Exceptions are passed to ``fail``, because rich also prints from a thread."""
 
     def __init__(self, fail: Callable[[Exception], None]) -> None:
         self._fail = fail
@@ -72,15 +79,19 @@ class _Output(io.TextIOBase):
         try:
             if stream is not None:
                 do(stream)
-        except Exception as e:  # a stand-in for the stream may raise anything
+        except Exception as e:  # a replacement of sys.stdout may raise any exception
             self._fail(e)
 
 
 class Display:
-    """Prints a run: a progress bar if ``interactive``, plain lines otherwise, nothing if ``muted``.
+    """Console output of a command, on standard output.
 
-    Where printing fails, all further output is dropped and the work continues. ``closed`` becomes true when the reader
-    of standard output has left.
+    If printing fails, all further output is dropped and the command continues.
+
+    Args:
+        interactive: whether to print for a terminal, with a progress bar and wrapped lines. None: if standard output
+            is a terminal.
+        muted: whether to print nothing.
     """
 
     def __init__(self, interactive: bool | None = None, muted: bool = False) -> None:
@@ -89,17 +100,17 @@ class Display:
         self.muted = muted
         self.console = Terminal(file=cast(TextIO, file), highlight=False, soft_wrap=True)
         self.on_failure: Callable[[str], None] = lambda reason: None
-        """Called once with the reason why nothing more is printed, unless the reader has left."""
+        """Callback for the first failure of standard output, with its reason; not called if the reader has exited."""
         self._failure: Exception | None = None
         self._progress: Progress | None = None
 
     @property
     def closed(self) -> bool:
-        """Whether the reader of standard output has left."""
+        """Whether the reader of standard output, such as `head`, has exited."""
         return isinstance(self._failure, BrokenPipeError)
 
     def require_printed(self) -> None:
-        """Raise UserError if something could not be printed."""
+        """Raise UserError if printing has failed."""
         if self._failure is not None and not self.closed:
             raise UserError(f"standard output cannot be written ({reason(self._failure)})")
 
@@ -116,17 +127,17 @@ class Display:
             self.console.file.flush()
 
     def table(self, rows: list[tuple[str, str]]) -> None:
-        """Print (name, value) rows; values are wrapped in a terminal."""
+        """Print (label, value) rows with aligned values; in a terminal, long values are wrapped."""
         width = max(len(name) for name, _ in rows)
-        room = max(20, self.console.width - width - 2) if self.interactive else 10_000
+        room = max(MIN_WIDTH, self.console.width - width - 2) if self.interactive else 10_000
         for name, value in rows:
-            first, *more = textwrap.wrap(value, room, break_long_words=False)
+            first, *more = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
             self._print(Text.assemble((f"{name:<{width}}  ", "dim"), first))
             for line in more:
                 self._print(Text(" " * (width + 2) + line))
 
     def grid(self, headings: list[str], rows: list[list[str]]) -> None:
-        """Print a table with headings, as wide as the terminal, or as its cells outside of one."""
+        """Print a table with headings, at most as wide as the terminal; in a log, cells are not wrapped."""
         table = rich_table(headings, rows)
         for column in table.columns[1:-1]:
             column.no_wrap = True
@@ -140,8 +151,12 @@ class Display:
         self._print(Text.assemble(status, f"{result.check:<16}  {result.reason}"))
 
     def line(self, text: str, style: str = "") -> None:
-        """Print one line, above the progress bar if there is one."""
-        self._print(Text(text, style=style))
+        """Print a line, above the progress bar; a line that begins with "warning: " is yellow."""
+        self._print(Text(text, style=output.message_style(text) or style))
+
+    def warn(self, text: str) -> None:
+        """Print a warning as "warning: TEXT", in yellow."""
+        self.line(f"warning: {text}")
 
     def lines(self, texts: list[str]) -> None:
         """Print several lines."""
@@ -149,8 +164,8 @@ class Display:
             self.line(text)
 
     def start(self, first: int, steps: int) -> None:
-        """Begin to show progress from step ``first`` of ``steps``."""
-        self._steps = steps
+        """Start to show progress from step ``first`` of ``steps``."""
+        self._steps, self._logged_at = steps, -LOG_SECONDS
         if self.interactive:
             column = Column(no_wrap=True, min_width=len(f"step {steps}/{steps}"))
             columns = (
@@ -163,23 +178,50 @@ class Display:
             self._progress.start()
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
-        """Show one train record; in a narrow terminal only what fits."""
+        """Show the progress of a training step.
+
+        In a log, only the first step, the last step, and a step every `LOG_SECONDS` are printed. In a narrow terminal,
+        only loss and speed are shown.
+
+        Args:
+            record: "train" record of `metrics.jsonl`.
+            seconds_left: estimated time until the end of the run.
+        """
         eta = f"eta {duration(seconds_left)}"
         if self._progress is None:
-            self._print(Text(f"step {record['step'] + 1}/{self._steps}  {format_train_record(record)}  {eta}"))
+            done, now = record["step"] + 1, time.monotonic()
+            if done == self._steps or now - self._logged_at >= LOG_SECONDS:
+                self._logged_at = now
+                self._print(Text(f"step {done}/{self._steps}  {format_train_record(record)}  {eta}"))
             return
         short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
         text = f"{eta}  {format_train_record(record) if self.console.width >= 120 else short}"
         self._progress.update(self._task, completed=record["step"] + 1, description=text)
 
     def sample(self, prompt: str, text: str) -> None:
-        """Show a sample, its prompt in bold, marked at its beginning."""
-        shown = Text.assemble((prompt, "bold"), text)
-        for i, row in enumerate(shown.split("\n")):
+        """Print a prompt in bold and its continuation, with a hanging indent.
+
+        In a terminal, long lines are wrapped between words and keep their indentation.
+        """
+        shown = Text.assemble((visible(prompt), "bold"), visible(text))
+        rows = [part for row in shown.split("\n") for part in self._wrapped(row)]
+        for i, row in enumerate(rows):
             self._print(Text.assemble(("  ▸ " if i == 0 else "    ", "dim"), row))
 
+    def _wrapped(self, row: Text) -> list[Text]:
+        """Wrap a line of a sample at the terminal's width; in a log, return it unchanged."""
+        if not self.interactive:
+            return [row]
+        room = max(MIN_WIDTH, self.console.width - 4)
+        row.expand_tabs(4)
+        if row.cell_len <= room:
+            return [row]
+        indent = len(row.plain) - len(row.plain.lstrip())
+        indent = indent if indent <= room // 2 else 0
+        return [Text(" " * indent) + part for part in row[indent:].wrap(self.console, room - indent)]
+
     def stop(self) -> None:
-        """Take the progress bar down."""
+        """Remove the progress bar."""
         if self._progress:
             self._progress.stop()
             self._progress = None

@@ -1,4 +1,4 @@
-"""Matplotlib figures without a window: colours, an empty figure, atomic writing. Matplotlib is imported on use."""
+"""Matplotlib figures without a window: colours, an empty figure, atomic writing. Matplotlib is imported lazily."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INK, PAPER, GRID = "#222222", "#ffffff", "#dddddd"
 
 
 def require_matplotlib() -> None:
-    """Raise UserError where pictures cannot be drawn."""
+    """Raise UserError if Matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
@@ -25,14 +25,14 @@ def require_matplotlib() -> None:
 
 
 def use_default_style() -> None:
-    """Undo the settings of a matplotlibrc in the working folder, which another user may have put there."""
+    """Reset Matplotlib to its defaults; a matplotlibrc in the working directory may belong to another user."""
     import matplotlib
 
     matplotlib.rcdefaults()
 
 
 def new_figure(subject: str, width: float, height: float) -> Figure:
-    """Return an empty figure; sizes in inches."""
+    """Return an empty figure with a title; width and height in inches."""
     from matplotlib.figure import Figure
 
     use_default_style()
@@ -42,13 +42,23 @@ def new_figure(subject: str, width: float, height: float) -> Figure:
 
 
 def quiet(axes: Axes) -> None:
-    """Draw a light grid and no frame."""
+    """Draw a light grid and remove the frame."""
     axes.grid(color=GRID, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def write_figure(figure: Figure, path: Path, inside: Path | None = None, dpi: int = 120) -> None:
-    """Write a PNG file as `write_bytes_atomically`; raises UserError if it cannot be written."""
+    """Write a figure as a PNG file.
+
+    Args:
+        figure: figure to draw.
+        path: PNG file, written by `write_bytes_atomically`.
+        inside: folder that links must not leave; None: no check.
+        dpi: pixels per inch.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -56,14 +66,14 @@ def write_figure(figure: Figure, path: Path, inside: Path | None = None, dpi: in
     figure.savefig(drawn, dpi=dpi, facecolor=PAPER, format="png")
     try:
         write_bytes_atomically(path, drawn.getvalue(), inside)
-    except BrokenPipeError:  # of standard output
+    except BrokenPipeError:  # standard output was closed
         raise
     except OSError as e:
         raise UserError(f"{path}: cannot write the picture ({reason(e)})") from None
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for pictures if it is missing; raises UserError where that is not possible."""
+    """Create a folder for pictures if it is missing; raise UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

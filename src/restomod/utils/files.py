@@ -1,6 +1,6 @@
-"""Atomic writing of files, also through links and to devices and pipes; and reading within limits.
+"""Atomic writing of files, also through links and to devices and pipes, and reading with size limits.
 
-A crash at any moment leaves the old file or the new one, never half of one.
+After a crash, a file has either its old or its new content.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from restomod.utils.locks import POLL, SAFE_OPEN
 from restomod.utils.output import print_error
 from restomod.utils.temporary import Temporary
 
-FIFO_TIMEOUT = 10.0  # seconds to wait for a named pipe's reader
+FIFO_TIMEOUT = 10.0  # seconds to wait for the reader of a named pipe
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def short_name(name: str) -> str:
-    """At most 200 bytes of a name, for file systems that allow 255; a hash replaces the end of a longer one."""
+    """Shorten a file name to at most 200 bytes (file systems allow 255); a hash replaces the end of a longer name."""
     if len(os.fsencode(name)) <= 200:
         return name
     start = os.fsencode(name)[:180].decode(errors="ignore")
@@ -49,9 +49,9 @@ NOT_REGULAR = {
 
 
 def require_regular(path: Path) -> None:
-    """Raise UserError for a device, a FIFO or a socket, which may block or never end when read. Nothing is opened.
+    """Raise UserError for a device, a named pipe or a socket, where reading may block or never end.
 
-    A missing file and a folder pass: opening them says what is wrong.
+    Nothing is opened. Missing files and folders pass, because opening them raises a clear error.
     """
     try:
         mode = path.stat().st_mode
@@ -59,15 +59,20 @@ def require_regular(path: Path) -> None:
         return
     what = next((name for is_kind, name in NOT_REGULAR.items() if is_kind(mode)), None)
     if what is not None:
-        raise UserError(f"{path} is {what}, not a regular file; write its content to a file and name that")
+        raise UserError(f"{path} is {what}, not a regular file; copy its content to a file and name that file")
 
 
 def read_limited(path: Path, what: str, max_bytes: int) -> bytes:
-    """Return the content of a regular file; ``what`` names the content in messages.
+    """Return the content of a regular file.
+
+    Args:
+        path: file to read.
+        what: name of the content in messages.
+        max_bytes: maximum size.
 
     Raises:
-        UserError: it has more than ``max_bytes``, or is no regular file.
-        OSError: it cannot be read.
+        UserError: the file is larger, or not a regular file.
+        OSError: the file cannot be read.
     """
     require_regular(path)
     with open(path, "rb") as f:
@@ -78,32 +83,34 @@ def read_limited(path: Path, what: str, max_bytes: int) -> bytes:
 
 
 def require_inside(folder: Path, *paths: Path) -> None:
-    """Refuse symbolic links that lead out of a folder: a received folder must not expose or overwrite other files.
+    """Check that no symbolic link leads out of a folder.
+
+    A folder received from others must not expose or overwrite other files.
 
     Args:
-        folder: may be a link itself.
-        paths: in the folder; they need not exist.
+        folder: folder, which may itself be a link.
+        paths: paths in the folder, which need not exist.
 
     Raises:
-        UserError: a path is outside of the folder, after following links.
+        UserError: a path leads out of the folder.
     """
     within = os.path.realpath(folder)
     for path in paths:
         there = os.path.realpath(path)
         if not os.path.join(there, "").startswith(os.path.join(within, "")):
             raise UserError(
-                f"{path} is a link out of {folder}, to {there}; put the file itself there, or delete the link"
+                f"{path} is a link out of {folder}, to {there}; replace the link by a copy of the file, or delete it"
             )
 
 
-# what opening a folder, or syncing it, says where that does not exist; EIO and ENOSPC are failures
+# errors of platforms that cannot open or sync a folder; EIO and ENOSPC are real failures
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
 def fsync_path(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's list of names, on the disk.
+    """Flush a file, or the directory entries of a folder, to the disk.
 
-    File systems that cannot do so for folders (network shares, Windows) write the names by themselves.
+    Network shares and Windows cannot flush folders; their errors are ignored.
     """
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -117,12 +124,15 @@ def fsync_path(path: Path) -> None:
 
 
 def move_folder(source: Path, target: Path, last: str) -> None:
-    """Give a folder its name in one step; where the file system cannot rename folders, move its files one by one.
+    """Rename a folder atomically; if the file system cannot rename folders, move its files.
 
-    Both are on the same file system. The file ``last``, which marks the folder as complete, is moved last.
+    Args:
+        source: complete folder.
+        target: new path on the same file system.
+        last: file that marks a folder as complete; it is moved last.
 
     Raises:
-        OSError: ``target`` exists, or neither way works; nothing is left at ``target`` then.
+        OSError: ``target`` exists, or the folder cannot be moved. A partial ``target`` is removed.
     """
     if target.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -145,29 +155,29 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 @dataclass(frozen=True)
 class Destination:
-    """The target of writing to a path."""
+    """Destination of a write: a regular file, a device, a named pipe, or an open file of this process."""
 
     path: Path
-    """As it was given."""
+    """Path as given."""
     real: Path
-    """All links followed."""
+    """Path with all links resolved."""
     status: os.stat_result | None
-    """Of what is there; None: nothing is."""
+    """Status of the existing file; None if no file exists."""
     descriptor: int | None = None
-    """The open file of this process that the path stands for."""
+    """File descriptor of this process that the path names, such as /dev/stdout; otherwise None."""
 
     @property
     def is_regular(self) -> bool:
-        """Whether it is a regular file or a new one, which are replaced as a whole."""
+        """Whether the destination is a regular or new file, which is replaced atomically."""
         return self.descriptor is None and (self.status is None or stat.S_ISREG(self.status.st_mode))
 
 
 def resolve_destination(path: Path) -> Destination:
-    """Resolve where writing to a path leads and check that it is permitted; nothing is changed.
+    """Resolve the destination of a write and check its permissions, without changing anything.
 
     Raises:
-        UserError: it is a folder, a disk or a socket, or its folder is missing.
-        OSError: it or its folder is read-only, its name is too long, or a link leads to itself.
+        UserError: the path is a folder, a block device or a socket, or its folder is missing.
+        OSError: the file or its folder is read-only, its name is too long, or a link leads to itself.
     """
     descriptor = _descriptor(path)
     real = Path(os.path.realpath(path))
@@ -183,25 +193,25 @@ def resolve_destination(path: Path) -> Destination:
         raise UserError(f"{path} is a folder; name a file in it")
     if not real.parent.is_dir():
         there = real.parent if path.is_symlink() else path.parent
-        raise UserError(f"{path}: there is no folder {there}; make it first")
+        raise UserError(f"{path}: there is no folder {there}; create it first")
     if status is not None and (stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
         raise UserError(f"{path} is a disk or a socket, not a file; name another file")
     found = Destination(path, real, status)
     for each in [real] * (status is not None) + [real.parent] * found.is_regular:
-        # root may write everything, but what has been made read-only was not meant to be written
+        # os.access allows root to write read-only files, so the mode is checked too
         if not os.access(each, os.W_OK) or not each.stat().st_mode & 0o222:
             raise PermissionError(errno.EACCES, "it is read-only" if each == real else "its folder is read-only")
     return found
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return the number of an open file of this process if a path is /dev/stdout, /dev/fd/N, or a link to one.
+    """Return the file descriptor that a path names: /dev/stdout, /dev/fd/N, or a link to one; otherwise None.
 
-    The system gives /proc/self/fd/N as a link to the open file: followed, it would be opened anew, or replaced.
+    /proc/self/fd/N is a link to the open file. Following it would open the file a second time or replace it.
     """
     mine = {os.path.realpath(name) for name in ("/dev/fd", "/proc/self/fd", "/proc/thread-self/fd")}
     at = os.path.abspath(path)
-    for _ in range(40):  # links, as the kernel follows them
+    for _ in range(40):  # the kernel's limit of links
         folder, name = os.path.split(at)
         folder = os.path.realpath(folder)
         if folder in mine and name.isdecimal():
@@ -214,12 +224,12 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _open_special_file(target: Destination) -> int:
-    """Open a device, a named pipe or an open file of this process for writing, without truncating it."""
+    """Open a device, a named pipe or a file descriptor of this process for writing, without truncating it."""
     if target.descriptor is not None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:
-                stream.flush()  # what has been printed comes first
-        return os.dup(target.descriptor)  # shares the position in the file; opening /dev/stdout would start at 0
+                stream.flush()  # printed text precedes the content
+        return os.dup(target.descriptor)  # shares the file position; opening /dev/stdout would start at 0
     assert target.status is not None
     if not stat.S_ISFIFO(target.status.st_mode):
         return os.open(target.real, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
@@ -232,7 +242,7 @@ def _open_special_file(target: Destination) -> int:
                 raise
             if time.monotonic() > until:
                 raise UserError(
-                    f"{target.path}: nothing has opened this named pipe for reading within {FIFO_TIMEOUT:.0f} s; "
+                    f"{target.path}: no process opened this named pipe for reading within {FIFO_TIMEOUT:.0f} s; "
                     f"start its reader first"
                 ) from None
             if not told:
@@ -245,31 +255,30 @@ def _open_special_file(target: Destination) -> int:
 
 
 def write_text_atomically(path: Path, text: str, inside: Path | None = None) -> None:
-    """As `write_bytes_atomically`, in UTF-8."""
+    """Write text in UTF-8 (see `write_bytes_atomically`)."""
     write_bytes_atomically(path, text.encode(), inside)
 
 
 def write_json_atomically(path: Path, value: Any, inside: Path | None = None) -> None:
-    """As `write_bytes_atomically`, indented JSON with a final newline."""
+    """Write a value as indented JSON with a final newline (see `write_bytes_atomically`)."""
     write_text_atomically(path, json.dumps(value, indent=2) + "\n", inside)
 
 
 def write_bytes_atomically(path: Path, content: bytes, inside: Path | None = None) -> None:
-    """Write a whole file.
+    """Replace the content of a file.
 
-    Links are followed. A regular or new file is written under a temporary name in the same folder, synced, and renamed
-    into place, so a crash leaves the old file or the new one, and nothing else. Permissions of an existing file are
-    kept. A device, a named pipe (FIFO) and an open file of this process (/dev/stdout, /dev/fd/N) are written to and
-    stay what they are.
+    Links are followed. A regular or new file is written under a temporary name in the same folder, synced, and renamed,
+    so that after a crash the file has either its old or its new content. The permissions of an existing file are kept.
+    A device, a named pipe or an open file of this process (/dev/stdout, /dev/fd/N) is written to and not replaced.
 
     Args:
-        path: the file.
-        content: its new content.
-        inside: a folder that links must not leave, for paths that the user has not typed: folders are passed around.
+        path: file to write.
+        content: new content.
+        inside: folder that links must not leave, for paths not typed by the user; None: no check.
 
     Raises:
-        UserError: nothing can be written there; see `resolve_destination`.
-        OSError: the disk is full, or refuses. It names ``path``.
+        UserError: the destination cannot be written; see `resolve_destination`.
+        OSError: the disk is full or fails. The error names ``path``.
     """
     if inside is not None:
         require_inside(inside, path)
@@ -281,7 +290,7 @@ def write_bytes_atomically(path: Path, content: bytes, inside: Path | None = Non
             _write_special_file(target, content)
     except OSError as e:
         if e.errno is not None:
-            e.filename, e.filename2 = str(path), None  # and not the temporary one
+            e.filename, e.filename2 = str(path), None  # instead of the temporary path
         raise
 
 
@@ -299,7 +308,7 @@ def _replace(target: Destination, content: bytes) -> None:
 
 
 def _keep_permissions(fd: int, status: os.stat_result) -> None:
-    """Give an open file the owner, where that is allowed, and the permissions of another one."""
+    """Copy the owner (if permitted) and the permissions of another file to an open file."""
     if not hasattr(os, "fchown"):  # Windows
         return
     now = os.fstat(fd)
@@ -320,15 +329,15 @@ def _write_special_file(target: Destination, content: bytes) -> None:
     except BrokenPipeError:
         if target.descriptor is not None:
             raise
-        raise UserError(f"{target.path}: its reader has left before all was written") from None
+        raise UserError(f"{target.path}: the reader closed the pipe before all data was written") from None
     finally:
         os.close(fd)
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open or create a file to append to, unbuffered; raises OSError if it is a link or not a regular file."""
+    """Open or create a file for unbuffered appending; raise OSError for a link or a file that is not regular."""
     if path.is_symlink():
-        raise OSError(errno.ELOOP, "it is a link; put the file itself there", str(path))
+        raise OSError(errno.ELOOP, "it is a link; replace it by a regular file", str(path))
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | SAFE_OPEN, 0o666)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

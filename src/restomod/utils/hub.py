@@ -1,7 +1,7 @@
-"""Downloads from the Hugging Face hub, verified against the hashes that the hub announces.
+"""Downloads from the Hugging Face hub, verified against the hub's hashes.
 
-The hub's own client downloads and keeps the cache (`HF_HOME`, shared with `transformers` and `datasets`). It does not
-verify hashes and gives up on some broken connections; this module does the former and retries the latter.
+`huggingface_hub` downloads files and manages the cache (`HF_HOME`, shared with `transformers` and `datasets`). It does
+not verify hashes and does not retry some broken connections; this module does both.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Literal
 from restomod.utils.errors import UserError, one_line
 from restomod.utils.files import sha256_file
 
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 2.0
 
-# what the client says on standard error of what it then gets over, or what then ends in one line of ours
+# messages of the client about problems that it solves, or that this module reports itself
 WARNINGS = r"(Not enough free disk space|`huggingface_hub` cache-system uses symlinks)"
-REMARKS = r"Error while downloading|HTTP Error \d+ thrown|'.*' thrown while requesting|Retrying in"
+RETRY_MESSAGES = r"Error while downloading|HTTP Error \d+ thrown|'.*' thrown while requesting|Retrying in"
 
 Kind = Literal["model", "dataset"]
 
@@ -40,18 +40,21 @@ def hub_file(
     cached_only: bool = False,
     cache: Path | None = None,
 ) -> Path | None:
-    """Return one file of a commit, verified; None if the commit has no file ``name``.
+    """Return the path of a verified file of a commit in the cache, downloading it if necessary.
 
     Args:
         repository: ``owner/name``.
-        name: path in the repository.
-        commit: 40 hexadecimal digits.
-        kind: kind of repository.
-        cached_only: do not ask the hub; None then also means that the file is not in the cache.
-        cache: folder to download into; None: the client's own.
+        name: path of the file in the repository.
+        commit: commit hash, 40 hexadecimal digits.
+        kind: type of repository.
+        cached_only: whether to use the cache only, without a request to the hub.
+        cache: cache folder; None: the default of `huggingface_hub`.
+
+    Returns:
+        Path in the cache. None if the commit has no such file, or with ``cached_only`` if it is not in the cache.
 
     Raises:
-        UserError: the hub cannot be reached, keeps sending something else, or the disk is full.
+        UserError: the hub cannot be reached, the file's hash is wrong, or the disk is full.
     """
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
@@ -60,10 +63,10 @@ def hub_file(
     reason: BaseException | str = ""
     for attempt in range(ATTEMPTS):
         cached = hub.try_to_load_from_cache(repository, name, **where)
-        if cached is not None and not isinstance(cached, str):  # remembered to be absent
+        if cached is not None and not isinstance(cached, str):  # the cache records that the file does not exist
             if kind == "model":
                 return None
-            cached = None  # a dataset's file was listed, so it must come some time
+            cached = None  # the dataset's listing contains the file, so try again
         if cached is None and cached_only:
             return None
         try:
@@ -71,11 +74,11 @@ def hub_file(
                 path = Path(cached or hub.hf_hub_download(repository, name, **where))
         except RemoteEntryNotFoundError:
             return None
-        except LocalEntryNotFoundError as e:  # the hub does not answer; the client has waited for it already
+        except LocalEntryNotFoundError as e:  # no answer of the hub; the client has already waited
             reason = e.__cause__ or e
             break
-        except Exception as e:  # a connection may break in the terms of httpx, httpx2, xet or the operating system
-            if isinstance(e, OSError) and e.errno in OF_THE_DISK:
+        except Exception as e:  # broken connections raise errors of httpx, httpx2, xet or the operating system
+            if isinstance(e, OSError) and e.errno in DISK_ERRORS:
                 raise UserError(f"{e.filename or 'the cache of the hub'}: cannot save {name} ({e.strerror})") from None
             reason = e
             if attempt + 1 < ATTEMPTS:
@@ -83,45 +86,42 @@ def hub_file(
             continue
         if as_published(path):
             return path
-        reason = "what came is not what the hub promised: its SHA differs"
+        reason = "its SHA differs from the hub's"
         remove_download(path)
-    raise UserError(
-        f"cannot download {name} of {repository}: {one_line(reason)}; "
-        f"run the same command again when the connection is better"
-    )
+    raise UserError(f"cannot download {name} of {repository}: {one_line(reason)}; run the same command again later")
 
 
 @contextlib.contextmanager
 def quiet_client() -> Iterator[None]:
-    """Silence the hub client's messages about retries and free disk space."""
+    """Suppress messages of the hub client about retries and free disk space."""
 
-    def worth_saying(record: logging.LogRecord) -> bool:
-        return re.match(REMARKS, record.getMessage()) is None
+    def is_shown(record: logging.LogRecord) -> bool:
+        return re.match(RETRY_MESSAGES, record.getMessage()) is None
 
     handlers = list(logging.getLogger("huggingface_hub").handlers)
     for handler in handlers:
-        handler.addFilter(worth_saying)
+        handler.addFilter(is_shown)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=WARNINGS, category=UserWarning)
             yield
     finally:
         for handler in handlers:
-            handler.removeFilter(worth_saying)
+            handler.removeFilter(is_shown)
 
 
 def as_published(path: Path) -> bool:
-    """Whether a cached file has the content that the hub announced: the cache names it by its hash."""
+    """Return whether the content of a cached file matches its hash, which is its name in the cache."""
     blob = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # large files
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # large files: SHA-256
         return sha256_file(blob) == blob.name
-    if re.fullmatch(r"[0-9a-f]{40}", blob.name):  # small ones are git's
+    if re.fullmatch(r"[0-9a-f]{40}", blob.name):  # small files: git blob hash
         content = blob.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.name
-    return True  # a file system without links keeps no hash
+    return True  # without links, the cache has no hashes
 
 
 def remove_download(path: Path) -> None:
-    """Remove a file from the cache, and the content that it links to."""
+    """Remove a file and its linked content from the cache."""
     for part in (path.resolve(), path):
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""JSON files, which may be damaged or malicious: read within limits of size and depth, and checked against types."""
+"""Reading of JSON files that may be damaged or malicious, with limits of size and depth and with type checks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from restomod.utils.errors import UserError, shortened
 from restomod.utils.files import read_limited
 from restomod.utils.text import visible
 
-MAX_BYTES = 32 * 2**20  # of a file: its objects may take 30 times as much
-MAX_DEPTH = 100  # of lists and objects within each other
+MAX_BYTES = 32 * 2**20  # per file; its objects may use 30 times as much memory
+MAX_DEPTH = 100  # nesting of lists and objects
 LONG_INTEGER = re.compile(rb"\d{19}")
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8, with or without a byte-order mark.
+    """Parse JSON in UTF-8, with or without a byte-order mark.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or holds an integer of more than 64 bits.
+        ValueError: the text is not JSON, is nested too deeply, or contains an integer of more than 64 bits.
     """
-    # a hook for integers takes time, so there is one only where it may be needed
+    # the hook for integers is slow, so it is used for texts with long integers only
     parse_int = _integer if LONG_INTEGER.search(content) else None
     try:
         value = json.loads(content.decode("utf-8-sig"), parse_int=parse_int)
@@ -35,7 +35,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def _require_shallow(value: Any) -> None:
-    """Raise ValueError where lists and objects are nested so deeply that walking through them may fail."""
+    """Raise ValueError if lists and objects are nested deeper than `MAX_DEPTH`; recursion over them could fail."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -57,15 +57,21 @@ def _integer(digits: str) -> int:
 
 
 def read_json(path: Path, what: str, kind: Any = Any, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a JSON file whose value has the type ``kind`` (see `checked`); ``what`` names the content in messages.
+    """Read a JSON file and check the type of its value.
+
+    Args:
+        path: JSON file.
+        what: name of the content in messages.
+        kind: expected type (see `checked`).
+        max_bytes: maximum size.
 
     Raises:
-        UserError: the file is missing, no regular file, unreadable, too large, not JSON, or of another type.
+        UserError: the file is missing, not regular, unreadable, too large, not JSON, or of another type.
     """
     try:
         value = parse_json(read_limited(path, what, max_bytes))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: there is no {what} here") from None
+        raise UserError(f"{path} is missing: no {what} found") from None
     except OSError as e:
         raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
     except ValueError as e:
@@ -74,15 +80,18 @@ def read_json(path: Path, what: str, kind: Any = Any, max_bytes: int = MAX_BYTES
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:
-    """Return a JSON value if it has the type ``kind``, without the keys that ``kind`` does not know.
+    """Check the type of a JSON value and drop unknown keys.
 
     Args:
-        value: the value.
-        kind: a type that pydantic checks strictly: a `TypedDict`, ``Annotated[int, Field(ge=0)]``, ...
-        where: the file and its content, for messages.
+        value: value to check.
+        kind: type that pydantic checks strictly: a `TypedDict`, ``Annotated[int, Field(ge=0)]``, ...
+        where: file and content, for messages.
+
+    Returns:
+        The value without keys that ``kind`` does not have.
 
     Raises:
-        UserError: the value has another type; the first difference is named.
+        UserError: the value has another type; the message names the first difference.
     """
     if kind is Any:
         return value
@@ -100,34 +109,34 @@ def checked(value: Any, kind: Any, where: str) -> Any:
 
 
 def file_name(name: str) -> str:
-    """For pydantic: refuse what does not name a file of the same folder."""
+    """Raise ValueError unless a text is the name of a file in the same folder (validator for pydantic)."""
     if "\0" in name or Path(name).name != name or name in ("", ".."):
         raise ValueError("should be the name of a file in the same folder")
-    name.encode()  # which raises a ValueError, where half of a surrogate pair is in it
+    name.encode()  # raises ValueError for lone surrogates
     return name
 
 
 def as_tuple(value: Any) -> Any:
-    """For pydantic, before a type ``tuple[...]``: JSON has lists only."""
+    """Convert a list to a tuple (validator for pydantic; JSON has no tuples)."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def parse_line(line: bytes, kind: Any) -> Any | None:
-    """The JSON value of a line, checked as in `checked`; None if it is of another type.
+    """Parse a line of JSON and check its type; return None if it is invalid or of another type.
 
-    Half a surrogate pair is an error; a number beyond the range of a double becomes infinite.
+    A lone surrogate is invalid. A number beyond the range of a double becomes infinite.
     """
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(line, strict=True)  # three times as fast as `json` without any check
+        return _adapter(kind).validate_json(line, strict=True)  # three times as fast as `json`, even with the check
     except ValidationError:
         return None
 
 
 @functools.cache
 def _adapter(kind: Any) -> Any:
-    """Pydantic's check of a type; making one takes milliseconds."""
+    """Return pydantic's validator of a type, cached because building one takes milliseconds."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

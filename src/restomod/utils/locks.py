@@ -1,7 +1,7 @@
-"""Exclusive locks between processes, which the kernel releases when the last process that holds one ends.
+"""Exclusive file locks between processes, released by the kernel when the last process that holds one ends.
 
-So no timeout is needed: a killed worker's lock is free at once. Locks work between machines where the shared file
-system supports `flock`: NFSv4, Lustre (mounted with flock), GPFS, CephFS.
+The lock of a killed process is free immediately, so locks need no timeout. Locks work between machines if the shared
+file system supports `flock`: NFSv4, Lustre (mounted with flock), GPFS, CephFS.
 """
 
 from __future__ import annotations
@@ -21,28 +21,34 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 POLL = 0.1  # seconds between attempts to get a lock
-SAFE_FLAGS = "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"  # no system has all of them
+SAFE_FLAGS = "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"  # no platform has all of them
 SAFE_OPEN: int = sum(getattr(os, name, 0) for name in SAFE_FLAGS)
-"""For `os.open`: neither follow a link nor wait for the other end of a named pipe."""
-TELL_AFTER = 5.0  # seconds of waiting before it is told
+"""Flags of `os.open` that do not follow links and do not block on named pipes."""
+TELL_AFTER = 5.0  # seconds of waiting before the callback
 
 
 class FileLock:
-    """An exclusive lock on the file at ``path``, which is made if it is missing."""
+    """Exclusive lock on a file, which is created if it is missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd: int | None = None
-        """The open file while it is locked. A process that inherits it holds the lock too."""
+        """Descriptor of the locked file, otherwise None. A process that inherits it also holds the lock."""
         self.enforced = True
-        """False where the file system has no locks: then nobody is kept out."""
+        """False if the file system has no locks; other processes are not excluded then."""
 
     def acquire(self, wait: bool = True) -> bool:
-        """Take the lock. Returns whether it has been got; with ``wait`` it always is.
+        """Acquire the lock.
+
+        Args:
+            wait: whether to wait for a lock that another process holds.
+
+        Returns:
+            Whether the lock was acquired; always True with ``wait``.
 
         Raises:
-            OSError: the file cannot be made or opened for writing.
-            UserError: it is a link, a named pipe or a device.
+            OSError: the file cannot be created or opened for writing.
+            UserError: the file is a link, a named pipe or a device.
         """
         while True:
             fd = self._open()
@@ -58,10 +64,10 @@ class FileLock:
             if current:
                 self.fd = fd
                 return True
-            os.close(fd)  # the one that held it has removed or renamed the file
+            os.close(fd)  # the previous holder has removed or renamed the file
 
     def _open(self) -> int:
-        """Open the file, which holders of locks write to: never through a link that somebody has put there."""
+        """Open the lock file for writing, without following a link."""
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | SAFE_OPEN, 0o666)
             if stat.S_ISREG(os.fstat(fd).st_mode):
@@ -70,10 +76,14 @@ class FileLock:
         except OSError:
             if not self.path.is_symlink():
                 raise
-        raise UserError(f"{self.path} is a link, a named pipe or a device where a lock file belongs; delete it")
+        raise UserError(f"{self.path} must be a lock file, but is a link, a named pipe or a device; delete it")
 
     def release(self, remove: bool = False) -> None:
-        """Release this process's lock; ``remove`` its file too, unless another process has inherited the lock."""
+        """Release the lock.
+
+        Args:
+            remove: whether to delete the file too, unless another process has replaced it.
+        """
         if self.fd is not None:
             fd, self.fd = self.fd, None
             with contextlib.suppress(OSError):
@@ -91,9 +101,14 @@ class FileLock:
 
 @contextlib.contextmanager
 def locked(path: Path, tell: Callable[[], None]) -> Iterator[FileLock]:
-    """Hold the lock at ``path`` and remove its file at the end. ``tell`` is called once if waiting takes long."""
+    """Hold a lock within a `with` block and delete its file at the end.
+
+    Args:
+        path: lock file.
+        tell: callback, called once if waiting takes more than `TELL_AFTER` seconds.
+    """
     lock, began, told = FileLock(path), time.monotonic(), False
-    while not lock.acquire(wait=False):  # not one long wait, during which no signal would be answered
+    while not lock.acquire(wait=False):  # polling, so that signals are handled
         if not told and time.monotonic() > began + TELL_AFTER:
             told = True
             tell()
@@ -105,10 +120,17 @@ def locked(path: Path, tell: Callable[[], None]) -> Iterator[FileLock]:
 
 
 def flock(fd: int, wait: bool) -> bool:
-    """Lock an open file. Returns whether this system and file system have such locks.
+    """Lock an open file exclusively.
+
+    Args:
+        fd: file descriptor.
+        wait: whether to wait for a lock that another process holds.
+
+    Returns:
+        Whether platform and file system support locks.
 
     Raises:
-        BlockingIOError: another process has the lock, and this one is not to wait.
+        BlockingIOError: another process holds the lock, and ``wait`` is False.
     """
     if fcntl is None:
         return False
@@ -116,13 +138,13 @@ def flock(fd: int, wait: bool) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
-    except OSError:  # ENOSYS, ENOTSUP, ENOLCK or EINVAL, from a file system without locks
+    except OSError:  # ENOSYS, ENOTSUP, ENOLCK or EINVAL: file system without locks
         return False
     return True
 
 
 def is_at(fd: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether an open file is still the file at a path."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:

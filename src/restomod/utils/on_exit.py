@@ -1,8 +1,8 @@
-"""Cleanup on signals, and the shell command of ``--then``, which runs when the process ends, however it ends.
+"""Cleanup on signals, and the shell command of ``--then``, which runs at the end of a process in all cases.
 
-A signal that ends a process at once would leave half-written files behind, so it becomes an exception first. The
-process itself runs the command of ``--then`` last of all. If it cannot (it was killed, the interpreter crashed), a
-shell runs it that waits for the end of its standard input, which comes with the end of the process.
+A signal that terminates the process immediately would leave partial files, so it is first converted to an exception.
+The process runs the command of ``--then`` last. If it cannot, because it was killed or the interpreter crashed, a
+watching shell runs the command: its standard input closes when the process ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from restomod.utils.output import print_error
 
 FLAG = "--then"
 
-# Ctrl-C and Ctrl-\, the end of a terminal, what schedulers send (Slurm: --signal=USR1@60), limits of time, no power
+# Ctrl-C, Ctrl-\, closed terminal, signals of schedulers (Slurm: --signal=USR1@60), time limits, power failure
 _NAMES = "INT TERM HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR"
 STOP_SIGNALS = [
     getattr(signal, f"SIG{name}")
@@ -30,19 +30,19 @@ STOP_SIGNALS = [
 
 
 class _Terminated(BaseException):
-    """A signal has arrived. A BaseException, so that no handler of errors catches it."""
+    """Termination by a signal, as a BaseException that `except Exception` does not catch."""
 
 
 def raise_terminated(signum: int, frame: FrameType | None) -> None:
-    """Signal handler: raise an exception, so that `finally` blocks and context managers clean up."""
+    """Raise an exception in response to a signal, so that `finally` blocks and context managers clean up."""
     raise _Terminated(signum)
 
 
 def split_then(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Split off ``--then COMMAND``, before other arguments are parsed and may turn out to be wrong.
+    """Split ``--then COMMAND`` off the arguments, before the others are parsed and may be invalid.
 
     Returns:
-        The other arguments, and the last command given. A flag without a command stays, so that parsing refuses it.
+        Other arguments, and the last command or None. A flag without a command is kept, so that parsing reports it.
     """
     rest: list[str] = []
     command = None
@@ -62,15 +62,19 @@ def split_then(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def run_then(work: Callable[[], int], command: str | None) -> int:
-    """Run ``work``, and then ``command``, if there is one, however ``work`` has ended.
+    """Run ``work`` and then a shell command, whether ``work`` succeeds, fails or is interrupted.
 
-    Under torchrun, rank 0 runs the command; if torchrun will restart a failed process, only after the last restart. A
-    signal that ends this process does so after ``work`` has been left and the command has run. Ignored signals (nohup)
-    stay ignored. A process that waits for others in a collective operation runs no handler, so with several processes
-    and without a command all signals keep their default effect.
+    Under torchrun, rank 0 runs the command; if torchrun restarts failed ranks, only after the last restart. A signal
+    terminates this process after ``work`` has cleaned up and the command has run. Ignored signals (nohup) stay ignored.
+    A rank that waits in a collective operation cannot run signal handlers, so with several ranks and without a command
+    all signals keep their default effect.
+
+    Args:
+        work: function that returns the exit code.
+        command: shell command; None: no command.
 
     Returns:
-        The exit code of ``work``.
+        Exit code of ``work``.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     ours = command is not None and os.environ.get("RANK", "0") == "0"
@@ -78,7 +82,7 @@ def run_then(work: Callable[[], int], command: str | None) -> int:
     started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < restarts
     watcher = _start_watcher(command) if command is not None and ours and not started_again else None
     taken: list[int] = []
-    if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+    if threading.current_thread() is threading.main_thread():  # Python runs signal handlers in the main thread only
         taken = [s for s in STOP_SIGNALS if alone and signal.getsignal(s) is signal.SIG_DFL]
         taken += [signal.SIGTERM] if ours and signal.SIGTERM not in taken else []
     before = {s: signal.signal(s, raise_terminated) for s in taken}
@@ -91,10 +95,10 @@ def run_then(work: Callable[[], int], command: str | None) -> int:
         if command is not None and ours:
             before |= {signal.SIGINT: signal.getsignal(signal.SIGINT)} if before else {}
             for s in before:
-                signal.signal(s, lambda *_: None)  # not SIG_IGN, which the command would inherit
+                signal.signal(s, lambda *_: None)  # the command would inherit SIG_IGN
             if code == 0 or not started_again:
                 if watcher is not None:
-                    with contextlib.suppress(OSError):  # it is gone already
+                    with contextlib.suppress(OSError):  # already terminated
                         watcher.communicate(b"dismissed\n", timeout=10)
                 _run(command)
         for s, handler in before.items():
@@ -108,26 +112,26 @@ def run_then(work: Callable[[], int], command: str | None) -> int:
 
 
 def _run(command: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader may have left
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the reader may have exited
         sys.stdout.flush()
     code = subprocess.run(command, shell=True, env=_environment()).returncode
     if code != 0:
-        print_error(f"restomod: {FLAG}: {command!r} has ended with exit code {code}")
+        print_error(f"warning: {FLAG}: {command!r} failed with exit code {code}")
 
 
 def _environment() -> dict[str, str]:
-    """Return the user's environment: without PYTHONSAFEPATH, which `restomod.__main__` has set for itself."""
+    """Return the environment without PYTHONSAFEPATH, which `restomod.__main__` sets for itself."""
     ours = {} if sys.flags.safe_path else {"PYTHONSAFEPATH"}
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def _start_watcher(command: str) -> subprocess.Popen[bytes] | None:
-    """Start a shell that runs a command when this process ends, unless it is sent a line before."""
+    """Start a shell that runs a command when this process ends, unless it receives a line first."""
     if os.name != "posix":
         return None
     return subprocess.Popen(
         ["/bin/sh", "-c", 'read -r dismissed || exec /bin/sh -c "$1"', "sh", command],
         stdin=subprocess.PIPE,
         env=_environment(),
-        start_new_session=True,  # Ctrl-C, or the end of the terminal, is not meant for it
+        start_new_session=True,  # protects it from Ctrl-C and a closed terminal
     )

@@ -1,8 +1,8 @@
-"""Standard output and error: control characters made visible, and errors in one line.
+"""Standard output and standard error: control characters made visible, coloured messages, errors in one line.
 
-Names, texts and messages come from files, which may be malicious. Within `run_guarded`, standard output and error are
-sanitized streams, so callers need not escape anything. Colours and progress bars (`restomod.utils.terminal`) are
-written to the raw stream.
+Names, texts and messages may come from malicious files. Within `run_guarded`, standard output and standard error are
+sanitized streams, so callers do not escape control characters. `restomod.utils.terminal` writes colours and progress
+bars to the raw stream.
 """
 
 from __future__ import annotations
@@ -27,34 +27,63 @@ from restomod.utils.text import visible
 
 EXIT_ABORTED = 130
 
+STYLES = {"warning: ": "yellow", "restomod: error: ": "red"}  # colour by the beginning of a message
+ANSI = {"yellow": "\x1b[33m", "red": "\x1b[31m", "": "\x1b[0m"}
+
 Name = Literal["stdout", "stderr"]
 
 
 def open_missing() -> None:
-    """Open what is closed of standard input, output and error onto nothing.
+    """Open closed file descriptors of standard input, output and error on the null device.
 
-    Otherwise the next file that is opened gets the number, and what a library prints is written into it.
+    Otherwise the next open file gets such a descriptor, and a library's output is written into that file.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
+
+
+def message_style(line: str) -> str:
+    """Return the colour of a message: "yellow" for a warning, "red" for an error, "" for other lines."""
+    return next((style for start, style in STYLES.items() if line.startswith(start)), "")
+
+
+def has_colours(stream: Any) -> bool:
+    """Return whether a stream is a terminal with colours; the environment variable NO_COLOR disables them."""
+    if os.name == "nt" or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):  # replaced or closed stream
+        return False
 
 
 class SanitizedStream:
-    """Text stream that makes control characters `visible`, except ``keep``, and writes to the stream ``raw``."""
+    """Text stream that makes control characters `visible` and colours messages in a terminal.
+
+    Args:
+        raw: stream to write to.
+        keep: control character to write unchanged; "": none.
+    """
 
     def __init__(self, raw: Any, keep: str = "") -> None:
         self.raw, self._keep = raw, keep
 
     def write(self, text: str) -> int:
+        """Write sanitized text; a warning or error at its beginning is coloured. Return the length of ``text``."""
         parts = text.split(self._keep) if self._keep else [text]
-        self.raw.write(self._keep.join(map(visible, parts)))
+        shown = self._keep.join(map(visible, parts))
+        if (style := message_style(text)) and has_colours(self.raw):
+            line, newline, rest = shown.partition("\n")
+            shown = f"{ANSI[style]}{line}{ANSI['']}{newline}{rest}"
+        self.raw.write(shown)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
+        """Write several sanitized texts."""
         for line in lines:
             self.write(line)
 
@@ -63,17 +92,17 @@ class SanitizedStream:
 
 
 def raw_stream(stream: Any) -> Any:
-    """The stream to which a `SanitizedStream`, or rich's stream of a progress bar, writes; any other stream itself."""
+    """Return the stream behind a `SanitizedStream` or rich's progress bar; any other stream is returned itself."""
     stream = getattr(stream, "rich_proxied_file", stream)
     return stream.raw if isinstance(stream, SanitizedStream) else stream
 
 
 def sanitize_output() -> None:
-    """Replace standard output and error by sanitized streams, once."""
+    """Replace standard output and standard error by sanitized streams; repeated calls have no effect."""
     if sys.stdout is not None and not isinstance(sys.stdout, SanitizedStream):
         sys.stdout = SanitizedStream(sys.stdout)
     if sys.stderr is not None and not isinstance(sys.stderr, SanitizedStream):
-        sys.stderr = SanitizedStream(sys.stderr, keep="\r")  # of the progress bars of downloads
+        sys.stderr = SanitizedStream(sys.stderr, keep="\r")  # needed by progress bars of downloads
 
 
 @contextlib.contextmanager
@@ -84,7 +113,7 @@ def _sanitized_output() -> Iterator[None]:
     ours = sys.stdout, sys.stderr
     try:
         yield
-    finally:  # a stream that has replaced them meanwhile stays (see `drop_stream`)
+    finally:  # a stream that `drop_stream` has set meanwhile is kept
         if sys.stdout is ours[0]:
             sys.stdout = before[0]
         if sys.stderr is ours[1]:
@@ -92,13 +121,13 @@ def _sanitized_output() -> Iterator[None]:
 
 
 def is_open(name: Name) -> bool:
-    """Return whether a stream is there and open."""
+    """Return whether a stream exists and is open."""
     stream = getattr(sys, name)
-    return stream is not None and not getattr(stream, "closed", False)  # a stand-in may have `write` alone
+    return stream is not None and not getattr(stream, "closed", False)  # a replacement may only have `write`
 
 
 def flush_stream(name: Name) -> Exception | None:
-    """Flush standard output or error. Returns the error, if any, after which the stream is dropped."""
+    """Flush standard output or standard error. On failure, drop the stream and return the error."""
     try:
         if is_open(name):
             getattr(sys, name).flush()
@@ -111,7 +140,7 @@ def flush_stream(name: Name) -> Exception | None:
 
 
 def drop_stream(name: Name) -> None:
-    """Discard pending and further output, so that Python's own last flush succeeds."""
+    """Discard pending and further output, so that Python's final flush succeeds."""
     stream = getattr(sys, name)
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -123,23 +152,27 @@ def drop_stream(name: Name) -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line to standard error, if it can be written."""
+    """Print a line to standard error; a failure is ignored."""
     try:
-        if is_open("stderr"):  # print() takes None for standard output
+        if is_open("stderr"):  # print(file=None) would write to standard output
             print(visible(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop_stream("stderr")
 
 
 def print_if_possible(line: str) -> None:
-    """Print a line; warn on standard error if it cannot be printed. Raises BrokenPipeError if a pipe's reader left."""
+    """Print a line; if that fails, print a warning to standard error.
+
+    Raises:
+        BrokenPipeError: the reader of standard output has exited.
+    """
     try:
         print(line, flush=True)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as e:
         drop_stream("stdout")
-        print_error(f"standard output cannot be written ({reason(e)}); continuing without it")
+        print_error(f"warning: standard output cannot be written ({reason(e)}); continuing without it")
 
 
 @_sanitized_output()
@@ -149,32 +182,32 @@ def run_guarded(
     without_output: bool = False,
     memory_hint: Callable[[], str] = lambda: "use less",
 ) -> int:
-    """Run ``work`` and report errors in it, or in printing, in one line.
+    """Run a command and report its errors, and errors of printing, in one line.
 
     Args:
-        work: a command.
-        debug: raise errors, for their traceback.
-        without_output: whether ``work`` shall run even if nothing can be printed.
-        memory_hint: returns what to do if there is not enough memory.
+        work: command, which returns its exit code.
+        debug: whether to raise errors instead, for their traceback.
+        without_output: whether to run the command even if standard output is closed or cannot be written.
+        memory_hint: function that returns advice for the case that memory runs out.
 
     Returns:
-        The exit code of ``work``, 2 for an error, 130 after Ctrl-C, 0 where the reader of a pipe has left.
+        Exit code of ``work``, 2 for an error, 130 after Ctrl-C, 0 if the reader of standard output has exited.
     """
     behind = raw_stream(sys.stdout)
     if isinstance(behind, io.TextIOWrapper) and is_open("stdout"):
-        behind.reconfigure(errors="replace")  # an output that is not UTF-8 lacks characters such as "…"
+        behind.reconfigure(errors="replace")  # encodings other than UTF-8 lack "…"
     try:
         if not without_output and not is_open("stdout"):
             raise UserError("standard output is closed")
         code = work()
-        failure = flush_stream("stdout")  # noticed here and not when Python exits
+        failure = flush_stream("stdout")  # otherwise it fails when Python exits
         if failure is not None and not without_output and not isinstance(failure, BrokenPipeError):
             raise UserError(_cannot_print(failure))
         return code
-    except BrokenPipeError:  # the reader of a pipe has left
+    except BrokenPipeError:
         return 0
     except SystemExit as e:
-        if isinstance(e.__context__, BrokenPipeError):  # rich has met it
+        if isinstance(e.__context__, BrokenPipeError):  # raised by rich
             return 0
         if isinstance(e.code, str):
             raise

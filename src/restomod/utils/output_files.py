@@ -1,4 +1,4 @@
-"""Files named by output flags such as --json: checked before the work, written after its result is printed."""
+"""Files of output flags such as --json: validated before the work, written after the results are printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from restomod.utils.errors import UserError, reason
 from restomod.utils.files import Destination, resolve_destination
 from restomod.utils.temporary import Temporary
 
-# (signs, files): a folder with one of the signs is a run or checkpoint, a sweep, or prepared data, and needs its files
+# (signs, files): a folder with one of the signs is a run, checkpoint, sweep or prepared data; its files are protected
 NEEDED = (
     (
         {"metrics.jsonl", "environment.json", "model.safetensors"},
@@ -24,14 +24,17 @@ NEEDED = (
 
 
 def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
-    """Refuse files that cannot be written, or would destroy something, before any work is done for them.
+    """Check that output files can be written and destroy nothing, before any work is done.
 
-    Both map flags to files, or to None if the flag is not given. A temporary file is created in each folder; devices
-    and named pipes are left alone.
+    The check creates and removes a temporary file in each folder. Devices and named pipes are not opened.
+
+    Args:
+        outputs: output file by flag; None if the flag is not given.
+        inputs: input file by flag; None if the flag is not given.
 
     Raises:
-        UserError: the folder is missing or refuses; the file is a folder, read-only, an input, or part of a run, a
-            checkpoint, a sweep or prepared data; its name is too long; or two outputs are one file.
+        UserError: the folder is missing or not writable; the file is a folder, read-only, an input, or part of a run,
+            checkpoint, sweep or prepared data; its name is too long; or two outputs are the same file.
     """
     taken = {flag: path for flag, path in (inputs or {}).items() if path is not None}
     for flag, path in outputs.items():
@@ -39,12 +42,12 @@ def require_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Pat
             continue
         target = _try_destination(flag, path)
         if not target.is_regular:
-            continue  # several may be written to one pipe, one after the other
+            continue  # several outputs may go to the same pipe
         for other, before in taken.items():
             if _same_file(path, before):
                 raise UserError(f"{other} and {flag} are the same file, {path}; name two different files")
         names: set[str] = set()
-        with contextlib.suppress(OSError):  # the folder can be written to, but not read
+        with contextlib.suppress(OSError):  # the folder may be writable but not readable
             names = set(os.listdir(target.real.parent))
         if any(names & signs and target.real.name in files & names for signs, files in NEEDED):
             raise UserError(
@@ -57,7 +60,7 @@ def _try_destination(flag: str, path: Path) -> Destination:
     try:
         target = resolve_destination(path)
         if target.descriptor is not None:
-            os.write(target.descriptor, b"")  # which fails where it is open for reading only
+            os.write(target.descriptor, b"")  # fails if it is open for reading only
         elif target.is_regular:
             Temporary(target.real.parent).remove()
     except UserError as e:
@@ -68,10 +71,10 @@ def _try_destination(flag: str, path: Path) -> Destination:
 
 
 def require_output_folder(flag: str, folder: Path) -> None:
-    """Raise UserError if a folder for output cannot be made or written to. It is not made yet."""
+    """Raise UserError if a folder cannot be created or written to. The folder is not created."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(folder)  # a name that is too long
+            os.lstat(folder)  # raises OSError for a name that is too long
         there = Path(os.path.realpath(folder))
         while not os.path.lexists(there):
             there = there.parent
@@ -86,33 +89,41 @@ def require_output_folder(flag: str, folder: Path) -> None:
 
 
 class Output(NamedTuple):
-    """A file to write."""
+    """Output file and the function that writes it."""
 
     path: Path
     write: Callable[[Path], None]
     remark: str = ""
-    """What to say of it once it is written."""
+    """Remark for the line that reports the written file."""
 
 
 def write_outputs(outputs: Sequence[Output], say: Callable[[str], None] = print) -> None:
-    """Write files, and ``say`` a line for each. If one fails, the others are written, and UserError is raised."""
+    """Write all output files and report each in a line.
+
+    Args:
+        outputs: files to write.
+        say: function that prints a line.
+
+    Raises:
+        UserError: a file could not be written; the other files are written.
+    """
     failed = []
     for path, write, remark in outputs:
         try:
             write(path)
-        except BrokenPipeError:  # of standard output, whose reader has left
+        except BrokenPipeError:  # the reader of standard output has exited
             raise
         except UserError as e:
             failed.append(str(e))
         except OSError as e:
             failed.append(f"{path} cannot be written ({reason(e)})")
         else:
-            if resolve_destination(path).descriptor is None:  # what follows a page in /dev/stdout would be part of it
+            if resolve_destination(path).descriptor is None:  # a line in /dev/stdout would become part of the file
                 say(f"written: {path}{remark}")
     if failed:
         raise UserError("; ".join(failed))
 
 
 def _same_file(a: Path, b: Path) -> bool:
-    """Whether two paths are one file, which need not exist yet."""
+    """Return whether two paths are the same file; the file need not exist."""
     return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))

@@ -1,4 +1,4 @@
-"""Memory of processes: peak, current, and available."""
+"""Memory of processes and devices: peak, current and available bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def status_bytes(field: str, process: int | str = "self") -> int | None:
-    """Return a field of Linux's /proc/PROCESS/status, such as VmRSS, in bytes; None where it is not known."""
+    """Return a field of /proc/PROCESS/status on Linux, such as VmRSS, in bytes; None if unknown."""
     with contextlib.suppress(OSError):
         found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
         return int(found[1]) * 1024 if found else None
@@ -23,9 +23,9 @@ def status_bytes(field: str, process: int | str = "self") -> int | None:
 
 
 def peak_resident_bytes() -> int | None:
-    """Return the peak resident memory of this process so far; None where it is not known.
+    """Return the peak resident memory of this process in bytes; None if unknown.
 
-    Linux's `ru_maxrss` is at least what the parent held when it started this process, so it is not used there.
+    On Linux, `ru_maxrss` is not used, because it includes the parent's memory at the time of the fork.
     """
     peak = status_bytes("VmHWM")
     if peak is not None:
@@ -38,7 +38,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the memory available on a device, within the limits of the container; None where it is not known."""
+    """Return the available memory of a device in bytes, within the container's limit; None if unknown."""
     if device.type != "cpu":
         import torch
 
@@ -50,7 +50,7 @@ def available_bytes(device: torch.device) -> int | None:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+    with contextlib.suppress(OSError, ValueError):  # "max" means no limit
         limit = int((CGROUP / "memory.max").read_text())
         free.append(limit - int((CGROUP / "memory.current").read_text()))
     return min(free) if free else None

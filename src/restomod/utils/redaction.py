@@ -1,4 +1,4 @@
-"""Redaction of secrets and home folders in what is shared: pages, Markdown, pictures, records of a run."""
+"""Redaction of secrets and home folders in shared files: pages, Markdown, pictures, records of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from restomod.utils.text import visible
 
 REDACTED = "[redacted]"
 
-# words of names: a change of case divides words as well as what is no letter (accessToken, but not tokenizer or monkey)
+# word boundaries in names: non-letters and changes of case (accessToken matches; tokenizer and monkey do not)
 BEGINS = r"(?:(?<![a-z])(?=[a-z])|(?<![A-Z])(?=[A-Z]))"
 ENDS = r"(?!(?<=[a-z])[a-z]|(?<=[A-Z])[A-Z])"
 PASSWORD = rf"(?i:passwor[dt]|passwd|passphrase){ENDS}"
@@ -20,8 +20,8 @@ SECRET = (
     rf"(?:{PASSWORD}|(?i:secret|credentials?){ENDS}|{BEGINS}"
     rf"(?i:(?:api|auth|access|account|secret|bot|hf|hub)?(?:token|key)|o?auth|signature){ENDS})"
 )
-ARGUMENT = rf"(?:{SECRET}|{BEGINS}(?i:pass|sig|jwt|(?<=[_-])pwd){ENDS})"  # words that mean other things in prose
-# values: neither redacted already, nor a constant, a type or a call, as in programs
+ARGUMENT = rf"(?:{SECRET}|{BEGINS}(?i:pass|sig|jwt|(?<=[_-])pwd){ENDS})"  # words with other meanings in prose
+# values, except redacted ones and the constants, types and calls of source code
 NO_VALUE = (
     r"(?!\[redacted\]|(?:[Nn]one|[Tt]rue|[Ff]alse|null|str|int|bytes|bool|password|secret|\d{1,3})(?![\w-])"
     r"|[\w.]{0,64}[(\[])"
@@ -31,11 +31,11 @@ VALUE = rf"""{NO_VALUE}(?:{QUOTED}|[^\s"'\\,;&}}\])]{{1,4096}})"""
 LIKELY = (  # 8 characters with letters and digits, or 16 without a break
     r"""(?=\\?["']?(?=[^\s"']{8})(?=[^\s"']{0,64}[A-Za-z])(?:[^\s"']{0,64}\d|[A-Za-z0-9+/]{16}))"""
 )
-MEMBER = r"""\\?["']?\s{0,4}[:=]\s{0,4}"""  # what may stand between a name and its value
-NAME = r"(?<![\w.-])[\w.-]{0,40}?"  # its beginning
+MEMBER = r"""\\?["']?\s{0,4}[:=]\s{0,4}"""  # separator of name and value
+NAME = r"(?<![\w.-])[\w.-]{0,40}?"  # start of a name
 REST = r"[\w.-]{0,40}"
-TOKEN = r"(?:(?<![\w-])|(?<=\\[nrt]))"  # its beginning; \n may be written out
-# each finds in linear time what it replaces; the group `keep` stays in front of that
+TOKEN = r"(?:(?<![\w-])|(?<=\\[nrt]))"  # start of a token; an escaped line feed may precede it
+# patterns with linear running time; the group `keep` precedes the secret and is kept
 SECRETS = tuple(
     map(
         re.compile,
@@ -49,19 +49,19 @@ SECRETS = tuple(
             r"(?<![\w-])(?:AIza[\w-]{30,}|ya29\.[\w-]{16,}|1//0[\w-]{20,})",  # Google
             rf"{TOKEN}eyJ[\w-]{{8,}}\.[\w-]{{8,}}(?:\.[\w-]*)?",  # JSON Web Tokens
             r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S])*(?:-----END[A-Z ]{0,40}-----)?",
-            # lines of HTTP
+            # HTTP headers
             r"(?i)(?P<keep>\bauthorization\b[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?:[a-z]{1,20}\s{1,4})?)[^\s\"',;]{4,}",
             rf"(?i)(?P<keep>\bbearer\s{{1,4}}){LIKELY}[\w.~+/=-]{{8,}}",
             r"(?i)(?P<keep>\bwandb\s{1,4}login\s{1,4}(?:--relogin\s{1,4})?)[0-9a-f]{40}\b",
-            # of addresses: user and password; parameters such as token=, X-Amz-Signature=, sig=
+            # URLs: user and password; parameters such as token=, X-Amz-Signature=, sig=
             r"(?P<keep>[a-zA-Z]://)[^/\s?#\"'<>]{1,512}(?=@)",
             rf"(?P<keep>[?&#](?!key=)[\w.-]{{0,40}}?{ARGUMENT}{REST}=)(?!\[redacted\])[^&\s\"'#<>]{{1,4096}}",
-            # flags, variables of the environment, and other names with a value that may be a secret
+            # flags, environment variables, and other names with a value that may be a secret
             rf"(?P<keep>(?<![\w-])--(?!no-)[\w.-]{{0,40}}?{ARGUMENT}{REST}(?:=|\s{{1,4}}(?!-))){VALUE}",
             rf"(?P<keep>(?<![\w.-])(?=[A-Z])[A-Z0-9_]{{0,40}}?{ARGUMENT}[A-Z0-9_]{{0,40}}=){VALUE}",
             rf"(?P<keep>{NAME}{PASSWORD}{REST}{MEMBER}){VALUE}",
             rf"(?P<keep>{NAME}(?i:secret|credentials?){ENDS}{REST}(?:=|{MEMBER}(?=\\?[\"']))){VALUE}",
-            # (a value of a mere key or token, as programs have them, is a secret from 16 characters on)
+            # (the value of a plain `key` or `token`, common in source code, is a secret from 16 characters on)
             r"(?P<keep>(?<![\w.-])(?!(?i:key|token)\W{1,9}+[^\s\"']{0,15}(?![^\s\"']))"
             rf"[\w.-]{{0,40}}?{SECRET}{REST}{MEMBER}){LIKELY}{VALUE}",
         ),
@@ -79,10 +79,10 @@ HOMES = (
 
 
 def redact_secrets(text: str) -> str:
-    """Replace what looks like a secret.
+    """Replace possible secrets by "[redacted]".
 
-    Secrets are tokens of known forms, values of flags, variables, members and parameters that are called token, key,
-    password or the like, and users and passwords of addresses.
+    Secrets are tokens of known formats; values of flags, variables, members and parameters with names such as token,
+    key or password; and user names and passwords of URLs.
     """
     for pattern in SECRETS:
         text = pattern.sub(lambda found: f"{found.groupdict().get('keep') or ''}{REDACTED}", text)
@@ -90,7 +90,7 @@ def redact_secrets(text: str) -> str:
 
 
 def redact_text(text: str) -> str:
-    """Redact secrets, and shorten home folders of any user and operating system to ``~``."""
+    """Redact secrets and replace home folders of all users and operating systems by ``~``."""
     text = redact_secrets(text)
     home = os.path.expanduser("~").rstrip("/\\")  # ten times as fast as `Path.home`, for thousands of texts
     if len(home) > 1:
@@ -101,7 +101,7 @@ def redact_text(text: str) -> str:
 
 
 def redact(value: Any) -> Any:
-    """A copy of a JSON value with `redact_text` applied to all texts and keys, and control characters `visible`."""
+    """Return a copy of a JSON value with all texts and keys redacted and control characters made visible."""
     if isinstance(value, str):
         return redact_text(visible(value))
     if isinstance(value, dict):
@@ -110,9 +110,10 @@ def redact(value: Any) -> Any:
 
 
 def redact_pieces(pieces: Sequence[str]) -> list[str]:
-    """Redact a text in pieces, such as tokens, as a whole.
+    """Redact a text that is divided into pieces, such as tokens.
 
-    All text between the first and the last difference goes into the piece where the first one lies.
+    The text is redacted as a whole. The part from the first to the last change goes into the piece with the first
+    change.
     """
     whole = "".join(pieces)
     shown = redact_text(whole)
@@ -133,7 +134,7 @@ def redact_pieces(pieces: Sequence[str]) -> list[str]:
 
 
 def redact_command(words: Sequence[str]) -> list[str]:
-    """The words of a command line without ``--then``, its value and secrets. Paths are kept."""
+    """Redact secrets in the words of a command line and remove ``--then`` with its value. Paths are kept."""
     made: list[str] = []
     for word in split_then(list(words))[0]:
         flag = made[-1] if made and re.fullmatch(r"--(?!no-)[\w.-]+", made[-1]) else ""

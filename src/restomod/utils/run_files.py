@@ -1,4 +1,4 @@
-"""The files of a run's folder, and the check that none is a link out of it."""
+"""Names of the files in a run's folder, and the check that no link leads out of it."""
 
 from __future__ import annotations
 
@@ -24,30 +24,38 @@ STEP_FOLDER = re.compile(r"step_\d+")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest step first. Raises OSError: they cannot be listed, but may exist."""
+    """Return the checkpoint folders of a run, in order of steps.
+
+    Raises:
+        OSError: the folder exists but cannot be listed.
+    """
     folder = run / CHECKPOINTS
     names = os.listdir(folder) if folder.exists() else []
     return sorted((folder / name for name in names if STEP_FOLDER.fullmatch(name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder, from its name."""
+    """Return the step of a checkpoint folder, from its name."""
     return int(folder.name.removeprefix("step_"))
 
 
 def require_run_inside(run: Path) -> None:
-    """Refuse links out of a run's folder with UserError. Every reader of a run calls this first.
+    """Raise UserError if a link in a run's folder leads out of it. Every reader of a run calls this first.
 
-    The folder may be a link itself. The files of a checkpoint are checked by `require_checkpoint_inside`.
+    The folder itself may be a link. `require_checkpoint_inside` checks the files of a checkpoint.
     """
     require_inside(run, *(run / name for name in (*RUN_FILES, CHECKPOINTS, EVALUATIONS)))
     require_inside(run, *run.glob(f"{CHECKPOINTS}/*"), *run.glob(f"{EVALUATIONS}/*"))
 
 
 def require_checkpoint_inside(folder: Path, *listed: Path) -> None:
-    """Refuse links out of the run of a checkpoint, or out of a checkpoint that is in no run, with UserError.
+    """Raise UserError if a link leads out of a checkpoint's run, or out of a checkpoint without a run.
 
-    ``listed`` are files that its record names. In the hub's cache, files are links to `blobs` beside `snapshots`.
+    In the hub's cache, files are links from `snapshots` to the sibling folder `blobs`, which are allowed.
+
+    Args:
+        folder: folder of the checkpoint.
+        listed: further files, named in the checkpoint's record.
     """
     here = folder.absolute()
     within = folder

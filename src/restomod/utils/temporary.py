@@ -1,8 +1,8 @@
-"""Temporary files and folders, renamed when they are complete, and removal of those left by killed processes.
+"""Temporary files and folders, renamed when complete, and removal of leftovers of killed processes.
 
-They lie in their final folder under a random name, `.restomod.<16 hex digits>.tmp`, are newly created and never opened
-through a link. The process holds a lock (`flock`) on them; creating the next one in the folder removes those whose lock
-is free or, on a file system without locks, those older than a day.
+A temporary file is created in its final folder as `.restomod.<16 hex digits>.tmp` and is never opened through a link.
+Its process holds a lock (`flock`). Creating a temporary file removes leftovers in the same folder: files whose lock is
+free or, on a file system without locks, files older than a day.
 """
 
 from __future__ import annotations
@@ -20,23 +20,30 @@ from typing import Literal
 from restomod.utils.locks import SAFE_OPEN, flock, is_at
 
 NAME = re.compile(r"\.restomod\.[0-9a-f]{16}\.tmp")
-STALE_AFTER = 24 * 3600.0  # seconds, where a file system has no locks
+STALE_AFTER = 24 * 3600.0  # seconds, on a file system without locks
 
 
 class Temporary:
-    """A new file or folder under a temporary name; as a context manager it removes what has not been moved.
+    """New file or folder under a temporary name, removed at the end of a `with` block unless it was moved.
 
-    The user's umask decides on its permissions. Raises OSError if it cannot be made.
+    Its permissions follow the user's umask.
+
+    Args:
+        folder: folder in which to create it.
+        kind: "file" or "folder".
+
+    Raises:
+        OSError: it cannot be created.
     """
 
     path: Path
     fd: int | None
-    """The open file, to write to. Of a folder it only holds the lock."""
+    """Descriptor of the open file. For a folder, it only holds the lock."""
 
     def __init__(self, folder: Path, kind: Literal["file", "folder"] = "file") -> None:
         remove_leftovers(folder)
         made = False
-        while not made:  # else another process has just taken it for a leftover
+        while not made:  # another process may remove it as a leftover before it is locked
             self.path = folder / f".restomod.{secrets.token_hex(8)}.tmp"
             made = self._make(kind)
 
@@ -46,7 +53,7 @@ class Temporary:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE_OPEN, 0o666)
         else:
             os.mkdir(self.path)
-            with contextlib.suppress(PermissionError):  # Windows opens no folders
+            with contextlib.suppress(PermissionError):  # Windows cannot open folders
                 try:
                     self.fd = os.open(self.path, os.O_RDONLY | SAFE_OPEN)
                 except FileNotFoundError:
@@ -63,9 +70,9 @@ class Temporary:
         return False
 
     def move(self, target: Path) -> None:
-        """Give a file its name, in place of what is there."""
+        """Rename the file to ``target``, replacing an existing file."""
         if not self._enforced:
-            self._close()  # Windows renames no open file
+            self._close()  # Windows cannot rename open files
         os.replace(self.path, target)
         self._close()
 
@@ -76,7 +83,7 @@ class Temporary:
         self.remove()
 
     def remove(self) -> None:
-        """Remove what is left of it; nothing where it has been moved."""
+        """Remove the file or folder, unless it was moved."""
         _remove(self.path)
         self._close()
 
@@ -87,7 +94,7 @@ class Temporary:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders that no living process holds. What cannot be removed stays."""
+    """Remove temporary files and folders without a living process; failures are ignored."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             if NAME.fullmatch(name):
@@ -98,7 +105,7 @@ def remove_leftovers(folder: Path) -> None:
 def _remove_leftover(path: Path) -> None:
     status = path.lstat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        return  # none of ours
+        return  # not created by this module
     fd = os.open(path, (os.O_RDONLY if stat.S_ISDIR(status.st_mode) else os.O_RDWR) | SAFE_OPEN)
     try:
         enforced = flock(fd, wait=False)

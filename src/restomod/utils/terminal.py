@@ -1,4 +1,4 @@
-"""Printing with rich: a console that text cannot steer, and tables for the terminal and for Markdown."""
+"""Printing with rich: a console that escapes control characters of text, and tables for terminals and Markdown."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from restomod.utils.output import raw_stream
 from restomod.utils.redaction import redact
 from restomod.utils.text import visible
 
-WIDTH_ELSEWHERE = 200  # characters, where the output is no terminal
+WIDTH_ELSEWHERE = 200  # characters, if the output is not a terminal
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "unknown": "dim"}
 
 
 class Terminal(Console):
-    """A console on standard output, or on ``file``: rich's own colours pass, control characters of the text do not.
+    """Rich console on standard output or ``file`` that makes control characters of text visible.
 
-    The only console to use. Cells of a table must be `visible` already, because rich measures columns by them.
+    This package uses no other console. Cells of a table must be `visible` already, because rich measures their width.
     """
 
     @property
     def file(self) -> IO[str]:
+        """Output stream."""
         return raw_stream(self._file or sys.stdout)
 
     @file.setter
@@ -37,7 +38,7 @@ class Terminal(Console):
         self._file = new_file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render in segments, without control characters of the text and without hyperlinks."""
+        """Render segments without hyperlinks and without control characters of the text."""
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
@@ -48,7 +49,7 @@ class Terminal(Console):
 
 @dataclass(frozen=True)
 class Table:
-    """A title, headings, rows, and remarks below them."""
+    """Table with a title, headings, rows and notes below."""
 
     title: str
     headings: list[str]
@@ -56,7 +57,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """Return Markdown, with the title as a heading."""
+        """Return the table as Markdown, with its title as a heading."""
         lines = [f"## {escaped(self.title)}", ""] if self.title else []
         if self.rows:
             lines += [_row(self.headings), _row(["---"] * len(self.headings), plain=True), *map(_row, self.rows), ""]
@@ -69,22 +70,22 @@ def _row(cells: list[str], plain: bool = False) -> str:
 
 
 def escaped(text: str) -> str:
-    """Escape text so that Markdown shows it literally, on one line, redacted."""
+    """Redact text and escape it for Markdown, on one line."""
     return SPECIAL.sub(r"\\\1", " ".join(redact(text).split()))
 
 
 def rich_table(headings: list[str], rows: list[list[str]]) -> RichTable:
-    """Return a table of rich, with statuses in colour."""
+    """Return a rich table with coloured statuses."""
     grid = RichTable(*headings, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in grid.columns:
         column.overflow = "fold"
-    for row in rows:  # visible here already: it gives a column its width
+    for row in rows:  # `visible` before rich measures the columns
         grid.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
     return grid
 
 
 def print_table(table: Table) -> None:
-    """Print a table, at most as wide as the terminal."""
+    """Print a table, at most as wide as the terminal, or 200 characters in a log."""
     console = Terminal(highlight=False, markup=False)
     if not sys.stdout.isatty():
         console.width = WIDTH_ELSEWHERE

@@ -176,12 +176,12 @@ def test_a_run_that_continues_and_rolls_back_is_judged_like_its_file(tmp_path: P
         run=SimpleNamespace(folder=tmp_path), config=QUICKSTART, processes=SimpleNamespace(main=True)
     )
     shown: list[str] = []
-    display: Any = SimpleNamespace(line=lambda text, style: shown.append(text))
+    display: Any = SimpleNamespace(warn=shown.append)
 
     def symptoms() -> list[str]:
         shown.clear()
         health.print_warnings(display)
-        return [text.split(": ")[1] for text in shown]
+        return [text.split(": ")[0] for text in shown]
 
     def write(some: list[dict[str, Any]]) -> None:
         for record in some:
@@ -201,4 +201,4 @@ def test_a_run_that_continues_and_rolls_back_is_judged_like_its_file(tmp_path: P
     )
     training.processes.main = False
     assert symptoms() == []
-    assert Health(training).verdict_line().startswith("verdict: healthy")
+    assert Health(training).verdict().startswith("healthy")

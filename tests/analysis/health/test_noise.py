@@ -49,7 +49,7 @@ def test_the_level_and_its_error_are_those_of_a_least_squares_line() -> None:
 
 
 def test_records_are_sorted_and_the_later_counts() -> None:
-    overflow = "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
+    overflow = "fp16 gradients overflowed, so the loss scale is halved"
     records = [
         *(train(3, 4.0), train(1, 6.0), train(1, 5.0), val(2, 7.0), {"kind": "rollback", "step": 1}),
         *(train(4, 99.0, skipped="the loss is 99"), train(5, None, grad_norm=None, skipped="the loss is nan")),

@@ -123,7 +123,7 @@ def below(tokens: int = 32_768) -> Records:
     return [r | {"tokens": tokens} if r["kind"] == "val" else r for r in records]
 
 
-OVERFLOW = "the gradients overflowed fp16, so the loss is scaled by half as much from here on"
+OVERFLOW = "fp16 gradients overflowed, so the loss scale is halved"
 SKIPPED = {"skipped": "the loss is 19"}
 GUESS = "a uniform prediction gives 10.82"
 PLANTED: list[tuple[str, Callable[[], Records], str, str]] = [
