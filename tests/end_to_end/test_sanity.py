@@ -38,15 +38,12 @@ def test_only_a_new_run_lists_its_sanity_checks(
 ) -> None:
     train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
-    first_step = next(i for i, line in enumerate(lines) if line.startswith("step "))
-    (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss 1")]
-    assert lines[initial + 1 : first_step] == [
-        "sanity checks passed: targets, causality, gradients, tied lm_head",
-        "warning: kernel shapes: n_embd 32 is not a multiple of 64: training is slower",
-    ]
+    (initial,) = [i for i, line in enumerate(lines) if line.startswith("initial loss   1")]
+    assert lines[initial + 1].startswith("sanity checks  passed: targets, causality, gradients, tied lm_head")
+    assert "warning: kernel shapes: n_embd 32 is not a multiple of 64: training is slower" in lines
     train(dataclasses.replace(tiny, steps=2), tmp_path / "run", resume=True)
     assert "initial loss" not in (out := capsys.readouterr().out)
-    assert "sanity checks passed" not in out
+    assert "sanity checks" not in out
 
 
 def test_a_planted_fault_stops_a_run_before_files_are_written(
@@ -69,7 +66,7 @@ def test_a_flag_disables_the_checks(
     run, config = tmp_path / "run", dataclasses.replace(tiny, steps=1)
     assert main(["train", "quickstart", "--out", str(run), *flags(config), "--no-sanity-checks"]) == 0
     assert len(losses(run)) == 1 + 2
-    assert "sanity checks passed" not in capsys.readouterr().out
+    assert "sanity checks" not in capsys.readouterr().out
 
 
 def test_a_run_resumed_at_step_0_is_checked(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def run_summary(training: Training) -> Rows:
         ("compute dtype", describe_dtype(config, compute.dtype)),
         ("torch.compile", f"{'on' if compute.compiled else 'off'} ({compute.compile_reason})"),
         *([("options", options)] if options else []),
+        *check_rows(training.check_results),
         ("estimated time", f"{duration(seconds)} (training steps only, from one timed micro-batch)"),
     ]
 
@@ -92,10 +93,11 @@ def describe_options(config: RunConfig, processes: int) -> str:
 
 
 def run_warnings(training: Training) -> list[str]:
-    """Return warnings about a run's files, data, schedule and batch, without the prefix "warning: "."""
+    """Return warnings about a run's files, data, schedule, checks and batch, without the prefix "warning: "."""
     found = [*training.warnings]
     found += [text for label, text in summary_rows(training.data.dataset.manifest) if label == "warning"]
     found += schedule_warnings(training.config)
+    found += [f"{result.check}: {result.reason}" for result in training.check_results if result.status == "warn"]
     for name, epochs in _epochs_per_step(training).items():
         if epochs > 1:
             found.append(f"each step trains on {epochs:,.3g} epochs of {name}; lower --batch-tokens or add text")
@@ -108,16 +110,13 @@ def _epochs_per_step(training: Training) -> dict[str, float]:
     return {s.name: training.config.batch_sequences * float(s.share) / n for s, n in sources}
 
 
-def check_lines(results: list[CheckResult]) -> list[str]:
-    """Return the results of the sanity checks as lines: the first in full, names of others that passed, warnings."""
-    if not results:
-        return []
-    first, *others = results
+def check_rows(results: list[CheckResult]) -> Rows:
+    """Return the sanity checks that passed as (label, value) rows: the first in full, the names of the others."""
+    first, others = results[:1], results[1:]
     passed = [result.check for result in others if result.status == "pass"]
     return [
-        *([f"{first.check} {first.reason}"] if first.status == "pass" else []),
-        *([f"sanity checks passed: {', '.join(passed)}"] if passed else []),
-        *(f"warning: {result.check}: {result.reason}" for result in results if result.status == "warn"),
+        *((result.check, result.reason) for result in first if result.status == "pass"),
+        *([("sanity checks", f"passed: {', '.join(passed)}")] if passed else []),
     ]
 
 
@@ -171,11 +170,7 @@ def result_rows(
     speed = f", {len(timed) * config.batch_tokens / sum(timed):,.0f} tokens/s" if timed else ""
     rows.append(("tokens", f"{done * config.batch_tokens:,} in {counted(done, 'step')}{speed}"))
     rows.append(("time", f"{duration(seconds)} (with validation, samples and checkpoints)"))
-    loader = (
-        "load with transformers.AutoModelForCausalLM.from_pretrained"
-        if exportable
-        else "restomod only: transformers lacks this architecture"
-    )
+    loader = "loads in transformers" if exportable else "restomod only: transformers lacks this architecture"
     rows += [("checkpoint", f"{path} ({loader})") for path in checkpoints]
     return [*rows, ("verdict", verdict)]
 

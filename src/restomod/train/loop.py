@@ -24,7 +24,6 @@ from restomod.runs.metrics import read_jsonl
 from restomod.runs.run_lock import RunLock
 from restomod.runs.trackers import Trackers, require_installed
 from restomod.train.console_lines import (
-    check_lines,
     missing_checkpoint,
     next_commands,
     result_rows,
@@ -100,7 +99,6 @@ def _train(config: RunConfig, folder: Path, resume: bool, display: Display, proc
         display.warn(warning)
     if training.start.step > 0:
         display.line(f"resuming from step {training.start.step} ({training.start.checkpoint})")
-    display.lines(check_lines(training.check_results))
 
     started = time.perf_counter()
     micro_batch, rank, count = training.compute.micro_batch, processes.rank, processes.world_size
