@@ -129,7 +129,7 @@ def test_llama_has_the_hyperparameters_of_the_public_run() -> None:
     assert (llama.optim.betas, llama.optim.weight_decay, llama.optim.min_lr_ratio) == ((0.9, 0.95), 0.1, 0.1)
 
 
-def test_only_the_learning_rate_of_adamw_depends_on_the_width() -> None:
+def test_the_learning_rate_depends_on_the_width_except_with_muon() -> None:
     """Table 2.1 of the GPT-3 paper: 6e-4 at a width of 768, 2e-4 at 2048 (here: 2.25e-4)."""
     for kind, times in (("gpt2", 1), ("llama", 3)):
         rates = [preset(f"{kind}-d{layers}").optim.lr for layers in (6, 12, 32)]

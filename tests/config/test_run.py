@@ -125,7 +125,7 @@ def test_absent_fields_take_their_defaults() -> None:
     assert from_dict({**MINIMAL, "optim": {"lr": 0.5}}) == run_config(optim=OptimConfig(lr=0.5))
 
 
-def test_a_whole_number_is_a_fine_float() -> None:
+def test_an_integer_is_accepted_as_a_float() -> None:
     lr = from_dict({**MINIMAL, "optim": {"lr": 1}}).optim.lr
     assert (lr, type(lr)) == (1.0, float)
 

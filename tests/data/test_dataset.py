@@ -417,7 +417,7 @@ def maps_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is mapped")
-def test_of_many_shards_few_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_mapped_shards_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restomod.data.dataset.MAX_MAPPED_SHARDS", 3)
     tokens = np.arange(10_000, dtype=np.uint16)
     for i, part in enumerate(np.split(tokens, 10)):

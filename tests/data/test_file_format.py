@@ -286,9 +286,7 @@ CONTAINERS = {
 @pytest.mark.parametrize("compression", ["plain", "gzip", "zstd"])
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a"])
-def test_a_container_is_refused_with_how_to_mend_it(
-    tmp_path: Path, container: str, compression: str, name: str
-) -> None:
+def test_a_container_is_refused_with_a_fix(tmp_path: Path, container: str, compression: str, name: str) -> None:
     path = written(tmp_path, name, COMPRESSIONS[compression](CONTAINERS[container]))
     with pytest.raises(UserError, match=f"{name} (is|contains) .*, not text: .*, or exclude it with a glob$"):
         texts(path)

@@ -126,7 +126,7 @@ def test_a_card_may_name_its_files_in_several_ways(hub: Hub, files: Any) -> None
         ("data/train-0000[0-2]*", "data/train-00003-of-3.parquet", False),
     ],
 )
-def test_patterns_mean_what_globs_mean(pattern: str, path: str, means: bool) -> None:
+def test_patterns_match_like_globs(pattern: str, path: str, means: bool) -> None:
     assert _matches(path, pattern) is means
 
 
@@ -229,7 +229,7 @@ def test_a_file_with_a_flipped_bit_is_fetched_again(hub: Hub, tmp_path: Path, ex
 
 
 @pytest.mark.parametrize("fault", ["flip", "cut", "answer"])
-def test_what_was_finished_before_the_hub_failed_stays(
+def test_units_finished_before_a_hub_failure_are_kept(
     hub: Hub, tmp_path: Path, expected: dict[str, bytes], fault: str
 ) -> None:
     out = tmp_path / "out"
@@ -324,7 +324,7 @@ def tokens() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])
-def test_published_shards_arrive_as_they_are(
+def test_published_shards_are_copied_unchanged(
     hub: Hub, tmp_path: Path, tokens: dict[str, np.ndarray], suffix: str, keep: bool
 ) -> None:
     write = bin_shard if suffix == ".bin" else npy_shard

@@ -101,7 +101,7 @@ def test_the_windows_are_the_beginning_the_middle_and_the_end(folder: Path, tikt
         assert said[at + 1] == f"  {tiktoken_gpt2.decode(train[start : start + 64])!r}"
 
 
-def test_of_a_large_split_a_part_is_counted_and_said_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_statistics_of_a_large_split_name_the_counted_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = lines(folder)
     monkeypatch.setattr(module, "READ_TOKENS", 77)
     assert lines(folder) == whole  # the size of the reads does not change the numbers
@@ -191,7 +191,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
         (lambda folder: folder.write_text("a file"), "no such folder of token shards"),
     ],
 )
-def test_what_holds_no_shards_is_refused(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
+def test_a_path_without_shards_is_refused(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
     make(tmp_path / "out")
     with pytest.raises(UserError, match=said):
         lines(tmp_path / "out")

@@ -117,7 +117,7 @@ def test_a_manifest_without_the_counts_opens_and_says_nothing(
     assert main(["data", str(out)]) == 0
     assert "skipped" not in capsys.readouterr().out
     assert summary_rows(open_dataset(out, tokenizer.sha256).manifest) == []
-    assert main(["prepare", str(folder), "--out", str(out)]) == 0  # plain text was requested
+    assert main(["prepare", str(folder), "--out", str(out)]) == 0  # the folder is finished, also without the counts
 
 
 def test_an_absent_separator_causes_a_warning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +125,7 @@ def test_an_absent_separator_causes_a_warning(folder: Path, tmp_path: Path, caps
     assert "warning: --separator does not occur" in capsys.readouterr().out
 
 
-def test_with_the_separator_only_those_of_records_are_left(
+def test_with_a_separator_only_literals_in_records_are_counted(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = prepare_folder((str(folder),), PrepareConfig(separator=END), tmp_path / "out", 1)
@@ -156,13 +156,13 @@ def test_a_long_file_is_counted_as_a_short_one(tmp_path: Path, monkeypatch: pyte
         assert made.manifest["read"]["end_of_text_literals"] == 99
 
 
-def test_sums_of_units_are_those_of_all_together() -> None:
+def test_counts_of_units_are_summed() -> None:
     parts = [{"files": {"A": {".x": 1}}, "separators": 0}, {}, {"files": {"A": {".x": 2, ".y": 1}, "B": {".z": 1}}}]
     assert merge_counts(parts) == {"files": {"A": {".x": 3, ".y": 1}, "B": {".z": 1}}, "separators": 0}
 
 
 @pytest.mark.parametrize("read_tokens", [1, 5, 1_000_000])
-def test_data_tells_separators_from_literals(
+def test_data_counts_separators_and_literals_separately(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -13,7 +13,7 @@ class Command(NamedTuple):
 
     summary: str
     example: str
-    """Complete command line that works in an empty folder, or after the examples of `FIRST_STEPS`."""
+    """Complete command line. It works in an empty folder, or after `FIRST_STEPS` and other examples."""
 
 
 FIRST_STEPS = {  # command line -> what it does

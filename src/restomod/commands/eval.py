@@ -37,7 +37,8 @@ class EvalArguments(ModelArguments):
     context: int | None = None
     """Tokens per window of the validation loss. None: the sequence length of the run's training."""
     batch: int | None = None
-    """Questions or windows per forward pass. The results do not depend on it. None: chosen automatically."""
+    """Contexts of questions, or windows of the validation loss, per forward pass. It changes the results only by
+    rounding. None: chosen automatically."""
     json: Path | None = None
     """JSON file for all results. The results of a run are always written to its folder evals/ too. None: no file."""
     cache: Path = Path("data")

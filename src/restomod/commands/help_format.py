@@ -1,7 +1,7 @@
 """Layout of a command's help: summary and example first, groups of flags, defaults without Python's notation.
 
 tyro (1.0) prints the help. It has no option for groups of flags, so `help_layout` replaces its function `format_help`
-while the help is printed; `tests/commands/test_help.py` fails where a release of tyro no longer calls it.
+while the help is printed; `tests/commands/test_help.py` fails if a release of tyro no longer calls it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class PrepareArguments:
     out: str
     """Folder for the token shards. If a preparation in this folder was interrupted, it is resumed."""
     workers: int = 0
-    """Number of worker processes, one file each (0: one per CPU; on a cluster, chosen by the cluster)."""
+    """Number of worker processes; each prepares one file, or part of a large file, at a time (0: one per CPU; on a
+    cluster: no limit)."""
     engine: Engine = "local"
     """Place of the workers. local: processes on this machine; ray: a Ray cluster (RAY_ADDRESS, a running local one, or
     a new one); slurm: Slurm jobs. The output is the same. A cluster needs a file system that its machines share."""

@@ -61,7 +61,7 @@ class ReportArguments(PriceArguments):
     """Folder for plots of the curves (PNG). None: no plots."""
     error_analysis: bool = False
     """Analyse the errors of the newest checkpoint: validation loss by kind of token, position, source and passage. This
-    needs the model and its data. The result is saved in the run's folder for later reports."""
+    takes time and needs the model and its data. The result is saved in the run's folder for later reports."""
     error_analysis_tokens: int = 100_000
     """Number of validation tokens for --error-analysis, evenly spaced over the split."""
     device: Device = "auto"

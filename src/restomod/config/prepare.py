@@ -55,9 +55,9 @@ class SlurmConfig:
     slurm_partition: str | None = None
     """Slurm partition. None: the cluster's default."""
     slurm_time: str | None = None
-    """Slurm time limit of a job, such as 2:00:00. None: the partition's default."""
+    """Slurm time limit of each job of the array, such as 2:00:00. None: the partition's default."""
     slurm_mem_gb: int = 2
-    """Slurm memory of a job, in GB."""
+    """Slurm memory of each job of the array, in GB."""
 
     def __post_init__(self) -> None:
         require_size("--slurm-mem-gb", self.slurm_mem_gb)

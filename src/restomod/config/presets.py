@@ -101,7 +101,7 @@ def llama_of(layers: int) -> RunConfig:
 
 
 def modern_of(layers: int) -> RunConfig:
-    """Return `modern-124m` with another number of layers; Muon's learning rate does not depend on n_embd."""
+    """Return `modern-124m` with another number of layers; with Muon, the learning rates do not depend on n_embd."""
     gpt2 = gpt2_of(layers)
     model = dataclasses.replace(llama_parts(gpt2.model), qk_norm=True, zero_init_projections=True)
     optim = OptimConfig(  # with Muon, AdamW is stable at a higher learning rate; decay over the second half
@@ -160,7 +160,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 SIZES: dict[str, Callable[[int], RunConfig]] = {
     make.__name__.removesuffix("_of"): make for make in (gpt2_of, llama_of, modern_of, speedrun_of)
 }
-"""Families of presets. `modern-d6` has 6 layers; embedding width, heads and learning rates depend on the layers."""
+"""Families of presets. `modern-d6` has 6 layers. Width and heads depend on the layers; for gpt2 and llama, lr too."""
 
 
 def preset(name: str) -> RunConfig:

@@ -60,7 +60,8 @@ class DataConfig:
     is detected from the content. None: no path."""
     mix: str | None = None
     """Folders of token shards with weights, instead of data.source and data.path: FOLDER:WEIGHT,FOLDER:WEIGHT. In
-    every batch, the number of sequences from a folder is proportional to its weight. None: a single source."""
+    every batch, the number of sequences from a folder is proportional to its weight; a small folder is repeated more
+    often. None: a single source."""
     glob: str = "**/*"
     """Glob pattern for the files of a folder. Links are followed, and hidden files are skipped."""
     text_column: str = "text"

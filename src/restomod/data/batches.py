@@ -170,7 +170,7 @@ class Batches:
             Two int64 tensors (B, T); the targets are the tokens shifted by one position.
 
         Raises:
-            UserError: a shard contains a token outside GPT-2's vocabulary.
+            UserError: a shard is missing or damaged, or contains a token outside GPT-2's vocabulary.
         """
         source = np.searchsorted(self._first_windows, windows, side="right") - 1
         starts = (windows - self._first_windows[source]) * self.T
@@ -186,7 +186,7 @@ class Batches:
         Each rank reads a consecutive slice of the global batch, so the global batch does not depend on ``world_size``.
 
         Raises:
-            UserError: the batch is not divisible by ``world_size * micro_batch``.
+            UserError: the batch is not divisible by ``world_size * micro_batch``, or `load` raises it.
         """
         share = self.batch_sequences // world_size
         if share * world_size != self.batch_sequences or share % micro_batch:
@@ -231,7 +231,8 @@ class Prefetch:
             steps: number of steps of the run; later steps are not prefetched.
             rank: index of this process.
             world_size: number of processes.
-            device: device that receives the batches; for CUDA they are loaded into page-locked memory.
+            device: device that receives the batches; for CUDA they are loaded into pinned memory, from which copies are
+                asynchronous.
         """
         self.batches, self.micro_batch, self.steps = batches, micro_batch, steps
         self.rank, self.world_size = rank, world_size

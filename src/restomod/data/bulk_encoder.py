@@ -3,7 +3,7 @@
 The Rust library tokie is several times faster than tiktoken. It is known to differ from tiktoken in three cases:
 
 - some characters: vertical tab, form feed, circled letters, and letters newer than tokie's Unicode tables;
-- a contraction directly after white space other than a space or line feed;
+- a contraction directly after white space other than space, line feed and carriage return;
 - texts of 10,000 bytes or more, which tokie cuts at wrong positions for its threads.
 
 Texts of the first two cases are encoded with tiktoken. Long texts are cut here at positions that do not change tokens.
@@ -97,7 +97,8 @@ def _pieces(text: str) -> list[bytes]:
     A cut is before a space that follows a letter, digit or punctuation mark, where GPT-2's pattern always ends a word.
 
     Returns:
-        Pieces of at most `PIECE_BYTES`; empty if there is no possible cut or the text contains lone surrogates.
+        Pieces of at most `PIECE_BYTES`; empty if a piece has no possible cut, or if the text is empty or contains lone
+        surrogates.
     """
     try:
         data = text.encode()

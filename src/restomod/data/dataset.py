@@ -250,7 +250,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens, the tokenizer and the split; equal fingerprints mean equal tokens."""
+        """Hash of the shards of each split and of the tokenizer; equal fingerprints mean equal tokens.
+
+        Published shards without a manifest are not hashed completely; see `open_published`.
+        """
         return str(self.manifest["fingerprint"])
 
     @property
@@ -279,7 +282,7 @@ def open_dataset(folder: Path, tokenizer_sha256: str, verify: Verify = "changed"
             SHA-256 of shards whose file status has changed since the last comparison.
 
     Raises:
-        UserError: the manifest is missing, damaged or made with another tokenizer; a shard is missing or altered.
+        UserError: the manifest is missing, damaged or of another tokenizer; a shard is missing or damaged.
     """
     manifest = read_manifest(folder)
     made_with = manifest["tokenizer"]["sha256"]

@@ -155,7 +155,7 @@ def _is_tar(block: bytes) -> bool:
 
 
 def _refuse_wide(path: Path, head: bytes) -> None:
-    """Refuse UTF-16 and UTF-32, recognised by a byte-order mark or by NUL in every other of the first bytes."""
+    """Refuse UTF-16 and UTF-32, recognised by a byte-order mark, or by NUL at every second of the first 512 bytes."""
     encoding = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
     start = head[: min(len(head), 512) // 2 * 2]
     if encoding is None and len(start) >= 8 and (any(start[::2]) != any(start[1::2])):

@@ -115,7 +115,7 @@ def _statistics(folder: Path, stream: TokenStream, tokenizer: Tokenizer) -> Iter
 
 def _literals(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer) -> int:
     """Count literal ``<|endoftext|>`` that begin at tokens [start, stop) of a stream."""
-    word = tokenizer.encode("endoftext").tolist()  # a separate word between other characters
+    word = tokenizer.encode("endoftext").tolist()  # GPT-2's pattern separates it from < | and >
     low = max(0, start - 4)
     tokens = stream.read(low, min(stop + len(word) + 4, len(stream)) - low).tolist()
     found = 0

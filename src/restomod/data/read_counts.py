@@ -94,7 +94,13 @@ def summary_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     if read.get("separators") == 0:
         rows.append(("warning", "--separator does not occur in any plain text file, so no file was split"))
     if list(files) == [AS_TEXT]:
-        rows.append(("warning", "the JSON was read as plain text; to read the text of a field, set --text-column"))
+        rows.append(
+            (
+                "warning",
+                "the JSON was read as plain text; to read the text of a field, set --text-column "
+                "(train: --data.text-column)",
+            )
+        )
     if lost := {what: skipped[what] for what in POSSIBLE_LOSSES if what in skipped}:
         rows.append(("warning", f"files may be missing: {_counts(lost)}"))
     return rows

@@ -41,7 +41,7 @@ PARQUET_BYTES = 16_000_000  # average size of a read
 
 @dataclass(frozen=True)
 class Span:
-    """Range [start, stop) of a file of ``of`` bytes, with all records that begin in it."""
+    """Byte range [start, stop) of a file of ``of`` bytes; all records that begin in it belong to it."""
 
     start: int
     stop: int
@@ -65,8 +65,8 @@ def read_documents(
         counts: counts of the file's format and separators, which are updated.
 
     Raises:
-        UserError: the file is missing, empty, not a regular file, damaged, not UTF-8, of a format without text, or has
-            no such column.
+        UserError: the file is missing, empty, not a regular file, damaged, not UTF-8, of a format without text, has no
+            such column, or has changed since ``span`` was planned.
     """
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path} is empty; give a file with text")

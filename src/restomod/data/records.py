@@ -119,7 +119,8 @@ def csv_rows(path: Path, parts: Iterable[str], delimiter: str) -> Iterator[tuple
         Position such as "row 3", and the values by column.
 
     Raises:
-        UserError: quotes are wrong, or the number of fields in a row differs from the header.
+        UserError: quotes are wrong, a line is longer than `LONGEST_RECORD`, or the number of fields in a row differs
+            from the header.
     """
     csv.field_size_limit(LONGEST_RECORD)
     reader = csv.reader(_lines(path, parts), delimiter=delimiter, strict=True)
@@ -162,7 +163,7 @@ def _lines(path: Path, parts: Iterable[str]) -> Iterator[str]:
 def split_documents(
     name: str, parts: Iterable[str], separator: str, long_text: int, counts: ReadCounts
 ) -> Iterator[AnyDocument]:
-    """Yield the documents between separators, without newlines at their ends; empty documents are skipped.
+    """Yield the documents between separators, without newlines at both ends; empty documents are skipped.
 
     Args:
         name: name of the file in messages.

@@ -107,7 +107,7 @@ def _with_hashes(shards: Shards, stream: TokenStream, say: Callable[[str], None]
 
 
 def _positions(shards: Shards) -> list[tuple[int, int]]:
-    """Return the position of each shard in its split and its number of tokens."""
+    """Return the first position and the length of each shard in its split, in tokens."""
     lengths = [int(shard["tokens"]) for shard in shards]
     return list(zip(itertools.accumulate([0, *lengths[:-1]]), lengths, strict=True)) if lengths else []
 

@@ -1,4 +1,4 @@
-"""Built-in text sources, Python's standard library and TinyShakespeare, and downloads with a known SHA-256."""
+"""Built-in text sources (Python's standard library, TinyShakespeare), and downloads with a known SHA-256."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_killed_worker_is_one_line_and_the_same_command_resumes(
     process = restomod(*arguments, program=program(tmp_path, KILLED))
     said = error_of(process, tmp_path)
     assert said.startswith("a worker was killed (SIGKILL), possibly because memory ran out")
-    assert said.endswith("run the same command again to resume, or lower --workers 2")
+    assert said.endswith("run the same command again to resume, or lower --workers (now 2)")
     check_that_all_are_gone(process.pid, seconds=5)
     assert len(list((tmp_path / "out/.prepare").glob("unit_*.json"))) >= 2
     assert "resuming: " in finished(restomod(*arguments), tmp_path)
@@ -262,7 +262,7 @@ def test_on_ray_a_bad_file_is_the_same_one_line(tmp_path: Path, text: Path, rest
 @ray_is_there
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_on_ray_what_was_killed_or_stopped_is_resumed(
+def test_on_ray_a_killed_or_stopped_preparation_is_resumed(
     tmp_path: Path, text: Path, restomod: Command, sent: signal.Signals
 ) -> None:
     process = restomod(*RAY, "--workers", "1", **everywhere(tmp_path, WAITS))
@@ -340,7 +340,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path, text: Path, 
 
 @ray_is_there
 @pytest.mark.slow
-def test_a_cluster_is_left_as_it_was_found(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_cluster_started_here_is_shut_down(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster is shut down if this package started it, and kept if the caller started it."""
     import ray
 

@@ -85,7 +85,7 @@ def delimited(texts: list[str], encoding: tiktoken.Encoding) -> list[int]:
 
 
 def is_validation(text: str, fraction: float, seed: int) -> bool:
-    """Return the documented hash: 64-bit BLAKE2b of the document, salted with the seed, as a fraction of 2^64."""
+    """Apply the documented rule: the 64-bit BLAKE2b hash, salted with the seed, is below the fraction of 2^64."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little") / 2**64 < fraction
 
@@ -558,7 +558,7 @@ def test_a_workers_error_is_one_line_and_the_fixed_file_is_read(
 
 @pytest.mark.parametrize("call", ["append", "close"])
 @pytest.mark.parametrize("at", [1, 4, 6])
-def test_a_full_disk_leaves_what_is_finished_and_no_half_of_a_shard(
+def test_a_full_disk_leaves_finished_units_and_no_partial_shard(
     tmp_path: Path,
     text: dict[str, list[str]],
     many_units: None,

@@ -266,7 +266,7 @@ def test_more_units_than_an_array_has_tasks(
     assert hashes(tmp_path / "my out") == hashes(tmp_path / "reference")
 
 
-def test_what_sbatch_refuses_is_one_line(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_sbatch_error_is_one_line(text: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     assert refusal(capfd, "--slurm-partition", "nope") == (
         "sbatch failed: sbatch: error: invalid partition specified: nope"
     )

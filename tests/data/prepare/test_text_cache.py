@@ -159,9 +159,7 @@ def fail(*_: object) -> NoReturn:
     raise RuntimeError("this was not to be called")
 
 
-def test_a_second_call_finds_what_the_first_made_and_writes_nothing(
-    book: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_call_uses_the_cache_and_writes_nothing(book: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare_text(book)
     before = state(Path(book.cache))
     monkeypatch.setattr(BulkEncoder, "encode", fail)
@@ -190,7 +188,7 @@ SIX = numbered(6)
         (SIX, {"split_seed": 1}),
     ],
 )
-def test_what_changes_the_tokens_gets_another_folder(
+def test_text_or_settings_that_change_the_tokens_get_another_folder(
     tmp_path: Path, book: DataConfig, texts: list[str], values: dict[str, Any]
 ) -> None:
     first = prepare_text(book)

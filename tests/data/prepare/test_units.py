@@ -165,9 +165,7 @@ def test_a_large_file_is_cut_into_units_of_about_equal_size(
 
 
 @pytest.mark.parametrize("name", ["large.txt", "large.jsonl.xz", "large.parquet.gz", "jsonl"])
-def test_what_can_only_be_read_from_its_beginning_is_not_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_plain_or_compressed_file_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     content = {".xz": lzma.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)(b"x" * 100)
     (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(module, "SPAN_BYTES", 10)
@@ -188,7 +186,7 @@ def test_a_large_file_among_small_ones_keeps_its_place(tmp_path: Path, monkeypat
     assert [unit.bytes for unit in units] == [10, 50, 50, 210]
 
 
-def test_a_description_of_spans_survives_json_and_that_of_whole_files_is_as_it_was(
+def test_only_units_of_spans_have_a_span_in_the_plan(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"x" * 100)

@@ -191,7 +191,7 @@ def _exit_as_error(process: Any, workers: int) -> Iterator[None]:
         else:
             memory = ", possibly because memory ran out" if -code == signal.SIGKILL else ""
             how = f"was killed ({signal.Signals(-code).name}){memory}"
-        raise UserError(f"a worker {how}; {RESUME}, or lower --workers {workers}") from None
+        raise UserError(f"a worker {how}; {RESUME}, or lower --workers (now {workers})") from None
 
 
 @contextlib.contextmanager

@@ -89,10 +89,10 @@ def plan_folder(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> W
 
 @contextlib.contextmanager
 def locked_folder(out: Path) -> Iterator[None]:
-    """Lock a folder for this process. The operating system releases the lock when the process ends.
+    """Lock a folder for this process. The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        UserError: another process has locked the folder, or the folder cannot be created.
+        UserError: another process has locked the folder, it cannot be created, or a link in it leads out of it.
     """
     for folder in (out, out / WORK):  # writes and deletions must not follow links to other places
         if folder.is_dir():

@@ -29,7 +29,7 @@ from restomod.data.tokenizer import Tokenizer
 from restomod.utils.errors import UserError, did_you_mean
 from restomod.utils.text import counted
 
-UNIT_BYTES = 64_000_000  # small files are grouped up to this size; a larger file is one unit or several
+UNIT_BYTES = 64_000_000  # small files are grouped until they reach this size; a larger file is one unit or several
 SPAN_BYTES = 64_000_000  # maximum size of the spans of a large file
 HUB = "hf:"
 PRETOKENIZED = "pretokenized:"

@@ -208,7 +208,7 @@ class PrepareUnit(UnitStep):
         """Run after each document; subclasses show progress here."""
 
     def _write(self, unit: int, writers: dict[str, ShardWriter]) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
-        """Write the documents; return documents and text bytes by destination, and the `ReadCounts`."""
+        """Write the documents; return counts of documents and text bytes by destination, and `ReadCounts.to_dict`."""
         read = ReadCounts()
         config, tokenizer = self.config, gpt2_tokenizer()
         encoder, separator = BulkEncoder(tokenizer), np.array([tokenizer.end_of_text], dtype=np.uint16)
@@ -278,7 +278,7 @@ def encoded(
         documents: documents to encode.
         encoder: encoder of the tokens.
         seed: seed of the split hash.
-        known: hashes of the documents from an earlier read; None: not known.
+        known: hashes of the documents from an earlier read, for comparison; None: they are computed.
         remedy: end of the error message for changed documents.
 
     Yields:
