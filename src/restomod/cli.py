@@ -19,7 +19,7 @@ EXIT_CODES = {
     75: "a run or sweep was stopped by a signal or a limit, and can be resumed",
     130: "stopped by Ctrl-C",
 }
-RUN_WITHOUT_OUTPUT = ("train", "sweep")  # these also take --then; the output of other commands is their purpose
+RUN_WITHOUT_OUTPUT = ("train", "sweep")  # run even if standard output is closed, and take --then
 MEMORY_HINT = "end other programs, or use a machine with more memory"
 
 

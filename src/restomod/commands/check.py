@@ -24,7 +24,7 @@ class CheckArguments(DeviceArguments):
     """Flags of `restomod check`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "gpt2-124m"
-    """Preset (initial weights), run, model folder, or name on the Hugging Face Hub such as gpt2."""
+    """Preset (initial weights), run, model folder, or name on the Hugging Face hub such as gpt2."""
     seed: int = 1337
     """Random seed of the initial weights of a preset."""
 

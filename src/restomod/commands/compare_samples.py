@@ -18,9 +18,9 @@ class CompareSamplesArguments(GenerateArguments):
     """Flags of `restomod compare-samples`."""
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """First model: run (newest checkpoint), model folder, or name on the Hugging Face Hub such as gpt2."""
+    """First model: run (newest checkpoint), model folder, or name on the Hugging Face hub such as gpt2."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """Second model: run (newest checkpoint), model folder, or name on the Hugging Face Hub such as gpt2."""
+    """Second model: run (newest checkpoint), model folder, or name on the Hugging Face hub such as gpt2."""
     out: str | None = None
     """File for the texts: Markdown (.md) or HTML (.html). None: no file."""
 

@@ -42,7 +42,7 @@ class EvalArguments(ModelArguments):
     json: Path | None = None
     """JSON file for all results. The results of a run are always written to its folder evals/ too. None: no file."""
     cache: Path = Path("data")
-    """Cache folder for HellaSwag. The other data sets are in the cache of the Hugging Face client."""
+    """Cache folder for HellaSwag. The other datasets are in the cache of the Hugging Face client."""
 
 
 def run(arguments: list[str]) -> int:

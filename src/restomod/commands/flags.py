@@ -36,7 +36,7 @@ class ModelArguments(DeviceArguments):
     """Flags for a trained model and its device."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Run (newest checkpoint), model folder, or name on the Hugging Face Hub such as gpt2."""
+    """Run (newest checkpoint), model folder, or name on the Hugging Face hub such as gpt2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ class InspectArguments:
     """Flags of `restomod inspect`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Run (newest checkpoint), model folder, name on the Hugging Face Hub such as gpt2, or preset (initial weights)."""
+    """Run (newest checkpoint), model folder, name on the Hugging Face hub such as gpt2, or preset (initial weights)."""
     plots: Path | None = None
     """Folder for plots of the weights (PNG). None: no plots."""
     diff: str | None = None

@@ -28,14 +28,14 @@ class PrepareArguments:
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
     """Sources, read in this order. Files and folders: plain text, JSON, CSV or Parquet, also compressed, detected from
-    the content. Hugging Face Hub: fineweb-edu, fineweb, hf:OWNER/NAME, or pretokenized:OWNER/NAME for token shards.
+    the content. Hugging Face hub: fineweb-edu, fineweb, hf:OWNER/NAME, or pretokenized:OWNER/NAME for token shards.
     Built-in: python-stdlib, tinyshakespeare."""
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
     out: str
     """Folder for the token shards. If a preparation in this folder was interrupted, it is resumed."""
     workers: int = 0
-    """Number of worker processes; each prepares one file, or part of a large file, at a time (0: one per CPU; on a
-    cluster: no limit)."""
+    """Number of worker processes. Each prepares a group of small files, a large file or a part of one at a time (0: one
+    per CPU; on a cluster: no limit)."""
     engine: Engine = "local"
     """Place of the workers. local: processes on this machine; ray: a Ray cluster (RAY_ADDRESS, a running local one, or
     a new one); slurm: Slurm jobs. The output is the same. A cluster needs a file system that its machines share."""

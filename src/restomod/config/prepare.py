@@ -28,14 +28,14 @@ class PrepareConfig:
     split_seed: int = 0
     """Random seed of the validation split."""
     hub_config: str | None = None
-    """Configuration of a dataset on the Hugging Face Hub. None: its default; sample-10BT for fineweb and
+    """Configuration of a dataset on the Hugging Face hub. None: its default; sample-10BT for fineweb and
     fineweb-edu."""
     hub_split: str = "train"
-    """Split of a dataset on the Hub. The validation documents are taken from this split too."""
+    """Split of a dataset on the hub. The validation documents are taken from this split too."""
     hub_revision: str = "main"
-    """Branch, tag or commit of a dataset on the Hub."""
+    """Branch, tag or commit of a dataset on the hub."""
     keep_downloads: bool = False
-    """Keep downloaded files in the cache of the Hub client; otherwise each file is deleted after tokenization."""
+    """Keep downloaded files in the cache of the hub client; otherwise each file is deleted after tokenization."""
     dedup: bool = False
     """Remove documents whose text equals that of an earlier document (deduplication)."""
     shard_tokens: int = 100_000_000

@@ -260,7 +260,7 @@ class RunConfig:
     """Threshold of a loss spike, in standard deviations above the mean loss of the last 128 steps (0: no spike
     detection)."""
     init: str | None = None
-    """Initial weights: a model on the Hugging Face Hub such as gpt2, a model folder, or a run. None: random."""
+    """Initial weights: a model on the Hugging Face hub such as gpt2, a model folder, or a run. None: random."""
     sanity_checks: bool = True
     """Run sanity checks of the model before the first step, and stop if a check fails; `restomod check` runs more."""
     seed: int = 1337

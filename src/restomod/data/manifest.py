@@ -55,7 +55,7 @@ class Read(TypedDict, total=False):
 
     files: dict[str, dict[str, Count]]
     bytes: dict[str, Count]
-    left_out: dict[str, Count]
+    left_out: dict[str, Count]  # skipped files and folders, by reason
     end_of_text_literals: Count
     separators: Count
 

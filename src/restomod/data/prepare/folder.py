@@ -89,7 +89,7 @@ def plan_folder(sources: tuple[str, ...], config: PrepareConfig, out: Path) -> W
 
 @contextlib.contextmanager
 def locked_folder(out: Path) -> Iterator[None]:
-    """Lock a folder for this process. The operating system releases the lock when the process ends, even if it is killed.
+    """Lock a folder for this process. The operating system releases the lock when the process ends or is killed.
 
     Raises:
         UserError: another process has locked the folder, it cannot be created, or a link in it leads out of it.

@@ -160,7 +160,7 @@ def describe_files(units: list[Unit]) -> str:
 
 
 def describe(sources: tuple[str, ...], config: PrepareConfig, units: list[Unit]) -> dict[str, Any]:
-    """Return the plan of a folder as JSON values; equal plans result in equal shards."""
+    """Return the plan of a folder as JSON values; equal plans of unchanged files result in equal shards."""
     names = [Path(os.path.abspath(source)).name for source in sources]
     return {
         "name": "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1} more",
