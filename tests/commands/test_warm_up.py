@@ -1,4 +1,4 @@
-"""The warm-up of a preset is proportional to --steps; a warm-up longer than the run causes a warning."""
+"""The warm-up of a preset is proportional to --steps; a warm-up of all steps or more causes a warning."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ def test_document_ids_change_at_every_separator() -> None:
     assert document_ids(tokens).dtype == torch.int32
 
 
-# --- loading ahead ------------------------------------------------------------------------------------------
+# --- prefetching --------------------------------------------------------------------------------------------
 
 
 class Watched(Batches):

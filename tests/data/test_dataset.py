@@ -89,7 +89,7 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
     assert "cannot read this token shard (No such file" in refusal(path, open_shard, path)
 
 
-# --- cutting into shards ------------------------------------------------------------------------------------
+# --- shard boundaries ---------------------------------------------------------------------------------------
 
 
 @examples(25)
@@ -273,10 +273,10 @@ def test_keys_that_are_not_known_stay(folder: Path) -> None:
     assert open_dataset(folder, VOCABULARY).manifest == manifest
 
 
-# --- a shard that grows -------------------------------------------------------------------------------------
+# --- unfinished shards --------------------------------------------------------------------------------------
 
 
-def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_shard_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train", 4)
     writer.add(np.array([1, 2, 3], dtype=np.uint16))
     (temporary,) = tmp_path.iterdir()
@@ -312,7 +312,7 @@ def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypa
     assert calls == ["fsync 1028", "name a.bin"]
 
 
-# --- shards that others have published ----------------------------------------------------------------------
+# --- published shards ---------------------------------------------------------------------------------------
 
 
 def save_npy(path: Path, tokens: Any) -> None:

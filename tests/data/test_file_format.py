@@ -332,7 +332,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(
     assert "".join(texts(path)) == text
 
 
-# --- what is no regular file --------------------------------------------------------------------------------
+# --- special files ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -378,7 +378,7 @@ def test_no_pipe_device_or_socket_is_opened(
             READERS[reader](path)
 
 
-# --- what only a look at several lines tells ----------------------------------------------------------------
+# --- formats recognised by several lines --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.json", "a.log"])

@@ -56,7 +56,7 @@ def paths(config: str | None = None, split: str = "train", revision: str = "main
     return [file.path for file in dataset_files(repository, config, split, revision)]
 
 
-# --- which files ---------------------------------------------------------------------------------------------
+# --- selection of files --------------------------------------------------------------------------------------
 
 
 def test_a_cards_configuration_names_its_files(hub: Hub) -> None:
@@ -168,7 +168,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub) -> None:
         paths()
 
 
-# --- their text as shards ------------------------------------------------------------------------------------
+# --- prepared shards -----------------------------------------------------------------------------------------
 
 
 def prepared(out: Path, *sources: str, **settings: Any) -> dict[str, bytes]:

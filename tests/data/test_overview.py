@@ -142,7 +142,7 @@ def test_only_verify_hashes(folder: Path, verify: bool, monkeypatch: pytest.Monk
     assert last.startswith("verified: SHA-256" if verify else "verified: sizes")
 
 
-# --- small and foreign folders ------------------------------------------------------------------------------
+# --- small folders and published shards ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verify", [False, True])

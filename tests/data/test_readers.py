@@ -98,7 +98,7 @@ def test_a_file_is_read_lazily(tmp_path: Path) -> None:
         list(documents)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])

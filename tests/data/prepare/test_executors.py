@@ -173,7 +173,7 @@ class Note:
         return []
 
 
-# --- one at a time ------------------------------------------------------------------------------------------
+# --- lock of the output folder ------------------------------------------------------------------------------
 
 
 def test_a_second_call_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_second_call_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 EARLIER_PLAN = {"name": "d", "settings": {"dedup": False}, "datasets": {}, "units": [], "tokenizer": "gpt2"}
 
 
-def test_a_lock_alone_is_no_foreign_file_and_outlives_a_change_of_plan(tmp_path: Path) -> None:
+def test_a_lock_file_is_accepted_and_kept_when_the_plan_changes(tmp_path: Path) -> None:
     """Test a command that was killed before the first record, and a command with other settings."""
     (tmp_path / "out/.prepare").mkdir(parents=True)
     (tmp_path / "out/.prepare/lock").touch()

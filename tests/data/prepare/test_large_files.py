@@ -64,7 +64,7 @@ def test_a_long_text_that_changes_while_it_is_prepared_is_refused(
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
-# --- files cut into spans -----------------------------------------------------------------------------------
+# --- spans --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

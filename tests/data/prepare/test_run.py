@@ -189,10 +189,10 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_where_they_are(tmp_path: Pa
     assert prepared(tmp_path / "else", "out2").fingerprint != first.fingerprint
 
 
-# --- any workers, folder, language --------------------------------------------------------------------------
+# --- workers, current folder and locale ---------------------------------------------------------------------
 
 
-def test_two_and_three_workers_elsewhere_and_in_another_language_write_the_same_bytes(
+def test_workers_current_folder_and_locale_do_not_change_the_bytes(
     tmp_path: Path, text: dict[str, list[str]], many_units: None, restomod: Command
 ) -> None:
     settings = {"val_fraction": 0.2, "dedup": True, "shard_tokens": 100}
@@ -369,7 +369,7 @@ def test_a_kill_right_after_the_manifest_leaves_nothing_once_it_is_run_again(
     assert nothing_but_the_shards(tmp_path / "out")
 
 
-# --- refusals -----------------------------------------------------------------------------------------------
+# --- refused calls ------------------------------------------------------------------------------------------
 
 
 def refused(*arguments: Any, workers: int = 1, **values: Any) -> str:

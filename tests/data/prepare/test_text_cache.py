@@ -55,7 +55,7 @@ def all_tokens(stream: TokenStream) -> list[int]:
     return stream.read(0, len(stream)).tolist()
 
 
-# --- what is written ----------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
 def test_tinyshakespeare_has_its_published_number_of_tokens(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_leftovers_of_killed_processes_only_are_removed(book: DataConfig) -> Non
         assert [path.exists() for path in (killed, foreign, at_work.path)] == [False, True, True]
 
 
-# --- tokens that are there already --------------------------------------------------------------------------
+# --- existing token shards ----------------------------------------------------------------------------------
 
 
 def test_a_folder_of_tokens_is_opened_where_it_is(tmp_path: Path) -> None:

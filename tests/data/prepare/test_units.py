@@ -133,7 +133,7 @@ def test_files_are_described_by_ending() -> None:
     assert told == "1 .jsonl.xz file, 1 .parquet file, 2 .txt files, 1 plain file, python-stdlib"
 
 
-# --- large files are cut ------------------------------------------------------------------------------------
+# --- spans of large files -----------------------------------------------------------------------------------
 
 
 def spans_of(units: list[Unit]) -> list[tuple[int, int, int]]:

@@ -349,7 +349,7 @@ def write_by_position(
     return counts
 
 
-# --- shards that others have published ----------------------------------------------------------------------
+# --- published shards ---------------------------------------------------------------------------------------
 
 
 def fetch_shard(address: str, out: Path, downloads: Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
