@@ -64,7 +64,7 @@ def test_plan_prints_warm_up_and_warning(here: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", "gpt2-124m", "--steps", "10", "--optim.warmup-steps", "40"]) == 0
     said = capsys.readouterr().out
     assert "longer than the run" in said
-    assert "rises to 0.00015 of" in said
+    assert "rises to 0.00015 instead of 0.0006" in " ".join(said.split())
 
 
 def test_training_prints_it_before_the_first_step_and_resume_keeps_it(
@@ -83,7 +83,7 @@ def test_training_prints_it_before_the_first_step_and_resume_keeps_it(
     (warning,) = [line for line in said.splitlines() if line.startswith("warning: the warm-up")]
     assert said.index(warning) < said.index("step 1/3")
     rates = [json.loads(line).get("lr") for line in (here / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert f"rises to {max(rate for rate in rates if rate):.4g} of 0.002" in warning
+    assert f"rises to {max(rate for rate in rates if rate):.4g} instead of 0.002" in warning
 
 
 def test_a_batch_larger_than_the_data_is_reported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
