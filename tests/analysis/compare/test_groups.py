@@ -303,6 +303,13 @@ def test_unequal_variances_and_numbers_follow_welchs_formulas() -> None:
     assert (found.low < 0 < found.high) == (found.p > 0.05)
 
 
+def test_equal_groups_are_significant_as_often_as_the_level() -> None:
+    generator, n = np.random.default_rng(0), 2000
+    found = [welch(generator.normal(size=4).tolist(), generator.normal(size=6).tolist()) for _ in range(n)]
+    false = sum(each is not None and each.p < 0.05 for each in found)
+    assert abs(false / n - 0.05) < 3 * math.sqrt(0.05 * 0.95 / n)
+
+
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], [3.0]), ([1.0, 1.0], [2.0, 2.0])])
 def test_too_few_or_equal_values_have_no_test(a: list[float], b: list[float]) -> None:
     assert welch(a, b) is None
