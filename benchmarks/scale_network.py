@@ -28,7 +28,7 @@ class Tree:
     start: float
     """Fixed latency of a collective."""
     within: float
-    """Latency per GPU of the chain."""
+    """Latency per hop of the chain."""
     between: float
     """Latency per level of the tree."""
 
