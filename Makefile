@@ -16,7 +16,7 @@ help:
 	@echo "make fuzz       property tests with 20 times as many examples, and 5000 damaged files of each format, drawn anew"
 	@echo "                (two hours or so); SEED=N repeats them"
 	@echo "make audit      known vulnerabilities of the pinned packages (pip-audit)"
-	@echo "make bench      measure speed and memory beside others (at most about 30 minutes; see docs/benchmarks.md)"
+	@echo "make bench      compare speed and memory with other projects (at most about 30 minutes; see docs/benchmarks.md)"
 	@echo "make clean      remove .venv and the caches; runs/ and data/ stay"
 
 $(BIN)/python:

@@ -145,7 +145,7 @@ def test_one_run_alone(tmp_path: Path) -> None:
 
 def test_a_run_in_progress_is_noted(tmp_path: Path) -> None:
     found = compare_runs([run(tmp_path, "a", {0: 10.8, 50: 6.0}, steps=1000)])
-    assert found.notes == ["a is at step 50 of 1,000: its learning rate has not decayed"]
+    assert found.notes == ["a is at step 50 of 1,000: its learning rate is not yet decayed"]
 
 
 @pytest.mark.parametrize("records", [[], [val(0, 10.8)], [train(0, None)], [train(0, 10.8)]])
@@ -181,8 +181,8 @@ def test_a_run_twice_is_refused(six: list[Run]) -> None:
 
 
 def test_published_losses_are_shown_with_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
-    assert "the data of all runs" in str(why_not_published(six))
-    assert "the data of a0" in str(why_not_published(six[:1]))
+    assert "all runs train on other data" in str(why_not_published(six))
+    assert "other data: a0" in str(why_not_published(six[:1]))
     config = dataclasses.replace(
         SMALL,
         data=DataConfig(source="tokens", path="fineweb-edu"),
