@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-# As many tests at once as there are processors, up to four: each needs up to a gigabyte. They compute on one thread each.
+# One test process per core, at most four, as each needs up to 1 GB and one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test test-slow fuzz check audit bench clean
@@ -12,12 +12,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 help:
 	@echo "make demo       install into .venv and train the quickstart (minutes on a laptop CPU)"
 	@echo "make test       install with the test tools; ruff, mypy, pytest"
-	@echo "make test-slow  the longer tests too"
-	@echo "make fuzz       property tests with 20 times as many examples, and 5000 damaged files of each format, drawn anew"
-	@echo "                (two hours or so); SEED=N repeats them"
+	@echo "make test-slow  the slow tests"
+	@echo "make fuzz       property tests with 20 times as many new examples, 5000 damaged files of each format"
+	@echo "                (about two hours); SEED=N repeats them"
 	@echo "make audit      known vulnerabilities of the pinned packages (pip-audit)"
-	@echo "make bench      measure speed and memory beside others (at most about 30 minutes; see docs/benchmarks.md)"
-	@echo "make clean      remove .venv and the caches; runs/ and data/ stay"
+	@echo "make bench      compare speed and memory with other projects (at most about 30 minutes; see docs/benchmarks.md)"
+	@echo "make clean      remove .venv and the caches; keep runs/ and data/"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("restomod needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -36,7 +36,7 @@ $(BIN)/python:
 	@$(PIP) -e '.[test,ray,sweep,track,lm-eval,browser]'
 	@touch $@
 
-# A second demo gets a folder of its own: quickstart, quickstart-2, ...
+# A second demo gets another folder: quickstart, quickstart-2, ...
 demo: .venv/installed
 	@run=runs/quickstart; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/quickstart-$$n; done; \
 	$(BIN)/restomod train quickstart --out $$run
@@ -46,20 +46,20 @@ check: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# RESTOMOD_SMOKE: what has to hold on a GPU (tests/cuda) is tried on the CPU where there is none.
+# RESTOMOD_SMOKE=cpu runs tests/cuda on the CPU if there is no GPU.
 test: check
 	RESTOMOD_SMOKE=cpu $(PYTEST)
 
 test-slow: .venv/installed-test-slow
 	$(PYTEST) -m slow
 
-# In an environment of its own: what it is made of is not what it looks at. Without the package nothing is checked.
+# pip-audit has its own environment, so that it does not check itself.
 audit: $(BIN)/python
 	@$(PYTHON) -m venv .venv/audit
 	@-.venv/audit/bin/python -m pip install --disable-pip-version-check -q pip-audit==2.10.1
 	@$(BIN)/python -m tests.audit .venv/audit/bin/pip-audit
 
-# `make test` tries the same examples each time. SEED: of these; a failure says with which it comes again.
+# `make test` repeats the same examples. A failure of `make fuzz` prints the SEED that repeats it.
 SEED ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(10**9))')
 fuzz: SEED := $(SEED)
 fuzz: .venv/installed-test-slow

@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e '.[lm-eval]'
     python -m benchmarks.lm_eval_agreement MODEL_FOLDER hellaswag_val.jsonl [--examples 500]
 
-The harness runs unmodified on the exported folder, offline, with a task that reads the same file.
+The harness runs unmodified on the model folder, offline, with a task that reads the same file.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def evaluate_by_harness(folder: Path, file: Path, examples: int) -> dict[str, An
 def main() -> None:
     """Score the examples with restomod and with the harness, and print the agreement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--examples", type=int, default=500)
+    parser.add_argument("folder", type=Path, help="model folder, such as a checkpoint of a run")
+    parser.add_argument("file", type=Path, help="hellaswag_val.jsonl")
+    parser.add_argument("--examples", type=int, default=500, help="number of examples (default: %(default)s)")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 

@@ -28,7 +28,7 @@ class Tree:
     start: float
     """Fixed latency of a collective."""
     within: float
-    """Latency per GPU of the chain."""
+    """Latency per hop of the chain."""
     between: float
     """Latency per level of the tree."""
 
@@ -210,8 +210,8 @@ def fsdp(
     """Predict a step with FSDP2, which gathers each block for the forward and for the backward pass.
 
     Parameters outside the blocks are gathered once per micro-batch. Gradients are reduce-scattered in the last
-    micro-batch, and each process updates its shard. All collectives can overlap with forward and backward, except the
-    first all-gather, the last reduce-scatter, the mean of the loss and the gradient norm.
+    micro-batch, and each process updates its shard. All collectives can overlap with forward and backward, for at most
+    their time, except the first all-gather, the last reduce-scatter, the mean of the loss and the gradient norm.
 
     Args:
         payload: bytes that the model communicates.

@@ -133,11 +133,16 @@ def summary(items: dict[str, Item]) -> str:
         ]
         if ours.absent is None and peers:
             _, best = min(peers, key=lambda pair: pair[0])
-            cell = f"{number(statistics.median(ours.values[metric.name]))} {metric.unit or metric.name}"
-            rows.append([label.format(case=comparison.case), cell, _peer(best, metric)])
+            cell, theirs = (
+                f"{number(statistics.median(entry.values[metric.name]))} {metric.unit or metric.name}"
+                for entry in (ours, best)
+            )
+            ratio = ratio_of(best, metric)
+            gain = in_words(advantage(ratio, metric)) if ratio else ""
+            rows.append([label.format(case=comparison.case), cell, f"{theirs}, {best.name}", gain])
     comparisons = [comparison for item in items.values() for comparison in item.comparisons]
     leading = [line for comparison in comparisons for line in _better_peers(comparison)]
-    head = ["measurement", "restomod", "best peer (advantage of restomod with 95 % interval)"]
+    head = ["measurement", "restomod", "best peer", "advantage of restomod [95 % interval]"]
     devices = dict.fromkeys(str(item.environment["device"]) for item in items.values() if item.environment)
     dates = sorted(str(item.environment["started"])[:10] for item in items.values() if item.environment)
     about = f"*{'; '.join(devices)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}*" if dates else ""
@@ -152,10 +157,10 @@ def _better_peers(comparison: Comparison) -> Iterator[str]:
             ratio = ratio_of(entry, metric)
             if (entry.name, metric.name) in reasons:
                 why = reasons[entry.name, metric.name]
-                yield f"- ahead of restomod: {entry.name} in {metric.name} ({comparison.case}): {why}"
+                yield f"- {entry.name} is ahead in {metric.name} ({comparison.case}): {why}"
             elif ratio is not None and advantage(ratio, metric).median < 1 - NOISE:
                 words = in_words(advantage(ratio, metric))
-                yield f"- ahead, not significant: {entry.name} in {metric.name} ({comparison.case}), advantage {words}"
+                yield f"- {entry.name} may be ahead in {metric.name} ({comparison.case}): {words}, not significant"
 
 
 def peer_table(items: dict[str, Item]) -> str:

@@ -173,7 +173,7 @@ def test_the_initial_loss_is_that_of_transformers_over_the_whole_text() -> None:
     logits = to_transformers(subject.model)(tokens).logits
     loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(text[1:])).item()
     assert initial_loss(subject).reason.startswith(f"{loss:.2f},")
-    subject.model.transformer.wte.weight.data *= 30  # a more unusual loss
+    subject.model.transformer.wte.weight.data *= 30  # a loss whose digits differ from those of other texts
     logits = to_transformers(subject.model)(tokens).logits
     loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(text[1:])).item()
     assert initial_loss(subject).reason.startswith(f"{loss:.2f},")

@@ -526,10 +526,12 @@ def test_out_of_memory_with_one_sequence_is_one_line(
 
 
 def test_gradient_checkpointing_changes_no_loss(quick: RunConfig, tmp_path: Path) -> None:
-    for name, recompute in (("kept", False), ("anew", True)):
-        assert train(dataclasses.replace(quick, gradient_checkpointing=recompute), tmp_path / name, display=QUIET) == 0
-    assert [r["loss"] for r in records(tmp_path / "kept", "train")] == [
-        r["loss"] for r in records(tmp_path / "anew", "train")
+    for name, checkpointed in (("stored", False), ("recomputed", True)):
+        assert (
+            train(dataclasses.replace(quick, gradient_checkpointing=checkpointed), tmp_path / name, display=QUIET) == 0
+        )
+    assert [r["loss"] for r in records(tmp_path / "stored", "train")] == [
+        r["loss"] for r in records(tmp_path / "recomputed", "train")
     ]
 
 

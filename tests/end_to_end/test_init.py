@@ -131,8 +131,8 @@ def test_the_summary_names_the_initial_weights(
     arguments = ["train", "quickstart", "--out", str(tmp_path / "run"), *with_flags(tiny), "--steps", "1"]
     assert main([*arguments, "--init", str(source)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"from {source}" in shown
-    assert "random at the start" not in shown
+    assert f"initialised from {source}" in shown
+    assert "random initialisation" not in shown
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------

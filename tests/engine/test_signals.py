@@ -63,7 +63,8 @@ def test_a_signal_works_with_a_closed_stderr(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPWR"]
+    "sent",
+    ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPWR"],
 )
 @pytest.mark.parametrize("within_main", [False, True])
 def test_every_signal_that_ends_a_process_is_a_request_to_stop(sent: str, within_main: bool) -> None:

@@ -50,7 +50,7 @@ class Steps:
         """Make a training step and return its seconds.
 
         Raises:
-            UserError: the loss is not finite, so the step has no update.
+            UserError: the loss or the gradient norm is not finite, so the update was skipped.
         """
         start = time.perf_counter()
         micro_batches, _ = self.data.get(step)
@@ -96,7 +96,8 @@ class Steps:
         made = train_step(self.loss_of, self.optimizer, micro_batches, self.config, step, processes).wait()
         if made.refused and self.compute.dtype != torch.float16:  # fp16 skips steps while it searches the loss scale
             raise self.processes.error(
-                f"step {step}: the loss is {made.loss}, so its time is invalid; lower --optim.lr or use --tokens real"
+                f"step {step}: the loss is {made.loss:g} and the gradient norm {made.grad_norm:g}, so the update was "
+                f"skipped and the time is invalid; lower --optim.lr or use --tokens real"
             )
 
 

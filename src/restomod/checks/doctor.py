@@ -42,7 +42,7 @@ def check_machine(
 
 
 def run_check(check: Check, machine: Machine) -> CheckResult:
-    """Run one check; an exception is a fail, and a missing device is a skip."""
+    """Run one check; an exception is a fail. A missing device is a fail of `device` and a skip of the others."""
     name = check.__name__.replace("_", " ")
     try:
         return check(machine)

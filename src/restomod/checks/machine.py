@@ -162,7 +162,7 @@ def memory(machine: Machine) -> CheckResult:
 
 
 def threads(machine: Machine) -> CheckResult:
-    """Check that the number of torch's threads equals the number of available CPUs."""
+    """Warn if torch has more threads than available CPUs, or fewer because of OMP_NUM_THREADS."""
     name, used, available = "threads", torch.get_num_threads(), usable_processors()
     variable = os.environ.get("OMP_NUM_THREADS")
     found = f"torch uses {used} threads on {available:g} CPUs"

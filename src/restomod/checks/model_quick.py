@@ -27,7 +27,7 @@ from restomod.utils.console import CheckResult, CheckStatus
 INITIAL_LOSS_TOLERANCE = 0.3  # nats around ln(V); repetitive text causes such differences
 WRONG_INITIAL_LOSS = 1.5  # nats around ln(V); larger differences are a fail
 INITIAL_LOSS_TOKENS = 4096  # in shorter texts, a few repeated words change the mean
-FEW_TOKENS = 64  # length of the two sequences of other checks
+FEW_TOKENS = 64  # tokens of each of the two sequences in the other checks
 LOSS_TOLERANCE = 1e-4  # nats between two computations of a fp32 loss; padding in the softmax would add 9e-4
 CAUSALITY_TOLERANCE = 1e-5  # change before a token, relative to the change after it; rounding causes 1e-7
 

@@ -173,9 +173,8 @@ def residual_stds(subject: CheckedModel, projection_scale: float = 1.0) -> tuple
     finally:
         for hook in hooks:
             hook.remove()
-    return stds, torch.cat(
-        dead
-    ).float().mean().item() if dead else 0.0  # no hook ran if no projection is called as a module
+    # no hook runs if the projections are not called as modules
+    return stds, torch.cat(dead).float().mean().item() if dead else 0.0
 
 
 @torch.no_grad()
@@ -243,9 +242,8 @@ def memorises_batch(subject: CheckedModel) -> CheckResult:
     # AdamW trains narrow models fastest at higher learning rates: 6e-4 at GPT-2's 768
     lr = min(0.02, 0.46 / model.config.n_embd)
     optimizer = build_optimizer(model, OptimConfig(lr=lr, weight_decay=0.0))
-    tokens, targets = (
-        x[:1] for x in subject.few_tokens()
-    )  # two sequences may have equal starts and different continuations
+    # a single sequence, because two may have equal starts and different continuations
+    tokens, targets = (x[:1] for x in subject.few_tokens())
     first = loss = math.nan
     for step in range(OVERFIT_STEPS + 1):
         batch = batch_loss(model, tokens, targets, subject.compute)

@@ -57,7 +57,7 @@ def fastest_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Return the memory bandwidth in bytes per second (reads and writes), measured by copying a large tensor."""
+    """Measure the memory bandwidth (bytes per second read and written) by copying a tensor larger than the caches."""
     source = torch.ones(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)

@@ -55,9 +55,8 @@ def _compile_uncached(module: nn.Module, x: Tensor) -> Tensor:
             torch._dynamo.reset()
             try:
                 return torch.compile(module)(x)
-            except (
-                torch._dynamo.exc.TorchDynamoException
-            ) as e:  # raised outside `fresh_cache`, which would keep its folder
+            except torch._dynamo.exc.TorchDynamoException as e:
+                # raised again outside `fresh_cache`, which keeps its folder after an exception
                 problem = e
     assert problem is not None
     raise problem

@@ -195,7 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a matmul to a tensor in place: total += a @ b, summed in fp32.
+    """Add a matrix product to a tensor in place: total += a @ b, summed in fp32.
 
     On CUDA a 16-bit matmul accumulates into the fp32 total without rounding in between. Other devices lack this
     operation, and round a @ b to 16 bits first.

@@ -32,17 +32,20 @@ def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def cosine(progress: float, cooldown: float) -> float:
-    """Return half a cosine. Source: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B."""
+    """Return (1 + cos(pi * progress)) / 2.
+
+    Source: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B.
+    """
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def linear(progress: float, cooldown: float) -> float:
-    """Return a straight line."""
+    """Return 1 - progress."""
     return 1 - progress
 
 
 def wsd(progress: float, cooldown: float) -> float:
-    """Return 1, then a straight line over the cooldown (warm-up, stable, decay). Source: Hu et al., "MiniCPM", 2024."""
+    """Return 1, then 1 - progress of the cooldown ("warm-up, stable, decay"). Source: Hu et al., "MiniCPM", 2024."""
     return 1 - cooldown_progress(progress, cooldown)
 
 

@@ -33,7 +33,7 @@ FP32 = 4  # bytes of a number
 RUNTIME_BYTES = {"cpu": 340 * 2**20, "mps": 340 * 2**20, "cuda": 600 * 2**20}
 """Bytes of Python, torch and its libraries (measured); on a GPU the approximate size of CUDA context and workspaces."""
 FRAGMENTATION = {"cpu": 0.17, "mps": 0.17, "cuda": 0.1}
-"""Share of allocated memory lost to fragmentation; measured values on a CPU are 0.06 to 0.43 (docs/design.md)."""
+"""Share of allocated memory lost to fragmentation; measured values on a CPU are 0.06 to 0.43."""
 
 
 @dataclass(frozen=True)

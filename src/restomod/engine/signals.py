@@ -18,7 +18,9 @@ from restomod.utils.on_exit import STOP_SIGNALS, raise_terminated
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CONNECTING = 5.0  # seconds, time-out of a connection to torchrun's store
-ONE_REQUEST = 1.0  # seconds within which repeated signals count as one; Slurm signals both a job and its step
+ONE_REQUEST = 1.0
+"""Seconds within which repeated signals count as one: the end of a parent is signalled once for each of its threads,
+and Slurm signals both a job and its step."""
 
 
 def stop_with_parent() -> None:

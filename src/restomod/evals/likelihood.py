@@ -6,8 +6,8 @@ therefore computed once, and a multiple-choice question needs one row instead of
 
 Tokenization (`encode_pair`) and truncation (`_fit`) follow lm-evaluation-harness 0.4 (EleutherAI).
 
-Shapes: B = rows, T = tokens of the longest row, N = positions that predict a token, M = predicted tokens, D = n_embd,
-V = vocabulary size.
+Shapes: B = rows, T = tokens of the longest row, N = positions that predict a token, M = predicted tokens,
+D = embedding width, V = vocabulary size.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class LanguageModel(Protocol):
         """Compute the log-probability of each target.
 
         Returns:
-            Log-probabilities, (M,) fp32, and whether each target is the most likely token, (M,) bool.
+            Log-probabilities, (M,) fp32, and whether no other token is likelier than the target, (M,) bool.
         """
 
 
@@ -280,7 +280,7 @@ def gpt_log_probs(
         dtype: compute dtype of the lm_head.
 
     Returns:
-        Log-probabilities, (M,) fp32, at most 0, and whether each target is the most likely token, (M,) bool.
+        Log-probabilities, (M,) fp32, at most 0, and whether no other token is likelier than the target, (M,) bool.
     """
     config = model.config
     return linear_log_probs(hidden[which], model.head, targets, config.vocab_size, dtype, config.softcap)

@@ -55,7 +55,7 @@ class ScoredGPT:
         return [int(token) for token in self.tokenizer.encode_special(text)]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute log-probabilities, (M,) fp32, and whether each target is the most likely token, (M,) bool."""
+        """Compute log-probabilities, (M,) fp32, and whether no other token is likelier, (M,) bool."""
         device = self.model.head.device
         positions = None if batch.positions is None else batch.positions.to(device)
         mask = None if batch.mask is None else batch.mask.to(device)
@@ -95,7 +95,7 @@ class ScoredTransformers:
         return self.opened.encode(text)
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute log-probabilities, (M,) fp32, and whether each target is the most likely token, (M,) bool."""
+        """Compute log-probabilities, (M,) fp32, and whether no other token is likelier, (M,) bool."""
         device, (_, T) = self.model.device, batch.tokens.shape
         first = int((batch.at % T).min())  # no logits are needed before this position
         given: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}

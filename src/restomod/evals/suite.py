@@ -62,7 +62,8 @@ class EvalRequest:
     data: str | None = None
     """Folder of token shards for the validation loss; None: the data of the run."""
     context: int | None = None
-    """Tokens per window of the validation loss; None: the sequence length of the run."""
+    """Tokens per window of the validation loss; None: the sequence length of the run or, without a run, the context
+    length of the model."""
     batch: int | None = None
     """Contexts (tasks) or windows (validation loss) per forward pass; None: chosen automatically."""
     device: Device = "auto"
@@ -136,7 +137,7 @@ class OpenEvaluation:
     def _validation_loss(self, dataset: Dataset) -> ValidationLoss:
         model, batch = self.model, self.request.batch
         if isinstance(model, ScoredTransformers) and not model.opened.reads_gpt2:
-            raise UserError(f"the validation loss needs a model with GPT-2's tokens; remove {VALIDATION} from --tasks")
+            raise UserError("the validation loss needs a model with GPT-2's tokens; select other tasks with --tasks")
         T = self.request.context or (self.config.sequence_length if self.config else model.max_length)
         if model.max_length < T:
             raise UserError(f"--context {T} is longer than the model's context length of {model.max_length}")

@@ -1,6 +1,6 @@
 """Validation loss: mean cross-entropy on a fixed set of tokens. It is bit-identical for any number of ranks.
 
-Shapes: B = windows per batch, T = tokens per window, D = n_embd, N = B * T.
+Shapes: B = windows per batch, T = tokens per window, D = embedding width, N = B * T.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class ValidationLoss:
     sources: dict[str, float]
     """Loss of each source of a mix; empty without a mix."""
     bytes_per_token: float = 0.0
-    """Mean bytes per token, weighted by share like the loss; 0 if bytes were not counted."""
+    """Mean bytes per token, weighted by share like the loss; 0 if bytes were not counted.
+
+    ``bytes / tokens`` would instead weight the sources of a mix by the sizes of their splits.
+    """
 
     @property
     def perplexity(self) -> float:
@@ -52,7 +55,7 @@ class ValidationLoss:
     def bits_per_byte(self) -> float | None:
         """Mean loss per token in bits, divided by the mean bytes per token; None if bytes were not counted.
 
-        `<|endoftext|>` has no bytes, but its loss counts.
+        For a mix, it is the value of text sampled with its shares. `<|endoftext|>` has no bytes, but its loss counts.
         """
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 

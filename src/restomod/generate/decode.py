@@ -25,7 +25,7 @@ from restomod.generate.sampling import next_tokens
 from restomod.model.gpt import GPT, KVCache, soft_cap
 from restomod.model.hf_models import TransformersModel
 
-CACHE_BYTES = 2**30  # maximum size of the keys and values of a batch
+CACHE_BYTES = 2**30  # maximum size of the keys and values of a batch; more texts need several batches
 COLUMN_MAJOR_ROWS = 8  # on a CPU, matmuls with fewer rows are faster with row-major weights
 COLUMN_MAJOR_BYTES = 2**30  # maximum size of weights that are copied to column-major order
 CACHE_TOLERANCE = 1e-3  # between fp32 logits with and without a cache, relative to the largest logit
@@ -180,9 +180,9 @@ def generate(
 ) -> Iterator[dict[int, int]]:
     """Generate one batch of texts.
 
-    A context that exceeds the context length is truncated to its newest half, and prefilled again. A text does not
-    depend on the other texts of the batch, except for rounding: matmuls of other shapes round differently. The model
-    and the global random state do not change. A compiled model runs in eager mode.
+    A context that exceeds the context length is cut to its newest tokens, half the context length, and prefilled again.
+    A text does not depend on the other texts of the batch, except for rounding: matmuls of other shapes round
+    differently. The model and the global random state do not change. A compiled model runs in eager mode.
 
     Args:
         model: model to sample from.

@@ -104,6 +104,8 @@ def peak_flops(device_name: str) -> float | None:
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:
     """Compute MFU (model FLOPs utilisation), achieved FLOP/s divided by the hardware's peak.
 
+    Source: Chowdhery et al., "PaLM", 2022, section 4.1.
+
     Args:
         tokens_per_second: throughput of training.
         flops_per_token: result of `flops_per_token`.
@@ -111,7 +113,5 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) ->
 
     Returns:
         Fraction of the peak, 0 to 1; None if ``peak`` is None.
-
-    Source: Chowdhery et al., "PaLM", 2022, section 4.1.
     """
     return tokens_per_second * flops_per_token / peak if peak else None

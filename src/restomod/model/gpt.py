@@ -246,7 +246,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, inputs: BlockInputs, cache: KVCache | None = None) -> Tensor:
-        """Apply the block to the residual stream, (B, T, D). Arguments are those of `CausalSelfAttention`."""
+        """Apply the block to the residual stream, (B, T, D); other arguments as in `CausalSelfAttention.forward`."""
         if self.x_skip is not None:
             x = self.x_skip(x, inputs.embeddings).type_as(x)
         x = x + self.attn(apply_norm(self.ln_1, x), inputs, cache)

@@ -1,7 +1,8 @@
 """Asynchronous saving of checkpoints, and deletion of old ones.
 
-The training loop waits only until the tensors are copied to CPU memory. A thread writes the copy to disk. The CPU
-memory is reused by the next save; for tensors on a GPU it is pinned, so that copies are asynchronous and faster.
+The tensors are copied to CPU memory, and a thread writes the copy to disk while training continues. The CPU memory is
+reused by the next save. For tensors on a GPU it is pinned: copies are faster, and the GPU makes them before its
+next step, without the training loop waiting for them.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class Saver:
     def _copy(self, model: GPT, state: dict[str, Tensor]) -> torch.cuda.Event | None:
         """Start copying the model and optimizer state to the CPU.
 
+        Copies from a GPU are asynchronous, but made before the next step changes the tensors.
+
         Returns:
-            Event that marks the end of asynchronous copies from a GPU; None without CUDA.
+            Event that marks the end of the copies from a GPU; None without CUDA.
         """
         if self._model is None:
             with torch.device("meta"):
@@ -174,7 +177,7 @@ def steps_to_keep(steps: list[int], losses: dict[int, float], sizes: dict[int, i
     """Select the checkpoints to keep.
 
     The order of priority is: the newest checkpoint (always kept), the one with the lowest validation loss, the
-    ``keep_checkpoints`` newest, one every ``keep_every`` steps. ``keep_gb`` limits the total size.
+    ``keep_checkpoints`` newest (0: all), one every ``keep_every`` steps. ``keep_gb`` limits the total size.
 
     Args:
         steps: steps of all checkpoints.

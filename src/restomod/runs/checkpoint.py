@@ -56,7 +56,7 @@ OPTIMIZER = "optimizer.safetensors"
 FORMAT = "restomod-checkpoint-1"
 STATE_FORMAT = "restomod-state-2"  # of state.json
 REPLACED = ".old.tmp"  # suffix of an older checkpoint of the same step until the new one is renamed
-NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # AdamW state; negative values would make the weights NaN
+NEVER_NEGATIVE = (".exp_avg_sq", ".step")  # AdamW state; its roots and powers of negative values would be NaN
 
 
 class Size(TypedDict):
@@ -139,10 +139,10 @@ def set_aside(unusable: Iterable[Path]) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint atomically: it is renamed first, so that no partial checkpoint is visible."""
+    """Delete a checkpoint: it is renamed first, or loses `COMPLETE` first, so that no part of it is ever used."""
     with Temporary(folder.parent, "folder") as doomed:
         try:
-            folder.rename(doomed.path)
+            folder.rename(doomed.path)  # an empty folder, which is replaced
         except OSError:  # some file systems cannot rename folders
             (folder / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder)
@@ -189,7 +189,7 @@ def write_checkpoint(
             state = {"format": STATE_FORMAT, "step": step, "data_offset": data_offset, "run": run_identity(run)}
             _write_files(temporary.path, model, optimizer_state, state)
             replaced = folder.with_name(f".{folder.name}{REPLACED}")
-            if folder.exists():  # written before a rollback or by a killed run
+            if folder.exists():  # from an earlier save of the same step
                 move_folder(folder, replaced, COMPLETE)
             move_folder(temporary.path, folder, COMPLETE)
         fsync_path(folder.parent)
@@ -327,7 +327,7 @@ def require_shape(folder: Path, config: ModelConfig) -> None:
 
 
 def require_finite(folder: Path) -> None:
-    """Raise UserError if a tensor of a verified checkpoint is not finite, or a second moment is negative."""
+    """Raise UserError if a tensor of a verified checkpoint is not finite, or a second moment or step is negative."""
     for path in [folder / WEIGHTS, *(folder / STATE).glob("*.safetensors")]:
         with open_safetensors(path) as saved:
             for name in saved.keys():  # noqa: SIM118  # not a mapping

@@ -18,7 +18,7 @@ from restomod.utils.json_files import read_json
 Settings = dict[str, Any]
 
 FIXED = ("seed", "init", "batch_tokens", "sequence_length", "model", "optim", "document_mask")
-"""Settings that cannot change on resume."""
+"""Settings that cannot change on resume; all others can."""
 DATA_FINGERPRINT = "data fingerprint"
 NO_EFFECT_ON_RESULT = (  # settings without effect on the result, up to rounding
     "eval_every",

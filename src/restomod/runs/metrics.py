@@ -2,7 +2,7 @@
 
 Kinds of records in `metrics.jsonl`:
 
-- "train": training loss at step s, of the weights after s updates
+- "train": training loss at step s, of the weights after s updates, before the next
 - "val": validation loss of the same weights
 - "task": metrics of an evaluation task
 - "rollback": return to step s

@@ -189,7 +189,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[Record]:
-        """Evaluations written by `restomod eval`, in the order of their file names."""
+        """Evaluations that `restomod eval` wrote into `evals/`, in the order of their file names."""
         paths = sorted(self.folder.glob("evals/*.json"))
         if len(paths) > MAX_EVALUATIONS:
             self.warn(f"warning: only the last {MAX_EVALUATIONS:,} of {len(paths):,} evaluations in evals/ are read")
@@ -253,7 +253,7 @@ def open_run(folder: str | Path, warn: Callable[[str], None] = print_error) -> R
         warn: function called with a message for each damaged part (records, samples, evaluations) that is skipped.
 
     Raises:
-        UserError: the folder is not a run, or its configuration is damaged.
+        UserError: the folder is not a run, or `config.json` or `metrics.jsonl` cannot be read.
     """
     folder = Path(os.path.expanduser(folder))
     if not folder.exists():

@@ -31,7 +31,7 @@ from restomod.utils.locks import POLL, FileLock
 PATIENCE = 30.0  # seconds to wait for the holder, which may be about to stop
 SAVING = 600.0  # seconds to wait for a holder that is stopping and saves
 HEARTBEAT = 5.0  # seconds between two writes of the holder
-HEARTBEAT_TIMEOUT = 3 * HEARTBEAT  # seconds without a write after which a holder on another machine has ended
+HEARTBEAT_TIMEOUT = 3 * HEARTBEAT  # seconds without a write, after which a holder on another machine counts as ended
 RECORD = 300  # characters; padding overwrites a longer older record
 
 
@@ -129,7 +129,10 @@ class RunLock:
             threading.Thread(target=self._heartbeat, name="run lock", daemon=True).start()
 
     def _held_elsewhere(self, lock: FileLock, holder: dict[str, Any]) -> bool:
-        """Return whether another machine holds the lock on a file system that does not share locks."""
+        """Return whether the lock, although free here, is held by a process whose locks this one does not see.
+
+        This is possible for a holder on another machine, or on any machine if the file system has no locks.
+        """
         if not holder or (holder.get("host") == self._record["host"] and lock.enforced):
             return False
         self._print_line(

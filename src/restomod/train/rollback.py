@@ -18,7 +18,7 @@ from restomod.utils.errors import UserError, is_out_of_memory, one_line
 def roll_back(
     training: Training, saver: Saver, guard: SpikeGuard, step: int, problem: str, offset: int, display: Display
 ) -> tuple[int, int]:
-    """Load the newest checkpoint and skip the batches between it and a failed step.
+    """Load the newest checkpoint and skip the batches from its step to the failed one, inclusive.
 
     Args:
         training: run in memory.

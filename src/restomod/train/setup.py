@@ -256,7 +256,7 @@ def build_weights(config: RunConfig, checkpoint: Path | None, device: torch.devi
 
 
 def check_model(model: GPT, data: TrainingData, compute: ComputeConfig, config: RunConfig) -> list[CheckResult]:
-    """Run the quick sanity checks, without torch.compile.
+    """Run the quick sanity checks, in eager mode: torch.compile would adapt to their shapes.
 
     Raises:
         UserError: a check failed.

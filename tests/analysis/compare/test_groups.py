@@ -145,7 +145,7 @@ def test_one_run_alone(tmp_path: Path) -> None:
 
 def test_a_run_in_progress_is_noted(tmp_path: Path) -> None:
     found = compare_runs([run(tmp_path, "a", {0: 10.8, 50: 6.0}, steps=1000)])
-    assert found.notes == ["a is at step 50 of 1,000: its learning rate has not decayed"]
+    assert found.notes == ["a is at step 50 of 1,000: its learning rate is not yet decayed"]
 
 
 @pytest.mark.parametrize("records", [[], [val(0, 10.8)], [train(0, None)], [train(0, 10.8)]])
@@ -181,8 +181,8 @@ def test_a_run_twice_is_refused(six: list[Run]) -> None:
 
 
 def test_published_losses_are_shown_with_fineweb_edu_only(tmp_path: Path, six: list[Run]) -> None:
-    assert "the data of all runs" in str(why_not_published(six))
-    assert "the data of a0" in str(why_not_published(six[:1]))
+    assert "all runs train on other data" in str(why_not_published(six))
+    assert "other data: a0" in str(why_not_published(six[:1]))
     config = dataclasses.replace(
         SMALL,
         data=DataConfig(source="tokens", path="fineweb-edu"),
@@ -301,6 +301,13 @@ def test_unequal_variances_and_numbers_follow_welchs_formulas() -> None:
     assert (found.t, found.df) == pytest.approx((t, df), rel=1e-5)
     assert found.low < found.difference < found.high
     assert (found.low < 0 < found.high) == (found.p > 0.05)
+
+
+def test_equal_groups_are_significant_as_often_as_the_level() -> None:
+    generator, n = np.random.default_rng(0), 2000
+    found = [welch(generator.normal(size=4).tolist(), generator.normal(size=6).tolist()) for _ in range(n)]
+    false = sum(each is not None and each.p < 0.05 for each in found)
+    assert abs(false / n - 0.05) < 3 * math.sqrt(0.05 * 0.95 / n)
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], [3.0]), ([1.0, 1.0], [2.0, 2.0])])

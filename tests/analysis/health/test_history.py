@@ -31,7 +31,7 @@ def long_run(seed: int = 0, sigma: float = 0.1, every: int = 2000) -> dict[str, 
 
 
 def records(run: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Yield the records in the order in which training writes them."""
+    """Return the records in the order in which training writes them."""
     every = LONG // (len(run["val"]) - 1)
     found = []
     for s, (loss, ms) in enumerate(zip(run["loss"].tolist(), run["ms"].tolist(), strict=True)):

@@ -55,6 +55,12 @@ def all_tokens(stream: TokenStream) -> list[int]:
     return stream.read(0, len(stream)).tolist()
 
 
+def documents_of(stream: TokenStream) -> list[str]:
+    """Return the token ids of every document of a split, as text."""
+    texts = " ".join(map(str, all_tokens(stream))).split(str(END))[1:]
+    return [text.strip() for text in texts]
+
+
 # --- output -------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +134,15 @@ def test_neither_split_is_empty_where_validation_is_asked_for(tmp_path: Path, n:
     dataset = prepare_text(text_config(tmp_path, val_fraction))
     assert min(len(dataset.train), len(dataset.val)) > 0
     assert all_tokens(dataset.train).count(END) + all_tokens(dataset.val).count(END) == n
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 0.05, 0.5, 0.999999])
+def test_no_document_is_in_both_splits_even_if_it_is_repeated(tmp_path: Path, val_fraction: float) -> None:
+    write_documents(tmp_path, [*numbered(20), *numbered(20)])
+    dataset = prepare_text(text_config(tmp_path, val_fraction))
+    train, val = (documents_of(stream) for stream in (dataset.train, dataset.val))
+    assert (len(train + val), len({*train, *val})) == (40, 20)
+    assert not {*train} & {*val}
 
 
 def test_one_text_repeated_is_all_for_training(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class Clock:
 
         Args:
             run: run to read.
-            of_gpus: whether to count GPU hours, the time multiplied by the number of ranks of each session.
+            of_gpus: whether to count GPU hours, the time multiplied by the number of ranks at that time.
         """
         counts = [run.processes_of(r) if of_gpus else 1 for r in run.train]
         ms = np.nan_to_num([number(r.get("ms")) for r in run.train])

@@ -76,7 +76,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     1947.
 
     Returns:
-        Test of ``second`` minus ``first``; None if one side has fewer than two values, or all values are equal.
+        Test of ``second`` minus ``first``; None if a side has fewer than two values, or neither side varies.
     """
     if min(len(first), len(second)) < 2 or statistics.pvariance(first) + statistics.pvariance(second) == 0:
         return None
@@ -138,7 +138,7 @@ class GroupDifference:
     baseline: Summary
     """Loss of the baseline."""
     test: Welch | None
-    """t-test; None with fewer than two runs in a group."""
+    """t-test; None if a group has fewer than two losses, or neither group varies."""
 
     @property
     def difference(self) -> float:
@@ -302,7 +302,7 @@ def _notes(
     for run in runs:
         if run.updates < run.config.steps:
             notes.append(
-                f"{run.name} is at step {run.updates:,} of {run.config.steps:,}: its learning rate has not decayed"
+                f"{run.name} is at step {run.updates:,} of {run.config.steps:,}: its learning rate is not yet decayed"
             )
     for group in groups:
         seeds = [run.config.seed for run in group.runs]

@@ -54,6 +54,8 @@ def comparison_figure(found: Comparison, axes: Sequence[Axis]) -> Figure:
 
 
 def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
+    from matplotlib.ticker import EngFormatter
+
     late: list[float] = []
     for i, group in enumerate(found.groups):
         colour, mean = COLOURS[i % len(COLOURS)], found.mean(i, axis)
@@ -81,6 +83,8 @@ def _draw(found: Comparison, axis: Axis, panel: Axes) -> None:
         low, high = float(np.min(late)), float(np.max(late))
         margin = 0.05 * (high - low) or 0.1
         panel.set_ylim(low - margin, high + margin)
+    if axis in ("steps", "tokens", "flops"):
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     panel.set_xlabel(LABELS[axis])
     panel.set_ylabel(f"{found.measure}, nats per token")
     quiet(panel)

@@ -150,15 +150,18 @@ def why_not_published(runs: Sequence[Run]) -> str | None:
     """Return the reason why published validation losses are not comparable with these runs; None if they are."""
     others = [run.name for run in runs if not trains_on_fineweb_edu(run)]
     if others:
-        return f"they were measured on FineWeb-Edu, not on the data of {_who(others, runs)}"
+        return f"they were measured on FineWeb-Edu, and {_who(others, runs, 'train on other data')}"
     shorter = [run.name for run in runs if run.config.sequence_length != PUBLISHED_CONTEXT]
     if shorter:
-        return f"they were measured with windows of {PUBLISHED_CONTEXT} tokens, unlike those of {_who(shorter, runs)}"
+        return (
+            f"they were measured with windows of {PUBLISHED_CONTEXT} tokens, and "
+            f"{_who(shorter, runs, 'have another sequence length')}"
+        )
     return None
 
 
-def _who(names: Sequence[str], runs: Sequence[Run]) -> str:
-    return "all runs" if len(names) == len(runs) > 1 else ", ".join(names)
+def _who(names: Sequence[str], runs: Sequence[Run], do: str) -> str:
+    return f"all runs {do}" if len(names) == len(runs) > 1 else f"these runs {do}: {', '.join(names)}"
 
 
 def _tasks(found: Comparison) -> list[Table]:

@@ -104,7 +104,7 @@ def level_at(steps: Array, loss: Array, step: float) -> tuple[float, float] | No
         step: step of the estimate.
 
     Returns:
-        Level and its standard error for independent noise; None if too few steps are close to ``step``.
+        Level and its standard error for independent noise; None if fewer than `level_width` / 2 steps are near.
     """
     width = level_width(step)
     before = max(width, min(step / 4, 2048.0)) if len(steps) and steps[-1] < step else width

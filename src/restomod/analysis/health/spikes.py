@@ -100,7 +100,8 @@ class SpikeFinder:
     def _rise(self, losses: list[float], mean: float, deviation: float) -> tuple[float, int]:
         """Return height and width of the spike at the start of ``losses``; width 0 if there is none.
 
-        The threshold rises with the kurtosis of the noise, because noise with heavy tails has large single losses.
+        The threshold rises with the kurtosis of the noise, because noise with heavy tails has large single losses. It
+        rises less for means of several steps, whose kurtosis is smaller.
         """
         n, m = self._measured, ASSUMED_STEPS
         # the excess kurtosis of a difference of two independent values is half of theirs

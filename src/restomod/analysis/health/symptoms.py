@@ -35,7 +35,7 @@ FEWEST_BLOCKS = 4
 
 GAP_SIGMAS = 6.0
 OVERFITTED_BY = 0.3  # growth of the gap in nats
-VAL_ROSE_BY = 0.1  # nats above the minimum
+VAL_ROSE_BY = 0.1  # nats above the minimum; small, as all validations use the same tokens
 VAL_SIGMAS = 5.0  # added to the expected distance of the minimum from the mean
 BELOW_BY = 0.4  # nats
 NOTABLE_SKIPS = 0.01  # fraction of the steps
@@ -51,7 +51,7 @@ class Finding:
     symptom: str
     """Name of the symptom."""
     status: Status
-    """ok: not found; warning: found, but the run has recovered; fail: found; unknown: cannot be judged."""
+    """ok: not found; warning: found, but over, rare or due to other settings; fail: found; unknown: not judged."""
     reason: str
     """Evidence for the status and, for failures, a remedy."""
 
@@ -204,7 +204,7 @@ def warm_up(config: RunConfig, seen: Curves) -> Judged:
             f"its highest value, {optim.lr * config.steps / optim.warmup_steps:g}: lower --optim.warmup-steps"
         )
     if optim.optimizer != "adamw":
-        return "ok", f"{optim.warmup_steps} steps with {optim.optimizer}; only AdamW needs a warm-up"
+        return "ok", f"{optim.warmup_steps} steps with {optim.optimizer}; judged for AdamW only"
     first = seen.first_rate
     if optim.warmup_steps == 1 and config.steps <= SHORT:
         return "unknown", f"{config.steps} steps are too few for a warm-up"

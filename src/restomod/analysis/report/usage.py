@@ -71,7 +71,7 @@ def run_usage(run: Run) -> Usage:
     times = sorted(at for at in (number(record.get("time")) for record in run.records) if math.isfinite(at))
     wall, downtime, gpu_seconds = None, 0.0, gpus_in_steps
     if starts and starts[0] is not None and times:
-        # start times are rounded to seconds, so the difference may be too small
+        # start times have a resolution of one second
         wall = max(times[-1] - starts[0], in_steps)
         for again in starts[1:]:
             if again is not None and again < times[-1]:

@@ -48,7 +48,7 @@ HEADERS = {
 
 
 class Watched:
-    """Cached page data of a run's folder, rebuilt when its files change."""
+    """Cached page data of a run's folder, rebuilt when its files change or after `FRESH` seconds."""
 
     def __init__(self, folder: Path, rates: HourlyRates) -> None:
         self.folder, self.rates = folder, rates
@@ -59,7 +59,10 @@ class Watched:
         self._data: dict[str, Any] = {}
 
     def data(self) -> dict[str, Any]:
-        """Return the page data, possibly a few seconds old; with ``waiting`` if there is no readable run."""
+        """Return the page data, with ``waiting`` if there is no readable run.
+
+        Data is returned without a check of the files for `REST` times as long as its build took.
+        """
         with self._lock:
             now = time.monotonic()
             if self._data and now - self._made < REST * self._took:
@@ -88,7 +91,7 @@ class Watched:
             return about | redact({"title": name, "footer": footer(), "runs": [], "waiting": reason})
 
     def _files(self) -> object:
-        """Return a value that changes with every file of the run."""
+        """Return a value that changes if any file of the run changes."""
         names = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", ERRORS_FILE)
         paths = [
             *(self.folder / name for name in names),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from restomod.utils.errors import UserError, shortened
 
 Record = dict[str, Any]
-KINDS = {str: "text", list: "a list", dict: "an object", (int, str): "a integer"}
+KINDS = {str: "text", list: "a list", dict: "an object", (int, str): "an integer"}
 
 
 @dataclass(frozen=True)

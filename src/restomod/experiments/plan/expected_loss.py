@@ -28,7 +28,7 @@ TINYSHAKESPEARE = (
     (1800, 0.299), (1900, 0.272), (2000, 0.199), (2500, 0.168), (3000, 0.144), (3533, 0.089),
 )
 # fmt: on
-# validation losses of the preset, 2026-11-21: AMD EPYC in bf16 (README), Intel Xeon in fp32; both with the standard
+# validation losses of the preset, 2026-11-21: AMD EPYC in bf16, Intel Xeon in fp32; both with the standard
 # library of Python 3.11.7 as text
 QUICKSTART = (4.8488, 4.8383)
 # validation losses of other public runs with 10B tokens; learning rate 6e-4 or unknown

@@ -35,7 +35,7 @@ class GPU:
 
     @property
     def peak(self) -> float | None:
-        """Peak FLOP/s in `half`; None if unknown."""
+        """Peak dense bf16 FLOP/s; None if unknown or without bf16."""
         return peak_flops(self.name)
 
 

@@ -81,7 +81,8 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
         limits: limits for all trials together.
 
     Returns:
-        Exit code: 0 if all trials have ended, 1 if all failed, 75 if a signal or a limit stopped the sweep.
+        Exit code: 75 if a signal or a limit stopped the sweep. Otherwise 0 if a trial has finished or another process
+            still trains one, and 1 if no trial has finished.
 
     Raises:
         UserError: the folder belongs to another sweep.
@@ -96,7 +97,7 @@ def sweep(plan: SweepPlan, folder: Path, limits: Limits) -> int:
         print_if_possible(f"{worker.stopped_by}; the same command resumes the sweep")
         return EXIT_INTERRUPTED
     if running:
-        print_if_possible(f"all trials are started; other processes still train {running}")
+        print_if_possible(f"all trials are started; other processes still train {running} of them")
     return EXIT_FINISHED if running or any(r.state == "finished" for r in found) else EXIT_ALL_FAILED
 
 
@@ -176,7 +177,7 @@ class _Worker:
         self.stopped_by = ""
 
     def work(self) -> None:
-        """Run trials until all have started, or a signal or limit stops the sweep."""
+        """Run trials until none is left to start or continue, or a signal or limit stops the sweep."""
         while not self._stopped():
             claim = retry_while_disk_full(self.store.claim)
             if claim is None:

@@ -1,4 +1,4 @@
-"""RMSNorm, as in Llama. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, section 3."""
+"""RMSNorm, as in Llama. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, section 4."""
 
 from __future__ import annotations
 
