@@ -192,7 +192,7 @@ def test_a_folder_that_is_not_a_run_is_refused_with_a_fix(tmp_path: Path) -> Non
         ({"model": {"n_layers": 3}}, "unknown key model.n_layers; did you mean 'n_layer'"),
         ({"optim": {"betas": [0.9]}}, "optim.betas should have 2 values, not 1"),
         ({"sampling": []}, "sampling should be an object"),
-        *(({"version": version}, "version is") for version in (2, "1", None, -1)),
+        *(({"version": version}, "version is") for version in (1, 3, "2", None, -1)),
     ],
 )
 def test_a_configuration_with_a_mistake_is_refused_by_file_and_key(

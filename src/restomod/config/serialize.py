@@ -15,7 +15,7 @@ from restomod.utils.errors import UserError, did_you_mean, shortened
 from restomod.utils.json_files import read_json
 from restomod.utils.run_files import require_run_inside
 
-CONFIG_VERSION = 1  # format of a run's `config.json`, which has every field of `RunConfig`
+CONFIG_VERSION = 2  # format of a run's `config.json`, which has every field of `RunConfig`
 
 
 def to_dict(config: Any) -> dict[str, Any]:
