@@ -76,7 +76,7 @@ class FileLock:
         except OSError:
             if not self.path.is_symlink():
                 raise
-        raise UserError(f"{self.path} must be a lock file, but is a link, a named pipe or a device; delete it")
+        raise UserError(f"{self.path} is a link, a named pipe or a device, not a lock file; delete it")
 
     def release(self, remove: bool = False) -> None:
         """Release the lock.
