@@ -13,6 +13,7 @@ NOT_PEERS = (  # other settings of restomod, lower bounds, and programs that do 
     "empty cache",
     "1 process, one thread each",
     "speedrun",
+    "gpt2",
     "empty Python program",
     "import torch",
     "import transformers.GPT2LMHeadModel",
@@ -21,11 +22,11 @@ SUMMARY = (  # rows of the summary: item, index of its comparison, label ({case}
     ("loader", 1, "resume in the middle of 10 billion tokens"),
     ("tokenizing", 0, "text to token shards, one core"),
     ("checkpoint", 0, "training stall per checkpoint"),
-    ("hellaswag", 0, "HellaSwag"),
-    ("generation", 0, "generation, {case}"),
-    ("step", 0, "training step, {case}"),
-    ("step", 1, "training step, {case}"),
-    ("step", 2, "training step, {case}"),
+    ("hellaswag", 0, "HellaSwag scoring, 124M"),
+    ("generation", 0, "generation, 124M, {case}"),
+    ("step", 0, "training step, 124M, {case}"),
+    ("step", 1, "training step, 124M, {case}"),
+    ("step", 2, "training step, 124M, {case}"),
 )
 
 
@@ -139,6 +140,8 @@ def summary(items: dict[str, Item]) -> str:
             )
             ratio = ratio_of(best, metric)
             gain = in_words(advantage(ratio, metric)) if ratio else ""
+            if ratio and ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
+                gain += ", not significant"
             rows.append([label.format(case=comparison.case), cell, f"{theirs}, {best.name}", gain])
     comparisons = [comparison for item in items.values() for comparison in item.comparisons]
     leading = [line for comparison in comparisons for line in _better_peers(comparison)]

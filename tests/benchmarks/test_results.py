@@ -80,7 +80,7 @@ def test_the_summary_has_the_best_peer_and_the_peers_that_are_ahead() -> None:
     lines = table.summary({"step": Item("Step", [changed], environment=ENVIRONMENT)}).splitlines()
     assert lines[0].count("|") == 5, "four columns"
     row, ahead = lines[2], next(line for line in lines if " is ahead " in line)
-    assert row.startswith("| training step, 4 × 256 tokens | 210 tokens/s | 190 tokens/s, better | 1.11 × [")
+    assert row.startswith("| training step, 124M, 4 × 256 tokens | 210 tokens/s | 190 tokens/s, better | 1.11 × [")
     assert ahead == f"- better is ahead in load (4 × 256 tokens): {ratios.NO_REASON}"
     assert lines[-1] == "*A Processor, 2 threads, 2026-01-02*"
 

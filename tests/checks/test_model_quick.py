@@ -147,14 +147,14 @@ def test_random_weights_have_a_loss_near_that_of_a_uniform_prediction(
 @pytest.mark.parametrize(
     ("loss", "status", "said"),
     [
-        (3.0, "pass", "3.00 before the first step, a uniform prediction has ln(97) = 4.57"),
+        (3.0, "pass", "3.00 on the data, below ln(97) = 4.57 of a uniform prediction"),
         (
             LN_V + 0.01,
             "warn",
-            "4.58 before the first step, a uniform prediction has ln(97) = 4.57: the model may have another tokenizer",
+            "4.58 on the data, not below ln(97) = 4.57 of a uniform prediction: the model may have another tokenizer",
         ),
-        (math.nan, "fail", "nan before the first step"),
-        (math.inf, "fail", "inf before the first step"),
+        (math.nan, "fail", "nan on the data"),
+        (math.inf, "fail", "inf on the data"),
     ],
 )
 def test_trained_weights_have_a_lower_loss(

@@ -27,6 +27,7 @@ from restomod.model.hf_io import save_model
 from restomod.runs.metrics import read_jsonl
 from restomod.train.loop import train
 from restomod.utils.console import Display
+from restomod.utils.errors import UserError
 from tests.evals.plainly import SMALL, plain_score
 from tests.processes import results
 
@@ -424,3 +425,18 @@ def test_the_default_tasks_of_a_model_without_data(folder: Path, monkeypatch: py
     assert main(["eval", "model"]) == 130
     assert asked == ["hellaswag"]
     assert torch.get_num_threads() == 1
+
+
+def test_without_hellaswags_file_the_validation_loss_is_still_computed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*_: Any) -> None:
+        raise UserError("cannot download hellaswag_val.jsonl: no connection")
+
+    monkeypatch.setattr("restomod.evals.suite.load_task", offline)
+    assert main(["eval", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "warning: hellaswag is skipped: cannot download hellaswag_val.jsonl" in out
+    assert "validation" in out.replace("warning:", "")
+    assert main(["eval", str(run), "--tasks", "validation,hellaswag"]) == 2
+    assert "cannot download" in capsys.readouterr().err

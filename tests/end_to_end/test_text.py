@@ -70,3 +70,10 @@ def test_a_mix_of_folders_with_commas_and_colons_resumes(tiny: RunConfig, tmp_pa
     last = [read_jsonl(tmp_path / run / "metrics.jsonl")[-1] for run in ("whole", "parts")]
     assert sorted(last[0]["sources"]) == sorted(names)
     assert last[0]["loss"] == last[1]["loss"]
+
+
+def test_a_run_that_takes_months_causes_a_warning(tiny: RunConfig, tmp_path: Path) -> None:
+    training = set_up(dataclasses.replace(tiny, sanity_checks=False, steps=100), tmp_path / "run", resume=False)
+    slow = dataclasses.replace(training, micro_batch_seconds=40 * 86_400 / 100)
+    assert any("takes about" in warning and "days" in warning for warning in run_warnings(slow))
+    assert not any("days" in warning for warning in run_warnings(training))

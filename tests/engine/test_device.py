@@ -23,6 +23,7 @@ from restomod.engine.device import (
     torch_release,
 )
 from restomod.utils.errors import UserError, is_out_of_memory
+from restomod.utils.text import counted
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -124,14 +125,14 @@ def test_dtype_names_are_values_of_the_precision_flag() -> None:
 
 def test_a_processor_is_described_by_its_model_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cpuinfo(monkeypatch, "processor : 0\nmodel name\t: Abacus 9: Turbo\nprocessor : 1\nmodel name\t: Other\n")
-    assert describe_device(CPU) == f"Abacus 9: Turbo, {torch.get_num_threads()} threads"
+    assert describe_device(CPU) == f"Abacus 9: Turbo, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def test_a_processor_without_cpuinfo_is_described_by_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cpuinfo(monkeypatch, None)
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert describe_device(CPU) == f"arm64, {torch.get_num_threads()} threads"
+    assert describe_device(CPU) == f"arm64, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:

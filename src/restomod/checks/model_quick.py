@@ -78,10 +78,11 @@ def initial_loss(subject: CheckedModel) -> CheckResult:
     uniform = f"ln({V}) = {math.log(V):.2f}"
     if not subject.fresh:
         if not math.isfinite(loss):
-            return CheckResult("loss", "fail", f"{loss} before the first step: the weights are damaged")
-        found = f"{loss:.2f} before the first step, a uniform prediction has {uniform}"
+            return CheckResult("loss", "fail", f"{loss} on the data: the weights are damaged")
+        found = f"{loss:.2f} on the data, below {uniform} of a uniform prediction"
         if loss < math.log(V):
             return CheckResult("loss", "pass", found)
+        found = found.replace("below", "not below")
         return CheckResult("loss", "warn", f"{found}: the model may have another tokenizer")
     off = loss - math.log(V)
     # logits with variance D * 0.02^2 raise the mean of log(sum(exp(logits))) by half of that

@@ -170,8 +170,7 @@ def preset(name: str) -> RunConfig:
         UserError: unknown name; the message suggests the nearest one.
     """
     if not is_preset(name):
-        known = [*PRESETS, *(f"{family}-dN" for family in SIZES)]
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, known)}")
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]() if name in PRESETS else SIZES[name.rpartition("-d")[0]](int(name.rpartition("-d")[2]))
 
 

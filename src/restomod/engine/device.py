@@ -16,6 +16,7 @@ from torch import nn
 
 from restomod.config.run import Compile, Device, Precision
 from restomod.utils.errors import UserError
+from restomod.utils.text import counted
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TESTED_TORCH = (2, 11), (2, 15)
@@ -210,7 +211,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = _cpu().get("model name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else name
 
 
 def compute_deterministically() -> None:

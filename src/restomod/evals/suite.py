@@ -113,6 +113,8 @@ class OpenEvaluation:
     device: torch.device
     dtype: torch.dtype
     processes: Processes
+    skipped: str = ""
+    """Task that is skipped, and why; "" if none is."""
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
@@ -223,9 +225,16 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Open
     has_data = config is not None or request.data is not None
     wanted = request.tasks or (*([VALIDATION] if has_data else []), "hellaswag")
     _refuse_unused(request, wanted)
-    tasks = processes.run_on_all_ranks(
-        lambda: [load_task(task, request.cache, request.limit) for task in wanted if task != VALIDATION], one_first=True
-    )
+    skipped = ""
+    try:
+        tasks = processes.run_on_all_ranks(
+            lambda: [load_task(task, request.cache, request.limit) for task in wanted if task != VALIDATION],
+            one_first=True,
+        )
+    except UserError as e:
+        if request.tasks or not has_data:
+            raise
+        wanted, tasks, skipped = (VALIDATION,), [], f"hellaswag is skipped: {e}"  # it was not asked for
     names = [loaded.task.name for loaded in tasks]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -236,7 +245,7 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Open
     # training may save a new checkpoint during this function; all ranks evaluate the same one
     found = Path(processes.gather(str(folder))[0]) if Path(request.model).is_dir() else folder
     model = processes.run_on_all_ranks(lambda: open_language_model(request.model, device, dtype, found), one_first=True)
-    return OpenEvaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes)
+    return OpenEvaluation(request, folder, run, step, model, tasks, dataset, config, device, dtype, processes, skipped)
 
 
 def _refuse_unused(request: EvalRequest, wanted: tuple[str, ...]) -> None:
@@ -287,6 +296,8 @@ def run_eval(request: EvalRequest, json_file: Path | None = None, display: Displ
         display = display or Display(muted=not processes.main)
         evaluation = open_evaluation(request, processes)
         folder = _result_folder(evaluation, display)
+        if evaluation.skipped:
+            display.warn(evaluation.skipped)
         results = {}
         for result in evaluation.results():
             show_result(result, evaluation, display)

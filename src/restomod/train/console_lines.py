@@ -20,6 +20,7 @@ from restomod.utils.run_files import step_of
 from restomod.utils.text import counted, duration, shell_quoted
 
 Rows = list[tuple[str, str]]
+LONG_RUN_DAYS = 30  # a longer run causes a warning
 
 
 def run_summary(training: Training) -> Rows:
@@ -27,14 +28,12 @@ def run_summary(training: Training) -> Rows:
     config, compute, dataset = training.config, training.compute, training.data.dataset
     manifest, train, val = dataset.manifest, len(dataset.train), len(dataset.val)
     processes = training.processes.world_size
-    accumulation = config.batch_sequences // compute.micro_batch // processes
-    seconds = training.micro_batch_seconds * accumulation * (config.steps - training.start.step)
     epochs = {name: config.steps * n for name, n in _epochs_per_step(training).items()}
     in_epochs = ", ".join(f"{n:.2g} epochs" + (f" of {name}" if len(epochs) > 1 else "") for name, n in epochs.items())
     count = manifest["documents"]  # None for published shards
     documents = f", {counted(count, 'document')}" if count is not None else ""
     initial = f"initialised from {config.init}" if config.init else "random initialisation"
-    options = describe_options(config, processes)
+    options, seconds = describe_options(config, processes), estimated_seconds(training)
     return [
         ("run", str(training.run.folder)),
         ("model", f"{describe_shape(config.model)}; {parameter_count(config.model):,} parameters, {initial}"),
@@ -52,6 +51,13 @@ def run_summary(training: Training) -> Rows:
         *check_rows(training.check_results),
         ("estimated time", f"{duration(seconds)} (training steps only, from one timed micro-batch)"),
     ]
+
+
+def estimated_seconds(training: Training) -> float:
+    """Return the estimated time of the remaining training steps, in seconds."""
+    config = training.config
+    accumulation = config.batch_sequences // training.compute.micro_batch // training.processes.world_size
+    return training.micro_batch_seconds * accumulation * (config.steps - training.start.step)
 
 
 def describe_batch(config: RunConfig, micro_batch: int, processes: int) -> str:
@@ -98,6 +104,9 @@ def run_warnings(training: Training) -> list[str]:
     found += [text for label, text in summary_rows(training.data.dataset.manifest) if label == "warning"]
     found += schedule_warnings(training.config)
     found += [f"{result.check}: {result.reason}" for result in training.check_results if result.status == "warn"]
+    days = estimated_seconds(training) / 86_400
+    if days > LONG_RUN_DAYS:
+        found.append(f"the run takes about {days:,.0f} days here; use a GPU, fewer --steps or a smaller preset")
     for name, epochs in _epochs_per_step(training).items():
         if epochs > 1:
             found.append(f"each step trains on {epochs:,.3g} epochs of {name}; lower --batch-tokens or add text")
