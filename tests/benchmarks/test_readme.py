@@ -56,7 +56,7 @@ def test_tables_are_written_and_then_current(root: Path, capsys: pytest.CaptureF
     assert readme.main([], root) == 0
     page = (root / "docs" / "benchmarks.md").read_text()
     assert "| restomod | 210 (200 to 220)" in page
-    assert "| training step, 4 × 256 tokens | 210 tokens/s | other 105" in page
+    assert "| training step, 124M, 4 × 256 tokens | 210 tokens/s | 105 tokens/s, other" in page
     assert "| Step: 4 × 256 tokens" in page
     assert "### Long runs" in page
     assert "*Not measured yet: `OUT=measure benchmarks/gpu/measure.sh`.*" in page
