@@ -24,7 +24,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: $(BIN)/python pyproject.toml constraints.txt
-	@echo "installing into .venv (a few hundred megabytes the first time) ..."
+	@echo "installing into .venv (a few minutes the first time) ..."
 	@$(PIP) -e .
 	@touch $@
 

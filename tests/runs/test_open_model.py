@@ -155,7 +155,8 @@ def test_a_run_without_a_checkpoint_is_refused_with_a_fix() -> None:
     Path("my run").mkdir()
     Path("my run/config.json").write_text(json.dumps({"steps": 9, "model": {}}))
     assert refusal("my run") == (
-        "my run has no checkpoint yet; continue training with `restomod train --resume 'my run'`"
+        "my run has no checkpoint yet; wait for the first one, or, if training has stopped, run "
+        "`restomod train --resume 'my run'`"
     )
 
 

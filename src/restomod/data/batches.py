@@ -127,7 +127,7 @@ class Batches:
             if n_windows < 1:
                 raise UserError(
                     f"the {split} split has {len(stream)} tokens, fewer than --sequence-length {sequence_length} "
-                    f"plus one target; add text, lower --sequence-length, or change --data.val-fraction"
+                    f"plus one target; add text, lower --sequence-length, or use --data.val-fraction 0 (none)"
                 )
         self._first_windows = np.cumsum([0, *self.source_windows])  # first window of each source, then the total
 

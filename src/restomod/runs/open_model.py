@@ -40,7 +40,10 @@ def find_model(name: str) -> Path:
         verify_model(checkpoints[-1])
         return checkpoints[-1]
     if is_run(path):
-        raise UserError(f"{path} has no checkpoint yet; continue training with `restomod train --resume {quote(name)}`")
+        raise UserError(
+            f"{path} has no checkpoint yet; wait for the first one, or, if training has stopped, run "
+            f"`restomod train --resume {quote(name)}`"
+        )
     if (path / "adapter_config.json").exists():  # without it, the folder's weights are another model
         raise UserError(
             f"{path} contains an adapter (LoRA): merge it into its base model (PEFT: merge_and_unload), "
