@@ -6,6 +6,7 @@ and gradient clipping. Each function returns a step, a function that updates the
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -212,6 +213,17 @@ CHECKOUTS: dict[str, Callable[[StepInputs], Step]] = {
     "nanochat": nanochat,
 }
 NAMES = ", ".join(CHECKOUTS)
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --peer NAME=PATH, which may be repeated; `parse` reads its values."""
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"checkout of another project to compare with; NAME is one of {NAMES}",
+    )
 
 
 def parse(peer: str) -> tuple[str, Path]:

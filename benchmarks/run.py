@@ -162,13 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     names = f"{', '.join(ITEMS)} (default: all except {', '.join(ON_REQUEST)})"
     parser.add_argument("--only", help=f"items, separated by commas: {names}")
     parser.add_argument("--smoke", action="store_true", help="smoke test with tiny sizes and meaningless numbers")
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help=f"checkout of another project to compare with; NAME is one of {peers.NAMES}",
-    )
+    peers.add_argument(parser)
     parser.add_argument("--data", type=Path, help="folder with corpus/, eval/hellaswag_val.jsonl, tinyshakespeare/")
     parser.add_argument("--out", type=Path, default=MINE, help="folder of the results (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to measure")

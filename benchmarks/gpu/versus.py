@@ -42,13 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison and return the exit code: 0, or 2 for a user error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.versus", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help=f"checkout of another project to compare with; NAME is one of {peers.NAMES}",
-    )
+    peers.add_argument(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--seconds", type=float, default=70, help="time after which no round starts")
     parser.add_argument("--smoke", action="store_true", help="smoke test with tiny sizes on a CPU")

@@ -234,7 +234,7 @@ def open_evaluation(request: EvalRequest, processes: Processes = SINGLE) -> Open
     except UserError as e:
         if request.tasks or not has_data:
             raise
-        wanted, tasks, skipped = (VALIDATION,), [], f"hellaswag is skipped: {e}"  # it was not asked for
+        wanted, tasks, skipped = (VALIDATION,), [], f"hellaswag is skipped: {e}"  # only the default task fails
     names = [loaded.task.name for loaded in tasks]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
